@@ -96,8 +96,7 @@ class BlockSettings:
         """The bias of the router's matrix; None if there is none, or the router's forward does not add it."""
         if self.network or hasattr(self.router, "get_topk_indices"):  # these hold a bias that they do not add
             return None
-        path = next(path for path in KEEPS["weight"] if find(self.router, path) is not None)
-        return find(self.router, path.removesuffix("weight") + "bias")
+        return find(self.router, *(path.removesuffix("weight") + "bias" for path in KEEPS["weight"]))
 
     @property
     def expert_bias(self) -> Any:

@@ -34,7 +34,7 @@ from mixture_of_experts.whole_model.block_settings import BlockSettings, find
 Pieces = list[Tensor]
 
 
-class BlockLayer:
+class BlockLayer(BlockSettings):
     """A block as a layer.
 
     Attributes:
@@ -42,39 +42,31 @@ class BlockLayer:
             are. Other weights are on the meta device.
     """
 
-    block: Any
-    recipe: Recipe
-    stack: Any
-
-    def __init__(self, settings: BlockSettings, balance_over: Any = "batch", **coefs: Any) -> None:
-        self.settings = settings
-        self.block, self.recipe = settings.module, settings.recipe
+    def __init__(self, block: nn.Module, recipe: Recipe, balance_over: Any = "batch", **coefs: Any) -> None:
+        super().__init__(block, recipe)
         self.experts: Any = self.attribute("experts")
         with torch.device("meta"):  # draws no numbers for weights that are copied
-            gate, self.stack = self.make_gate(balance_over), self.make_stack()
+            gate = self.make_gate(balance_over)
+            self.stack: Any = self.make_stack()
         experts, shared = self.enclosed(self.stack)
         self.layer: MoE = MoE(gate.dim, gate.num_experts, gate=gate, experts=experts, shared_expert=shared, **coefs)
-
-    def attribute(self, part: str) -> Any:
-        return find(self.block, *KEEPS[part])
 
     # the layer
 
     def make_gate(self, balance_over: Any) -> Any:
-        block, e = self.settings, self.settings.num_experts
-        settings, kind = block.gate(), self.recipe.router
+        e, settings, kind = self.num_experts, self.gate(), self.recipe.router
         if self.recipe.logits is not None:
-            settings["logits"] = RouterLogits(block.dim, e, **block.logits())
-        if block.network:
-            settings |= dict(state_dim=block.router.router_hidden_size, first=not block.router.use_eda)
-            settings["logits"] = block.router.router_mlp
+            settings["logits"] = RouterLogits(self.dim, e, **self.logits())
+        if self.network:
+            settings |= dict(state_dim=self.router.router_hidden_size, first=not self.router.use_eda)
+            settings["logits"] = self.router.router_mlp
         if self.recipe.scales is not None:
             settings["weigh"] = LearnedScale(e if self.recipe.scales == "expert" else 1)
         if issubclass(kind, TopKGating):
             settings["balance_over"] = balance_over
-        if block.experts_of_id is not None:
-            kind, settings["num_ids"] = HashGating, len(block.experts_of_id)
-        return kind(block.dim, e, **settings)
+        if self.experts_of_id is not None:
+            kind, settings["num_ids"] = HashGating, len(self.experts_of_id)
+        return kind(self.dim, e, **settings)
 
     def make_stack(self) -> Any:
         """The stacked experts."""
@@ -96,7 +88,7 @@ class BlockLayer:
         if alpha is not None:
             return ClampedSwiGLU(alpha, limit)
         own = self.recipe.keeps.get("activation", "experts.act_fn")
-        act = find(self.block, own, "experts.mlp.activation_fn")
+        act = find(self.module, own, "experts.mlp.activation_fn")
         act = nn.SiLU() if act is None else read_activation(act)
         if limit is not None:
             return ClampedGLU(act, limit, after=bool(self.recipe.experts.get("after")))
@@ -111,13 +103,15 @@ class BlockLayer:
         num_identity = getattr(self.experts, "zero_expert_num", 0)
         if num_identity or self.recipe.zero:
             experts = ZeroComputationExperts(experts, num_identity=num_identity, num_zero=self.recipe.zero)
-        parts: dict[str, Any] = {"before": self.in_turn("before", "before_norm"), "after": self.in_turn("after")}
+        parts: dict[str, Any] = dict(before=self.in_turn("before", "before_norm"), after=self.in_turn("after"))
         shared, last = self.shared_expert(), self.attribute("last")
         if last is not None:
-            parts, shared = {**parts, "beside": shared, "after": last}, None
+            parts |= dict(beside=shared, after=last)
+            shared = None
         if any(part is not None for part in parts.values()):
             experts = LatentExperts(experts, **parts)
-        if isinstance(vector := self.attribute("shift"), nn.Parameter):  # is added to what the experts return
+        vector = find(self.module, *KEEPS["shift"])
+        if isinstance(vector, nn.Parameter):  # is added to what the experts return
             shift = Shift(len(vector))
             shift.bias = vector
             experts = LatentExperts(experts, after=shift)
@@ -125,10 +119,10 @@ class BlockLayer:
 
     def shared_expert(self) -> nn.Module | None:
         shared, gate = self.attribute("shared"), self.attribute("shared_gate")
-        if shared is None or self.settings.always:
+        if shared is None or self.always:
             return None
         shared = shared if gate is None else TokenGated(shared, gate)
-        return nn.Sequential(shared, Scale(0.5)) if self.settings.averages else shared
+        return nn.Sequential(shared, Scale(0.5)) if self.averages else shared
 
     def in_turn(self, *parts: str) -> nn.Module | None:
         """Modules that tokens pass one after the other; None if there is none that does anything."""
@@ -140,31 +134,29 @@ class BlockLayer:
 
     def views(self) -> dict[str, Pieces]:
         """The block's weights by this package's names and in its layout."""
-        block = {id(tensor) for tensor in tensors_of(self.block).values()}
+        block = {id(tensor) for tensor in tensors_of(self.module).values()}
         found = {name: [tensor] for name, tensor in tensors_of(self.layer).items() if id(tensor) in block}
         path = next(name for name, module in self.layer.named_modules() if module is self.stack)
         found |= {f"{path}.{name}": pieces for name, pieces in self.weights().items()}
         return found | {f"gate.{name}": pieces for name, pieces in self.router_weights().items()}
 
     def router_weights(self) -> dict[str, Pieces]:
-        block = self.settings
         found: dict[str, Any] = {
-            "b_gating": block.bias,
-            "experts_of_id": block.experts_of_id,
-            "weigh.scale": None if self.recipe.scales is None else block.attribute("scales"),
+            "b_gating": self.bias,
+            "experts_of_id": self.experts_of_id,
+            "weigh.scale": self.attribute("scales"),
+            "state_scale": find(self.router, "router_states_scale"),
         }
-        if block.weight is not None:
-            found["w_gating" if self.recipe.logits is None else "logits.weight"] = block.weight.T
-        if self.recipe.logits is not None and "norm_eps" in self.recipe.logits:
-            found["logits.norm_weight"] = block.attribute("norm_weight")
-        if block.network:
-            found |= {f"down.{name}": tensor for name, tensor in block.router.down_proj.named_parameters()}
-            if block.router.use_eda:
-                found["state_scale"] = block.router.router_states_scale
+        if self.weight is not None:
+            found["w_gating" if self.recipe.logits is None else "logits.weight"] = self.weight.T
+        if "norm_eps" in (self.recipe.logits or {}):
+            found["logits.norm_weight"] = self.attribute("norm_weight")
+        if self.network:
+            found |= {f"down.{name}": tensor for name, tensor in self.router.down_proj.named_parameters()}
         pieces: dict[str, Pieces] = {name: [tensor] for name, tensor in found.items() if tensor is not None}
-        if block.expert_bias is not None:
-            bias = block.expert_bias.flatten()
-            pieces["expert_bias"] = [bias, bias.new_zeros(block.always)]
+        if self.expert_bias is not None:
+            bias = self.expert_bias.flatten()
+            pieces["expert_bias"] = [bias, bias.new_zeros(self.always)]
         return pieces
 
     def weights(self) -> dict[str, Pieces]:
@@ -181,17 +173,17 @@ class BlockLayer:
             w1, w3, w2 = (weight.unflatten(0, (experts.num_experts, -1)) for weight in (mlp.w1, mlp.v1, mlp.w2))
             return {"w1": [w1.mT], "w3": [w3.mT], "w2": [w2]}
         found = self.stacked()
-        if self.settings.always:
-            shared = self.block.shared_experts
+        if self.always:
+            shared = self.module.shared_experts
             for name, theirs in (("w1", shared.gate_proj), ("w3", shared.up_proj), ("w2", shared.down_proj)):
                 found[name].append(theirs.mT)
         return found
 
     def stacked(self) -> dict[str, Pieces]:
         experts, keeps = self.experts, self.recipe.keeps
-        gate_up = find(self.block, keeps.get("gate_up", "experts.gate_up_proj"))
+        gate_up = find(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
         first = experts.up_proj if gate_up is None else gate_up
-        down = find(self.block, keeps.get("down", "experts.down_proj"))
+        down = find(self.module, keeps.get("down", "experts.down_proj"))
         first = first[: len(down)]  # some blocks have rows for experts that compute nothing
         if not getattr(experts, "is_transposed", self.recipe.weigh_input):
             first, down = first.mT, down.mT  # (e, in, out)

@@ -21,7 +21,7 @@ from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import BLOCKS, KEEPS
 from mixture_of_experts.support.private_peft import from_peft
-from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
+from mixture_of_experts.whole_model.block_settings import find, recipe_of
 
 COUNTS = "gate.expert_counts"  # which no block has
 COMPARED = (
@@ -67,18 +67,22 @@ def check_alike(moe: MoE, block: nn.Module) -> None:
 def differences(moe: MoE, block: nn.Module) -> list[str]:
     """In what a layer computes something else than a block, in words."""
     wanted = read_block(block).layer
-    left_out = without_effect(moe.gate) | without_effect(wanted.gate)
-    left_out = left_out if type(moe.gate) is type(wanted.gate) else {*COMPARED}
-    ours, theirs = told(moe, left_out), told(wanted, left_out)
+    compared = COMPARED if type(moe.gate) is type(wanted.gate) else ()
+    ours, theirs = told(moe, compared), told(wanted, compared)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
     return [f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ]
 
 
-def told(moe: MoE, left_out: Collection[str]) -> dict[str, str]:
-    """What a layer computes, in words, but settings of its gate that are left out."""
+def told(moe: MoE, compared: Collection[str]) -> dict[str, str]:
+    """What a layer computes, in words, with those settings of its gate that are `compared`."""
     gate, parts = moe.gate, with_inner(moe.experts)
-    settings = {name: getattr(gate, name, None) for name in COMPARED if name not in left_out}
-    settings |= {} if closes_groups(gate) or "num_groups" in left_out else {"num_groups": None}
+    settings: dict[str, Any] = {name: getattr(gate, name, None) for name in compared}
+    if settings.get("num_groups") == settings.get("top_groups"):  # a token may choose from all expert groups
+        settings |= dict.fromkeys(("num_groups", "top_groups", "group_score"))
+    if not settings.get("normalize"):
+        settings["eps"] = None
+    if settings.get("capacity_factor_train") is None and settings.get("capacity_factor_eval") is None:  # dropless
+        settings["min_expert_capacity"] = None
     weights = {name: tensor for name, tensor in tensors_of(moe).items() if name != COUNTS}
     return {
         "the gate is": type(gate).__name__,
@@ -87,19 +91,6 @@ def told(moe: MoE, left_out: Collection[str]) -> dict[str, str]:
         "the experts are": " around ".join(type(part).__name__ for part in parts),
         **{f"{name} has shape": str(tuple(tensor.shape)) for name, tensor in weights.items()},
     }
-
-
-def closes_groups(gate: Any) -> bool:
-    """Whether a token may not choose from all expert groups of a gate."""
-    return getattr(gate, "num_groups", None) not in (None, getattr(gate, "top_groups", None))
-
-
-def without_effect(gate: Any) -> set[str]:
-    """The settings that do nothing beside the gate's other settings."""
-    found = set() if closes_groups(gate) else {"top_groups", "group_score"}
-    found |= set() if getattr(gate, "normalize", False) else {"eps"}
-    dropless = getattr(gate, "capacity_factor_train", 0.0) is None and gate.capacity_factor_eval is None
-    return found | ({"min_expert_capacity"} if dropless else set())
 
 
 def joined(pieces: Pieces) -> Tensor:
@@ -120,12 +111,11 @@ def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> B
     refuse_offloaded(block, f"a {name}")
     if any(from_peft(module) for module in block.modules()):
         raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
-    settings = BlockSettings(block, recipe)
     for attribute in KEEPS["jitter"]:
-        for holder in (block, settings.router):
+        for holder in (block, find(block, *KEEPS["router"])):
             if getattr(holder, attribute, None):
                 raise ValueError(
                     f"{name} has {attribute}={getattr(holder, attribute)}, which disturbs what its experts read too, "
                     "as no gate does: set it to 0"
                 )
-    return BlockLayer(settings, balance_over, **coefs)
+    return BlockLayer(block, recipe, balance_over, **coefs)
