@@ -84,8 +84,25 @@ def balance_experts(
         >>> bool((moe.gate.expert_bias.abs() <= 1e-3).all())
         True
     """
-    rule = check_rule("rule", rule)
-    return ExpertBalancing(model, optimizer, rule, rule.rate if rate is None else rate, group, gates)
+    balancing = ExpertBalancing(optimizer, group)
+    balancing.rule = rule = check_rule("rule", rule)
+    balancing.rate = rule.rate if rate is None else rate
+    none = (
+        f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., expert_bias=True)"
+    )
+    sites = sites_to_move(model, "balance_experts", gates, why_not_balanced, none)
+    with Attached() as hooks:  # removed again if anything below raises
+        readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
+        balancing.biases = [
+            BlockBias(site, rule, readers[site.around], hooks) if site.external else GateBias(site.gate, rule, hooks)
+            for site in sites
+        ]
+        for reader in readers.values():
+            reader.follow(reader.model, hooks)
+        balancing.enter_context(hooks.pop_all())
+    leave_counts_alone(model)
+    balancing.start(model, {site.name: site.bias for site in sites})
+    return balancing
 
 
 class ExpertBalancing(EachStep):
@@ -95,36 +112,8 @@ class ExpertBalancing(EachStep):
         gates: the names of the gates.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        rule: BiasRule,
-        rate: float,
-        group: dist.ProcessGroup | None,
-        gates: Gates | None,
-    ) -> None:
-        super().__init__(optimizer, group)
-        self.rule = rule
-        self.rate = rate
-        none = (
-            f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
-            "expert_bias=True)"
-        )
-        sites = sites_to_move(model, "balance_experts", gates, why_not_balanced, none)
-        with Attached() as hooks:  # removed again if anything below raises
-            readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
-            self._biases: list[GateBias | BlockBias] = [
-                BlockBias(site, rule, readers[site.around], hooks)
-                if site.external
-                else GateBias(site.gate, rule, hooks)
-                for site in sites
-            ]
-            for reader in readers.values():
-                reader.follow(reader.model, hooks)
-            self.enter_context(hooks.pop_all())
-        leave_counts_alone(model)
-        self.start(model, {site.name: site.bias for site in sites})
+    rule: BiasRule
+    biases: list[GateBias | BlockBias]
 
     @property
     def rate(self) -> float:
@@ -135,7 +124,7 @@ class ExpertBalancing(EachStep):
         self._rate = check_number("rate", value, at_least=0.0)
 
     def after_step(self, done: Tensor | int) -> None:
-        counted = [(bias, counts) for bias in self._biases if (counts := bias.counts) is not None]
+        counted = [(bias, counts) for bias in self.biases if (counts := bias.counts) is not None]
         totals = self.over_ranks([counts for _, counts in counted])
         for (bias, counts), total in zip(counted, totals, strict=True):
             factor = as_factor(done, counts)
@@ -213,7 +202,7 @@ class BlockBias:
         if bias.dtype.itemsize < 4:
             warnings.warn(
                 f"the expert bias of {site.name!r} is {bias.dtype}, in which small steps are lost: keep it in float32",
-                stacklevel=5,
+                stacklevel=4,
             )
         hooks.after(site.called, self.after_router)
 

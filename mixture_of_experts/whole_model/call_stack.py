@@ -147,7 +147,8 @@ class Watch:
         self.owner = owner
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
-        """The call of a forward that begins; None to leave it alone."""
+        """The call of a forward that begins, which `current` finds by this watch and by its `keys`; None to leave it
+        alone."""
         raise NotImplementedError
 
     def ended(self, call: Any, output: Any) -> Any:
@@ -156,14 +157,10 @@ class Watch:
     def lost(self, call: Any) -> None:
         """The forward of a call raised, or was interrupted."""
 
-    def key(self, module: nn.Module) -> Hashable:
-        """The key by which `current` finds the calls, beside the `keys` that `begins` gave them."""
-        return self
-
     def follow(self, module: nn.Module, hooks: Attached, *, first: bool = True) -> None:
         """Set the hooks on a module. They run around all hooks that it has, if this is called last; with `first=False`
         a forward begins after the other pre-hooks."""
-        hooks.callback(current, self.key(module))  # an interrupted call is not kept beyond the hooks
+        hooks.callback(current, self)  # an interrupted call is not kept beyond the hooks
         hooks.before(module, self.begin, prepend=first)
         hooks.after(module, self.end, always_call=True)
 
@@ -176,12 +173,11 @@ class Watch:
         if call is None:
             return None
         call.watch = self
-        begin(call, self.key(module), *call.keys)
+        begin(call, self, *call.keys)
         return call.given
 
     def end(self, module: nn.Module, args: object, output: Any) -> Any:
-        key = self.key(module)
-        calls = calls_of(key)  # after an error this hook runs outside of the call's frame
+        calls = calls_of(self)  # after an error this hook runs outside of the call's frame
         if not calls:
             return None
         if not torch.compiler.is_compiling():
@@ -191,4 +187,4 @@ class Watch:
                 return None
             if calls[-1].watch is not self:
                 return None  # `within` made it the current one: this forward failed before it began
-        return self.ended(end(key), output)
+        return self.ended(end(self), output)

@@ -43,7 +43,7 @@ class EachStep(ExitStack):
             warnings.warn(
                 f"the model has adapters, and their files lack what moves in {', '.join(lost)}: name the gate in "
                 "LoraConfig(modules_to_save=['gate']), or merge the adapters in the end and save the whole model",
-                stacklevel=4,
+                stacklevel=3,
             )
         self.gates = tuple(moved)
         self._model: nn.Module | None = model

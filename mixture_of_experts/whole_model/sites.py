@@ -169,17 +169,13 @@ class Place(NamedTuple):
     module: nn.Module
     above: tuple[nn.Module, ...]  # the modules around it, outermost first
 
-    @property
-    def around(self) -> nn.Module:
-        return nearest_reader((*self.above, self.called))
-
-    def site(
-        self, path: str, num_experts: int, layer: nn.Module | None, experts: nn.Module | None, **more: Any
-    ) -> Site:
-        """The site of what routes at a path below this module; "" is the module itself."""
-        name = f"{self.name}.{path}".strip(".") or "gate"
+    def site(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> Site:
+        """The site of what routes at a path below this module, "" for itself, in a layer."""
         called = self.module.get_submodule(path) if path else self.called
-        return Site(unwrapped(called), called, num_experts, self.around, (Location(name, layer, experts),), **more)
+        experts = None if layer is None else find(unwrapped(layer), "experts")
+        location = Location(f"{self.name}.{path}".strip(".") or "gate", layer, experts)
+        around = nearest_reader((*self.above, self.called))
+        return Site(unwrapped(called), called, num_experts, around, (location,), **more)
 
 
 def places(model: nn.Module) -> Iterator[Place]:
@@ -201,24 +197,24 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     """The sites that a module shows: those of its parts, if it is a layer or a block, or its own."""
     module: Any = place.module
     if isinstance(module, HeirarchicalMoE):
-        outer, within = module.num_experts_outer, (place.called, module.experts)
-        yield place.site("gate_outer", outer, *within)
+        outer = module.num_experts_outer
+        yield place.site("gate_outer", outer, place.called)
         level_one = found[unwrapped(module.gate_outer)]
-        yield place.site("gate_inner", module.num_experts_inner, *within, outer=(outer,), level_one=level_one)
+        yield place.site("gate_inner", module.num_experts_inner, place.called, outer=(outer,), level_one=level_one)
     elif isinstance(module, MoE):
-        yield place.site("gate", module.num_experts, place.called, module.experts)
+        yield place.site("gate", module.num_experts, place.called)
     elif (recipe := recipe_of(module)) is not None:
         block = BlockSettings(module, recipe)
         path = next(name for name in KEEPS["router"] if isinstance(getattr(module, name, None), nn.Module))
-        yield place.site(path, block.num_logits, module, block.attribute("experts"), external=True, block=block)
+        yield place.site(path, block.num_logits, module, external=True, block=block)
     elif module in found:
         return  # a part of a layer or a block
     elif isinstance(module, Gate):
-        yield place.site("", module.num_experts, None, None, outer=module.outer_expert_dims)
+        yield place.site("", module.num_experts, None, outer=module.outer_expert_dims)
     elif is_router(module):  # in a block of no recipe: it is known by its name
         above = reversed(place.above[-2:])
         around = next((each for each in above if isinstance(find(each, "experts"), nn.Module)), None)
-        yield place.site("", module.num_experts, around, find(around, "experts"), external=True)
+        yield place.site("", module.num_experts, around, external=True)
 
 
 def joined(one: Site, other: Site) -> Site:
@@ -231,5 +227,5 @@ def joined(one: Site, other: Site) -> Site:
 def is_router(module: nn.Module) -> bool:
     """Whether a module is a router of `transformers`, by its package, its name and its sizes."""
     kind = wrapped_class(module)
-    sized = isinstance(getattr(module, "top_k", None), int) and isinstance(getattr(module, "num_experts", None), int)
+    sized = all(isinstance(getattr(module, size, None), int) for size in ("top_k", "num_experts"))
     return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized

@@ -66,7 +66,14 @@ def control_sparsity(
         >>> moe.gate.l1_coef
         tensor(1.2000e-08)
     """
-    return SparsityControl(model, optimizer, rate, group, gates)
+    control = SparsityControl(optimizer, group)
+    control.rate = check_number("rate", rate, above=1.0)
+    none = f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
+    sites = sites_to_move(model, "control_sparsity", gates, why_not_controlled, none)
+    control.routers = [site.gate for site in sites]
+    leave_counts_alone(model)
+    control.start(model, {site.name: site.gate.get_buffer("l1_coef") for site in sites})
+    return control
 
 
 class SparsityControl(EachStep):
@@ -77,35 +84,22 @@ class SparsityControl(EachStep):
         rate: the factor, above 1.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        rate: float,
-        group: dist.ProcessGroup | None,
-        gates: Gates | None,
-    ) -> None:
-        super().__init__(optimizer, group)
-        self.rate: float = check_number("rate", rate, above=1.0)
-        none = f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
-        sites = sites_to_move(model, "control_sparsity", gates, why_not_controlled, none)
-        self._routers: list[Any] = [site.gate for site in sites]
-        self._steps = 0
-        leave_counts_alone(model)
-        self.start(model, {site.name: site.gate.get_buffer("l1_coef") for site in sites})
+    rate: float
+    routers: list[Any]
+    steps: int = 0  # that were done
 
     def after_step(self, done: Tensor | int) -> None:
-        device = self._routers[0].l1_coef.device
-        totals = self.over_ranks([gate.choice_counts for gate in self._routers])
-        excess = [gate.excess(total).to(device) for gate, total in zip(self._routers, totals, strict=True)]
+        device = self.routers[0].l1_coef.device
+        totals = self.over_ranks([gate.choice_counts for gate in self.routers])
+        excess = [gate.excess(total).to(device) for gate, total in zip(self.routers, totals, strict=True)]
         excess = torch.stack(excess).sum()
         excess = excess * as_factor(done, excess)
-        for gate in self._routers:
+        for gate in self.routers:
             gate.scale_l1(self.rate, excess)
             gate.choice_counts.mul_(1 - as_factor(done, gate.choice_counts))
-        self._steps += 1
-        if self._steps % LOOK == 0:
-            warn_if_out_of_reach(self._routers, excess)
+        self.steps += 1
+        if self.steps % LOOK == 0:
+            warn_if_out_of_reach(self.routers, excess)
 
 
 def why_not_controlled(site: Site) -> str | None:
