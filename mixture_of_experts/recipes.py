@@ -113,7 +113,7 @@ KEEPS: dict[str, tuple[str, ...]] = {
         "router": "gate router",
         "experts": "experts",
         # settings
-        "k": "top_k",
+        "k": "top_k config.top_k_experts",
         "normalize": "norm_topk_prob",
         "scale": "routed_scaling_factor route_scale router_scaling_factor",
         "num_groups": "num_group",

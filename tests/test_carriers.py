@@ -219,10 +219,7 @@ REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
 #: faults that are known
 NOT_YET: set[tuple[str, str]] = set()
 #: what torch itself cannot do
-IMPOSSIBLE = {
-    ("copies", "DDP"): "a process group is not copied",
-    ("copies", "FSDP2"): "a sharded module is not copied",
-}
+IMPOSSIBLE = {("copies", "DDP"): "a process group is not copied", ("copies", "FSDP2"): "a sharded module is not copied"}
 
 PAIRS = [(ability, carrier) for ability in ABILITIES for carrier in CARRIERS]
 CHEAP = [carrier for carrier in CARRIERS if "compiled" not in carrier and carrier not in OF_TRANSFORMERS]

@@ -145,10 +145,7 @@ class OwnGate(TokenChoiceGate):
 def test_what_is_refused():
     gate, x = TopKGating(DIM, 4), torch.randn(1, 3, DIM)
     both = nn.ModuleList([gate, OwnGate()])
-    with (
-        pytest.raises(TypeError, match=r"'1' \(OwnGate\): .*given_experts, .*`reads`"),
-        force_routing(both),
-    ):
+    with pytest.raises(TypeError, match=r"'1' \(OwnGate\): .*given_experts, .*`reads`"), force_routing(both):
         pass
     with (
         pytest.raises(ValueError, match="how must be one of 'balanced', 'random', got 'even'"),
@@ -161,10 +158,7 @@ def test_what_is_refused():
     ):
         pass
     assert gate.forced is None
-    with (
-        force_routing(gate),
-        pytest.raises(ValueError, match="experts are given, and balanced ones forced"),
-    ):
+    with force_routing(gate), pytest.raises(ValueError, match="experts are given, and balanced ones forced"):
         gate(x, given_experts=torch.zeros(1, 3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="forced must be one of"):
         gate.forced = True

@@ -6,7 +6,6 @@ import warnings
 from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from mixture_of_experts.gating.bias_rules import BiasRule, RuleName
@@ -34,21 +33,18 @@ class RoutingCallback(TrainerCallback):
         self.stats: RoutingStats | None = None
         self._hooks = ExitStack()
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        assert model is not None
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._hooks.close()
-        self.stats = self._hooks.enter_context(track_routing(model, keep=1024, when="training"))
+        self.stats = self._hooks.enter_context(track_routing(kwargs["model"], keep=1024, when="training"))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.stats is None:
             return
         try:
             self.stats.step()
         except RuntimeError as error:  # no reason to end a training
             warnings.warn(f"routing is not logged: {error}", stacklevel=2)
-            self.on_train_end(args, state, control)
+            self.on_train_end()
             self.stats = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
@@ -64,7 +60,7 @@ class RoutingCallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(values)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._hooks.close()
 
 
@@ -84,12 +80,12 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
 
 def mean_scalars(records: list[Record]) -> dict[str, float]:
     """The numbers of all layers together."""
-    requested = sum(int(record.requested.sum()) for record in records)
-    dropped = sum(record.dropped * int(record.requested.sum()) for record in records)
+    requested = [int(record.requested.sum()) for record in records]
+    dropped = sum(record.dropped * number for record, number in zip(records, requested, strict=True))
     return {
         "routing/balance": sum(record.losses.get("balance", 0.0) for record in records) / len(records),
         "routing/entropy": sum(record.entropy for record in records) / len(records),
-        "routing/dropped": dropped / max(requested, 1),
+        "routing/dropped": dropped / max(sum(requested), 1),
         "routing/max_load": max(float(record.relative_load.max()) for record in records),
         "routing/dead_experts": float(sum(len(record.dead) for record in records)),
     }
@@ -109,23 +105,13 @@ class BalanceCallback(TrainerCallback):
         self.rate = rate
         self.balancing: ExpertBalancing | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
-        if model is not None:  # before DDP wraps it
-            leave_counts_alone(model)
+    def on_init_end(self, *args: Any, **kwargs: Any) -> None:
+        leave_counts_alone(kwargs["model"])  # before DDP wraps it
 
-    def on_train_begin(
-        self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        assert model is not None
-        self.on_train_end(args, state, control)
-        self.balancing = balance_experts(model, optimizer, self.rule, self.rate)
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.on_train_end()
+        self.balancing = balance_experts(kwargs["model"], kwargs["optimizer"], self.rule, self.rate)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self.balancing is not None:
             self.balancing.close()

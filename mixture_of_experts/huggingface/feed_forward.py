@@ -114,10 +114,6 @@ class MoEFeedForward(Replaced):
         tokens = x
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
             tokens = x.view(*shape, x.shape[-1])  # the router must see sequences, also if the model flattens them
-        elif x.ndim == 2 and mask is not None:
-            raise RuntimeError(
-                f"{x.shape[0]} tokens came flattened, but the mask of this forward has shape {tuple(mask.shape)}"
-            )
         side = self._side(call, tokens)
         if mask is not None or tokens is not x or side:
             self._refuse_forgetting(call)

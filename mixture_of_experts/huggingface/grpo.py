@@ -57,8 +57,7 @@ class ReplayRouting:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        trainer: Any = super()
-        if missing := [name for name in METHODS if not hasattr(trainer, name)]:
+        if missing := [name for name in METHODS if not hasattr(self._trainer, name)]:
             raise TypeError(
                 f"{type(self).__name__} has no {missing[0]} after ReplayRouting: write class "
                 "Trainer(ReplayRouting, GRPOTrainer), with a TRL that has this method, as 1.16 has"
@@ -78,14 +77,18 @@ class ReplayRouting:
         if rollout:
             self.rollout_func: Any = partial(self._roll_out, rollout)
 
+    @property
+    def _trainer(self) -> Any:
+        """The trainer's own methods."""
+        return super()
+
     def _recorded(self) -> Any:
         model: Any = getattr(self, "model")  # noqa: B009  # the trainer's
         return record_routing(model, weights=self.replay_weights)
 
     def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
-        trainer: Any = super()
         with self._recorded() as records:
-            generated = trainer._generate_single_turn(prompt_ids, *args, **kwargs)
+            generated = self._trainer._generate_single_turn(prompt_ids, *args, **kwargs)
         if records.num_sequences != len(prompt_ids):
             raise ValueError(
                 f"{len(prompt_ids)} prompts were recorded as {records.num_sequences} sequences: generate with a cache, "
@@ -123,14 +126,12 @@ class ReplayRouting:
         return output
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        trainer: Any = super()
-        batch = trainer._generate_and_score_completions(inputs)
+        batch = self._trainer._generate_and_score_completions(inputs)
         return {**batch, "routing": self._rows}  # a list, which the trainer shuffles and splits with the rest
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        trainer: Any = super()
         self._rows = inputs["routing"]
-        return trainer._compute_loss(model, inputs)
+        return self._trainer._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -141,9 +142,8 @@ class ReplayRouting:
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        trainer: Any = super()
         if model is getattr(self, "ref_model", None):
-            return trainer._get_per_token_logps_and_entropies(
+            return self._trainer._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
             )
         if images := [name for name, value in kwargs.items() if isinstance(value, (Tensor, list))]:
@@ -159,7 +159,7 @@ class ReplayRouting:
             with ExitStack() as replay:
                 replay.enter_context(replay_routing(model, records, beyond="choose"))
                 arguments = (model, input_ids[part], attention_mask[part], logits_to_keep)
-                found.append(trainer._get_per_token_logps_and_entropies(*arguments, **kwargs))
+                found.append(self._trainer._get_per_token_logps_and_entropies(*arguments, **kwargs))
                 if torch.is_grad_enabled():  # the backward may run the model again
                     self._until_backward = replay.pop_all()
         logps, entropies, losses = zip(*found, strict=True)
@@ -184,9 +184,8 @@ class ReplayRouting:
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's; the replay lasts until the backward is over."""
-        trainer: Any = super()
         try:
-            return trainer.training_step(*args, **kwargs)
+            return self._trainer.training_step(*args, **kwargs)
         finally:
             if self._until_backward is not None:
                 self._until_backward.close()

@@ -27,7 +27,7 @@ from mixture_of_experts.support.private_torch import set_hooks
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.auxiliary import total_of
 from mixture_of_experts.whole_model.call_stack import Watch
-from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, nearest_reader
 from mixture_of_experts.whole_model.sites import all_sites
 
 NAME = "mixture_of_experts"  # of the hooks
@@ -76,13 +76,13 @@ class LastCall(threading.local):
     def __init__(self) -> None:
         self.box = [ModelCall()]  # a list, as torch.compile cannot set an attribute here
 
-    def __reduce__(self) -> tuple[type[LastCall], tuple[()]]:
+    def __reduce__(self) -> Any:
         return LastCall, ()
 
 
 def watch_model(model: nn.Module, names: Sequence[str]) -> None:
     """Set watches on a model, which returns the losses, and on the models around the named modules."""
-    last = last_calls(model)[0] if last_calls(model) else LastCall()
+    last = next(iter(last_calls(model)), None) or LastCall()
     readers = {reader_around(model, name) for name in names}
     for around in {model, *readers}:
         if watch_of(around) is None:
@@ -118,8 +118,9 @@ def is_masked(model: nn.Module, name: str) -> bool:
 
 def reader_around(model: nn.Module, name: str) -> nn.Module:
     """The module around a network whose arguments tell its padding: a layer of torch, or a model."""
-    above = model.get_submodule(name.rpartition(".")[0])
-    return above if isinstance(above, KINDS) else model_around(model, name)
+    path = name.split(".")[:-1]
+    above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
+    return above[-1] if isinstance(above[-1], KINDS) else nearest_reader(above)
 
 
 class ModelWatch(Watch):
@@ -131,20 +132,14 @@ class ModelWatch(Watch):
         last: where the call of an outermost forward stays.
     """
 
-    reader: LayerReader | TokensReader
-    reads: bool  # whether it reads the tokens; otherwise a model around does
-    adds: bool  # whether it adds the losses to that of the model
-    warned: bool
-    adapted: bool  # whether the model has had a forward with adapters
+    reads: bool = False  # whether it reads the tokens; otherwise a model around does
+    adds: bool = False  # whether it adds the losses to that of the model
+    warned: bool = False
+    adapted: bool = False  # whether the model has had a forward with adapters
 
     def __init__(self, around: nn.Module, last: LastCall) -> None:
-        super().__init__()
-        self.reader = LayerReader(around) if isinstance(around, KINDS) else TokensReader(around)
+        self.reader: TokensReader = LayerReader(around) if isinstance(around, KINDS) else TokensReader(around)
         self.last = last
-        self.reads = self.adds = self.warned = self.adapted = False
-
-    def key(self, module: nn.Module) -> nn.Module:
-        return module
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
         members = feed_forwards(module)
@@ -155,7 +150,7 @@ class ModelWatch(Watch):
             call.given = args, self.arguments(call, module, kwargs)
         if not torch.compiler.is_compiling():
             self.warn(call, module)
-        if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+        if module.training and getattr(module, "is_activation_checkpointing", False):
             keep_for_checkpointing(module)
         return call
 
@@ -210,9 +205,10 @@ class ModelWatch(Watch):
         """The output with the auxiliary loss in the loss that it has in training. If the model was asked for router
         logits, the output gets the `aux_loss` too. None if nothing changes."""
         aux = total_of(call.losses) if call.losses else None
-        if aux is not None and call.asked and isinstance(output, MutableMapping):
+        named = isinstance(output, MutableMapping)
+        if aux is not None and call.asked and named:
             output["aux_loss"] = self.handed_up(aux, call.config, getattr(output, "aux_loss", None))
-        loss = output.get("loss") if isinstance(output, MutableMapping) else output
+        loss = output.get("loss") if named else output
         loss = loss[0] if isinstance(loss, tuple) else loss
         if not isinstance(loss, Tensor) or loss.ndim or (call.share is None and not (call.training and call.losses)):
             return None
@@ -220,12 +216,10 @@ class ModelWatch(Watch):
             call.added = True
             loss = loss + factor_of(call.config) * aux.to(loss.device)
         loss = loss if call.share is None else loss * call.share
-        if isinstance(output, tuple):
-            return (loss, *output[1:])
-        if not isinstance(output, MutableMapping):
-            return loss
-        output["loss"] = loss
-        return output
+        if named:
+            output["loss"] = loss
+            return output
+        return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
     def handed_up(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
         """The `aux_loss` of an output, which a trainer multiplies by a coefficient. If the model's own routers have set
@@ -246,8 +240,7 @@ class ModelWatch(Watch):
         last = self.last.box[0]
         if call.around is not None or not call.training or self.warned or last.declined:
             return
-        config = text_config(model)
-        switched_off = config is not None and getattr(config, "router_aux_loss_coef", 1.0) == 0
+        switched_off = getattr(text_config(model), "router_aux_loss_coef", 1.0) == 0
         if last.reached == {"outputs"} and not switched_off:
             self.warned = True
             warnings.warn(

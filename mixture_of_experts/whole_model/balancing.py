@@ -22,10 +22,10 @@ from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
-from mixture_of_experts.whole_model.block_settings import places_of, read_output
-from mixture_of_experts.whole_model.each_step import EachStep, as_factor
+from mixture_of_experts.whole_model.block_settings import read_output, returns_of
+from mixture_of_experts.whole_model.each_step import EachStep, as_factor, sites_to_move
 from mixture_of_experts.whole_model.model_tokens import TokensOfCall
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.sites import Gates, Site
 
 #: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
 COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
@@ -84,8 +84,25 @@ def balance_experts(
         >>> bool((moe.gate.expert_bias.abs() <= 1e-3).all())
         True
     """
-    rule = check_rule("rule", rule)
-    return ExpertBalancing(model, optimizer, rule, rule.rate if rate is None else rate, group, gates)
+    balancing = ExpertBalancing(optimizer, group)
+    balancing.rule = rule = check_rule("rule", rule)
+    balancing.rate = rule.rate if rate is None else rate
+    none = (
+        f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., expert_bias=True)"
+    )
+    sites = sites_to_move(model, "balance_experts", gates, why_not_balanced, none)
+    with Attached() as hooks:  # removed again if anything below raises
+        readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
+        balancing.biases = [
+            BlockBias(site, rule, readers[site.around], hooks) if site.external else GateBias(site.gate, rule, hooks)
+            for site in sites
+        ]
+        for reader in readers.values():
+            reader.follow(reader.model, hooks)
+        balancing.enter_context(hooks.pop_all())
+    leave_counts_alone(model)
+    balancing.start(model, {site.name: site.bias for site in sites})
+    return balancing
 
 
 class ExpertBalancing(EachStep):
@@ -95,35 +112,8 @@ class ExpertBalancing(EachStep):
         gates: the names of the gates.
     """
 
-    gates: tuple[str, ...]
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        rule: BiasRule,
-        rate: float,
-        group: dist.ProcessGroup | None,
-        gates: Gates | None,
-    ) -> None:
-        super().__init__(optimizer, group)
-        self.rule = rule
-        self.rate = rate
-        sites = sites_with_bias(model, gates)
-        self.gates = tuple(site.name for site in sites)
-        with Attached() as hooks:  # removed again if anything below raises
-            readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
-            self._biases: list[GateBias | BlockBias] = [
-                BlockBias(site, rule, readers[site.around], hooks)
-                if site.external
-                else GateBias(site.gate, rule, hooks)
-                for site in sites
-            ]
-            for reader in readers.values():
-                reader.follow(reader.model, hooks)
-            self._hooks = hooks.pop_all()
-        leave_counts_alone(model)
-        self.start(model, {site.name: site.bias for site in sites if site.bias is not None})
+    rule: BiasRule
+    biases: list[GateBias | BlockBias]
 
     @property
     def rate(self) -> float:
@@ -134,25 +124,16 @@ class ExpertBalancing(EachStep):
         self._rate = check_number("rate", value, at_least=0.0)
 
     def after_step(self, done: Tensor | int) -> None:
-        counted = [(bias, counts) for bias in self._biases if (counts := bias.counts) is not None]
+        counted = [(bias, counts) for bias in self.biases if (counts := bias.counts) is not None]
         totals = self.over_ranks([counts for _, counts in counted])
         for (bias, counts), total in zip(counted, totals, strict=True):
             factor = as_factor(done, counts)
-            bias.move(step_of(self.rule, total * factor, bias.value, bias.k, self.rate, bias.always))
+            bias.move(total * factor, self.rate)
             counts.mul_(1 - factor)
 
 
-def sites_with_bias(model: nn.Module, gates: Gates | None) -> list[Site]:
-    """The sites to balance: those of `gates`, by default all that have an expert bias."""
-    sites = find_sites(model, "balance_experts", gates)
-    if gates is None:
-        sites = [site for site in sites if site.bias is not None]
-    if not sites:
-        raise ValueError(
-            f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
-            "expert_bias=True)"
-        )
-    return serve(sites, "balance_experts", lambda site: "it has no expert bias" if site.bias is None else None)
+def why_not_balanced(site: Site) -> str | None:
+    return "it has no expert bias" if site.bias is None else None
 
 
 class GateBias:
@@ -161,29 +142,15 @@ class GateBias:
     Of several for one gate the last moves the bias. When it ends, the one before it that has not ended goes on.
     """
 
-    gate: Any
-    rule: BiasRule
-    rule_before: BiasRule  # the gate's own
-
     def __init__(self, gate: Any, rule: BiasRule, hooks: Attached) -> None:
-        self.gate, self.rule, last = gate, rule, gate.balanced_by
-        self.rule_before = last.rule_before if last is not None and last.moves else gate.bias_rule
+        self.gate = gate
+        self.rule = rule
+        last = gate.balanced_by
+        #: the gate's own
+        self.rule_before: BiasRule = last.rule_before if last is not None and last.moves else gate.bias_rule
         gate.bias_rule = rule
         hooks.callback(self.end)
         hooks.set(gate, "balanced_by", self)
-
-    @property
-    def k(self) -> int:
-        return self.gate.k
-
-    @property
-    def always(self) -> int:
-        """The number of experts that every token takes."""
-        return self.gate.always_chosen
-
-    @property
-    def value(self) -> Tensor:
-        return self.gate.expert_bias
 
     @property
     def moves(self) -> bool:
@@ -195,8 +162,9 @@ class GateBias:
         """The gate's counts; None if others move the bias."""
         return self.gate.bias_counts if self.moves else None
 
-    def move(self, step: Tensor) -> None:
-        self.gate.move_bias(step)
+    def move(self, counts: Tensor, rate: float) -> None:
+        gate = self.gate
+        gate.move_bias(step_of(self.rule, counts, gate.expert_bias, gate.k, rate, gate.always_chosen))
 
     def end(self) -> None:
         last = self.gate.balanced_by
@@ -222,27 +190,19 @@ class BlockBias:
     """The bias of a block of `transformers`, which a hook on its router counts for until `hooks` are closed. Of several
     for one block all count, and the last moves the bias."""
 
-    site: Site
-    rule: BiasRule
-    reader: TokensOfCall
-    select: Any
-    k: int
-    always: int = 0  # a block's bias has no number for them
-
-    total: Tensor
-
     def __init__(self, site: Site, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
-        self.site, self.rule, self.reader, self.k = site, rule, reader, site.k or 0
+        self.site = site
+        self.rule = rule
+        self.reader = reader
+        self.k: int = site.k or 0
         bias = self.bias
-        if rule.reads_scores:
-            self.select = self.check_scores()
-        shape = (bias.numel(), rule.bins) if rule.bins else (bias.numel(),)
-        kind = torch.int32 if rule.bins else torch.int64
-        self.total = torch.zeros(shape, dtype=kind, device=bias.device)
+        self.select: Any = self.check_scores() if rule.reads_scores else None
+        shape, kind = ((rule.bins,), torch.int32) if rule.bins else ((), torch.int64)
+        self.total: Tensor = torch.zeros(bias.numel(), *shape, dtype=kind, device=bias.device)
         if bias.dtype.itemsize < 4:
             warnings.warn(
                 f"the expert bias of {site.name!r} is {bias.dtype}, in which small steps are lost: keep it in float32",
-                stacklevel=5,
+                stacklevel=4,
             )
         hooks.after(site.called, self.after_router)
 
@@ -284,8 +244,9 @@ class BlockBias:
         counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBias)]
         return counting[-1] is self
 
-    def move(self, step: Tensor) -> None:
+    def move(self, counts: Tensor, rate: float) -> None:
         if self.moves:
+            step = step_of(self.rule, counts, self.value, self.k, rate)
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
@@ -297,7 +258,7 @@ class BlockBias:
         if self.rule.reads_scores and block is not None:
             logits = logits.float().reshape(-1, logits.shape[-1])
             score = logits if self.select == "logits" else SCORES[block.score](logits)
-        place = places_of(block)["weights"]
+        place = returns_of(block).index("weights")
         return tuple(self.counting(part, expert, score) if i == place else part for i, part in enumerate(output))
 
     def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:

@@ -43,14 +43,12 @@ class BlockSettings:
 
     module: Any
     recipe: Recipe
-    network: bool
-    weight: Any
 
     def __init__(self, module: Any, recipe: Recipe) -> None:
         self.module, self.recipe = module, recipe
         self.router: Any = find(module, *KEEPS["router"])
-        self.network = hasattr(self.router, "router_mlp")  # of a state, instead of one matrix
-        self.weight = None if self.network else self.attribute("weight")
+        self.network: bool = hasattr(self.router, "router_mlp")  # of a state, instead of one matrix
+        self.weight: Any = None if self.network else self.attribute("weight")
 
     def attribute(self, part: str) -> Any:
         """What the router, or else the block, holds under one of the names of `part`; None if neither does."""
@@ -66,6 +64,11 @@ class BlockSettings:
         return self.router.num_router_classes if self.weight is None else self.weight.shape[0]
 
     @property
+    def num_logits(self) -> int:
+        """Those of the router: shared experts have none."""
+        return self.num_experts - self.always
+
+    @property
     def always(self) -> int:
         """The number of shared experts that the router weighs; they have the last ids."""
         return self.module.shared_experts.n_shared_experts if self.recipe.scales == "all" else 0
@@ -73,11 +76,7 @@ class BlockSettings:
     @property
     def k(self) -> int:
         found = self.attribute("k")
-        return (
-            getattr(getattr(self.router, "config", None), "top_k_experts", self.recipe.gate["k"])
-            if found is None
-            else found
-        )
+        return self.recipe.gate["k"] if found is None else found
 
     @property
     def score(self) -> str:
@@ -97,8 +96,7 @@ class BlockSettings:
         """The bias of the router's matrix; None if there is none, or the router's forward does not add it."""
         if self.network or hasattr(self.router, "get_topk_indices"):  # these hold a bias that they do not add
             return None
-        path = next(path for path in KEEPS["weight"] if find(self.router, path) is not None)
-        return find(self.router, path.removesuffix("weight") + "bias")
+        return find(self.router, *(path.removesuffix("weight") + "bias" for path in KEEPS["weight"]))
 
     @property
     def expert_bias(self) -> Any:
@@ -167,37 +165,26 @@ class BlockSettings:
         return dict(multiplier=float(self.attribute("multiplier")))
 
 
-#: what a router of no recipe returns
-RETURNS = Recipe().returns
-
-
-def places_of(block: BlockSettings | None) -> dict[str, int]:
-    """Where each value stands in what a router returns, by its name in `Recipe.returns`."""
-    names = RETURNS if block is None else block.recipe.returns
-    return {name: place for place, name in enumerate(names) if name is not None}
+def returns_of(block: BlockSettings | None) -> tuple[str | None, ...]:
+    """What a router returns, in order: `Recipe.returns`, also for a router of no recipe."""
+    return Recipe.returns if block is None else block.recipe.returns
 
 
 def read_output(router: nn.Module, output: Any, block: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, read from a router's `output`."""
-    parts = output if isinstance(output, tuple) else (output,)
-    found = {name: parts[place] for name, place in places_of(block).items() if place < len(parts)}
-    found = {name: part.detach() for name, part in found.items() if isinstance(part, Tensor)}
+    parts = zip(returns_of(block), output if isinstance(output, tuple) else (output,), strict=False)
+    found = {name: part.detach() for name, part in parts if isinstance(part, Tensor)}
     logits = found["probs"].log() if "probs" in found else found.get("logits")
-    if logits is not None and logits.ndim > 1 and (block is None or logits.shape[-1] == num_logits(block)):
+    if logits is not None and logits.ndim > 1 and (block is None or logits.shape[-1] == block.num_logits):
         weight, expert = found.get("weights"), found.get("experts")
         if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
             if block is not None and block.recipe.zero:
                 expert = expert.where(weight != 0, block.num_experts - 1)
             return logits, weight, expert
-        if block is not None and "experts" not in block.recipe.returns:
+        if block is not None and "experts" not in returns_of(block):
             expert = top_choices(logits, block.k)
             return logits, SCORES[block.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
-        f"{type(router).__name__} does not return ({', '.join(places_of(block))}) of flattened tokens: what it chooses "
-        "cannot be read"
+        f"{type(router).__name__} does not return ({', '.join(filter(None, returns_of(block)))}) of flattened tokens: "
+        "what it chooses cannot be read"
     )
-
-
-def num_logits(block: BlockSettings) -> int:
-    """The number of a router's logits: shared experts have none."""
-    return block.num_experts - block.always

@@ -53,10 +53,7 @@ def begin(call: ForwardCall, *keys: Hashable) -> None:
     if not torch.compiler.is_compiling():
         call.frame, call.backward = sys._getframe(2), number_of_backward()
     for key in keys:
-        calls = STACKS.calls.get(key)
-        if calls and not torch.compiler.is_compiling():
-            forget_interrupted(calls)
-        if calls:
+        if calls := calls_of(key):
             calls.append(call)
         else:
             STACKS.calls[key] = [call]
@@ -68,14 +65,17 @@ def end(key: Hashable) -> Any:
     if not calls:
         return None
     call = calls[-1]
-    for each in call.keys:
-        calls = STACKS.calls.get(each)
-        if calls and calls[-1] is call:
-            calls.pop()
-        if not calls:
-            STACKS.calls.pop(each, None)
-    call.frame = None
+    remove(call)
     return call
+
+
+def remove(call: ForwardCall) -> None:
+    for key in call.keys:
+        if others := [each for each in STACKS.calls.get(key, ()) if each is not call]:
+            STACKS.calls[key] = others
+        else:
+            STACKS.calls.pop(key, None)
+    call.frame = None
 
 
 def current(key: Hashable) -> Any:
@@ -83,15 +83,11 @@ def current(key: Hashable) -> Any:
 
     Inside a backward, calls that began outside of it do not count: what runs there is a recomputation.
     """
-    calls = STACKS.calls.get(key)
+    calls = calls_of(key)
     if not calls:
         return None
-    if torch.compiler.is_compiling():
-        return calls[-1]
-    forget_interrupted(calls)
-    if not calls:
-        return None
-    return calls[-1] if calls[-1].backward in (None, number_of_backward()) else None
+    counts = torch.compiler.is_compiling() or calls[-1].backward in (None, number_of_backward())
+    return calls[-1] if counts else None
 
 
 @contextmanager
@@ -107,20 +103,22 @@ def within(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[None]:
             end(key)
 
 
-def forget_interrupted(calls: list[Any]) -> None:
-    """Remove calls that did not come to their end: their frames are not on the stack. After a KeyboardInterrupt no hook
-    runs, so it is found here."""
+def calls_of(key: Hashable) -> list[Any] | None:
+    """The calls of `key` that are under way in this thread, the innermost last.
+
+    Calls that did not come to their end are removed: their frames are not on the stack. After a KeyboardInterrupt no
+    hook runs, so it is found here.
+    """
+    calls = STACKS.calls.get(key)
+    if torch.compiler.is_compiling():
+        return calls
     while calls and calls[-1].frame is not None and not runs(calls[-1].frame):
         call = calls[-1]
-        for key in call.keys:
-            others = STACKS.calls.get(key, [])
-            if call in others:
-                others.remove(call)
-            if not others:
-                STACKS.calls.pop(key, None)
-        call.frame = None
+        remove(call)
         if call.watch is not None:
             call.watch.lost(call)
+        calls = STACKS.calls.get(key)
+    return calls
 
 
 def runs(frame: FrameType) -> bool:
@@ -149,7 +147,8 @@ class Watch:
         self.owner = owner
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
-        """The call of a forward that begins; None to leave it alone."""
+        """The call of a forward that begins, which `current` finds by this watch and by its `keys`; None to leave it
+        alone."""
         raise NotImplementedError
 
     def ended(self, call: Any, output: Any) -> Any:
@@ -158,14 +157,10 @@ class Watch:
     def lost(self, call: Any) -> None:
         """The forward of a call raised, or was interrupted."""
 
-    def key(self, module: nn.Module) -> Hashable:
-        """The key by which `current` finds the calls, beside the `keys` that `begins` gave them."""
-        return self
-
     def follow(self, module: nn.Module, hooks: Attached, *, first: bool = True) -> None:
         """Set the hooks on a module. They run around all hooks that it has, if this is called last; with `first=False`
         a forward begins after the other pre-hooks."""
-        hooks.callback(current, self.key(module))  # an interrupted call is not kept beyond the hooks
+        hooks.callback(current, self)  # an interrupted call is not kept beyond the hooks
         hooks.before(module, self.begin, prepend=first)
         hooks.after(module, self.end, always_call=True)
 
@@ -178,21 +173,18 @@ class Watch:
         if call is None:
             return None
         call.watch = self
-        begin(call, self.key(module), *call.keys)
+        begin(call, self, *call.keys)
         return call.given
 
     def end(self, module: nn.Module, args: object, output: Any) -> Any:
-        key = self.key(module)
-        calls = STACKS.calls.get(key)
+        calls = calls_of(self)  # after an error this hook runs outside of the call's frame
         if not calls:
             return None
         if not torch.compiler.is_compiling():
-            forget_interrupted(calls)  # after an error this hook runs outside of the call's frame
             caller = sys._getframe(1)
             resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a break of a compiled graph
-            if not calls or not (calls[-1].frame in (None, caller) or resumed):
+            if not (calls[-1].frame in (None, caller) or resumed):
                 return None
             if calls[-1].watch is not self:
                 return None  # `within` made it the current one: this forward failed before it began
-        call = end(key)
-        return None if call is None else self.ended(call, output)
+        return self.ended(end(self), output)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +16,10 @@ from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.losses import global_sum, world_size
 from mixture_of_experts.support.checks import check_process_group
 from mixture_of_experts.support.private_peft import lost_by_adapters
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
 
 
-class EachStep:
+class EachStep(ExitStack):
     """Does something after each step of an optimizer, until `close()` or the end of a `with` block.
 
     A subclass writes `after_step`, and calls `start` when all arguments are checked.
@@ -32,24 +29,25 @@ class EachStep:
         group: the ranks that hold the gates; None: all, if there are several.
     """
 
-    group: dist.ProcessGroup | None
+    gates: tuple[str, ...]
+    remove = ExitStack.close
 
     def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup | None) -> None:
-        self.group = check_process_group("group", group)
+        super().__init__()
+        self.group: dist.ProcessGroup | None = check_process_group("group", group)
         self._optimizer = bare(optimizer)
-        self._model: nn.Module | None = None
-        self._hooks = ExitStack()
 
-    def start(self, model: nn.Module, moved: Mapping[str, Tensor]) -> None:
+    def start(self, model: nn.Module, moved: Mapping[str, Any]) -> None:
         """Begin; `moved` is what moves, by the names of the gates."""
         if lost := lost_by_adapters(model, moved):
             warnings.warn(
                 f"the model has adapters, and their files lack what moves in {', '.join(lost)}: name the gate in "
                 "LoraConfig(modules_to_save=['gate']), or merge the adapters in the end and save the whole model",
-                stacklevel=4,
+                stacklevel=3,
             )
-        self._model = model
-        self._hooks.callback(self._optimizer.register_step_post_hook(self._stepped).remove)
+        self.gates = tuple(moved)
+        self._model: nn.Module | None = model
+        self.callback(self._optimizer.register_step_post_hook(self._stepped).remove)
 
     def after_step(self, done: Tensor | int) -> None:
         """Move what is to move. `done` is 1, or 0 after a step that a fused optimizer skipped inside."""
@@ -72,19 +70,17 @@ class EachStep:
         skipped = getattr(optimizer, "found_inf", None)
         self.after_step(1 if skipped is None else skipped == 0)
 
-    def close(self) -> None:
-        """End it."""
-        self._hooks.close()
 
-    remove = close
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def sites_to_move(
+    model: nn.Module, ability: str, gates: Gates | None, why_not: Callable[[Site], str | None], none: str
+) -> list[Site]:
+    """The sites of `gates`, by default all that an ability can serve. If there is none, the error says `none`."""
+    sites = find_sites(model, ability, gates)
+    if gates is None:
+        sites = [site for site in sites if why_not(site) is None]
+    if not sites:
+        raise ValueError(none)
+    return serve(sites, ability, why_not)
 
 
 def bare(optimizer: Optimizer) -> Optimizer:

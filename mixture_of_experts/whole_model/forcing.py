@@ -13,7 +13,7 @@ from mixture_of_experts.gating import TokenChoiceGate, reads_of
 from mixture_of_experts.gating.given import FORCED, Forced, forced_experts
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
-from mixture_of_experts.whole_model.block_settings import BlockSettings, places_of, read_output
+from mixture_of_experts.whole_model.block_settings import BlockSettings, read_output, returns_of
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
 
 
@@ -61,7 +61,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | 
 def why_not_forced(site: Site) -> str | None:
     """Why a site cannot be forced; None if it can."""
     if site.external:
-        returns = site.block is not None and "experts" in places_of(site.block)
+        returns = site.block is not None and "experts" in returns_of(site.block)
         return None if returns else "it is not known to return the experts of tokens: convert its block"
     if not isinstance(site.gate, TokenChoiceGate):
         return "tokens make no choices there"
@@ -77,5 +77,5 @@ def replace_choices(block: BlockSettings, how: Forced, router: nn.Module, args: 
     """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
     logits, _, expert = read_output(router, output, block)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
-    place = places_of(block)["experts"]
+    place = returns_of(block).index("experts")
     return tuple(forced.to(part.dtype) if i == place else part for i, part in enumerate(output))

@@ -17,8 +17,6 @@ from mixture_of_experts.support.tracing import can_read
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 
-READ = ("attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values")
-
 
 class TokensAround(NamedTuple):
     """The tokens of a forward, as far as the model's arguments tell them."""
@@ -27,12 +25,6 @@ class TokensAround(NamedTuple):
     shape: tuple[int, int] | None = None  # (b, n), where it can be told
     unknown: str | None = None  # why the mask cannot be told
     ids: Tensor | None = None  # (b, n) integers, ids of the tokens; None if the model was given embeddings
-
-
-def model_around(model: nn.Module, name: str) -> nn.Module:
-    """The `nearest_reader` around module `name` of a model."""
-    path = name.split(".")[:-1]
-    return nearest_reader([model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)])
 
 
 def nearest_reader(modules: Sequence[nn.Module]) -> nn.Module:
@@ -54,12 +46,13 @@ def nearest_reader(modules: Sequence[nn.Module]) -> nn.Module:
 class TokensReader:
     """Reads the tokens of a forward from the arguments of `model`, by their names in its `forward`."""
 
-    names: ClassVar[tuple[str, ...]] = READ
-    positions: dict[str, int]
+    names: ClassVar[tuple[str, ...]] = (
+        "attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values",
+    )  # fmt: skip
 
     def __init__(self, model: nn.Module) -> None:
         parameters = list(inspect.signature(model.forward).parameters)
-        self.positions = {name: parameters.index(name) for name in self.names if name in parameters}
+        self.positions: dict[str, int] = {name: parameters.index(name) for name in self.names if name in parameters}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokensAround:
         return read_tokens(self.given(args, kwargs))
@@ -67,8 +60,7 @@ class TokensReader:
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments named in `names`, by name."""
         given = {name: args[place] for name, place in self.positions.items() if place < len(args)}
-        given.update({name: kwargs[name] for name in self.names if name in kwargs})
-        return given
+        return given | {name: kwargs[name] for name in self.names if name in kwargs}
 
 
 @dataclass(eq=False)
@@ -81,11 +73,9 @@ class TokensCall(ForwardCall):
 class TokensOfCall(Watch):
     """Tells the tokens of the forward of `model` that is under way."""
 
-    model: nn.Module
-    read: TokensReader
-
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.read = model, TokensReader(model)
+        self.model = model
+        self.read: TokensReader = TokensReader(model)
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokensCall:
         return TokensCall(self.read(args, kwargs))
@@ -99,8 +89,9 @@ class TokensOfCall(Watch):
 def read_tokens(given: Mapping[str, Any]) -> TokensAround:
     """What these arguments of a model tell of its tokens."""
     tokens, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), mask_of(given)
-    shape = tokens.shape if tokens is not None else embeds.shape[:-1] if embeds is not None else None
-    if shape is None or len(shape) != 2:
+    shape = () if embeds is None else embeds.shape[:-1]
+    shape = shape if tokens is None else tokens.shape
+    if len(shape) != 2:
         return TokensAround()
     b, n = shape
     around = TokensAround(shape=(b, n), ids=tokens)
@@ -133,8 +124,7 @@ def seen_tokens(given: Mapping[str, Any]) -> Tensor | int:
         return cached
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
-    attended = mask[..., 0, :cached] if mask.ndim == 3 else mask[:, 0, 0, :cached]  # of the first new token
-    return attends(attended).sum(dim=-1)
+    return attends(of_first_head(mask)[:, 0, :cached]).sum(dim=-1)  # of the first new token
 
 
 def mask_of(given: Mapping[str, Any]) -> Tensor | None:
@@ -144,6 +134,11 @@ def mask_of(given: Mapping[str, Any]) -> Tensor | None:
     if not isinstance(mask, Mapping):
         return mask
     return mask.get("full_attention", next(iter(mask.values())) if len(mask) == 1 else None)
+
+
+def of_first_head(mask: Tensor) -> Tensor:
+    """A mask `(b, n, m)` from one `(b, n, m)` or `(b, heads, n, m)`."""
+    return mask[:, 0] if mask.ndim == 4 else mask
 
 
 def attends(mask: Tensor) -> Tensor:
@@ -158,5 +153,5 @@ def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
     if n == 1:
         return None
     seen = cached_tokens(given)
-    own = mask[..., seen : seen + n] if mask.ndim == 3 else mask[:, 0, :, seen : seen + n]
+    own = of_first_head(mask)[..., seen : seen + n]
     return attends(own.diagonal(dim1=-2, dim2=-1))

@@ -19,7 +19,7 @@ from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.recipes import KEEPS
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find, num_logits, recipe_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, find, recipe_of
 from mixture_of_experts.whole_model.model_tokens import nearest_reader
 
 Gates = Iterable["str | nn.Module"]  # names of sites; gates or layers
@@ -169,13 +169,13 @@ class Place(NamedTuple):
     module: nn.Module
     above: tuple[nn.Module, ...]  # the modules around it, outermost first
 
-    @property
-    def around(self) -> nn.Module:
-        return nearest_reader((*self.above, self.called))
-
-    def part(self, attribute: str) -> tuple[str, nn.Module]:
-        """The path and the module of a part."""
-        return f"{self.name}.{attribute}".lstrip("."), getattr(self.module, attribute)
+    def site(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> Site:
+        """The site of what routes at a path below this module, "" for itself, in a layer."""
+        called = self.module.get_submodule(path) if path else self.called
+        experts = None if layer is None else find(unwrapped(layer), "experts")
+        location = Location(f"{self.name}.{path}".strip(".") or "gate", layer, experts)
+        around = nearest_reader((*self.above, self.called))
+        return Site(unwrapped(called), called, num_experts, around, (location,), **more)
 
 
 def places(model: nn.Module) -> Iterator[Place]:
@@ -197,49 +197,24 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     """The sites that a module shows: those of its parts, if it is a layer or a block, or its own."""
     module: Any = place.module
     if isinstance(module, HeirarchicalMoE):
-        outer = site_of_gate(place, "gate_outer", module.num_experts_outer)
-        yield outer
-        inner = site_of_gate(place, "gate_inner", module.num_experts_inner)
-        yield replace(inner, outer=(module.num_experts_outer,), level_one=found[outer.gate])
+        outer = module.num_experts_outer
+        yield place.site("gate_outer", outer, place.called)
+        level_one = found[unwrapped(module.gate_outer)]
+        yield place.site("gate_inner", module.num_experts_inner, place.called, outer=(outer,), level_one=level_one)
     elif isinstance(module, MoE):
-        assert isinstance(module.num_experts, int)
-        yield site_of_gate(place, "gate", module.num_experts)
+        yield place.site("gate", module.num_experts, place.called)
     elif (recipe := recipe_of(module)) is not None:
-        yield site_of_block(place, BlockSettings(module, recipe))
+        block = BlockSettings(module, recipe)
+        path = next(name for name in KEEPS["router"] if isinstance(getattr(module, name, None), nn.Module))
+        yield place.site(path, block.num_logits, module, external=True, block=block)
     elif module in found:
         return  # a part of a layer or a block
     elif isinstance(module, Gate):
-        location = Location(place.name or "gate")
-        yield Site(module, place.called, module.num_experts, place.around, (location,), outer=module.outer_expert_dims)
-    elif is_router(module):
-        yield site_of_router(place)
-
-
-def site_of_gate(place: Place, attribute: str, num_experts: int) -> Site:
-    """The site of a gate in a layer of this package."""
-    name, called = place.part(attribute)
-    gate, layer = unwrapped(called), place.module
-    location = Location(name, place.called, getattr(layer, "experts"))  # noqa: B009
-    return Site(gate, called, num_experts, place.around, (location,))
-
-
-def site_of_block(place: Place, block: BlockSettings) -> Site:
-    """The site of a router in a known block of `transformers`."""
-    path = next(name for name in KEEPS["router"] if isinstance(getattr(block.module, name, None), nn.Module))
-    name, called = place.part(path)
-    location = Location(name, block.module, block.attribute("experts"))
-    return Site(unwrapped(called), called, num_logits(block), place.around, (location,), external=True, block=block)
-
-
-def site_of_router(place: Place) -> Site:
-    """The site of a router in a block of no recipe, which is known by its name."""
-    above = reversed(place.above[-2:])
-    block = next((module for module in above if isinstance(find(module, "experts"), nn.Module)), None)
-    location, num_experts = (
-        Location(place.name or "gate", block, find(block, "experts")),
-        find(place.module, "num_experts"),
-    )
-    return Site(place.module, place.called, num_experts, place.around, (location,), external=True)
+        yield place.site("", module.num_experts, None, outer=module.outer_expert_dims)
+    elif is_router(module):  # in a block of no recipe: it is known by its name
+        above = reversed(place.above[-2:])
+        around = next((each for each in above if isinstance(find(each, "experts"), nn.Module)), None)
+        yield place.site("", module.num_experts, around, external=True)
 
 
 def joined(one: Site, other: Site) -> Site:
@@ -252,5 +227,5 @@ def joined(one: Site, other: Site) -> Site:
 def is_router(module: nn.Module) -> bool:
     """Whether a module is a router of `transformers`, by its package, its name and its sizes."""
     kind = wrapped_class(module)
-    sized = isinstance(getattr(module, "top_k", None), int) and isinstance(getattr(module, "num_experts", None), int)
+    sized = all(isinstance(getattr(module, size, None), int) for size in ("top_k", "num_experts"))
     return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized

@@ -15,8 +15,8 @@ from mixture_of_experts.gating.relu import MOST, ReLUGating
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import is_fake
 from mixture_of_experts.whole_model.balancing import leave_counts_alone
-from mixture_of_experts.whole_model.each_step import EachStep, as_factor
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.each_step import EachStep, as_factor, sites_to_move
+from mixture_of_experts.whole_model.sites import Gates, Site
 
 LOOK = 100  # steps between two looks at numbers of the device
 
@@ -66,7 +66,14 @@ def control_sparsity(
         >>> moe.gate.l1_coef
         tensor(1.2000e-08)
     """
-    return SparsityControl(model, optimizer, rate, group, gates)
+    control = SparsityControl(optimizer, group)
+    control.rate = check_number("rate", rate, above=1.0)
+    none = f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
+    sites = sites_to_move(model, "control_sparsity", gates, why_not_controlled, none)
+    control.routers = [site.gate for site in sites]
+    leave_counts_alone(model)
+    control.start(model, {site.name: site.gate.get_buffer("l1_coef") for site in sites})
+    return control
 
 
 class SparsityControl(EachStep):
@@ -77,45 +84,22 @@ class SparsityControl(EachStep):
         rate: the factor, above 1.
     """
 
-    gates: tuple[str, ...]
     rate: float
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        rate: float,
-        group: dist.ProcessGroup | None,
-        gates: Gates | None,
-    ) -> None:
-        super().__init__(optimizer, group)
-        self.rate = check_number("rate", rate, above=1.0)
-        sites = find_sites(model, "control_sparsity", gates)
-        if gates is None:
-            sites = [site for site in sites if isinstance(site.gate, ReLUGating)]
-        if not sites:
-            raise ValueError(
-                f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
-            )
-        serve(sites, "control_sparsity", why_not_controlled)
-        self.gates = tuple(site.name for site in sites)
-        self._routers: list[Any] = [site.gate for site in sites]
-        self._steps = 0
-        leave_counts_alone(model)
-        self.start(model, {site.name: site.gate.get_buffer("l1_coef") for site in sites})
+    routers: list[Any]
+    steps: int = 0  # that were done
 
     def after_step(self, done: Tensor | int) -> None:
-        device = self._routers[0].l1_coef.device
-        totals = self.over_ranks([gate.choice_counts for gate in self._routers])
-        excess = [gate.excess(total).to(device) for gate, total in zip(self._routers, totals, strict=True)]
+        device = self.routers[0].l1_coef.device
+        totals = self.over_ranks([gate.choice_counts for gate in self.routers])
+        excess = [gate.excess(total).to(device) for gate, total in zip(self.routers, totals, strict=True)]
         excess = torch.stack(excess).sum()
         excess = excess * as_factor(done, excess)
-        for gate in self._routers:
+        for gate in self.routers:
             gate.scale_l1(self.rate, excess)
             gate.choice_counts.mul_(1 - as_factor(done, gate.choice_counts))
-        self._steps += 1
-        if self._steps % LOOK == 0:
-            warn_if_out_of_reach(self._routers, excess)
+        self.steps += 1
+        if self.steps % LOOK == 0:
+            warn_if_out_of_reach(self.routers, excess)
 
 
 def why_not_controlled(site: Site) -> str | None:

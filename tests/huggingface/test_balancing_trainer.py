@@ -137,8 +137,8 @@ def test_their_tokens_of_nan_are_counted_nowhere(name, rule):
     )
     for text in (ids, ids[:, :9]):
         model(input_ids=text).logits.sum().backward()
-        found.append(balancing._biases[0].counts.clone())
-        balancing._biases[0].counts.zero_()
+        found.append(balancing.biases[0].counts.clone())
+        balancing.biases[0].counts.zero_()
     assert found[0].any()
     assert torch.equal(*found)
 

@@ -251,7 +251,7 @@ def test_an_epsilon_does_nothing_where_nothing_is_normalised():
     moe = MoE(32, 8, gate=TopKGating(32, 8, 3, normalize=False, eps=0.5), experts=GatedExperts(32, 8, 24))
     to_transformers(moe, block)
     moe.gate.normalize = True
-    with pytest.raises(ValueError, match=r"normalize True, the block's False$"):
+    with pytest.raises(ValueError, match=r"normalize True, the block's False; the gate has eps 0.5"):
         to_transformers(moe, block)
 
 

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.transformers_blocks import make, randomize
+from support.transformers_blocks import grad, gradients, make, randomize
 from support.transformers_families import build, inputs
 from support.transformers_models import two_lengths
-from torch import Tensor
 from transformers import AutoModelForCausalLM, ZayaConfig
 from transformers.models.zaya.modeling_zaya import ZayaSparseMoeBlock
 
 from mixture_of_experts.gating import DepthAveragedGating
 from mixture_of_experts.huggingface import from_transformers, to_transformers
-from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.replay import record_routing, replay_routing
 from mixture_of_experts.stats import track_routing
@@ -44,10 +42,6 @@ def model_of(**more: Any) -> Any:
     return build("zaya", num_hidden_layers=3, router_hidden_size=10, **more)
 
 
-def grad(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("seed", range(3))
@@ -63,9 +57,9 @@ def test_a_block(seed, layer, training):
         found = block(*given) if one is block else moe(x, router_state=given[1] if layer else None)[::2]
         torch.autograd.backward(found, grads)
         results.append([*found, *map(grad, given)])
-    views = read_block(block).views(grad)
+    theirs = gradients(block)
     for name, parameter in moe.named_parameters():
-        results[0].append(joined(views[name], parameter))
+        results[0].append(theirs[name])
         results[1].append(grad(parameter))
     torch.testing.assert_close(results[1], results[0], atol=1e-10, rtol=1e-10)
     to_transformers(moe, other)
@@ -113,9 +107,9 @@ def test_gradients_of_a_model(checkpointing):
     torch.testing.assert_close(losses[1], losses[0])
     blocks = [layer.mlp for layer in stock.model.layers]
     for block, layer in zip(blocks, feed_forwards(model), strict=True):
-        views = read_block(block).views(grad)
+        theirs = gradients(block)
         for name, parameter in layer.moe.named_parameters():
-            torch.testing.assert_close(grad(parameter), joined(views[name], parameter), atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(grad(parameter), theirs[name], atol=1e-6, rtol=1e-4)
         assert layer.moe.gate.down.weight.grad.any()
         assert layer.moe.gate.first or layer.moe.gate.state_scale.grad.any()
         assert layer.moe.gate.expert_counts.sum() == batch["attention_mask"].sum()

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from support.transformers_blocks import grad, gradients
 from support.transformers_families import build as build_family
 from support.transformers_families import inputs, outputs
 from support.transformers_models import ARCHITECTURES, two_lengths
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
@@ -28,7 +29,6 @@ from mixture_of_experts.huggingface import (
     to_transformers,
     upcycle,
 )
-from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.router_config import AT_FIRST
 from mixture_of_experts.huggingface.saving import loader
@@ -94,14 +94,11 @@ def test_gradients_are_those_of_the_blocks(name):
     for one in (stock, model):
         one.train()(**batch, labels=labels).loss.backward()
 
-    def grad(parameter: Tensor) -> Tensor:
-        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, stock.model.embed_tokens.weight.grad)
     for block, layer in zip((one.mlp for one in stock.model.layers), feed_forwards(model), strict=True):
-        views = read_block(block).views(grad)
+        theirs = gradients(block)
         for path, parameter in layer.moe.named_parameters():
-            torch.testing.assert_close(grad(parameter), joined(views[path], parameter), atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(grad(parameter), theirs[path], atol=1e-6, rtol=1e-4)
     torch.optim.SGD(model.parameters(), lr=0.5).step()
     after = model.eval()(**batch).logits
     real = batch["attention_mask"].bool()

@@ -8,14 +8,7 @@ import torch
 from support.transformers_models import ARCHITECTURES, ONE_PLACE, two_lengths, without_dropout
 from torch import Tensor, nn
 
-from mixture_of_experts.huggingface import (
-    export,
-    from_transformers,
-    prune,
-    replace_ffn,
-    to_transformers,
-    upcycle,
-)
+from mixture_of_experts.huggingface import export, from_transformers, prune, replace_ffn, to_transformers, upcycle
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import restack, unstack
 from mixture_of_experts.whole_model.call_stack import STACKS

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import importlib
 import inspect
 import typing
@@ -199,6 +200,18 @@ class Gap(NamedTuple):
     where: str
 
 
+def grad(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def gradients(block: nn.Module) -> dict[str, Tensor]:
+    """Those of a block's weights, by the names and in the layout of a layer of ours."""
+    holder = copy.deepcopy(block)
+    for weight, same in zip(block.parameters(), holder.parameters(), strict=True):
+        same.data = grad(weight)
+    return {name: joined(pieces) for name, pieces in read_block(holder).views().items()}
+
+
 def compare(block: nn.Module, moe: nn.Module) -> Gap:
     """Outputs, and the gradients of the input and of every weight."""
     x, cotangent = torch.randn(*TOKENS, DIM), torch.randn(*TOKENS, DIM)
@@ -210,14 +223,9 @@ def compare(block: nn.Module, moe: nn.Module) -> Gap:
         out.backward(cotangent)
         assert leaf.grad is not None
         results.append({"output": out.detach(), "input": leaf.grad})
-    trained = {name: p for name, p in moe.named_parameters() if p.requires_grad}
-
-    def grad(parameter: Tensor) -> Tensor:
-        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-    views = read_block(block).views(grad)
-    results[0] |= {name: joined(views[name], p) for name, p in trained.items()}
-    results[1] |= {name: grad(p) for name, p in trained.items()}
+    theirs = gradients(block)
+    results[0] |= {name: theirs[name] for name, p in moe.named_parameters() if p.requires_grad}
+    results[1] |= {name: grad(p) for name, p in moe.named_parameters() if p.requires_grad}
     worst = Gap(0.0, "")
     for name, theirs in results[0].items():
         gap = (results[1][name] - theirs).abs().max() / theirs.abs().max().clamp(min=1.0)

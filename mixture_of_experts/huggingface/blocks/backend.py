@@ -21,9 +21,7 @@ from mixture_of_experts.ops import ClampedSwiGLU, moe_ffn
 
 NAME = "mixture_of_experts"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS: dict[str, nn.Module] = {
-    name: make() for name, make in OF_TORCH.items()
-}  # these modules have no parameters
+ACTIVATIONS: dict[str, nn.Module] = {name: make() for name, make in OF_TORCH.items()}  # without parameters
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -35,8 +33,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Raises:
         TypeError: the weights are quantised or sharded.
     """
-    first = self.gate_up_proj if self.has_gate else self.up_proj
-    down = self.down_proj
+    name, down = "gate_up_proj" if self.has_gate else "up_proj", self.down_proj
+    first = getattr(self, name)
     for weight in (first, down):
         if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
             raise TypeError(
@@ -47,10 +45,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         first, down = first.mT, down.mT  # (e, in, out), as views
     b1 = b2 = None
     if self.has_bias:
-        b1, b2 = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias), self.down_proj_bias
+        b1, b2 = getattr(self, f"{name}_bias"), self.down_proj_bias
     activation, gate_up = read_gating(self)
-    settings = dict(activation=activation, gate_up=gate_up, b1=b1, b2=b2, training=self.training)
-    compute: Any = partial(moe_ffn, w1=first, w2=down, **settings)
+    network = dict(w1=first, w2=down, b1=b1, b2=b2, activation=activation, gate_up=gate_up)
+    compute: Any = partial(moe_ffn, **network, training=self.training)
 
     x = hidden_states.to(first.dtype)
     if not self.has_post_expert_norm:
@@ -81,12 +79,10 @@ class OwnGating(nn.Module):
     It is a module because `torch.compile` cannot read the signature of a function inside another function.
     """
 
-    experts: Any
-    gate_up: str
-
     def __init__(self, experts: Any, gate_up: str) -> None:
         super().__init__()
-        self.experts, self.gate_up = experts, gate_up
+        self.experts = experts
+        self.gate_up = gate_up
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.gate_up == "concatenated":

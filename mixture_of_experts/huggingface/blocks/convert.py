@@ -21,18 +21,13 @@ from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import BLOCKS, KEEPS
 from mixture_of_experts.support.private_peft import from_peft
-from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
+from mixture_of_experts.whole_model.block_settings import find, recipe_of
 
 COUNTS = "gate.expert_counts"  # which no block has
-COMPARED = ("k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups")
-COMPARED += (
-    "group_score",
-    "tolerance",
-    "logits",
-    "capacity_factor_train",
-    "capacity_factor_eval",
-    "min_expert_capacity",
-)
+COMPARED = (
+    "k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups", "group_score",
+    "tolerance", "logits", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity",
+)  # fmt: skip
 
 
 def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
@@ -41,15 +36,14 @@ def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
     with torch.enable_grad():  # views tell what is frozen
         views = read.views()
     moe = copy.deepcopy(read.layer)
-    wanted = tensors_of(moe)
-    state = {name: joined(pieces, wanted[name]) for name, pieces in views.items()}
+    state = {name: joined(pieces) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
         state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it moves by small steps
         state[COUNTS] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
     moe.load_state_dict(state, assign=True)  # keeps the block's dtypes and device
     for name, parameter in moe.named_parameters():
         parameter.grad = None
-        parameter.requires_grad_(any(piece.requires_grad for _, piece in views[name]))
+        parameter.requires_grad_(any(piece.requires_grad for piece in views[name]))
     return moe.train(block.training)
 
 
@@ -59,8 +53,8 @@ def to_block(moe: MoE, block: nn.Module) -> nn.Module:
     check_alike(moe, block)
     own = tensors_of(moe)
     for name, pieces in read_block(block).views().items():
-        for index, view in pieces:
-            view.copy_(own[name][index])
+        for view, part in zip(pieces, own[name].split(list(map(len, pieces))), strict=True):
+            view.copy_(part)
     return block
 
 
@@ -73,18 +67,22 @@ def check_alike(moe: MoE, block: nn.Module) -> None:
 def differences(moe: MoE, block: nn.Module) -> list[str]:
     """In what a layer computes something else than a block, in words."""
     wanted = read_block(block).layer
-    left_out = without_effect(moe.gate) | without_effect(wanted.gate)
-    left_out = left_out if type(moe.gate) is type(wanted.gate) else {*COMPARED}
-    ours, theirs = told(moe, left_out), told(wanted, left_out)
+    compared = COMPARED if type(moe.gate) is type(wanted.gate) else ()
+    ours, theirs = told(moe, compared), told(wanted, compared)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
     return [f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ]
 
 
-def told(moe: MoE, left_out: Collection[str]) -> dict[str, str]:
-    """What a layer computes, in words, but settings of its gate that are left out."""
+def told(moe: MoE, compared: Collection[str]) -> dict[str, str]:
+    """What a layer computes, in words, with those settings of its gate that are `compared`."""
     gate, parts = moe.gate, with_inner(moe.experts)
-    settings = {name: getattr(gate, name, None) for name in COMPARED if name not in left_out}
-    settings |= {} if closes_groups(gate) or "num_groups" in left_out else {"num_groups": None}
+    settings: dict[str, Any] = {name: getattr(gate, name, None) for name in compared}
+    if settings.get("num_groups") == settings.get("top_groups"):  # a token may choose from all expert groups
+        settings |= dict.fromkeys(("num_groups", "top_groups", "group_score"))
+    if not settings.get("normalize"):
+        settings["eps"] = None
+    if settings.get("capacity_factor_train") is None and settings.get("capacity_factor_eval") is None:  # dropless
+        settings["min_expert_capacity"] = None
     weights = {name: tensor for name, tensor in tensors_of(moe).items() if name != COUNTS}
     return {
         "the gate is": type(gate).__name__,
@@ -95,28 +93,11 @@ def told(moe: MoE, left_out: Collection[str]) -> dict[str, str]:
     }
 
 
-def closes_groups(gate: Any) -> bool:
-    """Whether a token may not choose from all expert groups of a gate."""
-    return getattr(gate, "num_groups", None) not in (None, getattr(gate, "top_groups", None))
-
-
-def without_effect(gate: Any) -> set[str]:
-    """The settings that do nothing beside the gate's other settings."""
-    found = set() if closes_groups(gate) else {"top_groups", "group_score"}
-    found |= set() if getattr(gate, "normalize", False) else {"eps"}
-    dropless = getattr(gate, "capacity_factor_train", 0.0) is None and gate.capacity_factor_eval is None
-    return found | ({"min_expert_capacity"} if dropless else set())
-
-
-def joined(pieces: Pieces, like: Tensor) -> Tensor:
-    """The pieces as one tensor like `like`, with memory of its own."""
-    (index, first), *rest = pieces
-    if index is Ellipsis and not rest:
-        return first.detach().clone(memory_format=torch.contiguous_format)
-    whole = torch.zeros(like.shape, dtype=first.dtype, device=first.device)
-    for index, piece in pieces:
-        whole[index] = piece.detach()
-    return whole
+def joined(pieces: Pieces) -> Tensor:
+    """The pieces as one tensor with memory of its own."""
+    if len(pieces) > 1:
+        return torch.cat([piece.detach() for piece in pieces])
+    return pieces[0].detach().clone(memory_format=torch.contiguous_format)
 
 
 def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> BlockLayer:
@@ -130,12 +111,11 @@ def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> B
     refuse_offloaded(block, f"a {name}")
     if any(from_peft(module) for module in block.modules()):
         raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
-    settings = BlockSettings(block, recipe)
     for attribute in KEEPS["jitter"]:
-        for holder in (block, settings.router):
+        for holder in (block, find(block, *KEEPS["router"])):
             if getattr(holder, attribute, None):
                 raise ValueError(
                     f"{name} has {attribute}={getattr(holder, attribute)}, which disturbs what its experts read too, "
                     "as no gate does: set it to 0"
                 )
-    return BlockLayer(settings, balance_over, **coefs)
+    return BlockLayer(block, recipe, balance_over, **coefs)

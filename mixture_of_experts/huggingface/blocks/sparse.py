@@ -22,7 +22,7 @@ from mixture_of_experts.huggingface.saving.configuration import forget
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import KEEPS
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find, recipe_of
+from mixture_of_experts.whole_model.block_settings import find, recipe_of
 
 SETTINGS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 
@@ -137,9 +137,9 @@ def put_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> N
     for name, given in settings.items():
         block = model.get_submodule(name)
         moe = to_layer(block, **{key: given[key] for key in SETTINGS if key in given})
-        parts = dict(masked=is_masked(model, name), stands_for=router_path(block))
+        masked, path = is_masked(model, name), router_path(block)
         with next(moe.parameters()).device:
-            layer = SparseFeedForward(moe, type(block).__name__, **parts)
+            layer = SparseFeedForward(moe, type(block).__name__, masked=masked, stands_for=path)
         put_everywhere(model, block, layer.train(block.training))
     join(model, list(settings))
     take_over(model)
@@ -147,7 +147,7 @@ def put_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> N
 
 def router_path(block: nn.Module) -> str:
     """The path of the module that holds the router's matrix; "" if there is none."""
-    router = BlockSettings(block, recipe_of(block)).router  # pyright: ignore[reportArgumentType]
+    router = find(block, *KEEPS["router"])
     (name,) = (name for name, child in block.named_children() if child is router)
     paths = [path for path in KEEPS["weight"] if isinstance(find(router, path), Tensor)]
     return ".".join([name, *paths[0].split(".")[:-1]]) if paths else ""
@@ -164,10 +164,9 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     if not layers or others:
         why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
         raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
-    for name, layer in layers.items():
-        refuse_offloaded(layer, name)
     stock, configs = stock_model(model)
     for name, layer in layers.items():
+        refuse_offloaded(layer, name)
         check_alike(layer.moe, stock.get_submodule(name))
     for name, layer in layers.items():
         block = stock.get_submodule(name)
@@ -202,8 +201,8 @@ def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
     frozen if that is."""
     own = tensors_of(moe)
     device, dtype = next(moe.parameters()).device, next(moe.experts.parameters()).dtype
-    views = ((name, piece) for name, pieces in read_block(block).views().items() for _, piece in pieces)
-    like = {id(piece if piece._base is None else piece._base): own[name] for name, piece in views}
+    views = read_block(block).views()
+    like = {id(piece if piece._base is None else piece._base): own[name] for name in views for piece in views[name]}
     for module in block.modules():
         for name, weight in tensors_of(module, recurse=False).items():
             ours = like.get(id(weight))

@@ -49,8 +49,7 @@ def fast_lora(model: Model) -> Model:
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a module that PEFT has prepared, got {type(model).__name__}")
+    check_model("model", model)
     try:
         from peft.tuners.lora import layer
     except ImportError as error:

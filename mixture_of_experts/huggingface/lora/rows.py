@@ -64,15 +64,12 @@ class AdaptedProducts:
         memory: for the rows times each down.
     """
 
-    products: rows.Products
-    memory: Iterator[Tensor]
-    gather: Any
-    add_bias: Any
-    sums: Any
-
     def __init__(self, products: rows.Products, memory: Sequence[Tensor] = ()) -> None:
-        self.products, self.memory = products, iter(memory)
-        self.gather, self.add_bias, self.sums = products.gather, products.add_bias, products.sums
+        self.products = products
+        self.memory: Iterator[Tensor] = iter(memory)
+        self.gather: Any = products.gather
+        self.add_bias: Any = products.add_bias
+        self.sums: Any = products.sums
         self.thin: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
 
     def narrow(self, x: Tensor, w: LowRank) -> Tensor | None:

@@ -13,24 +13,22 @@ from peft.tuners.lora import layer
 from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.huggingface.blocks.backend import DTYPES
 from mixture_of_experts.huggingface.lora.network import AdaptedNetwork
 from mixture_of_experts.huggingface.lora.ways import WAYS
 from mixture_of_experts.ops import Network, routed_ffn
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.private_peft import goes_down_by_b
 
-WEIGHTS = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
 Factors = tuple[Tensor, Tensor]  # down `(e, p, k)` and up `(e, k, q)`, whose product is added to a weight
+WEIGHTS = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
 
 
 class AdaptedFFN:
     """Computes tokens as `routed_ffn` does, by a network with parts of its weights."""
 
     def __init__(self, parts: Mapping[str, Factors]) -> None:
-        self.parts: dict[str, Factors] = dict(parts)
+        self.parts = parts
 
     def __call__(self, x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
         parts = {}
@@ -63,14 +61,13 @@ class ParamWrapper(layer.ParamWrapper):
                 self.check_not_quantized("are computed for slots")
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
-        outer: AdaptedFFN | None = kwargs.pop("ffn", None)
-        parts = {} if outer is None else outer.parts
-        ffn = AdaptedFFN({**parts, WEIGHTS[self.parameter_name]: self.part(active)})
-        return self.base_layer(x, *args, ffn=ffn, **kwargs)
+        outer: AdaptedFFN = kwargs.pop("ffn", None) or AdaptedFFN({})
+        parts = {**outer.parts, WEIGHTS[self.parameter_name]: self.part(active)}
+        return self.base_layer(x, *args, ffn=AdaptedFFN(parts), **kwargs)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, *args: Any, **kwargs: Any) -> None:
         self.check_not_quantized("can be merged")
-        super().merge(safe_merge, adapter_names)
+        super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
         self.check_not_quantized("can be taken out of it")
