@@ -96,7 +96,7 @@ def sets(path: str, value: Any) -> Callable[[Any], None]:
     return lambda layer: setattr(functools.reduce(getattr, owners, layer), name, value)
 
 
-def sets_modes(name: str, value: Any) -> Callable[[Any], None]:
+def sets_modes(name: str, value: Any) -> Callable[[Any], object]:
     """Set a gate's attribute of both modes."""
     return lambda layer: [setattr(layer.gate, f"{name}_{mode}", value) for mode in ("train", "eval")]
 

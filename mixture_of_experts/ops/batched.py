@@ -173,7 +173,7 @@ def forward(
 ) -> tuple[Tensor, Saved]:
     """The `forward` of `autograd.differentiable`, by products of one kind."""
     products = kind(plan, table)
-    pre, y = on_rows.forward(products, x, network, save)
+    pre, y = on_rows.run_network(products, x, network, save)
     return collect(y, plan, products), [table, *map(products.pack, pre)] if save else []
 
 
@@ -192,7 +192,7 @@ def backward(
     products = kind(plan, table)
     pre = [products.unpack(part) for part in packed if part is not None]
     scale, grad_scale = rows.scales(plan)
-    y, grads = on_rows.backward(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
+    y, grads = on_rows.gradients_of_network(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
     grad_x = None if y is None else collect(y, plan, products)
     return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 

@@ -57,11 +57,11 @@ def scales(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def saved_widths(network: Network) -> list[int]:
-    """The widths of the tensors that `forward` returns for `backward`."""
+    """The widths of the tensors that `run_network` returns for `gradients_of_network`."""
     return [w.shape[-1] for w in network.w_in]
 
 
-def forward(
+def run_network(
     products: Products, x: Tensor, network: Network, save: bool, out: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], Tensor]:
     """Return the pre-activations, a tensor for each weight of `w_in`, and the `total` of outputs.
@@ -85,7 +85,7 @@ def forward(
     return pre, y
 
 
-def backward(
+def gradients_of_network(
     products: Products,
     x: Tensor,
     network: Network,
@@ -99,7 +99,7 @@ def backward(
     """Return the gradients of rows of tokens before their weight, as a `total`, and those of the network, by name.
 
     Args:
-        products, x, network, pre: those of `forward`, and the pre-activations that it returned.
+        products, x, network, pre: those of `run_network`, and the pre-activations that it returned.
         grad: `(t, o)`, gradient of the tokens' outputs.
         scale: `(r, 1)`, weight of each row.
         grad_scale: `(r,)`, memory for the gradient of each row's weight.

@@ -20,21 +20,21 @@ from mixture_of_experts.ops.cpu.fused import ChunkProducts
 
 
 def saved_widths(network: AdaptedNetwork) -> list[int]:
-    """The widths of the tensors that `forward` returns for `backward`."""
+    """The widths of the tensors that `run_network` returns for `gradients_of_network`."""
     return [*rows.saved_widths(network), *(w.down.shape[-1] for w in network.adapted() if w.down is not None)]
 
 
-def forward(
+def run_network(
     products: rows.Products, x: Tensor, network: AdaptedNetwork, save: bool, out: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], Tensor]:
-    """`ops.rows.forward`; the rows times each down stand behind the pre-activations."""
+    """`ops.rows.run_network`; the rows times each down stand behind the pre-activations."""
     number = len(network.w_in)
     adapted: Any = AdaptedProducts(products, out[number:])
-    pre, y = rows.forward(adapted, x, network.spelled(), save, out[:number])
+    pre, y = rows.run_network(adapted, x, network.spelled(), save, out[:number])
     return [*pre, *adapted.thin.values()], y
 
 
-def backward(
+def gradients_of_network(
     products: rows.Products,
     x: Tensor,
     network: AdaptedNetwork,
@@ -45,7 +45,7 @@ def backward(
     wanted: Collection[str],
     out: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """`ops.rows.backward`, with the gradients of low-rank parts; `saved` is what `forward` returned."""
+    """`ops.rows.gradients_of_network`, with the gradients of low-rank parts; `saved` is what `run_network` returned."""
     number, (*_, w_out) = len(network.w_in), network.adapted()
     adapted: Any = GradientProducts(products)
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
@@ -53,7 +53,9 @@ def backward(
     adapted.wanted, adapted.out = wanted, {} if out is None else out
     names = {"x"} if w_out.down is None else {"x", "w_out"}
     memory: Any = {"w_out": w_out}  # which tells `by_rows` of its weight
-    total, _ = rows.backward(adapted, x, network.spelled(), saved[:number], grad, scale, grad_scale, names, memory)
+    total, _ = rows.gradients_of_network(
+        adapted, x, network.spelled(), saved[:number], grad, scale, grad_scale, names, memory
+    )
     return total if "x" in wanted else None, adapted.grads
 
 

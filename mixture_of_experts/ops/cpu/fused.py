@@ -66,7 +66,7 @@ def forward(
     products = ChunkProducts(x, plan, network.w_out.shape[-1])
     for chunk in chunks:
         here = products.enter(chunk)
-        on_rows.forward(products, x, network, save, [part[here] for part in pre])
+        on_rows.run_network(products, x, network, save, [part[here] for part in pre])
     return products.collect(), pre
 
 
@@ -90,7 +90,7 @@ def backward(
     for chunk in chunks:
         here = products.enter(chunk)
         pre = [part[here] for part in saved if part is not None]
-        on_rows.backward(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
+        on_rows.gradients_of_network(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
     grad_x = products.collect() if "x" in wanted else None
     return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 
