@@ -34,9 +34,9 @@ SHAPES: dict[str, Shape] = {
     "SwiGLU k2 2x1024, 32, 32, h 64": (2048, 32, 32, 64, 2, True),  # of `scaling`
 }
 VALUES = {
-    "CHUNK": [2 << 20, 3 << 20, 6 << 20, 8 << 20, 32 << 20],
-    "PADDING": [0, 1 << 16, 1 << 20, 1 << 23],
-    "MOST_PADDING": [8, 16, 64, 256],
+    "CHUNK": [2 << 20, 3 << 20, 8 << 20, 32 << 20],
+    "PADDING": [0, 1 << 20, 1 << 23],
+    "MOST_PADDING": [8, 128],
     "FREE_ROWS": [0, 8],
 }
 FOR_THREADS = {"SHARING": [1, 8, 64, 128]}

@@ -160,6 +160,13 @@ def test_batches(counts, threads, expected):
     assert [list(range(len(counts))[batch.experts]) for batch in made] == expected
 
 
+@pytest.mark.parametrize(("threads", "numbers"), [(1, [1, 1, 3]), (2, [1, 1, 2, 1])])
+def test_small_networks_get_little_padding(threads, numbers):
+    """However little its multiplications cost: a row of padding is moved and activated too."""
+    made = batches_of([100, 60, 100, 90, 95], 8, threads, most_rows=1000)
+    assert [batch.number for batch in made] == numbers
+
+
 @pytest.mark.parametrize("padding", [0, 1 << 20], ids=["alone", "batched"])
 def test_an_infinite_gradient_concerns_its_expert_only(padding, monkeypatch):
     """Nor do rows that are padding carry it to others."""
