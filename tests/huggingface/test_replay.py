@@ -142,8 +142,7 @@ def test_training_with_checkpointing(name):
             grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         assert_equal(again, records)
         results.append([loss, *(grad for grad in grads if grad is not None)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*results)
     with replay_routing(model, records):
         loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
     with pytest.raises(RuntimeError, match="again after replay_routing was left"):
