@@ -396,6 +396,8 @@ def test_other_sizes_are_named_and_change_nothing(records, message):
 def test_gates_that_cannot_be_given_choices():
     with pytest.raises(TypeError, match=r"cannot serve 'gate' \(ExpertChoiceGating\): tokens make no k choices"):
         record_routing(MoE(DIM, gate=ExpertChoiceGating(DIM, 4))).__enter__()
+    with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\) and stands in no layer"):
+        record_routing(TopKGating(DIM, 4, outer_expert_dims=2)).__enter__()
     moe, x = MoE(DIM, gate=OwnGate()), torch.randn(1, 4, DIM)
     records = recorded(moe, x)
     with pytest.raises(ValueError, match=r"is a OwnGate, which cannot be given choices: let its `decide` choose by"):
@@ -493,6 +495,8 @@ def test_a_file(tmp_path):
     assert_equal(found, records)
     assert [found.num_experts(layer) for layer in found] == [2, 3]
     assert repr(found) == "RoutingRecords(3 sequences, 2 gates)"
+    with pytest.raises(FileNotFoundError):
+        RoutingRecords.load(tmp_path / "nowhere")
 
 
 def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
@@ -607,7 +611,9 @@ def test_a_backward_that_runs_again_replays():
         late = model(x.requires_grad_(), MASK)[0].sum()
     with pytest.raises(RuntimeError, match=r"runs 'moe.gate_.*' again after replay_routing was left"):
         late.backward()
-    model.settings["use_reentrant"] = True
+    with torch.no_grad(), replay_routing(model.eval(), records), replay_routing(other := copy.deepcopy(moe), records):
+        torch.testing.assert_close(model(x, MASK), other(x, MASK))
+    model.train().settings["use_reentrant"] = True
     with pytest.raises(RuntimeError, match="use_reentrant=False"), replay_routing(model, records):
         model(x, MASK)
 

@@ -215,6 +215,8 @@ def test_choices_that_are_not_made_are_no_blocks():
     model = build_sparse("Mixtral")
     records = recorded(model, torch.randint(3, 64, (1, 5)))
     dropped = {layer: [record.clone().fill_(-1) for record in records[layer]] for layer in records}
+    with pytest.raises(TypeError, match="its own code computes the weights"):
+        record_routing(model, weights=True).__enter__()
     with pytest.raises(ValueError, match="makes 2 choices for every token, in the records some are not made"):
         replay_routing(model, RoutingRecords(dropped)).__enter__()
 
