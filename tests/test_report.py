@@ -127,24 +127,21 @@ def test_a_text_has_every_choice(tmp_path: Path):
     for gate, part in zip(stats.layers, page.split("<details>")[1:], strict=True):
         told = routing[gate]
         expected: list[list[tuple[str, float]]] = [[] for _ in range(24)]
-        if stats.level_one(gate) is None:
-            parts = (told.token[0], told.expert[0], told.weight[0], told.kept[0])
-            inner = 0
-        else:
-            outer = routing[stats.level_one(gate)]
+        token, both = told.token[0], told
+        if (level_one := stats.level_one(gate)) is not None:
+            outer = routing[level_one]
             both = compose(outer, plan_slots_of(outer), told)
-            parts = (torch.arange(24).repeat_interleave(both.k), both.expert, both.weight, both.kept)
-            inner = told.num_experts
+            token = torch.arange(24).repeat_interleave(both.k)
+        parts = (token, *(part.flatten() for part in (both.expert, both.weight, both.kept)))
         for token, expert, weight, kept in zip(*(part.tolist() for part in parts), strict=True):
             if kept:
-                name = f"{expert // inner}.{expert % inner}" if inner else str(expert)
+                name = str(expert) if level_one is None else "{}.{}".format(*divmod(expert, told.num_experts))
                 expected[token].append((name, round(weight, 3)))
         shown = re.findall(r'<b style="([^"]*)" data-told="([^"]+)">', part)
         for (style, said), of_token in zip(shown, expected, strict=True):
             pairs = re.findall(r"expert (\S+)  ([\d.]+)", said)
-            assert [(name, float(weight)) for name, weight in pairs] == sorted(of_token, key=lambda pair: -pair[1]), (
-                gate
-            )
+            wanted = sorted(of_token, key=lambda pair: -pair[1])
+            assert [(name, float(weight)) for name, weight in pairs] == wanted, gate
             assert ("line-through" in style) == (f"background:{NOBODY}" in style) == (not of_token)
 
 

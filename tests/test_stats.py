@@ -335,8 +335,7 @@ def test_a_layer_that_is_called_twice_has_one_record_a_forward():
 
 
 def test_when():
-    moe = MoE(DIM, 4)
-    counted = {}
+    moe, counted = MoE(DIM, 4), {}
     for when in ("training", "eval", "always"):
         with track_routing(moe, when=when) as stats:
             for training in (True, False, True):

@@ -120,6 +120,26 @@ def test_one_who_asks_for_a_property_gets_it_or_an_error():
         verify(make(), properties=["cheap"])
 
 
+class InFloat32(nn.Linear):
+    def forward(self, x):
+        assert x.dtype == torch.float32
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "reason"),
+    [
+        (MoE(8, 4), "order", "random numbers are drawn in training and eval"),
+        (MoE(8, 4, second_policy_train="all"), "output_eval", "random numbers are drawn in eval"),
+        (InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
+    ],
+)
+def test_what_means_nothing_does_not_apply(layer, name, reason):
+    finding = verify(layer, properties=[name]).findings[name]
+    assert finding.verdict == "does not apply"
+    assert finding.detail.startswith(reason)
+
+
 def test_the_width_is_found_or_asked_for():
     assert verify(nn.Linear(6, 6), properties=["causal"]).module == "Linear, 6 wide"
     with pytest.raises(ValueError, match=r"tokens of Linear could be \[\] wide: give dim="):

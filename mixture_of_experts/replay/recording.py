@@ -133,11 +133,11 @@ class Recording(ChoiceHooks):
 
     def note(self, site: ChoiceSite, call: SequencesCall, mask: Tensor | None, values: dict[str, Tensor]) -> None:
         """Store what a gate chose in a forward: values `(b, n, k)` by kind, of the tokens of a mask `(b, n)`."""
+        if not call.chosen:
+            self.calls.append(call)
         call.once(site.name)
         small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
         values["experts"] = values["experts"].detach().to(small)
-        if not call.chosen:
-            self.calls.append(call)
         call.chosen[site.name] = values, mask
 
     def hand_over(self, kept: dict[str, dict[str, list[Tensor]]]) -> None:
@@ -174,7 +174,7 @@ def joined(name: str, kind: str, before: list[Tensor], calls: list[SequencesCall
         found = values[kind].cpu()
         rows = list(found) if mask is None else [*map(Tensor.__getitem__, found, mask.cpu())]
         if not call.continues:
-            pieces += [[row.clone()] for row in rows]
+            pieces += [[row] for row in rows]
             continue
         if len(rows) > len(pieces):
             raise RuntimeError(f"{name!r}: a forward continues {len(rows)} sequences, {len(pieces)} were recorded")

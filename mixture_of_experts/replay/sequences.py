@@ -119,10 +119,9 @@ class SequencesCall(ForwardCall):
     seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
     cached: bool  # whether it has a cache
     cache: Any  # that of transformers, if it has one
-    chosen: dict[str, Any] = field(default_factory=dict)  # what was recorded of it by gate, and the mask of its tokens
+    chosen: dict[str, Any] = field(default_factory=dict)  # what was recorded, and the mask, by gates that ran
     ended: bool = False
     sizes: dict[str, Any] = field(default_factory=dict)  # of tokens of layers, and their masks, by gate
-    gates: set[str] = field(default_factory=set)  # gates that ran
     checked: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
     outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
     layer: str = ""  # path of the layer that runs
@@ -137,9 +136,9 @@ class SequencesCall(ForwardCall):
 
     def once(self, name: str) -> None:
         """Refuse a second run of a gate in this forward."""
-        if name in self.gates:
+        if name in self.chosen:
             raise RuntimeError(f"{name!r} ran twice in one forward, but a record has room for one call: call it once")
-        self.gates.add(name)
+        self.chosen[name] = None
 
 
 class Sequences(Watch):
@@ -168,8 +167,8 @@ class Sequences(Watch):
         return SequencesCall(read_tokens(given), seen_tokens(given), cache is not None, cache)
 
     def ended(self, call: SequencesCall, output: object) -> None:
-        missing = sorted(call.sizes.keys() - call.gates)
-        if missing or not call.gates:
+        missing = sorted(call.sizes.keys() - call.chosen.keys())
+        if missing or not call.chosen:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
                 f"a forward ran {what}, as far as hooks tell. If a part of the model was compiled and called before, "

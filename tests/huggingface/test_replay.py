@@ -142,8 +142,7 @@ def test_training_with_checkpointing(name):
             grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
         assert_equal(again, records)
         results.append([loss, *(grad for grad in grads if grad is not None)])
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(*results)
     with replay_routing(model, records):
         loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
     with pytest.raises(RuntimeError, match="again after replay_routing was left"):
@@ -216,6 +215,8 @@ def test_choices_that_are_not_made_are_no_blocks():
     model = build_sparse("Mixtral")
     records = recorded(model, torch.randint(3, 64, (1, 5)))
     dropped = {layer: [record.clone().fill_(-1) for record in records[layer]] for layer in records}
+    with pytest.raises(TypeError, match="its own code computes the weights"):
+        record_routing(model, weights=True).__enter__()
     with pytest.raises(ValueError, match="makes 2 choices for every token, in the records some are not made"):
         replay_routing(model, RoutingRecords(dropped)).__enter__()
 
