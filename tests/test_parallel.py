@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import pickle
 import re
 import socket
 import subprocess
@@ -185,13 +184,6 @@ def test_gradients_of_the_sum(workers: Workers):
 @pytest.mark.parametrize("layer", ["top2", "top-k, deepseek", "noisy top-k", "expert choice", "two levels, mixed"])
 def test_masked_tokens(workers: Workers, layer: str):
     workers.run(checks.check_exact, 4, layer, masked=True)
-
-
-def test_pickled_gate_elsewhere(workers: Workers):
-    """In a process without process groups it is this rank alone; in another job the missing group is named."""
-    data = workers.run(checks.pickled_gate, 4)[0]
-    assert pickle.loads(data).process_group is None
-    workers.run(checks.check_pickle_from_another_job, 2, data)
 
 
 # ---- the recipes of the documentation ----
