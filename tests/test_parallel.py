@@ -152,7 +152,7 @@ def test_swapped_model_saved_on_one_rank(workers: Workers, tmp_path: Path):
 # ---- setting up, copies, collectives, gradients, the benchmark, compilation ----
 
 ON_FOUR = """
-    refusals what_is_spread source_rank_none list_is_placed meta_start group_of_gates copies_and_pickles norms averages
+    refusals what_is_spread source_rank_none list_is_placed meta_start group_of_gates copies norms averages
     balance_of_each_rank replay
 """
 ELSEWHERE = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import sys
 import warnings
 from contextlib import contextmanager
@@ -301,14 +300,11 @@ def check_group_of_gates() -> None:
     assert [group._get_backend(torch.device("cpu")).options._timeout for group in groups] == before
 
 
-def check_copies_and_pickles() -> None:
-    """A gate with a process group is copied, pickled and saved; a spread layer is copied."""
+def check_copies() -> None:
+    """A gate with a process group is copied and saved, a spread layer is copied."""
     gate = TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD)
     assert copy.deepcopy(gate).process_group is dist.group.WORLD
     assert list(gate.state_dict()) == ["w_gating"]
-    again = pickle.loads(pickle.dumps(gate))
-    assert again.process_group is dist.group.WORLD
-    assert torch.equal(again.w_gating, gate.w_gating)
     moe = spread(make("top2"), make_mesh())
     listed = spread(make("top2, list"), make_mesh())
     for layer in (moe, listed):
