@@ -318,7 +318,7 @@ def pack(
     which is 1 where `choose` gave the numbers of a matrix."""
     scale = torch.maximum(weight.amax(dim=-2), -weight.amin(dim=-2)).to(torch.bfloat16)  # or a cast would round it
     scale = scale.clamp_(max=LARGEST).to(weight.dtype)
-    block = block or bits4.block_of_cpu()
+    block = 0 if bits == 8 else block or bits4.block_of_cpu()
 
     def packed(i: int, matrix: Tensor, own: Tensor) -> dict[str, Tensor]:
         if given := choose and choose(i, matrix.to(torch.float32, copy=True).unflatten(0, (-1, group))):

@@ -249,9 +249,9 @@ def build(
         gate = make_gate(recipe, d, e + sum(spare), changes, factory)
     else:
         refuse_unused("gate", changes)
-    make_activation = (lambda: make_activation_of(recipe)) if activation is None else activation
+    act = (lambda: make_activation_of(recipe)) if activation is None else activation
     if experts is None:
-        experts = _make_experts(recipe, d, e, h, spare, latent_dim, make_activation, factory)
+        experts = _make_experts(recipe, d, e, h, spare, latent_dim, act, factory)
     else:
         unused = dict(latent_dim=latent_dim)
         if not recipe.shared or "shared_expert" in of_layer:
@@ -260,7 +260,7 @@ def build(
     settings = _coefficients(recipe, gate, layers, "loss_coef" in of_layer)
     if recipe.shared and "shared_expert" not in of_layer:
         gated, width = recipe.experts.get("gated", True), round(recipe.shared * h)
-        shared: nn.Module = SharedExpert(d, width, make_activation, gated, **factory)
+        shared: nn.Module = SharedExpert(d, width, act, gated, **factory)
         shared_gate = nn.Linear(d, 1, bias=False, **factory) if recipe.shared_gate else None
         settings["shared_expert"] = shared if shared_gate is None else TokenGated(shared, shared_gate)
     return MoE(d, gate=gate, experts=experts, **settings | of_layer)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import pickle
 import re
 import socket
 import subprocess
@@ -153,7 +152,7 @@ def test_swapped_model_saved_on_one_rank(workers: Workers, tmp_path: Path):
 # ---- setting up, copies, collectives, gradients, the benchmark, compilation ----
 
 ON_FOUR = """
-    refusals what_is_spread source_rank_none list_is_placed meta_start group_of_gates copies_and_pickles norms averages
+    refusals what_is_spread source_rank_none list_is_placed meta_start group_of_gates copies norms averages
     balance_of_each_rank replay
 """
 ELSEWHERE = """
@@ -185,13 +184,6 @@ def test_gradients_of_the_sum(workers: Workers):
 @pytest.mark.parametrize("layer", ["top2", "top-k, deepseek", "noisy top-k", "expert choice", "two levels, mixed"])
 def test_masked_tokens(workers: Workers, layer: str):
     workers.run(checks.check_exact, 4, layer, masked=True)
-
-
-def test_pickled_gate_elsewhere(workers: Workers):
-    """In a process without process groups it is this rank alone; in another job the missing group is named."""
-    data = workers.run(checks.pickled_gate, 4)[0]
-    assert pickle.loads(data).process_group is None
-    workers.run(checks.check_pickle_from_another_job, 2, data)
 
 
 # ---- the recipes of the documentation ----

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_experts import (
     ExpertChoiceGating,
-    ExpertList,
     Experts,
     GatedExperts,
     HeirarchicalMoE,
@@ -41,16 +43,24 @@ class OwnExperts(RoutedExperts):
         return rows
 
 
+def layer(gate: Callable[..., nn.Module] = TopKGating, **more) -> MoE:
+    return MoE(D, gate=gate(D, E, K), **more or {"hidden_dim": H})
+
+
 def latent() -> MoE:
     """Experts in a space of 4, within two matrices that every token passes."""
     ways = {"before": nn.Linear(D, 4, bias=False), "after": nn.Linear(4, D, bias=False)}
-    return MoE(D, gate=TopKGating(D, E, K), experts=LatentExperts(Experts(4, E, H), **ways))
+    return layer(experts=LatentExperts(Experts(4, E, H), **ways))
 
 
 def beside_identity() -> MoE:
     """Experts with a norm that they share, beside two that return the token."""
     normed = NormedExperts(Experts(D, E - 2, H), nn.LayerNorm(D, bias=False))
-    return MoE(D, gate=TopKGating(D, E, K), experts=ZeroComputationExperts(normed, num_identity=2))
+    return layer(experts=ZeroComputationExperts(normed, num_identity=2))
+
+
+def second(policy: str) -> MoE:
+    return MoE(D, E, H, second_policy_train=policy, second_policy_eval=policy)
 
 
 def cost(every: int, routed: int, k: float, matrices: int | None = None, number: int = E) -> Cost:
@@ -60,50 +70,32 @@ def cost(every: int, routed: int, k: float, matrices: int | None = None, number:
 
 
 CASES = {
-    "plain": (lambda: MoE(D, gate=TopKGating(D, E, K), hidden_dim=H), cost(ROUTER, PLAIN, K)),
-    "gated": (lambda: MoE(D, gate=TopKGating(D, E, K), experts=GatedExperts(D, E, H)), cost(ROUTER, GATED, K)),
-    "biases": (
-        lambda: MoE(D, gate=TopKGating(D, E, K), experts=Experts(D, E, H, bias=True)),
-        cost(ROUTER, PLAIN + H + D, K, PLAIN),
-    ),
+    "plain": (layer, cost(ROUTER, PLAIN, K)),
+    "gated": (lambda: layer(experts=GatedExperts(D, E, H)), cost(ROUTER, GATED, K)),
+    "biases": (lambda: layer(experts=Experts(D, E, H, bias=True)), cost(ROUTER, PLAIN + H + D, K, PLAIN)),
     "latent": (latent, cost(ROUTER + 2 * 4 * D, 2 * 4 * H, K)),
     "beside identity": (
         beside_identity,
         Cost(ROUTER + D + 6 * PLAIN, ROUTER + D + K * 6 * PLAIN // E, 2 * (ROUTER + K * 6 * PLAIN // E)),
     ),
-    "router of its own": (
-        lambda: MoE(D, gate=TopKGating(D, E, K, logits=RouterLogits(D, E)), hidden_dim=H),
-        cost(ROUTER, PLAIN, K),
-    ),
+    "router of its own": (lambda: layer(partial(TopKGating, logits=RouterLogits(D, E))), cost(ROUTER, PLAIN, K)),
     "default": (lambda: MoE(D, E, hidden_dim=H), cost(ROUTER, PLAIN, 2)._replace(at_most=True)),
-    "all seconds": (
-        lambda: MoE(D, E, H, second_policy_train="all", second_policy_eval="all"),
-        cost(ROUTER, PLAIN, 2),
-    ),
-    "no seconds": (
-        lambda: MoE(D, E, H, second_policy_train="none", second_policy_eval="none"),
-        cost(ROUTER, PLAIN, 1),
-    ),
-    "top p": (
-        lambda: MoE(D, gate=TopPGating(D, E, K), hidden_dim=H),
-        cost(ROUTER, PLAIN, K)._replace(at_most=True),
-    ),
+    "all seconds": (lambda: second("all"), cost(ROUTER, PLAIN, 2)),
+    "no seconds": (lambda: second("none"), cost(ROUTER, PLAIN, 1)),
+    "top p": (lambda: layer(TopPGating), cost(ROUTER, PLAIN, K)._replace(at_most=True)),
     "ReLU": (lambda: MoE(D, gate=ReLUGating(D, E, E, mean_choices=1.5), hidden_dim=H), cost(ROUTER, PLAIN, 1.5)),
-    "noisy": (lambda: MoE(D, gate=NoisyTopKGating(D, E, K), hidden_dim=H), cost(2 * ROUTER, PLAIN, K)),
+    "noisy": (lambda: layer(NoisyTopKGating), cost(2 * ROUTER, PLAIN, K)),
     "expert choice": (
         lambda: MoE(D, gate=ExpertChoiceGating(D, E, capacity_factor=1.5), hidden_dim=H),
         cost(ROUTER, PLAIN, 1.5),
     ),
     "shared": (
-        lambda: MoE(D, gate=TopKGating(D, E, K), hidden_dim=H, shared_expert=nn.Linear(D, D, bias=False)),
+        lambda: layer(hidden_dim=H, shared_expert=nn.Linear(D, D, bias=False)),
         cost(ROUTER + D * D, PLAIN, K),
     ),
-    "list": (
-        lambda: MoE(D, gate=TopKGating(D, E, K), experts=ExpertList(nn.Linear(D, D) for _ in range(E))),
-        cost(ROUTER, D * D + D, K, D * D),
-    ),
-    "one's own": (lambda: MoE(D, gate=TopKGating(D, E, K), experts=OwnExperts()), cost(ROUTER, D * D + D, K, D * D)),
-    "unstacked": (lambda: unstack(MoE(D, gate=TopKGating(D, E, K), hidden_dim=H)), cost(ROUTER, PLAIN, K)),
+    "list": (lambda: layer(experts=[nn.Linear(D, D) for _ in range(E)]), cost(ROUTER, D * D + D, K, D * D)),
+    "one's own": (lambda: layer(experts=OwnExperts()), cost(ROUTER, D * D + D, K, D * D)),
+    "unstacked": (lambda: unstack(layer()), cost(ROUTER, PLAIN, K)),
 }
 
 
@@ -192,7 +184,7 @@ def test_operations_are_those_that_are_counted():
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert counter.get_total_flops() == 30 * summary(model).flops
-    moe = MoE(D, gate=TopKGating(D, E, K), hidden_dim=H)
+    moe = layer()
     assert summary(moe.eval()) == summary(moe.train())
 
 

@@ -100,7 +100,10 @@ def clip_grad_norm_(
     norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
-    every = _as_list(parameters)
+    if isinstance(parameters, nn.Module):
+        expert_parameters(parameters)  # marks the parameters that are a rank's own
+        parameters = parameters.parameters()
+    every = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     totals = [_norm_of_group(members, groups, norm_type) for groups, members in _by_owners(every).items()]
     totals = [total.to(totals[0].device) for total in totals]
     total = torch.linalg.vector_norm(torch.stack(totals), norm_type) if totals else torch.zeros(())
@@ -112,15 +115,6 @@ def clip_grad_norm_(
             gradient = _local(parameter.grad)
             gradient.mul_(factor.to(gradient.device))
     return total
-
-
-def _as_list(parameters: Parameters) -> list[Tensor]:
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    if not isinstance(parameters, nn.Module):
-        return list(parameters)
-    expert_parameters(parameters)  # marks the parameters that are a rank's own
-    return list(parameters.parameters())
 
 
 def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:

@@ -21,6 +21,8 @@ from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
 from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts, parallel_class
 from mixture_of_experts.support.checks import check_choice, check_sizes
 
+PLACE = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # what differs between ranks in what modules print
+
 
 class ExpertParallel(ParallelStyle):
     """Spread the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
@@ -174,15 +176,10 @@ def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any
         "number of experts": sharding.dims,
         **{name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named_tensors(module)},
         **{f"{path}.{name}, stacked": True for name in sorted(sharding.stacked)},
-        **{name: without_places(text) for name, text in modules.items()},
+        **{name: PLACE.sub("", text) for name, text in modules.items()},
         "gradient": sharding.gradient,
         "static_shapes": sharding.static_shapes,
     }
-
-
-def without_places(text: str) -> str:
-    """The text without what differs between ranks: addresses in memory, and numbers of devices."""
-    return re.sub(r" at 0x[0-9a-f]+|(?<=cuda):\d+", "", text)
 
 
 def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -210,8 +207,9 @@ def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collect
 
 def spread(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
     """Keep this rank's part of the experts, and give them the class that exchanges tokens with the other ranks."""
-    if isinstance(experts, ExpertList):
-        keep_modules(experts, sharding)
+    if isinstance(experts, ExpertList):  # the others keep their keys
+        for index in set(range(len(experts))).difference(sharding.experts):
+            del experts._modules[str(index)]
     else:
         shard(experts, sharded_parameters(experts, sharding), sharding.mesh, src_data_rank)
     experts.__dict__["expert_parallel"] = sharding
@@ -245,13 +243,6 @@ def own_shard(parameter: Tensor, mesh: DeviceMesh, src_data_rank: int | None) ->
     if not local.is_meta and local.untyped_storage().nbytes() > local.nbytes:  # a view keeps the whole stack alive
         sharded = DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)
     return sharded
-
-
-def keep_modules(experts: ExpertList, sharding: ExpertSharding) -> None:
-    """Keep only this rank's modules of a list; their keys stay."""
-    for index in range(len(experts)):
-        if index not in sharding.experts:
-            del experts._modules[str(index)]
 
 
 def check_expert_list(experts: ExpertList, each: int) -> None:

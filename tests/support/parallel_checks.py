@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 import sys
 import warnings
 from contextlib import contextmanager
@@ -202,28 +201,24 @@ def check_refusals() -> None:
     mesh = make_mesh()
     one_dimensional = mesh["ep"]
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"ffn": make("top2")}) for _ in range(2)])})
-    with pytest.raises(ValueError, match=r"'layers.\*.fnn' matches no submodule .* layers.0.ffn"):
-        parallelize_module(model, one_dimensional, {"layers.*.fnn": ExpertParallel()})
-    with pytest.raises(ValueError, match="1-D mesh, got 2 dimensions"):
-        parallelize_module(model, mesh, {"layers.*.ffn": ExpertParallel()})
-    with pytest.raises(TypeError, match=r"layers\.0: .* got ModuleDict"):
-        parallelize_module(model, one_dimensional, {"layers.*": ExpertParallel()})
-    with pytest.raises(ValueError, match="6 experts cannot be divided among 4 ranks"):
-        parallelize_module(MoE(DIM, 6), one_dimensional, ExpertParallel())
-    with pytest.raises(ValueError, match="2 outer experts cannot be divided among 4"):
-        parallelize_module(HeirarchicalMoE(DIM, (2, 4)), one_dimensional, ExpertParallel())
-    with pytest.raises(ValueError, match=r"no parameter stacked over \(8,\) experts"):
-        parallelize_module(MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), one_dimensional, ExpertParallel())
-    with pytest.raises(ValueError, match=r"replicated names \['w9'\]"):
-        parallelize_module(make("top2"), one_dimensional, ExpertParallel(replicated=["w9"]))
+    spreads, tied = ExpertParallel(), MoE(DIM, experts=[nn.Linear(DIM, DIM)] * EXPERTS)
+    for error, where, layer, plan in (
+        (r"'layers.\*.fnn' matches no submodule .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
+        ("1-D mesh, got 2 dimensions", mesh, model, {"layers.*.ffn": spreads}),
+        (r"layers\.0: .* got ModuleDict", one_dimensional, model, {"layers.*": spreads}),
+        ("6 experts cannot be divided among 4 ranks", one_dimensional, MoE(DIM, 6), spreads),
+        ("2 outer experts cannot be divided among 4", one_dimensional, HeirarchicalMoE(DIM, (2, 4)), spreads),
+        (r"no parameter .* \(8,\) experts", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
+        (r"replicated names \['w9'\]", one_dimensional, make("top2"), ExpertParallel(replicated=["w9"])),
+        ("belongs to an expert of another rank", one_dimensional, tied, spreads),
+    ):
+        with pytest.raises((ValueError, TypeError), match=error):
+            parallelize_module(layer, where, plan)
     with pytest.raises(ValueError, match=r"gradient must be one of 'mean', 'sum', got 'average'"):
         ExpertParallel(gradient="average")
-    tied = [nn.Linear(DIM, DIM)] * EXPERTS
-    with pytest.raises(ValueError, match="belongs to an expert of another rank"):
-        parallelize_module(MoE(DIM, experts=tied), one_dimensional, ExpertParallel())
-    parallelize_module(model, one_dimensional, {"layers.*.ffn": ExpertParallel()})
+    parallelize_module(model, one_dimensional, {"layers.*.ffn": spreads})
     with pytest.raises(ValueError, match="spread over ranks already"):
-        parallelize_module(model, one_dimensional, {"layers.0.ffn": ExpertParallel()})
+        parallelize_module(model, one_dimensional, {"layers.0.ffn": spreads})
 
 
 def check_what_is_spread() -> None:
@@ -305,14 +300,11 @@ def check_group_of_gates() -> None:
     assert [group._get_backend(torch.device("cpu")).options._timeout for group in groups] == before
 
 
-def check_copies_and_pickles() -> None:
-    """A gate with a process group is copied, pickled and saved; a spread layer is copied."""
+def check_copies() -> None:
+    """A gate with a process group is copied and saved, a spread layer is copied."""
     gate = TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD)
     assert copy.deepcopy(gate).process_group is dist.group.WORLD
     assert list(gate.state_dict()) == ["w_gating"]
-    again = pickle.loads(pickle.dumps(gate))
-    assert again.process_group is dist.group.WORLD
-    assert torch.equal(again.w_gating, gate.w_gating)
     moe = spread(make("top2"), make_mesh())
     listed = spread(make("top2, list"), make_mesh())
     for layer in (moe, listed):
@@ -322,17 +314,6 @@ def check_copies_and_pickles() -> None:
         nn.init.zeros_(next(twin.experts.parameters()))
         assert next(layer.experts.parameters()).abs().sum() > 0
     assert all(parameter.expert_mesh is not None for parameter in twin.experts.parameters())
-
-
-def pickled_gate() -> bytes:
-    return pickle.dumps(TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD))
-
-
-def check_pickle_from_another_job(data: bytes) -> None:
-    """A group that is not here is named, and not replaced by another one."""
-    with pytest.warns(UserWarning, match=r"process group of ranks \[0, 1, 2, 3\], which is not here"):
-        gate = pickle.loads(data)
-    assert gate.process_group is None
 
 
 def check_replay() -> None:

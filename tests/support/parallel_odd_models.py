@@ -372,10 +372,12 @@ def check_more_refusals() -> None:
     some = [nn.Identity() for _ in range(EXPERTS // 2)] + [small_network() for _ in range(EXPERTS // 2)]
     with pytest.raises(ValueError, match=r"no expert of rank 0 \(0 to 3\) has a parameter"):
         parallelize_module(MoE(DIM, experts=some), mesh, ExpertParallel())
-    with pytest.raises(TypeError, match="batch_group must be a process group or a 1-D DeviceMesh, got 'dp'"):
-        ExpertParallel(batch_group="dp")
-    with pytest.raises(ValueError, match="1-D mesh, got 2 dimensions"):
-        ExpertParallel(batch_group=make_mesh())
+    for group, error in (
+        ("dp", "batch_group must be .* 1-D DeviceMesh, got 'dp'"),
+        (make_mesh(), "1-D mesh, got 2 dim"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=error):
+            ExpertParallel(batch_group=group)
     with pytest.raises(ValueError, match="op must be one of 'mean', 'sum', got 'max'"):
         average_gradients([], mesh, op="max")
 
