@@ -101,6 +101,7 @@ def test_of_one_gate(name, masked):
 
 def test_of_given_choices():
     """Ids that are no expert's are nobody's, whatever they weigh."""
+    assert append(torch.ones(2, 2, dtype=torch.int64), 7).tolist() == [[1, 1], [1, 1], [7, 7]]
     expert, weight = torch.tensor([[0, 3], [-1, 2], [4, 1], [5, -7]]), torch.arange(1.0, 9.0).view(4, 2)
     decision = decision_on(expert, weight, 4)
     assert decision.kept.tolist() == [True, True, False, True, False, True, False, False]
@@ -145,10 +146,6 @@ def test_of_two_levels(name, inner_factor):
     check(decision, expert, token)
     with pytest.raises(ValueError, match="only routers of token choice"):
         compose(outer, plan_slots_of(routing_of("expert choice")), inner)
-
-
-def test_append():
-    assert append(torch.ones(2, 3, dtype=torch.int64), 7).tolist() == [[1, 1, 1], [1, 1, 1], [7, 7, 7]]
 
 
 def rows_of(decision: Decision, num_experts: int) -> list[int | None]:

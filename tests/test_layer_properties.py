@@ -79,14 +79,6 @@ def test_no_nan(path, extreme):
 # Queues of routers
 
 
-@st.composite
-def quiet_gates(draw, kind, **limits):
-    """A router that draws nothing, and its gate in eval."""
-    num_experts = draw(make.counts_for(kind))
-    router = draw(make.routers(kind, num_experts, policies=make.QUIET, **limits))
-    return router, router.build(draw(make.dims), num_experts, draw(make.seeds)).eval()
-
-
 def top_scores(router, gate, x) -> list[float]:
     """What priority 'score' sorts the tokens (n, d) by: the top probability, or the top sigmoid, of an expert that may
     be chosen."""
@@ -110,7 +102,9 @@ def top_scores(router, gate, x) -> list[float]:
 @given(data=st.data())
 def test_who_gets_the_slots(kind, data):
     """What each priority promises, stated without a queue; an expert is never idle while a choice of it is dropped."""
-    router, gate = data.draw(quiet_gates(kind, dropless=False))
+    num_experts = data.draw(make.counts_for(kind))
+    router = data.draw(make.routers(kind, num_experts, policies=make.QUIET, dropless=False))
+    gate = router.build(data.draw(make.dims), num_experts, data.draw(make.seeds)).eval()
     n = data.draw(st.sampled_from([8, 5, 11, 3, 2]))
     x = make.normal(make.generator(data.draw(make.seeds)), 1, n, gate.dim)
     routing = gate(x, importance=data.draw(make.importances(1, n)))

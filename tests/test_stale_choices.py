@@ -96,12 +96,12 @@ def sets(path: str, value: Any) -> Callable[[Any], None]:
     return lambda layer: setattr(functools.reduce(getattr, owners, layer), name, value)
 
 
-def sets_modes(name: str, value: Any) -> Callable[[Any], object]:
+def sets_modes(name: str, value: Any) -> Callable[[Any], Any]:
     """Set a gate's attribute of both modes."""
     return lambda layer: [setattr(layer.gate, f"{name}_{mode}", value) for mode in ("train", "eval")]
 
 
-def hooked(part: str, hook: Callable[..., Any]) -> Callable[[Any], None]:
+def hooked(part: str, hook: Callable[..., Any]) -> Callable[[Any], Any]:
     return lambda layer: layer.get_submodule(part).register_forward_hook(hook)
 
 

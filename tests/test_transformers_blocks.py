@@ -94,15 +94,11 @@ def test_balance_loss_of_several_layers():
     assert theirs_skewed < 0.6 * ours
 
 
-def test_z_loss():
-    x, gate = torch.randn(2, 7, 6), TopKGating(6, 8)
-    theirs = modeling("switch_transformers").router_z_loss_func(x @ gate.w_gating)
-    torch.testing.assert_close(gate(x).z_loss, theirs)
-
-
-def test_switch_balance_loss():
+def test_losses_of_switch():
     """Theirs is of one choice, taken for each sequence, as ours."""
     x, gate = torch.randn(2, 7, 6), TopKGating(6, 8, k=1)
     routing = gate(x)
-    theirs = modeling("switch_transformers").load_balancing_loss_func(routing.probs, routing.expert)
-    torch.testing.assert_close(routing.balance_loss, theirs)
+    theirs = modeling("switch_transformers")
+    balance_loss = theirs.load_balancing_loss_func(routing.probs, routing.expert)
+    torch.testing.assert_close(routing.balance_loss, balance_loss)
+    torch.testing.assert_close(routing.z_loss, theirs.router_z_loss_func(x @ gate.w_gating))
