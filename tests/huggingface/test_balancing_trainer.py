@@ -24,29 +24,11 @@ pytestmark = pytest.mark.slow
 RATE = 1e-2
 BIASES = ("e_score_correction_bias", "expert_bias")
 SMALL = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=24,
-    moe_intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=8,
-    num_local_experts=8,
-    n_routed_experts=8,
-    moe_num_experts=8,
-    num_experts_per_tok=2,
-    moe_k=2,
-    n_group=1,
-    topk_group=1,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    first_k_dense_replace=0,
-    num_dense_layers=0,
-    moe_layer_start_index=0,
-)
+    vocab_size=64, hidden_size=32, intermediate_size=24, moe_intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_local_experts=8, n_routed_experts=8,
+    moe_num_experts=8, num_experts_per_tok=2, moe_k=2, n_group=1, topk_group=1, pad_token_id=0, bos_token_id=1,
+    eos_token_id=2, first_k_dense_replace=0, num_dense_layers=0, moe_layer_start_index=0,
+)  # fmt: skip
 #: where their bias is: on the router, on the block, on a module beside, a parameter
 FAMILIES = {
     "Glm4Moe": dict(),

@@ -140,6 +140,11 @@ def test_cached_generation(name, beams):
         assert torch.equal(found[-5:], alone_found[0, -5:])
 
 
+def keep_masks(model: nn.Module, seen: list[Any]) -> None:
+    for module in feed_forwards(model):
+        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+
+
 @pytest.mark.parametrize("cache", ["static", None])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_masks_of_four_dimensions(name, cache):
@@ -147,8 +152,7 @@ def test_masks_of_four_dimensions(name, cache):
     model = build(name).eval()
     _, batch = two_lengths("left")
     mask, seen = batch["attention_mask"].bool(), []
-    for module in feed_forwards(model):
-        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+    keep_masks(model, seen)
     if cache:
         model.generate(**batch, max_new_tokens=2, do_sample=False, cache_implementation="static")
         assert all(its is None for its in seen[2:])
@@ -167,8 +171,7 @@ def test_a_static_cache_that_is_not_empty():
     cache = StaticCache(model.config, max_cache_len=16)
     tokens, seen = torch.randint(3, VOCABULARY, (1, 6)), []
     model(tokens, cache=cache)
-    for module in feed_forwards(model):
-        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+    keep_masks(model, seen)
     mask = torch.zeros(1, 1, 3, 16, dtype=torch.bool)
     mask[..., :6] = True
     mask[0, 0, 1, 7] = True  # the second of three tokens is real
