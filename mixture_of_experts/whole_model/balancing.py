@@ -207,11 +207,9 @@ class BlockBias:
         hooks.after(site.called, self.after_router)
 
     @property
-    def bias(self) -> Tensor:
+    def bias(self) -> Any:
         """The bias, which is another tensor once the model has moved."""
-        bias = self.site.bias
-        assert bias is not None
-        return bias
+        return self.site.bias
 
     def check_scores(self) -> Any:
         """By what the router chooses; ValueError if that is not known or does not fit the rule."""

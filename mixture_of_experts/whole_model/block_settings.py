@@ -130,8 +130,8 @@ class BlockSettings:
             return dict(k=self.recipe.gate["k"], tolerance=float(self.attribute("tolerance")))
         left_out = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
         settings = {name: value for name, value in self.recipe.gate.items() if name not in left_out}
-        settings |= dict(k=self.k, score=self.score, scale=self.scale, bias=self.bias is not None)
-        settings["expert_bias"] = self.expert_bias is not None
+        settings |= dict(k=self.k, score=self.score, scale=self.scale)
+        settings |= dict(bias=self.bias is not None, expert_bias=self.expert_bias is not None)
         if "normalize" in settings and isinstance(normalize := self.attribute("normalize"), bool):
             settings["normalize"] = normalize
         if getattr(self.router, "expert_selection_fn", None) == "softmax":
