@@ -238,10 +238,8 @@ class ModelWatch(Watch):
             self.adapted = True
             warn_of_adapters(model)
         last = self.last.box[0]
-        if call.around is not None or not call.training or self.warned or last.declined:
-            return
-        switched_off = getattr(text_config(model), "router_aux_loss_coef", 1.0) == 0
-        if last.reached == {"outputs"} and not switched_off:
+        asks = call.around is None and call.training and not self.warned and not last.declined
+        if asks and last.reached == {"outputs"} and getattr(text_config(model), "router_aux_loss_coef", 1.0) != 0:
             self.warned = True
             warnings.warn(
                 "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "

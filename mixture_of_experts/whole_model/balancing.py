@@ -90,7 +90,9 @@ def balance_experts(
     none = (
         f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., expert_bias=True)"
     )
-    sites = sites_to_move(model, "balance_experts", gates, why_not_balanced, none)
+    sites = sites_to_move(
+        model, "balance_experts", gates, lambda site: "it has no expert bias" if site.bias is None else None, none
+    )
     with Attached() as hooks:  # removed again if anything below raises
         readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
         balancing.biases = [
@@ -130,10 +132,6 @@ class ExpertBalancing(EachStep):
             factor = as_factor(done, counts)
             bias.move(total * factor, self.rate)
             counts.mul_(1 - factor)
-
-
-def why_not_balanced(site: Site) -> str | None:
-    return "it has no expert bias" if site.bias is None else None
 
 
 class GateBias:
