@@ -15,13 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts import MoE, TopKGating, collect_aux
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.stats import track_routing
-from mixture_of_experts.whole_model.call_stack import STACKS
 
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, gradients
 from .test_padding import build
 
-THREADS, FORWARDS = 3, 10
+THREADS = 3
 
 
 def batches(number: int = THREADS) -> list[dict[str, Tensor]]:
@@ -42,22 +41,6 @@ def train_sparse(name: str = "llama", **settings) -> nn.Module:
 
 
 # Threads
-
-
-def test_each_thread_collects_its_own():
-    model, given = train_sparse(), batches()
-    expected = []
-    for batch in given:
-        model(**batch)
-        expected.append(aux_loss(model))
-
-    def work(number: int) -> None:
-        with collect_aux(model) as aux:
-            for _ in range(FORWARDS):
-                model(**given[number])
-                torch.testing.assert_close(aux.take(), expected[number], atol=1e-6, rtol=1e-5)
-
-    in_threads(work, THREADS)
 
 
 @pytest.mark.slow
@@ -159,27 +142,6 @@ def test_what_a_call_within_has_no_loss_for_its_caller_has():
         hook = model.model.layers[0].self_attn.register_forward_hook(once(within))
         torch.testing.assert_close(model(**outer).loss, expected + of_inner * gradients_of_inner)
         hook.remove()
-
-
-@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
-def test_a_call_that_does_not_come_to_its_end(error):
-    """Its mask and the losses of its first layers are gone."""
-    model = train_sparse()
-    batch, other = batches(2)
-    expected = model(**other).loss
-    layer, x = model.model.layers[0].mlp, torch.randn(3, 4, 32)
-    alone = layer(x)
-
-    def fail(*_) -> None:
-        raise error
-
-    hook = model.model.layers[0].mlp.register_forward_hook(fail)
-    with pytest.raises(error):
-        model(**batch)
-    hook.remove()
-    torch.testing.assert_close(layer(x), alone)  # as if nothing were under way
-    torch.testing.assert_close(model(**other).loss, expected)
-    assert not STACKS.calls
 
 
 def test_a_part_that_raised_and_was_called_again_counts_once():

@@ -317,9 +317,7 @@ def test_what_was_asked_for_and_passed_over_is_named():
             LoraConfig(r=2, target_modules=["0"], target_parameters=targets()),
             nn.Sequential(nn.Linear(DIM, DIM), small),
         )
-    with pytest.raises(
-        ValueError, match=r"has no adapters for experts.w1, experts.w2, experts.w3 of .*weights_shown\(mod"
-    ):
+    with pytest.raises(ValueError, match=r"no adapters for experts.w1, experts.w2, experts.w3 .*weights_shown"):
         fast_lora(alone)
 
 
@@ -330,9 +328,7 @@ def test_experts_of_transformers_are_made_ours_first():
 
 
 def test_the_router_has_no_low_rank_factors():
-    with pytest.raises(
-        ValueError, match=r"gate has num_experts=1, the layer num_experts=5: PEFT trains a router by mod"
-    ):
+    with pytest.raises(ValueError, match=r"gate has num_experts=1, the layer num_experts=5: PEFT trains a"):
         get_peft_model(Holder(layer()), LoraConfig(target_modules=[], target_parameters=["gate.w_gating"]))
 
 

@@ -192,6 +192,11 @@ def test_masks_that_tell_nothing_are_refused():
 # Training: activation checkpointing runs layers again when their forward is over
 
 
+def two_batches() -> list[dict[str, Tensor]]:
+    first, second = two_lengths("right")[1], two_lengths("right")[1]
+    return [first, {**second, "attention_mask": second["attention_mask"].flip(0)}]
+
+
 def two_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Gradients of the sum of two forwards, one backward after both."""
     model.zero_grad()
@@ -206,8 +211,7 @@ def two_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2"])
 def test_checkpointing_with_two_forwards_before_one_backward(name):
     model = build(name).train()
-    batches = [two_lengths("right")[1], two_lengths("right")[1]]
-    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
+    batches = two_batches()
     expected = two_forwards(model, batches)
     model.activation_checkpointing_enable()
     found = two_forwards(model, batches)
@@ -226,8 +230,7 @@ def test_reentrant_checkpointing(foreign):
     gate = lambda d, e: TopKGating(d, e, k=1, capacity_factor_train=0.5, min_expert_capacity=1, expert_bias=True)  # noqa: E731
     replace_ffn(model, num_experts=4, gate=gate, loss_coef=0.0)
     model.model.embed_tokens.requires_grad_()
-    batches = [two_lengths("right")[1], two_lengths("right")[1]]
-    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
+    batches = two_batches()
     expected = two_forwards(model, batches)
     model.activation_checkpointing_enable({"use_reentrant": True})
     if foreign:

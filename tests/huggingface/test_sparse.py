@@ -87,12 +87,12 @@ def there_and_back(stock: Any) -> None:
 @each
 def test_gradients_are_those_of_the_blocks(name):
     """Of every weight; and of a step of our own, which goes back into the blocks."""
-    stock, (_, batch) = build(name), two_lengths("right")
+    stock: Any = build(name)
+    _, batch = two_lengths("right")
     model = changed(stock, loss_coef=0.0)
     labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
     for one in (stock, model):
         one.train()(**batch, labels=labels).loss.backward()
-
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, stock.model.embed_tokens.weight.grad)
     for block, layer in zip((one.mlp for one in stock.model.layers), feed_forwards(model), strict=True):
         theirs = gradients(block)
