@@ -6,11 +6,13 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from support.mixed_calls import in_threads
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -119,23 +121,14 @@ def test_a_call_that_is_refused_leaves_the_one_around_it(monkeypatch):
 def test_contexts_may_be_entered_while_another_thread_runs_a_forward():
     """The half of its forward that runs within the context is left alone, and raises nothing."""
     model, x, entered, reached = Model(), torch.randn(1, 3, DIM), threading.Event(), threading.Event()
-    failures: list[BaseException] = []
 
     def wait() -> None:
         if threading.current_thread() is not threading.main_thread():
             reached.set()
             assert entered.wait(60)
 
-    def run() -> None:
-        try:
-            model(x)
-            model(x)
-        except BaseException as error:
-            failures.append(error)
-
-    with between(model, wait):
-        thread = threading.Thread(target=run)
-        thread.start()
+    with between(model, wait), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(lambda: (model(x), model(x)))
         assert reached.wait(60)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         with (
@@ -146,35 +139,24 @@ def test_contexts_may_be_entered_while_another_thread_runs_a_forward():
             balance_experts(model, optimizer),
         ):
             entered.set()
-            thread.join()
+            running.result(60)
             with pytest.raises(RuntimeError, match="no auxiliary loss"):
                 aux.take()
-    assert not failures
     assert records.lengths("first.gate") == []
     assert [len(stats.records(layer)) for layer in stats.layers] == [1, 1]  # statistics are of all threads
 
 
 def test_hooks_that_are_just_set_or_taken_off():
     """Torch, in another thread, then calls them without the keyword arguments that they asked for."""
-    model, x, failures = Model(), torch.randn(1, 3, DIM), []
+    model, x = Model(), torch.randn(1, 3, DIM)
     given = [torch.tensor([[0, 1]] * 3)]
     expected = model(x)
-
-    def run() -> None:
-        try:
-            torch.testing.assert_close(model(x), expected)
-        except BaseException as error:
-            failures.append(error)
-
     records = RoutingRecords({"first.gate": given, "second.gate": given})
     with track_routing(model), record_routing(model), collect_aux(model), replay_routing(model, records):
         for module in model.modules():
             module._forward_hooks_with_kwargs.clear()
             module._forward_pre_hooks_with_kwargs.clear()
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-    assert not failures
+        in_threads(lambda _: torch.testing.assert_close(model(x), expected), 1)
 
 
 # Copies
