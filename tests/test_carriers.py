@@ -156,16 +156,11 @@ def copies(case: Carried) -> None:
     bare = hooks_of(copy.deepcopy(case.model))
     expected = run(case.twin, case.inputs[0])
     made = []
-    with track_routing(case.model):
-        run(case.model, case.inputs[0])
-        made.append(copy.deepcopy(case.model))
-    with record_routing(case.model):
-        if "ran twice" not in refused(lambda: run(case.model, case.inputs[0])):
-            made.append(copy.deepcopy(case.model))
-    if case.ours:
-        with collect_aux(case.model):
-            run(case.model, case.inputs[0])
-            made.append(copy.deepcopy(case.model))
+    for context in (track_routing, record_routing, *([collect_aux] if case.ours else [])):
+        with context(case.model):
+            told = refused(lambda: run(case.model, case.inputs[0]))
+            assert not told or (context is record_routing and "ran twice" in told)
+            made += [] if told else [copy.deepcopy(case.model)]
     for each in made:
         assert hooks_of(each) == bare
         torch.testing.assert_close(run(each, case.inputs[0]), expected)

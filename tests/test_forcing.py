@@ -147,15 +147,10 @@ def test_what_is_refused():
     both = nn.ModuleList([gate, OwnGate()])
     with pytest.raises(TypeError, match=r"'1' \(OwnGate\): .*given_experts, .*`reads`"), force_routing(both):
         pass
-    with (
-        pytest.raises(ValueError, match="how must be one of 'balanced', 'random', got 'even'"),
-        force_routing(gate, "even"),
-    ):  # type: ignore
+    with pytest.raises(ValueError, match="'balanced', 'random', got 'even'"), force_routing(gate, "even"):  # type: ignore
         pass
-    with (
-        pytest.raises(TypeError, match=r"'gate' \(ExpertChoiceGating\): tokens make no choices there"),
-        force_routing(ExpertChoiceGating(DIM, 4)),
-    ):
+    own = ExpertChoiceGating(DIM, 4)
+    with pytest.raises(TypeError, match=r"\(ExpertChoiceGating\): tokens make no choices"), force_routing(own):
         pass
     assert gate.forced is None
     with force_routing(gate), pytest.raises(ValueError, match="experts are given, and balanced ones forced"):

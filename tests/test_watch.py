@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.left import hooks_of
+from support.mixed_calls import in_threads
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -124,7 +125,7 @@ def test_contexts_may_be_entered_while_another_thread_runs_a_forward():
             assert entered.wait(60)
 
     with between(model, wait), ThreadPoolExecutor(1) as pool:
-        forwards = pool.submit(lambda: [model(x), model(x)])
+        running = pool.submit(lambda: (model(x), model(x)))
         assert reached.wait(60)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         with (
@@ -135,7 +136,7 @@ def test_contexts_may_be_entered_while_another_thread_runs_a_forward():
             balance_experts(model, optimizer),
         ):
             entered.set()
-            forwards.result()
+            running.result(60)
             with pytest.raises(RuntimeError, match="no auxiliary loss"):
                 aux.take()
     assert records.lengths("first.gate") == []
@@ -144,15 +145,15 @@ def test_contexts_may_be_entered_while_another_thread_runs_a_forward():
 
 def test_hooks_that_are_just_set_or_taken_off():
     """Torch, in another thread, then calls them without the keyword arguments that they asked for."""
-    model, x, given = Model(), torch.randn(1, 3, DIM), [torch.tensor([[0, 1]] * 3)]
+    model, x = Model(), torch.randn(1, 3, DIM)
+    given = [torch.tensor([[0, 1]] * 3)]
     expected = model(x)
     records = RoutingRecords({"first.gate": given, "second.gate": given})
     with track_routing(model), record_routing(model), collect_aux(model), replay_routing(model, records):
         for module in model.modules():
             module._forward_hooks_with_kwargs.clear()
             module._forward_pre_hooks_with_kwargs.clear()
-        with ThreadPoolExecutor(1) as pool:
-            torch.testing.assert_close(pool.submit(model, x).result(), expected)
+        in_threads(lambda _: torch.testing.assert_close(model(x), expected), 1)
 
 
 # Copies
@@ -180,7 +181,7 @@ def test_copies_and_pickles_carry_nothing(name):
     for each in copies:
         assert hooks_of(each) == hooks_of(model)  # the user's own hook is there
         torch.testing.assert_close(each(x), expected)
-        assert each.first.gate.forced is None
+        assert (each.first.gate.forced, each.first.gate.balanced_by) == (None, None)
         pickle.dumps(each)
     assert count.seen is seen
 

@@ -107,8 +107,8 @@ def watch_of(module: nn.Module) -> Any:
 
 def last_calls(model: nn.Module) -> list[LastCall]:
     """The `LastCall` of each changed model in `model`, which may be one itself."""
-    watches = [watch for module in model.modules() if (watch := watch_of(module)) is not None]
-    return list({id(watch.last): watch.last for watch in watches}.values())
+    watches = map(watch_of, model.modules())
+    return list(dict.fromkeys(watch.last for watch in watches if watch is not None))
 
 
 def is_masked(model: nn.Module, name: str) -> bool:
@@ -183,8 +183,8 @@ class ModelWatch(Watch):
                 given["output_router_logits"] = False
         whole, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if whole is not None and labels is not None:
-            if kwargs.get("shift_labels") is not None:
-                labels = kwargs["shift_labels"]
+            if (shifted := kwargs.get("shift_labels")) is not None:
+                labels = shifted
             elif predicts_next(model):
                 labels = labels[..., 1:]
             number = labels.ne(-100).sum()
@@ -238,10 +238,8 @@ class ModelWatch(Watch):
             self.adapted = True
             warn_of_adapters(model)
         last = self.last.box[0]
-        if call.around is not None or not call.training or self.warned or last.declined:
-            return
-        switched_off = getattr(text_config(model), "router_aux_loss_coef", 1.0) == 0
-        if last.reached == {"outputs"} and not switched_off:
+        asks = call.around is None and call.training and not self.warned and not last.declined
+        if asks and last.reached == {"outputs"} and getattr(text_config(model), "router_aux_loss_coef", 1.0) != 0:
             self.warned = True
             warnings.warn(
                 "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "

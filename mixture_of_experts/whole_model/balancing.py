@@ -90,7 +90,9 @@ def balance_experts(
     none = (
         f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., expert_bias=True)"
     )
-    sites = sites_to_move(model, "balance_experts", gates, why_not_balanced, none)
+    sites = sites_to_move(
+        model, "balance_experts", gates, lambda site: "it has no expert bias" if site.bias is None else None, none
+    )
     with Attached() as hooks:  # removed again if anything below raises
         readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
         balancing.biases = [
@@ -130,10 +132,6 @@ class ExpertBalancing(EachStep):
             factor = as_factor(done, counts)
             bias.move(total * factor, self.rate)
             counts.mul_(1 - factor)
-
-
-def why_not_balanced(site: Site) -> str | None:
-    return "it has no expert bias" if site.bias is None else None
 
 
 class GateBias:
@@ -207,11 +205,9 @@ class BlockBias:
         hooks.after(site.called, self.after_router)
 
     @property
-    def bias(self) -> Tensor:
+    def bias(self) -> Any:
         """The bias, which is another tensor once the model has moved."""
-        bias = self.site.bias
-        assert bias is not None
-        return bias
+        return self.site.bias
 
     def check_scores(self) -> Any:
         """By what the router chooses; ValueError if that is not known or does not fit the rule."""

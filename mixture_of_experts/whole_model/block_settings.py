@@ -80,16 +80,16 @@ class BlockSettings:
 
     @property
     def score(self) -> str:
-        if (function := getattr(self.router, "score_fn", None)) is not None:
+        if (function := find(self.router, "score_fn")) is not None:
             return WORDS[type(function).__name__]
-        if getattr(self.router, "expert_selection_fn", None) == "softmax":
+        if find(self.router, "expert_selection_fn") == "softmax":
             return "softmax"
         return self.recipe.gate.get("score", "softmax")
 
     @property
     def capacity(self) -> int | None:
         """Slots of an expert for each sequence, independent of its length; None if dropless."""
-        return getattr(self.router, "expert_capacity", None)
+        return find(self.router, "expert_capacity")
 
     @property
     def bias(self) -> Any:
@@ -100,7 +100,7 @@ class BlockSettings:
 
     @property
     def expert_bias(self) -> Any:
-        if not self.recipe.gate.get("expert_bias") or getattr(self.router, "use_expert_bias", True) is False:
+        if not self.recipe.gate.get("expert_bias") or find(self.router, "use_expert_bias") is False:
             return None
         return self.attribute("expert_bias")
 
@@ -121,7 +121,7 @@ class BlockSettings:
     @property
     def averages(self) -> bool:
         """Whether the block returns the mean of what experts and shared expert return."""
-        averages = getattr(self.module, "shared_expert_combination_strategy", "") == "average"
+        averages = find(self.module, "shared_expert_combination_strategy") == "average"
         return averages and find(self.module, *KEEPS["shared"]) is not None
 
     def gate(self) -> dict[str, Any]:
@@ -130,13 +130,13 @@ class BlockSettings:
             return dict(k=self.recipe.gate["k"], tolerance=float(self.attribute("tolerance")))
         left_out = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
         settings = {name: value for name, value in self.recipe.gate.items() if name not in left_out}
-        settings |= dict(k=self.k, score=self.score, scale=self.scale, bias=self.bias is not None)
-        settings["expert_bias"] = self.expert_bias is not None
+        settings |= dict(k=self.k, score=self.score, scale=self.scale)
+        settings |= dict(bias=self.bias is not None, expert_bias=self.expert_bias is not None)
         if "normalize" in settings and isinstance(normalize := self.attribute("normalize"), bool):
             settings["normalize"] = normalize
-        if getattr(self.router, "expert_selection_fn", None) == "softmax":
+        if find(self.router, "expert_selection_fn") == "softmax":
             settings |= dict(weigh="softmax", normalize=True)
-        if (least := getattr(self.router, "norm_min", None)) is not None:
+        if (least := find(self.router, "norm_min")) is not None:
             settings["normalize"] = NormalizeBy(least=float(least))
         if hasattr(self.module, "moe_normalize_expert_weights"):
             order = self.module.moe_normalize_expert_weights
@@ -149,7 +149,7 @@ class BlockSettings:
 
     def groups(self) -> dict[str, Any]:
         groups, best = self.attribute("num_groups"), self.attribute("top_groups")
-        if groups is None or groups == 1 or getattr(self.router, "topk_method", "") == "greedy":
+        if groups is None or groups == 1 or find(self.router, "topk_method") == "greedy":
             return {}
         if hasattr(self.router, "apply_group_scoring"):
             return dict(select=OpenGroups(groups, best))

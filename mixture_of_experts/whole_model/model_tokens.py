@@ -30,17 +30,13 @@ class TokensAround(NamedTuple):
 def nearest_reader(modules: Sequence[nn.Module]) -> nn.Module:
     """Of modules within each other, outermost first, the nearest model of `transformers` that reads its tokens' mask;
     if none does, the nearest one; if there is none, the outermost module."""
-    nearest: nn.Module | None = None
-    for module in reversed(modules):
-        reads = getattr(module, "main_input_name", None)  # every model of transformers has it
-        if reads is None:
-            continue
-        nearest = module if nearest is None else nearest
-        if "attention_mask" in inspect.signature(module.forward).parameters:
-            return module
-        if reads != "input_ids":  # it reads pictures or sound: masks further out are of other tokens
+    models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # all of transformers
+    for model in models:
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            return model
+        if model.main_input_name != "input_ids":  # it reads pictures or sound: masks further out are of other tokens
             break
-    return modules[0] if nearest is None else nearest
+    return models[0] if models else modules[0]
 
 
 class TokensReader:

@@ -64,7 +64,7 @@ class Site:
     @property
     def k(self) -> int | None:
         """Choices of a token; None if it is not known."""
-        k = getattr(self.gate, "top_k" if self.external else "k", None) if self.block is None else self.block.k
+        k = find(self.gate, "top_k" if self.external else "k") if self.block is None else self.block.k
         return k if isinstance(k, int) else None
 
     @property
@@ -80,8 +80,8 @@ class Site:
             return self.block.expert_bias
         if self.external:
             return find(self.gate, *KEEPS["expert_bias"])
-        counts = getattr(self.gate, "expert_counts", None) is not None
-        return getattr(self.gate, "expert_bias", None) if counts else None
+        counts = find(self.gate, "expert_counts") is not None
+        return find(self.gate, "expert_bias") if counts else None
 
     @property
     def device(self) -> torch.device:
@@ -205,7 +205,7 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
         yield place.site("gate", module.num_experts, place.called)
     elif (recipe := recipe_of(module)) is not None:
         block = BlockSettings(module, recipe)
-        path = next(name for name in KEEPS["router"] if isinstance(getattr(module, name, None), nn.Module))
+        path = next(name for name in KEEPS["router"] if isinstance(find(module, name), nn.Module))
         yield place.site(path, block.num_logits, module, external=True, block=block)
     elif module in found:
         return  # a part of a layer or a block
@@ -227,5 +227,5 @@ def joined(one: Site, other: Site) -> Site:
 def is_router(module: nn.Module) -> bool:
     """Whether a module is a router of `transformers`, by its package, its name and its sizes."""
     kind = wrapped_class(module)
-    sized = all(isinstance(getattr(module, size, None), int) for size in ("top_k", "num_experts"))
+    sized = all(isinstance(find(module, size), int) for size in ("top_k", "num_experts"))
     return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized

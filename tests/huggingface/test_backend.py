@@ -22,24 +22,27 @@ from .test_blocks import MODELS, block_of, build
 OURS = "mixture_of_experts"
 
 
-def results(model: nn.Module, implementation: str, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def results(model: nn.Module, implementation: str, tokens: Tensor) -> dict[str, Tensor]:
+    """Logits and all gradients."""
     model.set_experts_implementation(implementation)
     model.zero_grad()
     logits = model(tokens).logits
     logits.logsumexp(-1).sum().backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_of_models(name, training):
     model, tokens = build(name).train(training), torch.randint(3, 64, (2, 11))
-    expected, expected_grads = results(model, "eager", tokens)
-    found, grads = results(model, OURS, tokens)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert grads.keys() == expected_grads.keys()
-    for path, grad in expected_grads.items():
-        torch.testing.assert_close(grads[path], grad, atol=1e-5, rtol=1e-4, msg=lambda m, path=path: f"{path}: {m}")
+    same(results(model, OURS, tokens), results(model, "eager", tokens))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,10 +124,7 @@ def test_every_flag_of_the_interface(flags, own_gate):
     x, expert = torch.randn(9, DIM), torch.stack([torch.randperm(E)[:2] for _ in range(9)])
     expert[3, 1] = expert[5, 0] = E
     weight = torch.where(expert < E, torch.rand(9, 2), 0.0)
-    expected, found = (run(experts, way, x, expert, weight) for way in ("batched_mm", OURS))
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    same(*(run(experts, way, x, expert, weight) for way in (OURS, "batched_mm")))
 
 
 def test_the_flags_are_those_that_are_known():
@@ -168,7 +168,5 @@ def test_compile_a_gating_of_its_own(is_concatenated):
     x, expert, weight = torch.randn(9, DIM), torch.randint(E, (9, 2)), torch.rand(9, 2)
     expected = run(experts, OURS, x, expert, weight)
     experts.compile(fullgraph=True, backend="aot_eager")
-    found = run(experts, OURS, x, expert, weight)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    same(run(experts, OURS, x, expert, weight), expected)
     torch.compiler.reset()

@@ -24,29 +24,11 @@ pytestmark = pytest.mark.slow
 RATE = 1e-2
 BIASES = ("e_score_correction_bias", "expert_bias")
 SMALL = dict(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=24,
-    moe_intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    num_experts=8,
-    num_local_experts=8,
-    n_routed_experts=8,
-    moe_num_experts=8,
-    num_experts_per_tok=2,
-    moe_k=2,
-    n_group=1,
-    topk_group=1,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-    first_k_dense_replace=0,
-    num_dense_layers=0,
-    moe_layer_start_index=0,
-)
+    vocab_size=64, hidden_size=32, intermediate_size=24, moe_intermediate_size=24, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=8, num_local_experts=8, n_routed_experts=8,
+    moe_num_experts=8, num_experts_per_tok=2, moe_k=2, n_group=1, topk_group=1, pad_token_id=0, bos_token_id=1,
+    eos_token_id=2, first_k_dense_replace=0, num_dense_layers=0, moe_layer_start_index=0,
+)  # fmt: skip
 #: where their bias is: on the router, on the block, on a module beside, a parameter
 FAMILIES = {
     "Glm4Moe": dict(),
@@ -82,6 +64,16 @@ def chosen(model: nn.Module) -> list[tuple[nn.Module, list[Tensor]]]:
     return seen
 
 
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    """Of two micro-batches, with evaluations between them."""
+    for _ in range(2):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        with torch.no_grad():
+            model.eval()(**batch)
+            model.train()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_their_bias_moves_by_real_tokens(checkpointing):
     """DeepSeek-V3: padding is no token, a recomputation is none either, and micro-batches add up."""
@@ -91,12 +83,7 @@ def test_their_bias_moves_by_real_tokens(checkpointing):
     balancing = balance_experts(model, optimizer, rate=RATE)
     if checkpointing:
         model.activation_checkpointing_enable()
-    for _ in range(2):
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        with torch.no_grad():
-            model.eval()(**batch)
-            model.train()
-    optimizer.step()
+    step(model, optimizer, batch)
     real = batch["attention_mask"].bool().flatten()
     assert len(before) == len(seen) == 2
     for (name, old), (_, calls) in zip(before.items(), seen, strict=True):
@@ -172,12 +159,7 @@ def test_quantiles_of_their_scores(name):
         settings.router.register_forward_hook(keep)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     balancing = balance_experts(model, optimizer, "quantile")
-    for _ in range(2):
-        model(**batch, labels=batch["input_ids"]).loss.backward()
-        with torch.no_grad():
-            model.eval()(**batch)
-            model.train()
-    optimizer.step()
+    step(model, optimizer, batch)
     after = biases(model)
     assert len(before) == len(blocks) == 2
     for (key, old), block, seen in zip(before.items(), blocks, scores, strict=True):
@@ -196,6 +178,13 @@ def one_group(model: nn.Module) -> nn.Module:
     return model
 
 
+def of_no_recipe(model: nn.Module) -> None:
+    """A recipe is known by the name of the block's class."""
+    for module in model.modules():
+        if type(module).__name__ == "DeepseekV3MoE":
+            module.__class__ = type("OwnMoE", (type(module),), {})
+
+
 def test_quantiles_do_not_fit_their_groups():
     model = build_sparse("DeepseekV3")
     assert any(getattr(module, "num_group", 1) > 1 for module in model.modules())
@@ -203,9 +192,7 @@ def test_quantiles_do_not_fit_their_groups():
     with pytest.raises(ValueError, match=r"DeepseekV3MoE: .* in 4 groups"):
         balance_experts(model, optimizer, "quantile")
     assert not any(module._forward_hooks for module in model.modules())
-    for module in one_group(model).modules():  # a recipe is known by the name of the block's class
-        if type(module).__name__ == "DeepseekV3MoE":
-            module.__class__ = type("OwnMoE", (type(module),), {})
+    of_no_recipe(one_group(model))
     with pytest.raises(ValueError, match=r"those of '.*\.mlp\.gate' in OwnMoE are not known"):
         balance_experts(model, optimizer, "quantile")
 
@@ -213,9 +200,7 @@ def test_quantiles_do_not_fit_their_groups():
 def test_a_router_of_no_recipe_is_known_by_its_name():
     wanted, (_, batch) = build_sparse("DeepseekV3").train(), two_lengths("right")
     model = copy.deepcopy(wanted)
-    for module in model.modules():
-        if type(module).__name__ == "DeepseekV3MoE":
-            module.__class__ = type("OwnMoE", (type(module),), {})
+    of_no_recipe(model)
     for each in (model, wanted):
         optimizer = torch.optim.SGD(each.parameters(), lr=0.0)
         balance_experts(each, optimizer, rate=RATE)

@@ -140,6 +140,11 @@ def test_cached_generation(name, beams):
         assert torch.equal(found[-5:], alone_found[0, -5:])
 
 
+def keep_masks(model: nn.Module, seen: list[Any]) -> None:
+    for module in feed_forwards(model):
+        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+
+
 @pytest.mark.parametrize("cache", ["static", None])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_masks_of_four_dimensions(name, cache):
@@ -147,8 +152,7 @@ def test_masks_of_four_dimensions(name, cache):
     model = build(name).eval()
     _, batch = two_lengths("left")
     mask, seen = batch["attention_mask"].bool(), []
-    for module in feed_forwards(model):
-        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+    keep_masks(model, seen)
     if cache:
         model.generate(**batch, max_new_tokens=2, do_sample=False, cache_implementation="static")
         assert all(its is None for its in seen[2:])
@@ -167,8 +171,7 @@ def test_a_static_cache_that_is_not_empty():
     cache = StaticCache(model.config, max_cache_len=16)
     tokens, seen = torch.randint(3, VOCABULARY, (1, 6)), []
     model(tokens, cache=cache)
-    for module in feed_forwards(model):
-        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+    keep_masks(model, seen)
     mask = torch.zeros(1, 1, 3, 16, dtype=torch.bool)
     mask[..., :6] = True
     mask[0, 0, 1, 7] = True  # the second of three tokens is real
@@ -189,6 +192,11 @@ def test_masks_that_tell_nothing_are_refused():
 # Training: activation checkpointing runs layers again when their forward is over
 
 
+def two_batches() -> list[dict[str, Tensor]]:
+    first, second = two_lengths("right")[1], two_lengths("right")[1]
+    return [first, {**second, "attention_mask": second["attention_mask"].flip(0)}]
+
+
 def two_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Gradients of the sum of two forwards, one backward after both."""
     model.zero_grad()
@@ -203,8 +211,7 @@ def two_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str
 @pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2"])
 def test_checkpointing_with_two_forwards_before_one_backward(name):
     model = build(name).train()
-    batches = [two_lengths("right")[1], two_lengths("right")[1]]
-    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
+    batches = two_batches()
     expected = two_forwards(model, batches)
     model.activation_checkpointing_enable()
     found = two_forwards(model, batches)
@@ -223,8 +230,7 @@ def test_reentrant_checkpointing(foreign):
     gate = lambda d, e: TopKGating(d, e, k=1, capacity_factor_train=0.5, min_expert_capacity=1, expert_bias=True)  # noqa: E731
     replace_ffn(model, num_experts=4, gate=gate, loss_coef=0.0)
     model.model.embed_tokens.requires_grad_()
-    batches = [two_lengths("right")[1], two_lengths("right")[1]]
-    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
+    batches = two_batches()
     expected = two_forwards(model, batches)
     model.activation_checkpointing_enable({"use_reentrant": True})
     if foreign:

@@ -34,13 +34,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from mixture_of_experts.huggingface import private_transformers as private
 
 SIZES: dict[str, Any] = dict(
-    vocab_size=32,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=2,
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=2,
-)
+)  # fmt: skip
 PROJECTION = "model.layers.0.mlp.experts.gate_up_proj"
 
 

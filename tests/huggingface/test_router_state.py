@@ -19,9 +19,9 @@ from mixture_of_experts.gating import DepthAveragedGating
 from mixture_of_experts.huggingface import from_transformers, to_transformers
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.replay import record_routing, replay_routing
-from mixture_of_experts.stats import track_routing
 
 from .test_saving import same_weights
+from .test_sparse import there_and_back
 
 
 def block_of(seed: int, layer: int) -> Any:
@@ -75,22 +75,8 @@ def test_a_block_of_another_place_is_refused():
 
 
 def test_a_padded_batch_a_generation_and_back():
-    """Logits at padding too, and text; then the stock model, bit for bit."""
-    stock, (_, batch) = model_of(), two_lengths("left")
-    model = from_transformers(copy.deepcopy(stock))
-    assert [layer.moe.gate.first for layer in feed_forwards(model)] == [True, False, False]
-    wanted, real = stock(**batch).logits, batch["attention_mask"].bool()
-    torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
-    settings: Any = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(model.generate(**batch, **settings), stock.generate(**batch, **settings))
-    with track_routing(model) as stats:
-        model(**batch)
-    assert len(stats.layers) == 3
-    assert all(stats.last(layer).tokens == real.sum() for layer in stats.layers)
-    to_transformers(model)
-    same_weights(model, stock)
-    assert torch.equal(model(**batch).logits, wanted)
-    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    there_and_back(model_of())
+    assert [layer.moe.gate.first for layer in feed_forwards(from_transformers(model_of()))] == [True, False, False]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

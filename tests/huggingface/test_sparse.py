@@ -46,10 +46,6 @@ each = pytest.mark.parametrize(
 )
 
 
-def stock_model(name: str) -> Any:
-    return build(name)
-
-
 def changed(model: nn.Module, **settings: Any) -> Any:
     """A copy of the model, with layers of ours."""
     return from_transformers(copy.deepcopy(model), **settings)
@@ -62,18 +58,21 @@ def hooks_in(model: nn.Module) -> list[Any]:
 
 @each
 def test_there_and_back(name):
+    there_and_back(build(name))
+
+
+def there_and_back(stock: Any) -> None:
     """Equal logits of a padded batch, at padding too, and equal text; then the stock model, bit for bit."""
-    stock, (_, batch) = stock_model(name), two_lengths("left")
-    model = copy.deepcopy(stock)
+    model, (_, batch) = copy.deepcopy(stock), two_lengths("left")
     assert from_transformers(model) is model
-    assert [type(layer.mlp) for layer in model.model.layers] == [SparseFeedForward] * 2
+    assert {type(layer.mlp) for layer in model.model.layers} == {SparseFeedForward}
     wanted, real = stock(**batch).logits, batch["attention_mask"].bool()
     torch.testing.assert_close(model(**batch).logits, wanted, atol=1e-5, rtol=1e-5)
     settings: Any = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(model.generate(**batch, **settings), stock.generate(**batch, **settings))
     with track_routing(model) as stats:
         model(**batch)
-    assert stats.last(stats.layers[0]).tokens == real.sum()
+    assert {stats.last(layer).tokens for layer in stats.layers} == {int(real.sum())}
 
     assert to_transformers(model) is model
     same_weights(model, stock)
@@ -88,12 +87,12 @@ def test_there_and_back(name):
 @each
 def test_gradients_are_those_of_the_blocks(name):
     """Of every weight; and of a step of our own, which goes back into the blocks."""
-    stock, (_, batch) = stock_model(name), two_lengths("right")
+    stock: Any = build(name)
+    _, batch = two_lengths("right")
     model = changed(stock, loss_coef=0.0)
     labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
     for one in (stock, model):
         one.train()(**batch, labels=labels).loss.backward()
-
     torch.testing.assert_close(model.model.embed_tokens.weight.grad, stock.model.embed_tokens.weight.grad)
     for block, layer in zip((one.mlp for one in stock.model.layers), feed_forwards(model), strict=True):
         theirs = gradients(block)

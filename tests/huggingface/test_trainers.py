@@ -5,33 +5,20 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.transformers_models import ARCHITECTURES
-from support.transformers_trainers import (
-    CASES,
-    COEFFICIENT,
-    Probe,
-    build,
-    dpo,
-    factor,
-    grpo,
-    in_two_processes,
-    kto,
-    rows,
-    sft,
-)
+from support.transformers_trainers import CASES, COEFFICIENT, Probe, build, factor, in_two_processes, rows, sft
 from torch import nn
 
 from mixture_of_experts.huggingface import Adapter, aux_loss, replace_ffn
 
 from .test_blocks import build as build_sparse
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore"),
-]  # of the trainers; those of this package are asked for
+# warnings of the trainers; those of this package are asked for
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 NOT = "`Trainer`, label smoothing"
 
 
@@ -85,11 +72,12 @@ def test_trl_switches_it_off(tmp_path: Path):
         torch.testing.assert_close(model.train()(**batch).loss, task)
 
 
-@pytest.mark.parametrize("case", [dpo, kto, grpo])
-def test_other_trainers_of_trl_switch_it_off(case, tmp_path: Path):
+@pytest.mark.parametrize("name", ["TRL, DPO", "TRL, KTO", "TRL, GRPO"])
+def test_other_trainers_of_trl_switch_it_off(name, tmp_path: Path):
     """They change no configuration: that they do not ask for router logits tells."""
     need("trl")
-    model = build()
+    model: Any = build()
+    case: Any = CASES[name][0]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         case(model, 2, False, tmp_path, router_aux_loss_coef=0.0)

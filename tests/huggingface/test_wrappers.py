@@ -45,13 +45,8 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def test_compile_in_one_graph(name):
     """Mask, and loss, and their gradients; a step with another mask compiles nothing anew."""
     torch.compiler.reset()
-    model, graphs = build(name), []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled, made = torch.compile(model, fullgraph=True, backend=backend), 0
+    model, graphs, made = build(name), [], 0
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     for step in range(2):
         made = len(graphs)
         batch = labelled()

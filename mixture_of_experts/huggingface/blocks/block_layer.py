@@ -100,7 +100,7 @@ class BlockLayer(BlockSettings):
             experts = NormedExperts(experts, norm)
         if self.recipe.weigh_input:
             experts = InputWeightedExperts(experts)
-        num_identity = getattr(self.experts, "zero_expert_num", 0)
+        num_identity = find(self.experts, "zero_expert_num") or 0
         if num_identity or self.recipe.zero:
             experts = ZeroComputationExperts(experts, num_identity=num_identity, num_zero=self.recipe.zero)
         parts: dict[str, Any] = dict(before=self.in_turn("before", "before_norm"), after=self.in_turn("after"))
@@ -188,7 +188,7 @@ class BlockLayer(BlockSettings):
         if not getattr(experts, "is_transposed", self.recipe.weigh_input):
             first, down = first.mT, down.mT  # (e, in, out)
         firsts, found = {"w": first}, {"w2": [down]}
-        if getattr(experts, "has_bias", False):
+        if find(experts, "has_bias"):
             firsts["b"] = experts.up_proj_bias if gate_up is None else experts.gate_up_proj_bias
             found["b2"] = [experts.down_proj_bias]
         for kind, both in firsts.items():

@@ -76,7 +76,7 @@ def differences(moe: MoE, block: nn.Module) -> list[str]:
 def told(moe: MoE, compared: Collection[str]) -> dict[str, str]:
     """What a layer computes, in words, with those settings of its gate that are `compared`."""
     gate, parts = moe.gate, with_inner(moe.experts)
-    settings: dict[str, Any] = {name: getattr(gate, name, None) for name in compared}
+    settings: dict[str, Any] = {name: find(gate, name) for name in compared}
     if settings.get("num_groups") == settings.get("top_groups"):  # a token may choose from all expert groups
         settings |= dict.fromkeys(("num_groups", "top_groups", "group_score"))
     if not settings.get("normalize"):
@@ -87,7 +87,7 @@ def told(moe: MoE, compared: Collection[str]) -> dict[str, str]:
     return {
         "the gate is": type(gate).__name__,
         **{f"the gate has {name}": repr(value) for name, value in settings.items()},
-        "the experts have the activation": repr(getattr(parts[-1], "act", None)),
+        "the experts have the activation": repr(find(parts[-1], "act")),
         "the experts are": " around ".join(type(part).__name__ for part in parts),
         **{f"{name} has shape": str(tuple(tensor.shape)) for name, tensor in weights.items()},
     }

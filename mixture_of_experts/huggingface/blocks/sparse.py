@@ -147,10 +147,8 @@ def put_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> N
 
 def router_path(block: nn.Module) -> str:
     """The path of the module that holds the router's matrix; "" if there is none."""
-    router = find(block, *KEEPS["router"])
-    (name,) = (name for name, child in block.named_children() if child is router)
-    paths = [path for path in KEEPS["weight"] if isinstance(find(router, path), Tensor)]
-    return ".".join([name, *paths[0].split(".")[:-1]]) if paths else ""
+    paths = [f"{router}.{weight}" for router in KEEPS["router"] for weight in KEEPS["weight"]]
+    return next((path.rpartition(".")[0] for path in paths if isinstance(find(block, path), Tensor)), "")
 
 
 # Back
@@ -207,7 +205,7 @@ def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
         for name, weight in tensors_of(module, recurse=False).items():
             ours = like.get(id(weight))
             kind = (dtype if ours is None else ours.dtype) if weight.is_floating_point() else weight.dtype
-            value = torch.zeros(weight.shape, dtype=kind, device=device)
+            value = torch.zeros_like(weight, dtype=kind, device=device)
             if isinstance(weight, nn.Parameter):
                 value = nn.Parameter(value, requires_grad=weight.requires_grad and (ours is None or ours.requires_grad))
             setattr(module, name, value)

@@ -16,12 +16,12 @@ from mixture_of_experts.ops.network import W_IN, Network
 
 
 class LowRank(NamedTuple):
-    """A weight `(e, p, q)` and its low-rank part, down `(e, p, k)` and up `(e, k, q)`, or None."""
+    """A weight `(e, p, q)` and its low-rank part, down `(e, p, k)` and up `(e, k, q)`, or None for both."""
 
     name: str  # in `Network.tensors`
     weight: Tensor
     down: Tensor | None
-    up: Tensor | None
+    up: Any
 
     @property
     def shape(self) -> torch.Size:
@@ -29,7 +29,7 @@ class LowRank(NamedTuple):
 
     @property
     def mT(self) -> LowRank:  # noqa: N802  (as of a tensor)
-        if self.down is None or self.up is None:
+        if self.down is None:
             return self._replace(weight=self.weight.mT)
         return LowRank(self.name, self.weight.mT, self.up.mT, self.down.mT)
 
@@ -66,6 +66,6 @@ class AdaptedNetwork(Network):
         """The network whose weights are the sums."""
         tensors = super().tensors()
         for name, w, down, up in self.adapted():
-            if down is not None and up is not None:
+            if down is not None:
                 tensors[name] = torch.baddbmm(w, down, up)
         return super().with_tensors(tensors)

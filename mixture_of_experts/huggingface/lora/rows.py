@@ -83,7 +83,7 @@ class AdaptedProducts:
     def by_weights(self, x: Tensor, weight: LowRank, out: Tensor | None = None) -> Tensor:
         products, thin = self.products, self.narrow(x, weight)
         out = products.by_weights(x, weight.weight, out)
-        if thin is None or weight.up is None:
+        if thin is None:
             return out
         if isinstance(products, ChunkProducts):
             return products.by_weights(thin, weight.up, out, add=True)

@@ -41,7 +41,7 @@ def run_operators(call: Call, product: plain.Product = plain.expert_product) -> 
     def multiply(x: Tensor, weight: Any, num_tokens_per_expert: Tensor | None) -> Tensor:
         w: LowRank = weight
         out = product(x, w.weight, num_tokens_per_expert)
-        if w.down is None or w.up is None:
+        if w.down is None:
             return out
         return out + product(product(x, w.down, num_tokens_per_expert), w.up, num_tokens_per_expert)
 
