@@ -24,11 +24,10 @@ BY = "'random', or a file with scores (safetensors, of expert_scores) or ids to 
 
 def size(text: str) -> int:
     """A size such as `5GB` in bytes."""
-    found = re.fullmatch(r"(\d+)\s*([KMG]?B?)", text.upper())
-    unit = None if found is None else UNITS.get(found[2])
-    if found is None or unit is None or not int(found[1]):
+    found = re.fullmatch(r"(0*[1-9]\d*)\s*([KMG]B|)", text.upper())
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 500MB or 5GB")
-    return int(found[1]) * unit
+    return int(found[1]) * UNITS[found[2]]
 
 
 def gate(text: str) -> GateFactory:

@@ -15,17 +15,7 @@ import torch
 import transformers
 from support.transformers_models import ARCHITECTURES, DIM, VOCABULARY
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTextEncoding,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5EncoderModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.auto import modeling_auto
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -168,8 +158,8 @@ def test_arguments_of_the_configuration(tmp_path):
     replace_ffn(model, num_experts=4)
     model.save_pretrained(tmp_path)
     for load in (
-        AutoModelForSequenceClassification.from_pretrained,
-        lambda path, **settings: from_pretrained(path, AutoModelForSequenceClassification, **settings),
+        transformers.AutoModelForSequenceClassification.from_pretrained,
+        lambda path, **settings: from_pretrained(path, transformers.AutoModelForSequenceClassification, **settings),
     ):
         loaded, info = load(tmp_path, num_labels=3, dtype=torch.bfloat16, output_loading_info=True)
         assert type(loaded) is transformers.BertForSequenceClassification
@@ -180,7 +170,7 @@ def test_arguments_of_the_configuration(tmp_path):
         for module, expected in zip(feed_forwards(loaded), feed_forwards(model), strict=True):
             assert torch.equal(module.moe.experts.w1, expected.moe.experts.w1.bfloat16())
         loaded.save_pretrained(tmp_path / "three")
-        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "three").num_labels == 3
+        assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "three").num_labels == 3
 
 
 def test_a_part_of_a_model(tmp_path):
@@ -190,9 +180,9 @@ def test_a_part_of_a_model(tmp_path):
     model.save_pretrained(tmp_path)
     expected = model.encoder(tokens).last_hidden_state
     for load in (
-        T5EncoderModel.from_pretrained,
-        AutoModelForTextEncoding.from_pretrained,
-        lambda path: from_pretrained(path, T5EncoderModel),
+        transformers.T5EncoderModel.from_pretrained,
+        transformers.AutoModelForTextEncoding.from_pretrained,
+        lambda path: from_pretrained(path, transformers.T5EncoderModel),
     ):
         assert torch.equal(load(tmp_path)(tokens).last_hidden_state, expected)
 
@@ -317,12 +307,14 @@ def test_folders_of_earlier_versions(tmp_path):
     same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizers = pytest.importorskip("tokenizers")
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=split, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def test_a_dense_model_of_settings_that_name_experts_cannot_be_loaded(tmp_path):
@@ -339,7 +331,7 @@ def test_a_dense_model_of_settings_that_name_experts_cannot_be_loaded(tmp_path):
         settings = config.to_dict()
         for name in ("mixture_of_experts", "quantization_config"):
             settings.pop(name, None)
-        dense = LlamaForCausalLM(LlamaConfig.from_dict(settings)).eval()
+        dense = LlamaForCausalLM(transformers.LlamaConfig.from_dict(settings)).eval()
         dense.save_pretrained(tmp_path / f"dense {number}")
         same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / f"dense {number}"), dense)
 

@@ -15,7 +15,7 @@ from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, why_not_cut
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
-from mixture_of_experts.huggingface.router_config import reports_routers, text_config
+from mixture_of_experts.huggingface.router_config import reports_routers
 from mixture_of_experts.huggingface.saving.configuration import note
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
@@ -213,7 +213,7 @@ def tell_configuration(models: list[PreTrainedModel], old: int, changes: Mapping
     if not models or not (layers := feed_forwards(models[0])):
         return
     note(models[0])
-    config = text_config(models[0])
+    config = models[0].config.get_text_config()
     if not reports_routers(config) and vars(config).get("num_experts") == old:  # as `announce` set it
         changes = {**changes, "num_experts": layers[0].moe.num_experts}
     for name, number in changes.items():

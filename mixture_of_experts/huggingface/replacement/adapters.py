@@ -141,12 +141,11 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
 
 def refuse_offloaded(module: nn.Module, name: str) -> None:
     """Refuse weights that a `device_map` left on disk or in another memory: the modules hold none of them."""
-    for inner in module.modules():
-        if is_elsewhere(inner):
-            raise ValueError(
-                f"the weights of {name} are not in memory, because of the model's device_map: load the model without "
-                "it, or change its folder by python -m mixture_of_experts.huggingface"
-            )
+    if any(map(is_elsewhere, module.modules())):
+        raise ValueError(
+            f"the weights of {name} are not in memory, because of the model's device_map: load the model without it, "
+            "or change its folder by python -m mixture_of_experts.huggingface"
+        )
 
 
 def refuse_meta(module: nn.Module, name: str) -> None:

@@ -210,7 +210,9 @@ def upcycle(
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
     """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
     refuse_wrapped(check_model("model", model))
-    adapters = check_adapters(adapters)
+    adapters = {} if adapters is None else adapters
+    if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
+        raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
     known = layers_of_torch(model)
     known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
@@ -219,7 +221,7 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
     misses = [miss for miss in misses if not miss.narrow]
     if layers is None and (misses or (misses := torn(model, places))):
-        some = ", ".join({pattern(place.target): None for place in places})
+        some = ", ".join(dict.fromkeys(pattern(place.target) for place in places))
         raise ValueError(
             f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
             f"{why(model, misses)}. Or name the networks that you want by layers="
@@ -237,19 +239,11 @@ def check_models(models: Any) -> list[nn.Module]:
     return [check_model(f"models[{i}]", model) for i, model in enumerate(models)]
 
 
-def check_adapters(adapters: Mapping[str, Adapter] | None) -> Mapping[str, Adapter]:
-    if adapters is None:
-        return {}
-    if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
-        raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
-    return adapters
-
-
 def why(model: nn.Module, misses: Collection[Miss]) -> str:
     """Why networks of a model cannot be replaced, for an error."""
     modules = list(model.modules())
     if misses:
-        said = "; ".join({f"{pattern(miss.name)} of {miss.kind}: {miss.reason}": None for miss in misses})
+        said = "; ".join(dict.fromkeys(f"{pattern(miss.name)} of {miss.kind}: {miss.reason}" for miss in misses))
     elif any(isinstance(module, MoEFeedForward) for module in modules):
         said = "some are replaced already"
     elif any(map(is_routed, modules)):
@@ -363,7 +357,7 @@ def make_moe(
             shared_expert = SharedExpert(
                 dense.dim, shared, activation, dense.gated, bias="b1" in dense.weights, dtype=dtype
             )
-    for name in {name for name, _ in experts.named_parameters(recurse=False)} - dense.weights.keys():
+    for name in experts._parameters.keys() - dense.weights.keys():
         experts.register_parameter(name, None)  # the network has no such bias
     if not drawn:
         for module in (experts, *linears_of_shared(shared_expert).values()):
@@ -439,7 +433,7 @@ def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> N
     for path in adapter.bypass:
         set_attribute(place.module, path, One() if path == adapter.ones else nn.Identity())
     dropout = adapter.hidden_dropout
-    if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
+    if isinstance(dropout, str) and not dropout.startswith(tuple(f"{path}." for path in adapter.bypass)):
         off: Any = 0.0 if isinstance(attrgetter(dropout)(place.module), float | int) else nn.Identity()
         set_attribute(place.module, dropout, off)
     set_attribute(place.module, adapter.down, feed_forward)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -68,9 +68,8 @@ def search(model: nn.Module, given: Mapping[str, Adapter | Miss]) -> tuple[list[
             continue
         for parts, adapter in networks(module):
             last = names[parts[-1]]
-            if not seen.isdisjoint(parts) or APART.search(last) or f"{last}.".startswith(skipped):
-                continue
-            if not is_of_stream(model, last, parts):
+            elsewhere = APART.search(last) or f"{last}.".startswith(skipped)
+            if elsewhere or not seen.isdisjoint(parts) or not is_of_stream(model, last, parts):
                 continue
             if isinstance(adapter, Adapter):
                 found.append(NetworkSite(name, module, adapter))
@@ -214,8 +213,10 @@ class Chain(NamedTuple):
         found = Adapter(target(up), target(self.down), gate and target(gate), activation, place, outer, halves=halves)
         if whole:
             return found
-        bypass = self._bypass()
-        output_dropout = None if inner is None else self._other_use(inner)
+        children = self._children()
+        gone = set().union(*(child.nodes for child in children))
+        bypass = (*(child.path for child in children), *self._parts(gone))
+        output_dropout = None if inner is None or inner in gone else self._other_use(inner)
         ones = target(up) if gate is not None and target(up) in bypass else None
         return replace(found, output_dropout=output_dropout, slot=True, bypass=bypass, ones=ones)
 
@@ -300,8 +301,6 @@ class Chain(NamedTuple):
         Raises:
             UnfitError: the dropout cannot be turned off, or something else would be turned off with it.
         """
-        if any(inner in child.nodes for child in self._children()):
-            return None  # its module becomes an identity
         place = place_of(self.calls, inner)
         if not isinstance(place, str):
             raise UnfitError("the dropout between its linear layers cannot be turned off")
@@ -321,10 +320,10 @@ class Chain(NamedTuple):
                 found.append(child)
         return found
 
-    def _bypass(self) -> tuple[str, ...]:
-        """The paths of parts that must become identities, so that tokens reach the last layer."""
-        children, kind = self._children(), type(self.calls.module).__name__
-        gone = set().union(*(child.nodes for child in children))
+    def _parts(self, gone: Collection[Node]) -> list[str]:
+        """The paths of parts that must become identities, so that tokens reach the last layer, beside those that are
+        gone with a child."""
+        kind = type(self.calls.module).__name__
         for node in self.middle:
             product = len(self.ups) > 1 and node.target in PRODUCTS
             if node in gone or node in self.dropouts or node.target in HARMLESS or product:
@@ -336,8 +335,7 @@ class Chain(NamedTuple):
                 raise UnfitError(f"{node.target} is the activation of something else too")
         if sizes(self.linears[0])[1] != sizes(self.linears[-1])[0] and self.ups[0] not in gone:
             raise UnfitError(f"its halves are taken apart in the code of {kind}")
-        rest = [target(node) for node in (*self.ups, *self.layers) if node not in gone]
-        return (*(child.path for child in children), *rest)
+        return [target(node) for node in (*self.ups, *self.layers) if node not in gone]
 
 
 PRODUCTS = (operator.mul, torch.mul, "mul")

@@ -125,9 +125,10 @@ def record(module: nn.Module) -> BlockCalls | None:
         return None
     try:
         out = type(module).forward(skeleton(recorder, module, ""), **symbols)
-        lone = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD
         given = tuple(symbol.node for symbol in symbols.values())
-        return BlockCalls(module, recorder.graph, given, lone, recorder.create_arg(out), tuple(recorder.children))
+        return BlockCalls(
+            module, recorder.graph, given, len(parameters) == 1, recorder.create_arg(out), tuple(recorder.children)
+        )
     except Exception:  # unknown code, run on symbols
         return None
 

@@ -189,10 +189,14 @@ def carried(config: Any, target: Target) -> dict[str, Any]:
 def stock_model(model: Any, target: Target, head: str, layers: Layers) -> Any:
     """A model of the target without memory for its weights, with the sizes of the model and of its first layer."""
     moe: Any = next(iter(layers.values())).moe
-    settings = carried(model.config, target) | dict(target.settings)
-    settings |= {target.hidden: getattr(moe.experts, "hidden_dim", 1), "num_experts": moe.num_experts}
-    settings |= {"num_experts_per_tok": getattr(moe.gate, "k", 1)}
-    settings["norm_topk_prob"] = bool(getattr(moe.gate, "normalize", True))
+    settings = {
+        **carried(model.config, target),
+        **dict(target.settings),
+        target.hidden: getattr(moe.experts, "hidden_dim", 1),
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": getattr(moe.gate, "k", 1),
+        "norm_topk_prob": bool(getattr(moe.gate, "normalize", True)),
+    }
     if not target.all_layers:
         sparse = set(map(number, layers))
         settings["mlp_only_layers"] = [i for i in range(model.config.num_hidden_layers) if i not in sparse]

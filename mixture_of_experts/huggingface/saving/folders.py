@@ -286,13 +286,13 @@ class WeightFiles:
     files: dict[str, str]  # the names of files, by names of weights
 
     def __init__(self, folder: Path, model: Any) -> None:
-        index = folder / INDEX
+        index, single = folder / INDEX, folder / "model.safetensors"
         if index.exists():
             with readable(index):
                 files = check_weight_map(json.loads(index.read_text())["weight_map"])
-        elif (folder / "model.safetensors").exists():
-            with opened(folder / "model.safetensors") as file:
-                files = dict.fromkeys(file.keys(), "model.safetensors")
+        elif single.exists():
+            with opened(single) as file:
+                files = dict.fromkeys(file.keys(), single.name)
         else:
             raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
         self.folder = folder

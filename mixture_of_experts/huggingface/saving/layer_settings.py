@@ -39,9 +39,8 @@ class LayerRecord:
     """What is told of a layer. A copy of it belongs to the copy of the layer, or tells how the layer was."""
 
     def __init__(self, layer: MoEFeedForward) -> None:
-        settings = settings_of(layer).items()
         #: what the loaded layer has by itself, if it is described
-        self.built: dict[str, Any] = {path: value for path, value in settings if plain(value)}
+        self.built: dict[str, Any] = {path: value for path, value in settings_of(layer).items() if plain(value)}
         self.entry: dict[str, Any] = describe_layer(layer)
         self.layer: Callable[[], MoEFeedForward | None] = weakref.ref(layer)
 
@@ -92,7 +91,7 @@ class Layers(Sequence[dict[str, Any]]):
         entries: list[dict[str, Any]] = []
         for name, record in self.records.items():
             settings = record.read()
-            same = next((entry for entry in entries if {**entry, "layers": None} == {**settings, "layers": None}), None)
+            same = next((entry for entry in entries if entry == {**settings, "layers": entry["layers"]}), None)
             if same is None:
                 entries.append({"layers": [name], **settings})
             else:
@@ -124,11 +123,10 @@ def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
     coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
     if isinstance(feed_forward, SparseFeedForward):  # the stock model of the configuration has the rest
         return {"block": feed_forward.block, "balance_over": getattr(gate, "balance_over", "batch"), **coefs}
-    shared: Any = None if moe.shared_expert is None else unwrapped(moe.shared_expert)
     return {
         "num_experts": moe.num_experts,
         "hidden_dim": getattr(unwrapped(moe.experts), "hidden_dim", None),
-        "shared_expert": None if shared is None else shared.hidden_dim,
+        "shared_expert": None if moe.shared_expert is None else unwrapped(moe.shared_expert).hidden_dim,
         "gate": describe_gate(gate),
         "gate_class": wrapped_class(gate).__name__,
         **coefs,
