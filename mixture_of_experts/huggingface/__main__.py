@@ -24,11 +24,10 @@ BY = "'random', or a file with scores (safetensors, of expert_scores) or ids to 
 
 def size(text: str) -> int:
     """A size such as `5GB` in bytes."""
-    found = re.fullmatch(r"(\d+)\s*([KMG]?B?)", text.upper())
-    unit = None if found is None else UNITS.get(found[2])
-    if found is None or unit is None or not int(found[1]):
+    found = re.fullmatch(r"(0*[1-9]\d*)\s*([KMG]B|)", text.upper())
+    if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 500MB or 5GB")
-    return int(found[1]) * unit
+    return int(found[1]) * UNITS[found[2]]
 
 
 def gate(text: str) -> GateFactory:
@@ -47,54 +46,70 @@ def gate(text: str) -> GateFactory:
 
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.huggingface", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, does in (
-        ("upcycle", "replace the feed-forward networks of a saved model by experts that are copies of them"),
-        ("prune", "remove experts of a saved model with experts"),
-        ("quantize", "round the experts of a saved model, also of a stock model with experts, to 8 or 4 bits"),
-        ("export", "write a saved model with experts as Mixtral, Qwen2-MoE or Qwen3-MoE of transformers"),
+    commands = parser.add_subparsers(required=True)
+    for name, run, does in (
+        (
+            "upcycle",
+            upcycle_folder,
+            "replace the feed-forward networks of a saved model by experts that are copies of them",
+        ),
+        ("prune", prune_folder, "remove experts of a saved model with experts"),
+        (
+            "quantize",
+            quantize_folder,
+            "round the experts of a saved model, also of a stock model with experts, to 8 or 4 bits",
+        ),
+        (
+            "export",
+            export_folder,
+            "write a saved model with experts as Mixtral, Qwen2-MoE or Qwen3-MoE of transformers",
+        ),
     ):
-        shows_defaults = argparse.ArgumentDefaultsHelpFormatter
-        command = commands.add_parser(name, help=does, description=does, formatter_class=shows_defaults)
-        command.add_argument("source", type=Path, metavar="IN", help="folder with config.json and safetensors")
-        command.add_argument("target", type=Path, metavar="OUT", help="new folder")
+        command = commands.add_parser(
+            name,
+            help=does,
+            description=does,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            argument_default=argparse.SUPPRESS,  # what has no default is left to the function
+        )
+        command.set_defaults(run=run)
+        add = command.add_argument
+        add("source", type=Path, metavar="IN", help="folder with config.json and safetensors")
+        add("target", type=Path, metavar="OUT", help="new folder")
         most = "1GB" if name == "quantize" else "5GB"
-        command.add_argument("--max-shard-size", type=size, default=most, help="most bytes of a file of weights")
+        add("--max-shard-size", type=size, default=most, help="most bytes of a file of weights")
         if name == "upcycle":
-            add_settings(command.add_argument)
+            add_settings(add)
         if name == "prune":
-            command.add_argument("--by", required=True, help=BY)
-            command.add_argument("--keep", type=int, help="experts that each layer keeps, without ids")
+            add("--by", required=True, help=BY)
+            add("--keep", type=int, help="experts that each layer keeps, without ids")
         if name == "quantize":
-            command.add_argument("--bits", type=int, default=8, choices=(8, 4), help="of a number")
-            command.add_argument(
-                "--group", type=int, default=64, choices=GROUPS, help="inputs with a step of their own"
-            )
+            add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
+            add("--group", type=int, default=64, choices=GROUPS, help="inputs with a step of their own")
             unfit = "bits of experts whose sizes --group does not divide"
-            command.add_argument("--fallback", type=int, choices=(8,), default=argparse.SUPPRESS, help=unfit)
+            add("--fallback", type=int, choices=(8,), help=unfit)
     return parser.parse_args(arguments)
 
 
 def add_settings(add: Any) -> None:
-    """Add the settings of `upcycle`. What has no default is left to it."""
+    """Add the settings of `upcycle`."""
     add("--num-experts", type=int, default=8, help="experts of a layer")
     add("--k", type=int, default=2, help="experts of a token, for the default gate")
-    add("--gate", type=gate, default=argparse.SUPPRESS, help="such as 'TopKGating(k=4, score=\"sigmoid\")'")
-    add("--layers", type=int, nargs="+", default=argparse.SUPPRESS, help="numbers of blocks; by default all")
+    add("--gate", type=gate, help="such as 'TopKGating(k=4, score=\"sigmoid\")'")
+    add("--layers", type=int, nargs="+", help="numbers of blocks; by default all")
     add("--granularity", type=int, default=1, help="cut each copy into so many experts")
-    add("--shared-expert", type=int, default=argparse.SUPPRESS, help="hidden units of a shared expert")
+    add("--shared-expert", type=int, help="hidden units of a shared expert")
     add("--noise", type=float, default=0.0, help="noise, in deviations of the weights")
     add("--redraw", type=float, default=0.0, help="share of hidden units to redraw")
     add("--loss-coef", type=float, default=1e-2, help="coefficient of the balancing loss")
     add("--z-loss-coef", type=float, default=0.0, help="coefficient of the z-loss")
-    add("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help="of the weights that are written; by default theirs")
+    add("--dtype", choices=DTYPES, help="of the weights that are written; by default theirs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; after an error, printed to standard error, it is 1."""
     settings = vars(read(arguments))
-    commands = {"upcycle": upcycle_folder, "prune": prune_folder, "quantize": quantize_folder, "export": export_folder}
-    run = commands[settings.pop("command")]
+    run = settings.pop("run")
     if "dtype" in settings:
         settings["dtype"] = getattr(torch, settings["dtype"])
     try:

@@ -6,13 +6,7 @@ import pytest
 import torch
 from support.transformers_models import ARCHITECTURES
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.gating import RouterLogits
@@ -145,9 +139,7 @@ def test_settings_and_activations():
     feed_forwards(model)[1].moe.experts.act = nn.GELU()
     with pytest.raises(ValueError, match="the activation GELU"):
         export(model)
-    biased = LlamaForCausalLM(
-        LlamaConfig(**{**ARCHITECTURES["llama"].settings, "attention_bias": True, "vocab_size": 64})
-    )
+    biased = ARCHITECTURES["llama"].build(attention_bias=True)
     upcycle(biased, num_experts=4)
     with pytest.raises(ValueError, match="Mixtral: attention_bias=True"):
         export(biased)

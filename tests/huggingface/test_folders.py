@@ -82,26 +82,30 @@ def test_gate_coefficients_and_dtype(tmp_path):
     torch.testing.assert_close(loaded(**inputs).logits, expected, atol=0.1, rtol=0.05)
 
 
+GATES = ["Top", "TopKGating", "TopKGating(3)", "TopKGating(k=x)", "nn.Linear()", "import os", ""]
+NO_GATE = 'is no gate: write TopKGating(k=4, score="sigmoid"); there are '
+NO_SIZE = "is no size: write 500MB or 5GB"
+
+
 @pytest.mark.parametrize(
-    "text", ["Top", "TopKGating", "TopKGating(3)", "TopKGating(k=x)", "nn.Linear()", "import os", ""]
+    ("option", "text", "says"),
+    [("gate", text, NO_GATE) for text in GATES]
+    + [("max-shard-size", text, NO_SIZE) for text in ("0", "5TB", "x", "-1")],
 )
-def test_what_is_no_gate(text, capsys):
+def test_what_is_no_gate_or_size(option, text, says, capsys):
     with pytest.raises(SystemExit):
-        main(["upcycle", "in", "out", "--gate", text])
-    assert f'{text!r} is no gate: write TopKGating(k=4, score="sigmoid"); there are ' in capsys.readouterr().err
+        main(["upcycle", "in", "out", f"--{option}={text}"])
+    assert f"{text!r} {says}" in capsys.readouterr().err
 
 
 def test_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["upcycle", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for words in (
-        "(default: 8)",
-        "(default: 5GB)",
-        "coefficient of the balancing loss (default: 0.01)",
-        "by default all",
-    ):
-        assert words in shown
+    for words in ("8", "5GB"):
+        assert f"(default: {words})" in shown
+    assert "coefficient of the balancing loss (default: 0.01)" in shown
+    assert "by default all" in shown
     assert "None" not in shown
 
 
@@ -113,9 +117,7 @@ def test_names_without_the_head_and_other_dtypes(tmp_path):
     (tmp_path / "in" / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
     assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out"), "--num-experts", "2"]) == 0
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert {value.dtype for name, value in weights.items() if "mlp" in name and "weight" not in name} == {
-        torch.bfloat16
-    }
+    assert {value.dtype for name, value in weights.items() if ".moe." in name} == {torch.bfloat16}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     inputs = ARCHITECTURES["gpt2"].inputs()
     torch.testing.assert_close(loaded(**inputs).logits, dense(**inputs).logits, atol=0.1, rtol=0.05)
@@ -188,20 +190,16 @@ def test_a_weight_map_does_not_leave_the_folder(command, place, tmp_path, capsys
         (tmp_path / "in").rename(tmp_path / "dense")
         (tmp_path / "moe").rename(tmp_path / "in")
     index = tmp_path / "in" / folders.INDEX
-    replace_in(index, lambda held: {"weight_map": dict.fromkeys(held["weight_map"], place)})
-    assert main([command, str(tmp_path / "in"), str(tmp_path / "out")]) == 1
-    error = capsys.readouterr().err
-    assert f"{index} is missing, damaged" in error
-    assert not isinstance(place, str) or f"{place!r} of its weight_map is outside of the folder" in error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("held", [[], {"weight_map": []}, {"weight_map": "model.safetensors"}, {"weight_map": None}])
-def test_an_index_of_another_kind(held, tmp_path, capsys):
-    saved("llama", tmp_path / "in")
-    replace_in(tmp_path / "in" / folders.INDEX, lambda _: held)
-    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
-    assert "is missing, damaged or no such file" in capsys.readouterr().err
+    weights = json.loads(index.read_text())["weight_map"]
+    wrong = [{"weight_map": dict.fromkeys(weights, place)}, [], *({"weight_map": held} for held in ([], "a", None))]
+    for held in wrong:
+        index.write_text(json.dumps(held))
+        assert main([command, str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert f"{index} is missing, damaged" in error
+        outside = held is wrong[0] and isinstance(place, str)
+        assert not outside or f"{place!r} of its weight_map is outside of the folder" in error
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -249,18 +247,10 @@ def test_an_interrupted_run_cleans_up(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["in"]
 
 
-@pytest.mark.parametrize("text", ["0", "5TB", "x", "-1"])
-def test_sizes(text, capsys):
-    with pytest.raises(SystemExit):
-        main(["export", "in", "out", f"--max-shard-size={text}"])
-    assert "is no size: write 500MB or 5GB" in capsys.readouterr().err
-
-
 def large(folder: Path, layers: int, hidden: int) -> None:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=256, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=4
-    )
+    sizes = dict(vocab_size=64, hidden_size=256, intermediate_size=hidden, num_attention_heads=4)
+    config = LlamaConfig(num_hidden_layers=layers, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="10MB")
 
 

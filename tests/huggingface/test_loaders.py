@@ -15,17 +15,7 @@ import torch
 import transformers
 from support.transformers_models import ARCHITECTURES, DIM, VOCABULARY
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTextEncoding,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    T5EncoderModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.auto import modeling_auto
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -136,14 +126,8 @@ def test_models_that_share_a_configuration(tmp_path):
 
 
 def test_gates_that_differ_by_layer(tmp_path):
-    made = iter(
-        [
-            lambda d, e: TopKGating(d, e, 1, score="sigmoid", expert_bias=True),
-            lambda d, e: NoisyTopKGating(d, e, 3, capacity_factor_train=1.5),
-            lambda d, e: Top2Gating(d, e),
-            lambda d, e: TopKGating(d, e, 1, score="sigmoid", expert_bias=True),
-        ]
-    )
+    first = lambda d, e: TopKGating(d, e, 1, score="sigmoid", expert_bias=True)  # noqa: E731
+    made = iter([first, lambda d, e: NoisyTopKGating(d, e, 3, capacity_factor_train=1.5), Top2Gating, first])
     model = ARCHITECTURES["llama"].build(num_hidden_layers=4)
     replace_ffn(model, num_experts=4, gate=lambda d, e: next(made)(d, e))
     model.save_pretrained(tmp_path)
@@ -174,8 +158,8 @@ def test_arguments_of_the_configuration(tmp_path):
     replace_ffn(model, num_experts=4)
     model.save_pretrained(tmp_path)
     for load in (
-        AutoModelForSequenceClassification.from_pretrained,
-        lambda path, **settings: from_pretrained(path, AutoModelForSequenceClassification, **settings),
+        transformers.AutoModelForSequenceClassification.from_pretrained,
+        lambda path, **settings: from_pretrained(path, transformers.AutoModelForSequenceClassification, **settings),
     ):
         loaded, info = load(tmp_path, num_labels=3, dtype=torch.bfloat16, output_loading_info=True)
         assert type(loaded) is transformers.BertForSequenceClassification
@@ -186,7 +170,7 @@ def test_arguments_of_the_configuration(tmp_path):
         for module, expected in zip(feed_forwards(loaded), feed_forwards(model), strict=True):
             assert torch.equal(module.moe.experts.w1, expected.moe.experts.w1.bfloat16())
         loaded.save_pretrained(tmp_path / "three")
-        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "three").num_labels == 3
+        assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "three").num_labels == 3
 
 
 def test_a_part_of_a_model(tmp_path):
@@ -196,9 +180,9 @@ def test_a_part_of_a_model(tmp_path):
     model.save_pretrained(tmp_path)
     expected = model.encoder(tokens).last_hidden_state
     for load in (
-        T5EncoderModel.from_pretrained,
-        AutoModelForTextEncoding.from_pretrained,
-        lambda path: from_pretrained(path, T5EncoderModel),
+        transformers.T5EncoderModel.from_pretrained,
+        transformers.AutoModelForTextEncoding.from_pretrained,
+        lambda path: from_pretrained(path, transformers.T5EncoderModel),
     ):
         assert torch.equal(load(tmp_path)(tokens).last_hidden_state, expected)
 
@@ -209,10 +193,8 @@ def test_shards(tmp_path):
     feed_forwards(model)[0].moe.gate.expert_bias.normal_()
     model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    for loaded in (
-        LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu"),
-        AutoModelForCausalLM.from_pretrained(tmp_path),
-    ):
+    for load, settings in ((LlamaForCausalLM, dict(device_map="cpu")), (AutoModelForCausalLM, {})):
+        loaded = load.from_pretrained(tmp_path, **settings)
         same_weights(loaded, model)  # dtypes too: the expert bias stays float32
 
 
@@ -224,9 +206,8 @@ def test_layers_on_disk_are_loaded_without_a_warning(tmp_path):
     model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
     upcycle(model, num_experts=4)
     model.save_pretrained(tmp_path / "moe")
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "moe", device_map=ON_DISK, offload_folder=tmp_path / "disk"
-    )
+    place = dict(device_map=ON_DISK, offload_folder=tmp_path / "disk")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", **place)
     assert feed_forwards(loaded)[1].moe.experts.w1.is_meta
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     with pytest.raises(ValueError, match=r"weights of LlamaForCausalLM are not in memory"):
@@ -248,9 +229,8 @@ def test_layers_on_disk_are_not_changed(change, tmp_path):
     assert change(model, num_experts=4, layers=[0]) == ["model.layers.0.mlp"]  # that layer is in memory
     assert model(**inputs).logits.isfinite().all()
     build_sparse("Mixtral").save_pretrained(tmp_path / "mixtral")
-    sparse = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "mixtral", device_map=ON_DISK, offload_folder=tmp_path / "disk2"
-    )
+    place["offload_folder"] = tmp_path / "disk2"
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", **place)
     with pytest.raises(ValueError, match="weights of a MixtralSparseMoeBlock are not in memory"):
         from_transformers(sparse.model.layers[1].mlp)
 
@@ -311,8 +291,8 @@ def test_experts_that_are_missing_are_drawn(tmp_path):
         assert feed_forwards(again)[0].moe.experts.w3.std().item() == pytest.approx(DIM**-0.5, rel=0.1)
 
 
-def test_folders_of_earlier_versions():
-    """Loaded as before: by the explicit function, and by no class that knows nothing of experts."""
+def test_folders_of_earlier_versions(tmp_path):
+    """Loaded as before: by the explicit function, and by no class that knows nothing of experts; then saved anew."""
     tokens = torch.arange(1, 9).unsqueeze(0)
     found = from_pretrained(BEFORE).float()(tokens).logits[0, -1, :5]
     torch.testing.assert_close(found, torch.tensor([0.2346, -0.2760, 0.0140, -0.4368, 0.1304]), atol=1e-4, rtol=0)
@@ -322,20 +302,19 @@ def test_folders_of_earlier_versions():
     for plain in (LlamaForCausalLM, AutoModelForCausalLM, AutoModel):
         with pytest.raises(RuntimeError, match=r"mismatch|ignore_mismatched_sizes"):
             plain.from_pretrained(BEFORE)
-
-
-def test_an_earlier_folder_saved_anew(tmp_path):
     model = from_pretrained(BEFORE)
     model.save_pretrained(tmp_path)
     same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> transformers.PreTrainedTokenizerFast:
     tokenizers = pytest.importorskip("tokenizers")
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=split, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def test_a_dense_model_of_settings_that_name_experts_cannot_be_loaded(tmp_path):
@@ -352,15 +331,14 @@ def test_a_dense_model_of_settings_that_name_experts_cannot_be_loaded(tmp_path):
         settings = config.to_dict()
         for name in ("mixture_of_experts", "quantization_config"):
             settings.pop(name, None)
-        dense = LlamaForCausalLM(LlamaConfig.from_dict(settings)).eval()
+        dense = LlamaForCausalLM(transformers.LlamaConfig.from_dict(settings)).eval()
         dense.save_pretrained(tmp_path / f"dense {number}")
         same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / f"dense {number}"), dense)
 
 
 def test_a_dense_model_that_is_not_known(tmp_path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "mixture_of_experts", "dense_config": {"model_type": "x"}})
-    )
+    config = {"model_type": "mixture_of_experts", "dense_config": {"model_type": "x"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"names no dense model .* dense_config.model_type is 'x'"):
         AutoConfig.from_pretrained(tmp_path)
 
@@ -383,32 +361,23 @@ assert len(labels) == 1
 WITHOUT_IMPORT = """
 import sys, transformers
 from transformers.models.auto import modeling_auto
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 folder = sys.argv[1]
+
+def refused(kind, says, call, *args, **settings):
+    try:
+        call(*args, **settings)
+    except kind as error:
+        assert says in str(error), error
+    else:
+        raise AssertionError(call)
+
 auto = [cls for name, cls in vars(modeling_auto).items() if name.startswith("AutoModel")]
 auto = [cls for cls in auto if getattr(cls, "_model_mapping", None) is not None] + [transformers.AutoConfig]
 assert len(auto) > 20
 for cls in auto:
-    try:
-        cls.from_pretrained(folder)
-    except ValueError as error:
-        assert "model type `mixture_of_experts`" in str(error), error
-    else:
-        raise AssertionError(cls)
-try:
-    transformers.pipeline("text-generation", model=folder)
-except ValueError as error:
-    assert "`mixture_of_experts`" in str(error), error
-else:
-    raise AssertionError("pipeline")
-try:
-    transformers.LlamaForCausalLM.from_pretrained(folder)
-except RuntimeError as error:
-    assert "ignore_mismatched_sizes" in str(error), error
-else:
-    raise AssertionError("the class itself")
+    refused(ValueError, "model type `mixture_of_experts`", cls.from_pretrained, folder)
+refused(ValueError, "`mixture_of_experts`", transformers.pipeline, "text-generation", model=folder)
+refused(RuntimeError, "ignore_mismatched_sizes", transformers.LlamaForCausalLM.from_pretrained, folder)
 assert not any(name.startswith("mixture_of_experts") for name in sys.modules)
 """
 

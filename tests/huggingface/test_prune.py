@@ -10,23 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from support.transformers_models import ARCHITECTURES
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -46,18 +35,12 @@ from mixture_of_experts import (
 from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits, SignRule, SparseMixerGating
 from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale
-from mixture_of_experts.huggingface import (
-    expert_scores,
-    export,
-    from_transformers,
-    prune,
-    replace_ffn,
-    to_transformers,
-    upcycle,
-)
+from mixture_of_experts.huggingface import expert_scores, export, from_transformers, prune, to_transformers, upcycle
 from mixture_of_experts.huggingface.__main__ import main
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.unstack import restack, unstack
+
+from .test_saving import same_weights
 
 D, E = 6, 8
 
@@ -150,7 +133,7 @@ def test_reap_and_frequency_are_what_the_paper_says():
 
 def test_padding_that_is_computed_does_not_count():
     model = ARCHITECTURES["llama"].build()
-    replace_ffn(model, num_experts=E)
+    upcycle(model, num_experts=E, redraw=0.5)
     ids, mask = torch.randint(1, 64, (2, 8)), torch.ones(2, 8, dtype=torch.int64)
     mask[0, :5] = 0
     scores = expert_scores(model, "frequency", calibration=dict(input_ids=ids, attention_mask=mask))
@@ -341,10 +324,7 @@ REFUSED = {
     "own": (lambda: MoE(D, gate=OwnGate(D, E)), r"'gate' \(OwnGate\)"),
     "function": (lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)), "score=.*sigmoid"),
     "always": (lambda: MoE(D, gate=TopKGating(D, E, 3, select=AlwaysChosen(1))), "select=AlwaysChosen"),
-    "network": (
-        lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Sequential(nn.Linear(D, E)))),
-        "of logits.0.bias, logits.0",
-    ),
+    "network": (lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Sequential(nn.Linear(D, E)))), "of logits.0.bias"),
     "linear": (lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Linear(D, E))), "its logits are a Linear"),
     "tied": (tied, "another module has its w_gating too"),
     "shares": (lambda: MoE(D, gate=shares()), "a share for each expert"),
@@ -375,10 +355,8 @@ def test_layers_inside_experts_keep_their_size():
 
 
 def test_a_layer_that_is_not_ours_a_model_on_meta_and_no_model():
-    config = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
-    stock = MixtralForCausalLM(MixtralConfig(**config, num_key_value_heads=2, num_local_experts=4))
     with pytest.raises(TypeError, match=r"mlp.gate' \(MixtralTopKRouter\)"):
-        prune(stock, 2, "random")
+        prune(stock("Mixtral"), 2, "random")
     with pytest.raises(ValueError, match="weights on the meta device: load them first"):
         prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
     with pytest.raises(ValueError, match="has no gate: give prune a model"):
@@ -399,47 +377,43 @@ def test_a_layer_that_is_not_ours_a_model_on_meta_and_no_model():
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 SMALL |= dict(num_key_value_heads=2, num_experts_per_tok=2, pad_token_id=0)
 LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+LATENT |= dict(n_group=2, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=16)
 STOCK = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=8)),
-    "qwen2": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, num_experts=8, moe_intermediate_size=16)),
-    "qwen3": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, num_experts=8, moe_intermediate_size=16)),
-    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=8, num_local_experts=8)),
-    "deepseek": lambda: DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **SMALL,
-            **LATENT,
-            n_routed_experts=8,
-            n_group=2,
-            topk_group=1,
-            first_k_dense_replace=1,
-            moe_intermediate_size=16,
-        )
-    ),
+    "Mixtral": dict(num_local_experts=8),
+    "Qwen2Moe": dict(num_experts=8, moe_intermediate_size=16),
+    "Qwen3Moe": dict(num_experts=8, moe_intermediate_size=16),
+    "GptOss": dict(head_dim=8, num_local_experts=8),
+    "DeepseekV3": dict(n_routed_experts=8, **LATENT),
 }
+
+
+def stock(name: str, **settings: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**SMALL, **STOCK[name] | settings)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STOCK)
 def test_a_pruned_stock_model_saves_loads_and_is_stock_again(name, tmp_path):
-    model, tokens = from_transformers(STOCK[name]().eval()), torch.randint(1, 64, (2, 12))
+    model, tokens = from_transformers(stock(name)), torch.randint(1, 64, (2, 12))
     kept = prune(model, 4, calibration=[tokens])
     expected = model(tokens).logits
     model.save_pretrained(tmp_path / "ours")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(loaded(tokens).logits, expected, atol=1e-6, rtol=0)
-    stock = to_transformers(model)
-    assert not feed_forwards(stock)
-    torch.testing.assert_close(stock(tokens).logits, expected, atol=1e-5, rtol=0)
-    stock.save_pretrained(tmp_path / "stock")
+    back = to_transformers(model)
+    assert not feed_forwards(back)
+    torch.testing.assert_close(back(tokens).logits, expected, atol=1e-5, rtol=0)
+    back.save_pretrained(tmp_path / "stock")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
-    asked = {} if name == "deepseek" else dict(output_router_logits=True)
-    torch.testing.assert_close(again(tokens, labels=tokens, **asked).loss, stock(tokens, labels=tokens, **asked).loss)
+    asked = {} if name == "DeepseekV3" else dict(output_router_logits=True)
+    torch.testing.assert_close(again(tokens, labels=tokens, **asked).loss, back(tokens, labels=tokens, **asked).loss)
     assert {len(ids) for ids in kept.values()} == {4}
 
 
 @pytest.mark.slow
 def test_layers_that_were_blocks_keep_equally_many():
-    model = from_transformers(STOCK["qwen3"]())
+    model = from_transformers(stock("Qwen3Moe"))
     first, second = expert_scores(model, "frequency", calibration=torch.randint(1, 64, (2, 12)))
     before = dict(model.named_parameters())
     with pytest.raises(ValueError, match=r"equally many in each, got \[2, 3\]"):
@@ -471,33 +445,31 @@ def test_a_pruned_upcycled_model_saves_loads_and_exports(unequal, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["scores", "ids", "random"])
-@pytest.mark.parametrize("kind", ["upcycled", "qwen3", "deepseek"])
+@pytest.mark.parametrize("kind", ["upcycled", "Qwen3Moe", "DeepseekV3"])
 def test_the_command_prunes_as_the_function(kind, by, tmp_path: Path):
     if kind == "upcycled":
         model = ARCHITECTURES["llama"].build()
         upcycle(model, num_experts=8, redraw=0.5)
     else:
-        model = from_transformers(STOCK[kind]().eval())
+        model = from_transformers(stock(kind))
     model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     tokens = torch.randint(1, 64, (2, 12))
     scores = expert_scores(model, calibration=[tokens])
-    words = {"scores": ["--by", str(tmp_path / "file"), "--keep", "4"], "ids": ["--by", str(tmp_path / "ids.json")]}
-    words["random"] = ["--by", "random", "--keep", "4"]
-    save_file(scores, tmp_path / "file")
-    (tmp_path / "ids.json").write_text(json.dumps({name: [0, 3, 4, 6] for name in scores}))
+    ids = {name: [0, 3, 4, 6] for name in scores}
+    save_file(scores, tmp_path / "scores")
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    words, settings = {
+        "scores": (["--by", str(tmp_path / "scores"), "--keep", "4"], dict(keep=4, calibration=[tokens])),
+        "ids": (["--by", str(tmp_path / "ids.json")], dict(by=ids)),
+        "random": (["--by", "random", "--keep", "4"], dict(keep=4, by="random")),
+    }[by]
     torch.manual_seed(3)
-    assert main(["prune", str(tmp_path / "in"), str(tmp_path / "out"), *words[by], "--max-shard-size", "20KB"]) == 0
+    assert main(["prune", str(tmp_path / "in"), str(tmp_path / "out"), *words, "--max-shard-size", "20KB"]) == 0
     torch.manual_seed(3)
-    prune(
-        model,
-        **dict(scores=dict(keep=4, calibration=[tokens]), random=dict(keep=4, by="random")).get(by, {}),
-        **(dict(by={name: [0, 3, 4, 6] for name in scores}) if by == "ids" else {}),
-    )
+    prune(model, **settings)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*"))) > 2
-    state = loaded.state_dict()
-    assert state.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    same_weights(loaded, model)
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=1e-6, rtol=0)
 
 

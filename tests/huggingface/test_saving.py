@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, 
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import Replaced, feed_forwards
+from mixture_of_experts.huggingface.replacement.replace import set_attribute
 from mixture_of_experts.huggingface.saving import layer_settings
 
 from .test_losses import batch_of, build, trainer
@@ -139,15 +141,13 @@ def test_what_was_set_later_is_saved(kind, tmp_path):
     """As often as it is saved and loaded; and a copy tells of its own layers."""
     model = made(kind)
     before = file_of(model, tmp_path / "before")
-    assert (
-        file_of(from_pretrained(tmp_path / "before", gate=OwnGate if kind == "own gate" else None), tmp_path) == before
-    )
+    gate = OwnGate if kind == "own gate" else None
+    assert file_of(from_pretrained(tmp_path / "before", gate=gate), tmp_path) == before
     changes = CHANGES | ({} if kind == "block" else {"dropout.p": 0.5})
     layer = feed_forwards(model)[0]
     twin, stored = copy.deepcopy(model), pickle.dumps(model)
     for path, value in changes.items():
-        of, _, name = path.rpartition(".")
-        setattr(layer.get_submodule(of), name, value)
+        set_attribute(layer, path, value)
     after = file_of(model, tmp_path / "after")
     assert after != before
     assert file_of(copy.deepcopy(model), tmp_path) == after
@@ -158,10 +158,9 @@ def test_what_was_set_later_is_saved(kind, tmp_path):
     for number in range(2):
         folder = tmp_path / str(number)
         assert file_of(again, folder) == after
-        again = from_pretrained(folder, gate=OwnGate if kind == "own gate" else None)
+        again = from_pretrained(folder, gate=gate)
         for path, value in changes.items():
-            of, _, name = path.rpartition(".")
-            assert getattr(feed_forwards(again)[0].get_submodule(of), name) == value, path
+            assert attrgetter(path)(feed_forwards(again)[0]) == value, path
 
 
 def test_a_function_that_was_set_later_is_named(tmp_path):
@@ -227,11 +226,8 @@ def test_a_dense_checkpoint_in_a_swapped_model(tmp_path):
 
 def test_a_resumed_run_is_the_run(tmp_path):
     """Weights, optimizer and what was counted: the Trainer goes on exactly."""
-    rows, settings = (
-        batch_of(16),
-        dict(optim="adamw_torch", learning_rate=0.01, save_steps=2, max_steps=4, per_device_train_batch_size=2),
-    )
-    ends = []
+    settings = dict(optim="adamw_torch", learning_rate=0.01, save_steps=2, max_steps=4, per_device_train_batch_size=2)
+    rows, ends = batch_of(16), []
     for resume in (None, str(tmp_path / "whole" / "checkpoint-2")):
         torch.manual_seed(1)
         model = build()

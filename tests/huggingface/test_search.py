@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers.activations import QuickGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from mixture_of_experts.huggingface import replace_ffn, upcycle
+from mixture_of_experts.huggingface import Adapter, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.replacement.search import search
 from tests.support.family_table import try_family
+from tests.support.transformers_families import other_classes, text_types
 from tests.support.transformers_models import ARCHITECTURES
 
 D, H = 16, 24
@@ -82,9 +83,15 @@ def fused(order: str) -> Callable[..., Tensor]:
     return compute
 
 
+def pair(m, x):
+    return m.c(m.act(m.a(x)))
+
+
+PAIR = dict(a=up(), act=nn.ReLU(), c=down())
+DROPS = dict(PAIR, drop=nn.Dropout(0.3))
 WHOLE = {
     "function": (lambda m, x: m.c(F.gelu(m.a(x))), dict(a=up(), c=down())),
-    "module": (lambda m, x: m.c(m.act(m.a(x))), dict(a=up(), act=QuickGELUActivation(), c=down())),
+    "module": (pair, dict(PAIR, act=QuickGELUActivation())),
     "squared": (lambda m, x: m.c(torch.square(F.relu(m.a(x)))), dict(a=up(), c=down())),
     "conv1d": (lambda m, x: m.c(torch.tanh(m.a(x))), dict(a=Conv1D(H, D), c=Conv1D(D, H))),
     "one bias": (lambda m, x: m.c(F.relu(m.a(x))), dict(a=up(bias=False), c=down())),
@@ -92,10 +99,7 @@ WHOLE = {
     "gated the other way": (lambda m, x: m.c(m.a(x) * F.silu(m.b(x))), dict(a=up(), b=up(bias=False), c=down())),
     "sigmoid": (lambda m, x: m.c(F.glu(m.a(x))), dict(a=up(2 * H), c=down())),
     **{order: (fused(order), dict(a=up(2 * H), c=down())) for order in ("gate_up", "up_gate", "interleaved")},
-    "dropouts": (
-        lambda m, x: m.late(m.c(m.early(F.relu(m.a(x))))),
-        dict(a=up(), early=nn.Dropout(0.3), c=down(), late=nn.Dropout(0.2)),
-    ),
+    "dropouts": (lambda m, x: m.late(m.c(m.drop(F.relu(m.a(x))))), dict(DROPS, late=nn.Dropout(0.2))),
     "numbers": (
         lambda m, x: F.dropout(m.c(F.dropout(F.relu(m.a(x)), m.p, m.training)), 0.2, m.training),
         dict(a=up(), c=down(), p=0.3),
@@ -103,20 +107,14 @@ WHOLE = {
     "sequence": (lambda m, x: m.all(x), dict(all=nn.Sequential(up(), nn.GELU(), nn.Dropout(0.1), down()))),
 }
 INLINE = {
-    "module": (lambda m, x: m.c(m.act(m.a(x))), dict(a=up(), act=nn.GELU(), c=down())),
+    "module": (pair, dict(PAIR, act=nn.GELU())),
     "gated": (lambda m, x: m.c(m.act(m.a(x)) * m.b(x)), dict(a=up(), b=up(), act=nn.SiLU(), c=down())),
     "first part": (lambda m, x: m.c(m.first(x)), dict(first=Whole(lambda m, x: F.gelu(m.a(x)), a=up()), c=down())),
-    "number": (
-        lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)),
-        dict(a=up(), act=nn.ReLU(), c=down(), p=0.3),
-    ),
-    "one dropout twice": (
-        lambda m, x: m.drop(m.c(m.drop(m.act(m.a(x))))),
-        dict(a=up(), act=nn.ReLU(), c=down(), drop=nn.Dropout(0.3)),
-    ),
+    "number": (lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)), dict(PAIR, p=0.3)),
+    "one dropout twice": (lambda m, x: m.drop(m.c(m.drop(m.act(m.a(x))))), DROPS),
     "one number twice": (
         lambda m, x: F.dropout(m.c(F.dropout(m.act(m.a(x)), m.p, m.training)), m.p, m.training),
-        dict(a=up(), act=nn.ReLU(), c=down(), p=0.3),
+        dict(PAIR, p=0.3),
     ),
 }
 FORMS = {
@@ -160,17 +158,10 @@ def test_networks_of_every_form(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_on_the_meta_device_the_same_is_found(form):
     model = make(*FORMS[form])
-    found = [(place.name, repr(place.adapter)) for place in search(model)[0]]
-    assert [(place.name, repr(place.adapter)) for place in search(copy.deepcopy(model).to("meta"))[0]] == found
+    found = [(place.name, repr(place.adapter)) for place in search(model, {})[0]]
+    assert [(place.name, repr(place.adapter)) for place in search(copy.deepcopy(model).to("meta"), {})[0]] == found
     with torch.device("meta"):  # as transformers builds what it loads
-        assert [(place.name, repr(place.adapter)) for place in search(model)[0]] == found
-
-
-def pair(m, x):
-    return m.c(m.act(m.a(x)))
-
-
-PAIR = dict(a=up(), act=nn.ReLU(), c=down())
+        assert [(place.name, repr(place.adapter)) for place in search(model, {})[0]] == found
 
 
 class SideAdapter(Whole):
@@ -182,11 +173,8 @@ class Routed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.router, self.experts, self.shared = (
-            nn.Linear(D, 2),
-            nn.ModuleList([Whole(pair, **PAIR)]),
-            Whole(pair, **PAIR),
-        )
+        self.router, self.shared = nn.Linear(D, 2), Whole(pair, **PAIR)
+        self.experts = nn.ModuleList([Whole(pair, **PAIR)])
 
     def forward(self, x):
         return self.shared(x) + self.experts[0](x) * self.router(x).softmax(-1)[..., :1]
@@ -199,21 +187,11 @@ NONE = {
     "narrow": Model(Whole(pair, a=nn.Linear(D, 4), act=nn.ReLU(), c=nn.Linear(4, D))),
     "another width": Model(Whole(lambda m, x: x + pair(m, x)[..., :1], a=up(), act=nn.ReLU(), c=nn.Linear(H, 3))),
     "another width than the block's": Model(
-        Inline(
-            lambda m, x: x * pair(m, x[..., :2]).mean(-1, keepdim=True),
-            a=nn.Linear(2, H),
-            act=nn.ReLU(),
-            c=nn.Linear(H, 2),
-        )
+        Inline(lambda m, x: x * pair(m, x[..., :2])[..., :1], a=nn.Linear(2, H), act=nn.ReLU(), c=nn.Linear(H, 2))
     ),
     "no activation": Model(Whole(lambda m, x: m.c(m.a(x)), a=up(), c=down())),
     "not of a token alone": Model(
-        Whole(
-            lambda m, x: m.c(m.mix(m.a(x).transpose(1, 2)).transpose(1, 2)),
-            a=up(),
-            mix=nn.Conv1d(H, H, 3, padding=1),
-            c=down(),
-        )
+        Whole(lambda m, x: m.c(m.mix(m.a(x).mT).mT), a=up(), mix=nn.Conv1d(H, H, 3, padding=1), c=down())
     ),
 }
 
@@ -228,50 +206,30 @@ def test_what_is_no_feed_forward_network(name):
 
 
 LOST = {
-    "function in the code of": (
-        lambda m, x: m.c(F.gelu(m.a(x))),
-        dict(a=up(), c=down()),
-        "gelu between its .* code of Inline",
-    ),
+    "function in the code of": (lambda m, x: m.c(F.gelu(m.a(x))), dict(a=up(), c=down()), "gelu between .* of Inline"),
     "units together": (
-        lambda m, x: m.c(m.act(m.a(x))),
-        dict(a=up(), act=nn.Sequential(nn.ReLU(), nn.Softmax(-1)), c=down()),
-        "act computes the units .* together",
+        pair,
+        dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))),
+        "computes the units .* together",
     ),
-    "norm": (
-        lambda m, x: m.c(m.sub(m.act(m.a(x)))),
-        dict(a=up(), act=nn.ReLU(), sub=nn.LayerNorm(H), c=down()),
-        "no activation is known",
-    ),
-    "used elsewhere": (lambda m, x: m.c(m.act(m.a(x))) + m.a(x)[..., :D], PAIR, "a is called twice"),
+    "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no activation is known"),
+    "used elsewhere": (lambda m, x: pair(m, x) + m.a(x)[..., :D], PAIR, "a is called twice"),
     "read elsewhere": (
         lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)),
         PAIR,
         "between its linear layers is used elsewhere",
     ),
-    "another's activation": (
-        lambda m, x: m.c(m.act(m.a(x))) + m.act(x),
-        PAIR,
-        "act is the activation of something else",
-    ),
-    "another's dropout": (
-        lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
-        dict(PAIR, drop=nn.Dropout(0.5)),
-        "drop is the dropout of something else",
-    ),
-    "dropout first": (
-        lambda m, x: m.c(m.act(m.drop(m.a(x)))),
-        dict(PAIR, drop=nn.Dropout(0.5)),
-        "its dropout comes before its activation",
-    ),
+    "another's activation": (lambda m, x: pair(m, x) + m.act(x), PAIR, "act is the activation of something else"),
+    "another's dropout": (lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x), DROPS, "drop is the dropout of some"),
+    "dropout first": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), DROPS, "its dropout comes before its activation"),
     "two dropouts": (
         lambda m, x: m.c(m.drop(m.other(m.act(m.a(x))))),
-        dict(PAIR, drop=nn.Dropout(0.5), other=nn.Dropout(0.5)),
+        dict(DROPS, other=nn.Dropout(0.5)),
         "more than one dropout",
     ),
     "halves in the code of": (
         lambda m, x: (lambda both: m.c(m.act(both[..., :H]) * both[..., H:]))(m.a(x)),
-        dict(a=up(2 * H), act=nn.SiLU(), c=down()),
+        dict(PAIR, a=up(2 * H), act=nn.SiLU()),
         "code of Inline",
     ),
 }
@@ -310,20 +268,16 @@ def test_searching_changes_nothing():
     model.blocks[1].eval()
     state, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     attributes = [dict(vars(module)) for module in model.modules()]
-    assert len(search(model)[0]) == 2
+    assert len(search(model, {})[0]) == 2
     assert torch.equal(torch.get_rng_state(), draws)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
-    assert [vars(module) == before for module, before in zip(model.modules(), attributes, strict=True)].count(
-        False
-    ) == 0
+    assert all(vars(module) == before for module, before in zip(model.modules(), attributes, strict=True))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_what_a_wrong_adapter_would_change_is_refused(name):
     """An adapter that somebody gives is held to what the module computes."""
-    from mixture_of_experts.huggingface import Adapter
-
-    found, _ = search(ARCHITECTURES[name].build())
+    found, _ = search(ARCHITECTURES[name].build(), {})
     kind, adapter = type(found[0].module).__name__, found[0].adapter
     if adapter.slot:
         pytest.skip("the layer does more than the network")
@@ -336,30 +290,20 @@ def test_what_a_wrong_adapter_would_change_is_refused(name):
 
 #: a forward that takes the residual; functions in the code; shared layers; one dropout in two places; norms of its own
 SOME = ["bloom", "mpt", "xlnet", "esm", "albert", "gte", "mobilebert", "cpmant", "apertus"]
+PICTURES_AND_SOUND = ["clip", "siglip", "vit", "deit", "beit", "dinov2", "imagegpt", "wav2vec2", "hubert"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # of a table that a tiny MobileBERT has not
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", [*SOME, *PICTURES_AND_SOUND])
 def test_families_of_transformers(name):
-    result = try_family(name)
-    assert result.kind == "upcycles", result
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "deit", "beit", "dinov2", "imagegpt", "wav2vec2", "hubert"])
-def test_families_of_pictures_and_sound(name):
-    from tests.support.transformers_families import other_classes
-
-    result = try_family(name, other_classes()[name])
+    result = try_family(name, other_classes()[name] if name in PICTURES_AND_SOUND else None)
     assert result.kind == "upcycles", result
 
 
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")  # of transformers, about configurations
 def test_all_families():
-    from tests.support.transformers_families import text_types
-
     kinds = {name: try_family(name).kind for name in text_types()}
     assert "wrong" not in kinds.values(), kinds
     assert list(kinds.values()).count("upcycles") >= 180

@@ -20,8 +20,7 @@ ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "module": nn.GELU(), "silu": nn.f
 
 
 def layer(**options) -> nn.TransformerEncoderLayer:
-    settings = dict(dropout=0.1, batch_first=True) | options
-    return nn.TransformerEncoderLayer(DIM, HEADS, H, **settings)
+    return nn.TransformerEncoderLayer(DIM, HEADS, H, **(dict(dropout=0.1, batch_first=True) | options))
 
 
 def encoder(**options) -> nn.TransformerEncoder:
@@ -121,34 +120,22 @@ def test_code_of_ones_own_is_not_taken_for_that_of_torch():
 
 
 class Block(nn.Module):
-    """A block whose network has a hidden layer of so many units."""
+    """A block whose network has a hidden layer of 8 units."""
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.norm, self.up, self.act = nn.LayerNorm(DIM), nn.Linear(DIM, hidden), nn.GELU()
-        self.down = nn.Linear(hidden, DIM)
+        self.norm, self.up, self.act, self.down = nn.LayerNorm(DIM), nn.Linear(DIM, 8), nn.GELU(), nn.Linear(8, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(self.act(self.up(self.norm(x))))
 
 
-class Blocks(nn.Module):
-    def __init__(self, *hidden: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(h) for h in hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 def test_a_network_narrower_than_its_inputs(x):
     """It may be an adapter, so it is named, and replaced where an adapter says so; beside others it is left alone."""
-    model = Blocks(8, 8).eval()
+    model = nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())}).eval()
     with pytest.raises(ValueError, match=r"blocks.\*.down of Block: .* 8 units is narrower than its 16"):
         upcycle(model, num_experts=4)
-    wanted = model(x)
+    wanted = model["blocks"](x)
     told = Adapter("up", "down", activation="act", slot=True, bypass=("up", "act"))
     assert upcycle(model, num_experts=4, adapters={"Block": told}) == ["blocks.0.down", "blocks.1.down"]
-    torch.testing.assert_close(model(x), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model["blocks"](x), wanted, atol=1e-5, rtol=1e-5)

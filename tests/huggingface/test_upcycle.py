@@ -15,6 +15,7 @@ from transformers import ApertusConfig, ApertusForCausalLM
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import Adapter, from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.replacement.replace import HIDDEN_AXIS, find, read_dense
 
 from .test_losses import gradients
 from .test_saving import same_weights
@@ -28,11 +29,8 @@ def tuned(base: nn.Module) -> nn.Module:
     """As fine-tuning would: other feed-forward networks, all else equal."""
     model = copy.deepcopy(base)
     for name, parameter in model.named_parameters():
-        if (
-            "attention" not in name
-            and "predictions" not in name
-            and any(part in name for part in ("mlp", "fc", "dense", "Dense"))
-        ):
+        of_network = any(part in name for part in ("mlp", "fc", "dense", "Dense"))
+        if of_network and "attention" not in name and "predictions" not in name:
             parameter.data += 0.2 * torch.randn_like(parameter) * parameter.std()
     return model
 
@@ -65,17 +63,14 @@ def test_each_expert_is_the_network_of_its_model(name, shared):
         torch.testing.assert_close(model(**inputs).logits, expected[i % 2], atol=2e-5, rtol=0)
 
 
+@torch.no_grad()
 def units_of(base: Any, other: Any, n: int, name: str) -> None:
     """The first hidden units of a network, as those of another one: read by what upcycling itself has tested."""
-    from mixture_of_experts.huggingface.replacement.replace import find, read_dense
-
     for place, its in zip(find(base, None, None), find(other, None, None), strict=True):
-        own, to = read_dense(place.module, place.adapter), read_dense(its.module, its.adapter)
-        for key, value in to.weights().items():
-            if key == "w2":
-                value[:n] = own.w2[:n]
-            elif key != "b2":
-                value[..., :n] = getattr(own, key)[..., :n]
+        own, to = (read_dense(each.module, each.adapter).weights for each in (place, its))
+        for key, axis in HIDDEN_AXIS.items():
+            if key in own:
+                to[key].narrow(axis, 0, n).copy_(own[key].narrow(axis, 0, n))
 
 
 def test_as_many_experts_as_models_by_default():

@@ -34,10 +34,10 @@ from mixture_of_experts.whole_model.sites import Site
 
 GATES = (TopKGating, TopPGating, ReLUGating, NoisyTopKGating, Top2Gating, SparseMixerGating, ExpertChoiceGating)
 #: the axis of the experts in the tensors of a gate, and those of its tensors that have none
-GATE_AXES = {"w_gating": -1, "w_noise": -1, "b_gating": -1, "expert_bias": -1, "expert_counts": -1}
+GATE_AXES: dict[str, int] = dict.fromkeys(("w_gating", "w_noise", "b_gating", "expert_bias", "expert_counts"), -1)
 GATE_AXES |= {"expert_histogram": -2, "logits.weight": -1, "logits.bias": -1, "weigh.scale": -1}
 NO_AXIS = ("logits.norm_weight", "l1_coef", "choice_counts")
-STACKS = ("w1", "w2", "w3", "b1", "b2", "b3")
+STACK_AXES: dict[str, int] = dict.fromkeys(("w1", "w2", "w3", "b1", "b2", "b3"), 0)
 #: settings of a gate that may be functions, and the functions that know no number of experts, or are cut
 STEPS = ("score", "select", "group_score", "weigh", "normalize")
 FUNCTIONS = (LearnedScale, NormalizeBy)
@@ -86,7 +86,7 @@ def why_not_experts(experts: nn.Module) -> str | None:
     if wrapped_class(stack) not in (Experts, GatedExperts):
         return f"its experts are {wrapped_class(stack).__name__}"
     tensors = tensors_of(stack)
-    if unknown := sorted(name for name in tensors if name not in STACKS and not name.startswith("act.")):
+    if unknown := sorted(name for name in tensors if name not in STACK_AXES and not name.startswith("act.")):
         return f"its experts also hold {', '.join(unknown)}: merge adapters, and remove parametrizations, first"
     return why_not_tensors(tensors.values())
 
@@ -107,6 +107,7 @@ class PrunableLayer:
         assert site.locations[0].layer is not None
         self.name, self.gate, self.e = site.name, site.gate, site.num_experts
         self.moe: Any = unwrapped(site.locations[0].layer)
+        self.stack: Any = with_inner(self.moe.experts)[-1]  # the experts, without what is around them
         k: Any = getattr(self.gate, "k", 1)
         self.least: int = k + isinstance(self.gate, NoisyTopKGating)  # experts with which the gate works
         self.groups: int = getattr(self.gate, "num_groups", None) or 1
@@ -140,14 +141,11 @@ class PrunableLayer:
 
     def tensors(self) -> Iterator[tuple[nn.Module, str, int]]:
         """Each tensor with an axis of experts: its module, its name there, and the axis."""
-        stack = with_inner(self.moe.experts)[-1]
-        places = [(self.gate, *item) for item in GATE_AXES.items()] + [(stack, name, 0) for name in STACKS]
-        for module, name, axis in places:
-            path, _, leaf = name.rpartition(".")
-            holder = getattr(module, path, None) if path else module
-            tensor = getattr(holder, leaf, None)
-            if isinstance(holder, nn.Module) and isinstance(tensor, Tensor) and tensor.shape[axis] == self.e:
-                yield holder, leaf, axis
+        for module, axes in ((self.gate, GATE_AXES), (self.stack, STACK_AXES)):
+            for name, tensor in tensors_of(module).items():
+                if name in axes and tensor.shape[axes[name]] == self.e:
+                    path, _, leaf = name.rpartition(".")
+                    yield module.get_submodule(path), leaf, axes[name]
 
     @torch.inference_mode(False)  # what is made in that mode cannot be trained
     @torch.no_grad()
@@ -160,10 +158,10 @@ class PrunableLayer:
                 module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
             else:
                 module._buffers[name] = new
-        if isinstance(stack := with_inner(self.moe.experts)[-1], ExpertList):
+        if isinstance(self.stack, ExpertList):
             for i in sorted({*range(self.e)} - {*ids}, reverse=True):
-                del stack[i]
-        stacked: Any = stack.__dict__["empty"] if isinstance(stack, UnstackedExperts) else stack
+                del self.stack[i]
+        stacked: Any = vars(self.stack)["empty"] if isinstance(self.stack, UnstackedExperts) else self.stack
         if not isinstance(stacked, ExpertList):
             vars(stacked).update(expert_dims=(len(ids),), num_experts=len(ids))
         for module in (self.moe, *self.moe.gate.modules(), *with_inner(self.moe.experts)):

@@ -12,14 +12,7 @@ from tqdm import tqdm
 
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
 from mixture_of_experts.huggingface.pruning.prune import Chosen, prunable, prune_sites
-from mixture_of_experts.huggingface.saving.folders import (
-    Shards,
-    empty_with_experts,
-    finish,
-    finished,
-    opened,
-    readable,
-)
+from mixture_of_experts.huggingface.saving.folders import empty_with_experts, finish, finished, opened, readable
 
 
 def prune_folder(
@@ -39,7 +32,7 @@ def prune_folder(
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target) as folder:
+    with finished(target, max_shard_size) as writer:
         model, weights = empty_with_experts(source, "prune")
         sites = prunable(model, list(by) if isinstance(by, Mapping) else None)
         names = {module: name for name, module in model.named_modules()}
@@ -50,8 +43,7 @@ def prune_folder(
             for stored in weights.names.get(f"{names[module]}.{name}", ())  # none for a buffer that is not saved
         }
         kept = prune_sites(model, sites, keep, by)
-        writer = Shards(folder, max_shard_size)
-        for stored in tqdm(weights, desc="weights", unit="weight"):
+        for stored in tqdm(weights.files, desc="weights", unit="weight"):
             gate, axis = axes.get(stored, (None, 0))
             value = weights[stored]
             writer.add(stored, value if gate is None else value.index_select(axis, torch.tensor(kept[gate])))

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixture_of_experts.around import with_inner
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards, layers_by_path
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, why_not_cut
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
-from mixture_of_experts.huggingface.router_config import reports_routers, text_config
+from mixture_of_experts.huggingface.router_config import reports_routers
 from mixture_of_experts.huggingface.saving.configuration import note
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
@@ -112,10 +111,10 @@ def expert_scores(
 def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
     """The sites of gates that can be cut; TypeError if one of them cannot."""
     sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
-    stacks: dict[int, str] = {}
+    stacks: dict[nn.Module, str] = {}
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for layer in map(PrunableLayer, sites):
-        other = stacks.setdefault(id(with_inner(layer.moe.experts)[-1]), layer.name)
+        other = stacks.setdefault(layer.stack, layer.name)
         if other != layer.name:
             raise TypeError(f"prune cannot serve {layer.name!r}: its experts are those of {other!r} too")
         for module, name, _ in layer.tensors():
@@ -139,31 +138,35 @@ def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, 
     kept = {name: ids_of(layer, given[name], keep) for name, layer in layers.items()}
     cut = {name: ids for name, ids in kept.items() if len(ids) < layers[name].e}
     old = next(iter(layers.values())).e
-    changes = config_changes(model, {layers[name].moe: len(ids) for name, ids in cut.items()})
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    changes = config_changes(models, {layers[name].moe: len(ids) for name, ids in cut.items()})
     for name, ids in cut.items():
         layers[name].cut(ids)
     if cut:
-        tell_configuration(model, old, changes)
+        tell_configuration(models, old, changes)
     return kept
 
 
 def ids_of(layer: PrunableLayer, given: Any, keep: int | None) -> list[int]:
     """The ids that stay, from scores or from ids; ValueError or TypeError if they are wrong."""
-    wanted = f"by[{layer.name!r}] must be scores ({layer.e},), floating and finite, or different ids below {layer.e}"
+    wrong = (
+        f"by[{layer.name!r}] must be scores ({layer.e},), floating and finite, or different ids below {layer.e}, got "
+        f"{given!r:.99}"
+    )
     try:
         values = torch.as_tensor(given).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{wanted}, got {given!r:.99}") from error
+        raise TypeError(wrong) from error
     if values.is_floating_point() and values.numel():
         if keep is None:
             raise ValueError("scores need keep=, the number of experts that each layer keeps")
         if values.shape != (layer.e,) or not values.isfinite().all():
-            raise ValueError(f"{wanted}, got {given!r:.99}")
+            raise ValueError(wrong)
         ids = layer.best(values, keep)
     else:
         ids = [] if values.dtype == torch.bool or values.ndim != 1 else sorted(map(int, values.tolist()))
         if not ids or len({*ids}) < len(ids) or ids[0] < 0 or ids[-1] >= layer.e:
-            raise ValueError(f"{wanted}, got {given!r:.99}")
+            raise ValueError(wrong)
         if keep is not None and keep != len(ids):
             raise ValueError(f"keep={keep}, but by[{layer.name!r}] has {len(ids)} ids: leave keep out")
     layer.check_ids(ids)
@@ -173,27 +176,27 @@ def ids_of(layer: PrunableLayer, given: Any, keep: int | None) -> list[int]:
 # The configuration
 
 
-def config_changes(model: nn.Module, numbers: Mapping[Any, int]) -> dict[str, int]:
+def config_changes(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> dict[str, int]:
     """The settings of a configuration that tell the number of experts of layers that were blocks, and their new value.
 
     Args:
+        models: the models of transformers in a model, the outermost first.
         numbers: the experts that are left, of each layer that loses some.
 
     Raises:
         ValueError: layers would differ, and the configuration has one number for all; or none of its settings tells it.
     """
-    holder: Any = next(models_of(model), None)
-    layers = {} if holder is None else layers_by_path(holder)
-    blocks = {name: layer for name, layer in layers.items() if isinstance(layer, SparseFeedForward)}
-    if holder is None or not any(block.moe in numbers for block in blocks.values()):
+    layers = layers_by_path(models[0]) if models else {}
+    blocks = {name: layer.moe for name, layer in layers.items() if isinstance(layer, SparseFeedForward)}
+    if numbers.keys().isdisjoint(blocks.values()):
         return {}
-    new = sorted({numbers.get(block.moe, block.moe.num_experts) for block in blocks.values()})
+    new = sorted({numbers.get(moe, moe.num_experts) for moe in blocks.values()})
     if len(new) > 1:
         raise ValueError(
-            f"the layers of {type(holder).__name__} were blocks, whose configuration has one number of experts "
+            f"the layers of {type(models[0]).__name__} were blocks, whose configuration has one number of experts "
             f"for all: keep equally many in each, got {new}"
         )
-    text, old = holder.config.get_text_config(), next(iter(blocks.values())).moe.num_experts
+    text, old = models[0].config.get_text_config(), next(iter(blocks.values())).num_experts
     changes = {name: new[0] for name, value in vars(text).items() if NUMBER.search(name) and value == old}
     if not changes:
         raise ValueError(
@@ -202,23 +205,16 @@ def config_changes(model: nn.Module, numbers: Mapping[Any, int]) -> dict[str, in
     return changes
 
 
-def tell_configuration(model: nn.Module, old: int, changes: Mapping[str, int]) -> None:
-    """Tell the model's configuration, and modules that copied the number, of the experts that are left."""
-    for holder in models_of(model):
+def tell_configuration(models: list[PreTrainedModel], old: int, changes: Mapping[str, int]) -> None:
+    """Tell the models' configuration, and modules that copied the number, of the experts that are left."""
+    for holder in models:
         if changes and vars(holder).get("num_experts") == old:
             holder.num_experts = next(iter(changes.values()))  # pyright: ignore[reportArgumentType]
-    holder = next(models_of(model), None)
-    layers = feed_forwards(model)
-    if holder is None or not layers:
+    if not models or not (layers := feed_forwards(models[0])):
         return
-    note(holder)
-    config = text_config(holder)
+    note(models[0])
+    config = models[0].config.get_text_config()
     if not reports_routers(config) and vars(config).get("num_experts") == old:  # as `announce` set it
         changes = {**changes, "num_experts": layers[0].moe.num_experts}
     for name, number in changes.items():
         setattr(config, name, number)
-
-
-def models_of(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The models of transformers in a model, the outermost first."""
-    return (module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -42,6 +42,10 @@ class Calibration:
         without_padding = decision_of(replace(self.routing, uncounted=None))
         self.total += self.numbers_of(experts, args[0], without_padding).cpu()
 
+    def scores(self) -> Tensor:
+        counts, sums = self.total
+        return sums / counts.clamp(min=1) if self.by == "reap" else counts
+
     def numbers_of(self, experts: Any, x: Tensor, decision: Decision) -> Tensor:
         """`(2, e)`: the tokens that each expert computes, and the sum over them of weight times norm of its output."""
         plan = decision.without_gaps()
@@ -60,17 +64,16 @@ class Calibration:
 
 def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> dict[str, Tensor]:
     """The scores `(e,)` float64 of each site's experts, by its name."""
-    batches, calibrations = as_batches(calibration), {site.name: Calibration(site.num_experts, by) for site in sites}
+    batches, calibrations = as_batches(calibration), {site: Calibration(site.num_experts, by) for site in sites}
     with Attached() as attached, evaluating(model), torch.no_grad(), uncompiled(model):
-        for site, each in zip(sites, calibrations.values(), strict=True):
+        for site, each in calibrations.items():
             attached.after(site.called, each.decided)
             attached.before(computing(site.locations[0].layer), each.read)
         for batch in batches:
             run(model, batch)
-    if unused := [name for name, each in calibrations.items() if not each.total[0].any()]:
+    if unused := [site.name for site, each in calibrations.items() if not each.total[0].any()]:
         raise ValueError(f"calibration has no tokens for {', '.join(unused)}: give batches that reach these gates")
-    totals = {name: each.total for name, each in calibrations.items()}
-    return {name: sums / counts.clamp(min=1) if by == "reap" else counts for name, (counts, sums) in totals.items()}
+    return {site.name: each.scores() for site, each in calibrations.items()}
 
 
 def as_batches(calibration: Any) -> Iterable[Any]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -49,7 +51,7 @@ class Adapter:
     hidden_dropout: str | float | None = None
     output_dropout: str | float | None = None
     slot: bool = False
-    bypass: tuple[str, ...] = field(default=())
+    bypass: tuple[str, ...] = ()
     ones: str | None = None
     halves: Halves = "gate_up"
 
@@ -76,39 +78,44 @@ class NetworkSite(NamedTuple):
 class Dense:
     """A dense feed-forward network: `act(x w1 + b1) w2 + b2`, gated `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
 
-    Weights are views of the network's own: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3 `(h,)`, b2 `(d,)`.
+    Args:
+        weights: views of the network's own, by the names in experts: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3
+            `(h,)`, b2 `(d,)`. They require gradients where the network's own do.
     """
 
-    w1: Tensor
-    w2: Tensor
-    w3: Tensor | None
-    b1: Tensor | None
-    b2: Tensor | None
-    b3: Tensor | None
+    weights: dict[str, Tensor]
     activation: nn.Module
     output_dropout: nn.Module | None
 
     @property
+    def like(self) -> Tensor:
+        """A weight, of the network's dtype and device."""
+        return self.weights["w1"]
+
+    @property
+    def gated(self) -> bool:
+        return "w3" in self.weights
+
+    @property
     def dim(self) -> int:
-        return self.w1.shape[0]
+        return self.weights["w2"].shape[1]
 
     @property
     def hidden_dim(self) -> int:
-        return self.w1.shape[1]
+        return self.weights["w2"].shape[0]
 
     def compute(self, x: Tensor) -> Tensor:
         """The output `(..., d)` of the network for tokens `(..., d)`."""
-        hidden = self.activation(linear(x, self.w1, self.b1))
-        if self.w3 is not None:
-            hidden = hidden * linear(x, self.w3, self.b3)
-        return linear(hidden, self.w2, self.b2)
+        hidden = self.activation(self._linear(x, "1"))
+        if self.gated:
+            hidden = hidden * self._linear(x, "3")
+        return self._linear(hidden, "2")
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights and biases that are not None, by the names that they have in experts."""
-        found = {name: getattr(self, name) for name in ("w1", "w2", "w3", "b1", "b2", "b3")}
-        return {name: weight for name, weight in found.items() if weight is not None}
+    def _linear(self, x: Tensor, number: str) -> Tensor:
+        return F.linear(x, self.weights[f"w{number}"].T, self.weights.get(f"b{number}"))
 
 
+@torch.enable_grad()  # views tell what is frozen
 def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
     """Read a network by its adapter.
 
@@ -116,32 +123,29 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
         TypeError: a part is no plain linear layer, for example quantised or under a LoRA adapter.
         ValueError: weights are not in memory.
     """
-    for path in adapter.linears().values():
-        refuse_offloaded(part(module, path), f"{path} of {type(module).__name__}")
-    w2, b2 = read_linear(module, adapter.down)
-    w3 = b3 = None
-    w1, b1 = read_linear(module, adapter.up)
+    weights: dict[str, Tensor] = {}
+    for number, path in adapter.linears().items():
+        refuse_offloaded(attrgetter(path)(module), f"{path} of {type(module).__name__}")
+        weights |= {f"{kind}{number}": tensor for kind, tensor in read_linear(module, path).items()}
     if adapter.gate == adapter.up:
-        w1, w3 = halves_of(w1, adapter.halves)
-        b1, b3 = (None, None) if b1 is None else halves_of(b1, adapter.halves)
-    elif adapter.gate is not None:
-        (w3, b3), (w1, b1) = (w1, b1), read_linear(module, adapter.gate)
+        for one, three in (("w1", "w3"), ("b1", "b3")):
+            if one in weights:
+                weights[one], weights[three] = halves_of(weights[one], adapter.halves)
     own = adapter.activation
-    activation = read_activation(part(module, own) if isinstance(own, str) else own)
+    activation = read_activation(attrgetter(own)(module) if isinstance(own, str) else own)
     dropout = read_dropout(module, adapter.hidden_dropout)
     if dropout is not None:
         activation = nn.Sequential(activation, dropout)  # also in a gated network: dropout multiplies
-    return Dense(w1, w2, w3, b1, b2, b3, activation, read_dropout(module, adapter.output_dropout))
+    return Dense(weights, activation, read_dropout(module, adapter.output_dropout))
 
 
 def refuse_offloaded(module: nn.Module, name: str) -> None:
     """Refuse weights that a `device_map` left on disk or in another memory: the modules hold none of them."""
-    for inner in module.modules():
-        if is_elsewhere(inner):
-            raise ValueError(
-                f"the weights of {name} are not in memory, because of the model's device_map: load the model without "
-                "it, or change its folder by python -m mixture_of_experts.huggingface"
-            )
+    if any(map(is_elsewhere, module.modules())):
+        raise ValueError(
+            f"the weights of {name} are not in memory, because of the model's device_map: load the model without it, "
+            "or change its folder by python -m mixture_of_experts.huggingface"
+        )
 
 
 def refuse_meta(module: nn.Module, name: str) -> None:
@@ -163,10 +167,6 @@ def refuse_wrapped(model: nn.Module) -> None:
         )
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else x @ weight + bias
-
-
 def halves_of(tensor: Tensor, order: Halves) -> tuple[Tensor, Tensor]:
     """Gate and up, each `(..., h)`, from a weight or bias `(..., 2 h)`."""
     if order == "interleaved":
@@ -177,15 +177,16 @@ def halves_of(tensor: Tensor, order: Halves) -> tuple[Tensor, Tensor]:
 
 def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
     """The dropout as a module, from the path of a module or of a number, or from a number; None if it drops nothing."""
-    found = part(module, dropout) if isinstance(dropout, str) else dropout
+    found = attrgetter(dropout)(module) if isinstance(dropout, str) else dropout
     if found is None or getattr(found, "p", found) == 0:
         return None
     return found if isinstance(found, nn.Module) else nn.Dropout(found)
 
 
-def read_linear(module: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
-    """The weight `(in, out)` and the bias of a linear layer, or of GPT-2's `Conv1D`, which stores its weight so."""
-    layer = part(module, path)
+def read_linear(module: nn.Module, path: str) -> dict[str, Tensor]:
+    """The weight "w" `(in, out)`, and the bias "b" if there is one, of a linear layer, or of GPT-2's `Conv1D`, which
+    stores its weight so."""
+    layer = attrgetter(path)(module)
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
     )
@@ -194,22 +195,33 @@ def read_linear(module: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
             f"{path} of {type(module).__name__} is {type(layer).__name__}, not nn.Linear: replace feed-forward "
             "networks before a model is quantised, sharded or given adapters"
         )
-    weight = layer.weight.detach()
-    return weight if isinstance(layer, Conv1D) else weight.T, None if layer.bias is None else layer.bias.detach()
+    found = {"w": weight_of(layer), "b": layer.bias}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight `(in, out)` of a linear layer."""
+    return layer.weight if isinstance(layer, Conv1D) else layer.weight.T
 
 
 @torch.no_grad()
 def computes_as_linear(layer: Any) -> bool:
     """Whether a layer of a subclass of a linear layer returns what a linear layer does, on random numbers."""
-    if type(layer) in (nn.Linear, Conv1D) or layer.weight.is_meta:
+    weight = weight_of(layer)
+    if type(layer) in (nn.Linear, Conv1D) or weight.is_meta:
         return True
-    weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.T
     x = random_tokens(weight)
+    found = tried(lambda: layer(x))
+    return found is not None and close(found, F.linear(x, weight.T, layer.bias))
+
+
+def tried(compute: Callable[[], Any]) -> Tensor | None:
+    """The tensor that unknown code returns; None if it raises, or returns something else."""
     try:
-        found = layer(x)
-    except Exception:  # unknown code raises: it is no linear layer
-        return False
-    return isinstance(found, Tensor) and close(found, linear(x, weight, layer.bias))
+        out = compute()
+    except Exception:
+        return None
+    return out if isinstance(out, Tensor) else None
 
 
 @contextmanager
@@ -235,12 +247,6 @@ def close(found: Tensor, expected: Tensor) -> bool:
     """Whether two tensors are equal up to rounding in their dtype."""
     tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2
     return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
-
-
-def part(module: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name)
-    return module
 
 
 #: torch's modules for activations of `transformers`: experts have fast ways for them

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import numbers
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace as replace_fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,12 +25,11 @@ from mixture_of_experts.huggingface.replacement.adapters import (
     NetworkSite,
     close,
     evaluating,
-    part,
     random_tokens,
     read_dense,
     refuse_wrapped,
 )
-from mixture_of_experts.huggingface.replacement.search import Miss, is_routed, search
+from mixture_of_experts.huggingface.replacement.search import NUMBER, Miss, is_routed, search
 from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
 from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
 from mixture_of_experts.huggingface.router_config import announce
@@ -40,6 +39,8 @@ from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 
+#: the axis of the hidden units in weights of a network
+HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
 Layers = Iterable[str | int] | Callable[[str], bool] | None
 
 
@@ -106,8 +107,7 @@ def replace_ffn(
     make_gate = gates_of_layers(gate, k, model)
 
     def build(place: NetworkSite, dense: Dense) -> MoE:
-        h = dense.hidden_dim if hidden_dim is None else hidden_dim
-        return make_moe(dense, num_experts, make_gate, h, coefs, shared_expert)
+        return make_moe(dense, num_experts, make_gate, hidden_dim or dense.hidden_dim, coefs, shared_expert)
 
     return swap(model, find(model, layers, adapters), build)
 
@@ -171,18 +171,19 @@ def upcycle(
     check_number("noise", noise, at_least=0.0)
     if check_number("redraw", redraw, at_least=0.0) > 1:
         raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
-    sources = 1 if models is None else check_models(models)
-    e = check_size("num_experts", num_experts if num_experts is not None else 8 if models is None else g * sources)
-    if e % (g * sources):
-        slices = (
-            f"granularity={g} must divide" if models is None else f"granularity={g} times {sources} models must divide"
+    sources = [] if models is None else check_models(models)
+    slices = g * max(len(sources), 1)
+    e = check_size("num_experts", num_experts if num_experts is not None else g * len(sources) or 8)
+    if e % slices:
+        times = f" times {len(sources)} models" if sources else ""
+        raise ValueError(
+            f"granularity={g}{times} must divide num_experts={e}: an expert is one of {g} slices of a copy"
         )
-        raise ValueError(f"{slices} num_experts={e}: an expert is one of {g} slices of a copy")
 
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     make_gate = gates_of_layers(gate, k, model)
     places = find(model, layers, adapters)
-    others = None if models is None else [read_alike(places, other, adapters, i) for i, other in enumerate(models)]
+    others = [read_alike(places, other, adapters, i) for i, other in enumerate(sources)]
 
     def build(place: NetworkSite, dense: Dense) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
@@ -194,10 +195,10 @@ def upcycle(
         total = sum_of_weights(moe, g)
         if shared is not None:
             fill_shared(moe.shared_expert, cut(dense, 0, shared))
-        copied = [dense] if others is None else [networks[place.name] for networks in others]
+        copied = [networks[place.name] for networks in others] or [dense]
         fill(moe.experts, [cut(network, shared or 0, network.hidden_dim) for network in copied], g, total)
         vary(moe.experts, noise, redraw)
-        freeze(moe, place)
+        freeze(moe, dense)
         return moe
 
     return swap(model, places, build)
@@ -209,20 +210,18 @@ def upcycle(
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
     """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
     refuse_wrapped(check_model("model", model))
-    adapters, layers = check_adapters(adapters), check_layers(layers)
-    known, seconds = layers_of_torch(model)
+    adapters = {} if adapters is None else adapters
+    if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
+        raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
+    known = layers_of_torch(model)
     known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
-    found, misses = search(model, [*known, *(miss.name for miss in seconds)])
-    misses += [miss for miss in seconds if miss.name not in known]
-    places = [NetworkSite(name, model.get_submodule(name), adapter) for name, adapter in known.items()]
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    places = sorted([*places, *found], key=lambda place: order[place.name])
+    places, misses = search(model, known)
     if not places:
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
     misses = [miss for miss in misses if not miss.narrow]
     if layers is None and (misses or (misses := torn(model, places))):
-        some = ", ".join({pattern(place.target): None for place in places})
+        some = ", ".join(dict.fromkeys(pattern(place.target) for place in places))
         raise ValueError(
             f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
             f"{why(model, misses)}. Or name the networks that you want by layers="
@@ -231,28 +230,20 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
     return [place for place in places if place.target in chosen]
 
 
-def check_models(models: Any) -> int:
-    """The number of models in a sequence of at least one."""
+def check_models(models: Any) -> list[nn.Module]:
+    """A sequence of at least one model."""
     if not isinstance(models, Sequence) or isinstance(models, str):
         raise TypeError(f"models must be a list of models, got {models!r:.99}")
     if not models:
         raise ValueError("models must hold at least one model")
-    return len([check_model(f"models[{i}]", model) for i, model in enumerate(models)])
-
-
-def check_adapters(adapters: Mapping[str, Adapter] | None) -> Mapping[str, Adapter]:
-    if adapters is None:
-        return {}
-    if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
-        raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
-    return adapters
+    return [check_model(f"models[{i}]", model) for i, model in enumerate(models)]
 
 
 def why(model: nn.Module, misses: Collection[Miss]) -> str:
     """Why networks of a model cannot be replaced, for an error."""
     modules = list(model.modules())
     if misses:
-        said = "; ".join({f"{pattern(miss.name)} of {miss.kind}: {miss.reason}": None for miss in misses})
+        said = "; ".join(dict.fromkeys(f"{pattern(miss.name)} of {miss.kind}: {miss.reason}" for miss in misses))
     elif any(isinstance(module, MoEFeedForward) for module in modules):
         said = "some are replaced already"
     elif any(map(is_routed, modules)):
@@ -266,16 +257,16 @@ def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
     """Modules in which no network was found, though modules of their class at the same place of a block have one."""
     found = {(pattern(place.name), type(place.module)) for place in places}
     names = {place.name for place in places}
-    misses = []
-    for name, module in model.named_modules():
-        if (pattern(name), type(module)) in found and name not in names and not any(map(is_routed, module.modules())):
-            misses.append(Miss(name, type(module).__name__, "it differs from others of its class"))
-    return misses
+    return [
+        Miss(name, type(module).__name__, "it differs from others of its class")
+        for name, module in model.named_modules()
+        if (pattern(name), type(module)) in found and name not in names and not any(map(is_routed, module.modules()))
+    ]
 
 
 def pattern(name: str) -> str:
     """A path with a star for each number."""
-    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+    return NUMBER.sub("*", name)
 
 
 def refuse_chunks(model: nn.Module) -> None:
@@ -287,32 +278,26 @@ def refuse_chunks(model: nn.Module) -> None:
             )
 
 
-def check_layers(layers: Layers) -> set[str | int] | Callable[[str], bool] | None:
-    """`layers`, with numbers and names as a set; TypeError for anything else."""
-    if layers is None or (callable(layers) and not isinstance(layers, nn.Module | type)):
-        return layers
-    one = isinstance(layers, str | bytes | type) or getattr(layers, "ndim", 1) == 0  # an array of one number
-    entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not one else [layers]
-    for entry in entries:
-        if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
-            raise TypeError(
-                "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a name, "
-                f"got {entry!r}: for all layers leave it out"
-            )
-    return set(entries)
-
-
-def choose(names: list[str], layers: set[str | int] | Callable[[str], bool] | None) -> Collection[str]:
-    """The names that `layers` asks for; ValueError if an entry matches nothing."""
+def choose(names: list[str], layers: Layers) -> Collection[str]:
+    """The names that `layers` asks for; TypeError if it is something else than numbers, names or a function, and
+    ValueError if an entry matches nothing."""
     if layers is None:
         return names
-    if callable(layers):
+    if callable(layers) and not isinstance(layers, nn.Module | type):
         chosen = [name for name in names if layers(name)]
         nothing = [] if chosen else ["what the function accepts"]
     else:
-        chosen = [name for name in names if name in layers or number(name) in layers]
+        one = isinstance(layers, str | bytes | type) or getattr(layers, "ndim", 1) == 0  # an array of one number
+        entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not one else [layers]
+        for entry in entries:
+            if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
+                raise TypeError(
+                    "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a "
+                    f"name, got {entry!r}: for all layers leave it out"
+                )
+        chosen = [name for name in names if name in entries or number(name) in entries]
         found = {*chosen, *map(number, chosen)}
-        nothing = [repr(entry) for entry in layers if entry not in found]
+        nothing = [repr(entry) for entry in entries if entry not in found]
     if nothing or not chosen:
         raise ValueError(f"layers: {', '.join(nothing) or 'nothing'} is not there; there are {', '.join(names)}")
     return chosen
@@ -320,8 +305,8 @@ def choose(names: list[str], layers: set[str | int] | Callable[[str], bool] | No
 
 def number(name: str) -> int | None:
     """The first number in a path, that of the block; None if there is none."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return None if match is None else int(match[1])
+    match = NUMBER.search(name)
+    return None if match is None else int(match[0])
 
 
 # Building
@@ -333,8 +318,7 @@ def gates_of_layers(gate: GateFactory | None, k: int, model: nn.Module) -> GateF
     if gate is None:
         return lambda dim, num_experts: TopKGating(dim, num_experts, k)
     if isinstance(gate, nn.Module) or not callable(gate):
-        remedy = "write it as gate=lambda d, e: TopKGating(d, e, k=2)"
-        raise TypeError(f"gate must be {wanted}, got {gate!r}: {remedy}")
+        raise TypeError(f"gate must be {wanted}, got {gate!r}: write it as gate=lambda d, e: TopKGating(d, e, k=2)")
     taken = set(model.modules())
 
     def make(dim: int, num_experts: int) -> nn.Module:
@@ -363,16 +347,17 @@ def make_moe(
     drawn: bool = True,
 ) -> MoE:
     """A layer with the network's device and dtype, and experts of its kind; their weights are `drawn` or left empty."""
-    kind = Experts if dense.w3 is None else GatedExperts
-    device, dtype, shared_expert = dense.w1.device, dense.w1.dtype, None
+    kind = GatedExperts if dense.gated else Experts
+    device, dtype, shared_expert = dense.like.device, dense.like.dtype, None
     with device if drawn else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
         experts.is_transposed = True  # weights are (e, in, out): PEFT reads this for LoRA
         if shared is not None:
             activation = copy.deepcopy(dense.activation)  # with a dropout of its own
-            gated, bias = dense.w3 is not None, dense.b1 is not None
-            shared_expert = SharedExpert(dense.dim, shared, activation, gated, bias, dtype=dtype)
-    for name in {name for name, _ in experts.named_parameters(recurse=False)} - set(dense.weights()):
+            shared_expert = SharedExpert(
+                dense.dim, shared, activation, dense.gated, bias="b1" in dense.weights, dtype=dtype
+            )
+    for name in experts._parameters.keys() - dense.weights.keys():
         experts.register_parameter(name, None)  # the network has no such bias
     if not drawn:
         for module in (experts, *linears_of_shared(shared_expert).values()):
@@ -386,8 +371,8 @@ def linears_of_shared(shared_expert: nn.Module | None) -> dict[str, nn.Module]:
     """The linear layers of a shared expert, by their number in experts."""
     if not isinstance(shared_expert, SharedExpert):
         return {}
-    gate = None if shared_expert.gate_proj is None else "gate_proj"
-    return linears(shared_expert, Adapter("up_proj", "down_proj", gate))
+    gate, up, down = shared_expert.gate_proj, shared_expert.up_proj, shared_expert.down_proj
+    return {"1": up, "2": down} if gate is None else {"1": gate, "2": down, "3": up}
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
@@ -402,7 +387,7 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
         stands_for = "" if place.adapter.slot else place.adapter.linears()["1"]
         moe, masked = build(place, dense), is_masked(model, place.target)
         feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, stands_for=stands_for)
-        feed_forward.to(device=dense.w1.device, dtype=dense.w1.dtype)
+        feed_forward.to(dense.like)
         built.append(feed_forward.train(place.module.training))
     for place, feed_forward in zip(places, built, strict=True):
         put(model, place, feed_forward)
@@ -423,9 +408,9 @@ def join(model: nn.Module, names: Sequence[str]) -> None:
 @torch.no_grad()
 def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
     """Refuse a module that does not compute, on random tokens, what the network read from it computes."""
-    if dense.w1.is_meta:
+    if dense.like.is_meta:
         return
-    x = random_tokens(dense.w1)
+    x = random_tokens(dense.like)
     with evaluating(place.module, dense.activation):  # an adapter may bring an activation
         try:
             found = place.module(x)
@@ -448,8 +433,8 @@ def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> N
     for path in adapter.bypass:
         set_attribute(place.module, path, One() if path == adapter.ones else nn.Identity())
     dropout = adapter.hidden_dropout
-    if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
-        off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
+    if isinstance(dropout, str) and not dropout.startswith(tuple(f"{path}." for path in adapter.bypass)):
+        off: Any = 0.0 if isinstance(attrgetter(dropout)(place.module), float | int) else nn.Identity()
         set_attribute(place.module, dropout, off)
     set_attribute(place.module, adapter.down, feed_forward)
 
@@ -467,18 +452,13 @@ def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     for place in places:
-        for linear in linears(place.module, place.adapter).values():
-            for parameter in linear.parameters(recurse=False):
+        for path in place.adapter.linears().values():
+            for parameter in place.module.get_submodule(path).parameters(recurse=False):
                 if len(owners[id(parameter)]) > 1:
                     raise ValueError(
                         f"{' and '.join(owners[id(parameter)])} share a weight, and would share none as experts: give "
                         "one of them a copy (its weight = nn.Parameter(weight.clone())), or leave both out by layers="
                     )
-
-
-def linears(module: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
-    """The linear layers of a network, by their number in experts."""
-    return {number: part(module, path) for number, path in adapter.linears().items()}
 
 
 class One(nn.Module):
@@ -513,18 +493,17 @@ def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
     for name, parameter in experts.named_parameters(recurse=False):  # not those of the activation, which is shared
         copies = parameter.unflatten(0, (-1, len(networks), g))
         for i, network in enumerate(networks):
-            value = network.weights()[name]
+            value = network.weights[name]
             if name == "b2":  # every slice has it, and the weights of all slices add up to `total`
                 copies[:, i] = value / total
             else:
-                dim = 0 if name == "w2" else -1  # hidden units
-                copies[:, i] = torch.stack(value.chunk(g, dim=dim)) * (g / total if name == "w2" else 1)
+                copies[:, i] = torch.stack(value.chunk(g, dim=HIDDEN_AXIS[name])) * (g / total if name == "w2" else 1)
 
 
 @torch.no_grad()
 def fill_shared(shared_expert: nn.Module, network: Dense) -> None:
     """Copy a network to a shared expert, without its last bias, which the experts have."""
-    values = {**network.weights(), "b2": None}
+    values = {**network.weights, "b2": None}
     for number, layer in linears_of_shared(shared_expert).items():
         for name, weight in layer.named_parameters():
             value = values.get(f"{name[0]}{number}")
@@ -533,9 +512,10 @@ def fill_shared(shared_expert: nn.Module, network: Dense) -> None:
 
 def cut(network: Dense, start: int, stop: int) -> Dense:
     """The network with some of its hidden units only."""
-    of_columns = {name: getattr(network, name) for name in ("w1", "w3", "b1", "b3")}
-    parts = {name: value if value is None else value[..., start:stop] for name, value in of_columns.items()}
-    return replace_fields(network, **parts, w2=network.w2[start:stop])
+    weights = dict(network.weights)
+    for name in weights.keys() & HIDDEN_AXIS:
+        weights[name] = weights[name].narrow(HIDDEN_AXIS[name], start, stop - start)
+    return replace_fields(network, weights=weights)
 
 
 def read_alike(
@@ -549,13 +529,13 @@ def read_alike(
     networks = {}
     for place in places:
         own, its = (read_dense(p.module, p.adapter) for p in (place, found[place.name]))
-        shapes, its_shapes = ({n: tuple(w.shape) for n, w in d.weights().items()} for d in (own, its))
+        shapes, its_shapes = ({n: tuple(w.shape) for n, w in d.weights.items()} for d in (own, its))
         if (shapes, repr(own.activation)) != (its_shapes, repr(its.activation)):
             raise ValueError(
                 f"models[{i}] has another network at {place.name} than the model: {its_shapes} and {its.activation}, "
                 f"not {shapes} and {own.activation}. All models must come from one base model"
             )
-        if its.w1.is_meta and not own.w1.is_meta:
+        if its.like.is_meta and not own.like.is_meta:
             raise ValueError(f"models[{i}] has weights on the meta device: load them first")
         of_activations = zip(own.activation.parameters(), its.activation.parameters(), strict=True)
         if not all(torch.equal(a, b) for a, b in of_activations):
@@ -567,14 +547,12 @@ def read_alike(
     return networks
 
 
-def freeze(moe: MoE, place: NetworkSite) -> None:
-    """Freeze the experts' weights that are frozen in the network at `place`."""
-    layers = linears(place.module, place.adapter)
+def freeze(moe: MoE, dense: Dense) -> None:
+    """Freeze the weights that are frozen in the network."""
     for name, parameter in moe.experts.named_parameters(recurse=False):
-        source = getattr(layers[name[1]], "weight" if name[0] == "w" else "bias")
-        parameter.requires_grad_(source.requires_grad)
+        parameter.requires_grad_(dense.weights[name].requires_grad)
     for number, layer in linears_of_shared(moe.shared_expert).items():
-        layer.requires_grad_(getattr(layers[number], "weight").requires_grad)  # noqa: B009
+        layer.requires_grad_(dense.weights[f"w{number}"].requires_grad)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -23,13 +23,22 @@ from torch.fx import Node
 from transformers.pytorch_utils import Conv1D
 
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Halves, NetworkSite
-from mixture_of_experts.huggingface.replacement.symbolic import Bench, BlockCalls, Setting, Within, is_linear, record
+from mixture_of_experts.huggingface.replacement.symbolic import (
+    Bench,
+    BlockCalls,
+    Setting,
+    Within,
+    is_leaf,
+    is_linear,
+    record,
+)
 from mixture_of_experts.ops.activations import SquaredReLU
 
 #: parts of the paths or class names of modules that are not the feed-forward network of a block, or are experts
 APART = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )
+NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.|$)")  # in a path
 LEADS_TO_EXPERTS = re.compile(r"router|expert", re.I)
 
 
@@ -42,40 +51,34 @@ class Miss(NamedTuple):
     narrow: bool = False  # whether it is a bottleneck, which is no feed-forward network of a block as a rule
 
 
-def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[NetworkSite], list[Miss]]:
+def search(model: nn.Module, given: Mapping[str, Adapter | Miss]) -> tuple[list[NetworkSite], list[Miss]]:
     """The networks of a model that can be replaced, and those that cannot.
 
     Args:
-        given: paths of modules whose networks are known already.
+        given: what is known already of the networks of some modules, by their paths.
     """
-    found: list[NetworkSite] = []
-    misses: list[Miss] = []
+    known = ((name, each) for name, each in given.items() if isinstance(each, Adapter))
+    found = [NetworkSite(name, model.get_submodule(name), adapter) for name, adapter in known]
+    misses = [each for each in given.values() if isinstance(each, Miss)]
     names = {module: name for name, module in model.named_modules()}
-    skipped = tuple(f"{name}." for name in given)
-    skipped += tuple(f"{name}." for name, module in model.named_modules() if name and is_routed(module))
-    seen: set[nn.Module] = set()
-    for name, module in reversed(list(model.named_modules())):  # each after the modules inside it
+    apart = [*given, *(name for module, name in names.items() if name and is_routed(module))]
+    skipped, seen = tuple(f"{name}." for name in apart), set[nn.Module]()
+    for module, name in reversed(names.items()):  # each after the modules inside it
         if not is_place(name, module) or f"{name}.".startswith(skipped) or not own_linears(module) - seen:
             continue
-        calls = record(module)
-        for parts, adapter in [] if calls is None else networks(calls):
+        for parts, adapter in networks(module):
             last = names[parts[-1]]
-            if any(part in seen for part in parts) or APART.search(last) or f"{last}.".startswith(skipped):
-                continue
-            if not is_of_stream(model, last, parts):
+            elsewhere = APART.search(last) or f"{last}.".startswith(skipped)
+            if elsewhere or not seen.isdisjoint(parts) or not is_of_stream(model, last, parts):
                 continue
             if isinstance(adapter, Adapter):
                 found.append(NetworkSite(name, module, adapter))
             else:
-                narrow = isinstance(adapter, NarrowError)
-                misses.append(Miss(last, type(module).__name__, str(adapter), narrow))
-                if narrow:
-                    continue
-            seen.update(parts)
-    return found, misses
-
-
-NUMBER = re.compile(r"(^|\.)\d+(\.|$)")
+                misses.append(Miss(last, type(module).__name__, str(adapter), isinstance(adapter, NarrowError)))
+            if not isinstance(adapter, NarrowError):
+                seen.update(parts)
+    order = list(names.values())
+    return sorted(found, key=lambda site: order.index(site.name)), misses
 
 
 def is_place(name: str, module: nn.Module) -> bool:
@@ -122,9 +125,12 @@ class NarrowError(UnfitError):
     """Its hidden layer is narrower than its inputs."""
 
 
-def networks(calls: BlockCalls) -> Iterator[tuple[tuple[nn.Module, ...], Adapter | UnfitError]]:
+def networks(module: nn.Module) -> Iterator[tuple[tuple[nn.Module, ...], Adapter | UnfitError]]:
     """The networks whose last linear layer a module calls: their linear layers, and the adapter that tells where the
     parts are, or why they cannot be replaced."""
+    calls = record(module)
+    if calls is None:
+        return
     for node in calls.graph.nodes:
         if is_linear(calls.called(node)) and (chain := Chain.before(calls, node)) is not None:
             try:
@@ -137,43 +143,38 @@ class Chain(NamedTuple):
     """The calls from the first linear layers of a network to its last."""
 
     calls: BlockCalls
-    ups: tuple[Node, ...]
-    middle: tuple[Node, ...]
+    ups: list[Node]
+    middle: list[Node]
     down: Node
-    bench: Bench
 
     @classmethod
     def before(cls, calls: BlockCalls, down: Node) -> Chain | None:
         """The network that ends in the call `down` of a linear layer; None if there is none."""
-        if len(down.args) != 1 or down.kwargs or not isinstance(down.args[0], Node):
-            return None
-        ups: list[Node] = []
-        middle: list[Node] = []
-        todo = [down.args[0]]
+        ups: set[Node] = set()
+        middle: set[Node] = set()
+        todo = down.all_input_nodes
         while todo:
             node = todo.pop()
-            if node in ups or node in middle:
-                continue
             layer = calls.called(node)
             if is_linear(layer):
-                ups.append(node)
-                continue
-            holds_linear = layer is not None and any(is_linear(child) for child in layer.modules())
-            if node.op == "placeholder" or holds_linear or len(middle) > 60:
+                ups.add(node)
+            elif node.op == "placeholder" or not (layer is None or is_leaf(layer)) or len(middle) > 60:
                 return None
-            middle.append(node)
-            todo += node.all_input_nodes
-        order = {node: i for i, node in enumerate(calls.graph.nodes)}
-        chain = cls(calls, tuple(sorted(ups, key=lambda up: order[up])), tuple(middle), down, Bench())
+            elif node not in middle:
+                middle.add(node)
+                todo += node.all_input_nodes
+        nodes = calls.graph.nodes  # in the order of their calls
+        chain = cls(calls, [node for node in nodes if node in ups], [node for node in nodes if node in middle], down)
         return chain if chain._is_network() else None
 
     def _is_network(self) -> bool:
         if not 1 <= len(self.ups) <= 2 or not self.middle or len(set(self.linears)) <= len(self.ups):
             return False
-        if any(len(up.args) != 1 or up.args != self.ups[0].args or up.kwargs for up in self.ups):
+        if any(len(node.args) != 1 or node.kwargs for node in (*self.ups, self.down)):
             return False
-        layers = [self.calls.called(node) for node in self.middle]
-        if any(p.ndim > 1 for layer in layers if layer is not None for p in layer.parameters()):
+        if any(up.args != self.ups[0].args for up in self.ups):
+            return False
+        if any(p.ndim > 1 for layer in self.layers.values() for p in layer.parameters()):
             return False  # for example a convolution, which mixes tokens
         (d, width), (h, out) = sizes(self.linears[0]), sizes(self.linears[-1])
         widths = {sizes(up) for up in self.linears[:-1]}
@@ -183,17 +184,17 @@ class Chain(NamedTuple):
     @property
     def linears(self) -> tuple[nn.Module, ...]:
         """The linear layers, in the order of their calls."""
-        found = [self.calls.called(node) for node in (*self.ups, self.down)]
-        return tuple(layer for layer in found if layer is not None)
+        return tuple(self.calls.module.get_submodule(target(node)) for node in (*self.ups, self.down))
 
     @property
     def dropouts(self) -> list[Node]:
         return [node for node in self.middle if is_dropout(self.calls, node)]
 
     @property
-    def activations(self) -> list[Node]:
-        """The calls of layers between the linear ones, without dropouts."""
-        return [node for node in self.middle if node.op == "call_module" and node not in self.dropouts]
+    def layers(self) -> dict[Node, nn.Module]:
+        """The layers between the linear ones, without dropouts, by their calls."""
+        found = {node: self.calls.called(node) for node in self.middle if node not in self.dropouts}
+        return {node: layer for node, layer in found.items() if layer is not None}
 
     def adapter(self) -> Adapter:
         """The adapter that tells where the parts are.
@@ -212,8 +213,10 @@ class Chain(NamedTuple):
         found = Adapter(target(up), target(self.down), gate and target(gate), activation, place, outer, halves=halves)
         if whole:
             return found
-        bypass = self._bypass()
-        output_dropout = None if inner is None else self._other_use(inner)
+        children = self._children()
+        gone = set().union(*(child.nodes for child in children))
+        bypass = (*(child.path for child in children), *self._parts(gone))
+        output_dropout = None if inner is None or inner in gone else self._other_use(inner)
         ones = target(up) if gate is not None and target(up) in bypass else None
         return replace(found, output_dropout=output_dropout, slot=True, bypass=bypass, ones=ones)
 
@@ -234,18 +237,21 @@ class Chain(NamedTuple):
         """The activation, the linear layers of gate and up, and the order of halves if both are one layer: the first
         candidates whose results equal what the calls compute."""
         h = sizes(self.linears[-1])[0]
-        generator = torch.Generator("cpu").manual_seed(0)
+        generator, bench = torch.Generator("cpu").manual_seed(0), Bench(self.calls)
         a, b = (2 * torch.randn(5, h, generator=generator, device="cpu") for _ in range(2))
         with torch.no_grad():
-            for activation in self._candidates():
+            for activation, path in self._candidates().items():
+                result = bench.apply(activation, b)
+                if result is None:
+                    continue
                 for gate, up, halves, given in self._forms(a, b):
-                    wanted = self._compute(given)
-                    found = self.bench.apply(activation, a if gate is None else b)
-                    if found is None or wanted is None:
+                    if not equal(result if gate is None else result * a, bench.compute(self.middle, given)):
                         continue
-                    if equal(found if gate is None else found * a, wanted):
-                        return self._as_part(activation, a), gate, up, halves
-        names = [str(getattr(node.target, "__name__", node.target)) for node in reversed(self.middle)]
+                    half = h // 2
+                    if path is not None and not equal(bench.apply(activation, b[:, :half]), result[:, :half]):
+                        raise UnfitError(f"{path} computes the units of its hidden layer together")
+                    return path or activation, gate, up, halves
+        names = [str(getattr(node.target, "__name__", node.target)) for node in self.middle]
         raise UnfitError(f"no activation is known that computes its hidden layer ({', '.join(names)})")
 
     def _forms(self, a: Tensor, b: Tensor) -> Iterator[tuple[Node | None, Node, Halves, dict[Node, Tensor]]]:
@@ -255,34 +261,17 @@ class Chain(NamedTuple):
             yield first, last, "gate_up", {first: b, last: a}
             yield last, first, "gate_up", {first: a, last: b}
         elif sizes(self.linears[0])[1] == a.shape[-1]:
-            yield None, first, "gate_up", {first: a}
+            yield None, first, "gate_up", {first: b}
         else:
             yield first, first, "gate_up", {first: torch.cat([b, a], dim=-1)}
             yield first, first, "up_gate", {first: torch.cat([a, b], dim=-1)}
             yield first, first, "interleaved", {first: torch.stack([b, a], dim=-1).flatten(-2)}
 
-    def _candidates(self) -> Iterator[nn.Module]:
-        yield from (nn.SiLU(), nn.GELU("tanh"), nn.GELU(), nn.ReLU(), SquaredReLU(), nn.Tanh())
-        for node in self.activations:
-            layer = self.calls.called(node)
-            if layer is not None:
-                yield layer
-        yield from (nn.Sigmoid(), nn.Identity()) if len(self.activations) == 0 else ()
-
-    def _as_part(self, activation: nn.Module, a: Tensor) -> str | nn.Module:
-        """The path of the activation if it is a layer of the network, which must compute each hidden unit alone."""
-        for node in self.activations:
-            if self.calls.called(node) is activation:
-                some, all_units = a[:, : a.shape[-1] // 2], self.bench.apply(activation, a)
-                alone = self.bench.apply(activation, some)
-                if alone is None or all_units is None or not equal(alone, all_units[:, : some.shape[-1]]):
-                    raise UnfitError(f"{node.target} computes the units of its hidden layer together")
-                return target(node)
-        return activation
-
-    def _compute(self, given: dict[Node, Tensor]) -> Tensor | None:
-        (result,) = self.down.args
-        return self.bench.compute(self.calls, result, given, lambda node: node in self.dropouts)  # pyright: ignore[reportArgumentType]
+    def _candidates(self) -> dict[nn.Module, str | None]:
+        """Activations that the network may have; with its path, if it is a layer of the network."""
+        known = (nn.SiLU(), nn.GELU("tanh"), nn.GELU(), nn.ReLU(), SquaredReLU(), nn.Tanh())
+        own = {layer: target(node) for node, layer in self.layers.items()}
+        return {**dict.fromkeys(known), **(own or dict.fromkeys((nn.Sigmoid(), nn.Identity())))}
 
     def _after(self) -> tuple[bool, str | float | None]:
         """Whether the module does nothing but this network, and the dropout at its end."""
@@ -290,16 +279,17 @@ class Chain(NamedTuple):
         if isinstance(node, Node) and is_dropout(self.calls, node):
             dropout, node = place_of(self.calls, node), node.args[0]
         alone = node is self.down and self.calls.lone and self.ups[0].args == self.calls.arguments
-        others = [child for child in self.calls.module.modules() if is_linear(child) and child not in self.linears]
-        return alone and not others, dropout
+        return alone and {*filter(is_linear, self.calls.module.modules())} == {*self.linears}, dropout
 
     def _inner_dropout(self) -> Node | None:
         """The active dropout between the linear layers; None if there is none."""
-        active = [node for node in self.dropouts if rate(self.calls, node)]
-        for node in active:
-            later = {user for user in after(node) if user in self.middle and user not in self.dropouts}
-            if not all(user.target in PRODUCTS or user.target in HARMLESS for user in later):
-                raise UnfitError("its dropout comes before its activation")
+        active = [node for node in self.dropouts if place_of(self.calls, node)]
+        later = {*active}
+        for node in self.middle:
+            if later.intersection(node.all_input_nodes):
+                later.add(node)
+        if any(node.target not in (*PRODUCTS, *HARMLESS) for node in later.difference(self.dropouts)):
+            raise UnfitError("its dropout comes before its activation")
         if len(active) > 1:
             raise UnfitError("it has more than one dropout between its linear layers")
         return active[0] if active else None
@@ -311,8 +301,6 @@ class Chain(NamedTuple):
         Raises:
             UnfitError: the dropout cannot be turned off, or something else would be turned off with it.
         """
-        if any(inner in child.nodes for child in self._children()):
-            return None  # its module becomes an identity
         place = place_of(self.calls, inner)
         if not isinstance(place, str):
             raise UnfitError("the dropout between its linear layers cannot be turned off")
@@ -332,27 +320,22 @@ class Chain(NamedTuple):
                 found.append(child)
         return found
 
-    def _bypass(self) -> tuple[str, ...]:
-        """The paths of parts that must become identities, so that tokens reach the last layer."""
-        children = self._children()
-        gone = set().union(*(child.nodes for child in children))
+    def _parts(self, gone: Collection[Node]) -> list[str]:
+        """The paths of parts that must become identities, so that tokens reach the last layer, beside those that are
+        gone with a child."""
+        kind = type(self.calls.module).__name__
         for node in self.middle:
             product = len(self.ups) > 1 and node.target in PRODUCTS
             if node in gone or node in self.dropouts or node.target in HARMLESS or product:
                 continue
             if node.op != "call_module":
                 name = getattr(node.target, "__name__", node.target)
-                raise UnfitError(f"{name} between its linear layers is part of the code of {self._kind}")
+                raise UnfitError(f"{name} between its linear layers is part of the code of {kind}")
             if self._times_called(node) > 1:
                 raise UnfitError(f"{node.target} is the activation of something else too")
-        if sizes(self.linears[0])[1] != sizes(self.linears[-1])[0] and next(iter(self.ups)) not in gone:
-            raise UnfitError(f"its halves are taken apart in the code of {self._kind}")
-        rest = [target(node) for node in (*self.ups, *self.activations) if node not in gone]
-        return (*(child.path for child in children), *rest)
-
-    @property
-    def _kind(self) -> str:
-        return type(self.calls.module).__name__
+        if sizes(self.linears[0])[1] != sizes(self.linears[-1])[0] and self.ups[0] not in gone:
+            raise UnfitError(f"its halves are taken apart in the code of {kind}")
+        return [target(node) for node in (*self.ups, *self.layers) if node not in gone]
 
 
 PRODUCTS = (operator.mul, torch.mul, "mul")
@@ -374,46 +357,30 @@ def is_dropout(calls: BlockCalls, node: Node) -> bool:
     return isinstance(calls.called(node), nn.Dropout) or node.target is F.dropout
 
 
-def rate(calls: BlockCalls, node: Node) -> float:
-    """The probability of a dropout; UnfitError if it is not known."""
+def place_of(calls: BlockCalls, node: Node) -> str | float | None:
+    """The place of a dropout: the path of a module or of a number, or else the number itself; None if it drops nothing.
+
+    Raises:
+        UnfitError: it cannot be known how much it drops.
+    """
     layer: Any = calls.called(node)
     if layer is not None:
-        return layer.p
+        return target(node) if layer.p else None
     if node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is not True:
         raise UnfitError("its dropout does not tell when it is active")
     p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
     if not isinstance(p, float | int):
         raise UnfitError("its dropout has no fixed probability")
-    return p
-
-
-def place_of(calls: BlockCalls, node: Node) -> str | float | None:
-    """The place of a dropout: the path of a module or of a number, or else the number itself."""
-    if node.op == "call_module":
-        return target(node)
-    p = rate(calls, node)
-    return p.path if isinstance(p, Setting) else (float(p) or None)
+    return (p.path if isinstance(p, Setting) else float(p)) if p else None
 
 
 def uses(calls: BlockCalls, node: Node, place: str) -> bool:
     """Whether a call is one of the layer at `place`, or gets the number that is there."""
-    given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, Setting)]
-    return (node.op == "call_module" and node.target == place) or any(value.path == place for value in given)
+    given = (value.path for value in (*node.args, *node.kwargs.values()) if isinstance(value, Setting))
+    return place in given or (node.op == "call_module" and node.target == place)
 
 
-def after(node: Node) -> set[Node]:
-    """All nodes that depend on a node."""
-    found: set[Node] = set()
-    todo = list(node.users)
-    while todo:
-        user = todo.pop()
-        if user not in found:
-            found.add(user)
-            todo += user.users
-    return found
-
-
-def equal(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
+def equal(found: Tensor | None, wanted: Tensor | None) -> bool:
+    if found is None or wanted is None or found.shape != wanted.shape:
         return False
     return torch.allclose(found, wanted.to(found.dtype), atol=2e-6, rtol=2e-5)

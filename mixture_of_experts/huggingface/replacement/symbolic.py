@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Graph, Node, Proxy
-from torch.fx.node import map_arg
+from torch.fx import Graph, Interpreter, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 from transformers.pytorch_utils import Conv1D
+
+from mixture_of_experts.huggingface.feed_forward import tensors_of
+from mixture_of_experts.huggingface.replacement.adapters import tried
 
 
 class Within(NamedTuple):
@@ -55,19 +58,16 @@ class Setting(float):
 class Recorder(GraphAppendingTracer):
     """Writes the calls of symbols into a graph."""
 
-    dtype: torch.dtype
-    device: torch.device
-    asked: int
+    asked: int = 0
 
     def __init__(self, like: torch.Tensor) -> None:
         super().__init__(Graph())
-        self.dtype, self.device = like.dtype, like.device
+        self.like = like
         self.children: list[Within] = []
-        self.asked = 0
 
     def proxy(self, node: Node) -> Proxy:
         symbol: Any = Proxy(node, self)
-        symbol.dtype, symbol.device = self.dtype, self.device  # all that is known of a tensor
+        symbol.dtype, symbol.device = self.like.dtype, self.like.device  # all that is known of a tensor
         return symbol
 
     def to_bool(self, obj: Proxy) -> bool:
@@ -82,9 +82,6 @@ class Recorder(GraphAppendingTracer):
             return super().create_arg(a)
         except NotImplementedError:
             return a  # any other object
-
-    def call(self, path: str, *args: Any, **kwargs: Any) -> Any:
-        return self.create_proxy("call_module", path, args, kwargs)
 
 
 class Stub:
@@ -101,17 +98,17 @@ class Stub:
         return getattr(self._child, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        recorder, path = self._recorder, self._path
-        if is_leaf(self._child):
-            return recorder.call(path, *args, **kwargs)
+        recorder, child, path = self._recorder, self._child, self._path
+        if is_leaf(child):
+            return recorder.create_proxy("call_module", path, args, kwargs)
         nodes, children = len(recorder.graph.nodes), len(recorder.children)
         try:
-            out = run(recorder, self._child, path, args, kwargs)
+            out = type(child).forward(skeleton(recorder, child, path), *args, **kwargs)
         except Exception:  # a child that cannot be read becomes one node
             for node in reversed(list(recorder.graph.nodes)[nodes:]):
                 recorder.graph.erase_node(node)
             del recorder.children[children:]
-            return recorder.call(path, *args, **kwargs)
+            return recorder.create_proxy("call_module", path, args, kwargs)
         given = recorder.create_arg((*args, *kwargs.values()))
         within = frozenset(list(recorder.graph.nodes)[nodes:])
         recorder.children.append(Within(path, given, recorder.create_arg(out), within))
@@ -127,10 +124,11 @@ def record(module: nn.Module) -> BlockCalls | None:
     if not symbols:
         return None
     try:
-        out = run(recorder, module, "", (), symbols)
-        lone = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD
+        out = type(module).forward(skeleton(recorder, module, ""), **symbols)
         given = tuple(symbol.node for symbol in symbols.values())
-        return BlockCalls(module, recorder.graph, given, lone, recorder.create_arg(out), tuple(recorder.children))
+        return BlockCalls(
+            module, recorder.graph, given, len(parameters) == 1, recorder.create_arg(out), tuple(recorder.children)
+        )
     except Exception:  # unknown code, run on symbols
         return None
 
@@ -140,11 +138,6 @@ def is_needed(parameter: inspect.Parameter) -> bool:
         parameter.VAR_POSITIONAL,
         parameter.VAR_KEYWORD,
     )
-
-
-def run(recorder: Recorder, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a module's forward on symbols."""
-    return type(module).forward(skeleton(recorder, module, path), *args, **kwargs)
 
 
 def skeleton(recorder: Recorder, module: nn.Module, path: str) -> Any:
@@ -182,55 +175,43 @@ def is_leaf(module: nn.Module) -> bool:
     return is_linear(module) or not any(is_linear(child) for child in module.modules())
 
 
-class Bench:
+class Bench(Interpreter):
     """Computes parts of a graph with copies of its layers, in evaluation, on the CPU and in float32."""
 
-    def __init__(self) -> None:
+    def __init__(self, calls: BlockCalls) -> None:
+        super().__init__(calls.module, garbage_collect_values=False, graph=calls.graph)
         self.copies: dict[nn.Module, nn.Module] = {}
 
     def copy(self, module: nn.Module) -> nn.Module:
         """The copy of a module, made once; of arbitrary numbers if the module is on the meta device."""
         if module not in self.copies:
             own = copy.deepcopy(module)
-            state = [*own.parameters(), *own.buffers()]
-            if any(tensor.is_meta for tensor in state):
+            if any(tensor.is_meta for tensor in tensors_of(own).values()):
                 own.to_empty(device="cpu")
                 for tensor in own.state_dict().values():
                     tensor.fill_(0.5)
             self.copies[module] = own.cpu().float().eval()
         return self.copies[module]
 
-    def compute(
-        self, calls: BlockCalls, result: Node, given: Mapping[Node, Tensor], skip: Callable[[Node], bool]
-    ) -> Tensor | None:
-        """The value of a node from the given values of others; None if it cannot be computed. Calls that `skip` names
-        return their first argument."""
-        values: dict[Node, Any] = dict(given)
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.copy(self.module.get_submodule(target))(*args, **kwargs)
 
-        def value(node: Node) -> Any:
-            if node not in values:
-                args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
-                values[node] = args[0] if skip(node) else self._call(calls, node)(*args, **kwargs)
-            return values[node]
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return args[0] if target is F.dropout else target(*args, **kwargs)
 
-        try:
-            out = value(result)
-        except Exception:  # unknown code, run on other numbers than it expects
-            return None
-        return out if isinstance(out, Tensor) else None
+    def compute(self, nodes: list[Node], given: Mapping[Node, Tensor]) -> Tensor | None:
+        """The value of the last of some nodes, in the order of their calls, from the given values of others; None if it
+        cannot be computed."""
 
-    def _call(self, calls: BlockCalls, node: Node) -> Callable[..., Any]:
-        layer = calls.called(node)
-        if layer is not None:
-            return self.copy(layer)
-        if node.op == "call_method":
-            return lambda of, *args, **kwargs: getattr(of, str(node.target))(*args, **kwargs)
-        return node.target  # pyright: ignore[reportReturnType]
+        def run() -> Any:
+            self.env = dict(given)
+            for node in nodes:
+                self.env[node] = self.run_node(node)
+            return self.env[nodes[-1]]
+
+        return tried(run)
 
     def apply(self, activation: nn.Module, x: Tensor) -> Tensor | None:
         """The result of an activation; None if the module is none."""
-        try:
-            out = self.copy(activation)(x)
-        except Exception:
-            return None
-        return out if isinstance(out, Tensor) and out.shape == x.shape else None
+        out = tried(lambda: self.copy(activation)(x))
+        return out if out is not None and out.shape == x.shape else None

@@ -26,10 +26,9 @@ NETWORK = Adapter(
 KINDS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def layers_of_torch(model: nn.Module) -> tuple[dict[str, Adapter], list[Miss]]:
-    """The adapters of a model's layers of torch, by path; and those layers whose sequences are not first."""
-    found: dict[str, Adapter] = {}
-    misses: list[Miss] = []
+def layers_of_torch(model: nn.Module) -> dict[str, Adapter | Miss]:
+    """A model's layers of torch, by path; those whose sequences are not first cannot be replaced."""
+    found: dict[str, Adapter | Miss] = {}
     for name, module in model.named_modules():
         kind: Any = next((kind for kind in KINDS if isinstance(module, kind)), None)
         layer: Any = module
@@ -39,8 +38,8 @@ def layers_of_torch(model: nn.Module) -> tuple[dict[str, Adapter], list[Miss]]:
             found[name] = NETWORK
         else:
             reason = "it reads tokens (n, b, d), and a router needs sequences first: make the layers with batch_first="
-            misses.append(Miss(name, type(module).__name__, f"{reason}True, and load the same weights"))
-    return found, misses
+            found[name] = Miss(name, type(module).__name__, f"{reason}True, and load the same weights")
+    return found
 
 
 class LayerReader(TokensReader):

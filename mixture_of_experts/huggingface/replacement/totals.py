@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mixture_of_experts.gating import reads_of
+from mixture_of_experts.huggingface.replacement.adapters import evaluating
 from mixture_of_experts.moe import MoE
 
 
@@ -50,11 +51,11 @@ def refuse_drops(gate: Any) -> None:
 def totals_of_random_tokens(moe: MoE, g: int) -> torch.Tensor:
     """`(1024, g)`, the sums of the weights of 1024 tokens, for each slice of the copies."""
     gate: Any = moe.gate
-    weight, was_training = next(gate.parameters(), torch.empty(0)), gate.training
+    weight = next(gate.parameters(), torch.empty(0))
     tokens = torch.randn(1024, 1, moe.dim, generator=torch.Generator().manual_seed(0)).to(weight)
     ids = torch.arange(1024, device=weight.device).unsqueeze(-1) % getattr(gate, "num_ids", 1)
-    routing = gate.eval()(tokens, **({"token_ids": ids} if "token_ids" in reads_of(gate) else {}))
-    gate.train(was_training)
+    with evaluating(gate):
+        routing = gate(tokens, **({"token_ids": ids} if "token_ids" in reads_of(gate) else {}))
     if routing.k is None:
         raise ValueError(
             f"in {type(gate).__name__} experts choose, so a token may have none: take a gate in which tokens choose, "

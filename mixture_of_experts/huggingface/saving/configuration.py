@@ -58,7 +58,11 @@ class SavesExperts:
         return {**found, KEY: layers_with_experts(self)} if KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        refuse_quantised(self)
+        if quantization_of(self).get("quant_method", NAME) != NAME:  # its file would not tell
+            raise ValueError(
+                f"a model with experts that is quantised ({type(self.quantization_config).__name__}) cannot be saved: "
+                "save the model before it is quantised, and of this one adapters alone"
+            )
         layers = layers_with_experts(self)
         if any("block" in layer and "UnstackedExperts" in layer.get("forms", {}).values() for layer in layers):
             raise ValueError(
@@ -103,15 +107,6 @@ def quantization_of(config: Any) -> dict[str, Any]:
     return read if isinstance(read, dict) else vars(read)
 
 
-def refuse_quantised(config: Any) -> None:
-    """Refuse to save a model that was quantised when it was loaded: its file would not tell."""
-    if quantization_of(config).get("quant_method", NAME) != NAME:
-        raise ValueError(
-            f"a model with experts that is quantised ({type(config.quantization_config).__name__}) cannot be saved: "
-            "save the model before it is quantised, and of this one adapters alone"
-        )
-
-
 def note(model: nn.Module) -> None:
     """Tell the model's configuration of the layers with experts.
 
@@ -124,19 +119,20 @@ def note(model: nn.Module) -> None:
             note(inner)
         return
     config: Any = model.config
-    if not feed_forwards(model) or not isinstance(config, PreTrainedConfig):
+    if not feed_forwards(model):
         return
     model.name_or_path = ""  # PEFT would write into adapters' files that they belong to that folder
-    copies: dict[int, Any] = {id(config): config}
-    if getattr(model, "base_model", model) is not model:
-        copies.clear()
+    copies: dict[int, Any] = {}
+    if model.base_model is model:
+        copies[id(config)] = config
+    else:
         copy.deepcopy(config, copies)
     own = copies[id(config)]
     own.__class__ = saves_experts(type(own))
     setattr(own, KEY, Layers(model))
     for module in model.modules():
         held = vars(module).get("config")
-        if held is not None and id(held) in copies:
+        if id(held) in copies:
             module.config = copies[id(held)]
 
 

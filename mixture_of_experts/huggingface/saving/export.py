@@ -78,7 +78,7 @@ class Export(NamedTuple):
         """The weights of the block that computes what a layer does, by their names in the exported model."""
         block, like = self.stock.get_submodule(path), as_block(self.layers[path].moe, self.target.shared)
         to_block(like, in_memory(block, like))
-        return {f"{path}.{name}": value for name, value in block.state_dict().items()}
+        return block.state_dict(prefix=f"{path}.")
 
 
 def export(model: nn.Module) -> Any:
@@ -113,7 +113,8 @@ def export(model: nn.Module) -> Any:
     """
     plan, state = plan_export(check_model("model", model)), model.state_dict()
     refuse_meta(model, type(model).__name__)
-    exported = {name: value for name, value in state.items() if not any(below(path, name) for path in plan.layers)}
+    changed = tuple(f"{path}." for path in plan.layers)
+    exported = {name: value for name, value in state.items() if not name.startswith(changed)}
     for path in plan.layers:
         exported |= plan.block(path)
     exported = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in exported.items()}
@@ -121,18 +122,14 @@ def export(model: nn.Module) -> Any:
         None, config=plan.stock.config, state_dict=exported, dtype=next(iter(state.values())).dtype,
         output_loading_info=True,
     )  # fmt: skip
-    tied = set(getattr(made, "all_tied_weights_keys", None) or {})
-    differ = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]} - tied)
+    differ = {*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]}
+    differ = sorted(differ.difference(made.all_tied_weights_keys))
     if differ:
         raise ValueError(f"{type(model).__name__} has weights that {type(made).__name__} has not, or not so: {differ}")
     forget_conversions(made)
     if hasattr(model, "generation_config"):
         made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(next(model.parameters()).device).train(model.training)
-
-
-def below(path: str, name: str) -> bool:
-    return name.startswith(f"{path}.")
 
 
 def plan_export(model: Any) -> Export:
@@ -146,7 +143,8 @@ def plan_export(model: Any) -> Export:
     if any(map(from_peft, model.modules())):
         raise ValueError(f"{name} has adapters of PEFT, which no class has: merge_and_unload() them first")
     refuse_wrapped(model)
-    family, head = split_name(name)
+    found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # such as LlamaForCausalLM
+    family, head = (name, "") if found is None else found.groups()
     fits = [target for target in TARGETS if family in target.sources]
     if not fits:
         known = ", ".join(sorted({source for target in TARGETS for source in target.sources}))
@@ -159,12 +157,6 @@ def plan_export(model: Any) -> Export:
             return Export(stock, layers, target)
         said.append(f"{target.prefix}: {', '.join(problems)}")
     raise ValueError(f"{name} has what has no counterpart in {'; '.join(said)}")
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """`LlamaForCausalLM` to `("Llama", "ForCausalLM")`."""
-    found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)
-    return (name, "") if found is None else (found[1], found[2])
 
 
 def find_problems(model: Any, target: Target, layers: Layers, stock: Any) -> Iterator[str]:
@@ -197,10 +189,14 @@ def carried(config: Any, target: Target) -> dict[str, Any]:
 def stock_model(model: Any, target: Target, head: str, layers: Layers) -> Any:
     """A model of the target without memory for its weights, with the sizes of the model and of its first layer."""
     moe: Any = next(iter(layers.values())).moe
-    settings = carried(model.config, target) | dict(target.settings)
-    settings |= {target.hidden: getattr(moe.experts, "hidden_dim", 1), "num_experts": moe.num_experts}
-    settings |= {"num_experts_per_tok": getattr(moe.gate, "k", 1)}
-    settings["norm_topk_prob"] = bool(getattr(moe.gate, "normalize", True))
+    settings = {
+        **carried(model.config, target),
+        **dict(target.settings),
+        target.hidden: getattr(moe.experts, "hidden_dim", 1),
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": getattr(moe.gate, "k", 1),
+        "norm_topk_prob": bool(getattr(moe.gate, "normalize", True)),
+    }
     if not target.all_layers:
         sparse = set(map(number, layers))
         settings["mlp_only_layers"] = [i for i in range(model.config.num_hidden_layers) if i not in sparse]

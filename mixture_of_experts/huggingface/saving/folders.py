@@ -5,13 +5,12 @@ A folder is written under another name beside its target, and renamed when it is
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
@@ -29,7 +28,7 @@ from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
 from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts, quantization_of
-from mixture_of_experts.huggingface.saving.export import below, plan_export
+from mixture_of_experts.huggingface.saving.export import plan_export
 from mixture_of_experts.huggingface.saving.loader import saved_class
 from mixture_of_experts.huggingface.saving.names import in_files
 from mixture_of_experts.huggingface.saving.restore import put_experts
@@ -57,23 +56,24 @@ def upcycle_folder(
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target) as folder:
+    with finished(target, max_shard_size) as writer:
         config = read_config(source)
         if layers_with_experts(config):
             raise ValueError(f"{source} has experts already")
-        config.dtype = config.dtype if dtype is None else dtype
-        model, weights = empty_model(config), WeightFiles(source)
+        config.dtype = dtype or config.dtype
+        model = empty_model(config)
+        weights = WeightFiles(source, model)
         weights.fill(model)
         places = find(model, settings.pop("layers", None), settings.get("adapters"))
         around = {place.target: place.name for place in places}
 
         def change(path: str) -> dict[str, Tensor]:
             upcycle(model, layers=[path], **settings)
-            state = named(path, model.get_submodule(path).to(dtype=dtype))
+            state = model.get_submodule(path).to(dtype=dtype).state_dict(prefix=f"{path}.")
             model.get_submodule(around[path]).to("meta")
             return state
 
-        rewrite(model, weights, around, change, Shards(folder, max_shard_size), dtype)
+        rewrite(model, weights, around, change, writer, dtype)
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
@@ -89,7 +89,7 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target) as folder:
+    with finished(target, max_shard_size) as writer:
         model, weights = empty_with_experts(source, "export")
         plan = plan_export(model)
         weights.fill(model)
@@ -100,7 +100,7 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
                 module.to("meta")
             return state
 
-        rewrite(plan.stock, weights, plan.layers, change, Shards(folder, max_shard_size))
+        rewrite(plan.stock, weights, plan.layers, change, writer)
 
 
 def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, **settings: Any) -> None:
@@ -122,7 +122,7 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target) as folder:
+    with finished(target, max_shard_size) as writer:
         config = read_config(source)
         method = quantization_of(config).get("quant_method", NAME)
         if method != NAME:
@@ -131,9 +131,8 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
             stock, (model, weights) = None, empty_with_experts(source, "quantize")
             weights.fill(model)
         else:
-            stock, weights, model = empty_model(config), WeightFiles(source), from_transformers(empty_model(config))
-            weights.find(stock)
-
+            stock, model = empty_model(config), from_transformers(empty_model(config))
+            weights = WeightFiles(source, stock)
         layers = layers_by_path(model)
 
         def change(path: str) -> dict[str, Tensor]:
@@ -144,21 +143,17 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
             for module in layer.modules():
                 if isinstance(module, QuantizedExperts):
                     module.rearrange(PLAIN)
-            state = named(path, layer)
+            state = layer.state_dict(prefix=f"{path}.")
             layer.to("meta")
             return state
 
-        rewrite(model, weights, layers, change, Shards(folder, max_shard_size))
-
-
-def named(path: str, module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module by the names in the model around it."""
-    return {f"{path}.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
+        rewrite(model, weights, layers, change, writer)
 
 
 def fill_by_block(layer: Any, path: str, stock: Any, weights: WeightFiles) -> None:
     """Fill a layer from the files of the block that it stands for."""
-    block, own = stock.get_submodule(path), named(path, stock.get_submodule(path))
+    block = stock.get_submodule(path)
+    own = block.state_dict(prefix=f"{path}.", keep_vars=True)
     for name, tensor in own.items():  # which is loaded in the dtype of its file
         tensor.data = tensor.data.to(weights[weights.names[name][0]].dtype)
     load_some(stock, {stored: weights[stored] for name in own for stored in weights.names[name]})
@@ -182,9 +177,10 @@ def rewrite(
     for path in tqdm(paths, desc="layers", unit="layer"):
         for key, value in as_saved(model, change(path)).items():
             writer.add(weights.without_head(key, model), value)
-    kept = {name for name in model.state_dict() if not any(below(path, name) for path in paths)}
+    changed = tuple(f"{path}." for path in paths)
+    kept = {name for name in model.state_dict() if not name.startswith(changed)}
     gone = {stored for name, all_stored in weights.names.items() if name not in kept for stored in all_stored}
-    for stored in tqdm([stored for stored in weights if stored not in gone], desc="others", unit="weight"):
+    for stored in tqdm([stored for stored in weights.files if stored not in gone], desc="others", unit="weight"):
         value = weights[stored]
         writer.add(stored, value.to(dtype) if value.is_floating_point() else value)
     finish(model, writer, weights.folder)
@@ -199,17 +195,15 @@ def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
             f"{source} has no experts of this package: there is nothing to {verb}. A stock model gets them by "
             "from_transformers or upcycle"
         )
-    config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
-    model, weights = empty_model(config), WeightFiles(source)
+    model = empty_model(config)
     put_experts(model, layers)
-    weights.find(model)
-    return model, weights
+    return model, WeightFiles(source, model)
 
 
 @contextmanager
-def finished(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, which is renamed to it at the end; after an error it is removed.
+def finished(target: Path, max_shard_size: int) -> Iterator[Shards]:
+    """Writes a new folder beside the target, which is renamed to it at the end; after an error it is removed.
 
     A killed process leaves `.NAME.xxxx.unfinished`, without a `config.json`.
     """
@@ -218,7 +212,7 @@ def finished(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
     try:
-        yield folder
+        yield Shards(folder, max_shard_size)
         folder.chmod(0o755)  # mkdtemp makes it for its owner alone
         os.rename(folder, target)
     except BaseException:
@@ -279,59 +273,52 @@ def check_weight_map(files: Any) -> dict[str, str]:
     return files
 
 
-class WeightFiles(Mapping[str, Tensor]):
-    """The weights of a folder by name. They are parts of the files, of which only what is used is read."""
+class WeightFiles:
+    """The weights of a folder by name. They are parts of the files, of which only what is used is read.
 
-    files: dict[str, str]
-    names: dict[str, list[str]]
+    Args:
+        model: an empty model. Its weights have other names in the files of some classes, which `names` tells.
 
-    def __init__(self, folder: Path) -> None:
-        index = folder / INDEX
+    Raises:
+        ValueError: a weight of the model is in none of the files, and tied to none that is.
+    """
+
+    files: dict[str, str]  # the names of files, by names of weights
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        index, single = folder / INDEX, folder / "model.safetensors"
         if index.exists():
             with readable(index):
                 files = check_weight_map(json.loads(index.read_text())["weight_map"])
-        elif (folder / "model.safetensors").exists():
-            with opened(folder / "model.safetensors") as file:
-                files = dict.fromkeys(file.keys(), "model.safetensors")
+        elif single.exists():
+            with opened(single) as file:
+                files = dict.fromkeys(file.keys(), single.name)
         else:
             raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
         self.folder = folder
         self.files = dict(sorted(files.items(), key=lambda item: item[1]))
 
-    def __getitem__(self, name: str) -> Tensor:
-        with opened(self.folder / self.files[name]) as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def find(self, model: Any) -> None:
-        """Find the names of an empty model's weights in the files, which differ from its own for some classes.
-
-        Raises:
-            ValueError: a weight is in none of the files, and tied to none that is.
-        """
-        self.names = {}
+        self.names: dict[str, list[str]] = {}
         for name in sorted(model.state_dict().keys() - set(model.all_tied_weights_keys)):
             stored = in_files(model, {name: model.get_parameter_or_buffer(name)})
             self.names[name] = [name for name in stored if name in self.files]
             if not self.names[name]:
                 raise ValueError(
-                    f"{self.folder} has no {name}: load the model by transformers and save it, which renames weights"
+                    f"{folder} has no {name}: load the model by transformers and save it, which renames weights"
                 )
+
+    def __getitem__(self, name: str) -> Tensor:
+        with opened(self.folder / self.files[name]) as file:
+            return file.get_tensor(name)
 
     def fill(self, model: Any) -> None:
         """Give an empty model its weights."""
-        self.find(model)
         model.load_state_dict({name: self[stored[0]] for name, stored in self.names.items()}, strict=False, assign=True)
 
     def without_head(self, name: str, model: Any) -> str:
         """The name without its first word, if the files are of a model without a head; else the name itself."""
         prefix = f"{model.base_model_prefix}."
-        return name if any(below(model.base_model_prefix, n) for n in self.files) else name.removeprefix(prefix)
+        return name if any(n.startswith(prefix) for n in self.files) else name.removeprefix(prefix)
 
 
 class Shards:
@@ -348,12 +335,11 @@ class Shards:
         self.files: list[list[str]] = []
 
     def add(self, name: str, value: Tensor) -> None:
-        size = value.numel() * value.element_size()
-        if self.waiting and self.size + size > self.max_size:
+        if self.waiting and self.size + value.nbytes > self.max_size:
             self.write()
         self.waiting[name] = value.detach().contiguous()
-        self.size += size
-        self.total += size
+        self.size += value.nbytes
+        self.total += value.nbytes
 
     def write(self) -> None:
         save_file(self.waiting, self.part(len(self.files)), metadata={"format": "pt"})
@@ -366,13 +352,13 @@ class Shards:
     def close(self) -> None:
         """Write the last file, and name all files by their number."""
         self.write()
-        n = len(self.files)
+        n, names = len(self.files), {}
         if n == 1:
             self.part(0).rename(self.folder / "model.safetensors")
             return
-        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
-        for i, file in enumerate(files):
+        for i, held in enumerate(self.files):
+            file = f"model-{i + 1:05d}-of-{n:05d}.safetensors"
             self.part(i).rename(self.folder / file)
-        names = {name: file for file, held in zip(files, self.files, strict=True) for name in held}
+            names |= dict.fromkeys(held, file)
         index = {"metadata": {"total_size": self.total}, "weight_map": names}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from mixture_of_experts.recipes import arguments_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.support.settings import CheckedModule
 from mixture_of_experts.unstack import to_list
+from mixture_of_experts.whole_model.sites import places
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
@@ -38,9 +39,8 @@ class LayerRecord:
     """What is told of a layer. A copy of it belongs to the copy of the layer, or tells how the layer was."""
 
     def __init__(self, layer: MoEFeedForward) -> None:
-        settings = settings_of(layer).items()
         #: what the loaded layer has by itself, if it is described
-        self.built: dict[str, Any] = {path: value for path, value in settings if plain(value)}
+        self.built: dict[str, Any] = {path: value for path, value in settings_of(layer).items() if plain(value)}
         self.entry: dict[str, Any] = describe_layer(layer)
         self.layer: Callable[[], MoEFeedForward | None] = weakref.ref(layer)
 
@@ -52,14 +52,14 @@ class LayerRecord:
         """The entry of the layer as it is, or as it was when it was last read if it is gone."""
         layer = self.layer()
         if layer is not None:
-            entry, before = describe_layer(layer), self.entry.get("hidden_dim")
-            if "hidden_dim" in entry and entry["hidden_dim"] is None:  # of experts that stand in other layers
-                entry["hidden_dim"] = before
+            entry = describe_layer(layer)
+            if entry.get("hidden_dim", 0) is None:  # of experts that stand in other layers
+                entry["hidden_dim"] = self.entry.get("hidden_dim")
             now = {path: value for path, value in settings_of(layer).items() if not path.startswith(told_by(entry))}
+            forms = {p.name: form_of(p.module) for p in places(layer) if wrapped_class(p.module).__name__ in FORMS}
             changed = {
                 path: value for path, value in now.items() if plain(value) and self.built.get(path, value) != value
             }
-            forms = {path: form_of(part) for path, part in parts(layer) if wrapped_class(part).__name__ in FORMS}
             more = {"changed": changed, "forms": forms}
             self.entry = entry | {name: value for name, value in more.items() if value}
         return self.entry
@@ -91,7 +91,7 @@ class Layers(Sequence[dict[str, Any]]):
         entries: list[dict[str, Any]] = []
         for name, record in self.records.items():
             settings = record.read()
-            same = next((entry for entry in entries if {**entry, "layers": None} == {**settings, "layers": None}), None)
+            same = next((entry for entry in entries if entry == {**settings, "layers": entry["layers"]}), None)
             if same is None:
                 entries.append({"layers": [name], **settings})
             else:
@@ -123,11 +123,10 @@ def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
     coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
     if isinstance(feed_forward, SparseFeedForward):  # the stock model of the configuration has the rest
         return {"block": feed_forward.block, "balance_over": getattr(gate, "balance_over", "batch"), **coefs}
-    shared: Any = None if moe.shared_expert is None else unwrapped(moe.shared_expert)
     return {
         "num_experts": moe.num_experts,
         "hidden_dim": getattr(unwrapped(moe.experts), "hidden_dim", None),
-        "shared_expert": None if shared is None else shared.hidden_dim,
+        "shared_expert": None if moe.shared_expert is None else unwrapped(moe.shared_expert).hidden_dim,
         "gate": describe_gate(gate),
         "gate_class": wrapped_class(gate).__name__,
         **coefs,
@@ -157,7 +156,8 @@ def plain(value: Any) -> bool:
 def settings_of(feed_forward: MoEFeedForward) -> dict[str, Any]:
     """The settings of a layer that can be set later, by path."""
     found = {}
-    for path, module in parts(feed_forward):
+    for place in places(feed_forward):
+        path, module = place.name, place.module
         names = {"p"} if isinstance(module, nn.Dropout) else set()
         if isinstance(module, CheckedModule):
             names |= module._settings.keys()
@@ -167,14 +167,6 @@ def settings_of(feed_forward: MoEFeedForward) -> dict[str, Any]:
         for name in sorted(name for name in names if hasattr(module, name)):
             found[f"{path}.{name}"] = getattr(module, name)
     return found
-
-
-def parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules within one, by the paths that they have without what is wrapped around them."""
-    for name, child in module.named_children():
-        below, child = f"{path}.{name}".removeprefix("."), unwrapped(child)
-        yield below, child
-        yield from parts(child, below)
 
 
 def form_of(experts: nn.Module) -> str | dict[str, Any]:
@@ -191,18 +183,6 @@ def told_by(entry: dict[str, Any]) -> tuple[str, ...]:
     return coefs if entry["gate"] is None else (*coefs, "moe.gate.")
 
 
-def set_changed(layer: MoEFeedForward, entry: dict[str, Any]) -> None:
-    """Set the settings that were changed since the layer was put in."""
-    for path, value in entry.get("changed", {}).items():
-        of, _, name = path.rpartition(".")
-        setattr(layer.get_submodule(of), name, value)
-
-
-def gate_factory(description: dict[str, Any]) -> GateFactory:
-    """A function that builds a described gate."""
-
-    def build(dim: int, num_experts: int) -> nn.Module:
-        arguments = {n: tuple(v) if isinstance(v, list) else v for n, v in description["arguments"].items()}
-        return GATES[description["class"]](**arguments)
-
-    return build
+def build_gate(description: dict[str, Any]) -> nn.Module:
+    arguments = {n: tuple(v) if isinstance(v, list) else v for n, v in description["arguments"].items()}
+    return GATES[description["class"]](**arguments)

@@ -153,7 +153,7 @@ def from_pretrained(
 
 def saved_class(config: Any) -> Any:
     """The class of `transformers` of the model that was saved with a configuration."""
-    names = getattr(config, "architectures", None) or ["?"]
+    names = config.architectures or ["?"]
     found = getattr(transformers, names[0], None)
     if found is None:
         raise ValueError(f"transformers has no class {names[0]!r}: pass model_class")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,17 +11,11 @@ from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
-from mixture_of_experts.huggingface.feed_forward import Replaced, feed_forwards, tensors_of
+from mixture_of_experts.huggingface.feed_forward import Replaced, layers_by_path, tensors_of
 from mixture_of_experts.huggingface.private_transformers import was_loaded
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
-from mixture_of_experts.huggingface.replacement.replace import (
-    find,
-    gates_of_layers,
-    make_moe,
-    set_attribute,
-    swap,
-)
-from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, gate_factory, set_changed
+from mixture_of_experts.huggingface.replacement.replace import find, gates_of_layers, make_moe, set_attribute, swap
+from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, build_gate
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 
@@ -50,25 +44,24 @@ def put_experts(
     if not entries:
         names = ", ".join(name for entry in layers for name in entry["layers"])
         raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
-    blocks = {place: entry for place, entry in entries.items() if "block" in entry}
-    if blocks:
+    if blocks := {place: entry for place, entry in entries.items() if "block" in entry}:
         put_layers(model, blocks)
-    if blocks != entries:
-        put_replaced(model, entries, [place for place in entries if place not in blocks], gate, adapters)
+    if networks := {place: entry for place, entry in entries.items() if "block" not in entry}:
+        put_replaced(model, networks, gate, adapters)
     for place, entry in entries.items():
         layer: Any = model.get_submodule(place)
         for path, form in entry.get("forms", {}).items():
             arguments = {"class": form} if isinstance(form, str) else dict(form)
             make = FORMS[arguments.pop("class")]
             set_attribute(layer, path, make(layer.get_submodule(path), **arguments))
-        set_changed(layer, entry)
+        for path, value in entry.get("changed", {}).items():
+            set_attribute(layer, path, value)
     plan_experts(model)
 
 
 def put_replaced(
     model: nn.Module,
     entries: Mapping[str, dict[str, Any]],
-    places: Collection[str],
     gate: GateFactory | None,
     adapters: Mapping[str, Adapter] | None,
 ) -> None:
@@ -78,11 +71,10 @@ def put_replaced(
     def build(place: NetworkSite, dense: Dense) -> MoE:
         entry = entries[place.target]
         coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
-        make_gate = own or gate_factory(entry["gate"])
-        shared = entry.get("shared_expert")
-        return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, shared)
+        make_gate = own or (lambda *sizes: build_gate(entry["gate"]))
+        return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
 
-    swap(model, find(model, places, adapters), build)
+    swap(model, find(model, entries, adapters), build)
 
 
 def finish_loading(model: Any) -> None:
@@ -102,7 +94,7 @@ def find_place(model: Any, name: str) -> str | None:
     None if the model lacks this part: it may be the encoder alone of an encoder and decoder.
     """
     paths = dict(model.named_modules())
-    head = f"{getattr(model, 'base_model_prefix', '')}."
+    head = f"{model.base_model_prefix}."
     for path in (name, head + name, name.removeprefix(head)):
         if path in paths:
             return path
@@ -117,13 +109,14 @@ def find_place(model: Any, name: str) -> str | None:
 def initialise_missing(model: nn.Module) -> None:
     """Initialise what a checkpoint did not have and no `device_map` left on disk, and warn of it: transformers leaves
     that memory uninitialised."""
-    names, anew = {module: name for name, module in model.named_modules()}, []
-    for module in names:
-        if isinstance(module, Replaced) and "weight" in module._buffers:
-            module.weight.zero_()  # after a dense checkpoint it may be memory as it was found
-    for feed_forward in feed_forwards(model):
-        for module in feed_forward.moe.modules():
+    anew = []
+    for path, layer in layers_by_path(model).items():
+        for place, module in layer.named_modules(prefix=path):
             own = tensors_of(module, recurse=False)
+            if isinstance(module, Replaced):
+                for weight in own.values():
+                    weight.zero_()  # after a dense checkpoint it may be memory as it was found
+                continue
             gone = {name for name, value in own.items() if not (was_loaded(value) or value.is_meta)}
             gone -= module._non_persistent_buffers_set
             if not gone:
@@ -131,13 +124,13 @@ def initialise_missing(model: nn.Module) -> None:
             reset = getattr(module, "reset_parameters", None)
             if reset is None:
                 raise ValueError(
-                    f"{names[module]} is not in the checkpoint, and a {type(module).__name__} has no reset_parameters"
+                    f"{place} is not in the checkpoint, and a {type(module).__name__} has no reset_parameters"
                 )
             kept = {name: value.clone() for name, value in own.items() if name not in gone}
             reset()
             for name, value in kept.items():
                 own[name].copy_(value)
-            anew += [f"{names[module]}.{name}" for name in sorted(gone)]
+            anew += [f"{place}.{name}" for name in sorted(gone)]
     if anew:
         warnings.warn(
             f"not in the checkpoint, and initialised: {', '.join(anew[:4])}{' and more' if len(anew) > 4 else ''}",
