@@ -9,7 +9,7 @@ operators, or raise, are turned off for the process, with a warning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -110,12 +110,12 @@ class _TwoBest(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
         of = Decided(*grads)  # type: ignore[arg-type]
-        given = of.weight, of.probs, of.log_total, of.proxy, of.squares
+        given = [of.weight, of.probs, of.log_total, of.proxy, of.squares]
         if torch.is_grad_enabled() or any(is_wrapped(grad) for grad in given if grad is not None):
             function: Callable[..., Tensor] = grads_by_operators
         else:
             from mixture_of_experts.kernels.top_2 import two_best_grads as function
-        return function(*ctx.saved_tensors, ctx.eps, *given), *6 * [None]
+        return function(*ctx.saved_tensors, ctx.eps, given), *6 * [None]
 
 
 def grads_by_operators(
@@ -124,13 +124,10 @@ def grads_by_operators(
     log_total: Tensor,
     full: Tensor | None,
     eps: float,
-    grad_weight: Tensor | None,
-    grad_probs: Tensor | None,
-    grad_log_total: Tensor | None,
-    grad_proxy: Tensor | None,
-    grad_squares: Tensor | None,
+    grads: Sequence[Tensor | None],
 ) -> Tensor:
     """Gradient of the logits `(..., b, n, e)`, by operators that autograd and vmap know; arguments as in `Decided`."""
+    grad_weight, grad_probs, grad_log_total, grad_proxy, grad_squares = grads
     counts = torch.ones_like(log_total, dtype=torch.bool) if full is None else full
     grad = torch.zeros_like(probs) if grad_probs is None else grad_probs
     if grad_proxy is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mixture_of_experts.kernels.launching import contiguous, launch
 
 BLOCK = 1024  # numbers of tokens and experts that a program has in registers at once
+GRADS = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
 LEAST, MOST = 32, 128  # tokens of a program, and of those that it has at once
 
 
@@ -242,15 +243,11 @@ def two_best_grads(
     log_total: Tensor,
     full: Tensor | None,
     eps: float,
-    grad_weight: Tensor | None,
-    grad_probs: Tensor | None,
-    grad_log_total: Tensor | None,
-    grad_proxy: Tensor | None,
-    grad_squares: Tensor | None,
+    grads: list[Tensor | None],
 ) -> Tensor:
-    """Gradient of the logits `(..., g, n, e)`, from what `two_best` told and from gradients of it; None is 0.
+    """Return the gradient of the logits `(..., g, n, e)`, from what `two_best` told and from `grads` of it; None is 0.
 
-    Those of the proxy `(..., g, e)` and of the squares `()` are of sums over programs.
+    These are of weight, probs and log_total, and of sums over programs: the proxy `(..., g, e)` and the squares `()`.
     """
     n, e = probs.shape[-2:]
     rows, _, block = sizes(e)
@@ -261,8 +258,7 @@ def two_best_grads(
         probs=probs,
         expert=expert,
         log_total=log_total,
-        **contiguous(full=full, grad_weight=grad_weight, grad_probs=grad_probs, grad_log_total=grad_log_total),
-        **contiguous(grad_proxy=grad_proxy, grad_squares=grad_squares),
+        **contiguous(full=full, **dict(zip(GRADS, grads, strict=True))),
         grad_logits=grad_logits,
         num_tokens=log_total.numel(),
         length=n,

@@ -97,7 +97,7 @@ def few_choices(
     balance_scale: float,
     z_scale: float,
 ) -> list[Tensor]:
-    """Return experts and weights `(b, n, k)`, probabilities `(b, n, e)`, and terms `(b, 2)` of the losses; see `choose`.
+    """Return experts and weights `(b, n, k)`, probabilities `(b, n, e)` and terms `(b, 2)` of losses; see `choose`.
 
     Args:
         logits: `(b, n, e)` float32.

@@ -266,7 +266,7 @@ def run_two_best(top_2, case: Case) -> None:
     expert, weight, _, _, probs, log_total, *_ = top_2.two_best._init_fn(
         logits, flag, flag, of_token, policy, 0.2, 1e-9
     )
-    top_2.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, weight, *grads)
+    top_2.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, [weight, *grads])
 
 
 def describe(value: Any) -> Any:
