@@ -173,7 +173,8 @@ def check_tiles(e: int, height: int) -> None:
     torch.manual_seed(e)
     counts = torch.randint(0, 3 * height, (e,)) * (torch.rand(e) < 0.6)
     rows = int(counts.sum()) + 5
-    tiles = operators.find_tiles(counts, rows, height)
+    with watched(operators):
+        tiles = operators.find_tiles(counts, rows, height)
     wanted, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         wanted += [(expert, start + i, min(start + i + height, start + count)) for i in range(0, count, height)]
@@ -416,11 +417,6 @@ def check_memory(*args: Any, **options: Any) -> None:
         check_values(*args, **options)
 
 
-def check_memory_of_tiles(e: int, height: int) -> None:
-    with watched(operators):
-        check_tiles(e, height)
-
-
 @triton.jit
 def planted(x, out, READ_AT: tl.constexpr, WRITE_AT: tl.constexpr, STEP: tl.constexpr):
     """Copies 16 numbers in two programs, right with 0, 0 and 8."""
@@ -501,16 +497,20 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert few.rows_per_expert.tolist() == [sum(expert[i] == j for i in order) for j in range(e)]
 
 
+def decide_twice(outer: Top2Gating, inner: Top2Gating, mask: Tensor | None = None) -> tuple[Plan, Any]:
+    """The slots of level one, and the decision of two levels."""
+    groups = torch.randn(2, 45, 8)
+    decided = outer(groups, mask=mask)
+    slots = plan_slots_of(decided)
+    return slots, compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+
+
 def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
     """As of one level; assignments without a slot at level one have no row, and every row a token."""
     torch.manual_seed(0)
     factors = dict(capacity_factor_train=0.7 if limited else None, second_policy_train="all")
-    outer = Top2Gating(8, 3, **factors)
-    inner = Top2Gating(8, 5, outer_expert_dims=(3,), **factors)
-    groups = torch.randn(2, 45, 8)
-    decided = outer(groups, mask=torch.rand(2, 45) < 0.7 if mask else None)
-    slots = plan_slots_of(decided)
-    decision = compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+    outer, inner = Top2Gating(8, 3, **factors), Top2Gating(8, 5, outer_expert_dims=(3,), **factors)
+    slots, decision = decide_twice(outer, inner, torch.rand(2, 45) < 0.7 if mask else None)
     wanted = decision.without_gaps()
     rows = min(decision.most_rows, decision.num_slots)
     with watched(operators):
@@ -538,10 +538,8 @@ def check_plan_with_slots_of_nobody() -> None:
     torch.manual_seed(0)
     inner = Unmasked(8, 5, outer_expert_dims=(3,), second_policy_train="all", capacity_factor_train=None)
     for factor in (2.0, 8.0):  # with as many slots of level one as choices, and with more
-        outer, groups = Top2Gating(8, 3, second_policy_train="all", capacity_factor_train=factor), torch.randn(2, 45, 8)
-        decided = outer(groups)
-        slots = plan_slots_of(decided)
-        decision = compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+        outer = Top2Gating(8, 3, second_policy_train="all", capacity_factor_train=factor)
+        _, decision = decide_twice(outer, inner)
         with watched(operators):
             found = plan_of(decision, few=0)
         assert (found.assignment == len(decision.weight)).any()

@@ -4,7 +4,6 @@ it has not been timed on one."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -99,14 +98,11 @@ def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
     if len({bias is None for bias in network.b_in}) > 1:
         return "kernels take a bias for every input weight or for none"
     for weight in (*network.w_in, network.w_out):
-        sizes, strides = weight.shape[-2:], weight.stride()[-2:]
+        sizes = weight.shape[-2:]
+        # from its first to its last element, at most
+        span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
         if any(size % MULTIPLE for size in sizes):
             return f"kernels want sizes that are multiples of {MULTIPLE}, not {tuple(sizes)}"
-        if max(sizes) > WIDEST or max(math.prod(sizes), _span(sizes, strides)) >= 1 << 31:
+        if max(sizes) > WIDEST or max(math.prod(sizes), span) >= 1 << 31:
             return f"an expert's matrix {tuple(sizes)} is too large: kernels index it by int32"
     return why_unknown(network.activation)
-
-
-def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """An upper bound on the distance, in elements, between the first and the last element of a matrix."""
-    return sum(size * stride for size, stride in zip(sizes, strides, strict=True))
