@@ -45,7 +45,7 @@ from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import operators, schedule, self_check, why_not
-from mixture_of_experts.ops.triton.form import Form, form_of
+from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.forward_backward import backward, forward, operands
 from mixture_of_experts.ops.triton.row_plan import plan_of, queued_choices, triton_few_plan, triton_plan
 from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
@@ -812,13 +812,12 @@ def check_operators() -> None:
     """torch's own check of custom operators: schema, fakes, autograd, tracing."""
     torch.manual_seed(0)
     network = make_network("interleaved", "clamped", 4, 16, 16, 16, bias=True)
-    form, x = form_of(network), torch.randn(20, 16)
-    assert form is not None
-    arguments = operands(x, make_plan("top k", 20, 16, 4, 2), network)
+    x = torch.randn(20, 16)
+    arguments = operands(x, make_plan("top k", 20, 16, 4, 2), network).flat()
     torch.use_deterministic_algorithms(False)  # fresh memory as it comes: NaN is not equal to itself
-    _, pre = operators.triton_ffn(*arguments, *form, True)
-    torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
-    torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
+    _, pre = operators.triton_ffn(*arguments, True)
+    torch.library.opcheck(operators.triton_ffn, (*arguments, True))
+    torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, True, True, False))
     decision = decision_of(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
     torch.library.opcheck(triton_plan, (*queued_choices(decision), 4, 2, 40))
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
@@ -963,11 +962,10 @@ def check_devices() -> None:
     """Tensors of two devices are refused, as torch's own operators refuse them, before a kernel is launched."""
     network = make_network("plain", "silu", 4, 16, 16, 16)
     network = replace(network, w_out=network.w_out.to("meta"))
-    form, arguments = form_of(network), operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network)
-    assert form is not None
+    arguments = operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network).flat()
     for operator, given in (
-        (operators.triton_ffn, (*arguments, *form, True)),
-        (operators.triton_ffn_backward, (torch.randn(20, 16), torch.empty(1, 40, 16), *arguments, *form, *[True] * 3)),
+        (operators.triton_ffn, (*arguments, True)),
+        (operators.triton_ffn_backward, (torch.randn(20, 16), torch.empty(1, 40, 16), *arguments, *[True] * 3)),
     ):
         with pytest.raises(RuntimeError, match="one device, got cpu, meta"):
             operator._init_fn(*given)
