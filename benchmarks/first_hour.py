@@ -30,6 +30,7 @@ from benchmarks import decide, kept
 from benchmarks.card import Device
 from benchmarks.pieces import ROOT, pieces
 from mixture_of_experts.kernels.launching import family_of
+from mixture_of_experts.ops.triton import schedule
 
 LIMIT = 300  # seconds without a line of a piece
 
@@ -89,9 +90,7 @@ def run_process(command: list[str], path: Path, limit: float) -> int | None:
 
 def report(folder: Path, device: Device) -> str:
     """One page of all that is there: decisions first."""
-    from mixture_of_experts.ops.triton.operators import entries_for
-
-    machine, entries = device.describe(), entries_for(torch.device(device.name), torch.bfloat16)
+    machine, entries = device.describe(), schedule.entries_for(torch.device(device.name), torch.bfloat16)
     kepts = {name: kept.read(file_of(folder, name, machine), machine) for name in pieces(device)}
     decisions = decide.lines({name: there.found for name, there in kepts.items()}, entries)
     rest = (line for name, there in kepts.items() for line in lines(name, there, file_of(folder, name, machine)))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import itertools
+import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 from support import fake_cuda
-from support.triton_machine_code import Case
+from support.own_process import Checks, checks
+from support.triton_machine_code import PRODUCTS, Case
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
 ROUTERS = ["top 2", "top 2, by score", "switch", "top 3", "top 3, by token", "top 3 of groups", "noisy"]
@@ -20,29 +20,15 @@ CARDS = {"A100": (8, 0), "RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0), "R
 OF_FAMILIES = {"Orin": (8, 7), "B300": (10, 3), "Thor": (11, 0), "GB10": (12, 1)}  # programmed like one of those above
 
 
-class Checks:
-    """Runs functions of `support.fake_cuda_checks` in the process where CUDA is faked."""
-
-    def __init__(self, process: ProcessPoolExecutor) -> None:
-        self.process = process
-
-    def __call__(self, name: str, *args, **kwargs):
-        return self.process.submit(run, name, args, kwargs).result(timeout=300)
-
-
-def run(name: str, args, kwargs):
-    import warnings
-
+def load() -> None:
     warnings.simplefilter("error")
-    module, _, function = name.rpartition(".")
-    # it imports torch: only in the process that has loaded fake CUDA
-    return getattr(importlib.import_module(f"support.{module or 'fake_cuda_checks'}"), function)(*args, **kwargs)
+    fake_cuda.load()
 
 
 @pytest.fixture(scope="module")
 def check() -> Iterator[Checks]:
-    with fake_cuda.fake_cuda() as process:
-        yield Checks(process)
+    with checks(load, "fake_cuda_checks") as check:
+        yield check
 
 
 def test_a_sync_and_a_wrong_device_are_seen(check: Checks):
@@ -247,19 +233,8 @@ def test_one_graph_of_every_router(check: Checks, router: str, way: str, dtype: 
 def test_machine_code(check: Checks, case: Case):
     """No register spills, the card's shared memory, tensor cores, no atomics; `triton_machine_code.py` has the rest."""
     codes = check("triton_machine_code.check", case)
-    assert {code.kernel for code in codes} >= {
-        "choose",
-        "count_in_line",
-        "rank_in_line",
-        "choose_two",
-        "choose_two_grads",
-        "find_rows",
-        "rank_rows",
-        "rows_by_weights",
-        "hidden_grads",
-        "row_grads",
-        "weight_grads",
-    }
+    wanted = "choose count_in_line rank_in_line choose_two choose_two_grads find_rows rank_rows"
+    assert {code.kernel for code in codes} >= {*wanted.split(), *PRODUCTS}
 
 
 @needs_triton
@@ -269,29 +244,24 @@ def test_sums_of_expert_choice_compile(check: Checks):
 
 
 #: KB of shared memory at most, programs of a multiprocessor at least, and the instruction that multiplies
-CHOSEN = {
-    "H100": {"row_grads": (144, 1, "m64n256k16"), "weight_grads": (96, 2, "m64n128k16")},
-    "RTX 4090": {"row_grads": (64, 1, "m16n8k16"), "weight_grads": (48, 1, "m16n8k16")},
-}
-MORE_CHOSEN = {
-    "H100": {"rows_by_weights": (144, 1, "m64n256k16"), "hidden_grads": (72, 2, "m64n64k16")},
-    "A100": {"rows_by_weights": (96, 1, "m16n8k16"), "hidden_grads": (72, 2, "m16n8k16")},
-    "RTX 4090": {"rows_by_weights": (64, 1, "m16n8k16"), "hidden_grads": (48, 2, "m16n8k16")},
-}
+CHOSEN = [
+    ("H100", {"row_grads": (144, 1, "m64n256k16"), "weight_grads": (96, 2, "m64n128k16")}),
+    ("RTX 4090", {"row_grads": (64, 1, "m16n8k16"), "weight_grads": (48, 1, "m16n8k16")}),
+]
+MORE_CHOSEN = [
+    ("H100", {"rows_by_weights": (144, 1, "m64n256k16"), "hidden_grads": (72, 2, "m64n64k16")}),
+    ("A100", {"rows_by_weights": (96, 1, "m16n8k16"), "hidden_grads": (72, 2, "m16n8k16")}),
+    ("RTX 4090", {"rows_by_weights": (64, 1, "m16n8k16"), "hidden_grads": (48, 2, "m16n8k16")}),
+]
 
 
 @needs_triton
-@pytest.mark.parametrize("card", CHOSEN)
-def test_what_blocks_are_chosen_for(check: Checks, card: str):
-    """Two kernels on two cards: shared memory, programs at once, instructions; and no fault of `Code.faults`."""
-    check("triton_machine_code.check_chosen", CARDS[card], CHOSEN[card])
-
-
-@needs_triton
-@pytest.mark.slow
-@pytest.mark.parametrize("card", MORE_CHOSEN)
-def test_what_other_blocks_are_chosen_for(check: Checks, card: str):
-    check("triton_machine_code.check_chosen", CARDS[card], MORE_CHOSEN[card])
+@pytest.mark.parametrize(
+    ("card", "wanted"), [*CHOSEN, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_CHOSEN)]
+)
+def test_what_blocks_are_chosen_for(check: Checks, card: str, wanted: dict[str, tuple[int, int, str]]):
+    """Shared memory, programs at once, instructions; and no fault of `Code.faults`."""
+    check("triton_machine_code.check_chosen", CARDS[card], wanted)
 
 
 @needs_triton

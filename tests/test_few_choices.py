@@ -181,7 +181,7 @@ def test_a_wrong_one_is_off(name, spoil, kernel):
     """For all gates, with a warning; what comes out is right all the same."""
     gate, x = gate_of(), torch.randn(2, 1, DIM)
     kernel.spoil = spoil
-    said = f"^the Triton kernels of gates are off in this process: its {name} differ from those of torch's operators"
+    said = f"^the Triton kernels of gates are off in this process: their {name} differ from those of torch's operators"
     with pytest.warns(UserWarning, match=said):
         found = gate(x)
     kernel.spoil = None

@@ -64,22 +64,23 @@ def find_tiles(
 
 
 @triton.jit
-def block_of(program, blocks_m, blocks_n, GROUP: tl.constexpr):
+def block_of(program, blocks_m, blocks_n):
     """Return the block (m, n) of a program, so that programs that run together share rows and weights in the cache."""
-    each = GROUP * blocks_n
-    first = program // each * GROUP
-    size = tl.minimum(blocks_m - first, GROUP)
+    TOGETHER: tl.constexpr = 8  # blocks m
+    each = TOGETHER * blocks_n
+    first = program // each * TOGETHER
+    size = tl.minimum(blocks_m - first, TOGETHER)
     return first + program % each % size, program % each // size
 
 
 @triton.jit
-def find_block(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+def find_block(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
     """What a program computes: some rows of an expert (-1: nobody's) and a block of columns.
 
     Returns the expert, its first row here, the rows from there on, which of them exist (the others are read at the
     first), and the number of the block.
     """
-    tile, block = block_of(tl.program_id(0), num_tiles, blocks_n, GROUP)
+    tile, block = block_of(tl.program_id(0), num_tiles, blocks_n)
     place = tiles + 3 * tile
     expert, first, line = tl.load(place), tl.load(place + 1), tl.arange(0, BLOCK_M)
     exists = first + line < tl.load(place + 2)
@@ -112,19 +113,7 @@ def read(block, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def multiply(acc, left, right, step, length, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + left @ right, `length` summed over in blocks of BLOCK_C; `step` from one row of the right to the next."""
-    for start in range(0, length, BLOCK_C):
-        inside = start + tl.arange(0, BLOCK_C) < length
-        a = read(left, inside[None, :], EVEN)
-        acc = tl.dot(a, read(right, inside[:, None], EVEN), acc, input_precision=PRECISION)
-        left += BLOCK_C
-        right += BLOCK_C * step
-    return acc
-
-
-@triton.jit
-def multiply_two(
+def multiply(
     acc,
     acc_up,
     left,
@@ -136,18 +125,22 @@ def multiply_two(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + left @ right and acc_up + left @ right_up, as `multiply` sums each, with the left operand read once."""
+    """acc + left @ right, `length` summed over in blocks of BLOCK_C; `step` from one row of the right to the next. If
+    `right_up` is not None, acc_up + left @ right_up too, with the left operand read once."""
     for start in range(0, length, BLOCK_C):
         inside = start + tl.arange(0, BLOCK_C) < length
         a = read(left, inside[None, :], EVEN)
         b = read(right, inside[:, None], EVEN)
-        b_up = read(right_up, inside[:, None], EVEN)
+        if right_up is not None:
+            b_up = read(right_up, inside[:, None], EVEN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+        if right_up is not None:
+            acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
         left += BLOCK_C
         right += BLOCK_C * step
-        right_up += BLOCK_C * step
-    return acc, acc_up
+        if right_up is not None:
+            right_up += BLOCK_C * step
+    return acc if right_up is None else (acc, acc_up)
 
 
 @triton.jit
@@ -165,7 +158,7 @@ def rows_by_weights(
     x,  # (t, c) tokens, or (r, c) rows
     token,  # (r,) int32; None reads the rows
     weight,  # (e, c, n) in any strides; (e, c, 2 n) if INTERLEAVED
-    weight_up,  # the second weight of gated experts, with TWO
+    weight_up,  # the second weight of gated experts, or None
     bias,  # (e, n) or (e, 2 n) in any strides, or None
     bias_up,
     pre,  # (r, n) or (r, 2 n), rows `pre_r` apart: the products, kept for the backward; or None
@@ -185,19 +178,18 @@ def rows_by_weights(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
-    TWO: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # columns of weights
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """*up* gathers tokens, multiplies, and computes the activation. *down* multiplies rows, without an activation."""
+    TWO: tl.constexpr = weight_up is not None
     WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # columns of the hidden layer
     BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns of a weight
-    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M, GROUP)
+    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M)
     if expert < 0:
         return
     c = tl.arange(0, BLOCK_C)
@@ -212,9 +204,9 @@ def rows_by_weights(
     acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     if TWO:
         up = tl.zeros((BLOCK_M, BLOCK), tl.float32)
-        acc, up = multiply_two(acc, up, left, weight + right, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+        acc, up = multiply(acc, up, left, weight + right, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
     else:
-        acc = multiply(acc, left, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+        acc = multiply(acc, None, left, weight + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
 
     place = first * pre_r + (line[:, None] * pre_r + column[None, :])
     stored = exists[:, None] & inside[None, :]
@@ -243,56 +235,6 @@ def keep(acc, out, place, stored):
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
 
 
-@triton.jit
-def hidden_grads_slice(
-    grad,  # (m, n) float32: gradient of the hidden layer for rows of weight 1
-    scale,  # (m, 1): weights of the rows
-    line,
-    exists,
-    start,  # the first column
-    N,
-    pre_r,
-    pre,
-    pre_up,
-    hidden,
-    grad_pre,
-    grad_pre_up,
-    ACTIVATION: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    TWO: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Write some columns of the gradients; return what they add to the gradients of the rows' weights."""
-    dtype: tl.constexpr = grad_pre.dtype.element_ty
-    width: tl.constexpr = grad.shape[1]
-    column = start + tl.arange(0, width)
-    stored = exists[:, None] & (column < N)[None, :]
-    if INTERLEAVED:
-        both = 2 * start + tl.arange(0, 2 * width)
-        place, kept = line[:, None] * pre_r + both[None, :], exists[:, None] & (both < 2 * N)[None, :]
-        h, u = halves(tl.load(pre + place, mask=kept, other=0.0).to(tl.float32), True)
-    else:
-        place, kept = line[:, None] * pre_r + column[None, :], stored
-        h = tl.load(pre + place, mask=kept, other=0.0).to(tl.float32)
-    if TWO:
-        u = tl.load(pre_up + place, mask=kept, other=0.0).to(tl.float32)
-    if TWO or INTERLEAVED:
-        value = gated(h, u, ACTIVATION, ALPHA, LIMIT)
-        grad_h, grad_u = gated_grads(h, u, grad * scale, ACTIVATION, ALPHA, LIMIT)
-    else:
-        value = activate(h, ACTIVATION)
-        grad_h = grad * scale * slope(h, ACTIVATION)
-    if TWO:
-        tl.store(grad_pre_up + place, grad_u.to(dtype), mask=kept)
-    if INTERLEAVED:
-        grad_h = tl.join(grad_h.to(dtype), grad_u.to(dtype)).reshape(grad.shape[0], 2 * width)
-    tl.store(grad_pre + place, grad_h.to(dtype), mask=kept)
-    if hidden is not None:
-        tl.store(hidden + (line[:, None] * N + column[None, :]), (value * scale).to(dtype), mask=stored)
-    return tl.sum(tl.where(stored, grad * value, 0.0), 1)
-
-
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_assignments"])
 def hidden_grads(
     grad,  # (t, c) gradient of the tokens' outputs
@@ -302,7 +244,7 @@ def hidden_grads(
     weight,  # (e, n, c) in any strides: of the last product
     bias,  # (e, c) contiguous: of the last product, or None
     pre,  # (r, n) or (r, 2 n) if INTERLEAVED, rows `pre_r` apart
-    pre_up,  # those of the second weight, with TWO
+    pre_up,  # those of the second weight, or None
     hidden,  # (r, n): the hidden layer times its row's weight: out, or None
     grad_pre,  # as `pre`
     grad_pre_up,
@@ -320,19 +262,18 @@ def hidden_grads(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
-    TWO: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Gradients of the pre-activations. That of a row's weight is `grad . (hidden w + bias)`, and the first part of it
     `(grad w^T) . hidden`: no row of outputs is kept for it."""
+    TWO: tl.constexpr = pre_up is not None
     blocks = tl.cdiv(N, BLOCK_N)
-    expert, first, line, exists, block = find_block(tiles, num_tiles, blocks, BLOCK_M, GROUP)
+    expert, first, line, exists, block = find_block(tiles, num_tiles, blocks, BLOCK_M)
     if expert < 0:
         return
     c = tl.arange(0, BLOCK_C)
@@ -340,7 +281,7 @@ def hidden_grads(
     left = grad + tokens_of(token, first + line, num_tokens)[:, None] * C + c[None, :]
     right = weight + of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply(acc, left, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    acc = multiply(acc, None, left, right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
     of_weight = tl.zeros((BLOCK_M,), tl.float32)
     if bias is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
         if block == 0:
@@ -359,36 +300,44 @@ def hidden_grads(
     if hidden is not None:
         hidden += first * N
     # in slices, or the registers do not hold it
-    quarter: tl.constexpr = BLOCK_N // 4
+    dtype: tl.constexpr = grad_pre.dtype.element_ty
+    width: tl.constexpr = BLOCK_N // 4
     left_half, right_half = halves(acc, False)
     parts = halves(left_half, False) + halves(right_half, False)
     for i in tl.static_range(4):
-        of_weight += hidden_grads_slice(
-            parts[i],
-            scale,
-            line,
-            exists,
-            block * BLOCK_N + i * quarter,
-            N,
-            pre_r,
-            pre,
-            pre_up,
-            hidden,
-            grad_pre,
-            grad_pre_up,
-            ACTIVATION,
-            ALPHA,
-            LIMIT,
-            TWO,
-            INTERLEAVED,
-        )
+        grad_hidden = parts[i]  # of rows of weight 1
+        start = block * BLOCK_N + i * width
+        column = start + tl.arange(0, width)
+        stored = exists[:, None] & (column < N)[None, :]
+        place, kept = line[:, None] * pre_r + column[None, :], stored
+        if INTERLEAVED:
+            both = 2 * start + tl.arange(0, 2 * width)
+            place, kept = line[:, None] * pre_r + both[None, :], exists[:, None] & (both < 2 * N)[None, :]
+        h = tl.load(pre + place, mask=kept, other=0.0).to(tl.float32)
+        if INTERLEAVED:
+            h, u = halves(h, True)
+        if TWO:
+            u = tl.load(pre_up + place, mask=kept, other=0.0).to(tl.float32)
+        if TWO or INTERLEAVED:
+            value = gated(h, u, ACTIVATION, ALPHA, LIMIT)
+            grad_h, grad_u = gated_grads(h, u, grad_hidden * scale, ACTIVATION, ALPHA, LIMIT)
+        else:
+            value = activate(h, ACTIVATION)
+            grad_h = grad_hidden * scale * slope(h, ACTIVATION)
+        if TWO:
+            keep(grad_u, grad_pre_up, place, kept)
+        if INTERLEAVED:
+            grad_h = tl.join(grad_h.to(dtype), grad_u.to(dtype)).reshape(BLOCK_M, 2 * width)
+        keep(grad_h, grad_pre, place, kept)
+        keep(value * scale, hidden, line[:, None] * N + column[None, :], stored)
+        of_weight += tl.sum(tl.where(stored, grad_hidden * value, 0.0), 1)
     tl.store(partial + (first + line) * blocks + block, of_weight, mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def row_grads(
     grad_pre,  # (r, c)
-    grad_pre_up,  # that of the second weight, with TWO
+    grad_pre_up,  # that of the second weight, or None
     weight,  # (e, n, c) in any strides: of the first products
     weight_up,
     out,  # (r, n)
@@ -399,17 +348,15 @@ def row_grads(
     weight_e,
     weight_n,
     weight_c,
-    TWO: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Gradients of rows of tokens. Two loops: two products into one sum within one loop are miscompiled on Blackwell
     (https://github.com/triton-lang/triton/issues/10821)."""
-    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP)
+    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
     c = tl.arange(0, BLOCK_C)
@@ -417,9 +364,9 @@ def row_grads(
     left = first * C + (line[:, None] * C + c[None, :])
     right = of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply(acc, grad_pre + left, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
-    if TWO:
-        acc = multiply(acc, grad_pre_up + left, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    acc = multiply(acc, None, grad_pre + left, weight + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    if weight_up is not None:
+        acc = multiply(acc, None, grad_pre_up + left, weight_up + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
     keep(acc, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
 
 
@@ -433,8 +380,8 @@ def rows_of(ends, expert):
 def weight_grads(
     x,  # (t or r, m)
     y,  # (t or r, n)
-    y_up,  # that of the second weight of gated experts, with TWO
-    token,  # (r,) int32: which rows of x (GATHER_X) or y (GATHER_Y) are read
+    y_up,  # that of the second weight of gated experts, or None
+    token,  # (r,) int32: which rows of x, or else of y, are read
     ends,  # (e,) int32: the row after each expert's last
     out,  # (e, m, n) in any strides
     out_up,
@@ -444,14 +391,11 @@ def weight_grads(
     out_e,
     out_m,
     out_n,
-    TWO: tl.constexpr,
-    GATHER_X: tl.constexpr,
-    GATHER_Y: tl.constexpr,
+    GATHER_X: tl.constexpr,  # or else y
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    GROUP: tl.constexpr,
 ):
     """Compute `x^T y` over the rows of each expert; zeros for an expert without rows.
 
@@ -460,32 +404,29 @@ def weight_grads(
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
-    if TWO:
+    if y_up is not None:
         y = y_up if program % 2 == 1 else y
         out = out_up if program % 2 == 1 else out
         program = program // 2
     expert = program // (blocks_m * blocks_n)
-    block_m, block_n = block_of(program % (blocks_m * blocks_n), blocks_m, blocks_n, GROUP)
+    block_m, block_n = block_of(program % (blocks_m * blocks_n), blocks_m, blocks_n)
     begin, end = rows_of(ends, expert)
     line = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     left, right = x + line % M, column % N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     row = begin + tl.arange(0, BLOCK_C)
-    if GATHER_X or GATHER_Y:
-        source = tl.load(token + row, mask=row < end, other=0)
+    source = tl.load(token + row, mask=row < end, other=0)
     for _ in range(begin, end, BLOCK_C):
         exists = row < end
-        if GATHER_X or GATHER_Y:
-            source = tl.minimum(source, num_tokens - 1)
+        source = tl.minimum(source, num_tokens - 1)
         row_x = (source if GATHER_X else row).to(tl.int64)
-        place = right[None, :] + (source if GATHER_Y else row).to(tl.int64)[:, None] * N
+        place = right[None, :] + (row if GATHER_X else source).to(tl.int64)[:, None] * N
         a = tl.load(left[:, None] + row_x[None, :] * M, mask=exists[None, :], other=0.0)
         b = tl.load(y + place, mask=exists[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         row += BLOCK_C
-        if GATHER_X or GATHER_Y:
-            source = tl.load(token + row, mask=row < end, other=0)
+        source = tl.load(token + row, mask=row < end, other=0)
     place = expert.to(tl.int64) * out_e + (line[:, None] * out_m + column[None, :] * out_n)
     stored = (line < M)[:, None] & (column < N)[None, :]
     keep(acc, out, place, stored)
@@ -524,8 +465,7 @@ def bias_grads(
         if token is not None:
             value *= weights_of(row_weight, assignment, row, exists, num_assignments)[:, None]
         acc += value
-    place = out + expert.to(tl.int64) * out_e + column * out_n
-    tl.store(place, tl.sum(acc, 0).to(out.dtype.element_ty), mask=column < N)
+    keep(tl.sum(acc, 0), out + expert.to(tl.int64) * out_e, column * out_n, column < N)
 
 
 @triton.jit
@@ -593,9 +533,9 @@ def sum_rows(
                     exists = row < num_rows
                     assigned = tl.load(assignment + row, mask=exists, other=0)
                     total = sum_partial(partial, row, exists, blocks, WIDTH, 16)
-                    tl.store(grad_weight + assigned, total.to(grad_weight.dtype.element_ty), mask=exists)
+                    keep(total, grad_weight, assigned, exists)
             else:
                 made = token * CHOICES + choice
                 row = tl.load(row_of + made, mask=choice < CHOICES, other=num_rows).to(tl.int64)
                 total = sum_partial(partial, row, row < num_rows, blocks, WIDTH, 16)
-                tl.store(grad_weight + made, total.to(grad_weight.dtype.element_ty), mask=choice < CHOICES)
+                keep(total, grad_weight, made, choice < CHOICES)

@@ -29,19 +29,34 @@ def family_of(card: tuple[int, int]) -> tuple[int, int] | None:
     return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(card[0])
 
 
+def why_not_on(device: torch.device) -> str | None:
+    """Why kernels cannot run on a device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "kernels are for NVIDIA GPUs (on the CPU for Triton's interpreter, by TRITON_INTERPRET=1)"
+    if family_of(capability(device)) is None:
+        return "no kernel is written for compute capability {}.{}".format(*capability(device))
+    return None
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether routers may launch kernels on a device.
 
-    They may on an NVIDIA GPU of a known family, unless another way is asked for; on a CPU if "triton" is asked for and
-    Triton's interpreter runs. A traced graph has torch's operators, which compilers fuse.
+    They may on a GPU, unless another way is asked for; on a CPU if "triton" is. A traced graph has torch's operators,
+    which compilers fuse.
     """
     way = asked_for()
     if way not in ("auto", "triton") or in_transform() or torch.compiler.is_compiling():
         return False
-    if device.type != "cuda":
-        return device.type == "cpu" and way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    can = torch.version.hip is None and family_of(capability(device)) is not None
-    return can and importlib.util.find_spec("triton") is not None
+    return (device.type == "cuda" or way == "triton") and why_not_on(device) is None
+
+
+def contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+    """Return the tensors by their names, each made contiguous; None stays None."""
+    return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -120,14 +135,11 @@ class SelfCheck:
         except Exception as reason:  # whatever a compiler or a driver raises
             verdict = f"they raise {type(reason).__name__}: {str(reason).partition(chr(10))[0]}"
         self.verdicts[kind] = verdict
+        off = f"in this process: {verdict}"
         if verdict == NO_MEMORY:
-            warnings.warn(
-                f"{self.kernels} are off for calls of one kind in this process, because {NO_MEMORY}: call ops.prepare "
-                "before memory is full",
-                stacklevel=2,
-            )
-        elif verdict:
-            warnings.warn(f"{self.kernels} are off in this process: {verdict}", stacklevel=2)
+            off = f"for calls of one kind in this process, because {NO_MEMORY}: call ops.prepare before memory is full"
+        if verdict:
+            warnings.warn(f"{self.kernels} are off {off}", stacklevel=2)
         return verdict
 
 

@@ -13,26 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import launch
+from mixture_of_experts.kernels.launching import contiguous, launch
 
 BLOCK = 64  # assignments of a program
 
 
 @triton.jit
 def in_line(
-    block,
     expert,  # (r, a) int64: the expert of each assignment, token by token
     chosen,  # (r, a) bool: the assignments that queue; None if all do
     order,  # (r, n) int64: the tokens in the order in which they queue; None if in their own
-    row,
     length,
     num_experts,
+    num_blocks,
     CHOICES: tl.constexpr,
     BY_CHOICE: tl.constexpr,  # all first choices stand before all second ones
     BLOCK: tl.constexpr,
 ):
-    """For the assignments of a block of the line: where they are stored, whether they exist, and their experts (e where
-    an assignment does not queue)."""
+    """Return a program's row and block of the line; and for the assignments of the block where they are stored, whether
+    they exist, and their experts (e where an assignment does not queue)."""
+    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     index = block * BLOCK + tl.arange(0, BLOCK)
     exists = index < length * CHOICES
     stored = index
@@ -46,7 +46,7 @@ def in_line(
     if chosen is not None:
         queues = queues & tl.load(chosen + stored, mask=exists, other=0).to(tl.int1)
     its = tl.load(expert + stored, mask=queues, other=0).to(tl.int32)
-    return stored, exists, tl.where(queues, its, num_experts)
+    return row, block, stored, exists, tl.where(queues, its, num_experts)
 
 
 @triton.jit(do_not_specialize=["length", "num_experts", "num_blocks"])
@@ -64,8 +64,7 @@ def count_in_line(
     BLOCK_E: tl.constexpr,
 ):
     """Count the assignments of each expert in a block of the line."""
-    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
-    _, _, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
+    row, block, _, _, its = in_line(expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK)
     for start in range(0, num_experts, BLOCK_E):
         column = start + tl.arange(0, BLOCK_E)
         count = tl.sum((its[:, None] == column[None, :]).to(tl.int32), 0)
@@ -89,8 +88,9 @@ def rank_in_line(
     BLOCK_E: tl.constexpr,
 ):
     """Write the position of each assignment of a block, and from the last block the length of each queue."""
-    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
-    stored, exists, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
+    row, block, stored, exists, its = in_line(
+        expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK
+    )
     place = tl.arange(0, BLOCK)
     before = (its[None, :] == its[:, None]) & (place[None, :] < place[:, None])
     earlier = tl.where(block > 0, its, num_experts)  # the expert, if there is an earlier block
@@ -119,9 +119,16 @@ def queue_in_line(
     """
     position, queued = empty_queues(expert, num_experts)
     counts = queued.new_empty(*queued.shape, triton.cdiv(expert.shape[1], BLOCK), dtype=torch.int32)
-    given = {name: None if t is None else t.contiguous() for name, t in (("chosen", chosen), ("order", order))}
-    given |= dict(expert=expert.contiguous(), length=expert.shape[1] // k, num_experts=num_experts)
-    given |= dict(num_blocks=counts.shape[-1], CHOICES=k, BY_CHOICE=by_choice, BLOCK=BLOCK, BLOCK_E=32, num_warps=4)
+    given = dict(
+        **contiguous(expert=expert, chosen=chosen, order=order),
+        length=expert.shape[1] // k,
+        num_experts=num_experts,
+        num_blocks=counts.shape[-1],
+        CHOICES=k,
+        BY_CHOICE=by_choice,
+        BLOCK=BLOCK,
+        BLOCK_E=32,
+    )
     grid = (expert.shape[0] * counts.shape[-1],)
     launch(count_in_line, grid, counts=counts, **given)
     launch(rank_in_line, grid, total=counts.cumsum(dim=-1), position=position, queued=queued, **given)

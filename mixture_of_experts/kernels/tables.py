@@ -14,8 +14,14 @@ import triton.language as tl
 
 @triton.jit(
     do_not_specialize=[
-        *("num_assignments", "num_rows", "num_tokens", "num_groups"),
-        *("num_queues", "num_slots", "num_experts", "experts_of_router"),
+        "num_assignments",
+        "num_rows",
+        "num_tokens",
+        "num_groups",
+        "num_queues",
+        "num_slots",
+        "num_experts",
+        "experts_of_router",
     ]
 )
 def find_rows(

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import launch
+from mixture_of_experts.kernels.launching import contiguous, launch
 
 BLOCK = 1024  # numbers of tokens and experts that a program has in registers at once
+GRADS = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
 LEAST, MOST = 32, 128  # tokens of a program, and of those that it has at once
 
 
@@ -149,14 +150,16 @@ def choose_two_grads(
         first = tl.load(expert + 2 * token, mask=is_token, other=0)
         second = tl.load(expert + 2 * token + 1, mask=is_token, other=0)
         is_second = is_token & ((first != second) | ~is_full)
-        p_1 = tl.sum(tl.where((column == first[:, None]) & is_full[:, None], prob, 0.0), 1)
-        p_2 = tl.sum(tl.where((column == second[:, None]) & is_second[:, None], prob, 0.0), 1)
+        at_first = (column == first[:, None]) & is_full[:, None]
+        p_1 = tl.sum(tl.where(at_first, prob, 0.0), 1)
+        at_second = (column == second[:, None]) & is_second[:, None]
+        p_2 = tl.sum(tl.where(at_second, prob, 0.0), 1)
         grad_1 = tl.load(grad_weight + 2 * token, mask=is_token, other=0.0)
         grad_2 = tl.load(grad_weight + 2 * token + 1, mask=is_token, other=0.0)
         total = p_1 + p_2 + eps
         mean = (grad_1 * p_1 + grad_2 * p_2) / total
-        grad += tl.where((column == first[:, None]) & is_full[:, None], ((grad_1 - mean) / total)[:, None], 0.0)
-        grad += tl.where((column == second[:, None]) & is_second[:, None], ((grad_2 - mean) / total)[:, None], 0.0)
+        grad += tl.where(at_first, ((grad_1 - mean) / total)[:, None], 0.0)
+        grad += tl.where(at_second, ((grad_2 - mean) / total)[:, None], 0.0)
     of_row = -tl.sum(prob * grad, 1)
     if grad_squares is not None:
         log = tl.load(log_total + token, mask=is_token, other=0.0)
@@ -175,8 +178,8 @@ def two_best(
     policy: str,
     threshold: float,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of `choose_two`.
+) -> list[Tensor]:
+    """Return `expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of `choose_two`.
 
     Args:
         logits: `(..., g, n, e)` float32, of one token at least.
@@ -184,25 +187,14 @@ def two_best(
         uniform: `(..., g, n)` float32 for the policy "random".
         policy, threshold, eps: settings of the gate.
     """
-    choices = empty_choices(logits)
-    expert, weight, chosen, primary, probs, log_total, sums, totals = choices
-    programs, e = sums.shape[-2:]
-    rows, tokens, block = sizes(e)
-    masks = (None if mask is None else mask.contiguous() for mask in (full, active, uniform))
+    found, (*groups, length, e) = empty_choices(logits), logits.shape
+    programs, (rows, tokens, block) = found["sums"].shape[-2], sizes(e)
     launch(
         choose_two,
-        (math.prod(logits.shape[:-2]) * programs,),
-        logits=logits.contiguous(),
-        **dict(zip(("full", "active", "uniform"), masks, strict=True)),
-        expert=expert,
-        weight=weight,
-        chosen=chosen,
-        primary=primary,
-        probs=probs,
-        log_total=log_total,
-        sums=sums,
-        totals=totals,
-        length=logits.shape[-2],
+        (math.prod(groups) * programs,),
+        **contiguous(logits=logits, full=full, active=active, uniform=uniform),
+        **found,
+        length=length,
         programs=programs,
         num_experts=e,
         eps=eps,
@@ -211,14 +203,13 @@ def two_best(
         TOKENS=tokens,
         ROWS=rows,
         BLOCK_E=block,
-        num_warps=4,
     )
-    return choices
+    return list(found.values())
 
 
 @two_best.register_fake
 def _(logits, *settings):
-    return empty_choices(logits)
+    return list(empty_choices(logits).values())
 
 
 def sizes(num_experts: int) -> tuple[int, int, int]:
@@ -228,19 +219,20 @@ def sizes(num_experts: int) -> tuple[int, int, int]:
     return rows, max(rows, LEAST), block
 
 
-def empty_choices(logits: Tensor) -> tuple[Tensor, ...]:
-    """Fresh memory for what `two_best` returns."""
+def empty_choices(logits: Tensor) -> dict[str, Tensor]:
+    """Fresh memory for the results of `choose_two`, by their names there."""
     *lead, n, e = logits.shape
     programs = -(-n // sizes(e)[1])
     pair = (*lead, n, 2)
-    return (
-        logits.new_empty(pair, dtype=torch.int64),
-        logits.new_empty(pair),
-        *(logits.new_empty(pair, dtype=torch.bool) for _ in range(2)),
-        logits.new_empty(logits.shape),
-        logits.new_empty(logits.shape[:-1]),
-        logits.new_empty(2, *lead, programs, e),
-        logits.new_empty(*lead, programs, 2),
+    return dict(
+        expert=logits.new_empty(pair, dtype=torch.int64),
+        weight=logits.new_empty(pair),
+        chosen=logits.new_empty(pair, dtype=torch.bool),
+        primary=logits.new_empty(pair, dtype=torch.bool),
+        probs=logits.new_empty(logits.shape),
+        log_total=logits.new_empty(*lead, n),
+        sums=logits.new_empty(2, *lead, programs, e),
+        totals=logits.new_empty(*lead, programs, 2),
     )
 
 
@@ -251,17 +243,12 @@ def two_best_grads(
     log_total: Tensor,
     full: Tensor | None,
     eps: float,
-    grad_weight: Tensor | None,
-    grad_probs: Tensor | None,
-    grad_log_total: Tensor | None,
-    grad_proxy: Tensor | None,
-    grad_squares: Tensor | None,
+    grads: list[Tensor | None],
 ) -> Tensor:
-    """Gradient of the logits `(..., g, n, e)`, from what `two_best` told and from gradients of it; None is 0.
+    """Return the gradient of the logits `(..., g, n, e)`, from what `two_best` told and from `grads` of it; None is 0.
 
-    Those of the proxy `(..., g, e)` and of the squares `()` are of sums over programs.
+    These are of weight, probs and log_total, and of sums over programs: the proxy `(..., g, e)` and the squares `()`.
     """
-    grads = {name: value for name, value in locals().items() if name.startswith("grad_")}
     n, e = probs.shape[-2:]
     rows, _, block = sizes(e)
     grad_logits = torch.empty_like(probs)
@@ -271,8 +258,7 @@ def two_best_grads(
         probs=probs,
         expert=expert,
         log_total=log_total,
-        full=None if full is None else full.contiguous(),
-        **{name: None if grad is None else grad.contiguous() for name, grad in grads.items()},
+        **contiguous(full=full, **dict(zip(GRADS, grads, strict=True))),
         grad_logits=grad_logits,
         num_tokens=log_total.numel(),
         length=n,
@@ -280,7 +266,6 @@ def two_best_grads(
         eps=eps,
         ROWS=rows,
         BLOCK_E=block,
-        num_warps=4,
     )
     return grad_logits
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import launch
+from mixture_of_experts.kernels.launching import contiguous, launch
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -96,8 +96,8 @@ def few_choices(
     eps: float,
     balance_scale: float,
     z_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Experts and weights `(b, n, k)`, probabilities `(b, n, e)`, and terms `(b, 2)` of the losses; see `choose`.
+) -> list[Tensor]:
+    """Return experts and weights `(b, n, k)`, probabilities `(b, n, e)` and terms `(b, 2)` of losses; see `choose`.
 
     Args:
         logits: `(b, n, e)` float32.
@@ -106,17 +106,12 @@ def few_choices(
         balance_scale, z_scale: what the terms are multiplied by.
     """
     b, n, e = logits.shape
-    choices = empty_choices(logits, k)
-    expert, weight, probs, losses = choices
+    found = empty_choices(logits, k)
     launch(
         choose,
         (b,),
-        logits=logits.contiguous(),
-        bias=bias,
-        expert=expert,
-        weight=weight,
-        probs=probs,
-        losses=losses,
+        **contiguous(logits=logits, bias=bias),
+        **found,
         length=n,
         num_experts=e,
         balance_scale=balance_scale,
@@ -131,16 +126,20 @@ def few_choices(
         BLOCK_E=triton.next_power_of_2(e),
         num_warps=max(1, triton.next_power_of_2(e) // 256),
     )
-    return choices
+    return list(found.values())
 
 
 @few_choices.register_fake
 def _(logits, bias, k, *settings):
-    return empty_choices(logits, k)
+    return list(empty_choices(logits, k).values())
 
 
-def empty_choices(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return memory for what `choose` writes."""
-    b, n, _ = logits.shape
-    expert = logits.new_empty(b, n, k, dtype=torch.int64)
-    return expert, logits.new_empty(b, n, k), logits.new_empty(logits.shape), logits.new_empty(b, 2)
+def empty_choices(logits: Tensor, k: int) -> dict[str, Tensor]:
+    """Return memory for the results of `choose`, by their names there."""
+    b, n, e = logits.shape
+    return dict(
+        expert=logits.new_empty(b, n, k, dtype=torch.int64),
+        weight=logits.new_empty(b, n, k),
+        probs=logits.new_empty(b, n, e),
+        losses=logits.new_empty(b, 2),
+    )

@@ -23,17 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
 
-
-#: what kernels read by a table of rows, and the argument that says whether they do
-GATHERED = {
-    ("rows_by_weights", "x"): "GATHER",
-    ("hidden_grads", "grad"): "token",
-    ("weight_grads", "x"): "GATHER_X",
-    ("weight_grads", "y"): "GATHER_Y",
-    ("bias_grads", "y"): "token",
-}
-
-
 #: where kernels start
 LAUNCHES = (
     "mixture_of_experts.ops.triton.operators.launch",
@@ -75,13 +64,13 @@ class Ledger(TorchDispatchMode):
     def launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         """A Triton kernel, in the place of `operators.launch`. Of what it gathers, as many rows as it reads."""
         self.add(kernel.fn.__name__, ())
+        gathered = {"hidden_grads": "grad", "weight_grads": "x" if arguments.get("GATHER_X") else "y"}
+        gathered |= {"bias_grads": "y"} if arguments.get("token") is not None else {}
         for name, tensor in arguments.items():
             if isinstance(tensor, Tensor):
-                table = arguments.get(GATHERED.get((kernel.fn.__name__, name), ""))
-                if table is True or isinstance(table, Tensor):
+                size = num_bytes(tensor)
+                if gathered.get(kernel.fn.__name__) == name:
                     size = arguments["token"].shape[0] * tensor.shape[-1] * tensor.element_size()
-                else:
-                    size = num_bytes(tensor)
                 self.moved[kernel.fn.__name__] += size
 
     @contextmanager

@@ -8,12 +8,10 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,26 +42,20 @@ from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.kernels import ffn as kernels
 from mixture_of_experts.kernels import launching, queueing, top_2, top_k
 from mixture_of_experts.ops import autograd
-from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.activations import ClampedSwiGLU
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import operators, schedule, self_check, why_not
-from mixture_of_experts.ops.triton.form import Form, form_of
-from mixture_of_experts.ops.triton.forward_backward import compute, operands
+from mixture_of_experts.ops.triton.form import Form
+from mixture_of_experts.ops.triton.forward_backward import backward, forward, operands
 from mixture_of_experts.ops.triton.row_plan import plan_of, queued_choices, triton_few_plan, triton_plan
 from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
 from support.triton_memory import watched
 
 autograd.tables_to_save = Plan.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
+compute = partial(autograd.differentiable, forward, backward)
 
-ACTIVATIONS = {
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU("tanh"),
-    "silu": nn.SiLU,
-    "relu": nn.ReLU,
-    "relu_squared": SquaredReLU,
-    "identity": nn.Identity,
-    "clamped": lambda: ClampedSwiGLU(1.702, 1.0),  # a limit that many pre-activations pass
-}
+#: of clamped ones with a limit that many pre-activations pass
+ACTIVATIONS = self_check.ACTIVATIONS | {"clamped": lambda: ClampedSwiGLU(1.702, 1.0)}
 #: relative norms of the errors; the interpreter truncates to bfloat16 where hardware rounds
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 
@@ -158,7 +150,8 @@ def check_values(
     x, grad, network = torch.randn(t, d).to(dtype), torch.randn(t, o).to(dtype), network.map(lambda w: w.to(dtype))
     with pytest.MonkeyPatch.context() as patch:
         if kind is not None:
-            patch.setattr(schedule, "INTERPRETED", schedule.entries_of(kind, (9, 0)))
+            entries = schedule.HALF[9, 0] if kind == "half" else schedule.SINGLE[kind]
+            patch.setattr(schedule, "INTERPRETED", entries)
         found = with_gradients(compute, x, where, network, grad)
     double = where._replace(weight=where.weight.double())
     wanted = with_gradients(obvious, x.double(), double, network.map(torch.Tensor.double), grad.double())
@@ -180,7 +173,8 @@ def check_tiles(e: int, height: int) -> None:
     torch.manual_seed(e)
     counts = torch.randint(0, 3 * height, (e,)) * (torch.rand(e) < 0.6)
     rows = int(counts.sum()) + 5
-    tiles = operators.find_tiles(counts, rows, height)
+    with watched(operators):
+        tiles = operators.find_tiles(counts, rows, height)
     wanted, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         wanted += [(expert, start + i, min(start + i + height, start + count)) for i in range(0, count, height)]
@@ -193,7 +187,6 @@ def check_tiles(e: int, height: int) -> None:
 
 def check_first_hour() -> None:
     """The pieces of the first hour that run the kernels, on a CPU in the place of a card."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from benchmarks import blocks, card, decide, pieces
     from support import no_card
 
@@ -236,45 +229,13 @@ def check_first_hour() -> None:
 
         found = no_card.results(pieces.small_kernels(device))
         assert all(pair["kernels"] > 0 and pair["host of operators"] > 0 for pair in found.values()), found
-        assert {name.split(":")[0] for name in found} == {
-            "top_k.py",
-            "top_2.py",
-            "rank_rows",
-            "find_rows",
-            "queueing.py",
-        }
-
-
-def check_heights() -> None:
-    """Rows that whole tiles have, as they are reckoned and of loads that are drawn; and which height they lead to."""
-    torch.manual_seed(0)
-    for mean in (128, 256, 1024):
-        counts = torch.multinomial(torch.ones(128), 128 * mean, replacement=True).bincount(minlength=128)
-        for height in (64, 128):
-            drawn = float((-(-counts // height) * height).sum()) / (128 * mean)
-            assert abs(schedule.rows_computed(mean, height) / mean - drawn) < 0.06
-    found = {
-        card: [schedule.find_schedule(schedule.entries_of("half", card), mean).rows for mean in (1, 24, 128, 1024)]
-        for card in ((8, 0), (9, 0))
-    }
-    assert found == {(8, 0): [16, 32, 64, 128], (9, 0): [16, 64, 128, 128]}
-
-
-KERNELS = [
-    "find_rows",
-    "rank_rows",
-    "find_tiles",
-    "rows_by_weights",
-    "sum_rows",
-    "hidden_grads",
-    "weight_grads",
-    "bias_grads",
-    "row_grads",
-]
+        wanted = {"top_k.py", "top_2.py", "rank_rows", "find_rows", "queueing.py"}
+        assert {name.split(":")[0] for name in found} == wanted
 
 
 #: kernels that multiply: the operand on the left, by the blocks of which they step along their sums
 LEFT = {"rows_by_weights": "x", "hidden_grads": "grad", "row_grads": "grad_pre", "weight_grads": "token"}
+KERNELS = ["find_rows", "rank_rows", "find_tiles", "sum_rows", "bias_grads", *LEFT]
 
 
 def spoil(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]) -> None:
@@ -313,11 +274,11 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
     """Kernels that are right pass, with every entry of the schedule. Each that is planted wrong or raises is seen, and
     off is the way for the process, but for what was found right. A lack of memory is asked for once."""
     form, entries = Form(layout, activation, 1.702, 7.0), schedule.INTERPRETED
-    kind = self_check.Kind(0, dtype, form, (True, True), (False, True), (0, 0, 16), choices, False)
-    launch, device, times = operators.launch, torch.device("cpu"), [0]
+    kind = self_check.Kind(torch.device("cpu"), dtype, form, (True, True), (False, True), (0, 0, 16), choices, False)
+    launch, times = operators.launch, [0]
 
     def judge(entry: int = 0) -> str | None:
-        return self_check.judge(kind, device, entries, entries[entry : entry + 1])
+        return self_check.judge(kind, entries, entries[entry : entry + 1])
 
     def planted(name: str, fault: str) -> Any:
         def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -375,18 +336,16 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             patch.setattr(self_check.CHECK, "verdicts", {})
             patch.setattr(operators, "launch", planted(name, "a vector"))
             with pytest.warns(UserWarning, match="off in this process") if seen else nullcontext():
-                found = self_check.judge(kind._replace(decoding=True), device, entries, entries[:1])
+                found = self_check.judge(kind._replace(decoding=True), entries, entries[:1])
             assert (found is not None) == seen
 
 
 def check_far(kind: self_check.Kind, patch: pytest.MonkeyPatch) -> None:
     """Weights, and gradients of them, beyond what int32 can index: kernels read and write there what they do elsewhere.
     One that does not is seen. Their memory is given back."""
-    entries, device, launch, released = schedule.INTERPRETED, torch.device("cpu"), operators.launch, []
+    entries, launch, released = schedule.INTERPRETED, operators.launch, []
     patch.setattr(self_check, "FAR", 1 << 16)
-    one, other = (
-        self_check.make_call(kind, device, *self_check.size_for(entries, entries[1]), far) for far in (False, True)
-    )
+    one, other = (self_check.make_call(kind, *self_check.size_for(entries, entries[1]), far) for far in (False, True))
     weights = (*other.network.w_in, other.network.w_out)
     assert all((len(weight) - 1) * weight.stride(0) >= 1 << 16 for weight in weights)
     assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
@@ -401,11 +360,11 @@ def check_far(kind: self_check.Kind, patch: pytest.MonkeyPatch) -> None:
 
     with pytest.MonkeyPatch.context() as planted:
         planted.setattr(self_check, "TIMES", 1)
-        planted.setattr(self_check, "has_room", lambda device, dtype: True)
+        planted.setattr(self_check, "has_room", lambda kind: True)
         planted.setattr(torch.cuda, "empty_cache", lambda: released.append("memory"))
-        assert self_check.fault(kind, device, entries, entries[1]) is None
+        assert self_check.fault(kind, entries, entries[1]) is None
         planted.setattr(operators, "launch", wrong)
-        assert "int32 cannot index" in str(self_check.fault(kind, device, entries, entries[1]))
+        assert "int32 cannot index" in str(self_check.fault(kind, entries, entries[1]))
     assert released == ["memory"] * 2
 
 
@@ -456,11 +415,6 @@ def check_memory(*args: Any, **options: Any) -> None:
     """The same as `check_values`, every access to memory checked."""
     with watched(operators):
         check_values(*args, **options)
-
-
-def check_memory_of_tiles(e: int, height: int) -> None:
-    with watched(operators):
-        check_tiles(e, height)
 
 
 @triton.jit
@@ -543,16 +497,20 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert few.rows_per_expert.tolist() == [sum(expert[i] == j for i in order) for j in range(e)]
 
 
+def decide_twice(outer: Top2Gating, inner: Top2Gating, mask: Tensor | None = None) -> tuple[Plan, Any]:
+    """The slots of level one, and the decision of two levels."""
+    groups = torch.randn(2, 45, 8)
+    decided = outer(groups, mask=mask)
+    slots = plan_slots_of(decided)
+    return slots, compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+
+
 def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
     """As of one level; assignments without a slot at level one have no row, and every row a token."""
     torch.manual_seed(0)
     factors = dict(capacity_factor_train=0.7 if limited else None, second_policy_train="all")
-    outer = Top2Gating(8, 3, **factors)
-    inner = Top2Gating(8, 5, outer_expert_dims=(3,), **factors)
-    groups = torch.randn(2, 45, 8)
-    decided = outer(groups, mask=torch.rand(2, 45) < 0.7 if mask else None)
-    slots = plan_slots_of(decided)
-    decision = compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+    outer, inner = Top2Gating(8, 3, **factors), Top2Gating(8, 5, outer_expert_dims=(3,), **factors)
+    slots, decision = decide_twice(outer, inner, torch.rand(2, 45) < 0.7 if mask else None)
     wanted = decision.without_gaps()
     rows = min(decision.most_rows, decision.num_slots)
     with watched(operators):
@@ -580,10 +538,8 @@ def check_plan_with_slots_of_nobody() -> None:
     torch.manual_seed(0)
     inner = Unmasked(8, 5, outer_expert_dims=(3,), second_policy_train="all", capacity_factor_train=None)
     for factor in (2.0, 8.0):  # with as many slots of level one as choices, and with more
-        outer, groups = Top2Gating(8, 3, second_policy_train="all", capacity_factor_train=factor), torch.randn(2, 45, 8)
-        decided = outer(groups)
-        slots = plan_slots_of(decided)
-        decision = compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+        outer = Top2Gating(8, 3, second_policy_train="all", capacity_factor_train=factor)
+        _, decision = decide_twice(outer, inner)
         with watched(operators):
             found = plan_of(decision, few=0)
         assert (found.assignment == len(decision.weight)).any()
@@ -625,30 +581,6 @@ def check_queues(e: int, k: int, n: int) -> None:
                 assert torch.equal(got.length, wanted.length[group])
     assert len(queued) == 6
     assert not queues._kernels_serve(expert, queues.MOST_EXPERTS + 1)
-
-
-def check_wrong_queues(fault: str) -> None:
-    """Kernels of queues that are planted wrong, or raise, are off for the process."""
-    launch, expert = queueing.launch, torch.randint(5, (3, 40))
-
-    def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        if fault == "raises":
-            raise RuntimeError("a compiler gives up")
-        launch(kernel, grid, **arguments)
-        if fault in arguments:
-            arguments[fault][-1, -1] += 1
-
-    with ops.use("batched"):
-        wanted = queues.queue_up(expert, None, 5, 2)
-    with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(queues.CHECK, "verdicts", {})
-        patch.setattr(queueing, "launch", wrong)
-        with pytest.warns(UserWarning, match="off in this process"):
-            found = queues.queue_up(expert, None, 5, 2)
-        patch.setattr(queueing, "launch", None)  # nothing is launched again
-        for queued in (found, queues.queue_up(expert, None, 5, 2)):
-            assert torch.equal(queued.position, wanted.position)
-            assert torch.equal(queued.length, wanted.length)
 
 
 FEW_GATES = {
@@ -697,36 +629,6 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
                     got, want = getattr(found, field), getattr(wanted, field)
                     assert (got.dtype, got.shape) == (want.dtype, want.shape), field
                     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=field)
-
-
-@torch.no_grad()
-def check_wrong_choices(fault: str) -> None:
-    """A kernel of gates that is planted wrong, or raises, is off for the process; without memory for its kind."""
-    gate, x, launch, calls = TopKGating(8, 5, 2).eval(), torch.randn(3, 1, 8), top_k.launch, []
-
-    def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        calls.append(fault)
-        if fault in ("raises", "memory"):
-            raise RuntimeError("a compiler gives up") if fault == "raises" else torch.OutOfMemoryError("no memory")
-        launch(kernel, grid, **arguments)
-        arguments[fault].mul_(1.2) if arguments[fault].is_floating_point() else arguments[fault].add_(1)
-
-    lost = TopKGating(8, 5, 2).eval()
-    assert lost.w_gating is not None
-    lost.w_gating.fill_(torch.nan)
-    assert topk_by_kernel._fault(lost, x) is None  # what training has lost is no fault of the kernel
-    with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(topk_by_kernel.CHECK, "verdicts", {})
-        patch.setattr(top_k, "launch", wrong)
-        wanted = gate(x, mask=torch.ones(3, 1, dtype=torch.bool))  # which the kernel does not serve
-        assert not calls
-        with pytest.warns(UserWarning, match="no memory" if fault == "memory" else "off in this process"):
-            found = gate(x)
-        for _ in range(2):
-            assert torch.equal(found.expert, wanted.expert)
-            torch.testing.assert_close(found.weight, wanted.weight)
-            found = gate(x)
-        assert len(calls) == 1
 
 
 def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
@@ -910,13 +812,12 @@ def check_operators() -> None:
     """torch's own check of custom operators: schema, fakes, autograd, tracing."""
     torch.manual_seed(0)
     network = make_network("interleaved", "clamped", 4, 16, 16, 16, bias=True)
-    form, x = form_of(network), torch.randn(20, 16)
-    assert form is not None
-    arguments = operands(x, make_plan("top k", 20, 16, 4, 2), network)
+    x = torch.randn(20, 16)
+    arguments = operands(x, make_plan("top k", 20, 16, 4, 2), network).flat()
     torch.use_deterministic_algorithms(False)  # fresh memory as it comes: NaN is not equal to itself
-    _, pre = operators.triton_ffn(*arguments, *form, True)
-    torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
-    torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
+    _, pre = operators.triton_ffn(*arguments, True)
+    torch.library.opcheck(operators.triton_ffn, (*arguments, True))
+    torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, True, True, False))
     decision = decision_of(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
     torch.library.opcheck(triton_plan, (*queued_choices(decision), 4, 2, 40))
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
@@ -1061,11 +962,10 @@ def check_devices() -> None:
     """Tensors of two devices are refused, as torch's own operators refuse them, before a kernel is launched."""
     network = make_network("plain", "silu", 4, 16, 16, 16)
     network = replace(network, w_out=network.w_out.to("meta"))
-    form, arguments = form_of(network), operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network)
-    assert form is not None
+    arguments = operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network).flat()
     for operator, given in (
-        (operators.triton_ffn, (*arguments, *form, True)),
-        (operators.triton_ffn_backward, (torch.randn(20, 16), torch.empty(1, 40, 16), *arguments, *form, *[True] * 3)),
+        (operators.triton_ffn, (*arguments, True)),
+        (operators.triton_ffn_backward, (torch.randn(20, 16), torch.empty(1, 40, 16), *arguments, *[True] * 3)),
     ):
         with pytest.raises(RuntimeError, match="one device, got cpu, meta"):
             operator._init_fn(*given)

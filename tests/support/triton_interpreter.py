@@ -1,16 +1,14 @@
 """A process in which Triton's kernels run on CPU tensors, by its interpreter.
 
-`interpreter()` gives an executor of one worker, in which `load` has run before the kernels were imported. Fresh memory
-is NaN there (of integers the largest), so that what a kernel leaves unwritten is seen.
+There `load` has run before the kernels were imported. Fresh memory is NaN (of integers the largest), so that what a
+kernel leaves unwritten is seen.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor
 
 
 def why_not() -> str | None:
@@ -21,10 +19,6 @@ def why_not() -> str | None:
     if tuple(map(int, version.split(".")[:2])) < (3, 7):
         return f"the interpreter of Triton {version} reads numbers in a way that NumPy has given up"
     return None
-
-
-def interpreter() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=load)
 
 
 def load() -> None:

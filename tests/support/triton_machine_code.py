@@ -157,7 +157,6 @@ def check_candidates(capability: tuple[int, int], height: int, *only: str) -> di
     which has a fault or takes more shared memory than was reckoned. Returns how many."""
     import torch
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from benchmarks import blocks
     from mixture_of_experts.kernels.launching import family_of
     from mixture_of_experts.ops.triton import operators, row_plan, schedule
@@ -243,7 +242,7 @@ def run_operators(case: Case, operators, row_plan) -> None:
     index, flag, table = (torch.empty(r, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.int32))
     tables = (torch.empty(r, dtype=torch.float32), table, table, table, torch.empty(e, dtype=torch.int64), case.choices)
     w_in, w_out = [weight(d, width) for _ in range(number)], weight(h, o)
-    biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
+    biases = ([torch.empty(e, width) for _ in range(number)], [torch.empty(e, o)]) if case.bias else ([], [])
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
     length = torch.empty(e, dtype=torch.int64)
@@ -267,7 +266,7 @@ def run_two_best(top_2, case: Case) -> None:
     expert, weight, _, _, probs, log_total, *_ = top_2.two_best._init_fn(
         logits, flag, flag, of_token, policy, 0.2, 1e-9
     )
-    top_2.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, weight, *grads)
+    top_2.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, [weight, *grads])
 
 
 def describe(value: Any) -> Any:
@@ -404,7 +403,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter has no machine code"
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
     from support import fake_cuda
 
     fake_cuda.load()

@@ -3,15 +3,12 @@ it has not been timed on one."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import family_of
+from mixture_of_experts.kernels.launching import family_of, why_not_on
 from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.network import Call, Network
@@ -34,13 +31,11 @@ def why_not(call: Call) -> str | None:
     x, network = call.x, call.network
     if asked_for() != "triton" and (reason := _why_not_unasked(call)) is not None:
         return reason
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if in_transform():
         return "kernels do not run under transforms of torch.func"
     if exporting():
         return "an exported graph has torch's own operators only"
-    return _why_not_on(x.device) or _why_not_of(x.dtype, network) or _why_wrong(call)
+    return why_not_on(x.device) or _why_not_of(x.dtype, network) or _why_wrong(call)
 
 
 def _why_not_unasked(call: Call) -> str | None:
@@ -80,27 +75,17 @@ def _why_wrong(call: Call) -> str | None:
     form, (d, _), (h, o) = form_of(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
     assert form is not None
     return self_check.why_wrong(
-        x.device.index or 0,
+        # in a graph the number of tokens may be dynamic
+        None if compiling else num_rows(call.decision) // network.w_out.shape[0],
+        x.device,
         x.dtype,
-        (form.layout, form.activation, form.alpha, form.limit),
+        tuple(form),
         (network.b_in[0] is not None, network.b_out is not None),
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
         call.decision.k or 0,
         few_tokens.serves(call),
-        # in a graph the number of tokens may be dynamic
-        None if compiling else num_rows(call.decision) // network.w_out.shape[0],
     )
-
-
-def _why_not_on(device: torch.device) -> str | None:
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return "kernels are for NVIDIA GPUs (on the CPU for Triton's interpreter, by TRITON_INTERPRET=1)"
-    if family_of(capability(device)) is None:
-        return "no kernel is written for compute capability {}.{}".format(*capability(device))
-    return None
 
 
 def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
@@ -113,14 +98,11 @@ def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
     if len({bias is None for bias in network.b_in}) > 1:
         return "kernels take a bias for every input weight or for none"
     for weight in (*network.w_in, network.w_out):
-        sizes, strides = weight.shape[-2:], weight.stride()[-2:]
+        sizes = weight.shape[-2:]
+        # from its first to its last element, at most
+        span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
         if any(size % MULTIPLE for size in sizes):
             return f"kernels want sizes that are multiples of {MULTIPLE}, not {tuple(sizes)}"
-        if max(sizes) > WIDEST or max(math.prod(sizes), _span(sizes, strides)) >= 1 << 31:
+        if max(sizes) > WIDEST or max(math.prod(sizes), span) >= 1 << 31:
             return f"an expert's matrix {tuple(sizes)} is too large: kernels index it by int32"
     return why_unknown(network.activation)
-
-
-def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """An upper bound on the distance, in elements, between the first and the last element of a matrix."""
-    return sum(size * stride for size, stride in zip(sizes, strides, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -26,11 +26,12 @@ class Form(NamedTuple):
     alpha: float = 0.0
     limit: float = 0.0
 
-    @property
-    def gated(self) -> bool:
-        return self.layout != "plain"
+    def constants(self) -> dict[str, Any]:
+        """What kernels are told of it."""
+        interleaved = self.layout == "interleaved"
+        return dict(ACTIVATION=self.activation, ALPHA=self.alpha, LIMIT=self.limit, INTERLEAVED=interleaved)
 
-    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
         """Input weights, input biases or pre-activations as kernels read them: concatenated columns of gate and up are
         split into two tensors, interleaved ones stay one."""
         if self.layout == "concatenated":

@@ -11,37 +11,29 @@ from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton.form import Form, form_of
+from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.operators import Operands, triton_ffn, triton_ffn_backward
 from mixture_of_experts.ops.triton.row_plan import plan_of
 
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`. With a capacity too it uses rows without gaps, so empty slots cost nothing."""
-    return compute(call.x, plan_of(call.decision), call.network)
-
-
-def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
-    return autograd.differentiable(forward, backward, x, plan, network)
+    return autograd.differentiable(forward, backward, call.x, plan_of(call.decision), call.network)
 
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
-    assert plan.rows_per_expert is not None
-    token, assignment, row = (table.to(torch.int32) for table in (plan.token, plan.assignment, plan.row))
-    tables = (plan.weight, token, assignment, row, plan.rows_per_expert)
-    b_in = [bias for bias in network.b_in if bias is not None]
-    return Operands(x, *tables, plan.k or 0, list(network.w_in), network.w_out, b_in, network.b_out)
-
-
-def known_form(network: Network) -> Form:
-    form = form_of(network)
+    form, rows = form_of(network), plan.rows_per_expert
     assert form is not None
-    return form
+    assert rows is not None
+    token, assignment, row = (table.to(torch.int32) for table in (plan.token, plan.assignment, plan.row))
+    tables = (plan.weight.to(torch.float32), token, assignment, row, rows, plan.k or 0)
+    b_in, b_out = ([bias for bias in biases if bias is not None] for biases in (network.b_in, (network.b_out,)))
+    return Operands(x, *tables, list(network.w_in), network.w_out, b_in, b_out, form)
 
 
 def forward(x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
     """The `forward` of `autograd.differentiable`."""
-    out, pre = triton_ffn(*operands(x, plan, network), *known_form(network), save)
+    out, pre = triton_ffn(*operands(x, plan, network).flat(), save)
     return out, [pre]
 
 
@@ -50,6 +42,6 @@ def backward(x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor
     (pre,) = saved
     need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
     need_out = "w_out" in wanted or "b_out" in wanted
-    arguments = *operands(x, plan, network), *known_form(network), "x" in wanted, need_in, need_out
-    grad_x, grad_weight, *grads = triton_ffn_backward(grad, pre, *arguments)
-    return Gradients(grad_x, grad_weight, dict(zip(network.tensors(), grads, strict=True)))
+    needs = "x" in wanted, need_in, need_out
+    grad_x, grad_weight, *grads = triton_ffn_backward(grad, pre, *operands(x, plan, network).flat(), *needs)
+    return Gradients(grad_x, grad_weight.to(plan.weight.dtype), dict(zip(network.tensors(), grads, strict=True)))

@@ -10,7 +10,7 @@ with the mean number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +20,9 @@ from torch import Tensor
 from mixture_of_experts.kernels import ffn as kernels
 from mixture_of_experts.kernels.launching import launch
 from mixture_of_experts.ops.triton.form import Form
-from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, WeightBlocks, entries_of, find_schedule
+from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, WeightBlocks, entries_for, find_schedule, precision
 from mixture_of_experts.support.private_torch import is_fake
-from mixture_of_experts.support.tracing import capability
 
-GROUP = 8  # tiles whose programs run together, so that they find the same weights in the cache
 NO_ACTIVATION = Form("plain", "identity")
 MOST_ROWS = (1 << 31) - 256  # kernels count, in int32, up to two blocks of 128 rows after the last row
 
@@ -34,13 +32,14 @@ class Operands(NamedTuple):
 
     Attributes:
         x: `(t, d)`.
-        weight: `(a,)`, of each assignment.
+        weight: `(a,)` float32, of each assignment.
         token, assignment: `(r,)` int32, of each row.
         row: `(a,)` int32, of each assignment; r where it has none.
         counts: `(e,)` int64, the rows of each expert.
         choices: k, the assignments of each token; 0 where they are no fixed number.
         w_in, w_out: `(e, d, h)` or as the form's layout says, and `(e, h, o)`, in any strides, of x's dtype.
-        b_in, b_out: `(e, h)` for each of w_in, or none; `(e, o)` or None.
+        b_in, b_out: `(e, h)` for each of w_in, or none; one `(e, o)`, or none.
+        form: layout and activation.
     """
 
     x: Tensor
@@ -53,17 +52,25 @@ class Operands(NamedTuple):
     w_in: Sequence[Tensor]
     w_out: Tensor
     b_in: Sequence[Tensor]
-    b_out: Tensor | None
+    b_out: Sequence[Tensor]
+    form: Form
+
+    def flat(self) -> list[Any]:
+        """The arguments of an operator, which takes no tuples."""
+        return [*self[:-1], *self.form]
+
+    def differentiable(self) -> list[Tensor]:
+        """The tensors that have gradients."""
+        return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
     def in_order(self) -> Operands:
         """Return the operands as the self-check has them: others would be read by programs that nobody has checked."""
         w_in = [dense(weight) for weight in self.w_in]
         if len({weight.stride() for weight in w_in}) > 1:  # kernels read two by one set of strides
             w_in = [weight.contiguous() for weight in w_in]
-        b_in, b_out = ([aligned(bias) for bias in biases] for biases in (self.b_in, some(self.b_out)))
-        tables = [aligned(tensor) for tensor in (self.x, self.weight.to(torch.float32), *self[2:6])]
-        weights = [w_in, dense(self.w_out), b_in, b_out[0] if b_out else None]
-        return Operands._make([*tables, self.choices, *weights])
+        b_in, b_out = ([aligned(bias) for bias in biases] for biases in (self.b_in, self.b_out))
+        tables, weights = map(aligned, self[:6]), (w_in, dense(self.w_out), b_in, b_out)
+        return Operands._make([*tables, self.choices, *weights, self.form])
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -81,15 +88,18 @@ def aligned(tensor: Tensor, contiguous: bool = True) -> Tensor:
 
 OPERANDS = (
     "Tensor x, Tensor weight, Tensor token, Tensor assignment, Tensor row, Tensor counts, SymInt choices, "
-    "Tensor[] w_in, Tensor w_out, Tensor[] b_in, Tensor? b_out"
+    "Tensor[] w_in, Tensor w_out, Tensor[] b_in, Tensor[] b_out, str layout, str activation, float alpha, float limit"
 )
-FORM = "str layout, str activation, float alpha, float limit"  # see `Form`
 
 
-def split(arguments: Sequence[Any]) -> tuple[Operands, Form, Sequence[Any]]:
-    """Split the arguments of an operator, from its first operand on: operands, form, and the rest."""
-    given, form = len(Operands._fields), len(Form._fields)
-    return Operands(*arguments[:given]), Form(*arguments[given : given + form]), arguments[given + form :]
+def split(arguments: Sequence[Any], *others: Tensor) -> tuple[Operands, Sequence[Any]]:
+    """Split the arguments of an operator, from its first operand on: operands, on one device with `others`, and the
+    rest."""
+    form = Operands._fields.index("form")
+    end = form + len(Form._fields)
+    given = Operands._make([*arguments[:form], Form(*arguments[form:end])])
+    on_one_device(*given.differentiable(), *given[2:6], *others)
+    return given, arguments[end:]
 
 
 class Tiles(NamedTuple):
@@ -100,34 +110,17 @@ class Tiles(NamedTuple):
     height: int
 
 
-class Grads(NamedTuple):
-    """Memory for gradients; one that is not needed has no elements. `b_out` is None for a network without it."""
-
-    x: Tensor
-    weight: Tensor
-    w_in: list[Tensor]
-    w_out: Tensor
-    b_in: list[Tensor]
-    b_out: Tensor | None
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors that are not None."""
-        b_out = [] if self.b_out is None else [self.b_out]
-        return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *b_out]
-
-
 @torch.library.custom_op(
     "mixture_of_experts::triton_ffn",
     mutates_args=(),
-    schema=f"({OPERANDS}, {FORM}, bool keep) -> (Tensor, Tensor)",
+    schema=f"({OPERANDS}, bool keep) -> (Tensor, Tensor)",
 )
 def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
     """Return the outputs of the tokens `(t, o)`, and the products with each of w_in `(p, r, q)`.
 
     Without `keep` the products have no rows.
     """
-    given, form, (keep,) = split(arguments)
-    check_devices(given)
+    given, (keep,) = split(arguments)
     out, pre = empty_outputs(given, keep)
     given = given.in_order()
     rows, hidden_dim, out_dim = given.token.shape[0], *given.w_out.shape[1:]
@@ -136,23 +129,22 @@ def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
     schedule, tiles = tile(given)
     hidden, y = given.x.new_empty(rows, hidden_dim), given.x.new_empty(rows, out_dim)
     kept = list(pre) if keep else []
-    launch_rows_by_weights(schedule.up, tiles, given.x, given.w_in, given.b_in, hidden, form, given.token, kept)
-    launch_rows_by_weights(schedule.down, tiles, hidden, [given.w_out], some(given.b_out), y)
+    launch_rows_by_weights(schedule.up, tiles, given.x, given.w_in, given.b_in, hidden, given.form, given.token, kept)
+    launch_rows_by_weights(schedule.down, tiles, hidden, [given.w_out], given.b_out, y)
     launch_sum_rows(given, y, out)
     return out, pre
 
 
 @triton_ffn.register_fake
 def _(*arguments):
-    given, _, (keep,) = split(arguments)
-    check_devices(given)
+    given, (keep,) = split(arguments)
     return empty_outputs(given, keep)
 
 
 @torch.library.custom_op(
     "mixture_of_experts::triton_ffn_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor pre, {OPERANDS}, {FORM}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor pre, {OPERANDS}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
 )
 def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
     """Return the gradients of x, weight, w_in, w_out, b_in and b_out. One that is not needed has no elements; that of
@@ -161,24 +153,22 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
     Args:
         grad: `(t, o)` gradient of the tokens' outputs.
         pre: the products that `triton_ffn` returned.
-        arguments: the operands and the form that it was given.
+        arguments: the operands that it was given, and which gradients are needed.
     """
-    given, form, (need_x, need_in, need_out) = split(arguments)
-    check_devices(given, grad, pre)
-    dtype = given.weight.dtype
-    grads = empty_grads(given._replace(weight=given.weight.to(torch.float32)), need_x, need_in, need_out)
+    given, (need_x, need_in, need_out) = split(arguments, grad, pre)
+    grads = empty_grads(given, need_x, need_in, need_out)
     given, grad = given.in_order(), aligned(grad)
     rows, token = given.token.shape[0], given.token
     if rows == 0:
-        return [gradient.zero_() for gradient in grads._replace(weight=grads.weight.to(dtype)).tensors()]
+        return [gradient.zero_() for gradient in grads.differentiable()]
     schedule, tiles = tile(given)
     hidden = given.x.new_empty(rows, given.w_out.shape[1]) if need_out else None
     grad_pre = torch.empty_like(pre)
-    partial = launch_hidden_grads(schedule.hidden_grads, tiles, given, grad, pre, hidden, grad_pre, form)
+    partial = launch_hidden_grads(schedule.hidden_grads, tiles, given, grad, pre, hidden, grad_pre)
     if hidden is not None:
         launch_weight_grads(schedule.weight_grads, tiles, token, hidden, [grad], [grads.w_out], of_inputs=False)
-        if grads.b_out is not None:
-            launch_bias_grads(tiles, grad, grads.b_out, given)
+        for bias in grads.b_out:
+            launch_bias_grads(tiles, grad, bias, given)
     del hidden  # its memory serves the rows of x
     if need_in:
         launch_weight_grads(schedule.weight_grads, tiles, token, given.x, list(grad_pre), grads.w_in, of_inputs=True)
@@ -189,14 +179,13 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
         grad_rows = given.x.new_empty(rows, given.x.shape[1])
         launch_row_grads(schedule.row_grads, tiles, grad_pre, given.w_in, grad_rows)
     launch_sum_rows(given, grad_rows, grads.x, partial=partial, grad_weight=grads.weight)
-    return grads._replace(weight=grads.weight.to(dtype)).tensors()
+    return grads.differentiable()
 
 
 @triton_ffn_backward.register_fake
 def _(grad, pre, *arguments):
-    given, _, needs = split(arguments)
-    check_devices(given, grad, pre)
-    return empty_grads(given, *needs).tensors()
+    given, needs = split(arguments, grad, pre)
+    return empty_grads(given, *needs).differentiable()
 
 
 @triton_ffn_backward.register_autograd
@@ -211,55 +200,35 @@ def empty_outputs(given: Operands, keep: bool) -> tuple[Tensor, Tensor]:
     return given.x.new_empty(given.x.shape[0], given.w_out.shape[-1]), pre
 
 
-def empty_grads(given: Operands, need_x: bool, need_in: bool, need_out: bool) -> Grads:
-    """Return memory for gradients. Gradients of two input weights have equal strides, which kernels count on."""
+def empty_grads(given: Operands, need_x: bool, need_in: bool, need_out: bool) -> Operands:
+    """Return the operands with memory for gradients in the place of what has them; one that is not needed has no
+    elements. Gradients of two input weights have equal strides, which kernels count on."""
 
-    def like(tensor: Tensor, needed: bool, **options: Any) -> Tensor:
-        return torch.empty_like(tensor, **options) if needed else tensor.new_empty(0)
+    def like(tensor: Tensor, needed: bool) -> Tensor:
+        return torch.empty_like(tensor) if needed else tensor.new_empty(0)
 
-    return Grads(
-        like(given.x, need_x, memory_format=torch.contiguous_format),
-        like(given.weight, True, memory_format=torch.contiguous_format),
-        [like(given.w_in[0], need_in) for _ in given.w_in],
-        like(given.w_out, need_out),
-        [like(given.b_in[0], need_in) for _ in given.b_in],
-        None if given.b_out is None else like(given.b_out, need_out),
+    return given._replace(
+        x=given.x.new_empty(given.x.shape if need_x else 0),
+        weight=given.weight.new_empty(given.weight.shape),
+        w_in=[like(given.w_in[0], need_in) for _ in given.w_in],
+        w_out=like(given.w_out, need_out),
+        b_in=[like(given.b_in[0], need_in) for _ in given.b_in],
+        b_out=[like(bias, need_out) for bias in given.b_out],
     )
 
 
-def check_devices(given: Operands, *others: Tensor) -> None:
-    on_one_device(given.x, *given[1:6], *given.w_in, given.w_out, *given.b_in, *some(given.b_out), *others)
-
-
-def on_one_device(first: Tensor, *others: Tensor) -> None:
+def on_one_device(first: Tensor, *others: Tensor | None) -> None:
     """Check that all tensors are on one device: kernels would read any address, and fake tensors do not check them."""
     for tensor in others:
-        if tensor.device != first.device:
+        if tensor is not None and tensor.device != first.device:
             raise RuntimeError(
                 f"all tensors of a routed network must be on one device, got {first.device}, {tensor.device}"
             )
 
 
-def some(tensor: Tensor | None) -> list[Tensor]:
-    """The tensor in a list; an empty list for None."""
-    return [] if tensor is None else [tensor]
-
-
-def precision(dtype: torch.dtype) -> str:
-    """Return the precision of float32 products, "tf32" or "ieee", as torch's own switch says."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
-
-
 def schedule_for(x: Tensor, mean_rows: int) -> Schedule:
     """Return the entry of the table for these operands on this card."""
     return find_schedule(entries_for(x.device, x.dtype), mean_rows)
-
-
-def entries_for(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """Return all entries of the table for such operands on this card."""
-    kind = "half" if dtype.itemsize == 2 else precision(dtype)
-    return entries_of(kind, None if device.type == "cpu" else capability(device))
 
 
 def tile(given: Operands) -> tuple[Schedule, Tiles]:
@@ -315,7 +284,7 @@ def launch_rows_by_weights(
     pre: Sequence[Tensor] = (),
 ) -> None:
     """Launch *up*, which gathers tokens, or *down*."""
-    parts, biases, pre = form.parts(weights), form.parts(biases), form.parts(pre)
+    parts, biases, pre = map(form.parts, (weights, biases, pre))
     launch_product(
         kernels.rows_by_weights,
         tiles,
@@ -323,7 +292,7 @@ def launch_rows_by_weights(
         parts[0],
         "ecn",
         columns=out.shape[1],
-        width=blocks.n // 2 if form.gated else blocks.n,
+        width=blocks.n if form.layout == "plain" else blocks.n // 2,
         x=x,
         token=token,
         num_tokens=x.shape[0],
@@ -333,8 +302,7 @@ def launch_rows_by_weights(
         **pair("pre", pre),
         pre_r=pre[0].stride(0) if pre else 0,
         out=out,
-        **activation_of(form),
-        INTERLEAVED=form.layout == "interleaved",
+        **form.constants(),
     )
 
 
@@ -346,10 +314,9 @@ def launch_hidden_grads(
     pre: Tensor,
     hidden: Tensor | None,
     grad_pre: Tensor,
-    form: Form,
 ) -> Tensor:
     """Write the gradients of the pre-activations; return `(r, blocks)`, parts of those of the rows' weights."""
-    hidden_dim, parts = given.w_out.shape[1], form.parts(list(pre))
+    hidden_dim = given.w_out.shape[1]
     partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
     launch_product(
         kernels.hidden_grads,
@@ -366,15 +333,13 @@ def launch_hidden_grads(
         num_tokens=grad.shape[0],
         num_assignments=given.row.shape[0],
         weight=given.w_out,
-        bias=given.b_out,
-        **pair("pre", parts),
+        bias=next(iter(given.b_out), None),
+        **pair("pre", given.form.parts(pre)),
         pre_r=pre.stride(1),
         hidden=hidden,
-        **pair("grad_pre", form.parts(list(grad_pre))),
+        **pair("grad_pre", given.form.parts(grad_pre)),
         partial=partial,
-        **activation_of(form),
-        INTERLEAVED=form.layout == "interleaved",
-        TWO=len(parts) == 2,
+        **given.form.constants(),
     )
     return partial
 
@@ -389,7 +354,7 @@ def launch_row_grads(blocks: Blocks, tiles: Tiles, grad_pre: Tensor, weights: Se
         "enc",
         columns=out.shape[1],
         width=blocks.n,
-        **pair("grad_pre", list(grad_pre)),
+        **pair("grad_pre", grad_pre),
         **pair("weight", weights),
         out=out,
     )
@@ -412,7 +377,6 @@ def launch_product(
     A program writes `width` of the `columns` of the result.
     """
     length = weight.shape[axes.index("c")]
-    two = arguments.get("weight_up") is not None
     launch(
         kernel,
         (tiles.table.shape[0] * triton.cdiv(columns, width),),
@@ -421,13 +385,12 @@ def launch_product(
         C=length,
         N=columns,
         **strides("weight", [weight], axes),
-        **{"TWO": two} | arguments,
+        **arguments,
         PRECISION=precision(weight.dtype),
         EVEN=length % blocks.c == 0,
         BLOCK_M=tiles.height,
         BLOCK_N=blocks.n,
         BLOCK_C=blocks.c,
-        GROUP=GROUP,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
@@ -457,14 +420,11 @@ def launch_weight_grads(
         M=lines,
         N=columns,
         **strides("out", grads, "emn"),
-        TWO=len(grads) == 2,
         GATHER_X=of_inputs,
-        GATHER_Y=not of_inputs,
         PRECISION=precision(x.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_C=blocks.c,
-        GROUP=GROUP,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
@@ -490,7 +450,6 @@ def launch_bias_grads(tiles: Tiles, y: Tensor, out: Tensor, given: Operands | No
         **strides("out", [out], "en"),
         BLOCK_N=block,
         BLOCK_C=32,
-        num_warps=4,
     )
 
 
@@ -534,7 +493,7 @@ def launch_sum_rows(
     )
 
 
-def pair(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:
+def pair(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
     """Return two tensors, one or none as the arguments `name` and `name_up`."""
     first, second, *_ = *tensors, None, None
     return {name: first, f"{name}_up": second}
@@ -544,7 +503,3 @@ def strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
     """Return the strides of the first tensor, which all have, as the arguments `name_axis`; zeros without a tensor."""
     values = tensors[0].stride() if tensors else (0,) * len(axes)
     return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
-
-
-def activation_of(form: Form) -> dict[str, Any]:
-    return dict(ACTIVATION=form.activation, ALPHA=form.alpha, LIMIT=form.limit)

@@ -6,6 +6,7 @@ Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,11 +14,22 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision, rows_of_queues
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.kernels import tables
+from mixture_of_experts.kernels import tables as kernels
+from mixture_of_experts.kernels.launching import contiguous
 from mixture_of_experts.ops.triton import operators
 from mixture_of_experts.ops.triton.schedule import FEW, compares, num_rows
 
 BLOCK = 128  # assignments of a program
+
+
+class Tables(NamedTuple):
+    """What the kernels write, by their names for it: `row` `(a,)`, `assignment` and `token` of each row, in int32, and
+    the rows of each expert `(e,)`, as in a `Plan`."""
+
+    row: Tensor
+    assignment: Tensor
+    token: Tensor
+    counts: Tensor
 
 
 def plan_of(decision: Decision, few: int = FEW) -> Plan:
@@ -56,37 +68,29 @@ def queued_choices(decision: Decision) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
 def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the tables of `triton_plan` for few assignments, from `expert` `(a,)` int64 and `kept` `(a,)` bool.
+    """Return `Tables` of few assignments, from `expert` `(a,)` int64 and `kept` `(a,)` bool.
 
     Its time grows with the square of a. Only kept assignments have a row.
     """
-    operators.on_one_device(expert, kept)
-    expert, kept = expert.contiguous(), kept.contiguous()
-    row, assignment, token = tables_of(expert, expert.shape[0], expert.shape[0])
-    counts = expert.new_empty(num_experts)
+    number = expert.shape[0]
+    tables = empty_tables(number, number, num_experts, expert, kept)
     operators.launch(
-        tables.rank_rows,
-        (triton.cdiv(max(expert.shape[0], num_experts), 32),),
-        expert=expert,
-        kept=kept,
-        row=row,
-        assignment=assignment,
-        token=token,
-        counts=counts,
-        num_assignments=expert.shape[0],
+        kernels.rank_rows,
+        (triton.cdiv(max(number, num_experts), 32),),
+        **contiguous(expert=expert, kept=kept),
+        **tables._asdict(),
+        num_assignments=number,
         num_experts=num_experts,
         CHOICES=k,
         BLOCK=32,
         BLOCK_A=64,
-        num_warps=4,
     )
-    return row, assignment, token, counts
+    return tables
 
 
 @triton_few_plan.register_fake
 def _(expert, kept, num_experts, k):
-    operators.on_one_device(expert, kept)
-    return *tables_of(expert, expert.shape[0], expert.shape[0]), expert.new_empty(num_experts)
+    return empty_tables(expert.shape[0], expert.shape[0], num_experts, expert, kept)
 
 
 @torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
@@ -104,32 +108,27 @@ def triton_plan(
     k: int,
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`row` `(a,)`, `assignment` and `token` of each row, in int32, and the rows of each expert `(e,)`, as in a `Plan`.
+    """Return `Tables`.
 
     Args:
         expert, ..., experts_of_router: `queued_choices`.
         num_experts, k, num_rows: e, the choices of a token, and r, at least the sum of `length` and at most a.
     """
     number = num_assignments(expert, slot, choices_of_gate)
-    operators.on_one_device(expert, position, chosen, kept, length, *([] if slot is None else [slot]))
     operators.check_number(number)
-    given = dict(expert=expert, position=position, chosen=chosen, kept=kept, length=length, slot=slot)
-    given = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
-    row, assignment, token = tables_of(expert, number, num_rows)
+    tables = empty_tables(number, num_rows, num_experts, expert, position, chosen, kept, length, slot)
     if slot is not None:  # a gate of one's own may fill slots without a token: their rows are nobody's
-        assignment, token = assignment.fill_(number), token.fill_(number // k)
-    counts = length.new_empty(num_experts)
+        tables.assignment.fill_(number)
+        tables.token.fill_(number // k)
     if number == 0:
-        return row, assignment, token, counts.zero_()
+        tables.counts.zero_()
+        return tables
     operators.launch(
-        tables.find_rows,
+        kernels.find_rows,
         (triton.cdiv(number, BLOCK),),
-        **given,
+        **contiguous(expert=expert, position=position, chosen=chosen, kept=kept, length=length, slot=slot),
         stop=length.cumsum(0),
-        row=row,
-        assignment=assignment,
-        token=token,
-        counts=counts,
+        **tables._asdict(),
         num_assignments=number,
         num_rows=num_rows,
         num_tokens=tokens_of_group,
@@ -142,15 +141,14 @@ def triton_plan(
         CHOICES=k,
         BLOCK=BLOCK,
         BLOCK_E=32,
-        num_warps=4,
     )
-    return row, assignment, token, counts
+    return tables
 
 
 @triton_plan.register_fake
 def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_gate, experts_of_router, e, k, rows):
-    operators.on_one_device(expert, position, chosen, kept, length, *([] if slot is None else [slot]))
-    return *tables_of(expert, num_assignments(expert, slot, choices_of_gate), rows), length.new_empty(e)
+    number = num_assignments(expert, slot, choices_of_gate)
+    return empty_tables(number, rows, e, expert, position, chosen, kept, length, slot)
 
 
 def num_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
@@ -158,6 +156,8 @@ def num_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -
     return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
 
 
-def tables_of(like: Tensor, number: int, num_rows: int) -> list[Tensor]:
-    """Return empty tensors for `row`, `assignment` and `token`."""
-    return [like.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows)]
+def empty_tables(number: int, num_rows: int, num_experts: int, expert: Tensor, *others: Tensor | None) -> Tables:
+    """Return memory for the tables, on the device that all tensors are on."""
+    operators.on_one_device(expert, *others)
+    row, assignment, token = (expert.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows))
+    return Tables(row, assignment, token, expert.new_empty(num_experts))

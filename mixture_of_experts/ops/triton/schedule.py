@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.kernels.launching import family_of
 from mixture_of_experts.support.private_torch import statically_known_true
-from mixture_of_experts.support.tracing import smallest
+from mixture_of_experts.support.tracing import capability, smallest
 
-Capability = tuple[int, int]
 LOW = 16  # mean rows of an expert up to which tiles have 16 or 32 rows
 FEW = 2048  # assignments that the kernel of few compares with each other
 
@@ -51,21 +52,19 @@ class Schedule(NamedTuple):
     weight_grads: WeightBlocks
 
 
-def _low(weights: WeightBlocks, *costs: float) -> tuple[Schedule, ...]:
-    """Tiles of 16, 32 and 64 rows in bfloat16 or float16. They read weights more often: a program of m rows and 128
-    columns reads `1 / m + 1 / 128` elements for each multiplication, which costs more where products are faster."""
-    return tuple(
-        Schedule(
-            rows,
-            cost,
-            up=Blocks(128, 64, 4, stages),
-            down=Blocks(128, 64, 4, stages),
-            hidden_grads=Blocks(64, 64, 4, stages),
-            row_grads=Blocks(64, 64, 4, stages),
-            weight_grads=weights,
-        )
-        for rows, cost, stages in zip((16, 32, 64), costs, (4, 3, 3), strict=True)
-    )
+def _half(
+    weights: WeightBlocks, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
+) -> Schedule:
+    """An entry of bfloat16 or float16; `down` and `row_grads` are the columns of these kernels."""
+    blocks = Blocks(128, 64, warps, stages)
+    narrow = blocks._replace(n=64)
+    return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
+
+
+def _low(weights: WeightBlocks, *costs: float) -> list[Schedule]:
+    """Tiles of 16, 32 and 64 rows. They read weights more often: a program of m rows and 128 columns reads
+    `1 / m + 1 / 128` elements for each multiplication, which costs more where products are faster."""
+    return [_half(weights, *entry) for entry in zip((16, 32, 64), costs, (4, 3, 3), strict=True)]
 
 
 def _single(rows: int, cost: float, c: int, warps: int) -> Schedule:
@@ -74,45 +73,20 @@ def _single(rows: int, cost: float, c: int, warps: int) -> Schedule:
     return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlocks(64, 64, c, 8, 4))
 
 
-_MMA = WeightBlocks(128, 128, 32, 8, 4)
+_MMA, _GROUPS = WeightBlocks(128, 128, 32, 8, 4), WeightBlocks(128, 128, 64, 8, 3)
 *_lower, _highest = _low(_MMA, 2.8, 1.6, 1.15)
 # with 4 warps the clamped activation of weights that are stored transposed spills registers, by Triton 3.6 and 3.7
 _LOW_MMA = (*_lower, _highest._replace(up=Blocks(128, 64, 8, 3)))
-_AMPERE = Schedule(
-    128,
-    1.0,
-    up=Blocks(128, 64, 8, 4),
-    down=Blocks(128, 64, 8, 4),
-    hidden_grads=Blocks(64, 64, 8, 4),
-    row_grads=Blocks(128, 64, 8, 4),
-    weight_grads=_MMA,
-)
-_SMALL = Schedule(
-    128,
-    1.0,
-    up=Blocks(128, 64, 8, 3),
-    down=Blocks(128, 64, 8, 3),
-    hidden_grads=Blocks(64, 64, 8, 3),
-    row_grads=Blocks(128, 64, 8, 3),
-    weight_grads=_MMA,
-)
-_HOPPER = Schedule(
-    128,
-    1.0,
-    up=Blocks(128, 64, 8, 3),
-    down=Blocks(256, 64, 8, 3),
-    hidden_grads=Blocks(64, 64, 8, 3),
-    row_grads=Blocks(256, 64, 8, 3),
-    weight_grads=WeightBlocks(128, 128, 64, 8, 3),
-)
-_BLACKWELL = _HOPPER._replace(down=Blocks(128, 64, 8, 3), row_grads=Blocks(128, 64, 8, 3))
+_LOW_GROUPS = _low(_GROUPS, 4.2, 2.3, 1.35)
+_SMALL = _half(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
 
 #: entries of bfloat16 and float16, by the compute capability that stands for a family of cards
-HALF: dict[Capability, tuple[Schedule, ...]] = {
-    (8, 0): (*_LOW_MMA, _AMPERE),  # 163 KB of shared memory
+HALF: dict[tuple[int, int], tuple[Schedule, ...]] = {
+    (8, 0): (*_LOW_MMA, _half(_MMA, 128, 1.0, stages=4, warps=8, row_grads=128)),  # 163 KB of shared memory
     (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
-    (9, 0): (*_low(_HOPPER.weight_grads, 4.2, 2.3, 1.35), _HOPPER),  # 227 KB, warp groups multiply
-    (10, 0): (*_low(_BLACKWELL.weight_grads, 4.2, 2.3, 1.35), _BLACKWELL),
+    # 227 KB, groups of warps multiply
+    (9, 0): (*_LOW_GROUPS, _half(_GROUPS, 128, 1.0, stages=3, warps=8, down=256, row_grads=256)),
+    (10, 0): (*_LOW_GROUPS, _half(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
     (12, 0): (*_LOW_MMA, _SMALL),
 }
 #: entries of float32, the same for all cards
@@ -142,13 +116,19 @@ INTERPRETED: tuple[Schedule, ...] = (
 )
 
 
-def entries_of(kind: str, capability: Capability | None) -> tuple[Schedule, ...]:
-    """The entries for a kind of numbers ("half", "tf32", "ieee") on a card; those of the interpreter without a card."""
-    if capability is None:
+def precision(dtype: torch.dtype) -> str:
+    """Return the precision of float32 products, "tf32" or "ieee", as torch's own switch says."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def entries_for(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
+    """The entries for operands of this dtype on a card; on a CPU those of the interpreter."""
+    if device.type == "cpu":
         return INTERPRETED
-    family = family_of(capability)
+    family = family_of(capability(device))
     assert family is not None
-    return HALF[family] if kind == "half" else SINGLE[kind]
+    return HALF[family] if dtype.itemsize == 2 else SINGLE[precision(dtype)]
 
 
 def compares(decision: Decision, few: int = FEW) -> bool:

@@ -12,7 +12,7 @@ CUDA context, and a kernel that hangs hangs here: these a process cannot survive
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision, decision_on
 from mixture_of_experts.kernels.launching import SelfCheck
 from mixture_of_experts.ops import batched
-from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import Form
-from mixture_of_experts.ops.triton.schedule import Schedule, find_schedule
+from mixture_of_experts.ops.triton.schedule import Schedule, entries_for, find_schedule
 from mixture_of_experts.support.private_torch import constant_in_graphs
 
 ROWS, DIM = 512, 704  # least sizes of the made-up call; to DIM a kind's `sizes` are added
@@ -35,8 +35,10 @@ TIMES = 3  # how often the kernels compute it
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 FAR = 1 << 31  # more elements than int32 can index
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
+#: of the kernels, all that have no arguments
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, "tanh"),
     "silu": nn.SiLU,
     "relu": nn.ReLU,
     "relu_squared": SquaredReLU,
@@ -48,7 +50,7 @@ class Kind(NamedTuple):
     """What the kernels' programs depend on.
 
     Attributes:
-        device: index of the GPU.
+        device: the GPU.
         dtype: dtype of x and weights.
         form: form of the network.
         biases: whether there are input biases, and output biases.
@@ -58,7 +60,7 @@ class Kind(NamedTuple):
         decoding: whether only the forward is launched.
     """
 
-    device: int
+    device: torch.device
     dtype: torch.dtype
     form: Form
     biases: tuple[bool, bool]
@@ -72,57 +74,41 @@ CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of 
 
 
 @constant_in_graphs  # a traced graph runs this function instead of tracing it
-def why_wrong(
-    device: int,
-    dtype: torch.dtype,
-    form: tuple[str, str, float, float],
-    biases: tuple[bool, bool],
-    transposed: tuple[bool, bool],
-    sizes: tuple[int, int, int],
-    choices: int,
-    decoding: bool,
-    mean_rows: int | None,
-) -> str | None:
+def why_wrong(mean_rows: int | None, *kind_of_call: Any) -> str | None:
     """Check the kernels for a kind of calls whose experts have `mean_rows` rows on average (None: any number).
 
-    Returns what is wrong with them; None if nothing is.
+    The kind comes as plain tuples, the only ones that a graph hands on. Returns what is wrong with the kernels; None if
+    nothing is.
     """
     if not torch.cuda.is_available():
         return None  # the call's tensors are fake
-    from mixture_of_experts.ops.triton.operators import entries_for
-
-    entries = entries_for(torch.device("cuda", device), dtype)
-    kind = Kind(device, dtype, Form(*form), biases, transposed, sizes, choices, decoding)
+    kind = Kind(*kind_of_call)
+    entries = entries_for(kind.device, kind.dtype)
     wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
-    return judge(kind, torch.device("cuda", device), entries, wanted)
+    return judge(kind._replace(form=Form(*kind.form)), entries, wanted)
 
 
-def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
+def judge(kind: Kind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
     """Check the kernels with the `wanted` entries of the schedule. Returns what is wrong with them, or None."""
     for entry in wanted:
-        if wrong := CHECK.why_wrong(device, (kind, entry), partial(fault, kind, device, entries, entry)):
+        if wrong := CHECK.why_wrong(kind.device, (kind, entry), partial(fault, kind, entries, entry)):
             return wrong
     return None
 
 
-def forget() -> None:
-    """Forget all verdicts."""
-    CHECK.verdicts.clear()
-
-
-def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
+def fault(kind: Kind, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
     """What is wrong with the kernels for one entry of the schedule; None if nothing."""
-    far = entry is entries[-1] and has_room(device, kind.dtype)
+    far = entry is entries[-1] and has_room(kind)
     try:
-        return fault_of(make_call(kind, device, *size_for(entries, entry), far), kind, entry, far)
+        return fault_of(make_call(kind, *size_for(entries, entry), far), kind, entry, far)
     finally:
         if far:
             torch.cuda.empty_cache()  # torch would keep gigabytes
 
 
-def has_room(device: torch.device, dtype: torch.dtype) -> bool:
+def has_room(kind: Kind) -> bool:
     """Whether there is room for weights and gradients beyond what int32 can index."""
-    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * FAR * dtype.itemsize
+    return kind.device.type == "cuda" and torch.cuda.mem_get_info(kind.device)[0] > 4 * FAR * kind.dtype.itemsize
 
 
 def fault_of(call: Call, kind: Kind, entry: Schedule, far: bool) -> str | None:
@@ -167,25 +153,27 @@ def error_of_rows(got: Tensor, want: Tensor) -> float:
     return float(errors.max())
 
 
-def make_call(kind: Kind, device: torch.device, rows: int, experts: int, far: bool) -> Call:
+def make_call(kind: Kind, rows: int, experts: int, far: bool) -> Call:
     """A made-up call of numbers of unit scale, of which the first expert has most. Some choices have no expert, and the
     second expert has no tokens. With `far` the last expert's weights lie beyond what int32 can index.
 
     Tokens, input weights and their biases are small integers times a power of two. So the pre-activations are exact in
     every dtype and order of summing, and no rounding moves them over a kink of the activation.
     """
-    generator = torch.Generator(device).manual_seed(0)
+    options: Any = dict(generator=torch.Generator(kind.device).manual_seed(0), device=kind.device)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
+        return torch.randn(shape, **options)
 
     def weight(drawn: Tensor, transposed: bool) -> Tensor:
         drawn = drawn.to(kind.dtype)
         return drawn.mT.contiguous().mT if transposed else drawn
 
+    layout, name, *arguments = kind.form
+    activation = ACTIVATIONS[name]() if name in ACTIVATIONS else ClampedSwiGLU(*arguments)
     d, h, o = (DIM + size for size in kind.sizes)
-    fused = kind.form.layout in ("concatenated", "interleaved")
-    width, number = (2 * h if fused else h), (2 if kind.form.layout == "gated" else 1)
+    fused = layout in ("concatenated", "interleaved")
+    width, number = (2 * h if fused else h), (2 if layout == "gated" else 1)
     step = 2.0 ** -round(math.log2(d) / 2)
     weights = [weight(draw(experts, d, width).round() * step, kind.transposed[0]) for _ in range(number)]
     weights.append(weight(draw(experts, h, o) / math.sqrt(h), kind.transposed[1]))
@@ -193,18 +181,18 @@ def make_call(kind: Kind, device: torch.device, rows: int, experts: int, far: bo
     network = Network(
         tuple(w_in),
         w_out,
-        activation_of(kind.form),
+        activation,
         tuple(draw(experts, width).round().to(kind.dtype) if kind.biases[0] else None for _ in range(number)),
         draw(experts, o).to(kind.dtype) if kind.biases[1] else None,
-        kind.form.layout if fused else None,  # type: ignore[arg-type]
+        layout if fused else None,  # type: ignore[arg-type]
     )
     choices = kind.choices or 2
     tokens = -(-rows // choices)
-    expert = torch.randint(1, experts, (tokens, choices), generator=generator, device=device)
+    expert = torch.randint(1, experts, (tokens, choices), **options)
     expert[expert == 1] = experts - 1
-    expert[torch.rand(tokens, choices, generator=generator, device=device) < BUSIEST] = 0
+    expert[torch.rand(tokens, choices, **options) < BUSIEST] = 0
     expert[::17, 0] = -1
-    weights = torch.rand(tokens, choices, generator=generator, device=device) + 0.5
+    weights = torch.rand(tokens, choices, **options) + 0.5
     return Call(draw(tokens, d).round().to(kind.dtype), decision_on(expert, weights, experts), network, True)
 
 
@@ -218,12 +206,6 @@ def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
         for index, tensor in enumerate(tensors)
     )
     return [place.copy_(tensor) for place, tensor in zip(places, tensors, strict=True)]
-
-
-def activation_of(form: Form) -> ActivationLike:
-    if form.activation == "clamped_swiglu":
-        return ClampedSwiGLU(form.alpha, form.limit)
-    return nn.GELU("tanh") if form.activation == "gelu_tanh" else ACTIVATIONS[form.activation]()
 
 
 def same_plans(decision: Decision) -> bool:
