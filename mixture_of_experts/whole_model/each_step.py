@@ -30,7 +30,6 @@ class EachStep(ExitStack):
     """
 
     gates: tuple[str, ...]
-    remove = ExitStack.close
 
     def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -48,6 +47,10 @@ class EachStep(ExitStack):
         self.gates = tuple(moved)
         self._model: nn.Module | None = model
         self.callback(self._optimizer.register_step_post_hook(self._stepped).remove)
+
+    def remove(self) -> None:
+        """End it."""
+        self.close()
 
     def after_step(self, done: Tensor | int) -> None:
         """Move what is to move. `done` is 1, or 0 after a step that a fused optimizer skipped inside."""
