@@ -358,7 +358,7 @@ def make_activation_of(recipe: Recipe) -> nn.Module:
     """The activation of a recipe's experts."""
     name, limit = recipe.experts.get("activation", "silu"), recipe.experts.get("limit")
     if name == "clamped_swiglu":
-        return ClampedSwiGLU(recipe.experts["alpha"], limit)
+        return ClampedSwiGLU(recipe.experts["alpha"], recipe.experts["limit"])
     activation = ACTIVATIONS[name]()
     return activation if limit is None else ClampedGLU(activation, limit, after=recipe.experts.get("after", False))
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from support import parallel_checks as checks
 from support import parallel_odd_models as odd
 from support.parallel_workers import Workers
+from torch import nn
 
-from mixture_of_experts.parallel.exchange import by_expert
+from mixture_of_experts.parallel.agreement import check_ranks_agree
+from mixture_of_experts.parallel.exchange import by_expert, scale_gradient
+from mixture_of_experts.parallel.parallelize import matching_submodules
 
 
 @pytest.mark.parametrize("layer", ["top2", "top-k, dropless", "top2, list", "two levels"])
@@ -36,3 +42,46 @@ def test_rows_are_brought_to_their_experts():
     came = ["0a", "0a", "0c", "1a", "1b", "1b"]
     assert [came[i] for i in order] == ["0a", "0a", "1a", "1b", "1b", "0c"]
     assert order[inverse].tolist() == list(range(6))
+
+
+def test_what_ranks_disagree_in_is_named(monkeypatch: pytest.MonkeyPatch):
+    """The first three differences, and what is wrong on another rank."""
+    mesh: Any = SimpleNamespace(size=lambda: 2, get_group=lambda: None)
+    own, more = (
+        {"k": 2, "a": 1, "b": 1, "c": 1},
+        "k: 2 on rank 0, 3 on rank 1; a: 1 .* missing on rank 1; b: .*; and 1 more",
+    )
+    for other, error in (
+        (({"k": 3}, ""), more),
+        (({}, "no plan"), "rank 1 cannot be set up: no plan"),
+        ((own, ""), None),
+    ):
+        answers = lambda told, mine, group, other=other: told.__setitem__(slice(None), [mine, other])  # noqa: E731
+        monkeypatch.setattr(dist, "all_gather_object", answers)
+        if error is None:
+            check_ranks_agree(lambda: own, mesh)
+            continue
+        with pytest.raises(ValueError, match=error):
+            check_ranks_agree(lambda: own, mesh)
+
+
+def test_a_gradient_is_scaled_and_a_backward_reaches_what_waits():
+    x, reached = torch.ones(2, requires_grad=True), []
+    waiting = x.clone()
+    assert scale_gradient(x, 1.0) is x
+    waiting.grad_fn.register_hook(lambda *_: reached.append(True))
+    scale_gradient(x, 0.5).sum().backward()
+    assert x.grad.tolist() == [0.5, 0.5]
+    assert not reached
+    for constant in (torch.ones(2), torch.ones(2, requires_grad=True)):
+        scale_gradient(constant, 1.0, reached=waiting).sum().backward(retain_graph=True)
+    assert reached == [True, True]
+    assert scale_gradient(torch.ones(2), 1.0, reached=torch.ones(2)).requires_grad
+
+
+def test_a_key_of_a_plan_names_each_module_once():
+    one, other = nn.Identity(), nn.Identity()
+    model = nn.ModuleDict({name: nn.ModuleDict({"ffn": ffn}) for name, ffn in (("a", one), ("b", one), ("c", other))})
+    assert matching_submodules(model, "*.ffn") == {"a.ffn": one, "c.ffn": other}
+    assert matching_submodules(model, "") == {"": model}
+    assert not matching_submodules(model, "*.mlp")
