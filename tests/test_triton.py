@@ -11,8 +11,13 @@ import pytest
 import torch
 from support import triton_interpreter
 from support.own_process import Checks, checks
+from torch import Tensor, nn
 
-from mixture_of_experts.ops.triton import schedule
+from mixture_of_experts import GatedExperts, MoE, ops
+from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.kernels import launching
+from mixture_of_experts.ops.network import Call, Network
+from mixture_of_experts.ops.triton import schedule, why_not
 
 pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
 
@@ -86,6 +91,57 @@ def test_tiles(check: Checks, experts: int, height: int):
 )
 def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dtype: torch.dtype, choices: int):
     check("check_self_check", layout, activation, dtype, choices)
+
+
+class QuickGELU(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ShiftedSwiGLU(ops.ClampedSwiGLU):
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return super().forward(gate + 1, up)
+
+
+def test_what_is_refused(monkeypatch):
+    """By name, before a kernel is looked at; of tensors only shapes and strides are read."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    refused = {
+        "multiples of 16": MoE(16, 4, 24),
+        "float64": MoE(16, 4, 32).double(),
+        "activation Tanh": MoE(16, 4, 32, nn.Tanh),
+        "activation QuickGELU": MoE(16, 4, 32, QuickGELU),
+        "activation ShiftedSwiGLU": MoE(16, 4, experts=GatedExperts(16, 4, 32, ShiftedSwiGLU)),
+    }
+    for reason, layer in refused.items():
+        with ops.use("triton"), pytest.raises(ValueError, match=reason):
+            layer(torch.randn(1, 4, 16, dtype=layer.experts.w1.dtype))
+    one, nothing = torch.empty(1), decision_on(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), 2)
+    for d, h in ((16, (1 << 24) + 16), ((1 << 24) + 16, 16), (1 << 16, 1 << 15)):
+        network = Network((one.expand(2, d, h),), one.expand(2, h, 16), nn.SiLU())
+        with ops.use("triton"):
+            assert "too large" in str(why_not(Call(one.expand(4, d), nothing, network, False)))
+
+
+def test_which_cards_are_served(monkeypatch):
+    """And by which entries of the schedule: those of their family, of float32 as torch's switch says."""
+    card, found = torch.device("cuda"), {}
+    for number in ((7, 5), (8, 0), (8, 9), (11, 0), (13, 0)):
+        for module in (launching, schedule):
+            monkeypatch.setattr(module, "capability", lambda device, number=number: number)
+        if (reason := launching.why_not_on(card)) is None:
+            found[number] = schedule.entries_for(card, torch.bfloat16)
+        else:
+            assert "compute capability {}.{}".format(*number) in reason
+    assert found == {(8, 0): schedule.HALF[8, 0], (8, 9): schedule.HALF[8, 6], (11, 0): schedule.HALF[10, 0]}
+    monkeypatch.setattr(schedule, "capability", lambda device: (8, 0))
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            assert schedule.entries_for(card, torch.float32) == schedule.SINGLE[precision]
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_heights_of_tiles():
@@ -218,7 +274,7 @@ def test_what_is_no_number(check: Checks, activation: str):
     check("check_nan", activation)
 
 
-CHECKS = "lengths_of_the_self_check most_tiles plan_with_slots_of_nobody nothing refusals too_large last_rows devices"
+CHECKS = "lengths_of_the_self_check most_tiles plan_with_slots_of_nobody nothing too_large last_rows devices"
 SLOW_CHECKS = "first_hour faults operands_as_they_come frozen operators compiled"
 
 
