@@ -13,7 +13,7 @@ from support import triton_interpreter
 from support.own_process import Checks, checks
 from torch import Tensor, nn
 
-from mixture_of_experts import GatedExperts, MoE, ops
+from mixture_of_experts import ops
 from mixture_of_experts.dispatch.decision import decision_on
 from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops.network import Call, Network
@@ -103,24 +103,27 @@ class ShiftedSwiGLU(ops.ClampedSwiGLU):
         return super().forward(gate + 1, up)
 
 
-def test_what_is_refused(monkeypatch):
-    """By name, before a kernel is looked at; of tensors only shapes and strides are read."""
+@pytest.mark.parametrize(
+    ("reason", "d", "h", "activation", "dtype"),
+    [
+        ("multiples of 16", 16, 24, nn.SiLU(), torch.float32),
+        ("not torch.float64", 16, 32, nn.SiLU(), torch.float64),
+        ("activation Tanh", 16, 32, nn.Tanh(), torch.float32),
+        ("activation QuickGELU", 16, 32, QuickGELU(), torch.float32),
+        ("activation ShiftedSwiGLU", 16, 32, ShiftedSwiGLU(), torch.float32),
+        ("too large", 16, (1 << 24) + 16, nn.SiLU(), torch.float32),
+        ("too large", (1 << 24) + 16, 16, nn.SiLU(), torch.float32),
+        ("too large", 1 << 16, 1 << 15, nn.SiLU(), torch.float32),
+    ],
+)
+def test_what_is_refused(monkeypatch, reason: str, d: int, h: int, activation: nn.Module, dtype: torch.dtype):
+    """By name; of tensors only shapes and strides are read."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    refused = {
-        "multiples of 16": MoE(16, 4, 24),
-        "float64": MoE(16, 4, 32).double(),
-        "activation Tanh": MoE(16, 4, 32, nn.Tanh),
-        "activation QuickGELU": MoE(16, 4, 32, QuickGELU),
-        "activation ShiftedSwiGLU": MoE(16, 4, experts=GatedExperts(16, 4, 32, ShiftedSwiGLU)),
-    }
-    for reason, layer in refused.items():
-        with ops.use("triton"), pytest.raises(ValueError, match=reason):
-            layer(torch.randn(1, 4, 16, dtype=layer.experts.w1.dtype))
-    one, nothing = torch.empty(1), decision_on(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), 2)
-    for d, h in ((16, (1 << 24) + 16), ((1 << 24) + 16, 16), (1 << 16, 1 << 15)):
-        network = Network((one.expand(2, d, h),), one.expand(2, h, 16), nn.SiLU())
-        with ops.use("triton"):
-            assert "too large" in str(why_not(Call(one.expand(4, d), nothing, network, False)))
+    one, nothing = torch.empty(1, dtype=dtype), decision_on(torch.zeros(0, 2).long(), torch.empty(0, 2), 2)
+    w_in = [one.expand(2, d, h)] * (1 + isinstance(activation, ops.ClampedSwiGLU))
+    network = Network(tuple(w_in), one.expand(2, h, 16), activation, (None,) * len(w_in))
+    with ops.use("triton"):
+        assert reason in str(why_not(Call(one.expand(4, d), nothing, network, False)))
 
 
 def test_which_cards_are_served(monkeypatch):
