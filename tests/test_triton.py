@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -147,6 +148,27 @@ def test_which_cards_are_served(monkeypatch):
         matmul.fp32_precision = before
 
 
+def test_no_more_tiles_than_there_can_be():
+    """The bound is reached, and never passed: all ways to give some rows to some experts."""
+    from mixture_of_experts.ops.triton import operators  # it imports triton
+
+    for experts in (1, 2, 3):
+        for rows in range(1, 9):
+            shares = [s for s in itertools.product(range(rows + 1), repeat=experts) if sum(s) <= rows]
+            for height in (1, 2, 3, 4):
+                most = max(sum(-(-count // height) for count in share) for share in shares)
+                assert operators.most_tiles(rows, experts, height) == most
+
+
+def test_more_rows_than_int32_counts():
+    """More rows than int32 counts are refused."""
+    from mixture_of_experts.ops.triton import operators  # it imports triton
+
+    for rows in (1 << 31, operators.MOST_ROWS + 1):
+        with pytest.raises(ValueError, match=f"at most {operators.MOST_ROWS} rows, not {rows}"):
+            operators.find_tiles(torch.tensor([rows]), rows, 128)
+
+
 def test_heights_of_tiles():
     """Rows that whole tiles have, as they are reckoned and of loads that are drawn; and which height they lead to."""
     torch.manual_seed(0)
@@ -277,7 +299,7 @@ def test_what_is_no_number(check: Checks, activation: str):
     check("check_nan", activation)
 
 
-CHECKS = "lengths_of_the_self_check most_tiles plan_with_slots_of_nobody nothing too_large last_rows devices"
+CHECKS = "lengths_of_the_self_check plan_with_slots_of_nobody nothing last_rows devices"
 SLOW_CHECKS = "first_hour faults operands_as_they_come frozen operators compiled"
 
 

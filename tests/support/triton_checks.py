@@ -401,16 +401,6 @@ def check_lengths_of_the_self_check() -> None:
         assert not self_check.error_of_rows(found, wanted) < tolerance
 
 
-def check_most_tiles() -> None:
-    """The bound is reached, and never passed: all ways to give some rows to some experts."""
-    for experts in (1, 2, 3):
-        for rows in range(1, 9):
-            shares = [s for s in itertools.product(range(rows + 1), repeat=experts) if sum(s) <= rows]
-            for height in (1, 2, 3, 4):
-                most = max(sum(-(-count // height) for count in share) for share in shares)
-                assert operators.most_tiles(rows, experts, height) == most
-
-
 def check_memory(*args: Any, **options: Any) -> None:
     """The same as `check_values`, every access to memory checked."""
     with watched(operators):
@@ -878,13 +868,6 @@ def check_compiled() -> None:
             assert relative(got, want.double()) < 1e-5
         graphs.append(counter.frame_count)
     assert graphs == graphs[:1] * 3
-
-
-def check_too_large() -> None:
-    """More rows than int32 counts are refused."""
-    for rows in (1 << 31, operators.MOST_ROWS + 1):
-        with pytest.raises(ValueError, match=f"at most {operators.MOST_ROWS} rows, not {rows}"):
-            operators.find_tiles(torch.tensor([rows]), rows, 128)
 
 
 @triton.jit
