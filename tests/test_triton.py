@@ -5,14 +5,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
 from support import triton_interpreter
 from support.own_process import Checks, checks
+from torch import Tensor, nn
 
-from mixture_of_experts.ops.triton import schedule
+from mixture_of_experts import ops
+from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.kernels import launching
+from mixture_of_experts.ops.network import Call, Network
+from mixture_of_experts.ops.triton import schedule, why_not
 
 pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
 
@@ -86,6 +92,81 @@ def test_tiles(check: Checks, experts: int, height: int):
 )
 def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dtype: torch.dtype, choices: int):
     check("check_self_check", layout, activation, dtype, choices)
+
+
+class QuickGELU(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ShiftedSwiGLU(ops.ClampedSwiGLU):
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return super().forward(gate + 1, up)
+
+
+@pytest.mark.parametrize(
+    ("reason", "d", "h", "activation", "dtype"),
+    [
+        ("multiples of 16", 16, 24, nn.SiLU(), torch.float32),
+        ("not torch.float64", 16, 32, nn.SiLU(), torch.float64),
+        ("activation Tanh", 16, 32, nn.Tanh(), torch.float32),
+        ("activation QuickGELU", 16, 32, QuickGELU(), torch.float32),
+        ("activation ShiftedSwiGLU", 16, 32, ShiftedSwiGLU(), torch.float32),
+        ("too large", 16, (1 << 24) + 16, nn.SiLU(), torch.float32),
+        ("too large", (1 << 24) + 16, 16, nn.SiLU(), torch.float32),
+        ("too large", 1 << 16, 1 << 15, nn.SiLU(), torch.float32),
+    ],
+)
+def test_what_is_refused(monkeypatch, reason: str, d: int, h: int, activation: nn.Module, dtype: torch.dtype):
+    """By name; of tensors only shapes and strides are read."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    one, nothing = torch.empty(1, dtype=dtype), decision_on(torch.zeros(0, 2).long(), torch.empty(0, 2), 2)
+    w_in = [one.expand(2, d, h)] * (1 + isinstance(activation, ops.ClampedSwiGLU))
+    network = Network(tuple(w_in), one.expand(2, h, 16), activation, (None,) * len(w_in))
+    with ops.use("triton"):
+        assert reason in str(why_not(Call(one.expand(4, d), nothing, network, False)))
+
+
+def test_which_cards_are_served(monkeypatch):
+    """And by which entries of the schedule: those of their family, of float32 as torch's switch says."""
+    card, found = torch.device("cuda"), {}
+    for number in ((7, 5), (8, 0), (8, 9), (11, 0), (13, 0)):
+        for module in (launching, schedule):
+            monkeypatch.setattr(module, "capability", lambda device, number=number: number)
+        if (reason := launching.why_not_on(card)) is None:
+            found[number] = schedule.entries_for(card, torch.bfloat16)
+        else:
+            assert "compute capability {}.{}".format(*number) in reason
+    assert found == {(8, 0): schedule.HALF[8, 0], (8, 9): schedule.HALF[8, 6], (11, 0): schedule.HALF[10, 0]}
+    monkeypatch.setattr(schedule, "capability", lambda device: (8, 0))
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            assert schedule.entries_for(card, torch.float32) == schedule.SINGLE[precision]
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_no_more_tiles_than_there_can_be():
+    """The bound is reached, and never passed: all ways to give some rows to some experts."""
+    from mixture_of_experts.ops.triton import operators  # it imports triton
+
+    for experts in (1, 2, 3):
+        for rows in range(1, 9):
+            shares = [s for s in itertools.product(range(rows + 1), repeat=experts) if sum(s) <= rows]
+            for height in (1, 2, 3, 4):
+                most = max(sum(-(-count // height) for count in share) for share in shares)
+                assert operators.most_tiles(rows, experts, height) == most
+
+
+def test_more_rows_than_int32_counts():
+    """More rows than int32 counts are refused."""
+    from mixture_of_experts.ops.triton import operators  # it imports triton
+
+    for rows in (1 << 31, operators.MOST_ROWS + 1):
+        with pytest.raises(ValueError, match=f"at most {operators.MOST_ROWS} rows, not {rows}"):
+            operators.find_tiles(torch.tensor([rows]), rows, 128)
 
 
 def test_heights_of_tiles():
@@ -218,7 +299,7 @@ def test_what_is_no_number(check: Checks, activation: str):
     check("check_nan", activation)
 
 
-CHECKS = "lengths_of_the_self_check most_tiles plan_with_slots_of_nobody nothing refusals too_large last_rows devices"
+CHECKS = "lengths_of_the_self_check plan_with_slots_of_nobody nothing last_rows devices"
 SLOW_CHECKS = "first_hour faults operands_as_they_come frozen operators compiled"
 
 

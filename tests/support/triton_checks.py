@@ -34,7 +34,7 @@ from mixture_of_experts import (
     ops,
 )
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.decision import compose, decision_of, decision_on, plan_slots_of, rows_of_queues
+from mixture_of_experts.dispatch.decision import compose, decision_of, plan_slots_of, rows_of_queues
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.gating import Choices, recomputing, top2_by_kernel, topk_by_kernel
 from mixture_of_experts.gating.levels import second_level
@@ -43,8 +43,8 @@ from mixture_of_experts.kernels import ffn as kernels
 from mixture_of_experts.kernels import launching, queueing, top_2, top_k
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU
-from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton import operators, schedule, self_check, why_not
+from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.triton import operators, schedule, self_check
 from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.forward_backward import backward, forward, operands
 from mixture_of_experts.ops.triton.row_plan import plan_of, queued_choices, triton_few_plan, triton_plan
@@ -399,16 +399,6 @@ def check_lengths_of_the_self_check() -> None:
         found = wanted.to(dtype, copy=True)
         found[0, 0, 0] = torch.nan
         assert not self_check.error_of_rows(found, wanted) < tolerance
-
-
-def check_most_tiles() -> None:
-    """The bound is reached, and never passed: all ways to give some rows to some experts."""
-    for experts in (1, 2, 3):
-        for rows in range(1, 9):
-            shares = [s for s in itertools.product(range(rows + 1), repeat=experts) if sum(s) <= rows]
-            for height in (1, 2, 3, 4):
-                most = max(sum(-(-count // height) for count in share) for share in shares)
-                assert operators.most_tiles(rows, experts, height) == most
 
 
 def check_memory(*args: Any, **options: Any) -> None:
@@ -878,44 +868,6 @@ def check_compiled() -> None:
             assert relative(got, want.double()) < 1e-5
         graphs.append(counter.frame_count)
     assert graphs == graphs[:1] * 3
-
-
-class QuickGELU(nn.GELU):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
-
-
-class ShiftedSwiGLU(ClampedSwiGLU):
-    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
-        return super().forward(gate + 1, up)
-
-
-def check_refusals() -> None:
-    """What the kernels do not take is refused by name."""
-    x = torch.randn(1, 4, 16)
-    refused = {
-        "multiples of 16": MoE(16, 4, 24),
-        "float64": MoE(16, 4, 32).double(),
-        "activation Tanh": MoE(16, 4, 32, nn.Tanh),
-        "activation QuickGELU": MoE(16, 4, 32, QuickGELU),
-        "activation ShiftedSwiGLU": MoE(16, 4, experts=GatedExperts(16, 4, 32, ShiftedSwiGLU)),
-    }
-    for reason, layer in refused.items():
-        with ops.use("triton"), pytest.raises(ValueError, match=reason):
-            layer(x.to(layer.experts.w1.dtype))
-
-
-def check_too_large() -> None:
-    """Places that int32 does not hold are refused; only shapes and strides are read for it."""
-    one, many = torch.empty(1), 1 << 31
-    nothing = decision_on(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), 2)
-    for d, h in ((16, (1 << 24) + 16), ((1 << 24) + 16, 16), (1 << 16, 1 << 15)):
-        network = Network((one.expand(2, d, h),), one.expand(2, h, 16), nn.SiLU())
-        with ops.use("triton"):
-            assert "too large" in str(why_not(Call(one.expand(4, d), nothing, network, False)))
-    for rows in (many, operators.MOST_ROWS + 1):
-        with pytest.raises(ValueError, match=f"at most {operators.MOST_ROWS} rows, not {rows}"):
-            operators.find_tiles(torch.tensor([rows]), rows, 128)
 
 
 @triton.jit
