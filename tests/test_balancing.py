@@ -63,35 +63,25 @@ def biases(model: Model) -> list[Tensor]:
     return [gate.expert_bias.clone() for gate in model.gates()]
 
 
-def train(model: Model, steps: int = 3, accumulation: int = 2, lr: float = 0.0, rule: RuleName = "sign") -> None:
-    """By hand: `update_bias` after each step."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    for gate in model.gates():
-        gate.bias_rule = rule
-    for step in range(steps):
-        for micro in range(accumulation):
-            model(tokens(10 * step + micro)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        for gate in model.gates():
-            gate.update_bias(RATE)
-
-
 @pytest.mark.parametrize(
     ("rule", "accumulation", "checkpointing"),
     [("sign", 1, False), ("sign", 4, True), ("centred_sign", 1, False), ("quantile", 2, True)],
 )
 def test_once_for_each_step(rule, accumulation, checkpointing):
     by_hand, model = Model(), Model(checkpointing)
-    train(by_hand, accumulation=accumulation, rule=rule)
+    for gate in by_hand.gates():
+        gate.bias_rule = rule
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     balancing = balance_experts(model, optimizer, rule, rate=RATE)
     for step in range(3):
         for micro in range(accumulation):
-            model(tokens(10 * step + micro)).backward()
+            for each in (by_hand, model):
+                each(tokens(10 * step + micro)).backward()
             model.eval()(tokens(1))  # evaluation counts nothing
             model.train()
         optimizer.step()
+        for gate in by_hand.gates():
+            gate.update_bias(RATE)
     torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
     assert all(bias.any() for bias in biases(model))
     assert not any(gate.bias_counts.any() for gate in model.gates())
@@ -244,7 +234,8 @@ def test_counts_that_pile_up_are_warned_of(make):
 
     for _ in range(9):
         step()
-    moe.gate.update_bias(0.0)
+    moe.gate.update_bias(0.0)  # it starts counting anew, and leaves the bias as it is
+    assert not moe.gate.expert_bias.any()
     for _ in range(10):
         step()
     with pytest.warns(UserWarning, match=r"bias in 10 steps .* balance_experts\("):
@@ -271,35 +262,45 @@ def test_a_router_that_no_step_trains_is_not_warned_of():
 
 
 def run_two() -> None:
-    """Every micro-batch synchronised, so that DDP copies buffers before each: the counts of both ranks stay."""
-    for rule, rate in (("sign", RATE), ("quantile", 1.0)):
-        check_two(rule, rate)
+    """Neither ends while the other may still be in a collective: a process that does can abort."""
+    check_two("sign", RATE, None)
+    check_two("sign", RATE, dist.group.WORLD)
+    check_two("quantile", 1.0, this_rank())
     check_sparsity_of_two()
+    if dist.get_rank() == 0:  # a group of one waits for nobody: the other rank never calls
+        Model().one.gate.update_bias(RATE, this_rank())
+    dist.barrier()
 
 
-def check_two(rule: RuleName, rate: float) -> None:
+def check_two(rule: RuleName, rate: float, of_losses: dist.ProcessGroup | None) -> None:
+    """Every micro-batch synchronised, so that DDP copies buffers before each: the counts of both ranks stay. Biases
+    move by the loads of both ranks, also by hand; losses may be of fewer ranks."""
     rank, one = dist.get_rank(), this_rank()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        model, alone = Model(), Model()
-        optimizers = [torch.optim.SGD(each.parameters(), lr=0.0) for each in (model, alone)]
-        balance_experts(model, optimizers[0], rule, rate)
-        for gate in alone.gates():
+        model, by_hand, alone = Model(), Model(), Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        balance_experts(model, optimizer, rule, rate)
+        for gate in (*by_hand.gates(), *alone.gates()):
             gate.bias_rule = rule
+        for gate in (*model.gates(), *by_hand.gates()):
+            gate.process_group = of_losses
         parallel = DistributedDataParallel(model)
         for step in range(2):
             for micro in range(2):
-                parallel(tokens(10 * step + 2 * micro + rank, sequences=2 + rank)).backward()
+                for each in (parallel, by_hand):
+                    each(tokens(10 * step + 2 * micro + rank, sequences=2 + rank)).backward()
                 for other in range(2):
                     alone(tokens(10 * step + 2 * micro + other, sequences=2 + other)).backward()
             with CommDebugMode() as collectives:
-                optimizers[0].step()
+                optimizer.step()
             assert collectives.get_total_counts() == 1  # for all gates
-            for gate in alone.gates():
-                gate.update_bias(rate, one)
-        for found, expected in zip(biases(model), biases(alone), strict=True):
-            assert torch.equal(found, expected)
-            assert found.any()
+            for gate, of_alone in zip(by_hand.gates(), alone.gates(), strict=True):
+                gate.update_bias(rate)
+                of_alone.update_bias(rate, one)
+        for expected, *found in zip(biases(alone), biases(model), biases(by_hand), strict=True):
+            assert all(bias.equal(expected) for bias in found)
+            assert expected.any()
 
 
 def check_sparsity_of_two() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,9 +42,8 @@ def entered(name: str, *contestants: str, **changed) -> dict[str, Contestant]:
 @pytest.mark.slow
 def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     saved, drawn = tmp_path / "result.json", tmp_path / "picture.png"
-    arguments = ["--only", "toy/train", "--half", "ordinary", "--rounds", "2", "--attempts", "1", "--json", str(saved)]
-    arguments += ["--processes", "2"]
-    arguments += ["--plot", str(drawn)]
+    arguments = ["--only", "toy/train", "--half", "ordinary", "--rounds", "2", "--attempts", "1", "--processes", "2"]
+    arguments += ["--json", str(saved), "--plot", str(drawn)]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -222,22 +222,12 @@ def test_the_card_sleeps_until_a_step_is_queued(monkeypatch: pytest.MonkeyPatch)
     """Cold, and for at least as long as the host takes: what is between the two events never waits for the host."""
     said: list[str] = []
 
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            said.append("event")
-
-        def synchronize(self) -> None:
-            said.append("wait")
-
-        def elapsed_time(self, other: "Event") -> float:
-            return 2.0
-
+    event = SimpleNamespace(
+        record=lambda: said.append("event"), synchronize=lambda: said.append("wait"), elapsed_time=lambda other: 2.0
+    )
     device = card.Device()
-    device.more_than_the_cache = type("Memory", (), {"zero_": lambda self: said.append("cold")})()  # type: ignore
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    device.more_than_the_cache = SimpleNamespace(zero_=lambda: said.append("cold"))  # type: ignore
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event if enable_timing else None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(f"sleep {cycles / 2.8e9 >= 1e-2}"))
     assert device.card_seconds(lambda: said.append("step"), host=1e-2) == 2e-3
     assert said == ["cold", "sleep True", "event", "step", "event", "wait"]

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.left import assert_equal, recorded
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import (
     Choices,
@@ -183,16 +184,11 @@ def test_nothing_stays_on_a_layer():
 
 
 def test_checkpointing_of_each_layer():
-    stack = [moe.train() for moe in layers(expert_bias=True)]
-    x, grads = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True), []
-    for again in (False, True):
-        out, state = x, None
-        for moe in stack:
-            call: Any = (lambda *given: checkpoint(*given, use_reentrant=False)) if again else lambda f, *a: f(*a)
-            step, _, state = call(lambda x, s, moe=moe: moe(x, router_state=s), out, state)
-            out = out + step
-        grads.append(torch.autograd.grad(out.square().sum(), [x, *stack[1].parameters(), *stack[0].gate.parameters()]))
-        assert stack[2].gate.expert_counts.sum() == 18 * (1 + again)
+    stack, x = layers(expert_bias=True), torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
+    weights, grads = [x, *stack[1].parameters(), *stack[0].gate.parameters()], []
+    for times, called in enumerate((stack, [checkpoint_wrapper(moe) for moe in stack]), start=1):
+        grads.append(torch.autograd.grad(run(called, x)[0].square().sum(), weights))
+        assert stack[2].gate.expert_counts.sum() == 18 * times
     assert all(map(torch.equal, *grads))
 
 
@@ -218,9 +214,8 @@ def test_records_replays_statistics_and_losses():
         layer.gate.logits[-1].weight.data.normal_()
     with replay_routing(model, records):
         assert all(map(torch.equal, model(x)[2], states))
-    with replay_routing(other, records), record_routing(other) as recorded:
-        other(x)
-    assert all(a.equal(b) for layer in records for a, b in zip(recorded[layer], records[layer], strict=True))
+    with replay_routing(other, records):
+        assert_equal(recorded(other, x), records)
     first = model.layers[0]
     out, _ = first(x)
     assert torch.equal(OutputOnly(first)(x), out)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 
 from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMoE, MoE, OutputOnly, TopKGating, ops
@@ -268,20 +269,15 @@ def test_explain_tells_of_its_own_thread():
     assert len(set(expected)) == 2
     entered, started = threading.Barrier(2), threading.Barrier(2)
 
-    class Waits(nn.Module):
-        """Computes when the other thread explains too."""
+    def until_both_explain(*_: object) -> None:
+        entered.wait(60)
 
-        def __init__(self, layer: nn.Module) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: Tensor) -> Tensor:
-            entered.wait(60)
-            return self.layer(x)[0]
+    for layer in layers:
+        layer.register_forward_pre_hook(until_both_explain)
 
     def told(layer: nn.Module) -> str:
         started.wait(60)
-        return ops.explain_call(Waits(layer), x).way
+        return ops.explain_call(layer, x).way
 
     with ThreadPoolExecutor(2) as pool:
         for _ in range(20):
@@ -428,13 +424,27 @@ class OldCounts(Experts):
         return super().forward(x)
 
 
-@pytest.mark.parametrize(("kind", "ndim"), [(PassedOn, 2), (Adapter, 3), (Old, 3), (OldCounts, 3)])
-def test_what_a_forward_is_given(kind, ndim):
-    """One that passes it on gets tokens, an adapter and the old forwards slots."""
-    layer, shapes = MoE(D, E, experts=kind(D, E, H)), []
-    layer.experts.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
-    assert layer(torch.randn(2, 9, D))[0].shape == (2, 9, D)
-    assert [len(shape) for shape in shapes] == [ndim]
+def checkpointed(*sizes):
+    return checkpoint_wrapper(Experts(*sizes))
+
+
+def compiled(*sizes):
+    return torch.compile(Experts(*sizes), backend="eager")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("kind", [PassedOn, checkpointed, compiled, Adapter, Old, OldCounts])
+def test_what_a_forward_is_given(kind):
+    """An adapter and the old forwards get slots, others tokens; all compute the same."""
+    gate, x, shapes, results = TopKGating(D, E, 2), torch.randn(2, 9, D), [], []
+    for make in (Experts, kind):
+        torch.manual_seed(1)
+        layer = MoE(D, gate=gate, experts=make(D, E, H))
+        layer.experts.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+        results.append(layer(x))
+    torch.testing.assert_close(*results)
+    assert shapes[0] == (18, D)
+    assert len(shapes[1]) == (3 if kind in (Adapter, Old, OldCounts) else 2)
 
 
 def test_a_decision_in_another_place_is_refused_when_the_class_is_made():
@@ -443,22 +453,6 @@ def test_a_decision_in_another_place_is_refused_when_the_class_is_made():
         class Wrong(Experts):
             def forward(self, x, *, decision=None):
                 return x
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_wrapped_experts_are_given_tokens():
-    """By `torch.compile` and by checkpointing, as the wrapped ones would be."""
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
-    plain = MoE(D, E, gate=TopKGating(D, E, 2))
-    x = torch.randn(2, 9, D)
-    expected = plain(x)
-    for wrap in (checkpoint_wrapper, lambda module: torch.compile(module, backend="eager")):
-        shapes = []
-        wrapped = MoE(D, E, gate=plain.gate, experts=wrap(plain.experts))
-        wrapped.experts.register_forward_pre_hook(lambda module, args, shapes=shapes: shapes.append(args[0].shape))
-        torch.testing.assert_close(wrapped(x), expected)
-        assert shapes == [(18, D)]
 
 
 def test_hooks_on_experts_see_tokens_everywhere():
@@ -475,22 +469,11 @@ def test_hooks_on_experts_see_tokens_everywhere():
 @pytest.mark.parametrize("kind", ["Experts", "GatedExperts", "list", "slots"])
 def test_experts_as_heads(kind, factor):
     """Another output width: of stacks, lists and modules, with a mask and a shared expert of that width."""
-
-    class Heads(nn.Module):
-        dim_out = OUT
-
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(E, D, OUT))
-
-        def forward(self, x):
-            return x @ self.weight
-
     experts = {
         "Experts": lambda: Experts(D, E, H, dim_out=OUT),
         "GatedExperts": lambda: GatedExperts(D, E, H, dim_out=OUT, bias=True),
         "list": lambda: ExpertList([nn.Linear(D, OUT) for _ in range(E)], dim_out=OUT),
-        "slots": Heads,
+        "slots": lambda: Slots(dim_out=OUT),
     }[kind]()
     gate = TopKGating(D, E, 2, capacity_factor_train=factor)
     layer = MoE(D, E, gate=gate, experts=experts, shared_expert=nn.Linear(D, OUT))
@@ -545,9 +528,9 @@ def test_experts_that_return_what_they_are_given_leave_the_inputs_alone(compiled
 class Slots(nn.Module):
     """Experts of one's own, all at once; it keeps the shapes that it was given."""
 
-    def __init__(self, num_experts=E):
+    def __init__(self, num_experts=E, dim_out=D):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(num_experts, D, D))
+        self.weight, self.dim_out = nn.Parameter(torch.randn(num_experts, D, dim_out)), dim_out
         self.shapes = []
 
     def forward(self, x):

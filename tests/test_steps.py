@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -39,16 +38,11 @@ def approx(*values: float):
 # ---- weigh ----
 
 
-def test_softmax_over_the_chosen_is_the_normalised_softmax():
-    """exp: 1, 2, 4, so 4/6 and 2/6."""
-    for settings in (dict(weigh="softmax"), dict(weigh="score")):
+def test_softmax_over_the_chosen_is_the_normalised_softmax_whatever_the_score_is():
+    """exp: 1, 2, 4, so 4/6 and 2/6. Sigmoids 1/2, 2/3, 4/5 choose, and weigh unless their logits do."""
+    for settings in (dict(weigh="softmax"), dict(weigh="score"), dict(score="sigmoid", weigh="softmax")):
         assert decided([0.0, L2, L4], **settings) == ([2, 1], approx(4 / 6, 2 / 6))
-
-
-def test_softmax_over_the_chosen_whatever_the_score_is():
-    """The sigmoids choose, with odds 1/2, 2/3, 4/5; their logits weigh."""
     assert decided([0.0, L2, L4], score="sigmoid") == ([2, 1], approx((4 / 5) / (22 / 15), (2 / 3) / (22 / 15)))
-    assert decided([0.0, L2, L4], score="sigmoid", weigh="softmax") == ([2, 1], approx(4 / 6, 2 / 6))
 
 
 def test_weights_of_ones_own_are_not_normalised_unless_asked():
@@ -147,15 +141,9 @@ def test_square_root_of_softplus():
 
 def test_a_bias_on_logits_and_on_scores():
     """Far out sigmoids are nearly equal: 0.1 on the score turns the choice, on the logits it does not."""
-
-    def first(**settings) -> int:
-        gate = TopKGating(1, 2, 1, score="sigmoid", expert_bias=True, **settings)
-        gate.w_gating.data.copy_(torch.tensor([[6.0, 5.0]]))
-        gate.expert_bias.copy_(torch.tensor([0.0, 0.1]))
-        return int(gate(torch.ones(1, 1, 1)).expert)
-
-    assert first() == 1
-    assert first(select="logits") == 0
+    settings: dict = dict(k=1, score="sigmoid", moved=[0.0, 0.1])
+    assert decided([6.0, 5.0], **settings)[0] == [1]
+    assert decided([6.0, 5.0], **settings, select="logits")[0] == [0]
 
 
 def test_chosen_by_a_function():
@@ -299,13 +287,10 @@ def test_steps_are_checked_when_set_and_may_be_modules():
 
 
 def test_repr_shows_what_is_not_the_default():
-    def named(step: Callable) -> str:
-        return step.__qualname__
-
     own = lambda logits, score, expert: score.gather(-1, expert)  # noqa: E731
     gate = TopKGating(4, 4, weigh=own, select="logits", eps=1e-6, num_groups=2, top_groups=1, group_score="best")
     shown = repr(gate)
-    for part in (f"weigh={named(own)}", "normalize=False", "select='logits'", "eps=1e-06", "group_score='best'"):
+    for part in (f"weigh={own.__qualname__}", "normalize=False", "select='logits'", "eps=1e-06", "group_score='best'"):
         assert part in shown
     assert not any(word in repr(TopKGating(4, 4)) for word in ("weigh", "select", "eps", "group_score"))
     given = dict(select=AlwaysChosen(2), weigh=LearnedScale(4), score=nn.Sigmoid(), normalize=partial(F.normalize, p=1))
