@@ -27,10 +27,7 @@ from .test_blocks import build
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 DIM, HIDDEN, EXPERTS, TOKENS = 9, 13, 5, 22
 ALL = ("w1", "w3", "w2")
-
-
-def targets() -> list[str]:
-    return [f"experts.{name}" for name in ALL]
+TARGETS = [f"experts.{name}" for name in ALL]
 
 
 class Holder(nn.Module):
@@ -166,9 +163,9 @@ def test_no_stack_is_made(monkeypatch):
 
 def test_two_adapters_scaling_disabled_merged_and_unmerged():
     model = get_peft_model(
-        Holder(layer()), LoraConfig(r=3, lora_alpha=5, target_parameters=targets(), init_lora_weights=False)
+        Holder(layer()), LoraConfig(r=3, lora_alpha=5, target_parameters=TARGETS, init_lora_weights=False)
     )
-    config = LoraConfig(r=2, lora_alpha=7, use_rslora=True, target_parameters=targets(), init_lora_weights=False)
+    config = LoraConfig(r=2, lora_alpha=7, use_rslora=True, target_parameters=TARGETS, init_lora_weights=False)
     model = fast_lora(model)
     model.add_adapter("other", config)  # to the same weights, after the call
     slow = copy.deepcopy(model)
@@ -213,7 +210,7 @@ def test_adapters_load_into_stock_peft_and_back(tmp_path, transposed):
             moe.experts.is_transposed = True
         return Holder(moe)
 
-    fast = fast_lora(get_peft_model(base(), LoraConfig(r=2, target_parameters=targets(), init_lora_weights=False)))
+    fast = fast_lora(get_peft_model(base(), LoraConfig(r=2, target_parameters=TARGETS, init_lora_weights=False)))
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
     wanted = fast(x)[0]
     fast.save_pretrained(tmp_path / "ours")
@@ -312,7 +309,7 @@ def test_what_was_asked_for_and_passed_over_is_named():
     small = quantize_experts(Holder(layer()).requires_grad_(False))
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):  # PEFT adapts what it finds beside
         alone = inject_adapter_in_model(
-            LoraConfig(r=2, target_modules=["0"], target_parameters=targets()),
+            LoraConfig(r=2, target_modules=["0"], target_parameters=TARGETS),
             nn.Sequential(nn.Linear(DIM, DIM), small),
         )
     with pytest.raises(ValueError, match=r"no adapters for experts.w1, experts.w2, experts.w3 .*weights_shown"):
@@ -339,10 +336,10 @@ def test_adapted_experts_are_not_unstacked(change):
 
 
 def test_what_peft_refuses_it_refuses_alike():
-    model = fast_lora(get_peft_model(Holder(layer()), LoraConfig(r=2, target_parameters=targets())))
+    model = fast_lora(get_peft_model(Holder(layer()), LoraConfig(r=2, target_parameters=TARGETS)))
     for refused in ({"lora_dropout": 0.1}, {"use_dora": True}):
         with pytest.raises(ValueError, match=r"does not work with|unsupported"):
-            model.add_adapter(next(iter(refused)), LoraConfig(r=2, target_parameters=targets(), **refused))
+            model.add_adapter(next(iter(refused)), LoraConfig(r=2, target_parameters=TARGETS, **refused))
 
 
 def test_on_meta():
