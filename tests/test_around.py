@@ -139,7 +139,6 @@ def test_masks_empty_inputs_and_every_weight_is_trained(wrapper, gate):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_compiled_in_one_graph(wrapper):
     torch.compiler.reset()

@@ -25,7 +25,6 @@ from mixture_of_experts.stats import routing_of, track_routing
 from mixture_of_experts.summary import summary
 
 pytestmark = [  # torch's own, while it traces
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     # gradients of logits are enough here
     pytest.mark.filterwarnings("ignore:a gradient reached the outputs of feed-forward networks:UserWarning"),

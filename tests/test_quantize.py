@@ -517,7 +517,6 @@ def test_a_product_in_parts_for_more_threads(monkeypatch):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_compiled(bits):
     small, x = quantised(frozen("gated"), bits), torch.randn(2, 9, DIM)
     torch._dynamo.reset()

@@ -631,7 +631,6 @@ def test_choices_are_saved_for_a_recomputation(name, saved, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("part", ["layer", "model"])
 def test_graphs_from_before_are_refused(part):
     """They have no hooks: nothing would be recorded or replayed. A layer's own hooks run, so that it is replayed."""

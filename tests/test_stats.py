@@ -240,7 +240,6 @@ def make_stack(run: Any = None) -> Stack:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of torch, which traces
 def test_compiled_before_is_an_error():
     """A graph that was traced without the hooks never calls them: that must not look like a model without load."""
     torch.compiler.reset()

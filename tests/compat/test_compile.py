@@ -20,8 +20,6 @@ from torch._dynamo import lookup_backend
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),
-    # torch makes an object of every autograd function that it traces, and warns of that itself
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:group_size=5 splits"),  # one of the shapes: the warning too is traced
 ]
 slow = pytest.mark.slow

@@ -1,16 +1,10 @@
 """These tests need the extra `hf`."""
 
 import pytest
-import torch
 from support.pretrained import COMMAND, MODELS, folder_of
 
 for package in ("transformers", "accelerate", "peft"):
     pytest.importorskip(package, reason="the extra 'hf' is not installed")
-
-
-@pytest.fixture(autouse=True)
-def same_start():
-    torch.manual_seed(0)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

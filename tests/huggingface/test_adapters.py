@@ -231,7 +231,6 @@ def test_a_run_of_adapters_that_hold_the_bias_goes_on_where_it_was(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
 def test_a_compiled_model_with_adapters_stays_one_graph():
     model: Any = fast_lora(get_peft_model(upcycled_in_memory(), lora()))
     ids = batch_of()["input_ids"]

@@ -146,7 +146,6 @@ def test_dtypes():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compile():
     torch.compiler.reset()
     model = build("GptOss").train()
@@ -158,7 +157,6 @@ def test_compile():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("is_concatenated", [False, True])
 def test_compile_a_gating_of_its_own(is_concatenated):
     """In one graph, with all gradients."""

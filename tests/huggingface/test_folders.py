@@ -248,13 +248,11 @@ def test_an_interrupted_run_cleans_up(tmp_path, monkeypatch):
 
 
 def large(folder: Path, layers: int, hidden: int) -> None:
-    torch.manual_seed(0)
     sizes = dict(vocab_size=64, hidden_size=256, intermediate_size=hidden, num_attention_heads=4)
     config = LlamaConfig(num_hidden_layers=layers, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="10MB")
 
 
-@pytest.mark.slow
 def test_what_is_killed_does_not_look_finished(tmp_path):
     """SIGKILL while shards are written: no folder of that name, and what lies beside it is refused."""
     large(tmp_path / "in", layers=16, hidden=256)
@@ -298,7 +296,6 @@ print((max(seen) - before) / 1024)
 """
 
 
-@pytest.mark.slow
 def test_memory_is_that_of_a_shard_or_two(tmp_path):
     """Of 300 MB that are written, a layer (25 MB) and two shards (25 MB each) at the most are in memory."""
     large(tmp_path / "in", layers=12, hidden=1024)

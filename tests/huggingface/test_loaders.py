@@ -47,6 +47,14 @@ def auto_classes(model: Any) -> list[Any]:
     return [auto for auto, cls in found.items() if all(getattr(cls, x) == getattr(inside, x) for x in same)]
 
 
+def saved(folder: Path, name: str = "llama") -> Any:
+    """An upcycled model, which the folder holds."""
+    model = ARCHITECTURES[name].build()
+    upcycle(model, num_experts=4)
+    model.save_pretrained(folder)
+    return model
+
+
 def equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -89,9 +97,7 @@ def test_the_class_itself_and_all_auto_classes(name, tmp_path):
 
 def test_saved_once_more(tmp_path):
     """Also by another class, and without a head."""
-    model = ARCHITECTURES["llama"].build()
-    upcycle(model, num_experts=4)
-    model.save_pretrained(tmp_path / "1")
+    model = saved(tmp_path / "1")
     AutoModelForCausalLM.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
     same_weights(LlamaForCausalLM.from_pretrained(tmp_path / "2"), model)
     AutoModel.from_pretrained(tmp_path / "2").save_pretrained(tmp_path / "3")
@@ -154,9 +160,7 @@ def test_own_gates_that_differ_by_layer(tmp_path):
 
 
 def test_arguments_of_the_configuration(tmp_path):
-    model = ARCHITECTURES["bert"].build()
-    replace_ffn(model, num_experts=4)
-    model.save_pretrained(tmp_path)
+    model = saved(tmp_path, "bert")
     for load in (
         transformers.AutoModelForSequenceClassification.from_pretrained,
         lambda path, **settings: from_pretrained(path, transformers.AutoModelForSequenceClassification, **settings),
@@ -175,9 +179,7 @@ def test_arguments_of_the_configuration(tmp_path):
 
 def test_a_part_of_a_model(tmp_path):
     """The encoder alone has no place for the decoder's experts, and needs none."""
-    model, tokens = ARCHITECTURES["t5"].build(), torch.randint(3, VOCABULARY, (2, 7))
-    upcycle(model, num_experts=4)
-    model.save_pretrained(tmp_path)
+    model, tokens = saved(tmp_path, "t5"), torch.randint(3, VOCABULARY, (2, 7))
     expected = model.encoder(tokens).last_hidden_state
     for load in (
         transformers.T5EncoderModel.from_pretrained,
@@ -198,16 +200,16 @@ def test_shards(tmp_path):
         same_weights(loaded, model)  # dtypes too: the expert bias stays float32
 
 
-ON_DISK = {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
-ON_DISK |= {"model.layers.1": "disk", "lm_head": "cpu"}
+def with_a_layer_on_disk(folder: Path) -> Any:
+    """The model that the folder holds, without the weights of its second layer."""
+    names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    place = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}
+    return AutoModelForCausalLM.from_pretrained(folder, device_map=place, offload_folder=f"{folder} offloaded")
 
 
 def test_layers_on_disk_are_loaded_without_a_warning(tmp_path):
-    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
-    upcycle(model, num_experts=4)
-    model.save_pretrained(tmp_path / "moe")
-    place = dict(device_map=ON_DISK, offload_folder=tmp_path / "disk")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "moe", **place)
+    model, inputs = saved(tmp_path / "moe"), ARCHITECTURES["llama"].inputs()
+    loaded = with_a_layer_on_disk(tmp_path / "moe")
     assert feed_forwards(loaded)[1].moe.experts.w1.is_meta
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     with pytest.raises(ValueError, match=r"weights of LlamaForCausalLM are not in memory"):
@@ -218,9 +220,7 @@ def test_layers_on_disk_are_loaded_without_a_warning(tmp_path):
 def test_layers_on_disk_are_not_changed(change, tmp_path):
     """Weights that the model does not hold would be lost."""
     ARCHITECTURES["llama"].build().save_pretrained(tmp_path / "dense")
-    place = dict(device_map=ON_DISK, offload_folder=tmp_path / "disk")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **place)
-    inputs = ARCHITECTURES["llama"].inputs()
+    model, inputs = with_a_layer_on_disk(tmp_path / "dense"), ARCHITECTURES["llama"].inputs()
     before = model(**inputs).logits
     with pytest.raises(ValueError, match=r"gate_proj of LlamaMLP are not in memory, .*device_map"):
         change(model, num_experts=4)
@@ -229,8 +229,7 @@ def test_layers_on_disk_are_not_changed(change, tmp_path):
     assert change(model, num_experts=4, layers=[0]) == ["model.layers.0.mlp"]  # that layer is in memory
     assert model(**inputs).logits.isfinite().all()
     build_sparse("Mixtral").save_pretrained(tmp_path / "mixtral")
-    place["offload_folder"] = tmp_path / "disk2"
-    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral", **place)
+    sparse = with_a_layer_on_disk(tmp_path / "mixtral")
     with pytest.raises(ValueError, match="weights of a MixtralSparseMoeBlock are not in memory"):
         from_transformers(sparse.model.layers[1].mlp)
 
@@ -262,9 +261,7 @@ class Halves(HfQuantizer):
 
 def test_another_quantiser(tmp_path):
     """`transformers` refuses it, and names who takes it; that changes everything but experts, and is not saved."""
-    model = ARCHITECTURES["llama"].build()
-    upcycle(model, num_experts=4)
-    model.save_pretrained(tmp_path)
+    model = saved(tmp_path)
     for load in (AutoModelForCausalLM, LlamaForCausalLM):
         with pytest.raises(ValueError, match=r"call from_pretrained of mixture_of_experts\.huggingface"):
             load.from_pretrained(tmp_path, quantization_config=HalvesConfig())
@@ -382,12 +379,9 @@ assert not any(name.startswith("mixture_of_experts") for name in sys.modules)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("code", [WITH_IMPORT, WITHOUT_IMPORT], ids=["with", "without"])
 def test_in_another_process(code, tmp_path):
-    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
-    upcycle(model, num_experts=4)
-    model.save_pretrained(tmp_path)
+    model, inputs = saved(tmp_path), ARCHITECTURES["llama"].inputs()
     tokenizer().save_pretrained(tmp_path)
     torch.save((inputs, model(**inputs).logits), tmp_path / "expected.pt")
     made = model.generate(torch.tensor([[5, 9]]), max_new_tokens=3, do_sample=False)[0].tolist()

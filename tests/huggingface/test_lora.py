@@ -27,10 +27,7 @@ from .test_blocks import build
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 DIM, HIDDEN, EXPERTS, TOKENS = 9, 13, 5, 22
 ALL = ("w1", "w3", "w2")
-
-
-def targets() -> list[str]:
-    return [f"experts.{name}" for name in ALL]
+TARGETS = [f"experts.{name}" for name in ALL]
 
 
 class Holder(nn.Module):
@@ -54,7 +51,6 @@ def layer(experts: nn.Module | None = None, *, capacity: float | None = None, k:
 
 def prepared(moe: nn.Module, weights: tuple[str, ...] = ALL, **settings: Any) -> Any:
     """The layer, to which PEFT has added adapters that are not zero."""
-    torch.manual_seed(1)
     there = [f"experts.{name}" for name in weights if getattr(moe.experts, name, None) is not None]
     config = LoraConfig(r=3, lora_alpha=5, target_parameters=there, init_lora_weights=False, **settings)
     return inject_adapter_in_model(config, moe)
@@ -167,9 +163,9 @@ def test_no_stack_is_made(monkeypatch):
 
 def test_two_adapters_scaling_disabled_merged_and_unmerged():
     model = get_peft_model(
-        Holder(layer()), LoraConfig(r=3, lora_alpha=5, target_parameters=targets(), init_lora_weights=False)
+        Holder(layer()), LoraConfig(r=3, lora_alpha=5, target_parameters=TARGETS, init_lora_weights=False)
     )
-    config = LoraConfig(r=2, lora_alpha=7, use_rslora=True, target_parameters=targets(), init_lora_weights=False)
+    config = LoraConfig(r=2, lora_alpha=7, use_rslora=True, target_parameters=TARGETS, init_lora_weights=False)
     model = fast_lora(model)
     model.add_adapter("other", config)  # to the same weights, after the call
     slow = copy.deepcopy(model)
@@ -214,8 +210,7 @@ def test_adapters_load_into_stock_peft_and_back(tmp_path, transposed):
             moe.experts.is_transposed = True
         return Holder(moe)
 
-    torch.manual_seed(1)
-    fast = fast_lora(get_peft_model(base(), LoraConfig(r=2, target_parameters=targets(), init_lora_weights=False)))
+    fast = fast_lora(get_peft_model(base(), LoraConfig(r=2, target_parameters=TARGETS, init_lora_weights=False)))
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
     wanted = fast(x)[0]
     fast.save_pretrained(tmp_path / "ours")
@@ -314,7 +309,7 @@ def test_what_was_asked_for_and_passed_over_is_named():
     small = quantize_experts(Holder(layer()).requires_grad_(False))
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):  # PEFT adapts what it finds beside
         alone = inject_adapter_in_model(
-            LoraConfig(r=2, target_modules=["0"], target_parameters=targets()),
+            LoraConfig(r=2, target_modules=["0"], target_parameters=TARGETS),
             nn.Sequential(nn.Linear(DIM, DIM), small),
         )
     with pytest.raises(ValueError, match=r"no adapters for experts.w1, experts.w2, experts.w3 .*weights_shown"):
@@ -341,10 +336,10 @@ def test_adapted_experts_are_not_unstacked(change):
 
 
 def test_what_peft_refuses_it_refuses_alike():
-    model = fast_lora(get_peft_model(Holder(layer()), LoraConfig(r=2, target_parameters=targets())))
+    model = fast_lora(get_peft_model(Holder(layer()), LoraConfig(r=2, target_parameters=TARGETS)))
     for refused in ({"lora_dropout": 0.1}, {"use_dora": True}):
         with pytest.raises(ValueError, match=r"does not work with|unsupported"):
-            model.add_adapter(next(iter(refused)), LoraConfig(r=2, target_parameters=targets(), **refused))
+            model.add_adapter(next(iter(refused)), LoraConfig(r=2, target_parameters=TARGETS, **refused))
 
 
 def test_on_meta():
@@ -355,7 +350,6 @@ def test_on_meta():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
 def test_compiled_whole_and_cut():
     """Dynamic shapes, one graph, forward and backward."""
     slow, fast = both(prepared(layer()))
@@ -373,7 +367,6 @@ def test_compiled_whole_and_cut():
 )
 def test_adapters_inside_experts_around_others(gate, around):
     """The adapted weights are those of the merged model, where rows reach the inner experts."""
-    torch.manual_seed(0)
     experts, x = around(GatedExperts(DIM, EXPERTS, HIDDEN)), torch.randn(2, 6, DIM, dtype=torch.float64)
     moe = MoE(DIM, gate=gate(DIM, experts.num_experts), experts=experts).double()
     path = next(name for name, module in moe.named_modules() if isinstance(module, GatedExperts))

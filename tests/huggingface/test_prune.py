@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support.transformers_models import ARCHITECTURES
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
@@ -40,14 +40,13 @@ from mixture_of_experts.huggingface.__main__ import main
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.unstack import restack, unstack
 
-from .test_saving import same_weights
+from .test_saving import OwnGate, same_weights
 
 D, E = 6, 8
 
 
 def layer(gate: nn.Module, experts: nn.Module | None = None, **settings) -> MoE:
     """A layer of eight experts, with biases that are not 0, in float64 and eval."""
-    torch.manual_seed(0)
     moe = MoE(D, gate=gate, experts=GatedExperts(D, E, 5, bias=True) if experts is None else experts, **settings)
     for name, tensor in moe.state_dict().items():
         if name.rpartition(".")[2] in ("b1", "b2", "b3", "b_gating", "bias", "expert_bias", "scale"):
@@ -80,7 +79,7 @@ def test_a_pruned_layer_computes_as_if_the_others_were_closed(name):
 
 
 KINDS = {
-    "top2": lambda e: (Top2Gating(D, e, capacity_factor_eval=None), None),
+    "top2": lambda e: (Top2Gating(D, e, second_policy_eval="all", capacity_factor_eval=None), None),
     "top p": lambda e: (TopPGating(D, e, 3), None),
     "noisy": lambda e: (NoisyTopKGating(D, e, 2), Experts(D, e, 5)),
     "relu": lambda e: (ReLUGating(D, e, 3, mean_choices=1.0, bias=True), None),
@@ -277,40 +276,27 @@ def test_groups_keep_equally_many():
         prune(layer(NoisyTopKGating(D, E, 2)), 2, "random")
 
 
-class Around(nn.Module):
-    """A model that takes x alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moe = layer(TopKGating(D, E, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.moe(x)[0]
-
-
 def test_a_batch_that_the_model_does_not_take():
     """The error is the model's own, and no warning stands beside it: no forward began that could end."""
-    model = Around()
+    moe = layer(TopKGating(D, E))
     with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
-        prune(model, 2, calibration=[dict(hidden=torch.randn(1, 4, D))])
-    assert model.moe.num_experts == E
+        prune(nn.Sequential(OutputOnly(moe)), 2, calibration=[dict(hidden=torch.randn(1, 4, D))])
+    assert moe.num_experts == E
 
 
-class OwnGate(TopKGating):
-    """One of a user."""
-
-
-class Doubled(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = MoE(D, gate=TopKGating(D, E))
-        self.two = MoE(D, gate=TopKGating(D, E), experts=self.one.experts)
+def shared() -> nn.Sequential:
+    one = MoE(D, gate=TopKGating(D, E))
+    return nn.Sequential(one, MoE(D, gate=TopKGating(D, E), experts=one.experts))
 
 
 def tied() -> nn.Sequential:
     both = nn.Sequential(MoE(D, gate=TopKGating(D, E)), MoE(D, gate=TopKGating(D, E)))
     both[1].gate.w_gating = both[0].gate.w_gating
     return both
+
+
+def normed() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(Experts(D, E), "w1")
 
 
 def shares() -> TopKGating:
@@ -335,7 +321,9 @@ REFUSED = {
         lambda: MoE(D, gate=TopKGating(D, E), experts=ZeroComputationExperts(Experts(D, 7), num_identity=1)),
         "its experts are ZeroComputationExperts",
     ),
-    "shared": (Doubled, "its experts are those of 'one.gate' too"),
+    "shared": (shared, "its experts are those of '0.gate' too"),
+    "parametrized": (lambda: MoE(D, gate=TopKGating(D, E), experts=normed()), r"also hold parametrizations\.w1"),
+    "not ours": (lambda: stock("Mixtral"), r"mlp.gate' \(MixtralTopKRouter\)"),
 }
 
 
@@ -354,18 +342,13 @@ def test_layers_inside_experts_keep_their_size():
     assert all(one.gate.num_experts == one.experts.num_experts == 4 for one in inner)
 
 
-def test_a_layer_that_is_not_ours_a_model_on_meta_and_no_model():
-    with pytest.raises(TypeError, match=r"mlp.gate' \(MixtralTopKRouter\)"):
-        prune(stock("Mixtral"), 2, "random")
+def test_a_model_on_meta_no_model_and_a_gate_beside_that_can_be_cut():
     with pytest.raises(ValueError, match="weights on the meta device: load them first"):
         prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
     with pytest.raises(ValueError, match="has no gate: give prune a model"):
         prune(nn.Linear(3, 3), 2, "random")
     with pytest.raises(TypeError, match="model must be a model"):
         prune(3, 2, "random")
-    experts = nn.utils.parametrizations.weight_norm(Experts(D, E), "w1")
-    with pytest.raises(TypeError, match=r"its experts also hold parametrizations\.w1"):
-        prune(MoE(D, gate=TopKGating(D, E), experts=experts), 2, "random")
     both = nn.Sequential(MoE(D, gate=TopKGating(D, E)), MoE(D, gate=HashGating(D, E, num_ids=9)))
     with pytest.raises(TypeError, match=r"For the other gates alone pass gates=\['0.gate'\]"):
         prune(both, 4, "random")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.transformers_models import ARCHITECTURES, DIM, HIDDEN, LAYERS, LLAMA, without_dropout
+from support.transformers_models import ARCHITECTURES, DIM, HIDDEN, LLAMA, without_dropout
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.gating import ExpertChoiceGating, HashGating, ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy
-from mixture_of_experts.huggingface import Adapter, MoEFeedForward, aux_loss, export, replace_ffn, upcycle
+from mixture_of_experts.huggingface import MoEFeedForward, aux_loss, export, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .test_saving import OwnGate
 
 each = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -84,10 +86,7 @@ def test_layers(layers, expected):
 
 @pytest.mark.parametrize("layers", [[2], ["model.layers.7.mlp", 0], [], lambda name: False])
 def test_layers_that_are_not_there(layers):
-    model = ARCHITECTURES["llama"].build()
-    with pytest.raises(ValueError, match=r"is not there; there are model.layers.0.mlp"):
-        replace_ffn(model, layers=layers)
-    assert not feed_forwards(model)
+    refuse(replace_ffn, dict(layers=layers), r"is not there; there are model.layers.0.mlp")
 
 
 ONE_GATE = TopKGating(DIM, 4, 2)
@@ -171,24 +170,6 @@ def test_nothing_found_says_what_was_seen():
         replace_ffn(model)
 
 
-def test_an_adapter_of_ones_own():
-    class Mine(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.enter, self.leave, self.f = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM), nn.Tanh()
-
-        def forward(self, x):
-            return self.leave(self.f(self.enter(x)))
-
-    model = nn.Sequential(Mine(), nn.LayerNorm(DIM), Mine())
-    x = torch.randn(2, 5, DIM)
-    before = model(x)
-    adapters = {"Mine": Adapter(up="enter", down="leave", activation="f")}
-    assert upcycle(model, num_experts=3, adapters=adapters) == ["0", "2"]
-    torch.testing.assert_close(model(x), before, atol=1e-5, rtol=0)
-    assert aux_loss(model).ndim == 0
-
-
 def stays_equal(name: str = "llama", **settings) -> nn.Module:
     """The upcycled model, which computes what it did."""
     model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
@@ -198,32 +179,12 @@ def stays_equal(name: str = "llama", **settings) -> nn.Module:
     return model
 
 
-def test_gates_are_made_for_each_layer():
-    asked = []
-
-    def gate(dim, num_experts):
-        asked.append((dim, num_experts))
-        return Top2Gating(dim, num_experts, second_policy_eval="all", capacity_factor_eval=None)
-
-    model = stays_equal("gpt2", num_experts=5, gate=gate, loss_coef=0.5, z_loss_coef=0.25)
-    assert asked == [(DIM, 5)] * LAYERS
-    moe = feed_forwards(model)[0].moe
-    assert (moe.loss_coef, moe.z_loss_coef) == (0.5, 0.25)
-
-
 @pytest.mark.parametrize("granularity", [1, 3])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_weights_that_add_up_to_another_number(granularity, scale):
     """As those of DeepSeek-V3."""
     gate = lambda d, e: TopKGating(d, e, 3, score="sigmoid", scale=scale)  # noqa: E731
     stays_equal("llama_bias", num_experts=6, gate=gate, granularity=granularity)
-
-
-class OwnGate(TopKGating):
-    """A gate of somebody's own, whose weights are computed once to see."""
-
-    def __init__(self, dim, num_experts, normalize=False):
-        super().__init__(dim, num_experts, normalize=normalize)
 
 
 @pytest.mark.parametrize(
@@ -237,7 +198,7 @@ class OwnGate(TopKGating):
         lambda d, e: TopKGating(d, e, weigh=LearnedScale(e)),
         lambda d, e: TopKGating(d, e, normalize=NormalizeBy(least=1e-12)),
         lambda d, e: TopPGating(d, e, 3, normalize=True),
-        lambda d, e: OwnGate(d, e, normalize=True),
+        lambda d, e: OwnGate(d, e, normalize=True),  # its weights are computed once to see
         NoisyTopKGating,
     ],
 )
@@ -259,7 +220,7 @@ def test_gates_whose_weights_add_up(gate):
         (dict(gate=lambda d, e: HashGating(d, e, 1, num_ids=64)), "HashGating gives .* do not add up to one"),
         (dict(gate=SparseMixerGating), "SparseMixerGating gives .* do not add up to one"),
         (dict(gate=lambda d, e: TopKGating(d, e, eps=1.0)), "do not add up to one number: from"),
-        (dict(gate=OwnGate), "OwnGate gives .* do not add up to one number: from"),
+        (dict(gate=lambda d, e: OwnGate(d, e, normalize=False)), "OwnGate gives .* do not add up to one number: from"),
         (dict(gate=ExpertChoiceGating), "tokens choose"),
         (dict(k=3, granularity=2), "do not add up to one number"),
         (dict(num_experts=5, granularity=2), "must divide num_experts=5"),
@@ -267,9 +228,13 @@ def test_gates_whose_weights_add_up(gate):
         (dict(granularity=0), "granularity must be an integer"),
         (dict(noise=-1.0), "noise must be a finite number of at least 0"),
         (dict(redraw=1.5), "redraw must be a share from 0 to 1, got 1.5"),
+        (dict(shared_expert=HIDDEN), "granularity=1 must divide the 0 hidden units of a network that shared_expert=48"),
+        (dict(shared_expert=9, granularity=2), "must divide the 39 hidden units of a network that shared_expert=9"),
+        (dict(shared_expert=0), "shared_expert"),
+        (dict(shared_expert=True), "shared_expert"),
     ],
 )
-def test_what_would_not_be_equal_is_refused(settings, problem):
+def test_settings_that_upcycle_refuses(settings, problem):
     refuse(upcycle, settings, problem)
 
 
@@ -298,26 +263,6 @@ def test_noise_and_units_drawn_anew():
     assert not torch.equal(new_units[0], new_units[1])
     drawn = experts.w1.transpose(1, 2)[new_units]
     assert drawn.std().item() == pytest.approx(old["w1"].std().item(), rel=0.1)
-
-
-def test_dropout_within_and_after_the_network():
-    """T5's is between the layers, GPT-2's after them, Whisper's within by a number: all go on in training only."""
-    more = {"t5": {"dropout_rate": 0.5}, "gpt2": {"resid_pdrop": 0.5}, "whisper": {"activation_dropout": 0.5}}
-    for name in ("t5", "t5_gated", "gpt2", "whisper"):
-        model = ARCHITECTURES[name].build(**more[name.removesuffix("_gated")])
-        upcycle(model, num_experts=2)
-        module = feed_forwards(model)[-1]
-        x = torch.randn(1, 400, DIM)
-        found = module.train()(x)
-        expected = module.eval()(x)
-        if name == "gpt2":
-            torch.testing.assert_close(found[found != 0], 2 * expected[found != 0])
-            assert (found == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
-        else:
-            assert isinstance(module.moe.experts.act[1], nn.Dropout)
-            assert (found - expected).std() > 0.2 * expected.std()
-            torch.testing.assert_close(found.mean(), expected.mean(), atol=0.1, rtol=0)
-    assert model.model.decoder.layers[0].activation_dropout == 0
 
 
 def test_dtype_device_and_mode_stay():
