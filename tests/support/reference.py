@@ -34,7 +34,7 @@ class Token:
     x: Tensor  # (d,)
     position: int  # its place in the group, padding counted: the order in which tokens queue
     importance: float = 1.0
-    uniform: Tensor | None = None  # (), the draw of Top2's policy 'random'
+    uniforms: Tensor | None = None  # (), the draw of Top2's policy 'random'
     noise: Tensor | None = None  # (e,), the draw of the noisy router
     jitter: Tensor | None = None  # (d,), the factors on the router's input
     exponential: Tensor | None = None  # (e, k), the draws by which SparseMixer samples each choice
@@ -98,7 +98,7 @@ def make_groups(x, importance=None, mask=None, **of_tokens) -> list[Group]:
                 x[index][t],
                 t,
                 1.0 if importance is None else float(importance[index][t]),
-                **{{"uniforms": "uniform"}.get(name, name): value[index][t] for name, value in given.items()},
+                **{name: value[index][t] for name, value in given.items()},
             )
             for t in real
         ]
@@ -297,7 +297,7 @@ class Top2(TokenChoice):
 
     def allows(self, gate: Tensor, token: Token) -> bool:
         if self.policy == "random":
-            return bool(token.uniform < gate / max(self.threshold, self.eps))
+            return bool(token.uniforms < gate / max(self.threshold, self.eps))
         return {"all": True, "none": False, "threshold": bool(gate > self.threshold)}[self.policy]
 
     def group_loss(self, group, probs, firsts, seconds) -> Tensor:
@@ -742,8 +742,7 @@ def second_level_groups(gate, groups, choices, x, group_size, draws) -> tuple[li
     for group in made:
         for token in group.tokens:
             for name, values in draws.items():
-                value = values[group.index][token.position]
-                setattr(token, {"uniforms": "uniform"}.get(name, name), value)
+                setattr(token, name, values[group.index][token.position])
     return made, source
 
 
