@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import re
 import warnings
 from collections.abc import Iterator
@@ -480,10 +479,12 @@ def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
             kinds.remove("expert_choice")
         routers = tuple(draw(make.KINDS[draw(st.sampled_from(kinds))].drawn(e)) for e in sizes)
         bank = draw(make.matrix_banks(smooth=dtype not in ("float32", "float64")))
+    if dtype != "float64":
+        routers = tuple(router.without_underflow() for router in routers)
     side = draw(side_inputs(routers))
     checkpointing = draw(st.sampled_from([None, None, "layer", "experts"])) if run != "exported" else None
     parts = ["x", "experts", "gate", "experts.w1", "experts.w2", "shared_expert"]
-    c = Configuration(
+    return Configuration(
         routers=routers,
         sizes=sizes,
         dim=dim,
@@ -501,9 +502,6 @@ def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
         way=draw(st.sampled_from([*WAYS[:-1]] * 3 + ["triton"])),
         run=run,
         seed=draw(make.seeds),
-    )
-    return (
-        c if c.dtype == "float64" else dataclasses.replace(c, routers=tuple(r.without_underflow() for r in c.routers))
     )
 
 

@@ -212,19 +212,22 @@ class TokenChoice:
     capacity_factor: float | None = None
     min_expert_capacity: int = 4
     priority: str = "choice"
+    k: int = 2
 
     @property
     def num_experts(self) -> int:
         return self.w_gating.shape[-1]
 
     @property
-    def num_choices(self) -> int:
-        raise NotImplementedError
-
-    @property
     def per_token(self) -> float:
         """How many slots a token is given by a capacity factor of 1."""
-        return self.num_choices
+        return self.k
+
+    def choices_of(self, token: Token) -> int:
+        """How many of its k choices a token may make."""
+        if token.importance == 1:
+            return self.k
+        return 1 if token.importance > 0 else 0
 
     def limit(self, length: float) -> float:
         return capacity(length, self.per_token, self.capacity_factor, self.num_experts, self.min_expert_capacity)
@@ -248,10 +251,6 @@ class Top2(TokenChoice):
     threshold: float = 0.2
     eps: float = 1e-9
     second_place_loss: bool = False
-
-    @property
-    def num_choices(self) -> int:
-        return 2
 
     @property
     def per_token(self) -> float:
@@ -322,7 +321,6 @@ class Top2(TokenChoice):
 class TopK(TokenChoice):
     """The k largest scores, softmax or sigmoid, with everything that published models put around them."""
 
-    k: int = 2
     score: str = "softmax"
     normalize: bool | None = None
     scale: float = 1.0
@@ -341,10 +339,6 @@ class TopK(TokenChoice):
     softcap: float | None = None
     scales: Tensor | None = None  # (e,) or (1,), learned numbers that multiply the normalised weights
     experts_of_id: Tensor | None = None  # (v, k), of a hash layer
-
-    @property
-    def num_choices(self) -> int:
-        return self.k
 
     def decide(self, groups: list[Group]) -> Decision:
         choices, logits, scores = [], {}, {}
@@ -421,11 +415,6 @@ class TopK(TokenChoice):
             listed = [weight / (sum(listed) + self.eps) for weight in listed]
         return listed
 
-    def choices_of(self, token: Token) -> int:
-        if token.importance == 1:
-            return self.k
-        return 1 if token.importance > 0 else 0
-
     def allowed(self, biased: Tensor) -> Tensor:
         """Scores with -inf for the experts of groups that may not be chosen from."""
         if self.num_groups is None:
@@ -498,11 +487,6 @@ class NoisyTopK(TokenChoice):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538). Tokens without noise are routed as in eval."""
 
     w_noise: Tensor | None = None  # (*outer, d, e)
-    k: int = 2
-
-    @property
-    def num_choices(self) -> int:
-        return self.k
 
     def decide(self, groups: list[Group]) -> Decision:
         choices, logits = [], {}
@@ -535,7 +519,7 @@ class NoisyTopK(TokenChoice):
         best = largest(noisy.detach(), self.k)
         compared = noisy if self.k == 1 else torch.stack([noisy[i] for i in best])
         top = compared.softmax(0).max().item()
-        experts = best if token.importance == 1 else best[: 1 if token.importance > 0 else 0]
+        experts = best[: self.choices_of(token)]
         if not experts:
             return []
         weights = torch.stack([noisy[i] for i in experts]).softmax(0)
@@ -753,7 +737,7 @@ def dropless_group(gate, outer: int, group: Group, slots: dict, source: dict) ->
     for slot, choice in mine:
         tokens.append(hand_down(choice, slot, gate.hand_on(choice)))
         source[tokens[-1]] = choice
-    choices = min(gate.num_choices, gate.num_experts)  # of a token, among different outer experts
+    choices = min(gate.k, gate.num_experts)  # of a token, among different outer experts
     return Group(tokens, group.length * choices / gate.num_experts, (outer, group.index[-1]))
 
 

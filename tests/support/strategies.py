@@ -438,21 +438,17 @@ def recipe_parts(draw, name: str) -> tuple[Router, Bank, int, bool]:
         given["logits"] = dict(model.logits)
     if model.scales is not None:
         given["scales"] = model.scales
-    settings = dict(model.experts)
+    settings, identity = dict(model.experts), round(model.identity * e)
     activation = settings.get("activation", "silu")
-    if activation == "gelu_tanh":
-        activation = "tanh gelu"
-    elif activation == "clamped_swiglu":
-        activation = "clamped swiglu"
-    elif "limit" in settings:
+    activation = {"gelu_tanh": "tanh gelu", "clamped_swiglu": "clamped swiglu"}.get(activation, activation)
+    if activation == "silu" and "limit" in settings:
         activation = f"clamped silu, {settings['limit']:g}" + (", after" if settings.get("after") else "")
-    kind_of_experts = "gated" if settings.get("gated", True) else "ffn"
-    identity = round(model.identity * e)
-    bank = Bank(kind_of_experts, settings.get("bias", False), activation, identity=identity, zero=model.zero)
+    experts = "gated" if settings.get("gated", True) else "ffn"
     if model.weigh_input:
-        bank = replace(bank, kind="input_weighted")
+        experts = "input_weighted"
     elif identity or model.zero:
-        bank = replace(bank, kind="identity")
+        experts = "identity"
+    bank = Bank(experts, settings.get("bias", False), activation, identity=identity, zero=model.zero)
     return Router(kind, given), bank, e + identity + model.zero, bool(model.shared)
 
 
@@ -617,7 +613,7 @@ class Bank:
         if self.kind == "routed":
             return lambda index, x: x @ experts.weight[index]
         inner = experts if self.kind in ("ffn", "gated") else experts.experts
-        act = self._activation(inner.act)
+        act = MORE_ACTIVATIONS[self.activation][1] if self.activation in MORE_ACTIVATIONS else inner.act
         if self.kind == "ffn":
             return reference.feed_forward(inner.w1, inner.w2, act, inner.b1, inner.b2)
         weights, biases = (inner.w1, inner.w3, inner.w2), (inner.b1, inner.b3, inner.b2)
@@ -632,11 +628,6 @@ class Bank:
         if self.kind == "enclosed":
             return lambda index, x: gated(index, experts.before(x))
         return gated
-
-    def _activation(self, module: nn.Module) -> Any:
-        if self.activation in MORE_ACTIVATIONS:
-            return MORE_ACTIVATIONS[self.activation][1]
-        return module
 
 
 def rms_normed(x: Tensor) -> Tensor:
