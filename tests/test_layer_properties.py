@@ -20,7 +20,7 @@ def quiet_layers(draw, kind: str | tuple[str, str], **limits) -> Any:
     """In eval, with routers that draw nothing: of one kind, or a pair of kinds for two levels."""
     dim, kinds = draw(make.dims), (kind,) if isinstance(kind, str) else kind
     sizes = tuple(draw(make.counts_for(each, *([LEVEL] if len(kinds) == 2 else []))) for each in kinds)
-    drawn = [draw(make.routers(*of, policies=make.QUIET, **limits)) for of in zip(kinds, sizes, strict=True)]
+    drawn = [draw(make.TOKEN_CHOICE[of](e, **limits)) for of, e in zip(kinds, sizes, strict=True)]
     gates = [r.build(dim, e, draw(make.seeds), sizes[:i]) for i, (r, e) in enumerate(zip(drawn, sizes, strict=True))]
     num_experts = sizes[0] if len(sizes) == 1 else sizes
     experts = make.Bank("gated").build(dim, num_experts, draw(make.seeds))
@@ -103,7 +103,7 @@ def top_scores(router, gate, x) -> list[float]:
 def test_who_gets_the_slots(kind, data):
     """What each priority promises, stated without a queue; an expert is never idle while a choice of it is dropped."""
     num_experts = data.draw(make.counts_for(kind))
-    router = data.draw(make.routers(kind, num_experts, policies=make.QUIET, dropless=False))
+    router = data.draw(make.TOKEN_CHOICE[kind](num_experts, dropless=False))
     gate = router.build(data.draw(make.dims), num_experts, data.draw(make.seeds)).eval()
     n = data.draw(st.sampled_from([8, 5, 11, 3, 2]))
     x = make.normal(make.generator(data.draw(make.seeds)), 1, n, gate.dim)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.support import configurations as matrix
 from tests.support import paths
 from tests.support.configurations import Bank, Configuration, Router
-from tests.support.matrix import independent
+from tests.support.matrix import independent, of_seed
 
 from .sides import Sides
 
@@ -157,15 +157,7 @@ def compare(both: Sides, examples: int) -> str | None:
             found[:] = [f"{', '.join(names)} differ in\n    {', '.join(map(str, arguments))}"]
             raise AssertionError
 
-    @seed(0)
-    @settings(
-        max_examples=examples,
-        phases=[Phase.generate, Phase.shrink],
-        database=None,
-        deadline=None,
-        derandomize=False,
-        suppress_health_check=list(HealthCheck),
-    )
+    @of_seed(0, examples, Phase.shrink)
     @given(situations())
     def equal(situation: Situation) -> None:
         ask("digests", repr(situation))

@@ -9,18 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
 from mixture_of_experts.parallel import expert_parameters, ignore_experts_in_ddp
 from support.parallel_checks import make_mesh, spread
 from support.parallel_layers import DIM, EXPERTS, LENGTH, make, make_model
 from support.parallel_training import make_optimizer
+from support.parallel_workers import whole
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
 LAYERS = ("top2", "top-k, dropless")  # a capacity, and none
@@ -50,11 +52,7 @@ def batch() -> Tensor:
 
 
 def whole_weights(model: nn.Module) -> Weights:
-    found = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        found[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
-    return found
+    return {name: whole(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
 def train_alone(steps: int = STEPS) -> tuple[Weights, list[float]]:
@@ -83,15 +81,9 @@ def as_torchrun_starts_it() -> Iterator[None]:
     rank, world = str(dist.get_rank()), str(dist.get_world_size())
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0"}
     names |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    before = dict(os.environ)
-    os.environ.update(names)
-    with warnings.catch_warnings():
+    with mock.patch.dict(os.environ, names), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of engines: few workers of loaders, devices that are not used
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+        yield
 
 
 # ---- Lightning ----
@@ -276,9 +268,7 @@ def check_torchtitan() -> None:
     torch.testing.assert_close(out, expected.chunk(dist.get_world_size())[dist.get_rank()], rtol=0, atol=1e-5)
     loss_of(out).backward()
     for name, parameter in spread_layer.named_parameters():
-        gradient = parameter.grad
-        if isinstance(gradient, DTensor):
-            gradient = gradient.full_tensor()
-        else:
+        gradient = whole(parameter.grad)
+        if gradient is parameter.grad:
             dist.all_reduce(gradient)
         torch.testing.assert_close(gradient / dist.get_world_size(), gradients[name], rtol=0, atol=1e-5)

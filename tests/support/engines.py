@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
@@ -27,7 +26,7 @@ from mixture_of_experts import Top2Gating, TopKGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.parallel import ExpertParallelExperts
-from support.parallel_workers import Workers
+from support.parallel_workers import Workers, whole
 from support.transformers_models import ARCHITECTURES, LLAMA, ONE_PLACE, causal, two_lengths
 
 Sizes = dict[str, int]
@@ -119,17 +118,13 @@ def batches(number: int, side: str) -> list[dict[str, Tensor]]:
     return found
 
 
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def train(model: nn.Module, rounds: list[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
     """The mean loss and the logits of all rounds; gradients of the mean stay on the model."""
     outputs = []
     for batch in rounds:
         outputs.append(model(**batch))
         (outputs[-1].loss / len(rounds)).backward()
-    return torch.stack([out.loss.detach() for out in outputs]).mean(), [full(out.logits).detach() for out in outputs]
+    return torch.stack([out.loss.detach() for out in outputs]).mean(), [whole(out.logits).detach() for out in outputs]
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -142,12 +137,13 @@ def gradient_difference(model: nn.Module, alone: nn.Module) -> float:
     for (name, parameter), (_, other) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
         assert (parameter.grad is None) == (other.grad is None), name
         if other.grad is not None:
-            worst = max(worst, relative(full(parameter.grad), other.grad))
+            worst = max(worst, relative(whole(parameter.grad), other.grad))
     return worst
 
 
 def compare(folder: Path, cell: Cell, sizes: Sizes, loader: str) -> Differences:
     """The differences of this rank's loss, logits and gradients from one process that sees all batches."""
+    be_quiet()
     torch.set_default_dtype(torch.float32)
     config = DistributedConfig(**sizes, ep_implementation="mixture_of_experts" if cell.stock else "auto")
     load = partial(LOADERS[loader], experts_implementation=cell.stock) if cell.stock else LOADERS[loader]
@@ -166,7 +162,7 @@ def compare(folder: Path, cell: Cell, sizes: Sizes, loader: str) -> Differences:
     every = [given[i * config.dp_size : (i + 1) * config.dp_size] for i in range(cell.rounds)]
     wanted, wanted_logits = train(alone, [{n: torch.cat([b[n] for b in r]) for n in r[0]} for r in every])
     dist.all_reduce(loss)
-    rows = [whole.chunk(config.dp_size)[place] for whole in wanted_logits]
+    rows = [rows.chunk(config.dp_size)[place] for rows in wanted_logits]
     return {
         "loss": relative(loss / dist.get_world_size(), wanted),
         "logits": relative(torch.cat(logits), torch.cat(rows)),
@@ -182,7 +178,6 @@ def choose_few(model: Any) -> None:
 
 def check_cells(folder: Path, cells: list[str], layouts: dict[str, Sizes], loaders: list[str]) -> None:
     """All of them, in one start of the processes."""
-    be_quiet()
     for name in cells:
         close = CLOSE if CELLS[name].dtype == torch.float32 else CLOSE_IN_BFLOAT16
         for layout, sizes in layouts.items():
@@ -218,14 +213,14 @@ def check_saving(folder: Path, cell: str) -> None:
         model = from_pretrained(folder / cell, distributed_config=DistributedConfig(**sizes)).train()
         train(model, batches(1, "right"))
         torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False).step()
-        trained = {name: full(value).clone() for name, value in model.state_dict().items()}
+        trained = {name: whole(value).clone() for name, value in model.state_dict().items()}
         model.save_pretrained(folder / layout)
         for other in ({}, before):
             config = DistributedConfig(**other) if other else None
             again = AutoModelForCausalLM.from_pretrained(folder / layout, distributed_config=config).state_dict()
             assert again.keys() == trained.keys()
             for name, value in again.items():
-                assert torch.equal(full(value), trained[name]), (layout, other, name)
+                assert torch.equal(whole(value), trained[name]), (layout, other, name)
         before = sizes
 
 
@@ -281,16 +276,11 @@ def main() -> None:
 
 def show(title: str, workers: Workers, ranks: int, *arguments: Any) -> None:
     """Print the largest differences of any rank, or the error of the first one."""
-    found = workers.outcomes(compare_quietly, ranks, *arguments)
+    found = workers.outcomes(compare, ranks, *arguments)
     if isinstance(found[0], dict):
         print(f"{title:50}", *(f"{what} {max(one[what] for one in found):.1e}" for what in found[0]), flush=True)
     else:
         print(f"{title:50}", str(found[0]).strip().splitlines()[-1], flush=True)
-
-
-def compare_quietly(*arguments: Any) -> Differences:
-    be_quiet()
-    return compare(*arguments)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from mixture_of_experts.huggingface import BalanceCallback, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from support import engines
 from support.checkpoint_recipe import load_checkpoint, save_checkpoint
-from support.engines import LAYOUTS, Differences, Sizes, be_quiet, full, relative
+from support.engines import LAYOUTS, Differences, Sizes, be_quiet, relative
+from support.parallel_workers import whole
 from support.transformers_models import ARCHITECTURES, VOCABULARY
 from support.transformers_trainers import tokenizer
 
@@ -104,7 +105,7 @@ def compare(folder: Path, kind: str, sizes: Sizes) -> Differences:
     found: dict[str, Tensor] = {}
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        found.update((name, full(p.grad).clone()) for name, p in model.named_parameters())
+        found.update((name, whole(p.grad).clone()) for name, p in model.named_parameters())
 
     saved = folder / f"{kind}, {sizes}"
     with warnings.catch_warnings(), mock.patch(TOO_CAREFUL):
@@ -189,7 +190,7 @@ def check_going_on(folder: Path, layouts: dict[str, Sizes]) -> None:
         assert load_checkpoint(run, other, its) == {"step": 1}
         advance(other, its, part)
         for (name, value), found in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-            assert relative(full(found), full(value)) < 1e-5, (layout, name)
+            assert relative(whole(found), whole(value)) < 1e-5, (layout, name)
 
 
 def start(folder: Path, sizes: Sizes) -> tuple[Any, torch.optim.Optimizer]:

@@ -74,6 +74,7 @@ def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterat
         # what `torch.autocast("cuda", torch.bfloat16)` asks, which a recomputation enters
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+        patch.setattr(torch.random, "fork_rng", lambda devices, **_: nullcontext())  # there is no generator of numbers
         torch.set_default_dtype(dtype)
         try:
             yield
@@ -133,15 +134,19 @@ def check_layer(
         check_decoding(layer, DTYPES[dtype], masked, autocast)
 
 
-def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
-    x = torch.empty(2, 40, DIM, dtype=dtype, requires_grad=True)
-    mask = torch.empty(2, 40, dtype=torch.bool) if masked else None
-    # what a layer makes has to be where its tokens are, wherever else it would be
+def called(layer: nn.Module, x: Tensor, masked: bool, autocast: bool) -> tuple[Tensor, Tensor]:
+    """What a layer makes, which has to be where its tokens are, wherever else it would be."""
+    mask = torch.empty(x.shape[:-1], dtype=torch.bool) if masked else None
     with torch.device("cpu"), autocasting() if autocast else nullcontext():
         out, aux_loss = layer(x, mask=mask)
-    assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, x.shape)
-    assert aux_loss.device.type == "cuda"
-    assert aux_loss.shape == ()
+    assert (out.device.type, out.dtype, out.shape) == ("cuda", x.dtype, x.shape)
+    assert (aux_loss.device.type, aux_loss.shape) == ("cuda", ())
+    return out, aux_loss
+
+
+def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
+    x = torch.empty(2, 40, DIM, dtype=dtype, requires_grad=True)
+    out, aux_loss = called(layer, x, masked, autocast)
     with torch.device("cpu"):
         (out.float().square().mean() + aux_loss).backward()
     for name, tensor in {"x": x, **dict(layer.named_parameters())}.items():
@@ -154,13 +159,10 @@ def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: boo
 @torch.no_grad()
 def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
     """A few tokens in eval, of many sequences or of one."""
-    for shape in ((2, 1), (1, 20)):
-        x, mask = torch.empty(*shape, DIM, dtype=dtype), torch.empty(shape, dtype=torch.bool) if masked else None
-        with torch.device("cpu"), autocasting() if autocast else nullcontext(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
-            out, aux_loss = layer(x, mask=mask)
-        assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, x.shape)
-        assert aux_loss.device.type == "cuda"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+        for shape in ((2, 1), (1, 20)):
+            called(layer, torch.empty(*shape, DIM, dtype=dtype), masked, autocast)
 
 
 def check_statistics() -> None:
@@ -188,16 +190,10 @@ def check_sync_is_seen() -> None:
             assert raised.typename == error
 
 
-def way_of(layer: nn.Module, x: Tensor) -> ops.Explanation:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())  # there is no generator of numbers
-        return ops.explain_call(layer, x)
-
-
 def check_way(dtype: str, capability: tuple[int, int], way: str, reasons: dict[str, str]) -> None:
     """The way that is taken unasked on a card, and what is said of faster ones."""
     with on_gpu(DTYPES[dtype], capability):
-        told = way_of(one_level("top 3", "gated", None), torch.empty(1, 8, DIM, dtype=DTYPES[dtype]))
+        told = ops.explain_call(one_level("top 3", "gated", None), torch.empty(1, 8, DIM, dtype=DTYPES[dtype]))
     assert told.way == way
     for name, reason in reasons.items():
         assert reason in told.reasons[name], told.reasons
@@ -209,7 +205,7 @@ def check_amd(arch: str, asked: bool, way: str) -> None:
         patch.setattr(torch.version, "hip", "7.0")
         patch.setattr(grouped_way, "AMD_ASKED", asked)
         layer = one_level("top 3", "gated", None)
-        told = way_of(layer, torch.empty(1, 8, DIM))
+        told = ops.explain_call(layer, torch.empty(1, 8, DIM))
         check_call(layer, torch.bfloat16, masked=True, autocast=False)
     assert told.way == way
     assert "NVIDIA" in told.reasons["triton"]
@@ -222,7 +218,7 @@ def check_other_device(device: str) -> None:
     with fake_gpu(torch.bfloat16), torch.device(device):
         for router in (*ROUTERS, "two levels"):
             layer, x = make_layer(router, "gated", 1.0), torch.empty(2, 40, DIM)
-            told = way_of(layer, x)
+            told = ops.explain_call(layer, x)
             assert told.way == "batched"
             assert "NVIDIA" in told.reasons["triton"]
             assert device in told.reasons["grouped"]
@@ -359,8 +355,7 @@ def check_programs_of_operands() -> None:
 def check_prepared(training: bool) -> None:
     """After `ops.prepare` calls of the prepared shapes launch no program that was not launched then."""
     sequences, tokens = ([8], [16, 1024]) if training else ([1, 64], [1])
-    with on_gpu(torch.bfloat16, (8, 0)), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        patch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())  # there is no generator of numbers
+    with on_gpu(torch.bfloat16, (8, 0)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
         for layer in (MoE(512, 16), MoE(64, 8, gate=TopKGating(64, 8, 3), experts=GatedExperts(64, 8, 96))):
             layer.train(training)
@@ -381,8 +376,8 @@ def check_prepared(training: bool) -> None:
 def check_way_of_decoding(dtype: str, capability: tuple[int, int], tokens: int, way: str) -> None:
     with on_gpu(DTYPES[dtype], capability):
         layer = one_level("top 3", "gated", None).eval()
-        assert way_of(layer, torch.empty(tokens, 1, DIM)).way == way
-        assert way_of(layer.train(), torch.empty(tokens, 1, DIM)).way != "triton"
+        assert ops.explain_call(layer, torch.empty(tokens, 1, DIM)).way == way
+        assert ops.explain_call(layer.train(), torch.empty(tokens, 1, DIM)).way != "triton"
 
 
 def check_graph_of_decoding(capability: tuple[int, int]) -> None:
@@ -405,7 +400,7 @@ def check_graph_of_decoding(capability: tuple[int, int]) -> None:
 def check_many_experts(number: int, way: str) -> None:
     with on_gpu(torch.bfloat16):
         layer = MoE(DIM, number, gate=TopKGating(DIM, number, 2), experts=Experts(DIM, number, HIDDEN))
-        assert way_of(layer, torch.empty(1, 8, DIM)).way == way
+        assert ops.explain_call(layer, torch.empty(1, 8, DIM)).way == way
         check_call(layer, torch.bfloat16, masked=False, autocast=False)
 
 
@@ -422,7 +417,7 @@ def kernels_of_cuda() -> Iterator[None]:
         yield
 
 
-def as_one_graph(model: nn.Module, backend: Any = "aot_eager") -> Callable[..., Any]:
+def as_one_graph(model: nn.Module, backend: Any = "aot_eager") -> Any:
     """The model compiled without breaks, up to what Inductor would make of it, which runs operators."""
     # torch's own, of every autograd function that it traces
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
@@ -439,9 +434,7 @@ def check_compiled(way: str, router: str, capacity: float | None, dtype: str) ->
                 x = torch.empty(1, 64, 256, requires_grad=True)
                 layer = MoE(256, gate=TopKGating(256, 512, 4), experts=GatedExperts(256, 512, 32))
             else:
-                layer = (
-                    two_levels("gated", capacity) if router == "two levels" else one_level(router, "gated", capacity)
-                )
+                layer = make_layer(router, "gated", capacity)
         out, aux_loss = as_one_graph(layer)(x)
         (out.float().square().mean() + aux_loss).backward()
         assert all(tensor.grad is not None for tensor in (x, *layer.parameters()))
@@ -528,7 +521,7 @@ def launches_of_lora(way: str) -> tuple[str, int, int]:
         experts.forward = lambda x, decision: forward(x, decision, ffn=AdaptedFFN(parts))  # as PEFT's wrapper calls it
         counts = count(lambda: layer(x), [x, *(factor for part in parts.values() for factor in part[:2])])
         forward_more = counts.launches - frozen.launches
-        return way_of(layer, x).way, forward_more, counts.launches_both - frozen.launches_both - forward_more
+        return ops.explain_call(layer, x).way, forward_more, counts.launches_both - frozen.launches_both - forward_more
 
 
 def launches_of_two_choices(outer: int) -> tuple[int, int]:
@@ -568,6 +561,15 @@ def kept_of_scores(router: str, autocast: bool) -> float:
         return count(decide, [x, *gate.parameters(), *gate.buffers()]).kept / (4 * tokens * experts)
 
 
+def check_trains(model: nn.Module, windows: Tensor, loss_of: Callable[..., Tensor]) -> None:
+    """Under autocast a model has gradients of a loss, of what it returns, for all its parameters."""
+    with autocasting(), kernels_of_cuda():
+        returned = model(windows)
+    with kernels_of_cuda():
+        loss_of(*returned).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def check_billion(code: str) -> int:
     """The README's layer of a billion parameters, at its real size; returns how many it has."""
     code = code.replace(".cuda()", "")  # it is made there: fake parameters cannot be moved
@@ -597,15 +599,12 @@ def check_example(compiled: bool) -> None:
         with torch.device("cuda"):
             model = ByteLM(lambda: router.build(settings.dim, settings.num_experts, settings.width), **shape)
             windows = torch.zeros(settings.batch_size, settings.context + 1, dtype=torch.int64)
-        optimizer = make_optimizer(model, settings.learning_rate, settings.expert_rate)
-        forward = as_one_graph(model) if compiled else model
-        with autocasting(), kernels_of_cuda():
-            logits, aux_loss = forward(windows[:, :-1])
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-        with kernels_of_cuda():
-            (loss + aux_loss).backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
-        optimizer.step()
+
+        def loss_of(logits: Tensor, aux_loss: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten()) + aux_loss
+
+        check_trains(as_one_graph(model) if compiled else model, windows[:, :-1], loss_of)
+        make_optimizer(model, settings.learning_rate, settings.expert_rate).step()
 
 
 def check_example_for_gpus() -> None:
@@ -619,8 +618,4 @@ def check_example_for_gpus() -> None:
         with torch.device("cuda"):
             model = train_gpu.LanguageModel(train_gpu.mixture, 64, 2, 32)
             windows = torch.zeros(2, 33, dtype=torch.int64)
-        with autocasting(), kernels_of_cuda():
-            loss, aux_loss = as_one_graph(model)(windows)
-        with kernels_of_cuda():
-            (loss + aux_loss).backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
+        check_trains(as_one_graph(model), windows, torch.add)

@@ -17,7 +17,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +36,19 @@ def independent() -> contextlib.AbstractContextManager:
     return mock.patch.object(ConjectureRunner, "generate_mutations_from")
 
 
+def of_seed(number: int, examples: int, *more: Phase) -> Callable[[Any], Any]:
+    """Have hypothesis call a function with so many examples of this seed, whatever the tests' profile says."""
+    run = settings(
+        max_examples=examples,
+        phases=[Phase.generate, *more],
+        database=None,
+        deadline=None,
+        derandomize=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    return lambda function: seed(number)(run(function))
+
+
 KINDS = {"eager": 100, "compiled": 10, "exported": 10}  # configurations of one seed
 RESULTS = Path("matrix.jsonl")
 
@@ -46,15 +59,7 @@ def run_seed(kind: str, number: int, count: int) -> dict[str, Any]:
     axes: collections.Counter = collections.Counter()
     mismatches, seen, start = [], set(), time.perf_counter()
 
-    @seed(number)
-    @settings(
-        max_examples=count,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        derandomize=False,
-        suppress_health_check=list(HealthCheck),
-    )
+    @of_seed(number, count)
     @given(matrix.configurations((kind,)))
     def run(c: Configuration) -> None:
         if repr(c) in seen:

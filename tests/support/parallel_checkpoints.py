@@ -20,7 +20,8 @@ from mixture_of_experts.parallel import average_gradients, replicated_parameters
 from support.checkpoint_recipe import checkpoints, load_checkpoint, save_checkpoint
 from support.parallel_checks import make_mesh, spread
 from support.parallel_layers import DIM, EXPERTS, HIDDEN, Model, make, make_model
-from support.parallel_training import LAYOUTS, make_optimizer, train_together, whole
+from support.parallel_training import LAYOUTS, make_optimizer, train_together
+from support.parallel_workers import whole
 from support.published import OPTIONS
 
 PUBLISHED = Path(__file__).parents[1] / "published" / "cases.pt"

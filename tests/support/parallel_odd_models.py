@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -51,7 +52,8 @@ from support.parallel_layers import (
     small_network,
     top2,
 )
-from support.parallel_training import KEY, LAYOUTS, batches, make_optimizer, whole
+from support.parallel_training import KEY, LAYOUTS, batches, make_optimizer
+from support.parallel_workers import whole
 
 Call = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
@@ -435,14 +437,20 @@ def check_norm_of_parameters_without_gradients() -> None:
 # ---- checkpoints ----
 
 
-def check_what_is_written_stays(folder: Path) -> None:
-    """Also where the folder has later steps, of a run that was given up."""
+def check_what_is_kept(folder: Path) -> None:
+    """The last two steps; and what is written also where the folder has later steps, of a run that was given up."""
     model = nn.Linear(2, 2)
-    for step in (8, 9, 4):
-        path = save_checkpoint(folder, model, make_optimizer(model), step=step, extra={}, keep=2)
-        assert path.exists()
-    dist.barrier()
-    assert [path.name for path in checkpoints(folder)] == ["step-000000004", "step-000000008", "step-000000009"]
+    for steps, kept in (
+        ((9, 10, 11, 1_000_000_000), ["step-000000011", "step-1000000000"]),
+        ((8, 9, 4), ["step-000000004", "step-000000008", "step-000000009"]),
+    ):
+        run = folder / str(len(steps))
+        for step in steps:
+            assert save_checkpoint(run, model, make_optimizer(model), step=step, extra={}, keep=2).exists()
+        dist.barrier()
+        assert [path.name for path in checkpoints(run)] == kept
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_checkpoint(folder / "nowhere", model, make_optimizer(model))
 
 
 def check_extra_that_could_not_be_read(folder: Path) -> None:
@@ -450,15 +458,6 @@ def check_extra_that_could_not_be_read(folder: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match=r"Unsupported global: GLOBAL pathlib"):
         save_checkpoint(folder, model, make_optimizer(model), step=1, extra={"step": 1, "path": Path})
     assert not list(folder.iterdir())
-
-
-def check_old_checkpoints_are_removed(folder: Path) -> None:
-    model = nn.Linear(2, 2)
-    for step in (9, 10, 11, 1_000_000_000):
-        save_checkpoint(folder, model, make_optimizer(model), step=step, extra={}, keep=2)
-    assert [path.name for path in checkpoints(folder)] == ["step-000000011", "step-1000000000"]
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        load_checkpoint(folder / "nowhere", model, make_optimizer(model))
 
 
 def check_same_step_again(folder: Path) -> None:
@@ -472,12 +471,8 @@ def check_same_step_again(folder: Path) -> None:
             raise KeyboardInterrupt
         rename(path, target)
 
-    Path.rename = die  # type: ignore[method-assign]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(folder, model, optimizer, step=4, extra={"try": 2})
-    finally:
-        Path.rename = rename  # type: ignore[method-assign]
+    with mock.patch.object(Path, "rename", die), pytest.raises(KeyboardInterrupt):
+        save_checkpoint(folder, model, optimizer, step=4, extra={"try": 2})
     assert load_checkpoint(folder, model, optimizer) == {"try": 1}
     save_checkpoint(folder, model, optimizer, step=4, extra={"try": 3})
     assert load_checkpoint(folder, model, optimizer) == {"try": 3}

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mixture_of_experts import TopKGating
@@ -27,7 +27,7 @@ from mixture_of_experts.parallel import (
 from support.checkpoint_recipe import load_checkpoint
 from support.parallel_checks import make_mesh, spread
 from support.parallel_layers import BATCH, DIM, LAYERS_OF_MODEL, LENGTH, Model, make_model, own_part
-from support.parallel_workers import this_rank
+from support.parallel_workers import this_rank, whole
 
 STEPS, MAX_NORM = 12, 0.3
 KEY = "layers.*.ffn"
@@ -159,10 +159,6 @@ def train_together(
         optimizer.zero_grad()
         update_biases(model, dist.group.WORLD)
     return model, optimizer, norms
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_training(layout: str, pieces: int = 1, recompute: bool = False, **optimizer_options) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
 TIMEOUT = 60.0  # seconds that a check's ranks wait for each other unless the check is about waiting
 
@@ -38,6 +39,11 @@ def this_rank() -> dist.ProcessGroup | None:
     group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+def whole(tensor: Any) -> Any:
+    """All ranks' parts of a tensor, if it is a `DTensor`."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Workers:

@@ -34,7 +34,7 @@ class Token:
     x: Tensor  # (d,)
     position: int  # its place in the group, padding counted: the order in which tokens queue
     importance: float = 1.0
-    uniform: Tensor | None = None  # (), the draw of Top2's policy 'random'
+    uniforms: Tensor | None = None  # (), the draw of Top2's policy 'random'
     noise: Tensor | None = None  # (e,), the draw of the noisy router
     jitter: Tensor | None = None  # (d,), the factors on the router's input
     exponential: Tensor | None = None  # (e, k), the draws by which SparseMixer samples each choice
@@ -98,7 +98,7 @@ def make_groups(x, importance=None, mask=None, **of_tokens) -> list[Group]:
                 x[index][t],
                 t,
                 1.0 if importance is None else float(importance[index][t]),
-                **{{"uniforms": "uniform"}.get(name, name): value[index][t] for name, value in given.items()},
+                **{name: value[index][t] for name, value in given.items()},
             )
             for t in real
         ]
@@ -212,19 +212,22 @@ class TokenChoice:
     capacity_factor: float | None = None
     min_expert_capacity: int = 4
     priority: str = "choice"
+    k: int = 2
 
     @property
     def num_experts(self) -> int:
         return self.w_gating.shape[-1]
 
     @property
-    def num_choices(self) -> int:
-        raise NotImplementedError
-
-    @property
     def per_token(self) -> float:
         """How many slots a token is given by a capacity factor of 1."""
-        return self.num_choices
+        return self.k
+
+    def choices_of(self, token: Token) -> int:
+        """How many of its k choices a token may make."""
+        if token.importance == 1:
+            return self.k
+        return 1 if token.importance > 0 else 0
 
     def limit(self, length: float) -> float:
         return capacity(length, self.per_token, self.capacity_factor, self.num_experts, self.min_expert_capacity)
@@ -248,10 +251,6 @@ class Top2(TokenChoice):
     threshold: float = 0.2
     eps: float = 1e-9
     second_place_loss: bool = False
-
-    @property
-    def num_choices(self) -> int:
-        return 2
 
     @property
     def per_token(self) -> float:
@@ -297,7 +296,7 @@ class Top2(TokenChoice):
 
     def allows(self, gate: Tensor, token: Token) -> bool:
         if self.policy == "random":
-            return bool(token.uniform < gate / max(self.threshold, self.eps))
+            return bool(token.uniforms < gate / max(self.threshold, self.eps))
         return {"all": True, "none": False, "threshold": bool(gate > self.threshold)}[self.policy]
 
     def group_loss(self, group, probs, firsts, seconds) -> Tensor:
@@ -322,7 +321,6 @@ class Top2(TokenChoice):
 class TopK(TokenChoice):
     """The k largest scores, softmax or sigmoid, with everything that published models put around them."""
 
-    k: int = 2
     score: str = "softmax"
     normalize: bool | None = None
     scale: float = 1.0
@@ -341,10 +339,6 @@ class TopK(TokenChoice):
     softcap: float | None = None
     scales: Tensor | None = None  # (e,) or (1,), learned numbers that multiply the normalised weights
     experts_of_id: Tensor | None = None  # (v, k), of a hash layer
-
-    @property
-    def num_choices(self) -> int:
-        return self.k
 
     def decide(self, groups: list[Group]) -> Decision:
         choices, logits, scores = [], {}, {}
@@ -421,11 +415,6 @@ class TopK(TokenChoice):
             listed = [weight / (sum(listed) + self.eps) for weight in listed]
         return listed
 
-    def choices_of(self, token: Token) -> int:
-        if token.importance == 1:
-            return self.k
-        return 1 if token.importance > 0 else 0
-
     def allowed(self, biased: Tensor) -> Tensor:
         """Scores with -inf for the experts of groups that may not be chosen from."""
         if self.num_groups is None:
@@ -498,11 +487,6 @@ class NoisyTopK(TokenChoice):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538). Tokens without noise are routed as in eval."""
 
     w_noise: Tensor | None = None  # (*outer, d, e)
-    k: int = 2
-
-    @property
-    def num_choices(self) -> int:
-        return self.k
 
     def decide(self, groups: list[Group]) -> Decision:
         choices, logits = [], {}
@@ -535,7 +519,7 @@ class NoisyTopK(TokenChoice):
         best = largest(noisy.detach(), self.k)
         compared = noisy if self.k == 1 else torch.stack([noisy[i] for i in best])
         top = compared.softmax(0).max().item()
-        experts = best if token.importance == 1 else best[: 1 if token.importance > 0 else 0]
+        experts = best[: self.choices_of(token)]
         if not experts:
             return []
         weights = torch.stack([noisy[i] for i in experts]).softmax(0)
@@ -742,8 +726,7 @@ def second_level_groups(gate, groups, choices, x, group_size, draws) -> tuple[li
     for group in made:
         for token in group.tokens:
             for name, values in draws.items():
-                value = values[group.index][token.position]
-                setattr(token, {"uniforms": "uniform"}.get(name, name), value)
+                setattr(token, name, values[group.index][token.position])
     return made, source
 
 
@@ -754,7 +737,7 @@ def dropless_group(gate, outer: int, group: Group, slots: dict, source: dict) ->
     for slot, choice in mine:
         tokens.append(hand_down(choice, slot, gate.hand_on(choice)))
         source[tokens[-1]] = choice
-    choices = min(gate.num_choices, gate.num_experts)  # of a token, among different outer experts
+    choices = min(gate.k, gate.num_experts)  # of a token, among different outer experts
     return Group(tokens, group.length * choices / gate.num_experts, (outer, group.index[-1]))
 
 

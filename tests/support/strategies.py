@@ -109,7 +109,7 @@ class Kind:
         make: the gate, from `(dim, num_experts, **arguments)`.
         drawn: routers for so many experts, now and then one that is not possible.
         slow: the slow counterpart, from the gate, all arguments, and what every router of token choice takes.
-        defaults: the package's arguments.
+        defaults: the package's arguments, where they are not those of the slow counterpart.
         draws: what it draws at random with such arguments in a mode, "train" or "eval".
         refused: the error for such a k and number of experts, or None.
         given: whether others may choose instead of it.
@@ -122,7 +122,7 @@ class Kind:
     make: Any
     drawn: Callable[[int], st.SearchStrategy[Router]]
     slow: Callable[[Any, dict, dict], Any]
-    defaults: dict
+    defaults: Mapping[str, Any] = field(default_factory=lambda: DROPLESS)
     draws: Callable[[dict, str], str | None] = lambda given, mode: None
     refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, got {k}" if k > e else None
     given: bool = True
@@ -158,7 +158,7 @@ class Router:
     def reference(self, gate: nn.Module):
         """The slow router on this gate's parameters, in its mode."""
         mode, given = "train" if gate.training else "eval", self.all_arguments
-        common = {name: given[name] for name in ("min_expert_capacity", "priority") if name in given}
+        common = named(given, "min_expert_capacity", "priority")
         if f"capacity_factor_{mode}" in given:
             common["capacity_factor"] = given[f"capacity_factor_{mode}"]
         return KINDS[self.kind].slow(gate, {**given, "mode": mode}, common)
@@ -315,15 +315,19 @@ def of_kind(kind: str, drawn: st.SearchStrategy[Router]) -> st.SearchStrategy[Ro
 # Their slow counterparts
 
 
+def named(given: dict, *names: str) -> dict:
+    """The arguments of these names; the slow routers know what the others are by default."""
+    return {name: given[name] for name in names if name in given}
+
+
 def slow_top2(gate: Any, given: dict, common: dict) -> Any:
-    names = ("eps", "second_place_loss")
     of_mode = {name: given[f"second_{name}_{given['mode']}"] for name in ("policy", "threshold")}
-    return reference.Top2(gate.w_gating, **of_mode, **{name: given[name] for name in names}, **common)
+    return reference.Top2(gate.w_gating, **of_mode, **named(given, "second_place_loss"), **common)
 
 
 def slow_topk(gate: Any, given: dict, common: dict) -> Any:
     names = ("k", "score", "normalize", "scale", "num_groups", "top_groups", "balance_over")
-    names += ("select", "weigh", "group_score", "eps")
+    more = ("select", "weigh", "group_score", "eps")
     weights = {"w_gating": gate.w_gating, "b_gating": gate.b_gating}
     if (logits := gate.logits) is not None:
         weights = {"w_gating": logits.weight, "b_gating": logits.bias, "norm_weight": logits.norm_weight}
@@ -333,7 +337,7 @@ def slow_topk(gate: Any, given: dict, common: dict) -> Any:
         scales=gate.weigh.scale if isinstance(gate.weigh, LearnedScale) else None,
         experts_of_id=getattr(gate, "experts_of_id", None),
         **weights,
-        **{name: given[name] for name in names},
+        **named(given, *names, *more),
         **common,
     )
 
@@ -343,44 +347,26 @@ def slow_top_p(gate: Any, given: dict, common: dict) -> Any:
 
 
 def jitter(given: dict, mode: str) -> str | None:
-    return "jitter" if mode == "train" and given["jitter"] else None
+    return "jitter" if mode == "train" and given.get("jitter") else None
 
 
-CAPACITY = dict(capacity_factor_train=None, capacity_factor_eval=None, min_expert_capacity=4, priority="choice")
-TOPK = {
-    **CAPACITY,
-    "k": 2,
-    "score": "softmax",
-    "normalize": None,
-    "scale": 1.0,
-    "jitter": 0.0,
-    "num_groups": None,
-    "top_groups": None,
-    "balance_over": "group",
-    "select": "score",
-    "weigh": "score",
-    "group_score": "two_best",
-    "eps": 1e-20,
-}
+DROPLESS = {"capacity_factor_train": None, "capacity_factor_eval": None}
 NUM_IDS = 7  # of a hash layer
 BY_DEFAULT = 'by default | dropless, or with `priority="token"`'  # of a row
 
 KINDS: dict[str, Kind] = {
-    "topk": Kind(TopKGating, any_topk_routers, slow_topk, TOPK, draws=jitter, rarely=5),
+    "topk": Kind(TopKGating, any_topk_routers, slow_topk, draws=jitter, rarely=5),
     "top2": Kind(
         Top2Gating,
         lambda e: top2_routers(),
         slow_top2,
         {
-            **CAPACITY,
-            "eps": 1e-9,
             "second_policy_train": "random",
             "second_policy_eval": "random",
             "second_threshold_train": 0.2,
             "second_threshold_eval": 0.2,
             "capacity_factor_train": 1.25,
             "capacity_factor_eval": 2.0,
-            "second_place_loss": False,
         },
         draws=lambda given, mode: "uniforms" if given[f"second_policy_{mode}"] == "random" else None,
     ),
@@ -388,7 +374,6 @@ KINDS: dict[str, Kind] = {
         NoisyTopKGating,
         lambda e: noisy_routers(e) if e > 1 else st.just(Router("noisy", {"k": 1})),
         lambda gate, given, common: reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common),
-        {**CAPACITY, "k": 2},
         draws=lambda given, mode: "noise" if mode == "train" else None,
         refused=lambda k, e: rf"k must be below num_experts={e}, got {k}" if k >= e else None,
         shown={"NoisyTopK": lambda d, e: NoisyTopKGating(d, e, k=2)},
@@ -407,10 +392,7 @@ KINDS: dict[str, Kind] = {
     "sparse_mixer": Kind(
         SparseMixerGating,
         lambda e: sparse_mixer_routers(),
-        lambda gate, given, common: reference.SparseMixer(
-            gate.w_gating, k=given["k"], tolerance=given["tolerance"], **common
-        ),
-        {**CAPACITY, "k": 2, "tolerance": 0.01},
+        lambda gate, given, common: reference.SparseMixer(gate.w_gating, **named(given, "k", "tolerance"), **common),
         draws=lambda given, mode: "sampling" if mode == "train" else None,
         row=f"`SparseMixerGating` | a token, k experts, drawn in training | {BY_DEFAULT} | loss",
     ),
@@ -418,7 +400,6 @@ KINDS: dict[str, Kind] = {
         lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
         lambda e: of_kind("hash", topk_routers(e)),
         slow_topk,
-        TOPK,
         draws=jitter,
         rarely=5,
         row=f"`HashGating` | a token's id, k experts | {BY_DEFAULT} | its table",
@@ -427,7 +408,6 @@ KINDS: dict[str, Kind] = {
         TopPGating,
         lambda e: of_kind("top_p", own_routers(e)),
         slow_top_p,
-        {**CAPACITY, "k": 4, "p": 0.5},
         shown={"TopP": lambda d, e: TopPGating(d, e, k=2, p=0.6)},
         row=f"`TopPGating` | a token, as many experts as reach a probability, at most k | {BY_DEFAULT} | loss",
     ),
@@ -435,7 +415,6 @@ KINDS: dict[str, Kind] = {
         recipe("A router of your own")["SureGating"],
         lambda e: own_routers(e),
         slow_top_p,
-        {**CAPACITY, "k": 4, "p": 0.5},
         refused=lambda k, e: None,
         given=False,
         rarely=40,
@@ -459,36 +438,26 @@ def recipe_parts(draw, name: str) -> tuple[Router, Bank, int, bool]:
         given["logits"] = dict(model.logits)
     if model.scales is not None:
         given["scales"] = model.scales
-    settings = dict(model.experts)
+    settings, identity = dict(model.experts), round(model.identity * e)
     activation = settings.get("activation", "silu")
-    if activation == "gelu_tanh":
-        activation = "tanh gelu"
-    elif activation == "clamped_swiglu":
-        activation = "clamped swiglu"
-    elif "limit" in settings:
+    activation = {"gelu_tanh": "tanh gelu", "clamped_swiglu": "clamped swiglu"}.get(activation, activation)
+    if activation == "silu" and "limit" in settings:
         activation = f"clamped silu, {settings['limit']:g}" + (", after" if settings.get("after") else "")
-    kind_of_experts = "gated" if settings.get("gated", True) else "ffn"
-    identity = round(model.identity * e)
-    bank = Bank(kind_of_experts, settings.get("bias", False), activation, identity=identity, zero=model.zero)
+    experts = "gated" if settings.get("gated", True) else "ffn"
     if model.weigh_input:
-        bank = replace(bank, kind="input_weighted")
+        experts = "input_weighted"
     elif identity or model.zero:
-        bank = replace(bank, kind="identity")
+        experts = "identity"
+    bank = Bank(experts, settings.get("bias", False), activation, identity=identity, zero=model.zero)
     return Router(kind, given), bank, e + identity + model.zero, bool(model.shared)
 
 
-TOKEN_CHOICE = ("top2", "topk", "noisy")
-ALL_POLICIES = ("all", "none", "threshold", "random")
-QUIET = ("all", "none", "threshold")  # those that draw nothing
-
-
-def routers(kind: str, num_experts: int, policies=ALL_POLICIES, **limits):
-    """Routers of one kind; `limits` fix `dropless` or `priority` of a token-choice router."""
-    if kind == "top2":
-        return top2_routers(policies=policies, **limits)
-    if kind == "topk":
-        return topk_routers(num_experts, **limits)
-    return noisy_routers(num_experts, **limits) if kind == "noisy" else expert_choice_routers()
+#: routers that draw nothing in eval, for so many experts; the rest fixes `dropless` or `priority`
+TOKEN_CHOICE: dict[str, Callable[..., st.SearchStrategy[Router]]] = {
+    "top2": lambda num_experts, **limits: top2_routers(policies=("all", "none", "threshold"), **limits),
+    "topk": topk_routers,
+    "noisy": noisy_routers,
+}
 
 
 def counts_for(kind: str, counts=expert_counts):
@@ -644,7 +613,7 @@ class Bank:
         if self.kind == "routed":
             return lambda index, x: x @ experts.weight[index]
         inner = experts if self.kind in ("ffn", "gated") else experts.experts
-        act = self._activation(inner.act)
+        act = MORE_ACTIVATIONS[self.activation][1] if self.activation in MORE_ACTIVATIONS else inner.act
         if self.kind == "ffn":
             return reference.feed_forward(inner.w1, inner.w2, act, inner.b1, inner.b2)
         weights, biases = (inner.w1, inner.w3, inner.w2), (inner.b1, inner.b3, inner.b2)
@@ -659,11 +628,6 @@ class Bank:
         if self.kind == "enclosed":
             return lambda index, x: gated(index, experts.before(x))
         return gated
-
-    def _activation(self, module: nn.Module) -> Any:
-        if self.activation in MORE_ACTIVATIONS:
-            return MORE_ACTIVATIONS[self.activation][1]
-        return module
 
 
 def rms_normed(x: Tensor) -> Tensor:

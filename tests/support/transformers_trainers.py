@@ -150,12 +150,18 @@ def label_smoothing_and_aux_loss(model: nn.Module, accumulation: int, padding: b
     label_smoothing(model, accumulation, padding, folder, WithAuxLoss)
 
 
-def sft(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
-    from trl import SFTConfig, SFTTrainer
+def of_trl(kind: str, data: list[dict[str, Any]], *models: Any, of: dict[str, Any], **more) -> None:
+    """Train with TRL's trainer of a kind, settings `of` all trainers and `more`."""
+    import trl
 
-    config = SFTConfig(**settings(accumulation, folder), bf16=False, **more)
-    data = dataset([{"text": text} for text in texts(padding)])
-    SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer()).train()
+    config = getattr(trl, f"{kind}Config")(**of, bf16=False, **more)
+    made = getattr(trl, f"{kind}Trainer")
+    made(*models, args=config, train_dataset=dataset(data), processing_class=tokenizer()).train()
+
+
+def sft(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    data = [{"text": text} for text in texts(padding)]
+    of_trl("SFT", data, model, of=settings(accumulation, folder), **more)
 
 
 def preferences(padding: bool) -> list[dict[str, str]]:
@@ -164,39 +170,25 @@ def preferences(padding: bool) -> list[dict[str, str]]:
     return [{"prompt": a, "chosen": f" {b}", "rejected": f" {c}"} for a, b, c in parts]
 
 
-def dpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
-    from trl import DPOConfig, DPOTrainer
-
-    config = DPOConfig(**settings(accumulation, folder), bf16=False, **more)
-    reference, data = copy.deepcopy(model), dataset(preferences(padding))
-    made = DPOTrainer(model, reference, args=config, train_dataset=data, processing_class=tokenizer())
-    made.train()
+def dpo(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+    of_trl("DPO", preferences(padding), model, copy.deepcopy(model), of=settings(accumulation, folder))
 
 
-def kto(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
-    from trl import KTOConfig, KTOTrainer
-
-    config = KTOConfig(**settings(accumulation, folder), bf16=False, **more)
+def kto(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
     data = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
         for i, row in enumerate(preferences(padding))
     ]
-    reference = copy.deepcopy(model)
-    KTOTrainer(model, reference, args=config, train_dataset=dataset(data), processing_class=tokenizer()).train()
+    of_trl("KTO", data, model, copy.deepcopy(model), of=settings(accumulation, folder))
 
 
-def grpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
-    from trl import GRPOConfig, GRPOTrainer
-
-    config = GRPOConfig(
-        **settings(accumulation, folder), bf16=False, num_generations=2, max_completion_length=6, beta=0.0, **more
-    )
-
+def grpo(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(completion)) for completion in completions]
 
-    data = dataset([{"prompt": text} for text in texts(padding)])
-    GRPOTrainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer()).train()
+    data = [{"prompt": text} for text in texts(padding)]
+    own = dict(num_generations=2, max_completion_length=6, beta=0.0)
+    of_trl("GRPO", data, model, reward, of=settings(accumulation, folder), **own)
 
 
 def batches(padding: bool, accumulation: int) -> Iterator[dict[str, Tensor]]:

@@ -14,15 +14,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from unittest import mock
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis.internal.conjecture.engine import ConjectureRunner
+from hypothesis import given
 
 from mixture_of_experts.verify import PROPERTIES, verify
 
 from . import configurations as matrix
 from .configurations import Configuration
+from .matrix import independent, of_seed
 
 THOROUGH = ("compile", "ddp", "fsdp2")
 BY_NAME = ("invariance",)
@@ -39,15 +38,7 @@ def drawn(count: int, number: int = 0) -> list[Configuration]:
     """Configurations that run without side inputs, in float32, with scores that are no ties."""
     found: list[Configuration] = []
 
-    @seed(number)
-    @settings(
-        max_examples=4 * count,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        derandomize=False,
-        suppress_health_check=list(HealthCheck),
-    )
+    @of_seed(number, 4 * count)
     @given(matrix.configurations())
     def take(c: Configuration) -> None:
         routers = tuple(replace(router, spread=min(max(router.spread, 0.3), 3.0)) for router in c.routers)
@@ -55,7 +46,7 @@ def drawn(count: int, number: int = 0) -> list[Configuration]:
         if len(found) < count and c.dim > 1 and matrix.refusal(c) is None:
             found.append(c)
 
-    with mock.patch.object(ConjectureRunner, "generate_mutations_from"):
+    with independent():
         take()
     assert len(found) == count
     return found

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import ExpertList, GatedExperts, MoE, TopKGating, ops
 from mixture_of_experts.support.same_bits import size_of_block
+from support.parallel_workers import whole
 from support.paths import Path, assert_all_close
 
 RANKS = 2
@@ -97,10 +98,6 @@ def together(layer: nn.Module, wrapped: nn.Module, batch: Batch, forward: Forwar
             dist.all_reduce(parameter.grad)
             parameter.grad /= RANKS
     return {"out": out, "input": x.grad, **{name: whole(p.grad) for name, p in layer.named_parameters()}}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def state(layer: nn.Module) -> dict[str, Tensor]:
@@ -264,11 +261,8 @@ def check_the_same_bits(wrap: str) -> None:
     """Each rank has batches of its own, of one token to all: each token has the bits that one process gives it among
     all. By the fastest way it has not, where this CPU's products ask for blocks."""
     torch.manual_seed(0)
-    experts = GatedExperts(64, 8, 64)
-    layer, x = (
-        MoE(64, gate=TopKGating(64, 8), experts=experts).float().eval(),
-        torch.randn(1, 24, 64, dtype=torch.float32),
-    )
+    layer = MoE(64, gate=TopKGating(64, 8), experts=GatedExperts(64, 8, 64)).float().eval()
+    x = torch.randn(1, 24, 64, dtype=torch.float32)
     wrapped, differ = WRAPS[wrap](copy.deepcopy(layer)).eval(), {}
     for way in ("batch_invariant", "auto"):
         with ops.use(way), torch.no_grad():
