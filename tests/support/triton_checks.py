@@ -385,20 +385,15 @@ def check_lengths_of_the_self_check() -> None:
     torch.manual_seed(0)
     wanted = torch.randn(8, self_check.DIM, self_check.DIM)
     for dtype, tolerance in self_check.TOLERANCE.items():
-        assert self_check.error_of_rows(wanted.to(dtype), wanted) < tolerance / 5
-        found = wanted.to(dtype, copy=True)
-        found[3, 5, 96 : 96 + 16 // dtype.itemsize] = 0
-        assert self_check.error_of_rows(found, wanted) > 2 * tolerance
-        found = wanted.to(dtype, copy=True)
-        found[3, 5, :96] *= -1
-        assert (
-            relative(found, wanted.double())
-            < self_check.TOLERANCE[torch.bfloat16]
-            < self_check.error_of_rows(found, wanted)
-        )
-        found = wanted.to(dtype, copy=True)
-        found[0, 0, 0] = torch.nan
-        assert not self_check.error_of_rows(found, wanted) < tolerance
+        right, lost, turned, nan = (wanted.to(dtype, copy=True) for _ in range(4))
+        lost[3, 5, 96 : 96 + 16 // dtype.itemsize] = 0
+        turned[3, 5, :96] *= -1
+        nan[0, 0, 0] = torch.nan
+        errors = [self_check.error_of_rows(found, wanted) for found in (right, lost, turned, nan)]
+        assert errors[0] < tolerance / 5
+        assert errors[1] > 2 * tolerance
+        assert relative(turned, wanted.double()) < self_check.TOLERANCE[torch.bfloat16] < errors[2]
+        assert not errors[3] < tolerance
 
 
 def check_memory(*args: Any, **options: Any) -> None:
@@ -457,15 +452,14 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     if routing == "dropless, zeros":  # as a gate of one's own may say it
         decided = replace(decided, chosen=torch.ones_like(decided.kept))
     decision = decision_of(decided)
-    wanted, a = decision.without_gaps(), len(decision.weight)
+    wanted: Any = decision.without_gaps()
+    a = len(decision.weight)
     rows = a if decision.routing is None else min(a, decision.num_slots)
     with watched(operators):
-        found = plan_of(decision, few=0)
+        found: Any = plan_of(decision, few=0)
     assert found.without_tensors() == wanted._replace(num_rows=rows).without_tensors()
     assert torch.equal(found.row, wanted.row.where(wanted.row < a, rows))
     assert torch.equal(found.weight, wanted.weight)
-    assert found.rows_per_expert is not None
-    assert wanted.rows_per_expert is not None
     assert torch.equal(found.rows_per_expert, wanted.rows_per_expert)
     held = ((wanted.assignment == a) & (torch.arange(a) < wanted.rows_per_expert.sum()))[:rows]
     assert bool(held.any()) == (routing == "capacity, zeros")
@@ -475,7 +469,7 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert torch.equal(found.token[held], found.assignment[held] // k)
 
     with watched(operators):
-        few = plan_of(decision)  # rows of what is kept alone, by expert and in the order of tokens
+        few: Any = plan_of(decision)  # rows of what is kept alone, by expert and in the order of tokens
     kept, expert = decided.kept.flatten().tolist(), decided.expert.flatten().tolist()
     order = sorted((i for i in range(a) if kept[i]), key=expert.__getitem__)
     assert few.without_tensors() == wanted.without_tensors()
@@ -483,7 +477,6 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert few.token.tolist() == [i // k for i in few.assignment.tolist()]
     assert few.row[order].tolist() == list(range(len(order)))
     assert (few.row == a).equal(~decided.kept.flatten())
-    assert few.rows_per_expert is not None
     assert few.rows_per_expert.tolist() == [sum(expert[i] == j for i in order) for j in range(e)]
 
 
@@ -606,10 +599,7 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
             for tokens in (x, torch.zeros_like(x), torch.where(torch.rand(b, n, 1) < 0.3, torch.nan, x)):
                 calls.clear()
                 # NaN is what nobody has written
-                with (
-                    ops.use("triton"),
-                    watched(top_k, queueing) if tokens.isfinite().all() else nullcontext(),
-                ):
+                with ops.use("triton"), watched(top_k, queueing) if tokens.isfinite().all() else nullcontext():
                     found = gate(tokens)
                 assert len(calls) == (n <= topk_by_kernel.LONGEST and b > 0)
                 with ops.use("plain"):
@@ -738,14 +728,13 @@ def check_few_tokens(name: str) -> None:
     for shape in ((1, 1), (64, 1), (3, 5), (0, 1)):
         x, mask = torch.randn(*shape, 16), torch.rand(shape) < 0.8
         for masked in (None, mask):
-            found, wanted = [], []
-            for way, results in (("triton", found), ("plain", wanted)):
+            results: dict[Any, Any] = {}
+            for way in ("triton", "plain"):
                 torch.manual_seed(1)
                 with ops.use(way), torch.no_grad(), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
-                    results += layer(x, mask=masked)
-            for got, want in zip(found, wanted, strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+                    results[way] = layer(x, mask=masked)
+            torch.testing.assert_close(results["triton"], results["plain"], rtol=1e-4, atol=1e-5)
 
 
 def misaligned(tensor: Tensor) -> Tensor:
