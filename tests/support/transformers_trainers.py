@@ -170,25 +170,25 @@ def preferences(padding: bool) -> list[dict[str, str]]:
     return [{"prompt": a, "chosen": f" {b}", "rejected": f" {c}"} for a, b, c in parts]
 
 
-def dpo(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
-    of_trl("DPO", preferences(padding), model, copy.deepcopy(model), of=settings(accumulation, folder))
+def dpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    of_trl("DPO", preferences(padding), model, copy.deepcopy(model), of=settings(accumulation, folder), **more)
 
 
-def kto(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+def kto(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
     data = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
         for i, row in enumerate(preferences(padding))
     ]
-    of_trl("KTO", data, model, copy.deepcopy(model), of=settings(accumulation, folder))
+    of_trl("KTO", data, model, copy.deepcopy(model), of=settings(accumulation, folder), **more)
 
 
-def grpo(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+def grpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(completion)) for completion in completions]
 
     data = [{"prompt": text} for text in texts(padding)]
     own = dict(num_generations=2, max_completion_length=6, beta=0.0)
-    of_trl("GRPO", data, model, reward, of=settings(accumulation, folder), **own)
+    of_trl("GRPO", data, model, reward, of=settings(accumulation, folder), **own, **more)
 
 
 def batches(padding: bool, accumulation: int) -> Iterator[dict[str, Tensor]]:
