@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from tests.support import configurations as matrix
 from tests.support import paths
 from tests.support.configurations import Bank, Configuration, Router
-from tests.support.matrix import independent, of_seed
 
 from .sides import Sides
 
@@ -147,6 +146,8 @@ def differences(before: Digests, now: Digests) -> list[str]:
 def compare(both: Sides, examples: int) -> str | None:
     """Ask both sides about so many situations, and about every router by name that both have. Returns the smallest
     situation in which they differ, or None."""
+    from tests.support.matrix import independent, of_seed  # this tree's: an earlier commit lacks it
+
     found: list[str] = []
     outcomes: Counter[str] = Counter()
 
