@@ -15,7 +15,7 @@ from support.parallel_workers import Workers
 from torch import nn
 
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.exchange import by_expert, scale_gradient
+from mixture_of_experts.parallel.exchange import by_expert, scale_gradient, with_backward_to
 from mixture_of_experts.parallel.parallelize import matching_submodules
 
 
@@ -74,9 +74,9 @@ def test_a_gradient_is_scaled_and_a_backward_reaches_what_waits():
     assert x.grad.tolist() == [0.5, 0.5]
     assert not reached
     for constant in (torch.ones(2), torch.ones(2, requires_grad=True)):
-        scale_gradient(constant, 1.0, reached=waiting).sum().backward(retain_graph=True)
+        with_backward_to(constant, waiting).sum().backward(retain_graph=True)
     assert reached == [True, True]
-    assert scale_gradient(torch.ones(2), 1.0, reached=torch.ones(2)).requires_grad
+    assert with_backward_to(torch.ones(2), torch.ones(2)).requires_grad
 
 
 def test_a_key_of_a_plan_names_each_module_once():

@@ -114,9 +114,30 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad, inverse, order), None, None
 
 
+class _WithBackwardTo(torch.autograd.Function):
+    @staticmethod
+    def forward(result: Tensor, x: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def with_backward_to(result: Tensor, x: Tensor) -> Tensor:
+    """Return `result`. Its backward always reaches x, even if it does not depend on x: other ranks wait there."""
+    if torch.is_grad_enabled() and not (result.requires_grad or x.requires_grad):
+        result = result.detach().requires_grad_()
+    return _WithBackwardTo.apply(result, x)
+
+
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, factor: float, reached: Tensor | None) -> Tensor:
+    def forward(x: Tensor, factor: float) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -125,17 +146,12 @@ class _ScaleGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad if ctx.factor == 1 else grad * ctx.factor, None, None
+        return grad * ctx.factor, None
 
 
-def scale_gradient(x: Tensor, factor: float, reached: Tensor | None = None) -> Tensor:
-    """Return x; its gradient is multiplied by `factor`. Its backward always gets to the tensor `reached`, even if x
-    does not depend on it: other ranks wait there."""
-    if reached is None:
-        return x if factor == 1 else _ScaleGradient.apply(x, factor, None)
-    if torch.is_grad_enabled() and not (x.requires_grad or reached.requires_grad):
-        x = x.detach().requires_grad_()
-    return _ScaleGradient.apply(x, factor, reached)
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return x; its gradient is multiplied by `factor`."""
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)
 
 
 def exchange_slots(

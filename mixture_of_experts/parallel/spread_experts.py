@@ -31,6 +31,7 @@ from mixture_of_experts.parallel.exchange import (
     exchange_rows,
     exchange_slots,
     scale_gradient,
+    with_backward_to,
 )
 from mixture_of_experts.parallel.on_this_rank import on_this_rank
 from mixture_of_experts.parallel.sharding import ExpertSharding
@@ -198,9 +199,9 @@ class SpreadList(ExpertParallelExperts):
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
         # scaling the gradients of inputs and outputs scales the parameters' gradients, without a change of the modules
         factor = self.expert_parallel.factor
-        result = super()._compute(scale_gradient(x, 1 / factor), *counts)
+        result = scale_gradient(super()._compute(scale_gradient(x, 1 / factor), *counts), factor)
         # if this rank's modules are all frozen or constant, other ranks still wait for its backward
-        return scale_gradient(result, factor, reached=x)
+        return with_backward_to(result, x)
 
     def _on_this_rank(self) -> AbstractContextManager[nn.Module]:
         view = object.__new__(self.local_class)
