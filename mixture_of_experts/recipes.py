@@ -372,10 +372,18 @@ class RecipeFunction(Protocol):
 MODELS: dict[str, Recipe] = {}
 
 
-def _recipe(name: str, *first: Any, blocks: str = "", **fields: Any) -> RecipeFunction:
+def _recipe(
+    name: str,
+    paper: str = "",
+    says: str = "",
+    gate: Mapping[str, Any] | None = None,
+    *,
+    blocks: str = "",
+    **fields: Any,
+) -> RecipeFunction:
     """Write the `Recipe` of these fields into `MODELS`, with arguments of `MoE` as its `layer`; return its function."""
     layer = {key: fields.pop(key) for key in OF_LAYER if key in fields}
-    recipe = MODELS[name] = Recipe(*first, layer=layer, blocks=tuple(blocks.split()), **fields)
+    recipe = MODELS[name] = Recipe(paper, says, gate or {}, layer=layer, blocks=tuple(blocks.split()), **fields)
 
     def make(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
         return build(recipe, dim, num_experts, hidden_dim, **changes)
@@ -388,7 +396,7 @@ BATCH = dict(balance_over="batch")
 SIGMOID = dict(normalize=True, score="sigmoid", expert_bias=True)
 PLAIN_RELU = dict(activation="relu", gated=False)
 #: the complementary loss of DeepSeek-V3 (arXiv 2412.19437, section 4.2: alpha = 0.0001)
-COMPLEMENTARY = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
+COMPLEMENTARY: dict[str, Any] = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
 
 gshard: RecipeFunction = _recipe(
     "gshard",
