@@ -94,15 +94,24 @@ class _TwoBest(torch.autograd.Function):
     """Saves the probabilities, and each token's choices and `log_total`. Second derivatives go through these."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, full: Tensor | None, *settings: Any) -> tuple[Tensor, ...]:
+    def forward(
+        ctx,
+        logits: Tensor,
+        full: Tensor | None,
+        active: Tensor | None,
+        uniform: Tensor | None,
+        policy: str,
+        threshold: float,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
         from mixture_of_experts.kernels.top_2 import two_best  # it imports triton, which takes a second
 
-        *found, sums, totals = two_best(logits, full, *settings)
+        *found, sums, totals = two_best(logits, full, active, uniform, policy, threshold, eps)
         expert, _, chosen, primary, probs, log_total = found
         load, proxy = (sums.squeeze(-2) if sums.shape[-2] == 1 else sums.sum(dim=-2)).unbind()
         squares, number = totals.flatten(end_dim=-2).sum(dim=0).unbind()
         ctx.save_for_backward(probs, expert, log_total, full)
-        ctx.eps = settings[-1]
+        ctx.eps = eps
         ctx.mark_non_differentiable(expert, chosen, primary, load, number)
         ctx.set_materialize_grads(False)
         return *found, load, proxy, squares, number
