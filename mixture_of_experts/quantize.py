@@ -329,6 +329,7 @@ def pack(
         return {name: torch.cat([part[name] for part in parts], dim=AXES[name]) for name in parts[0]}
 
     every = list(zip(weight.flatten(0, -3), scale.flatten(0, -2), strict=True))
+    # of weights without numbers one stands for all
     made = [packed(0, *every[0])] * len(every) if weight.is_meta else [packed(i, *each) for i, each in enumerate(every)]
     stacks = {name: torch.stack([each[name] for each in made]) for name in made[0]}
     return {**{name: stack.unflatten(0, weight.shape[:-2]) for name, stack in stacks.items()}, "scale": scale}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -189,12 +188,11 @@ def to_stack(unstacked: UnstackedExperts, name: str) -> StackedExperts:
         part, of = "weight" if key.startswith("w") else "bias", f"w{key[1]}"
         layers: list[Any] = [getattr(expert, of) for expert in unstacked]
         for i, layer in enumerate(layers):
-            for each in (layer, getattr(layer, "weight", None)):
-                if type(each) not in (nn.Linear, nn.Parameter, NoneType):
-                    raise TypeError(
-                        f"{name}.{i}.{of} is a {type(each).__name__}, no plain linear layer: merge adapters, or stay "
-                        "unstacked"
-                    )
+            if layer is not None and (type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter):
+                what = type(layer).__name__ if type(layer) is not nn.Linear else type(layer.weight).__name__
+                raise TypeError(
+                    f"{name}.{i}.{of} is a {what}, no plain linear layer: merge adapters, or stay unstacked"
+                )
         values = [getattr(layer, part) for layer in layers if getattr(layer, part, None) is not None]
         if values:
             stack = torch.stack([value.mT if part == "weight" else value for value in values])
