@@ -45,8 +45,8 @@ def why_not_on(device: torch.device) -> str | None:
 def has_kernels(device: torch.device) -> bool:
     """Whether routers may launch kernels on a device.
 
-    They may on a GPU, unless another way is asked for; on a CPU if "triton" is. A traced graph has torch's operators,
-    which compilers fuse.
+    They may where kernels run: on a GPU, unless another way is asked for; on a CPU, if "triton" is asked for. A traced
+    graph has torch's operators, which compilers fuse.
     """
     way = asked_for()
     if way not in ("auto", "triton") or in_transform() or torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 # `python -m experiments.cpu_constants` times steps with other values of these
 PADDING = 1 << 18  # so many multiplications of padding take as long as one more product
 SHARING = 32  # factor of PADDING with several threads, which share one expert's product badly
-MOST_PADDING = 32  # rows of a batch, however small its products: empty rows are moved and activated too
+MOST_PADDING = 32  # most empty rows of a batch of small products: they are moved and activated too
 FREE_ROWS = 2  # rows of padding for each expert that cost nothing beside reading its weights
 CHUNK = 4 << 20  # most bytes of a thread's chunk (tokens and pre-activations), so that it stays in the caches
 

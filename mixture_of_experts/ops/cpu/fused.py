@@ -142,7 +142,7 @@ class ChunkProducts:
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-        """`Products.by_weights`; or `add` it to what `out` holds."""
+        """Rows x times the weights of their experts, `(r, q)`: written to `out`, or with `add` added to it."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for part, matrix, result in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
             multiply(part, matrix, result, add=add)
