@@ -201,7 +201,7 @@ class TopKGating(TokenChoiceGate):
         closed = self.closed_experts(tokens.side[OPEN], x) if OPEN in tokens.side else None
         logits, score, probs, log_total = self._scores_to_save(x, closed)
         ranked = self._ranked(logits, score, closed)
-        expert, chosen = self._chosen_by(tokens, ranked, probs, closed is not None or self._may_lack_experts)
+        expert, chosen = self._chosen_by(tokens, ranked, probs, closed is not None)
         if GIVEN in tokens.side:
             expert, chosen = self.merge_given(tokens, expert, chosen)
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
@@ -234,10 +234,16 @@ class TopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, parts, chosen=chosen, score=top)
 
     def _chosen_by(
-        self, tokens: Tokens, ranked: Tensor, probs: Tensor, some_lack: bool
+        self, tokens: Tokens, ranked: Tensor, probs: Tensor, some_closed: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The results of `own_choices`; if `some_lack` experts to choose, without choices of an expert of -inf."""
-        if not some_lack:
+        """The results of `own_choices`, without choices of an expert of -inf. Where a token may find fewer than k other
+        experts, the settings say, or `some_closed`; scores are not read."""
+        if not isinstance(self.select, str):
+            may_lack = not isinstance(self.select, (AlwaysChosen, OpenGroups))
+        else:
+            may_lack = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
+            may_lack = may_lack or (self.num_groups is not None and not isinstance(self.group_score, str))
+        if not (may_lack or some_closed):
             return self.own_choices(tokens, ranked, probs)
         finite = ranked.clamp(min=torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
         expert, chosen = self.own_choices(tokens, finite, probs)
@@ -247,14 +253,6 @@ class TopKGating(TokenChoiceGate):
         """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best
         first, and which of them a token makes, bool; None if all."""
         return top_choices(ranked, self.k), None
-
-    @property
-    def _may_lack_experts(self) -> bool:
-        """Whether a token may find fewer than k experts with scores above -inf. The settings say so, not the scores."""
-        if not isinstance(self.select, str):
-            return not isinstance(self.select, (AlwaysChosen, OpenGroups))
-        of_module = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
-        return of_module or (self.num_groups is not None and not isinstance(self.group_score, str))
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
@@ -286,32 +284,29 @@ class TopKGating(TokenChoiceGate):
     def _scores_to_save(self, x: Tensor, closed: Tensor | None) -> Scored:
         """The results of `_scored` for tokens x, which a backward on a GPU may compute again."""
         if self.w_gating is not None:
-
-            def scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Scored:
-                return self._scored(router_logits(x, weight, bias), closed)
-
-            return recomputed(scores, x, self.w_gating, self.b_gating)
+            return recomputed(partial(self._scored, router_logits, closed), x, self.w_gating, self.b_gating)
         if isinstance(self.logits, RouterLogits):
             weights = dict(self.logits.named_parameters())
-            function = partial(self._module_scores, tuple(weights), closed)
+            function = partial(self._scored, partial(self._module_logits, tuple(weights)), closed)
             return recomputed(function, x, self.logits.weight, *weights.values())
-        return self._scored(self.logits_of(x), closed)  # not again: a user's module may draw random numbers
+        return self._scored(self.logits_of, closed, x)  # not again: a user's module may draw random numbers
 
-    def _module_scores(
-        self, names: Sequence[str], closed: Tensor | None, x: Tensor, _: Tensor, *weights: Tensor
-    ) -> Scored:
-        """The results of `_scored`, by the module with the weights of the forward. When the backward computes them
-        again, `functional_call` may have given the module its own weights back."""
+    def _module_logits(self, names: Sequence[str], x: Tensor, _: Tensor, *weights: Tensor) -> Tensor:
+        """Logits by the module with the weights of the forward. When the backward computes them again,
+        `functional_call` may have given the module its own weights back."""
         module, given = self.logits, dict(zip(names, weights, strict=True))
         assert module is not None
         if all(weight is given[name] for name, weight in module.named_parameters()):
-            return self._scored(self.logits_of(x), closed)
+            return self.logits_of(x)
         with without_autocast(x.device):
-            return self._scored(functional_call(module, given, x), closed)
+            return functional_call(module, given, x)
 
-    def _scored(self, logits: Tensor, closed: Tensor | None) -> Scored:
-        """Logits, scores and probabilities `(..., b, n, e)`, and the logsumexp `(..., b, n)` of the logits, None if it
-        follows from the first choice."""
+    def _scored(
+        self, logits_by: Callable[..., Tensor], closed: Tensor | None, x: Tensor, *weights: Tensor | None
+    ) -> Scored:
+        """`logits_by(x, *weights)`, scores and probabilities `(..., b, n, e)`, and the logsumexp `(..., b, n)` of the
+        logits, None if it follows from the first choice."""
+        logits = logits_by(x, *weights)
         if closed is not None:  # finite, so that a token without an open expert gives no NaN
             logits = logits.masked_fill(closed, torch.finfo(logits.dtype).min)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)

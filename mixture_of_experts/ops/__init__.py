@@ -45,7 +45,6 @@ from mixture_of_experts.support.ways import (
     asked_for,
     first_way,
     listening,
-    tell,
 )
 
 __all__ = [
@@ -197,13 +196,7 @@ def routed_ffn(
         raise ValueError(f"tokens are on {x.device}, the experts' weights on {network.w_out.device}: move one of them")
     x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
-    if (way := asked_for()) == "auto":
-        way = first_way("experts", ways, call)
-    else:
-        reason = ways[way].why_not(call) if way in ways else "it computes another kind of network"
-        if reason is not None:
-            raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
-        tell("experts", way, {})
+    way = first_way("experts", ways, call, asked=asked_for())
     return ways[way].run(call).to(dtype)
 
 

@@ -29,14 +29,9 @@ VECTOR = 64  # numbers, a multiple of those in the vectors of every dtype
 GRAIN = 32768  # numbers of a tensor from which on torch's threads share it
 
 
-def same_bits_wanted() -> bool:
-    """Whether the same bits in any batch are asked for."""
-    return asked_for() == WAY
-
-
 def refuse_same_bits(what: str) -> None:
     """Raise ValueError if the same bits are asked for, of products that are not made in blocks."""
-    if same_bits_wanted():
+    if asked_for() == WAY:
         raise ValueError(f"{WAY!r} was asked for, and {what}: ask for 'auto'")
 
 
@@ -107,7 +102,7 @@ def product_in_blocks(product: Callable[..., Tensor], x: Tensor, weight: Tensor,
 def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, of a module that maps tokens `(..., p)` to `(..., q)` each by itself; in blocks if they are asked
     for."""
-    if not same_bits_wanted():
+    if asked_for() != WAY:
         return module(x)
     weights = [weight for weight in module.parameters() if weight.ndim == 2]
     block = max([block_of(weights, width) for weight in weights for width in weight.shape], default=VECTOR)
@@ -120,7 +115,7 @@ def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, of every number by itself; of whole vectors if the same bits are asked for."""
-    if not same_bits_wanted():
+    if asked_for() != WAY:
         return function(x)
     padded = F.pad(x.flatten(), (0, -x.numel() % VECTOR))
     return torch.cat([function(part) for part in padded.split(GRAIN // 2)])[: x.numel()].view(x.shape)

@@ -79,20 +79,19 @@ def listening() -> Iterator[list[tuple[str, Explanation]]]:
         LISTENERS.lists.pop()
 
 
-def first_way(part: str, ways: Mapping[str, Any], *call: Any) -> str:
+def first_way(part: str, ways: Mapping[str, Any], *call: Any, asked: str = "auto") -> str:
     """The name of the first way whose `why_not(*call)` is None, else "operators"; it is told as that of `part`: of a
-    "gate", or of "experts"."""
-    reasons: dict[str, str] = {}
-    for name, way in ways.items():
-        reason = way.why_not(*call)
+    "gate", or of "experts". If another way than "auto" is `asked` for, it is that one, or a ValueError."""
+    taken, reasons = "operators", {}
+    for name in ways if asked == "auto" else {asked} & ways.keys():
+        reason = ways[name].why_not(*call)
         if reason is None:
-            return tell(part, name, reasons)
+            taken = name
+            break
         reasons[name] = reason
-    return tell(part, "operators", reasons)
-
-
-def tell(part: str, way: str, reasons: dict[str, str]) -> str:
-    """Tell which way is taken, and return its name."""
+    if asked not in ("auto", taken):
+        reason = reasons.get(asked, "it computes another kind of network")
+        raise ValueError(f"{asked!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
     if LISTENERS.lists:
-        LISTENERS.lists[-1].append((part, Explanation(way, reasons)))
-    return way
+        LISTENERS.lists[-1].append((part, Explanation(taken, reasons)))
+    return taken

@@ -67,11 +67,3 @@ def chunks_of(batches: list[Batch], most_rows: int) -> list[list[Batch]]:
         else:
             chunks.append([batch])
     return chunks
-
-
-def rows_given(batches: list[Batch], num_experts: int) -> list[int]:
-    """The number of rows of each expert, padding included; 0 for an expert without tokens."""
-    rows = [0] * num_experts
-    for batch in batches:
-        rows[batch.experts] = [batch.width] * batch.number
-    return rows

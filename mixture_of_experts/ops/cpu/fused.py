@@ -22,7 +22,7 @@ from mixture_of_experts.dispatch.moving import sum_rows
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
-from mixture_of_experts.ops.cpu.batches import CHUNK, Batch, batches_of, chunks_of, rows_given
+from mixture_of_experts.ops.cpu.batches import CHUNK, Batch, batches_of, chunks_of
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.products import multiply
 
@@ -53,7 +53,9 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int = 
     queue, position, length = decision.queues()
     counts = [-(-count // block) * block for count in decision.rows_per_expert(length).tolist()]
     batches = batches_of(counts, row_work, threads, most_rows)
-    given = rows_given(batches, len(counts))
+    given = [0] * len(counts)  # rows of each expert, padding included
+    for batch in batches:
+        given[batch.experts] = [batch.width] * batch.number
     plan = decision.with_rows(queue, position, length, torch.tensor(given, device=queue.device), sum(given))
     return plan, chunks_of(batches, most_rows)
 
