@@ -72,7 +72,6 @@ class Tokens:
     real: Tensor | None  # (..., b, n) bool, tokens that are no padding; None if all are real
     full: Tensor | None  # (..., b, n) bool, importance 1: they make k choices; None if all do
     active: Tensor | None  # (..., b, n) bool, importance above 0: they make at least one choice; None if all do
-    counted: Tensor | None  # (..., b, n) bool, those that count in losses: full ones that are real; None if all do
     length: Length | int  # (..., b) number of real tokens, for capacity and balance losses; n if all have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
     losses: Collection[str] = ()  # names of the losses that are asked for beside the gate's own
@@ -82,9 +81,14 @@ class Tokens:
         return self.x.shape[-2]
 
     @property
+    def counted(self) -> Tensor | None:
+        """`(..., b, n)` bool, those that count in losses: full ones that are real; None if all do."""
+        return self.real if self.full is None else self.full
+
+    @property
     def computed_padding(self) -> Tensor | None:
         """`(..., b, n, 1)` bool, padding that makes its choices but counts nowhere; None if there is none."""
-        return None if self.counted is None or self.full is not None else ~self.counted.unsqueeze(-1)
+        return None if self.real is None or self.full is not None else ~self.real.unsqueeze(-1)
 
 
 class Gate(FixedShapes):
@@ -169,22 +173,19 @@ class Gate(FixedShapes):
         if importance is not None:
             check_importance(importance, x.shape[:-1])
             full, active = importance == 1, importance > 0
-        counted = side.pop(COUNTED, None)
-        if counted is not None:  # padding is computed
+        if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed
             self._check_counted(counted, x, importance, mask)
             mask = counted
-        else:
-            if mask is not None:
-                check_mask(mask, x.shape[:-1])
-                x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
-                full, active = both(full, mask), both(active, mask)
-            counted = full
+        elif mask is not None:
+            check_mask(mask, x.shape[:-1])
+            x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
+            full, active = both(full, mask), both(active, mask)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
         if isinstance(length, Tensor):
             length = Length(check_lengths(length, x.shape[:-2]))
         known = x.shape[-2] if length is None else length
-        return Tokens(x, mask, full, active, counted, known, side, losses)
+        return Tokens(x, mask, full, active, known, side, losses)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:

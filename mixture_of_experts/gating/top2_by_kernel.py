@@ -188,5 +188,5 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
     like.w_gating = torch.nn.Parameter(draw(dim, gate.num_experts))
     full, active = (draw(groups, length) < bound if masked else None for bound in (0.5, 1.0))
     active = active if full is None or active is None else full | active
-    tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, full, length)
+    tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, length)
     return difference(results(choose), results(type(gate).decide), atol=1e-5)

@@ -103,7 +103,7 @@ def _fault(gate: TopKGating, x: Tensor) -> str | None:
     """What differs; None if nothing."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
-    tokens = Tokens(made_up, None, None, None, None, 2)
+    tokens = Tokens(made_up, None, None, None, 2)
     wanted = gate.decide(tokens)
 
     def results(choices: Choices) -> dict[str, Tensor]:
