@@ -60,8 +60,8 @@ def routing(gate: TopKGating, tokens: Tokens) -> Routing:
 def _routing(gate: TopKGating, x: Tensor) -> Routing | None:
     logits, k, e = gate.logits_of(x), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
-    numbers, ranked = score.flatten().tolist(), (score if gate.expert_bias is None else score + gate.expert_bias)
-    total, ranks = math.fsum(numbers), ranked.flatten().tolist()
+    numbers = score.flatten().tolist()
+    ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).flatten().tolist()
     if not math.isfinite(math.fsum(ranks)):
         return None
     expert = sorted(range(e), key=ranks.__getitem__, reverse=True)[:k]  # of equal scores the first
@@ -69,10 +69,10 @@ def _routing(gate: TopKGating, x: Tensor) -> Routing | None:
     probs, share = score, sum(weight)
     if gate.score == "softmax":
         likeliest = max(range(e), key=numbers.__getitem__)
-        log_total = logits.flatten()[likeliest].item() - math.log(numbers[likeliest])
+        log_total = logits.flatten().tolist()[likeliest] - math.log(numbers[likeliest])
     else:
         probs = score / (score.sum(dim=-1, keepdim=True) + 1e-20)
-        share, log_total = share / (total + 1e-20), logits.logsumexp(dim=-1).item()
+        share, log_total = share / (math.fsum(numbers) + 1e-20), logits.logsumexp(dim=-1).item()
     if gate.normalize or gate.weigh == "softmax":
         if sum(weight) < LEAST_TOTAL:
             return None
