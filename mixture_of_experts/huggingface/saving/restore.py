@@ -93,16 +93,8 @@ def find_place(model: Any, name: str) -> str | None:
 
     None if the model lacks this part: it may be the encoder alone of an encoder and decoder.
     """
-    paths = dict(model.named_modules())
-    head = f"{model.base_model_prefix}."
-    for path in (name, head + name, name.removeprefix(head)):
-        if path in paths:
-            return path
-    ends = [path for path in paths if path and (path.endswith(f".{name}") or name.endswith(f".{path}"))]
-    longest = [path for path in ends if len(path) == max(map(len, ends))]
-    if len(longest) > 1:
-        raise ValueError(f"{name} may be any of {', '.join(longest)} in a {type(model).__name__}")
-    return longest[0] if longest else None
+    paths, head = dict(model.named_modules()), f"{model.base_model_prefix}."
+    return next((path for path in (name, head + name, name.removeprefix(head)) if path in paths), None)
 
 
 @torch.no_grad()
