@@ -119,7 +119,7 @@ def test_models_whose_activations_have_other_parameters():
     model = apertus()
     other = copy.deepcopy(model)
     nn.init.constant_(other.model.layers[1].mlp.act_fn.alpha_n, 5.0)
-    with pytest.raises(ValueError, match=r"models\[1\] has other parameters .*1.mlp.* share"):
+    with pytest.raises(ValueError, match=r"models\[1\] .*1.mlp .* other parameters in its activation"):
         upcycle(model, models=[model, other])
     assert not feed_forwards(model)
 
@@ -133,9 +133,9 @@ def test_models_that_are_not_of_one_base():
     swapped = copy.deepcopy(base)
     upcycle(swapped, 2)
     for models, problem in [
-        ([base, wider], r"models\[1\] has another network at model.layers.0.mlp .* must come from one base model"),
-        ([other_act], r"models\[0\] has another network at model.layers.0.mlp than the model: .*GELU.*SiLU"),
-        ([base, shorter], r"models\[1\] lacks networks of the model: layers: 'model.layers.1.mlp' is not there"),
+        ([base, wider], r"models\[1\] has another network at model.layers.0.mlp .* must come from one base"),
+        ([other_act], r"models\[0\] has another network at model.layers.0.mlp than the model.*GELU.*SiLU"),
+        ([base, shorter], r"models\[1\] lacks networks of the model: layers: \['model.layers.1.mlp'\] is not there"),
         ([swapped], r"models\[0\] lacks .* some are replaced already"),
         ([base, copy.deepcopy(base).to("meta")], r"models\[1\] has weights on the meta device: load them first"),
         ([nn.DataParallel(base)], r"models\[0\] lacks .* DataParallel is a wrapper: change the model in it"),
@@ -261,7 +261,7 @@ def test_a_network_that_layers_share_stays_one(change):
 def test_networks_that_share_weights_are_refused(change, part):
     model = nn.Sequential(Mlp(), Mlp(), Mlp())
     setattr(model[2].leave, part, getattr(model[0].leave, part))
-    with pytest.raises(ValueError, match=r"0\.leave and 2\.leave share a weight.*layers="):
+    with pytest.raises(ValueError, match=r"0\.leave shares a weight.*layers="):
         change(model, num_experts=4, adapters=MLP)
     assert type(model[0]) is type(model[1]) is Mlp
     assert change(model, num_experts=4, layers=[1], adapters=MLP) == ["1"]
@@ -270,5 +270,5 @@ def test_networks_that_share_weights_are_refused(change, part):
 def test_a_network_that_shares_its_weight_with_something_else_is_refused():
     model = nn.Sequential(Mlp(), nn.Linear(8, 12))
     model[1].weight = model[0].enter.weight
-    with pytest.raises(ValueError, match=r"0\.enter and 1 share a weight"):
+    with pytest.raises(ValueError, match=r"0\.enter shares a weight"):
         upcycle(model, num_experts=4, adapters=MLP)

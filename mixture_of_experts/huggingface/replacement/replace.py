@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import numbers
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace as replace_fields
 from operator import attrgetter
@@ -175,9 +176,9 @@ def upcycle(
     slices = g * max(len(sources), 1)
     e = check_size("num_experts", num_experts if num_experts is not None else g * len(sources) or 8)
     if e % slices:
-        times = f" times {len(sources)} models" if sources else ""
         raise ValueError(
-            f"granularity={g}{times} must divide num_experts={e}: an expert is one of {g} slices of a copy"
+            f"granularity={g} times {slices // g} models must divide num_experts={e}: an expert is one of {g} slices "
+            "of a copy"
         )
 
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
@@ -188,8 +189,9 @@ def upcycle(
     def build(place: NetworkSite, dense: Dense) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
         if rest < 1 or rest % g:
-            of = "" if shared is None else f" that shared_expert={shared} leaves"
-            raise ValueError(f"granularity={g} must divide the {rest} hidden units of a network{of}")
+            raise ValueError(
+                f"granularity={g} must divide the {rest} hidden units of a network that shared_expert={shared} leaves"
+            )
         moe: Any = make_moe(dense, e, make_gate, rest // g, coefs, shared, drawn=False)
         share_routers(moe.gate, g)
         total = sum_of_weights(moe, g)
@@ -279,27 +281,22 @@ def refuse_chunks(model: nn.Module) -> None:
 
 
 def choose(names: list[str], layers: Layers) -> Collection[str]:
-    """The names that `layers` asks for; TypeError if it is something else than numbers, names or a function, and
-    ValueError if an entry matches nothing."""
+    """The names that `layers` asks for, all of which must be there."""
     if layers is None:
         return names
+    entries: Any = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
     if callable(layers) and not isinstance(layers, nn.Module | type):
-        chosen = [name for name in names if layers(name)]
-        nothing = [] if chosen else ["what the function accepts"]
-    else:
-        one = isinstance(layers, str | bytes | type) or getattr(layers, "ndim", 1) == 0  # an array of one number
-        entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not one else [layers]
-        for entry in entries:
-            if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
-                raise TypeError(
-                    "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a "
-                    f"name, got {entry!r}: for all layers leave it out"
-                )
-        chosen = [name for name in names if name in entries or number(name) in entries]
-        found = {*chosen, *map(number, chosen)}
-        nothing = [repr(entry) for entry in entries if entry not in found]
+        entries = list(filter(layers, names))
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
+            raise TypeError(
+                "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a name, "
+                f"got {entry!r}: for all layers leave it out"
+            )
+    chosen = [name for name in names if name in entries or number(name) in entries]
+    nothing = [entry for entry in entries if entry not in {*chosen, *map(number, chosen)}]
     if nothing or not chosen:
-        raise ValueError(f"layers: {', '.join(nothing) or 'nothing'} is not there; there are {', '.join(names)}")
+        raise ValueError(f"layers: {nothing or layers!r} is not there; there are {', '.join(names)}")
     return chosen
 
 
@@ -314,22 +311,19 @@ def number(name: str) -> int | None:
 
 def gates_of_layers(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
     """A function that makes gates by `gate`, by default `TopKGating`, and checks that each layer gets a new one."""
-    wanted = "a function (dim, num_experts) that makes the gate of a layer"
     if gate is None:
         return lambda dim, num_experts: TopKGating(dim, num_experts, k)
+    wanted = "gate must be a function that makes a new gate for each layer, as lambda d, e: TopKGating(d, e, k=2) does"
     if isinstance(gate, nn.Module) or not callable(gate):
-        raise TypeError(f"gate must be {wanted}, got {gate!r}: write it as gate=lambda d, e: TopKGating(d, e, k=2)")
+        raise TypeError(f"{wanted}, got {gate!r}")
     taken = set(model.modules())
 
     def make(dim: int, num_experts: int) -> nn.Module:
         made = gate(dim, num_experts)
         if not isinstance(made, nn.Module):
-            raise TypeError(f"gate must be {wanted}, but it returned {made!r}: let it return a gate, a module")
+            raise TypeError(f"{wanted}, but it returned {made!r}")
         if made in taken:
-            raise ValueError(
-                f"gate must be {wanted}, but it returned a {type(made).__name__} that the model or another layer has: "
-                "make a new one in the function"
-            )
+            raise ValueError(f"{wanted}, but it returned a {type(made).__name__} that the model or another layer has")
         taken.add(made)
         return made
 
@@ -447,18 +441,15 @@ def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
     """Refuse networks that share weights with other modules: they would share none as experts."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append(name)
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for place in places:
         for path in place.adapter.linears().values():
-            for parameter in place.module.get_submodule(path).parameters(recurse=False):
-                if len(owners[id(parameter)]) > 1:
-                    raise ValueError(
-                        f"{' and '.join(owners[id(parameter)])} share a weight, and would share none as experts: give "
-                        "one of them a copy (its weight = nn.Parameter(weight.clone())), or leave both out by layers="
-                    )
+            weights = place.module.get_submodule(path).parameters(recurse=False)
+            if any(holders[id(weight)] > 1 for weight in weights):
+                raise ValueError(
+                    f"{place.name}.{path} shares a weight with another module, and would share none as experts: give "
+                    "one of them a copy (its weight = nn.Parameter(weight.clone())), or leave both out by layers="
+                )
 
 
 class One(nn.Module):
@@ -529,19 +520,14 @@ def read_alike(
     networks = {}
     for place in places:
         own, its = (read_dense(p.module, p.adapter) for p in (place, found[place.name]))
-        shapes, its_shapes = ({n: tuple(w.shape) for n, w in d.weights.items()} for d in (own, its))
-        if (shapes, repr(own.activation)) != (its_shapes, repr(its.activation)):
-            raise ValueError(
-                f"models[{i}] has another network at {place.name} than the model: {its_shapes} and {its.activation}, "
-                f"not {shapes} and {own.activation}. All models must come from one base model"
-            )
         if its.like.is_meta and not own.like.is_meta:
             raise ValueError(f"models[{i}] has weights on the meta device: load them first")
-        of_activations = zip(own.activation.parameters(), its.activation.parameters(), strict=True)
-        if not all(torch.equal(a, b) for a, b in of_activations):
+        shapes = [({n: tuple(w.shape) for n, w in d.weights.items()}, str(d.activation)) for d in (own, its)]
+        parameters = (d.activation.parameters() for d in (own, its))
+        if shapes[0] != shapes[1] or not all(map(torch.equal, *parameters)):
             raise ValueError(
-                f"models[{i}] has other parameters than the model in {own.activation} at {place.name}. The experts of "
-                "a layer share their activation: give all models the same one"
+                f"models[{i}] has another network at {place.name} than the model, or other parameters in its "
+                f"activation: {shapes[1]}, not {shapes[0]}. All must come from one base model and share activations"
             )
         networks[place.name] = its
     return networks
