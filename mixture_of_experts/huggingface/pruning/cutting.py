@@ -38,9 +38,9 @@ GATE_AXES: dict[str, int] = dict.fromkeys(("w_gating", "w_noise", "b_gating", "e
 GATE_AXES |= {"expert_histogram": -2, "logits.weight": -1, "logits.bias": -1, "weigh.scale": -1}
 NO_AXIS = ("logits.norm_weight", "l1_coef", "choice_counts")
 STACK_AXES: dict[str, int] = dict.fromkeys(("w1", "w2", "w3", "b1", "b2", "b3"), 0)
-#: settings of a gate that may be functions, and the functions that know no number of experts, or are cut
-STEPS = ("score", "select", "group_score", "weigh", "normalize")
-FUNCTIONS = (LearnedScale, NormalizeBy)
+#: settings of a gate that may be functions or modules, and those of them that know no number of experts, or are cut
+STEPS = ("logits", "score", "select", "group_score", "weigh", "normalize")
+KNOWN = (RouterLogits, LearnedScale, NormalizeBy)
 
 
 def why_not_cut(site: Site) -> str | None:
@@ -57,43 +57,32 @@ def why_not_cut(site: Site) -> str | None:
         return f"it is a level of a {wrapped_class(layer).__name__}"
     if any(map(from_peft, layer.modules())):
         return "its layer has adapters of PEFT: merge them first"
+    if any(map(is_wrapper_subclass, (*tensors_of(site.gate).values(), *tensors_of(layer.experts).values()))):
+        return "its weights are sharded or quantised: prune before that"
     return why_not_gate(site.gate) or why_not_experts(layer.experts)
 
 
 def why_not_gate(gate: Any) -> str | None:
-    if wrapped_class(gate) not in GATES:
-        return "what it knows of each expert is not known"
+    unknown = [] if wrapped_class(gate) in GATES else ["its class"]
     for name in STEPS:
         step = getattr(gate, name, None)
-        if callable(step) and not isinstance(step, FUNCTIONS) and step is not functional.relu:
-            return f"{name}={named(step)} may depend on the number of experts"
+        if callable(step) and not isinstance(step, KNOWN) and step is not functional.relu:
+            unknown.append(f"{name}={named(step)}")
     if getattr(getattr(gate, "bias_rule", None), "shares", None) is not None:
-        return "its bias_rule has a share for each expert: give it another rule first"
-    tensors = tensors_of(gate)
-    if unknown := sorted(tensors.keys() - GATE_AXES.keys() - {*NO_AXIS}):
-        return f"of {', '.join(unknown)} it is not known what belongs to which expert"
-    if (logits := getattr(gate, "logits", None)) is not None and wrapped_class(logits) is not RouterLogits:
-        return f"its logits are a {wrapped_class(logits).__name__}, of which the axis of experts is not known"
-    return why_not_tensors(tensors.values())
+        unknown.append("bias_rule.shares")
+    unknown += sorted(tensors_of(gate).keys() - GATE_AXES.keys() - {*NO_AXIS})
+    return f"it is not known what of {', '.join(unknown)} belongs to which expert" if unknown else None
 
 
 def why_not_experts(experts: nn.Module) -> str | None:
     *around, stack = with_inner(experts)
-    if more := [type(each).__name__ for each in around if each.works_on == "experts"]:
-        return f"its experts are {more[0]}"
-    if isinstance(stack, ExpertList):
-        return why_not_tensors(stack.parameters())
-    if wrapped_class(stack) not in (Experts, GatedExperts):
-        return f"its experts are {wrapped_class(stack).__name__}"
-    tensors = tensors_of(stack)
-    if unknown := sorted(name for name in tensors if name not in STACK_AXES and not name.startswith("act.")):
+    around = [each for each in around if each.works_on == "experts"]
+    if around or not (isinstance(stack, ExpertList) or wrapped_class(stack) in (Experts, GatedExperts)):
+        return f"its experts are {wrapped_class([*around, stack][0]).__name__}"
+    unknown = sorted(name for name in tensors_of(stack) if name not in STACK_AXES and not name.startswith("act."))
+    if unknown and not isinstance(stack, ExpertList):
         return f"its experts also hold {', '.join(unknown)}: merge adapters, and remove parametrizations, first"
-    return why_not_tensors(tensors.values())
-
-
-def why_not_tensors(tensors: Any) -> str | None:
-    wraps = any(is_wrapper_subclass(tensor) for tensor in tensors)
-    return "its weights are sharded or quantised: prune before that" if wraps else None
+    return None
 
 
 class PrunableLayer:
@@ -118,13 +107,12 @@ class PrunableLayer:
         of = f"prune cannot leave {number} of {self.e} experts to {self.name!r}"
         if not self.least <= number <= self.e:
             raise ValueError(f"{of}: keep from {self.least}, because of its k, to {self.e}")
-        if number % self.groups or self.open_groups * number // self.groups < self.least:
+        each, by_two = number // self.groups, getattr(self.gate, "group_score", None) == "two_best"
+        if number % self.groups or self.open_groups * each < self.least or (each == 1 < self.groups and by_two):
             raise ValueError(
-                f"{of}: it has num_groups={self.groups} and top_groups={self.open_groups}, and keeps equally many of "
-                f"each group, of which those open to a token hold at least {self.least}"
+                f"{of}: its num_groups={self.groups} keep equally many, two at least if their two best score them, and "
+                f"top_groups={self.open_groups} of them, which are open to a token, hold at least {self.least}"
             )
-        if number == self.groups > 1 and getattr(self.gate, "group_score", None) == "two_best":
-            raise ValueError(f"{of}: a group is scored by its two best experts, so it keeps two at least")
 
     def best(self, scores: Tensor, number: int) -> list[int]:
         """The experts of the largest scores `(e,)`, equally many of each expert group; of equals the first."""

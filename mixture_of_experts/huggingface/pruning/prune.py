@@ -71,13 +71,11 @@ def prune(
     """
     check_model("model", model)
     if isinstance(by, Mapping):
-        if gates is not None or not all(isinstance(name, str) for name in by):
-            raise ValueError("by has names of gates, and names them alone: leave gates out")
+        if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
+            raise ValueError("by has names of gates, which tell all: leave gates and calibration out")
         gates = list(by)
     elif check_choice("by", by, RULES) and keep is None:
         raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
-    if calibration is not None and isinstance(by, Mapping):
-        raise ValueError("calibration goes with a rule, such as by='reap': leave it out")
     sites = prunable(model, gates)
     refuse_meta(model, type(model).__name__)
     return prune_sites(model, sites, keep, by, calibration)
@@ -111,15 +109,16 @@ def expert_scores(
 def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
     """The sites of gates that can be cut; TypeError if one of them cannot."""
     sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
-    stacks: dict[nn.Module, str] = {}
+    layers = [PrunableLayer(site) for site in sites]
+    stacks = Counter(layer.stack for layer in layers)
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    for layer in map(PrunableLayer, sites):
-        other = stacks.setdefault(layer.stack, layer.name)
-        if other != layer.name:
-            raise TypeError(f"prune cannot serve {layer.name!r}: its experts are those of {other!r} too")
-        for module, name, _ in layer.tensors():
-            if holders[id(getattr(module, name))] > 1:
-                raise TypeError(f"prune cannot serve {layer.name!r}: another module has its {name} too: untie them")
+    for layer in layers:
+        weights = [id(getattr(module, name)) for module, name, _ in layer.tensors()]
+        if stacks[layer.stack] > 1 or any(holders[weight] > 1 for weight in weights):
+            raise TypeError(
+                f"prune cannot serve {layer.name!r}: something else holds its experts, or weights of its router or "
+                "experts, too: untie them"
+            )
     return sites
 
 
@@ -157,17 +156,17 @@ def ids_of(layer: PrunableLayer, given: Any, keep: int | None) -> list[int]:
         values = torch.as_tensor(given).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(wrong) from error
-    if values.is_floating_point() and values.numel():
-        if keep is None:
-            raise ValueError("scores need keep=, the number of experts that each layer keeps")
+    if values.is_floating_point():
         if values.shape != (layer.e,) or not values.isfinite().all():
             raise ValueError(wrong)
+        if keep is None:
+            raise ValueError("scores need keep=, the number of experts that each layer keeps")
         ids = layer.best(values, keep)
     else:
-        ids = [] if values.dtype == torch.bool or values.ndim != 1 else sorted(map(int, values.tolist()))
-        if not ids or len({*ids}) < len(ids) or ids[0] < 0 or ids[-1] >= layer.e:
+        ids = sorted(values.flatten().tolist())
+        if values.dtype == torch.bool or values.ndim != 1 or ids != sorted({*ids}.intersection(range(layer.e))):
             raise ValueError(wrong)
-        if keep is not None and keep != len(ids):
+        if keep not in (None, len(ids)):
             raise ValueError(f"keep={keep}, but by[{layer.name!r}] has {len(ids)} ids: leave keep out")
     layer.check_ids(ids)
     return ids

@@ -64,28 +64,17 @@ class Calibration:
 
 def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> dict[str, Tensor]:
     """The scores `(e,)` float64 of each site's experts, by its name."""
-    batches, calibrations = as_batches(calibration), {site: Calibration(site.num_experts, by) for site in sites}
+    several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | Mapping | str)
+    calibrations = {site: Calibration(site.num_experts, by) for site in sites}
     with Attached() as attached, evaluating(model), torch.no_grad(), uncompiled(model):
         for site, each in calibrations.items():
             attached.after(site.called, each.decided)
             attached.before(computing(site.locations[0].layer), each.read)
-        for batch in batches:
+        for batch in calibration if several else [calibration]:
             run(model, batch)
     if unused := [site.name for site, each in calibrations.items() if not each.total[0].any()]:
         raise ValueError(f"calibration has no tokens for {', '.join(unused)}: give batches that reach these gates")
     return {site.name: each.scores() for site, each in calibrations.items()}
-
-
-def as_batches(calibration: Any) -> Iterable[Any]:
-    """The batches of a text: those of an iterable, or a single one."""
-    if isinstance(calibration, Tensor | Mapping):
-        return [calibration]
-    if isinstance(calibration, str) or not isinstance(calibration, Iterable):
-        raise TypeError(
-            "calibration must be batches of tokens, such as [tokenizer(text, return_tensors='pt')], got "
-            f"{type(calibration).__name__}: {' and '.join(MEASURED)} read it"
-        )
-    return calibration
 
 
 def run(model: nn.Module, batch: Any) -> None:
@@ -94,8 +83,8 @@ def run(model: nn.Module, batch: Any) -> None:
     parts = batch.values() if named else batch if several else [batch]
     if not any(isinstance(part, Tensor) for part in parts):
         raise TypeError(
-            "a batch of calibration is a tensor, or a dict or tuple with tensors (a tokenizer returns them with "
-            f"return_tensors='pt'), got {batch!r:.99}"
+            "calibration must be batches of tokens: tensors, or dicts or tuples with tensors (a tokenizer returns them "
+            f"with return_tensors='pt'), got {batch!r:.99}"
         )
     _ = model(**batch) if named else model(*parts)
 
