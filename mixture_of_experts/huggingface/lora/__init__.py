@@ -56,22 +56,17 @@ def fast_lora(model: Model) -> Model:
         raise ImportError("LoRA on stacked experts needs PEFT: pip install 'peft>=0.21'") from error
     from mixture_of_experts.huggingface.lora.wrapper import WEIGHTS, ParamWrapper
 
-    found, others, adapted = [], set(), []
+    found, others, adapted = [], [], []
     for name, module in model.named_modules():
         if not isinstance(module, layer.ParamWrapper):
             continue
         experts, weight = module.get_base_layer(), module.parameter_name
         adapted.append(f".{name}.{weight}".replace(".base_layer", ""))
-        if not isinstance(experts, StackedExperts | QuantizedExperts):
-            others.add(f"{name}: {weight} of {type(experts).__name__}, which is not Experts or GatedExperts")
-        elif wrapped_class(experts).forward not in (StackedExperts.forward, QuantizedExperts.forward):
-            others.add(f"{name}: {type(experts).__name__} has a forward of its own")
-        elif type(module) not in (layer.ParamWrapper, ParamWrapper):
-            others.add(f"{name}: {type(module).__name__} is another wrapper; call fast_lora before it is wrapped again")
-        elif weight not in WEIGHTS:
-            others.add(f"{name}: {weight} is none of {', '.join(WEIGHTS)}")
-        else:
+        ours = wrapped_class(experts).forward in (StackedExperts.forward, QuantizedExperts.forward)
+        if ours and weight in WEIGHTS and type(module) in (layer.ParamWrapper, ParamWrapper):
             found.append(module)
+        else:
+            others.append(f"{weight} of {type(experts).__name__} in a {type(module).__name__}")
     configs = getattr(model, "peft_config", {}).values()
     asked = {target for config in configs for target in getattr(config, "target_parameters", None) or ()}
     left = sorted(target for target in asked if not any(name.endswith(f".{target}") for name in adapted))
@@ -82,10 +77,11 @@ def fast_lora(model: Model) -> Model:
         )
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no stacked experts of this package with LoRA on {', '.join(WEIGHTS)}"
-            f"{': ' + '; '.join(sorted(others)) if others else ''}. Give PEFT's LoraConfig target_parameters, such as "
-            "['experts.w1', 'experts.w3', 'experts.w2'], and prepare the model with it first; a model of transformers "
-            "that has experts of its own gets such by from_transformers() before that"
+            f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(others)) or 'no stack'}, but fast_lora "
+            f"serves {', '.join(WEIGHTS)} of Experts and GatedExperts that have no forward of their own. Give PEFT's "
+            "LoraConfig target_parameters, such as ['experts.w1', 'experts.w3', 'experts.w2'], and prepare the model "
+            "with it first; in a model of transformers that has experts of its own, from_transformers() before that "
+            "makes them ours"
         )
     for module in found:
         module.__class__ = ParamWrapper
