@@ -151,7 +151,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(tmp_path, capsys):
         (("upcycle", "moe", "out"), "moe has experts already"),
         (("export", "in", "out"), "in has no experts"),
         (("export", "moe2", "out"), "no class of transformers is a GPT2LMHeadModel with experts"),
-        (("upcycle", "in", "out", "--granularity", "5"), "granularity=5 must divide num_experts=8"),
+        (("upcycle", "in", "out", "--granularity", "5"), "num_experts=8 must be a multiple of granularity=5"),
         (("upcycle", "in", "out", "--gate", "TopKGating(kay=2)"), "unexpected keyword argument 'kay'"),
     ]:
         capsys.readouterr()

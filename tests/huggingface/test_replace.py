@@ -222,7 +222,7 @@ def test_gates_whose_weights_add_up(gate):
         (dict(gate=lambda d, e: OwnGate(d, e, normalize=False)), "OwnGate gives .* do not add up to one number: from"),
         (dict(gate=ExpertChoiceGating), "tokens choose"),
         (dict(k=3, granularity=2), "do not add up to one number"),
-        (dict(num_experts=5, granularity=2), "must divide num_experts=5"),
+        (dict(num_experts=5, granularity=2), "num_experts=5 must be a multiple of granularity=2"),
         (dict(num_experts=10, k=5, granularity=5), "must divide the 48 hidden units"),
         (dict(granularity=0), "granularity must be an integer"),
         (dict(noise=-1.0), "noise must be a finite number of at least 0"),

@@ -140,7 +140,7 @@ def test_models_that_are_not_of_one_base():
         ([base, copy.deepcopy(base).to("meta")], r"models\[1\] has weights on the meta device: load them first"),
         ([nn.DataParallel(base)], r"models\[0\] lacks .* DataParallel is a wrapper: change the model in it"),
         ([], "models must hold at least one model"),
-        ([base, base, base], r"granularity=1 times 3 models must divide num_experts=8"),
+        ([base, base, base], "num_experts=8 must be a multiple of granularity=1 times the number of models, 3"),
     ]:
         with pytest.raises(ValueError, match=problem):
             upcycle(base, 8, models=models)

@@ -177,8 +177,8 @@ def upcycle(
     e = check_size("num_experts", num_experts if num_experts is not None else g * len(sources) or 8)
     if e % slices:
         raise ValueError(
-            f"granularity={g} times {slices // g} models must divide num_experts={e}: an expert is one of {g} slices "
-            "of a copy"
+            f"num_experts={e} must be a multiple of granularity={g} times the number of models, {slices // g}: an "
+            f"expert is one of {g} slices of a copy"
         )
 
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
