@@ -89,13 +89,20 @@ def pair(m, x):
 
 PAIR = dict(a=up(), act=nn.ReLU(), c=down())
 DROPS = dict(PAIR, drop=nn.Dropout(0.3))
+ACT_DROPS = dict(PAIR, act=nn.Sequential(nn.GELU(), nn.Dropout(0.3)))
 WHOLE = {
     "function": (lambda m, x: m.c(F.gelu(m.a(x))), dict(a=up(), c=down())),
     "module": (pair, dict(PAIR, act=QuickGELUActivation())),
+    "in place": (pair, dict(PAIR, act=nn.SiLU(inplace=True))),
+    "dropout in the activation": (pair, ACT_DROPS),
     "squared": (lambda m, x: m.c(torch.square(F.relu(m.a(x)))), dict(a=up(), c=down())),
     "conv1d": (lambda m, x: m.c(torch.tanh(m.a(x))), dict(a=Conv1D(H, D), c=Conv1D(D, H))),
     "one bias": (lambda m, x: m.c(F.relu(m.a(x))), dict(a=up(bias=False), c=down())),
     "gated": (lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)), dict(a=up(), b=up(), c=down())),
+    "dropout before the product": (
+        lambda m, x: m.c(m.drop(F.silu(m.a(x))) * m.b(x)),
+        dict(a=up(), b=up(), drop=nn.Dropout(0.3), c=down()),
+    ),
     "gated the other way": (lambda m, x: m.c(m.a(x) * F.silu(m.b(x))), dict(a=up(), b=up(bias=False), c=down())),
     "sigmoid": (lambda m, x: m.c(F.glu(m.a(x))), dict(a=up(2 * H), c=down())),
     **{order: (fused(order), dict(a=up(2 * H), c=down())) for order in ("gate_up", "up_gate", "interleaved")},
@@ -109,6 +116,7 @@ WHOLE = {
 INLINE = {
     "module": (pair, dict(PAIR, act=nn.GELU())),
     "gated": (lambda m, x: m.c(m.act(m.a(x)) * m.b(x)), dict(a=up(), b=up(), act=nn.SiLU(), c=down())),
+    "dropout in the activation": (pair, ACT_DROPS),
     "first part": (lambda m, x: m.c(m.first(x)), dict(first=Whole(lambda m, x: F.gelu(m.a(x)), a=up()), c=down())),
     "number": (lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)), dict(PAIR, p=0.3)),
     "one dropout twice": (lambda m, x: m.drop(m.c(m.drop(m.act(m.a(x))))), DROPS),
@@ -190,6 +198,12 @@ NONE = {
         Inline(lambda m, x: x * pair(m, x[..., :2])[..., :1], a=nn.Linear(2, H), act=nn.ReLU(), c=nn.Linear(H, 2))
     ),
     "no activation": Model(Whole(lambda m, x: m.c(m.a(x)), a=up(), c=down())),
+    "written into another tensor": Model(
+        Inline(
+            lambda m, x: (lambda h, kept: (kept.copy_(h[0, 0, 0]), m.c(m.act(h)) + kept)[1])(m.a(x), torch.zeros(())),
+            **PAIR,
+        )
+    ),
     "not of a token alone": Model(
         Whole(lambda m, x: m.c(m.mix(m.a(x).mT).mT), a=up(), mix=nn.Conv1d(H, H, 3, padding=1), c=down())
     ),
@@ -206,26 +220,50 @@ def test_what_is_no_feed_forward_network(name):
 
 
 LOST = {
-    "function in the code of": (lambda m, x: m.c(F.gelu(m.a(x))), dict(a=up(), c=down()), "gelu between .* of Inline"),
+    "function in the code of": (
+        lambda m, x: m.c(F.gelu(m.a(x))),
+        dict(a=up(), c=down()),
+        "between its linear layers is part of the code of Inline",
+    ),
     "units together": (
         pair,
         dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))),
-        "computes the units .* together",
+        "no activation is known",
     ),
     "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no activation is known"),
-    "used elsewhere": (lambda m, x: pair(m, x) + m.a(x)[..., :D], PAIR, "a is called twice"),
+    "used elsewhere": (lambda m, x: pair(m, x) + m.a(x)[..., :D], PAIR, "is used elsewhere"),
+    "called on something else too": (lambda m, x: pair(m, x) + pair(m, 2 * x), PAIR, "is used elsewhere"),
+    "last layer twice": (
+        lambda m, x: pair(m, x) + m.c(F.pad(x, (0, H - D))),
+        PAIR,
+        "c is called for something else too",
+    ),
     "read elsewhere": (
         lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)),
         PAIR,
         "between its linear layers is used elsewhere",
     ),
-    "another's activation": (lambda m, x: pair(m, x) + m.act(x), PAIR, "act is the activation of something else"),
-    "another's dropout": (lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x), DROPS, "drop is the dropout of some"),
-    "dropout first": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), DROPS, "its dropout comes before its activation"),
+    "another's activation": (lambda m, x: pair(m, x) + m.act(x), PAIR, "act is called for something else too"),
+    "another's dropout": (
+        lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
+        DROPS,
+        "drop is called for something else too",
+    ),
+    "another's number": (
+        lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)) + F.dropout(x, m.p, m.training),
+        dict(PAIR, p=0.3),
+        "dropout .p. cannot be turned off alone",
+    ),
+    "dropout before an odd function": (
+        lambda m, x: m.c(m.act(m.drop(m.a(x)))),
+        dict(DROPS, act=nn.Tanh()),
+        "no activation is known",
+    ),
+    "dropout first": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), DROPS, "no activation is known"),
     "two dropouts": (
         lambda m, x: m.c(m.drop(m.other(m.act(m.a(x))))),
         dict(DROPS, other=nn.Dropout(0.5)),
-        "more than one dropout",
+        "no activation is known",
     ),
     "halves in the code of": (
         lambda m, x: (lambda both: m.c(m.act(both[..., :H]) * both[..., H:]))(m.a(x)),
@@ -263,9 +301,11 @@ def test_one_block_that_is_not_as_the_others():
 
 
 def test_searching_changes_nothing():
-    """No buffer that a forward counts in, no mode, no draw of a random number, no attribute."""
+    """No buffer that a forward counts in, no mode, no draw of a random number, no attribute; and no hook runs."""
     model = make(*FORMS["Inline, one dropout twice"]).train()
     model.blocks[1].eval()
+    for module in model.modules():
+        module.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
     state, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     attributes = [dict(vars(module)) for module in model.modules()]
     assert len(search(model, {})[0]) == 2

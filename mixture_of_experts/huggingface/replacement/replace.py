@@ -221,7 +221,6 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
     places, misses = search(model, known)
     if not places:
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
-    misses = [miss for miss in misses if not miss.narrow]
     if layers is None and (misses or (misses := torn(model, places))):
         some = ", ".join(dict.fromkeys(pattern(place.target) for place in places))
         raise ValueError(
