@@ -317,8 +317,7 @@ def test_what_was_asked_for_and_passed_over_is_named():
     small = quantize_experts(Holder(layer()).requires_grad_(False))
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):  # PEFT adapts what it finds beside
         alone = inject_adapter_in_model(
-            LoraConfig(r=2, target_modules=["0"], target_parameters=TARGETS),
-            nn.Sequential(nn.Linear(DIM, DIM), small),
+            LoraConfig(r=2, target_modules=["0"], target_parameters=TARGETS), nn.Sequential(nn.Linear(DIM, DIM), small)
         )
     with pytest.raises(ValueError, match=r"no adapters for experts.w1, experts.w2, experts.w3 .*weights_shown"):
         fast_lora(alone)

@@ -86,10 +86,7 @@ KINDS = {
     "mixer": lambda e: (SparseMixerGating(D, e), None),
     "experts choose": lambda e: (ExpertChoiceGating(D, e), None),
     "a list": lambda e: (TopKGating(D, e), ExpertList(nn.Linear(D, D) for _ in range(e))),
-    "latent": lambda e: (
-        TopKGating(D, e),
-        LatentExperts(Experts(3, e), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
-    ),
+    "latent": lambda e: (TopKGating(D, e), LatentExperts(Experts(3, e), before=nn.Linear(D, 3), after=nn.Linear(3, D))),
     "norms": lambda e: (TopKGating(D, e), NormedExperts(GatedExperts(D, e, 5), nn.RMSNorm(D))),
     "on inputs": lambda e: (TopKGating(D, e), InputWeightedExperts(GatedExperts(D, e, 5))),
 }
@@ -310,10 +307,7 @@ def shares() -> TopKGating:
 
 
 REFUSED = {
-    "hash": (
-        lambda: MoE(D, gate=HashGating(D, E, num_ids=9)),
-        r"'gate' \(HashGating\): it is not known what",
-    ),
+    "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): it is not known what"),
     "own": (lambda: MoE(D, gate=OwnGate(D, E)), r"'gate' \(OwnGate\)"),
     "function": (lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)), "score=.*sigmoid"),
     "always": (lambda: MoE(D, gate=TopKGating(D, E, 3, select=AlwaysChosen(1))), "select=AlwaysChosen"),

@@ -220,39 +220,19 @@ def test_what_is_no_feed_forward_network(name):
 
 
 LOST = {
-    "function in the code of": (
-        lambda m, x: m.c(F.gelu(m.a(x))),
-        dict(a=up(), c=down()),
-        "between its linear layers is part of the code of Inline",
-    ),
-    "units together": (
-        pair,
-        dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))),
-        "no activation is known",
-    ),
+    "function in the code of": (lambda m, x: m.c(F.gelu(m.a(x))), dict(a=up(), c=down()), "part of the code of Inline"),
+    "units together": (pair, dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))), "no activation is known"),
     "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no activation is known"),
     "used elsewhere": (lambda m, x: pair(m, x) + m.a(x)[..., :D], PAIR, "is used elsewhere"),
     "called on something else too": (lambda m, x: pair(m, x) + pair(m, 2 * x), PAIR, "is used elsewhere"),
-    "last layer twice": (
-        lambda m, x: pair(m, x) + m.c(F.pad(x, (0, H - D))),
-        PAIR,
-        "c is called for something else too",
-    ),
-    "read elsewhere": (
-        lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)),
-        PAIR,
-        "between its linear layers is used elsewhere",
-    ),
-    "another's activation": (lambda m, x: pair(m, x) + m.act(x), PAIR, "act is called for something else too"),
-    "another's dropout": (
-        lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
-        DROPS,
-        "drop is called for something else too",
-    ),
+    "last layer twice": (lambda m, x: pair(m, x) + m.c(F.pad(x, (0, H - D))), PAIR, "c is called for something else"),
+    "read elsewhere": (lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)), PAIR, "is used elsewhere"),
+    "another's activation": (lambda m, x: pair(m, x) + m.act(x), PAIR, "act is called for something"),
+    "another's dropout": (lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x), DROPS, "drop is called for something"),
     "another's number": (
         lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)) + F.dropout(x, m.p, m.training),
         dict(PAIR, p=0.3),
-        "dropout .p. cannot be turned off alone",
+        "cannot be turned off alone",
     ),
     "dropout before an odd function": (
         lambda m, x: m.c(m.act(m.drop(m.a(x)))),
