@@ -15,12 +15,7 @@ import pytest
 import torch
 from support.pretrained import MINILM, SMOLLM2, folder_of
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    MixtralForCausalLM,
-)
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 from mixture_of_experts.huggingface import export, upcycle
 

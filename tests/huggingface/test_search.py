@@ -89,20 +89,16 @@ def pair(m, x):
 
 PAIR = dict(a=up(), act=nn.ReLU(), c=down())
 DROPS = dict(PAIR, drop=nn.Dropout(0.3))
-ACT_DROPS = dict(PAIR, act=nn.Sequential(nn.GELU(), nn.Dropout(0.3)))
 WHOLE = {
     "function": (lambda m, x: m.c(F.gelu(m.a(x))), dict(a=up(), c=down())),
     "module": (pair, dict(PAIR, act=QuickGELUActivation())),
     "in place": (pair, dict(PAIR, act=nn.SiLU(inplace=True))),
-    "dropout in the activation": (pair, ACT_DROPS),
+    "dropout in the activation": (pair, dict(PAIR, act=nn.Sequential(nn.GELU(), nn.Dropout(0.3)))),
     "squared": (lambda m, x: m.c(torch.square(F.relu(m.a(x)))), dict(a=up(), c=down())),
     "conv1d": (lambda m, x: m.c(torch.tanh(m.a(x))), dict(a=Conv1D(H, D), c=Conv1D(D, H))),
     "one bias": (lambda m, x: m.c(F.relu(m.a(x))), dict(a=up(bias=False), c=down())),
     "gated": (lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)), dict(a=up(), b=up(), c=down())),
-    "dropout before the product": (
-        lambda m, x: m.c(m.drop(F.silu(m.a(x))) * m.b(x)),
-        dict(a=up(), b=up(), drop=nn.Dropout(0.3), c=down()),
-    ),
+    "dropout before the product": (lambda m, x: m.c(m.drop(F.silu(m.a(x))) * m.b(x)), dict(DROPS, b=up())),
     "gated the other way": (lambda m, x: m.c(m.a(x) * F.silu(m.b(x))), dict(a=up(), b=up(bias=False), c=down())),
     "sigmoid": (lambda m, x: m.c(F.glu(m.a(x))), dict(a=up(2 * H), c=down())),
     **{order: (fused(order), dict(a=up(2 * H), c=down())) for order in ("gate_up", "up_gate", "interleaved")},
@@ -116,7 +112,7 @@ WHOLE = {
 INLINE = {
     "module": (pair, dict(PAIR, act=nn.GELU())),
     "gated": (lambda m, x: m.c(m.act(m.a(x)) * m.b(x)), dict(a=up(), b=up(), act=nn.SiLU(), c=down())),
-    "dropout in the activation": (pair, ACT_DROPS),
+    "dropout in the activation": WHOLE["dropout in the activation"],
     "first part": (lambda m, x: m.c(m.first(x)), dict(first=Whole(lambda m, x: F.gelu(m.a(x)), a=up()), c=down())),
     "number": (lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)), dict(PAIR, p=0.3)),
     "one dropout twice": (lambda m, x: m.drop(m.c(m.drop(m.act(m.a(x))))), DROPS),
@@ -234,16 +230,12 @@ LOST = {
         dict(PAIR, p=0.3),
         "cannot be turned off alone",
     ),
-    "dropout before an odd function": (
-        lambda m, x: m.c(m.act(m.drop(m.a(x)))),
-        dict(DROPS, act=nn.Tanh()),
-        "no activation is known",
-    ),
+    "dropout before tanh": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), dict(DROPS, act=nn.Tanh()), "no activation is"),
     "dropout first": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), DROPS, "no activation is known"),
     "two dropouts": (
-        lambda m, x: m.c(m.drop(m.other(m.act(m.a(x))))),
-        dict(DROPS, other=nn.Dropout(0.5)),
-        "no activation is known",
+        lambda m, x: m.c(m.drop(m.more(m.act(m.a(x))))),
+        dict(DROPS, more=nn.Dropout(0.5)),
+        "no activation",
     ),
     "halves in the code of": (
         lambda m, x: (lambda both: m.c(m.act(both[..., :H]) * both[..., H:]))(m.a(x)),
