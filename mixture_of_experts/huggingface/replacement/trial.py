@@ -69,6 +69,12 @@ class BlockTrial(GraphAppendingTracer):
             numbers there.
     """
 
+    module: nn.Module
+    bypass: dict[str, float | None]
+    symbols: list[Proxy]  # the arguments that the forward needs
+    lone: bool  # whether the forward has one argument
+    out: Any  # what it returns; `Node`s in the places of symbols
+
     def __init__(self, module: nn.Module, bypass: dict[str, float | None] | None = None) -> None:
         super().__init__(Graph())
         self.module, self.bypass = module, bypass or {}
