@@ -83,7 +83,7 @@ def first_way(part: str, ways: Mapping[str, Any], *call: Any, asked: str = "auto
     """The name of the first way whose `why_not(*call)` is None, else "operators"; it is told as that of `part`: of a
     "gate", or of "experts". If another way than "auto" is `asked` for, it is that one, or a ValueError."""
     taken, reasons = "operators", {}
-    for name in ways if asked == "auto" else {asked} & ways.keys():
+    for name in ways if asked == "auto" else [name for name in ways if name == asked]:
         reason = ways[name].why_not(*call)
         if reason is None:
             taken = name
