@@ -82,7 +82,7 @@ class Tokens:
 
     @property
     def counted(self) -> Tensor | None:
-        """`(..., b, n)` bool, those that count in losses: full ones that are real; None if all do."""
+        """`(..., b, n)` bool, the tokens that count in losses: full ones that are real; None if all do."""
         return self.real if self.full is None else self.full
 
     @property

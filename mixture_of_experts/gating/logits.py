@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
-from mixture_of_experts.support.same_bits import WAY, product_in_blocks, refuse_same_bits
+from mixture_of_experts.support.same_bits import BATCH_INVARIANT, product_in_blocks, refuse_same_bits
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import without_autocast
 from mixture_of_experts.support.ways import asked_for
@@ -29,7 +29,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     dtype, rows = torch.float64 if weight.dtype == torch.float64 else torch.float32, x.flatten(-3, -2)
     with without_autocast(x.device):
-        if asked_for() == WAY:
+        if asked_for() == BATCH_INVARIANT:
             logits = product_in_blocks(_differentiable, rows, weight, dtype)
         else:
             logits = _differentiable(rows, weight, dtype)  # one product for each outer expert

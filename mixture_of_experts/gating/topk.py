@@ -236,8 +236,8 @@ class TopKGating(TokenChoiceGate):
     def _chosen_by(
         self, tokens: Tokens, ranked: Tensor, probs: Tensor, some_closed: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The results of `own_choices`, without choices of an expert of -inf. Where a token may find fewer than k other
-        experts, the settings say, or `some_closed`; scores are not read."""
+        """The results of `own_choices`, without choices of an expert of -inf. A token may have such choices if
+        `some_closed`, or by the settings; scores are not read."""
         if not isinstance(self.select, str):
             may_lack = not isinstance(self.select, (AlwaysChosen, OpenGroups))
         else:
@@ -304,8 +304,8 @@ class TopKGating(TokenChoiceGate):
     def _scored(
         self, logits_by: Callable[..., Tensor], closed: Tensor | None, x: Tensor, *weights: Tensor | None
     ) -> Scored:
-        """`logits_by(x, *weights)`, scores and probabilities `(..., b, n, e)`, and the logsumexp `(..., b, n)` of the
-        logits, None if it follows from the first choice."""
+        """The logits `logits_by(x, *weights)`, scores and probabilities `(..., b, n, e)`, and the logits' logsumexp
+        `(..., b, n)`, None if it follows from the first choice."""
         logits = logits_by(x, *weights)
         if closed is not None:  # finite, so that a token without an open expert gives no NaN
             logits = logits.masked_fill(closed, torch.finfo(logits.dtype).min)

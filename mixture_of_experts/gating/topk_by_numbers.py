@@ -18,7 +18,7 @@ from mixture_of_experts.gating import topk_by_kernel
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.kernels.launching import has_kernels
-from mixture_of_experts.support.same_bits import WAY
+from mixture_of_experts.support.same_bits import BATCH_INVARIANT
 from mixture_of_experts.support.tracing import can_read
 from mixture_of_experts.support.ways import asked_for
 
@@ -36,7 +36,7 @@ def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
         return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
     if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses:
         return f"it takes one token, (1, 1, {gate.dim}), without mask, side inputs and further losses"
-    if asked_for() in ("plain", WAY) or has_kernels(x.device):
+    if asked_for() in ("plain", BATCH_INVARIANT) or has_kernels(x.device):
         return "operators or kernels are asked for"
     if gate.capacity_factor_eval is not None or gate.num_experts > MOST_EXPERTS:
         return f"it is for dropless gates of at most {MOST_EXPERTS} experts"

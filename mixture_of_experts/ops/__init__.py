@@ -36,7 +36,7 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Call, GateUpLayout, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 from mixture_of_experts.support.checks import check_choice, check_size, check_sizes
-from mixture_of_experts.support.same_bits import WAY
+from mixture_of_experts.support.same_bits import BATCH_INVARIANT
 from mixture_of_experts.support.ways import (
     FROM_START,
     VARIABLE,
@@ -65,7 +65,7 @@ __all__ = [
 
 # the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
-WAYS |= {WAY: batch_invariant}
+WAYS |= {BATCH_INVARIANT: batch_invariant}
 check_choice(VARIABLE, FROM_START, ("auto", *WAYS))
 
 

@@ -4,7 +4,7 @@ Libraries choose how to sum by the number of rows: a row alone rounds differentl
 rows stand in blocks, of a size for which a product of many blocks has the same bits as a product of each. Torch
 computes functions of single numbers, such as `sigmoid`, in vectors, and rounds the numbers that fill no vector
 differently. If a tensor has `GRAIN` numbers or more, threads share it, and each part can end in such numbers. So these
-functions get whole vectors, and fewer numbers than `GRAIN`. `ops.use` asks for all of this by the name `WAY`.
+functions get whole vectors, and fewer numbers than `GRAIN`. `ops.use("batch_invariant")` asks for all of this.
 
 Axes: t tokens, p inner and q outer dimension of a weight, r rows.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.support.ways import asked_for
 
-WAY = "batch_invariant"
+BATCH_INVARIANT = "batch_invariant"
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # of a block, tried in this order
 MOST_ROWS = 3 * SIZES[-1]
 COLUMNS = 16  # of fewer, a row's place decides
@@ -31,8 +31,8 @@ GRAIN = 32768  # numbers of a tensor from which on torch's threads share it
 
 def refuse_same_bits(what: str) -> None:
     """Raise ValueError if the same bits are asked for, of products that are not made in blocks."""
-    if asked_for() == WAY:
-        raise ValueError(f"{WAY!r} was asked for, and {what}: ask for 'auto'")
+    if asked_for() == BATCH_INVARIANT:
+        raise ValueError(f"{BATCH_INVARIANT!r} was asked for, and {what}: ask for 'auto'")
 
 
 def block_of(weights: Iterable[Tensor], width: int) -> int:
@@ -50,8 +50,8 @@ def rows_at_once(block: int, width: int) -> int:
         return block << 40
     if block * width >= GRAIN:
         raise ValueError(
-            f"{WAY!r} was asked for, and a width of {width} needs blocks of {block} rows, which threads would share: "
-            f"call torch.set_num_threads(1), or take a multiple of {VECTOR} as width"
+            f"{BATCH_INVARIANT!r} was asked for, and a width of {width} needs blocks of {block} rows, which threads "
+            f"would share: call torch.set_num_threads(1), or take a multiple of {VECTOR} as width"
         )
     return (GRAIN - 1) // (block * width) * block
 
@@ -73,8 +73,8 @@ def size_of_block(dtype: torch.dtype, threads: int, p: int, q: int) -> int:
             if all(has_equal_bits(*pair, whole, size) for pair, whole in zip(pairs, wholes, strict=True)):
                 return size
     raise RuntimeError(
-        f"{WAY!r} was asked for, and this CPU's products of {dtype}, {p} x {q}, on {threads} threads differ for every "
-        f"number of rows up to {SIZES[-1]}: take another number of threads, or 'auto'"
+        f"{BATCH_INVARIANT!r} was asked for, and this CPU's products of {dtype}, {p} x {q}, on {threads} threads "
+        f"differ for every number of rows up to {SIZES[-1]}: take another number of threads, or 'auto'"
     )
 
 
@@ -102,7 +102,7 @@ def product_in_blocks(product: Callable[..., Tensor], x: Tensor, weight: Tensor,
 def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, of a module that maps tokens `(..., p)` to `(..., q)` each by itself; in blocks if they are asked
     for."""
-    if asked_for() != WAY:
+    if asked_for() != BATCH_INVARIANT:
         return module(x)
     weights = [weight for weight in module.parameters() if weight.ndim == 2]
     block = max([block_of(weights, width) for weight in weights for width in weight.shape], default=VECTOR)
@@ -115,7 +115,7 @@ def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, of every number by itself; of whole vectors if the same bits are asked for."""
-    if asked_for() != WAY:
+    if asked_for() != BATCH_INVARIANT:
         return function(x)
     padded = F.pad(x.flatten(), (0, -x.numel() % VECTOR))
     return torch.cat([function(part) for part in padded.split(GRAIN // 2)])[: x.numel()].view(x.shape)

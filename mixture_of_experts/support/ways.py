@@ -81,7 +81,11 @@ def listening() -> Iterator[list[tuple[str, Explanation]]]:
 
 def first_way(part: str, ways: Mapping[str, Any], *call: Any, asked: str = "auto") -> str:
     """The name of the first way whose `why_not(*call)` is None, else "operators"; it is told as that of `part`: of a
-    "gate", or of "experts". If another way than "auto" is `asked` for, it is that one, or a ValueError."""
+    "gate", or of "experts". If another way than "auto" is `asked` for, only that one is tried.
+
+    Raises:
+        ValueError: the way that is asked for cannot compute the call.
+    """
     taken, reasons = "operators", {}
     for name in ways if asked == "auto" else [name for name in ways if name == asked]:
         reason = ways[name].why_not(*call)

@@ -104,6 +104,7 @@ ONE_GATE = TopKGating(DIM, 4, 2)
         (dict(layers=True), "layers must be numbers of blocks .* got True: for all layers leave it out"),
         (dict(layers=1.0), "layers must be .* got 1.0: for all"),
         (dict(layers=nn.GELU), r"layers must be .* got <class .*GELU'>: for all"),
+        (dict(layers=torch.tensor(0)), r"layers must be .* got tensor\(0\): for all"),
         (dict(adapters={"LlamaMLP": nn.Linear}), "adapters must be a dict {class name: Adapter.* got {'LlamaMLP'"),
         (dict(adapters=[1]), r"adapters must be a dict .* got \[1\]"),
     ],

@@ -195,10 +195,7 @@ NONE = {
     ),
     "no activation": Model(Whole(lambda m, x: m.c(m.a(x)), a=up(), c=down())),
     "written into another tensor": Model(
-        Inline(
-            lambda m, x: (lambda h, kept: (kept.copy_(h[0, 0, 0]), m.c(m.act(h)) + kept)[1])(m.a(x), torch.zeros(())),
-            **PAIR,
-        )
+        Inline(lambda m, x: (lambda h, t: (t.copy_(h[0, 0, 0]), m.c(m.act(h)) + t)[1])(m.a(x), torch.zeros(())), **PAIR)
     ),
     "not of a token alone": Model(
         Whole(lambda m, x: m.c(m.mix(m.a(x).mT).mT), a=up(), mix=nn.Conv1d(H, H, 3, padding=1), c=down())

@@ -283,7 +283,10 @@ def choose(names: list[str], layers: Layers) -> Collection[str]:
     """The names that `layers` asks for, all of which must be there."""
     if layers is None:
         return names
-    entries: Any = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+    one = (
+        isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0
+    )  # an array of one
+    entries: Any = [layers] if one else list(layers)
     if callable(layers) and not isinstance(layers, nn.Module | type):
         entries = list(filter(layers, names))
     for entry in entries:
@@ -295,7 +298,7 @@ def choose(names: list[str], layers: Layers) -> Collection[str]:
     chosen = [name for name in names if name in entries or number(name) in entries]
     nothing = [entry for entry in entries if entry not in {*chosen, *map(number, chosen)}]
     if nothing or not chosen:
-        raise ValueError(f"layers: {nothing or layers!r} is not there; there are {', '.join(names)}")
+        raise ValueError(f"layers: {nothing or 'what is asked for'} is not there; there are {', '.join(names)}")
     return chosen
 
 

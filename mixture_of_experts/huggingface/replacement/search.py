@@ -107,7 +107,7 @@ def adapter_of(trial: BlockTrial, chain: Chain) -> Adapter:
     # the module does nothing else, if its output is this network's, its tokens are the only argument, and it has no
     # other linear layers, which it may call in evaluation
     alone = sum(map(is_linear, trial.module.modules())) == len(ups) + 1
-    if alone and out is chain.out and trial.lone and trial.given(ups) == {*map(id, trial.symbols)}:
+    if alone and out is chain.out and trial.has_one_argument and trial.given(ups) == {*map(id, trial.symbols)}:
         return found
     return in_slot(trial, chain, found)
 
@@ -165,10 +165,10 @@ def in_slot(trial: BlockTrial, chain: Chain, found: Adapter) -> Adapter:
     passed = [hidden_of(again, each) for each in again.chains if each.down == down]
     if not passed or passed[0].gate or not isinstance(passed[0].activation, nn.Identity):
         raise UnfitError(f"what is between its linear layers is part of the code of {type(trial.module).__name__}")
-    late = None  # the dropout, if it serves after the last layer too: then the mixture must have it
+    output_dropout = None  # the same one, if it serves after the last layer too: then the mixture must have it
     if passed[0].hidden_dropout is not None:
         after = [place_of(node.kwargs) for node in chain.out.users if node.target is F.dropout].count(dropout)
         if not isinstance(dropout, str) or trial.uses.count(dropout) > 1 + after:
             raise UnfitError(f"its dropout ({dropout}) cannot be turned off alone")
-        late = dropout if after else None
-    return replace(found, output_dropout=late, slot=True, bypass=tuple(bypass), ones=ones)
+        output_dropout = dropout if after else None
+    return replace(found, output_dropout=output_dropout, slot=True, bypass=tuple(bypass), ones=ones)

@@ -36,7 +36,7 @@ class Numbers(Tensor):
         if func is F.dropout:
             if (place := place_of(kwargs)) is None:
                 return args[0]
-            func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}  # which shows its place
+            func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}  # -2 shows where it stands
         out = super().__torch_function__(func, types, args, kwargs)
         for numbers in numbers_in(out):
             numbers.source = source
@@ -65,15 +65,15 @@ class BlockTrial(GraphAppendingTracer):
     """A run of a module's forward, in training.
 
     Args:
-        bypass: parts that return what they are given, by path, or the number that they return. Tokens become random
-            numbers there.
+        bypass: parts that are not run, by path. Such a part returns the number that stands here; for None it returns
+            what it is given, or random numbers if it has linear layers.
     """
 
     module: nn.Module
     bypass: dict[str, float | None]
     symbols: list[Proxy]  # the arguments that the forward needs
-    lone: bool  # whether the forward has one argument
-    out: Any  # what it returns; `Node`s in the places of symbols
+    has_one_argument: bool
+    out: Any  # what the forward returns; `Node`s in the places of symbols
 
     def __init__(self, module: nn.Module, bypass: dict[str, float | None] | None = None) -> None:
         super().__init__(Graph())
@@ -81,12 +81,12 @@ class BlockTrial(GraphAppendingTracer):
         self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of the calls of each part
         self.results: dict[str, Numbers] = {}  # of linear layers
         self.parts: dict[str, nn.Module] = {}  # other layers that were given numbers
-        self.uses: list[str | float] = []  # sources of numbers where they go into a linear layer or elsewhere
+        self.uses: list[str | float] = []  # sources of numbers, once for each linear layer or symbol that reads them
         self.chains: list[Chain] = []
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         self.symbols = [self.create_proxy("placeholder", name, (), {}) for name in needed]
-        self.lone = len(parameters) == 1
+        self.has_one_argument = len(parameters) == 1
         try:
             with torch.device("cpu"):
                 self.out = self.create_arg(type(module).forward(self.copy(), *self.symbols))
