@@ -283,10 +283,9 @@ def choose(names: list[str], layers: Layers) -> Collection[str]:
     """The names that `layers` asks for, all of which must be there."""
     if layers is None:
         return names
-    one = (
-        isinstance(layers, str) or not isinstance(layers, Iterable) or getattr(layers, "ndim", 1) == 0
-    )  # an array of one
-    entries: Any = [layers] if one else list(layers)
+    asked: Any = layers
+    several = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1)
+    entries: list[Any] = list(asked) if several else [asked]
     if callable(layers) and not isinstance(layers, nn.Module | type):
         entries = list(filter(layers, names))
     for entry in entries:
