@@ -12,7 +12,7 @@ CUDA context, and a kernel that hangs hangs here: these a process cannot survive
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,7 +33,6 @@ BUSIEST = 0.6  # share of the rows of the first expert, so that sums over its ro
 TIMES = 3  # how often the kernels compute it
 #: largest difference of a row between the kernels and the batched way in float32, relative to its norm
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
-FAR = 1 << 31  # more elements than int32 can index
 
 #: of the kernels, all that have no arguments
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -98,32 +97,11 @@ def judge(kind: Kind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...
 
 def fault(kind: Kind, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
     """What is wrong with the kernels for one entry of the schedule; None if nothing."""
-    far = entry is entries[-1] and has_room(kind)
-    try:
-        return fault_of(make_call(kind, *size_for(entries, entry), far), kind, entry, far)
-    finally:
-        if far:
-            torch.cuda.empty_cache()  # torch would keep gigabytes
-
-
-def has_room(kind: Kind) -> bool:
-    """Whether there is room for weights and gradients beyond what int32 can index."""
-    return kind.device.type == "cuda" and torch.cuda.mem_get_info(kind.device)[0] > 4 * FAR * kind.dtype.itemsize
-
-
-def fault_of(call: Call, kind: Kind, entry: Schedule, far: bool) -> str | None:
-    """What is wrong with the kernels on a call; None if nothing."""
+    call = make_call(kind, *size_for(entries, entry))
     said = f"on {kind.form.layout} experts of {kind.form.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
-    try:
-        found = by_kernels(call, kind)
-        if not same_plans(call.decision):
-            return f"{said} plans of few and of many assignments differ"
-        if far and not kind.decoding and not writes_far(call, entry):
-            return f"{said} gradients differ where int32 cannot index them"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as reason:  # whatever a compiler or a driver raises
-        return f"{said} they raise {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+    found = by_kernels(call, kind)
+    if not same_plans(call.decision):
+        return f"{said} plans of few and of many assignments differ"
     wanted = by_operators(call)
     for name, got in found.items():
         error = error_of_rows(got, wanted[name.partition(", ")[0]])
@@ -153,9 +131,9 @@ def error_of_rows(got: Tensor, want: Tensor) -> float:
     return float(errors.max())
 
 
-def make_call(kind: Kind, rows: int, experts: int, far: bool) -> Call:
+def make_call(kind: Kind, rows: int, experts: int) -> Call:
     """A made-up call of numbers of unit scale, of which the first expert has most. Some choices have no expert, and the
-    second expert has no tokens. With `far` the last expert's weights lie beyond what int32 can index.
+    second expert has no tokens.
 
     Tokens, input weights and their biases are small integers times a power of two. So the pre-activations are exact in
     every dtype and order of summing, and no rounding moves them over a kink of the activation.
@@ -176,11 +154,9 @@ def make_call(kind: Kind, rows: int, experts: int, far: bool) -> Call:
     width, number = (2 * h if fused else h), (2 if layout == "gated" else 1)
     step = 2.0 ** -round(math.log2(d) / 2)
     weights = [weight(draw(experts, d, width).round() * step, kind.transposed[0]) for _ in range(number)]
-    weights.append(weight(draw(experts, h, o) / math.sqrt(h), kind.transposed[1]))
-    *w_in, w_out = apart(weights) if far else weights
     network = Network(
-        tuple(w_in),
-        w_out,
+        tuple(weights),
+        weight(draw(experts, h, o) / math.sqrt(h), kind.transposed[1]),
         activation,
         tuple(draw(experts, width).round().to(kind.dtype) if kind.biases[0] else None for _ in range(number)),
         draw(experts, o).to(kind.dtype) if kind.biases[1] else None,
@@ -194,18 +170,6 @@ def make_call(kind: Kind, rows: int, experts: int, far: bool) -> Call:
     expert[::17, 0] = -1
     weights = torch.rand(tokens, choices, **options) + 0.5
     return Call(draw(tokens, d).round().to(kind.dtype), decision_on(expert, weights, experts), network, True)
-
-
-def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors `(e, ., .)` in one memory, whose last matrices lie beyond what int32 can index."""
-    sizes = [tensor[0].numel() for tensor in tensors]
-    between = -(-FAR // (len(tensors[0]) - 1) // 64) * 64
-    memory = tensors[0].new_empty(between * (len(tensors[0]) - 1) + sum(sizes))
-    places = (
-        memory.as_strided(tensor.shape, (between, *tensor.stride()[1:]), sum(sizes[:index]))
-        for index, tensor in enumerate(tensors)
-    )
-    return [place.copy_(tensor) for place, tensor in zip(places, tensors, strict=True)]
 
 
 def same_plans(decision: Decision) -> bool:
@@ -238,22 +202,6 @@ def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
     grads: dict[str, Any] = {"weights, alone": backward(*given, saved, grad, ()).weight}
     grads["x"], grads["weights"], network = backward(*given, saved, grad, {"x", *names})
     return found | {f"the gradient of {name}": value for name, value in (grads | network).items()}
-
-
-def writes_far(call: Call, entry: Schedule) -> bool:
-    """Whether gradients of the input weights are the same where int32 cannot index them."""
-    from mixture_of_experts.ops.triton import operators
-    from mixture_of_experts.ops.triton.forward_backward import operands
-    from mixture_of_experts.ops.triton.row_plan import plan_of
-
-    given = operands(call.x, plan_of(call.decision), call.network)
-    tiles = operators.find_tiles(given.counts, given.token.shape[0], entry.rows)
-    near, generator = [torch.empty_like(weight) for weight in given.w_in], torch.Generator(call.x.device).manual_seed(2)
-    y = [call.x.new_empty(given.token.shape[0], out.shape[-1]).normal_(generator=generator) for out in near]
-    outs = near, apart(near)
-    for out in outs:
-        operators.launch_weight_grads(entry.weight_grads, tiles, given.token, given.x, y, out, of_inputs=True)
-    return all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
 
 
 def by_operators(call: Call) -> dict[str, Tensor]:
