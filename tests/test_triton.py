@@ -23,7 +23,7 @@ from mixture_of_experts.ops.triton import schedule, why_not
 pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
-OTHER_LAYERS = ("top 2, capacity", "expert choice", "two levels")
+OTHER_LAYERS = ("top 2, capacity", "two levels")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def check() -> Iterator[Checks]:
         pytest.param("interleaved", "clamped", dict(bias=True), marks=slow),
         pytest.param("concatenated", "gelu_tanh", dict(transposed=True), marks=slow),
         pytest.param("plain", "relu_squared", dict(routing="capacity"), marks=exhaustive),
-        pytest.param("gated", "relu", dict(routing="expert choice", bias=True), marks=slow),
+        pytest.param("gated", "relu", dict(routing="two levels", bias=True), marks=slow),
         pytest.param("plain", "identity", dict(routing="two levels"), marks=exhaustive),
         pytest.param("gated", "silu", dict(routing="masked", dtype=torch.bfloat16), marks=slow),
         pytest.param("plain", "silu", dict(dtype=torch.float16, sizes=(20, 16, 32, 16, 4, 3)), marks=slow),
@@ -65,7 +65,7 @@ def test_blocks_of_the_schedule(check: Checks, layout: str, kind: str):
 
 
 @exhaustive
-@pytest.mark.parametrize("routing", ["top k", "capacity", "masked", "expert choice", "two levels"])
+@pytest.mark.parametrize("routing", ["top k", "capacity", "masked", "two levels"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", "relu_squared", "identity"])
 @pytest.mark.parametrize("layout", ["plain", "gated", "concatenated", "interleaved"])
 def test_every_activation_and_routing(check: Checks, layout: str, activation: str, routing: str):
@@ -188,11 +188,7 @@ def test_heights_of_tiles():
     ("layout", "options"),
     [
         ("interleaved", dict(routing="masked", bias=True, sizes=(19, 16, 20, 24, 4, 2))),
-        pytest.param(
-            *("gated", dict(routing="expert choice", bias=True, sizes=(15, 20, 16, 16, 3, 2), dtype=torch.bfloat16)),
-            marks=slow,
-        ),
-        pytest.param("gated", dict(routing="expert choice, zeros", bias=True, sizes=(15, 8, 8, 8, 3, 2)), marks=slow),
+        pytest.param("gated", dict(bias=True, sizes=(15, 20, 16, 16, 3, 2), dtype=torch.bfloat16), marks=slow),
         ("plain", dict(routing="two levels, zeros", bias=True, sizes=(15, 8, 8, 8, 4, 2))),
         pytest.param("plain", dict(routing="two levels", bias=True), marks=exhaustive),
         pytest.param("concatenated", dict(routing="capacity", transposed=True), marks=exhaustive),

@@ -469,14 +469,14 @@ def bias_grads(
 
 
 @triton.jit
-def add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, BY_ROW: tl.constexpr):
-    """Return acc plus the weighted row at `index` of a token's list; a row of `num_rows` means none: it adds 0."""
+def add_row(acc, rows, row_of, index, weight, column, num_rows, D):
+    """Return acc plus the weighted row of assignment `index`; a row of `num_rows` means none: it adds 0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
     row = tl.minimum(row, num_rows - 1)
     value = tl.load(rows + row * D + column, mask=column < width, other=0.0).to(tl.float32)
     if weight is not None:
-        value *= tl.load(weight + (tl.load(assignment + row) if BY_ROW else index)).to(tl.float32)
+        value *= tl.load(weight + index).to(tl.float32)
     return acc + value
 
 
@@ -494,17 +494,15 @@ def sum_partial(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.co
 @triton.jit(do_not_specialize=["num_rows", "blocks"])
 def sum_rows(
     rows,  # (r, d), or None
-    row_of,  # (a,) int32 (int64 if CHOICES is 0): the rows of a token, one after the other
-    start_of,  # (t + 1,) int64: where each token's begin; read if CHOICES is 0
-    weight,  # (a,) float32, by assignment; None sums without
-    assignment,  # (r,) int32; read if CHOICES is 0
+    row_of,  # (a,) int32: the rows of a token, one after the other
+    weight,  # (a,) float32; None sums without
     out,  # (t, d)
     partial,  # (r, blocks) float32: parts of the gradient of each row's weight; or None
-    grad_weight,  # (a,): out, of each assignment; if CHOICES is 0 of those that have a row
+    grad_weight,  # (a,): out, of each assignment
     num_rows,
     D,
     blocks,
-    CHOICES: tl.constexpr,  # rows of every token; 0 where they are no fixed number
+    CHOICES: tl.constexpr,  # rows of every token
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK: tl.constexpr,
 ):
@@ -513,29 +511,17 @@ def sum_rows(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if rows is not None:
         acc = tl.zeros((BLOCK,), tl.float32)
-        if CHOICES == 0:
-            for index in range(tl.load(start_of + token), tl.load(start_of + token + 1)):
-                acc = add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, True)
-        elif CHOICES <= 16:
+        if CHOICES <= 16:
             for i in tl.static_range(CHOICES):
-                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, assignment, column, num_rows, D, False)
+                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, column, num_rows, D)
         else:
             for i in range(CHOICES):
-                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, assignment, column, num_rows, D, False)
+                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, column, num_rows, D)
         tl.store(out + token * D + column, acc.to(out.dtype.element_ty), mask=column < D)
     if partial is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
         if tl.program_id(1) == 0:
             choice = tl.arange(0, WIDTH)
-            if CHOICES == 0:
-                stop = tl.load(start_of + token + 1)
-                for begin in range(tl.load(start_of + token), stop, WIDTH):
-                    row = tl.load(row_of + begin + choice, mask=begin + choice < stop, other=num_rows).to(tl.int64)
-                    exists = row < num_rows
-                    assigned = tl.load(assignment + row, mask=exists, other=0)
-                    total = sum_partial(partial, row, exists, blocks, WIDTH, 16)
-                    keep(total, grad_weight, assigned, exists)
-            else:
-                made = token * CHOICES + choice
-                row = tl.load(row_of + made, mask=choice < CHOICES, other=num_rows).to(tl.int64)
-                total = sum_partial(partial, row, row < num_rows, blocks, WIDTH, 16)
-                keep(total, grad_weight, made, choice < CHOICES)
+            made = token * CHOICES + choice
+            row = tl.load(row_of + made, mask=choice < CHOICES, other=num_rows).to(tl.int64)
+            total = sum_partial(partial, row, row < num_rows, blocks, WIDTH, 16)
+            keep(total, grad_weight, made, choice < CHOICES)

@@ -285,7 +285,6 @@ def check_entries(capability: tuple[int, int]) -> int:
             8: MoE(DIM, 64, gate=TopKGating(DIM, 64, 8), experts=Experts(DIM, 64, HIDDEN)),
             2: MoE(DIM, 16),
             4: HeirarchicalMoE(DIM, (4, 4)),
-            0: one_level("expert choice", "plain", None),
         }
         for choices, layer in layers.items():
             for shape in ((1, 1), (1, 128), (1, 2048), (4, 512)):
@@ -335,13 +334,13 @@ def check_programs_of_operands() -> None:
 
     cpu, both = torch.device("cpu"), (False, False)
     kind = self_check.Kind(cpu, torch.bfloat16, Form("gated", "silu"), both, both, (0, 0, 0), 2, False)
-    judged = self_check.make_call(kind, 512, 3, False)
+    judged = self_check.make_call(kind, 512, 3)
     wanted = programs(judged)
     assert len(wanted) > 10
     narrow = decision_on(torch.zeros(256, 2).long(), torch.ones(256, 2, dtype=torch.bfloat16), 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_check, "DIM", 1024)  # 16 blocks of hidden_grads
-        large = self_check.make_call(kind, 16 * 512, 16, False)
+        large = self_check.make_call(kind, 16 * 512, 16)
     apart = judged.network.map(lambda w: torch.cat([w, w[..., :3]], dim=-1)[..., : w.shape[-1]])
     for name, call in {
         "not aligned": judged._replace(x=moved(judged.x), network=judged.network.map(moved)),

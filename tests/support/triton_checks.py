@@ -24,8 +24,6 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mixture_of_experts import (
-    ExpertChoiceGating,
-    Experts,
     GatedExperts,
     HeirarchicalMoE,
     MoE,
@@ -68,10 +66,6 @@ def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
     """
     x = torch.randn(1, t, d)
     routing, _, zeros = routing.partition(", ")
-    if routing == "expert choice":
-        choosing = ExpertChoiceGating(d, e, capacity_factor=1.5)
-        choosing.w_gating.data *= 300 if zeros else 1
-        return with_rows_of_nobody(decision_of(choosing(x)).without_gaps(), bool(zeros))
     if routing == "two levels":
         outer = Top2Gating(d, 2, capacity_factor_train=None)(x)
         slots = plan_slots_of(outer)
@@ -810,7 +804,6 @@ LAYERS = {
     "top 3, gated, biases": lambda: MoE(
         16, 4, gate=TopKGating(16, 4, 3), experts=GatedExperts(16, 4, 32, bias=True, dim_out=16)
     ),
-    "expert choice": lambda: MoE(16, 4, gate=ExpertChoiceGating(16, 4), experts=Experts(16, 4, 32, nn.ReLU)),
     "two levels": lambda: HeirarchicalMoE(16, (2, 2), 32, capacity_factor_train=None),
 }
 

@@ -64,7 +64,6 @@ class Case(NamedTuple):
     tf32: bool = False
     transposed: bool = False  # weights stored `(e, h, d)` and `(e, o, h)`
     even: bool = True  # blocks fit into every size
-    choices: int = 2  # 0 for expert choice
 
 
 class Code(NamedTuple):
@@ -240,7 +239,7 @@ def run_operators(case: Case, operators, row_plan) -> None:
         return torch.empty(e, q, p).mT if case.transposed else torch.empty(e, p, q)
 
     index, flag, table = (torch.empty(r, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.int32))
-    tables = (torch.empty(r, dtype=torch.float32), table, table, table, torch.empty(e, dtype=torch.int64), case.choices)
+    tables = (torch.empty(r, dtype=torch.float32), table, table, table, torch.empty(e, dtype=torch.int64), 2)
     w_in, w_out = [weight(d, width) for _ in range(number)], weight(h, o)
     biases = ([torch.empty(e, width) for _ in range(number)], [torch.empty(e, o)]) if case.bias else ([], [])
     network = (case.layout, case.activation, 1.702, 7.0)
@@ -373,7 +372,7 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     clamped = gated._replace(layout="interleaved", activation="clamped_swiglu")
     bfloat16 = (gated, gated._replace(layout="plain"), clamped)
     bfloat16 += tuple(case._replace(transposed=True) for case in (gated, clamped))  # as transformers stores weights
-    bfloat16 += (gated._replace(even=False, choices=0),)
+    bfloat16 += (gated._replace(even=False),)
     float32 = [gated._replace(dtype="float32", even=even) for even in (True, False)]
     for case in (*bfloat16, gated._replace(dtype="float16"), *(one._replace(tf32=True) for one in float32), *float32):
         for mean_rows in (8, 16, 40, MANY):

@@ -35,6 +35,8 @@ def why_not(call: Call) -> str | None:
         return "kernels do not run under transforms of torch.func"
     if exporting():
         return "an exported graph has torch's own operators only"
+    if call.decision.k is None:
+        return "kernels compute token choice: experts that choose fill equal slots, which batched products compute"
     return why_not_on(x.device) or _why_not_of(x.dtype, network) or _why_wrong(call)
 
 
@@ -74,6 +76,7 @@ def _why_wrong(call: Call) -> str | None:
 
     form, (d, _), (h, o) = form_of(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
     assert form is not None
+    assert call.decision.k is not None
     return self_check.why_wrong(
         # in a graph the number of tokens may be dynamic
         None if compiling else num_rows(call.decision) // network.w_out.shape[0],
@@ -83,7 +86,7 @@ def _why_wrong(call: Call) -> str | None:
         (network.b_in[0] is not None, network.b_out is not None),
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
-        call.decision.k or 0,
+        call.decision.k,
         few_tokens.serves(call),
     )
 

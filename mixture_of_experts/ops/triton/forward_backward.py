@@ -22,11 +22,12 @@ def run(call: Call) -> Tensor:
 
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
-    form, rows = form_of(network), plan.rows_per_expert
+    form, rows, k = form_of(network), plan.rows_per_expert, plan.k
     assert form is not None
     assert rows is not None
+    assert k is not None
     token, assignment, row = (table.to(torch.int32) for table in (plan.token, plan.assignment, plan.row))
-    tables = (plan.weight.to(torch.float32), token, assignment, row, rows, plan.k or 0)
+    tables = (plan.weight.to(torch.float32), token, assignment, row, rows, k)
     b_in, b_out = ([bias for bias in biases if bias is not None] for biases in (network.b_in, (network.b_out,)))
     return Operands(x, *tables, list(network.w_in), network.w_out, b_in, b_out, form)
 

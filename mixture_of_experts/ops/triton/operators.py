@@ -36,7 +36,7 @@ class Operands(NamedTuple):
         token, assignment: `(r,)` int32, of each row.
         row: `(a,)` int32, of each assignment; r where it has none.
         counts: `(e,)` int64, the rows of each expert.
-        choices: k, the assignments of each token; 0 where they are no fixed number.
+        choices: k, the assignments of each token.
         w_in, w_out: `(e, d, h)` or as the form's layout says, and `(e, h, o)`, in any strides, of x's dtype.
         b_in, b_out: `(e, h)` for each of w_in, or none; one `(e, o)`, or none.
         form: layout and activation.
@@ -461,26 +461,15 @@ def launch_sum_rows(
     partial: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Launch the sums of each token's rows: weighted in the forward, with the gradients of the weights in the backward.
-
-    Without `choices` a token's rows are found by a stable sort.
-    """
-    num_tokens, row, start = given.x.shape[0], given.row, None
-    if given.choices == 0:
-        ordered, row = given.token.sort(stable=True)
-        start = torch.searchsorted(ordered, torch.arange(num_tokens + 1, dtype=ordered.dtype, device=ordered.device))
-        if grad_weight is not None:
-            grad_weight.zero_()  # not all of them have a row
+    """Launch the sums of each token's rows: weighted in the forward; in the backward with gradients of the weights."""
     dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch(
         kernels.sum_rows,
-        (num_tokens, triton.cdiv(dim, block)),
+        (given.x.shape[0], triton.cdiv(dim, block)),
         rows=rows,
-        row_of=row,
-        start_of=start,
+        row_of=given.row,
         weight=given.weight if partial is None else None,
-        assignment=given.assignment,
         out=out,
         partial=partial,
         grad_weight=grad_weight,
@@ -488,7 +477,7 @@ def launch_sum_rows(
         D=dim,
         blocks=0 if partial is None else partial.shape[1],
         CHOICES=given.choices,
-        WIDTH=triton.next_power_of_2(given.choices or 16),
+        WIDTH=triton.next_power_of_2(given.choices),
         BLOCK=block,
     )
 

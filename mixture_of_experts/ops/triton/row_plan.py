@@ -39,8 +39,7 @@ def plan_of(decision: Decision, few: int = FEW) -> Plan:
     more rows than slots. Up to `few` assignments need no queues: each counts those before it.
     """
     k, e, rows = decision.k, math.prod(decision.num_experts), num_rows(decision, few)
-    if k is None:
-        return decision.without_gaps()
+    assert k is not None
     if compares(decision, few):
         made = triton_few_plan(decision.expert, decision.kept, e, k)
     else:

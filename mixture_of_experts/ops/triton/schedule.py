@@ -139,7 +139,7 @@ def compares(decision: Decision, few: int = FEW) -> bool:
 
 def num_rows(decision: Decision, few: int = FEW) -> int:
     """The rows of a call's plan. By them the self-check and the launch find the same entry."""
-    if decision.k is None or decision.routing is None or compares(decision, few):
+    if decision.routing is None or compares(decision, few):
         return decision.most_rows
     return smallest(decision.most_rows, decision.num_slots)
 

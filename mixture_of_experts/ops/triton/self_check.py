@@ -55,7 +55,7 @@ class Kind(NamedTuple):
         biases: whether there are input biases, and output biases.
         transposed: whether the input weights, and the output weights, are stored transposed.
         sizes: d, h and o modulo 64, which say whether blocks fit into them.
-        choices: k; 0 for expert choice.
+        choices: k.
         decoding: whether only the forward is launched.
     """
 
@@ -162,13 +162,12 @@ def make_call(kind: Kind, rows: int, experts: int) -> Call:
         draw(experts, o).to(kind.dtype) if kind.biases[1] else None,
         layout if fused else None,  # type: ignore[arg-type]
     )
-    choices = kind.choices or 2
-    tokens = -(-rows // choices)
-    expert = torch.randint(1, experts, (tokens, choices), **options)
+    tokens = -(-rows // kind.choices)
+    expert = torch.randint(1, experts, (tokens, kind.choices), **options)
     expert[expert == 1] = experts - 1
-    expert[torch.rand(tokens, choices, **options) < BUSIEST] = 0
+    expert[torch.rand(tokens, kind.choices, **options) < BUSIEST] = 0
     expert[::17, 0] = -1
-    weights = torch.rand(tokens, choices, **options) + 0.5
+    weights = torch.rand(tokens, kind.choices, **options) + 0.5
     return Call(draw(tokens, d).round().to(kind.dtype), decision_on(expert, weights, experts), network, True)
 
 
@@ -192,8 +191,7 @@ def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
     from mixture_of_experts.ops.triton.forward_backward import backward, forward
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
-    plan, names = plan_of(call.decision), list(call.network.tensors())
-    given = call.x, plan if kind.choices else plan._replace(k=None), call.network
+    given, names = (call.x, plan_of(call.decision), call.network), list(call.network.tensors())
     found = {"the output, in inference": forward(*given, save=False)[0]}
     if kind.decoding:
         return found
@@ -210,10 +208,9 @@ def by_operators(call: Call) -> dict[str, Tensor]:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
 
-    given, k = call.decision, call.decision.k or 1
-    x, weight, network = leaf(call.x), leaf(given.weight), call.network.map(leaf)
-    expert = torch.where(given.kept, given.expert, -1)
-    decision = decision_on(expert.view(-1, k), weight.view(-1, k), network.w_out.shape[0])
+    given, x, weight, network = call.decision, leaf(call.x), leaf(call.decision.weight), call.network.map(leaf)
+    sizes = dict(k=given.k, num_tokens=given.num_tokens, num_experts=given.num_experts)
+    decision = Decision(given.expert, weight, given.kept, **sizes)  # type: ignore[arg-type]
     out, leaves = batched.run(Call(x, decision, network, True)), {"x": x, "weights": weight, **network.tensors()}
     grads = torch.autograd.grad(out, list(leaves.values()), gradient_for(out, call.x.dtype))
     return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
