@@ -11,10 +11,8 @@ from torch import nn
 from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating
 from mixture_of_experts.verify import assert_holds, verify
 from mixture_of_experts.verify.__main__ import main
-from mixture_of_experts.verify.batching import evenly
-from mixture_of_experts.verify.subject import DoesNotApplyError
 from tests.support.planted import FAULTS, TOLD, make
-from tests.support.verified import DEFAULT, THOROUGH, drawn, some, wrong
+from tests.support.verified import DEFAULT, drawn, some, wrong
 
 
 def a_layer() -> nn.Module:
@@ -32,14 +30,13 @@ def of_another_width():
 def test_a_layer_that_keeps_all():
     report = verify(make(), **TOLD)
     assert {name: f.verdict for name, f in report.findings.items()} == dict.fromkeys(DEFAULT, "holds"), str(report)
-    assert report.exit_status == 0
+    assert report.failed == []
 
 
 @pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
 def test_a_planted_fault_is_found(kind):
     report = verify(make(kind), properties=kind.breaks, **TOLD)
     assert set(report.failed) == set(kind.breaks), str(report)
-    assert report.exit_status == 1
 
 
 @pytest.mark.slow
@@ -50,7 +47,7 @@ def test_a_planted_fault_breaks_nothing_else(kind):
 
 
 def test_every_property_that_can_fail_has_a_planted_fault():
-    assert {name for kind in FAULTS for name in kind.breaks} == set(DEFAULT) - {"loss_autocast"}
+    assert {name for kind in FAULTS for name in kind.breaks} == set(DEFAULT)
 
 
 @pytest.mark.parametrize(("count", "each"), [(3, 4), pytest.param(200, 1, marks=pytest.mark.slow)])
@@ -62,13 +59,13 @@ def test_random_layers_of_the_package(count, each):
 DOCUMENTED = {
     "dropless": (MoE(8, gate=TopKGating(8, 4)), []),
     "expert choice": (MoE(8, gate=ExpertChoiceGating(8, 4)), ["causal", "decoding"]),
-    "capacity": (MoE(8, 4, second_policy_train="all", second_policy_eval="all"), ["causal", "decoding", "even_load"]),
+    "capacity": (MoE(8, 4, second_policy_train="all", second_policy_eval="all"), ["causal", "decoding"]),
 }
 
 
 @pytest.mark.parametrize(("layer", "failed"), DOCUMENTED.values(), ids=DOCUMENTED)
 def test_what_the_documents_say(layer, failed):
-    report = verify(layer, properties=["padding", "batch", "causal", "decoding", "even_load", "counts_eval"])
+    report = verify(layer, properties=["padding", "batch", "causal", "decoding", "counts_eval"])
     assert report.failed == failed, str(report)
 
 
@@ -100,14 +97,13 @@ class Flat(nn.Module):
 def test_what_can_be_told():
     told = {
         "mask": lambda module, x, real: {"hidden_states": module.inner(x, real)[0]},
-        "counts": lambda module: module.inner.counts,
-        "router": lambda module, x: module.inner.router(x)[2],
+        "router": lambda module, x: module.inner.router(x.flatten(0, 1))[2],
     }
     properties = ["counts_eval", "router_autocast", "bfloat16", "nan_padding"]
     assert_holds(Flat(), *properties, **told)
     told["loss"] = lambda module, returned: module.balance
-    report = verify(Flat(), properties=["loss_checkpointing", "threads", "loss_mean"], **told)
-    assert report.failed == ["loss_checkpointing", "threads"], str(report)
+    report = verify(Flat(), properties=["recomputation", "loss_mean"], **told)
+    assert report.failed == ["recomputation"], str(report)
 
 
 def test_one_who_asks_for_a_property_gets_it_or_an_error():
@@ -129,7 +125,7 @@ class InFloat32(nn.Linear):
 @pytest.mark.parametrize(
     ("layer", "name", "reason"),
     [
-        (MoE(8, 4), "order", "random numbers are drawn in training and eval"),
+        (MoE(8, 4), "order", "random numbers are drawn"),
         (MoE(8, 4, second_policy_train="all"), "output_eval", "random numbers are drawn in eval"),
         (InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
     ],
@@ -152,11 +148,11 @@ def test_command(capsys: pytest.CaptureFixture):
     assert main([f"{__name__}:a_layer", "--only", "causal", "counts_eval"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("MoE, 8 wide: 0 fail, ")
-    assert [line.split()[:2] for line in lines[3:]] == [["causal", "holds"], ["counts_eval", "holds"]]
+    assert [line.split()[:2] for line in lines[2:]] == [["causal", "holds"], ["counts_eval", "holds"]]
     assert main([f"{__name__}:a_faulty_layer", "--only", "padding", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] == ["padding"]
-    assert found["findings"][0]["detail"].startswith("1 x 2 tokens, seed 0, in training: counts")
+    assert found["findings"][0]["detail"].startswith("1 x 2 tokens, seed 0, in training: move of counts")
     wrong = {"nowhere:f": "No module named", f"{__name__}:nothing": "no attribute", "x": "x"}
     wrong |= {f"{__name__}:of_another_width": "cannot be multiplied"}  # no verdict: a layer that fails returns 1
     for factory, error in wrong.items():
@@ -171,32 +167,6 @@ def test_the_command_imports_from_where_it_is_called(tmp_path: Path, monkeypatch
     assert main(["layer_of_mine:layer", "--only", "causal", "bits"]) == 0
 
 
-class SkipsExperts(nn.Module):
-    """Experts without tokens are no part of the graph: ranks then wait for other gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(8, 4)
-        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-
-    def forward(self, x):
-        best = self.gate(x).softmax(dim=-1).max(dim=-1)
-        out = torch.zeros_like(x)
-        for i, expert in enumerate(self.experts[:3]):
-            if (chosen := best.indices == i).any():
-                out = out + torch.where(chosen, best.values, 0.0).unsqueeze(-1) * expert(x)
-        return out
-
-
 @pytest.mark.slow
-def test_thorough():
-    assert_holds(a_layer(), *THOROUGH)
-    torch.manual_seed(0)
-    assert verify(SkipsExperts(), properties=["causal", "ddp"]).failed == ["ddp"]
-
-
-def test_a_load_that_cannot_be_even_is_none():
-    """Tokens that ask for the first expert alone, and such that ask for one each."""
-    assert evenly(torch.eye(2, dtype=torch.bool).repeat(2, 1), 4) == [0, 1]
-    with pytest.raises(DoesNotApplyError, match="no even load"):
-        evenly(torch.tensor([[True, False]] * 4), 4)
+def test_compiled():
+    assert_holds(a_layer(), "compile")

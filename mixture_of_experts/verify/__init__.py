@@ -1,4 +1,4 @@
-"""Verifies any mixture layer: what is promised, a number, and a verdict, for each of nearly forty properties."""
+"""Verifies any mixture layer: what is promised, a number, and a verdict, for each of thirty properties."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixture_of_experts.verify import batching, loss_gradients, precision, states, thorough
-from mixture_of_experts.verify.properties import Finding, Property
-from mixture_of_experts.verify.subject import Run, Subject
-from mixture_of_experts.verify.verdicts import Report
+from mixture_of_experts.verify import batching, precision, states, steps
+from mixture_of_experts.verify.properties import Property
+from mixture_of_experts.verify.trial import Run, Trial, known
+from mixture_of_experts.verify.verdicts import Finding, Report
 
 __all__ = ["PROPERTIES", "Finding", "Report", "assert_holds", "verify"]
 
-_FILES = (batching, loss_gradients, states, precision, thorough)
+_FILES = (batching, steps, states, precision)
 _ALL = [each for file in _FILES for each in vars(file).values() if isinstance(each, Property)]
 
 #: what is promised, in one sentence, by the name of the property
@@ -30,10 +30,8 @@ def verify(
     dim: int | None = None,
     mask: str | Run | None = None,
     loss: int | str | Run | None = None,
-    counts: str | Run | None = None,
-    router: str | Run | None = None,
+    router: Run | None = None,
     properties: Iterable[str] | None = None,
-    thorough: bool = False,
 ) -> Report:
     """Measure what a mixture layer keeps. The module itself does not run: copies of it do.
 
@@ -46,13 +44,11 @@ def verify(
         dim: d; by default the one size of its weights with which it runs.
         mask: the argument that takes a mask `(b, n)` bool, True where a token is real; or a function `(module, x,
             mask)` that calls the module.
-        loss: where the auxiliary loss is in what the module returns, an index or an attribute; or a function
+        loss: where the auxiliary loss is in what the module returns, an index, a key or an attribute; or a function
             `(module, returned)` that reads it.
-        counts: path of the buffer in which training counts the choices, or a function `(module)` that reads it.
-        router: path of a submodule that returns one tensor of integers `(b * n, k)`, the experts of each token; or a
-            function `(module, x)` that returns `(b, n, k)` integers, -1 for no expert, or `(b, n, e)` bool.
-        properties: names of the properties; by default all.
-        thorough: whether to compile too, and to start two processes with DDP and FSDP2.
+        router: a function `(module, x)` that returns `(b, n, k)` integers, the experts of each token, -1 for no expert,
+            or `(b, n, e)` bool.
+        properties: names of the properties; by default all but "invariance" and "compile".
 
     Raises:
         ValueError: an unknown property; the module cannot be copied, or its width is not found.
@@ -64,17 +60,16 @@ def verify(
         >>> report.findings["causal"].verdict, report.failed
         ('holds', [])
     """
-    usual = {each.name for each in _ALL if not each.by_name and (thorough or not each.thorough)}
-    names = usual if properties is None else set(properties)
+    names = {each.name for each in _ALL if not each.by_name} if properties is None else set(properties)
     if unknown := names - set(PROPERTIES):
         raise ValueError(f"no property is named {sorted(unknown)}: there are {sorted(PROPERTIES)}")
     start = time.perf_counter()
     devices = {tensor.device for tensor in module.parameters() if tensor.is_cuda}
     with torch.random.fork_rng(devices), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        subject = Subject(module, dim, mask=mask, loss=loss, counts=counts, router=router)
-        findings = {each.name: each.find(subject) for each in _ALL if each.name in names}
-    return Report(f"{type(module).__name__}, {subject.dim} wide", findings, time.perf_counter() - start)
+        trial = known(Trial(module, dim or 0, mask, loss, router))
+        findings = {each.name: each.find(trial) for each in _ALL if each.name in names}
+    return Report(f"{type(module).__name__}, {trial.dim} wide", findings, time.perf_counter() - start)
 
 
 def assert_holds(module: nn.Module, *properties: str, **told: Any) -> None:
@@ -82,8 +77,8 @@ def assert_holds(module: nn.Module, *properties: str, **told: Any) -> None:
 
     Args:
         module: as in `verify`.
-        properties: names of properties; all but the thorough ones if none is given.
-        told: `dim`, `mask`, `loss`, `counts` and `router`, as in `verify`.
+        properties: names of properties; as in `verify` if none is given.
+        told: `dim`, `mask`, `loss` and `router`, as in `verify`.
 
     Raises:
         AssertionError: a property fails, does not apply or is not asked (without `properties`: one fails). It shows the

@@ -1,13 +1,33 @@
-"""`Report`: what was found about a module, as a table, as JSON, and as an exit status."""
+"""`Finding` and `Report`: what was found about a module, as a table and as JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Literal
 
-from mixture_of_experts.verify.properties import Finding
+Verdict = Literal["holds", "fails", "does not apply", "not asked"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one property of a module.
+
+    Attributes:
+        name, promise: the property, and what it promises in one sentence.
+        verdict: "holds", "fails", "does not apply" or "not asked".
+        number: the largest number that was measured; None if there is none, or if it is not finite.
+        limit: the largest number with which the promise holds.
+        detail: where it fails, in the smallest example; or why it does not apply or was not asked.
+    """
+
+    name: str
+    promise: str
+    verdict: Verdict
+    number: float | None = None
+    limit: float | None = None
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,26 +49,17 @@ class Report:
         """The names of the properties that fail."""
         return [name for name, finding in self.findings.items() if finding.verdict == "fails"]
 
-    @property
-    def exit_status(self) -> int:
-        """0 if nothing fails, else 1."""
-        return int(bool(self.failed))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in types that JSON knows."""
-        findings = [asdict(finding) for finding in self.findings.values()]
-        return {"module": self.module, "seconds": self.seconds, "failed": self.failed, "findings": findings}
-
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        findings = [asdict(finding) for finding in self.findings.values()]
+        found = {"module": self.module, "seconds": self.seconds, "failed": self.failed, "findings": findings}
+        return json.dumps(found, indent=2)
 
     def __str__(self) -> str:
-        rows = [("property", "verdict", "number", "promise")]
+        lines = [f"{self.module}: {len(self.failed)} fail, {self.seconds:.1f} s", ""]
         for finding in self.findings.values():
             number = "" if finding.number is None else f"{finding.number:.2g}"
-            rows.append((finding.name, finding.verdict, number, finding.promise))
-            rows += [("", "", "", f"  {finding.detail}")] * bool(finding.detail)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"{self.module}: {len(self.failed)} fail, {self.seconds:.1f} s", "", *lines])
+            lines.append(f"{finding.name:20}  {finding.verdict:14}  {number:7}  {finding.promise}")
+            if finding.detail:
+                lines.append(f"{'':49}{finding.detail}")
+        return "\n".join(lines)

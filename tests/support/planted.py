@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOLD: dict[str, Any] = {"mask": "mask", "loss": 1, "counts": "counts", "router": "router"}
+TOLD: dict[str, Any] = {"mask": "mask", "loss": 1, "router": lambda module, x: module.router(x.flatten(0, 1))[2]}
 K = 2
 
 
@@ -183,7 +183,7 @@ class TwiceTheGradient(Mixture, breaks=("gradients",)):
             return super().combine(2 * y - y.detach(), weights)
 
 
-class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "threads", "deepcopy", "save_load", "inference_mode")):
+class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "deepcopy", "save_load", "inference_mode")):
     """A list of losses that somebody is to empty."""
 
     def __init__(self, **sizes: int) -> None:
@@ -196,8 +196,8 @@ class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "threads", "deep
 
 
 SEEN_BY_A_COUNTER = (
-    *("loss_accumulation", "loss_checkpointing", "counts_checkpointing", "recomputation", "bits", "raised"),
-    *("threads", "deepcopy", "output_eval"),
+    *("loss_accumulation", "recomputation", "counts_checkpointing", "bits", "raised", "deepcopy", "output_eval"),
+    "every_choice",
 )
 
 
@@ -238,7 +238,7 @@ class SharedCapacity(Mixture, breaks=("order", "batch", "causal", "decoding")):
         return chosen * (chosen.cumsum(dim=0) <= capacity)
 
 
-class FewSlots(Mixture, breaks=("decoding", "even_load")):
+class FewSlots(Mixture, breaks=("decoding",)):
     """A capacity for one choice of each token, where it makes two."""
 
     def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ class FewSlots(Mixture, breaks=("decoding", "even_load")):
         return (by_sequence * (by_sequence.cumsum(dim=1) <= capacity)).view_as(chosen)
 
 
-class SeesTheFuture(Mixture, breaks=("causal", "decoding", "even_load")):
+class SeesTheFuture(Mixture, breaks=("causal", "decoding")):
     """Weights relative to the largest of the sequence."""
 
     def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
@@ -268,7 +268,7 @@ class FailsOnNothing(Mixture, breaks=("no_tokens",)):
         return chosen
 
 
-class FailsOnOneToken(Mixture, breaks=("decoding", "every_choice", "one_token", "output_eval")):
+class FailsOnOneToken(Mixture, breaks=("decoding", "every_choice", "extremes", "output_eval")):
     """A squeeze that takes away one axis too many."""
 
     class Experts(Bank):
@@ -276,7 +276,7 @@ class FailsOnOneToken(Mixture, breaks=("decoding", "every_choice", "one_token", 
             return torch.einsum("ted,te->td", y.squeeze().to(weights), weights)
 
 
-class FailsOnOneExpert(Mixture, breaks=("no_tokens", "one_token", "one_expert", "magnitude")):
+class FailsOnOneExpert(Mixture, breaks=("no_tokens", "extremes")):
     """Logits that all are the same have no deviation."""
 
     def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
@@ -293,7 +293,7 @@ class KeepsOutput(Mixture, breaks=("deepcopy",)):
         return out
 
 
-class TableLeftOut(Mixture, breaks=("meta",)):
+class TableLeftOut(Mixture, breaks=("save_load",)):
     """A table that is not saved."""
 
     def __init__(self, **sizes: int) -> None:
@@ -315,18 +315,6 @@ class NumberLeftOut(Mixture, breaks=("save_load",)):
     def finish(self, out: Tensor) -> Tensor:
         self.steps += self.training
         return out
-
-
-class SharesAShelf(Mixture, breaks=("threads",)):
-    """What one method leaves on the module another takes from it."""
-
-    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
-        self.shelf = weights.sum(dim=-1, keepdim=True).detach()
-        return weights
-
-    def finish(self, out: Tensor) -> Tensor:
-        shelf = self.__dict__.pop("shelf")
-        return out * shelf.view(*out.shape[:-1], 1).to(out.dtype) if shelf.numel() == out[..., 0].numel() else out
 
 
 class AnyOrder(Mixture, breaks=("bits",)):
@@ -403,7 +391,7 @@ class MeanOfNoTokens(Mixture, breaks=("padding", "nan_padding", "no_tokens")):
         return out, loss if mask is None else loss * (mask.sum(dim=1) / mask.sum(dim=1)).mean()
 
 
-class OverflowingLogits(Mixture, breaks=("magnitude",)):
+class OverflowingLogits(Mixture, breaks=("extremes",)):
     """A softmax that does not subtract the largest logit."""
 
     class Gate(Router):
@@ -412,7 +400,7 @@ class OverflowingLogits(Mixture, breaks=("magnitude",)):
             return logits - logits.exp().sum(dim=-1, keepdim=True).log()
 
 
-class CosineRouter(Mixture, breaks=("padding", "nan_padding", "no_tokens", "magnitude")):
+class CosineRouter(Mixture, breaks=("padding", "nan_padding", "no_tokens", "extremes")):
     """Tokens of zeros have no direction."""
 
     class Gate(Router):
@@ -440,7 +428,7 @@ class ScaledInEval(Mixture, breaks=("output_eval",)):
         return out if self.training else out / 2
 
 
-class MovesWhileChoosing(Mixture, breaks=("counts_checkpointing", "bits")):
+class MovesWhileChoosing(Mixture, breaks=("padding", "counts_checkpointing", "bits", "raised")):
     """A bias that a forward moves: too little for these tokens to choose otherwise, until there are more of them."""
 
     class Gate(Router):

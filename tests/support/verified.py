@@ -23,15 +23,13 @@ from . import configurations as matrix
 from .configurations import Configuration
 from .matrix import independent, of_seed
 
-THOROUGH = ("compile", "ddp", "fsdp2")
-BY_NAME = ("invariance",)
-DEFAULT = [name for name in PROPERTIES if name not in (*THOROUGH, *BY_NAME)]
+DEFAULT = [name for name in PROPERTIES if name not in ("compile", "invariance")]
 STEADY = (
-    *("padding", "nan_padding", "order", "batch", "decoding", "even_load", "every_choice", "threads"),
+    *("padding", "nan_padding", "order", "batch", "decoding", "every_choice", "strides"),
     *("bfloat16", "router_bfloat16", "router_autocast"),
 )
 IN_EVAL = ("decoding", "router_bfloat16", "router_autocast")
-OF_ONE_GATE = ("even_load", "every_choice", "bfloat16", "router_bfloat16", "router_autocast")
+OF_ONE_GATE = ("every_choice", "bfloat16", "router_bfloat16", "router_autocast")
 
 
 def drawn(count: int, number: int = 0) -> list[Configuration]:
@@ -60,9 +58,8 @@ def documented(c: Configuration) -> dict[str, set[str]]:
     draws = {training: any(router.draws(training) for router in c.routers) for training in (True, False)}
     if "expert_choice" in kinds:
         says["causal"] = says["decoding"] = {"holds", "fails"}
-        says["even_load"] = {"does not apply", "fails", "holds"}
     if drops:
-        says["decoding"] = says["even_load"] = {"holds", "fails"}
+        says["decoding"] = {"holds", "fails"}
         if len(c.routers) == 2 or c.routers[0].arguments.get("priority") != "token":
             says["causal"] = {"holds", "fails"}
     if c.group_size is not None:  # groups are cut from the whole batch
@@ -72,7 +69,6 @@ def documented(c: Configuration) -> dict[str, set[str]]:
         says["output_eval"] = {"holds", "fails"}  # policies of training and eval
     if "sparse_mixer" in kinds:
         says["gradients"] = {"holds", "fails"}  # an estimator, in training
-    says["even_load"] = says["even_load"] | {"does not apply"}  # there may be no such tokens
     says["every_choice"] = {"holds", "does not apply"}  # a token may choose all experts
     for name in STEADY:
         if draws[False] and (name in IN_EVAL or draws[True]):

@@ -57,7 +57,7 @@ def torchtitan() -> Layer:
     ).build()
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=DIM**-0.5)
-    return layer, {"counts": "tokens_per_expert_E", "router": "router"}
+    return layer, {"router": lambda module, x: module.router(x)[1]}
 
 
 def st_moe() -> Layer:
