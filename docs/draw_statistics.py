@@ -4,7 +4,7 @@
 
 `report.png` is a browser's picture of the report:
 
-    chromium --headless --hide-scrollbars --force-device-scale-factor=0.75 --window-size=1240,2620 \\
+    chromium --headless --hide-scrollbars --force-device-scale-factor=0.75 --window-size=1240,2133 \\
         --screenshot=docs/images/report.png routing.html
 
 Needs matplotlib and tqdm (the extra `examples`). The text is the one it learns from, Python's own library.
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--router", default="switch", choices=tuple(ROUTERS))
     parser.add_argument("--out", type=Path, default=DOCS / "images")
-    parser.add_argument("--report", type=Path, help="write the report here, with the text")
+    parser.add_argument("--report", type=Path, help="write the report here")
     args = parser.parse_args()
     few = {"num_experts": 8, "dim": 64, "width": 256, "layers": 4, "heads": 4}  # that a picture can tell apart
     training = {"steps": args.steps, "context": 512, "batch_size": 4, "learning_rate": 3e-3}
@@ -113,7 +113,7 @@ def main() -> None:
         print(f"wrote {path}")
     if args.report is not None:
         name = f"{args.router}, {settings.num_experts} experts, learns Python"
-        stats.report(args.report, tokens=text, routing=routing, name=name, loss=trainee.history.train)
+        stats.report(args.report, name=name, loss=trainee.history.train)
         print(f"wrote {args.report}")
 
 

@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     shown = tokenizer(last.read_text()[: args.characters], return_tensors="pt")["input_ids"]
     tokens, routing = [tokenizer.decode(token) for token in shown[0]], routing_of(model, shown)
-    stats.report(args.out / "routing.html", tokens=tokens, routing=routing, name=f"{args.model}, upcycled")
+    stats.report(args.out / "routing.html", name=f"{args.model}, upcycled")
     figure = plot_routing(tokens, list(routing.values())[-1])
     figure.savefig(args.out / "routing.png", dpi=110, bbox_inches="tight")
     print(f"wrote {args.out / 'routing.html'} and routing.png: which expert computes which token")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mixture_of_experts.around import ExpertsAround
-from mixture_of_experts.experts import RoutedExperts, StackedExperts
+from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.moe import HeirarchicalMoE
@@ -20,7 +20,7 @@ from mixture_of_experts.support.private_peft import parts_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.whole_model.sites import Location, Site, all_sites, places, serve
 
-Shares = dict[nn.Module, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
+Shares = dict[Any, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
 
 
 class Used(NamedTuple):
@@ -75,18 +75,12 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         rows = [("", "parameters", "active", "FLOPs a token")]
-        costs = (*self.layers.items(), ("in all", self.model))
-        rows += [(name or "(itself)", *cells(cost)) for name, cost in costs]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-            for row in rows
-        )
-
-
-def cells(cost: Cost) -> list[str]:
-    most = "at most " if cost.at_most else ""
-    return [f"{cost.parameters:,}", f"{most}{cost.active:,}", f"{most}{cost.flops:,}"]
+        for name, cost in (*self.layers.items(), ("in all", self.model)):
+            most = "at most " if cost.at_most else ""
+            numbers = f"{cost.parameters:,}", f"{most}{cost.active:,}", f"{most}{cost.flops:,}"
+            rows.append((name or "(itself)", *numbers))
+        first = max(len(row[0]) for row in rows)
+        return "\n".join(f"{name:{first}}{every:>20}{active:>28}{flops:>28}" for name, every, active, flops in rows)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -115,17 +109,17 @@ def summary(model: nn.Module) -> Summary:
     sites = serve(all_sites(model), "summary", why_not_counted, takes_gates=False)
     refuse_unknown_blocks(model, sites)
     layers: dict[nn.Module, dict[Site, Location]] = {}  # the sites of each, with their place in it
+    external: set[nn.Module] = set()
     for site in sites:
         for location in site.locations:
             if location.layer is not None:
                 layers.setdefault(unwrapped(location.layer), {}).setdefault(site, location)
-    used = Used({}, set(), {module for site in sites if site.external for module in with_weights(site)})
-    for layer, its in layers.items():
-        found = [choices(site) for site in its]
-        used.shares[layer] = shares_of(layer, its, [number for number, _ in found])
-        used.varying.update([layer] if any(most for _, most in found) else [])
-    paths = {layer: next(iter(its.values())).name.rpartition(".")[0] for layer, its in layers.items()}
-    return Summary(cost(model, used), {path: cost(layer, used) for layer, path in paths.items()})
+            if site.external and location.experts is not None:
+                external.update(site.gate.modules(), location.experts.modules())
+    shares = {layer: shares_of(layer, its) for layer, its in layers.items()}
+    used = Used(shares, {layer for layer, its in layers.items() if any(map(varies, its))}, external)
+    paths = {next(iter(its.values())).name.rpartition(".")[0]: layer for layer, its in layers.items()}
+    return Summary(cost(model, used), {path: cost(layer, used) for path, layer in paths.items()})
 
 
 def why_not_counted(site: Site) -> str | None:
@@ -147,17 +141,9 @@ def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
             )
 
 
-def with_weights(site: Site) -> Iterator[nn.Module]:
-    """The modules of a router of `transformers` and of its experts."""
-    yield from site.gate.modules()
-    for location in site.locations:
-        assert location.experts is not None
-        yield from location.experts.modules()
-
-
-def shares_of(layer: Any, sites: Mapping[Site, Location], numbers: list[float]) -> dict[nn.Module, float]:
+def shares_of(layer: Any, sites: Mapping[Site, Location]) -> dict[nn.Module, float]:
     """The part, 0 to 1, of a layer's experts and of its inner gates that a token uses, by its choices at each level."""
-    numbers = [min(number, site.num_experts) for number, site in zip(numbers, sites, strict=True)]
+    numbers = [min(choices(site), site.num_experts) for site in sites]
     if not isinstance(layer, HeirarchicalMoE):
         return {location.experts: numbers[0] / site.num_experts for site, location in sites.items() if location.experts}
     (outer, inner), (eo, ei) = numbers, layer.num_experts
@@ -165,16 +151,21 @@ def shares_of(layer: Any, sites: Mapping[Site, Location], numbers: list[float]) 
     return {layer.experts: served / (eo * ei), layer.gate_inner: outer / eo}
 
 
-def choices(site: Site) -> tuple[float, bool]:
-    """How many experts a gate chooses for a token; and whether that is the most, because scores decide how many."""
-    expected = site.k if site.external else getattr(site.gate, "expected_choices", site.k)
+def choices(site: Site) -> float:
+    """The most experts that a gate chooses for a token, or their mean, if the gate knows it."""
+    expected = getattr(site.gate, "expected_choices", None)
     number = site.k if expected is None else expected
     if number is None:
         raise ValueError(
             f"the {site.kind} of {site.name.rpartition('.')[0] or 'the layer'} does not say how many experts a token "
             "chooses: give it an attribute k"
         )
-    return number, expected is None
+    return number
+
+
+def varies(site: Site) -> bool:
+    """Whether scores decide how many experts a gate chooses."""
+    return getattr(site.gate, "expected_choices", 0) is None
 
 
 def cost(model: nn.Module, used: Used) -> Cost:
@@ -192,19 +183,21 @@ def cost(model: nn.Module, used: Used) -> Cost:
 def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, float]]:
     """Every module of each layer once, with the part of it, 0 to 1, that a token uses."""
     seen: set[tuple[nn.Module | None, nn.Module]] = set()
-    todo: list[tuple[nn.Module | None, nn.Module, float, float]] = [(None, model, 1.0, 1.0)]
+    todo: list[tuple[nn.Module, float, nn.Module | None, float]] = [(model, 1.0, None, 1.0)]
     while todo:
-        layer, module, part, routed = todo.pop()
+        module, part, layer, of_layer = todo.pop()  # the layer around it, and the part that is used of that
         if (layer, module) in seen:
             continue
         seen.add((layer, module))
-        yield module, part * routed
-        if isinstance(module, ExpertsAround):
-            below = {module.experts: routed}  # every token passes what is beside the experts inside
-        else:
-            layer, part, below = module if module in shares else layer, part * routed, shares.get(module, {})
+        yield module, part
+        if module in shares:
+            layer, of_layer = module, part
         for child, computes in parts_of(module):
-            todo.append((layer, child, part if computes else 0.0, below.get(child, 1.0)))
+            share = shares.get(layer, {}).get(child)
+            if isinstance(module, ExpertsAround) and child is not module.experts:
+                share = 1.0  # every token passes what is beside the experts inside
+            below = part if share is None else of_layer * share
+            todo.append((child, below if computes else 0.0, layer, of_layer))
 
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -218,13 +211,14 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def multiplied(module: nn.Module, used: Used) -> int:
     """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
+    known = isinstance(module, nn.Linear | RoutedExperts | Gate | RouterLogits) or module in used.external
+    if not known and wrapped_class(module).__name__ != "Conv1D":  # of transformers
+        return 0
     made = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}  # of stored parameters
-    own, kind = list({**own_weights(module), **made}.items()), wrapped_class(module).__name__
-    if isinstance(module, nn.Linear) or kind == "Conv1D":  # of transformers
-        return getattr(module, "weight").numel()  # noqa: B009
-    if isinstance(module, StackedExperts | Gate | RouterLogits):
-        return sum(parameter.numel() for name, parameter in own if name.startswith("w"))
-    if module in used.external:
-        return sum(p.numel() for name, p in own if p.ndim >= 2 and not name.endswith("bias"))
-    # a user's experts, if their weights are stacked
-    return sum(p.numel() for _, p in own if p.ndim >= 3) if isinstance(module, RoutedExperts) else 0
+    weights = {name: weight for name, weight in (own_weights(module) | made).items() if not is_bias(name)}
+    least = 3 if isinstance(module, RoutedExperts) else 2  # dimensions
+    return sum(weight.numel() for weight in weights.values() if weight.ndim >= least)
+
+
+def is_bias(name: str) -> bool:
+    return name.startswith("b") or name.endswith("bias")

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from datetime import date
-from html import escape, unescape
+from html import unescape
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
-from mixture_of_experts.dispatch.decision import compose, plan_slots_of
-from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
+from mixture_of_experts.stats import RoutingStats, track_routing
 from mixture_of_experts.stats.report import picture
-from mixture_of_experts.stats.texts import NOBODY, visible
 
 DIM = 8
-HOSTILE = ["</script><script>alert(1)</script>", "<b>", '"', "&amp;", "\n", "\u202e", "$data", "'><img src=x>"]
+HOSTILE = "</script><script>alert(1)</script>$data'><img src=x>"
 
 
 class Stack(nn.Module):
@@ -30,7 +28,7 @@ class Stack(nn.Module):
 
     def __init__(self, *layers: nn.Module):
         super().__init__()
-        self.layers = nn.ModuleDict({f'<i id="{i}">': layer for i, layer in enumerate(layers)})
+        self.layers = nn.ModuleDict({f'<i id="{i}">{HOSTILE}': layer for i, layer in enumerate(layers)})
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers.values():
@@ -98,16 +96,13 @@ def test_it_shows_what_was_recorded(tmp_path: Path):
 
 
 def test_it_needs_and_runs_nothing_else(tmp_path: Path):
-    """Names and texts that are markup stay texts; nothing is loaded; pictures are well formed."""
+    """Names that are markup stay texts; nothing is loaded; pictures are well formed."""
     torch.manual_seed(0)
-    model = some_gates()
-    stats, x = tracked(model, 3), torch.randn(1, len(HOSTILE), DIM)
-    page = page_of(stats, tmp_path, tokens=HOSTILE, routing=routing_of(model, x))
-    for hostile in ("<i id=", "<img src=x", "alert(1)</script>", "onerror="):
+    stats = tracked(some_gates(), 3)
+    page = page_of(stats, tmp_path, name=HOSTILE)
+    for hostile in ("<i id=", "<img src=x", "<script", "onerror="):
         assert hostile not in page
-    assert all(f">{escape(visible(token))}</b>" in page for token in HOSTILE)
-    assert [unescape(gate) for gate in re.findall(r"<summary>(.*?)</summary>", page)] == [*stats.layers]
-    assert page.count("<script") == 1
+    assert text_of(page).count(HOSTILE) >= 2 + 2 * len(stats.layers)
     assert "default-src 'none'" in page
     assert all(address.startswith("#") for address in re.findall(r'href="([^"]*)"', page))
     assert not re.search(r"https?://", re.sub(r"base64,[\w+/=]+", "", page))
@@ -116,33 +111,6 @@ def test_it_needs_and_runs_nothing_else(tmp_path: Path):
         assert kind == "data:image/svg+xml;base64"
         drawn = ElementTree.fromstring(base64.b64decode(data))
         assert {"step", "expert"} & {node.text for node in drawn.iter() if node.tag.endswith("}text")}
-
-
-def test_a_text_has_every_choice(tmp_path: Path):
-    torch.manual_seed(0)
-    model = some_gates()
-    stats = tracked(model, 1)
-    routing = routing_of(model, torch.randn(1, 24, DIM))
-    page = page_of(stats, tmp_path, tokens="x" * 24, routing=routing)
-    for gate, part in zip(stats.layers, page.split("<details>")[1:], strict=True):
-        told = routing[gate]
-        expected: list[list[tuple[str, float]]] = [[] for _ in range(24)]
-        token, both = told.token[0], told
-        if (level_one := stats.level_one(gate)) is not None:
-            outer = routing[level_one]
-            both = compose(outer, plan_slots_of(outer), told)
-            token = torch.arange(24).repeat_interleave(both.k)
-        parts = (token, *(part.flatten() for part in (both.expert, both.weight, both.kept)))
-        for token, expert, weight, kept in zip(*(part.tolist() for part in parts), strict=True):
-            if kept:
-                name = str(expert) if level_one is None else "{}.{}".format(*divmod(expert, told.num_experts))
-                expected[token].append((name, round(weight, 3)))
-        shown = re.findall(r'<b style="([^"]*)" data-told="([^"]+)">', part)
-        for (style, said), of_token in zip(shown, expected, strict=True):
-            pairs = re.findall(r"expert (\S+)  ([\d.]+)", said)
-            wanted = sorted(of_token, key=lambda pair: -pair[1])
-            assert [(name, float(weight)) for name, weight in pairs] == wanted, gate
-            assert ("line-through" in style) == (f"background:{NOBODY}" in style) == (not of_token)
 
 
 def asked(*steps: Tensor) -> RoutingStats:
@@ -158,8 +126,8 @@ def asked(*steps: Tensor) -> RoutingStats:
 
 def test_it_says_which_experts_are_dead(tmp_path: Path):
     text = text_of(page_of(asked(*[torch.arange(7)] * 4, *[torch.arange(7).clamp(max=5)] * 4), tmp_path))
-    assert "gate: 1 expert computed no token in any step: 7" in text
-    assert "gate: 1 expert computed no token in the last 2 steps: 6" in text
+    assert "gate: 1 of 8 experts computed no token in any step: 7" in text
+    assert "gate: 1 of 8 experts computed no token in the last 2 steps: 6" in text
 
 
 def crowded(share: float) -> RoutingStats:
@@ -190,19 +158,17 @@ def test_a_gate_of_nan_is_named(tmp_path: Path):
     with track_routing(model) as stats:
         for step in range(5):
             if step == 3:
-                model.layers['<i id="1">'].gate.w_gating.data[0, 0] = torch.nan
+                list(model.layers.values())[1].gate.w_gating.data[0, 0] = torch.nan
             model(torch.randn(2, 32, DIM))
             stats.step()
     first, second = stats.layers
-    routing = routing_of(model, torch.randn(1, 5, DIM))
-    page = page_of(stats, tmp_path, tokens="hello", routing=routing)
+    page = page_of(stats, tmp_path)
     note = f"{second} computed probabilities that are NaN, first in step 3"
     assert note in text_of(page)
     assert "nan%" not in page.lower()
     assert "loss_coef" not in page
     assert f"warning: {note}" in stats.summary()
     assert f"{first} computed" not in stats.summary()
-    assert not re.search(r"expert \S+  [\d.]", page.split("<details>")[2])
     stats.to_jsonl(tmp_path / "routing.jsonl")
     lines = (tmp_path / "routing.jsonl").read_text(encoding="utf-8").splitlines()
     told = [json.loads(line, parse_constant=pytest.fail) for line in lines]
@@ -211,34 +177,8 @@ def test_a_gate_of_nan_is_named(tmp_path: Path):
     assert [record["losses"]["z"] is None for record in of_second] == [False] * 3 + [True] * 2
 
 
-def test_what_came_before_nan_is_still_told(tmp_path: Path):
-    """A dead expert and a crowded one, in the steps that mean something."""
-    torch.manual_seed(0)
-    gate = TopKGating(DIM, 4, k=1, bias=True)
-    model = MoE(DIM, gate=gate)
-    with track_routing(model) as stats:
-        for step in range(6):
-            gate.b_gating.data.copy_(torch.tensor([3.0, 0.0, 0.0, -99.0] if step < 4 else [torch.nan] * 4))
-            model(torch.randn(2, 64, DIM))
-            stats.step()
-    text = text_of(page_of(stats, tmp_path))
-    assert "gate computed probabilities that are NaN, first in step 4" in text
-    assert "gate: 1 expert computed no token in any step: 3" in text
-    assert all("times a balanced load in the last step before NaN" in each for each in (text, stats.summary()))
-
-
-def test_errors(tmp_path: Path):
-    moe = MoE(DIM, 4)
-    two, path, x = HeirarchicalMoE(DIM, (2, 2)), tmp_path / "routing.html", torch.randn(1, 5, DIM)
-    routing, told = routing_of(moe, x), routing_of(two, x)
-    for model, more, message in (
-        (moe, {"tokens": "hello"}, "tokens and routing belong together"),
-        (moe, {"routing": routing}, "tokens and routing belong together"),
-        (moe, {"tokens": "four", "routing": routing}, "4 tokens, but .*'gate' has 5"),
-        (two, {"tokens": "hello", "routing": {"gate_inner": told["gate_inner"]}}, "the routing of 'gate_outer' too"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            tracked(model, 1).report(path, **more)
-    with pytest.raises(RuntimeError, match="no forward of a gate was recorded"), track_routing(moe) as stats:
+def test_a_model_that_did_not_run(tmp_path: Path):
+    path = tmp_path / "routing.html"
+    with track_routing(MoE(DIM, 4)) as stats, pytest.raises(RuntimeError, match="no forward of a gate was recorded"):
         stats.report(path)
     assert not path.exists()  # a bad call writes nothing

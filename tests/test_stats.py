@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -20,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, TopKGating
 from mixture_of_experts.stats import Record, track_routing
-from mixture_of_experts.stats.record import STATISTICS, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 8
@@ -79,12 +79,10 @@ def make_layers() -> dict[str, nn.Module]:
 
 
 def test_a_statistic_is_told_everywhere():
-    """Its attribute in `Record` is enough for summing it up and for showing it; the page of statistics explains it."""
-    gate = TopKGating(DIM, 4, capacity_factor_train=1.0)
-    assert measure(gate(torch.randn(1, 6, DIM)), None).keys() == STATISTICS.keys()
+    """The page of statistics explains it, and so does `Record`."""
+    names = [field.name for field in dataclasses.fields(Record)][4:]
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
-    assert [name for name in STATISTICS if f"`{name}`" not in page] == []
-    assert [name for name in STATISTICS if f"\n        {name}: " not in str(Record.__doc__)] == []
+    assert [name for name in names if f"`{name}`" not in page or f"\n        {name}: " not in str(Record.__doc__)] == []
 
 
 def track_once(model: nn.Module, *args: Tensor) -> dict[str, Record]:

@@ -1,8 +1,8 @@
 """Statistics of routers: `track_routing` records load, drops, confidence and losses of every gate of a model."""
 
-from mixture_of_experts.stats.drawing import plot_routing
 from mixture_of_experts.stats.reading import routing_of
 from mixture_of_experts.stats.record import Record, relative
+from mixture_of_experts.stats.texts import plot_routing
 from mixture_of_experts.stats.tracking import RoutingStats, track_routing
 
 __all__ = ["Record", "RoutingStats", "plot_routing", "relative", "routing_of", "track_routing"]

@@ -14,19 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.stats.texts import LINE_END, ShownToken, shown_text
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
 LEAST, MOST = min(TICKS), max(TICKS)  # relative loads at the ends of the colours
-STRIKE = "#b00020"
 NUMBER_WIDTH = 24  # points that a number in a cell takes
 MARGIN = 0.1  # inches
-CHARACTER, LINE = 0.1, 0.25  # inches of a character and of a line of text
 
 
 def new_axes(width: float, height: float, left: float = 0, below: float = 0, right: float = 0) -> Axes:
@@ -108,63 +103,3 @@ def draw_lines(ax: Axes, lines: Sequence[tuple[Sequence[float], Sequence[float]]
     ax.set_xlabel("step")
     ax.locator_params(axis="x", integer=True, min_n_ticks=1)
     return figure_of(ax)
-
-
-def plot_routing(
-    tokens: str | bytes | Sequence[str], routing: Routing, *, width: int = 80, ax: Axes | None = None
-) -> Figure:
-    """Draw a text in which every token has the colour of its expert.
-
-    The expert of a token is the one of largest weight among those that compute it. A token is underlined if its first
-    choice was full and another expert computes it. A token that no expert computes is struck through on white. If there
-    are more experts than colours, those with the fewest tokens share grey.
-
-    Args:
-        tokens: the texts of the tokens. In a string every character is a token, in bytes every byte.
-        routing: the routing of one gate on one sequence, `routing = gate(x)`.
-        width: characters of a line.
-        ax: axes to draw in; by default those of a new figure.
-
-    Returns:
-        The figure.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        ValueError: tokens and routing do not fit.
-
-    Example:
-        >>> import torch
-        >>> from mixture_of_experts import Top2Gating
-        >>> from mixture_of_experts.stats import plot_routing
-        >>> gate = Top2Gating(dim=8, num_gates=4)
-        >>> routing = gate(torch.randn(1, 5, 8))
-        >>> plot_routing("hello", routing).savefig("hello.png")  # doctest: +SKIP
-    """
-    shown, legend = shown_text(tokens, "the routing", routing)
-    placed, x, y = [], 0, 0
-    for token in (*shown, ShownToken(LINE_END, None), *legend):
-        if x and x + len(token.text) > width:
-            x, y = 0, y + 1
-        placed.append((token, x, y))
-        x, y = (0, y + 1) if token.ends_line else (x + len(token.text), y)
-    ax = new_axes(width * CHARACTER, (y + 1) * LINE) if ax is None else ax
-    size = min(72 * ax.get_window_extent().width / figure_of(ax).dpi / width / 0.62, 12)  # of a monospaced font
-    for token, left, top in placed:
-        if token.colour is not None:
-            draw_token(ax, token, left, top, size)
-    ax.set(xlim=(0, width), ylim=(y + 1, 0))
-    ax.axis("off")
-    return figure_of(ax)
-
-
-def draw_token(ax: Axes, token: ShownToken, left: int, top: int, size: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    length = len(token.text)
-    style: dict[str, Any] = {"family": "monospace", "ha": "center", "va": "center_baseline", "parse_math": False}
-    ax.add_patch(Rectangle((left, top), length, 0.94, facecolor=token.colour, edgecolor="white", linewidth=0.5))
-    for x, sign in enumerate(token.text, left):
-        ax.text(x + 0.5, top + 0.5, sign, size=size, color=token.ink, **style)
-    if token.mark:
-        height, colour = (0.86, token.ink) if token.mark == "underline" else (0.5, STRIKE)
-        ax.hlines(top + height, left + 0.1, left + length - 0.1, color=colour, linewidth=1.2)

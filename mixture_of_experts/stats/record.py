@@ -1,6 +1,7 @@
 """`Record`: what a gate decided in one step or several, as numbers to read, log and print.
 
-A statistic is one attribute of `Record`, with how it is summed up and shown, and a line in `measure`.
+A statistic is one attribute of `Record`: `numbers_of` measures a forward, `record_of` sums forwards up, and `cells_of`
+shows the sum.
 
 Axes: r forwards, w numbers of a forward, e experts (`(eo, ei)` on the second level of a hierarchy).
 """
@@ -10,26 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.losses import load_of
 
-
-class Statistic(NamedTuple):
-    """How a statistic is summed up and shown; `measure` has its numbers in one forward.
-
-    Attributes:
-        by: how its numbers are summed up: "sum"; "most", the largest instead; "expert", a sum for each expert; or the
-            name of another statistic, by whose sum the sum is divided.
-        columns: its columns in the summary and in the report: formats by headers.
-    """
-
-    by: str
-    columns: Mapping[str, str] = {}
+SUMS = 8  # single numbers of a forward that are summed up
 
 
 @dataclass(frozen=True)
@@ -62,18 +53,18 @@ class Record:
     step: int
     forwards: int
     losses: Mapping[str, float]
-    tokens: Annotated[int, Statistic("sum", {"tokens": "{tokens}"})]
-    groups: Annotated[int, Statistic("sum")]
-    requested: Annotated[Tensor, Statistic("expert", {"requested": "{requested}"})]
-    choices_per_token: Annotated[float, Statistic("tokens")]
-    imbalance: Annotated[float, Statistic("groups", {"in a group": "{imbalance:.2f}, {worst_imbalance:.2f}"})]
-    worst_imbalance: Annotated[float, Statistic("most")]
-    load: Annotated[Tensor, Statistic("expert", {"load": "{load}", "dead": "{dead}"})]
-    dropped: Annotated[float, Statistic("requested", {"dropped": "{dropped:.1%}"})]
-    unavoidable: Annotated[float, Statistic("requested", {"unavoidable": "{unavoidable:.1%}"})]
-    unseen: Annotated[float, Statistic("tokens", {"unseen": "{unseen:.1%}"})]
-    entropy: Annotated[float, Statistic("tokens", {"entropy": "{entropy:.2f} of {most_entropy:.2f}"})]
-    confidence: Annotated[float, Statistic("tokens", {"confidence": "{confidence:.2f}"})]
+    tokens: int
+    groups: int
+    requested: Tensor
+    choices_per_token: float
+    imbalance: float
+    worst_imbalance: float
+    load: Tensor
+    dropped: float
+    unavoidable: float
+    unseen: float
+    entropy: float
+    confidence: float
 
     @property
     def relative_load(self) -> Tensor:
@@ -117,53 +108,21 @@ def known_to_json(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-STATISTICS: dict[str, Statistic] = {
-    name: hint.__metadata__[0]
-    for name, hint in get_type_hints(Record, include_extras=True).items()
-    if get_origin(hint) is Annotated
-}
-
-
-def sizes_of(shape: Sequence[int]) -> list[int]:
-    """How many numbers a forward has of each statistic, from the shape of its load."""
-    return [math.prod(shape) if statistic.by == "expert" else 1 for statistic in STATISTICS.values()]
-
-
-def numbers_of(routing: Routing, importance: Tensor | None) -> Tensor:
-    """The numbers of one forward for all statistics, `(w,)` float32."""
-    measured, found = measure(routing, importance), []
-    for name, (by, _) in STATISTICS.items():
-        numbers = measured[name]
-        if by == "most":
-            numbers = torch.nn.functional.pad(numbers.flatten(), (1, 0)).amax()  # there may be no group
-        else:
-            numbers = numbers.sum(dim=-2) if by == "expert" else numbers.sum()
-        found.append(numbers.float().flatten())
-    return torch.cat(found)
-
-
-def statistics_of(numbers: Tensor, shape: Sequence[int]) -> dict[str, Any]:
-    """All statistics of some forwards, from their numbers `(r, w)` and the shape of the load."""
-    parts, found = dict(zip(STATISTICS, numbers.split(sizes_of(shape), dim=1), strict=True)), {}
-    for name, (by, _) in STATISTICS.items():
-        total = parts[name].sum(dim=0)
-        if by == "expert":
-            found[name] = total.to(torch.int64).view(*shape)
-        elif by == "most":
-            found[name] = max(parts[name].flatten().tolist(), default=0.0)
-        else:
-            found[name] = int(total) if by == "sum" else float(total / parts[by].sum().clamp(min=1))
-    return found
-
-
 def cells_of(total: Record, steps: Sequence[Record]) -> dict[str, str]:
     """A gate's line in the summary and in the report, by headers: all steps together, and the worst of them."""
     first = {"gate": total.layer, "experts": "x".join(map(str, total.load.shape)), "forwards": f"{total.forwards}"}
-    values = vars(total) | {"dead": len(total.dead), "most_entropy": math.log(total.load.shape[-1])}
-    values |= {"requested": span(total.relative_requested), "load": span(total.relative_load)}
     worst, at = max(((float(record.relative_requested.max()), -record.step) for record in steps), default=(0, 0))
     rest = {
-        **{header: form.format(**values) for _, columns in STATISTICS.values() for header, form in columns.items()},
+        "tokens": f"{total.tokens}",
+        "requested": span(total.relative_requested),
+        "in a group": f"{total.imbalance:.2f}, {total.worst_imbalance:.2f}",
+        "load": span(total.relative_load),
+        "dead": f"{len(total.dead)}",
+        "dropped": f"{total.dropped:.1%}",
+        "unavoidable": f"{total.unavoidable:.1%}",
+        "unseen": f"{total.unseen:.1%}",
+        "entropy": f"{total.entropy:.2f} of {math.log(total.load.shape[-1]):.2f}",
+        "confidence": f"{total.confidence:.2f}",
         "worst step": f"{worst:.2f} at {-at}",
         "losses": ", ".join(f"{name} {value:.3g}" for name, value in total.losses.items()),
     }
@@ -179,39 +138,64 @@ def span(values: Tensor) -> str:
     return f"{float(values.min()):.2f}..{float(values.max()):.2f}"
 
 
-# One forward, on its device and without a host sync; routers of level two stand in front: `...`
+def width_of(shape: Sequence[int]) -> int:
+    """How many numbers a forward has, w, from the shape of its load."""
+    return 1 + SUMS + 2 * math.prod(shape)
 
 
-def measure(routing: Routing, importance: Tensor | None) -> dict[str, Tensor]:
-    """The numbers of every statistic of `Record` in one forward, by its name; they are summed up.
-
-    Those of experts are `(..., b, e)`; others are of groups, tokens or choices, in any shape. A token takes part if it
-    is real and makes a choice.
-    """
+def numbers_of(routing: Routing, importance: Tensor | None) -> Tensor:
+    """The numbers of one forward, `(w,)` float32, on its device and without a host sync: the largest imbalance, the
+    sums, and the requests and the load of each expert. A token takes part if it is real and makes a choice."""
     e, seen, probs = routing.num_experts, computed_tokens(routing), routing.probs.detach().float()
-    requested, load = routing.queued, load_of(routing.expert, routing.kept, e)
+    requested, load = routing.queued, load_of(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
     of_group = requested.sum(dim=-1, keepdim=True)
     limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
     limit = of_group if limit is None else limit
-    imbalance = requested.amax(dim=-1).float() * e / of_group.squeeze(-1).clamp(min=1)
+    imbalance = requested.amax(dim=-1).float() * e / of_group.squeeze(-1).clamp(min=1)  # 0 without requests
     tokens = torch.ones_like(seen) if routing.real is None else routing.real
     tokens = tokens if importance is None else tokens & (importance > 0)
     # -p log p in the memory of the clamped p takes a third of the time of torch.special.entr
     entropy = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1)
-    return {
-        "tokens": tokens,
-        "groups": imbalance > 0,
-        "requested": requested,
-        "choices_per_token": requested,
-        "imbalance": imbalance,  # 0 in a group without requests
-        "worst_imbalance": imbalance,
-        "load": load.unsqueeze(-2),
-        "dropped": (requested - limit).clamp(min=0),
-        "unavoidable": (of_group - e * limit).clamp(min=0),
-        "unseen": tokens & ~seen,
-        "entropy": torch.where(tokens, entropy, 0.0),
-        "confidence": torch.where(tokens, probs.amax(dim=-1), 0.0),
-    }
+    sums = (
+        tokens,
+        imbalance > 0,  # groups
+        imbalance,
+        (requested - limit).clamp(min=0),  # dropped
+        (of_group - e * limit).clamp(min=0),  # unavoidable
+        tokens & ~seen,
+        torch.where(tokens, entropy, 0.0),
+        torch.where(tokens, probs.amax(dim=-1), 0.0),  # confidence
+    )
+    worst = pad(imbalance.flatten(), (1, 0)).amax()  # there may be no group
+    numbers = (worst, *(each.sum() for each in sums), requested.sum(dim=-2), load)
+    return torch.cat([each.float().flatten() for each in numbers])
+
+
+def record_of(layer: str, step: int, losses: Mapping[str, float], numbers: Tensor, shape: Sequence[int]) -> Record:
+    """The record of some forwards, from their numbers `(r, w)` in float64 and the shape of the load."""
+    worst, sums, *counts = numbers.split([1, SUMS, math.prod(shape), math.prod(shape)], dim=1)
+    tokens, groups, imbalance, dropped, unavoidable, unseen, entropy, confidence = sums.sum(dim=0).tolist()
+    requested, load = (count.sum(dim=0).to(torch.int64).view(*shape) for count in counts)
+    choices = int(requested.sum())
+    of_tokens, of_choices = max(tokens, 1), max(choices, 1)
+    return Record(
+        layer=layer,
+        step=step,
+        forwards=len(numbers),
+        losses=losses,
+        tokens=int(tokens),
+        groups=int(groups),
+        requested=requested,
+        choices_per_token=choices / of_tokens,
+        imbalance=imbalance / max(groups, 1),
+        worst_imbalance=max(worst.flatten().tolist(), default=0.0),
+        load=load,
+        dropped=dropped / of_choices,
+        unavoidable=unavoidable / of_choices,
+        unseen=unseen / of_tokens,
+        entropy=entropy / of_tokens,
+        confidence=confidence / of_tokens,
+    )
 
 
 def computed_tokens(routing: Routing) -> Tensor:

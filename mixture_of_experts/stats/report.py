@@ -1,7 +1,6 @@
 """The page of `RoutingStats.report`, which shows what the gates of a model did.
 
-The page is one file, with its pictures, its style, and the script that tells the choices of the token under the pointer
-(`report.html`). Names of gates and texts of tokens are escaped where they enter.
+The page is one file, with its pictures and its style (`report.html`). Names of gates are escaped where they enter.
 """
 
 from __future__ import annotations
@@ -16,9 +15,7 @@ from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mixture_of_experts.stats.drawing import draw_lines, new_axes
-from mixture_of_experts.stats.notes import Note
 from mixture_of_experts.stats.record import Record
-from mixture_of_experts.stats.texts import ShownToken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,26 +32,20 @@ class GateHistory(NamedTuple):
 
     layer: str
     cells: Mapping[str, str]  # its line of the summary, by headers
-    notes: Sequence[Note]
+    notes: Sequence[str]
     stretches: Sequence[Record]  # of one step or several each
     over_steps: Figure  # its picture
 
 
-def page(
-    name: str,
-    gates: Sequence[GateHistory],
-    overview: Mapping[str, Figure],
-    loss: Sequence[float],
-    texts: Mapping[str, tuple[Sequence[ShownToken], Sequence[ShownToken]]],
-) -> str:
-    """The page as HTML, with pictures of all gates by their titles, and the tokens and the legend of texts by gates."""
+def page(name: str, gates: Sequence[GateHistory], overview: Mapping[str, Figure], loss: Sequence[float]) -> str:
+    """The page as HTML, with pictures of all gates by their titles."""
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
     rows = [gates[0].cells, *(gate.cells.values() for gate in gates)]
     parts: dict[str, Iterable[str]] = {
         "name": escape(name),
         "date": date.today().isoformat(),
         "notes": [
-            f'<li><a href="#gate-{place}">{escape(gate.layer)}</a>{escape(note.text)}</li>'
+            f'<li><a href="#gate-{place}">{escape(gate.layer)}</a>{escape(note)}</li>'
             for place, gate in enumerate(gates)
             for note in gate.notes
         ]
@@ -63,12 +54,6 @@ def page(
         "rows": [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows],
         "curves": curves(gates, loss),
         "gates": [picture(gate.layer, gate.over_steps, place) for place, gate in enumerate(gates)],
-        "hidden": "" if texts else "hidden",
-        "texts": [
-            f"<details><summary>{escape(layer)}</summary><p class=legend>{spans(legend)}</p>"
-            f"<p class=text translate=no>{spans(tokens)}</p></details>"
-            for layer, (tokens, legend) in texts.items()
-        ],
     }
     return template.substitute({part: "".join(lines) for part, lines in parts.items()})
 
@@ -95,12 +80,3 @@ def curves(gates: Sequence[GateHistory], loss: Sequence[float]) -> Iterator[str]
     for name, of_gates in lines.items():
         if any(len(set(values)) > 1 for _, values in of_gates):
             yield picture(name, draw_lines(new_axes(4.5, 1.3, left=0.6, below=0.5), of_gates))
-
-
-def spans(tokens: Sequence[ShownToken]) -> str:
-    """Tokens as HTML."""
-    return "".join(
-        f'<b style="background:{token.colour};color:{token.ink};text-decoration:{token.mark}" '
-        f'data-told="{escape(token.told)}">{escape(token.text)}</b>{"<br>" if token.ends_line else ""}'
-        for token in tokens
-    )

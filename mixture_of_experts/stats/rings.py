@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats.notes import Step
-from mixture_of_experts.stats.record import Record, numbers_of, sizes_of, statistics_of
+from mixture_of_experts.stats.record import Record, numbers_of, record_of, width_of
 from mixture_of_experts.support.private_torch import constant_in_graphs, number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
@@ -102,7 +102,7 @@ class GateRing:
         self.learn_names: Any = constant_in_graphs(lambda losses: self._learn_names(losses))
         with torch.inference_mode(False), site.device:  # inference tensors cannot be written to outside of that mode
             # one row more than `keep`: the oldest shows whether the step after it is complete
-            size = self.keep + 1, HEAD + sum(sizes_of(self.shape))
+            size = self.keep + 1, HEAD + width_of(self.shape)
             self.rows: Tensor = torch.full(size, LOST, dtype=torch.float32)
             self.clock: Tensor = torch.tensor([0.0, -1.0], dtype=torch.float32)  # numbers of the step and the forward
             self.written: Tensor = torch.zeros(1, dtype=torch.int64)
@@ -153,10 +153,5 @@ class GateRing:
         """One record of some steps, under the number of the first."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
         losses = rows[:, 2:HEAD].sum(dim=0) / max(len(rows), 1)
-        return Record(
-            layer=self.name,
-            step=steps[0][0] if steps else -1,
-            forwards=len(rows),
-            losses=dict(zip(self.losses, losses.tolist(), strict=False)),
-            **statistics_of(rows[:, HEAD:], self.shape),
-        )
+        named = dict(zip(self.losses, losses.tolist(), strict=False))
+        return record_of(self.name, steps[0][0] if steps else -1, named, rows[:, HEAD:], self.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats.drawing import draw_gates, draw_steps, new_axes
-from mixture_of_experts.stats.notes import Note, Step, notes_of
+from mixture_of_experts.stats.notes import Step, notes_of
 from mixture_of_experts.stats.reading import follow_gates
 from mixture_of_experts.stats.record import Record, cells_of
 from mixture_of_experts.stats.report import GateHistory, page
 from mixture_of_experts.stats.rings import Forwards, GateRing
-from mixture_of_experts.stats.texts import shown_text
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites
@@ -88,7 +86,7 @@ def track_routing(
 
 
 class RoutingStats:
-    """The records of `track_routing`. Reading them waits for the device; `step`, `layers` and `level_one` do not."""
+    """The records of `track_routing`. Reading them waits for the device; `step` and `layers` do not."""
 
     def __init__(self, sites: Sequence[Site], keep: int, when: When) -> None:
         check_size("keep", keep)
@@ -100,11 +98,6 @@ class RoutingStats:
     def layers(self) -> tuple[str, ...]:
         """The paths of the gates in the model, in the model's order."""
         return tuple(self._rings)
-
-    def level_one(self, layer: str) -> str | None:
-        """The gate of level one if `layer` is level two of a hierarchy, else None."""
-        outer = self._ring(layer).site.level_one
-        return outer.name if outer is not None and outer.name in self._rings else None
 
     def step(self) -> None:
         """End a step: all forwards since the last call, or since the beginning, are one step.
@@ -149,17 +142,15 @@ class RoutingStats:
         "requested" and "load" are the least and the most of an expert, before and after capacity, relative to a
         balanced load. "in a group" is the load of a group's most requested expert: the mean over groups, and the worst.
         "worst step" is the most that any expert was requested in a step, and the step's number. Lines below warn of
-        each gate with over 10 % more drops than a balanced load would have, of one that asked an expert for over twice
-        a balanced load in the last quarter of the steps, and of one whose probabilities are NaN.
+        dead experts, of each gate with over 10 % more drops than a balanced load would have, of one that asked an
+        expert for over twice a balanced load in the last quarter of the steps, and of one whose probabilities are NaN.
         """
         cells = [self._cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         line = "  ".join(f"{{:{'>' if 0 < i < len(widths) - 1 else '<'}{width}}}" for i, width in enumerate(widths))
-        warned = [
-            f"warning: {layer}{note.text}" for layer in self.layers for note in self._notes(layer) if note.is_warning
-        ]
+        warned = [f"warning: {layer}{note}" for layer in self.layers for note in self._notes(layer)]
         return "\n".join([*(line.format(*row).rstrip() for row in rows), *warned])
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
@@ -218,49 +209,31 @@ class RoutingStats:
         self,
         path: str | PathLike[str],
         *,
-        tokens: str | bytes | Sequence[str] | None = None,
-        routing: Mapping[str, Routing] | None = None,
         name: str = "Routing",
         loss: Sequence[float] = (),
     ) -> None:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
 
         The page shows the load of every gate, before and after capacity, over all remembered steps; the table of
-        `summary`; what each gate requested of its experts over the steps; and curves of all scalars. With `tokens` it
-        also shows a text coloured by expert, with all choices and weights of the token under the pointer.
+        `summary`; what each gate requested of its experts over the steps; and curves of all scalars.
 
         Args:
             path: path of the file; an existing file is replaced.
-            tokens: the texts of the tokens of one sequence. In a string every character is a token, in bytes every
-                byte.
-            routing: the gates' routing of that sequence, as `routing_of` returns it.
             name: the title of the page, for example the run's name; the date stands below it.
             loss: the training loss of each step, from step 0, to draw beside the gates' curves.
 
         Raises:
             ImportError: matplotlib is not installed.
             RuntimeError: nothing was recorded.
-            ValueError: tokens and routing do not fit, or one is given without the other.
 
         Example:
             >>> import torch
             >>> from mixture_of_experts import MoE
-            >>> from mixture_of_experts.stats import routing_of, track_routing
             >>> moe = MoE(dim=8, num_experts=4)
             >>> with track_routing(moe) as stats:
             ...     out, aux_loss = moe(torch.randn(2, 16, 8))
-            >>> routing = routing_of(moe, torch.randn(1, 5, 8))
-            >>> stats.report("routing.html", tokens="hello", routing=routing)  # doctest: +SKIP
+            >>> stats.report("routing.html")  # doctest: +SKIP
         """
-        if (tokens is None) == bool(routing):
-            raise ValueError("tokens and routing belong together: give both, as routing_of(model, ...), or neither")
-        texts, given = {}, routing or {}
-        for layer, told in given.items():
-            first = self.level_one(layer)
-            if first is not None and first not in given:
-                raise ValueError(f"{layer!r} is a second level: give the routing of {first!r} too")
-            outer = None if first is None else given[first]
-            texts[layer] = shown_text(tokens or "", f"the routing of {layer!r}", told, outer)
         overview = {"requested": self.plot(requested=True), "load": self.plot()}
         gates = [
             GateHistory(
@@ -273,7 +246,7 @@ class RoutingStats:
             for layer in self.layers
             if self._steps(layer)
         ]
-        html = page(name, gates, overview, [float(value) for value in loss], texts)
+        html = page(name, gates, overview, [float(value) for value in loss])
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
 
@@ -289,7 +262,7 @@ class RoutingStats:
             raise RuntimeError(NOTHING)
         return ring.steps(self._by_steps)
 
-    def _notes(self, layer: str) -> Iterator[Note]:
+    def _notes(self, layer: str) -> Iterator[str]:
         return notes_of(self._steps(layer), self._ring(layer).record)
 
     def _cells(self, layer: str) -> dict[str, str]:

@@ -45,9 +45,9 @@ class Attached(ExitStack):
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute. Of several contexts the last one holds, in whatever order they end."""
         with CHANGING:
-            values = own_state(module).values.setdefault(name, [(None, getattr(module, name))])
-            values.append((self, value))
-            setattr(module, name, value)
+            before = getattr(module, name)
+            setattr(module, name, value)  # it may refuse the value
+            own_state(module).values.setdefault(name, [(None, before)]).append((self, value))
         self.callback(self._unset, module, name)
 
     def _keep(self, module: nn.Module, handle: Any) -> None:
@@ -65,8 +65,10 @@ class Attached(ExitStack):
     def _unset(self, module: nn.Module, name: str) -> None:
         with CHANGING:
             state = own_state(module)
+            last, _ = state.values[name][-1]
             values = [(owner, value) for owner, value in state.values[name] if owner is not self]
-            setattr(module, name, values[-1][1])
+            if last is self:
+                setattr(module, name, values[-1][1])
             if len(values) > 1:
                 state.values[name] = values
             else:
@@ -101,7 +103,7 @@ class OwnState:
             if table in state:
                 kept = [(key, value) for key, value in state[table].items() if key not in self.ids]
                 state[table] = type(state[table])(kept)
-        return state | {name: values[0][1] for name, values in self.values.items()}
+        return state | {name: values[0][1] for name, values in self.values.items() if name in state}
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """The `__deepcopy__` of a module whose class has one."""

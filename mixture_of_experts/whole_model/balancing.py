@@ -16,9 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores, step_of
+from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, step_of
 from mixture_of_experts.gating.expert_bias import count_in_backward
-from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
@@ -70,8 +69,8 @@ def balance_experts(
     Raises:
         TypeError: a gate of `gates` has no expert bias.
         ValueError: no gate has an expert bias; an argument is not allowed; or "quantile" does not fit a gate, which
-            chooses experts in groups, by a function or by token ids, whose tokens make fewer than k choices, or whose
-            scores are not known.
+            chooses experts in groups, by a function or by token ids, whose tokens make fewer than k choices, or which
+            is a router of `transformers`.
 
     Example:
         >>> import torch
@@ -143,32 +142,18 @@ class GateBias:
     def __init__(self, gate: Any, rule: BiasRule, hooks: Attached) -> None:
         self.gate = gate
         self.rule = rule
-        last = gate.balanced_by
-        #: the gate's own
-        self.rule_before: BiasRule = last.rule_before if last is not None and last.moves else gate.bias_rule
-        gate.bias_rule = rule
-        hooks.callback(self.end)
+        hooks.set(gate, "bias_rule", rule)
         hooks.set(gate, "balanced_by", self)
 
     @property
-    def moves(self) -> bool:
-        """Whether this is the last for its gate, and the gate's rule was not set since."""
-        return self.gate.balanced_by is self and self.gate.bias_rule is self.rule
-
-    @property
     def counts(self) -> Tensor | None:
-        """The gate's counts; None if others move the bias."""
-        return self.gate.bias_counts if self.moves else None
+        """The gate's counts; None if others move the bias, or the gate's rule was set since."""
+        moves = self.gate.balanced_by is self and self.gate.bias_rule is self.rule
+        return self.gate.bias_counts if moves else None
 
     def move(self, counts: Tensor, rate: float) -> None:
         gate = self.gate
         gate.move_bias(step_of(self.rule, counts, gate.expert_bias, gate.k, rate, gate.always_chosen))
-
-    def end(self) -> None:
-        last = self.gate.balanced_by
-        rule = self.rule_before if last is None else last.rule
-        if self.gate.bias_rule is self.rule and rule is not self.rule:
-            self.gate.bias_rule = rule
 
 
 def leave_counts_alone(model: nn.Module) -> None:
@@ -189,12 +174,15 @@ class BlockBias:
     for one block all count, and the last moves the bias."""
 
     def __init__(self, site: Site, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
+        if rule.reads_scores:
+            raise ValueError(
+                f"{rule!r} reads scores, which the router {site.name!r} of transformers does not return: balance it by "
+                "rule='sign', or convert its block by from_transformers"
+            )
         self.site = site
         self.rule = rule
         self.reader = reader
-        self.k: int = site.k or 0
         bias = self.bias
-        self.select: Any = self.check_scores() if rule.reads_scores else None
         shape, kind = ((rule.bins,), torch.int32) if rule.bins else ((), torch.int64)
         self.total: Tensor = torch.zeros(bias.numel(), *shape, dtype=kind, device=bias.device)
         if bias.dtype.itemsize < 4:
@@ -208,19 +196,6 @@ class BlockBias:
     def bias(self) -> Any:
         """The bias, which is another tensor once the model has moved."""
         return self.site.bias
-
-    def check_scores(self) -> Any:
-        """By what the router chooses; ValueError if that is not known or does not fit the rule."""
-        kind, block = type(self.site.locations[0].layer).__name__, self.site.block
-        if block is None:
-            raise ValueError(
-                f"{self.rule!r} reads scores, and those of {self.site.name!r} in {kind} are not known: balance it by "
-                "rule='sign', or convert the block with from_transformers"
-            )
-        settings = block.gate()
-        select = settings.get("select", "score")
-        check_scores(self.rule, kind, self.k, self.bias.numel(), select, settings.get("num_groups"))
-        return select
 
     @property
     def value(self) -> Tensor:
@@ -242,31 +217,23 @@ class BlockBias:
 
     def move(self, counts: Tensor, rate: float) -> None:
         if self.moves:
-            step = step_of(self.rule, counts, self.value, self.k, rate)
+            step = step_of(self.rule, counts, self.value, self.site.k or 0, rate)
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of a router. The choices are counted when the gradient of its weights is computed."""
+        """Forward hook of a router. The choices `(t, k)` of real tokens are counted when the gradient of its weights is
+        computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
-        block, score = self.site.block, None
-        logits, _, expert = read_output(router, output, block)
-        if self.rule.reads_scores and block is not None:
-            logits = logits.float().reshape(-1, logits.shape[-1])
-            score = logits if self.select == "logits" else SCORES[block.score](logits)
-        place = returns_of(block).index("weights")
-        return tuple(self.counting(part, expert, score) if i == place else part for i, part in enumerate(output))
-
-    def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
-        """`weight`; the backward through it counts the choices `(t, k)` or scores `(t, e)` of real tokens."""
-        real = real_tokens(self.reader.tokens().mask, expert)
-        numbers = weight if score is None else score
+        _, weight, expert = read_output(router, output, self.site.block)
         # of NaN: a gradient scaler skips this step
-        real = real & ~numbers.detach().isnan().reshape(expert.shape[0], -1).any(dim=-1)
+        real = real_tokens(self.reader.tokens().mask, expert) & ~weight.isnan().any(dim=-1)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(chosen, expert, 0).to(torch.int64)
-        counts = self.rule.count(ForwardChoices(expert, chosen, score, real, self.value))
-        return count_in_backward(weight, counts, self.counts)
+        counts = self.rule.count(ForwardChoices(expert, chosen, None, real, self.value))
+        place = returns_of(self.site.block).index("weights")
+        counted = count_in_backward(output[place], counts, self.counts)
+        return (*output[:place], counted, *output[place + 1 :])
 
 
 def real_tokens(mask: Tensor | None, expert: Tensor) -> Tensor:
