@@ -67,9 +67,9 @@ def quantize_experts(
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
             finite, or in a wrapper that computes with their weights, as PEFT's without `fast_lora`; `group` does not
-            divide their sizes; an argument is none of those above; or `rounding` returns other shapes or numbers.
-        TypeError: weights are no plain parameters, for example spread over processes; a class of experts has a
-            `forward` or `compute` of its own; or `rounding` returns neither three tensors nor None.
+            divide their sizes; an argument is none of those above; or `rounding` returns something else.
+        TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
+            `forward` or `compute` of its own.
 
     Example:
         >>> import torch
@@ -129,17 +129,20 @@ def chosen(rounding: Rounding, stack: str, key: str, expert: int, weight: Tensor
     found, of = rounding(f"{stack}.{key}", expert, weight), f"rounding of {stack}.{key}, expert {expert},"
     if found is None:
         return None
-    if not (isinstance(found, tuple) and [isinstance(part, Tensor) for part in found] == [True] * 3):
-        raise TypeError(f"{of} must return levels, step and zero, or None for the nearest numbers, got {found!r}")
     n, group, q = weight.shape
-    for name, part, size in zip(("levels", "step", "zero"), found, (group, 1, 1), strict=True):
-        if part.shape != (n, size, q):
-            raise ValueError(f"{of} must return {name} of shape {(n, size, q)}, got {tuple(part.shape)}")
-        low, high = part.min().item(), part.max().item()
-        if name == "levels" and not (0 <= low <= high <= 15 and part.equal(part.round())):
-            raise ValueError(f"{of} must return whole levels from 0 to 15, got {low} to {high}: round and clamp them")
+    shapes = [(n, group, q), (n, 1, q), (n, 1, q)]
+    if not isinstance(found, tuple) or [getattr(part, "shape", None) for part in found] != shapes:
+        raise ValueError(
+            f"{of} must return levels, step and zero of shapes {shapes}, or None for the nearest numbers, got "
+            f"{found!r:.99}"
+        )
+    levels, step, zero = found
+    if not levels.equal(levels.round().clamp(0, 15)):
+        found = f"{levels.min()} to {levels.max()}"
+        raise ValueError(f"{of} must return whole levels from 0 to 15, got {found}: round and clamp them")
+    for name, part in (("step", step), ("zero", zero)):
         if not part.bfloat16().isfinite().all():
-            raise ValueError(f"{of} must return {name} finite in bfloat16, got {low} to {high}")
+            raise ValueError(f"{of} must return {name} finite in bfloat16, got {part.min()} to {part.max()}")
     return found
 
 
