@@ -14,17 +14,15 @@ from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slots
 from mixture_of_experts.ops import bits4, bits8
-from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.ops.grouped import grouped_product
-from mixture_of_experts.ops.network import dtype_of_operands
-from mixture_of_experts.ops.plain import bias_of_rows
+from mixture_of_experts.ops.network import Network, dtype_of_operands
+from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.support import private_torch
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import wrapped_module
@@ -38,8 +36,7 @@ Rounding = Callable[[str, int, Tensor], Chosen | None]  # of a stack's name, an 
 
 LARGEST = 65280  # number that bfloat16 and float16 hold
 MOST_TOKENS, MOST_ROWS = 4, 32  # that are computed without sorting them by expert
-UNPACKED = 1 << 21  # most numbers of a weight that are packed or unpacked at a time
-AXES = {"packed": -2, "groups": -3}  # of a weight's inputs, in what is stored of it
+UNPACKED = 1 << 21  # most numbers of a weight that are unpacked at a time
 
 
 def quantize_experts(
@@ -70,9 +67,9 @@ def quantize_experts(
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
             finite, or in a wrapper that computes with their weights, as PEFT's without `fast_lora`; `group` does not
-            divide their sizes; an argument is none of those above; or `rounding` returns other shapes or numbers.
-        TypeError: weights are no plain parameters, for example spread over processes; a class of experts has a
-            `forward` or `compute` of its own; or `rounding` returns neither three tensors nor None.
+            divide their sizes; an argument is none of those above; or `rounding` returns something else.
+        TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
+            `forward` or `compute` of its own.
 
     Example:
         >>> import torch
@@ -132,17 +129,20 @@ def chosen(rounding: Rounding, stack: str, key: str, expert: int, weight: Tensor
     found, of = rounding(f"{stack}.{key}", expert, weight), f"rounding of {stack}.{key}, expert {expert},"
     if found is None:
         return None
-    if not (isinstance(found, tuple) and [isinstance(part, Tensor) for part in found] == [True] * 3):
-        raise TypeError(f"{of} must return levels, step and zero, or None for the nearest numbers, got {found!r}")
     n, group, q = weight.shape
-    for name, part, size in zip(("levels", "step", "zero"), found, (group, 1, 1), strict=True):
-        if part.shape != (n, size, q):
-            raise ValueError(f"{of} must return {name} of shape {(n, size, q)}, got {tuple(part.shape)}")
-        low, high = part.min().item(), part.max().item()
-        if name == "levels" and not (0 <= low <= high <= 15 and part.equal(part.round())):
-            raise ValueError(f"{of} must return whole levels from 0 to 15, got {low} to {high}: round and clamp them")
+    shapes = [(n, group, q), (n, 1, q), (n, 1, q)]
+    if not isinstance(found, tuple) or [getattr(part, "shape", None) for part in found] != shapes:
+        raise ValueError(
+            f"{of} must return levels, step and zero of shapes {shapes}, or None for the nearest numbers, got "
+            f"{found!r:.99}"
+        )
+    levels, step, zero = found
+    if not levels.equal(levels.round().clamp(0, 15)):
+        found = f"{levels.min()} to {levels.max()}"
+        raise ValueError(f"{of} must return whole levels from 0 to 15, got {found}: round and clamp them")
+    for name, part in (("step", step), ("zero", zero)):
         if not part.bfloat16().isfinite().all():
-            raise ValueError(f"{of} must return {name} finite in bfloat16, got {low} to {high}")
+            raise ValueError(f"{of} must return {name} finite in bfloat16, got {part.min()} to {part.max()}")
     return found
 
 
@@ -216,19 +216,16 @@ class QuantizedExperts(RoutedExperts):
     def rearrange(self, block: int | None = None) -> None:
         """Put numbers of 4 bits in other blocks; by default in those of this machine's operator, if they are on a CPU:
         they may come from another machine."""
-        for name, value in self._packed_in_4_bits():
-            if block or value.is_cpu:
+        for name, value in self.named_buffers(recurse=False):
+            if self.bits == 4 and name.endswith("_packed") and (block or value.is_cpu):
                 self._buffers[name] = bits4.rearranged(value, block or bits4.block_of_cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, value in self._packed_in_4_bits():
-            given = state_dict.get(prefix + name)
-            if given is not None and given.ndim == value.ndim:
-                state_dict[prefix + name] = bits4.rearranged(given, 2 * value.shape[-1])
+        given = state_dict.get(f"{prefix}w1_packed")
+        if given is not None and given.ndim == len(self.expert_dims) + 3:  # in 4 bits
+            self.rearrange(2 * given.shape[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _packed_in_4_bits(self) -> list[tuple[str, Tensor]]:
-        return [part for part in self.named_buffers(recurse=False) if self.bits == 4 and part[0].endswith("_packed")]
+        self.rearrange()
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
@@ -239,20 +236,22 @@ class QuantizedExperts(RoutedExperts):
         if ffn is None and self._has_few(x, decision):
             return self._row_by_row(x, decision)
         plan: Any = decision.without_gaps()
-        return combine(self.compute(dispatch(x, plan), plan.rows_per_expert, () if ffn is None else ffn.parts), plan)
+        return combine(self.compute(dispatch(x, plan), plan.rows_per_expert, ffn and ffn.parts), plan)
 
-    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = ()) -> Tensor:
-        def linear(x: Tensor, name: str, stored: list[Any], bias: Tensor | None) -> Tensor:
-            with without_autocast(x.device):
-                out = _ByPacked.apply(x, *stored, num_tokens_per_expert, False)
-                if name in parts:
-                    down, up = parts[name]
-                    thin = grouped_product(x, down.to(x.dtype), num_tokens_per_expert)
-                    out = out + grouped_product(thin, up.to(x.dtype), num_tokens_per_expert)
-            return out if bias is None else out + bias_of_rows(bias.to(x.dtype), num_tokens_per_expert, x.shape[0])
-
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
         dtype = dtype_of_operands(rows.device.type, rows.dtype)
-        return self._feed_forward(rows.to(dtype), linear).to(rows.dtype)
+
+        def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
+            x, (stored, added) = x.to(dtype), weight  # in autocast an activation may return another dtype
+            with without_autocast(x.device):
+                out = _ByPacked.apply(x, *stored, counts, False)
+                if added is not None:
+                    thin = grouped_product(x, added[0].to(dtype), counts)
+                    out = out + grouped_product(thin, added[1].to(dtype), counts)
+                return out
+
+        network = self._network(lambda bias: bias.to(dtype), parts)
+        return feed_forward(rows, network, num_tokens_per_expert, product).to(rows.dtype)
 
     def _has_few(self, x: Tensor, decision: Decision) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
@@ -271,29 +270,28 @@ class QuantizedExperts(RoutedExperts):
         (t, d), k, expert = x.shape, decision.k, decision.expert
         assert k is not None
 
-        def linear(x: Tensor, name: str, stored: list[Any], bias: Tensor | None) -> Tensor:
-            packed, groups, scale = stored
-            out = few(x, packed, groups, scale, expert)
-            return out if bias is None else out.add_(bias.index_select(0, expert))
+        def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
+            return few(x.squeeze(1), *weight[0], expert=expert).unsqueeze(1)
 
+        rows = x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)  # each is the one slot of an expert
         with without_autocast(x.device):
-            y = self._feed_forward(x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, d), linear)
+            y = feed_forward(rows, self._network(lambda bias: bias.index_select(0, expert)), None, product)
             return torch.bmm(decision.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
 
-    def _feed_forward(self, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
-        """Outputs for x, by `linear(x, name, (packed, groups, scale), bias)`."""
-        last = len(self.expert_dims) - 1
+    def _network(self, bias_of: Callable[[Tensor], Tensor], parts: Any = None) -> Network:
+        """The network, with biases as a function returns them. Its weights are pairs of what is stored, (packed,
+        groups, scale), and an adapter's factors in `parts`, or None."""
+        last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
 
-        def layer(x: Tensor, number: int, name: str) -> Tensor:
+        def layer(number: int, name: str) -> Any:
             keys = (*(f"w{number}_{part}" for part in ("packed", "groups", "scale")), f"b{number}")
             tensors = (self._buffers.get(key) for key in keys)
             *stored, bias = (part.flatten(0, last) if part is not None and last else part for part in tensors)
-            return linear(x, name, stored, bias)
+            return (stored, parts and parts.get(name)), None if bias is None else bias_of(bias)
 
-        into = [layer(x, number, f"w_in.{i}") for i, number in enumerate((1, 3) if self.gated else (1,))]
-        hidden = hidden_layer(self.act, into)
-        hidden = F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
-        return layer(hidden.to(into[0].dtype), 2, "w_out")  # in autocast an activation may return another dtype
+        up, gate, (w_out, b_out) = layer(1, "w_in.0"), layer(3, "w_in.1"), layer(2, "w_out")
+        w_in, b_in = zip(*(up, gate)[: 1 + self.gated], strict=True)
+        return Network(w_in, w_out, self.act, b_in, b_out, dropout=dropout)
 
     def like(self, name: str) -> Tensor:
         """A tensor of the shape `(*e, p, q)`, dtype and device of a weight, "w1", "w3" or "w2", without its numbers and
@@ -324,9 +322,8 @@ def pack(
         if given := choose and choose(i, matrix.to(torch.float32, copy=True).unflatten(0, (-1, group))):
             own.fill_(1)
             return bits4.stored(*given, block)
-        numbers = (matrix[part].float() / torch.where(own == 0, 1, own.float()) for part in in_parts(*matrix.shape))
-        parts = [bits8.pack(some) if bits == 8 else bits4.pack(some, group, block) for some in numbers]
-        return {name: torch.cat([part[name] for part in parts], dim=AXES[name]) for name in parts[0]}
+        numbers = matrix.float() / torch.where(own == 0, 1, own.float())
+        return bits8.pack(numbers) if bits == 8 else bits4.pack(numbers, group, block)
 
     every = list(zip(weight.flatten(0, -3), scale.flatten(0, -2), strict=True))
     # of weights without numbers one stands for all
@@ -335,52 +332,39 @@ def pack(
     return {**{name: stack.unflatten(0, weight.shape[:-2]) for name, stack in stacks.items()}, "scale": scale}
 
 
-def in_parts(p: int, q: int) -> Iterator[slice]:
-    """The inputs of a weight `(p, q)`, in parts that end where groups end."""
-    most = max(bits4.GROUPS)
-    size = most * max(1, UNPACKED // q // most)
-    return (slice(start, min(start + size, p)) for start in range(0, p, size))
-
-
 def unpack(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The numbers of one weight `(p, q)` without its scale, in float32, in parts: some inputs, and their numbers."""
-    p, q = packed.shape[-2], scale.shape[-1]
-    for inputs in in_parts(p, q):
+    """The numbers of one weight `(p, q)` without its scale, in float32, in parts that end where groups end: some
+    inputs, and their numbers."""
+    p, q, most = packed.shape[-2], scale.shape[-1], max(bits4.GROUPS)
+    size = most * max(1, UNPACKED // q // most)
+    for start in range(0, p, size):
+        inputs = slice(start, min(start + size, p))
         some = packed[..., inputs, :]
         if groups is None:
             yield inputs, bits8.unpack(some)
         else:
             group = p // groups.shape[0]
-            yield inputs, bits4.unpack(some, groups[inputs.start // group : inputs.stop // group])[:, :q]
+            yield inputs, bits4.unpack(some, groups[start // group : inputs.stop // group])[:, :q]
 
 
-def product(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor) -> Tensor:
-    """x `(r, p)` times one packed weight with its scale `(q,)`: `(r, q)`."""
+def product(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, back: bool) -> Tensor:
+    """x `(r, p)` times one packed weight with its scale `(q,)`: `(r, q)`; with `back`, x `(r, q)` times its transpose:
+    `(r, p)`."""
     form = bits8 if groups is None else bits4
-    if x.dtype != torch.float64 and x.shape[0] <= form.FEW_ROWS and form.is_direct(packed):
-        return few(x, packed, groups, scale).to(x.dtype)
-    rows, dtype = to_multiply(x), torch.float64 if x.dtype == torch.float64 else torch.float32
-    out, scaled = x.new_zeros(x.shape[0], scale.shape[0], dtype=dtype), rows.dtype == torch.float16
+    if not back and x.dtype != torch.float64 and x.shape[0] <= form.FEW_ROWS and form.is_direct(packed):
+        return few(x, packed, groups, scale)
+    # products without the scale would leave the range of float16
+    wide = x.dtype == torch.float16 or (x.is_cpu and not private_torch.multiplies(x.dtype))
+    rows, dtype = x.float() if wide else x, torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = rows * scale.to(rows.dtype) if back else rows
+    out = rows.new_zeros(x.shape[0], width(packed, scale, back), dtype=dtype)
     for inputs, weight in unpack(packed, groups, scale):
-        weight = weight.mul_(scale) if scaled else weight  # products without it would leave the range of float16
-        out += rows[:, inputs] @ weight.to(rows.dtype)
-    return (out if scaled else out.mul_(scale)).to(x.dtype)
-
-
-def product_back(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor) -> Tensor:
-    """The gradient of the rows of `product`, `(r, p)`, from x `(r, q)`, that of its results."""
-    rows, out = to_multiply(x), x.new_empty(x.shape[0], packed.shape[-2])
-    scaled = rows.dtype == torch.float16
-    rows = rows if scaled else rows * scale.to(rows.dtype)
-    for inputs, weight in unpack(packed, groups, scale):
-        weight = weight.mul_(scale) if scaled else weight
-        out[:, inputs] = rows @ weight.to(rows.dtype).mT
-    return out
-
-
-def to_multiply(x: Tensor) -> Tensor:
-    """x in a dtype in which its device has products."""
-    return x.float() if x.is_cpu and not private_torch.multiplies(x.dtype) else x
+        weight = weight.to(rows.dtype)
+        if back:
+            out[:, inputs] = rows @ weight.mT
+        else:
+            out += rows[:, inputs] @ weight
+    return out if back else out.mul_(scale)
 
 
 def few(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None) -> Tensor:
@@ -401,7 +385,7 @@ def rows_by_packed(
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
             own, rows = None if groups is None else groups[expert], slice(start, start := start + count)
-            out[rows] = (product_back if back else product)(x[rows], packed[expert], own, scale[expert])
+            out[rows] = product(x[rows], packed[expert], own, scale[expert], back)
     return out
 
 

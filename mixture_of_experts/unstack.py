@@ -32,12 +32,6 @@ class FeedForward(nn.Module):
         `(n, d)` to `(n, o)`.
     """
 
-    w1: nn.Module
-    w2: nn.Module
-    w3: nn.Module | None
-    act: nn.Module
-    dropout: float
-
     def __init__(
         self, w1: nn.Module, w2: nn.Module, w3: nn.Module | None, act: nn.Module, dropout: float = 0.0
     ) -> None:
@@ -59,6 +53,7 @@ class UnstackedExperts(ExpertList):
 
     def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
         super().__init__(experts, dim_out=empty.dim_out)
+        self.hidden_dim: int = empty.hidden_dim
         self.__dict__["empty"] = empty  # no submodule: it has nothing to save, to train or to move
 
 
@@ -185,17 +180,16 @@ def to_stack(unstacked: UnstackedExperts, name: str) -> StackedExperts:
     stacked = copy.copy(empty)
     stacked.__dict__["_parameters"] = dict(empty._parameters)
     for key in empty._parameters:
-        part, of = "weight" if key.startswith("w") else "bias", f"w{key[1]}"
-        layers: list[Any] = [getattr(expert, of) for expert in unstacked]
+        layers: list[Any] = [getattr(expert, f"w{key[1]}") for expert in unstacked]
         for i, layer in enumerate(layers):
-            if layer is not None and (type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter):
+            if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
                 what = type(layer).__name__ if type(layer) is not nn.Linear else type(layer.weight).__name__
                 raise TypeError(
-                    f"{name}.{i}.{of} is a {what}, no plain linear layer: merge adapters, or stay unstacked"
+                    f"{name}.{i}.w{key[1]} is a {what}, no plain linear layer: merge adapters, or stay unstacked"
                 )
-        values = [getattr(layer, part) for layer in layers if getattr(layer, part, None) is not None]
-        if values:
-            stack = torch.stack([value.mT if part == "weight" else value for value in values])
+        values = [layer.weight if key.startswith("w") else layer.bias for layer in layers]
+        if values[0] is not None:
+            stack = torch.stack([value.mT if key.startswith("w") else value for value in values])
             stack = stack.unflatten(0, stacked.expert_dims)
             stacked._parameters[key] = nn.Parameter(stack, values[0].requires_grad)
     return stacked.train(unstacked.training)

@@ -121,9 +121,3 @@ def mesh_of_data(model: Any) -> Any:
     """The mesh ("dp_replicate", "fsdp") of the ranks that have other tokens; None without a `distributed_config`."""
     meshes = getattr(model, "_mesh_manager", None)
     return None if meshes is None else meshes.get_mesh(("dp_replicate", "fsdp"))
-
-
-def say_in_refusal(quantization_config: type, says: str) -> None:
-    """Add a sentence to the error of `from_pretrained` for another quantization_config than that of the file: it has
-    the name of the class in the file."""
-    quantization_config.__name__ += f" ({says})"

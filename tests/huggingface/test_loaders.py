@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,12 @@ from support.transformers_models import ARCHITECTURES, DIM, VOCABULARY
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.auto import modeling_auto
-from transformers.quantizers.auto import register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import export, from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.router_config import ANNOUNCED
+from mixture_of_experts.huggingface.saving.configuration import layers_with_experts
 
 from .test_blocks import build as build_sparse
 from .test_saving import GATES, OwnGate, same_weights
@@ -87,7 +84,7 @@ def test_the_class_itself_and_all_auto_classes(name, tmp_path):
         loaded = auto.from_pretrained(tmp_path)
         networks = feed_forwards(loaded)
         assert networks
-        assert len(networks) == len(loaded.config.mixture_of_experts[0]["layers"]) * 2
+        assert len(networks) == len(layers_with_experts(loaded.config)[0]["layers"]) * 2
         found = [next(i for i, state in enumerate(states) if equal(module.state_dict(), state)) for module in networks]
         assert found == list(range(found[0], found[0] + len(found)))  # a part of the model has a part of them
         assert not any(parameter.is_meta for parameter in loaded.parameters())
@@ -234,46 +231,14 @@ def test_layers_on_disk_are_not_changed(change, tmp_path):
         from_transformers(sparse.model.layers[1].mlp)
 
 
-@dataclass
-class HalvesConfig(QuantizationConfigMixin):
-    """Says of every plain linear layer but the head that it is to be in float16."""
-
-    quant_method: Any = "halves_of_tests"
-
-
-@register_quantizer("halves_of_tests")
-class Halves(HfQuantizer):
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"]
-
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        for name in self.linears:
-            linear = model.get_submodule(name)
-            linear.weight.data = linear.weight.half().float()
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-
-def test_another_quantiser(tmp_path):
-    """`transformers` refuses it, and names who takes it; that changes everything but experts, and is not saved."""
+def test_another_quantiser_is_refused(tmp_path):
     model = saved(tmp_path)
-    for load in (AutoModelForCausalLM, LlamaForCausalLM):
-        with pytest.raises(ValueError, match=r"call from_pretrained of mixture_of_experts\.huggingface"):
-            load.from_pretrained(tmp_path, quantization_config=HalvesConfig())
-    loaded = from_pretrained(tmp_path, quantization_config=HalvesConfig())
-    mine, its = model.model.layers[1], loaded.model.layers[1]
-    assert torch.equal(its.self_attn.q_proj.weight, mine.self_attn.q_proj.weight.half().float())
-    assert torch.equal(its.mlp.moe.experts.w1, mine.mlp.moe.experts.w1)
-    with pytest.raises(ValueError, match=r"is quantised \(HalvesConfig\) cannot be saved"):
-        loaded.save_pretrained(tmp_path / "again")
+    for load in (AutoModelForCausalLM.from_pretrained, type(model).from_pretrained, from_pretrained):
+        with pytest.raises(ValueError, match="ExpertsLoaderConfig"):
+            load(tmp_path, quantization_config=transformers.FineGrainedFP8Config())
 
 
-def test_experts_that_are_missing_are_drawn(tmp_path):
+def test_a_checkpoint_without_weights_of_experts_is_refused(tmp_path):
     """By the loaders of transformers too: no memory is left as it was found."""
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4)
@@ -281,11 +246,8 @@ def test_experts_that_are_missing_are_drawn(tmp_path):
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(gone)}
     model.save_pretrained(tmp_path, state_dict=dict(state))
     for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained, from_pretrained):
-        with pytest.warns(UserWarning, match=r"initialised: .*0.mlp.moe.experts.w3, model.layers.1"):
-            again = load(tmp_path)
-        for name, value in again.state_dict().items():
-            assert torch.equal(value, model.state_dict()[name]) == (name in state), name
-        assert feed_forwards(again)[0].moe.experts.w3.std().item() == pytest.approx(DIM**-0.5, rel=0.1)
+        with pytest.raises(ValueError, match=r"has no model.layers.0.mlp.moe.experts.w3: load a dense"):
+            load(tmp_path)
 
 
 def test_folders_of_earlier_versions(tmp_path):

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    FineGrainedFP8Config,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -93,14 +92,6 @@ def test_renamings_and_marks_of_a_load(tmp_path: Path, looks: Config):
     again = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=looks)
     assert [name for name, loaded in Looks.loaded.items() if not loaded] == ["model.norm.weight"]
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
-
-
-def test_a_refusal_names_the_class_of_the_file():
-    class OfFile(Config): ...
-
-    private.say_in_refusal(OfFile, "call ours")
-    with pytest.raises(ValueError, match=r"OfFile \(call ours\)"):
-        auto.AutoHfQuantizer.merge_quantization_configs(OfFile(), FineGrainedFP8Config())
 
 
 def test_weights_that_are_merged_and_saved_under_other_names(tmp_path):

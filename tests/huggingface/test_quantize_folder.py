@@ -22,6 +22,7 @@ from mixture_of_experts.huggingface.saving import folders
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
 from .test_blocks import MODELS, build
+from .test_folders import MEASURED
 
 pytestmark = pytest.mark.slow
 
@@ -128,36 +129,31 @@ def write_stock(folder: Path, layers: int) -> float:
         value = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(std=weight.shape[-1] ** -0.5)
         for stored, part in as_saved(model, {name: value}).items():
             writer.add(stored, part)
-    writer.close()
+    writer.write()
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(folder)
-    return writer.total / 1e6
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
-MEASURE = """
+LOADED = """
 import re, sys
-from transformers import MixtralForCausalLM
 from mixture_of_experts.huggingface import from_pretrained
-from mixture_of_experts.huggingface.__main__ import main
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1e3
 before = peak()
-if sys.argv[1] == "quantize":
-    main(["quantize", *sys.argv[2:], "--bits", "4", "--max-shard-size", "10MB"])
-else:
-    from_pretrained(sys.argv[2], dtype="auto")
+from_pretrained(sys.argv[1], dtype="auto")
 print(peak() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it tells the peak of a process")
 def test_memory(tmp_path):
-    """A model ten times as large as the memory that is used is quantised. It is loaded without its weights in 16 bits:
-    into memory of its 4 bits, beside as many pages of files, which the system may drop."""
+    """A model ten times as large as the memory that is used is quantised, beside pages of its files, which the system
+    may drop. It is loaded without its weights in 16 bits: into memory of its 4 bits, beside as many pages."""
     size = write_stock(tmp_path / "in", layers=80)
-    command = [sys.executable, "-c", MEASURE]
-    peaks = []
-    for words in (["quantize", tmp_path / "in", tmp_path / "out"], ["load", tmp_path / "out"]):
-        done = subprocess.run([*command, *map(str, words)], check=True, capture_output=True, text=True)
+    folders, options, peaks = (tmp_path / "in", tmp_path / "out"), ("--bits", "4", "--max-shard-size", "10MB"), []
+    for words in ((MEASURED, "quantize", *folders, *options), (LOADED, tmp_path / "out")):
+        command = [sys.executable, "-c", *map(str, words)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks.append(float(done.stdout.split()[-1]))
     assert size > 1000
     assert peaks[0] < size / 10, peaks

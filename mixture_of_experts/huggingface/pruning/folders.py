@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
+from mixture_of_experts.huggingface.private_transformers import as_saved
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
 from mixture_of_experts.huggingface.pruning.prune import Chosen, prunable, prune_sites
-from mixture_of_experts.huggingface.saving.folders import empty_with_experts, finish, finished, opened, readable
+from mixture_of_experts.huggingface.saving.folders import finish, finished, read_experts, readable
 
 
 def prune_folder(
@@ -33,20 +35,20 @@ def prune_folder(
         FileExistsError: the target exists.
     """
     with finished(target, max_shard_size) as writer:
-        model, weights = empty_with_experts(source, "prune")
-        sites = prunable(model, list(by) if isinstance(by, Mapping) else None)
+        model = read_experts(source, "prune")
+        sites, state = prunable(model, list(by) if isinstance(by, Mapping) else None), model.state_dict()
         names = {module: name for name, module in model.named_modules()}
         axes = {
-            stored: (site.name, axis)
+            f"{names[module]}.{name}": (site.name, axis)
             for site in sites
             for module, name, axis in PrunableLayer(site).tensors()
-            for stored in weights.names.get(f"{names[module]}.{name}", ())  # none for a buffer that is not saved
         }
-        kept = prune_sites(model, sites, keep, by)
-        for stored in tqdm(weights.files, desc="weights", unit="weight"):
-            gate, axis = axes.get(stored, (None, 0))
-            value = weights[stored]
-            writer.add(stored, value if gate is None else value.index_select(axis, torch.tensor(kept[gate])))
+        kept = prune_sites(model.to("meta"), sites, keep, by)
+        for name in tqdm(state.keys() - set(model.all_tied_weights_keys), desc="weights", unit="weight"):
+            gate, axis = axes.get(name, (None, 0))
+            value = state[name] if gate is None else state[name].index_select(axis, torch.tensor(kept[gate]))
+            for stored, saved in as_saved(model, {name: value}).items():
+                writer.add(stored, saved)
         finish(model, writer, source)
         return kept
 
@@ -56,5 +58,5 @@ def read_choice(path: Path) -> dict[str, Any]:
     if path.suffix == ".json":
         with readable(path):
             return dict(json.loads(path.read_text()))
-    with opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    with readable(path):
+        return dict(load_file(path))

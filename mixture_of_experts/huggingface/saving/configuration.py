@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from functools import cache
 from os import PathLike
 from typing import Any
@@ -22,12 +23,13 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.saving.layer_settings import Layers
+from mixture_of_experts.huggingface.feed_forward import layers_by_path
+from mixture_of_experts.huggingface.saving.layer_settings import LayerRecord, entries_of
 
 NAME = "mixture_of_experts"  # `model_type` and `quant_method`
 KEY = "mixture_of_experts"  # attribute of a model's configuration that has its layers with experts
 DENSE = "dense_config"
+UNSTACKED = {"class": "UnstackedExperts"}  # a form of experts
 
 
 class ExpertsConfig(PreTrainedConfig):
@@ -58,19 +60,20 @@ class SavesExperts:
         return {**found, KEY: layers_with_experts(self)} if KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        if quantization_of(self).get("quant_method", NAME) != NAME:  # its file would not tell
-            raise ValueError(
-                f"a model with experts that is quantised ({type(self.quantization_config).__name__}) cannot be saved: "
-                "save the model before it is quantised, and of this one adapters alone"
-            )
         layers = layers_with_experts(self)
-        if any("block" in layer and "UnstackedExperts" in layer.get("forms", {}).values() for layer in layers):
+        if any("block" in layer and UNSTACKED in layer.get("forms", {}).values() for layer in layers):
             raise ValueError(
                 f"{type(self).__name__}: where layers were blocks, a class may load linear layers of experts into "
                 "stacks of its own: restack() the model before it is saved"
             )
-        if isinstance(held := vars(self).get(KEY), Layers):
-            held.warn_of_untold()
+        records = vars(self).get(KEY)
+        records = records if isinstance(records, dict) else {}
+        if untold := [f"{path} of {name}" for name, record in records.items() for path in record.untold()]:
+            warnings.warn(
+                f"config.json cannot tell {', '.join(untold)}, which was changed after the layer was put in: set it "
+                "again after loading",
+                stacklevel=2,
+            )
         dense = self.to_diff_dict() if use_diff else self.to_dict()
         dense["quantization_config"] = {"quant_method": NAME, "layers": layers}
         dense.pop(KEY, None)
@@ -98,7 +101,9 @@ def empty(plain: type[PreTrainedConfig]) -> Any:
 def layers_with_experts(config: Any) -> list[dict[str, Any]]:
     """The description of layers with experts in a configuration, of a model in memory or from a file; [] if none."""
     found, read = getattr(config, KEY, None), quantization_of(config)
-    return list((found if found is not None or read.get("quant_method") != NAME else read.get("layers")) or [])
+    if found is None and read.get("quant_method") == NAME:
+        found = read.get("layers")
+    return entries_of(found) if isinstance(found, dict) else list(found or [])
 
 
 def quantization_of(config: Any) -> dict[str, Any]:
@@ -118,9 +123,12 @@ def note(model: nn.Module) -> None:
         for inner in model.children():
             note(inner)
         return
-    config: Any = model.config
-    if not feed_forwards(model):
+    config, layers = model.config, layers_by_path(model)
+    if not layers:
         return
+    for layer in layers.values():
+        if layer.record is None or layer.record.layer() is not layer:
+            layer.record = LayerRecord(layer)
     model.name_or_path = ""  # PEFT would write into adapters' files that they belong to that folder
     copies: dict[int, Any] = {}
     if model.base_model is model:
@@ -129,7 +137,7 @@ def note(model: nn.Module) -> None:
         copy.deepcopy(config, copies)
     own = copies[id(config)]
     own.__class__ = saves_experts(type(own))
-    setattr(own, KEY, Layers(model))
+    setattr(own, KEY, {name: layer.record for name, layer in layers.items()})
     for module in model.modules():
         held = vars(module).get("config")
         if id(held) in copies:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -31,7 +29,6 @@ from mixture_of_experts.huggingface.saving.configuration import NAME, layers_wit
 from mixture_of_experts.huggingface.saving.export import plan_export
 from mixture_of_experts.huggingface.saving.loader import saved_class
 from mixture_of_experts.huggingface.saving.names import in_files
-from mixture_of_experts.huggingface.saving.restore import put_experts
 from mixture_of_experts.ops.bits4 import PLAIN
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
@@ -60,20 +57,18 @@ def upcycle_folder(
         config = read_config(source)
         if layers_with_experts(config):
             raise ValueError(f"{source} has experts already")
-        config.dtype = dtype or config.dtype
-        model = empty_model(config)
-        weights = WeightFiles(source, model)
-        weights.fill(model)
+        model = read_model(source, config)
+        state, model.config.dtype = model.state_dict(), dtype or model.config.dtype
         places = find(model, settings.pop("layers", None), settings.get("adapters"))
         around = {place.target: place.name for place in places}
 
         def change(path: str) -> dict[str, Tensor]:
             upcycle(model, layers=[path], **settings)
-            state = model.get_submodule(path).to(dtype=dtype).state_dict(prefix=f"{path}.")
+            changed = model.get_submodule(path).to(dtype=dtype).state_dict(prefix=f"{path}.")
             model.get_submodule(around[path]).to("meta")
-            return state
+            return changed
 
-        rewrite(model, weights, around, change, writer, dtype)
+        rewrite(model, state, around, change, writer, source, dtype)
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
@@ -90,17 +85,16 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         FileExistsError: the target exists.
     """
     with finished(target, max_shard_size) as writer:
-        model, weights = empty_with_experts(source, "export")
-        plan = plan_export(model)
-        weights.fill(model)
+        model = read_experts(source, "export")
+        plan, state = plan_export(model), model.state_dict()
 
         def change(path: str) -> dict[str, Tensor]:
-            state = plan.block(path)
+            changed = plan.block(path)
             for module in (plan.layers[path], plan.stock.get_submodule(path)):
                 module.to("meta")
-            return state
+            return changed
 
-        rewrite(plan.stock, weights, plan.layers, change, writer)
+        rewrite(plan.stock, state, plan.layers, change, writer, source)
 
 
 def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, **settings: Any) -> None:
@@ -127,12 +121,16 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
         method = quantization_of(config).get("quant_method", NAME)
         if method != NAME:
             raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
+        stock = weights = None
         if layers_with_experts(config):
-            stock, (model, weights) = None, empty_with_experts(source, "quantize")
-            weights.fill(model)
+            model = read_model(source, config)
+            state = model.state_dict()
         else:
-            stock, model = empty_model(config), from_transformers(empty_model(config))
-            weights = WeightFiles(source, stock)
+            stock, model, weights = empty_model(config), from_transformers(empty_model(config)), read_weights(source)
+            blocks = tuple(f"{path}." for path in layers_by_path(model))
+            state = stock.state_dict(keep_vars=True)
+            load(stock, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
+            state = stock.state_dict()
         layers = layers_by_path(model)
 
         def change(path: str) -> dict[str, Tensor]:
@@ -143,20 +141,17 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
             for module in layer.modules():
                 if isinstance(module, QuantizedExperts):
                     module.rearrange(PLAIN)
-            state = layer.state_dict(prefix=f"{path}.")
+            changed = layer.state_dict(prefix=f"{path}.")
             layer.to("meta")
-            return state
+            return changed
 
-        rewrite(model, weights, layers, change, writer)
+        rewrite(model, state, layers, change, writer, source)
 
 
-def fill_by_block(layer: Any, path: str, stock: Any, weights: WeightFiles) -> None:
+def fill_by_block(layer: Any, path: str, stock: Any, weights: Any) -> None:
     """Fill a layer from the files of the block that it stands for."""
     block = stock.get_submodule(path)
-    own = block.state_dict(prefix=f"{path}.", keep_vars=True)
-    for name, tensor in own.items():  # which is loaded in the dtype of its file
-        tensor.data = tensor.data.to(weights[weights.names[name][0]].dtype)
-    load_some(stock, {stored: weights[stored] for name in own for stored in weights.names[name]})
+    load(stock, block.state_dict(prefix=f"{path}.", keep_vars=True), weights)
     layer.moe.load_state_dict(to_layer(block, "batch").state_dict(), assign=True)
     block.to("meta")
     for name, rest in layer.named_buffers():
@@ -164,41 +159,63 @@ def fill_by_block(layer: Any, path: str, stock: Any, weights: WeightFiles) -> No
             layer.get_submodule(name.rpartition(".")[0]).weight = torch.zeros_like(rest, device="cpu")
 
 
+def load(stock: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Load weights of a stock model, in the dtypes of their files."""
+    found = {}
+    for name, tensor in own.items():
+        stored = {file: weights[file] for file in in_files(stock, {name: tensor}) if file in weights}
+        for value in stored.values():
+            tensor.data = tensor.data.to(value.dtype)
+        if not stored and name not in stock.all_tied_weights_keys:
+            raise lacks(name)
+        found |= stored
+    load_some(stock, found)
+
+
 def rewrite(
     model: Any,
-    weights: WeightFiles,
+    state: Mapping[str, Tensor],
     paths: Collection[str],
     change: Callable[[str], dict[str, Tensor]],
     writer: Shards,
+    source: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a folder: the layers at some paths as `change` returns them, by the names in the changed model; all other
-    weights as they are, or in `dtype`."""
+    """Write a folder: the layers at some paths as `change` returns them; all other weights of the changed model as they
+    are in `state`, or in `dtype`."""
     for path in tqdm(paths, desc="layers", unit="layer"):
-        for key, value in as_saved(model, change(path)).items():
-            writer.add(weights.without_head(key, model), value)
+        for name, value in as_saved(model, change(path)).items():
+            writer.add(name, value)
     changed = tuple(f"{path}." for path in paths)
-    kept = {name for name in model.state_dict() if not name.startswith(changed)}
-    gone = {stored for name, all_stored in weights.names.items() if name not in kept for stored in all_stored}
-    for stored in tqdm([stored for stored in weights.files if stored not in gone], desc="others", unit="weight"):
-        value = weights[stored]
-        writer.add(stored, value.to(dtype) if value.is_floating_point() else value)
-    finish(model, writer, weights.folder)
+    kept = {name for name in model.state_dict() if not name.startswith(changed)} - set(model.all_tied_weights_keys)
+    others = as_saved(model, {name: state[name] for name in state if name in kept})
+    for name, value in tqdm(others.items(), desc="others", unit="weight"):
+        writer.add(name, value.to(dtype) if value.is_floating_point() else value)
+    finish(model, writer, source)
 
 
-def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
-    """The model with experts of a folder, without memory for its weights, and its files, which have them all."""
+def read_experts(source: Path, verb: str) -> Any:
+    """The model with experts of a folder, as `read_model` returns it."""
     config = read_config(source)
-    layers = layers_with_experts(config)
-    if not layers:
+    if not layers_with_experts(config):
         raise ValueError(
             f"{source} has no experts of this package: there is nothing to {verb}. A stock model gets them by "
             "from_transformers or upcycle"
         )
-    vars(config).pop("quantization_config", None)
-    model = empty_model(config)
-    put_experts(model, layers)
-    return model, WeightFiles(source, model)
+    return read_model(source, config)
+
+
+def read_model(source: Path, config: Any) -> Any:
+    """The model of a folder. Its weights are parts of the files, of which only what is used is read."""
+    settings: Any = dict(config=config, state_dict=read_weights(source), dtype="auto", output_loading_info=True)
+    model, info = saved_class(config).from_pretrained(None, **settings)
+    for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
+        raise lacks(name)
+    return model
+
+
+def lacks(name: str) -> ValueError:
+    return ValueError(f"the files have no {name}: load the model by transformers and save it, which renames weights")
 
 
 @contextmanager
@@ -210,14 +227,11 @@ def finished(target: Path, max_shard_size: int) -> Iterator[Shards]:
     if target.exists():
         raise FileExistsError(f"{target} exists: give another name, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
-    try:
-        yield Shards(folder, max_shard_size)
-        folder.chmod(0o755)  # mkdtemp makes it for its owner alone
+    place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
+    with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as folder:
+        yield Shards(Path(folder), max_shard_size)
+        os.chmod(folder, 0o755)  # it is made for its owner alone
         os.rename(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def read_config(source: Path) -> Any:
@@ -229,11 +243,6 @@ def read_config(source: Path) -> Any:
 
 def empty_model(config: Any) -> Any:
     """The model that was saved, without memory for its weights."""
-    if not config.architectures:
-        raise ValueError(
-            'config.json does not name the class of the model: write it there, such as "architectures": '
-            '["LlamaForCausalLM"]'
-        )
     with torch.device("meta"):
         model: Any = saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
@@ -241,7 +250,7 @@ def empty_model(config: Any) -> Any:
 
 def finish(model: Any, writer: Shards, source: Path) -> None:
     """Write the model's configuration, and copies of the other files: tokenizer and so on."""
-    writer.close()
+    writer.write()
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
             shutil.copy2(file, writer.folder / file.name)
@@ -256,109 +265,46 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is missing, damaged or no such file ({problem}): fetch or save it again") from error
+        raise ValueError(
+            f"{path} is missing, damaged or no such file ({problem}): fetch it again, or save the model anew"
+        ) from error
 
 
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    with readable(path), safe_open(path, "pt") as file:
-        yield file
-
-
-def check_weight_map(files: Any) -> dict[str, str]:
-    """The names of files by names of weights, which must lie in the folder."""
-    for file in files.values():
-        if os.path.isabs(file) or ".." in re.split(r"[/\\]", file):
-            raise ValueError(f"{file!r} of its weight_map is outside of the folder")
-    return files
-
-
-class WeightFiles:
-    """The weights of a folder by name. They are parts of the files, of which only what is used is read.
-
-    Args:
-        model: an empty model. Its weights have other names in the files of some classes, which `names` tells.
-
-    Raises:
-        ValueError: a weight of the model is in none of the files, and tied to none that is.
-    """
-
-    files: dict[str, str]  # the names of files, by names of weights
-
-    def __init__(self, folder: Path, model: Any) -> None:
-        index, single = folder / INDEX, folder / "model.safetensors"
-        if index.exists():
-            with readable(index):
-                files = check_weight_map(json.loads(index.read_text())["weight_map"])
-        elif single.exists():
-            with opened(single) as file:
-                files = dict.fromkeys(file.keys(), single.name)
-        else:
-            raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
-        self.folder = folder
-        self.files = dict(sorted(files.items(), key=lambda item: item[1]))
-
-        self.names: dict[str, list[str]] = {}
-        for name in sorted(model.state_dict().keys() - set(model.all_tied_weights_keys)):
-            stored = in_files(model, {name: model.get_parameter_or_buffer(name)})
-            self.names[name] = [name for name in stored if name in self.files]
-            if not self.names[name]:
-                raise ValueError(
-                    f"{folder} has no {name}: load the model by transformers and save it, which renames weights"
-                )
-
-    def __getitem__(self, name: str) -> Tensor:
-        with opened(self.folder / self.files[name]) as file:
-            return file.get_tensor(name)
-
-    def fill(self, model: Any) -> None:
-        """Give an empty model its weights."""
-        model.load_state_dict({name: self[stored[0]] for name, stored in self.names.items()}, strict=False, assign=True)
-
-    def without_head(self, name: str, model: Any) -> str:
-        """The name without its first word, if the files are of a model without a head; else the name itself."""
-        prefix = f"{model.base_model_prefix}."
-        return name if any(n.startswith(prefix) for n in self.files) else name.removeprefix(prefix)
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in the files of a folder, by name. They are parts of the files, of which only what is used is
+    read."""
+    index, files = folder / INDEX, ["model.safetensors"]
+    if index.exists():
+        with readable(index):
+            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
+            for file in files:
+                if PureWindowsPath(file).name != file:
+                    raise ValueError(f"{file!r} of its weight_map is outside of the folder")
+    weights = {}
+    for file in files:
+        with readable(folder / file):
+            weights |= load_file(folder / file)
+    return weights
 
 
 class Shards:
-    """Writes files of weights, each as soon as it is full."""
-
-    size: int
-    total: int
+    """Writes files of weights, each as soon as it is full, and their index."""
 
     def __init__(self, folder: Path, max_size: int) -> None:
-        self.folder = folder
-        self.max_size = max_size
+        self.folder, self.max_size = folder, max_size
         self.waiting: dict[str, Tensor] = {}
-        self.size = self.total = 0
-        self.files: list[list[str]] = []
+        self.files: dict[str, str] = {}  # by names of weights
 
     def add(self, name: str, value: Tensor) -> None:
-        if self.waiting and self.size + value.nbytes > self.max_size:
+        waits = sum(waiting.nbytes for waiting in self.waiting.values())
+        if self.waiting and waits + value.nbytes > self.max_size:
             self.write()
         self.waiting[name] = value.detach().contiguous()
-        self.size += value.nbytes
-        self.total += value.nbytes
 
     def write(self) -> None:
-        save_file(self.waiting, self.part(len(self.files)), metadata={"format": "pt"})
-        self.files.append(list(self.waiting))
-        self.waiting, self.size = {}, 0
-
-    def part(self, i: int) -> Path:
-        return self.folder / f"part-{i}.safetensors"
-
-    def close(self) -> None:
-        """Write the last file, and name all files by their number."""
-        self.write()
-        n, names = len(self.files), {}
-        if n == 1:
-            self.part(0).rename(self.folder / "model.safetensors")
-            return
-        for i, held in enumerate(self.files):
-            file = f"model-{i + 1:05d}-of-{n:05d}.safetensors"
-            self.part(i).rename(self.folder / file)
-            names |= dict.fromkeys(held, file)
-        index = {"metadata": {"total_size": self.total}, "weight_map": names}
+        file = f"model-{len({*self.files.values()}) + 1:05d}.safetensors"
+        save_file(self.waiting, self.folder / file, metadata={"format": "pt"})
+        self.files |= dict.fromkeys(self.waiting, file)
+        self.waiting = {}
+        index = {"metadata": {}, "weight_map": self.files}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

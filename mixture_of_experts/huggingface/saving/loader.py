@@ -1,23 +1,22 @@
 """Loads saved models with experts, by `from_pretrained` of `transformers` itself.
 
-It uses the interface for quantised models, which may change a model before weights are loaded. Nothing is quantised,
-unless another quantiser is given, which then changes what is no expert.
+It uses the interface for quantised models, which may change a model before weights are loaded. Nothing is quantised.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedModel
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mixture_of_experts.huggingface.private_transformers import say_in_refusal
 from mixture_of_experts.huggingface.replacement.adapters import Adapter
 from mixture_of_experts.huggingface.saving.configuration import KEY, NAME, layers_with_experts
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
@@ -29,53 +28,33 @@ NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configurati
 
 
 @register_quantization_config(NAME)
+@dataclass
 class ExpertsLoaderConfig(QuantizationConfigMixin):
     """The description of layers with experts from a configuration file, and what `from_pretrained` was given."""
 
-    def __init__(
-        self,
-        layers: list[dict[str, Any]],
-        gate: GateFactory | None = None,
-        adapters: Mapping[str, Adapter] | None = None,
-        other: Any = None,
-        quant_method: str = NAME,
-        **others: Any,
-    ) -> None:
-        self.quant_method: Any = quant_method
-        self.layers, self.gate, self.adapters = layers, gate, adapters
-        self.other = other  # the configuration of another quantiser
+    quant_method: Any = NAME
+    layers: Any = ()
+    gate: GateFactory | None = None
+    adapters: Mapping[str, Adapter] | None = None
 
 
-say_in_refusal(ExpertsLoaderConfig, "for another one call from_pretrained of mixture_of_experts.huggingface")
-
-
-class PutsExperts(HfQuantizer):
-    """Puts layers with experts into a model that has no weights yet, before another quantiser changes it."""
-
-    experts: Any  # the `ExpertsLoaderConfig`
+@register_quantizer(NAME)
+class ExpertsLoader(HfQuantizer):
+    """Puts layers with experts into a model that has no weights yet, and leaves no mark of a quantiser on it: trainers
+    refuse quantised ones."""
 
     def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # whose configuration may be a copy
                 vars(module.config).pop("quantization_config", None)
-        put_experts(model, self.experts.layers, self.experts.gate, self.experts.adapters)
-        super().preprocess_model(model, *args, **kwargs)
+        given: Any = self.quantization_config
+        put_experts(model, given.layers, given.gate, given.adapters)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        return keep_names(model, super().update_weight_conversions(weight_conversions, model))
+        return keep_names(model, weight_conversions)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         finish_loading(model)
-        super().postprocess_model(model, **kwargs)
-
-
-class NoQuantizer(HfQuantizer):
-    """Leaves no mark of a quantiser on a model: trainers refuse quantised ones."""
-
-    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         del model.hf_quantizer
 
     def is_serializable(self) -> bool:
@@ -84,19 +63,6 @@ class NoQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
-
-
-@register_quantizer(NAME)
-class ExpertsLoader(PutsExperts, NoQuantizer):
-    """Loads a model with experts; with another quantiser, as that one does."""
-
-    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
-        made: Any = object.__new__(cls)
-        if quantization_config.other is not None:
-            made = AutoHfQuantizer.from_config(quantization_config.other, pre_quantized=False)
-            made.__class__ = type(type(made).__name__, (PutsExperts, type(made)), {})
-        made.experts = quantization_config
-        return made
 
 
 def from_pretrained(
@@ -110,7 +76,7 @@ def from_pretrained(
     """Load a model that `replace_ffn` or `upcycle` changed and `save_pretrained` wrote.
 
     Auto classes and the model's own class load it too, once this package is imported. This function also takes a gate
-    of your own, adapters, and a quantiser of `transformers` for all that is no expert.
+    of your own, and adapters.
 
     Args:
         path: the folder, or a name on the hub.
@@ -138,23 +104,24 @@ def from_pretrained(
     """
     config = settings.pop("config", None)
     if config is None:
-        kept = {name: settings.pop(name) for name in (*HUB, *NOT_IN_CONFIG) if name in settings}
-        hub = {name: value for name, value in kept.items() if name in HUB}
-        read: Any = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **hub, **settings)
-        config, settings = read[0], {**read[1], **kept}
+        config = AutoConfig.from_pretrained(path, **{name: settings[name] for name in HUB if name in settings})
     config = copy.deepcopy(config)
+    for name in [name for name in settings if hasattr(config, name) and name not in NOT_IN_CONFIG]:
+        setattr(config, name, settings.pop(name))
     layers = layers_with_experts(config)
     if not layers:
         raise ValueError(f"{path} has no experts: its configuration has no {KEY!r}. Load it by its own class")
-    told = dict(gate=gate, adapters=adapters, other=settings.pop("quantization_config", None))
-    config.quantization_config = {"quant_method": NAME, "layers": layers, **told}
+    config.quantization_config = {"quant_method": NAME, "layers": layers, "gate": gate, "adapters": adapters}
     return (model_class or saved_class(config)).from_pretrained(path, config=config, **settings)
 
 
 def saved_class(config: Any) -> Any:
     """The class of `transformers` of the model that was saved with a configuration."""
-    names = config.architectures or ["?"]
-    found = getattr(transformers, names[0], None)
+    name = (config.architectures or ["?"])[0]
+    found = getattr(transformers, name, None)
     if found is None:
-        raise ValueError(f"transformers has no class {names[0]!r}: pass model_class")
+        raise ValueError(
+            f"transformers has no class {name!r}: pass model_class, or write the model's class into config.json, such "
+            'as "architectures": ["LlamaForCausalLM"]'
+        )
     return found

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
-from mixture_of_experts.huggingface.feed_forward import Replaced, layers_by_path, tensors_of
+from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import was_loaded
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
 from mixture_of_experts.huggingface.replacement.replace import find, gates_of_layers, make_moe, set_attribute, swap
@@ -32,6 +30,7 @@ def put_experts(
         ValueError: a gate is not described, and no `gate` is given; or there is no place for any of the layers.
         TypeError, ValueError: `gate` makes no new gate for each layer.
     """
+    entries: dict[str, dict[str, Any]] = {}
     for entry in layers:
         if gate is None and entry.get("gate", "block") is None:
             raise ValueError(
@@ -39,11 +38,9 @@ def put_experts(
                 "describe: pass gate=, the function that was given to replace_ffn, to "
                 "mixture_of_experts.huggingface.from_pretrained"
             )
-    places = [(find_place(model, name), entry) for entry in layers for name in entry["layers"]]
-    entries = {place: entry for place, entry in places if place is not None}
+        entries |= {place: entry for name in entry["layers"] if (place := find_place(model, name)) is not None}
     if not entries:
-        names = ", ".join(name for entry in layers for name in entry["layers"])
-        raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
+        raise ValueError(f"{type(model).__name__} has no place for any of {[entry['layers'] for entry in layers]}")
     if blocks := {place: entry for place, entry in entries.items() if "block" in entry}:
         put_layers(model, blocks)
     if networks := {place: entry for place, entry in entries.items() if "block" not in entry}:
@@ -78,10 +75,18 @@ def put_replaced(
 
 
 def finish_loading(model: Any) -> None:
-    """Initialise what the checkpoint lacks, arrange quantised weights for this machine, and let gates balance over the
-    ranks that have other tokens."""
+    """Refuse a checkpoint that lacks weights of layers, but for what a `device_map` left on disk: transformers leaves
+    that memory uninitialised. Arrange quantised weights for this machine, and let gates balance over the ranks that
+    have other tokens."""
     model.name_or_path = model.config.name_or_path
-    initialise_missing(model)
+    for path, layer in layers_by_path(model).items():
+        state = layer.state_dict(keep_vars=True)
+        lacks = [f"{path}.{name}" for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
+        if lacks:
+            raise ValueError(
+                f"the checkpoint has no {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}: load a dense "
+                "model by its own class and upcycle it"
+            )
     for module in model.modules():
         if isinstance(module, QuantizedExperts):
             module.rearrange()
@@ -95,36 +100,3 @@ def find_place(model: Any, name: str) -> str | None:
     """
     paths, head = dict(model.named_modules()), f"{model.base_model_prefix}."
     return next((path for path in (name, head + name, name.removeprefix(head)) if path in paths), None)
-
-
-@torch.no_grad()
-def initialise_missing(model: nn.Module) -> None:
-    """Initialise what a checkpoint did not have and no `device_map` left on disk, and warn of it: transformers leaves
-    that memory uninitialised."""
-    anew = []
-    for path, layer in layers_by_path(model).items():
-        for place, module in layer.named_modules(prefix=path):
-            own = tensors_of(module, recurse=False)
-            if isinstance(module, Replaced):
-                for weight in own.values():
-                    weight.zero_()  # after a dense checkpoint it may be memory as it was found
-                continue
-            gone = {name for name, value in own.items() if not (was_loaded(value) or value.is_meta)}
-            gone -= module._non_persistent_buffers_set
-            if not gone:
-                continue
-            reset = getattr(module, "reset_parameters", None)
-            if reset is None:
-                raise ValueError(
-                    f"{place} is not in the checkpoint, and a {type(module).__name__} has no reset_parameters"
-                )
-            kept = {name: value.clone() for name, value in own.items() if name not in gone}
-            reset()
-            for name, value in kept.items():
-                own[name].copy_(value)
-            anew += [f"{place}.{name}" for name in sorted(gone)]
-    if anew:
-        warnings.warn(
-            f"not in the checkpoint, and initialised: {', '.join(anew[:4])}{' and more' if len(anew) > 4 else ''}",
-            stacklevel=3,
-        )
