@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, cache_of, read_tokens, seen_tokens
 from mixture_of_experts.whole_model.sites import Gates, Location, Site, find_sites, places, serve
 
-Seen = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | int"]
 LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
 
 
@@ -117,57 +116,45 @@ class SequencesCall(ForwardCall):
 
     tokens: TokensAround
     seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
-    cached: bool  # whether it has a cache
     cache: Any  # that of transformers, if it has one
-    chosen: dict[str, Any] = field(default_factory=dict)  # what was recorded, and the mask, by gates that ran
-    ended: bool = False
-    sizes: dict[str, Any] = field(default_factory=dict)  # of tokens of layers, and their masks, by gate
+    entered: dict[str, Any] = field(default_factory=dict)  # sizes `(b, n)` and mask of tokens, by gate
+    chosen: dict[str, Any] = field(default_factory=dict)  # what gates chose, or were given
     checked: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
     outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
     layer: str = ""  # path of the layer that runs
 
-    @property
-    def continues(self) -> bool:
-        return isinstance(self.seen, Tensor) or self.seen > 0
-
-    def read_before(self, sequences: int) -> list[int]:
-        """The number of real tokens of each sequence in the cache."""
-        return self.seen.tolist() if isinstance(self.seen, Tensor) else [self.seen] * sequences
-
-    def once(self, name: str) -> None:
-        """Refuse a second run of a gate in this forward."""
-        if name in self.chosen:
-            raise RuntimeError(f"{name!r} ran twice in one forward, but a record has room for one call: call it once")
-        self.chosen[name] = None
+    def enter(self, site: ChoiceSite, sizes: tuple[int, int], mask: Tensor | None) -> None:
+        """A gate is called for tokens of such sizes `(b, n)` and mask."""
+        if site.name in self.entered:
+            raise RuntimeError(
+                f"{site.name!r} ran twice in one forward, but a record has room for one call: call it once"
+            )
+        self.layer, self.entered[site.name] = site.layer, (sizes, mask)
 
 
 class Sequences(Watch):
     """Tells the sequences of the forward that is under way, for one model around gates.
 
     Args:
-        owner: whose forwards they are, in its thread.
+        owner: the recording or replay, in its thread.
         model: the model.
-        seen: see `record_routing`.
     """
 
-    read: TokensReader
-    seen: Seen | None
+    owner: Any
 
-    def __init__(self, owner: Hashable, model: nn.Module, seen: Seen | None) -> None:
+    def __init__(self, owner: Any, model: nn.Module) -> None:
         super().__init__(owner)
-        self.read, self.seen = TokensReader(model), seen
+        self.read: TokensReader = TokensReader(model)
         self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequencesCall:
         given = self.read.given(args, kwargs)
-        if self.seen is not None:
-            return SequencesCall(read_tokens(given), self.seen(args, kwargs), True, None)
         cache = cache_of(given)
         self.refuse_beams(cache)
-        return SequencesCall(read_tokens(given), seen_tokens(given), cache is not None, cache)
+        return SequencesCall(read_tokens(given), seen_tokens(given), cache)
 
     def ended(self, call: SequencesCall, output: object) -> None:
-        missing = sorted(call.sizes.keys() - call.chosen.keys())
+        missing = sorted(call.entered.keys() - call.chosen.keys())
         if missing or not call.chosen:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
@@ -177,7 +164,8 @@ class Sequences(Watch):
             )
         keys = keys_of(call.cache)
         self.left = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
-        call.ended, call.outer, call.cache = True, None, None
+        if self.owner.unread is not None:
+            self.owner.unread.append(call.chosen)
 
     def refuse_beams(self, cache: Any) -> None:
         """Refuse a cache whose sequences were exchanged since the last forward: others would go on with their records.

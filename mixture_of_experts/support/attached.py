@@ -25,6 +25,8 @@ TABLES = (
 
 #: attributes that a module has while something is attached to it
 OWN = ("__getstate__", "__deepcopy__")
+#: stands for an attribute that a module itself does not have
+NONE = object()
 
 
 class Attached(ExitStack):
@@ -45,7 +47,7 @@ class Attached(ExitStack):
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute. Of several contexts the last one holds, in whatever order they end."""
         with CHANGING:
-            values = own_state(module).values.setdefault(name, [(None, getattr(module, name))])
+            values = own_state(module).values.setdefault(name, [(None, vars(module).get(name, NONE))])
             values.append((self, value))
             setattr(module, name, value)
         self.callback(self._unset, module, name)
@@ -66,7 +68,9 @@ class Attached(ExitStack):
         with CHANGING:
             state = own_state(module)
             values = [(owner, value) for owner, value in state.values[name] if owner is not self]
-            setattr(module, name, values[-1][1])
+            delattr(module, name)
+            if values[-1][1] is not NONE:
+                setattr(module, name, values[-1][1])
             if len(values) > 1:
                 state.values[name] = values
             else:
@@ -101,7 +105,8 @@ class OwnState:
             if table in state:
                 kept = [(key, value) for key, value in state[table].items() if key not in self.ids]
                 state[table] = type(state[table])(kept)
-        return state | {name: values[0][1] for name, values in self.values.items()}
+        state |= {name: values[0][1] for name, values in self.values.items()}
+        return {name: value for name, value in state.items() if value is not NONE}
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """The `__deepcopy__` of a module whose class has one."""
