@@ -49,11 +49,6 @@ LAYERS = {
     "top-2, capacity": lambda: MoE(DIM, 4, second_place_loss=True, **TIGHT),
     "noisy": lambda: MoE(DIM, gate=NoisyTopKGating(DIM, 4)),
     "sparse mixer": lambda: MoE(DIM, gate=SparseMixerGating(DIM, 4, tolerance=0.3)),
-    "two levels": lambda: HeirarchicalMoE(DIM, (2, 3), **TIGHT),
-    "two levels, dropless": lambda: HeirarchicalMoE(
-        DIM, gate_outer=TopKGating(DIM, 4, 3), gate_inner=TopKGating(DIM, 3, 2, outer_expert_dims=(4,))
-    ),
-    "two levels, groups": lambda: HeirarchicalMoE(DIM, (2, 3), group_size=6),
 }
 MASK = torch.arange(6) < torch.tensor([[6], [3], [4]])
 
@@ -82,17 +77,16 @@ def test_replay_is_exact(name, masked):
     with replay_routing(model, records):
         torch.testing.assert_close(run(model, x, mask, seed), wanted, atol=1e-6, rtol=1e-5)
 
-    order, groups = [2, 0, 1], name == "two levels, groups"  # whose capacity is shared with other sequences
+    order = [2, 0, 1]
     other = torch.zeros_like(x)
     moved = MASK[order].flip(-1) if mask is not None else None
     other[... if moved is None else moved] = x[order][... if mask is None else mask[order]]
     with record_routing(model) as again, replay_routing(model, records.select(order)):
         out = run(model, other, moved, seed)[0]
-    if seed == 2 and not groups:
+    if seed == 2:
         one, two = (out, wanted[0][order]) if mask is None else (out[moved], wanted[0][order][mask[order]])
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
-    if not groups:
-        assert_equal(again, records.select(order))
+    assert_equal(again, records.select(order))
 
     with torch.no_grad():
         for parameter in model.parameters():
@@ -114,11 +108,6 @@ NAMED = {
     "top-2, none": lambda: MoE(DIM, 4, second_policy_train="none", **TIGHT),
     "top-2, threshold": lambda: MoE(DIM, 4, second_policy_train="threshold", second_threshold_train=0.3, **TIGHT),
     "top-2, random": lambda: MoE(DIM, 4, capacity_factor_train=None),
-    "two levels": lambda: HeirarchicalMoE(
-        DIM,
-        gate_outer=TopKGating(DIM, 4, 3, **TIGHT),
-        gate_inner=TopKGating(DIM, 3, 2, outer_expert_dims=(4,), **TIGHT),
-    ),
 }
 
 
@@ -205,7 +194,7 @@ def another_router(moe: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("two levels")])
+@pytest.mark.parametrize("name", LAYERS)
 def test_with_weights_the_routers_part_of_a_difference_is_zero(name, masked):
     """To the bit, with capacity, chance and padding. A copy with another router gives the same outputs, and so the same
     log-probabilities; with choices alone it does not."""
@@ -256,12 +245,9 @@ def test_weights_that_do_not_fit_are_refused():
     ):
         with pytest.raises(error, match=said):
             RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
-    moe, two = MoE(DIM, gate=TopKGating(DIM, 4)), HeirarchicalMoE(DIM, (2, 3))
+    moe = MoE(DIM, gate=TopKGating(DIM, 4))
     with pytest.raises(ValueError, match=r"given_weights must be floating point of shape \(1, 1, 2\)"):
         moe.gate(torch.randn(1, 1, DIM), given_weights=torch.ones(1, 1, 2, dtype=torch.int64))
-    for gates in (None, ["gate_outer"], ["gate_inner"]):
-        with pytest.raises(TypeError, match="in a layer of two levels only choices are recorded"):
-            record_routing(two, weights=True, gates=gates).__enter__()
     with pytest.raises(ValueError, match="weights must be True or False"):
         record_routing(moe, weights="yes").__enter__()  # type: ignore[arg-type]
 
@@ -343,8 +329,9 @@ def test_other_sizes_are_named_and_change_nothing(records, message):
 def test_gates_that_cannot_be_given_choices():
     with pytest.raises(TypeError, match=r"cannot serve 'gate' \(ExpertChoiceGating\): tokens make no k choices"):
         record_routing(MoE(DIM, gate=ExpertChoiceGating(DIM, 4))).__enter__()
-    with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\) and stands in no layer"):
-        record_routing(TopKGating(DIM, 4, outer_expert_dims=2)).__enter__()
+    for levels in (TopKGating(DIM, 4, outer_expert_dims=2), HeirarchicalMoE(DIM, (2, 3))):
+        with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\), as in layers of two levels"):
+            record_routing(levels).__enter__()
     moe, x = MoE(DIM, gate=OwnGate()), torch.randn(1, 4, DIM)
     records = recorded(moe, x)
     with pytest.raises(ValueError, match=r"is a OwnGate, which cannot be given choices: let its `decide` choose by"):
@@ -427,13 +414,13 @@ def test_requests_of_other_kinds(requests, message):
 
 def test_a_file(tmp_path):
     torch.manual_seed(0)
-    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
+    moe, x = LAYERS["top-p"](), torch.randn(3, 6, DIM)
     records = recorded(moe, x, MASK)
     records.save(tmp_path / "records")
     found = RoutingRecords.load(tmp_path / "records")
     assert_equal(found, records)
-    assert [found.num_experts(layer) for layer in found] == [2, 3]
-    assert repr(found) == "RoutingRecords(3 sequences, 2 gates)"
+    assert [found.num_experts(layer) for layer in found] == [8]
+    assert repr(found) == "RoutingRecords(3 sequences, 1 gates)"
     with pytest.raises(FileNotFoundError):
         RoutingRecords.load(tmp_path / "nowhere")
 
@@ -534,7 +521,7 @@ class Checkpointed(nn.Module):
 
 def test_a_backward_that_runs_again_replays():
     torch.manual_seed(0)
-    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
+    moe, x = LAYERS["top-2, capacity"](), torch.randn(3, 6, DIM)
     model = Checkpointed(moe)
     with record_routing(model) as records:
         wanted = run(model, x, MASK, seed=1)
@@ -542,7 +529,7 @@ def test_a_backward_that_runs_again_replays():
     with replay_routing(model, records):
         torch.testing.assert_close(run(model, x, MASK, seed=2), wanted, atol=1e-6, rtol=1e-5)
         late = model(x.requires_grad_(), MASK)[0].sum()
-    with pytest.raises(RuntimeError, match=r"runs 'moe.gate_.*' again after replay_routing was left"):
+    with pytest.raises(RuntimeError, match=r"runs 'moe.gate' again after replay_routing was left"):
         late.backward()
     with torch.no_grad(), replay_routing(model.eval(), records), replay_routing(other := copy.deepcopy(moe), records):
         torch.testing.assert_close(model(x, MASK), other(x, MASK))
@@ -554,7 +541,7 @@ def test_a_backward_that_runs_again_replays():
 CHOOSING = {
     **{name: LAYERS[name] for name in ("top-k, groups", "top-k, capacity", "top-2, capacity", "noisy", "sparse mixer")},
     "threshold": lambda: MoE(DIM, gate=Top2Gating(DIM, 4, second_policy_train="threshold")),
-    "two levels": LAYERS["two levels"],
+    "two levels": lambda: HeirarchicalMoE(DIM, (2, 3), **TIGHT),
 }
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.gating.base import GIVEN_WEIGHTS
-from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
+from mixture_of_experts.gating.given import GIVEN, GIVEN_WEIGHTS
 from mixture_of_experts.replay.sequences import ChoiceSite, Sequences, runs_again
 from mixture_of_experts.replay.topk_calls import TopkCalls
 from mixture_of_experts.support.attached import Attached
@@ -62,11 +61,10 @@ class ChoiceHooks:
             call.enter(site, sizes, mask)
         if not self.tables:
             return None
-        name, rest = (GIVEN, (site.k,)) if site.site.level_one is None else (GIVEN_INNER, (-1, site.k))
-        if name in kwargs:
-            raise ValueError(f"{site.name!r} is given {name} by its caller: replay them, or give them, not both")
-        of_name = zip((name, GIVEN_WEIGHTS), self.give(site, call, sizes, mask, x.device), strict=False)
-        return args, {**kwargs, **{name: values.view(*x.shape[:-1], *rest) for name, values in of_name}}
+        if GIVEN in kwargs:
+            raise ValueError(f"{site.name!r} is given {GIVEN} by its caller: replay them, or give them, not both")
+        given = [values.view(*x.shape[:-1], site.k) for values in self.give(site, call, sizes, mask, x.device)]
+        return args, {**kwargs, **dict(zip((GIVEN, GIVEN_WEIGHTS), given, strict=False))}
 
     def after_layer(
         self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any, output: Any = None

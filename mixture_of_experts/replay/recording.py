@@ -1,6 +1,6 @@
 """Recording: hooks store the choices of every real token of every sequence.
 
-Axes: b sequences, n tokens of a forward, k choices of a token; of level two also eo outer experts, c slots.
+Axes: b sequences, n tokens of a forward, k choices of a token.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import plan_slots_of
-from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating.given import LIVE
-from mixture_of_experts.gating.levels import GIVEN
+from mixture_of_experts.gating.given import GIVEN, LIVE
 from mixture_of_experts.replay.hooks import ChoiceHooks
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import ChoiceSite, SequencesCall, choice_sites
@@ -41,8 +38,8 @@ def record_routing(model: nn.Module, *, gates: Gates | None = None, weights: boo
     Args:
         model: the module that you call.
         gates: the gates to record, by their names or as modules (gates, or layers around them); by default all.
-        weights: whether the weights of the choices are recorded too, and so replayed. Only for layers of one level with
-            gates of this package.
+        weights: whether the weights of the choices are recorded too, and so replayed. Only for gates of this
+            package.
 
     Raises:
         ValueError: the model has no gate.
@@ -87,9 +84,6 @@ class Recording(ChoiceHooks):
         expert, given = expert.unflatten(-1, (-1, site.k)), kwargs.get(GIVEN)
         if given is not None:  # a choice that was given as not made is recorded as it was given
             expert = torch.where((given < 0) & (given != LIVE), given, expert)
-        if site.site.level_one is not None:
-            expert = of_level_two(expert, call.outer)
-        call.outer = routing
         self.note(site, call, *([expert, routing.weight.detach()] if self.weights else [expert]))
 
     def after_block(self, site: ChoiceSite, call: SequencesCall, output: object, expert: Tensor) -> None:
@@ -99,12 +93,5 @@ class Recording(ChoiceHooks):
         """Store what a gate chose in a forward, in as few bytes as its experts take."""
         sizes, mask = call.entered[site.name]
         small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
-        values = [each.reshape(*sizes, site.choices) for each in (expert.detach().to(small), *weight)]
+        values = [each.reshape(*sizes, site.k) for each in (expert.detach().to(small), *weight)]
         call.chosen[site.name] = values, mask, call.seen
-
-
-def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
-    """Choices of level two, by slots `(eo, b, c, k2)`, by assignments of level one `(b n k, k2)`; -1 without a slot."""
-    slots, k = plan_slots_of(outer), expert.shape[-1]
-    none = expert.new_full((outer.expert.numel() + 1, k), -1)
-    return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]

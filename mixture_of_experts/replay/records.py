@@ -25,8 +25,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     """The experts of every real token of some sequences: a mapping from each gate of a model to a list of sequences.
 
     A choice is a number: an expert; or -1, no choice; or -2 - i, which means that expert i takes its share of the
-    token's weight, but does not compute the token (capacity or a policy dropped it). In a layer of two levels each gate
-    has its own choices. Level two has `k * k2` for each token: first those for its first choice of level one.
+    token's weight, but does not compute the token (capacity or a policy dropped it).
 
     Args:
         experts: for each gate, by name, a tensor of integers `(s, k)` for each sequence.

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.gating import reads_of
-from mixture_of_experts.gating.given import LIVE, check_given
-from mixture_of_experts.gating.levels import GIVEN
+from mixture_of_experts.gating.given import GIVEN, LIVE, check_given
 from mixture_of_experts.replay.hooks import ChoiceHooks
 from mixture_of_experts.replay.records import RoutingRecords, begins, read_before
 from mixture_of_experts.replay.sequences import ChoiceSite, SequencesCall, choice_sites
@@ -125,7 +124,7 @@ class Replay(ChoiceHooks):
         index = index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen)
         if tables[0].device != device:
             tables[:] = [table.to(device) for table in tables]
-        inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, site.choices)
+        inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, site.k)
         return [table.gather(1, inside) for table in tables]
 
     def give_block(self, site: ChoiceSite, call: SequencesCall | None, device: Any) -> Tensor:
@@ -199,14 +198,14 @@ def tables_of(site: ChoiceSite, layer: str, records: RoutingRecords) -> list[Ten
             f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
             f"`self.merge_given(tokens, expert)`, and add {GIVEN!r} to its `reads`"
         )
-    k = {record.shape[1] for record in records[layer]} - {site.choices}
+    k = {record.shape[1] for record in records[layer]} - {site.k}
     if k:
-        raise ValueError(f"{of} makes {site.choices} choices for a token, the records have {k.pop()}")
+        raise ValueError(f"{of} makes {site.k} choices for a token, the records have {k.pop()}")
     if (e := records.num_experts(layer)) not in (None, site.num_experts):
         raise ValueError(f"{of} has {site.num_experts} experts, the records are of {e}")
-    experts = padded(records[layer], site.choices, LIVE, torch.int64)
+    experts = padded(records[layer], site.k, LIVE, torch.int64)
     try:
-        check_given(experts.unflatten(-1, (-1, site.k)), site.num_experts)
+        check_given(experts, site.num_experts)
     except ValueError as error:
         raise ValueError(f"{of}: in the records, {error}") from error
     if site.site.external and bool(((experts < 0) & (experts != LIVE)).any()):
@@ -214,7 +213,7 @@ def tables_of(site: ChoiceSite, layer: str, records: RoutingRecords) -> list[Ten
     if records.weights is None:
         return [experts]
     dtype = next((weight.dtype for weight in records.weights[layer]), torch.float32)
-    weights = padded(records.weights[layer], site.choices, torch.nan, dtype)
+    weights = padded(records.weights[layer], site.k, torch.nan, dtype)
     return [experts, weights.masked_fill(experts == LIVE, torch.nan)]
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from mixture_of_experts.gating import ExpertChoiceGating, reads_of
-from mixture_of_experts.gating.base import COUNTED, GIVEN_WEIGHTS
+from mixture_of_experts.gating.given import COUNTED, GIVEN_WEIGHTS
 from mixture_of_experts.support.private_torch import number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
@@ -36,12 +36,6 @@ class ChoiceSite(NamedTuple):
     @property
     def num_experts(self) -> int:
         return self.site.num_experts
-
-    @property
-    def choices(self) -> int:
-        """The number of choices of a token; at level two for all its choices of level one."""
-        outer = self.site.level_one
-        return self.k if outer is None or outer.k is None else self.k * outer.k
 
     def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """The inputs `(..., n, d)` of a layer or gate, the sizes `(b, n)` of their tokens, and their mask `(b, n)`."""
@@ -93,17 +87,13 @@ def why_no_choices(site: Site) -> str | None:
         return "a table of token ids chooses there"
     if site.k is None or isinstance(site.gate, ExpertChoiceGating):
         return "tokens make no k choices there"
-    if not site.external and site.outer and site.level_one is None:
-        return f"it has outer_expert_dims={site.outer} and stands in no layer"
-    return None
+    return f"it has outer_expert_dims={site.outer}, as in layers of two levels" if site.outer else None
 
 
 def why_no_weights(site: Site) -> str | None:
     """Why the weights of a site can be neither recorded nor replayed; None if they can."""
     if site.external:
         return "its own code computes the weights: convert the block by from_transformers"
-    if site.is_level:
-        return "in a layer of two levels only choices are recorded"
     return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
 
 
@@ -120,7 +110,6 @@ class SequencesCall(ForwardCall):
     entered: dict[str, Any] = field(default_factory=dict)  # sizes `(b, n)` and mask of tokens, by gate
     chosen: dict[str, Any] = field(default_factory=dict)  # what gates chose, or were given
     checked: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
-    outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
     layer: str = ""  # path of the layer that runs
 
     def enter(self, site: ChoiceSite, sizes: tuple[int, int], mask: Tensor | None) -> None:
