@@ -197,20 +197,3 @@ def test_an_expert_given_twice_is_refused(gate):
     wanted = "'gate': in the records, given_experts has expert 1 twice for a token"
     with pytest.raises(ValueError, match=wanted), replay_routing(moe, records):
         pass
-
-
-def test_the_second_of_two_levels_may_have_an_expert_for_both_choices_of_the_first():
-    moe = HeirarchicalMoE(
-        DIM, gate_outer=TopKGating(DIM, 3, 2), gate_inner=TopKGating(DIM, 3, 2, outer_expert_dims=(3,))
-    )
-    x = torch.randn(1, 2, DIM)
-    outer, inner = torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0, 1, 0, 1], [2, 1, 2, 1]])
-    with replay_routing(moe, RoutingRecords({"gate_outer": [outer], "gate_inner": [inner]})):
-        moe(x)
-    inner[0, 2] = 1
-    records, wanted = (
-        RoutingRecords({"gate_outer": [outer], "gate_inner": [inner]}),
-        "'gate_inner': .* has expert 1 twice",
-    )
-    with pytest.raises(ValueError, match=wanted), replay_routing(moe, records):
-        pass

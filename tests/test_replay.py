@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -50,11 +49,6 @@ LAYERS = {
     "top-2, capacity": lambda: MoE(DIM, 4, second_place_loss=True, **TIGHT),
     "noisy": lambda: MoE(DIM, gate=NoisyTopKGating(DIM, 4)),
     "sparse mixer": lambda: MoE(DIM, gate=SparseMixerGating(DIM, 4, tolerance=0.3)),
-    "two levels": lambda: HeirarchicalMoE(DIM, (2, 3), **TIGHT),
-    "two levels, dropless": lambda: HeirarchicalMoE(
-        DIM, gate_outer=TopKGating(DIM, 4, 3), gate_inner=TopKGating(DIM, 3, 2, outer_expert_dims=(4,))
-    ),
-    "two levels, groups": lambda: HeirarchicalMoE(DIM, (2, 3), group_size=6),
 }
 MASK = torch.arange(6) < torch.tensor([[6], [3], [4]])
 
@@ -83,17 +77,16 @@ def test_replay_is_exact(name, masked):
     with replay_routing(model, records):
         torch.testing.assert_close(run(model, x, mask, seed), wanted, atol=1e-6, rtol=1e-5)
 
-    order, groups = [2, 0, 1], name == "two levels, groups"  # whose capacity is shared with other sequences
+    order = [2, 0, 1]
     other = torch.zeros_like(x)
     moved = MASK[order].flip(-1) if mask is not None else None
     other[... if moved is None else moved] = x[order][... if mask is None else mask[order]]
     with record_routing(model) as again, replay_routing(model, records.select(order)):
         out = run(model, other, moved, seed)[0]
-    if seed == 2 and not groups:
+    if seed == 2:
         one, two = (out, wanted[0][order]) if mask is None else (out[moved], wanted[0][order][mask[order]])
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
-    if not groups:
-        assert_equal(again, records.select(order))
+    assert_equal(again, records.select(order))
 
     with torch.no_grad():
         for parameter in model.parameters():
@@ -115,11 +108,6 @@ NAMED = {
     "top-2, none": lambda: MoE(DIM, 4, second_policy_train="none", **TIGHT),
     "top-2, threshold": lambda: MoE(DIM, 4, second_policy_train="threshold", second_threshold_train=0.3, **TIGHT),
     "top-2, random": lambda: MoE(DIM, 4, capacity_factor_train=None),
-    "two levels": lambda: HeirarchicalMoE(
-        DIM,
-        gate_outer=TopKGating(DIM, 4, 3, **TIGHT),
-        gate_inner=TopKGating(DIM, 3, 2, outer_expert_dims=(4,), **TIGHT),
-    ),
 }
 
 
@@ -184,17 +172,14 @@ def test_two_dtypes_disagree_and_replay_brings_them_together():
     assert float((replayed - wanted).abs().max()) < 0.03
 
 
-# ---- sequences that go on ----
-
-
-class Cached(nn.Module):
-    """Tells how many tokens it has read."""
+class Deep(nn.Module):
+    """A layer within a model."""
 
     def __init__(self) -> None:
         super().__init__()
         self.moe = MoE(DIM, gate=TopKGating(DIM, 8))
 
-    def forward(self, x: Tensor, read: int | Tensor = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.moe(x)[0]
 
 
@@ -209,7 +194,7 @@ def another_router(moe: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("two levels")])
+@pytest.mark.parametrize("name", LAYERS)
 def test_with_weights_the_routers_part_of_a_difference_is_zero(name, masked):
     """To the bit, with capacity, chance and padding. A copy with another router gives the same outputs, and so the same
     log-probabilities; with choices alone it does not."""
@@ -250,22 +235,19 @@ def test_weights_are_selected_saved_and_left_out_beyond_the_end(tmp_path):
 def test_weights_that_do_not_fit_are_refused():
     expert, weight = {"gate": [torch.tensor([[0, 1]])]}, torch.rand(1, 2)
     for wrong, error, said in (
-        ({"gate": [weight[:, :1]]}, ValueError, r"weights must be floating point .*'gate': .*1, 2.*, as the choices"),
-        ({"gate": [weight.long()]}, ValueError, "weights must be floating point"),
-        ({"gate": []}, ValueError, "weights must be floating point"),
-        ({"other": [weight]}, ValueError, "weights must be floating point"),
+        ({"gate": [weight[:, :1]]}, ValueError, r"weights must have the shapes .*'gate': .*1, 2.* of the choices, got"),
+        ({"gate": [weight.long()]}, ValueError, r"weights\['gate'\] must be a list of tensors of floating point"),
+        ({"gate": []}, ValueError, "weights must have the shapes"),
+        ({"other": [weight]}, ValueError, "weights must have the shapes"),
         ([weight], TypeError, "weights must be a dict"),
-        ({"gate": None}, TypeError, r"weights\['gate'\] must be a list of tensors"),
-        ({"gate": weight.tolist()}, TypeError, r"weights\['gate'\] must be a list of tensors"),
+        ({"gate": None}, ValueError, r"weights\['gate'\] must be a list of tensors"),
+        ({"gate": weight.tolist()}, ValueError, r"weights\['gate'\] must be a list of tensors"),
     ):
         with pytest.raises(error, match=said):
             RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
-    moe, two = MoE(DIM, gate=TopKGating(DIM, 4)), HeirarchicalMoE(DIM, (2, 3))
+    moe = MoE(DIM, gate=TopKGating(DIM, 4))
     with pytest.raises(ValueError, match=r"given_weights must be floating point of shape \(1, 1, 2\)"):
         moe.gate(torch.randn(1, 1, DIM), given_weights=torch.ones(1, 1, 2, dtype=torch.int64))
-    for gates in (None, ["gate_outer"], ["gate_inner"]):
-        with pytest.raises(TypeError, match="in a layer of two levels only choices are recorded"):
-            record_routing(two, weights=True, gates=gates).__enter__()
     with pytest.raises(ValueError, match="weights must be True or False"):
         record_routing(moe, weights="yes").__enter__()  # type: ignore[arg-type]
 
@@ -275,36 +257,8 @@ def test_arguments_of_another_kind_are_refused_before_a_forward():
     for records in (None, {"gate": [torch.tensor([[0, 1]])]}):
         with pytest.raises(TypeError, match="records must be RoutingRecords, as record_routing yields, got a"):
             replay_routing(moe, records).__enter__()  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"seen must be a function \(args, kwargs\) .*, got 3"):
-        record_routing(moe, seen=3).__enter__()  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"gates of record_routing must be names or modules of gates, in a list, got 0"):
         record_routing(moe, gates=0).__enter__()  # type: ignore[arg-type]
-
-
-def test_a_cache_of_ones_own_goes_on_and_is_cut():
-    model, x = Cached(), torch.randn(2, 5, DIM)
-    seen = lambda args, kwargs: kwargs.get("read", 0)  # noqa: E731
-    wanted = recorded(model, x)
-    with record_routing(model, seen=seen) as records:
-        model(x[:, :3])
-        model(torch.randn(2, 2, DIM), read=3)  # a draft
-        model(x[:, 3:4], read=torch.tensor([3, 3]))
-        assert records.lengths("moe.gate") == [4, 4]
-        model(x[:, 4:], read=4)
-        model(x)
-    assert_equal(records.select([0, 1]), wanted)
-    assert_equal(records.select([2, 3]), wanted)
-    with torch.no_grad():
-        model.moe.gate.w_gating.copy_(torch.randn(DIM, 8))
-        with replay_routing(model, wanted):
-            out = model(x)
-        with replay_routing(model, wanted, seen=seen):
-            steps = [model(x[:, :3]), model(x[:, 3:], read=3)]
-    torch.testing.assert_close(torch.cat(steps, dim=1), out)
-    with record_routing(model, seen=seen) as records:
-        model(x, read=2)
-    with pytest.raises(RuntimeError, match="continues 2 sequences, 0 were recorded"):
-        records.num_sequences  # noqa: B018
 
 
 def test_a_mask_of_one_kind_of_layer_tells_both_what_is_read_and_what_was():
@@ -375,13 +329,14 @@ def test_other_sizes_are_named_and_change_nothing(records, message):
 def test_gates_that_cannot_be_given_choices():
     with pytest.raises(TypeError, match=r"cannot serve 'gate' \(ExpertChoiceGating\): tokens make no k choices"):
         record_routing(MoE(DIM, gate=ExpertChoiceGating(DIM, 4))).__enter__()
-    with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\) and stands in no layer"):
-        record_routing(TopKGating(DIM, 4, outer_expert_dims=2)).__enter__()
+    for levels in (TopKGating(DIM, 4, outer_expert_dims=2), HeirarchicalMoE(DIM, (2, 3))):
+        with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\), as in layers of two levels"):
+            record_routing(levels).__enter__()
     moe, x = MoE(DIM, gate=OwnGate()), torch.randn(1, 4, DIM)
     records = recorded(moe, x)
     with pytest.raises(ValueError, match=r"is a OwnGate, which cannot be given choices: let its `decide` choose by"):
         replay_routing(moe, records).__enter__()
-    shared = nn.Sequential(moe := Cached(), moe)
+    shared = nn.Sequential(moe := Deep(), moe)
     with pytest.raises(RuntimeError, match="ran twice in one forward"), record_routing(shared):
         shared(x)
     with pytest.raises(RuntimeError, match="ran, but not within a forward of the module given"), record_routing(shared):
@@ -407,8 +362,7 @@ def test_other_threads_go_their_own_ways():
 # ---- files, and what engines return ----
 
 
-WIDEST = (1 << 63) - 1
-WIDE = {"uint16": (1 << 16) - 1, "uint32": (1 << 32) - 1, "uint64": (1 << 64) - 1, "int64": 1 << 32}
+WIDE = {"uint16": (1 << 16) - 1, "uint32": (1 << 32) - 1, "int64": 1 << 32}
 
 
 @pytest.mark.parametrize("dtype", WIDE)
@@ -423,33 +377,26 @@ def test_integers_of_every_width(dtype):
         with replay_routing(moe, given):
             moe(torch.randn(1, 2, DIM))
     wide = RoutingRecords.from_requests([np.array([[[WIDE[dtype], 1]]], dtype=make)])
-    with pytest.raises(ValueError, match=f"given_experts has {min(WIDE[dtype], WIDEST)}: give an expert, 0 to 3"):
+    with pytest.raises(ValueError, match=f"given_experts has {WIDE[dtype]}: give an expert, 0 to 3"):
         replay_routing(moe, wide).__enter__()
 
 
-NO_INTEGERS = (torch.complex64, torch.bool, torch.float32)
+NO_INTEGERS = (torch.complex64, torch.bool, torch.float32, torch.uint64)
 ROW, REQUEST = torch.zeros(3, 2, dtype=torch.int64), [[[0, 1]]]
 NO_RECORDS = [
-    ({}, "a record of every sequence"),
-    ({"a": [ROW], "b": []}, "{'a': 1, 'b': 0}"),
-    ({"a": [ROW, ROW[:, :1]]}, "different numbers of choices"),
+    ({}, "experts is empty"),
     ([ROW], "experts must be a dict of records by gate, got a list"),
-    *(({"a": [ROW.to(dtype)]}, rf"'a' must be integers \(tokens, k\), got {dtype}") for dtype in NO_INTEGERS),
+    ({"a": [ROW, ROW[0]]}, r"experts\['a'\] must be a list of tensors .* got tensor\(\[0, 0"),
+    *(({"a": [ROW.to(dtype)]}, r"experts\['a'\] must be a list of tensors of integers") for dtype in NO_INTEGERS),
 ]
 NO_REQUESTS = [
-    ([], {}, "there is no request"),
-    ([REQUEST, None], {}, r"request 1 must be integers \(tokens, layers, k\), got a NoneType"),
-    ([REQUEST, {"routed_experts": REQUEST}], {}, "request 1 must be integers .* a dict"),
-    ([REQUEST, [[[0, 1], [1]]]], {}, "request 1 must be integers .* a list"),
-    ([[(1, 2)]], {}, "request 0 must be integers"),
-    *(([torch.ones(1, 1, 2).to(dtype)], {}, f"request 0 must be integers .*{dtype}") for dtype in NO_INTEGERS),
-    ([(REQUEST, [[[0]]])], {}, "request 0 must be integers .* a tuple: Sizes .* must match"),
-    ([()], {}, "request 0 must be integers .* a tuple: .*non-empty"),
-    ([REQUEST, [[[0]]]], {}, r"requests differ in layers or choices: \(l, k\) are \[\(1, 1\), \(1, 2\)\]"),
-    *(([REQUEST], {"layers": [i]}, f"layers has {i!r}, the requests have 0 to 0") for i in (1.0, "0", None, 1)),
-    (["####"], {"shape": (3, 2)}, "request 0 must be integers .* a str: .*base64"),
-    ([base64.b64encode(b"1234").decode()], {"shape": (3, 2)}, r"request 0 .* a str: .*\[-1, 3, 2\]"),
-    (["AAAAAA=="], {}, r"give shape=\(layers, k\)"),
+    ([], r"requests must be arrays \(tokens, layers, k\) of the same layers, got \[\] layers"),
+    ([REQUEST, [[[0, 1]] * 2]], r"of the same layers, got \[1, 2\] layers"),
+    ([REQUEST, None], r"request 1 must be an array \(tokens, layers, k\), got a NoneType"),
+    ([REQUEST, {"routed_experts": REQUEST}], "request 1 must be an array .* a dict"),
+    ([REQUEST, [[[0, 1], [1]]]], "request 1 must be an array .* a list"),
+    ([[(1, 2)]], r"request 0 must be an array .* a list: it has shape \(1, 2\)"),
+    *(([torch.ones(1, 1, 2).to(dtype)], r"experts\['0'\] must be a list .* of integers") for dtype in NO_INTEGERS),
 ]
 
 
@@ -459,21 +406,21 @@ def test_records_of_other_kinds(records, message):
         RoutingRecords(records)
 
 
-@pytest.mark.parametrize(("requests", "more", "message"), NO_REQUESTS)
-def test_requests_of_other_kinds(requests, more, message):
+@pytest.mark.parametrize(("requests", "message"), NO_REQUESTS)
+def test_requests_of_other_kinds(requests, message):
     with pytest.raises(ValueError, match=message):
-        RoutingRecords.from_requests(requests, **more)
+        RoutingRecords.from_requests(requests)
 
 
 def test_a_file(tmp_path):
     torch.manual_seed(0)
-    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
+    moe, x = LAYERS["top-p"](), torch.randn(3, 6, DIM)
     records = recorded(moe, x, MASK)
     records.save(tmp_path / "records")
     found = RoutingRecords.load(tmp_path / "records")
     assert_equal(found, records)
-    assert [found.num_experts(layer) for layer in found] == [2, 3]
-    assert repr(found) == "RoutingRecords(3 sequences, 2 gates)"
+    assert [found.num_experts(layer) for layer in found] == [8]
+    assert repr(found) == "RoutingRecords(3 sequences, 1 gates)"
     with pytest.raises(FileNotFoundError):
         RoutingRecords.load(tmp_path / "nowhere")
 
@@ -499,7 +446,6 @@ def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
             for left_out in gate
         ),
         (of(gate | {"lengths": torch.tensor([1])}), ""),
-        (of(gate | {"num_experts": "4"}), r"num_experts\['gate'\] must be an integer .* '4'"),
         (nn.Linear(2, 2), ""),  # which weights_only does not build
     ]:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -508,30 +454,26 @@ def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
 
 
 def test_arrays_of_engines():
-    """vLLM's of prompt and completion, SGLang's base64; layers without experts are left out, and what was not
-    recorded is chosen."""
+    """Of numpy, in the dtype of the engine; what was not recorded is chosen."""
     torch.manual_seed(0)
-    model = nn.Sequential(Cached(), Cached())
+    model = nn.Sequential(Deep(), Deep())
     x = torch.randn(2, 4, DIM)
     with record_routing(model) as records:
         out = model(x)
     arrays = [torch.stack(gates, dim=1).numpy() for gates in zip(*records.values(), strict=True)]  # int16 (s, l, k)
-    with replay_routing(model, RoutingRecords.from_requests([(a[:2], a[2:]) for a in arrays])):
-        torch.testing.assert_close(model(x), out)
-    dense = [torch.tensor(a)[:, [0, 0, 1]].int() for a in arrays]
-    strings = [base64.b64encode(a.numpy().tobytes()).decode() for a in dense]
-    found = RoutingRecords.from_requests(strings, shape=(3, 2), layers=[0, 2])
-    with replay_routing(model, found):
-        torch.testing.assert_close(model(x), out)
-    dense[0][3] = -1
-    unread = RoutingRecords.from_requests(dense, layers=[0, 2])
+    for dtype in ("int16", "uint8", "int32"):
+        with replay_routing(model, RoutingRecords.from_requests([array.astype(dtype) for array in arrays])):
+            torch.testing.assert_close(model(x), out)
+    arrays[0][3] = -1
+    unread = RoutingRecords.from_requests(arrays)
     assert unread["0"][0][3].tolist() == [LIVE, LIVE]
+    assert unread["0"][0].dtype == torch.int16
     with replay_routing(model, unread):
         torch.testing.assert_close(model(x), out)
 
 
 def test_weights_of_engines():
-    """In parts, and of another router; where the engine recorded no choice, the gate weighs as well."""
+    """Of another router; where the engine recorded no choice, the gate weighs as well."""
     torch.manual_seed(0)
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 4, DIM)
     with record_routing(moe, weights=True) as records:
@@ -540,14 +482,13 @@ def test_weights_of_engines():
     nn.init.normal_(moe.gate.w_gating)
     free, _ = moe(x)
     experts[1][3], weights[1][3] = -1, 0.0
-    experts, weights = ([first, (second[:3], second[3:])] for first, second in (experts, weights))
     with replay_routing(moe, RoutingRecords.from_requests(experts, weights=weights)):
         found, _ = moe(x)
     torch.testing.assert_close(found.view(8, DIM), torch.cat([out.view(8, DIM)[:7], free.view(8, DIM)[7:]]))
     assert not torch.allclose(free[0], out[0], atol=1e-2)
-    with pytest.raises(ValueError, match=r"shapes \[\(4, 1, 2\), \(4, 1, 2\)\] of the choices, got \[\(4, 1, 2\)\]"):
+    with pytest.raises(ValueError, match=r"shapes .*\(4, 2\), \(4, 2\)\]} of the choices, got .*\[\(4, 2\)\]}"):
         RoutingRecords.from_requests(experts, weights=weights[:1])
-    with pytest.raises(ValueError, match=r"request 0 must be floating point .*, got .*: torch.int16"):
+    with pytest.raises(ValueError, match=r"weights\['0'\] must be a list of tensors of floating point"):
         RoutingRecords.from_requests(experts, weights=experts)
 
 
@@ -580,7 +521,7 @@ class Checkpointed(nn.Module):
 
 def test_a_backward_that_runs_again_replays():
     torch.manual_seed(0)
-    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
+    moe, x = LAYERS["top-2, capacity"](), torch.randn(3, 6, DIM)
     model = Checkpointed(moe)
     with record_routing(model) as records:
         wanted = run(model, x, MASK, seed=1)
@@ -588,7 +529,7 @@ def test_a_backward_that_runs_again_replays():
     with replay_routing(model, records):
         torch.testing.assert_close(run(model, x, MASK, seed=2), wanted, atol=1e-6, rtol=1e-5)
         late = model(x.requires_grad_(), MASK)[0].sum()
-    with pytest.raises(RuntimeError, match=r"runs 'moe.gate_.*' again after replay_routing was left"):
+    with pytest.raises(RuntimeError, match=r"runs 'moe.gate' again after replay_routing was left"):
         late.backward()
     with torch.no_grad(), replay_routing(model.eval(), records), replay_routing(other := copy.deepcopy(moe), records):
         torch.testing.assert_close(model(x, MASK), other(x, MASK))
@@ -600,7 +541,7 @@ def test_a_backward_that_runs_again_replays():
 CHOOSING = {
     **{name: LAYERS[name] for name in ("top-k, groups", "top-k, capacity", "top-2, capacity", "noisy", "sparse mixer")},
     "threshold": lambda: MoE(DIM, gate=Top2Gating(DIM, 4, second_policy_train="threshold")),
-    "two levels": LAYERS["two levels"],
+    "two levels": lambda: HeirarchicalMoE(DIM, (2, 3), **TIGHT),
 }
 
 
@@ -635,7 +576,7 @@ def test_choices_are_saved_for_a_recomputation(name, saved, monkeypatch):
 def test_graphs_from_before_are_refused(part):
     """They have no hooks: nothing would be recorded or replayed. A layer's own hooks run, so that it is replayed."""
     torch.compiler.reset()
-    model, x = Cached(), torch.randn(1, 4, DIM)
+    model, x = Deep(), torch.randn(1, 4, DIM)
     with record_routing(model) as records:
         expected = model(x)
     (model if part == "model" else model.moe).compile(backend="eager")

@@ -87,7 +87,7 @@ def test_a_forward_within_a_forward_is_one_of_its_own():
 
     with record_routing(model) as records, track_routing(model) as stats, between(model, within):
         model(x)
-    assert records.lengths("first.gate") == records.lengths("second.gate") == [3, 5]
+    assert records.lengths("first.gate") == records.lengths("second.gate") == [5, 3]  # as they end
     assert [record.tokens for record in stats.records("second.gate")] == [3, 5]
 
 

@@ -1,89 +1,109 @@
-"""Hooks on every place where a model chooses, and on the models around: what recording and replay share."""
+"""Hooks around every place where a model chooses, and on the models around: what recording and replay share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from mixture_of_experts.replay.sequences import ChoiceSite, Seen, Sequences
-from mixture_of_experts.replay.topk_calls import Choosing
+from mixture_of_experts.gating.given import GIVEN, GIVEN_WEIGHTS
+from mixture_of_experts.replay.sequences import ChoiceSite, Sequences, runs_again
+from mixture_of_experts.replay.topk_calls import TopkCalls
 from mixture_of_experts.support.attached import Attached
-from mixture_of_experts.support.private_torch import function_modes
-from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch, within
+from mixture_of_experts.whole_model.call_stack import ForwardCall, within
+from mixture_of_experts.whole_model.model_tokens import TokensAround
 
 
 class ChoiceHooks:
-    """Recording or replay. A call is None in a backward that runs a part again, and in another thread.
+    """Recording or replay. In a backward that runs a part again there is no call.
 
     Attributes:
         sites: where the model chooses.
-        outermost: whether it stands outside of other hooks on blocks of transformers.
-        before_layer: `(site, sequences, layer, args, kwargs)`, before a layer, or a gate without one; it may change the
-            arguments. They are None while the hook is being set or taken off.
-        follow_layer: `(site, sequences, hooks)`, sets more hooks on a layer.
-        begin_block: `(site, call, hidden)`, returns the mode in which a block of transformers runs, or None.
-        ended: `(site, call, output, expert)`, after a block that chose experts `(..., k)`.
+        tables: what each gate is given; empty in a recording.
+        unread: where a recording keeps what gates chose in forwards that ended well; None in a replay.
+        give, give_block: see `Replay`.
+        after: `(site, call, output, kwargs)`, after a layer that was given choices, or a gate that made them.
+        after_block: `(site, call, output, expert)`, after a block of transformers that chose experts `(..., k)`.
     """
 
     sites: list[ChoiceSite]
-    outermost: bool
-    before_layer: Callable[..., Any]
-    follow_layer: Callable[..., None]
-    begin_block: Callable[..., Choosing | None]
-    ended: Callable[..., None]
+    tables: dict[str, list[Tensor]]
+    unread: list[Any] | None = None
+    give: Callable[..., list[Tensor]]
+    give_block: Callable[..., Tensor]
+    after: Callable[..., None]
+    after_block: Callable[..., None]
 
-    def start(self, hooks: Attached, seen: Seen | None) -> None:
+    def start(self, hooks: Attached) -> None:
         """Set the hooks, for forwards of this thread."""
-        if seen is not None and not callable(seen):
-            raise TypeError(
-                f"seen must be a function (args, kwargs) that returns the number of tokens read before, got {seen!r}"
-            )
-        around = {site.site.around: Sequences(self, site.site.around, seen) for site in self.sites}
+        around = {site.site.around: Sequences(self, site.site.around) for site in self.sites}
         for site in self.sites:
             sequences = around[site.site.around]
             if site.site.external:
-                BlockWatch(self, site, sequences).follow(site.called, hooks, first=self.outermost)
+                hooks.set(site.called, "forward", partial(self.run_block, site, sequences, site.called.forward))
                 continue
+            chooses = site.called if self.tables else site.site.called
             hooks.before(site.called, partial(self.before_layer, site, sequences))
-            self.follow_layer(site, sequences, hooks)
+            hooks.after(chooses, partial(self.after_layer, site, sequences), with_kwargs=True)
         for model, sequences in around.items():
             sequences.follow(model, hooks)
         hooks.enter_context(within([(self, ForwardCall())]))
 
+    def before_layer(self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any = None) -> Any:
+        """Forward pre-hook of a layer, or of a gate without one."""
+        if kwargs is None or ((call := sequences.call(site)) is None and not runs_again()):
+            return None  # the hook is being set or taken off; another thread
+        x, sizes, mask = site.tokens(args, kwargs)
+        if call is not None:
+            call.enter(site, sizes, mask)
+        if not self.tables:
+            return None
+        if GIVEN in kwargs:
+            raise ValueError(f"{site.name!r} is given {GIVEN} by its caller: replay them, or give them, not both")
+        given = [values.view(*x.shape[:-1], site.k) for values in self.give(site, call, sizes, mask, x.device)]
+        return args, {**kwargs, **dict(zip((GIVEN, GIVEN_WEIGHTS), given, strict=False))}
 
-@dataclass(eq=False)
-class BlockWatch(Watch):
-    """Has a mode watch each forward of a block of transformers."""
+    def after_layer(
+        self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any, output: Any = None
+    ) -> None:
+        """Forward hook of what chooses."""
+        call = sequences.call(site)
+        if output is not None and call is not None and call.layer == site.layer:
+            self.after(site, call, output, kwargs)
 
-    choices: ChoiceHooks
-    site: ChoiceSite
-    sequences: Sequences
-
-    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choosing | None:
-        call, site = self.sequences.call(self.site), self.site
+    def run_block(
+        self, site: ChoiceSite, sequences: Sequences, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The forward of a block of `transformers`."""
+        call = sequences.call(site)
         if torch.compiler.is_compiling():
             raise RuntimeError(f"choices of {site.name!r} cannot be part of a graph: compile without fullgraph=True")
-        mode = self.choices.begin_block(site, call, (*args, *kwargs.values())[0])
-        return None if mode is None else mode.__enter__()
-
-    def ended(self, call: Choosing, output: Any) -> None:
-        self.lost(call)
-        site = self.site
-        if call.expert is None:
+        if call is None and not (self.tables and runs_again()):
+            return forward(*args, **kwargs)
+        hidden = (*args, *kwargs.values())[0]
+        if call is not None:
+            call.enter(site, sizes_of(site, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask)
+        given = self.give_block(site, call, hidden.device) if self.tables else None
+        with TopkCalls(site, given) as calls:
+            output = forward(*args, **kwargs)
+        if calls.expert is None:
             raise TypeError(
                 f"{type(site.called).__name__} at {site.name!r} does not choose its {site.k} of {site.num_experts} "
                 "experts by torch.topk, so its choices can be neither recorded nor replayed: convert it by "
                 "from_transformers"
             )
-        self.choices.ended(site, self.sequences.call(site), output, call.expert)
+        if call is not None:
+            self.after_block(site, call, output, calls.expert)
+        return output
 
-    def lost(self, call: Choosing) -> None:
-        call.over = True
-        modes = function_modes()
-        while modes and isinstance(modes[-1], Choosing) and modes[-1].over:
-            modes.pop().__exit__(None, None, None)
+
+def sizes_of(site: ChoiceSite, tokens: TokensAround, number: int) -> tuple[int, int]:
+    """The sizes `(b, n)` of the tokens of a block, whose model tells of them."""
+    b, n = tokens.shape or (1, number)
+    if tokens.unknown is not None or b * n != number:
+        why = tokens.unknown or f"its model was given ({b}, {n})"
+        raise ValueError(f"{number} tokens of {site.name!r} cannot be told apart: {why}")
+    return b, n

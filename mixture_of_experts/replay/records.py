@@ -5,9 +5,7 @@ Axes: s tokens of a sequence, l gates, k choices of a token.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
 from os import PathLike
 from typing import Any
 
@@ -15,17 +13,19 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.gating.given import LIVE
-from mixture_of_experts.support.checks import check_optional_size
 
 FORMAT = "mixture_of_experts.routing/1"
+
+#: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
+#: real tokens, None if all are; how many of each sequence were read before, `(b,)` or one number for all
+Forward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):
     """The experts of every real token of some sequences: a mapping from each gate of a model to a list of sequences.
 
     A choice is a number: an expert; or -1, no choice; or -2 - i, which means that expert i takes its share of the
-    token's weight, but does not compute the token (capacity or a policy dropped it). In a layer of two levels each gate
-    has its own choices. Level two has `k * k2` for each token: first those for its first choice of level one.
+    token's weight, but does not compute the token (capacity or a policy dropped it).
 
     Args:
         experts: for each gate, by name, a tensor of integers `(s, k)` for each sequence.
@@ -55,31 +55,25 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         num_experts: Mapping[str, int | None] | None = None,
         weights: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
-        self._experts = of_gates = tensors_of("experts", experts)
-        self._weights = None if weights is None else tensors_of("weights", weights)
+        self._experts = checked("experts", experts, "integers", is_integer)
+        self._weights = (
+            None if weights is None else checked("weights", weights, "floating point", torch.is_floating_point)
+        )
         self._num_experts = dict(num_experts or {})
-        self._unread: Callable[[dict[str, Any]], None] | None = None  # moves what a recording stored to these records
-        numbers = {name: len(sequences) for name, sequences in of_gates.items()}
-        if not numbers or len(set(numbers.values())) > 1:
-            raise ValueError(f"every gate needs a record of every sequence, got numbers of sequences {numbers}")
-        for name, sequences in of_gates.items():
-            for record in sequences:
-                if record.ndim != 2 or not is_integer(record):
-                    got = f"{record.dtype} {tuple(record.shape)}"
-                    raise ValueError(f"a record of {name!r} must be integers (tokens, k), got {got}")
-            if len({record.shape[1] for record in sequences}) > 1:
-                raise ValueError(f"records of {name!r} have different numbers of choices")
-            check_optional_size(f"num_experts[{name!r}]", self._num_experts.get(name))
-        if self._weights is not None:
-            floating = {name: [w.shape for w in of if w.is_floating_point()] for name, of in self._weights.items()}
-            wanted = {name: [record.shape for record in of] for name, of in of_gates.items()}
-            if floating != wanted:
-                raise ValueError(f"weights must be floating point {wanted}, as the choices are, got {floating}")
+        self._unread: list[dict[str, Forward]] = []  # what a recording stored, by gate, for each forward
+        if not self._experts:
+            raise ValueError("experts is empty: give a list of records for each gate")
+        wanted, got = (
+            {name: [tuple(record.shape) for record in of] for name, of in kept.items()}
+            for kept in (self._experts, self._weights or self._experts)
+        )
+        if wanted != got:
+            raise ValueError(f"weights must have the shapes {wanted} of the choices, got {got}")
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The gates, in the model's order."""
-        return tuple(self._read()["experts"])
+        return tuple(self._experts)
 
     def num_experts(self, layer: str) -> int | None:
         """The number of experts of a gate; None if it is not known."""
@@ -89,7 +83,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     def weights(self) -> dict[str, list[Tensor]] | None:
         """For each gate the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
         if choices alone were recorded."""
-        return self._read().get("weights")
+        self._read()
+        return self._weights
 
     def lengths(self, layer: str) -> list[int]:
         """The number of recorded tokens of each sequence at a gate."""
@@ -101,32 +96,34 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return len(next(iter(self.values())))
 
     def __len__(self) -> int:
-        return len(self.layers)
+        return len(self._experts)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
+        return iter(self._experts)
 
-    def __eq__(self, other: object) -> bool:
-        return self is other  # tensors have no single ==
-
-    def __hash__(self) -> int:
-        return id(self)
+    __eq__ = object.__eq__  # tensors have no single ==
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
     def __getitem__(self, layer: str) -> list[Tensor]:
         """The choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
-        if layer not in self.layers:
+        if layer not in self._experts:
             raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self.layers))}")
+        self._read()
         return self._experts[layer]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
-    def _read(self) -> dict[str, dict[str, list[Tensor]]]:
-        """The "experts" of all gates, and "weights" if there are any, with what a recording still held."""
-        kept = {"experts": self._experts} | ({} if self._weights is None else {"weights": self._weights})
-        if self._unread is not None:
-            self._unread(kept)
-        return kept
+    def _read(self) -> None:
+        """Take from its device what a recording has stored."""
+        if not self._unread:
+            return
+        unread = self._unread.copy()
+        self._unread.clear()
+        for kind, kept in enumerate((self._experts, self._weights or {})):
+            for name, before in kept.items():
+                found = [chosen[name] for chosen in unread if name in chosen]
+                kept[name] = joined(name, before, [(values[kind], mask, seen) for values, mask, seen in found])
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
         """The records of some sequences, in the order that you give, for another batch.
@@ -136,87 +133,63 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             tokens: for each of these sequences how many tokens to take, from its beginning; by default all.
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
-        if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
-            raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers):
             raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(cuts)}")
         of_gate = list(zip(numbers, cuts, strict=True))
-        for name, records in self.items():
-            for number, cut in of_gate:
+        for number, cut in of_gate:
+            if not -self.num_sequences <= number < self.num_sequences:
+                raise IndexError(f"no sequence {number}: there are {self.num_sequences}")
+            for name, records in self.items():
                 if cut is not None and not 0 <= cut <= len(records[number]):
                     raise ValueError(f"sequence {number} has {len(records[number])} tokens at {name!r}, not {cut}")
-        selected = {
-            kind: {name: [of[number][:cut] for number, cut in of_gate] for name, of in kept.items()}
-            for kind, kept in self._read().items()
-        }
-        return RoutingRecords(**selected, num_experts=self._num_experts)
+
+        def selected(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+            return {name: [of[number][:cut] for number, cut in of_gate] for name, of in kept.items()}
+
+        return RoutingRecords(
+            selected(self), self._num_experts, None if self.weights is None else selected(self.weights)
+        )
 
     @classmethod
-    def from_requests(
-        cls,
-        requests: Sequence[Any],
-        *,
-        shape: tuple[int, int] | None = None,
-        layers: Sequence[int] | None = None,
-        weights: Sequence[Any] | None = None,
-    ) -> RoutingRecords:
+    def from_requests(cls, requests: Sequence[Any], *, weights: Sequence[Any] | None = None) -> RoutingRecords:
         """Make records from what a serving engine returns for each request.
 
-        vLLM (started with `enable_return_routed_experts`) returns an array `(s, l, k)` of integers, or one for the
-        prompt and one for the completion (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang
-        (`return_routed_experts`) returns `meta_info["routed_experts"]`, base64 of int32 `(s, l, k)` without its shape
-        (sgl-project/sglang#12162). The last token of a completion has no record: the engine never read it. A row of
-        nothing but -1 means that the engine did not record it: there the gate chooses.
+        vLLM (started with `enable_return_routed_experts`) returns an array `(s, l, k)` of integers
+        (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"), SGLang (`return_routed_experts`) base64 of
+        int32 (sgl-project/sglang#12162). The last token of a completion has no record: the engine never read it. A row
+        of nothing but -1 means that the engine did not record it: there the gate chooses.
 
         Args:
-            requests: for each request an array or tensor `(s, l, k)` or nested lists; a tuple of these, which follow
-                each other; or a base64 string.
-            shape: `(l, k)`, which strings do not tell.
-            layers: which of the l layers have gates, in the model's order, if the engine returns dense layers too; by
-                default all.
+            requests: for each request an array or tensor `(s, l, k)`, or nested lists; l are the layers that have
+                gates, in the model's order.
             weights: for each request the weights `(s, l, k)` of these choices, floating point, as experts' outputs are
-                multiplied by them; in parts if the request is. Where the gate chooses, it also weighs.
+                multiplied by them. Where the gate chooses, it also weighs.
 
         Raises:
-            ValueError: an array is of another kind; or requests, parts or weights differ in shape.
+            ValueError: an array is of another kind; or requests or weights differ in shape.
 
         Example:
-            >>> prompt = [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]  # two tokens, two layers, two choices
-            >>> records = RoutingRecords.from_requests([(prompt, [[[2, 1], [0, 1]]])])
+            >>> completion = [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]  # two tokens, two layers, two choices
+            >>> records = RoutingRecords.from_requests([completion])
             >>> records.lengths("0"), records["1"][0].tolist()
-            ([3], [[2, 3], [3, 2], [0, 1]])
+            ([2], [[2, 3], [3, 2]])
         """
-        arrays = [read_request(request, number, shape) for number, request in enumerate(requests)]
-        if not arrays:
-            raise ValueError("there is no request: give one array for each")
-        shapes = {tuple(array.shape[1:]) for array in arrays}
-        if len(shapes) > 1:
-            raise ValueError(f"requests differ in layers or choices: (l, k) are {sorted(shapes)}")
-        of_all = range(arrays[0].shape[1])
-        chosen = of_all if layers is None else layers
-        if wrong := [layer for layer in chosen if not isinstance(layer, Integral) or layer not in of_all]:
-            raise ValueError(f"layers has {wrong[0]!r}, the requests have 0 to {len(of_all) - 1}")
-
-        def of_gates(arrays: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-            return {str(i): [array[:, layer] for array in arrays] for i, layer in enumerate(chosen)}
-
-        if weights is None:
-            return cls(of_gates(arrays))
-        weighed = [read_request(request, number, None, floating=True) for number, request in enumerate(weights)]
-        if [weight.shape for weight in weighed] != [array.shape for array in arrays]:
-            wanted, got = ([tuple(array.shape) for array in of] for of in (arrays, weighed))
-            raise ValueError(f"weights must have the shapes {wanted} of the choices, got {got}")
-        live = [weight.masked_fill(array == LIVE, torch.nan) for array, weight in zip(arrays, weighed, strict=True)]
-        return cls(of_gates(arrays), None, of_gates(live))
+        weighed = None if weights is None else read_requests(weights)
+        records = cls(read_requests(requests), None, weighed)
+        for of_gate in records._experts.values():
+            of_gate[:] = map(shortened, of_gate)
+        return records
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a file that `load` reads."""
+        none = [torch.zeros(0, 0, dtype=torch.int16)]
         layers: dict[str, dict[str, Any]] = {}
-        for name in self:
-            layers[name] = {"num_experts": self.num_experts(name), "lengths": torch.tensor(self.lengths(name)).long()}
-            for kind, kept in self._read().items():
-                layers[name][kind] = torch.cat(kept[name] or [torch.zeros(0, 0, dtype=torch.int16)])
+        for name, records in self.items():
+            lengths = torch.tensor(self.lengths(name), dtype=torch.int64)
+            layers[name] = dict(num_experts=self.num_experts(name), lengths=lengths, experts=torch.cat(records or none))
+            if self.weights is not None:
+                layers[name]["weights"] = torch.cat(self.weights[name] or none)
         torch.save({"format": FORMAT, "layers": layers}, path)
 
     @classmethod
@@ -226,72 +199,96 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         Raises:
             ValueError: the file is of another kind, or not whole.
         """
-        try:
-            found = torch.load(path, weights_only=True, map_location="cpu")
-            if found["format"] != FORMAT:
-                raise ValueError(f"its format is {found['format']!r}, wanted {FORMAT!r}")
-            layers = found["layers"]
-            weighed = any("weights" in part for part in layers.values())
-            kept = {
-                kind: {name: part[kind].split(part["lengths"].tolist()) for name, part in layers.items()}
-                for kind in (("experts", "weights") if weighed else ("experts",))
-            }
-            return cls(**kept, num_experts={name: part["num_experts"] for name, part in layers.items()})
-        except (FileNotFoundError, IsADirectoryError, PermissionError):
-            raise
-        except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
-            what = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
+        with open(path, "rb") as file:
+            try:
+                found = torch.load(file, weights_only=True, map_location="cpu")
+                if found["format"] != FORMAT:
+                    raise ValueError(f"its format is {found['format']!r}, wanted {FORMAT!r}")
+                experts, numbers, weights = {}, {}, {}
+                for name, part in found["layers"].items():
+                    lengths, numbers[name] = part["lengths"].tolist(), part["num_experts"]
+                    experts[name] = part["experts"].split(lengths)
+                    if "weights" in part:
+                        weights[name] = part["weights"].split(lengths)
+                return cls(experts, numbers, weights or None)
+            except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
+                what = f"it has no {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
 
 
-def tensors_of(name: str, given: Any) -> dict[str, list[Tensor]]:
-    """The tensors of each gate, one for each sequence; TypeError if they are given in another way."""
+def checked(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
+    """The tensors of each gate, one for each sequence, if they are such."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must be a dict of records by gate, got a {type(given).__name__}")
-    found = {}
-    for gate, sequences in given.items():
-        found[gate] = list(sequences) if isinstance(sequences, Iterable) else [sequences]
-        if not all(isinstance(record, Tensor) for record in found[gate]):
-            raise TypeError(f"{name}[{gate!r}] must be a list of tensors, one a sequence, got {sequences!r}")
-        found[gate] = [integers(record) for record in found[gate]]
+    found = {gate: list(of) if isinstance(of, Iterable) else [of] for gate, of in given.items()}
+    for gate, sequences in found.items():
+        for record in sequences:
+            if not (isinstance(record, Tensor) and record.ndim == 2 and fits(record)):
+                wanted = f"a list of tensors of {kind} (tokens, k), one a sequence"
+                raise ValueError(f"{name}[{gate!r}] must be {wanted}, got {record!r}")
     return found
 
 
-def read_request(request: Any, number: int, shape: tuple[int, int] | None, floating: bool = False) -> Tensor:
-    """The choices `(s, l, k)` of a request, or their weights, float32."""
-    kind = "floating point" if floating else "integers"
+def is_integer(array: Tensor) -> bool:
+    """Whether an array has integers that int64 can hold."""
+    return not (array.is_floating_point() or array.is_complex() or array.dtype in (torch.bool, torch.uint64))
+
+
+def joined(
+    name: str, before: list[Tensor], forwards: Iterable[tuple[Tensor, Tensor | None, Tensor | int]]
+) -> list[Tensor]:
+    """A gate's records, after forwards (values, mask, tokens read before) that begin sequences, or go on with the last
+    ones."""
+    records = list(before)
+    for values, mask, seen in forwards:
+        found = values.cpu()
+        rows = list(found) if mask is None else [*map(Tensor.__getitem__, found, mask.cpu())]
+        if begins(seen):
+            records += rows
+            continue
+        first, read = len(records) - len(rows), read_before(seen, len(rows))
+        have = [len(record) for record in records[max(first, 0) :]]
+        if first < 0 or any(map(int.__lt__, have, read)):
+            raise RuntimeError(
+                f"{name!r}: a forward continues after {read} tokens of its sequences, {have} were recorded"
+            )
+        for place, row, number in zip(range(first, len(records)), rows, read, strict=True):
+            records[place] = torch.cat([records[place][:number], row])  # a cache may have been cut
+    return records
+
+
+def begins(seen: Tensor | int) -> bool:
+    """Whether a forward that has read so many tokens before begins new sequences."""
+    return not isinstance(seen, Tensor) and seen == 0
+
+
+def read_before(seen: Tensor | int, sequences: int) -> list[int]:
+    """The number of tokens that a forward has read before of each of its sequences."""
+    return seen.tolist() if isinstance(seen, Tensor) else [seen] * sequences
+
+
+def read_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
+    """For each layer, by its number, the arrays `(s, k)` of all requests."""
+    arrays = [read_request(number, request).unbind(1) for number, request in enumerate(requests)]
+    numbers = [len(layers) for layers in arrays]
+    if len(set(numbers)) != 1:
+        raise ValueError(f"requests must be arrays (tokens, layers, k) of the same layers, got {numbers} layers")
+    return {str(i): list(of_gate) for i, of_gate in enumerate(zip(*arrays, strict=True))}
+
+
+def read_request(number: int, request: Any) -> Tensor:
     try:
-        if isinstance(request, tuple):
-            return torch.cat([read_request(part, number, shape, floating) for part in request])
-        array = from_base64(request, shape) if isinstance(request, str) else torch.as_tensor(request)
-        if array.ndim != 3 or not (array.is_floating_point() if floating else is_integer(array)):
-            raise ValueError(f"{array.dtype} {tuple(array.shape)}")
+        array = torch.as_tensor(request).cpu()
+        if array.ndim != 3:
+            raise ValueError(f"it has shape {tuple(array.shape)}")
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"a {type(request).__name__}: {error}"
-        raise ValueError(f"request {number} must be {kind} (tokens, layers, k), got {got}") from error
-    if floating:
-        return array.cpu().float()
-    wide = integers(array.cpu()).to(torch.int64)
-    array = wide.to(torch.int32)
-    array = array if array.equal(wide) else wide  # a replay tells what is no expert
-    return torch.where((array == -1).all(dim=-1, keepdim=True), LIVE, array)
-
-
-def from_base64(text: str, shape: tuple[int, int] | None) -> Tensor:
-    """The choices `(s, l, k)` of a string, base64 of int32."""
-    if shape is None:
-        raise ValueError("a base64 string does not tell its shape: give shape=(layers, k)")
-    raw = bytearray(base64.b64decode(text, validate=True))
-    return (torch.frombuffer(raw, dtype=torch.int32) if raw else torch.zeros(0, dtype=torch.int32)).view(-1, *shape)
-
-
-def is_integer(array: Tensor) -> bool:
-    return not (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool)
-
-
-def integers(array: Tensor) -> Tensor:
-    """An array of a dtype in which torch computes: it does little with unsigned integers of two bytes and more."""
-    if array.dtype in (torch.uint16, torch.uint32, torch.uint64):
-        wide = array.to(torch.int64)
-        return wide.where(wide >= 0, torch.iinfo(torch.int64).max)  # above the most of int64
+        raise ValueError(f"request {number} must be an array (tokens, layers, k), got {got}") from error
     return array
+
+
+def shortened(array: Tensor) -> Tensor:
+    """Choices `(s, k)` of an engine, int16 if they fit; the gate makes those of a row of nothing but -1."""
+    wide = array.to(torch.int64)
+    small = wide.to(torch.int16)
+    return torch.where((wide == -1).all(dim=-1, keepdim=True), LIVE, small if small.equal(wide) else wide)

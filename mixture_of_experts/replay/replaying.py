@@ -7,30 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from mixture_of_experts.gating import reads_of
-from mixture_of_experts.gating.base import GIVEN_WEIGHTS
-from mixture_of_experts.gating.given import LIVE, check_given
-from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
+from mixture_of_experts.gating.given import GIVEN, LIVE, check_given
 from mixture_of_experts.replay.hooks import ChoiceHooks
-from mixture_of_experts.replay.recording import sequences_of
-from mixture_of_experts.replay.records import RoutingRecords
-from mixture_of_experts.replay.sequences import (
-    ChoiceSite,
-    Seen,
-    Sequences,
-    SequencesCall,
-    choice_sites,
-    runs_again,
-)
-from mixture_of_experts.replay.topk_calls import Choosing
+from mixture_of_experts.replay.records import RoutingRecords, begins, read_before
+from mixture_of_experts.replay.sequences import ChoiceSite, SequencesCall, choice_sites
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import in_checkpoint
@@ -45,7 +32,6 @@ def replay_routing(
     records: RoutingRecords,
     *,
     beyond: Beyond = "error",
-    seen: Seen | None = None,
     gates: Gates | None = None,
 ) -> Iterator[None]:
     """Have every gate in `model` choose what `records` say, while the context lasts.
@@ -64,7 +50,7 @@ def replay_routing(
         records: records of this model or one like it. Gates are matched by name; if names differ, by order.
         beyond: what happens to a token beyond the end of its sequence's record: "error", or "choose": its gate chooses.
             The last token of a completion is such a one: no engine has read it.
-        seen, gates: as in `record_routing`.
+        gates: as in `record_routing`.
 
     Raises:
         ValueError: on entering: gates, choices or experts of model and records differ in number, or a gate cannot take
@@ -94,54 +80,60 @@ def replay_routing(
             "RoutingRecords.load reads a file, and RoutingRecords(...) takes a dict"
         )
     sites = choice_sites(model, "replay_routing", gates, records.weights is not None)
-    replay = Replay(sites, *match(sites, records), beyond)
+    replay = Replay(sites, records, beyond)
     with Attached() as hooks:
         hooks.callback(replay.close)
-        replay.start(hooks, seen)
+        replay.start(hooks)
         yield
 
 
-@dataclass(eq=False)
 class Replay(ChoiceHooks):
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
-    sites: list[ChoiceSite]
-    tables: dict[str, list[Tensor]]  # (b, s + 1, k), the choices of each gate, and their weights if there are any
-    lengths: dict[str, list[int]]  # of their sequences
-    beyond: Beyond
-    closed: bool = False
-    to_run_again: dict[str, Tensor] = field(default_factory=dict)  # choices of blocks that a backward may run again
-    waiting: set[str] = field(default_factory=set)  # blocks that no backward has run again yet
-    outermost = True  # so that a recording at the same time sees what is replayed
+    def __init__(self, sites: list[ChoiceSite], records: RoutingRecords, beyond: Beyond) -> None:
+        self.sites, self.beyond, self.closed = sites, beyond, False
+        layers, names = records.layers, [site.name for site in sites]
+        if len(layers) != len(sites):
+            raise ValueError(
+                f"the model has {len(sites)} gates ({', '.join(names)}), the records {len(layers)} "
+                f"({', '.join(layers)})"
+            )
+        self.lengths: dict[str, list[int]] = {}  # of the sequences of each gate
+        self.tables: dict[str, list[Tensor]] = {}  # `(b, s + 1, k)`, its choices, and their weights if there are any
+        for site, layer in zip(sites, names if set(layers) == set(names) else layers, strict=True):
+            self.lengths[site.name] = records.lengths(layer)
+            self.tables[site.name] = tables_of(site, layer, records)
+        self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
+        self.waiting: set[str] = set()  # blocks that no backward has run again yet
 
     def close(self) -> None:
         self.closed = True
 
-    # gates of this package
+    def give(
+        self, site: ChoiceSite, call: SequencesCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
+    ) -> list[Tensor]:
+        """`(b, n, k)` int64, the choices for the tokens of a forward; and their weights, if the records hold them."""
+        tables, seen = self.tables[site.name], 0 if call is None else call.seen
+        if call is not None:
+            self.check(site, call, shape, mask)
+            call.chosen[site.name] = None
+        if mask is None:
+            index = torch.arange(shape[1], device=device).expand(shape)
+        else:
+            index = mask.to(device).cumsum(dim=-1) - 1
+        index = index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen)
+        if tables[0].device != device:
+            tables[:] = [table.to(device) for table in tables]
+        inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, site.k)
+        return [table.gather(1, inside) for table in tables]
 
-    def before_layer(self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any = None) -> Any:
-        if kwargs is None or ((call := sequences.call(site)) is None and not runs_again()):
-            return None
-        x, sizes, mask = site.tokens(args, kwargs)
-        given = self.given(site, call, sizes, mask, x.device)
-        name, rest = (GIVEN, (site.k,)) if site.site.level_one is None else (GIVEN_INNER, (-1, site.k))
-        if name in kwargs:
-            raise ValueError(f"{site.name!r} is given {name} by its caller: replay them, or give them, not both")
-        of_name = zip((name, GIVEN_WEIGHTS), given, strict=False)
-        return args, {**kwargs, **{name: values.view(*x.shape[:-1], *rest) for name, values in of_name}}
-
-    def follow_layer(self, site: ChoiceSite, sequences: Sequences, hooks: Attached) -> None:
-        hooks.after(site.called, lambda layer, args, out: self.ended(site, sequences.call(site), out))
-
-    # blocks of transformers
-
-    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, hidden: Tensor) -> Choosing | None:
+    def give_block(self, site: ChoiceSite, call: SequencesCall | None, device: Any) -> Tensor:
+        """`(b n, k)` int64, the choices for the tokens of a block; those of its last forward if it runs again."""
         if call is None:
             self.waiting.discard(site.name)
-            return Choosing(site, self.to_run_again[site.name]) if runs_again() else None
-        shape = sequences_of(site, call, hidden.shape[:-1].numel())
-        (given,) = self.given(site, call, shape, call.tokens.mask, hidden.device)
-        given = given.flatten(0, 1)
+            return self.to_run_again[site.name]
+        sizes, mask = call.entered[site.name]
+        given = self.give(site, call, sizes, mask, device)[0].flatten(0, 1)
         if site.called.training and in_checkpoint():
             if site.name in self.waiting and not self.to_run_again[site.name].equal(given):
                 raise RuntimeError(
@@ -150,27 +142,7 @@ class Replay(ChoiceHooks):
                 )
             self.to_run_again[site.name] = given
             self.waiting.add(site.name)
-        return Choosing(site, given)
-
-    # both
-
-    def given(
-        self, site: ChoiceSite, call: SequencesCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
-    ) -> list[Tensor]:
-        """`(b, n, k)` int64, the choices for the tokens of a forward; and their weights, if the records hold them."""
-        tables, seen = self.tables[site.name], 0 if call is None else call.seen
-        if call is not None:
-            call.once(site.name)
-            self.check(site, call, shape, mask)
-        if mask is None:
-            index = torch.arange(shape[1], device=device).expand(shape)
-        else:
-            index = mask.to(device).cumsum(dim=-1) - 1
-        index = index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen)
-        if tables[0].device != device:
-            tables[:] = [table.to(device) for table in tables]
-        inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, site.choices)
-        return [table.gather(1, inside) for table in tables]
+        return given
 
     def check(self, site: ChoiceSite, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None) -> None:
         """Check that a forward has as many sequences and tokens as the records; in a graph only sequences."""
@@ -182,7 +154,7 @@ class Replay(ChoiceHooks):
             )
         if torch.compiler.is_compiling():
             return
-        if site.called.training and in_checkpoint() and (call.continues or not torch.is_grad_enabled()):
+        if site.called.training and in_checkpoint() and (not begins(call.seen) or not torch.is_grad_enabled()):
             raise RuntimeError(
                 f"{site.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
                 "backward would not know what to replay: pass use_reentrant=False and use_cache=False"
@@ -190,8 +162,8 @@ class Replay(ChoiceHooks):
         if any(found is mask and fit == lengths for found, fit in call.checked):
             return
         real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
-        for i, (length, new, read) in enumerate(zip(lengths, real, call.read_before(shape[0]), strict=True)):
-            short = new + read < length and not call.cached
+        for i, (length, new, read) in enumerate(zip(lengths, real, read_before(call.seen, shape[0]), strict=True)):
+            short = new + read < length and call.cache is None
             if short or (new + read > length and self.beyond == "error"):
                 remedy = "records.select(sequences, tokens) cuts them" if short else 'beyond="choose" lets gates choose'
                 raise ValueError(
@@ -199,14 +171,15 @@ class Replay(ChoiceHooks):
                 )
         call.checked.append((mask, lengths))
 
-    def ended(self, site: ChoiceSite, call: SequencesCall | None, output: Any, expert: object = None) -> None:
+    def after(self, site: ChoiceSite, call: SequencesCall, output: Any, more: Any) -> None:
         """Have a backward after the context raise an error: without hooks, recomputed gates would choose themselves."""
-        if torch.compiler.is_compiling() or call is None or not in_checkpoint():
+        if torch.compiler.is_compiling() or not in_checkpoint():
             return
-        parts = output if isinstance(output, tuple) else (getattr(output, "weight", output),)
-        out = next(part for part in parts if isinstance(part, Tensor))
-        if out.requires_grad:
-            out.register_hook(partial(self.refuse_if_closed, site.name))
+        for part in output if isinstance(output, tuple) else (getattr(output, "weight", output),):
+            if isinstance(part, Tensor) and part.requires_grad:
+                part.register_hook(partial(self.refuse_if_closed, site.name))
+
+    after_block = after
 
     def refuse_if_closed(self, name: str, grad: Tensor) -> None:
         if self.closed:
@@ -216,45 +189,37 @@ class Replay(ChoiceHooks):
             )
 
 
-def match(sites: list[ChoiceSite], records: RoutingRecords) -> tuple[dict[str, list[Tensor]], dict[str, list[int]]]:
-    """The tables of each gate and the lengths of their sequences, by its name, after a check that they fit."""
-    layers, names = records.layers, [site.name for site in sites]
-    if len(layers) != len(sites):
-        raise ValueError(
-            f"the model has {len(sites)} gates ({', '.join(names)}), the records {len(layers)} ({', '.join(layers)})"
-        )
-    tables, lengths = {}, {}
-    for site, layer in zip(sites, names if set(layers) == set(names) else layers, strict=True):
-        check_records(site, layer, records)
-        lengths[site.name] = records.lengths(layer)
-        tables[site.name] = [padded([record.long() for record in records[layer]], site.choices, LIVE)]
-        if (weights := records.weights) is not None:
-            tables[site.name].append(padded(weights[layer], site.choices, torch.nan))
-    return tables, lengths
-
-
-def padded(records: list[Tensor], k: int, live: float) -> Tensor:
-    """`(b, s + 1, k)`, the record `(s, k)` of each sequence, and behind its end what means "the gate's own"."""
-    longer = torch.full((max([0, *map(len, records)]) + 1, k), live)
-    return pad_sequence([*records, longer], batch_first=True, padding_value=live)[:-1]
-
-
-def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None:
-    e, found = records.num_experts(layer), records[layer]
+def tables_of(site: ChoiceSite, layer: str, records: RoutingRecords) -> list[Tensor]:
+    """The choices `(b, s + 1, k)` of a gate, int64, and their weights if there are any, after a check that they fit.
+    Behind the end of a record stands what means "the gate's own"."""
     of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
     if not site.site.external and GIVEN not in reads_of(site.site.gate):
         raise ValueError(
             f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
             f"`self.merge_given(tokens, expert)`, and add {GIVEN!r} to its `reads`"
         )
-    if found and found[0].shape[1] != site.choices:
-        raise ValueError(f"{of} makes {site.choices} choices for a token, the records have {found[0].shape[1]}")
-    if e not in (None, site.num_experts):
+    k = {record.shape[1] for record in records[layer]} - {site.k}
+    if k:
+        raise ValueError(f"{of} makes {site.k} choices for a token, the records have {k.pop()}")
+    if (e := records.num_experts(layer)) not in (None, site.num_experts):
         raise ValueError(f"{of} has {site.num_experts} experts, the records are of {e}")
-    for record in found:
-        try:
-            check_given(record.long().unflatten(-1, (-1, site.k)), site.num_experts)
-        except ValueError as error:
-            raise ValueError(f"{of}: in the records, {error}") from error
-        if site.site.external and bool(((record < 0) & (record != LIVE)).any()):
-            raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")
+    experts = padded(records[layer], site.k, LIVE, torch.int64)
+    try:
+        check_given(experts, site.num_experts)
+    except ValueError as error:
+        raise ValueError(f"{of}: in the records, {error}") from error
+    if site.site.external and bool(((experts < 0) & (experts != LIVE)).any()):
+        raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")
+    if records.weights is None:
+        return [experts]
+    dtype = next((weight.dtype for weight in records.weights[layer]), torch.float32)
+    weights = padded(records.weights[layer], site.k, torch.nan, dtype)
+    return [experts, weights.masked_fill(experts == LIVE, torch.nan)]
+
+
+def padded(records: list[Tensor], k: int, filler: float, dtype: torch.dtype) -> Tensor:
+    """The record `(s, k)` of each sequence in one tensor `(b, s + 1, k)`."""
+    table = torch.full((len(records), max([0, *map(len, records)]) + 1, k), filler, dtype=dtype)
+    for row, record in zip(table, records, strict=True):
+        row[: len(record)] = record
+    return table

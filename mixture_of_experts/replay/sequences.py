@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from mixture_of_experts.gating import ExpertChoiceGating, reads_of
-from mixture_of_experts.gating.base import COUNTED, GIVEN_WEIGHTS
+from mixture_of_experts.gating.given import COUNTED, GIVEN_WEIGHTS
 from mixture_of_experts.support.private_torch import number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, cache_of, read_tokens, seen_tokens
 from mixture_of_experts.whole_model.sites import Gates, Location, Site, find_sites, places, serve
 
-Seen = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | int"]
 LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
 
 
@@ -37,12 +36,6 @@ class ChoiceSite(NamedTuple):
     @property
     def num_experts(self) -> int:
         return self.site.num_experts
-
-    @property
-    def choices(self) -> int:
-        """The number of choices of a token; at level two for all its choices of level one."""
-        outer = self.site.level_one
-        return self.k if outer is None or outer.k is None else self.k * outer.k
 
     def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """The inputs `(..., n, d)` of a layer or gate, the sizes `(b, n)` of their tokens, and their mask `(b, n)`."""
@@ -94,17 +87,13 @@ def why_no_choices(site: Site) -> str | None:
         return "a table of token ids chooses there"
     if site.k is None or isinstance(site.gate, ExpertChoiceGating):
         return "tokens make no k choices there"
-    if not site.external and site.outer and site.level_one is None:
-        return f"it has outer_expert_dims={site.outer} and stands in no layer"
-    return None
+    return f"it has outer_expert_dims={site.outer}, as in layers of two levels" if site.outer else None
 
 
 def why_no_weights(site: Site) -> str | None:
     """Why the weights of a site can be neither recorded nor replayed; None if they can."""
     if site.external:
         return "its own code computes the weights: convert the block by from_transformers"
-    if site.is_level:
-        return "in a layer of two levels only choices are recorded"
     return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
 
 
@@ -117,57 +106,44 @@ class SequencesCall(ForwardCall):
 
     tokens: TokensAround
     seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
-    cached: bool  # whether it has a cache
     cache: Any  # that of transformers, if it has one
-    chosen: dict[str, Any] = field(default_factory=dict)  # what was recorded, and the mask, by gates that ran
-    ended: bool = False
-    sizes: dict[str, Any] = field(default_factory=dict)  # of tokens of layers, and their masks, by gate
+    entered: dict[str, Any] = field(default_factory=dict)  # sizes `(b, n)` and mask of tokens, by gate
+    chosen: dict[str, Any] = field(default_factory=dict)  # what gates chose, or were given
     checked: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
-    outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
     layer: str = ""  # path of the layer that runs
 
-    @property
-    def continues(self) -> bool:
-        return isinstance(self.seen, Tensor) or self.seen > 0
-
-    def read_before(self, sequences: int) -> list[int]:
-        """The number of real tokens of each sequence in the cache."""
-        return self.seen.tolist() if isinstance(self.seen, Tensor) else [self.seen] * sequences
-
-    def once(self, name: str) -> None:
-        """Refuse a second run of a gate in this forward."""
-        if name in self.chosen:
-            raise RuntimeError(f"{name!r} ran twice in one forward, but a record has room for one call: call it once")
-        self.chosen[name] = None
+    def enter(self, site: ChoiceSite, sizes: tuple[int, int], mask: Tensor | None) -> None:
+        """A gate is called for tokens of such sizes `(b, n)` and mask."""
+        if site.name in self.entered:
+            raise RuntimeError(
+                f"{site.name!r} ran twice in one forward, but a record has room for one call: call it once"
+            )
+        self.layer, self.entered[site.name] = site.layer, (sizes, mask)
 
 
 class Sequences(Watch):
     """Tells the sequences of the forward that is under way, for one model around gates.
 
     Args:
-        owner: whose forwards they are, in its thread.
+        owner: the recording or replay, in its thread.
         model: the model.
-        seen: see `record_routing`.
     """
 
-    read: TokensReader
-    seen: Seen | None
+    owner: Any
 
-    def __init__(self, owner: Hashable, model: nn.Module, seen: Seen | None) -> None:
+    def __init__(self, owner: Any, model: nn.Module) -> None:
         super().__init__(owner)
-        self.read, self.seen = TokensReader(model), seen
+        self.read: TokensReader = TokensReader(model)
         self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequencesCall:
         given = self.read.given(args, kwargs)
-        if self.seen is not None:
-            return SequencesCall(read_tokens(given), self.seen(args, kwargs), True, None)
         cache = cache_of(given)
         self.refuse_beams(cache)
-        return SequencesCall(read_tokens(given), seen_tokens(given), cache is not None, cache)
+        return SequencesCall(read_tokens(given), seen_tokens(given), cache)
 
     def ended(self, call: SequencesCall, output: object) -> None:
-        missing = sorted(call.sizes.keys() - call.chosen.keys())
+        missing = sorted(call.entered.keys() - call.chosen.keys())
         if missing or not call.chosen:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
@@ -177,7 +153,8 @@ class Sequences(Watch):
             )
         keys = keys_of(call.cache)
         self.left = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
-        call.ended, call.outer, call.cache = True, None, None
+        if self.owner.unread is not None:
+            self.owner.unread.append(call.chosen)
 
     def refuse_beams(self, cache: Any) -> None:
         """Refuse a cache whose sequences were exchanged since the last forward: others would go on with their records.

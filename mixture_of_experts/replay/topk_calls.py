@@ -15,50 +15,49 @@ from torch.overrides import TorchFunctionMode
 
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.replay.sequences import ChoiceSite
-from mixture_of_experts.whole_model.call_stack import ForwardCall
+from mixture_of_experts.support.private_torch import function_modes
 
 
-class Choosing(TorchFunctionMode, ForwardCall):
+class TopkCalls(TorchFunctionMode):
     """Watches calls of `torch.topk` in a forward of a block.
 
     Args:
         site: the site of the block.
-        given: `(t, k)` int64, the choices that the block is to make; None: it chooses, and `expert` holds its choices.
+        given: `(t, k)` int64, the choices that the block is to make; None: it chooses.
+
+    Attributes:
+        expert: what the block chose; None until it does.
     """
 
-    site: ChoiceSite
-    prescribed: Tensor | None
-    groups: Any
+    expert: Tensor | None = None
 
-    def __init__(self, site: ChoiceSite, given: Tensor | None = None) -> None:
+    def __init__(self, site: ChoiceSite, given: Tensor | None) -> None:
         super().__init__()
-        self.site, self.prescribed = site, given
-        self.expert: Tensor | None = None
-        self.over = False  # whether the forward has ended; another mode may still stand on this one
+        self.site, self.given = site, given
         block: Any = site.site.block
-        self.groups = None if block is None else (block.attribute("num_groups"), block.attribute("top_groups"))
+        self.groups: Any = None if block is None else (block.attribute("num_groups"), block.attribute("top_groups"))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.over or func not in (torch.topk, Tensor.topk):
-            return func(*args, **kwargs)
-        return self.topk(*args, **kwargs)
+        called = self.topk if func in (torch.topk, Tensor.topk) else func
+        return called(*args, **(kwargs or {}))
 
     def topk(
         self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **kwargs: Any
     ) -> Any:
-        size, given, last = input.shape[-1], self.prescribed, dim in (-1, input.ndim - 1)
+        size, given, last = input.shape[-1], self.given, dim in (-1, input.ndim - 1)
         if last and given is not None and (size, k) == self.groups and input.numel() == len(given) * size:
             input = input.masked_fill(self.groups_of(given, size).view_as(input), torch.inf)
         found = torch.topk(input, k, dim, largest, sorted, **kwargs)
         if not last or (size, k) != (self.site.num_experts, self.site.k):
             return found
-        self.expert = found.indices
-        if given is None:
-            return found
-        given = given.view_as(self.expert)
-        self.expert = torch.where(given == LIVE, self.expert, given)
-        return torch.return_types.topk((input.gather(-1, self.expert), self.expert))
+        if given is not None:
+            given = given.view_as(found.indices)
+            expert = torch.where(given == LIVE, found.indices, given)
+            found = torch.return_types.topk((input.gather(-1, expert), expert))
+        for mode in (self, *function_modes()):  # a recording around a replay saw what the block itself would choose
+            if isinstance(mode, TopkCalls):
+                mode.expert = found.indices
+        return found
 
     def groups_of(self, given: Tensor, groups: int) -> Tensor:
         """`(t, g)` bool, the expert groups of the given experts: these groups are open, whatever their scores are."""

@@ -25,6 +25,8 @@ TABLES = (
 
 #: attributes that a module has while something is attached to it
 OWN = ("__getstate__", "__deepcopy__")
+#: stands for an attribute that a module itself does not have
+NONE = object()
 
 
 class Attached(ExitStack):
@@ -45,8 +47,9 @@ class Attached(ExitStack):
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set an attribute. Of several contexts the last one holds, in whatever order they end."""
         with CHANGING:
-            before = getattr(module, name)
+            own, before = name in vars(module), getattr(module, name, NONE)
             setattr(module, name, value)  # it may refuse the value
+            before = before if own or name not in vars(module) else NONE  # of the class
             own_state(module).values.setdefault(name, [(None, before)]).append((self, value))
         self.callback(self._unset, module, name)
 
@@ -68,7 +71,10 @@ class Attached(ExitStack):
             last, _ = state.values[name][-1]
             values = [(owner, value) for owner, value in state.values[name] if owner is not self]
             if last is self:
-                setattr(module, name, values[-1][1])
+                if values[-1][1] is NONE:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, values[-1][1])
             if len(values) > 1:
                 state.values[name] = values
             else:
@@ -103,7 +109,8 @@ class OwnState:
             if table in state:
                 kept = [(key, value) for key, value in state[table].items() if key not in self.ids]
                 state[table] = type(state[table])(kept)
-        return state | {name: values[0][1] for name, values in self.values.items() if name in state}
+        state |= {name: values[0][1] for name, values in self.values.items() if name in state}
+        return {name: value for name, value in state.items() if value is not NONE}
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
         """The `__deepcopy__` of a module whose class has one."""

@@ -68,12 +68,6 @@ class Site:
         return k if isinstance(k, int) else None
 
     @property
-    def is_level(self) -> bool:
-        """Whether it is level one or two of a layer."""
-        layers = (location.layer for location in self.locations)
-        return any(layer is not None and isinstance(unwrapped(layer), HeirarchicalMoE) for layer in layers)
-
-    @property
     def bias(self) -> Tensor | None:
         """The bias that chooses experts and that counts of choices move; None if there is none."""
         if self.block is not None:
