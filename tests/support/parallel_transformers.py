@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from mixture_of_experts import ExpertList
 from mixture_of_experts.huggingface import from_pretrained, replace_ffn
 from mixture_of_experts.parallel import ExpertParallel, parallelize_module
 from support.parallel_checks import make_mesh
@@ -32,19 +29,6 @@ def check_saved_model_is_whole(folder: Path) -> None:
         assert len(found) > 10
         for name, value in found.items():
             assert torch.equal(value, whole[name if place != "body" else f"model.{name}"]), name
-
-
-def check_lists_are_refused(folder: Path) -> None:
-    """On every rank, before anything is written."""
-    torch.set_default_dtype(torch.float32)
-    model = ARCHITECTURES["llama"].build()
-    (name,) = replace_ffn(model, num_experts=4, layers=[0])
-    moe = model.get_submodule(name).moe
-    moe.experts = ExpertList(nn.Linear(moe.dim, moe.dim) for _ in range(4))
-    parallelize_module(model, make_mesh()["ep"], {f"{name}.moe": ExpertParallel()})
-    with pytest.raises(TypeError, match=rf"save_pretrained cannot gather {name}.moe.experts, a list of modules"):
-        model.save_pretrained(folder)
-    assert not folder.exists()
 
 
 def save_on_one_rank(folder: Path) -> str:
