@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
-from types import MethodType
 from typing import Any
 
 import torch.distributed.tensor.parallel as tensor_parallel
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts
 from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe_layer
 
 
@@ -26,8 +23,7 @@ def parallelize_module(
 ) -> nn.Module:
     """Apply parallel styles to a model, as `torch.distributed.tensor.parallel.parallelize_module` does; return it.
 
-    Here a key that matches nothing is an error. If the model has a `save_pretrained` (as models of transformers have),
-    that method gathers the experts afterwards: all ranks must call it together.
+    Here a key that matches nothing is an error.
 
     Args:
         module: the model; it is changed in place.
@@ -44,8 +40,6 @@ def parallelize_module(
     for key, style in plan.items():
         for submodule in matching_submodules(module, key):
             tensor_parallel.parallelize_module(submodule, device_mesh, style, src_data_rank=src_data_rank)
-    if device_mesh.size() > 1:
-        save_whole(module)
     return module
 
 
@@ -79,23 +73,3 @@ def matching_submodules(module: nn.Module, key: str) -> dict[nn.Module, str]:
         if fnmatch(name, key) and name.count(".") == key.count(".") and (name or not key):
             found.setdefault(submodule, name)
     return found
-
-
-def save_whole(module: nn.Module) -> None:
-    """Make `save_pretrained` of all models in a module write the experts of all ranks."""
-    for model in module.modules():
-        save = getattr(type(model), "save_pretrained", None)
-        if save is not None and any(isinstance(part, ExpertParallelExperts) for part in model.modules()):
-            model.save_pretrained = MethodType(save_pretrained_whole, model)  # type: ignore[assignment]
-
-
-def save_pretrained_whole(model: Any, *args: Any, state_dict: dict[str, Any] | None = None, **options: Any) -> Any:
-    """Call the model's own `save_pretrained` with a state gathered from all ranks; the first rank writes."""
-    if state_dict is None:
-        try:
-            state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"save_pretrained could not gather the experts of all ranks: {error}\nCall it on every rank"
-            ) from error
-    return type(model).save_pretrained(model, *args, state_dict=state_dict, **options)
