@@ -72,10 +72,10 @@ class Meter:
                 self.step.sizes_sent += leaving
             return result
 
-        def metered_compute(experts: ExpertParallelExperts, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        def metered_compute(experts: ExpertParallelExperts, x: Tensor, *counts: Tensor) -> Tensor:
             x.register_hook(self._end)
             self._begin()
-            result = compute(experts, x, counts)
+            result = compute(experts, x, *counts)
             self._end()
             result.register_hook(self._begin)
             return result

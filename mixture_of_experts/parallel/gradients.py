@@ -1,37 +1,32 @@
-"""Norms and averages of gradients if some parameters are a rank's own.
-
-A parameter is *whole* (the same on every rank), or a DTensor (each rank has a part), or a plain parameter of this rank
-alone, in a list of modules of which every rank keeps some.
-"""
+"""Norms and averages of gradients of parameters that are whole (the same on every rank), and of DTensors, of which each
+rank has a part."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.private_torch import ignore_in_ddp
 from mixture_of_experts.whole_model.balancing import names_of_counts
 
-Parameters = nn.Module | Iterable[Tensor]
-
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters, by name, of which every rank has its own part. DDP must ignore them."""
-    own = set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, ExpertParallelExperts):
-            module.mark_parameters()
-            own |= {f"{prefix}.{name}".lstrip(".") for name in module.own_parameter_names()}
+    own = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        if isinstance(module, ExpertParallelExperts)
+        for name in module.expert_parallel.stacked
+    }
     return {name: parameter for name, parameter in model.named_parameters() if name in own}
 
 
@@ -83,13 +78,15 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Parameters, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: nn.Module | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
 ) -> Tensor:
     """Scale all gradients so that their total norm, over all parameters and ranks, is at most `max_norm`.
 
     Args:
-        parameters: the model, or its parameters: whole ones and DTensors of any meshes, the same on all ranks. If FSDP2
-            shards a list of expert modules, give the model: only it tells which rank has which module.
+        parameters: the model, or its parameters: whole ones and DTensors of any meshes, the same on all ranks.
         max_norm: the largest norm.
         norm_type: p of the norm, above 0, or inf.
         error_if_nonfinite: whether a norm that is infinite or NaN raises RuntimeError.
@@ -97,60 +94,23 @@ def clip_grad_norm_(
     Returns:
         The total norm before scaling, 0-dim: the same as `torch.nn.utils.clip_grad_norm_` returns in one process.
     """
-    norm_type = float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
     if isinstance(parameters, nn.Module):
-        expert_parameters(parameters)  # marks the parameters that are a rank's own
         parameters = parameters.parameters()
-    every = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    totals = [_norm_of_group(members, groups, norm_type) for groups, members in _by_owners(every).items()]
-    totals = [total.to(totals[0].device) for total in totals]
-    total = torch.linalg.vector_norm(torch.stack(totals), norm_type) if totals else torch.zeros(())
-    if error_if_nonfinite and not bool(torch.isfinite(total)):
-        raise RuntimeError(f"the norm of order {norm_type} of the gradients is {total}: it cannot be clipped")
-    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    every = [parameters] if isinstance(parameters, Tensor) else parameters
+    by_mesh: dict[Any, list[Tensor]] = {}  # of which torch's own functions take one at a time
     for parameter in every:
         if parameter.grad is not None:
-            gradient = _local(parameter.grad)
-            gradient.mul_(factor.to(gradient.device))
-    return total
-
-
-def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:
-    """Sort parameters by the process groups over which they are spread; whole ones have none.
-
-    Parameters without a gradient are sorted too, so that all ranks come to the same collectives.
-    """
-    owners: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
-        groups = []
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
-            groups = [mesh.get_group(i) for i, p in enumerate(parameter.placements) if not isinstance(p, Replicate)]
-        mesh = getattr(parameter, "expert_mesh", None)
-        groups += [mesh.get_group()] if mesh is not None else []
-        owners.setdefault(tuple(groups), []).append(parameter)
-    return owners  # in the order of the model, the same on every rank
-
-
-def _norm_of_group(parameters: list[Tensor], groups: Iterable[dist.ProcessGroup], norm_type: float) -> Tensor:
-    """The norm of the gradients of parameters that are spread over the same process groups."""
-    # the dtype of all parameters, as ranks may have gradients of different ones
-    dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
-    norms = [torch.zeros((), dtype=dtype, device=_local(parameters[0]).device)]
-    for parameter in parameters:
-        if parameter.grad is not None:
-            norm = torch.linalg.vector_norm(_local(parameter.grad), norm_type, dtype=dtype)
-            norms.append(norm.to(norms[0].device))
-    total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    for group in groups:
-        if math.isinf(norm_type):
-            dist.all_reduce(total, dist.ReduceOp.MAX, group)
-        else:
-            total = total**norm_type
-            dist.all_reduce(total, group=group)
-            total = total ** (1 / norm_type)
+            by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    norms: list[Any] = [
+        get_total_norm([p.grad for p in members], norm_type)  # type: ignore[misc]
+        for members in by_mesh.values()
+    ]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = get_total_norm(norms, norm_type, error_if_nonfinite)
+    for members in by_mesh.values():
+        clip_grads_with_norm_(members, max_norm, total)
     return total
 
 

@@ -25,8 +25,7 @@ class ExpertSharding:
         dims: `*e`, number of experts of all ranks.
         gradient: whether an expert's gradient is that of the "mean" or of the "sum" of the ranks' losses.
         static_shapes: whether all ranks always have equally many slots.
-        stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part;
-            empty for a list of modules.
+        stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part.
         shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
     """
 
@@ -34,17 +33,13 @@ class ExpertSharding:
     dims: tuple[int, ...]
     gradient: Gradient
     static_shapes: bool
-    stacked: frozenset[str] = frozenset()
+    stacked: frozenset[str]
     shared_batch: DeviceMesh | None = None
-
-    @property
-    def ranks(self) -> int:
-        return self.mesh.size()
 
     @property
     def local_dims(self) -> tuple[int, ...]:
         """`*l`, the number of experts of one rank."""
-        return (self.dims[0] // self.ranks, *self.dims[1:])
+        return (self.dims[0] // self.mesh.size(), *self.dims[1:])
 
     @property
     def experts(self) -> range:
@@ -55,7 +50,7 @@ class ExpertSharding:
     @property
     def factor(self) -> float:
         """The factor of an expert's gradient, which itself is the sum over the losses of all ranks."""
-        return 1 / self.ranks if self.gradient == "mean" else 1.0
+        return 1 / self.mesh.size() if self.gradient == "mean" else 1.0
 
     @property
     def channel(self) -> Channel:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -28,10 +27,9 @@ class ExpertParallel(ParallelStyle):
     """Spread the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
 
     Stacked expert parameters become DTensors, sharded on the expert dimension (the outer one of two). Their names in
-    the state dict stay. Each rank keeps its own modules of an `ExpertList`, so its state dict has a part of the keys.
-    Everything else in the layer stays whole on every rank: gates, shared experts, the modules around latent experts. It
-    takes the values of the rank `src_data_rank`, by default the first; if that is None, it keeps its own. For latent
-    experts (`LatentExperts`) tokens travel in the narrow width.
+    the state dict stay. Everything else in the layer stays whole on every rank: gates, shared experts, the modules
+    around latent experts. It takes the values of the rank `src_data_rank`, by default the first; if that is None, it
+    keeps its own. For latent experts (`LatentExperts`) tokens travel in the narrow width.
 
     Args:
         gradient: every rank calls backward on its own loss; an expert's gradient is that of the "mean" of these losses,
@@ -75,40 +73,23 @@ class ExpertParallel(ParallelStyle):
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""
         dims, experts = check_layer(module, mesh)
-        stacked: frozenset[str] = frozenset()
-        if isinstance(experts, ExpertList):
-            check_expert_list(experts, math.prod(dims) // mesh.size())
-        else:
-            stacked = stacked_names(experts, dims, self.replicated)
+        stacked = stacked_names(experts, dims, self.replicated)
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Spread one layer; called by `parallelize_module`."""
         check_mesh(device_mesh)
         check_ranks_agree(lambda: describe_layer(module, self.sharding(module, device_mesh)), device_mesh)
-        sharding = self.sharding(module, device_mesh)
-        self._prepare_gates(module, device_mesh.get_group())
-
-        path, experts = spread_part(module)
-        self._replicate(module, {f"{path}.{name}" for name in sharded_parameters(experts, sharding)}, device_mesh)
-        spread(experts, sharding, self.src_data_rank)
-        return module
-
-    def _prepare_gates(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+        spread(spread_part(module)[1], self.sharding(module, device_mesh), self.src_data_rank)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if self.src_data_rank is not None and not isinstance(tensor, DTensor) and not tensor.is_meta:
+                first = distribute_tensor(tensor.detach(), device_mesh, src_data_rank=self.src_data_rank)
+                tensor.detach().copy_(first.to_local())
+        group = device_mesh.get_group() if device_mesh.size() > 1 else None
         for gate in module.modules():
             if isinstance(gate, Gate):
-                own = gate.process_group or (group if group.size() > 1 else None)
-                gate.process_group = self.batch_group or own
-
-    def _replicate(self, module: nn.Module, but: Collection[str], mesh: DeviceMesh) -> None:
-        """Give whole parameters and buffers, all but those named, the values of the rank `src_data_rank`."""
-        if self.src_data_rank is None or mesh.size() == 1:
-            return
-        for name, tensor in named_tensors(module):
-            if name not in but and not tensor.is_meta and not isinstance(tensor, DTensor):
-                value = tensor.detach().to(mesh.device_type).contiguous()
-                dist.broadcast(value, group=mesh.get_group(), group_src=self.src_data_rank)
-                tensor.detach().copy_(value)
+                gate.process_group = self.batch_group or gate.process_group or group
+        return module
 
     def __repr__(self) -> str:
         return f"ExpertParallel(gradient={self.gradient!r}, static_shapes={self.static_shapes})"
@@ -141,6 +122,11 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
     path, experts = spread_part(module)
     if isinstance(experts, ExpertParallelExperts):
         raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
+    if isinstance(experts, ExpertList):
+        raise TypeError(
+            "a list of modules cannot be spread over ranks: stack its weights, in Experts or in a module of your own "
+            "whose parameters begin with the experts' dimension"
+        )
     dims = check_sizes("num_experts", module.num_experts)
     check_divides(dims, mesh)
     for name, parameter in experts.named_parameters():
@@ -168,24 +154,13 @@ def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
 
 def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
     """Everything in which the ranks' layers must agree: shapes and dtypes of tensors, and what modules print."""
-    path, _ = spread_part(module)
-    modules = {
-        name or "the layer": f"{type(part).__name__}({part.extra_repr()})" for name, part in module.named_modules()
-    }
-    return {
-        "number of experts": sharding.dims,
-        **{name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named_tensors(module)},
-        **{f"{path}.{name}, stacked": True for name in sorted(sharding.stacked)},
-        **{name: PLACE.sub("", text) for name, text in modules.items()},
-        "gradient": sharding.gradient,
-        "static_shapes": sharding.static_shapes,
-    }
-
-
-def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Parameters and buffers by name."""
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+    description: dict[str, Any] = {"number of experts": sharding.dims}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
+    for name, part in module.named_modules():
+        description[name or "the layer"] = PLACE.sub("", f"{type(part).__name__}({part.extra_repr()})")
+    stacked, gradient, static_shapes = sorted(sharding.stacked), sharding.gradient, sharding.static_shapes
+    return {**description, "stacked": stacked, "gradient": gradient, "static_shapes": static_shapes}
 
 
 def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
@@ -206,59 +181,19 @@ def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collect
 
 
 def spread(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
-    """Keep this rank's part of the experts, and give them the class that exchanges tokens with the other ranks."""
-    if isinstance(experts, ExpertList):  # the others keep their keys
-        for index in set(range(len(experts))).difference(sharding.experts):
-            del experts._modules[str(index)]
-    else:
-        shard(experts, sharded_parameters(experts, sharding), sharding.mesh, src_data_rank)
+    """Keep this rank's part of the stacks, and give the experts the class that exchanges tokens with other ranks."""
+    mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
+    for name in sorted(sharding.stacked):  # in the same order on all ranks
+        path, _, own_name = name.rpartition(".")
+        parameters = experts.get_submodule(path)._parameters
+        whole = parameters.get(own_name)
+        if whole is None:  # a buffer, which stays whole
+            continue
+        if whole not in made:  # one with two names stays one
+            part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank).to_local()
+            # not a view, which would keep the whole stack alive
+            sharded = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)
+            made[whole] = nn.Parameter(sharded, whole.requires_grad)
+        parameters[own_name] = made[whole]
     experts.__dict__["expert_parallel"] = sharding
     experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
-    assert isinstance(experts, ExpertParallelExperts)
-    experts.mark_parameters()
-
-
-def sharded_parameters(experts: nn.Module, sharding: ExpertSharding) -> list[str]:
-    """The names of the stacked parameters, in the same order on all ranks."""
-    return sorted(sharding.stacked & dict(experts.named_parameters(remove_duplicate=False)).keys())
-
-
-def shard(experts: nn.Module, names: Iterable[str], mesh: DeviceMesh, src_data_rank: int | None) -> None:
-    """Replace stacked parameters by this rank's parts; a parameter with two names stays one parameter."""
-    made: dict[Tensor, nn.Parameter] = {}
-    for name in names:
-        path, _, own_name = name.rpartition(".")
-        owner = experts.get_submodule(path)
-        parameter = owner._parameters[own_name]
-        assert parameter is not None
-        if parameter not in made:
-            made[parameter] = nn.Parameter(own_shard(parameter, mesh, src_data_rank), parameter.requires_grad)
-        owner._parameters[own_name] = made[parameter]
-
-
-def own_shard(parameter: Tensor, mesh: DeviceMesh, src_data_rank: int | None) -> DTensor:
-    """This rank's part of a stack, as a DTensor with memory of its own."""
-    sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank)
-    local = sharded.to_local()
-    if not local.is_meta and local.untyped_storage().nbytes() > local.nbytes:  # a view keeps the whole stack alive
-        sharded = DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)
-    return sharded
-
-
-def check_expert_list(experts: ExpertList, each: int) -> None:
-    """Check a list of which every rank keeps `each` modules.
-
-    Ranks must share no parameter: a gradient would not reach the other rank's copy. Every rank must have a parameter,
-    as one without would not know that the others sum a norm over the ranks.
-    """
-    owner: dict[Tensor, int] = {}
-    for index, expert in enumerate(experts):
-        for name, parameter in expert.named_parameters():
-            if owner.setdefault(parameter, index // each) != index // each:
-                raise ValueError(f"parameter {name} of expert {index} belongs to an expert of another rank too")
-    without = sorted(set(range(len(experts) // each)) - set(owner.values()))
-    if owner and without:
-        raise ValueError(
-            f"no expert of rank {without[0]} ({without[0] * each} to {without[0] * each + each - 1}) has a parameter: "
-            "order the list so that every rank has an expert with parameters"
-        )

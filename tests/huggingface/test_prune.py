@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -189,27 +188,6 @@ def test_what_is_wrapped_around_a_layer_does_not_hide_it(what):
     assert moe.num_experts == 4
     with torch.compiler.set_stance("force_eager"):
         model(x)
-
-
-def test_others_are_compiled_while_it_measures():
-    """A compiled function that is called meanwhile, here or in another thread, runs its graph."""
-    ran: list[str] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        return lambda *args: ran.append(threading.current_thread().name) or graph.forward(*args)
-
-    other = torch.compile(lambda x: x * 2, backend=backend)
-    other(torch.ones(2))
-
-    def batches() -> Any:
-        other(torch.ones(2))
-        thread = threading.Thread(target=other, args=(torch.ones(2),), name="another")
-        thread.start()
-        thread.join()
-        yield torch.randn(2, 9, D, dtype=torch.float64)
-
-    expert_scores(layer(TopKGating(D, E)), calibration=batches())
-    assert ran == [*2 * ["MainThread"], "another"]
 
 
 def test_unstacked_experts_are_stacked_again_after():

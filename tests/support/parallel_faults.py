@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from mixture_of_experts import Experts, MoE, TopKGating
 from mixture_of_experts.parallel import ExpertParallel, parallelize_module
 from support.parallel_checks import spread
-from support.parallel_layers import DIM, EXPERTS, HIDDEN, batch, make, own_part
+from support.parallel_layers import DIM, EXPERTS, HIDDEN, OwnExperts, batch, make, own_part
 
 
 def make_mesh(data_parallel: int = 1) -> DeviceMesh:
@@ -173,7 +173,8 @@ def different_layers(difference: str) -> str:
 def different_calls(difference: str) -> str:
     """The ranks call one layer differently; every rank is told, at once."""
     gate = TopKGating(DIM, EXPERTS, capacity_factor_train=1.0)  # dropless in evaluation
-    moe = spread(MoE(DIM, gate=gate, experts=Experts(DIM, EXPERTS, HIDDEN)), make_mesh())
+    experts = OwnExperts() if difference == "dtype" else Experts(DIM, EXPERTS, HIDDEN)
+    moe = spread(MoE(DIM, gate=gate, experts=experts), make_mesh())
     x = tokens()
     if difference == "mode with capacity":
         moe.gate.capacity_factor_eval = 1.0

@@ -53,10 +53,6 @@ def latent() -> LatentExperts:
     return LatentExperts(experts, before=nn.Linear(DIM, 3), beside=nn.Linear(DIM, 3), after=nn.Linear(3, DIM))
 
 
-def small_network() -> nn.Module:
-    return nn.Sequential(nn.Linear(DIM, 5), nn.Tanh(), nn.Linear(5, DIM))
-
-
 def shared_expert() -> nn.Module:
     return nn.Sequential(nn.Linear(DIM, 5), nn.GELU(), nn.Linear(5, DIM))
 
@@ -119,12 +115,11 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "top2, dropless": lambda: top2(capacity_factor_train=None),
     "top2, own experts": lambda: top2(experts=OwnExperts()),
-    "top2, list": lambda: top2(experts=[small_network() for _ in range(EXPERTS)]),
     "switch": lambda: topk(k=1, capacity_factor_train=1.25),
     "top-k, dropless": topk,
     "top-k, score priority": lambda: topk(capacity_factor_train=0.7, priority="score", balance_over="batch"),
     "top-k, deepseek": lambda: topk(**DEEPSEEK, loss_coefs=dict.fromkeys(LOSSES, 0.1)),
-    "top-k, dropless list": lambda: topk([small_network() for _ in range(EXPERTS)], balance_over="batch"),
+    "top-k, dropless batch": lambda: topk(balance_over="batch"),
     "top-k, dropless own experts": lambda: topk(OwnExperts()),
     "top-k, latent": lambda: topk(latent(), capacity_factor_train=1.0),
     "top-k, dropless latent": lambda: topk(latent()),
@@ -133,7 +128,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "noisy top-k": noisy,
     "expert choice": expert_choice,
     "two levels": two_levels,
-    "two levels, list": lambda: two_levels(experts=[small_network() for _ in range(EXPERTS)]),
     "two levels, dropless": lambda: two_levels_of({}, {"balance_over": "batch"}),
     "two levels, mixed": lambda: two_levels_of({"capacity_factor_train": 1.0}, {}),
     "two levels, dropless first": lambda: two_levels_of({}, {"capacity_factor_train": 1.0}),

@@ -5,58 +5,28 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from mixture_of_experts import ExpertList
 from mixture_of_experts.huggingface import from_pretrained, replace_ffn
 from mixture_of_experts.parallel import ExpertParallel, parallelize_module
 from support.parallel_checks import make_mesh
-from support.parallel_faults import ended, live_on, odd_one, told
 from support.transformers_models import ARCHITECTURES
 
 
 def check_saved_model_is_whole(folder: Path) -> None:
-    """`save_pretrained` on every rank writes what one process would; also of the model without its head, and a copy."""
+    """With the whole state, which ranks gather; also of the model without its head, and a copy."""
     torch.set_default_dtype(torch.float32)
     model = ARCHITECTURES["llama"].build()
     names = replace_ffn(model, num_experts=4)
     whole = copy.deepcopy(model).state_dict()
     parallelize_module(model, make_mesh()["ep"], {f"{name}.moe": ExpertParallel() for name in names})
     for saved, place in ((model, "all"), (copy.deepcopy(model), "copy"), (model.model, "body")):
-        saved.save_pretrained(folder / place)
+        state = get_model_state_dict(saved, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        saved.save_pretrained(folder / place, state_dict=state, is_main_process=dist.get_rank() == 0)
         dist.barrier()
         found = from_pretrained(folder / place).state_dict()
         assert len(found) > 10
         for name, value in found.items():
             assert torch.equal(value, whole[name if place != "body" else f"model.{name}"]), name
-
-
-def check_lists_are_refused(folder: Path) -> None:
-    """On every rank, before anything is written."""
-    torch.set_default_dtype(torch.float32)
-    model = ARCHITECTURES["llama"].build()
-    (name,) = replace_ffn(model, num_experts=4, layers=[0])
-    moe = model.get_submodule(name).moe
-    moe.experts = ExpertList(nn.Linear(moe.dim, moe.dim) for _ in range(4))
-    parallelize_module(model, make_mesh()["ep"], {f"{name}.moe": ExpertParallel()})
-    with pytest.raises(TypeError, match=rf"save_pretrained cannot gather {name}.moe.experts, a list of modules"):
-        model.save_pretrained(folder)
-    assert not folder.exists()
-
-
-def save_on_one_rank(folder: Path) -> str:
-    """As a loop that only lets the first rank save would."""
-    torch.set_default_dtype(torch.float32)
-    model = ARCHITECTURES["llama"].build()
-    names = replace_ffn(model, num_experts=4)
-    parallelize_module(model, make_mesh()["ep"], {f"{name}.moe": ExpertParallel() for name in names})
-    marker = folder / "ended"
-    if odd_one():
-        live_on(marker)
-        return "did not come"
-    message = told(lambda: model.save_pretrained(folder / "model"))
-    ended(marker)
-    return message

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from mixture_of_experts.parallel.exchange import DTYPES, ROWS, CallHeader, Channel, exchange_rows
+from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.dispatch.moving import combine, dispatch
+from mixture_of_experts.parallel.exchange import Channel, exchange_rows
 
 NAME = "mixture_of_experts"
 
@@ -33,18 +35,10 @@ class ExchangeRows(EPImplementation):
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids from e on are left out."""
-        x, weight, e, (t, k) = hidden_states, top_k_weights, self.num_experts, top_k_index.shape
-        expert = top_k_index.flatten().clamp(max=e)
-        order = expert.argsort(stable=True)
-        counts = torch.zeros(e + 1, dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))
-        out = exchange_rows(x[order // k], counts[:e], self.compute, self.channel, self.header(x))
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(t * k, device=order.device))
-        return (out[inverse].view(t, k, -1) * weight.unsqueeze(-1)).sum(dim=1)
-
-    def header(self, x: Tensor) -> CallHeader:
-        dtype = DTYPES.index(x.dtype)
-        mode, gradients = int(self.experts.training), int(torch.is_grad_enabled())
-        return CallHeader(ROWS, mode, gradients, dtype, x.shape[-1], returned=dtype, size=0)
+        plan = decision_on(top_k_index, top_k_weights, self.num_experts).without_gaps()
+        assert plan.rows_per_expert is not None
+        rows, training = dispatch(hidden_states, plan), self.experts.training
+        return combine(exchange_rows(rows, plan.rows_per_expert, self.compute, self.channel, training), plan)
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Compute rows `(r, d)` by this rank's experts, with `(l,)` rows for each."""

@@ -18,7 +18,7 @@ from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.huggingface.replacement.adapters import evaluating
 from mixture_of_experts.support.attached import Attached
-from mixture_of_experts.support.private_torch import uncompiled, unwrapped
+from mixture_of_experts.support.private_torch import unwrapped
 from mixture_of_experts.whole_model.sites import Site
 
 MeasuredRule = Literal["reap", "frequency"]
@@ -66,7 +66,8 @@ def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> d
     """The scores `(e,)` float64 of each site's experts, by its name."""
     several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | Mapping | str)
     calibrations = {site: Calibration(site.num_experts, by) for site in sites}
-    with Attached() as attached, evaluating(model), torch.no_grad(), uncompiled(model):
+    eager = torch.compiler.set_stance("force_eager")  # graphs call no hooks
+    with Attached() as attached, evaluating(model), torch.no_grad(), eager:
         for site, each in calibrations.items():
             attached.after(site.called, each.decided)
             attached.before(computing(site.locations[0].layer), each.read)
