@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
+from mixture_of_experts.huggingface.pruning.cutting import tensors_to_cut
 from mixture_of_experts.huggingface.pruning.prune import Chosen, prunable, prune_sites
 from mixture_of_experts.huggingface.saving.folders import empty_with_experts, finish, finished, opened, readable
 
@@ -39,7 +39,7 @@ def prune_folder(
         axes = {
             stored: (site.name, axis)
             for site in sites
-            for module, name, axis in PrunableLayer(site).tensors()
+            for module, name, axis in tensors_to_cut(site)
             for stored in weights.names.get(f"{names[module]}.{name}", ())  # none for a buffer that is not saved
         }
         kept = prune_sites(model, sites, keep, by)
