@@ -51,7 +51,7 @@ def gradients_of_network(
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
     adapted.saved = dict(zip(names, saved[number:], strict=True))
     adapted.wanted, adapted.out = wanted, {} if out is None else out
-    asked = {"x", "w_out"}.intersection(["x", *names])
+    asked = ["x", *(name for name in names if name == "w_out")]
     total, _ = rows.gradients_of_network(adapted, x, network, saved[:number], grad, scale, grad_scale, asked)
     return total if "x" in wanted else None, adapted.grads
 

@@ -9,7 +9,6 @@ import copy
 import numbers
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace as replace_fields
 from operator import attrgetter
 from typing import Any
 
@@ -195,12 +194,10 @@ def upcycle(
         moe: Any = make_moe(dense, e, make_gate, rest // g, coefs, shared, drawn=False)
         share_routers(moe.gate, g)
         total = sum_of_weights(moe, g)
-        if shared is not None:
-            fill_shared(moe.shared_expert, cut(dense, 0, shared))
         copied = [networks[place.name] for networks in others] or [dense]
-        fill(moe.experts, [cut(network, shared or 0, network.hidden_dim) for network in copied], g, total)
+        fill(moe.experts, dense, copied, shared or 0, g, total)
         vary(moe.experts, noise, redraw)
-        freeze(moe, dense)
+        fill_shared(moe.shared_expert, dense)
         return moe
 
     return swap(model, places, build)
@@ -341,7 +338,8 @@ def make_moe(
     *,
     drawn: bool = True,
 ) -> MoE:
-    """A layer with the network's device and dtype, and experts of its kind; their weights are `drawn` or left empty."""
+    """A layer with the network's device and dtype, and experts of its kind; unless their weights are `drawn`, they have
+    no memory."""
     kind = GatedExperts if dense.gated else Experts
     device, dtype, shared_expert = dense.like.device, dense.like.dtype, None
     with device if drawn else torch.device("meta"):
@@ -354,20 +352,9 @@ def make_moe(
             )
     for name in experts._parameters.keys() - dense.weights.keys():
         experts.register_parameter(name, None)  # the network has no such bias
-    if not drawn:
-        for module in (experts, *linears_of_shared(shared_expert).values()):
-            module.to_empty(device=device, recurse=False)  # not of the activation, which is the network's
     with device:
         gate = make_gate(dense.dim, num_experts)
         return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=shared_expert, **coefs)
-
-
-def linears_of_shared(shared_expert: nn.Module | None) -> dict[str, nn.Module]:
-    """The linear layers of a shared expert, by their number in experts."""
-    if not isinstance(shared_expert, SharedExpert):
-        return {}
-    gate, up, down = shared_expert.gate_proj, shared_expert.up_proj, shared_expert.down_proj
-    return {"1": up, "2": down} if gate is None else {"1": gate, "2": down, "3": up}
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
@@ -480,34 +467,37 @@ def share_routers(gate: Any, g: int) -> None:
 
 
 @torch.no_grad()
-def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
-    """Copy slice i mod g of the networks, in turn, to expert i. The last weights make up for the gate's weights."""
-    for name, parameter in experts.named_parameters(recurse=False):  # not those of the activation, which is shared
-        copies = parameter.unflatten(0, (-1, len(networks), g))
-        for i, network in enumerate(networks):
-            value = network.weights[name]
-            if name == "b2":  # every slice has it, and the weights of all slices add up to `total`
-                copies[:, i] = value / total
-            else:
-                copies[:, i] = torch.stack(value.chunk(g, dim=HIDDEN_AXIS[name])) * (g / total if name == "w2" else 1)
+def fill(experts: Any, dense: Dense, networks: Sequence[Dense], first: int, g: int, total: float) -> None:
+    """Copy slice i mod g of the networks' hidden units, from `first` on, to expert i, network after network. The last
+    weights make up for the gate's weights, which add up to `total`. What is frozen in `dense` is frozen."""
+    h = experts.hidden_dim
+    for name, _ in list(experts.named_parameters(recurse=False)):  # not those of the activation, which is shared
+        slices = [units(network, name, first + i * h, h).to(dense.like) for network in networks for i in range(g)]
+        stack = torch.stack(slices * (experts.num_experts // len(slices)))
+        if name in ("w2", "b2"):  # every slice has b2
+            stack *= (g if name == "w2" else 1) / total
+        setattr(experts, name, nn.Parameter(stack, dense.weights[name].requires_grad))
 
 
 @torch.no_grad()
-def fill_shared(shared_expert: nn.Module, network: Dense) -> None:
-    """Copy a network to a shared expert, without its last bias, which the experts have."""
-    values = {**network.weights, "b2": None}
-    for number, layer in linears_of_shared(shared_expert).items():
-        for name, weight in layer.named_parameters():
-            value = values.get(f"{name[0]}{number}")
-            weight.copy_(torch.zeros_like(weight) if value is None else value.t())
+def fill_shared(shared_expert: Any, dense: Dense) -> None:
+    """Copy the first hidden units of a network to a shared expert, without its last bias, which the experts have."""
+    if shared_expert is None:
+        return
+    names = ("gate_proj", "down_proj", "up_proj") if dense.gated else ("up_proj", "down_proj")
+    for number, name in enumerate(names, 1):
+        layer, trains = getattr(shared_expert, name), dense.weights[f"w{number}"].requires_grad
+        for kind, empty in list(layer.named_parameters()):
+            key, value = f"{kind[0]}{number}", dense.like.new_zeros(empty.shape)
+            if key in dense.weights and key != "b2":
+                value.copy_(units(dense, key, 0, shared_expert.hidden_dim).t())
+            setattr(layer, kind, nn.Parameter(value, trains))
 
 
-def cut(network: Dense, start: int, stop: int) -> Dense:
-    """The network with some of its hidden units only."""
-    weights = dict(network.weights)
-    for name in weights.keys() & HIDDEN_AXIS:
-        weights[name] = weights[name].narrow(HIDDEN_AXIS[name], start, stop - start)
-    return replace_fields(network, weights=weights)
+def units(network: Dense, name: str, start: int, number: int) -> Tensor:
+    """The part of a weight or bias that belongs to some hidden units; all of `b2`, which belongs to none."""
+    weight = network.weights[name]
+    return weight.narrow(HIDDEN_AXIS[name], start, number) if name in HIDDEN_AXIS else weight
 
 
 def read_alike(
@@ -534,25 +524,15 @@ def read_alike(
     return networks
 
 
-def freeze(moe: MoE, dense: Dense) -> None:
-    """Freeze the weights that are frozen in the network."""
-    for name, parameter in moe.experts.named_parameters(recurse=False):
-        parameter.requires_grad_(dense.weights[name].requires_grad)
-    for number, layer in linears_of_shared(moe.shared_expert).items():
-        layer.requires_grad_(dense.weights[f"w{number}"].requires_grad)
-
-
 @torch.no_grad()
 def vary(experts: Any, noise: float, redraw: float) -> None:
-    """Make copies differ, by noise on weights and by hidden units that are drawn again."""
+    """Make copies differ, by noise on weights and by hidden units that are drawn again, equally many in each expert."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
-    if noise:
-        for weight in weights.values():
-            weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
+    for weight in weights.values() if noise else ():
+        weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
     if redraw:
-        e, h = experts.num_experts, experts.hidden_dim
-        order = torch.rand(e, h, device=experts.w1.device).argsort(dim=-1)
-        new = order < round(redraw * h)  # (e, h), equally many in each expert
+        order = torch.rand(experts.num_experts, experts.hidden_dim, device=experts.w1.device).argsort(dim=-1)
+        new = order < round(redraw * experts.hidden_dim)  # (e, h)
         for name, weight in weights.items():
             drawn: Tensor = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
             weight.copy_(torch.where(new.unsqueeze(-1 if name == "w2" else 1), drawn.to(weight.dtype), weight))
