@@ -84,52 +84,6 @@ def prune(
     elif check_choice("by", by, RULES) and keep is None:
         raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
     sites = prunable(model, gates)
-    refuse_meta(model, type(model).__name__)
-    return prune_sites(model, sites, keep, by, calibration)
-
-
-def expert_scores(
-    model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: Gates | None = None
-) -> dict[str, Tensor]:
-    """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps the largest.
-
-    `safetensors.torch.save_file` writes them, and the command `prune` reads them for a folder larger than memory.
-
-    Args:
-        model, calibration, gates: as in `prune`. The model is not changed.
-        by: "reap" or "frequency".
-
-    Example:
-        >>> import torch
-        >>> from mixture_of_experts import MoE
-        >>> from mixture_of_experts.huggingface import expert_scores
-        >>> scores = expert_scores(MoE(dim=8, num_experts=4), "frequency", calibration=[torch.randn(2, 16, 8)])
-        >>> scores["gate"].shape
-        torch.Size([4])
-    """
-    check_choice("by", by, MEASURED)
-    sites = prunable(check_model("model", model), gates)
-    refuse_meta(model, type(model).__name__)
-    return {site.name: scores for site, scores in measure(model, sites, by, calibration).items()}
-
-
-def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
-    """The sites of gates that can be cut; TypeError if one of them cannot."""
-    sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
-    stacks = Counter(map(stack_of, sites))
-    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    for site in sites:
-        weights = [id(getattr(module, name)) for module, name, _ in tensors_to_cut(site)]
-        if stacks[stack_of(site)] > 1 or any(holders[weight] > 1 for weight in weights):
-            raise TypeError(
-                f"prune cannot serve {site.name!r}: something else holds its experts, or weights of its router or "
-                "experts, too: untie them"
-            )
-    return sites
-
-
-def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, calibration: Any = None) -> Chosen:
-    """Choose, check everything, and then cut."""
     if keep is not None:
         for site in sites:
             check_number(site, check_size("keep", keep))
@@ -150,6 +104,44 @@ def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, 
         for holder in (*models, models[0].config.get_text_config()):
             vars(holder).update({name: new for name in names if vars(holder).get(name) == old})
     return {site.name: ids for site, ids in kept.items()}
+
+
+def expert_scores(
+    model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: Gates | None = None
+) -> dict[str, Tensor]:
+    """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps the largest.
+
+    Args:
+        model, calibration, gates: as in `prune`. The model is not changed.
+        by: "reap" or "frequency".
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.huggingface import expert_scores
+        >>> scores = expert_scores(MoE(dim=8, num_experts=4), "frequency", calibration=[torch.randn(2, 16, 8)])
+        >>> scores["gate"].shape
+        torch.Size([4])
+    """
+    check_choice("by", by, MEASURED)
+    sites = prunable(check_model("model", model), gates)
+    return {site.name: scores for site, scores in measure(model, sites, by, calibration).items()}
+
+
+def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
+    """The sites of gates that can be cut; TypeError if one of them cannot."""
+    sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
+    stacks = Counter(map(stack_of, sites))
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
+    for site in sites:
+        weights = [id(getattr(module, name)) for module, name, _ in tensors_to_cut(site)]
+        if stacks[stack_of(site)] > 1 or any(holders[weight] > 1 for weight in weights):
+            raise TypeError(
+                f"prune cannot serve {site.name!r}: something else holds its experts, or weights of its router or "
+                "experts, too: untie them"
+            )
+    refuse_meta(model, type(model).__name__)
+    return sites
 
 
 def ids_of(site: Site, given: Any, keep: int | None) -> list[int]:
