@@ -198,15 +198,12 @@ def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
     """The block, from the meta device to that of a layer. Each weight gets the dtype of the layer's weight, and is
     frozen if that is."""
     own = tensors_of(moe)
-    device, dtype = next(moe.parameters()).device, next(moe.experts.parameters()).dtype
-    views = read_block(block).views()
-    like = {id(piece if piece._base is None else piece._base): own[name] for name in views for piece in views[name]}
-    for module in block.modules():
-        for name, weight in tensors_of(module, recurse=False).items():
-            ours = like.get(id(weight))
-            kind = (dtype if ours is None else ours.dtype) if weight.is_floating_point() else weight.dtype
-            value = torch.zeros_like(weight, dtype=kind, device=device)
-            if isinstance(weight, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=weight.requires_grad and (ours is None or ours.requires_grad))
-            setattr(module, name, value)
+    block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
+    for weight in tensors_of(block).values():
+        weight.data.zero_()  # some have no place in a layer
+    for name, pieces in read_block(block).views().items():
+        for piece in pieces:
+            weight = piece if piece._base is None else piece._base
+            weight.data = weight.data.to(own[name].dtype)
+            weight.requires_grad_(weight.requires_grad and own[name].requires_grad)
     return block
