@@ -114,10 +114,9 @@ def replace_ffn(
 
 def upcycle(
     model: nn.Module,
-    num_experts: int | None = None,
+    num_experts: int = 8,
     k: int = 2,
     *,
-    models: Sequence[nn.Module] | None = None,
     layers: Layers = None,
     gate: GateFactory | None = None,
     granularity: int = 1,
@@ -131,22 +130,19 @@ def upcycle(
 ) -> list[str]:
     """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
 
-    Until it is trained, the model computes the same as before, up to rounding; `models`, `noise` and `redraw` change
-    that. For this a gate's weights must add up to the same number for every token, and it must drop none in eval.
-    Frozen weights (`requires_grad=False`) are frozen in the experts too; routers train. The optimizer and adapters come
-    afterwards, as in `replace_ffn`.
+    Until it is trained, the model computes the same as before, up to rounding; `noise` and `redraw` change that. For
+    this a gate's weights must add up to the same number for every token, and it must drop none in eval. Frozen weights
+    (`requires_grad=False`) are frozen in the experts too; routers train. The optimizer and adapters come afterwards, as
+    in `replace_ffn`.
 
     With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
     are the slices of copy i. They start with equal router weights, so that a token chooses them together. So
     `num_experts` and the gate's number of choices must be multiples of g.
 
     Args:
-        num_experts: e; by default 8, or g for each of `models`.
-        models: fine-tuned models of the class and sizes of `model`, which may be one of them. Copies are of their
-            networks in turn (arXiv 2403.07816). All other weights are those of `model`.
         granularity: g, as above.
-        shared_expert: number of hidden units, the first ones of `model`'s network, that become a shared expert, a
-            network for every token; experts are copies of the others.
+        shared_expert: number of hidden units, the first ones of the network, that become a shared expert, a network for
+            every token; experts are copies of the others.
         noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
         redraw: share of each expert's hidden units whose weights are drawn again, from a normal distribution with the
             mean and deviation of the weights (arXiv 2502.19261).
@@ -154,7 +150,7 @@ def upcycle(
 
     Raises:
         ValueError, TypeError: as in `replace_ffn`; also if the gate's weights add up to different numbers (k = 1
-            without normalising) or it drops tokens in eval, if sizes do not divide, or if `models` have others.
+            without normalising) or it drops tokens in eval, or if sizes do not divide.
 
     Example:
         >>> import torch
@@ -171,19 +167,12 @@ def upcycle(
     check_number("noise", noise, at_least=0.0)
     if check_number("redraw", redraw, at_least=0.0) > 1:
         raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
-    sources = [] if models is None else check_models(models)
-    slices = g * max(len(sources), 1)
-    e = check_size("num_experts", num_experts if num_experts is not None else g * len(sources) or 8)
-    if e % slices:
+    if check_size("num_experts", num_experts) % g:
         raise ValueError(
-            f"num_experts={e} must be a multiple of granularity={g} times the number of models, {slices // g}: an "
-            f"expert is one of {g} slices of a copy"
+            f"num_experts={num_experts} must be a multiple of granularity={g}: an expert is a slice of a copy"
         )
-
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     make_gate = gates_of_layers(gate, k, model)
-    places = find(model, layers, adapters)
-    others = [read_alike(places, other, adapters, i) for i, other in enumerate(sources)]
 
     def build(place: NetworkSite, dense: Dense) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
@@ -191,16 +180,14 @@ def upcycle(
             raise ValueError(
                 f"granularity={g} must divide the {rest} hidden units of a network that shared_expert={shared} leaves"
             )
-        moe: Any = make_moe(dense, e, make_gate, rest // g, coefs, shared, drawn=False)
+        moe: Any = make_moe(dense, num_experts, make_gate, rest // g, coefs, shared, drawn=False)
         share_routers(moe.gate, g)
-        total = sum_of_weights(moe, g)
-        copied = [networks[place.name] for networks in others] or [dense]
-        fill(moe.experts, dense, copied, shared or 0, g, total)
+        fill(moe.experts, dense, shared or 0, g, sum_of_weights(moe, g))
         vary(moe.experts, noise, redraw)
         fill_shared(moe.shared_expert, dense)
         return moe
 
-    return swap(model, places, build)
+    return swap(model, find(model, layers, adapters), build)
 
 
 # Finding
@@ -226,15 +213,6 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
         )
     chosen = choose([place.target for place in places], layers)
     return [place for place in places if place.target in chosen]
-
-
-def check_models(models: Any) -> list[nn.Module]:
-    """A sequence of at least one model."""
-    if not isinstance(models, Sequence) or isinstance(models, str):
-        raise TypeError(f"models must be a list of models, got {models!r:.99}")
-    if not models:
-        raise ValueError("models must hold at least one model")
-    return [check_model(f"models[{i}]", model) for i, model in enumerate(models)]
 
 
 def why(model: nn.Module, misses: Collection[Miss]) -> str:
@@ -467,13 +445,13 @@ def share_routers(gate: Any, g: int) -> None:
 
 
 @torch.no_grad()
-def fill(experts: Any, dense: Dense, networks: Sequence[Dense], first: int, g: int, total: float) -> None:
-    """Copy slice i mod g of the networks' hidden units, from `first` on, to expert i, network after network. The last
-    weights make up for the gate's weights, which add up to `total`. What is frozen in `dense` is frozen."""
+def fill(experts: Any, dense: Dense, first: int, g: int, total: float) -> None:
+    """Copy slice i mod g of the network's hidden units, from `first` on, to expert i. The last weights make up for the
+    gate's weights, which add up to `total`. What is frozen in the network is frozen."""
     h = experts.hidden_dim
     for name, _ in list(experts.named_parameters(recurse=False)):  # not those of the activation, which is shared
-        slices = [units(network, name, first + i * h, h).to(dense.like) for network in networks for i in range(g)]
-        stack = torch.stack(slices * (experts.num_experts // len(slices)))
+        slices = [units(dense, name, first + i * h, h) for i in range(g)]
+        stack = torch.stack(slices * (experts.num_experts // g))
         if name in ("w2", "b2"):  # every slice has b2
             stack *= (g if name == "w2" else 1) / total
         setattr(experts, name, nn.Parameter(stack, dense.weights[name].requires_grad))
@@ -498,30 +476,6 @@ def units(network: Dense, name: str, start: int, number: int) -> Tensor:
     """The part of a weight or bias that belongs to some hidden units; all of `b2`, which belongs to none."""
     weight = network.weights[name]
     return weight.narrow(HIDDEN_AXIS[name], start, number) if name in HIDDEN_AXIS else weight
-
-
-def read_alike(
-    places: list[NetworkSite], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
-) -> dict[str, Dense]:
-    """The networks of another model at the same sites, by name, checked to be alike."""
-    try:
-        found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"models[{i}] lacks networks of the model: {error}") from error
-    networks = {}
-    for place in places:
-        own, its = (read_dense(p.module, p.adapter) for p in (place, found[place.name]))
-        if its.like.is_meta and not own.like.is_meta:
-            raise ValueError(f"models[{i}] has weights on the meta device: load them first")
-        shapes = [({n: tuple(w.shape) for n, w in d.weights.items()}, str(d.activation)) for d in (own, its)]
-        parameters = (d.activation.parameters() for d in (own, its))
-        if shapes[0] != shapes[1] or not all(map(torch.equal, *parameters)):
-            raise ValueError(
-                f"models[{i}] has another network at {place.name} than the model, or other parameters in its "
-                f"activation: {shapes[1]}, not {shapes[0]}. All must come from one base model and share activations"
-            )
-        networks[place.name] = its
-    return networks
 
 
 @torch.no_grad()
