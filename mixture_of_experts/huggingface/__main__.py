@@ -1,4 +1,4 @@
-"""`python -m mixture_of_experts.huggingface upcycle IN OUT`, `prune`, `quantize`, `export`: change saved models."""
+"""`python -m mixture_of_experts.huggingface upcycle IN OUT`, `quantize`, `export`: change saved models."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-from mixture_of_experts.huggingface.pruning.folders import prune_folder, read_choice
 from mixture_of_experts.huggingface.saving.folders import export_folder, quantize_folder, upcycle_folder
 from mixture_of_experts.huggingface.saving.layer_settings import GATES, GateFactory
 from mixture_of_experts.ops.bits4 import GROUPS
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-BY = "'random', or a file with scores (safetensors, of expert_scores) or ids to keep (JSON), by names of gates"
 
 
 def size(text: str) -> int:
@@ -53,7 +51,6 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
             upcycle_folder,
             "replace the feed-forward networks of a saved model by experts that are copies of them",
         ),
-        ("prune", prune_folder, "remove experts of a saved model with experts"),
         (
             "quantize",
             quantize_folder,
@@ -80,9 +77,6 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         add("--max-shard-size", type=size, default=most, help="most bytes of a file of weights")
         if name == "upcycle":
             add_settings(add)
-        if name == "prune":
-            add("--by", required=True, help=BY)
-            add("--keep", type=int, help="experts that each layer keeps, without ids")
         if name == "quantize":
             add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
             add("--group", type=int, default=64, choices=GROUPS, help="inputs with a step of their own")
@@ -113,8 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "dtype" in settings:
         settings["dtype"] = getattr(torch, settings["dtype"])
     try:
-        if settings.get("by", "random") != "random":
-            settings["by"] = read_choice(Path(settings["by"]))
         run(**settings)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -13,11 +13,10 @@ import pytest
 import torch
 import transformers
 from support.transformers_blocks import BLOCKS, LEFT_OUT, comes_back, goes_in, has_backend, is_tracked, make
-from support.transformers_models import ARCHITECTURES
 from torch import Tensor, nn
 
 from mixture_of_experts import GatedExperts, MoE, TopKGating, recipes
-from mixture_of_experts.huggingface import export, from_transformers, to_transformers, upcycle
+from mixture_of_experts.huggingface import from_transformers, to_transformers
 
 SLOW_EXPERTS = {"SwitchTransformersSparseMLP"}  # a list of networks
 MODELS: dict[str, dict[str, Any]] = {
@@ -205,34 +204,6 @@ def test_a_mean_with_a_shared_expert_needs_one():
             del block.shared_experts
         block.shared_expert_combination_strategy = "average"
         torch.testing.assert_close(from_transformers(block)(x)[0], block(x), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(num_groups=1, top_groups=1, group_score="best"),
-        dict(num_groups=4, top_groups=4),
-        dict(min_expert_capacity=8),
-        dict(group_score="best"),
-    ],
-)
-def test_settings_without_an_effect_do_not_differ(settings):
-    """Also in `export`."""
-    block, x = block_of(build("Mixtral")), torch.randn(2, 9, 32)
-    moe = MoE(32, 8, gate=TopKGating(32, 8, 2, **settings), experts=GatedExperts(32, 8, 24))
-    torch.testing.assert_close(run(to_transformers(moe, block), x), moe(x)[0])
-    model = ARCHITECTURES["llama"].build()
-    upcycle(model, num_experts=8, gate=lambda d, e: TopKGating(d, e, 2, **settings))
-    assert type(export(model)).__name__ == "MixtralForCausalLM"
-
-
-def test_an_epsilon_does_nothing_where_nothing_is_normalised():
-    block = block_of(build("Qwen3Moe"))
-    moe = MoE(32, 8, gate=TopKGating(32, 8, 3, normalize=False, eps=0.5), experts=GatedExperts(32, 8, 24))
-    to_transformers(moe, block)
-    moe.gate.normalize = True
-    with pytest.raises(ValueError, match=r"normalize True, the block's False; the gate has eps 0.5"):
-        to_transformers(moe, block)
 
 
 def test_layers_that_compute_something_else_are_refused():

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from support.transformers_models import ARCHITECTURES
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -35,11 +32,10 @@ from mixture_of_experts.around import InputWeightedExperts, LatentExperts, Norme
 from mixture_of_experts.gating import RouterLogits, SignRule, SparseMixerGating
 from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale
 from mixture_of_experts.huggingface import expert_scores, export, from_transformers, prune, to_transformers, upcycle
-from mixture_of_experts.huggingface.__main__ import main
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.unstack import restack, unstack
 
-from .test_saving import OwnGate, same_weights
+from .test_saving import OwnGate
 
 D, E = 6, 8
 
@@ -243,8 +239,6 @@ def test_groups_keep_equally_many():
         prune(build(), 5, "random")
     with pytest.raises(ValueError, match="open to a token, hold at least 2"):
         prune(build(), 2, "random")
-    with pytest.raises(ValueError, match="two at least if their two best score them"):
-        prune(layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
     with pytest.raises(ValueError, match="keep from 3"):
@@ -399,54 +393,3 @@ def test_a_pruned_upcycled_model_saves_loads_and_exports(unequal, tmp_path):
             export(loaded)
     else:
         torch.testing.assert_close(export(loaded)(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("by", ["scores", "ids", "random"])
-@pytest.mark.parametrize("kind", ["upcycled", "Qwen3Moe", "DeepseekV3"])
-def test_the_command_prunes_as_the_function(kind, by, tmp_path: Path):
-    if kind == "upcycled":
-        model = ARCHITECTURES["llama"].build()
-        upcycle(model, num_experts=8, redraw=0.5)
-    else:
-        model = from_transformers(stock(kind))
-    model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    tokens = torch.randint(1, 64, (2, 12))
-    scores = expert_scores(model, calibration=[tokens])
-    ids = {name: [0, 3, 4, 6] for name in scores}
-    save_file(scores, tmp_path / "scores")
-    (tmp_path / "ids.json").write_text(json.dumps(ids))
-    words, settings = {
-        "scores": (["--by", str(tmp_path / "scores"), "--keep", "4"], dict(keep=4, calibration=[tokens])),
-        "ids": (["--by", str(tmp_path / "ids.json")], dict(by=ids)),
-        "random": (["--by", "random", "--keep", "4"], dict(keep=4, by="random")),
-    }[by]
-    torch.manual_seed(3)
-    assert main(["prune", str(tmp_path / "in"), str(tmp_path / "out"), *words, "--max-shard-size", "20KB"]) == 0
-    torch.manual_seed(3)
-    prune(model, **settings)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("model-*"))) > 2
-    same_weights(loaded, model)
-    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=1e-6, rtol=0)
-
-
-@pytest.mark.slow
-def test_errors_of_the_command(tmp_path: Path, capsys):
-    dense = ARCHITECTURES["llama"].build()
-    dense.save_pretrained(tmp_path / "dense")
-    upcycle(dense, num_experts=4)
-    dense.save_pretrained(tmp_path / "in")
-    (tmp_path / "ids.json").write_text('{"gate": [0, 1]}')
-    (tmp_path / "broken.json").write_text("{")
-    for source, by, more, says in (
-        ("dense", "random", ["--keep", "2"], "has no experts of this package: there is nothing to prune"),
-        ("in", "random", [], "keep"),
-        ("in", "random", ["--keep", "1"], "cannot leave 1 of 4"),
-        ("in", str(tmp_path / "ids.json"), [], "no gate of the model"),
-        ("in", str(tmp_path / "broken.json"), [], "missing, damaged"),
-        ("in", str(tmp_path / "none.safetensors"), [], "missing, damaged"),
-    ):
-        assert main(["prune", str(tmp_path / source), str(tmp_path / "out"), "--by", by, *more]) == 1
-        assert says in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()

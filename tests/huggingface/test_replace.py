@@ -120,11 +120,6 @@ def test_what_is_no_model(call, model):
         call(model)
 
 
-@pytest.mark.parametrize("models", ["folder", ["folder"], [None], 3])
-def test_what_are_no_models(models):
-    refuse(upcycle, dict(models=models), r"models(\[0\])? must be a .*model.*, got ")
-
-
 def test_experts_without_hidden_units_are_refused():
     """0 is no word for the network's own."""
     refuse(replace_ffn, dict(hidden_dim=0), "hidden_dim must be an integer of at least 1, got 0: ")

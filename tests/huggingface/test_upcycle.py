@@ -1,9 +1,6 @@
-"""Experts from several models, shared experts, ties, frozen models: what upcycling does to each."""
+"""Shared experts, ties, frozen models: what upcycling does to each."""
 
 from __future__ import annotations
-
-import copy
-from typing import Any
 
 import pytest
 import torch
@@ -12,10 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ApertusConfig, ApertusForCausalLM
 
-from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import Adapter, from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.replacement.replace import HIDDEN_AXIS, find, read_dense
 
 from .test_losses import gradients
 from .test_saving import same_weights
@@ -23,68 +18,6 @@ from .test_saving import same_weights
 pytestmark = pytest.mark.slow
 
 SOME = ["llama", "llama_bias", "gpt2", "bert", "phi3", "t5_gated", "whisper"]
-
-
-def tuned(base: nn.Module) -> nn.Module:
-    """As fine-tuning would: other feed-forward networks, all else equal."""
-    model = copy.deepcopy(base)
-    for name, parameter in model.named_parameters():
-        of_network = any(part in name for part in ("mlp", "fc", "dense", "Dense"))
-        if of_network and "attention" not in name and "predictions" not in name:
-            parameter.data += 0.2 * torch.randn_like(parameter) * parameter.std()
-    return model
-
-
-def only(i: int) -> Any:
-    """A gate that chooses expert i for every token, with weight 1."""
-
-    def build(dim: int, num_experts: int) -> TopKGating:
-        gate = TopKGating(dim, num_experts, 1, normalize=True, bias=True)
-        gate.b_gating.data[i] = 100.0
-        return gate
-
-    return build
-
-
-@pytest.mark.parametrize("name", SOME)
-@pytest.mark.parametrize("shared", [None, 8])
-def test_each_expert_is_the_network_of_its_model(name, shared):
-    """A router that sends all tokens to expert i makes the model that gave it."""
-    base, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
-    others = [tuned(base), tuned(base)]
-    if shared is not None:  # the first units come of the base
-        for other in others:
-            units_of(base, other, shared)
-    expected = [other(**inputs).logits for other in others]
-    assert (expected[0] - expected[1]).abs().max() > 1e-2
-    for i in range(4):
-        model = copy.deepcopy(base)
-        upcycle(model, num_experts=4, models=others, gate=only(i), shared_expert=shared)
-        torch.testing.assert_close(model(**inputs).logits, expected[i % 2], atol=2e-5, rtol=0)
-
-
-@torch.no_grad()
-def units_of(base: Any, other: Any, n: int) -> None:
-    """The first hidden units of a network, as those of another one: read by what upcycling itself has tested."""
-    for place, its in zip(find(base, None, None), find(other, None, None), strict=True):
-        own, to = (read_dense(each.module, each.adapter).weights for each in (place, its))
-        for key, axis in HIDDEN_AXIS.items():
-            if key in own:
-                to[key].narrow(axis, 0, n).copy_(own[key].narrow(axis, 0, n))
-
-
-@pytest.mark.parametrize(("num_experts", "sources"), [(None, [0, 1]), (8, [0, 1, 0, 1])])
-def test_slices_of_several_models(num_experts, sources):
-    """Experts g i to g i + g - 1 are the slices of the i-th model; by default each model is there once."""
-    base = ARCHITECTURES["llama"].build()
-    others = [tuned(base), tuned(base)]
-    upcycle(base, num_experts, models=others, granularity=2)
-    experts = feed_forwards(base)[1].moe.experts
-    assert experts.num_experts == 2 * len(sources)
-    for copy_, source in enumerate(sources):
-        w1 = others[source].model.layers[1].mlp.gate_proj.weight.T
-        assert torch.equal(experts.w1[2 * copy_], w1[:, : HIDDEN // 2])
-        assert torch.equal(experts.w1[2 * copy_ + 1], w1[:, HIDDEN // 2 :])
 
 
 def apertus():
@@ -98,14 +31,12 @@ def apertus():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, dict(granularity=2, k=4), dict(shared_expert=16), dict(models=2)],
-    ids=["plain", "slices", "shared", "models"],
+    [{}, dict(granularity=2, k=4), dict(shared_expert=16)],
+    ids=["plain", "slices", "shared"],
 )
 def test_an_activation_with_parameters_keeps_them(settings):
     model, tokens = apertus(), torch.arange(10).view(2, 5)
     before = model(tokens).logits
-    if "models" in settings:
-        settings = dict(models=[model, copy.deepcopy(model)])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     upcycle(model, 4, **settings)
@@ -113,39 +44,6 @@ def test_an_activation_with_parameters_keeps_them(settings):
     for i, feed_forward in enumerate(feed_forwards(model)):
         torch.testing.assert_close(feed_forward.moe.experts.act.alpha_p, torch.tensor([0.3 + i]))
         assert {n for n, p in feed_forward.moe.named_parameters() if p.requires_grad} == {"gate.w_gating"}
-
-
-def test_models_whose_activations_have_other_parameters():
-    model = apertus()
-    other = copy.deepcopy(model)
-    nn.init.constant_(other.model.layers[1].mlp.act_fn.alpha_n, 5.0)
-    with pytest.raises(ValueError, match=r"models\[1\] .*1.mlp .* other parameters in its activation"):
-        upcycle(model, models=[model, other])
-    assert not feed_forwards(model)
-
-
-def test_models_that_are_not_of_one_base():
-    base = ARCHITECTURES["llama"].build()
-    state = {name: value.clone() for name, value in base.state_dict().items()}
-    wider = ARCHITECTURES["llama"].build(intermediate_size=HIDDEN + 1)
-    other_act = ARCHITECTURES["llama"].build(hidden_act="gelu")
-    shorter = ARCHITECTURES["llama"].build(num_hidden_layers=1)
-    swapped = copy.deepcopy(base)
-    upcycle(swapped, 2)
-    for models, problem in [
-        ([base, wider], r"models\[1\] has another network at model.layers.0.mlp .* must come from one base"),
-        ([other_act], r"models\[0\] has another network at model.layers.0.mlp than the model.*GELU.*SiLU"),
-        ([base, shorter], r"models\[1\] lacks networks of the model: layers: \['model.layers.1.mlp'\] is not there"),
-        ([swapped], r"models\[0\] lacks .* some are replaced already"),
-        ([base, copy.deepcopy(base).to("meta")], r"models\[1\] has weights on the meta device: load them first"),
-        ([nn.DataParallel(base)], r"models\[0\] lacks .* DataParallel is a wrapper: change the model in it"),
-        ([], "models must hold at least one model"),
-        ([base, base, base], "num_experts=8 must be a multiple of granularity=1 times the number of models, 3"),
-    ]:
-        with pytest.raises(ValueError, match=problem):
-            upcycle(base, 8, models=models)
-    assert base.state_dict().keys() == state.keys()
-    assert all(torch.equal(value, state[name]) for name, value in base.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

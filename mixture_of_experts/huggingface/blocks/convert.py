@@ -76,17 +76,10 @@ def differences(moe: MoE, block: nn.Module) -> list[str]:
 def told(moe: MoE, compared: Collection[str]) -> dict[str, str]:
     """What a layer computes, in words, with those settings of its gate that are `compared`."""
     gate, parts = moe.gate, with_inner(moe.experts)
-    settings: dict[str, Any] = {name: find(gate, name) for name in compared}
-    if settings.get("num_groups") == settings.get("top_groups"):  # a token may choose from all expert groups
-        settings |= dict.fromkeys(("num_groups", "top_groups", "group_score"))
-    if not settings.get("normalize"):
-        settings["eps"] = None
-    if settings.get("capacity_factor_train") is None and settings.get("capacity_factor_eval") is None:  # dropless
-        settings["min_expert_capacity"] = None
     weights = {name: tensor for name, tensor in tensors_of(moe).items() if name != COUNTS}
     return {
         "the gate is": type(gate).__name__,
-        **{f"the gate has {name}": repr(value) for name, value in settings.items()},
+        **{f"the gate has {name}": repr(find(gate, name)) for name in compared},
         "the experts have the activation": repr(find(parts[-1], "act")),
         "the experts are": " around ".join(type(part).__name__ for part in parts),
         **{f"{name} has shape": str(tuple(tensor.shape)) for name, tensor in weights.items()},

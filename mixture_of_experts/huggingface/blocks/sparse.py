@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path, tensors_of
@@ -162,35 +161,34 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     if not layers or others:
         why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
         raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
-    stock, configs = stock_model(model)
+    stock = stock_model(model)
     for name, layer in layers.items():
         refuse_offloaded(layer, name)
         check_alike(layer.moe, stock.get_submodule(name))
     for name, layer in layers.items():
         block = stock.get_submodule(name)
         to_block(layer.moe, in_memory(block, layer.moe))
-        for module in block.modules():
-            if "config" in vars(module):
-                module.config = configs.get(id(module.config), module.config)
         put_everywhere(model, layer, block.train(layer.training))
     remove_watches(model)
     give_back(model)
-    for config in configs.values():
-        forget(config)
+    for module in model.modules():
+        forget(vars(module).get("config"))
     return model
 
 
-def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
-    """The stock model without memory for its weights; and the model's configurations by the ids of its own."""
-    held: list[Any] = [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
-    held += [config.get_text_config() for config in held if isinstance(config, PreTrainedConfig)]
-    copies: dict[int, Any] = {}
-    config = copy.deepcopy(model.config, copies)
+def stock_model(model: PreTrainedModel) -> Any:
+    """The stock model of a model's own configuration, without memory for its weights."""
+    config: Any = model.config
+    kind, held = type(config), dict(vars(config))
     forget(config)
-    with torch.device("meta"):
-        stock: Any = type(model)(config)
+    try:
+        with torch.device("meta"):
+            stock = type(model)(config)
+    finally:
+        config.__class__ = kind
+        vars(config).update(held)
     capture_alike(stock, model)
-    return stock, {id(copies[id(one)]): one for one in held if id(one) in copies}
+    return stock
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
@@ -198,15 +196,12 @@ def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
     """The block, from the meta device to that of a layer. Each weight gets the dtype of the layer's weight, and is
     frozen if that is."""
     own = tensors_of(moe)
-    device, dtype = next(moe.parameters()).device, next(moe.experts.parameters()).dtype
-    views = read_block(block).views()
-    like = {id(piece if piece._base is None else piece._base): own[name] for name in views for piece in views[name]}
-    for module in block.modules():
-        for name, weight in tensors_of(module, recurse=False).items():
-            ours = like.get(id(weight))
-            kind = (dtype if ours is None else ours.dtype) if weight.is_floating_point() else weight.dtype
-            value = torch.zeros_like(weight, dtype=kind, device=device)
-            if isinstance(weight, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=weight.requires_grad and (ours is None or ours.requires_grad))
-            setattr(module, name, value)
+    block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
+    for weight in tensors_of(block).values():
+        weight.data.zero_()  # some have no place in a layer
+    for name, pieces in read_block(block).views().items():
+        for piece in pieces:
+            weight = piece if piece._base is None else piece._base
+            weight.data = weight.data.to(own[name].dtype)
+            weight.requires_grad_(weight.requires_grad and own[name].requires_grad)
     return block

@@ -21,7 +21,7 @@ from mixture_of_experts.ops.cpu.fused import ChunkProducts
 
 def saved_widths(network: AdaptedNetwork) -> list[int]:
     """The widths of the tensors that `run_network` returns for `gradients_of_network`."""
-    return [*rows.saved_widths(network), *(w.down.shape[-1] for w in network.adapted() if w.down is not None)]
+    return [*rows.saved_widths(network), *(weight.down.shape[-1] for weight in network.adapted())]
 
 
 def run_network(
@@ -30,7 +30,7 @@ def run_network(
     """`ops.rows.run_network`; the rows times each down stand behind the pre-activations."""
     number = len(network.w_in)
     adapted: Any = AdaptedProducts(products, out[number:])
-    pre, y = rows.run_network(adapted, x, network.spelled(), save, out[:number])
+    pre, y = rows.run_network(adapted, x, network, save, out[:number])
     return [*pre, *adapted.thin.values()], y
 
 
@@ -46,21 +46,18 @@ def gradients_of_network(
     out: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """`ops.rows.gradients_of_network`, with the gradients of low-rank parts; `saved` is what `run_network` returned."""
-    number, (*_, w_out) = len(network.w_in), network.adapted()
+    number, names = len(network.w_in), [weight.name for weight in network.adapted()]
     adapted: Any = GradientProducts(products)
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
-    adapted.saved = dict(zip((w.name for w in network.adapted() if w.down is not None), saved[number:], strict=True))
+    adapted.saved = dict(zip(names, saved[number:], strict=True))
     adapted.wanted, adapted.out = wanted, {} if out is None else out
-    names = {"x"} if w_out.down is None else {"x", "w_out"}
-    memory: Any = {"w_out": w_out}  # which tells `by_rows` of its weight
-    total, _ = rows.gradients_of_network(
-        adapted, x, network.spelled(), saved[:number], grad, scale, grad_scale, names, memory
-    )
+    asked = ["x", *(name for name in names if name == "w_out")]
+    total, _ = rows.gradients_of_network(adapted, x, network, saved[:number], grad, scale, grad_scale, asked)
     return total if "x" in wanted else None, adapted.grads
 
 
 class AdaptedProducts:
-    """`rows.Products` by weights with low-rank parts.
+    """`rows.Products` by weights of which some have low-rank parts.
 
     Args:
         memory: for the rows times each down.
@@ -71,29 +68,28 @@ class AdaptedProducts:
         self.memory: Iterator[Tensor] = iter(memory)
         self.gather: Any = products.gather
         self.add_bias: Any = products.add_bias
-        self.sums: Any = products.sums
         self.thin: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
 
-    def narrow(self, x: Tensor, w: LowRank) -> Tensor | None:
-        """x times down `(r, k)`, once for each weight; None if it has no part."""
-        if w.down is not None and w.name not in self.thin:
-            self.thin[w.name] = self.products.by_weights(x, w.down, next(self.memory, None))
-        return self.thin.get(w.name)
+    def narrow(self, x: Tensor, weight: LowRank) -> Tensor:
+        """x times down `(r, k)`, once for each weight."""
+        if weight.name not in self.thin:
+            self.thin[weight.name] = self.products.by_weights(x, weight.down, next(self.memory, None))
+        return self.thin[weight.name]
 
-    def by_weights(self, x: Tensor, weight: LowRank, out: Tensor | None = None) -> Tensor:
-        products, thin = self.products, self.narrow(x, weight)
-        out = products.by_weights(x, weight.weight, out)
-        if thin is None:
-            return out
+    def by_weights(self, x: Tensor, weight: Tensor | LowRank, out: Tensor | None = None) -> Tensor:
+        products = self.products
+        if isinstance(weight, Tensor):
+            return products.by_weights(x, weight, out)
+        thin, out = self.narrow(x, weight), products.by_weights(x, weight.weight, out)
         if isinstance(products, ChunkProducts):
             return products.by_weights(thin, weight.up, out, add=True)
         return out.add_(products.by_weights(thin, weight.up))
 
-    def total(self, pairs: Sequence[tuple[Tensor, LowRank]]) -> Tensor:
+    def total(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
         terms = []
         for x, weight in pairs:
-            thin = self.narrow(x, weight)
-            terms += [(x, weight.weight)] if thin is None else [(x, weight.weight), (thin, weight.up)]
+            adapted = isinstance(weight, LowRank)
+            terms += [(x, weight.weight), (self.narrow(x, weight), weight.up)] if adapted else [(x, weight)]
         return self.products.total(terms)
 
 
@@ -107,24 +103,22 @@ class GradientProducts(AdaptedProducts):
     out: Mapping[str, Tensor]
     grads: dict[str, Tensor]
 
-    def by_rows(self, x: Tensor, y: Tensor, out: LowRank) -> None:
+    def by_rows(self, x: Tensor, y: Tensor, out: object) -> None:
         """In the place of the gradient of `w_out`; the rows y are weighed."""
-        self.note(out, x, y, self.saved[out.name])
+        self.note("w_out", x, y, self.saved["w_out"])
 
-    def total(self, pairs: Sequence[tuple[Tensor, LowRank]]) -> Tensor:
-        """Beside the gradients of tokens, those of the parts of `w_in`; pairs have their weights transposed."""
+    def total(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
+        """Beside the gradients of tokens, those of the parts of `w_in`."""
         total = super().total(pairs)
-        tokens = self.gather(self.x) if self.thin.keys() - {"w_out"} else None
-        for y, w in pairs:
-            if tokens is not None and w.down is not None:
-                self.note(w.mT, tokens, y, self.saved[w.name] * self.scale)
+        adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRank)}
+        tokens = self.gather(self.x) if adapted else self.x
+        for name, y in adapted.items():
+            self.note(name, tokens, y, self.saved[name] * self.scale)
         return total
 
-    def note(self, w: LowRank, x: Tensor, y: Tensor, thin: Tensor) -> None:
-        """Note the gradients of down and up of a weight, by which x is multiplied, from those of the products."""
-        for name, left, right in (
-            (f"down.{w.name}", x, self.thin[w.name] * self.scale),
-            (f"up.{w.name}", thin, y),
-        ):
-            if name in self.wanted:
-                self.grads[name] = self.products.by_rows(left, right, self.out.get(name))
+    def note(self, name: str, x: Tensor, y: Tensor, thin: Tensor) -> None:
+        """Note the gradients of the part of a weight: x is what it multiplies, y the gradient of the product, and thin
+        is x times down."""
+        for part, left, right in ((f"down.{name}", x, self.thin[name] * self.scale), (f"up.{name}", thin, y)):
+            if part in self.wanted:
+                self.grads[part] = self.products.by_rows(left, right, self.out.get(part))

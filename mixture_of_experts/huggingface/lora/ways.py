@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mixture_of_experts.huggingface.lora import rows
-from mixture_of_experts.huggingface.lora.network import AdaptedNetwork, LowRank
 from mixture_of_experts.ops import batched, cpu, grouped, plain
 from mixture_of_experts.ops.cpu import fused
 from mixture_of_experts.ops.network import Call
@@ -23,8 +22,7 @@ class Way(NamedTuple):
 
 def why_not_grouped(call: Call) -> str | None:
     """Why there is no grouped operator for a weight or a part of one."""
-    parts = [part for _, *weights in adapted(call).adapted() for part in weights]
-    weights = [part for part in parts if part is not None]
+    weights = [tensor for tensor in call.network.tensors().values() if tensor.ndim == 3]
     return next((reason for weight in weights if (reason := grouped.why_no_operator(call.x, weight))), None)
 
 
@@ -39,19 +37,12 @@ def run_operators(call: Call, product: plain.Product = plain.expert_product) -> 
     """Compute a call in operators that autograd differentiates; return `(t, o)`."""
 
     def multiply(x: Tensor, weight: Any, num_tokens_per_expert: Tensor | None) -> Tensor:
-        w: LowRank = weight
-        out = product(x, w.weight, num_tokens_per_expert)
-        if w.down is None:
-            return out
-        return out + product(product(x, w.down, num_tokens_per_expert), w.up, num_tokens_per_expert)
+        if isinstance(weight, Tensor):
+            return product(x, weight, num_tokens_per_expert)
+        thin = product(x, weight.down, num_tokens_per_expert)
+        return product(x, weight.weight, num_tokens_per_expert) + product(thin, weight.up, num_tokens_per_expert)
 
-    return plain.compute(call.x, plain.plan_of(call.decision), adapted(call).spelled(), multiply)
-
-
-def adapted(call: Call) -> AdaptedNetwork:
-    """The network of a call."""
-    assert isinstance(call.network, AdaptedNetwork)
-    return call.network
+    return plain.compute(call.x, plain.plan_of(call.decision), call.network, multiply)
 
 
 WAYS = {

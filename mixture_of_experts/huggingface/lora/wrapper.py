@@ -13,8 +13,7 @@ from peft.tuners.lora import layer
 from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.huggingface.blocks.backend import DTYPES
-from mixture_of_experts.huggingface.lora.network import AdaptedNetwork
+from mixture_of_experts.huggingface.lora.network import AdaptedNetwork, LowRank
 from mixture_of_experts.huggingface.lora.ways import WAYS
 from mixture_of_experts.ops import Network, routed_ffn
 from mixture_of_experts.quantize import QuantizedExperts
@@ -31,11 +30,10 @@ class AdaptedFFN:
         self.parts = parts
 
     def __call__(self, x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
-        parts = {}
-        for name, (down, up) in self.parts.items():
-            parts |= {f"down.{name}": down, f"up.{name}": up}
-        whole = AdaptedNetwork(**vars(network), parts=parts)
-        if any(stored.requires_grad for stored in network.tensors().values()):  # gradients of the sums are wanted
+        weights = network.tensors()
+        adapted = {name: LowRank(name, weights[name], *part) for name, part in self.parts.items()}
+        whole = AdaptedNetwork(**vars(network.with_tensors(weights | adapted)))
+        if any(stored.requires_grad for stored in weights.values()):  # gradients of the sums are wanted
             return routed_ffn(x, decision, whole.merged(), training=training)
         return routed_ffn(x, decision, whole, training=training, ways=WAYS)
 
@@ -52,13 +50,12 @@ class ParamWrapper(layer.ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
-        decides = isinstance(args[0] if args else kwargs.get("decision"), Decision)
-        served = (
-            decides and self.num_experts > 1 and self.parameter_name in WEIGHTS and self.get_param().dtype in DTYPES
-        )
-        if self.disable_adapters or self.merged or not active or not served or kwargs.get("adapter_names"):
-            if not (served or self.disable_adapters) and active:
-                self.check_not_quantized("are computed for slots")
+        if self.disable_adapters or not active:
+            return super().forward(x, *args, **kwargs)
+        served = self.num_experts > 1 and isinstance(args[0] if args else kwargs.get("decision"), Decision)
+        if not served:
+            self.check_not_quantized("are computed for slots")
+        if self.merged or not served or kwargs.get("adapter_names"):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         outer: AdaptedFFN = kwargs.pop("ffn", None) or AdaptedFFN({})

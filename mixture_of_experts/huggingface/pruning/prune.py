@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards, layers_by_path
-from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, why_not_cut
+from mixture_of_experts.huggingface.pruning.cutting import (
+    check_number,
+    cut,
+    layer_of,
+    stack_of,
+    tensors_to_cut,
+    why_not_cut,
+)
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
 from mixture_of_experts.huggingface.router_config import reports_routers
@@ -77,16 +84,32 @@ def prune(
     elif check_choice("by", by, RULES) and keep is None:
         raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
     sites = prunable(model, gates)
-    refuse_meta(model, type(model).__name__)
-    return prune_sites(model, sites, keep, by, calibration)
+    if keep is not None:
+        for site in sites:
+            check_number(site, check_size("keep", keep))
+    if isinstance(by, Mapping):
+        given = {site: by[name] for site in sites for name in site.names if name in by}
+    elif by == "random":
+        given = {site: torch.rand(site.num_experts) for site in sites}
+    else:
+        given = measure(model, sites, by, calibration)
+    kept = {site: ids_of(site, given[site], keep) for site in sites}
+    smaller = {site: ids for site, ids in kept.items() if len(ids) < site.num_experts}
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    names, old, new = told_number(models, {layer_of(site): len(ids) for site, ids in smaller.items()})
+    for site, ids in smaller.items():
+        cut(site, ids)
+    if smaller and models and feed_forwards(models[0]):
+        note(models[0])
+        for holder in (*models, models[0].config.get_text_config()):
+            vars(holder).update({name: new for name in names if vars(holder).get(name) == old})
+    return {site.name: ids for site, ids in kept.items()}
 
 
 def expert_scores(
     model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: Gates | None = None
 ) -> dict[str, Tensor]:
     """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps the largest.
-
-    `safetensors.torch.save_file` writes them, and the command `prune` reads them for a folder larger than memory.
 
     Args:
         model, calibration, gates: as in `prune`. The model is not changed.
@@ -102,118 +125,85 @@ def expert_scores(
     """
     check_choice("by", by, MEASURED)
     sites = prunable(check_model("model", model), gates)
-    refuse_meta(model, type(model).__name__)
-    return measure(model, sites, by, calibration)
+    return {site.name: scores for site, scores in measure(model, sites, by, calibration).items()}
 
 
 def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
     """The sites of gates that can be cut; TypeError if one of them cannot."""
     sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
-    layers = [PrunableLayer(site) for site in sites]
-    stacks = Counter(layer.stack for layer in layers)
+    stacks = Counter(map(stack_of, sites))
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    for layer in layers:
-        weights = [id(getattr(module, name)) for module, name, _ in layer.tensors()]
-        if stacks[layer.stack] > 1 or any(holders[weight] > 1 for weight in weights):
+    for site in sites:
+        weights = [id(getattr(module, name)) for module, name, _ in tensors_to_cut(site)]
+        if stacks[stack_of(site)] > 1 or any(holders[weight] > 1 for weight in weights):
             raise TypeError(
-                f"prune cannot serve {layer.name!r}: something else holds its experts, or weights of its router or "
+                f"prune cannot serve {site.name!r}: something else holds its experts, or weights of its router or "
                 "experts, too: untie them"
             )
+    refuse_meta(model, type(model).__name__)
     return sites
 
 
-def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, calibration: Any = None) -> Chosen:
-    """Choose, check everything, and then cut."""
-    layers = {site.name: PrunableLayer(site) for site in sites}
-    if keep is not None:
-        for layer in layers.values():
-            layer.check_number(check_size("keep", keep))
-    if isinstance(by, Mapping):
-        given = {site.name: by[name] for site in sites for name in site.names if name in by}
-    elif by == "random":
-        given = {name: torch.rand(layer.e) for name, layer in layers.items()}
-    else:
-        given = measure(model, sites, by, calibration)
-    kept = {name: ids_of(layer, given[name], keep) for name, layer in layers.items()}
-    cut = {name: ids for name, ids in kept.items() if len(ids) < layers[name].e}
-    old = next(iter(layers.values())).e
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    changes = config_changes(models, {layers[name].moe: len(ids) for name, ids in cut.items()})
-    for name, ids in cut.items():
-        layers[name].cut(ids)
-    if cut:
-        tell_configuration(models, old, changes)
-    return kept
-
-
-def ids_of(layer: PrunableLayer, given: Any, keep: int | None) -> list[int]:
-    """The ids that stay, from scores or from ids; ValueError or TypeError if they are wrong."""
+def ids_of(site: Site, given: Any, keep: int | None) -> list[int]:
+    """The ids that stay, equally many of each expert group, from scores or from ids; ValueError or TypeError if they
+    are wrong."""
+    e, groups = site.num_experts, getattr(site.gate, "num_groups", None) or 1
     wrong = (
-        f"by[{layer.name!r}] must be scores ({layer.e},), floating and finite, or different ids below {layer.e}, got "
-        f"{given!r:.99}"
+        f"by[{site.name!r}] must be scores ({e},), floating and finite, or different ids below {e}, got {given!r:.99}"
     )
     try:
         values = torch.as_tensor(given).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(wrong) from error
+    kept = torch.zeros(groups, e // groups, dtype=torch.bool)
     if values.is_floating_point():
-        if values.shape != (layer.e,) or not values.isfinite().all():
+        if values.shape != (e,) or not values.isfinite().all():
             raise ValueError(wrong)
         if keep is None:
             raise ValueError("scores need keep=, the number of experts that each layer keeps")
-        ids = layer.best(values, keep)
+        order = values.view_as(kept).argsort(dim=-1, descending=True, stable=True)  # of equals the first
+        kept.scatter_(1, order[:, : keep // groups], True)
     else:
-        ids = sorted(values.flatten().tolist())
-        if values.dtype == torch.bool or values.ndim != 1 or ids != sorted({*ids}.intersection(range(layer.e))):
+        ids = values.flatten().tolist()
+        if values.dtype == torch.bool or values.ndim != 1 or len({*ids}.intersection(range(e))) < len(ids):
             raise ValueError(wrong)
         if keep not in (None, len(ids)):
-            raise ValueError(f"keep={keep}, but by[{layer.name!r}] has {len(ids)} ids: leave keep out")
-    layer.check_ids(ids)
-    return ids
+            raise ValueError(f"keep={keep}, but by[{site.name!r}] has {len(ids)} ids: leave keep out")
+        check_number(site, len(ids))
+        kept.view(-1)[ids] = True
+        if len({*(counts := kept.sum(dim=-1).tolist())}) > 1:
+            raise ValueError(f"{site.name!r} keeps equally many experts of each of its groups, got {counts}: {ids}")
+    return kept.flatten().nonzero().flatten().tolist()
 
 
 # The configuration
 
 
-def config_changes(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> dict[str, int]:
-    """The settings of a configuration that tell the number of experts of layers that were blocks, and their new value.
+def told_number(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
+    """The settings of a configuration that tell the number of experts in layers, and that number, before and after.
 
     Args:
         models: the models of transformers in a model, the outermost first.
         numbers: the experts that are left, of each layer that loses some.
 
     Raises:
-        ValueError: layers would differ, and the configuration has one number for all; or none of its settings tells it.
+        ValueError: layers that were blocks would differ, and the configuration has one number for all; or none of its
+            settings tells it.
     """
-    layers = layers_by_path(models[0]) if models else {}
-    blocks = {name: layer.moe for name, layer in layers.items() if isinstance(layer, SparseFeedForward)}
-    if numbers.keys().isdisjoint(blocks.values()):
-        return {}
-    new = sorted({numbers.get(moe, moe.num_experts) for moe in blocks.values()})
-    if len(new) > 1:
+    layers = [*layers_by_path(models[0]).values()] if models else []
+    blocks = [layer.moe for layer in layers if isinstance(layer, SparseFeedForward)]
+    text = models[0].config.get_text_config() if layers else None
+    moes = blocks or ([] if reports_routers(text) else [layer.moe for layer in layers])
+    if not moes:
+        return [], 0, 0
+    old = moes[0].num_experts
+    new, *differ = sorted({numbers.get(moe, moe.num_experts) for moe in blocks or moes[:1]})
+    if differ:
         raise ValueError(
             f"the layers of {type(models[0]).__name__} were blocks, whose configuration has one number of experts "
-            f"for all: keep equally many in each, got {new}"
+            f"for all: keep equally many in each, got {[new, *differ]}"
         )
-    text, old = models[0].config.get_text_config(), next(iter(blocks.values())).num_experts
-    changes = {name: new[0] for name, value in vars(text).items() if NUMBER.search(name) and value == old}
-    if not changes:
-        raise ValueError(
-            f"no setting of {type(text).__name__} is known to tell the {old} experts of {', '.join(blocks)}"
-        )
-    return changes
-
-
-def tell_configuration(models: list[PreTrainedModel], old: int, changes: Mapping[str, int]) -> None:
-    """Tell the models' configuration, and modules that copied the number, of the experts that are left."""
-    for holder in models:
-        if changes and vars(holder).get("num_experts") == old:
-            holder.num_experts = next(iter(changes.values()))  # pyright: ignore[reportArgumentType]
-    if not models or not (layers := feed_forwards(models[0])):
-        return
-    note(models[0])
-    config = models[0].config.get_text_config()
-    if not reports_routers(config) and vars(config).get("num_experts") == old:  # as `announce` set it
-        changes = {**changes, "num_experts": layers[0].moe.num_experts}
-    for name, number in changes.items():
-        setattr(config, name, number)
+    names = [name for name in vars(text) if NUMBER.search(name)] if blocks else ["num_experts"]  # as `announce` set it
+    if new < old and blocks and not any(vars(text)[name] == old for name in names):
+        raise ValueError(f"no setting of {type(text).__name__} is known to tell the {old} experts of its blocks")
+    return [*names, "num_experts"], old, new

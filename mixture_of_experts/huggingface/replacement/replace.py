@@ -9,7 +9,6 @@ import copy
 import numbers
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace as replace_fields
 from operator import attrgetter
 from typing import Any
 
@@ -115,10 +114,9 @@ def replace_ffn(
 
 def upcycle(
     model: nn.Module,
-    num_experts: int | None = None,
+    num_experts: int = 8,
     k: int = 2,
     *,
-    models: Sequence[nn.Module] | None = None,
     layers: Layers = None,
     gate: GateFactory | None = None,
     granularity: int = 1,
@@ -132,22 +130,19 @@ def upcycle(
 ) -> list[str]:
     """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
 
-    Until it is trained, the model computes the same as before, up to rounding; `models`, `noise` and `redraw` change
-    that. For this a gate's weights must add up to the same number for every token, and it must drop none in eval.
-    Frozen weights (`requires_grad=False`) are frozen in the experts too; routers train. The optimizer and adapters come
-    afterwards, as in `replace_ffn`.
+    Until it is trained, the model computes the same as before, up to rounding; `noise` and `redraw` change that. For
+    this a gate's weights must add up to the same number for every token, and it must drop none in eval. Frozen weights
+    (`requires_grad=False`) are frozen in the experts too; routers train. The optimizer and adapters come afterwards, as
+    in `replace_ffn`.
 
     With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
     are the slices of copy i. They start with equal router weights, so that a token chooses them together. So
     `num_experts` and the gate's number of choices must be multiples of g.
 
     Args:
-        num_experts: e; by default 8, or g for each of `models`.
-        models: fine-tuned models of the class and sizes of `model`, which may be one of them. Copies are of their
-            networks in turn (arXiv 2403.07816). All other weights are those of `model`.
         granularity: g, as above.
-        shared_expert: number of hidden units, the first ones of `model`'s network, that become a shared expert, a
-            network for every token; experts are copies of the others.
+        shared_expert: number of hidden units, the first ones of the network, that become a shared expert, a network for
+            every token; experts are copies of the others.
         noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
         redraw: share of each expert's hidden units whose weights are drawn again, from a normal distribution with the
             mean and deviation of the weights (arXiv 2502.19261).
@@ -155,7 +150,7 @@ def upcycle(
 
     Raises:
         ValueError, TypeError: as in `replace_ffn`; also if the gate's weights add up to different numbers (k = 1
-            without normalising) or it drops tokens in eval, if sizes do not divide, or if `models` have others.
+            without normalising) or it drops tokens in eval, or if sizes do not divide.
 
     Example:
         >>> import torch
@@ -172,19 +167,12 @@ def upcycle(
     check_number("noise", noise, at_least=0.0)
     if check_number("redraw", redraw, at_least=0.0) > 1:
         raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
-    sources = [] if models is None else check_models(models)
-    slices = g * max(len(sources), 1)
-    e = check_size("num_experts", num_experts if num_experts is not None else g * len(sources) or 8)
-    if e % slices:
+    if check_size("num_experts", num_experts) % g:
         raise ValueError(
-            f"num_experts={e} must be a multiple of granularity={g} times the number of models, {slices // g}: an "
-            f"expert is one of {g} slices of a copy"
+            f"num_experts={num_experts} must be a multiple of granularity={g}: an expert is a slice of a copy"
         )
-
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     make_gate = gates_of_layers(gate, k, model)
-    places = find(model, layers, adapters)
-    others = [read_alike(places, other, adapters, i) for i, other in enumerate(sources)]
 
     def build(place: NetworkSite, dense: Dense) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
@@ -192,18 +180,14 @@ def upcycle(
             raise ValueError(
                 f"granularity={g} must divide the {rest} hidden units of a network that shared_expert={shared} leaves"
             )
-        moe: Any = make_moe(dense, e, make_gate, rest // g, coefs, shared, drawn=False)
+        moe: Any = make_moe(dense, num_experts, make_gate, rest // g, coefs, shared, drawn=False)
         share_routers(moe.gate, g)
-        total = sum_of_weights(moe, g)
-        if shared is not None:
-            fill_shared(moe.shared_expert, cut(dense, 0, shared))
-        copied = [networks[place.name] for networks in others] or [dense]
-        fill(moe.experts, [cut(network, shared or 0, network.hidden_dim) for network in copied], g, total)
+        fill(moe.experts, dense, shared or 0, g, sum_of_weights(moe, g))
         vary(moe.experts, noise, redraw)
-        freeze(moe, dense)
+        fill_shared(moe.shared_expert, dense)
         return moe
 
-    return swap(model, places, build)
+    return swap(model, find(model, layers, adapters), build)
 
 
 # Finding
@@ -229,15 +213,6 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
         )
     chosen = choose([place.target for place in places], layers)
     return [place for place in places if place.target in chosen]
-
-
-def check_models(models: Any) -> list[nn.Module]:
-    """A sequence of at least one model."""
-    if not isinstance(models, Sequence) or isinstance(models, str):
-        raise TypeError(f"models must be a list of models, got {models!r:.99}")
-    if not models:
-        raise ValueError("models must hold at least one model")
-    return [check_model(f"models[{i}]", model) for i, model in enumerate(models)]
 
 
 def why(model: nn.Module, misses: Collection[Miss]) -> str:
@@ -341,7 +316,8 @@ def make_moe(
     *,
     drawn: bool = True,
 ) -> MoE:
-    """A layer with the network's device and dtype, and experts of its kind; their weights are `drawn` or left empty."""
+    """A layer with the network's device and dtype, and experts of its kind; unless their weights are `drawn`, they have
+    no memory."""
     kind = GatedExperts if dense.gated else Experts
     device, dtype, shared_expert = dense.like.device, dense.like.dtype, None
     with device if drawn else torch.device("meta"):
@@ -354,20 +330,9 @@ def make_moe(
             )
     for name in experts._parameters.keys() - dense.weights.keys():
         experts.register_parameter(name, None)  # the network has no such bias
-    if not drawn:
-        for module in (experts, *linears_of_shared(shared_expert).values()):
-            module.to_empty(device=device, recurse=False)  # not of the activation, which is the network's
     with device:
         gate = make_gate(dense.dim, num_experts)
         return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=shared_expert, **coefs)
-
-
-def linears_of_shared(shared_expert: nn.Module | None) -> dict[str, nn.Module]:
-    """The linear layers of a shared expert, by their number in experts."""
-    if not isinstance(shared_expert, SharedExpert):
-        return {}
-    gate, up, down = shared_expert.gate_proj, shared_expert.up_proj, shared_expert.down_proj
-    return {"1": up, "2": down} if gate is None else {"1": gate, "2": down, "3": up}
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
@@ -480,79 +445,48 @@ def share_routers(gate: Any, g: int) -> None:
 
 
 @torch.no_grad()
-def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
-    """Copy slice i mod g of the networks, in turn, to expert i. The last weights make up for the gate's weights."""
-    for name, parameter in experts.named_parameters(recurse=False):  # not those of the activation, which is shared
-        copies = parameter.unflatten(0, (-1, len(networks), g))
-        for i, network in enumerate(networks):
-            value = network.weights[name]
-            if name == "b2":  # every slice has it, and the weights of all slices add up to `total`
-                copies[:, i] = value / total
-            else:
-                copies[:, i] = torch.stack(value.chunk(g, dim=HIDDEN_AXIS[name])) * (g / total if name == "w2" else 1)
+def fill(experts: Any, dense: Dense, first: int, g: int, total: float) -> None:
+    """Copy slice i mod g of the network's hidden units, from `first` on, to expert i. The last weights make up for the
+    gate's weights, which add up to `total`. What is frozen in the network is frozen."""
+    h = experts.hidden_dim
+    for name, _ in list(experts.named_parameters(recurse=False)):  # not those of the activation, which is shared
+        slices = [units(dense, name, first + i * h, h) for i in range(g)]
+        stack = torch.stack(slices * (experts.num_experts // g))
+        if name in ("w2", "b2"):  # every slice has b2
+            stack *= (g if name == "w2" else 1) / total
+        setattr(experts, name, nn.Parameter(stack, dense.weights[name].requires_grad))
 
 
 @torch.no_grad()
-def fill_shared(shared_expert: nn.Module, network: Dense) -> None:
-    """Copy a network to a shared expert, without its last bias, which the experts have."""
-    values = {**network.weights, "b2": None}
-    for number, layer in linears_of_shared(shared_expert).items():
-        for name, weight in layer.named_parameters():
-            value = values.get(f"{name[0]}{number}")
-            weight.copy_(torch.zeros_like(weight) if value is None else value.t())
+def fill_shared(shared_expert: Any, dense: Dense) -> None:
+    """Copy the first hidden units of a network to a shared expert, without its last bias, which the experts have."""
+    if shared_expert is None:
+        return
+    names = ("gate_proj", "down_proj", "up_proj") if dense.gated else ("up_proj", "down_proj")
+    for number, name in enumerate(names, 1):
+        layer, trains = getattr(shared_expert, name), dense.weights[f"w{number}"].requires_grad
+        for kind, empty in list(layer.named_parameters()):
+            key, value = f"{kind[0]}{number}", dense.like.new_zeros(empty.shape)
+            if key in dense.weights and key != "b2":
+                value.copy_(units(dense, key, 0, shared_expert.hidden_dim).t())
+            setattr(layer, kind, nn.Parameter(value, trains))
 
 
-def cut(network: Dense, start: int, stop: int) -> Dense:
-    """The network with some of its hidden units only."""
-    weights = dict(network.weights)
-    for name in weights.keys() & HIDDEN_AXIS:
-        weights[name] = weights[name].narrow(HIDDEN_AXIS[name], start, stop - start)
-    return replace_fields(network, weights=weights)
-
-
-def read_alike(
-    places: list[NetworkSite], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
-) -> dict[str, Dense]:
-    """The networks of another model at the same sites, by name, checked to be alike."""
-    try:
-        found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"models[{i}] lacks networks of the model: {error}") from error
-    networks = {}
-    for place in places:
-        own, its = (read_dense(p.module, p.adapter) for p in (place, found[place.name]))
-        if its.like.is_meta and not own.like.is_meta:
-            raise ValueError(f"models[{i}] has weights on the meta device: load them first")
-        shapes = [({n: tuple(w.shape) for n, w in d.weights.items()}, str(d.activation)) for d in (own, its)]
-        parameters = (d.activation.parameters() for d in (own, its))
-        if shapes[0] != shapes[1] or not all(map(torch.equal, *parameters)):
-            raise ValueError(
-                f"models[{i}] has another network at {place.name} than the model, or other parameters in its "
-                f"activation: {shapes[1]}, not {shapes[0]}. All must come from one base model and share activations"
-            )
-        networks[place.name] = its
-    return networks
-
-
-def freeze(moe: MoE, dense: Dense) -> None:
-    """Freeze the weights that are frozen in the network."""
-    for name, parameter in moe.experts.named_parameters(recurse=False):
-        parameter.requires_grad_(dense.weights[name].requires_grad)
-    for number, layer in linears_of_shared(moe.shared_expert).items():
-        layer.requires_grad_(dense.weights[f"w{number}"].requires_grad)
+def units(network: Dense, name: str, start: int, number: int) -> Tensor:
+    """The part of a weight or bias that belongs to some hidden units; all of `b2`, which belongs to none."""
+    weight = network.weights[name]
+    return weight.narrow(HIDDEN_AXIS[name], start, number) if name in HIDDEN_AXIS else weight
 
 
 @torch.no_grad()
 def vary(experts: Any, noise: float, redraw: float) -> None:
-    """Make copies differ, by noise on weights and by hidden units that are drawn again."""
+    """Make copies differ, by noise on weights and by hidden units that are drawn again, equally many in each expert."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
-    if noise:
-        for weight in weights.values():
-            weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
+    for weight in weights.values() if noise else ():
+        weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
     if redraw:
-        e, h = experts.num_experts, experts.hidden_dim
-        order = torch.rand(e, h, device=experts.w1.device).argsort(dim=-1)
-        new = order < round(redraw * h)  # (e, h), equally many in each expert
+        order = torch.rand(experts.num_experts, experts.hidden_dim, device=experts.w1.device).argsort(dim=-1)
+        new = order < round(redraw * experts.hidden_dim)  # (e, h)
         for name, weight in weights.items():
             drawn: Tensor = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
             weight.copy_(torch.where(new.unsqueeze(-1 if name == "w2" else 1), drawn.to(weight.dtype), weight))
