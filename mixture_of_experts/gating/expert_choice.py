@@ -40,7 +40,6 @@ class ExpertChoiceGating(Gate):
         torch.Size([2, 32])
     """
 
-    reports: tuple[str, ...] | None = ()
     w_gating: nn.Parameter
 
     capacity_factor: CapacityFactor = CapacityFactor(dropless=False)
@@ -58,12 +57,8 @@ class ExpertChoiceGating(Gate):
     ) -> None:
         super().__init__(dim, num_experts, process_group=process_group)
         self.capacity_factor = capacity_factor
-        self.w_gating = nn.Parameter(torch.empty(self.dim, self.num_experts, device=device, dtype=dtype))
+        self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights (standard deviation 1 / sqrt(d))."""
-        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     @property
     def expected_choices(self) -> float:
@@ -134,4 +129,4 @@ class ExpertChoiceGating(Gate):
         return capacity, torch.minimum(length.parts, group_capacity(length, *sizes))
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, {self.num_experts}, capacity_factor={self.capacity_factor}, causal=False"
+        return f"{super().extra_repr()}, causal=False"

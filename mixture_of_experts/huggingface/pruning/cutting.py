@@ -24,7 +24,7 @@ from mixture_of_experts.gating import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy, named
+from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy
 from mixture_of_experts.huggingface.feed_forward import tensors_of
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.private_peft import from_peft
@@ -67,7 +67,7 @@ def why_not_gate(gate: Any) -> str | None:
     for name in STEPS:
         step = getattr(gate, name, None)
         if callable(step) and not isinstance(step, KNOWN) and step is not functional.relu:
-            unknown.append(f"{name}={named(step)}")
+            unknown.append(f"{name}={step!r}")
     if getattr(getattr(gate, "bias_rule", None), "shares", None) is not None:
         unknown.append("bias_rule.shares")
     unknown += sorted(tensors_of(gate).keys() - GATE_AXES.keys() - {*NO_AXIS})
