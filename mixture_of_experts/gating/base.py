@@ -20,7 +20,6 @@ from mixture_of_experts.dispatch.queues import (
     Length,
     Priority,
     expert_capacity,
-    group_capacity,
     queue_up,
 )
 from mixture_of_experts.dispatch.routing import Routing
@@ -430,8 +429,7 @@ class TokenChoiceGate(Gate):
             return None, None
         choices = self.k if self.capacity_per_choice else 1
         sizes = (factor, self.num_experts, self.min_expert_capacity, choices)
-        limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Length) else None
-        return expert_capacity(tokens.num_tokens, *sizes), limit
+        return expert_capacity(tokens.num_tokens, tokens.length, *sizes)
 
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
