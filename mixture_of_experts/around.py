@@ -256,7 +256,7 @@ def _compute(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) ->
     expert = torch.bucketize(row, num_tokens_per_expert.cumsum(0), right=True)
     kept = expert < e
     weight = kept.to(torch.promote_types(rows.dtype, torch.float32))
-    decision = Decision(expert.clamp(max=e - 1), weight, kept, k=1, num_tokens=rows.shape[0], num_experts=dims)
+    decision = Decision(expert.clamp(max=e - 1), weight, kept, kept, k=1, num_tokens=rows.shape[0], num_experts=dims)
     return experts(rows, decision)
 
 

@@ -8,7 +8,7 @@ the results are combined.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -34,7 +34,6 @@ from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
-from mixture_of_experts.gating.base import losses_known
 from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
@@ -94,20 +93,7 @@ class Layer(CheckedModule):
             check_shared_expert(value)
         elif name == "experts" or name in self.gate_names:
             self.check_part(name, value)
-        if name == "loss_coefs" or name in self.gate_names:
-            self._check_losses(**{name: value})
         super().__setattr__(name, value)
-
-    def _check_losses(self, **changed: Any) -> None:
-        """Check that the gates report every loss that has a coefficient, as far as that is known before a forward."""
-        gates = [changed.get(name, getattr(self, name, None)) for name in self.gate_names]
-        known = [None if gate is None else losses_known(gate) for gate in gates]
-        coefs = changed.get("loss_coefs", self.__dict__.get("loss_coefs", {}))
-        if isinstance(coefs, Mapping) and not any(names is None for names in known):
-            reported = {name for names in known if names is not None for name in names}
-            for name, coef in coefs.items():
-                if coef and name not in reported and name not in COEFS:
-                    raise nobody_reports(name, reported)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
         """The losses of all levels times their coefficients, 0-dim. A loss without a coefficient takes no part."""
@@ -116,7 +102,12 @@ class Layer(CheckedModule):
             if coef:
                 found = [routing.losses[name] for routing in levels if name in routing.losses]
                 if not found:
-                    raise nobody_reports(name, {name for routing in levels for name in routing.losses})
+                    reported = sorted({name for routing in levels for name in routing.losses})
+                    raise ValueError(
+                        f"loss_coefs has {name!r}, which no gate reports: they report {reported}. Gates of token "
+                        f"choice report {list(BALANCE_LOSSES)}; for {' and '.join(OF_EXPERT_GROUPS)} they need "
+                        "num_groups"
+                    )
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
@@ -139,14 +130,6 @@ class Layer(CheckedModule):
         parts += [f"loss_coefs={dict(self.loss_coefs)}"] if self.loss_coefs else []
         parts += [f"group_size={self.group_size}"] if self.group_size is not None else []
         return ", ".join(parts)
-
-
-def nobody_reports(name: str, reported: Collection[str]) -> ValueError:
-    """The error that `loss_coefs` names a loss that is not among those `reported`."""
-    return ValueError(
-        f"loss_coefs has {name!r}, which no gate reports: they report {sorted(reported)}. Gates of token choice report "
-        f"{list(BALANCE_LOSSES)}; for {' and '.join(OF_EXPERT_GROUPS)} they need num_groups"
-    )
 
 
 class MoE(Layer):

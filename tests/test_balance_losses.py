@@ -176,21 +176,16 @@ def test_what_no_gate_reports_is_named(gate):
         ValueError,
         match=r"'balance_device', which no gate reports.* need num_groups",
     )
+    x = torch.randn(1, 3, 6)
+    moe = MoE(6, gate=gate, loss_coefs=coefs)
     with wrong:
-        MoE(6, gate=gate, loss_coefs=coefs)
-    moe = MoE(6, gate=make_gate("softmax"), loss_coefs=coefs)
-    with wrong:
-        moe.gate = gate
-    moe.loss_coefs = {}
-    moe.gate = gate
-    with wrong:
-        moe.loss_coefs = coefs
-    assert (moe.gate, moe.loss_coefs) == (gate, {})
+        moe(x)
     moe.loss_coefs = {"balance_device": 0.0}  # weighs nothing
+    moe(x)
     grouped = TopKGating(6, 4, num_groups=2, top_groups=2, outer_expert_dims=(3,))
-    HeirarchicalMoE(6, (3, 4), gate_inner=grouped, loss_coefs=coefs)  # one of both reports it
+    HeirarchicalMoE(6, (3, 4), gate_inner=grouped, loss_coefs=coefs)(x)  # one of both reports it
     with wrong:
-        HeirarchicalMoE(6, (3, 4), loss_coefs=coefs)
+        HeirarchicalMoE(6, (3, 4), loss_coefs=coefs)(x)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from mixture_of_experts import (
     control_sparsity,
 )
 from mixture_of_experts.gating.bias_rules import RULES, RuleName
+from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate
 from mixture_of_experts.gating.relu import START
 from mixture_of_experts.unstack import unstack
 
@@ -213,49 +213,26 @@ def test_what_is_refused():
 # Nobody moves it
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        partial(torch.optim.SGD, lr=0.1),
-        partial(torch.optim.AdamW, fused=True),
-        partial(torch.optim.AdamW, foreach=True),
-    ],
-    ids=["plain", "fused", "foreach"],
-)
-def test_counts_that_pile_up_are_warned_of(make):
-    """A fused optimizer raises no version of a weight."""
-    moe = MoE(DIM, gate=TopKGating(DIM, EXPERTS, expert_bias=True))
-    optimizer = make(moe.parameters())
+def test_counts_that_pile_up_are_warned_of(monkeypatch):
+    monkeypatch.setattr(StepsWithoutUpdate, "SO_MANY", 5)
+    gate = TopKGating(DIM, EXPERTS, expert_bias=True)
 
-    def step() -> None:
-        for micro in range(3):  # of one step
-            moe(tokens(micro))[0].sum().backward()
-        optimizer.step()
+    def train(forwards: int) -> None:
+        for _ in range(forwards):
+            gate(tokens(0)).weight.sum().backward()
 
-    for _ in range(9):
-        step()
-    moe.gate.update_bias(0.0)  # it starts counting anew, and leaves the bias as it is
-    assert not moe.gate.expert_bias.any()
-    for _ in range(10):
-        step()
-    with pytest.warns(UserWarning, match=r"bias in 10 steps .* balance_experts\("):
-        step()
-    for _ in range(12):  # it warns once
-        step()
-
-
-def test_a_router_that_no_step_trains_is_not_warned_of():
-    """Steps of another model, between which this router is at rest; and a frozen router."""
-    gates = [TopKGating(DIM, EXPERTS, expert_bias=True) for _ in range(2)]
-    gates[1].requires_grad_(False)
-    other = nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    for _ in range(12):
-        gates[1](tokens(0))
-        other(torch.zeros(2)).sum().backward()
-        optimizer.step()
-    for _ in range(12):
-        gates[0](tokens(0)).weight.sum().backward()
+    train(4)
+    gate.update_bias(0.0)  # it starts counting anew, and leaves the bias as it is
+    assert not gate.expert_bias.any()
+    with torch.no_grad():  # no training
+        gate(tokens(0))
+    train(4)
+    with pytest.warns(UserWarning, match=r"bias in 5 training forwards.* balance_experts\("):
+        train(1)
+    train(6)  # it warns once
+    frozen = TopKGating(DIM, EXPERTS, expert_bias=True).requires_grad_(False)
+    for _ in range(6):
+        frozen(tokens(0))
 
 
 # Two processes

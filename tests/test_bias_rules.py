@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import HashGating, MoE, ReLUGating, TopKGating, TopPGating, balance_experts
 from mixture_of_experts.gating import BiasRule, ForwardChoices, QuantileRule, SignRule
-from mixture_of_experts.gating.bias_rules import in_integers
 from mixture_of_experts.gating.steps import AlwaysChosen
 
 
@@ -236,17 +235,19 @@ def test_shares():
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
     with pytest.raises(ValueError, match=r"shares must be .* got 0"):
         SignRule(shares=[1, 0])
+    with pytest.raises(ValueError, match=r"shares must have a sum below 2\^31"):
+        SignRule(shares=[2**30, 2**30])
 
 
 @pytest.mark.parametrize(
     "shares",
-    [None, [1] * 49, [3, 3, 3, 3, 1, 1], [7, 11, 13], [0.1, 0.2, 0.7], [1 / 3, 2 / 3], [2.5, 5, 1.25], [1e9, 3e9, 1]],
+    [None, [1] * 49, [3, 3, 3, 3, 1, 1], [7, 11, 13], [2**29, 2**30, 1]],
     ids=str,
 )
 @pytest.mark.parametrize("times", [1, 6, 97, 10**6 + 3, 2**30])
 def test_at_exact_balance_nothing_moves(shares, times):
     """Integer shares of an integer number of choices; and one choice more or less is seen, which float32 would not."""
-    rule, load = SignRule(shares=shares), torch.tensor(in_integers(shares or [1] * 49)) * times
+    rule, load = SignRule(shares=shares), torch.tensor(shares or [1] * 49) * times
     assert not rule.step(load, torch.zeros(len(load)), 1, 1.0).any()
     load[0], load[1] = load[0] + 1, load[1] - 1
     assert rule.step(load, torch.zeros(len(load)), 1, 1.0)[:2].tolist() == [-1.0, 1.0]
@@ -262,20 +263,6 @@ def test_shares_step_by_the_sign_of_the_exact_difference():
         exact = [total * share - int(one) * sum(shares) for share, one in zip(shares, load, strict=True)]
         wanted = [float((number > 0) - (number < 0)) for number in exact]
         assert SignRule(shares=shares).step(load, torch.zeros(e), 1, 1.0).tolist() == wanted
-
-
-def test_shares_without_a_common_denominator_are_near():
-    """Also shares whose ratio no 32 bits can hold, and such as are set later."""
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(50, generator=generator, dtype=torch.float64).tolist()
-    parts = in_integers(shares)
-    assert sum(parts) < 1 << 31
-    for share, part in zip(shares, parts, strict=True):
-        assert part / sum(parts) == pytest.approx(share / sum(shares), rel=1e-6)
-    assert in_integers([1e-30, 1.0]) == (1, 1 << 30)
-    rule = SignRule(shares=[1, 1])
-    rule.shares = [1, 3]
-    assert rule.step(torch.tensor([1, 3]), torch.zeros(2), 1, 1.0).tolist() == [0.0, 0.0]
 
 
 # Experts that every token takes, and tokens of NaN

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mixture_of_experts import HeirarchicalMoE, MoE, Top2Gating, TopKGating
-from mixture_of_experts.dispatch.queues import Length, bounded_ratio, expert_capacity, group_capacity
+from mixture_of_experts.dispatch.queues import Length, bounded_ratio, expert_capacity
 
 FACTORS = st.one_of(st.sampled_from([0.29, 0.7, 1.0, 1.1, 1.25, 2.0, 2.0**-20, 1e-9, 1e9]), st.floats(1e-3, 100))
 
@@ -19,7 +19,7 @@ FACTORS = st.one_of(st.sampled_from([0.29, 0.7, 1.0, 1.1, 1.25, 2.0, 2.0**-20, 1
 @pytest.mark.parametrize(("n", "factor", "expected"), [(100, 0.29, 29), (10, 0.7, 7), (16, 1.25, 20), (3, 1 / 3, 1)])
 def test_a_factor_is_what_is_written(n, factor, expected):
     """`int(100 * 0.29)` is 28, as 0.29 is a little less in binary."""
-    assert expert_capacity(n, bounded_ratio(factor), num_experts=1, minimum=1) == min(n, expected)
+    assert expert_capacity(n, n, bounded_ratio(factor), num_experts=1, minimum=1) == (min(n, expected), None)
 
 
 @given(n=st.integers(0, 10_000), factor=FACTORS, e=st.integers(1, 300), k=st.integers(1, 8), minimum=st.integers(1, 5))
@@ -27,11 +27,10 @@ def test_one_rule(n, factor, e, k, minimum):
     """`max(min(n, int(k n factor / e)), minimum)`, in fractions; of no token none."""
     ratio = bounded_ratio(factor)
     expected = max(min(n, int(k * n * Fraction(*ratio) / e)), minimum) if n else 0
-    assert expert_capacity(n, ratio, e, minimum, k) == expected
-    assert group_capacity(Length(torch.tensor([n, 0])), ratio, e, minimum, k).tolist() == [expected, 0]
+    slots, of_groups = expert_capacity(n, Length(torch.tensor([n, 0])), ratio, e, minimum, k)
+    assert (slots, of_groups.tolist()) == (expected, [expected, 0])
     if k == 1:  # as is, if nothing else is said
-        assert expert_capacity(n, ratio, e, minimum) == expected
-        assert group_capacity(Length(torch.tensor([n])), ratio, e, minimum).tolist() == [expected]
+        assert expert_capacity(n, n, ratio, e, minimum) == (expected, None)
     assert ratio[0] / ratio[1] == pytest.approx(factor, rel=1e-3) or ratio == (1, 1 << 20)
 
 
@@ -40,15 +39,16 @@ def test_a_share_of_the_tokens(n, factor, e, outer, k):
     """n / outer tokens, which is no whole number, have the slots that exact arithmetic gives them."""
     ratio, share = bounded_ratio(factor), Fraction(n, outer)
     expected = max(min(int(share), int(k * share * Fraction(*ratio) / e)), 1)
-    assert group_capacity(Length(torch.tensor([n]), parts_per_token=outer), ratio, e, 1, k).tolist() == [expected]
+    length = Length(torch.tensor([n]), parts_per_token=outer)
+    assert expert_capacity(n, length, ratio, e, 1, k)[1].tolist() == [expected]
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.1, 1e9])
 def test_no_product_leaves_int64(factor):
     n, ratio = 2**31, bounded_ratio(factor)
-    expected = expert_capacity(n, ratio, 1024, 4, 8)
-    assert 0 < expected <= n
-    assert group_capacity(Length(torch.tensor([n])), ratio, 1024, 4, 8).tolist() == [expected]
+    slots, of_groups = expert_capacity(n, Length(torch.tensor([n])), ratio, 1024, 4, 8)
+    assert 0 < slots <= n
+    assert of_groups.tolist() == [slots]
 
 
 class NoFloat64(TorchDispatchMode):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from functools import partial
 
 import pytest
@@ -295,5 +294,5 @@ def test_repr_shows_what_is_not_the_default():
     assert not any(word in repr(TopKGating(4, 4)) for word in ("weigh", "select", "eps", "group_score"))
     given = dict(select=AlwaysChosen(2), weigh=LearnedScale(4), score=nn.Sigmoid(), normalize=partial(F.normalize, p=1))
     shown = repr(TopKGating(4, 4, **given))
-    for part in ("select=AlwaysChosen(2)", "weigh=LearnedScale", "score=Sigmoid", "normalize=partial"):
-        assert re.search(re.escape(part) + r"(,|\n)", shown)
+    for part in ("select=AlwaysChosen(2)", "(weigh): LearnedScale", "(score): Sigmoid", "normalize=functools.partial"):
+        assert part in shown

@@ -11,6 +11,7 @@ that somebody else chose.
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from mixture_of_experts.support.private_torch import exporting, statically_known
 from mixture_of_experts.support.tracing import add_times, smallest
 
 
+@dataclass(eq=False)
 class Decision:
     """The assignments of a call: which expert computes which token, with which weight.
 
@@ -29,6 +31,8 @@ class Decision:
     weights too.
 
     Attributes:
+        stored_expert: `(a,)` int64, expert of each assignment, any number where it is not kept; None: it follows from
+            the queues.
         weight: `(a,)`, weight of each assignment; 0 where it is not kept.
         kept: `(a,)` bool, the assignments that experts compute.
         chosen: `(a,)` bool, the assignments that queue; with limited capacity some of them are not kept.
@@ -41,46 +45,25 @@ class Decision:
             experts in the order of tokens.
         slot: `(t k1,)` int64, of two levels: the slot of each choice of level one, which is a token of level two; the
             number of slots for a choice without one. None for one level.
-        most_rows: an upper bound on the rows without gaps; at most a.
     """
 
+    stored_expert: Tensor | None
     weight: Tensor
     kept: Tensor
     chosen: Tensor
+    _: KW_ONLY
     k: int | None
-    token: Tensor | None
+    token: Tensor | None = None
     num_tokens: int
     num_experts: tuple[int, ...]
-    dropless: bool
-    routing: Routing | None
-    slot: Tensor | None
-
-    def __init__(
-        self,
-        expert: Tensor | None,
-        weight: Tensor,
-        kept: Tensor,
-        *,
-        k: int | None,
-        chosen: Tensor | None = None,
-        token: Tensor | None = None,
-        num_tokens: int,
-        num_experts: tuple[int, ...],
-        dropless: bool = True,
-        routing: Routing | None = None,
-        slot: Tensor | None = None,
-        most_rows: int | None = None,
-    ) -> None:
-        self._expert: Tensor | None = expert
-        self.weight, self.kept, self.chosen = weight, kept, kept if chosen is None else chosen
-        self.k, self.token, self.num_tokens, self.num_experts = k, token, num_tokens, num_experts
-        self.dropless, self.routing, self.slot = dropless, routing, slot
-        self.most_rows: int = weight.shape[0] if most_rows is None else most_rows
+    dropless: bool = True
+    routing: Routing | None = None
+    slot: Tensor | None = None
 
     @property
     def expert(self) -> Tensor:
         """`(a,)` int64, expert of each assignment, outer-major for two levels; any number where it is not kept."""
-        return self.queues()[0] // self.queues_per_expert if self._expert is None else self._expert
+        return self.queues()[0] // self.queues_per_expert if self.stored_expert is None else self.stored_expert
 
     @property
     def queues_per_expert(self) -> int:
@@ -97,12 +80,20 @@ class Decision:
         """The number of slots of all experts."""
         return math.prod(self.num_experts) * self.queues_per_expert * self.capacity
 
+    @property
+    def most_rows(self) -> int:
+        """An upper bound on the rows without gaps; at most a."""
+        if self.slot is None or self.routing is None:
+            return self.weight.shape[0]
+        # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
+        return smallest(math.prod(self.routing.expert.shape), self.weight.shape[0])
+
     def queues(self) -> tuple[Tensor, Tensor, Tensor]:
         """The queue `(a,)` of each assignment and its position `(a,)` there, any number where it is not kept; and how
         many rows each queue needs, `(e b,)`."""
         if self.routing is None:
-            assert self._expert is not None
-            expert, k = self._expert, self.k or 1  # in the order in which they are stored
+            assert self.stored_expert is not None
+            expert, k = self.stored_expert, self.k or 1  # in the order in which they are stored
             queues = queue_up(expert, self.kept, math.prod(self.num_experts), k, "token")
             return expert, queues.position, queues.length
         length = rows_of_queues(self.routing)
@@ -180,7 +171,8 @@ def decision_on(expert: Tensor, weight: Tensor, num_experts: int) -> Decision:
     """The decision from given experts and weights `(t, k)`; an id outside 0 to e - 1 means that nobody computes it."""
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
-    return Decision(expert.flatten(), weight.flatten(), kept.flatten(), k=k, num_tokens=t, num_experts=(num_experts,))
+    kept = kept.flatten()
+    return Decision(expert.flatten(), weight.flatten(), kept, kept, k=k, num_tokens=t, num_experts=(num_experts,))
 
 
 def of_first_experts(decision: Decision, num_experts: int) -> Decision:
@@ -188,7 +180,7 @@ def of_first_experts(decision: Decision, num_experts: int) -> Decision:
     kept = decision.kept & (decision.expert < num_experts)
     expert, weight = torch.where(kept, decision.expert, 0), torch.where(kept, decision.weight, 0)
     k, token, num_tokens = decision.k, decision.token, decision.num_tokens
-    return Decision(expert, weight, kept, k=k, token=token, num_tokens=num_tokens, num_experts=(num_experts,))
+    return Decision(expert, weight, kept, kept, k=k, token=token, num_tokens=num_tokens, num_experts=(num_experts,))
 
 
 def decision_of(routing: Routing, *, in_slots: bool = False) -> Decision:
@@ -203,8 +195,8 @@ def decision_of(routing: Routing, *, in_slots: bool = False) -> Decision:
         routing.expert.flatten(),
         weight.flatten(),
         kept.flatten(),
+        chosen.flatten(),
         k=routing.k,
-        chosen=chosen.flatten(),
         token=token,
         num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
         num_experts=(routing.num_experts,),
@@ -231,18 +223,18 @@ def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
     if slots.k is None or inner.k is None:
         raise ValueError("only routers of token choice can be composed: expert choice makes no list of k choices")
     weight = slots.weight.unsqueeze(-1) * of_choices(inner.weight, inner, slots.row).view(-1, inner.k)
+    kept = of_choices(inner.kept, inner, slots.row)
     return Decision(
         None,
         weight.flatten(),
-        of_choices(inner.kept, inner, slots.row),
+        kept,
+        kept,
         k=slots.k * inner.k,
         num_tokens=slots.num_tokens,
         num_experts=(outer.num_experts, inner.num_experts),
         dropless=inner.capacity is None,
         routing=inner,
         slot=slots.row,
-        # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
-        most_rows=smallest(math.prod(inner.expert.shape), weight.numel()),
     )
 
 

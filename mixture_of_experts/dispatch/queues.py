@@ -33,38 +33,31 @@ def bounded_ratio(factor: float) -> tuple[int, int]:
     return ratio.numerator, ratio.denominator
 
 
-def slots_per_token(factor: tuple[int, int], num_experts: int, k: int) -> tuple[int, int]:
-    """Slots of one expert for each token of a group, `k factor / e` but at most 1, as a ratio of two integers.
-
-    As it is at most 1, products with the number of tokens stay far from the end of int64.
-    """
-    slots, tokens = k * factor[0], num_experts * factor[1]
-    return (slots, tokens) if slots < tokens else (1, 1)
-
-
-def expert_capacity(num_tokens: int, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1) -> int:
+def expert_capacity(
+    num_tokens: int, length: Length | int, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1
+) -> tuple[int, Tensor | None]:
     """Slots of an expert for a group of n tokens: `max(min(n, int(k n factor / e)), minimum)`; 0 without a token.
 
     Args:
         num_tokens: n.
+        length: number of real tokens of each group `(..., b)`; n if all have that many.
         factor: the capacity factor, as `bounded_ratio` gives it.
         num_experts, minimum: e, and the least number of slots.
         k: choices of a token.
+
+    Returns:
+        The slots for n tokens, and those for each group's real tokens, `(..., b)` int64; None if all groups have n.
     """
-    if statically_known_true(num_tokens == 0):  # a second level would count the slots as tokens
-        return 0
-    slots, tokens = slots_per_token(factor, num_experts, k)
-    return largest(num_tokens * slots // tokens, minimum)
-
-
-def group_capacity(length: Length, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1) -> Tensor:
-    """`(..., b)` int64, slots of an expert for groups of real tokens; 0 for a group without any.
-
-    The rule and the arguments are those of `expert_capacity`, but `length` is the number of real tokens of each group.
-    """
-    slots, tokens = slots_per_token(factor, num_experts, k)
+    slots, tokens = k * factor[0], num_experts * factor[1]
+    if slots >= tokens:  # at most 1 a token: then products stay far from the end of int64
+        slots = tokens = 1
+    # a second level would count the slots of no token as tokens
+    empty = statically_known_true(num_tokens == 0)
+    capacity = 0 if empty else largest(num_tokens * slots // tokens, minimum)
+    if not isinstance(length, Length):
+        return capacity, None
     wanted = length.parts * slots // (tokens * length.parts_per_token)
-    return torch.where(length.parts > 0, wanted.clamp(min=minimum), 0)
+    return capacity, torch.where(length.parts > 0, wanted.clamp(min=minimum), 0)
 
 
 @dataclass(frozen=True, eq=False)

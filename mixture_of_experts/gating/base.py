@@ -20,7 +20,6 @@ from mixture_of_experts.dispatch.queues import (
     Length,
     Priority,
     expert_capacity,
-    group_capacity,
     queue_up,
 )
 from mixture_of_experts.dispatch.routing import Routing
@@ -110,9 +109,6 @@ class Gate(FixedShapes):
     reads: ClassVar[tuple[str, ...]] = ("router_input",)
     #: names of the losses that the gate computes only on request, `gate(x, losses=names)`
     offers: ClassVar[tuple[str, ...]] = ()
-    #: names of the losses that a forward may report unasked, beside "balance" and "z"; None: only a forward tells. Each
-    #: class says it for itself, since a subclass may add losses
-    reports: tuple[str, ...] | None = None
     #: names of buffers whose dtype no cast of the module changes, such as a bias that moves by small steps
     keep_dtype: ClassVar[tuple[str, ...]] = ()
 
@@ -129,6 +125,16 @@ class Gate(FixedShapes):
         self.num_experts = check_size("num_experts", num_experts)
         self.outer_expert_dims = check_sizes("outer_expert_dims", outer_expert_dims)
         self.process_group = process_group
+
+    def _empty_matrix(self, device: Any, dtype: torch.dtype | None) -> nn.Parameter:
+        """A router's matrix `(*outer, d, e)`, not yet drawn."""
+        shape = (*self.outer_expert_dims, self.dim, self.num_experts)
+        return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Draw the matrix `w_gating`, if there is one (standard deviation 1 / sqrt(d))."""
+        if isinstance(weight := getattr(self, "w_gating", None), Tensor):
+            nn.init.normal_(weight, std=self.dim**-0.5)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -423,8 +429,7 @@ class TokenChoiceGate(Gate):
             return None, None
         choices = self.k if self.capacity_per_choice else 1
         sizes = (factor, self.num_experts, self.min_expert_capacity, choices)
-        limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Length) else None
-        return expert_capacity(tokens.num_tokens, *sizes), limit
+        return expert_capacity(tokens.num_tokens, tokens.length, *sizes)
 
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
@@ -549,31 +554,10 @@ class TokenChoiceGate(Gate):
             chosen = both(chosen, ~padding.expand_as(weight))
         return chosen, weight, uncounted
 
-    def extra_repr(self) -> str:
-        parts = [f"{self.dim}, {self.num_experts}, k={self.k}"]
-        factors = (self.capacity_factor_train, self.capacity_factor_eval)
-        parts.append("dropless" if factors == (None, None) else f"capacity_factor={factors}")
-        if factors != (None, None):  # a dropless gate has no use for it
-            parts.append(f"priority={self.priority!r}")
-            parts += [f"min_expert_capacity={self.min_expert_capacity}"] if self.min_expert_capacity != 4 else []
-        if self.outer_expert_dims:
-            parts.append(f"outer_expert_dims={self.outer_expert_dims}")
-        parts += [f"forced={self.forced!r}"] if self.forced is not None else []
-        return ", ".join(parts)
-
 
 def reads_of(gate: nn.Module) -> tuple[str, ...]:
     """The names of the side inputs that a gate, wrapped or not, reads."""
     return tuple(getattr(unwrapped(gate), "reads", ()))
-
-
-def losses_known(gate: nn.Module) -> set[str] | None:
-    """The names of all losses that a gate reports, by itself or on request; None if only a forward tells them."""
-    reports = vars(type(gate)).get("reports")
-    if reports is None or gate._forward_hooks:  # a hook may add losses
-        return None
-    missing = () if getattr(gate, "num_groups", None) else OF_EXPERT_GROUPS
-    return {"balance", "z", *reports, *offers_of(gate)}.difference(missing)
 
 
 def offers_of(gate: nn.Module) -> tuple[str, ...]:

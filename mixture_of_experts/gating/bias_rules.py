@@ -5,9 +5,7 @@ Axes: t tokens, k choices of a token, e experts; outer experts stand before them
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -16,7 +14,7 @@ from torch.nn import functional
 
 from mixture_of_experts.gating.expert_bias import towards_mean
 from mixture_of_experts.losses import load_of
-from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
+from mixture_of_experts.support.checks import check_choice, check_flag, check_size, check_sizes
 
 
 class ForwardChoices(NamedTuple):
@@ -62,9 +60,8 @@ class SignRule(BiasRule):
     Args:
         centred: whether the mean of the bias is subtracted after each step, so that the bias cannot drift as a whole.
             The same experts are chosen, up to rounding.
-        shares: e numbers above 0, the proportion in which experts are to be chosen; None: equally. So experts that
-            compute and experts that cost nothing (`ZeroComputationExperts`) can be balanced separately. Balance is
-            exact for integers, and for fractions that have a common denominator.
+        shares: e integers above 0, the proportion in which experts are to be chosen; None: equally. So experts that
+            compute and experts that cost nothing (`ZeroComputationExperts`) can be balanced separately.
 
     Example:
         >>> import torch
@@ -73,41 +70,32 @@ class SignRule(BiasRule):
     """
 
     centred: bool
+    shares: tuple[int, ...] | None
 
     rate: ClassVar[float] = 1e-3
 
-    def __init__(self, centred: bool = False, shares: Sequence[float] | None = None) -> None:
+    def __init__(self, centred: bool = False, shares: Sequence[int] | None = None) -> None:
         self.centred = check_flag("centred", centred)
-        self.shares = shares
-
-    @property
-    def shares(self) -> tuple[float, ...] | None:
-        return self._shares
-
-    @shares.setter
-    def shares(self, shares: Sequence[float] | None) -> None:
-        self._shares = None if shares is None else tuple(check_number("shares", share, above=0.0) for share in shares)
-        self._parts = None if self._shares is None else in_integers(self._shares)
+        self.shares = None if shares is None else check_sizes("shares", tuple(shares))
+        if shares is not None and sum(shares) >= 1 << 31:  # products of two must be int64
+            raise ValueError(f"shares must have a sum below 2^31, got {sum(shares)}: give smaller integers")
 
     def count(self, choices: ForwardChoices) -> Tensor:
         """The number of choices of each expert, `(..., e)` int64."""
         return load_of(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        step = rate * (towards_mean(counts) if self.shares is None else self._towards_shares(counts))
+        step = rate * (towards_mean(counts) if self.shares is None else self._towards_shares(counts, self.shares))
         if not (self.centred and rate):
             return step
         centred = step - (bias + step).mean(dim=-1, keepdim=True)
         return torch.where(counts.any(dim=-1, keepdim=True), centred, 0.0)
 
-    def _towards_shares(self, load: Tensor) -> Tensor:
+    def _towards_shares(self, load: Tensor, shares: Sequence[int]) -> Tensor:
         """`(..., e)`: 1 for an expert whose load is below its share, -1 above it, 0 at it. It computes in integers."""
-        assert self._parts is not None
-        if len(self._parts) != load.shape[-1]:
-            raise ValueError(
-                f"shares must be a number for each of the {load.shape[-1]} experts, got {len(self._parts)}"
-            )
-        parts, whole = torch.tensor(self._parts, dtype=torch.int64, device=load.device), sum(self._parts)
+        if len(shares) != load.shape[-1]:
+            raise ValueError(f"shares must be a number for each of the {load.shape[-1]} experts, got {len(shares)}")
+        parts, whole = torch.tensor(shares, device=load.device), sum(shares)
         total = load.sum(dim=-1, keepdim=True)
         # total * parts - load * whole, of which no product is large
         missing = (total // whole * parts - load).clamp(-whole, whole)
@@ -198,19 +186,6 @@ RULES: Mapping[str, BiasRule] = {
 def check_rule(name: str, rule: Any) -> BiasRule:
     """The rule of this name, or the rule itself if an instance is given."""
     return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]
-
-
-def in_integers(shares: Sequence[float]) -> tuple[int, ...]:
-    """Integers above 0 in the proportion of `shares`, with a sum below 2^31: exactly if there are such, as for integers
-    and decimal fractions, else as near as that."""
-    parts = [Fraction(share).limit_denominator(1 << 20) for share in shares]
-    common = math.lcm(*(part.denominator for part in parts))
-    whole = [int(part * common) for part in parts]
-    divisor = math.gcd(*whole)
-    if min(whole) > 0 and sum(whole) // divisor < 1 << 31:
-        return tuple(part // divisor for part in whole)
-    total = sum(map(Fraction, shares))
-    return tuple(max(1, round(Fraction(share) / total * (1 << 30))) for share in shares)
 
 
 def step_of(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, always: int = 0) -> Tensor:

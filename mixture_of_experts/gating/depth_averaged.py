@@ -60,7 +60,6 @@ class DepthAveragedGating(TopKGating):
     first: bool
     state_scale: nn.Parameter | None
 
-    reports: tuple[str, ...] | None = ()
     reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, STATE)
     sizes: ClassVar[tuple[str, ...]] = (*TopKGating.sizes, "state_dim", "first")
 
@@ -114,6 +113,3 @@ class DepthAveragedGating(TopKGating):
                     f"{STATE} is given to the first layer, which has none before: make it with first=False"
                 )
         return super().decide(replace(tokens, x=state))._replace(state=state)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, state_dim={self.state_dim}, first={self.first}"

@@ -10,7 +10,6 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mixture_of_experts.support.private_torch import in_transform
 
@@ -86,61 +85,20 @@ def towards_mean(load: Tensor) -> Tensor:
     return torch.sign(load.sum(dim=-1, keepdim=True) - load.shape[-1] * load)
 
 
-class OptimizerSteps:
-    """Counts the steps of all optimizers in the process, from the first question on.
-
-    No tensor tells of a step: a fused optimizer does not raise the version of what it changes.
-    """
-
-    number: int
-
-    def __init__(self) -> None:
-        self.number = -1
-
-    def __call__(self, *of_hook: object) -> None:
-        self.number += 1
-
-    def so_far(self) -> int:
-        """The number of steps."""
-        if self.number < 0:
-            self.number = 0
-            register_optimizer_step_post_hook(self)
-        return self.number
-
-
-STEPS = OptimizerSteps()
-
-
 class StepsWithoutUpdate:
     """Warns if a router trains while nobody moves its bias."""
 
-    warned: bool
-    steps: int
-    seen: int
-
-    SO_MANY = 10  # steps of the optimizer before the warning
-
-    def __init__(self) -> None:
-        self.start()
-        self.warned = False
-
-    def start(self) -> None:
-        """Start counting steps; called when the bias moves."""
-        self.steps, self.seen = 0, -1
+    SO_MANY = 1000  #: training forwards before the warning; a step of micro-batches, recomputed or not, takes fewer
+    forwards: int = 0  #: since the bias moved
 
     def training_forward(self, weight: Tensor | None) -> None:
-        """Note a training forward of a router with this weight. It counts one step if there were any since the last."""
-        if torch.compiler.is_compiling() or self.warned or weight is None or in_transform():
+        """Note a training forward of a router with this weight. A frozen one may keep its bias on purpose."""
+        if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or in_transform():
             return
-        if not weight.requires_grad:  # a frozen router may keep its bias on purpose
-            return
-        so_far = STEPS.so_far()
-        self.steps += self.seen not in (-1, so_far)
-        self.seen = so_far
-        if self.steps >= self.SO_MANY:
-            self.warned = True
+        self.forwards += 1
+        if self.forwards == self.SO_MANY:
             warnings.warn(
-                f"expert_bias=True counts loads, but nobody moved the bias in {self.steps} steps of the optimizer: use "
+                f"expert_bias=True counts loads, but nobody moved the bias in {self.forwards} training forwards: use "
                 "balance_experts(model, optimizer), its callback in a Trainer, or gate.update_bias(rate) after each "
                 "step (a rate of 0 leaves the bias as it is)",
                 stacklevel=4,

@@ -8,14 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.queues import Length, Queues, expert_capacity, group_capacity, stable_order
+from mixture_of_experts.dispatch.queues import Queues, expert_capacity, stable_order
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed, without_whole
 from mixture_of_experts.losses import token_mean
-from mixture_of_experts.support.tracing import smallest
 
 
 class ExpertChoiceGating(Gate):
@@ -40,7 +39,6 @@ class ExpertChoiceGating(Gate):
         torch.Size([2, 32])
     """
 
-    reports: tuple[str, ...] | None = ()
     w_gating: nn.Parameter
 
     capacity_factor: CapacityFactor = CapacityFactor(dropless=False)
@@ -58,12 +56,8 @@ class ExpertChoiceGating(Gate):
     ) -> None:
         super().__init__(dim, num_experts, process_group=process_group)
         self.capacity_factor = capacity_factor
-        self.w_gating = nn.Parameter(torch.empty(self.dim, self.num_experts, device=device, dtype=dtype))
+        self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights (standard deviation 1 / sqrt(d))."""
-        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     @property
     def expected_choices(self) -> float:
@@ -88,7 +82,7 @@ class ExpertChoiceGating(Gate):
         tokens = self.read(x, None, mask, side=side)
         n, e = tokens.num_tokens, self.num_experts
         probs, log_total = recomputed(self._scores, tokens.x, self.w_gating)
-        capacity, limit = self._capacity(n, tokens.length)
+        capacity, limit = expert_capacity(n, tokens.length, self._capacity_factor, e, minimum=1)
 
         score = probs.transpose(-2, -1)  # (b, e, n)
         ranked = score.detach()
@@ -122,16 +116,5 @@ class ExpertChoiceGating(Gate):
         logits = router_logits(x, weight)
         return logits.softmax(dim=-1), logits.logsumexp(dim=-1)
 
-    def _capacity(self, n: int, length: Length | int) -> tuple[int, Tensor | None]:
-        """The number of tokens that an expert takes, `min(n, max(1, int(n * factor / e)))`; and, under a mask, that of
-        each group."""
-        factor = self._capacity_factor  # a ratio
-        assert factor is not None
-        sizes = (factor, self.num_experts, 1)
-        capacity = smallest(n, expert_capacity(n, *sizes))
-        if not isinstance(length, Length):
-            return capacity, None
-        return capacity, torch.minimum(length.parts, group_capacity(length, *sizes))
-
     def extra_repr(self) -> str:
-        return f"{self.dim}, {self.num_experts}, capacity_factor={self.capacity_factor}, causal=False"
+        return f"{super().extra_repr()}, causal=False"

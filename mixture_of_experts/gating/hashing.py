@@ -42,7 +42,6 @@ class HashGating(TopKGating):
 
     num_ids: int
 
-    reports: tuple[str, ...] | None = ()
     reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, "token_ids")
     scores_choose: ClassVar[bool] = False
     load_beyond_scores: ClassVar[str | None] = "a token's id chooses its experts there"
@@ -83,9 +82,6 @@ class HashGating(TopKGating):
     @property
     def first_is_likeliest(self) -> bool:
         return False
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, num_ids={self.num_ids}"
 
 
 def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:

@@ -5,7 +5,6 @@ Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,37 +50,21 @@ def second_level(
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
     b, n, _ = groups.shape
     eo, c = outer.num_experts, outer.slots
-    of_slots = {  # (eo b c, ...)
-        "x": dispatch(groups.flatten(0, 1), slots),
-        "importance": append(outer.importance.flatten(), 0)[slots.assignment],
-        **_side_of_slots(side, outer.k, slots),
-    }
-    shape, more = (eo, b, c), {}
+    importance = append(outer.importance.flatten(), 0)[slots.assignment]
+    shape, mask, more = (eo, b, c), None, {}
     if outer.capacity is None:
-        mask = (of_slots["importance"] > 0).view(shape)
-        more["length"] = _fair_shares(outer, n)
+        mask = (importance > 0).view(shape)
+        real = outer.expert.new_full((b,), n) if outer.real is None else outer.real.sum(dim=-1)
+        more["length"] = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
     else:
-        mask = _real_slots(outer, c)
+        if outer.limit is not None:  # real are the slots below the capacity that a group's real length gives
+            mask = (torch.arange(c, device=importance.device) < outer.limit.unsqueeze(-1)).expand(shape)
         if group_size is not None:
             shape = (eo, *group_shape(b * c, group_size))
             mask = None if mask is None else mask.reshape(shape)
+    of_slots = {"x": dispatch(groups.flatten(0, 1), slots), "importance": importance}
+    of_slots |= _side_of_slots(side, outer.k, slots)
     return {name: value.view(*shape, *value.shape[1:]) for name, value in of_slots.items()} | {"mask": mask, **more}
-
-
-def _fair_shares(outer: Routing, n: int) -> Length:
-    """`(eo, b)`, each outer expert's share of a group's choices, had all of them the same."""
-    b, eo, k = outer.expert.shape[-2], outer.num_experts, outer.k
-    assert k is not None
-    real = outer.expert.new_full((b,), n) if outer.real is None else outer.real.sum(dim=-1)
-    return Length((real * min(k, eo)).expand(eo, b), parts_per_token=eo)
-
-
-def _real_slots(outer: Routing, c: int) -> Tensor | None:
-    """`(eo, b, c)` bool, the slots below the capacity that a group's real length gives; None if nothing is masked."""
-    if outer.limit is None:
-        return None
-    real = torch.arange(c, device=outer.limit.device) < outer.limit.unsqueeze(-1)
-    return real.expand(outer.num_experts, *real.shape)
 
 
 def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> None:
@@ -103,21 +86,15 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> Non
 
 
 def _side_of_slots(side: Mapping[str, Tensor], k: int, slots: Plan) -> dict[str, Tensor]:
-    """The side inputs of level two `(r, ...)`, from those of tokens; `given_experts` from those of choices."""
-    found = {name: _in_slots(value, slots) for name, value in side.items() if name != GIVEN_INNER}
-    if (given := side.get(GIVEN_INNER)) is not None:
-        found[GIVEN] = _of_choices(given, k, slots)
+    """The side inputs of slots `(r, ...)`, from those of tokens `(b, n, ...)`, and `given_experts` `(r, k2)` from those
+    of choices `(b, n, k, k2)`. An empty slot has zeros, and -1 as a given expert."""
+    found = {}
+    for name, value in side.items():
+        if name != GIVEN_INNER:
+            found[name] = append(value.flatten(0, 1), 0)[slots.token]
+        elif value.ndim == 4 and value.shape[2] == k:
+            found[GIVEN] = append(value.flatten(0, 2), -1)[slots.assignment]
+        else:
+            got = tuple(value.shape[1:])
+            raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {got}")
     return found
-
-
-def _in_slots(value: Tensor, slots: Plan) -> Tensor:
-    """Return the entries of slots `(r, ...)`, from those of tokens `(b, n, ...)`."""
-    rows = dispatch(value.reshape(slots.num_tokens, math.prod(value.shape[2:])), slots)
-    return rows.view(slots.num_rows, *value.shape[2:])
-
-
-def _of_choices(given: Tensor, k: int, slots: Plan) -> Tensor:
-    """Return the entries of slots `(r, k2)`, from those of choices `(b, n, k, k2)`; an empty slot has -1."""
-    if given.ndim != 4 or given.shape[2] != k:
-        raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {tuple(given.shape[1:])}")
-    return append(given.flatten(0, 2), -1)[slots.assignment]

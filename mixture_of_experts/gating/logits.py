@@ -142,14 +142,6 @@ class RouterLogits(FixedShapes):
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def extra_repr(self) -> str:
-        parts = [f"{self.dim}, {self.num_experts}"]
-        parts += [f"norm_eps={self.norm_eps}"] if self.norm_eps is not None else []
-        parts += [f"multiplier={self.multiplier}"] if self.multiplier != 1 else []
-        parts += [f"softcap={self.softcap}"] if self.softcap is not None else []
-        parts += ["bias=True"] if self.bias is not None else []
-        return ", ".join(parts)
-
 
 class _Logits(torch.autograd.Function):
     generate_vmap_rule = True

@@ -41,7 +41,6 @@ class NoisyTopKGating(TokenChoiceGate):
         ['balance', 'importance', 'load', 'z']
     """
 
-    reports: tuple[str, ...] | None = ("importance", "load")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
     w_gating: nn.Parameter
     w_noise: nn.Parameter
@@ -62,9 +61,7 @@ class NoisyTopKGating(TokenChoiceGate):
                 f"k must be below num_experts={num_experts}, got {k}: the load of an expert is measured against the "
                 "next best score (use TopKGating to choose all experts)"
             )
-        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
-        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
-        self.w_noise = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+        self.w_gating, self.w_noise = self._empty_matrix(device, dtype), self._empty_matrix(device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

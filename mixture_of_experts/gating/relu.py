@@ -59,7 +59,6 @@ class ReLUGating(TopKGating):
         tensor(1.2000e-08)
     """
 
-    reports: tuple[str, ...] | None = ()
     keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
     load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
     mean_choices: float = setting(check_number, above=0.0)
@@ -148,6 +147,3 @@ class ReLUGating(TopKGating):
         """Multiply the coefficient by `rate` if `excess` is positive, divide it if `excess` is negative, and keep it
         between `LEAST` and `MOST`."""
         self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef)).clamp_(LEAST, MOST)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, mean_choices={self.mean_choices}"

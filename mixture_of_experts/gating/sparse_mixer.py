@@ -49,7 +49,6 @@ class SparseMixerGating(TokenChoiceGate):
         2
     """
 
-    reports: tuple[str, ...] | None = ()
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
     w_gating: nn.Parameter
     tolerance: float = setting(check_number, at_least=0.0)
@@ -69,13 +68,8 @@ class SparseMixerGating(TokenChoiceGate):
         if k > num_experts:
             raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
         self.tolerance = tolerance
-        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
-        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+        self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights (standard deviation 1 / sqrt(d))."""
-        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""
@@ -113,6 +107,3 @@ class SparseMixerGating(TokenChoiceGate):
             return expert, chosen, weight
         whole = (expert == likeliest) | (torch.rand_like(best) > 0.75)
         return expert, chosen, weight - torch.where(whole, 0.0, weight.detach() * (2 / 3))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, tolerance={self.tolerance}"

@@ -61,13 +61,6 @@ def check_step(name: str, value: Any) -> Any:
     return value
 
 
-def named(step: Any) -> str:
-    """A step as a module's repr shows it."""
-    if isinstance(step, str) or type(step).__module__.startswith("mixture_of_experts."):
-        return repr(step) if not isinstance(step, nn.Module) else type(step).__name__
-    return getattr(step, "__qualname__", None) or type(step).__name__
-
-
 class AlwaysChosen:
     """A `select` by which every token chooses the last `num` experts, and the rest by biased scores.
 

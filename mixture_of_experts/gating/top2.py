@@ -101,7 +101,6 @@ class Top2Gating(TokenChoiceGate):
         (torch.Size([2, 32]), 5)
     """
 
-    reports: tuple[str, ...] | None = ("first_place", "second_place")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     ways: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel}
     w_gating: nn.Parameter
@@ -150,13 +149,8 @@ class Top2Gating(TokenChoiceGate):
         self.second_threshold_train = second_threshold_train
         self.second_threshold_eval = second_threshold_eval
         self.second_place_loss = second_place_loss
-        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
-        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+        self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights (standard deviation 1 / sqrt(d), as the TensorFlow code)."""
-        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     @property
     def num_gates(self) -> int:
@@ -283,8 +277,3 @@ class Top2Gating(TokenChoiceGate):
             active = second if active is None else second & active
         second_place = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
         return {"first_place": first_place, "second_place": second_place}
-
-    def extra_repr(self) -> str:
-        settings = Top2Settings(**{each.name: getattr(self, each.name) for each in fields(Top2Settings)})
-        own = [text for text in settings.changed() if text.startswith("second_")]
-        return ", ".join([super().extra_repr(), *own])

@@ -45,7 +45,6 @@ class TopPGating(TopKGating):
                 [ True,  True, False]])
     """
 
-    reports: tuple[str, ...] | None = ()
     offers: ClassVar[tuple[str, ...]] = (*TopKGating.offers, "entropy")
     load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
     p: float = setting(check_number, above=0.0, below=1.0)
@@ -77,6 +76,3 @@ class TopPGating(TopKGating):
             log = choices.probs.clamp(min=1e-30).log()
             found["entropy"] = self.token_mean(tokens, -(choices.probs * log).sum(dim=-1))
         return found
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, p={self.p}"

@@ -45,7 +45,6 @@ from mixture_of_experts.gating.steps import (
     Select,
     Weigh,
     check_step,
-    named,
 )
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_process_group, check_size
 from mixture_of_experts.support.settings import setting
@@ -118,7 +117,6 @@ class TopKGating(TokenChoiceGate):
     #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN, OPEN)
     ways: ClassVar[Mapping[str, Any]] = {"numbers": topk_by_numbers, "kernel": topk_by_kernel}
-    reports: tuple[str, ...] | None = ()
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None
@@ -173,10 +171,9 @@ class TopKGating(TokenChoiceGate):
         self.balance_over = balance_over
         self.num_groups, self.top_groups = check_expert_groups(num_experts, k, num_groups, top_groups)
         bias_of_each = (*self.outer_expert_dims, self.num_experts)
-        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
         has_bias = check_flag("bias", bias)
         self.logits = check_logits(logits, has_bias)
-        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype)) if logits is None else None
+        self.w_gating = self._empty_matrix(device, dtype) if logits is None else None
         self.b_gating = nn.Parameter(torch.empty(bias_of_each, device=device, dtype=dtype)) if has_bias else None
         has_expert_bias = check_flag("expert_bias", expert_bias)
         for name, kind in (("expert_bias", torch.float32), ("expert_counts", torch.int64)):
@@ -188,9 +185,8 @@ class TopKGating(TokenChoiceGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights (standard deviation 1 / sqrt(d)); set biases and counts to 0."""
-        if self.w_gating is not None:  # a module `logits` draws its own weights
-            nn.init.normal_(self.w_gating, std=self.dim**-0.5)
+        """Draw the weights (standard deviation 1 / sqrt(d)), unless they are those of `logits`; set the rest to 0."""
+        super().reset_parameters()
         for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts, self.expert_histogram):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
@@ -453,7 +449,7 @@ class TopKGating(TokenChoiceGate):
         if self.expert_bias is None:
             raise RuntimeError(NO_BIAS)
         self.expert_bias += step
-        self._steps_without_update.start()
+        self._steps_without_update.forwards = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in STEPS:
@@ -463,22 +459,6 @@ class TopKGating(TokenChoiceGate):
         if name in STEPS or name == "normalize":
             self.__dict__.get("_modules", {}).pop(name, None)  # a module that was set before must go
         super().__setattr__(name, value)
-
-    def extra_repr(self) -> str:
-        parts = [super().extra_repr(), f"score={named(self.score)}"]
-        parts += [f"select={named(self.select)}"] if self.select != "score" else []
-        parts += [f"weigh={named(self.weigh)}"] if self.weigh != "score" else []
-        normalize = self.normalize if isinstance(self.normalize, bool) else named(self.normalize)
-        parts += [f"normalize={normalize}"] if callable(self.weigh) or normalize != (self.k > 1) else []
-        parts += [f"eps={self.eps}"] if self.eps != NO_EPSILON else []
-        parts += [f"scale={self.scale}"] if self.scale != 1 else []
-        parts += [f"jitter={self.jitter}"] if self.jitter else []
-        parts += [f"balance_over={self.balance_over!r}"] if self.balance_over != TokenChoiceGate.balance_over else []
-        parts += [f"groups={self.top_groups} of {self.num_groups}"] if self.num_groups else []
-        parts += [f"group_score={named(self.group_score)}"] if self.group_score != "two_best" else []
-        parts += ["expert_bias=True"] if self.expert_bias is not None else []
-        parts += [f"bias_rule={self._bias_rule!r}"] if repr(self._bias_rule) != repr(RULES["sign"]) else []
-        return ", ".join(parts)
 
 
 def check_logits(logits: Any, bias: bool) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -63,6 +64,22 @@ class FixedShapes(CheckedModule):
                 "stay, and give both gate and experts to a new layer"
             )
         super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor and settings that are not the default. A module among them is a child."""
+        defaults: dict[str, Any] = {}
+        for cls in reversed(type(self).__mro__):  # a default is that of the first class with this argument
+            for name, parameter in inspect.signature(cls.__init__).parameters.items():
+                defaults.setdefault(name, parameter.default)
+        for name in self._settings:
+            defaults.setdefault(name, None)
+        shown = []
+        for name, default in defaults.items():
+            value = None if isinstance(getattr(type(self), name, None), property) else getattr(self, name, None)
+            value = True if isinstance(value, Tensor) else value  # the argument said whether it is there
+            if not (value is None or isinstance(value, nn.Module) or value == default):
+                shown.append(f"{name}={getattr(value, '__qualname__', None) or repr(value)}")
+        return ", ".join(shown)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "dim" not in state:  # a class of mixture-of-experts 0.2.3, of the same name

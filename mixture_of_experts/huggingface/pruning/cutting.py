@@ -15,7 +15,7 @@ from torch.nn import functional
 from mixture_of_experts.around import with_inner
 from mixture_of_experts.experts import ExpertList, Experts, GatedExperts
 from mixture_of_experts.gating import NoisyTopKGating, RouterLogits
-from mixture_of_experts.gating.steps import STEPS, LearnedScale, NormalizeBy, named
+from mixture_of_experts.gating.steps import STEPS, LearnedScale, NormalizeBy
 from mixture_of_experts.huggingface.feed_forward import tensors_of
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.private_peft import from_peft
@@ -66,7 +66,7 @@ def why_not_gate(gate: Any) -> str | None:
     for name in ("logits", "normalize", *STEPS):
         step = getattr(gate, name, None)
         if callable(step) and not isinstance(step, KNOWN) and step is not functional.relu:
-            unknown.append(f"{name}={named(step)}")
+            unknown.append(f"{name}={step!r}")
     if getattr(getattr(gate, "bias_rule", None), "shares", None) is not None:
         unknown.append("bias_rule.shares")
     unknown += sorted(tensors_of(gate).keys() - GATE_AXES.keys() - {*NO_AXIS})
