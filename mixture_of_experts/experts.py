@@ -26,12 +26,21 @@ from mixture_of_experts.ops.activations import ActivationLike, make_activation, 
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
-from mixture_of_experts.support.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
+from mixture_of_experts.support.checks import (
+    check_dtype,
+    check_flag,
+    check_number,
+    check_result,
+    check_size,
+    check_sizes,
+    shape_of,
+)
 from mixture_of_experts.support.private_torch import own, unwrapped, wrapped_module
 from mixture_of_experts.support.same_bits import refuse_same_bits
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import can_read, has_numbers
 
+ANOTHER_WIDTH = ": experts whose outputs have another width than tokens tell it by dim_out"
 MOSTLY_EMPTY = 4  # slots for each choice from which on a call is warned of
 
 
@@ -118,11 +127,7 @@ def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
     """`out` `(t, o)`, which experts returned for tokens x `(t, d)`; copied if it may share memory with x."""
     inner: Any = experts if isinstance(experts, RoutedExperts) else unwrapped(experts)
     wanted = (x.shape[0], getattr(inner, "dim_out", None) or x.shape[1])
-    if not isinstance(out, Tensor) or out.shape != wanted:
-        raise ValueError(
-            f"{type(experts).__name__} must return {wanted}, as many tokens as it gets, of width dim_out, got "
-            f"{shape_of(out)}"
-        )
+    out = check_result(type(experts).__name__, out, wanted, ANOTHER_WIDTH)
     return out if inner.makes_outputs else out.clone()
 
 
@@ -172,13 +177,7 @@ def run_on_slots(
     plan = fewest_slots(decision) if decision.routing is None else decision.in_slots()
     slots = dispatch(x, plan)
     slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
-    out = compute(slots)
-    wanted = (*slots.shape[:-1], dim_out or slots.shape[-1])
-    if not isinstance(out, Tensor) or out.shape != wanted:
-        what = "their dim_out as width" if dim_out else "the shape they are given"
-        raise ValueError(
-            f"experts must return {what}, {wanted}, got {shape_of(out)} (for another width they need a dim_out)"
-        )
+    out = check_result("experts", compute(slots), (*slots.shape[:-1], dim_out or slots.shape[-1]), ANOTHER_WIDTH)
     # not `flatten(0, -2)`, which asks whether a dynamic length is 1
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
@@ -458,15 +457,8 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
     def _call_expert(self, index: int, x: Tensor) -> Tensor:
-        out = self[index](x)
         wanted = (*x.shape[:-1], self.dim_out or x.shape[-1])
-        if not isinstance(out, Tensor) or out.shape != wanted:
-            raise ValueError(
-                f"expert {index} ({type(self[index]).__name__}) returned {shape_of(out)} for tokens of shape "
-                f"{tuple(x.shape)}, {wanted} is wanted: an expert keeps the shape; for another width use "
-                "`ExpertList(..., dim_out=...)`"
-            )
-        return out
+        return check_result(f"expert {index} ({type(self[index]).__name__})", self[index](x), wanted, ANOTHER_WIDTH)
 
 
 def own_parts(parts: Sequence[Tensor]) -> list[Tensor]:

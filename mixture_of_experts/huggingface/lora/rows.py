@@ -9,7 +9,7 @@ times down. These are saved beside the pre-activations.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,19 +19,11 @@ from mixture_of_experts.ops import rows
 from mixture_of_experts.ops.cpu.fused import ChunkProducts
 
 
-def saved_widths(network: AdaptedNetwork) -> list[int]:
-    """The widths of the tensors that `run_network` returns for `gradients_of_network`."""
-    return [*rows.saved_widths(network), *(w.down.shape[-1] for w in network.adapted() if w.down is not None)]
-
-
-def run_network(
-    products: rows.Products, x: Tensor, network: AdaptedNetwork, save: bool, out: Sequence[Tensor] = ()
-) -> tuple[list[Tensor], Tensor]:
+def run_network(products: rows.Products, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
     """`ops.rows.run_network`; the rows times each down stand behind the pre-activations."""
-    number = len(network.w_in)
-    adapted: Any = AdaptedProducts(products, out[number:])
-    pre, y = rows.run_network(adapted, x, network.spelled(), save, out[:number])
-    return [*pre, *adapted.thin.values()], y
+    adapted = AdaptedProducts(products)
+    pre = rows.run_network(adapted, x, network.spelled(), save)
+    return [*pre, *adapted.thin.values()] if save else []
 
 
 def gradients_of_network(
@@ -43,32 +35,25 @@ def gradients_of_network(
     scale: Tensor,
     grad_scale: Tensor,
     wanted: Collection[str],
-    out: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
+    memory: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """`ops.rows.gradients_of_network`, with the gradients of low-rank parts; `saved` is what `run_network` returned."""
     number, (*_, w_out) = len(network.w_in), network.adapted()
     adapted: Any = GradientProducts(products)
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
     adapted.saved = dict(zip((w.name for w in network.adapted() if w.down is not None), saved[number:], strict=True))
-    adapted.wanted, adapted.out = wanted, {} if out is None else out
+    adapted.wanted, adapted.out = wanted, memory
     names = {"x"} if w_out.down is None else {"x", "w_out"}
-    memory: Any = {"w_out": w_out}  # which tells `by_rows` of its weight
-    total, _ = rows.gradients_of_network(
-        adapted, x, network.spelled(), saved[:number], grad, scale, grad_scale, names, memory
-    )
-    return total if "x" in wanted else None, adapted.grads
+    of_weight = {"w_out": w_out}  # which tells `by_rows` of its weight
+    rows.gradients_of_network(adapted, x, network.spelled(), saved[:number], grad, scale, grad_scale, names, of_weight)
+    return adapted.grads
 
 
 class AdaptedProducts:
-    """`rows.Products` by weights with low-rank parts.
+    """`rows.Products` by weights with low-rank parts."""
 
-    Args:
-        memory: for the rows times each down.
-    """
-
-    def __init__(self, products: rows.Products, memory: Sequence[Tensor] = ()) -> None:
+    def __init__(self, products: Any) -> None:
         self.products = products
-        self.memory: Iterator[Tensor] = iter(memory)
         self.gather: Any = products.gather
         self.add_bias: Any = products.add_bias
         self.sums: Any = products.sums
@@ -77,12 +62,12 @@ class AdaptedProducts:
     def narrow(self, x: Tensor, w: LowRank) -> Tensor | None:
         """x times down `(r, k)`, once for each weight; None if it has no part."""
         if w.down is not None and w.name not in self.thin:
-            self.thin[w.name] = self.products.by_weights(x, w.down, next(self.memory, None))
+            self.thin[w.name] = self.products.by_weights(x, w.down)
         return self.thin.get(w.name)
 
-    def by_weights(self, x: Tensor, weight: LowRank, out: Tensor | None = None) -> Tensor:
+    def by_weights(self, x: Tensor, weight: LowRank) -> Tensor:
         products, thin = self.products, self.narrow(x, weight)
-        out = products.by_weights(x, weight.weight, out)
+        out = products.by_weights(x, weight.weight)
         if thin is None:
             return out
         if isinstance(products, ChunkProducts):
