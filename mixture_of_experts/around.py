@@ -25,6 +25,9 @@ class ExpertsAround(RoutedExperts):
 
     Args:
         experts: the experts inside.
+
+    Raises:
+        ValueError: the wrapper works on rows, and the experts inside do more than `compute` rows.
     """
 
     #: what the wrapper works on: the tokens before and after all experts; the rows that experts read, or those that
@@ -37,6 +40,12 @@ class ExpertsAround(RoutedExperts):
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
+        on_rows = self.works_on in ("inputs", "outputs")
+        if on_rows and any(getattr(each, "works_on", "outputs") != "outputs" for each in with_inner(experts)):
+            raise ValueError(
+                f"{type(self).__name__} stand on the rows that experts compute, which {type(experts).__name__} weigh "
+                "or go on with: put them inside, as in InputWeightedExperts(NormedExperts(experts, norm))"
+            )
         self.experts = experts
         self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
 
@@ -110,26 +119,18 @@ def routed_tokens(decision: Decision) -> Tensor:
 
 
 class ZeroComputationExperts(ExpertsAround):
-    """Adds experts that cost next to nothing to experts that compute.
+    """Adds experts that cost nothing to experts that compute.
 
-    An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322), or a mix of the token and a
-    learned vector (MoE++, arXiv 2410.07348). An expert bias moved by `SignRule(shares=...)` balances the two kinds
-    separately.
+    An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322; MoE++, arXiv 2410.07348). An
+    expert bias moved by `SignRule(shares=...)` balances the two kinds separately.
 
     Args:
         experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they have the ids from 0 to e - 1.
         num_identity: number of experts that return the token; they have the next ids.
-        num_zero: number of experts that return zero, with the ids after those.
-        num_constant: number of experts that return `a x + b v`, with the last ids. Each has a vector v and a matrix w
-            of `(a, b) = softmax(x w)`.
-        device, dtype: of the weights of the last kind.
+        num_zero: number of experts that return zero, with the last ids.
 
     Raises:
-        ValueError: the experts return another width than that of the token, which some added experts return.
-
-    Shape:
-        `constants` `(num_constant, d)` holds the vectors v, `w_constant` `(num_constant, d, 2)` the matrices w. Both
-        are None if `num_constant` is 0.
+        ValueError: the experts return another width than that of the token, which identities return.
 
     Example:
         >>> import torch
@@ -143,92 +144,47 @@ class ZeroComputationExperts(ExpertsAround):
     works_on: ClassVar[WorksOn] = "experts"
     num_identity: int
     num_zero: int
-    num_constant: int
     num_computing: int
     num_experts: Any
-    constants: nn.Parameter | None
-    w_constant: nn.Parameter | None
 
-    def __init__(
-        self,
-        experts: RoutedExperts,
-        *,
-        num_identity: int = 0,
-        num_zero: int = 0,
-        num_constant: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, experts: RoutedExperts, *, num_identity: int = 0, num_zero: int = 0) -> None:
         super().__init__(experts)
         if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
             raise TypeError(
                 f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: the "
                 "ids of the added experts follow theirs"
             )
-        numbers = {"num_identity": num_identity, "num_zero": num_zero, "num_constant": num_constant}
-        for name, number in numbers.items():
+        for name, number in {"num_identity": num_identity, "num_zero": num_zero}.items():
             if check_number(name, number, at_least=0) != int(number):
                 raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
             setattr(self, name, int(number))
         self.num_computing = self.num_experts
-        self.num_experts = self.num_computing + self.num_identity + self.num_zero + self.num_constant
+        self.num_experts = self.num_computing + self.num_identity + self.num_zero
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
-        self.constants = self.w_constant = None
-        if self.num_constant:
-            shape = (self.num_constant, check_size("experts.dim", getattr(experts, "dim", None)))
-            self.constants = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-            self.w_constant = nn.Parameter(torch.empty(*shape, 2, device=device, dtype=dtype))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights of constant experts (standard deviation 1 / sqrt(d))."""
-        for weight in self.parameters(recurse=False):
-            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
-        """Refuse outputs of another width than the tokens', which identities and constants return."""
-        returned = self.num_identity + self.num_constant
-        if returned and dim is not None and dim_out is not None and dim != dim_out:
+        """Refuse outputs of another width than the tokens', which identities return."""
+        if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
             raise ValueError(
-                f"the experts map width {dim} to {dim_out}, but {returned} of the added ones return the token of width "
-                f"{dim}: give them num_zero alone, or experts that keep the width"
+                f"the experts map width {dim} to {dim_out}, but {self.num_identity} of the added ones return the token "
+                f"of width {dim}: give them num_zero alone, or experts that keep the width"
             )
 
-    def constant(self, i: int, x: Tensor) -> Tensor:
-        """The output `(t, d)` of constant expert i for tokens `(t, d)`."""
-        assert self.constants is not None
-        assert self.w_constant is not None
-        a, b = (x @ self.w_constant[i].to(x.dtype)).softmax(dim=-1).split(1, dim=-1)
-        return a * x + b * self.constants[i]
-
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        if decision is None or (decision.k is None and _rows_tell(self.experts)):
-            return super().forward(x, decision)
-        e, expert = self.num_computing, decision.expert
+        e, stop = self.num_computing, self.num_computing + self.num_identity
+        if decision is None:
+            out = self.experts(x[:e])
+            self._check_widths(x.shape[-1], out.shape[-1])
+            zeros = out.new_zeros(self.num_zero, *out.shape[1:])
+            return torch.cat([out, x[e:stop], zeros] if self.num_identity else [out, zeros])
         out = self.experts(x, of_first_experts(decision, e))
         self._check_widths(x.shape[-1], out.shape[-1])
         if self.num_identity:
-            out = out + _share(decision, (expert >= e) & (expert < e + self.num_identity)) * x
-        for i in range(self.num_constant):
-            out = out + _share(decision, expert == self.num_experts - self.num_constant + i) * self.constant(i, x)
+            out = out + _share(decision, (decision.expert >= e) & (decision.expert < stop)) * x
         return out.to(x.dtype)
 
-    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        e, row = self.num_computing, torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
-        stops = num_tokens_per_expert.cumsum(0)
-        first, last = stops[e - 1], stops[e - 1 + self.num_identity]
-        out = _compute(self.experts, rows, num_tokens_per_expert[:e])
-        self._check_widths(rows.shape[-1], out.shape[-1])
-        out = torch.where(row < first, out, torch.where(row < last, rows, 0) if self.num_identity else 0)
-        for i in range(self.num_constant):
-            expert = self.num_experts - self.num_constant + i
-            is_its = (row >= stops[expert - 1]) & (row < stops[expert])
-            out = torch.where(is_its, self.constant(i, rows).to(out.dtype), out)
-        return out
-
     def extra_repr(self) -> str:
-        constant = f", num_constant={self.num_constant}" if self.num_constant else ""
-        return f"num_identity={self.num_identity}, num_zero={self.num_zero}{constant}"
+        return f"num_identity={self.num_identity}, num_zero={self.num_zero}"
 
 
 def _share(decision: Decision, some: Tensor) -> Tensor:
@@ -238,11 +194,6 @@ def _share(decision: Decision, some: Tensor) -> Tensor:
         return weight.view(-1, decision.k).sum(dim=-1, keepdim=True)
     assert decision.token is not None
     return add_rows(weight.new_zeros(decision.num_tokens, 1), decision.token, weight.unsqueeze(-1))
-
-
-def _rows_tell(experts: nn.Module) -> bool:
-    """Whether experts do no more than `compute` on rows, whose results are then weighted."""
-    return not any(getattr(each, "works_on", None) in ("tokens", "inputs") for each in with_inner(experts))
 
 
 def _compute(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -312,11 +263,6 @@ class NormedExperts(ExpertsAround):
 
     def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
         super().__init__(experts)
-        if not _rows_tell(experts):
-            raise ValueError(
-                f"a norm stands on the rows that experts compute, which {type(experts).__name__} weigh or go on with: "
-                "put the norm inside, as in InputWeightedExperts(NormedExperts(experts, norm))"
-            )
         self.norm = norm
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:

@@ -26,12 +26,21 @@ from mixture_of_experts.ops.activations import ActivationLike, make_activation, 
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
-from mixture_of_experts.support.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
-from mixture_of_experts.support.private_torch import in_transform, own, unwrapped, wrapped_module
+from mixture_of_experts.support.checks import (
+    check_dtype,
+    check_flag,
+    check_number,
+    check_result,
+    check_size,
+    check_sizes,
+    shape_of,
+)
+from mixture_of_experts.support.private_torch import own, unwrapped, wrapped_module
 from mixture_of_experts.support.same_bits import refuse_same_bits
 from mixture_of_experts.support.settings import FixedShapes, setting
-from mixture_of_experts.support.tracing import can_read
+from mixture_of_experts.support.tracing import can_read, has_numbers
 
+ANOTHER_WIDTH = ": experts whose outputs have another width than tokens tell it by dim_out"
 MOSTLY_EMPTY = 4  # slots for each choice from which on a call is warned of
 
 
@@ -118,11 +127,7 @@ def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
     """`out` `(t, o)`, which experts returned for tokens x `(t, d)`; copied if it may share memory with x."""
     inner: Any = experts if isinstance(experts, RoutedExperts) else unwrapped(experts)
     wanted = (x.shape[0], getattr(inner, "dim_out", None) or x.shape[1])
-    if not isinstance(out, Tensor) or out.shape != wanted:
-        raise ValueError(
-            f"{type(experts).__name__} must return {wanted}, as many tokens as it gets, of width dim_out, got "
-            f"{shape_of(out)}"
-        )
+    out = check_result(type(experts).__name__, out, wanted, ANOTHER_WIDTH)
     return out if inner.makes_outputs else out.clone()
 
 
@@ -172,13 +177,7 @@ def run_on_slots(
     plan = fewest_slots(decision) if decision.routing is None else decision.in_slots()
     slots = dispatch(x, plan)
     slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
-    out = compute(slots)
-    wanted = (*slots.shape[:-1], dim_out or slots.shape[-1])
-    if not isinstance(out, Tensor) or out.shape != wanted:
-        what = "their dim_out as width" if dim_out else "the shape they are given"
-        raise ValueError(
-            f"experts must return {what}, {wanted}, got {shape_of(out)} (for another width they need a dim_out)"
-        )
+    out = check_result("experts", compute(slots), (*slots.shape[:-1], dim_out or slots.shape[-1]), ANOTHER_WIDTH)
     # not `flatten(0, -2)`, which asks whether a dynamic length is 1
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
@@ -191,7 +190,7 @@ def fewest_slots(decision: Decision) -> Plan:
     if can_read(needed):
         width = max(int(needed.max()), min(t, 1))
         return decision.with_rows(queue, position, length, torch.full_like(needed, width), len(needed) * width)
-    if not torch.compiler.is_compiling() and len(needed) * t > MOSTLY_EMPTY * decision.weight.shape[0]:
+    if has_numbers(needed) and len(needed) * t > MOSTLY_EMPTY * decision.weight.shape[0]:
         warnings.warn(
             f"experts that read slots get {len(needed)} x {t} of them for {decision.weight.shape[0]} choices, since "
             "the gate drops none: set its capacity_factor_train and capacity_factor_eval (2.0: twice an even share), "
@@ -410,8 +409,8 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     """A list of modules that map `(n, d)` to `(n, d)`, as experts.
 
     With limited capacity a module gets all slots of its expert; empty slots are zeros. Dropless, it gets just its own
-    rows; to learn their numbers costs one host sync. Where numbers cannot be read (transforms of `torch.func`, the meta
-    device) every module gets all rows. A traced graph uses slots.
+    rows; to learn their numbers costs one host sync. Where numbers cannot be read (a traced graph, transforms of
+    `torch.func`, the meta device) it uses slots.
 
     Args:
         experts: the modules, one for each expert; outer-major for a grid of experts.
@@ -440,7 +439,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
             return self._on_slots(x.clone())  # experts may write into what they get
-        if decision.dropless and not torch.compiler.is_compiling():
+        if decision.dropless and has_numbers(x):
             return super().forward(x, decision)
         return run_on_slots(self._on_slots, x, decision, self.dim_out)
 
@@ -452,32 +451,14 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         return own(results, (*x.shape[:-1], results.shape[-1]))
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        if num_tokens_per_expert.is_meta or in_transform():
-            return self._on_all_rows(rows, num_tokens_per_expert)
         numbers = num_tokens_per_expert.tolist()  # the one host sync
         parts = own_parts(rows.split([*numbers, rows.shape[0] - sum(numbers)]))
         results = [self._call_expert(i, part) for i, part in enumerate(parts[:-1])]
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
-    def _on_all_rows(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Compute every module on all rows, and take from each the rows that are its own."""
-        row, stop = torch.arange(x.shape[0], device=x.device), num_tokens_per_expert.cumsum(0)
-        mine = (row >= (stop - num_tokens_per_expert).unsqueeze(-1)) & (row < stop.unsqueeze(-1))  # (e, r)
-        results = [
-            torch.where(its.unsqueeze(-1), self._call_expert(i, x.clone()), 0) for i, its in enumerate(mine.unbind(0))
-        ]
-        return sum(results[1:], results[0])
-
     def _call_expert(self, index: int, x: Tensor) -> Tensor:
-        out = self[index](x)
         wanted = (*x.shape[:-1], self.dim_out or x.shape[-1])
-        if not isinstance(out, Tensor) or out.shape != wanted:
-            raise ValueError(
-                f"expert {index} ({type(self[index]).__name__}) returned {shape_of(out)} for tokens of shape "
-                f"{tuple(x.shape)}, {wanted} is wanted: an expert keeps the shape; for another width use "
-                "`ExpertList(..., dim_out=...)`"
-            )
-        return out
+        return check_result(f"expert {index} ({type(self[index]).__name__})", self[index](x), wanted, ANOTHER_WIDTH)
 
 
 def own_parts(parts: Sequence[Tensor]) -> list[Tensor]:

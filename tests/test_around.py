@@ -93,24 +93,11 @@ def test_a_gate_of_each_token():
     assert shared(ONE).item() == 0.5
 
 
-def test_a_constant_expert_mixes_the_token_with_a_vector():
-    """Id 2 makes of the token 1 a fifth of it and four fifths of 5: 4.2."""
-    experts = ZeroComputationExperts(Experts(1, 2), num_constant=1)
-    experts.constants.data.fill_(5.0)
-    experts.w_constant.data.copy_(torch.tensor([[[0.0, 3.0]]]).log1p())
-    moe = layer(experts, [0.0, 0.0, 9.0], score=lambda logits: (logits > 1).to(logits.dtype), normalize=False)
-    out, _ = moe(ONE)
-    assert out.item() == pytest.approx(4.2)
-    out.backward()
-    assert experts.constants.grad.item() == pytest.approx(0.8)
-
-
 D, E = 6, 4
 WRAPPERS: dict[str, Callable[[int], Any]] = {  # of e experts
     "none": lambda e: Experts(D, e, 5),
     "latent": lambda e: LatentExperts(Experts(3, e, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
     "identity": lambda e: ZeroComputationExperts(Experts(D, e - 2, 5), num_identity=1, num_zero=1),
-    "constant": lambda e: ZeroComputationExperts(Experts(D, e - 2, 5), num_identity=1, num_constant=1),
     "input": lambda e: InputWeightedExperts(Experts(D, e, 5)),
     "norm": lambda e: NormedExperts(Experts(D, e, 5), nn.RMSNorm(D)),
     "two": lambda e: InputWeightedExperts(NormedExperts(Experts(D, e, 5), nn.RMSNorm(D))),
@@ -182,8 +169,8 @@ def test_outputs_of_another_width(build, gate):
 def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked):
     """Under expert choice too: an inner module weighs inputs, or goes on with the sum of a token."""
     torch.manual_seed(0)
-    made = WRAPPERS[inner](E - 3 if inner == "none" else E - 2)
-    experts = ZeroComputationExperts(made, num_identity=1, num_zero=1, num_constant=E - 2 - made.num_experts)
+    made = WRAPPERS[inner](E - 2)
+    experts = ZeroComputationExperts(made, num_identity=1, num_zero=1)
     moe, x = MoE(D, gate=GATES[gate](), experts=experts).double(), torch.randn(2, 9, D, dtype=torch.float64)
     x.requires_grad_()
     mask = torch.arange(9) < torch.tensor([[9], [5]]) if masked else None
@@ -206,10 +193,8 @@ def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked
         if isinstance(experts, ZeroComputationExperts):
             if i < experts.num_computing:
                 return of_one(experts.experts, i, token, weight)
-            if i < experts.num_computing + experts.num_identity:
-                return weight * token
-            zero = i < experts.num_experts - experts.num_constant
-            return torch.zeros_like(token) if zero else weight * experts.constant(0, token.unsqueeze(0)).squeeze(0)
+            identity = i < experts.num_computing + experts.num_identity
+            return weight * token if identity else torch.zeros_like(token)
         return weight * (experts.act(token @ experts.w1[i]) @ experts.w2[i])
 
     if isinstance(made, LatentExperts):
@@ -253,29 +238,28 @@ def checkpointed(module: nn.Module) -> nn.Module:
     return checkpoint_wrapper(module, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
 
 
-@pytest.mark.parametrize("kind", ["num_identity", "num_constant"])
-def test_what_returns_the_token_needs_experts_of_its_width(kind):
+def test_what_returns_the_token_needs_experts_of_its_width():
     with pytest.raises(ValueError, match=rf"width {D} to 3, but 2 .*num_zero"):
-        ZeroComputationExperts(Experts(D, E, 5, dim_out=3), **{kind: 2})
+        ZeroComputationExperts(Experts(D, E, 5, dim_out=3), num_identity=2)
     narrower = ZeroComputationExperts(NormedExperts(Experts(D, E, 5, dim_out=3), nn.RMSNorm(3)), num_identity=1)
     for gate in (TopKGating(D, E + 1), ExpertChoiceGating(D, E + 1)):
         with pytest.raises(ValueError, match=f"width {D} to 3, but 1 "):
             MoE(D, gate=gate, experts=narrower)(torch.randn(2, 9, D))
 
 
-def test_a_constant_expert_in_another_dtype_than_its_token():
-    moe = MoE(D, gate=TopKGating(D, E), experts=ZeroComputationExperts(Experts(D, E - 1, 5), num_constant=1))
-    out, _ = moe.bfloat16()(torch.randn(2, 9, D))
-    assert out.dtype == torch.float32
+def test_slots_of_what_costs_nothing():
+    """Experts 0, 1 compute their slots, 2 returns its own, 3 zeros."""
+    experts, slots = ZeroComputationExperts(Experts(D, 2, 5), num_identity=1, num_zero=1), torch.randn(4, 3, D)
+    assert torch.equal(experts(slots), torch.cat([experts.experts(slots[:2]), slots[2:3], torch.zeros(1, 3, D)]))
 
 
 def test_refused():
     for inner in (InputWeightedExperts(Experts(D, E)), LatentExperts(Experts(D, E), beside=nn.Identity())):
-        for experts in (inner, ZeroComputationExperts(inner, num_zero=1)):
-            with pytest.raises(ValueError, match=r"put the norm inside, as in InputWeightedExperts\(NormedExperts\("):
-                NormedExperts(experts, nn.RMSNorm(D))
-            with pytest.raises(ValueError, match="put the norm inside"):
-                NormedExperts(checkpointed(experts), nn.RMSNorm(D))  # type: ignore[arg-type]
+        for experts in (inner, checkpointed(inner), ZeroComputationExperts(inner, num_zero=1)):
+            with pytest.raises(ValueError, match=r"put them inside, as in InputWeightedExperts\(NormedExperts\("):
+                NormedExperts(experts, nn.RMSNorm(D))  # type: ignore[arg-type]
+            with pytest.raises(ValueError, match="put them inside"):
+                InputWeightedExperts(experts)
     with pytest.raises(TypeError, match=r"experts must be one row of RoutedExperts .* got Linear"):
         ZeroComputationExperts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"num_identity must be an integer .*got 1\.5"):

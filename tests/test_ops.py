@@ -483,7 +483,7 @@ def test_experts_as_heads(kind, factor):
     assert (out[~mask] == 0).all()
     (out.sum() + aux).backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
-    with pytest.raises(ValueError, match=r"shared_expert must keep the shape \(2, 9, 5\)"):
+    with pytest.raises(ValueError, match=r"shared_expert must return the shape \(2, 9, 5\)"):
         MoE(D, E, gate=gate, experts=experts, shared_expert=nn.Linear(D, D))(torch.randn(2, 9, D))
 
 
@@ -498,7 +498,7 @@ def test_experts_that_return_another_width_say_so(kind):
 
     experts = type("Narrow", (RoutedExperts,), {"num_experts": E, kind: lambda self, x, decision: x[:, :5]})()
     layer = MoE(D, E, experts=experts)
-    with pytest.raises(ValueError, match=rf"must return \(12, {D}\).*got \(12, 5\)"):
+    with pytest.raises(ValueError, match=rf"must return the shape \(12, {D}\).*got \(12, 5\)"):
         layer(torch.randn(2, 6, D))
     experts.dim_out = 5
     assert layer(torch.randn(2, 6, D))[0].shape == (2, 6, 5)

@@ -29,6 +29,7 @@ class Plan(NamedTuple):
         k: assignment i belongs to token i // k; None for expert choice.
         num_tokens, num_rows: t and r.
         num_experts: e, as a tuple (two numbers for two levels).
+        table: what the products of a way read beside these, as `ops/batched.py` says; or None.
     """
 
     row: Tensor
@@ -40,6 +41,7 @@ class Plan(NamedTuple):
     num_tokens: int
     num_rows: int
     num_experts: tuple[int, ...]
+    table: Tensor | None = None
 
     def row_weight(self) -> Tensor:
         """`(r,)` the weight of each row, 0 where it is empty."""

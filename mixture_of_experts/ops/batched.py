@@ -6,12 +6,13 @@ o dim of the outputs, p inner and q outer dimension of a weight.
 One gather and one sum serve all choices.
 
 The layout of rows and the products on them are a class: `SlotProducts`, `BlockProducts`, or another one given to `run`.
+Its `arrange` makes the plan of a decision, with a table that its products read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,31 +20,24 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import add_rows, sum_rows
+from mixture_of_experts.dispatch.moving import add_rows
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd, few_tokens, plain, rows
-from mixture_of_experts.ops.autograd import Gradients, Saved
-from mixture_of_experts.ops.network import Call, Network
+from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.private_torch import exporting, in_transform
 from mixture_of_experts.support.tracing import largest
 
 SUMMED = 8  # columns by which a bias's gradient is written as a product: grouped products want multiples of 8
 
 
-class SlotProducts:
-    """`rows.Products` of rows in slots: every expert has equally many, and empty ones are zeros."""
-
-    plan: Plan
-    num_batches: int
-    empty: Tensor
-    token: Tensor
+class SlotProducts(rows.Products):
+    """Rows in slots: every expert has equally many, and empty ones are zeros."""
 
     @staticmethod
-    def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
-        """Return the plan, and a table of rows that the backward needs too; None if there is none."""
-        return decision.in_slots(), None
+    def arrange(decision: Decision) -> Plan:
+        return decision.in_slots()
 
-    def __init__(self, plan: Plan, table: Tensor | None) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan, self.num_batches = plan, math.prod(plan.num_experts)
         self.empty = (plan.token == plan.num_tokens).unsqueeze(-1)
         self.token = plan.token.clamp(max=largest(plan.num_tokens - 1, 0))
@@ -53,19 +47,18 @@ class SlotProducts:
             return x.new_zeros(self.plan.num_rows, x.shape[1])
         return x.index_select(0, self.token).masked_fill_(self.empty, 0)
 
-    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.bmm(self.batches(x), self.of_batches(weight)).flatten(0, 1)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The total, with one row of zeros behind it."""
         (x, weight), *others = pairs
-        rows = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
-        rows[-1:].zero_()
-        out = self.batches(rows)
+        self.rows = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
+        self.rows[-1:].zero_()
+        out = self.batches(self.rows)
         torch.bmm(self.batches(x), self.of_batches(weight), out=out)
         for x, weight in others:
             out.baddbmm_(self.batches(x), self.of_batches(weight))
-        return rows
+        return self.rows
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         self.batches(rows).add_(self.of_batches(bias).unsqueeze(1))
@@ -76,17 +69,13 @@ class SlotProducts:
     def sums(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
         return self.by_rows(scale.to(rows.dtype).expand(-1, SUMMED).contiguous(), rows)[:, 0]
 
-    def of_assignments(self, rows: Tensor) -> Tensor:
-        """The row of each assignment `(a, q)`, from a `total`; zeros for an assignment without a row."""
-        return rows.index_select(0, self.plan.row)
+    def sum_of_choices(self, rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
+        terms = self.of_assignments(rows, row.view(-1)).mul_(weight.unsqueeze(-1))
+        return terms.view(*row.shape, rows.shape[-1]).sum(dim=1)
 
-    def pack(self, pre: Tensor) -> Tensor:
-        """What the forward saves of pre-activations `(r, q)`."""
-        return pre
-
-    def unpack(self, pre: Tensor) -> Tensor:
-        """The pre-activations `(r, q)` again."""
-        return pre
+    def of_assignments(self, rows: Tensor, row: Tensor) -> Tensor:
+        """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
+        return rows.index_select(0, row)
 
     def batches(self, rows: Tensor) -> Tensor:
         return rows[: self.plan.num_rows].view(self.num_batches, -1, rows.shape[-1])
@@ -96,29 +85,29 @@ class SlotProducts:
 
 
 class BlockProducts(SlotProducts):
-    """`rows.Products` of rows in blocks of equal size, each with rows of one expert and a copy of its weight.
+    """Rows in blocks of equal size, each with rows of one expert and a copy of its weight; the plan's table has the
+    expert of each block.
 
     It needs no host sync: there are always as many blocks as any numbers of rows can need. A block has about as many
     rows as the average expert, so there are at most about 2 e blocks. It saves the pre-activations of assignments, not
     those of all rows.
     """
 
-    num_experts: int
-    num_batches: int
-    expert: Tensor
-
     @staticmethod
-    def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
+    def arrange(decision: Decision) -> Plan:
         queue, position, length = decision.queues()
         needed = decision.rows_per_expert(length)
         size, number = plain.block_sizes(decision.most_rows, needed.shape[0])
-        rows_per_expert, expert = whole_blocks(needed, size, number)
-        return decision.with_rows(queue, position, length, rows_per_expert, number * size), expert
+        rows_per_expert = (needed + (size - 1)) // size * size  # in whole blocks
+        first = torch.arange(0, number * size, size, device=needed.device)
+        expert = torch.searchsorted(rows_per_expert.cumsum(0), first, right=True)
+        plan = decision.with_rows(queue, position, length, rows_per_expert, number * size)
+        return plan._replace(table=expert.clamp_(max=needed.shape[0] - 1))
 
-    def __init__(self, plan: Plan, table: Tensor | None) -> None:
-        assert table is not None
-        super().__init__(plan, None)
-        self.num_experts, self.num_batches, self.expert = self.num_batches, table.shape[0], table
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        assert plan.table is not None
+        self.num_experts, self.num_batches, self.expert = self.num_batches, plan.table.shape[0], plan.table
 
     def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
         products = super().by_rows(x, y)
@@ -133,14 +122,6 @@ class BlockProducts(SlotProducts):
 
     def of_batches(self, weight: Tensor) -> Tensor:
         return weight.index_select(0, self.expert)
-
-
-def whole_blocks(needed: Tensor, size: int, number: int) -> tuple[Tensor, Tensor]:
-    """The rows `(e,)` of each expert in whole blocks of `size`, and the expert of each of `number` blocks."""
-    rows_per_expert = (needed + (size - 1)) // size * size
-    first = torch.arange(0, number * size, size, device=rows_per_expert.device)
-    expert = torch.searchsorted(rows_per_expert.cumsum(0), first, right=True)
-    return rows_per_expert, expert.clamp_(max=rows_per_expert.shape[0] - 1)
 
 
 def why_not(call: Call) -> str | None:
@@ -161,45 +142,8 @@ def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, on_rows: 
     """`run` for any number of tokens. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
     if not call.decision.prefers_rows():
         products = SlotProducts
-    plan, table = products.arrange(call.decision)
+    plan = products.arrange(call.decision)
     if plan.num_rows == 0:
         products = SlotProducts
-    ways = partial(forward, products, table, on_rows), partial(backward, products, on_rows)
-    return autograd.differentiable(*ways, call.x, plan, call.network)
-
-
-def forward(
-    kind: type[SlotProducts], table: Tensor | None, on_rows: Any, x: Tensor, plan: Plan, network: Network, save: bool
-) -> tuple[Tensor, Saved]:
-    """The `forward` of `autograd.differentiable`, by products of one kind."""
-    products = kind(plan, table)
-    pre, y = on_rows.run_network(products, x, network, save)
-    return collect(y, plan, products), [table, *map(products.pack, pre)] if save else []
-
-
-def backward(
-    kind: type[SlotProducts],
-    on_rows: Any,
-    x: Tensor,
-    plan: Plan,
-    network: Network,
-    saved: Saved,
-    grad: Tensor,
-    wanted: Collection[str],
-) -> Gradients:
-    """The `backward` of `autograd.differentiable`, by products of one kind."""
-    table, *packed = saved
-    products = kind(plan, table)
-    pre = [products.unpack(part) for part in packed if part is not None]
-    scale, grad_scale = rows.scales(plan)
-    y, grads = on_rows.gradients_of_network(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
-    grad_x = None if y is None else collect(y, plan, products)
-    return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
-
-
-def collect(y: Tensor, plan: Plan, products: SlotProducts) -> Tensor:
-    """Each token's weighted sum `(t, o)` of the rows of a `total`."""
-    if plan.k is None:
-        return sum_rows(y[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
-    terms = products.of_assignments(y).mul_(plan.weight.unsqueeze(-1))
-    return terms.view(plan.num_tokens, plan.k, y.shape[-1]).sum(dim=1)
+    pair = partial(rows.forward, products, on_rows), partial(rows.backward, products, on_rows)
+    return autograd.differentiable(*pair, call.x, plan, call.network)

@@ -43,40 +43,35 @@ def run(call: Call) -> Tensor:
 
 
 class GroupedProducts(batched.SlotProducts):
-    """`rows.Products` of rows without gaps, by torch's grouped product on CUDA. Rows past the last expert's may hold
-    anything; nothing reads them."""
-
-    plan: Plan
-    ends: Tensor
-    num_tokens_per_expert: Tensor
-    token: Tensor
+    """Rows without gaps, by torch's grouped product on CUDA; the plan's table has the end of each expert's rows. Rows
+    past the last expert's may hold anything; nothing reads them."""
 
     @staticmethod
-    def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
+    def arrange(decision: Decision) -> Plan:
         plan = decision.without_gaps()
         assert plan.rows_per_expert is not None
-        return plan, plan.rows_per_expert.cumsum(0, dtype=torch.int32)
+        return plan._replace(table=plan.rows_per_expert.cumsum(0, dtype=torch.int32))
 
-    def __init__(self, plan: Plan, table: Tensor | None) -> None:
-        assert table is not None
+    def __init__(self, plan: Plan) -> None:
+        assert plan.table is not None
         assert plan.rows_per_expert is not None
-        self.plan, self.ends, self.num_tokens_per_expert = plan, table, plan.rows_per_expert
+        self.plan, self.ends, self.num_tokens_per_expert = plan, plan.table, plan.rows_per_expert
         self.token = plan.token.clamp(max=plan.num_tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
 
-    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The total, without a row more: an assignment without a row reads the last row, which is then no expert's."""
         (x, weight), *others = pairs
-        rows = self.by_weights(x, weight)
+        self.rows = self.by_weights(x, weight)
         for x, weight in others:
-            rows += self.by_weights(x, weight)
-        rows[-1:].masked_fill_(self.ends[-1] < self.plan.num_rows, 0)
-        return rows
+            self.rows += self.by_weights(x, weight)
+        self.rows[-1:].masked_fill_(self.ends[-1] < self.plan.num_rows, 0)
+        return self.rows
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         rows += plain.bias_of_rows(bias, self.num_tokens_per_expert, self.plan.num_rows)
@@ -84,8 +79,8 @@ class GroupedProducts(batched.SlotProducts):
     def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
         return outer_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
-    def of_assignments(self, rows: Tensor) -> Tensor:
-        return rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
+    def of_assignments(self, rows: Tensor, row: Tensor) -> Tensor:
+        return rows.index_select(0, row.clamp(max=self.plan.num_rows - 1))
 
 
 def outer_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:

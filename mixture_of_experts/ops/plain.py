@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,48 +61,17 @@ def feed_forward(
     return linear(network.hidden(pre), network.w_out, network.b_out)
 
 
-class RowBlocks(NamedTuple):
-    """Rows without gaps, laid out in blocks of equal size. A block has rows of one expert; there are as many blocks as
-    any load can need.
-
-    Attributes:
-        expert: `(blocks,)`, expert of each block.
-        row: `(blocks, size)`, row in each place of the blocks; r for an empty place.
-        place: `(r,)`, place of each row; `blocks * size` for rows past the last expert's.
-    """
-
-    expert: Tensor
-    row: Tensor
-    place: Tensor
-
-
 def block_sizes(rows: int, experts: int) -> tuple[int, int]:
     """The rows of a block, about as many as the average expert has, and the number of blocks, at most about 2 e."""
     size = largest(2, rows // experts)  # a size of 1 would be static in torch's graphs
     return size, smallest(rows, rows // size + experts)
 
 
-def row_blocks_of(num_tokens_per_expert: Tensor, rows: int) -> RowBlocks:
-    """Lay `rows` rows out in blocks, without a host sync: no shape depends on how many tokens an expert has."""
-    size, num_blocks = block_sizes(rows, num_tokens_per_expert.shape[0])
-    blocks = (num_tokens_per_expert + size - 1) // size  # (e,), blocks of each expert
-    last_block, last_row = blocks.cumsum(0), num_tokens_per_expert.cumsum(0)
-    block = torch.arange(num_blocks, device=num_tokens_per_expert.device)
-    expert = _owner(last_block, block)
-
-    first = (last_row - num_tokens_per_expert)[expert] + (block - (last_block - blocks)[expert]) * size
-    row = first.unsqueeze(-1) + torch.arange(size, device=num_tokens_per_expert.device)
-    inside = (row < last_row[expert].unsqueeze(-1)) & (block < last_block[-1]).unsqueeze(-1)
-    row = torch.where(inside, row, rows)
-
-    places = num_blocks * size
-    place = torch.full((rows + 1,), places, device=num_tokens_per_expert.device)
-    place = place.scatter(0, row.flatten(), torch.arange(places, device=num_tokens_per_expert.device))[:rows]
-    return RowBlocks(expert, row, place)
-
-
 def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """Multiply every expert's rows by its own weight, without a host sync: rows are laid out in blocks.
+    """Multiply every expert's rows by its own weight, without a host sync.
+
+    Rows are laid out in blocks of equal size, each with rows of one expert. There are as many blocks as any load can
+    need, so no shape depends on how many rows an expert has.
 
     Args:
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
@@ -115,10 +83,20 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     """
     if num_tokens_per_expert is None:
         return torch.matmul(x, weight)
-    blocks = row_blocks_of(num_tokens_per_expert, x.shape[0])
-    rows = _take(append(x, 0), blocks.row.flatten()).unflatten(0, blocks.row.shape)
-    out = torch.bmm(rows, _take(weight, blocks.expert))
-    return _take(append(out.flatten(0, 1), 0), blocks.place)
+    rows, device = x.shape[0], x.device
+    size, number = block_sizes(rows, weight.shape[0])
+    stop, row = num_tokens_per_expert.cumsum(0), torch.arange(rows, device=device)
+    blocks = (num_tokens_per_expert + size - 1) // size  # of each expert
+    first = stop - num_tokens_per_expert  # row of each expert, and its place in the blocks
+    first_place = (blocks.cumsum(0) - blocks) * size
+    places = number * size
+    place = torch.where(row < stop[-1], row + (first_place - first)[_owner(stop, row)], places)
+    row_at = torch.full((places + 1,), rows, device=device).scatter(0, place, row)[:places]  # the last is nobody's
+    expert = _owner(blocks.cumsum(0), torch.arange(number, device=device))
+
+    in_blocks = _take(append(x, 0), row_at).unflatten(0, (number, size))
+    out = torch.bmm(in_blocks, _take(weight, expert))
+    return _take(append(out.flatten(0, 1), 0), place)
 
 
 def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""The network on rows sorted by expert, and its gradients, for the ways `cpu` and `batched`.
+"""The network on rows sorted by expert, and its gradients, for the ways `cpu`, `grouped` and `batched`.
 
-Axes: r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a weight.
+Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a
+weight.
 
 Beside the input the forward saves only the pre-activations: the products with `w_in`. The backward gathers rows and
 computes the activation again. A row's weight multiplies rows of width d, not of width h. The weight's gradient is
@@ -9,71 +10,112 @@ computed from the hidden layer, so no row of outputs is saved (as in SonicMoE, a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixture_of_experts.dispatch.moving import sum_rows
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops.activations import KNOWN
+from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.network import B_IN, W_IN, Network
 
 
-class Products(Protocol):
-    """Products on rows, each expert's by its own weight. `out`, if it is given, is memory for the result."""
+class Products:
+    """Base of the layouts of rows: products on the rows of a plan, each expert's by its own weight.
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Rows `(r, p)` of tokens `(t, p)`."""
-        ...
+    An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter` all methods mean the
+    rows of that chunk. By default there is one, of all rows. A layout writes:
 
-    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rows x `(r, p)` times the weights `(e, p, q)` of their experts: `(r, q)`."""
-        ...
-
-    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The sum of `by_weights` over pairs (x, weight), in the memory from which tokens collect their rows."""
-        ...
-
-    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        """Add the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place."""
-        ...
-
-    def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-        """`x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`: `(e, p, q)`; 0 for an expert without rows."""
-        ...
-
-    def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
-        """The sum of each expert's rows `(r, q)` times `scale` `(r, 1)`: `(e, q)`."""
-        ...
-
-
-def scales(plan: Plan) -> tuple[Tensor, Tensor]:
-    """The weight of each row, `(r, 1)`, and zeros `(r + 1,)` for its gradient. An assignment without a row reads the
-    last zero."""
-    dtype = torch.promote_types(plan.weight.dtype, torch.float32)
-    grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=plan.weight.device)
-    return plan.row_weight().unsqueeze(-1), grad_scale
-
-
-def saved_widths(network: Network) -> list[int]:
-    """The widths of the tensors that `run_network` returns for `gradients_of_network`."""
-    return [w.shape[-1] for w in network.w_in]
-
-
-def run_network(
-    products: Products, x: Tensor, network: Network, save: bool, out: Sequence[Tensor] = ()
-) -> tuple[list[Tensor], Tensor]:
-    """Return the pre-activations, a tensor for each weight of `w_in`, and the `total` of outputs.
-
-    Args:
-        save: whether the pre-activations are needed again; if not, the hidden layer may overwrite them.
-        out: memory for the pre-activations.
+    - `gather(x)`: rows `(r, p)` of tokens `(t, p)`.
+    - `by_weights(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
+    - `total(pairs)`: the sum of `by_weights` over pairs (x, weight), kept in `rows` for `collect`.
+    - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
+    - `by_rows(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an expert
+      without rows. `out` is memory for it, where `gradients` gives any.
+    - `sums(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
+    - `sum_of_choices(rows, weight, row)`: `collect` of token choice: the weighted sum of each token's rows, which `row`
+      `(t, k)` finds.
     """
+
+    plan: Plan
+    chunks: Sequence[Any] = (None,)
+    rows: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
+    sum_of_choices: Any
+
+    def enter(self, chunk: Any) -> None:
+        """Go on to a chunk."""
+
+    def part(self, values: Tensor) -> Tensor:
+        """The rows of the chunk, of values for all rows."""
+        return values
+
+    def pack(self, pre: Tensor) -> Tensor:
+        """What the forward saves of pre-activations `(r, q)`."""
+        return pre
+
+    def unpack(self, pre: Tensor) -> Tensor:
+        """The pre-activations `(r, q)` again."""
+        return pre
+
+    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Memory for the wanted gradients of the network, by name; none by default."""
+        return {}
+
+    def collect(self) -> Tensor:
+        """Each token's weighted sum `(t, o)` of the totals."""
+        plan = self.plan
+        if plan.k is None:
+            return sum_rows(self.rows[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
+        return self.sum_of_choices(self.rows, plan.weight, plan.row.view(plan.num_tokens, plan.k))
+
+
+def forward(
+    layout: Callable[[Plan], Any], on_rows: Any, x: Tensor, plan: Plan, network: Network, save: bool
+) -> tuple[Tensor, Saved]:
+    """The `forward` of `autograd.differentiable`, by the products of a layout. `on_rows` computes the rows: this
+    module, or another one with `run_network` and `gradients_of_network`."""
+    products, saved = layout(plan), []
+    for chunk in products.chunks:
+        products.enter(chunk)
+        saved += [products.pack(part) for part in on_rows.run_network(products, x, network, save)]
+    return products.collect(), saved
+
+
+def backward(
+    layout: Callable[[Plan], Any],
+    on_rows: Any,
+    x: Tensor,
+    plan: Plan,
+    network: Network,
+    saved: Saved,
+    grad: Tensor,
+    wanted: Collection[str],
+) -> Gradients:
+    """The `backward` of `autograd.differentiable`, by the products of a layout."""
+    products, scale, grad = layout(plan), plan.row_weight().unsqueeze(-1), grad.contiguous()
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=scale.device)  # the last is nobody's
+    grads, each = products.gradients(network, wanted), len(saved) // len(products.chunks)
+    of_rows = grad_scale[:-1]
+    for i, chunk in enumerate(products.chunks):
+        products.enter(chunk)
+        pre = [products.unpack(part) for part in saved[i * each : (i + 1) * each]]
+        scales = products.part(scale), products.part(of_rows)
+        grads |= on_rows.gradients_of_network(products, x, network, pre, grad, *scales, wanted, grads)
+    grad_x = products.collect() if "x" in wanted else None
+    return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
+
+
+def run_network(products: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
+    """Make the `total` of outputs; return the pre-activations, a tensor for each weight of `w_in`; none unless `save`:
+    then the hidden layer may overwrite them."""
     tokens = products.gather(x)
     pre = []
-    for w, b, memory in zip(network.w_in, network.b_in, out or [None] * len(network.w_in), strict=True):
-        pre.append(products.by_weights(tokens, w, memory))
+    for w, b in zip(network.w_in, network.b_in, strict=True):
+        pre.append(products.by_weights(tokens, w))
         if b is not None:
             products.add_bias(pre[-1], b)
     parts = network.projections(pre)
@@ -82,11 +124,11 @@ def run_network(
     y = products.total([(hidden, network.w_out)])
     if network.b_out is not None:
         products.add_bias(y, network.b_out)
-    return pre, y
+    return pre if save else []
 
 
 def gradients_of_network(
-    products: Products,
+    products: Any,
     x: Tensor,
     network: Network,
     pre: Sequence[Tensor],
@@ -94,9 +136,9 @@ def gradients_of_network(
     scale: Tensor,
     grad_scale: Tensor,
     wanted: Collection[str],
-    out: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Return the gradients of rows of tokens before their weight, as a `total`, and those of the network, by name.
+    memory: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Make the `total` of gradients of rows of tokens before their weight; return those of the network, by name.
 
     Args:
         products, x, network, pre: those of `run_network`, and the pre-activations that it returned.
@@ -104,7 +146,7 @@ def gradients_of_network(
         scale: `(r, 1)`, weight of each row.
         grad_scale: `(r,)`, memory for the gradient of each row's weight.
         wanted: which gradients are wanted: "x", and names of `Network.tensors`.
-        out: memory for the gradients of the network, by name.
+        memory: for the gradients of the network, by name; empty if they are given none.
     """
     act = KNOWN[type(network.activation)](network.activation)
     grad_rows = products.gather(grad)
@@ -117,7 +159,6 @@ def gradients_of_network(
     act.recompute(parts, grad_hidden, grad_parts, hidden)
 
     grads: dict[str, Tensor] = {}
-    memory: Mapping[str, Tensor] = {} if out is None else out
     if "b_out" in wanted:
         grads["b_out"] = products.sums(scale, grad_rows, memory.get("b_out"))
     biases = None
@@ -137,19 +178,18 @@ def gradients_of_network(
         if name in wanted:
             grads[name] = products.sums(scale, part, memory.get(name))
     grads |= _of_input_weights(products, x, scale, grad_pre, wanted, memory)
-    total = None
     if "x" in wanted:
-        total = products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
-    return total, grads
+        products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
+    return grads
 
 
 def _of_input_weights(
-    products: Products,
+    products: Any,
     x: Tensor,
     scale: Tensor,
     grad_pre: Sequence[Tensor],
     wanted: Collection[str],
-    memory: Mapping[str, Tensor],
+    memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
     """The wanted gradients of `w_in`, by name. It frees the rows of tokens when it returns."""
     named = {name: part for name, part in zip(W_IN, grad_pre, strict=False) if name in wanted}

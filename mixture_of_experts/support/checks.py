@@ -150,11 +150,11 @@ def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
     return lengths
 
 
-def check_result(name: str, result: Any, shape: torch.Size) -> Tensor:
-    """What a module of tokens returned: a tensor of the shape that the module was given."""
+def check_result(name: str, result: Any, shape: tuple[int, ...], remedy: str = "") -> Tensor:
+    """What a module returned: a tensor of this shape."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
-    raise ValueError(f"{name} must keep the shape {tuple(shape)}, it returned {shape_of(result)}")
+    raise ValueError(f"{name} must return the shape {tuple(shape)}, got {shape_of(result)}{remedy}")
 
 
 def shape_of(result: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from mixture_of_experts.support.private_torch import exporting, is_wrapped
+from mixture_of_experts.support.private_torch import exporting, in_transform, is_wrapped
 
 
 def smallest(first: int, second: int) -> int:
@@ -43,6 +43,11 @@ def can_read(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_wrapped(tensor)
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read at all, if only after a wait for a GPU."""
+    return not (torch.compiler.is_compiling() or in_transform() or tensor.is_meta)
 
 
 def in_checkpoint(within: FrameType | None = None) -> bool:

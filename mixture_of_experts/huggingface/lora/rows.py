@@ -9,7 +9,7 @@ times down. These are saved beside the pre-activations.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,19 +19,11 @@ from mixture_of_experts.ops import rows
 from mixture_of_experts.ops.cpu.fused import ChunkProducts
 
 
-def saved_widths(network: AdaptedNetwork) -> list[int]:
-    """The widths of the tensors that `run_network` returns for `gradients_of_network`."""
-    return [*rows.saved_widths(network), *(weight.down.shape[-1] for weight in network.adapted())]
-
-
-def run_network(
-    products: rows.Products, x: Tensor, network: AdaptedNetwork, save: bool, out: Sequence[Tensor] = ()
-) -> tuple[list[Tensor], Tensor]:
+def run_network(products: rows.Products, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
     """`ops.rows.run_network`; the rows times each down stand behind the pre-activations."""
-    number = len(network.w_in)
-    adapted: Any = AdaptedProducts(products, out[number:])
-    pre, y = rows.run_network(adapted, x, network, save, out[:number])
-    return [*pre, *adapted.thin.values()], y
+    adapted = AdaptedProducts(products)
+    pre = rows.run_network(adapted, x, network, save)
+    return [*pre, *adapted.thin.values()] if save else []
 
 
 def gradients_of_network(
@@ -43,29 +35,24 @@ def gradients_of_network(
     scale: Tensor,
     grad_scale: Tensor,
     wanted: Collection[str],
-    out: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor | None, dict[str, Tensor]]:
+    memory: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
     """`ops.rows.gradients_of_network`, with the gradients of low-rank parts; `saved` is what `run_network` returned."""
     number, names = len(network.w_in), [weight.name for weight in network.adapted()]
     adapted: Any = GradientProducts(products)
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
     adapted.saved = dict(zip(names, saved[number:], strict=True))
-    adapted.wanted, adapted.out = wanted, {} if out is None else out
+    adapted.wanted, adapted.out = wanted, memory
     asked = ["x", *(name for name in names if name == "w_out")]
-    total, _ = rows.gradients_of_network(adapted, x, network, saved[:number], grad, scale, grad_scale, asked)
-    return total if "x" in wanted else None, adapted.grads
+    rows.gradients_of_network(adapted, x, network, saved[:number], grad, scale, grad_scale, asked, {})
+    return adapted.grads
 
 
 class AdaptedProducts:
-    """`rows.Products` by weights of which some have low-rank parts.
+    """`rows.Products` by weights of which some have low-rank parts."""
 
-    Args:
-        memory: for the rows times each down.
-    """
-
-    def __init__(self, products: rows.Products, memory: Sequence[Tensor] = ()) -> None:
+    def __init__(self, products: Any) -> None:
         self.products = products
-        self.memory: Iterator[Tensor] = iter(memory)
         self.gather: Any = products.gather
         self.add_bias: Any = products.add_bias
         self.thin: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
@@ -73,14 +60,14 @@ class AdaptedProducts:
     def narrow(self, x: Tensor, weight: LowRank) -> Tensor:
         """x times down `(r, k)`, once for each weight."""
         if weight.name not in self.thin:
-            self.thin[weight.name] = self.products.by_weights(x, weight.down, next(self.memory, None))
+            self.thin[weight.name] = self.products.by_weights(x, weight.down)
         return self.thin[weight.name]
 
-    def by_weights(self, x: Tensor, weight: Tensor | LowRank, out: Tensor | None = None) -> Tensor:
+    def by_weights(self, x: Tensor, weight: Tensor | LowRank) -> Tensor:
         products = self.products
         if isinstance(weight, Tensor):
-            return products.by_weights(x, weight, out)
-        thin, out = self.narrow(x, weight), products.by_weights(x, weight.weight, out)
+            return products.by_weights(x, weight)
+        thin, out = self.narrow(x, weight), products.by_weights(x, weight.weight)
         if isinstance(products, ChunkProducts):
             return products.by_weights(thin, weight.up, out, add=True)
         return out.add_(products.by_weights(thin, weight.up))

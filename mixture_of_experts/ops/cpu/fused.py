@@ -21,7 +21,7 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import sum_rows
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd, rows
-from mixture_of_experts.ops.autograd import Gradients, Saved
+from mixture_of_experts.ops.batched import SlotProducts
 from mixture_of_experts.ops.cpu.batches import CHUNK, Batch, batches_of, chunks_of
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.products import multiply
@@ -35,7 +35,8 @@ def run(call: Call, on_rows: Any = rows, block: int = 1) -> Tensor:
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, block)
-    pair = partial(forward, chunks, on_rows), partial(backward, chunks, on_rows)
+    layout: Any = partial(ChunkProducts, chunks) if chunks else SlotProducts
+    pair = partial(rows.forward, layout, on_rows), partial(rows.backward, layout, on_rows)
     return autograd.differentiable(*pair, x, plan, network)
 
 
@@ -60,76 +61,47 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int = 
     return plan, chunks_of(batches, most_rows)
 
 
-def forward(
-    chunks: list[list[Batch]], on_rows: Any, x: Tensor, plan: Plan, network: Network, save: bool
-) -> tuple[Tensor, Saved]:
-    """The `forward` of `autograd.differentiable`, chunk by chunk."""
-    pre = [x.new_empty(plan.num_rows, width) for width in (on_rows.saved_widths(network) if save else ())]
-    products = ChunkProducts(x, plan, network.w_out.shape[-1])
-    for chunk in chunks:
-        here = products.enter(chunk)
-        on_rows.run_network(products, x, network, save, [part[here] for part in pre])
-    return products.collect(), pre
+def sum_of_choices(rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
+    """The weighted sum `(t, o)` of each token's rows, which `row` `(t, k)` finds in rows `(r + 1, o)`, the last of them
+    zeros; summed in float32 at least."""
+    weight = weight.detach().view(row.shape)  # otherwise `embedding_bag` prepares for a backward
+    if rows.dtype != weight.dtype:
+        return sum_rows(rows[:-1], weight, row, row, row.shape[1], len(row))
+    return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")
 
 
-def backward(
-    chunks: list[list[Batch]],
-    on_rows: Any,
-    x: Tensor,
-    plan: Plan,
-    network: Network,
-    saved: Saved,
-    grad: Tensor,
-    wanted: Collection[str],
-) -> Gradients:
-    """The `backward` of `autograd.differentiable`, chunk by chunk."""
-    grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
-    assert plan.rows_per_expert is not None
-    if unused := [expert for expert, number in enumerate(plan.rows_per_expert.tolist()) if not number]:
-        for gradient in grads.values():
-            gradient[unused] = 0
-    products, (scale, grad_scale), grad = ChunkProducts(x, plan, x.shape[-1]), rows.scales(plan), grad.contiguous()
-    for chunk in chunks:
-        here = products.enter(chunk)
-        pre = [part[here] for part in saved if part is not None]
-        on_rows.gradients_of_network(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
-    grad_x = products.collect() if "x" in wanted else None
-    return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
-
-
-class ChunkProducts:
-    """`rows.Products` of one chunk after the other: a product for each batch. Totals lie in the rows of all chunks.
+class ChunkProducts(rows.Products):
+    """Rows in chunks of batches, with a product for each batch. Totals lie in the rows of all chunks.
 
     Attributes:
-        plan: where rows lie.
-        rows: memory for the totals `(r + 1, width)`; the last row is zeros, for assignments without a row.
         tokens: `(r,)`, the token of each row, any token where it is empty.
-        empty: the rows that are empty.
+        empty: `(r,)`, the rows that are empty.
+        here, token, padding: of the chunk: its rows, the tokens of these, the empty ones among these.
+        chunk, sizes: its batches, and the rows of each.
     """
 
-    plan: Plan
-    rows: Tensor
-    tokens: Tensor
-    empty: Tensor
-    token: Tensor  # of the chunk, as are the others that follow
-    y: Tensor
-    padding: Tensor
-    chunk: list[Batch]
-    sizes: list[int]  # rows of each batch
+    sum_of_choices = staticmethod(sum_of_choices)
 
-    def __init__(self, x: Tensor, plan: Plan, width: int) -> None:
-        self.plan, self.rows = plan, x.new_empty(plan.num_rows + 1, width)
-        self.rows[-1:].zero_()
+    def __init__(self, chunks: list[list[Batch]], plan: Plan) -> None:
+        self.plan, self.chunks = plan, chunks
         self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
         self.empty = plan.token == plan.num_tokens
 
-    def enter(self, chunk: list[Batch]) -> slice:
-        """Go on to a chunk; return its rows."""
-        here = slice(chunk[0].start, chunk[-1].stop)
-        self.token, self.y = self.tokens[here], self.rows[here]
-        self.padding = self.empty[here].nonzero().squeeze(-1)
+    def enter(self, chunk: list[Batch]) -> None:
+        self.here = slice(chunk[0].start, chunk[-1].stop)
+        self.token, self.padding = self.tokens[self.here], self.empty[self.here].nonzero().squeeze(-1)
         self.chunk, self.sizes = chunk, [batch.stop - batch.start for batch in chunk]
-        return here
+
+    def part(self, values: Tensor) -> Tensor:
+        return values[self.here]
+
+    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
+        grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
+        assert self.plan.rows_per_expert is not None
+        if unused := [expert for expert, number in enumerate(self.plan.rows_per_expert.tolist()) if not number]:
+            for gradient in grads.values():
+                gradient[unused] = 0
+        return grads
 
     def parts(self, rows: Tensor) -> list[Tensor]:
         """The rows of each batch: `(m, p)` of one expert, `(number, m, p)` of several."""
@@ -151,9 +123,14 @@ class ChunkProducts:
         return out
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        if self.rows is None:
+            x, weight = pairs[0]
+            self.rows = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
+            self.rows[-1:].zero_()
+        y = self.rows[self.here]
         for i, (x, weight) in enumerate(pairs):
-            self.by_weights(x, weight, self.y, add=i > 0)
-        return self.y
+            self.by_weights(x, weight, y, add=i > 0)
+        return y
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         for part, own in zip(self.parts(rows), self.of_experts(bias), strict=True):
@@ -169,19 +146,3 @@ class ChunkProducts:
         assert out is not None
         self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
         return out
-
-    def collect(self) -> Tensor:
-        """Each token's weighted sum `(t, o)` of the totals."""
-        plan = self.plan
-        if plan.k is None:
-            return sum_rows(self.rows[:-1], plan.row_weight().detach(), plan.token, plan.row, None, plan.num_tokens)
-        return sum_of_choices(self.rows, plan.weight, plan.row.view(plan.num_tokens, plan.k))
-
-
-def sum_of_choices(rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
-    """The weighted sum `(t, o)` of each token's rows, which `row` `(t, k)` finds in rows `(r + 1, o)`, the last of them
-    zeros; summed in float32 at least."""
-    weight = weight.detach().view(row.shape)  # otherwise `embedding_bag` prepares for a backward
-    if rows.dtype != weight.dtype:
-        return sum_rows(rows[:-1], weight, row, row, row.shape[1], len(row))
-    return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")
