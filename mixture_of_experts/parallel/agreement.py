@@ -26,20 +26,22 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
     except Exception as error:  # raised below, after the other ranks know of it
         problem = error
     told, group = [(description, str(problem or ""))] * mesh.size(), mesh.get_group()
-    if mesh.size() > 1:
-        try:
-            dist.all_gather_object(told, told[0], group=group)
-        except RuntimeError as error:
-            what = "expert parallelism: a rank could not compare its layers with the others'"
-            raise waited_in_vain(what, error, group) from error
+    try:
+        dist.all_gather_object(told, told[0], group=group)
+    except RuntimeError as error:
+        what = "expert parallelism: a rank could not compare its layers with the others'"
+        raise waited_in_vain(what, error, group) from error
     if problem is not None:
         raise problem
     first = told[0][0]
     for rank, (other, message) in enumerate(told):
         if message:
             raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
-        both = [(key, first.get(key, "missing"), other.get(key, "missing")) for key in {**first, **other}]
-        differing = [f"{key}: {one} on rank 0, {its} on rank {rank}" for key, one, its in both if one != its]
+        differing = [
+            f"{key}: {first.get(key, 'missing')} on rank 0, {other.get(key, 'missing')} on rank {rank}"
+            for key in {**first, **other}
+            if first.get(key) != other.get(key)
+        ]
         if differing:
             more = f"; and {len(differing) - MOST} more" if len(differing) > MOST else ""
             raise ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(differing[:MOST])}{more}")

@@ -106,9 +106,8 @@ def exchange_slots(
     if (shared := channel.shared_batch) is not None:
         filled = x.detach().ne(0).any(dim=-1).sum(dim=-1).flatten()
         signed = channel._replace(shared_batch=None, batch=sign_choices(filled, shared))
-        part = part_of(x, len(dims), shared)
-        result = exchange_slots(part, dims, compute, signed, training, equal=False)
-        return whole_of(result, len(dims), x.shape[-2], shared)
+        result = exchange_slots(part_of(x, shared), dims, compute, signed, training, equal=False)
+        return whole_of(result, x.shape[-2], shared)
     s, d = x.shape[-2:]
     local_dims = (dims[0] // channel.size, *dims[1:])
     each = math.prod(local_dims)
@@ -140,9 +139,9 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel,
     if channel.size == 1:
         return compute(x, counts)
     if (shared := channel.shared_batch) is not None:
-        part, own_counts = part_of(x, 0, shared), counts_of_part(counts, x.shape[0], shared)
-        signed = channel._replace(shared_batch=None, batch=sign_choices(counts, shared))
-        return whole_of(exchange_rows(part, own_counts, compute, signed, training), 0, x.shape[0], shared)
+        part, signed = part_of(x, shared), channel._replace(shared_batch=None, batch=sign_choices(counts, shared))
+        counts = counts_of_part(counts, part.shape[0], shared)
+        return whole_of(exchange_rows(part, counts, compute, signed, training), x.shape[0], shared)
     send, receive, received = exchange_counts(ROWS, x, training, counts, channel)
     order, inverse = by_expert(received, sum(receive))
 
@@ -173,7 +172,8 @@ def exchange_counts(
         The rows that go to each rank and that come from each, `(p)`; and the rows that come from each rank for each
         expert of this one, `(p, l)`.
     """
-    ranks, sent = channel.size, counts.view(channel.size, -1)
+    ranks = channel.size
+    sent = counts.view(ranks, -1)
     call = [form, int(training), int(torch.is_grad_enabled()), DTYPES.index(x.dtype), x.shape[-1]]
     batch = sent.new_zeros(2) if channel.batch is None else channel.batch
     told = torch.cat([torch.tensor(call, device=counts.device), batch]).expand(ranks, -1)

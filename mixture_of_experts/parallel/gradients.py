@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts
@@ -98,9 +98,8 @@ def clip_grad_norm_(
         raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
-    every = [parameters] if isinstance(parameters, Tensor) else parameters
     by_mesh: dict[Any, list[Tensor]] = {}  # of which torch's own functions take one at a time
-    for parameter in every:
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is not None:
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     norms: list[Any] = [
@@ -116,19 +115,14 @@ def clip_grad_norm_(
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor; without autograd both share memory."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    if any(isinstance(placement, Partial) for placement in tensor.placements):
-        raise ValueError(f"a gradient with placements {tensor.placements} is no finished sum: reduce it first")
-    return tensor.to_local()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """Lists of parameters of one dtype and device, of about 2**25 elements each: few collectives, little memory."""
     open_buckets: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
-        local = _local(parameter)
-        kind = (local.dtype, local.device)
+        kind = (parameter.dtype, parameter.device)
         bucket = open_buckets.setdefault(kind, [])
         bucket.append(parameter)
         if sum(_local(member).numel() for member in bucket) >= 2**25:

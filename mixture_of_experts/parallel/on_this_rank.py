@@ -28,33 +28,35 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 @contextmanager
-def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type[nn.Module]) -> Iterator[nn.Module]:
-    """A context with a stand-in for a module: it is of the module's own class, holds this rank's part of each stack,
-    and tells the number of its experts. At the end the module gets the attributes and buffers that a forward set on the
-    stand-in.
+def on_this_rank(experts: Any) -> Iterator[Any]:
+    """A context with a stand-in for spread experts: it is of their own class, holds this rank's part of each stack, and
+    tells the number of its experts. At the end the experts get the attributes and buffers that a forward set on it.
 
-    Other threads may read the module, which stays as it is meanwhile, and what they set on it stays. A graph cannot
-    hold another object, so it is traced on the module itself. `torch.func.functional_call` would exchange the tensors
-    alone, and call hooks, which run around the whole forward.
+    Other threads may read the experts, which stay as they are meanwhile, and what they set there stays. A graph cannot
+    hold another object, so it is traced on the experts themselves. `torch.func.functional_call` would exchange the
+    tensors alone, and call hooks, which run around the whole forward.
     """
     if torch.compiler.is_compiling():
-        with holding_parts(experts, sharding):
+        with holding_parts(experts, experts.expert_parallel):
             yield experts
         return
-    stand_ins: dict[Any, nn.Module] = {module: object.__new__(type(module)) for module in experts.modules()}
+    stand_ins: dict[Any, Any] = {module: object.__new__(type(module)) for module in experts.modules()}
     for module, its in stand_ins.items():
         parts = {name: stand_ins.get(part) for name, part in module._modules.items()}
         own = dict(_parameters={**module._parameters}, _buffers={**module._buffers}, _modules=parts)
         its.__dict__.update(module.__dict__, **own)
     began = [({**its.__dict__}, {**its._buffers}) for its in stand_ins.values()]
     here = stand_ins[experts]
-    here.__class__ = local_class
-    with holding_parts(here, sharding):
+    here.__class__ = experts.local_class
+    with holding_parts(here, experts.expert_parallel):
         yield here
-    for (module, its), before in zip(stand_ins.items(), began, strict=True):
-        tables = (module.__dict__, module._buffers), (its.__dict__, its._buffers), before
-        for table, now, earlier in zip(*tables, strict=True):
-            table.update({name: value for name, value in now.items() if earlier.get(name, earlier) is not value})
+    for (module, its), (attributes, buffers) in zip(stand_ins.items(), began, strict=True):
+        module.__dict__.update(changed(its.__dict__, attributes))
+        module._buffers.update(changed(its._buffers, buffers))
+
+
+def changed(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in now.items() if name not in before or before[name] is not value}
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def parts_here(experts: nn.Module, sharding: ExpertSharding) -> Iterator[tuple[d
     for path, module in experts.named_modules():
         for table in (module._parameters, module._buffers):
             for name, whole in table.items():
-                if whole is not None and f"{path}.{name}".lstrip(".") in sharding.stacked:
+                if f"{path}.{name}".lstrip(".") in sharding.stacked:
                     yield table, name, part_here(whole, sharding)
         for name in ("num_experts", "expert_dims"):
             size = module.__dict__.get(name)

@@ -10,28 +10,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.nn import functional
 
 
-def part_of(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
-    """This rank's part of x, which is the same on all ranks; in the backward every rank gets the gradient of all."""
+def part_of(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """This rank's part of rows or slots x `(..., r, d)`, which are the same on all ranks; parts are equally long, with
+    zeros at the end. In the backward every rank gets the gradient of all."""
+    if missing := -x.shape[-2] % mesh.size():
+        x = functional.pad(x, (0, 0, 0, missing))
     whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    return whole.redistribute(mesh, [Shard(dim)]).to_local()
+    return whole.redistribute(mesh, [Shard(x.ndim - 2)]).to_local()
 
 
-def whole_of(part: Tensor, dim: int, size: int, mesh: DeviceMesh) -> Tensor:
-    """The parts of all ranks, `size` long at `dim`; in the backward every rank takes its part of the gradient."""
-    shape = torch.Size([*part.shape[:dim], size, *part.shape[dim + 1 :]])
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        part.contiguous(), mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
-    ).full_tensor()
+def whole_of(part: Tensor, size: int, mesh: DeviceMesh) -> Tensor:
+    """The first `size` rows or slots of all ranks' parts; in the backward every rank takes its part of the gradient."""
+    return DTensor.from_local(part, mesh, [Shard(part.ndim - 2)], run_check=False).full_tensor()[..., :size, :]
 
 
-def counts_of_part(counts: Tensor, num_rows: int, mesh: DeviceMesh) -> Tensor:
-    """How many rows of each expert `(e,)` are in this rank's part of `num_rows` rows."""
-    longest = -(-num_rows // mesh.size())
-    begin = min(mesh.get_local_rank() * longest, num_rows)
-    ends = counts.cumsum(0).clamp(begin, min(begin + longest, num_rows))
+def counts_of_part(counts: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
+    """How many rows of each expert `(e,)` are in this rank's part, which is `length` rows long."""
+    begin = mesh.get_local_rank() * length
+    ends = counts.cumsum(0).clamp(begin, begin + length)
     return ends.diff(prepend=ends.new_full((1,), begin))
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
+from mixture_of_experts.ops.network import dtype_of_operands
 from mixture_of_experts.parallel.exchange import exchange_rows, exchange_slots
 from mixture_of_experts.parallel.on_this_rank import on_this_rank
 from mixture_of_experts.parallel.sharding import ExpertSharding
@@ -43,17 +44,15 @@ class ExpertParallelExperts(nn.Module):
         refuse_same_bits("experts that are spread over ranks compute the rows of several batches together")
         if decision is None:
             return self._exchange_slots(x)
-        local: Any = self.local_class
-        ragged = decision.dropless and issubclass(local, RoutedExperts) and local.reads_decisions
+        ragged = decision.dropless and getattr(self.local_class, "reads_decisions", False)
         plan = decision.without_gaps() if ragged else decision.in_slots()
-        rows = dispatch(x, plan)
+        rows, sharding = dispatch(x, plan), self.expert_parallel
         if plan.rows_per_expert is not None:
-            channel = self.expert_parallel.channel
             rows = rows.to(self._dtype_of_tokens(x))
-            out = exchange_rows(rows, plan.rows_per_expert, self._compute, channel, self.training)
+            out = exchange_rows(rows, plan.rows_per_expert, self._compute, sharding.channel, self.training)
         else:
-            dims = self.expert_parallel.dims
-            out = self._exchange_slots(rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1]))
+            slots = plan.num_rows // math.prod(sharding.dims)
+            out = self._exchange_slots(rows.view(*sharding.dims, slots, rows.shape[-1]))
             out = out.flatten().view(plan.num_rows, out.shape[-1])
         return combine(out, plan).to(x.dtype)
 
@@ -61,27 +60,20 @@ class ExpertParallelExperts(nn.Module):
         sharding = self.expert_parallel
         dims = sharding.dims
         if x.ndim != len(dims) + 2 or tuple(x.shape[: len(dims)]) != dims:
-            wanted = ", ".join(map(str, (*dims, "s", "d")))
-            raise ValueError(f"{type(self).__name__} reads x of shape ({wanted}), got {x.shape}")
+            raise ValueError(f"{type(self).__name__} reads slots (*{dims}, s, d) of all experts, got {tuple(x.shape)}")
         x = x.to(self._dtype_of_tokens(x))
         return exchange_slots(x, dims, self._compute, sharding.channel, self.training, sharding.static_shapes)
 
     def _dtype_of_tokens(self, x: Tensor) -> torch.dtype:
-        """The dtype in which tokens x and results travel.
-
-        Stacked experts cast first: under autocast that halves the bytes. What others return may differ between ranks.
-        """
-        if not isinstance(self, StackedExperts):
-            return x.dtype
-        device, dtype = x.device.type, self.w2.dtype
-        autocast = torch.is_autocast_enabled(device) and dtype != torch.float64
-        return torch.get_autocast_dtype(device) if autocast else dtype
+        """The dtype in which tokens x and results travel: that in which stacked experts multiply, which under autocast
+        halves the bytes. What others return may differ between ranks."""
+        return dtype_of_operands(x.device.type, self.w2.dtype) if isinstance(self, StackedExperts) else x.dtype
 
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
         """Compute slots `(*l, s, d)`, or rows with their counts, by this rank's experts. Hooks on the experts run
         around the whole forward, not here."""
         local: Any = self.local_class
-        with on_this_rank(self, self.expert_parallel, self.local_class) as here:
+        with on_this_rank(self) as here:
             out = (local.compute if counts else local.forward)(here, x, *counts)
         wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:
@@ -96,16 +88,15 @@ class ExpertParallelExperts(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallelExperts:
-        make, arguments, state, *_ = tuple(super().__reduce_ex__(4))
-        twin = memo[id(self)] = make(*arguments)  # type: ignore[operator]
-        twin.__setstate__(copy.deepcopy(state, memo))
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         return twin
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict; of whole stacks, saved by one process, take this rank's part."""
         for name, parameter in self.named_parameters(remove_duplicate=False):
-            whole = state_dict.get(prefix + name)
-            if not isinstance(parameter, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
+            whole: Any = state_dict.get(prefix + name)
+            if not isinstance(parameter, DTensor) or type(whole) not in (Tensor, nn.Parameter):
                 continue
             if whole.shape == parameter.shape:  # super() reports a wrong shape
                 mesh, placements = parameter.device_mesh, parameter.placements

@@ -53,9 +53,6 @@ class ExpertParallel(ParallelStyle):
         ...     return parallelize_module(model, mesh["ep"], {"layers.*.ffn": ExpertParallel()})
     """
 
-    batch_group: dist.ProcessGroup | None
-    replicated: frozenset[str]
-
     def __init__(
         self,
         *,
@@ -159,8 +156,8 @@ def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
     for name, part in module.named_modules():
         description[name or "the layer"] = PLACE.sub("", f"{type(part).__name__}({part.extra_repr()})")
-    stacked, gradient, static_shapes = sorted(sharding.stacked), sharding.gradient, sharding.static_shapes
-    return {**description, "stacked": stacked, "gradient": gradient, "static_shapes": static_shapes}
+    settings = {"gradient": sharding.gradient, "static_shapes": sharding.static_shapes}
+    return {**description, "stacked": sorted(sharding.stacked), **settings}
 
 
 def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:

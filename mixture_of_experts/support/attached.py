@@ -99,8 +99,7 @@ class OwnState:
 
     def __call__(self) -> dict[str, Any]:
         of_class = getattr(type(self.module), "__getstate__", None)  # before Python 3.11 not every class has it
-        state = dict(self.module.__dict__ if of_class is None else of_class(self.module))
-        return self.bare(state)
+        return self.bare(self.module.__dict__ if of_class is None else of_class(self.module))
 
     def bare(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state without what is attached."""

@@ -179,10 +179,9 @@ def has_hooks(module: object) -> bool:
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
     """Exchange rows between the ranks of a process group: differentiable, as an operator that graphs can hold."""
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
+    from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
-    result = all_to_all_single(x, receive, send, group)
-    return result.wait() if isinstance(result, AsyncCollectiveTensor) else result
+    return wait_tensor(all_to_all_single(x, receive, send, group))
 
 
 def sum_of_packed_rows(packed: Tensor, place: Tensor, start: Tensor, factor: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from mixture_of_experts.parallel import (
     replicated_parameters,
 )
 from mixture_of_experts.replay import record_routing, replay_routing
+from mixture_of_experts.support import private_torch
 from support.parallel_layers import (
     DIM,
     EXPERTS,
@@ -399,7 +400,8 @@ def check_autocast_sends_half() -> None:
     alone = make("top-k, dropless").float()
     moe = spread(copy.deepcopy(alone), make_mesh())
     x = own_part(batch()[0]).float().requires_grad_()
-    with mock.patch.object(exchange.Channel, "transfer", record):
+    multiplies = mock.patch.object(private_torch, "multiplies", return_value=True)
+    with mock.patch.object(exchange.Channel, "transfer", record), multiplies:
         with torch.autocast("cpu", torch.bfloat16):
             out = moe(x)[0]
         out.sum().backward()

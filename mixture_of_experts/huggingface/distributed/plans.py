@@ -13,7 +13,7 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.huggingface.distributed.style import STYLE
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards, layers_by_path
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import mesh_of_data
 from mixture_of_experts.parallel.style import spread_part
 
@@ -57,7 +57,6 @@ def share_batch(model: Any) -> None:
     if mesh is None or model.config.distributed_config.dp_size == 1:
         return
     group = (mesh["fsdp"] if mesh["dp_replicate"].size() == 1 else mesh._flatten()).get_group()
-    for layer in feed_forwards(model):
-        for module in layer.moe.modules():
-            if isinstance(module, Gate):
-                module.process_group = group
+    for module in model.modules():
+        if isinstance(module, Gate):
+            module.process_group = group
