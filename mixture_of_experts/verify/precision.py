@@ -23,12 +23,14 @@ def gradients(trial: Trial) -> Gaps:
     module, x = converted(trial, torch.float64), trial.x(dtype=torch.float64)
     found, weights = trial.step(x, module=copy.deepcopy(module)), weights_of(x)
     leaves = {f"gradient of {name}": parameter.data for name, parameter in module.named_parameters()}
-    grads = {name: grad for name, grad in found.items() if "gradient" in name}
+    leaves["input gradient"] = x
+    grads = {name: grad for name, grad in found.items() if name in leaves}
     largest = max(grad.norm().item() for grad in grads.values())
     for name, grad in grads.items():
-        leaf = leaves.get(name, x)
+        leaf = leaves[name]
         direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(trial.case.seed)).to(leaf)
-        direction *= leaf.norm().clamp(min=1e-2) / direction.norm()
+        size = leaf.norm().clamp(min=1e-2).item()
+        direction *= size / direction.norm()
         wanted, error = (grad * direction).sum().item(), float("inf")
         for step in STEPS:  # a choice that a step turns is no slope: a smaller one is taken
             leaf += step * direction
@@ -37,7 +39,7 @@ def gradients(trial: Trial) -> Gaps:
             low = value(trial, module, x, weights)
             leaf += step * direction
             error = min(error, abs((high - low) / (2 * step) - wanted))
-        yield Gap(error / max(grad.norm().item() * direction.norm().item(), 1e-3 * largest, 1e-12), name)
+        yield Gap(error / max(grad.norm().item() * size, 1e-3 * largest, 1e-12), name)
 
 
 def value(trial: Trial, module: nn.Module, x: Tensor, weights: Tensor) -> float:
