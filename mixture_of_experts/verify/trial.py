@@ -153,9 +153,9 @@ class Trial:
     def moves(self, module: nn.Module) -> Outcome:
         """How far the buffers of a module are from those of the module that never ran."""
         found = {}
-        for name, old in self.module.named_buffers():
-            new = module.get_buffer(name)
-            found[f"move of {name}"] = torch.where(new == old, 0.0, new.double() - old.double())
+        for name, buffer in self.module.named_buffers():
+            old, new = buffer.double(), module.get_buffer(name).double()
+            found[f"move of {name}"] = torch.where(new == old, 0.0, new - old)  # both may be infinite
         return found
 
     @torch.no_grad()
