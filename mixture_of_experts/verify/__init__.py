@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -17,8 +16,9 @@ from mixture_of_experts.verify.verdicts import Finding, Report
 
 __all__ = ["PROPERTIES", "Finding", "Report", "assert_holds", "verify"]
 
-_FILES = (batching, steps, states, precision)
-_ALL = [each for file in _FILES for each in vars(file).values() if isinstance(each, Property)]
+_ALL = [
+    each for file in (batching, steps, states, precision) for each in vars(file).values() if isinstance(each, Property)
+]
 
 #: what is promised, in one sentence, by the name of the property
 PROPERTIES = {each.name: each.promise for each in _ALL}
@@ -44,8 +44,8 @@ def verify(
         dim: d; by default the one size of its weights with which it runs.
         mask: the argument that takes a mask `(b, n)` bool, True where a token is real; or a function `(module, x,
             mask)` that calls the module.
-        loss: where the auxiliary loss is in what the module returns, an index, a key or an attribute; or a function
-            `(module, returned)` that reads it.
+        loss: where the auxiliary loss is in what the module returns, an index or a key; or a function `(module,
+            returned)` that reads it.
         router: a function `(module, x)` that returns `(b, n, k)` integers, the experts of each token, -1 for no expert,
             or `(b, n, e)` bool.
         properties: names of the properties; by default all but "invariance" and "compile".
@@ -63,13 +63,11 @@ def verify(
     names = {each.name for each in _ALL if not each.by_name} if properties is None else set(properties)
     if unknown := names - set(PROPERTIES):
         raise ValueError(f"no property is named {sorted(unknown)}: there are {sorted(PROPERTIES)}")
-    start = time.perf_counter()
-    devices = {tensor.device for tensor in module.parameters() if tensor.is_cuda}
-    with torch.random.fork_rng(devices), torch.enable_grad(), warnings.catch_warnings():
+    with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trial = known(Trial(module, dim or 0, mask, loss, router))
         findings = {each.name: each.find(trial) for each in _ALL if each.name in names}
-    return Report(f"{type(module).__name__}, {trial.dim} wide", findings, time.perf_counter() - start)
+    return Report(f"{type(module).__name__}, {trial.dim} wide", findings)
 
 
 def assert_holds(module: nn.Module, *properties: str, **told: Any) -> None:

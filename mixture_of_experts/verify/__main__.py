@@ -9,7 +9,6 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import nn
 
@@ -23,15 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PROPERTY", help=f"of {', '.join(PROPERTIES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     given = parser.parse_args(arguments)
-    sys.path.insert(0, str(Path.cwd()))
     path, _, name = given.factory.partition(":")
     try:
         made = getattr(importlib.import_module(path), name)()
         module, told = (made, {}) if isinstance(made, nn.Module) else made
         report = verify(module, properties=given.only, **told)
     except Exception as error:  # whatever the factory and the module raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(str(error))
     print(report.to_json() if given.json else report)
     return int(bool(report.failed))
 

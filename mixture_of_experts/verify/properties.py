@@ -68,8 +68,7 @@ class Property:
         except DoesNotApplyError as reason:
             return say("does not apply", detail=str(reason))
         except Exception as error:  # whatever the module raises
-            detail = ": ".join([str(trial), type(error).__name__, *str(error).strip().splitlines()[:1]])
-            return say("fails", detail=detail)
+            return say("fails", detail=f"{trial}: {type(error).__name__}: {str(error).strip()}".splitlines()[0])
         return say("holds", worst, limit)
 
 

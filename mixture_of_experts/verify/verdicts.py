@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Verdict = Literal["holds", "fails", "does not apply", "not asked"]
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -24,7 +22,7 @@ class Finding:
 
     name: str
     promise: str
-    verdict: Verdict
+    verdict: Literal["holds", "fails", "does not apply", "not asked"]
     number: float | None = None
     limit: float | None = None
     detail: str = ""
@@ -37,12 +35,10 @@ class Report:
     Attributes:
         module: what was verified.
         findings: what was found, by the name of the property.
-        seconds: how long it took.
     """
 
     module: str
     findings: Mapping[str, Finding]
-    seconds: float
 
     @property
     def failed(self) -> list[str]:
@@ -51,12 +47,10 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON."""
-        findings = [asdict(finding) for finding in self.findings.values()]
-        found = {"module": self.module, "seconds": self.seconds, "failed": self.failed, "findings": findings}
-        return json.dumps(found, indent=2)
+        return json.dumps(asdict(self) | {"failed": self.failed}, indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{self.module}: {len(self.failed)} fail, {self.seconds:.1f} s", ""]
+        lines = [f"{self.module}: {len(self.failed)} fail", ""]
         for finding in self.findings.values():
             number = "" if finding.number is None else f"{finding.number:.2g}"
             lines.append(f"{finding.name:20}  {finding.verdict:14}  {number:7}  {finding.promise}")

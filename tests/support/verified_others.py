@@ -131,7 +131,7 @@ def main() -> int:
         torch.manual_seed(0)
         layer, told = make()
         reports[name] = verify(layer, **told)
-        print(f"{name}: {reports[name].seconds:.1f} s, fails {reports[name].failed}", file=sys.stderr, flush=True)
+        print(f"{name}: fails {reports[name].failed}", file=sys.stderr, flush=True)
         if given.show:
             print(reports[name])
     if not given.show:
