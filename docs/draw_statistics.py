@@ -7,7 +7,7 @@
     chromium --headless --hide-scrollbars --force-device-scale-factor=0.75 --window-size=1240,2133 \\
         --screenshot=docs/images/report.png routing.html
 
-Needs matplotlib and tqdm (the extra `examples`). The text is the one it learns from, Python's own library.
+Needs matplotlib and tqdm (the extra `examples`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 from tqdm import trange
 
-from mixture_of_experts.stats import RoutingStats, plot_routing, routing_of, track_routing
+from mixture_of_experts.stats import RoutingStats, track_routing
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
@@ -34,24 +33,6 @@ from experiments.language_model.routers import ROUTERS  # noqa: E402
 from experiments.language_model.settings import Settings  # noqa: E402
 from experiments.language_model.trainee import Trainee, make_trainee  # noqa: E402
 from experiments.language_model.training import learning_rate_at  # noqa: E402
-
-TEXT = '''
-
-
-def merge(left, right):
-    """Merge two sorted lists into one."""
-    result = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        if left[i] <= right[j]:  # equal items keep their order
-            result.append(left[i])
-            i += 1
-        else:
-            result.append(right[j])
-            j += 1
-    result.extend(left[i:] or right[j:])
-    return result
-'''.lstrip("\n")
 
 
 def train(settings: Settings) -> tuple[Trainee, RoutingStats]:
@@ -98,14 +79,7 @@ def main() -> None:
     trainee, stats = train(settings)
     print(stats.summary())
 
-    text = TEXT[: settings.context]
-    # in training mode, with its smaller capacity: some experts overflow
-    routing = routing_of(trainee.model.train(), torch.tensor([list(text.encode())]))
-    figures = {
-        "load_layers": draw_layers(stats),
-        "load_training": draw_training(stats),
-        "routed_text": plot_routing(text, routing["blocks.1.ffn.gate"], width=66),
-    }
+    figures = {"load_layers": draw_layers(stats), "load_training": draw_training(stats)}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         path = args.out / f"{name}.png"
