@@ -21,19 +21,17 @@ if TYPE_CHECKING:
 TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
 LEAST, MOST = min(TICKS), max(TICKS)  # relative loads at the ends of the colours
 NUMBER_WIDTH = 24  # points that a number in a cell takes
-MARGIN = 0.1  # inches
 
 
-def new_axes(width: float, height: float, left: float = 0, below: float = 0, right: float = 0) -> Axes:
-    """Axes of a new figure, of so many inches and with such margins; ImportError if matplotlib is not installed."""
+def new_axes(width: float, height: float) -> Axes:
+    """Axes of a new figure of so many inches; ImportError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures need matplotlib: pip install matplotlib, or install mixture_of_experts with its extra 'plot'"
         ) from error
-    whole = left + width + right + MARGIN, below + height + MARGIN
-    return Figure(figsize=whole).add_axes((left / whole[0], below / whole[1], width / whole[0], height / whole[1]))
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def figure_of(ax: Axes) -> Figure:

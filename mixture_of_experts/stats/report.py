@@ -79,4 +79,4 @@ def curves(gates: Sequence[GateHistory], loss: Sequence[float]) -> Iterator[str]
             lines.setdefault(name, []).append((steps, [each[name] for each in scalars]))
     for name, of_gates in lines.items():
         if any(len(set(values)) > 1 for _, values in of_gates):
-            yield picture(name, draw_lines(new_axes(4.5, 1.3, left=0.6, below=0.5), of_gates))
+            yield picture(name, draw_lines(new_axes(5.2, 1.9), of_gates))

@@ -196,12 +196,10 @@ class RoutingStats:
 
         if layer is None:
             totals = {gate: loads(total) for gate in self.layers if (total := self.total(gate)).forwards}
-            if ax is None:
-                ax = new_axes(6, 0.3 * len(totals), left=0.085 * max(map(len, totals)), below=0.5, right=0.6)
-            return draw_gates(ax, totals)
+            return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
         records = self.records(layer, MOST_COLUMNS)
         edges = [*(record.step - 0.5 for record in records), self.last(layer).step + 0.5]
-        ax = new_axes(4.6, 1.8, left=0.6, below=0.5, right=0.6) if ax is None else ax
+        ax = new_axes(6, 2.4) if ax is None else ax
         over_steps = torch.stack([loads(record) for record in records], dim=1)
         return draw_steps(ax, edges, over_steps, records[0].load.shape[-1])
 
