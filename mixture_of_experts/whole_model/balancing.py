@@ -226,18 +226,12 @@ class BlockBias:
         if not router.training or not torch.is_grad_enabled():
             return None
         _, weight, expert = read_output(router, output, self.site.block)
-        # of NaN: a gradient scaler skips this step
-        real = real_tokens(self.reader.tokens().mask, expert) & ~weight.isnan().any(dim=-1)
+        real, mask = ~weight.isnan().any(dim=-1), self.reader.tokens().mask  # of NaN: a gradient scaler skips this step
+        if mask is not None and mask.numel() == len(real):
+            real = real & mask.flatten().to(real.device)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(chosen, expert, 0).to(torch.int64)
         counts = self.rule.count(ForwardChoices(expert, chosen, None, real, self.value))
         place = returns_of(self.site.block).index("weights")
         counted = count_in_backward(output[place], counts, self.counts)
         return (*output[:place], counted, *output[place + 1 :])
-
-
-def real_tokens(mask: Tensor | None, expert: Tensor) -> Tensor:
-    """`(t,)` bool, True where a token is real, for choices `(t, k)`; all True where no mask tells."""
-    if mask is None or mask.numel() != expert.shape[0]:
-        return torch.ones(expert.shape[0], dtype=torch.bool, device=expert.device)
-    return mask.flatten().to(expert.device)
