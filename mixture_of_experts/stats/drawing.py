@@ -89,15 +89,3 @@ def draw_steps(ax: Axes, edges: Sequence[float], loads: Tensor, inner: int) -> F
     ax.hlines(y[inner:-1:inner], edges[0], edges[-1], color="black", linewidth=0.8)
     ax.locator_params(integer=True, min_n_ticks=1, nbins=10)
     return with_scale(ax)
-
-
-def draw_lines(ax: Axes, lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Figure:
-    """Draw lines of values over steps; their colours go from dark to light."""
-    import matplotlib as mpl
-
-    for number, (steps, values) in enumerate(lines):
-        colour = mpl.colormaps["viridis"](0.85 * number / len(lines))
-        ax.plot(steps, values, color=colour, marker="." if len(values) == 1 else "")
-    ax.set_xlabel("step")
-    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
-    return figure_of(ax)

@@ -17,7 +17,7 @@ from mixture_of_experts.stats.drawing import draw_gates, draw_steps, new_axes
 from mixture_of_experts.stats.notes import Step, notes_of
 from mixture_of_experts.stats.reading import follow_gates
 from mixture_of_experts.stats.record import Record, cells_of
-from mixture_of_experts.stats.report import GateHistory, page
+from mixture_of_experts.stats.report import page
 from mixture_of_experts.stats.rings import Forwards, GateRing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
@@ -203,22 +203,15 @@ class RoutingStats:
         over_steps = torch.stack([loads(record) for record in records], dim=1)
         return draw_steps(ax, edges, over_steps, records[0].load.shape[-1])
 
-    def report(
-        self,
-        path: str | PathLike[str],
-        *,
-        name: str = "Routing",
-        loss: Sequence[float] = (),
-    ) -> None:
+    def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
 
         The page shows the load of every gate, before and after capacity, over all remembered steps; the table of
-        `summary`; what each gate requested of its experts over the steps; and curves of all scalars.
+        `summary`; and what each gate requested of its experts over the steps.
 
         Args:
             path: path of the file; an existing file is replaced.
             name: the title of the page, for example the run's name; the date stands below it.
-            loss: the training loss of each step, from step 0, to draw beside the gates' curves.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -232,19 +225,14 @@ class RoutingStats:
             ...     out, aux_loss = moe(torch.randn(2, 16, 8))
             >>> stats.report("routing.html")  # doctest: +SKIP
         """
-        overview = {"requested": self.plot(requested=True), "load": self.plot()}
-        gates = [
-            GateHistory(
-                layer,
-                self._cells(layer),
-                list(self._notes(layer)),
-                self.records(layer, MOST_COLUMNS),
-                self.plot(layer, requested=True),
-            )
-            for layer in self.layers
-            if self._steps(layer)
-        ]
-        html = page(name, gates, overview, [float(value) for value in loss])
+        layers = [layer for layer in self.layers if self._steps(layer)]
+        html = page(
+            name,
+            cells=[self._cells(layer) for layer in layers],
+            notes={layer: self._notes(layer) for layer in layers},
+            overview={"requested": self.plot(requested=True), "load": self.plot()},
+            over_steps={layer: self.plot(layer, requested=True) for layer in layers},
+        )
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
 
