@@ -18,7 +18,7 @@ from mixture_of_experts.moe import HeirarchicalMoE
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.private_peft import parts_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
-from mixture_of_experts.whole_model.sites import Location, Site, all_sites, places, serve
+from mixture_of_experts.whole_model.sites import Location, Site, all_sites, places
 
 Shares = dict[Any, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
 
@@ -106,7 +106,7 @@ def summary(model: nn.Module) -> Summary:
         >>> cost.parameters, cost.active, cost.flops  # experts of 2 * 8 * 32 weights, a router of 8 * 4
         (2080, 544, 1088)
     """
-    sites = serve(all_sites(model), "summary", why_not_counted, takes_gates=False)
+    sites = all_sites(model)
     refuse_unknown_blocks(model, sites)
     layers: dict[nn.Module, dict[Site, Location]] = {}  # the sites of each, with their place in it
     external: set[nn.Module] = set()
@@ -120,12 +120,6 @@ def summary(model: nn.Module) -> Summary:
     used = Used(shares, {layer for layer, its in layers.items() if any(map(varies, its))}, external)
     paths = {next(iter(its.values())).name.rpartition(".")[0]: layer for layer, its in layers.items()}
     return Summary(cost(model, used), {path: cost(layer, used) for path, layer in paths.items()})
-
-
-def why_not_counted(site: Site) -> str | None:
-    """Why nobody can tell what a token uses at a site; None if one can."""
-    known = not site.external or (site.k is not None and all(one.experts is not None for one in site.locations))
-    return None if known else "its block is not known, so nobody can tell how much of the experts a token uses"
 
 
 def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
