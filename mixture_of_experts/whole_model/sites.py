@@ -29,7 +29,6 @@ class Location(NamedTuple):
 
     name: str  # its path, without wrappers
     layer: nn.Module | None = None  # the layer, or block of transformers, that calls it; None if it stands alone
-    experts: nn.Module | None = None  # those that it chooses from, if they are known
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +168,7 @@ class Place(NamedTuple):
     def site(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> Site:
         """The site of what routes at a path below this module, "" for itself, in a layer."""
         called = self.module.get_submodule(path) if path else self.called
-        experts = None if layer is None else find(unwrapped(layer), "experts")
-        location = Location(f"{self.name}.{path}".strip(".") or "gate", layer, experts)
+        location = Location(f"{self.name}.{path}".strip(".") or "gate", layer)
         around = nearest_reader((*self.above, self.called))
         return Site(unwrapped(called), called, num_experts, around, (location,), **more)
 
