@@ -3,7 +3,7 @@
 Loads run from purple (too little) over white (balanced) to orange (too much). Colour-blind readers can tell all colours
 apart, also in print.
 
-Axes: e experts, outer-major on a second level; s stretches of steps.
+Axes: e experts, outer-major on a second level; s steps.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def draw_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def draw_steps(ax: Axes, edges: Sequence[float], loads: Tensor, inner: int) -> Figure:
-    """Draw one gate over its steps: relative loads `(e, s)` between the edges of the stretches; a line stands between
-    every `inner` experts."""
+    """Draw one gate over its steps: relative loads `(e, s)` between the edges of the steps; a line stands between every
+    `inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(edges, y, loads.clamp(LEAST, MOST).numpy(), rasterized=True, **load_colours())
     ax.set(ylim=(y[-1], y[0]), xlabel="step", ylabel="expert")

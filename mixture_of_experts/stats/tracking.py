@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 When = Literal["always", "training", "eval"]
-MOST_COLUMNS = 120  # of a picture of one gate's steps
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
@@ -110,12 +108,10 @@ class RoutingStats:
         for ring in self._rings.values():
             ring.clock[0].add_(1)
 
-    def records(self, layer: str, at_most: int | None = None) -> list[Record]:
-        """The remembered steps of a gate, oldest first. If there are more than `at_most`, a record is of several."""
-        steps, ring = self._steps(layer), self._ring(layer)
-        parts = len(steps) if at_most is None else min(at_most, len(steps))
-        bounds = [len(steps) * part // max(parts, 1) for part in range(parts + 1)]
-        return [ring.record(steps[first:end]) for first, end in pairwise(bounds)]
+    def records(self, layer: str) -> list[Record]:
+        """The remembered steps of a gate, oldest first."""
+        ring = self._ring(layer)
+        return [ring.record([step]) for step in self._steps(layer)]
 
     def last(self, layer: str) -> Record:
         """The last step of a gate."""
@@ -167,8 +163,7 @@ class RoutingStats:
         """Draw a heat map of the experts' load relative to a balanced one: of all gates, or of one gate over its steps.
 
         Without `layer` there is a row for each gate, in which its experts fill the width, over all remembered steps; a
-        cross marks an expert without a token. With `layer` there is a row for each expert and a column for each step,
-        or for several.
+        cross marks an expert without a token. With `layer` there is a row for each expert and a column for each step.
 
         Args:
             layer: one of `layers`.
@@ -197,11 +192,11 @@ class RoutingStats:
         if layer is None:
             totals = {gate: loads(total) for gate in self.layers if (total := self.total(gate)).forwards}
             return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
-        records = self.records(layer, MOST_COLUMNS)
-        edges = [*(record.step - 0.5 for record in records), self.last(layer).step + 0.5]
+        last, records = self.last(layer), self.records(layer)
+        edges = [*(record.step - 0.5 for record in records), last.step + 0.5]
         ax = new_axes(6, 2.4) if ax is None else ax
         over_steps = torch.stack([loads(record) for record in records], dim=1)
-        return draw_steps(ax, edges, over_steps, records[0].load.shape[-1])
+        return draw_steps(ax, edges, over_steps, last.load.shape[-1])
 
     def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
