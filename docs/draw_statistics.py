@@ -4,10 +4,10 @@
 
 `report.png` is a browser's picture of the report:
 
-    chromium --headless --hide-scrollbars --force-device-scale-factor=0.75 --window-size=1240,2133 \\
+    chromium --headless --hide-scrollbars --force-device-scale-factor=0.75 --window-size=1240,1400 \\
         --screenshot=docs/images/report.png routing.html
 
-Needs matplotlib and tqdm (the extra `examples`). The text is the one it learns from, Python's own library.
+Needs matplotlib and tqdm (the extra `examples`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 from tqdm import trange
 
-from mixture_of_experts.stats import RoutingStats, plot_routing, routing_of, track_routing
+from mixture_of_experts.stats import RoutingStats, track_routing
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
@@ -32,37 +31,19 @@ sys.path.insert(0, str(DOCS.parent))
 from experiments.language_model.corpus import Batches, load_corpus  # noqa: E402
 from experiments.language_model.routers import ROUTERS  # noqa: E402
 from experiments.language_model.settings import Settings  # noqa: E402
-from experiments.language_model.trainee import Trainee, make_trainee  # noqa: E402
+from experiments.language_model.trainee import make_trainee  # noqa: E402
 from experiments.language_model.training import learning_rate_at  # noqa: E402
 
-TEXT = '''
 
-
-def merge(left, right):
-    """Merge two sorted lists into one."""
-    result = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        if left[i] <= right[j]:  # equal items keep their order
-            result.append(left[i])
-            i += 1
-        else:
-            result.append(right[j])
-            j += 1
-    result.extend(left[i:] or right[j:])
-    return result
-'''.lstrip("\n")
-
-
-def train(settings: Settings) -> tuple[Trainee, RoutingStats]:
-    """The example's mixture model after some steps, and what its routers did in them."""
+def train(settings: Settings) -> RoutingStats:
+    """What the routers of the example's mixture model did in some steps."""
     batches = Batches(load_corpus().train, settings.context, settings.batch_size, settings.seed)
     trainee = make_trainee("moe", settings)
     with track_routing(trainee.model, keep=settings.steps) as stats:
         for step in trange(settings.steps, disable=None):
             trainee.train_step(batches.next(), learning_rate_at(step, settings))
             stats.step()
-    return trainee, stats
+    return stats
 
 
 def draw_layers(stats: RoutingStats) -> Figure:
@@ -95,17 +76,10 @@ def main() -> None:
     few = {"num_experts": 8, "dim": 64, "width": 256, "layers": 4, "heads": 4}  # that a picture can tell apart
     training = {"steps": args.steps, "context": 512, "batch_size": 4, "learning_rate": 3e-3}
     settings = Settings(models=("moe",), router=args.router, **few, **training)
-    trainee, stats = train(settings)
+    stats = train(settings)
     print(stats.summary())
 
-    text = TEXT[: settings.context]
-    # in training mode, with its smaller capacity: some experts overflow
-    routing = routing_of(trainee.model.train(), torch.tensor([list(text.encode())]))
-    figures = {
-        "load_layers": draw_layers(stats),
-        "load_training": draw_training(stats),
-        "routed_text": plot_routing(text, routing["blocks.1.ffn.gate"], width=66),
-    }
+    figures = {"load_layers": draw_layers(stats), "load_training": draw_training(stats)}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         path = args.out / f"{name}.png"
@@ -113,7 +87,7 @@ def main() -> None:
         print(f"wrote {path}")
     if args.report is not None:
         name = f"{args.router}, {settings.num_experts} experts, learns Python"
-        stats.report(args.report, name=name, loss=trainee.history.train)
+        stats.report(args.report, name=name)
         print(f"wrote {args.report}")
 
 

@@ -4,9 +4,9 @@
 
 It needs the extras `examples` and `hf`. The last layers get eight copies of their feed-forward network each, of which a
 token uses two; copies and routers learn from the sources of Python's library, and the rest of the model stays as it is.
-The page `routing.html` has the load of the experts over the steps, and a text in which each token has the colour of its
-expert. If you have no model at hand, `python -m tests.support.pretrained`, in a clone, fetches SmolLM2-135M-Instruct,
-and prints its folder.
+The page `routing.html` has the load of the experts over the steps; in the picture `routing.png` each token of a text
+has the colour of its expert. If you have no model at hand, `python -m tests.support.pretrained`, in a clone, fetches
+SmolLM2-135M-Instruct, and prints its folder.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixture_of_experts.huggingface
-from mixture_of_experts.stats import plot_routing, routing_of, track_routing
+from mixture_of_experts.stats import routing_of, track_routing
+from routed_text import draw_text
 
 CONTEXT, BATCH, PROMPT = 128, 4, "def fibonacci(n):"
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = tokenizer(last.read_text()[: args.characters], return_tensors="pt")["input_ids"]
     tokens, routing = [tokenizer.decode(token) for token in shown[0]], routing_of(model, shown)
     stats.report(args.out / "routing.html", name=f"{args.model}, upcycled")
-    figure = plot_routing(tokens, list(routing.values())[-1])
+    figure = draw_text(tokens, list(routing.values())[-1])
     figure.savefig(args.out / "routing.png", dpi=110, bbox_inches="tight")
     print(f"wrote {args.out / 'routing.html'} and routing.png: which expert computes which token")
 

@@ -5,7 +5,7 @@ Axes: e experts, k choices of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,11 +14,10 @@ from mixture_of_experts.around import ExpertsAround
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
-from mixture_of_experts.moe import HeirarchicalMoE
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.private_peft import parts_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
-from mixture_of_experts.whole_model.sites import Location, Site, all_sites, places, serve
+from mixture_of_experts.whole_model.sites import Site, all_sites, places
 
 Shares = dict[Any, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
 
@@ -106,31 +105,26 @@ def summary(model: nn.Module) -> Summary:
         >>> cost.parameters, cost.active, cost.flops  # experts of 2 * 8 * 32 weights, a router of 8 * 4
         (2080, 544, 1088)
     """
-    sites = serve(all_sites(model), "summary", why_not_counted, takes_gates=False)
-    refuse_unknown_blocks(model, sites)
-    layers: dict[nn.Module, dict[Site, Location]] = {}  # the sites of each, with their place in it
-    external: set[nn.Module] = set()
-    for site in sites:
+    used = Used({}, set(), set())
+    paths: dict[nn.Module, str] = {}  # of layers
+    for site in all_sites(model):
         for location in site.locations:
-            if location.layer is not None:
-                layers.setdefault(unwrapped(location.layer), {}).setdefault(site, location)
-            if site.external and location.experts is not None:
-                external.update(site.gate.modules(), location.experts.modules())
-    shares = {layer: shares_of(layer, its) for layer, its in layers.items()}
-    used = Used(shares, {layer for layer, its in layers.items() if any(map(varies, its))}, external)
-    paths = {next(iter(its.values())).name.rpartition(".")[0]: layer for layer, its in layers.items()}
-    return Summary(cost(model, used), {path: cost(layer, used) for path, layer in paths.items()})
+            if location.layer is None:
+                continue
+            layer = unwrapped(location.layer)
+            paths.setdefault(layer, location.name.rpartition(".")[0])
+            used.shares.setdefault(layer, {}).update(shares_of(site, layer))
+            if getattr(site.gate, "expected_choices", 0) is None:
+                used.varying.add(layer)
+            if site.external:
+                used.external.update(site.gate.modules(), layer.get_submodule("experts").modules())
+    refuse_unknown_blocks(model, used.shares)
+    return Summary(cost(model, used), {path: cost(layer, used) for layer, path in paths.items()})
 
 
-def why_not_counted(site: Site) -> str | None:
-    """Why nobody can tell what a token uses at a site; None if one can."""
-    known = not site.external or (site.k is not None and all(one.experts is not None for one in site.locations))
-    return None if known else "its block is not known, so nobody can tell how much of the experts a token uses"
-
-
-def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
-    """Refuse blocks of `transformers` whose experts no site chooses."""
-    known = {location.experts for site in sites for location in site.locations}
+def refuse_unknown_blocks(model: nn.Module, shares: Shares) -> None:
+    """Refuse blocks of `transformers` with experts of which no share is known."""
+    known = {part for parts in shares.values() for part in parts}
     for place in places(model):
         experts = getattr(place.module, "experts", None)
         of_transformers = wrapped_class(place.module).__module__.startswith("transformers.")
@@ -141,14 +135,14 @@ def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
             )
 
 
-def shares_of(layer: Any, sites: Mapping[Site, Location]) -> dict[nn.Module, float]:
-    """The part, 0 to 1, of a layer's experts and of its inner gates that a token uses, by its choices at each level."""
-    numbers = [min(choices(site), site.num_experts) for site in sites]
-    if not isinstance(layer, HeirarchicalMoE):
-        return {location.experts: numbers[0] / site.num_experts for site, location in sites.items() if location.experts}
-    (outer, inner), (eo, ei) = numbers, layer.num_experts
-    served = min(outer, 1.0) * inner + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
-    return {layer.experts: served / (eo * ei), layer.gate_inner: outer / eo}
+def shares_of(site: Site, layer: Any) -> dict[nn.Module, float]:
+    """The part, 0 to 1, of a layer's experts, and of the gates of a second level, that a token uses by its choices."""
+    number, e = choices(site), site.num_experts
+    if site.level_one is None:
+        return {layer.experts: number / e}
+    outer, eo = choices(site.level_one), site.level_one.num_experts
+    served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
+    return {layer.experts: served / (eo * e), layer.gate_inner: outer / eo}
 
 
 def choices(site: Site) -> float:
@@ -160,12 +154,7 @@ def choices(site: Site) -> float:
             f"the {site.kind} of {site.name.rpartition('.')[0] or 'the layer'} does not say how many experts a token "
             "chooses: give it an attribute k"
         )
-    return number
-
-
-def varies(site: Site) -> bool:
-    """Whether scores decide how many experts a gate chooses."""
-    return getattr(site.gate, "expected_choices", 0) is None
+    return min(number, site.num_experts)
 
 
 def cost(model: nn.Module, used: Used) -> Cost:

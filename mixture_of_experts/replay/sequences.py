@@ -77,8 +77,7 @@ def chosen_by_ids(site: Site) -> bool:
 
 def called_of(site: Site, location: Location) -> nn.Module:
     """The module whose arguments tell of the tokens of a gate."""
-    unknown = site.external and site.block is None
-    return site.called if location.layer is None or unknown else location.layer
+    return site.called if location.layer is None else location.layer
 
 
 def why_no_choices(site: Site) -> str | None:

@@ -2,7 +2,6 @@
 
 from mixture_of_experts.stats.reading import routing_of
 from mixture_of_experts.stats.record import Record, relative
-from mixture_of_experts.stats.texts import plot_routing
 from mixture_of_experts.stats.tracking import RoutingStats, track_routing
 
-__all__ = ["Record", "RoutingStats", "plot_routing", "relative", "routing_of", "track_routing"]
+__all__ = ["Record", "RoutingStats", "relative", "routing_of", "track_routing"]

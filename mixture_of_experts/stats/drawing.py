@@ -3,7 +3,7 @@
 Loads run from purple (too little) over white (balanced) to orange (too much). Colour-blind readers can tell all colours
 apart, also in print.
 
-Axes: e experts, outer-major on a second level; s stretches of steps.
+Axes: e experts, outer-major on a second level; s steps.
 """
 
 from __future__ import annotations
@@ -21,19 +21,17 @@ if TYPE_CHECKING:
 TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
 LEAST, MOST = min(TICKS), max(TICKS)  # relative loads at the ends of the colours
 NUMBER_WIDTH = 24  # points that a number in a cell takes
-MARGIN = 0.1  # inches
 
 
-def new_axes(width: float, height: float, left: float = 0, below: float = 0, right: float = 0) -> Axes:
-    """Axes of a new figure, of so many inches and with such margins; ImportError if matplotlib is not installed."""
+def new_axes(width: float, height: float) -> Axes:
+    """Axes of a new figure of so many inches; ImportError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             "pictures need matplotlib: pip install matplotlib, or install mixture_of_experts with its extra 'plot'"
         ) from error
-    whole = left + width + right + MARGIN, below + height + MARGIN
-    return Figure(figsize=whole).add_axes((left / whole[0], below / whole[1], width / whole[0], height / whole[1]))
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def figure_of(ax: Axes) -> Figure:
@@ -83,23 +81,11 @@ def draw_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def draw_steps(ax: Axes, edges: Sequence[float], loads: Tensor, inner: int) -> Figure:
-    """Draw one gate over its steps: relative loads `(e, s)` between the edges of the stretches; a line stands between
-    every `inner` experts."""
+    """Draw one gate over its steps: relative loads `(e, s)` between the edges of the steps; a line stands between every
+    `inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(edges, y, loads.clamp(LEAST, MOST).numpy(), rasterized=True, **load_colours())
     ax.set(ylim=(y[-1], y[0]), xlabel="step", ylabel="expert")
     ax.hlines(y[inner:-1:inner], edges[0], edges[-1], color="black", linewidth=0.8)
     ax.locator_params(integer=True, min_n_ticks=1, nbins=10)
     return with_scale(ax)
-
-
-def draw_lines(ax: Axes, lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Figure:
-    """Draw lines of values over steps; their colours go from dark to light."""
-    import matplotlib as mpl
-
-    for number, (steps, values) in enumerate(lines):
-        colour = mpl.colormaps["viridis"](0.85 * number / len(lines))
-        ax.plot(steps, values, color=colour, marker="." if len(values) == 1 else "")
-    ax.set_xlabel("step")
-    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
-    return figure_of(ax)

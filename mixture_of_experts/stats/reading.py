@@ -33,15 +33,15 @@ class Reader(TokensOfCall):
     def routing(self, site: Site, output: Any) -> Routing:
         """What a router returned, as a `Routing`."""
         block, tokens = site.block, self.tokens()
-        logits, weight, expert = read_output(site.gate, output, block)
+        assert block is not None
+        logits, weight, expert = read_output(block, output)
         (*shape, e), k = logits.shape, expert.shape[-1]
         b, n = shape if len(shape) == 2 else (1, *shape)  # some routers return (b, n, e)
         if tokens.shape is not None and math.prod(tokens.shape) == b * n:
             b, n = tokens.shape
         real = tokens.mask if tokens.mask is not None and tokens.mask.shape == (b, n) else None
         logits, expert, weight = logits.float().view(b, n, e), expert.reshape(b, n, k).long(), weight.float()
-        unknown = "sigmoid" if hasattr(site.gate, "e_score_correction_bias") else "softmax"
-        probs = SCORES[unknown if block is None else block.score](logits)
+        probs = SCORES[block.score](logits)
         probs = probs / probs.sum(dim=-1, keepdim=True)
         chosen = expert < e  # larger ids are experts of other ranks
         proxy, length = probs, n
@@ -52,7 +52,7 @@ class Reader(TokensOfCall):
         balance_loss = losses.load_balance_of(expert, chosen, proxy.sum(dim=-2), length, k)
         chosen, expert = chosen.flatten(-2), expert.flatten(-2)
         kept, queues = chosen, None
-        if (capacity := None if block is None else block.capacity) is not None:
+        if (capacity := block.capacity) is not None:
             queues = queue_up(expert, chosen, e, k)
             kept = chosen & (queues.position < capacity)
         return Routing(

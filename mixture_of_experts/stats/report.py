@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from html import escape
 from importlib.resources import files
 from string import Template
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-from mixture_of_experts.stats.drawing import draw_lines, new_axes
-from mixture_of_experts.stats.record import Record
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,35 +24,37 @@ WELL = (
 STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report"}
 
 
-class GateHistory(NamedTuple):
-    """What one gate did."""
+def page(
+    name: str,
+    cells: Sequence[Mapping[str, str]],
+    notes: Mapping[str, Iterable[str]],
+    overview: Mapping[str, Figure],
+    over_steps: Mapping[str, Figure],
+) -> str:
+    """The page as HTML.
 
-    layer: str
-    cells: Mapping[str, str]  # its line of the summary, by headers
-    notes: Sequence[str]
-    stretches: Sequence[Record]  # of one step or several each
-    over_steps: Figure  # its picture
-
-
-def page(name: str, gates: Sequence[GateHistory], overview: Mapping[str, Figure], loss: Sequence[float]) -> str:
-    """The page as HTML, with pictures of all gates by their titles."""
+    Args:
+        name: its title.
+        cells: lines of the table, by headers.
+        notes: those of each gate.
+        overview: pictures of all gates, by their titles.
+        over_steps: that of each gate, in the order of the notes.
+    """
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
-    rows = [gates[0].cells, *(gate.cells.values() for gate in gates)]
-    parts: dict[str, Iterable[str]] = {
-        "name": escape(name),
-        "date": date.today().isoformat(),
-        "notes": [
-            f'<li><a href="#gate-{place}">{escape(gate.layer)}</a>{escape(note)}</li>'
-            for place, gate in enumerate(gates)
-            for note in gate.notes
-        ]
-        or WELL,
-        "overview": [picture(title, figure) for title, figure in overview.items()],
-        "rows": [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows],
-        "curves": curves(gates, loss),
-        "gates": [picture(gate.layer, gate.over_steps, place) for place, gate in enumerate(gates)],
-    }
-    return template.substitute({part: "".join(lines) for part, lines in parts.items()})
+    rows = [cells[0], *(row.values() for row in cells)]
+    told = [
+        f'<li><a href="#gate-{place}">{escape(layer)}</a>{escape(note)}</li>'
+        for place, (layer, of_gate) in enumerate(notes.items())
+        for note in of_gate
+    ]
+    return template.substitute(
+        name=escape(name),
+        date=date.today().isoformat(),
+        notes="".join(told) or WELL,
+        overview="".join(picture(title, figure) for title, figure in overview.items()),
+        rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
+        gates="".join(picture(layer, figure, place) for place, (layer, figure) in enumerate(over_steps.items())),
+    )
 
 
 def picture(title: str, figure: Figure, place: int | None = None) -> str:
@@ -68,15 +67,3 @@ def picture(title: str, figure: Figure, place: int | None = None) -> str:
     source = f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
     image = f'<img alt="{escape(title)}" src="{source}" loading=lazy>'
     return f'<figure id="gate-{place}"><figcaption>{escape(title)}</figcaption>{image}</figure>'
-
-
-def curves(gates: Sequence[GateHistory], loss: Sequence[float]) -> Iterator[str]:
-    """Pictures of the loss, and of every scalar that changes, with a line for each gate."""
-    lines: dict[str, list[tuple[Sequence[float], Sequence[float]]]] = {"loss": [(range(len(loss)), loss)]}
-    for gate in gates:
-        steps, scalars = [record.step for record in gate.stretches], [record.scalars() for record in gate.stretches]
-        for name in scalars[0]:
-            lines.setdefault(name, []).append((steps, [each[name] for each in scalars]))
-    for name, of_gates in lines.items():
-        if any(len(set(values)) > 1 for _, values in of_gates):
-            yield picture(name, draw_lines(new_axes(4.5, 1.3, left=0.6, below=0.5), of_gates))

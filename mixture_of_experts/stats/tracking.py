@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -17,7 +16,7 @@ from mixture_of_experts.stats.drawing import draw_gates, draw_steps, new_axes
 from mixture_of_experts.stats.notes import Step, notes_of
 from mixture_of_experts.stats.reading import follow_gates
 from mixture_of_experts.stats.record import Record, cells_of
-from mixture_of_experts.stats.report import GateHistory, page
+from mixture_of_experts.stats.report import page
 from mixture_of_experts.stats.rings import Forwards, GateRing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 When = Literal["always", "training", "eval"]
-MOST_COLUMNS = 120  # of a picture of one gate's steps
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
@@ -110,12 +108,10 @@ class RoutingStats:
         for ring in self._rings.values():
             ring.clock[0].add_(1)
 
-    def records(self, layer: str, at_most: int | None = None) -> list[Record]:
-        """The remembered steps of a gate, oldest first. If there are more than `at_most`, a record is of several."""
-        steps, ring = self._steps(layer), self._ring(layer)
-        parts = len(steps) if at_most is None else min(at_most, len(steps))
-        bounds = [len(steps) * part // max(parts, 1) for part in range(parts + 1)]
-        return [ring.record(steps[first:end]) for first, end in pairwise(bounds)]
+    def records(self, layer: str) -> list[Record]:
+        """The remembered steps of a gate, oldest first."""
+        ring = self._ring(layer)
+        return [ring.record([step]) for step in self._steps(layer)]
 
     def last(self, layer: str) -> Record:
         """The last step of a gate."""
@@ -167,8 +163,7 @@ class RoutingStats:
         """Draw a heat map of the experts' load relative to a balanced one: of all gates, or of one gate over its steps.
 
         Without `layer` there is a row for each gate, in which its experts fill the width, over all remembered steps; a
-        cross marks an expert without a token. With `layer` there is a row for each expert and a column for each step,
-        or for several.
+        cross marks an expert without a token. With `layer` there is a row for each expert and a column for each step.
 
         Args:
             layer: one of `layers`.
@@ -196,31 +191,22 @@ class RoutingStats:
 
         if layer is None:
             totals = {gate: loads(total) for gate in self.layers if (total := self.total(gate)).forwards}
-            if ax is None:
-                ax = new_axes(6, 0.3 * len(totals), left=0.085 * max(map(len, totals)), below=0.5, right=0.6)
-            return draw_gates(ax, totals)
-        records = self.records(layer, MOST_COLUMNS)
-        edges = [*(record.step - 0.5 for record in records), self.last(layer).step + 0.5]
-        ax = new_axes(4.6, 1.8, left=0.6, below=0.5, right=0.6) if ax is None else ax
+            return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
+        last, records = self.last(layer), self.records(layer)
+        edges = [*(record.step - 0.5 for record in records), last.step + 0.5]
+        ax = new_axes(6, 2.4) if ax is None else ax
         over_steps = torch.stack([loads(record) for record in records], dim=1)
-        return draw_steps(ax, edges, over_steps, records[0].load.shape[-1])
+        return draw_steps(ax, edges, over_steps, last.load.shape[-1])
 
-    def report(
-        self,
-        path: str | PathLike[str],
-        *,
-        name: str = "Routing",
-        loss: Sequence[float] = (),
-    ) -> None:
+    def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
 
         The page shows the load of every gate, before and after capacity, over all remembered steps; the table of
-        `summary`; what each gate requested of its experts over the steps; and curves of all scalars.
+        `summary`; and what each gate requested of its experts over the steps.
 
         Args:
             path: path of the file; an existing file is replaced.
             name: the title of the page, for example the run's name; the date stands below it.
-            loss: the training loss of each step, from step 0, to draw beside the gates' curves.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -234,19 +220,14 @@ class RoutingStats:
             ...     out, aux_loss = moe(torch.randn(2, 16, 8))
             >>> stats.report("routing.html")  # doctest: +SKIP
         """
-        overview = {"requested": self.plot(requested=True), "load": self.plot()}
-        gates = [
-            GateHistory(
-                layer,
-                self._cells(layer),
-                list(self._notes(layer)),
-                self.records(layer, MOST_COLUMNS),
-                self.plot(layer, requested=True),
-            )
-            for layer in self.layers
-            if self._steps(layer)
-        ]
-        html = page(name, gates, overview, [float(value) for value in loss])
+        layers = [layer for layer in self.layers if self._steps(layer)]
+        html = page(
+            name,
+            cells=[self._cells(layer) for layer in layers],
+            notes={layer: self._notes(layer) for layer in layers},
+            overview={"requested": self.plot(requested=True), "load": self.plot()},
+            over_steps={layer: self.plot(layer, requested=True) for layer in layers},
+        )
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
 

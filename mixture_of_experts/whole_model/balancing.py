@@ -21,7 +21,7 @@ from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
-from mixture_of_experts.whole_model.block_settings import read_output, returns_of
+from mixture_of_experts.whole_model.block_settings import read_output
 from mixture_of_experts.whole_model.each_step import EachStep, as_factor, sites_to_move
 from mixture_of_experts.whole_model.model_tokens import TokensOfCall
 from mixture_of_experts.whole_model.sites import Gates, Site
@@ -179,7 +179,8 @@ class BlockBias:
                 f"{rule!r} reads scores, which the router {site.name!r} of transformers does not return: balance it by "
                 "rule='sign', or convert its block by from_transformers"
             )
-        self.site = site
+        self.block: Any = site.block
+        self.called = site.called
         self.rule = rule
         self.reader = reader
         bias = self.bias
@@ -195,7 +196,7 @@ class BlockBias:
     @property
     def bias(self) -> Any:
         """The bias, which is another tensor once the model has moved."""
-        return self.site.bias
+        return self.block.expert_bias
 
     @property
     def value(self) -> Tensor:
@@ -211,13 +212,13 @@ class BlockBias:
     @property
     def moves(self) -> bool:
         """Whether this is the last that counts for its block."""
-        hooks = self.site.called._forward_hooks.values()
+        hooks = self.called._forward_hooks.values()
         counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBias)]
         return counting[-1] is self
 
     def move(self, counts: Tensor, rate: float) -> None:
         if self.moves:
-            step = step_of(self.rule, counts, self.value, self.site.k or 0, rate)
+            step = step_of(self.rule, counts, self.value, self.block.k, rate)
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
@@ -225,19 +226,13 @@ class BlockBias:
         computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
-        _, weight, expert = read_output(router, output, self.site.block)
-        # of NaN: a gradient scaler skips this step
-        real = real_tokens(self.reader.tokens().mask, expert) & ~weight.isnan().any(dim=-1)
+        _, weight, expert = read_output(self.block, output)
+        real, mask = ~weight.isnan().any(dim=-1), self.reader.tokens().mask  # of NaN: a gradient scaler skips this step
+        if mask is not None and mask.numel() == len(real):
+            real = real & mask.flatten().to(real.device)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(chosen, expert, 0).to(torch.int64)
         counts = self.rule.count(ForwardChoices(expert, chosen, None, real, self.value))
-        place = returns_of(self.site.block).index("weights")
+        place = self.block.recipe.returns.index("weights")
         counted = count_in_backward(output[place], counts, self.counts)
         return (*output[:place], counted, *output[place + 1 :])
-
-
-def real_tokens(mask: Tensor | None, expert: Tensor) -> Tensor:
-    """`(t,)` bool, True where a token is real, for choices `(t, k)`; all True where no mask tells."""
-    if mask is None or mask.numel() != expert.shape[0]:
-        return torch.ones(expert.shape[0], dtype=torch.bool, device=expert.device)
-    return mask.flatten().to(expert.device)

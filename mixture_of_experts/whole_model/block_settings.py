@@ -165,26 +165,22 @@ class BlockSettings:
         return dict(multiplier=float(self.attribute("multiplier")))
 
 
-def returns_of(block: BlockSettings | None) -> tuple[str | None, ...]:
-    """What a router returns, in order: `Recipe.returns`, also for a router of no recipe."""
-    return Recipe.returns if block is None else block.recipe.returns
-
-
-def read_output(router: nn.Module, output: Any, block: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, read from a router's `output`."""
-    parts = zip(returns_of(block), output if isinstance(output, tuple) else (output,), strict=False)
+def read_output(block: BlockSettings, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, from the `output` of a block's router."""
+    returns = block.recipe.returns
+    parts = zip(returns, output if isinstance(output, tuple) else (output,), strict=False)
     found = {name: part.detach() for name, part in parts if isinstance(part, Tensor)}
     logits = found["probs"].log() if "probs" in found else found.get("logits")
-    if logits is not None and logits.ndim > 1 and (block is None or logits.shape[-1] == block.num_logits):
+    if logits is not None and logits.ndim > 1 and logits.shape[-1] == block.num_logits:
         weight, expert = found.get("weights"), found.get("experts")
         if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
-            if block is not None and block.recipe.zero:
+            if block.recipe.zero:
                 expert = expert.where(weight != 0, block.num_experts - 1)
             return logits, weight, expert
-        if block is not None and "experts" not in returns_of(block):
+        if "experts" not in returns:
             expert = top_choices(logits, block.k)
             return logits, SCORES[block.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
-        f"{type(router).__name__} does not return ({', '.join(filter(None, returns_of(block)))}) of flattened tokens: "
-        "what it chooses cannot be read"
+        f"{type(block.router).__name__} does not return ({', '.join(filter(None, returns))}) of flattened tokens: what "
+        "it chooses cannot be read"
     )

@@ -13,7 +13,7 @@ from mixture_of_experts.gating import TokenChoiceGate, reads_of
 from mixture_of_experts.gating.given import FORCED, Forced, forced_experts
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
-from mixture_of_experts.whole_model.block_settings import BlockSettings, read_output, returns_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, read_output
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
 
 
@@ -60,9 +60,9 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | 
 
 def why_not_forced(site: Site) -> str | None:
     """Why a site cannot be forced; None if it can."""
-    if site.external:
-        returns = site.block is not None and "experts" in returns_of(site.block)
-        return None if returns else "it is not known to return the experts of tokens: convert its block"
+    if site.block is not None:
+        returns = "experts" in site.block.recipe.returns
+        return None if returns else "it does not return the experts of tokens: convert its block"
     if not isinstance(site.gate, TokenChoiceGate):
         return "tokens make no choices there"
     if "given_experts" not in reads_of(site.gate):
@@ -75,7 +75,7 @@ def why_not_forced(site: Site) -> str | None:
 
 def replace_choices(block: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
     """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
-    logits, _, expert = read_output(router, output, block)
+    logits, _, expert = read_output(block, output)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
-    place = returns_of(block).index("experts")
+    place = block.recipe.returns.index("experts")
     return tuple(forced.to(part.dtype) if i == place else part for i, part in enumerate(output))

@@ -6,7 +6,6 @@ Every ability on a whole model takes its sites from here. What is wrapped around
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -23,7 +22,6 @@ from mixture_of_experts.whole_model.block_settings import BlockSettings, find, r
 from mixture_of_experts.whole_model.model_tokens import nearest_reader
 
 Gates = Iterable["str | nn.Module"]  # names of sites; gates or layers
-ROUTER = re.compile(r"Top[kK]Router$")
 
 
 class Location(NamedTuple):
@@ -31,7 +29,6 @@ class Location(NamedTuple):
 
     name: str  # its path, without wrappers
     layer: nn.Module | None = None  # the layer, or block of transformers, that calls it; None if it stands alone
-    experts: nn.Module | None = None  # those that it chooses from, if they are known
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +42,7 @@ class Site:
     locations: tuple[Location, ...]
     outer: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
     level_one: Site | None = None  #: for level two: the site of level one
-    external: bool = False  #: whether it is no gate of this package: a router of transformers, or another one
-    block: BlockSettings | None = field(default=None, repr=False)  #: of a known block of transformers
+    block: BlockSettings | None = field(default=None, repr=False)  #: of a block of transformers, whose router it is
 
     @property
     def name(self) -> str:
@@ -57,6 +53,11 @@ class Site:
         return tuple(dict.fromkeys(location.name for location in self.locations))
 
     @property
+    def external(self) -> bool:
+        """Whether it is a router of `transformers`, and no gate of this package."""
+        return self.block is not None
+
+    @property
     def kind(self) -> str:
         """The name of the gate's class."""
         return wrapped_class(self.gate).__name__
@@ -64,7 +65,7 @@ class Site:
     @property
     def k(self) -> int | None:
         """Choices of a token; None if it is not known."""
-        k = find(self.gate, "top_k" if self.external else "k") if self.block is None else self.block.k
+        k = find(self.gate, "k") if self.block is None else self.block.k
         return k if isinstance(k, int) else None
 
     @property
@@ -72,8 +73,6 @@ class Site:
         """The bias that chooses experts and that counts of choices move; None if there is none."""
         if self.block is not None:
             return self.block.expert_bias
-        if self.external:
-            return find(self.gate, *KEEPS["expert_bias"])
         counts = find(self.gate, "expert_counts") is not None
         return find(self.gate, "expert_bias") if counts else None
 
@@ -112,20 +111,17 @@ def all_sites(model: nn.Module) -> list[Site]:
     return list(found.values())
 
 
-def serve(
-    sites: list[Site], ability: str, why_not: Callable[[Site], str | None], takes_gates: bool = True
-) -> list[Site]:
+def serve(sites: list[Site], ability: str, why_not: Callable[[Site], str | None]) -> list[Site]:
     """The same sites, all of which an ability serves; TypeError if it cannot serve one.
 
     Args:
         why_not: the reason why a site cannot be served; None if it can.
-        takes_gates: whether the ability has an argument `gates`.
     """
     reasons = {site: reason for site in sites if (reason := why_not(site)) is not None}
     if reasons:
         refused = "; ".join(f"{site.name!r} ({site.kind}): {reason}" for site, reason in reasons.items())
         rest = [site.name for site in sites if site not in reasons]
-        remedy = f". For the other gates alone pass gates={rest}" if rest and takes_gates else ""
+        remedy = f". For the other gates alone pass gates={rest}" if rest else ""
         raise TypeError(f"{ability} cannot serve {refused}{remedy}")
     return sites
 
@@ -166,8 +162,7 @@ class Place(NamedTuple):
     def site(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> Site:
         """The site of what routes at a path below this module, "" for itself, in a layer."""
         called = self.module.get_submodule(path) if path else self.called
-        experts = None if layer is None else find(unwrapped(layer), "experts")
-        location = Location(f"{self.name}.{path}".strip(".") or "gate", layer, experts)
+        location = Location(f"{self.name}.{path}".strip(".") or "gate", layer)
         around = nearest_reader((*self.above, self.called))
         return Site(unwrapped(called), called, num_experts, around, (location,), **more)
 
@@ -200,15 +195,9 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     elif (recipe := recipe_of(module)) is not None:
         block = BlockSettings(module, recipe)
         path = next(name for name in KEEPS["router"] if isinstance(find(module, name), nn.Module))
-        yield place.site(path, block.num_logits, module, external=True, block=block)
-    elif module in found:
-        return  # a part of a layer or a block
-    elif isinstance(module, Gate):
+        yield place.site(path, block.num_logits, module, block=block)
+    elif isinstance(module, Gate) and module not in found:
         yield place.site("", module.num_experts, None, outer=module.outer_expert_dims)
-    elif is_router(module):  # in a block of no recipe: it is known by its name
-        above = reversed(place.above[-2:])
-        around = next((each for each in above if isinstance(find(each, "experts"), nn.Module)), None)
-        yield place.site("", module.num_experts, around, external=True)
 
 
 def joined(one: Site, other: Site) -> Site:
@@ -216,10 +205,3 @@ def joined(one: Site, other: Site) -> Site:
     called = one.called if one.called is other.called else one.gate
     locations = [each for each in dict.fromkeys((*one.locations, *other.locations)) if each.layer is not None]
     return replace(other, called=called, locations=tuple(locations) or one.locations, around=one.around)
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether a module is a router of `transformers`, by its package, its name and its sizes."""
-    kind = wrapped_class(module)
-    sized = all(isinstance(find(module, size), int) for size in ("top_k", "num_experts"))
-    return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized
