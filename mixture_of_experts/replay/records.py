@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixture_of_experts.gating.given import LIVE
 
-FORMAT = "mixture_of_experts.routing/1"
+FORMAT = "mixture_of_experts.routing/2"
 
 #: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
 #: real tokens, None if all are; how many of each sequence were read before, `(b,)` or one number for all
@@ -130,19 +130,15 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
         Args:
             sequences: the numbers of the sequences, or a slice.
-            tokens: for each of these sequences how many tokens to take, from its beginning; by default all.
+            tokens: for each of these sequences how many tokens to take at most, from its beginning; by default all.
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers):
             raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(cuts)}")
+        if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
+            raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
         of_gate = list(zip(numbers, cuts, strict=True))
-        for number, cut in of_gate:
-            if not -self.num_sequences <= number < self.num_sequences:
-                raise IndexError(f"no sequence {number}: there are {self.num_sequences}")
-            for name, records in self.items():
-                if cut is not None and not 0 <= cut <= len(records[number]):
-                    raise ValueError(f"sequence {number} has {len(records[number])} tokens at {name!r}, not {cut}")
 
         def selected(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
             return {name: [of[number][:cut] for number, cut in of_gate] for name, of in kept.items()}
@@ -183,14 +179,9 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a file that `load` reads."""
-        none = [torch.zeros(0, 0, dtype=torch.int16)]
-        layers: dict[str, dict[str, Any]] = {}
-        for name, records in self.items():
-            lengths = torch.tensor(self.lengths(name), dtype=torch.int64)
-            layers[name] = dict(num_experts=self.num_experts(name), lengths=lengths, experts=torch.cat(records or none))
-            if self.weights is not None:
-                layers[name]["weights"] = torch.cat(self.weights[name] or none)
-        torch.save({"format": FORMAT, "layers": layers}, path)
+        weights = None if self.weights is None else packed(self.weights)
+        found = {"format": FORMAT, "experts": packed(self), "num_experts": self._num_experts, "weights": weights}
+        torch.save(found, path)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingRecords:
@@ -204,13 +195,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 found = torch.load(file, weights_only=True, map_location="cpu")
                 if found["format"] != FORMAT:
                     raise ValueError(f"its format is {found['format']!r}, wanted {FORMAT!r}")
-                experts, numbers, weights = {}, {}, {}
-                for name, part in found["layers"].items():
-                    lengths, numbers[name] = part["lengths"].tolist(), part["num_experts"]
-                    experts[name] = part["experts"].split(lengths)
-                    if "weights" in part:
-                        weights[name] = part["weights"].split(lengths)
-                return cls(experts, numbers, weights or None)
+                return cls(found["experts"], found["num_experts"], found["weights"])
             except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
@@ -227,6 +212,11 @@ def checked(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) ->
                 wanted = f"a list of tensors of {kind} (tokens, k), one a sequence"
                 raise ValueError(f"{name}[{gate!r}] must be {wanted}, got {record!r}")
     return found
+
+
+def packed(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """The same records, of which those of a gate lie in one tensor: a file then has one for each gate."""
+    return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
 
 
 def is_integer(array: Tensor) -> bool:
