@@ -29,10 +29,10 @@ KINDS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 def layers_of_torch(model: nn.Module) -> dict[str, Adapter | Miss]:
     """A model's layers of torch, by path; those whose sequences are not first cannot be replaced."""
     found: dict[str, Adapter | Miss] = {}
+    own = [kind._ff_block for kind in KINDS]
     for name, module in model.named_modules():
-        kind: Any = next((kind for kind in KINDS if isinstance(module, kind)), None)
         layer: Any = module
-        if kind is None or type(layer)._ff_block is not kind._ff_block or not is_dense(layer):
+        if getattr(type(layer), "_ff_block", None) not in own or not is_dense(layer):
             continue  # code of its own, or replaced already
         if layer.self_attn.batch_first:
             found[name] = NETWORK
