@@ -442,10 +442,9 @@ def share_routers(gate: Any, g: int) -> None:
 def fill(experts: Any, dense: Dense, first: int, g: int, total: float) -> None:
     """Copy slice i mod g of the network's hidden units, from `first` on, to expert i. The last weights make up for the
     gate's weights, which add up to `total`. What is frozen in the network is frozen."""
-    h = experts.hidden_dim
+    e, h = experts.num_experts, experts.hidden_dim
     for name, _ in list(experts.named_parameters(recurse=False)):  # not those of the activation, which is shared
-        slices = [units(dense, name, first + i * h, h) for i in range(g)]
-        stack = torch.stack(slices * (experts.num_experts // g))
+        stack = torch.stack([units(dense, name, first + i % g * h, h) for i in range(e)])
         if name in ("w2", "b2"):  # every slice has b2
             stack *= (g if name == "w2" else 1) / total
         setattr(experts, name, nn.Parameter(stack, dense.weights[name].requires_grad))
@@ -475,12 +474,12 @@ def units(network: Dense, name: str, start: int, number: int) -> Tensor:
 @torch.no_grad()
 def vary(experts: Any, noise: float, redraw: float) -> None:
     """Make copies differ, by noise on weights and by hidden units that are drawn again, equally many in each expert."""
-    weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
-    for weight in weights.values() if noise else ():
-        weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
-    if redraw:
-        order = torch.rand(experts.num_experts, experts.hidden_dim, device=experts.w1.device).argsort(dim=-1)
-        new = order < round(redraw * experts.hidden_dim)  # (e, h)
-        for name, weight in weights.items():
-            drawn: Tensor = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
+    if not (noise or redraw):
+        return
+    order = torch.rand(experts.num_experts, experts.hidden_dim, device=experts.w1.device).argsort(dim=-1)
+    new = order < round(redraw * experts.hidden_dim)  # (e, h)
+    for name, weight in experts.named_parameters(recurse=False):
+        if name.startswith("w"):
+            weight.add_(torch.randn_like(weight) * (noise * weight.float().std()))
+            drawn = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
             weight.copy_(torch.where(new.unsqueeze(-1 if name == "w2" else 1), drawn.to(weight.dtype), weight))
