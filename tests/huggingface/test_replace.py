@@ -161,7 +161,7 @@ def test_nothing_found_says_what_was_seen():
         replace_ffn(model)
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model)
-    with pytest.raises(ValueError, match="some are replaced already"):
+    with pytest.raises(ValueError, match="its blocks have routers and experts already"):
         replace_ffn(model)
 
 
@@ -293,10 +293,15 @@ class Packed(nn.Module):
 
 
 def test_networks_that_cannot_be_read_are_refused():
-    for kind in (Rounded, Packed):
-        model = ARCHITECTURES["llama"].build()
-        model.model.layers[1].mlp.up_proj = kind(DIM, HIDDEN)
-        with pytest.raises(TypeError, match=rf"up_proj of LlamaMLP is {kind.__name__}, not nn.Linear"):
+    for name, kind, error, says in (
+        ("llama", Rounded, ValueError, "model.layers.1.mlp is no feed-forward network of tokens alone"),
+        ("llama", Packed, TypeError, "up_proj of LlamaMLP is Packed, not nn.Linear"),
+        ("opt", Rounded, TypeError, "fc1 of OPTDecoderLayer is Rounded, not nn.Linear"),
+    ):
+        model = ARCHITECTURES[name].build()
+        part = model.model.layers[1].mlp if name == "llama" else model.model.decoder.layers[1]
+        setattr(part, "up_proj" if name == "llama" else "fc1", kind(DIM, HIDDEN))
+        with pytest.raises(error, match=says):
             replace_ffn(model)
         assert not feed_forwards(model)
     model = ARCHITECTURES["bert"].build(chunk_size_feed_forward=2)

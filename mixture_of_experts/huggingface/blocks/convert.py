@@ -8,7 +8,6 @@ Axes: d model dim, h hidden dim, e experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -66,20 +65,18 @@ def check_alike(moe: MoE, block: nn.Module) -> None:
 
 def differences(moe: MoE, block: nn.Module) -> list[str]:
     """In what a layer computes something else than a block, in words."""
-    wanted = read_block(block).layer
-    compared = COMPARED if type(moe.gate) is type(wanted.gate) else ()
-    ours, theirs = told(moe, compared), told(wanted, compared)
+    ours, theirs = told(moe), told(read_block(block).layer)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
     return [f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ]
 
 
-def told(moe: MoE, compared: Collection[str]) -> dict[str, str]:
-    """What a layer computes, in words, with those settings of its gate that are `compared`."""
+def told(moe: MoE) -> dict[str, str]:
+    """What a layer computes, in words."""
     gate, parts = moe.gate, with_inner(moe.experts)
     weights = {name: tensor for name, tensor in tensors_of(moe).items() if name != COUNTS}
     return {
         "the gate is": type(gate).__name__,
-        **{f"the gate has {name}": repr(find(gate, name)) for name in compared},
+        **{f"the gate has {name}": repr(find(gate, name)) for name in COMPARED},
         "the experts have the activation": repr(find(parts[-1], "act")),
         "the experts are": " around ".join(type(part).__name__ for part in parts),
         **{f"{name} has shape": str(tuple(tensor.shape)) for name, tensor in weights.items()},
