@@ -270,7 +270,7 @@ def normed() -> nn.Module:
 
 def shares() -> TopKGating:
     gate = TopKGating(D, E, expert_bias=True)
-    gate.bias_rule = SignRule(shares=[1.0] * E)
+    gate.bias_rule = SignRule(shares=[1] * E)
     return gate
 
 

@@ -155,9 +155,7 @@ def refused_side(c: Configuration) -> str | None:
 
 def refused_way(c: Configuration) -> str | None:
     """A way that cannot compute these experts, or not here. Those that compute by themselves are not concerned."""
-    asks = c.bank.kind in ("ffn", "gated", "enclosed") or (
-        c.bank.kind == "identity" and c.routers[0].kind != "expert_choice"
-    )
+    asks = c.bank.kind in ("ffn", "gated", "enclosed", "identity")
     if c.way in ("auto", "plain") or not asks:
         return None
     known = c.bank.activation in make.KNOWN_ACTIVATIONS
