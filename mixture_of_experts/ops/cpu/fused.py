@@ -61,15 +61,6 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int = 
     return plan, chunks_of(batches, most_rows)
 
 
-def sum_of_choices(rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
-    """The weighted sum `(t, o)` of each token's rows, which `row` `(t, k)` finds in rows `(r + 1, o)`, the last of them
-    zeros; summed in float32 at least."""
-    weight = weight.detach().view(row.shape)  # otherwise `embedding_bag` prepares for a backward
-    if rows.dtype != weight.dtype:
-        return sum_rows(rows[:-1], weight, row, row, row.shape[1], len(row))
-    return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")
-
-
 class ChunkProducts(rows.Products):
     """Rows in chunks of batches, with a product for each batch. Totals lie in the rows of all chunks.
 
@@ -79,8 +70,6 @@ class ChunkProducts(rows.Products):
         here, token, padding: of the chunk: its rows, the tokens of these, the empty ones among these.
         chunk, sizes: its batches, and the rows of each.
     """
-
-    sum_of_choices = staticmethod(sum_of_choices)
 
     def __init__(self, chunks: list[list[Batch]], plan: Plan) -> None:
         self.plan, self.chunks = plan, chunks
@@ -146,3 +135,9 @@ class ChunkProducts(rows.Products):
         assert out is not None
         self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
         return out
+
+    def sum_of_choices(self, rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
+        weight = weight.detach().view(row.shape)  # otherwise `embedding_bag` prepares for a backward
+        if rows.dtype != weight.dtype:
+            return sum_rows(rows[:-1], weight, row, row, row.shape[1], len(row))
+        return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")
