@@ -57,6 +57,7 @@ class AdaptedProducts:
         self.gather: Any = products.gather
         self.add_bias: Any = products.add_bias
         self.sums: Any = products.sums
+        self.activate: Any = products.activate
         self.thin: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
 
     def narrow(self, x: Tensor, w: LowRank) -> Tensor | None:

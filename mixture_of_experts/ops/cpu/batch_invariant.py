@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 from torch import Tensor
 
 from mixture_of_experts.ops import cpu
-from mixture_of_experts.ops.activations import InSteps
 from mixture_of_experts.ops.cpu import fused
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.same_bits import block_of, rows_at_once
@@ -31,5 +27,4 @@ def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     network, hidden_dim = call.network, call.network.w_out.shape[-2]
     block = block_of([*network.w_in, network.w_out], hidden_dim)
-    activation: Any = InSteps(network.activation, rows_at_once(block, hidden_dim))
-    return fused.run(call._replace(network=replace(network, activation=activation)), block=block)
+    return fused.run(call, block=block, step=rows_at_once(block, hidden_dim))
