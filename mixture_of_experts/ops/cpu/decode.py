@@ -62,13 +62,12 @@ def row_by_row(call: Call) -> Tensor:
 def outputs_of_rows(rows: Tensor, network: Network, expert: Any, into: OneByOne, out_of: OneByOne) -> Tensor:
     """The outputs `(r, o)` of rows `(r, d)`. `into` the hidden layer and `out_of` it lead products of rows `(r, p)`,
     each with its own expert's weight of `(e, p, q)`. Biases need the `expert` of each row, `(r,)`."""
-
-    def linear(rows: Tensor, w: Tensor, b: Tensor | None, product: OneByOne) -> Tensor:
-        out = product(rows, w)
-        return out if b is None else out.add_(b.index_select(0, expert))
-
-    hidden = network.hidden([linear(rows, w, b, into) for w, b in zip(network.w_in, network.b_in, strict=True)])
-    return linear(hidden, network.w_out, network.b_out, out_of)
+    pre = [into(rows, weight) for weight in network.w_in]
+    for part, bias in zip(pre, network.b_in, strict=True):
+        if bias is not None:
+            part.add_(bias.index_select(0, expert))
+    out = out_of(network.hidden(pre), network.w_out)
+    return out if network.b_out is None else out.add_(network.b_out.index_select(0, expert))
 
 
 class Bags(NamedTuple):
