@@ -20,13 +20,11 @@ from mixture_of_experts.support.private_torch import unwrapped
 
 def as_experts(experts: Any) -> nn.Module | None:
     """One module for all experts: the module that was given, or an `ExpertList` of a plain list of modules."""
-    if experts is None:
-        return None
-    if isinstance(experts, list | tuple) or (isinstance(experts, nn.ModuleList) and not has_forward(experts)):
+    if experts is None or (isinstance(experts, nn.Module) and has_forward(experts)):
+        return experts
+    if isinstance(experts, list | tuple | nn.ModuleList):
         return ExpertList(experts)
-    if not isinstance(experts, nn.Module) or (isinstance(experts, nn.ModuleDict) and not has_forward(experts)):
-        raise TypeError(f"experts must be a module or a list of modules, got {type(experts).__name__}")
-    return experts
+    raise TypeError(f"experts must be a module or a list of modules, got {type(experts).__name__}")
 
 
 def has_forward(module: nn.Module) -> bool:

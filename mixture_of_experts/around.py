@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision, of_first_experts
+from mixture_of_experts.dispatch.decision import Decision, decision_on, of_first_experts
 from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
 from mixture_of_experts.support.checks import check_number, check_size
@@ -201,14 +201,10 @@ def _compute(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) ->
     only in its forward do adapters of PEFT change weights."""
     if wrapped_module(experts) is None:
         return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
-    row, e = torch.arange(rows.shape[0], device=rows.device), num_tokens_per_expert.shape[0]
-    dims: Any = getattr(unwrapped(experts), "num_experts", e)
-    dims = dims if isinstance(dims, tuple) else (dims,)
+    row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
     expert = torch.bucketize(row, num_tokens_per_expert.cumsum(0), right=True)
-    kept = expert < e
-    weight = kept.to(torch.promote_types(rows.dtype, torch.float32))
-    decision = Decision(expert.clamp(max=e - 1), weight, kept, kept, k=1, num_tokens=rows.shape[0], num_experts=dims)
-    return experts(rows, decision)
+    weight = torch.ones(expert.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    return experts(rows, decision_on(expert, weight, num_tokens_per_expert.shape[0]))
 
 
 class InputWeightedExperts(ExpertsAround):

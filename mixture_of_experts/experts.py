@@ -112,23 +112,14 @@ class RoutedExperts(nn.Module):
 
 def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, by experts of either contract."""
-    if reads_decisions(experts):
-        return check_tokens_returned(experts, experts(x, decision), x)
-    refuse_same_bits(f"{type(experts).__name__} compute slots")
-    return run_on_slots(experts, x, decision, dim_out_of(experts))
-
-
-def dim_out_of(experts: nn.Module) -> int | None:
-    """The width of outputs that experts tell, behind wrappers too: some of PEFT's hand no attributes on."""
-    return getattr(unwrapped(experts), "dim_out", None)
-
-
-def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
-    """`out` `(t, o)`, which experts returned for tokens x `(t, d)`; copied if it may share memory with x."""
-    inner: Any = experts if isinstance(experts, RoutedExperts) else unwrapped(experts)
-    wanted = (x.shape[0], getattr(inner, "dim_out", None) or x.shape[1])
-    out = check_result(type(experts).__name__, out, wanted, ANOTHER_WIDTH)
-    return out if inner.makes_outputs else out.clone()
+    inner: Any = experts if isinstance(experts, RoutedExperts) else unwrapped(experts)  # some of PEFT's hide attributes
+    dim_out = getattr(inner, "dim_out", None)
+    if not reads_decisions(experts):
+        refuse_same_bits(f"{type(experts).__name__} compute slots")
+        return run_on_slots(experts, x, decision, dim_out)
+    wanted = (x.shape[0], dim_out or x.shape[1])
+    out = check_result(type(experts).__name__, experts(x, decision), wanted, ANOTHER_WIDTH)
+    return out if inner.makes_outputs else out.clone()  # which may share memory with x
 
 
 def binds_decision(forward: Callable) -> bool:

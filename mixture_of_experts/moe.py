@@ -86,7 +86,12 @@ class Layer(CheckedModule):
 
     def check_part(self, name: str, part: Any) -> None:
         """Check that a gate or the experts agree with the sizes of the layer."""
-        raise NotImplementedError
+        sizes = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
+        if name == "experts":
+            check_experts(part, self.dim, sizes)
+        else:
+            level = self.gate_names.index(name)
+            check_gate(name, part, self.dim, sizes[level], sizes[:level], level=len(sizes) > 1)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "shared_expert":
@@ -226,12 +231,6 @@ class MoE(Layer):
         self.gate = gate
         self.experts = experts
 
-    def check_part(self, name: str, part: Any) -> None:
-        if name == "gate":
-            check_gate(name, part, self.dim, self.num_experts)
-        elif name == "experts":
-            check_experts(part, self.dim, (self.num_experts,))
-
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         read = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
@@ -335,15 +334,6 @@ class HeirarchicalMoE(Layer):
         self.gate_outer = gate_outer
         self.gate_inner = gate_inner
         self.experts = experts
-
-    def check_part(self, name: str, part: Any) -> None:
-        outer, inner = self.num_experts
-        if name == "gate_outer":
-            check_gate(name, part, self.dim, outer, level=True)
-        elif name == "gate_inner":
-            check_gate(name, part, self.dim, inner, (outer,), level=True)
-        elif name == "experts":
-            check_experts(part, self.dim, (outer, inner))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)

@@ -3,8 +3,6 @@
 Products of other sizes than those of this module are compared by `size_of_block` itself, when they are made first.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from support import strategies as make
@@ -21,7 +19,6 @@ from mixture_of_experts.gating import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.ops.cpu import batch_invariant, decode
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.support import same_bits
 from mixture_of_experts.verify import verify
@@ -74,22 +71,6 @@ def test_the_bits_of_a_token_are_the_same(name):
 def test_in_other_dtypes_and_with_two_threads(name, dtype, threads):
     with ops.use("batch_invariant"):
         assert verdict(KEEP[name]().to(dtype), threads) == "holds"
-
-
-def test_few_tokens_have_these_bits_by_sums_and_by_blocks(monkeypatch):
-    """By sums in pieces of another length, and by blocks that are too small, they have not: the checks are needed."""
-    layer, x, sizes = KEEP["wide"]().eval(), torch.randn(1, 12, 400), (torch.float32, torch.get_num_threads(), 400, 64)
-
-    def same(one_by_one=batch_invariant.one_by_one):
-        monkeypatch.setattr(batch_invariant, "one_by_one", one_by_one)
-        with ops.use("batch_invariant"), torch.no_grad():
-            return torch.equal(torch.cat([layer(token)[0] for token in x.split(1, dim=1)], dim=1), layer(x)[0])
-
-    size = same_bits.size_of_block(*sizes)
-    assert same()
-    assert same(lambda expert, _: partial(batch_invariant.products_of_blocks, expert.tolist(), size))
-    assert size == 1 or not same(lambda expert, _: partial(batch_invariant.products_of_blocks, expert.tolist(), 1))
-    assert not same(lambda expert, weight: decode.Bags.of(expert, weight, 40).sums)
 
 
 def test_threads_do_not_share_a_function_of_single_numbers():

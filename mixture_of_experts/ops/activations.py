@@ -258,36 +258,6 @@ class KnownClamped(NamedTuple):
         grad_pre[1].copy_(grad_up)
 
 
-class InSteps(NamedTuple):
-    """An activation that is computed on at most `rows` rows `(r, h)` at a time."""
-
-    activation: Any
-    rows: int
-
-
-class KnownInSteps(NamedTuple):
-    """Writes an `InSteps`, by the methods of `Known`, each on some rows after the other."""
-
-    known: Any
-    rows: int
-    kernel = None
-
-    def forward(self, pre: Sequence[Tensor], out: Tensor) -> None:
-        self._each("forward", pre, out)
-
-    def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
-        self._each("recompute", pre, grad, grad_pre, out)
-
-    def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        self._each("backward", pre, grad, grad_pre)
-
-    def _each(self, method: str, *tensors: Any) -> None:
-        for start in range(0, len(tensors[0][0]), self.rows):
-            here = slice(start, start + self.rows)
-            some = [each[here] if isinstance(each, Tensor) else [part[here] for part in each] for each in tensors]
-            getattr(self.known, method)(*some)
-
-
 def _gelu(act: nn.GELU) -> Known:
     approximate = act.approximate
     return Known(
@@ -313,14 +283,13 @@ _SQUARED_RELU = Known(
     "relu_squared",
 )
 _IDENTITY = Known(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad), "identity")
-KNOWN: dict[type[Any], Callable[[Any], Known | KnownClamped | KnownInSteps]] = {
+KNOWN: dict[type[Any], Callable[[Any], Known | KnownClamped]] = {
     nn.GELU: _gelu,
     nn.SiLU: lambda _: _SILU,
     nn.ReLU: lambda _: _RELU,
     SquaredReLU: lambda _: _SQUARED_RELU,
     nn.Identity: lambda _: _IDENTITY,
     ClampedSwiGLU: KnownClamped,
-    InSteps: lambda act: KnownInSteps(KNOWN[type(act.activation)](act.activation), act.rows),
 }
 FUNCTIONS: dict[Callable[..., Any], nn.Module] = {
     F.gelu: nn.GELU(),
@@ -339,8 +308,7 @@ def why_unknown(activation: ActivationLike) -> str | None:
     """Why a way cannot compute the activation itself, but must call the module or function; None if it can."""
     if type(activation) not in KNOWN:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
-        modules = [kind.__name__ for kind in KNOWN if issubclass(kind, nn.Module)]
-        return f"the activation {name} is none of {', '.join(modules)}"
+        return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN)}"
     if has_hooks(activation):
         return "there are hooks on the activation, which has to be called for them"
     return None

@@ -69,13 +69,16 @@ class SlotProducts(rows.Products):
     def sums(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
         return self.by_rows(scale.to(rows.dtype).expand(-1, SUMMED).contiguous(), rows)[:, 0]
 
-    def sum_of_choices(self, rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
-        terms = self.of_assignments(rows, row.view(-1)).mul_(weight.unsqueeze(-1))
-        return terms.view(*row.shape, rows.shape[-1]).sum(dim=1)
+    def collect(self) -> Tensor:
+        plan = self.plan
+        if plan.k is None:
+            return super().collect()
+        terms = self.of_assignments().mul_(plan.weight.unsqueeze(-1))
+        return terms.view(plan.num_tokens, plan.k, terms.shape[-1]).sum(dim=1)
 
-    def of_assignments(self, rows: Tensor, row: Tensor) -> Tensor:
+    def of_assignments(self) -> Tensor:
         """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
-        return rows.index_select(0, row)
+        return self.rows.index_select(0, self.plan.row)
 
     def batches(self, rows: Tensor) -> Tensor:
         return rows[: self.plan.num_rows].view(self.num_batches, -1, rows.shape[-1])

@@ -79,8 +79,8 @@ class GroupedProducts(batched.SlotProducts):
     def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
         return outer_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
-    def of_assignments(self, rows: Tensor, row: Tensor) -> Tensor:
-        return rows.index_select(0, row.clamp(max=self.plan.num_rows - 1))
+    def of_assignments(self) -> Tensor:
+        return self.rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
 
 
 def outer_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:

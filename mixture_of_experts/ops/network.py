@@ -59,11 +59,9 @@ class Network:
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
         """The network with these weights and biases, by name; None for names that are missing."""
-        number, get = len(self.w_in), tensors.get
-        w_in: Any = tuple([get(name) for name in W_IN[:number]])
-        b_in = tuple([get(name) for name in B_IN[:number]])
-        settings: Any = dict(w_out=get("w_out"), b_in=b_in, b_out=get("b_out"), gate_up=self.gate_up)
-        return Network(w_in, activation=self.activation, dropout=self.dropout, **settings)
+        get: Any = tensors.get
+        w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN, B_IN))
+        return Network(w_in, get("w_out"), self.activation, b_in, get("b_out"), self.gate_up, self.dropout)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
         """The network with `function` applied to every weight and bias."""

@@ -36,14 +36,12 @@ class Products:
     - `by_rows(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an expert
       without rows. `out` is memory for it, where `gradients` gives any.
     - `sums(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
-    - `sum_of_choices(rows, weight, row)`: `collect` of token choice: the weighted sum of each token's rows, which `row`
-      `(t, k)` finds.
+    - `collect()`: each token's weighted sum `(t, o)` of the totals; the base's is that of expert choice.
     """
 
     plan: Plan
     chunks: Sequence[Any] = (None,)
     rows: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
-    sum_of_choices: Any
 
     def enter(self, chunk: Any) -> None:
         """Go on to a chunk."""
@@ -64,12 +62,13 @@ class Products:
         """Memory for the wanted gradients of the network, by name; none by default."""
         return {}
 
+    def activate(self, method: Callable[..., None], *tensors: Any) -> None:
+        """Call a method of a known activation, on rows `(r, h)` and lists of such."""
+        method(*tensors)
+
     def collect(self) -> Tensor:
-        """Each token's weighted sum `(t, o)` of the totals."""
         plan = self.plan
-        if plan.k is None:
-            return sum_rows(self.rows[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
-        return self.sum_of_choices(self.rows, plan.weight, plan.row.view(plan.num_tokens, plan.k))
+        return sum_rows(self.rows[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
 
 
 def forward(
@@ -98,8 +97,8 @@ def backward(
     products, scale, grad = layout(plan), plan.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
     grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=scale.device)  # the last is nobody's
-    grads, each = products.gradients(network, wanted), len(saved) // len(products.chunks)
-    of_rows = grad_scale[:-1]
+    grads, of_rows = products.gradients(network, wanted), grad_scale[:-1]
+    each = len(saved) // len(products.chunks)  # tensors that a chunk saved
     for i, chunk in enumerate(products.chunks):
         products.enter(chunk)
         pre = [products.unpack(part) for part in saved[i * each : (i + 1) * each]]
@@ -120,7 +119,8 @@ def run_network(products: Any, x: Tensor, network: Network, save: bool) -> list[
             products.add_bias(pre[-1], b)
     parts = network.projections(pre)
     hidden = parts[0].new_empty(parts[0].shape) if save or network.gate_up else parts[0]
-    KNOWN[type(network.activation)](network.activation).forward(parts, hidden)
+    act = KNOWN[type(network.activation)](network.activation)
+    products.activate(act.forward, parts, hidden)
     y = products.total([(hidden, network.w_out)])
     if network.b_out is not None:
         products.add_bias(y, network.b_out)
@@ -156,7 +156,7 @@ def gradients_of_network(
     others = [torch.empty_like(part) for part in (pre if network.gate_up else pre[1:])]
     grad_pre = others if network.gate_up else [grad_hidden, *others]
     parts, grad_parts = network.projections(pre), network.projections(grad_pre)
-    act.recompute(parts, grad_hidden, grad_parts, hidden)
+    products.activate(act.recompute, parts, grad_hidden, grad_parts, hidden)
 
     grads: dict[str, Tensor] = {}
     if "b_out" in wanted:
@@ -171,7 +171,7 @@ def gradients_of_network(
     torch.sum(hidden.mul_(grad_hidden), dim=-1, dtype=grad_scale.dtype, out=grad_scale)
     if biases is not None:
         grad_scale += biases
-    act.backward(parts, grad_hidden, grad_parts)
+    products.activate(act.backward, parts, grad_hidden, grad_parts)
     del hidden, grad_rows
 
     for name, part in zip(B_IN, grad_pre, strict=False):

@@ -155,8 +155,7 @@ def refused_side(c: Configuration) -> str | None:
 
 def refused_way(c: Configuration) -> str | None:
     """A way that cannot compute these experts, or not here. Those that compute by themselves are not concerned."""
-    asks = c.bank.kind in ("ffn", "gated", "enclosed", "identity")
-    if c.way in ("auto", "plain") or not asks:
+    if c.way in ("auto", "plain") or c.bank.kind not in ("ffn", "gated", "enclosed", "identity"):
         return None
     known = c.bank.activation in make.KNOWN_ACTIVATIONS
     possible = {

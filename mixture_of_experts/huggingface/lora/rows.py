@@ -55,6 +55,7 @@ class AdaptedProducts:
         self.products = products
         self.gather: Any = products.gather
         self.add_bias: Any = products.add_bias
+        self.activate: Any = products.activate
         self.thin: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
 
     def narrow(self, x: Tensor, weight: LowRank) -> Tensor:

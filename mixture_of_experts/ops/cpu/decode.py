@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixture_of_experts.ops.grouped import product_by_expert
-from mixture_of_experts.ops.network import Call
+from mixture_of_experts.ops.network import Call, Network
 
 OneByOne = Callable[[Tensor, Tensor], Tensor]
 MOST_ROWS = 32  # of a call
@@ -31,41 +32,42 @@ PRODUCTS = {("DEFAULT", torch.float32), ("AVX2", torch.float32)}
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least."""
-    (_, h, o), kind = call.network.w_out.shape, (torch.backends.cpu.get_cpu_capability(), call.x.dtype)
-    by_sums = h * o >= LEAST_NUMEL and kind not in PRODUCTS and has_few_tokens(call)
+    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least.
+
+    Each row of a few tokens may be computed by itself, if all choices are kept.
+    """
+    weights, kind = (*call.network.w_in, call.network.w_out), (torch.backends.cpu.get_cpu_capability(), call.x.dtype)
+    by_sums = (
+        0 < call.x.shape[0] <= MOST_TOKENS
+        and kind not in PRODUCTS
+        and weights[-1].shape[-2:].numel() >= LEAST_NUMEL
+        and all(weight.is_contiguous() for weight in weights)
+        and False not in call.decision.kept.tolist()
+    )
     return row_by_row(call) if by_sums else expert_by_expert(call)
-
-
-def has_few_tokens(call: Call) -> bool:
-    """Whether a call has so few tokens that each row may be computed by itself. All choices must be kept."""
-    few, weights = 0 < call.x.shape[0] <= MOST_TOKENS, (*call.network.w_in, call.network.w_out)
-    return few and all(weight.is_contiguous() for weight in weights) and False not in call.decision.kept.tolist()
 
 
 def row_by_row(call: Call) -> Tensor:
     """Compute a call of few tokens; return `(t, o)`."""
-    (t, _), decision = call.x.shape, call.decision
-    assert decision.k is not None
-    y = rows_of(call, *[Bags.of(decision.expert, w).sums for w in (call.network.w_in[0], call.network.w_out)])
-    y = y * decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32)).unsqueeze(-1)
-    return (y if decision.k == 1 else y.view(t, decision.k, -1).sum(dim=1)).to(call.x.dtype)
-
-
-def rows_of(call: Call, into: OneByOne, out_of: OneByOne) -> Tensor:
-    """The outputs `(t k, o)` of a call's experts, in the order of the choices. `into` the hidden layer and `out_of` it
-    lead products of rows `(r, p)`, each with its own expert's weight of `(e, p, q)`."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     (t, d), k, expert = x.shape, decision.k, decision.expert
-
-    def product(rows: Tensor, w: Tensor, b: Tensor | None, by: OneByOne) -> Tensor:
-        out = by(rows, w)
-        return out if b is None else out.add_(b.index_select(0, expert))
-
     rows = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d)
-    hidden = network.hidden([product(rows, w, b, into) for w, b in zip(network.w_in, network.b_in, strict=True)])
-    return product(hidden, network.w_out, network.b_out, out_of)
+    into, out_of = (Bags.of(expert, weight).sums for weight in (network.w_in[0], network.w_out))
+    y = outputs_of_rows(rows, network, expert, into, out_of)
+    y = y * decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32)).unsqueeze(-1)
+    return (y if k == 1 else y.view(t, k, -1).sum(dim=1)).to(x.dtype)
+
+
+def outputs_of_rows(rows: Tensor, network: Network, expert: Any, into: OneByOne, out_of: OneByOne) -> Tensor:
+    """The outputs `(r, o)` of rows `(r, d)`. `into` the hidden layer and `out_of` it lead products of rows `(r, p)`,
+    each with its own expert's weight of `(e, p, q)`. Biases need the `expert` of each row, `(r,)`."""
+    pre = [into(rows, weight) for weight in network.w_in]
+    for part, bias in zip(pre, network.b_in, strict=True):
+        if bias is not None:
+            part.add_(bias.index_select(0, expert))
+    out = out_of(network.hidden(pre), network.w_out)
+    return out if network.b_out is None else out.add_(network.b_out.index_select(0, expert))
 
 
 class Bags(NamedTuple):
@@ -76,18 +78,16 @@ class Bags(NamedTuple):
 
     Attributes:
         place: `(r parts p,)`, where the rows lie in the list of the rows of all weights.
-        start: `(r parts pieces,)`, where each sum begins in `place`.
-        pieces: how many sums make a product.
+        start: `(r parts,)`, where each sum begins in `place`.
     """
 
     place: Tensor
     start: Tensor
     parts: int
-    pieces: int
 
     @staticmethod
-    def of(expert: Tensor, weight: Tensor, piece: int | None = None) -> Bags:
-        """The bags for rows of these experts `(r,)`, of a `weight` `(e, p, q)`; of at most `piece` of its rows each."""
+    def of(expert: Tensor, weight: Tensor) -> Bags:
+        """The bags for rows of these experts `(r,)`, of a `weight` `(e, p, q)`."""
         (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
         parts = -(-torch.get_num_threads() // r)
         parts = parts if q % parts == 0 else 1
@@ -95,19 +95,13 @@ class Bags(NamedTuple):
         place = place.add(expert if r == 1 else expert.view(r, 1, 1), alpha=p * parts)
         if parts > 1:
             place = place + torch.arange(parts, device=device).unsqueeze(-1)
-        start = torch.arange(0, r * parts * p, p, device=device)
-        if piece is not None and piece < p:
-            start = (start.unsqueeze(-1) + torch.arange(0, p, piece, device=device)).view(-1)
-        return Bags(place.view(-1), start, parts, len(start) // (r * parts))
+        return Bags(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
 
     def sums(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, summed in float32 at least."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
         sums = torch.embedding_bag(rows, self.place, self.start, False, 0, False, scale)[0]
-        if self.pieces > 1:
-            first, *others = sums.view(-1, self.pieces, sums.shape[-1]).unbind(1)
-            sums = sum(others, first)
         return sums if self.parts == 1 else sums.view(len(x), -1)
 
 
@@ -125,13 +119,9 @@ def expert_by_expert(call: Call) -> Tensor:
     if any(bias is not None for bias in (*network.b_in, network.b_out)):
         of_row = torch.tensor([expert[a] for a in order], dtype=torch.int64, device=device)
 
-    def product(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        out = product_by_expert(rows, w, used)
-        return out if b is None or of_row is None else out.add_(b.index_select(0, of_row))
-
+    product = partial(product_by_expert, used=used)
     rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
-    hidden = network.hidden([product(rows, w, b) for w, b in zip(network.w_in, network.b_in, strict=True)])
-    y = product(hidden, network.w_out, network.b_out)
+    y = outputs_of_rows(rows, network, of_row, product, product)
     dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), decision.weight.dtype)
     y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=device).unsqueeze(-1)
     if token is None:

@@ -9,7 +9,7 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,15 +27,15 @@ from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.products import multiply
 
 
-def run(call: Call, on_rows: Any = rows, block: int = 1) -> Tensor:
+def run(call: Call, on_rows: Any = rows, block: int = 1, step: int | None = None) -> Tensor:
     """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions. An
-    expert has a multiple of `block` rows."""
+    expert has a multiple of `block` rows, and an activation gets at most `step` rows at a time."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, block)
-    layout: Any = partial(ChunkProducts, chunks) if chunks else SlotProducts
+    layout: Any = partial(ChunkProducts, chunks, step) if chunks else SlotProducts
     pair = partial(rows.forward, layout, on_rows), partial(rows.backward, layout, on_rows)
     return autograd.differentiable(*pair, x, plan, network)
 
@@ -61,29 +61,19 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int = 
     return plan, chunks_of(batches, most_rows)
 
 
-def sum_of_choices(rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
-    """The weighted sum `(t, o)` of each token's rows, which `row` `(t, k)` finds in rows `(r + 1, o)`, the last of them
-    zeros; summed in float32 at least."""
-    weight = weight.detach().view(row.shape)  # otherwise `embedding_bag` prepares for a backward
-    if rows.dtype != weight.dtype:
-        return sum_rows(rows[:-1], weight, row, row, row.shape[1], len(row))
-    return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")
-
-
 class ChunkProducts(rows.Products):
     """Rows in chunks of batches, with a product for each batch. Totals lie in the rows of all chunks.
 
     Attributes:
+        step: the most rows that an activation gets at a time; None for all.
         tokens: `(r,)`, the token of each row, any token where it is empty.
         empty: `(r,)`, the rows that are empty.
         here, token, padding: of the chunk: its rows, the tokens of these, the empty ones among these.
         chunk, sizes: its batches, and the rows of each.
     """
 
-    sum_of_choices = staticmethod(sum_of_choices)
-
-    def __init__(self, chunks: list[list[Batch]], plan: Plan) -> None:
-        self.plan, self.chunks = plan, chunks
+    def __init__(self, chunks: list[list[Batch]], step: int | None, plan: Plan) -> None:
+        self.plan, self.chunks, self.step = plan, chunks, step
         self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
         self.empty = plan.token == plan.num_tokens
 
@@ -146,3 +136,21 @@ class ChunkProducts(rows.Products):
         assert out is not None
         self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
         return out
+
+    def activate(self, method: Callable[..., None], *tensors: Any) -> None:
+        if self.step is None:
+            method(*tensors)
+            return
+        for start in range(0, len(tensors[0][0]), self.step):
+            some = slice(start, start + self.step)
+            method(*[each[some] if isinstance(each, Tensor) else [part[some] for part in each] for each in tensors])
+
+    def collect(self) -> Tensor:
+        plan = self.plan
+        if plan.k is None:
+            return super().collect()
+        weight = plan.weight.detach().view(plan.num_tokens, plan.k)  # or `embedding_bag` prepares for a backward
+        row = plan.row.view(weight.shape)
+        if self.rows.dtype != weight.dtype:
+            return sum_rows(self.rows[:-1], weight, row, row, plan.k, plan.num_tokens)
+        return F.embedding_bag(row, self.rows, per_sample_weights=weight, mode="sum")
