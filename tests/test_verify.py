@@ -162,3 +162,11 @@ def test_command(capsys: pytest.CaptureFixture):
 @pytest.mark.slow
 def test_compiled():
     assert_holds(a_layer(), "compile")
+
+
+@pytest.mark.slow
+def test_a_block_of_transformers():
+    """All its sequences are one group; its router computes in the dtype of the weights."""
+    blocks = pytest.importorskip("tests.support.transformers_blocks", reason="needs transformers")
+    report = verify(blocks.InModel(blocks.make("MixtralSparseMoeBlock")), dim=blocks.DIM)
+    assert report.failed == ["router_bfloat16", "router_autocast"], str(report)

@@ -142,5 +142,6 @@ def extremes(trial: Trial) -> Gaps:
 @keeps("strided tokens and gradients give the same", steady=True)
 def strides(trial: Trial) -> Gaps:
     x = trial.x()
+    strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # a view without sequences is possible
     for run in (trial.step, trial.forward):
-        yield gap(run(x.mT.contiguous().mT), run(x))
+        yield gap(run(strided), run(x))

@@ -209,9 +209,11 @@ def width_of(trial: Trial) -> int:
 
 
 def chosen_by_gate(module: nn.Module, x: Tensor) -> Tensor:
-    """The experts that compute each token, by the one gate that the package knows in a module."""
+    """`(..., n * e)` bool, the experts that compute each token, by the one gate that the package knows in a module."""
     (routing,) = routing_of(module, x).values()
-    return routing.dispatch_tensor().any(dim=-1)
+    cell = routing.token * routing.num_experts + routing.expert
+    none = torch.zeros_like(routing.probs).flatten(-2)
+    return none.scatter_add(-1, cell, routing.kept.to(none.dtype)) > 0
 
 
 @torch.no_grad()
