@@ -1,6 +1,6 @@
 """Which expert computes which token: a text in which each token has the colour of its expert. A function to import.
 
-It needs Matplotlib. The routing is what `mixture_of_experts.stats.routing_of(model, ids)` has of a gate.
+It needs Matplotlib. The routing is what `mixture_of_experts.stats.routing_of(model, ids)` has of a token-choice gate.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,17 @@ from mixture_of_experts import Routing
 
 
 def draw_text(tokens: Sequence[str], routing: Routing, width: int = 100) -> Figure:
-    """A text in which each token has the colour of the expert that computes it with the largest weight."""
-    weight, expert = (each.view(len(tokens), -1) for each in (routing.weight, routing.expert))
-    largest = expert.gather(1, weight.argmax(dim=1, keepdim=True)).flatten().tolist()
+    """A text in which each token has the colour of the expert that computes it with the largest weight. A token that no
+    expert computes is white."""
+    assert routing.k is not None, "in expert choice tokens have no choices: give the routing of another gate"
+    weight, expert = (each.view(len(tokens), routing.k) for each in (routing.weight, routing.expert))
+    largest, choice = weight.max(dim=1, keepdim=True)
+    computed = zip(largest.flatten().tolist(), expert.gather(1, choice).flatten().tolist(), strict=True)
+    colours = [f"C{number % 10}" if share else "white" for share, number in computed]
     placed, x, y = [], 0, 0
-    for token, number in zip(tokens, largest, strict=True):
+    for token, colour in zip(tokens, colours, strict=True):
         for sign in token:
-            placed.append((x, y, sign, f"C{number % 10}"))
+            placed.append((x, y, sign, colour))
             x, y = (0, y + 1) if sign == "\n" or x + 1 == width else (x + 1, y)
     figure = Figure(figsize=(width / 10, (y + 1) / 5))
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(y + 1, 0))

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
+
+from mixture_of_experts import TopKGating
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import gpt  # noqa: E402
+import routed_text  # noqa: E402
 import train_gpu  # noqa: E402
 import train_table  # noqa: E402
 import train_vision  # noqa: E402
@@ -85,6 +89,18 @@ def imported(path: Path) -> set[str]:
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     return {name.partition(".")[0] for name in names}
+
+
+def test_a_text_in_the_colours_of_its_experts() -> None:
+    """Of two experts with a slot each; the third token finds both taken."""
+    gate = TopKGating(2, 2, capacity_factor_train=1e-3, min_expert_capacity=1, priority="score")
+    torch.nn.init.eye_(gate.w_gating)
+    routing = gate(torch.tensor([[[3.0, 0.0], [0.0, 2.0], [1.0, 0.0]]]))
+    figure = routed_text.draw_text(["a\n", "$b", "\x1b"], routing)
+    places = [(text.get_text(), *text.get_position()) for text in figure.axes[0].texts]
+    assert places == [("a", 0.5, 0.5), ("·", 1.5, 0.5), ("$", 0.5, 1.5), ("b", 1.5, 1.5), ("·", 2.5, 1.5)]
+    colours = [to_hex(patch.get_facecolor()) for patch in figure.axes[0].patches]
+    assert colours == [to_hex(colour) for colour in ("C0", "C0", "C1", "C1", "white")]
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
