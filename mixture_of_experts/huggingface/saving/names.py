@@ -11,8 +11,6 @@ from torch import Tensor
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import Rename, as_saved, merges
 
-MARK = "\0"  # of a name that no renaming of transformers knows
-
 
 def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
     """What is done with names and weights while a model is loaded, so that weights of its layers keep their names.
@@ -33,13 +31,9 @@ def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
             )
     # of three axes, as what saves them may join weights along any
     numbers = in_files(model, {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)})
-    marks = {file: f"{MARK}{number.item()}" for file, number in numbers.items()}
-
-    def put_back(name: str) -> str:
-        _, mark, number = name.partition(MARK)
-        return weights[int(number)] if mark else name
-
-    return [Rename(lambda name: marks.get(name, name)), *conversions, Rename(put_back)]
+    marks = {file: f"\0{number.item()}" for file, number in numbers.items()}  # which no renaming knows
+    names = {f"\0{number}": name for number, name in enumerate(weights)}
+    return [Rename(lambda name: marks.get(name, name)), *conversions, Rename(lambda name: names.get(name, name))]
 
 
 def in_files(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -43,8 +44,9 @@ def put_experts(
         raise ValueError(f"{type(model).__name__} has no place for any of {[entry['layers'] for entry in layers]}")
     if blocks := {place: entry for place, entry in entries.items() if "block" in entry}:
         put_layers(model, blocks)
-    if networks := {place: entry for place, entry in entries.items() if "block" not in entry}:
-        put_replaced(model, networks, gate, adapters)
+    if networks := [place for place, entry in entries.items() if "block" not in entry]:
+        own = None if gate is None else gates_of_layers(gate, 1, model)
+        swap(model, find(model, networks, adapters), partial(build_layer, entries, own))
     for place, entry in entries.items():
         layer: Any = model.get_submodule(place)
         for path, form in entry.get("forms", {}).items():
@@ -56,22 +58,12 @@ def put_experts(
     plan_experts(model)
 
 
-def put_replaced(
-    model: nn.Module,
-    entries: Mapping[str, dict[str, Any]],
-    gate: GateFactory | None,
-    adapters: Mapping[str, Adapter] | None,
-) -> None:
-    """Put layers in the places of dense networks."""
-    own = None if gate is None else gates_of_layers(gate, 1, model)
-
-    def build(place: NetworkSite, dense: Dense) -> MoE:
-        entry = entries[place.target]
-        coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
-        make_gate = own or (lambda *sizes: build_gate(entry["gate"]))
-        return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
-
-    swap(model, find(model, entries, adapters), build)
+def build_layer(entries: Mapping[str, Any], gate: GateFactory | None, place: NetworkSite, dense: Dense) -> MoE:
+    """The layer for the place of a dense network, as its entry describes it."""
+    entry = entries[place.target]
+    coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
+    make_gate = gate or (lambda *sizes: build_gate(entry["gate"]))
+    return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
 
 
 def finish_loading(model: Any) -> None:
