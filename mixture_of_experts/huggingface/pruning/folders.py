@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
+from torch import Tensor
 
-from mixture_of_experts.huggingface.private_transformers import as_saved
+from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
 from mixture_of_experts.huggingface.pruning.prune import Chosen, prunable, prune_sites
-from mixture_of_experts.huggingface.saving.folders import finish, finished, read_experts, readable
+from mixture_of_experts.huggingface.saving.folders import read_experts, readable, rewrite
 
 
 def prune_folder(
@@ -34,23 +34,25 @@ def prune_folder(
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target, max_shard_size) as writer:
-        model = read_experts(source, "prune")
-        sites, state = prunable(model, list(by) if isinstance(by, Mapping) else None), model.state_dict()
-        names = {module: name for name, module in model.named_modules()}
-        axes = {
-            f"{names[module]}.{name}": (site.name, axis)
-            for site in sites
-            for module, name, axis in PrunableLayer(site).tensors()
-        }
-        kept = prune_sites(model.to("meta"), sites, keep, by)
-        for name in tqdm(state.keys() - set(model.all_tied_weights_keys), desc="weights", unit="weight"):
-            gate, axis = axes.get(name, (None, 0))
-            value = state[name] if gate is None else state[name].index_select(axis, torch.tensor(kept[gate]))
-            for stored, saved in as_saved(model, {name: value}).items():
-                writer.add(stored, saved)
-        finish(model, writer, source)
-        return kept
+    model = read_experts(source, "prune")
+    sites, state = prunable(model, list(by) if isinstance(by, Mapping) else None), model.state_dict()
+    names = {module: name for name, module in model.named_modules()}
+    axes = {
+        f"{names[module]}.{name}": (site.name, axis)
+        for site in sites
+        for module, name, axis in PrunableLayer(site).tensors()
+    }
+    kept = prune_sites(model.to("meta"), sites, keep, by)
+
+    def pruned(name: str) -> Tensor:
+        gate, axis = axes.get(name, (None, 0))
+        return state[name] if gate is None else state[name].index_select(axis, torch.tensor(kept[gate]))
+
+    def change(path: str) -> dict[str, Tensor]:
+        return {name: pruned(name) for name in state if name.startswith(f"{path}.")}
+
+    rewrite(model, state, layers_by_path(model), change, source, target, max_shard_size)
+    return kept
 
 
 def read_choice(path: Path) -> dict[str, Any]:
