@@ -19,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from mixture_of_experts.huggingface.blocks.convert import to_layer
-from mixture_of_experts.huggingface.blocks.sparse import from_transformers
+from mixture_of_experts.huggingface.blocks.sparse import find_blocks, put_layers
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
@@ -103,40 +102,29 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
     method = quantization_of(config).get("quant_method", NAME)
     if method != NAME:
         raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
-    stock = weights = None
-    if layers_with_experts(config):
-        model = read_model(source, config)
-        state = model.state_dict()
+    stock = not layers_with_experts(config)
+    if stock:
+        model, weights = empty_model(config), read_weights(source)
+        paths = find_blocks(model)
+        blocks, state = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
+        load(model, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
     else:
-        stock, model, weights = empty_model(config), from_transformers(empty_model(config)), read_weights(source)
-        blocks = tuple(f"{path}." for path in layers_by_path(model))
-        state = stock.state_dict(keep_vars=True)
-        load(stock, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
-        state = stock.state_dict()
-    layers = layers_by_path(model)
+        model, weights = read_model(source, config), {}
+        paths = list(layers_by_path(model))
+    state = model.state_dict()
 
     def change(path: str) -> dict[str, Tensor]:
-        layer = layers[path]
-        if stock is not None:
-            fill_by_block(layer, path, stock, weights)
+        if stock:
+            load(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
+            put_layers(model, {path: {"balance_over": "batch"}})
+        layer = model.get_submodule(path)
         quantize_experts(layer.requires_grad_(False), **settings)
         for module in layer.modules():
             if isinstance(module, QuantizedExperts):
                 module.rearrange(PLAIN)
         return layer.state_dict(prefix=f"{path}.")
 
-    rewrite(model, state, layers, change, source, target, max_shard_size)
-
-
-def fill_by_block(layer: Any, path: str, stock: Any, weights: Any) -> None:
-    """Fill a layer from the files of the block that it stands for."""
-    block = stock.get_submodule(path)
-    load(stock, block.state_dict(prefix=f"{path}.", keep_vars=True), weights)
-    layer.moe.load_state_dict(to_layer(block, "batch").state_dict(), assign=True)
-    block.to("meta")
-    for name, rest in layer.named_buffers():
-        if rest.is_meta:  # of `Replaced`
-            layer.get_submodule(name.rpartition(".")[0]).weight = torch.zeros_like(rest, device="cpu")
+    rewrite(model, state, paths, change, source, target, max_shard_size)
 
 
 def load(stock: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
