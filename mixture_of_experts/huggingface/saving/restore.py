@@ -10,7 +10,7 @@ from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
-from mixture_of_experts.huggingface.feed_forward import layers_by_path
+from mixture_of_experts.huggingface.feed_forward import Replaced, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import was_loaded
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
 from mixture_of_experts.huggingface.replacement.replace import find, gates_of_layers, make_moe, set_attribute, swap
@@ -72,8 +72,8 @@ def finish_loading(model: Any) -> None:
     have other tokens."""
     model.name_or_path = model.config.name_or_path
     for path, layer in layers_by_path(model).items():
-        state = layer.state_dict(keep_vars=True)
-        lacks = [f"{path}.{name}" for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
+        state = layer.moe.state_dict(prefix=f"{path}.moe.", keep_vars=True)
+        lacks = [name for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
         if lacks:
             raise ValueError(
                 f"the checkpoint has no {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}: load a dense "
@@ -82,6 +82,9 @@ def finish_loading(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedExperts):
             module.rearrange()
+        if isinstance(module, Replaced):
+            for weight in module.buffers(recurse=False):
+                weight.zero_()  # it may be memory as it was found
     share_batch(model)
 
 
