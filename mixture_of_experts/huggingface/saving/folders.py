@@ -99,9 +99,6 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
         FileExistsError: the target exists.
     """
     config = read_config(source)
-    method = quantization_of(config).get("quant_method", NAME)
-    if method != NAME:
-        raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
     stock = not layers_with_experts(config)
     if stock:
         model, weights = empty_model(config), read_weights(source)
@@ -203,10 +200,14 @@ def lacks(name: str) -> ValueError:
 
 
 def read_config(source: Path) -> Any:
-    """The configuration of a folder; no name on the hub is looked up."""
+    """The configuration of a folder whose model is not quantised otherwise; no name on the hub is looked up."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
-    return AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    method = quantization_of(config).get("quant_method", NAME)
+    if method != NAME:
+        raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
+    return config
 
 
 def empty_model(config: Any) -> Any:
