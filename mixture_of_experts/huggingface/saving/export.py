@@ -77,7 +77,9 @@ class Export(NamedTuple):
         """The weights of the block that computes what a layer does, by their names in the exported model."""
         block, like = self.stock.get_submodule(path), as_block(self.layers[path].moe, self.target.shared)
         to_block(like, in_memory(block, like))
-        return block.state_dict(prefix=f"{path}.")
+        state = block.state_dict(prefix=f"{path}.")
+        block.to("meta")
+        return state
 
 
 def export(model: nn.Module) -> Any:

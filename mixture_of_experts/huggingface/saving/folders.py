@@ -6,7 +6,6 @@ A folder is written under another name beside its target, and renamed when it is
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -20,8 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from mixture_of_experts.huggingface.blocks.convert import to_layer
-from mixture_of_experts.huggingface.blocks.sparse import from_transformers
+from mixture_of_experts.huggingface.blocks.sparse import find_blocks, put_layers
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
@@ -36,16 +34,13 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
-def upcycle_folder(
-    source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, dtype: torch.dtype | None = None, **settings: Any
-) -> None:
+def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
     """Upcycle a saved dense model; write the folder that `save_pretrained` would write.
 
     Args:
         source: a folder with `config.json` and safetensors.
         target: a new folder.
         max_shard_size: most bytes of a file of weights.
-        dtype: of the weights that are written; by default they keep theirs.
         settings: arguments of `upcycle`, without `models`.
 
     Raises:
@@ -53,22 +48,17 @@ def upcycle_folder(
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target, max_shard_size) as writer:
-        config = read_config(source)
-        if layers_with_experts(config):
-            raise ValueError(f"{source} has experts already")
-        model = read_model(source, config)
-        state, model.config.dtype = model.state_dict(), dtype or model.config.dtype
-        places = find(model, settings.pop("layers", None), settings.get("adapters"))
-        around = {place.target: place.name for place in places}
+    config = read_config(source)
+    if layers_with_experts(config):
+        raise ValueError(f"{source} has experts already")
+    model = read_model(source, config)
+    state, places = model.state_dict(), find(model, settings.pop("layers", None), settings.get("adapters"))
 
-        def change(path: str) -> dict[str, Tensor]:
-            upcycle(model, layers=[path], **settings)
-            changed = model.get_submodule(path).to(dtype=dtype).state_dict(prefix=f"{path}.")
-            model.get_submodule(around[path]).to("meta")
-            return changed
+    def change(path: str) -> dict[str, Tensor]:
+        upcycle(model, layers=[path], **settings)
+        return model.get_submodule(path).state_dict(prefix=f"{path}.")
 
-        rewrite(model, state, around, change, writer, source, dtype)
+    rewrite(model, state, [place.target for place in places], change, source, target, max_shard_size)
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
@@ -84,17 +74,9 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target, max_shard_size) as writer:
-        model = read_experts(source, "export")
-        plan, state = plan_export(model), model.state_dict()
-
-        def change(path: str) -> dict[str, Tensor]:
-            changed = plan.block(path)
-            for module in (plan.layers[path], plan.stock.get_submodule(path)):
-                module.to("meta")
-            return changed
-
-        rewrite(plan.stock, state, plan.layers, change, writer, source)
+    model = read_experts(source, "export")
+    plan = plan_export(model)
+    rewrite(plan.stock, model.state_dict(), plan.layers, plan.block, source, target, max_shard_size)
 
 
 def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, **settings: Any) -> None:
@@ -116,47 +98,30 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    with finished(target, max_shard_size) as writer:
-        config = read_config(source)
-        method = quantization_of(config).get("quant_method", NAME)
-        if method != NAME:
-            raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
-        stock = weights = None
-        if layers_with_experts(config):
-            model = read_model(source, config)
-            state = model.state_dict()
-        else:
-            stock, model, weights = empty_model(config), from_transformers(empty_model(config)), read_weights(source)
-            blocks = tuple(f"{path}." for path in layers_by_path(model))
-            state = stock.state_dict(keep_vars=True)
-            load(stock, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
-            state = stock.state_dict()
-        layers = layers_by_path(model)
+    config = read_config(source)
+    stock = not layers_with_experts(config)
+    if stock:
+        model, weights = empty_model(config), read_weights(source)
+        paths = find_blocks(model)
+        blocks, state = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
+        load(model, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
+    else:
+        model, weights = read_model(source, config), {}
+        paths = list(layers_by_path(model))
+    state = model.state_dict()
 
-        def change(path: str) -> dict[str, Tensor]:
-            layer = layers[path]
-            if stock is not None:
-                fill_by_block(layer, path, stock, weights)
-            quantize_experts(layer.requires_grad_(False), **settings)
-            for module in layer.modules():
-                if isinstance(module, QuantizedExperts):
-                    module.rearrange(PLAIN)
-            changed = layer.state_dict(prefix=f"{path}.")
-            layer.to("meta")
-            return changed
+    def change(path: str) -> dict[str, Tensor]:
+        if stock:
+            load(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
+            put_layers(model, {path: {"balance_over": "batch"}})
+        layer = model.get_submodule(path)
+        quantize_experts(layer.requires_grad_(False), **settings)
+        for module in layer.modules():
+            if isinstance(module, QuantizedExperts):
+                module.rearrange(PLAIN)
+        return layer.state_dict(prefix=f"{path}.")
 
-        rewrite(model, state, layers, change, writer, source)
-
-
-def fill_by_block(layer: Any, path: str, stock: Any, weights: Any) -> None:
-    """Fill a layer from the files of the block that it stands for."""
-    block = stock.get_submodule(path)
-    load(stock, block.state_dict(prefix=f"{path}.", keep_vars=True), weights)
-    layer.moe.load_state_dict(to_layer(block, "batch").state_dict(), assign=True)
-    block.to("meta")
-    for name, rest in layer.named_buffers():
-        if rest.is_meta:  # of `Replaced`
-            layer.get_submodule(name.rpartition(".")[0]).weight = torch.zeros_like(rest, device="cpu")
+    rewrite(model, state, paths, change, source, target, max_shard_size)
 
 
 def load(stock: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
@@ -177,21 +142,37 @@ def rewrite(
     state: Mapping[str, Tensor],
     paths: Collection[str],
     change: Callable[[str], dict[str, Tensor]],
-    writer: Shards,
     source: Path,
-    dtype: torch.dtype | None = None,
+    target: Path,
+    max_shard_size: int,
 ) -> None:
-    """Write a folder: the layers at some paths as `change` returns them; all other weights of the changed model as they
-    are in `state`, or in `dtype`."""
-    for path in tqdm(paths, desc="layers", unit="layer"):
-        for name, value in as_saved(model, change(path)).items():
-            writer.add(name, value)
-    changed = tuple(f"{path}." for path in paths)
-    kept = {name for name in model.state_dict() if not name.startswith(changed)} - set(model.all_tied_weights_keys)
-    others = as_saved(model, {name: state[name] for name in state if name in kept})
-    for name, value in tqdm(others.items(), desc="others", unit="weight"):
-        writer.add(name, value.to(dtype) if value.is_floating_point() else value)
-    finish(model, writer, source)
+    """Write a folder beside the target, which is renamed to it at the end; after an error it is removed.
+
+    It has the layers at some paths as `change` returns them; all other weights of the changed model as they are in
+    `state`; and copies of the source's other files: tokenizer and so on. A killed process leaves
+    `.NAME.xxxx.unfinished`, without a `config.json`.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists: give another name, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
+    with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as name:
+        folder, changed = Path(name), tuple(f"{path}." for path in paths)
+        shards = Shards(folder, max_shard_size)
+        for path in tqdm(paths, desc="layers", unit="layer"):
+            shards.add(as_saved(model, change(path)))
+            model.get_submodule(path).to("meta")
+        kept = [name for name in model.state_dict() if not name.startswith(changed)]
+        tied = model.all_tied_weights_keys
+        shards.add(as_saved(model, {name: state[name] for name in kept if name not in tied}))
+        shards.close()
+        for file in source.iterdir():
+            if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
+                shutil.copy2(file, folder / file.name)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        folder.chmod(0o755)  # it is made for its owner alone
+        folder.rename(target)
 
 
 def read_experts(source: Path, verb: str) -> Any:
@@ -218,27 +199,15 @@ def lacks(name: str) -> ValueError:
     return ValueError(f"the files have no {name}: load the model by transformers and save it, which renames weights")
 
 
-@contextmanager
-def finished(target: Path, max_shard_size: int) -> Iterator[Shards]:
-    """Writes a new folder beside the target, which is renamed to it at the end; after an error it is removed.
-
-    A killed process leaves `.NAME.xxxx.unfinished`, without a `config.json`.
-    """
-    if target.exists():
-        raise FileExistsError(f"{target} exists: give another name, or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
-    with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as folder:
-        yield Shards(Path(folder), max_shard_size)
-        os.chmod(folder, 0o755)  # it is made for its owner alone
-        os.rename(folder, target)
-
-
 def read_config(source: Path) -> Any:
-    """The configuration of a folder; no name on the hub is looked up."""
+    """The configuration of a folder whose model is not quantised otherwise; no name on the hub is looked up."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
-    return AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    method = quantization_of(config).get("quant_method", NAME)
+    if method != NAME:
+        raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
+    return config
 
 
 def empty_model(config: Any) -> Any:
@@ -246,16 +215,6 @@ def empty_model(config: Any) -> Any:
     with torch.device("meta"):
         model: Any = saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
-
-
-def finish(model: Any, writer: Shards, source: Path) -> None:
-    """Write the model's configuration, and copies of the other files: tokenizer and so on."""
-    writer.write()
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
-            shutil.copy2(file, writer.folder / file.name)
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(writer.folder)
 
 
 @contextmanager
@@ -288,23 +247,33 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 class Shards:
-    """Writes files of weights, each as soon as it is full, and their index."""
+    """Writes files of weights, each as soon as it is full."""
 
     def __init__(self, folder: Path, max_size: int) -> None:
         self.folder, self.max_size = folder, max_size
         self.waiting: dict[str, Tensor] = {}
-        self.files: dict[str, str] = {}  # by names of weights
+        self.files: list[list[str]] = []  # the names of their weights
 
-    def add(self, name: str, value: Tensor) -> None:
-        waits = sum(waiting.nbytes for waiting in self.waiting.values())
-        if self.waiting and waits + value.nbytes > self.max_size:
-            self.write()
-        self.waiting[name] = value.detach().contiguous()
+    def add(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in weights.items():
+            waits = sum(waiting.nbytes for waiting in self.waiting.values())
+            if self.waiting and waits + value.nbytes > self.max_size:
+                self.write()
+            self.waiting[name] = value.detach().contiguous()
 
     def write(self) -> None:
-        file = f"model-{len({*self.files.values()}) + 1:05d}.safetensors"
-        save_file(self.waiting, self.folder / file, metadata={"format": "pt"})
-        self.files |= dict.fromkeys(self.waiting, file)
+        save_file(self.waiting, self.folder / f"part-{len(self.files)}.safetensors", metadata={"format": "pt"})
+        self.files.append(list(self.waiting))
         self.waiting = {}
-        index = {"metadata": {}, "weight_map": self.files}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def close(self) -> None:
+        """Write the last file, and name all files by their number."""
+        self.write()
+        n, weight_map = len(self.files), {}
+        for i, names in enumerate(self.files):
+            file = f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
+            (self.folder / f"part-{i}.safetensors").rename(self.folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        if n > 1:
+            index = {"metadata": {}, "weight_map": weight_map}
+            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -6,6 +6,7 @@ layers when it is asked for, so that it tells of settings that were changed sinc
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -70,15 +71,10 @@ class LayerRecord:
 
 def entries_of(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
     """The description of layers by their paths; those of equal settings share an entry."""
-    entries: list[dict[str, Any]] = []
+    names: dict[str, list[str]] = {}
     for name, record in records.items():
-        settings = record.read()
-        same = next((entry for entry in entries if entry == {**settings, "layers": entry["layers"]}), None)
-        if same is None:
-            entries.append({"layers": [name], **settings})
-        else:
-            same["layers"].append(name)
-    return entries
+        names.setdefault(json.dumps(record.read(), sort_keys=True), []).append(name)
+    return [{"layers": alike, **json.loads(settings)} for settings, alike in names.items()]
 
 
 def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
-from mixture_of_experts.huggingface.private_transformers import Rename, as_saved, merges
-
-MARK = "\0"  # of a name that no renaming of transformers knows
+from mixture_of_experts.huggingface.private_transformers import Rename, as_saved
 
 
 def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
@@ -19,27 +17,14 @@ def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
 
     Renamings there and back need not undo each other for weights of ours: `.gate.` may become `.mlp.gate.`, whatever
     stands before it. So the first renaming puts a mark in the place of each name, and the last one puts the name back.
-
-    Raises:
-        ValueError: a weight of a layer is loaded as a part of another weight of the model.
     """
     layers = tuple(f"{name}." for name in layers_by_path(model))
     weights = [name for name in model.state_dict() if name.startswith(layers)]
-    for name in weights:
-        if any(merges(conversion, name) for conversion in conversions):
-            raise ValueError(
-                f"transformers merges {name}, a weight of a layer with experts, with other weights of a "
-                f"{type(model).__name__}: load the stock model, and change it after that"
-            )
     # of three axes, as what saves them may join weights along any
     numbers = in_files(model, {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)})
-    marks = {file: f"{MARK}{number.item()}" for file, number in numbers.items()}
-
-    def put_back(name: str) -> str:
-        _, mark, number = name.partition(MARK)
-        return weights[int(number)] if mark else name
-
-    return [Rename(lambda name: marks.get(name, name)), *conversions, Rename(put_back)]
+    marks = {file: f"\0{number.item()}" for file, number in numbers.items()}  # which no renaming knows
+    names = {f"\0{number}": name for number, name in enumerate(weights)}
+    return [Rename(lambda name: marks.get(name, name)), *conversions, Rename(lambda name: names.get(name, name))]
 
 
 def in_files(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
-from mixture_of_experts.huggingface.feed_forward import layers_by_path
+from mixture_of_experts.huggingface.feed_forward import Replaced, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import was_loaded
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
 from mixture_of_experts.huggingface.replacement.replace import find, gates_of_layers, make_moe, set_attribute, swap
@@ -43,8 +44,9 @@ def put_experts(
         raise ValueError(f"{type(model).__name__} has no place for any of {[entry['layers'] for entry in layers]}")
     if blocks := {place: entry for place, entry in entries.items() if "block" in entry}:
         put_layers(model, blocks)
-    if networks := {place: entry for place, entry in entries.items() if "block" not in entry}:
-        put_replaced(model, networks, gate, adapters)
+    if networks := [place for place, entry in entries.items() if "block" not in entry]:
+        own = None if gate is None else gates_of_layers(gate, 1, model)
+        swap(model, find(model, networks, adapters), partial(build_layer, entries, own))
     for place, entry in entries.items():
         layer: Any = model.get_submodule(place)
         for path, form in entry.get("forms", {}).items():
@@ -56,22 +58,12 @@ def put_experts(
     plan_experts(model)
 
 
-def put_replaced(
-    model: nn.Module,
-    entries: Mapping[str, dict[str, Any]],
-    gate: GateFactory | None,
-    adapters: Mapping[str, Adapter] | None,
-) -> None:
-    """Put layers in the places of dense networks."""
-    own = None if gate is None else gates_of_layers(gate, 1, model)
-
-    def build(place: NetworkSite, dense: Dense) -> MoE:
-        entry = entries[place.target]
-        coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
-        make_gate = own or (lambda *sizes: build_gate(entry["gate"]))
-        return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
-
-    swap(model, find(model, entries, adapters), build)
+def build_layer(entries: Mapping[str, Any], gate: GateFactory | None, place: NetworkSite, dense: Dense) -> MoE:
+    """The layer for the place of a dense network, as its entry describes it."""
+    entry = entries[place.target]
+    coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
+    make_gate = gate or (lambda *sizes: build_gate(entry["gate"]))
+    return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
 
 
 def finish_loading(model: Any) -> None:
@@ -80,8 +72,8 @@ def finish_loading(model: Any) -> None:
     have other tokens."""
     model.name_or_path = model.config.name_or_path
     for path, layer in layers_by_path(model).items():
-        state = layer.state_dict(keep_vars=True)
-        lacks = [f"{path}.{name}" for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
+        state = layer.moe.state_dict(prefix=f"{path}.moe.", keep_vars=True)
+        lacks = [name for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
         if lacks:
             raise ValueError(
                 f"the checkpoint has no {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}: load a dense "
@@ -90,6 +82,9 @@ def finish_loading(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, QuantizedExperts):
             module.rearrange()
+        if isinstance(module, Replaced):
+            for weight in module.buffers(recurse=False):
+                weight.zero_()  # it may be memory as it was found
     share_batch(model)
 
 
