@@ -395,7 +395,8 @@ NO_REQUESTS = [
     ([REQUEST, None], r"request 1 must be an array \(tokens, layers, k\), got a NoneType"),
     ([REQUEST, {"routed_experts": REQUEST}], "request 1 must be an array .* a dict"),
     ([REQUEST, [[[0, 1], [1]]]], "request 1 must be an array .* a list"),
-    ([[(1, 2)]], r"request 0 must be an array .* a list: it has shape \(1, 2\)"),
+    ([[1, 2]], "request 0 must be an array .* a list: .* out of range"),
+    ([[(1, 2)]], r"experts\['0'\] must be a list of tensors of integers \(tokens, k\), .* got tensor\(\[1\]\)"),
     *(([torch.ones(1, 1, 2).to(dtype)], r"experts\['0'\] must be a list .* of integers") for dtype in NO_INTEGERS),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from statistics import fmean
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -16,8 +17,8 @@ from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_ex
 class RoutingCallback(TrainerCallback):
     """Adds to a Trainer's logs what the routers did in the last optimizer step, over all its micro-batches.
 
-    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers whose gate ran in the
-    last step in which one did; the others count in nothing. `routing/dropped` is the share of dropped choices.
+    `routing/balance` (1 is balanced), `routing/entropy` (in nats) and `routing/dropped` (the share of dropped choices)
+    are means over the layers whose gate ran in the last step in which one did; the others count in nothing.
     `routing/max_load` is the largest load of an expert in any layer (1 is balanced), `routing/dead_experts` their
     number in all layers. It works for models with `MoE` layers, and for the MoE models of `transformers`.
 
@@ -80,12 +81,10 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
 
 def mean_scalars(records: list[Record]) -> dict[str, float]:
     """The numbers of all layers together."""
-    requested = [int(record.requested.sum()) for record in records]
-    dropped = sum(record.dropped * number for record, number in zip(records, requested, strict=True))
     return {
-        "routing/balance": sum(record.losses.get("balance", 0.0) for record in records) / len(records),
-        "routing/entropy": sum(record.entropy for record in records) / len(records),
-        "routing/dropped": dropped / max(sum(requested), 1),
+        "routing/balance": fmean(record.losses.get("balance", 0.0) for record in records),
+        "routing/entropy": fmean(record.entropy for record in records),
+        "routing/dropped": fmean(record.dropped for record in records),
         "routing/max_load": max(float(record.relative_load.max()) for record in records),
         "routing/dead_experts": float(sum(len(record.dead) for record in records)),
     }

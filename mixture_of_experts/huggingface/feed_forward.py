@@ -110,14 +110,13 @@ class MoEFeedForward(Replaced):
 
     def forward(self, x: Tensor, **given: Tensor | None) -> Any:
         call = call_stack.current(self) or ModelCall()
-        mask, shape = self._mask(call, x), call.tokens.shape
-        tokens = x
+        tokens, shape = x, call.tokens.shape
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
             tokens = x.view(*shape, x.shape[-1])  # the router must see sequences, also if the model flattens them
-        side = self._side(call, tokens)
-        if mask is not None or tokens is not x or side:
+        told = self._padding(call, x) | self._ids(call, tokens)
+        if told or tokens is not x:
             self._refuse_forgetting(call)
-        out, aux_loss, *state = self.moe(tokens, **self._told(mask), **side, **given)
+        out, aux_loss, *state = self.moe(tokens, **told, **given)
         if not call.again:
             self._give(call, out, aux_loss)
         out = out.view(x.shape)
@@ -136,17 +135,7 @@ class MoEFeedForward(Replaced):
             out.register_hook(lambda _: reached.add("outputs"))
             aux_loss.register_hook(lambda _: reached.add("losses"))
 
-    def _told(self, mask: Tensor | None) -> dict[str, Tensor | None]:
-        """The mask, by the argument that tells the layer what to do with padding.
-
-        Dense networks compute padding, and models read it: a loss predicts the first token after padding on the left.
-        So dropless gates compute it too, and count it nowhere.
-        """
-        dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        computes = mask is not None and dropless and COUNTED in reads_of(self.moe.gate)
-        return {COUNTED if computes else "mask": mask}
-
-    def _side(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
+    def _ids(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
         """The ids of tokens `(b, n, d)` as side input, if the gate reads them; else {}."""
         if "token_ids" not in reads_of(self.moe.gate):
             return {}
@@ -169,22 +158,25 @@ class MoEFeedForward(Replaced):
                 "padding mask: checkpoint by model.activation_checkpointing_enable()"
             )
 
-    def _mask(self, call: ModelCall, x: Tensor) -> Tensor | None:
-        """The mask `(b, n)` for tokens `(b, n, d)` or `(b n, d)`; None if all are real."""
-        if not self.masked:
-            return None
+    def _padding(self, call: ModelCall, x: Tensor) -> dict[str, Tensor]:
+        """The mask `(b, n)` of tokens `(b, n, d)` or `(b n, d)`, by the argument that tells the layer what to do with
+        padding; {} if all are real.
+
+        Dense networks compute padding, and models read it: a loss predicts the first token after padding on the left.
+        So dropless gates compute it too, and count it nowhere.
+        """
         mask, unknown = call.tokens.mask, call.tokens.unknown
-        dropless = not self.training and getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        if unknown is not None and not dropless:  # dropless in eval, padding has no effect on other tokens
+        dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
+        if self.masked and unknown is not None and (self.training or not dropless):  # else it has no effect on others
             raise ValueError(f"the router cannot know which tokens are padding: {unknown}")
-        if mask is None:
-            return None
+        if mask is None or not self.masked:
+            return {}
         if mask.numel() * x.shape[-1] != x.numel() or (x.ndim == 3 and mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"an attention mask for {tuple(mask.shape)} tokens does not fit {tuple(x.shape[:-1])} tokens of a "
                 "feed-forward network: call it once, on all tokens of the forward"
             )
-        return mask
+        return {COUNTED if dropless and COUNTED in reads_of(self.moe.gate) else "mask": mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -44,15 +44,18 @@ class ReplayRouting:
 
     #: whether weights are recorded and replayed beside choices; set it in your class
     replay_weights: bool = False
+    model: Any
+    ref_model: Any = None
+    rollout_func: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        after = cls.__mro__[cls.__mro__.index(ReplayRouting) + 1 :]
-        trainers = [kind for kind in cls.__mro__ if not issubclass(kind, ReplayRouting) and METHODS[0] in vars(kind)]
-        if trainers and not any(kind in after for kind in trainers):
+        others = [kind for kind in cls.__mro__ if kind is ReplayRouting or not issubclass(kind, ReplayRouting)]
+        *before, last = [kind for kind in others if METHODS[0] in vars(kind)]
+        if before and last is ReplayRouting:
             raise TypeError(
-                f"{cls.__name__} has ReplayRouting after {trainers[0].__name__}, which would not call it: write class "
-                f"{cls.__name__}(ReplayRouting, {trainers[0].__name__})"
+                f"{cls.__name__} has ReplayRouting after {before[0].__name__}, which would not call it: write class "
+                f"{cls.__name__}(ReplayRouting, {before[0].__name__})"
             )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -62,8 +65,7 @@ class ReplayRouting:
                 f"{type(self).__name__} has no {missing[0]} after ReplayRouting: write class "
                 "Trainer(ReplayRouting, GRPOTrainer), with a TRL that has this method, as 1.16 has"
             )
-        rollout: Any = getattr(self, "rollout_func", None)
-        replaced_by = ("tools",) if rollout else ("tools", *ENGINES)
+        replaced_by = ("tools",) if self.rollout_func else ("tools", *ENGINES)
         if other := [name for name in replaced_by if getattr(self, name, None)]:
             raise ValueError(
                 f"ReplayRouting records the trainer's own generation, which {other[0]} replaces, and TRL does not hand "
@@ -71,11 +73,12 @@ class ReplayRouting:
                 'its choices as "routed_experts" beside the ids'
             )
         self._rows: list[Row] = []  # of the sequences whose log-probabilities come next
-        self._until_backward: ExitStack | None = None  # the replay of a forward whose backward has not ended
+        self._until_backward = ExitStack()  # what lasts until a backward has ended
+        self._replays_forward = False  # whether it has the replay of a forward
         with self._recorded():
             pass  # raises if it cannot record
-        if rollout:
-            self.rollout_func: Any = partial(self._roll_out, rollout)
+        if self.rollout_func:
+            self.rollout_func = partial(self._roll_out, self.rollout_func)
 
     @property
     def _trainer(self) -> Any:
@@ -83,8 +86,7 @@ class ReplayRouting:
         return super()
 
     def _recorded(self) -> Any:
-        model: Any = getattr(self, "model")  # noqa: B009  # the trainer's
-        return record_routing(model, weights=self.replay_weights)
+        return record_routing(self.model, weights=self.replay_weights)
 
     def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
         with self._recorded() as records:
@@ -121,7 +123,7 @@ class ReplayRouting:
                 "replay_weights is True, but routed_experts has choices alone: give RoutingRecords.from_requests(..., "
                 "weights=...), or set it to False"
             )
-        records = records if self.replay_weights else choices_alone(records)
+        records = records if self.replay_weights else RoutingRecords(records)
         self._rows = [(records, number) for number in range(len(numbers))]
         return output
 
@@ -142,26 +144,24 @@ class ReplayRouting:
         batch_size: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if model is getattr(self, "ref_model", None):
-            return self._trainer._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
-            )
+        logps_of = self._trainer._get_per_token_logps_and_entropies
+        if model is self.ref_model:
+            return logps_of(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
         if images := [name for name, value in kwargs.items() if isinstance(value, (Tensor, list))]:
             raise ValueError(f"ReplayRouting takes prompts of text alone, got {', '.join(images)}")
         size, found = batch_size or len(input_ids), []
         if torch.is_grad_enabled():
             self._refuse_second(len(input_ids), size)
-        of_reference = is_reference(model)
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
-            records = records_of(self._rows[part], attention_mask[part])
-            records = choices_alone(records) if of_reference else records
-            with ExitStack() as replay:
+            ids, mask, numbers = input_ids[part], attention_mask[part], [number for _, number in self._rows[part]]
+            # a generation goes on after the end of a sequence, until the longest one ends
+            records = self._rows[0][0].select(numbers, mask.sum(dim=-1).tolist())
+            records = RoutingRecords(records) if is_reference(model) else records
+            with ExitStack() as forward:  # a backward may run the model again
+                replay = self._until_backward if torch.is_grad_enabled() else forward
                 replay.enter_context(replay_routing(model, records, beyond="choose"))
-                arguments = (model, input_ids[part], attention_mask[part], logits_to_keep)
-                found.append(self._trainer._get_per_token_logps_and_entropies(*arguments, **kwargs))
-                if torch.is_grad_enabled():  # the backward may run the model again
-                    self._until_backward = replay.pop_all()
+                found.append(logps_of(model, ids, mask, logits_to_keep, **kwargs))
         logps, entropies, losses = zip(*found, strict=True)
         return (
             torch.cat(logps),
@@ -176,39 +176,24 @@ class ReplayRouting:
                 f"log-probabilities of {number} sequences with gradients are computed in chunks of {size}, but "
                 "ReplayRouting replays one forward until its backward: leave batch_size out there"
             )
-        if self._until_backward is not None:
+        if self._replays_forward:
             raise ValueError(
                 "log-probabilities with gradients are computed a second time before the backward of the first, until "
                 "which ReplayRouting replays: take both losses from one forward, and run it in training_step"
             )
+        self._replays_forward = True
+        self._until_backward.callback(setattr, self, "_replays_forward", False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's; the replay lasts until the backward is over."""
-        try:
+        with self._until_backward:
             return self._trainer.training_step(*args, **kwargs)
-        finally:
-            if self._until_backward is not None:
-                self._until_backward.close()
-                self._until_backward = None
 
 
 def is_reference(model: torch.nn.Module) -> bool:
     """Whether a model computes as its own reference: PEFT's adapters are off, or TRL's copy named "ref" is on."""
-    wrappers: list[Any] = [module for module in model.modules() if from_peft(module)]
     return any(
         getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())
-        for each in wrappers
+        for each in model.modules()
+        if from_peft(each)
     )
-
-
-def choices_alone(records: RoutingRecords) -> RoutingRecords:
-    return RoutingRecords(records, {name: records.num_experts(name) for name in records})
-
-
-def records_of(rows: list[Row], mask: Tensor) -> RoutingRecords:
-    """The records of some sequences of one generation, as far as they are real in `mask` `(b, n)`: a generation goes on
-    after the end of a sequence, until the longest one ends."""
-    records = rows[0][0]
-    lengths, numbers = records.lengths(records.layers[0]), [number for _, number in rows]
-    real = mask.sum(dim=-1).tolist()
-    return records.select(numbers, [min(lengths[i], n) for i, n in zip(numbers, real, strict=True)])

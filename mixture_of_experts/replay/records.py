@@ -259,22 +259,20 @@ def read_before(seen: Tensor | int, sequences: int) -> list[int]:
 
 def read_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
     """For each layer, by its number, the arrays `(s, k)` of all requests."""
-    arrays = [read_request(number, request).unbind(1) for number, request in enumerate(requests)]
+    arrays = [read_request(number, request) for number, request in enumerate(requests)]
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
         raise ValueError(f"requests must be arrays (tokens, layers, k) of the same layers, got {numbers} layers")
     return {str(i): list(of_gate) for i, of_gate in enumerate(zip(*arrays, strict=True))}
 
 
-def read_request(number: int, request: Any) -> Tensor:
+def read_request(number: int, request: Any) -> tuple[Tensor, ...]:
+    """The arrays `(s, k)` of a request, one for each layer."""
     try:
-        array = torch.as_tensor(request).cpu()
-        if array.ndim != 3:
-            raise ValueError(f"it has shape {tuple(array.shape)}")
-    except (TypeError, ValueError, RuntimeError) as error:
+        return torch.as_tensor(request).cpu().unbind(1)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
         got = f"a {type(request).__name__}: {error}"
         raise ValueError(f"request {number} must be an array (tokens, layers, k), got {got}") from error
-    return array
 
 
 def shortened(array: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.given import GIVEN, LIVE, check_given
@@ -104,7 +105,6 @@ class Replay(ChoiceHooks):
             self.lengths[site.name] = records.lengths(layer)
             self.tables[site.name] = tables_of(site, layer, records)
         self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
-        self.waiting: set[str] = set()  # blocks that no backward has run again yet
 
     def close(self) -> None:
         self.closed = True
@@ -130,18 +130,15 @@ class Replay(ChoiceHooks):
     def give_block(self, site: ChoiceSite, call: SequencesCall | None, device: Any) -> Tensor:
         """`(b n, k)` int64, the choices for the tokens of a block; those of its last forward if it runs again."""
         if call is None:
-            self.waiting.discard(site.name)
             return self.to_run_again[site.name]
         sizes, mask = call.entered[site.name]
         given = self.give(site, call, sizes, mask, device)[0].flatten(0, 1)
-        if site.called.training and in_checkpoint():
-            if site.name in self.waiting and not self.to_run_again[site.name].equal(given):
-                raise RuntimeError(
-                    f"{site.name!r} runs under activation checkpointing on two batches of other padding before a "
-                    "backward, which could not tell them apart: call the backward of the first one first"
-                )
-            self.to_run_again[site.name] = given
-            self.waiting.add(site.name)
+        checkpointed = site.called.training and in_checkpoint()
+        if checkpointed and not self.to_run_again.setdefault(site.name, given).equal(given):
+            raise RuntimeError(
+                f"{site.name!r} runs under activation checkpointing on batches of other padding, which a backward "
+                "could not tell apart: enter replay_routing anew for each"
+            )
         return given
 
     def check(self, site: ChoiceSite, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None) -> None:
@@ -203,7 +200,7 @@ def tables_of(site: ChoiceSite, layer: str, records: RoutingRecords) -> list[Ten
         raise ValueError(f"{of} makes {site.k} choices for a token, the records have {k.pop()}")
     if (e := records.num_experts(layer)) not in (None, site.num_experts):
         raise ValueError(f"{of} has {site.num_experts} experts, the records are of {e}")
-    experts = padded(records[layer], site.k, LIVE, torch.int64)
+    experts = padded([record.long() for record in records[layer]], site.k, LIVE)
     try:
         check_given(experts, site.num_experts)
     except ValueError as error:
@@ -212,14 +209,11 @@ def tables_of(site: ChoiceSite, layer: str, records: RoutingRecords) -> list[Ten
         raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")
     if records.weights is None:
         return [experts]
-    dtype = next((weight.dtype for weight in records.weights[layer]), torch.float32)
-    weights = padded(records.weights[layer], site.k, torch.nan, dtype)
+    weights = padded(records.weights[layer], site.k, torch.nan)
     return [experts, weights.masked_fill(experts == LIVE, torch.nan)]
 
 
-def padded(records: list[Tensor], k: int, filler: float, dtype: torch.dtype) -> Tensor:
+def padded(records: list[Tensor], k: int, filler: float) -> Tensor:
     """The record `(s, k)` of each sequence in one tensor `(b, s + 1, k)`."""
-    table = torch.full((len(records), max([0, *map(len, records)]) + 1, k), filler, dtype=dtype)
-    for row, record in zip(table, records, strict=True):
-        row[: len(record)] = record
-    return table
+    longer = torch.full((max([0, *map(len, records)]) + 1, k), filler)
+    return pad_sequence([*records, longer], batch_first=True, padding_value=filler)[:-1]

@@ -19,7 +19,7 @@ from mixture_of_experts.support.private_torch import number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, cache_of, read_tokens, seen_tokens
-from mixture_of_experts.whole_model.sites import Gates, Location, Site, find_sites, places, serve
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, places, serve
 
 LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
 
@@ -60,24 +60,18 @@ def choice_sites(model: nn.Module, ability: str, gates: Gates | None, weights: b
     serve(sites, ability, why_no_choices)
     if weights:
         serve(sites, f"{ability} of weights", why_no_weights)
-    found = {
-        (site, location.layer): ChoiceSite(
-            location.name, site, called_of(site, location), site.k or 0, location.name.rpartition(".")[0]
-        )
-        for site in sites
-        for location in reversed(site.locations)  # a layer at two paths has the name of the first
-    }
+    found = {}
+    for site in sites:
+        for location in reversed(site.locations):  # a layer at two paths has the name of the first
+            layer = None if site.external and site.block is None else location.layer
+            called, path = site.called if layer is None else layer, location.name.rpartition(".")[0]
+            found[site, location.layer] = ChoiceSite(location.name, site, called, site.k or 0, path)
     order = {place.name: number for number, place in enumerate(places(model))}
     return sorted(found.values(), key=lambda one: order.get(one.name, 0))
 
 
 def chosen_by_ids(site: Site) -> bool:
     return site.block is not None and site.block.experts_of_id is not None
-
-
-def called_of(site: Site, location: Location) -> nn.Module:
-    """The module whose arguments tell of the tokens of a gate."""
-    return site.called if location.layer is None else location.layer
 
 
 def why_no_choices(site: Site) -> str | None:

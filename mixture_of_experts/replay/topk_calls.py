@@ -41,13 +41,11 @@ class TopkCalls(TorchFunctionMode):
         called = self.topk if func in (torch.topk, Tensor.topk) else func
         return called(*args, **(kwargs or {}))
 
-    def topk(
-        self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **kwargs: Any
-    ) -> Any:
+    def topk(self, input: Tensor, k: int, dim: int = -1, *rest: Any, **kwargs: Any) -> Any:
         size, given, last = input.shape[-1], self.given, dim in (-1, input.ndim - 1)
         if last and given is not None and (size, k) == self.groups and input.numel() == len(given) * size:
             input = input.masked_fill(self.groups_of(given, size).view_as(input), torch.inf)
-        found = torch.topk(input, k, dim, largest, sorted, **kwargs)
+        found = torch.topk(input, k, dim, *rest, **kwargs)
         if not last or (size, k) != (self.site.num_experts, self.site.k):
             return found
         if given is not None:
