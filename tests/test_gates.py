@@ -184,7 +184,7 @@ class Given(TokenChoiceGate):
         ({"losses": {"balance": torch.ones(1, 4)}}, r"loss 'balance' as shape \(1, 4\)"),
         ({"expert": torch.zeros(1, 4, 2)}, r"expert .*float32, wanted int64"),
         ({"chosen": torch.ones(1, 4, 2)}, r"chosen .*float32, wanted bool"),
-        ({"expert": torch.full((1, 4, 2), 1)}, r"one expert twice for a token"),
+        ({"expert": torch.full((1, 4, 2), 1)}, r"expert 1 twice for a token"),
         ({"expert": torch.tensor([0, 3]).expand(1, 4, 2)}, r"chose experts 0 to 3, there are 0 to 2"),
         ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"chose experts -1 to 2"),
     ],

@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from mixture_of_experts.gating.choices import expert_twice
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import can_read
 
 # Side inputs by which others choose for a gate, or say who does
 GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # a token's choices, and their weights
-OPEN = "open_experts"  # the experts among which a token chooses
 COUNTED = "counted"  # the tokens that count, where all are computed
 STATE = "router_state"  # what the router of the layer before hands on
 LIVE = -(1 << 15)  # the least of int16
@@ -82,15 +82,6 @@ def check_given(given: Tensor, num_experts: int, active: Tensor | None = None) -
             f"given_experts has expert {twice} twice for a token: a token takes an expert once. Give -1 for a choice "
             "that is not made"
         )
-
-
-def expert_twice(expert: Tensor) -> int | None:
-    """An expert that stands twice in one row `(..., k)` of choices; None if there is none. It reads values."""
-    for distance in range(1, expert.shape[-1]):
-        one, other = expert[..., distance:], expert[..., :-distance]
-        if (same := (one == other) & (one >= 0)).any():
-            return int(one[same][0])
-    return None
 
 
 # Forced choices: timings then do not depend on what a router learned

@@ -16,7 +16,7 @@ from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS, OPEN
+from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS
 from mixture_of_experts.support.private_torch import is_fake, is_wrapped
 
 GIVEN_INNER = "given_experts_inner"
@@ -24,8 +24,8 @@ GIVEN_INNER = "given_experts_inner"
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of side inputs for the gates of level one and two, by what each gate reads. Given choices have another
-    name at each level; `open_experts` is for level one, `counted` and `given_weights` for layers of one level."""
-    own = {name for name in inner if name not in (GIVEN, OPEN, COUNTED, GIVEN_WEIGHTS)}
+    name at each level; `counted` and `given_weights` are for layers of one level."""
+    own = {name for name in inner if name not in (GIVEN, COUNTED, GIVEN_WEIGHTS)}
     return set(outer) - {COUNTED, GIVEN_WEIGHTS}, own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,31 +42,6 @@ def send_at_random(weight: Tensor, threshold: float, eps: float) -> Tensor:
 
 SENDS = {"none": send_none, "threshold": send_above_threshold, "random": send_at_random}  # by "all" every one is sent
 POLICIES = ("all", *SENDS)
-
-
-@dataclass(frozen=True)
-class Top2Settings:
-    """The arguments of a layer that describe the `Top2Gating` it makes."""
-
-    second_policy_train: SecondPolicy = "random"
-    second_policy_eval: SecondPolicy = "random"
-    second_threshold_train: float = 0.2
-    second_threshold_eval: float = 0.2
-    capacity_factor_train: float | None = 1.25
-    capacity_factor_eval: float | None = 2.0
-    min_expert_capacity: int = 4
-    second_place_loss: bool = False
-    priority: Priority = "choice"
-
-    @classmethod
-    def among(cls, arguments: Mapping[str, Any]) -> Top2Settings:
-        """The settings among the arguments of a layer's constructor."""
-        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
-
-    def changed(self) -> list[str]:
-        """The settings that differ from their defaults, written as "name=value"."""
-        given = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
-        return [f"{name}={value!r}" for name, value, default in given if value != default]
 
 
 class Top2Gating(TokenChoiceGate):
@@ -277,3 +252,11 @@ class Top2Gating(TokenChoiceGate):
             active = second if active is None else second & active
         second_place = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
         return {"first_place": first_place, "second_place": second_place}
+
+
+#: the arguments of a layer that describe the `Top2Gating` it makes, and their defaults
+TOP2_SETTINGS: Mapping[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Top2Gating.__init__).parameters.items()
+    if name.startswith(("second_", "capacity_factor_", "min_", "priority"))
+}
