@@ -91,11 +91,10 @@ Forced = Literal["balanced", "random"]
 
 def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
     """Experts in turn, one for each choice that is `chosen`. A rank starts where the one before it ends."""
-    *outer, b, n, k = shape
+    *_, b, n, k = shape
     if chosen is None:
-        order = torch.arange(b * n * k, device=device).view(b, n, k).expand(*outer, b, n, k)
-    else:
-        order = (chosen.flatten(-3).cumsum(dim=-1) - 1).view(*outer, b, n, k)
+        chosen = torch.ones(*shape, dtype=torch.bool, device=device)
+    order = (chosen.flatten(-3).cumsum(dim=-1) - 1).view(*shape)
     return (order + rank * b * n * k) % num_experts
 
 
