@@ -36,11 +36,6 @@ def world_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def positive(count: Tensor) -> Tensor:
-    """The count as a divisor: 1 where it is 0."""
-    return torch.where(count > 0, count, torch.ones_like(count))
-
-
 def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, each: float = 1.0) -> Tensor:
     """`total / (count * each)`, 0 where nothing was counted.
 
@@ -113,8 +108,9 @@ def _of_products(products: Tensor, length: Length | int, each: float, group: dis
 
 def _of_groups(products: Tensor, tokens: Tensor, each: float, group: dist.ProcessGroup | None = None) -> Tensor:
     """The same for groups of `tokens` `(..., b)`; those without a token do not count."""
-    per_group = products.sum(dim=-1) / positive(tokens).square()
-    return mean(per_group.sum(), (tokens > 0).sum(), group, each)
+    there = tokens > 0
+    per_group = products.sum(dim=-1) / torch.where(there, tokens, 1.0).square()
+    return mean(per_group.sum(), there.sum(), group, each)
 
 
 def load_balance_over_batch(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import stable_order
+from mixture_of_experts.support.checks import shape_of
 from mixture_of_experts.support.private_torch import is_wrapped
 from mixture_of_experts.support.tracing import can_read
 
@@ -57,8 +58,9 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
             raise TypeError(f"{gate} gave {name} of dtype {value.dtype}, wanted {kind}")
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"{gate} gave the loss {name!r} as {got}, wanted a tensor of no dimensions: take its mean")
+            raise ValueError(
+                f"{gate} gave the loss {name!r} as {shape_of(loss)}, wanted a tensor of no dimensions: take its mean"
+            )
 
 
 def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_experts: int) -> None:

@@ -6,7 +6,6 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -126,8 +125,6 @@ class TopKGating(TokenChoiceGate):
     eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
-    #: whether a token's own choices are those of the largest scores
-    scores_choose: ClassVar[bool] = True
     #: why scores do not tell how many tokens an expert gets, for rules of the bias that read them; None: they do
     load_beyond_scores: ClassVar[str | None] = None
     balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
@@ -191,13 +188,9 @@ class TopKGating(TokenChoiceGate):
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""
         x = self._jittered(tokens.x) if self.training and self.jitter else tokens.x
-        if self.w_gating is None:  # not computed again in the backward: a module may draw random numbers
-            logits, score, probs, log_total = self._scored(self.logits_of, x)
-        else:
-            by_matrix = partial(self._scored, router_logits)
-            logits, score, probs, log_total = recomputed(by_matrix, x, self.w_gating, self.b_gating)
+        logits, score, probs, log_total = recomputed(self._scored, x, self.w_gating, self.b_gating)
         ranked = self._ranked(logits, score)
-        expert, chosen = self._chosen_by(tokens, ranked, probs)
+        expert, chosen = self.own_choices(tokens, ranked, probs)
         if GIVEN in tokens.side:
             expert, chosen = self.merge_given(tokens, expert, chosen)
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
@@ -227,22 +220,19 @@ class TopKGating(TokenChoiceGate):
         parts = {"balance": balance, "z": z_loss}
         return Choices(expert, weight, probs, parts, chosen=chosen, score=top)
 
-    def _chosen_by(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The results of `own_choices`, without choices of an expert of -inf. Only functions and modules of a user make
-        such scores, so no others are read."""
+    def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best
+        first, and which of them a token makes, bool, none of a score of -inf; None if all.
+
+        Only functions and modules of a user make such scores, so no others are read.
+        """
         of_select = not isinstance(self.select, (str, AlwaysChosen, OpenGroups))
         of_logits = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
         of_groups = self.num_groups is not None and not isinstance(self.group_score, str)
         if not (of_select or of_logits or of_groups):
-            return self.own_choices(tokens, ranked, probs)
-        finite = ranked.clamp(min=torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
-        expert, chosen = self.own_choices(tokens, finite, probs)
-        return expert, both(ranked.gather(-1, expert) != -torch.inf, chosen) if self.scores_choose else chosen
-
-    def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best
-        first, and which of them a token makes, bool; None if all."""
-        return top_choices(ranked, self.k), None
+            return top_choices(ranked, self.k), None
+        expert = top_choices(ranked.clamp(min=torch.finfo(ranked.dtype).min), self.k)  # -inf marks chosen ones
+        return expert, ranked.gather(-1, expert) != -torch.inf
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
@@ -250,10 +240,10 @@ class TopKGating(TokenChoiceGate):
         """The balancing loss of scores and probabilities `(..., b, n, e)` and the choices that are `chosen`; 0-dim."""
         return self.balance_loss(tokens, probs, expert, chosen, k=self.choices_at_balance)
 
-    def logits_of(self, x: Tensor) -> Tensor:
-        """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""
-        if self.w_gating is not None:
-            return router_logits(x, self.w_gating, self.b_gating)
+    def logits_of(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by a matrix and its bias, or by the module."""
+        if weight is not None:
+            return router_logits(x, weight, bias)
         assert self.logits is not None
         return module_logits(self.logits, x, self.num_experts)
 
@@ -264,10 +254,10 @@ class TopKGating(TokenChoiceGate):
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
-    def _scored(self, logits_by: Callable[..., Tensor], x: Tensor, *weights: Tensor | None) -> Scored:
-        """The logits `logits_by(x, *weights)`, scores and probabilities `(..., b, n, e)`, and the logits' logsumexp
-        `(..., b, n)`, None if it follows from the first choice."""
-        logits = logits_by(x, *weights)
+    def _scored(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Scored:
+        """The logits, scores and probabilities `(..., b, n, e)`, and the logits' logsumexp `(..., b, n)`, None if it
+        follows from the first choice."""
+        logits = self.logits_of(x, weight, bias)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self.first_is_likeliest else logits.logsumexp(dim=-1)
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
