@@ -11,7 +11,7 @@ from torch import nn
 
 from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.experts import ExpertList, StackedExperts
-from mixture_of_experts.gating.top2 import Top2Settings
+from mixture_of_experts.gating.top2 import TOP2_SETTINGS
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
 from mixture_of_experts.support.private_peft import from_peft
@@ -66,10 +66,9 @@ def resolve_grid(
     return check_size("num_experts[0]", num_experts[0]), check_size("num_experts[1]", num_experts[1])
 
 
-def refuse_gating_arguments(name: str, settings: Top2Settings) -> None:
-    """Refuse arguments that describe the default gate when a gate is given: they would do nothing."""
-    if given := settings.changed():
-        raise ValueError(f"{name} is given, so {', '.join(given)} would do nothing: set it on that gate instead")
+def refuse_gating_arguments(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse arguments that describe the default gate when a gate is given."""
+    refuse_unused(name, {key: value for key, value in settings.items() if value != TOP2_SETTINGS[key]})
 
 
 def refuse_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
@@ -111,7 +110,7 @@ def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priorit
     """
     own = getattr(gate, "priority", priority)
     drops = any(getattr(gate, f"capacity_factor_{mode}", None) is not None for mode in ("train", "eval"))
-    if own != priority and priority != Top2Settings.priority and drops:
+    if own != priority and priority != TOP2_SETTINGS["priority"] and drops:
         raise ValueError(
             f"priority={priority!r} is asked for, but {name} has priority={own!r} and a capacity: give that gate "
             f"priority={priority!r} too"

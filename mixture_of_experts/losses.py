@@ -36,11 +36,6 @@ def world_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def positive(count: Tensor) -> Tensor:
-    """The count as a divisor: 1 where it is 0."""
-    return torch.where(count > 0, count, torch.ones_like(count))
-
-
 def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, each: float = 1.0) -> Tensor:
     """`total / (count * each)`, 0 where nothing was counted.
 
@@ -106,10 +101,16 @@ def load_balance_of(
 def _of_products(products: Tensor, length: Length | int, each: float, group: dist.ProcessGroup | None) -> Tensor:
     """The mean over groups of the sum of `products` `(..., b, any)` divided by the squared length and by `each`."""
     if isinstance(length, Length):
-        per_group = products.sum(dim=-1) / positive(length.tokens(products.dtype)).square()
-        return mean(per_group.sum(), (length.parts > 0).sum(), group, each)
+        return _of_groups(products, length.tokens(products.dtype), each, group)
     groups = math.prod(products.shape[:-1]) * smallest(length, 1)
     return mean(products.sum(), groups, group, each * largest(length, 1) ** 2)
+
+
+def _of_groups(products: Tensor, tokens: Tensor, each: float, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The same for groups of `tokens` `(..., b)`; those without a token do not count."""
+    there = tokens > 0
+    per_group = products.sum(dim=-1) / torch.where(there, tokens, 1.0).square()
+    return mean(per_group.sum(), there.sum(), group, each)
 
 
 def load_balance_over_batch(
@@ -120,15 +121,12 @@ def load_balance_over_batch(
     f is the mean over all ranks of `group`; it carries no gradient. With outer experts (`...`) the loss is computed for
     each of them, and averaged over those that have a token. Arguments as in `load_balance`.
     """
-    num_experts = load.shape[-1]
     if isinstance(length, Length):
         tokens = length.sum().tokens(proxy.dtype)
     else:
-        tokens = proxy.new_full(proxy.shape[:-1], length).sum(dim=-1)
-    load, proxy = load.sum(dim=-2), proxy.sum(dim=-2)
-    load, tokens = global_sum(load.to(proxy.dtype), group), global_sum(tokens, group)
-    product = (load * proxy).sum(dim=-1) * world_size(group)
-    return mean((product / positive(tokens).square()).sum(), (tokens > 0).sum(), each=k / num_experts)
+        tokens = proxy.new_full(proxy.shape[:-2], length * proxy.shape[-2])
+    load, tokens = global_sum(load.sum(dim=-2).to(proxy.dtype), group), global_sum(tokens, group)
+    return _of_groups(load * proxy.sum(dim=-2), tokens, k / (load.shape[-1] * world_size(group)))
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

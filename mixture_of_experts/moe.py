@@ -9,7 +9,6 @@ the results are combined.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -36,7 +35,7 @@ from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, rea
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
-from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
+from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.support.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
 from mixture_of_experts.support.settings import CheckedModule, setting
@@ -217,11 +216,11 @@ class MoE(Layer):
     ) -> None:
         check_dtype("dtype", dtype)
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
-        settings = Top2Settings.among(locals())
+        settings = {name: value for name, value in locals().items() if name in TOP2_SETTINGS}
         experts = as_experts(experts)
         self.num_experts = resolve_num_experts(num_experts, gate, experts)
         if gate is None:
-            gate = Top2Gating(dim, self.num_experts, **vars(settings), device=device, dtype=dtype)
+            gate = Top2Gating(dim, self.num_experts, **settings, device=device, dtype=dtype)
         else:
             refuse_gating_arguments("gate", settings)
         if experts is None:
@@ -306,7 +305,7 @@ class HeirarchicalMoE(Layer):
     ) -> None:
         check_dtype("dtype", dtype)
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
-        settings = Top2Settings.among(locals())
+        settings = {name: value for name, value in locals().items() if name in TOP2_SETTINGS}
         experts = as_experts(experts)
         outer, inner = self.num_experts = resolve_grid(num_experts, gate_outer, gate_inner, experts)
         self.num_experts_outer, self.num_experts_inner = outer, inner
@@ -321,12 +320,12 @@ class HeirarchicalMoE(Layer):
             )
         factory: Any = dict(device=device, dtype=dtype)
         if gate_outer is None:
-            gate_outer = Top2Gating(dim, outer, **vars(settings), **factory)
+            gate_outer = Top2Gating(dim, outer, **settings, **factory)
         if gate_inner is None:
             factor = capacity_factor_second_level
             if factor is not None:
-                settings = replace(settings, capacity_factor_train=factor, capacity_factor_eval=factor)
-            gate_inner = Top2Gating(dim, inner, outer_expert_dims=(outer,), **vars(settings), **factory)
+                settings |= dict(capacity_factor_train=factor, capacity_factor_eval=factor)
+            gate_inner = Top2Gating(dim, inner, outer_expert_dims=(outer,), **settings, **factory)
         if experts is None:
             experts = Experts(dim, (outer, inner), hidden_dim, activation, **factory)
         else:

@@ -69,7 +69,6 @@ def of_communication(scores: list[Tensor], experts: list[list[int]], length: flo
 #: of each loss the slow one of a unit, and whether a unit is a group or all tokens
 SLOW: dict[str, tuple[Callable[..., Any], str]] = {
     "balance_group": (of_experts, "group"),
-    "balance_rank": (of_experts, "all"),
     "balance_batch": (of_experts, "all"),
     "balance_score": (of_scores, "group"),
     "balance_device": (of_devices, "group"),
@@ -119,7 +118,7 @@ def test_every_loss_is_its_papers(name: str, gate: str, kind: str):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("over", ["group", "rank", "batch"])
+@pytest.mark.parametrize("over", ["group", "batch"])
 def test_a_gates_own_loss_is_one_of_them(over):
     gate = make_gate("sigmoid, bias", balance_over=over)
     mask = torch.arange(7) < torch.tensor([7, 0, 4]).unsqueeze(-1)
@@ -159,12 +158,12 @@ def test_a_layer_weighs_several_and_shows_them():
 
 def test_two_levels_add_theirs_up():
     inner = TopKGating(6, 4, num_groups=2, top_groups=2, outer_expert_dims=(3,))
-    moe = HeirarchicalMoE(6, (3, 4), gate_inner=inner, loss_coef=0, loss_coefs={"balance_rank": 0.5})
+    moe = HeirarchicalMoE(6, (3, 4), gate_inner=inner, loss_coef=0, loss_coefs={"balance_batch": 0.5})
     seen = []
     for gate in (moe.gate_outer, moe.gate_inner):
         gate.register_forward_hook(lambda gate, args, routing: seen.append(routing.losses))
     _, aux_loss = run(moe, torch.randn(2, 9, 6))
-    torch.testing.assert_close(aux_loss, 0.5 * (seen[0]["balance_rank"] + seen[1]["balance_rank"]))
+    torch.testing.assert_close(aux_loss, 0.5 * (seen[0]["balance_batch"] + seen[1]["balance_batch"]))
     moe.loss_coefs = {"balance_device": 1.0}  # only the inner gate has expert groups
     assert run(moe, torch.randn(2, 9, 6))[1] == seen[-1]["balance_device"]
 

@@ -16,7 +16,7 @@ from support.paths import DIM, NUM_EXPERTS, ROUTERS, assert_all_equal, gradients
 from torch import Tensor, nn
 
 from mixture_of_experts import ExpertChoiceGating, HashGating, HeirarchicalMoE, MoE, TopKGating
-from mixture_of_experts.gating import SparseMixerGating, reads_of
+from mixture_of_experts.gating import SparseMixerGating
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
 from mixture_of_experts.stats import track_routing
 
@@ -161,20 +161,3 @@ def test_where_it_does_not_fit_it_is_refused():
     for other in (MoE(DIM, gate=ExpertChoiceGating(DIM, 4)), HeirarchicalMoE(DIM, (2, 2))):
         with pytest.raises(TypeError, match="reads no side input 'counted'"):
             other(x, counted=MASK)
-
-
-class OldGate(TopKGating):
-    """Its `forward` takes what a gate's took without side inputs."""
-
-    def forward(self, x, importance=None, mask=None):
-        return super().forward(x, importance, mask)
-
-
-class HandingOn(TopKGating):
-    def forward(self, x, *args, **kwargs):
-        return super().forward(x, *args, **kwargs)
-
-
-def test_a_gate_with_a_forward_of_its_own_reads_it_if_it_takes_it():
-    assert "counted" not in reads_of(OldGate(DIM, 4))
-    assert "counted" in reads_of(HandingOn(DIM, 4))

@@ -1,4 +1,4 @@
-"""Tokens that find fewer experts than they have choices: closed experts, scores of -inf, and experts given twice."""
+"""Tokens that find fewer experts than they have choices: scores of -inf, and experts given twice."""
 
 from __future__ import annotations
 
@@ -13,54 +13,6 @@ from mixture_of_experts.gating import SparseMixerGating
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
 
 DIM = 6
-
-
-# Closed experts and expert groups
-
-
-def chosen_slowly(
-    gate: TopKGating, x: Tensor, is_open: Tensor, best: int | Callable[[list[float]], float]
-) -> list[list[int]]:
-    """The experts of each token `(n, d)`, of a router that has no other experts than those that are open."""
-    logits = x @ gate.w_gating.detach()
-    logits = logits.masked_fill(~is_open, -torch.inf)
-    score = logits.sigmoid() if gate.score == "sigmoid" else logits.softmax(-1)
-    ranked = (logits if gate.select == "logits" else score) + (0 if gate.expert_bias is None else gate.expert_bias)
-    size, found = gate.num_experts // gate.num_groups, []
-    for numbers, opened in zip(ranked.tolist(), is_open.tolist(), strict=True):
-        groups = [[i for i in range(g * size, (g + 1) * size) if opened[i]] for g in range(gate.num_groups)]
-        of_group = {}
-        for g, experts in enumerate(groups):
-            values = sorted((numbers[i] for i in experts), reverse=True)
-            if values:
-                of_group[g] = best(values) if callable(best) else sum(values[:best])
-        top = sorted(of_group, key=lambda g, of=of_group: (-of[g], g))[: gate.top_groups]
-        among = [i for g in sorted(top) for i in groups[g]]
-        found.append(sorted(among, key=lambda i, n=numbers: (-n[i], i))[: gate.k])
-    return found
-
-
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("select", ["score", "logits"])
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize(
-    ("group_score", "best"), [("best", 1), ("two_best", 2), (lambda grouped: grouped.amax(-1) * 2, lambda v: 2 * v[0])]
-)
-def test_closed_experts_open_no_group(score, select, biased, group_score, best):
-    """As if there were no others: not those of negative biases, and not in groups of which all or some are closed."""
-    settings = dict(score=score, select=select, group_score=group_score, expert_bias=biased)
-    gate = TopKGating(DIM, 12, k=3, num_groups=4, top_groups=2, **settings).double()
-    if biased:
-        gate.expert_bias.normal_()
-    x, is_open = torch.randn(1, 200, DIM, dtype=torch.float64), torch.rand(1, 200, 12) < 0.5
-    is_open[0, :50] = torch.rand(50, 12) < 0.2
-    routing = gate(x, open_experts=is_open)
-    made = routing.chosen.view(200, 3)
-    found = [row[there].tolist() for row, there in zip(routing.expert.view(200, 3), made, strict=True)]
-    assert found == chosen_slowly(gate, x[0], is_open[0], best)
-    assert {len(experts) for experts in found} == {0, 1, 2, 3}
-    assert is_open[0].gather(-1, routing.expert.view(200, 3))[made].all()
-    assert routing.weight.isfinite().all()
 
 
 # Fewer experts than choices
@@ -99,7 +51,7 @@ def test_a_token_makes_no_choice_of_minus_infinity(name, mode):
     routing = gate(x, losses=["balance_batch"])
     logits = x @ gate.w_gating
     score = logits.sigmoid() if "sigmoid" in name else logits.softmax(-1)
-    ranked = gate._ranked(logits, score, None)  # who is closed is the function's to say
+    ranked = gate._ranked(logits, score)  # who is closed is the function's to say
     left = (ranked != -torch.inf).sum(-1).clamp(max=k)
     assert left.min() < k
     chosen, kept = routing.chosen.view(2, 20, k), routing.kept.view(2, 20, k)
@@ -125,14 +77,10 @@ def test_a_token_makes_no_choice_of_minus_infinity(name, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [LACKING["sigmoid, bias"], dict(num_groups=5, top_groups=3)], ids=["select", "open"]
-)
-def test_compiled_a_token_makes_no_choice_of_minus_infinity(settings):
-    moe, x = MoE(DIM, gate=TopKGating(DIM, 5, k=3, **settings)), torch.randn(2, 20, DIM)
-    side = {} if "select" in settings else {"open_experts": torch.rand(2, 20, 5) < 0.5}
+def test_compiled_a_token_makes_no_choice_of_minus_infinity():
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 5, k=3, **LACKING["sigmoid, bias"])), torch.randn(2, 20, DIM)
     compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, **side), moe(x, **side))
+    torch.testing.assert_close(compiled(x), moe(x))
 
 
 @pytest.mark.parametrize("name", LACKING)

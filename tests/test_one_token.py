@@ -21,7 +21,6 @@ GATES = {
     "softmax of the chosen": dict(k=3, weigh="softmax", normalize=False),
     "softmax, biased": dict(expert_bias=True),
     "over the batch": dict(k=3, balance_over="batch"),
-    "over the rank": dict(k=3, balance_over="rank", score="sigmoid"),
     "network": dict(logits=RouterLogits(DIM, E, norm_eps=1e-6, softcap=2.0)),
 }
 

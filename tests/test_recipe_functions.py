@@ -223,9 +223,16 @@ def test_a_coefficient_for_the_layers_of_ones_own_model():
 def test_arguments_of_the_layer_pass_through():
     shared = nn.Linear(16, 16)
     moe = recipes.deepseek_v3(
-        16, 32, 12, loss_coef=0.5, z_loss_coef=0.1, loss_coefs={"balance_rank": 1.0}, group_size=8, shared_expert=shared
+        16,
+        32,
+        12,
+        loss_coef=0.5,
+        z_loss_coef=0.1,
+        loss_coefs={"balance_batch": 1.0},
+        group_size=8,
+        shared_expert=shared,
     )
-    assert (moe.loss_coef, moe.z_loss_coef, moe.loss_coefs) == (0.5, 0.1, {"balance_rank": 1.0})
+    assert (moe.loss_coef, moe.z_loss_coef, moe.loss_coefs) == (0.5, 0.1, {"balance_batch": 1.0})
     assert (moe.group_size, moe.shared_expert) == (8, shared)
     assert recipes.deepseek_v3(16, 32, shared_expert=None).shared_expert is None
     moe = recipes.qwen2(16, 8, 12, activation=nn.ReLU)

@@ -16,7 +16,7 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
 )
-from mixture_of_experts.gating import RouterLogits, SparseMixerGating
+from mixture_of_experts.gating import SparseMixerGating
 from mixture_of_experts.gating.given import LIVE, is_computed, merge
 
 DIM = 6
@@ -116,57 +116,6 @@ def test_given_choices_join_own_ones():
     assert expert.tolist() == [[0, 1, 0, 3]]
     assert chosen.tolist() == [[True, False, False, True]]
     assert is_computed(torch.tensor([LIVE, -1, 0, 5, -2, -7])).tolist() == [True, True, True, True, False, False]
-
-
-@pytest.mark.parametrize("kind", ["matrix", "module"])
-@pytest.mark.parametrize("settings", [{}, {"score": "sigmoid", "expert_bias": True}, {"weigh": "softmax"}])
-def test_experts_of_one_modality_are_routers_of_their_own(kind, settings):
-    """Text has experts 0 and 1, pictures 2 to 4: all is that of two gates, each of its own tokens."""
-    logits = RouterLogits(DIM, 5, multiplier=2.0) if kind == "module" else None
-    gate, x = TopKGating(DIM, 5, k=2, logits=logits, **settings), torch.randn(1, 8, DIM, requires_grad=True)
-    if gate.expert_bias is not None:
-        gate.expert_bias.copy_(torch.tensor([-3.0, -2.0, -9.0, 0.1, 0.2]))  # closed experts come after those of -9
-    picture = torch.tensor([[False, True, True, False, False, True, False, True]])
-    text_experts = torch.tensor([True, True, False, False, False])
-    routing = gate(x, open_experts=torch.where(picture.unsqueeze(-1), ~text_experts, text_experts))
-    weight = gate.w_gating if logits is None else logits.weight
-    for experts, real in ((slice(0, 2), ~picture[0]), (slice(2, 5), picture[0])):
-        part = weight.detach()[:, experts].requires_grad_()
-        scores = (x[0, real] @ part) * (1 if logits is None else 2)
-        score = scores.sigmoid() if "score" in settings else scores.softmax(-1)
-        biased = score if gate.expert_bias is None else score + gate.expert_bias[experts]
-        chosen = biased.topk(2).indices
-        wanted = score.gather(-1, chosen)
-        wanted = wanted / wanted.sum(-1, keepdim=True)
-        assert routing.expert.view(8, 2)[real].equal(chosen + experts.start)
-        torch.testing.assert_close(routing.weight.view(8, 2)[real], wanted)
-        got = torch.autograd.grad(routing.weight.view(8, 2)[real].square().sum(), weight, retain_graph=True)[0]
-        torch.testing.assert_close(got[:, experts], torch.autograd.grad(wanted.square().sum(), part)[0])
-    assert routing.probs.view(8, 5)[picture[0]][:, :2].eq(0).all()
-
-
-def test_open_experts_beside_padding():
-    """Masked entries are closed, and the rest is what the sequence alone gives."""
-    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2)), torch.randn(1, 5, DIM)
-    mask, is_open = torch.arange(5)[None] < 3, torch.rand(1, 5, 4) < 0.6
-    out, aux_loss = moe(x, mask=mask, open_experts=is_open)
-    alone, alone_loss = moe(x[:, :3], open_experts=is_open[:, :3])
-    torch.testing.assert_close(out[:, :3], alone)
-    torch.testing.assert_close(aux_loss, alone_loss)
-
-
-def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
-    gate, x = TopKGating(DIM, 4, k=3), torch.randn(1, 3, DIM)
-    is_open = torch.tensor([[[True, False, False, False], [True, True, False, False], [True, True, True, True]]])
-    routing = gate(x, open_experts=is_open)
-    assert routing.chosen.view(3, 3).sum(-1).tolist() == [1, 2, 3]
-    torch.testing.assert_close(routing.weight.view(3, 3).sum(-1), torch.ones(3))
-    load = routing.expert[routing.chosen].bincount(minlength=4)
-    torch.testing.assert_close(routing.balance_loss, 4 / 3**3 * (load * routing.probs.sum(dim=(0, 1))).sum())
-    given = torch.tensor([[[2, 0, -1], [2, 0, -1], [2, 0, -1]]])
-    assert gate(x, given_experts=given, open_experts=is_open).chosen.view(3, 3).sum(-1).tolist() == [1, 1, 2]
-    with pytest.raises(ValueError, match=r"open_experts must be bool .*\(1, 3, 4\), got .*\(1, 3, 3\)"):
-        gate(x, open_experts=is_open[..., :3])
 
 
 def test_a_hash_layer():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.support.checks import check_mask, check_result, check_tokens
+from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, shape_of
 from mixture_of_experts.support.private_torch import own
 from mixture_of_experts.support.same_bits import module_in_blocks
 
@@ -63,8 +63,8 @@ def group_side_inputs(
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.shape[: len(shape)] != tuple(shape):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}, ...), an entry a token, got {got}")
+            wanted = ", ".join(map(str, shape))
+            raise ValueError(f"{name} must have shape ({wanted}, ...), an entry a token, got {shape_of(value)}")
         rest = value.shape[len(shape) :]
         if mask is not None:
             value = value.masked_fill(~mask.view(*mask.shape, *[1] * len(rest)), 0)

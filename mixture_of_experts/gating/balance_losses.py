@@ -1,10 +1,9 @@
 """Balancing losses by name: one formula, `losses.load_balance`, over different counts of the same choices.
 
 A gate of token choice computes them only on request: `gate(x, losses=("balance_device",))`. A layer requests those that
-its `loss_coefs` weighs. `balance_over="group"`, "rank" or "batch" makes one of the first three a gate's own::
+its `loss_coefs` weighs. `balance_over="group"` or "batch" makes one of the first two a gate's own::
 
     balance_group            of each group of tokens (a sequence), averaged
-    balance_rank             of all tokens of a rank, averaged over the ranks
     balance_batch            of all tokens of the batch: f is summed over the ranks
     balance_score            of each group; f counts what the scores would choose without bias: DeepSeek-V3
     balance_device           of each group, over expert groups instead of experts: DeepSeek-V2
@@ -29,7 +28,7 @@ from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.losses import load_balance, load_balance_over_batch, load_of
 
-BalanceOver = Literal["group", "rank", "batch"]
+BalanceOver = Literal["group", "batch"]
 
 
 @dataclass(frozen=True)
@@ -63,22 +62,9 @@ class Counted:
         return BALANCE_OVER[over](self.load, self.proxy, self.length, self.k, self.process_group)
 
 
-def load_balance_over_rank(
-    load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """`losses.load_balance` with all tokens of this rank as one group (Megatron's "aux_loss" of a micro-batch)."""
-    if isinstance(length, Length):
-        length = Length(length.parts.sum(dim=-1, keepdim=True), length.parts_per_token)
-    else:
-        length = length * load.shape[-2]
-    load, proxy = (values.sum(dim=-2, keepdim=True) for values in (load, proxy))
-    return load_balance(load, proxy, length, k, group)
-
-
 #: the tokens whose f and P a gate's own balancing loss takes, and the loss over them
 BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
     "group": load_balance,
-    "rank": load_balance_over_rank,
     "batch": load_balance_over_batch,
 }
 
@@ -118,7 +104,6 @@ def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
 #: the losses by name
 BALANCE_LOSSES: Mapping[str, Callable[[Counted], Tensor]] = {
     "balance_group": partial(Counted.loss, over="group"),
-    "balance_rank": partial(Counted.loss, over="rank"),
     "balance_batch": partial(Counted.loss, over="batch"),
     "balance_score": over_score,
     "balance_device": over_devices,

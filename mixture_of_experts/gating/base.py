@@ -5,7 +5,6 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypedDict
@@ -278,14 +277,6 @@ class TokenChoiceGate(Gate):
         self.priority = priority
         self.forced = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls):
-            taken = inspect.signature(cls.forward).parameters.values()
-            if not any(p.kind is p.VAR_KEYWORD for p in taken):
-                missing = {COUNTED, GIVEN_WEIGHTS}.difference(p.name for p in taken)
-                cls.reads = tuple(name for name in cls.reads if name not in missing)
-
     @property
     def capacity_factor(self) -> float | None:
         """The capacity factor of the current mode, training or eval."""
@@ -504,7 +495,7 @@ class TokenChoiceGate(Gate):
         # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
         kept = weight != 0 if chosen is None else chosen & (weight != 0)
         if not (tracing or type(self).__module__.startswith(str(__package__))):
-            check_experts_of_tokens(name, expert, kept, self.k, self.num_experts)
+            check_experts_of_tokens(name, choices.expert, kept.view_as(choices.expert), self.num_experts)
         capacity, limit = self.capacity(tokens)
         zero_where_not_kept, queues = chosen is None, None  # dropless needs no queues
         if capacity is None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mixture_of_experts.gating.expert_bias import towards_mean
 from mixture_of_experts.losses import load_of
 from mixture_of_experts.support.checks import check_choice, check_flag, check_size, check_sizes
 
@@ -77,29 +76,25 @@ class SignRule(BiasRule):
     def __init__(self, centred: bool = False, shares: Sequence[int] | None = None) -> None:
         self.centred = check_flag("centred", centred)
         self.shares = None if shares is None else check_sizes("shares", tuple(shares))
-        if shares is not None and sum(shares) >= 1 << 31:  # products of two must be int64
-            raise ValueError(f"shares must have a sum below 2^31, got {sum(shares)}: give smaller integers")
+        if shares is not None and sum(shares) >= 1 << 20:  # their products with counts must be int64
+            raise ValueError(f"shares must have a sum below 2^20, got {sum(shares)}: give smaller integers")
 
     def count(self, choices: ForwardChoices) -> Tensor:
         """The number of choices of each expert, `(..., e)` int64."""
         return load_of(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        step = rate * (towards_mean(counts) if self.shares is None else self._towards_shares(counts, self.shares))
+        parts, whole = 1, counts.shape[-1]
+        if self.shares is not None:
+            if len(self.shares) != whole:
+                raise ValueError(f"shares must be a number for each of the {whole} experts, got {len(self.shares)}")
+            parts, whole = torch.tensor(self.shares, device=counts.device), sum(self.shares)
+        # below its share 1, above it -1, at it 0: in integers, so balance is exact
+        step = rate * torch.sign(counts.sum(dim=-1, keepdim=True) * parts - counts * whole)
         if not (self.centred and rate):
             return step
         centred = step - (bias + step).mean(dim=-1, keepdim=True)
         return torch.where(counts.any(dim=-1, keepdim=True), centred, 0.0)
-
-    def _towards_shares(self, load: Tensor, shares: Sequence[int]) -> Tensor:
-        """`(..., e)`: 1 for an expert whose load is below its share, -1 above it, 0 at it. It computes in integers."""
-        if len(shares) != load.shape[-1]:
-            raise ValueError(f"shares must be a number for each of the {load.shape[-1]} experts, got {len(shares)}")
-        parts, whole = torch.tensor(shares, device=load.device), sum(shares)
-        total = load.sum(dim=-1, keepdim=True)
-        # total * parts - load * whole, of which no product is large
-        missing = (total // whole * parts - load).clamp(-whole, whole)
-        return torch.sign(missing * whole + total % whole * parts).to(torch.float32)
 
     def __repr__(self) -> str:
         return f"SignRule(centred={self.centred}" + ("" if self.shares is None else f", shares={self.shares}") + ")"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import stable_order
+from mixture_of_experts.support.checks import shape_of
 from mixture_of_experts.support.private_torch import is_wrapped
 from mixture_of_experts.support.tracing import can_read
 
@@ -57,12 +58,13 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
             raise TypeError(f"{gate} gave {name} of dtype {value.dtype}, wanted {kind}")
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"{gate} gave the loss {name!r} as {got}, wanted a tensor of no dimensions: take its mean")
+            raise ValueError(
+                f"{gate} gave the loss {name!r} as {shape_of(loss)}, wanted a tensor of no dimensions: take its mean"
+            )
 
 
-def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int, num_experts: int) -> None:
-    """Check that the ids `expert` `(..., n k)` are from 0 to e - 1, and that no token has one twice among those
+def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_experts: int) -> None:
+    """Check that the ids `expert` `(..., k)` are from 0 to e - 1, and that no token has one twice among those
     `computed`. It reads values, so it does nothing on a GPU and in a graph."""
     if not can_read(expert) or is_wrapped(computed):
         return
@@ -71,14 +73,20 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int,
             f"{gate} chose experts {int(expert.min())} to {int(expert.max())}, there are 0 to {num_experts - 1}: give "
             "a choice that is not made any of these, with chosen=False"
         )
-    missing = torch.arange(num_experts, num_experts + k, device="cpu")  # ids of no expert, all different
-    ids = torch.where(computed.unflatten(-1, (-1, k)), expert.unflatten(-1, (-1, k)), missing)
-    ordered = ids.gather(-1, stable_order(ids))
-    if (ordered.diff(dim=-1) == 0).any():
+    if (twice := expert_twice(torch.where(computed, expert, -1))) is not None:
         raise ValueError(
-            f"{gate} chose one expert twice for a token: a token takes an expert once. Add up the weights of the two, "
-            "and give the second choice the weight 0"
+            f"{gate} chose expert {twice} twice for a token: a token takes an expert once. Add up the weights of the "
+            "two, and give the second choice the weight 0"
         )
+
+
+def expert_twice(expert: Tensor) -> int | None:
+    """An expert that stands twice in one row `(..., k)` of choices; None if there is none. It reads values."""
+    for distance in range(1, expert.shape[-1]):
+        one, other = expert[..., distance:], expert[..., :-distance]
+        if (same := (one == other) & (one >= 0)).any():
+            return int(one[same][0])
+    return None
 
 
 def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:

@@ -77,14 +77,6 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
     return _CountInBackward.apply(weight, anchor, counts, total)
 
 
-def towards_mean(load: Tensor) -> Tensor:
-    """`(..., e)` int64: 1 for an expert whose load `(..., e)` int64 is below the mean, -1 above it, 0 at it.
-
-    It computes in integers, so balance is exact.
-    """
-    return torch.sign(load.sum(dim=-1, keepdim=True) - load.shape[-1] * load)
-
-
 class StepsWithoutUpdate:
     """Warns if a router trains while nobody moves its bias."""
 

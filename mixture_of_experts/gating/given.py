@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
+from mixture_of_experts.gating.choices import expert_twice
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import can_read
 
 # Side inputs by which others choose for a gate, or say who does
 GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # a token's choices, and their weights
-OPEN = "open_experts"  # the experts among which a token chooses
 COUNTED = "counted"  # the tokens that count, where all are computed
 STATE = "router_state"  # what the router of the layer before hands on
 LIVE = -(1 << 15)  # the least of int16
@@ -84,15 +84,6 @@ def check_given(given: Tensor, num_experts: int, active: Tensor | None = None) -
         )
 
 
-def expert_twice(expert: Tensor) -> int | None:
-    """An expert that stands twice in one row `(..., k)` of choices; None if there is none. It reads values."""
-    for distance in range(1, expert.shape[-1]):
-        one, other = expert[..., distance:], expert[..., :-distance]
-        if (same := (one == other) & (one >= 0)).any():
-            return int(one[same][0])
-    return None
-
-
 # Forced choices: timings then do not depend on what a router learned
 
 Forced = Literal["balanced", "random"]
@@ -100,11 +91,10 @@ Forced = Literal["balanced", "random"]
 
 def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
     """Experts in turn, one for each choice that is `chosen`. A rank starts where the one before it ends."""
-    *outer, b, n, k = shape
+    *_, b, n, k = shape
     if chosen is None:
-        order = torch.arange(b * n * k, device=device).view(b, n, k).expand(*outer, b, n, k)
-    else:
-        order = (chosen.flatten(-3).cumsum(dim=-1) - 1).view(*outer, b, n, k)
+        chosen = torch.ones(*shape, dtype=torch.bool, device=device)
+    order = (chosen.flatten(-3).cumsum(dim=-1) - 1).view(*shape)
     return (order + rank * b * n * k) % num_experts
 
 

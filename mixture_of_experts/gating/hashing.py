@@ -43,7 +43,6 @@ class HashGating(TopKGating):
     num_ids: int
 
     reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, "token_ids")
-    scores_choose: ClassVar[bool] = False
     load_beyond_scores: ClassVar[str | None] = "a token's id chooses its experts there"
     experts_of_id: Tensor
 

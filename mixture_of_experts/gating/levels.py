@@ -16,16 +16,16 @@ from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS, OPEN
-from mixture_of_experts.support.private_torch import is_fake, is_wrapped
+from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS
+from mixture_of_experts.support.tracing import can_read
 
 GIVEN_INNER = "given_experts_inner"
 
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of side inputs for the gates of level one and two, by what each gate reads. Given choices have another
-    name at each level; `open_experts` is for level one, `counted` and `given_weights` for layers of one level."""
-    own = {name for name in inner if name not in (GIVEN, OPEN, COUNTED, GIVEN_WEIGHTS)}
+    name at each level; `counted` and `given_weights` are for layers of one level."""
+    own = {name for name in inner if name not in (GIVEN, COUNTED, GIVEN_WEIGHTS)}
     return set(outer) - {COUNTED, GIVEN_WEIGHTS}, own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 
@@ -73,11 +73,9 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> Non
     It reads values, so it does nothing on a GPU and in a graph.
     """
     ours = type(gate).__module__.partition(".")[0] == "mixture_of_experts"
-    if ours or inner.k is None or torch.compiler.is_compiling() or inner.chosen.device.type != "cpu":
+    if ours or inner.k is None or not (can_read(inner.chosen) and can_read(slots.assignment)):
         return
     empty = slots.assignment == slots.row.shape[0]
-    if is_fake(empty) or is_wrapped(empty) or is_wrapped(inner.chosen):
-        return
     if (chosen := inner.chosen.reshape(slots.num_rows, inner.k).any(dim=-1) & empty).any():
         raise ValueError(
             f"gate_inner, a {type(gate).__name__}, chose experts for {int(chosen.sum())} slots of level one that no "

@@ -98,8 +98,7 @@ class NoisyTopKGating(TokenChoiceGate):
         """The squared coefficients of variation of importance and of load, each summed over the call."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
-            if tokens.counted is not None:
-                value = torch.where(tokens.counted.unsqueeze(-1), value, 0.0)
+            _, value = self.counted(tokens, None, value)
             parts[name] = losses.squared_variation(value.sum(dim=(-3, -2)), self.process_group)
         return parts
 

@@ -19,13 +19,15 @@ SMALL = 1 / 4  # a float32 result of at most this share of the tokens' bytes is 
 LEAST = 1 << 16  # results of routers with fewer weights are saved: there launches take all the time
 
 
-def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor, *others: Tensor | None) -> Results:
+def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor | None, *others: Tensor | None) -> Results:
     """Return `function(x, weight, *others)`, results `(..., n, e)` of tokens `(..., n, d)` and a router `(..., d, e)`.
 
     On a GPU, if the results are large, the backward computes them again instead of saving them; this takes one more
-    pass over the tokens. On a CPU recomputing is slow and memory is cheap, so results are saved.
+    pass over the tokens. On a CPU recomputing is slow and memory is cheap, so results are saved; so are those without a
+    matrix, by a module, which may draw random numbers.
     """
-    if not (_on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)) or exporting() or in_transform():
+    large = weight is not None and _on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)
+    if not large or exporting() or in_transform():
         return function(x, weight, *others)
     return checkpoint(function, x, weight, *others, use_reentrant=False, preserve_rng_state=False)  # type: ignore
 

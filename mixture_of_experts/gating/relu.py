@@ -15,7 +15,7 @@ from torch import Tensor
 from mixture_of_experts import losses
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import Tokens
-from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.topk import TopKGating
@@ -113,8 +113,8 @@ class ReLUGating(TopKGating):
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """The experts of the largest logits; a choice is made if the logit is positive."""
-        expert, _ = super().own_choices(tokens, ranked, probs)
-        return expert, probs.detach().gather(-1, expert) > 0
+        expert, chosen = super().own_choices(tokens, ranked, probs)
+        return expert, both(chosen, probs.detach().gather(-1, expert) > 0)
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None

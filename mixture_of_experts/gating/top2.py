@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,49 +24,7 @@ from mixture_of_experts.support.settings import setting
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 
 
-def send_none(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """Send no second choice."""
-    return torch.zeros_like(weight, dtype=torch.bool)
-
-
-def send_above_threshold(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """Send second choices whose weight is strictly above the threshold."""
-    return weight > threshold
-
-
-def send_at_random(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """Send second choices with probability weight / threshold; draw one float32 number for each token."""
-    uniform = torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
-    return uniform < weight / max(threshold, eps)
-
-
-SENDS = {"none": send_none, "threshold": send_above_threshold, "random": send_at_random}  # by "all" every one is sent
-POLICIES = ("all", *SENDS)
-
-
-@dataclass(frozen=True)
-class Top2Settings:
-    """The arguments of a layer that describe the `Top2Gating` it makes."""
-
-    second_policy_train: SecondPolicy = "random"
-    second_policy_eval: SecondPolicy = "random"
-    second_threshold_train: float = 0.2
-    second_threshold_eval: float = 0.2
-    capacity_factor_train: float | None = 1.25
-    capacity_factor_eval: float | None = 2.0
-    min_expert_capacity: int = 4
-    second_place_loss: bool = False
-    priority: Priority = "choice"
-
-    @classmethod
-    def among(cls, arguments: Mapping[str, Any]) -> Top2Settings:
-        """The settings among the arguments of a layer's constructor."""
-        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
-
-    def changed(self) -> list[str]:
-        """The settings that differ from their defaults, written as "name=value"."""
-        given = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
-        return [f"{name}={value!r}" for name, value, default in given if value != default]
+POLICIES = ("all", "none", "threshold", "random")
 
 
 class Top2Gating(TokenChoiceGate):
@@ -237,16 +195,16 @@ class Top2Gating(TokenChoiceGate):
 
     def _sent(self, weight: Tensor) -> Tensor | None:
         """`(..., b, n, 2)` bool, the choices that the current mode's policy sends, by their `weight`; None if all."""
-        policy, threshold = self.second
-        if policy == "all":
-            sent = None
-        else:
-            second = SENDS[policy](weight[..., 1].detach(), threshold, self.eps)
-            sent = torch.stack([torch.ones_like(second), second], dim=-1)
-        if self.num_experts > 1:
-            return sent
-        other = weight != 0  # with a single expert there is no second choice
-        return other if sent is None else sent & other
+        (policy, threshold), second, sent = self.second, weight[..., 1].detach(), None
+        if policy == "none":
+            sent = torch.zeros_like(second, dtype=torch.bool)
+        elif policy == "threshold":
+            sent = second > threshold
+        elif policy == "random":
+            uniform = torch.rand(second.shape, device=second.device, dtype=torch.float32)
+            sent = uniform < second / max(threshold, self.eps)
+        sent = None if sent is None else torch.stack([torch.ones_like(sent), sent], dim=-1)
+        return sent if self.num_experts > 1 else both(sent, weight != 0)  # a single expert leaves no second choice
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         """They count the choices that the policy sends; of given ones that are not computed too, but for second choices
@@ -277,3 +235,11 @@ class Top2Gating(TokenChoiceGate):
             active = second if active is None else second & active
         second_place = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
         return {"first_place": first_place, "second_place": second_place}
+
+
+#: the arguments of a layer that describe the `Top2Gating` it makes, and their defaults
+TOP2_SETTINGS: Mapping[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Top2Gating.__init__).parameters.items()
+    if name.startswith(("second_", "capacity_factor_", "min_", "priority"))
+}

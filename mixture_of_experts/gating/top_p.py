@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from mixture_of_experts.gating.base import Tokens
-from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.settings import setting
@@ -65,10 +65,10 @@ class TopPGating(TopKGating):
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """The experts of the largest scores; a choice is made if those before it have not reached p."""
-        expert, _ = super().own_choices(tokens, ranked, probs)
+        expert, chosen = super().own_choices(tokens, ranked, probs)
         prob = probs.detach().gather(-1, expert)
         before = prob.unsqueeze(-2).expand(*prob.shape, self.k).tril(-1).sum(dim=-1)
-        return expert, before < self.p
+        return expert, both(chosen, before < self.p)
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         found = super().named_losses(names, tokens, choices)

@@ -5,14 +5,12 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mixture_of_experts import losses
 from mixture_of_experts.gating import topk_by_kernel, topk_by_numbers
@@ -29,7 +27,7 @@ from mixture_of_experts.gating.bias_rules import (
 )
 from mixture_of_experts.gating.choices import Choices, both, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
-from mixture_of_experts.gating.given import GIVEN, OPEN
+from mixture_of_experts.gating.given import GIVEN
 from mixture_of_experts.gating.logits import RouterLogits, module_logits, router_logits
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
@@ -48,7 +46,6 @@ from mixture_of_experts.gating.steps import (
 )
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_process_group, check_size
 from mixture_of_experts.support.settings import setting
-from mixture_of_experts.support.tracing import without_autocast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,8 +72,8 @@ class TopKGating(TokenChoiceGate):
         num_groups, top_groups: the experts form `num_groups` equal expert groups. A token chooses only from the
             `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
         expert_bias: whether scores have a bias, for choosing only, that `update_bias` moves (arXiv 2408.15664).
-        balance_over: the balancing loss is that of each "group", averaged, of all tokens of a "rank", or of the whole
-            "batch": the loss that has the name "balance_group" and so on in `BALANCE_LOSSES`.
+        balance_over: the balancing loss is that of each "group", averaged, or that of the whole "batch": the loss
+            "balance_group" or "balance_batch" of `BALANCE_LOSSES`.
         logits: a module that maps `(..., b, n, d)` to logits `(..., b, n, e)`, instead of the matrix `w_gating`: a
             network, or `RouterLogits`, which has a norm, a multiplier and a soft cap.
         select: experts are chosen by their "score" or their "logits", plus the expert bias. Or a function
@@ -84,7 +81,7 @@ class TopKGating(TokenChoiceGate):
             and expert groups itself. An expert of -inf is not chosen: a token with fewer than k others makes fewer
             choices.
         group_score: the score of an expert group: the sum of its "two_best", or its "best"; or a function of scores
-            `(..., b, n, num_groups, e / num_groups)`. Closed experts are -inf there.
+            `(..., b, n, num_groups, e / num_groups)`. A group of -inf is closed.
         weigh: the weight of a choice is its "score", or the "softmax" over the logits of the chosen. Or a function
             `(logits, scores, expert)` that returns the weights `(..., b, n, k)`; then `normalize` is False by default.
         eps: added to the sum by which `normalize` divides.
@@ -114,8 +111,7 @@ class TopKGating(TokenChoiceGate):
 
     #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them. An
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
-    #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN, OPEN)
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
     ways: ClassVar[Mapping[str, Any]] = {"numbers": topk_by_numbers, "kernel": topk_by_kernel}
     expert_bias: Tensor | None
     expert_counts: Tensor | None
@@ -129,8 +125,6 @@ class TopKGating(TokenChoiceGate):
     eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
-    #: whether a token's own choices are those of the largest scores
-    scores_choose: ClassVar[bool] = True
     #: why scores do not tell how many tokens an expert gets, for rules of the bias that read them; None: they do
     load_beyond_scores: ClassVar[str | None] = None
     balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
@@ -194,15 +188,12 @@ class TopKGating(TokenChoiceGate):
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""
         x = self._jittered(tokens.x) if self.training and self.jitter else tokens.x
-        closed = self.closed_experts(tokens.side[OPEN], x) if OPEN in tokens.side else None
-        logits, score, probs, log_total = self._scores_to_save(x, closed)
-        ranked = self._ranked(logits, score, closed)
-        expert, chosen = self._chosen_by(tokens, ranked, probs, closed is not None)
+        logits, score, probs, log_total = recomputed(self._scored, x, self.w_gating, self.b_gating)
+        ranked = self._ranked(logits, score)
+        expert, chosen = self.own_choices(tokens, ranked, probs)
         if GIVEN in tokens.side:
             expert, chosen = self.merge_given(tokens, expert, chosen)
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
-        if closed is not None:
-            chosen = both(chosen, ~closed.gather(-1, expert))
         allowed = both(chosen, self.allowed(tokens))
 
         # the loss before the weights: the backward then adds the loss's gradient in place
@@ -229,26 +220,19 @@ class TopKGating(TokenChoiceGate):
         parts = {"balance": balance, "z": z_loss}
         return Choices(expert, weight, probs, parts, chosen=chosen, score=top)
 
-    def _chosen_by(
-        self, tokens: Tokens, ranked: Tensor, probs: Tensor, some_closed: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The results of `own_choices`, without choices of an expert of -inf. A token may have such choices if
-        `some_closed`, or by the settings; scores are not read."""
-        if not isinstance(self.select, str):
-            may_lack = not isinstance(self.select, (AlwaysChosen, OpenGroups))
-        else:
-            may_lack = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
-            may_lack = may_lack or (self.num_groups is not None and not isinstance(self.group_score, str))
-        if not (may_lack or some_closed):
-            return self.own_choices(tokens, ranked, probs)
-        finite = ranked.clamp(min=torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
-        expert, chosen = self.own_choices(tokens, finite, probs)
-        return expert, both(ranked.gather(-1, expert) != -torch.inf, chosen) if self.scores_choose else chosen
-
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best
-        first, and which of them a token makes, bool; None if all."""
-        return top_choices(ranked, self.k), None
+        first, and which of them a token makes, bool, none of a score of -inf; None if all.
+
+        Only functions and modules of a user make such scores, so no others are read.
+        """
+        of_select = not isinstance(self.select, (str, AlwaysChosen, OpenGroups))
+        of_logits = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
+        of_groups = self.num_groups is not None and not isinstance(self.group_score, str)
+        if not (of_select or of_logits or of_groups):
+            return top_choices(ranked, self.k), None
+        expert = top_choices(ranked.clamp(min=torch.finfo(ranked.dtype).min), self.k)  # -inf marks chosen ones
+        return expert, ranked.gather(-1, expert) != -torch.inf
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
@@ -256,10 +240,10 @@ class TopKGating(TokenChoiceGate):
         """The balancing loss of scores and probabilities `(..., b, n, e)` and the choices that are `chosen`; 0-dim."""
         return self.balance_loss(tokens, probs, expert, chosen, k=self.choices_at_balance)
 
-    def logits_of(self, x: Tensor) -> Tensor:
-        """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""
-        if self.w_gating is not None:
-            return router_logits(x, self.w_gating, self.b_gating)
+    def logits_of(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by a matrix and its bias, or by the module."""
+        if weight is not None:
+            return router_logits(x, weight, bias)
         assert self.logits is not None
         return module_logits(self.logits, x, self.num_experts)
 
@@ -270,41 +254,10 @@ class TopKGating(TokenChoiceGate):
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
-    def closed_experts(self, is_open: Tensor, x: Tensor) -> Tensor:
-        """`(..., b, n, e)` bool, the experts that are closed to each token of x, by the side input `open_experts`."""
-        wanted = (*x.shape[:-1], self.num_experts)
-        if is_open.shape != wanted or is_open.dtype != torch.bool:
-            raise ValueError(f"{OPEN} must be bool of shape {wanted}, got {is_open.dtype} {tuple(is_open.shape)}")
-        return ~is_open
-
-    def _scores_to_save(self, x: Tensor, closed: Tensor | None) -> Scored:
-        """The results of `_scored` for tokens x, which a backward on a GPU may compute again."""
-        if self.w_gating is not None:
-            return recomputed(partial(self._scored, router_logits, closed), x, self.w_gating, self.b_gating)
-        if isinstance(self.logits, RouterLogits):
-            weights = dict(self.logits.named_parameters())
-            function = partial(self._scored, partial(self._module_logits, tuple(weights)), closed)
-            return recomputed(function, x, self.logits.weight, *weights.values())
-        return self._scored(self.logits_of, closed, x)  # not again: a user's module may draw random numbers
-
-    def _module_logits(self, names: Sequence[str], x: Tensor, _: Tensor, *weights: Tensor) -> Tensor:
-        """Logits by the module with the weights of the forward. When the backward computes them again,
-        `functional_call` may have given the module its own weights back."""
-        module, given = self.logits, dict(zip(names, weights, strict=True))
-        assert module is not None
-        if all(weight is given[name] for name, weight in module.named_parameters()):
-            return self.logits_of(x)
-        with without_autocast(x.device):
-            return functional_call(module, given, x)
-
-    def _scored(
-        self, logits_by: Callable[..., Tensor], closed: Tensor | None, x: Tensor, *weights: Tensor | None
-    ) -> Scored:
-        """The logits `logits_by(x, *weights)`, scores and probabilities `(..., b, n, e)`, and the logits' logsumexp
-        `(..., b, n)`, None if it follows from the first choice."""
-        logits = logits_by(x, *weights)
-        if closed is not None:  # finite, so that a token without an open expert gives no NaN
-            logits = logits.masked_fill(closed, torch.finfo(logits.dtype).min)
+    def _scored(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Scored:
+        """The logits, scores and probabilities `(..., b, n, e)`, and the logits' logsumexp `(..., b, n)`, None if it
+        follows from the first choice."""
+        logits = self.logits_of(x, weight, bias)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self.first_is_likeliest else logits.logsumexp(dim=-1)
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
@@ -315,36 +268,22 @@ class TopKGating(TokenChoiceGate):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
-    def _ranked(self, logits: Tensor, score: Tensor, closed: Tensor | None) -> Tensor:
-        """`(..., b, n, e)`, the biased scores by which experts are chosen; -inf of closed ones, and outside the best
-        expert groups."""
+    def _ranked(self, logits: Tensor, score: Tensor) -> Tensor:
+        """`(..., b, n, e)`, the biased scores by which experts are chosen; -inf outside the best expert groups."""
+        bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
         if not isinstance(self.select, str):
-            bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
-            ranked = self.select(logits.detach(), score.detach(), bias).detach()
-            return ranked if closed is None else ranked.masked_fill(closed, -torch.inf)
+            return self.select(logits.detach(), score.detach(), bias).detach()
         score = (score if self.select == "score" else logits).detach()
-        if self.expert_bias is not None:
-            score = score + self.expert_bias[..., None, None, :].to(score.dtype)
-        if closed is not None:
-            score = score.masked_fill(closed, -torch.inf)
-        if self.num_groups is not None and self.top_groups is not None:
-            grouped = score.unflatten(-1, (self.num_groups, -1))
-            best = self._best_groups(grouped, self.top_groups, closed is not None)
-            score = torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
-        return score
-
-    def _best_groups(self, grouped: Tensor, top_groups: int, some_closed: bool) -> Tensor:
-        """`(..., b, n, g)` bool, the expert groups that a token chooses from, by scores `(..., b, n, g, e / g)`. One of
-        which no expert is open is none of them."""
-        of_group = self.group_score
-        named = isinstance(of_group, str)
+        if bias is not None:
+            score = score + bias
+        if self.num_groups is None or self.top_groups is None:
+            return score
+        grouped, of_group = score.unflatten(-1, (self.num_groups, -1)), self.group_score
         totals = GROUP_SCORES[of_group](grouped) if isinstance(of_group, str) else of_group(grouped)
-        if some_closed:  # of a group with one open expert the two best are that one
-            totals = torch.where(
-                (grouped == -torch.inf).any(dim=-1) & (totals == -torch.inf), grouped.amax(dim=-1), totals
-            )
-        best = torch.zeros_like(totals, dtype=torch.bool).scatter(-1, top_choices(totals, top_groups), True)
-        return best if named and not some_closed else best & (totals != -torch.inf)
+        best = torch.zeros_like(totals, dtype=torch.bool).scatter(-1, top_choices(totals, self.top_groups), True)
+        if not isinstance(of_group, str):  # a function may close a group
+            best = best & (totals != -torch.inf)
+        return torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
 
     def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
         """`(..., b, n, k)`, weights of the choices before normalisation; a softmax is over those `chosen`."""

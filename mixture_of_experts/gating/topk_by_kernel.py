@@ -77,7 +77,7 @@ def choose(gate: TopKGating, tokens: Tokens) -> Choices:
     """The gate's choices, by the kernel."""
     from mixture_of_experts.kernels.top_k import few_choices  # it imports triton, which takes a second
 
-    logits = gate.logits_of(tokens.x)
+    logits = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating)
     b, n, e = logits.shape
     scales = e / (gate.choices_at_balance * b * n * n), 1 / (b * n)
     expert, weight, probs, sums = few_choices(logits, gate.expert_bias, *_settings(gate), *scales)

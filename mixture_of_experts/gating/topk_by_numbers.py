@@ -58,7 +58,7 @@ def routing(gate: TopKGating, tokens: Tokens) -> Routing:
 
 
 def _routing(gate: TopKGating, x: Tensor) -> Routing | None:
-    logits, k, e = gate.logits_of(x), gate.k, gate.num_experts
+    logits, k, e = gate.logits_of(x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
     numbers = score.flatten().tolist()
     ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).flatten().tolist()

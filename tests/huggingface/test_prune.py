@@ -30,7 +30,7 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits, SignRule, SparseMixerGating
-from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale
+from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, LearnedScale
 from mixture_of_experts.huggingface import expert_scores, export, from_transformers, prune, to_transformers, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.unstack import restack, unstack
@@ -62,9 +62,12 @@ IDS = [1, 2, 4, 7]
 @pytest.mark.parametrize("name", GATES)
 def test_a_pruned_layer_computes_as_if_the_others_were_closed(name):
     moe, x = layer(GATES[name]()), torch.randn(2, 9, D, dtype=torch.float64)
-    is_open = torch.zeros(2, 9, E, dtype=torch.bool)
-    is_open[..., IDS] = True
-    expected = moe(x, open_experts=is_open)[0]
+    others = copy.deepcopy(moe)
+    closed, score = torch.ones(E, dtype=torch.bool).scatter(0, torch.tensor(IDS), False), SCORES[moe.gate.score]
+    others.gate.score = lambda logits: score(logits.masked_fill(closed, torch.finfo(logits.dtype).min))
+    if others.gate.expert_bias is not None:
+        others.gate.expert_bias[closed] = -torch.inf
+    expected = others(x)[0]
     assert not torch.equal(moe(x)[0], expected)
     assert prune(moe, by={"gate": IDS}) == {"gate": IDS}
     torch.testing.assert_close(moe(x)[0], expected)

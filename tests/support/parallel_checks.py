@@ -161,25 +161,6 @@ def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
             assert gate.l1_coef == reference.l1_coef != 0.3
 
 
-def check_balance_of_each_rank() -> None:
-    """The average over the ranks is that over the ranks that have tokens, each by itself, gradients included."""
-    torch.manual_seed(1)
-    alone, (x, mask) = TopKGating(DIM, EXPERTS), batch(masked=True)
-    together, world = copy.deepcopy(alone), dist.get_world_size()
-    together.process_group = dist.group.WORLD
-
-    def loss(gate: nn.Module, rank: int) -> Tensor:
-        return gate(own_part(x, rank), mask=own_part(mask, rank), losses=["balance_rank"]).losses["balance_rank"]
-
-    expected = torch.stack([loss(alone, rank) for rank in range(world) if own_part(mask, rank).any()]).mean()
-    found = loss(together, dist.get_rank())
-    (gradient,) = torch.autograd.grad(found, together.w_gating)
-    for value in (found.detach(), gradient):
-        dist.all_reduce(value)
-    torch.testing.assert_close(found / world, expected)
-    torch.testing.assert_close(gradient / world, torch.autograd.grad(expected, alone.w_gating)[0])
-
-
 def check_unequal_sizes_are_tested() -> None:
     """The exact comparisons above do have a rank without tokens, and an expert without."""
     moe = make("top-k, dropless")

@@ -106,8 +106,6 @@ def two_levels_of(outer: dict, inner: dict, **more) -> HeirarchicalMoE:
 
 DEEPSEEK = dict(k=2, score="sigmoid", bias=True, scale=2.5, num_groups=4, top_groups=2, expert_bias=True)
 
-LOSSES = [name for name in BALANCE_LOSSES if name != "balance_rank"]  # which ranks change
-
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "top2": lambda: top2(second_place_loss=True),
     "top2, threshold, token priority": lambda: MoE(
@@ -118,7 +116,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "switch": lambda: topk(k=1, capacity_factor_train=1.25),
     "top-k, dropless": topk,
     "top-k, score priority": lambda: topk(capacity_factor_train=0.7, priority="score", balance_over="batch"),
-    "top-k, deepseek": lambda: topk(**DEEPSEEK, loss_coefs=dict.fromkeys(LOSSES, 0.1)),
+    "top-k, deepseek": lambda: topk(**DEEPSEEK, loss_coefs=dict.fromkeys(BALANCE_LOSSES, 0.1)),
     "top-k, dropless batch": lambda: topk(balance_over="batch"),
     "top-k, dropless own experts": lambda: topk(OwnExperts()),
     "top-k, latent": lambda: topk(latent(), capacity_factor_train=1.0),

@@ -66,7 +66,7 @@ def why_not_gate(gate: Any) -> str | None:
     for name in ("logits", "normalize", *STEPS):
         step = getattr(gate, name, None)
         if callable(step) and not isinstance(step, KNOWN) and step is not functional.relu:
-            unknown.append(f"{name}={getattr(step, '__name__', type(step).__name__)}")
+            unknown.append(f"{name}={getattr(step, '__qualname__', type(step).__name__)}")
     if getattr(getattr(gate, "bias_rule", None), "shares", None) is not None:
         unknown.append("bias_rule.shares")
     unknown += sorted(tensors_of(gate).keys() - GATE_AXES.keys() - {*NO_AXIS})
