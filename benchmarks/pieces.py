@@ -92,7 +92,7 @@ def check_kernels(device: Device, kinds: Callable[[Device], Iterator[tuple[str, 
             return self_check.judge(kind, entries, (entry,)) or "right"
 
     def launches(kind: Kind, entries: Any, entry: Any) -> list[blocks.Launch]:
-        call = self_check.make_call(kind, *self_check.size_for(entries, entry), False)
+        call = self_check.make_call(kind, *self_check.size_for(entries, entry))
         return blocks.noted(lambda: (self_check.by_kernels(call, kind), self_check.same_plans(call.decision)))
 
     checks = {
