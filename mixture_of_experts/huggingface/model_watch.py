@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
 from mixture_of_experts.huggingface.private_transformers import checkpointing_of, predicts_next, set_checkpointing
+from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
 from mixture_of_experts.huggingface.router_config import factor_of, reports_routers, text_config, unit_of
 from mixture_of_experts.support.attached import TABLES
 from mixture_of_experts.support.checks import check_model
@@ -116,9 +117,10 @@ def is_masked(model: nn.Module, name: str) -> bool:
 
 
 def reader_around(model: nn.Module, name: str) -> nn.Module:
-    """The model around a network whose arguments tell its padding."""
+    """The module around a network whose arguments tell its padding: a layer of torch, or a model."""
     path = name.split(".")[:-1]
-    return nearest_reader([model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)])
+    above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
+    return above[-1] if isinstance(above[-1], KINDS) else nearest_reader(above)
 
 
 class ModelWatch(Watch):
@@ -136,7 +138,7 @@ class ModelWatch(Watch):
     adapted: bool = False  # whether the model has had a forward with adapters
 
     def __init__(self, around: nn.Module, last: LastCall) -> None:
-        self.reader: TokensReader = TokensReader(around)
+        self.reader: TokensReader = LayerReader(around) if isinstance(around, KINDS) else TokensReader(around)
         self.last = last
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:

@@ -269,37 +269,6 @@ def test_one_block_that_is_not_as_the_others():
         assert not feed_forwards(model)
 
 
-class Narrow(nn.Module):
-    """A block whose network has a hidden layer of 8 units."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.up, self.act, self.down = nn.LayerNorm(D), nn.Linear(D, 8), nn.GELU(), nn.Linear(8, D)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.act(self.up(self.norm(x))))
-
-
-def test_a_network_narrower_than_its_inputs():
-    """It may be an adapter, so it is left alone, and replaced where an adapter says so."""
-    model, x = nn.ModuleDict({"blocks": nn.Sequential(Narrow(), Narrow())}).eval(), torch.randn(2, 6, D)
-    with pytest.raises(ValueError, match=r"no feed-forward network was found .* its modules are .*Narrow"):
-        upcycle(model, num_experts=4)
-    wanted = model["blocks"](x)
-    told = Adapter("up", "down", activation="act", slot=True, bypass=("up", "act"))
-    assert upcycle(model, num_experts=4, adapters={"Narrow": told}) == ["blocks.0.down", "blocks.1.down"]
-    torch.testing.assert_close(model["blocks"](x), wanted, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("activation", "says"), [("relu", "code of TransformerEncoderLayer"), (nn.GELU(), "by hand")])
-def test_layers_of_torch_that_fuse_their_network_are_refused(activation, says):
-    layer = nn.TransformerEncoderLayer(D, 2, H, activation=activation, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    with pytest.raises(ValueError, match=says):
-        upcycle(model, num_experts=4)
-    assert not feed_forwards(model)
-
-
 def test_searching_changes_nothing():
     """No buffer that a forward counts in, no mode, no draw of a random number, no attribute; and no hook runs."""
     model = make(*FORMS["Inline, one dropout twice"]).train()

@@ -29,6 +29,7 @@ from mixture_of_experts.huggingface.replacement.adapters import (
     tried,
 )
 from mixture_of_experts.huggingface.replacement.search import NUMBER, Miss, is_routed, search
+from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
 from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
 from mixture_of_experts.huggingface.router_config import announce
 from mixture_of_experts.huggingface.saving.configuration import note
@@ -197,7 +198,8 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
     adapters = {} if adapters is None else adapters
     if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
         raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
-    known = {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
+    known = layers_of_torch(model)
+    known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
     places, misses = search(model, known)
     if not places:
@@ -335,11 +337,6 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
     built = []
     refuse_ties(model, places)
     for place in places:
-        if isinstance(place.module, nn.TransformerEncoderLayer):
-            raise ValueError(
-                f"{place.name or 'the model'} is computed by one operator of torch in eval, which reads the weights of "
-                "linear1 and linear2: put the layers in by hand, as docs/in_your_model.md does"
-            )
         dense = read_dense(place.module, place.adapter)
         if not place.adapter.slot:
             refuse_unequal(place, dense)
@@ -351,6 +348,7 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
     for place, feed_forward in zip(places, built, strict=True):
         put(model, place, feed_forward)
     names = [place.target for place in places]
+    leave_fused_path(model)
     join(model, names)
     return names
 

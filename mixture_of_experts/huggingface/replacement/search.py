@@ -39,7 +39,7 @@ class Miss(NamedTuple):
     reason: str
 
 
-def search(model: nn.Module, given: Mapping[str, Adapter]) -> tuple[list[NetworkSite], list[Miss]]:
+def search(model: nn.Module, given: Mapping[str, Adapter | Miss]) -> tuple[list[NetworkSite], list[Miss]]:
     """The networks of a model that can be replaced, and those that cannot.
 
     Args:
@@ -54,8 +54,11 @@ def search(model: nn.Module, given: Mapping[str, Adapter]) -> tuple[list[Network
     misses: list[Miss] = []
     seen = set[nn.Module]()
     for module, name in reversed(names.items()):  # each after the modules inside it
-        if name in given:
-            found.append(NetworkSite(name, module, given[name]))
+        known = given.get(name)
+        if isinstance(known, Adapter):
+            found.append(NetworkSite(name, module, known))
+        elif known is not None:
+            misses.append(known)
         numbers = [*NUMBER.finditer(name)]
         if not numbers or sum(map(is_linear, module.modules())) < 2 or f"{name}.".startswith(apart):
             continue

@@ -1,0 +1,70 @@
+"""`nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`: their networks, their padding, and their fused path.
+
+In eval without gradients an encoder layer computes itself by one operator, which reads the weights of `linear1` and
+`linear2`. `nn.TransformerEncoder` reads those of its first layer before it removes padding for that operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
+
+from mixture_of_experts.huggingface.replacement.adapters import Adapter
+from mixture_of_experts.huggingface.replacement.search import Miss
+from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader
+
+NETWORK = Adapter(
+    up="linear1",
+    down="linear2",
+    activation="activation",
+    hidden_dropout="dropout",
+    slot=True,
+    bypass=("linear1", "activation"),
+)
+KINDS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def layers_of_torch(model: nn.Module) -> dict[str, Adapter | Miss]:
+    """A model's layers of torch, by path; those whose sequences are not first cannot be replaced."""
+    found: dict[str, Adapter | Miss] = {}
+    own = [kind._ff_block for kind in KINDS]
+    for name, module in model.named_modules():
+        layer: Any = module
+        if getattr(type(layer), "_ff_block", None) not in own or not is_dense(layer):
+            continue  # code of its own, or replaced already
+        if layer.self_attn.batch_first:
+            found[name] = NETWORK
+        else:
+            reason = "it reads tokens (n, b, d), and a router needs sequences first: make the layers with batch_first="
+            found[name] = Miss(name, type(module).__name__, f"{reason}True, and load the same weights")
+    return found
+
+
+class LayerReader(TokensReader):
+    """Reads which tokens of a layer of torch are real, from the layer's arguments."""
+
+    names: ClassVar[tuple[str, ...]] = ("src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask")
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokensAround:
+        given = self.given(args, kwargs)
+        x = given.get("src", given.get("tgt"))
+        if x is None or x.is_nested or x.ndim not in (2, 3):
+            return TokensAround()
+        shape = (1, x.shape[0]) if x.ndim == 2 else (x.shape[0], x.shape[1])
+        padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))  # True, or -inf
+        return TokensAround(shape=shape, mask=None if padding is None else (padding == 0).view(shape))
+
+
+def leave_fused_path(model: nn.Module) -> None:
+    """Make encoder layers of torch whose network is replaced call their parts in eval too."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and not is_dense(module):
+            module.activation_relu_or_gelu = 0  # torch's sign that the operator does not know the activation
+        if isinstance(module, nn.TransformerEncoder) and not all(map(is_dense, module.layers)):
+            module.use_nested_tensor = False
+
+
+def is_dense(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "linear1", None), nn.Linear)
