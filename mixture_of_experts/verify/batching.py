@@ -99,11 +99,11 @@ def invariance(trial: Trial) -> Gaps:
 @keeps("each choice reaches its expert's weights", needs="router", cases=ALONE, steady=True, limit=MOST_LOST)
 def every_choice(trial: Trial) -> Gaps:
     """A token that asks for an expert for which another does not ask reaches weights that the other does not reach."""
-    x = trial.x()
-    asked = trial.chosen(trial.fresh(), x)[:, 0]
+    module, alone = trial.fresh(), trial.x().split(1)
+    asked = torch.cat([trial.chosen(module, token) for token in alone])[:, 0]
     if asked.dtype != torch.bool:  # -1 is no expert
         asked = one_hot(asked + 1).sum(dim=1)[:, 1:]
-    reached = beyond(torch.stack([weights_reached(trial.step(token, of="output")) for token in x.split(1)]))
+    reached = beyond(torch.stack([weights_reached(trial.step(token, of="output")) for token in alone]))
     if not reached.any():
         raise DoesNotApplyError("no weights are one expert's alone")
     lost = (beyond(asked) & ~reached).any(dim=1).double().mean().item()
