@@ -129,7 +129,7 @@ def test_cached_generation(name, beams):
 
 def keep_masks(model: nn.Module, seen: list[Any]) -> None:
     for module in feed_forwards(model):
-        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs.get("mask")), with_kwargs=True)
 
 
 @pytest.mark.parametrize("cache", ["static", None])
