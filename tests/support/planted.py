@@ -197,7 +197,6 @@ class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "deepcopy", "sav
 
 SEEN_BY_A_COUNTER = (
     *("loss_accumulation", "recomputation", "counts_checkpointing", "bits", "raised", "deepcopy", "output_eval"),
-    "every_choice",
 )
 
 
