@@ -32,6 +32,12 @@ class FeedForward(nn.Module):
         `(n, d)` to `(n, o)`.
     """
 
+    w1: nn.Module
+    w2: nn.Module
+    w3: nn.Module | None
+    act: nn.Module
+    dropout: float
+
     def __init__(
         self, w1: nn.Module, w2: nn.Module, w3: nn.Module | None, act: nn.Module, dropout: float = 0.0
     ) -> None:

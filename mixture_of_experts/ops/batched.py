@@ -33,6 +33,10 @@ SUMMED = 8  # columns by which a bias's gradient is written as a product: groupe
 class SlotProducts(rows.Products):
     """Rows in slots: every expert has equally many, and empty ones are zeros."""
 
+    num_batches: int
+    empty: Tensor
+    token: Tensor
+
     @staticmethod
     def arrange(decision: Decision) -> Plan:
         return decision.in_slots()
@@ -95,6 +99,9 @@ class BlockProducts(SlotProducts):
     rows as the average expert, so there are at most about 2 e blocks. It saves the pre-activations of assignments, not
     those of all rows.
     """
+
+    num_experts: int
+    expert: Tensor
 
     @staticmethod
     def arrange(decision: Decision) -> Plan:

@@ -46,6 +46,9 @@ class GroupedProducts(batched.SlotProducts):
     """Rows without gaps, by torch's grouped product on CUDA; the plan's table has the end of each expert's rows. Rows
     past the last expert's may hold anything; nothing reads them."""
 
+    ends: Tensor
+    num_tokens_per_expert: Tensor
+
     @staticmethod
     def arrange(decision: Decision) -> Plan:
         plan = decision.without_gaps()

@@ -64,8 +64,8 @@ class ExpertParallel(ParallelStyle):
         super().__init__()
         self.gradient: Gradient = check_choice("gradient", gradient, ("mean", "sum"))  # type: ignore[assignment]
         self.static_shapes = static_shapes
-        self.batch_group = as_process_group("batch_group", batch_group)
-        self.replicated = frozenset([replicated] if isinstance(replicated, str) else replicated)
+        self.batch_group: dist.ProcessGroup | None = as_process_group("batch_group", batch_group)
+        self.replicated: frozenset[str] = frozenset([replicated] if isinstance(replicated, str) else replicated)
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""

@@ -70,6 +70,8 @@ def record_routing(model: nn.Module, *, gates: Gates | None = None, weights: boo
 class Recording(ChoiceHooks):
     """Stores what gates choose for `records`, made by `record_routing`."""
 
+    weights: bool
+
     def __init__(self, sites: list[ChoiceSite], weights: bool) -> None:
         self.sites, self.tables, self.weights = sites, {}, weights
         none: dict[str, list[Tensor]] = {site.name: [] for site in sites}

@@ -29,6 +29,8 @@ class TopkCalls(TorchFunctionMode):
         expert: what the block chose; None until it does.
     """
 
+    site: ChoiceSite
+    given: Tensor | None
     expert: Tensor | None = None
 
     def __init__(self, site: ChoiceSite, given: Tensor | None) -> None:

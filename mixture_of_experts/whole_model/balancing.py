@@ -180,7 +180,7 @@ class BlockBias:
                 "rule='sign', or convert its block by from_transformers"
             )
         self.block: Any = site.block
-        self.called = site.called
+        self.called: nn.Module = site.called
         self.rule = rule
         self.reader = reader
         bias = self.bias

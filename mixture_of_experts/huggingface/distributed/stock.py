@@ -31,7 +31,7 @@ class ExchangeRows(EPImplementation):
         self.experts = experts
         self.num_experts: int = self.num_local_experts * ep_mesh.size()  # type: ignore[assignment, operator]
         shared_batch = tp_mesh if tp_mesh.size() > 1 else None
-        self.channel = Channel(ep_mesh.get_group(), shared_batch=shared_batch)
+        self.channel: Channel = Channel(ep_mesh.get_group(), shared_batch=shared_batch)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids from e on are left out."""

@@ -249,6 +249,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 class Shards:
     """Writes files of weights, each as soon as it is full."""
 
+    folder: Path
+    max_size: int
+
     def __init__(self, folder: Path, max_size: int) -> None:
         self.folder, self.max_size = folder, max_size
         self.waiting: dict[str, Tensor] = {}

@@ -72,6 +72,15 @@ class ChunkProducts(rows.Products):
         chunk, sizes: its batches, and the rows of each.
     """
 
+    step: int | None
+    tokens: Tensor
+    empty: Tensor
+    here: slice
+    token: Tensor
+    padding: Tensor
+    chunk: list[Batch]
+    sizes: list[int]
+
     def __init__(self, chunks: list[list[Batch]], step: int | None, plan: Plan) -> None:
         self.plan, self.chunks, self.step = plan, chunks, step
         self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
