@@ -42,7 +42,8 @@ class SlotProducts(rows.Products):
         return decision.in_slots()
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.num_batches = plan, math.prod(plan.num_experts)
+        super().__init__(plan)
+        self.num_batches = math.prod(plan.num_experts)
         self.empty = (plan.token == plan.num_tokens).unsqueeze(-1)
         self.token = plan.token.clamp(max=largest(plan.num_tokens - 1, 0))
 
@@ -56,7 +57,7 @@ class SlotProducts(rows.Products):
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         (x, weight), *others = pairs
-        self.rows = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
+        self.rows: Any = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
         self.rows[-1:].zero_()
         out = self.batches(self.rows)
         torch.bmm(self.batches(x), self.of_batches(weight), out=out)
@@ -101,6 +102,7 @@ class BlockProducts(SlotProducts):
     """
 
     num_experts: int
+    num_batches: int
     expert: Tensor
 
     @staticmethod

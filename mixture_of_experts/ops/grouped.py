@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.ops.products import multiply
+from mixture_of_experts.ops.rows import Products
 from mixture_of_experts.support.private_torch import count_flops, exporting, is_wrapped
 from mixture_of_experts.support.tracing import capability
 
@@ -48,6 +50,7 @@ class GroupedProducts(batched.SlotProducts):
 
     ends: Tensor
     num_tokens_per_expert: Tensor
+    token: Tensor
 
     @staticmethod
     def arrange(decision: Decision) -> Plan:
@@ -58,7 +61,8 @@ class GroupedProducts(batched.SlotProducts):
     def __init__(self, plan: Plan) -> None:
         assert plan.table is not None
         assert plan.rows_per_expert is not None
-        self.plan, self.ends, self.num_tokens_per_expert = plan, plan.table, plan.rows_per_expert
+        Products.__init__(self, plan)
+        self.ends, self.num_tokens_per_expert = plan.table, plan.rows_per_expert
         self.token = plan.token.clamp(max=plan.num_tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ class GroupedProducts(batched.SlotProducts):
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The total, without a row more: an assignment without a row reads the last row, which is then no expert's."""
         (x, weight), *others = pairs
-        self.rows = self.by_weights(x, weight)
+        self.rows: Any = self.by_weights(x, weight)
         for x, weight in others:
             self.rows += self.by_weights(x, weight)
         self.rows[-1:].masked_fill_(self.ends[-1] < self.plan.num_rows, 0)

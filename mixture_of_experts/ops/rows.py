@@ -39,9 +39,11 @@ class Products:
     - `collect()`: each token's weighted sum `(t, o)` of the totals; the base's is that of expert choice.
     """
 
-    plan: Plan
-    chunks: Sequence[Any] = (None,)
     rows: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
+
+    def __init__(self, plan: Plan, chunks: Sequence[Any] = (None,)) -> None:
+        self.plan: Plan = plan
+        self.chunks: Sequence[Any] = chunks
 
     def enter(self, chunk: Any) -> None:
         """Go on to a chunk."""

@@ -29,13 +29,15 @@ class ChoiceHooks:
         after_block: `(site, call, output, expert)`, after a block of transformers that chose experts `(..., k)`.
     """
 
-    sites: list[ChoiceSite]
-    tables: dict[str, list[Tensor]]
     unread: list[Any] | None = None
     give: Callable[..., list[Tensor]]
     give_block: Callable[..., Tensor]
     after: Callable[..., None]
     after_block: Callable[..., None]
+
+    def __init__(self, sites: list[ChoiceSite]) -> None:
+        self.sites: list[ChoiceSite] = sites
+        self.tables: dict[str, list[Tensor]] = {}
 
     def start(self, hooks: Attached) -> None:
         """Set the hooks, for forwards of this thread."""

@@ -73,7 +73,8 @@ class Recording(ChoiceHooks):
     weights: bool
 
     def __init__(self, sites: list[ChoiceSite], weights: bool) -> None:
-        self.sites, self.tables, self.weights = sites, {}, weights
+        super().__init__(sites)
+        self.weights = weights
         none: dict[str, list[Tensor]] = {site.name: [] for site in sites}
         numbers = {site.name: site.num_experts for site in sites}
         self.records: RoutingRecords = RoutingRecords(none, numbers, none if weights else None)

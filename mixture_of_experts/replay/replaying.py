@@ -89,10 +89,17 @@ def replay_routing(
 
 
 class Replay(ChoiceHooks):
-    """Gives the gates of a model their choices; made by `replay_routing`."""
+    """Gives the gates of a model their choices; made by `replay_routing`.
+
+    A gate's table is `(b, s + 1, k)`, its choices, and their weights if there are any.
+    """
+
+    beyond: Beyond
+    closed: bool
 
     def __init__(self, sites: list[ChoiceSite], records: RoutingRecords, beyond: Beyond) -> None:
-        self.sites, self.beyond, self.closed = sites, beyond, False
+        super().__init__(sites)
+        self.beyond, self.closed = beyond, False
         layers, names = records.layers, [site.name for site in sites]
         if len(layers) != len(sites):
             raise ValueError(
@@ -100,7 +107,6 @@ class Replay(ChoiceHooks):
                 f"({', '.join(layers)})"
             )
         self.lengths: dict[str, list[int]] = {}  # of the sequences of each gate
-        self.tables: dict[str, list[Tensor]] = {}  # `(b, s + 1, k)`, its choices, and their weights if there are any
         for site, layer in zip(sites, names if set(layers) == set(names) else layers, strict=True):
             self.lengths[site.name] = records.lengths(layer)
             self.tables[site.name] = tables_of(site, layer, records)

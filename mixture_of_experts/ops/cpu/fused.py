@@ -82,7 +82,8 @@ class ChunkProducts(rows.Products):
     sizes: list[int]
 
     def __init__(self, chunks: list[list[Batch]], step: int | None, plan: Plan) -> None:
-        self.plan, self.chunks, self.step = plan, chunks, step
+        super().__init__(plan, chunks)
+        self.step = step
         self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
         self.empty = plan.token == plan.num_tokens
 
@@ -124,7 +125,7 @@ class ChunkProducts(rows.Products):
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         if self.rows is None:
             x, weight = pairs[0]
-            self.rows = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
+            self.rows: Any = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
             self.rows[-1:].zero_()
         y = self.rows[self.here]
         for i, (x, weight) in enumerate(pairs):
