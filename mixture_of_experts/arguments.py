@@ -29,7 +29,7 @@ def as_experts(experts: Any) -> nn.Module | None:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether the module can be called. A plain `nn.ModuleList` cannot."""
-    return type(module).forward is not nn.Module.forward
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def check_shared_expert(shared_expert: Any) -> nn.Module | None:
