@@ -44,7 +44,8 @@ class ExpertsAround(RoutedExperts):
         if on_rows and any(getattr(each, "works_on", "outputs") != "outputs" for each in with_inner(experts)):
             raise ValueError(
                 f"{type(self).__name__} stand on the rows that experts compute, which {type(experts).__name__} weigh "
-                "or go on with: put them inside, as in InputWeightedExperts(NormedExperts(experts, norm))"
+                "or go on with: put them inside, around the experts that compute, as in "
+                "InputWeightedExperts(NormedExperts(experts, norm))"
             )
         self.experts = experts
         self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)

@@ -256,7 +256,7 @@ def test_slots_of_what_costs_nothing():
 def test_refused():
     for inner in (InputWeightedExperts(Experts(D, E)), LatentExperts(Experts(D, E), beside=nn.Identity())):
         for experts in (inner, checkpointed(inner), ZeroComputationExperts(inner, num_zero=1)):
-            with pytest.raises(ValueError, match=r"put them inside, as in InputWeightedExperts\(NormedExperts\("):
+            with pytest.raises(ValueError, match=r"put them inside, .* as in InputWeightedExperts\(NormedExperts\("):
                 NormedExperts(experts, nn.RMSNorm(D))  # type: ignore[arg-type]
             with pytest.raises(ValueError, match="put them inside"):
                 InputWeightedExperts(experts)

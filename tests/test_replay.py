@@ -494,8 +494,12 @@ def test_what_is_not_in_records():
     assert records.select([0, 0], tokens=[1, 4]).lengths("a") == [1, 3]
     with pytest.raises(IndexError, match="no sequence 1: there are 1"):
         records.select([1])
-    with pytest.raises(ValueError, match="a number for each of 1 sequences, got 2"):
-        records.select([0], tokens=[1, 2])
+    for wrong in ([1, 2], [-1]):
+        with pytest.raises(ValueError, match=r"from 0 on for each of 1 sequences, got \["):
+            records.select([0], tokens=wrong)
+    for wrong in ({"a": [ROW], "b": [ROW, ROW]}, {"a": [ROW, ROW[:, :1]]}):
+        with pytest.raises(ValueError, match="equally many sequences, and each gate one number of choices"):
+            RoutingRecords(wrong)
     with pytest.raises(KeyError, match="no gate 'c': there are 'a', 'b'"):
         records["c"]
 

@@ -328,8 +328,8 @@ class TokenChoiceGate(Gate):
 
         Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.counted`, as
         `balance_loss`, `z_loss` and `token_mean` of this class do. Losses are returned whatever their coefficient in
-        the layer is: statistics show them. Side inputs that it reads are named in `reads`, losses beside "balance" and
-        "z" in `reports`. A gate that others may choose for calls `merge_given`.
+        the layer is: statistics show them. Side inputs that it reads are named in `reads`. A gate that others may
+        choose for calls `merge_given`.
         """
         raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
 

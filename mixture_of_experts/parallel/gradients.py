@@ -100,10 +100,10 @@ def clip_grad_norm_(
         parameters = parameters.parameters()
     by_mesh: dict[Any, list[Tensor]] = {}  # of which torch's own functions take one at a time
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None or isinstance(parameter, DTensor):  # other ranks may have a gradient
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     norms: list[Any] = [
-        get_total_norm([p.grad for p in members], norm_type)  # type: ignore[misc]
+        get_total_norm([torch.zeros_like(p) if p.grad is None else p.grad for p in members], norm_type)
         for members in by_mesh.values()
     ]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]

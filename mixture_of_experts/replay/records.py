@@ -34,8 +34,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             alone are known.
 
     Raises:
-        ValueError: gates have records of different numbers of sequences; a record is no tensor of integers `(s, k)`; or
-            the weights are not floating point of the same shapes.
+        ValueError: gates have records of different numbers of sequences, or a gate of different numbers of choices; a
+            record is no tensor of integers `(s, k)`; or the weights are not floating point of the same shapes.
 
     Example:
         >>> import torch
@@ -69,6 +69,10 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         )
         if wanted != got:
             raise ValueError(f"weights must have the shapes {wanted} of the choices, got {got}")
+        if len(set(map(len, wanted.values()))) > 1 or any(len({k for _, k in of}) > 1 for of in wanted.values()):
+            raise ValueError(
+                f"gates must have equally many sequences, and each gate one number of choices, got {wanted}"
+            )
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -137,8 +141,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
-        if len(cuts) != len(numbers):
-            raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(cuts)}")
+        if len(cuts) != len(numbers) or any(cut is not None and cut < 0 for cut in cuts):
+            raise ValueError(f"tokens must have a number from 0 on for each of {len(numbers)} sequences, got {tokens}")
         if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
             raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
         of_gate = list(zip(numbers, cuts, strict=True))
@@ -174,7 +178,10 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             >>> records.lengths("0"), records["1"][0].tolist()
             ([2], [[2, 3], [3, 2]])
         """
-        weighed = None if weights is None else read_requests(weights)
+        weighed = None
+        if weights is not None:
+            of_gates = read_requests(weights).items()  # in float32, integers refused below
+            weighed = {name: [a.float() if a.is_floating_point() else a for a in of] for name, of in of_gates}
         records = cls(read_requests(requests), None, weighed)
         for of_gate in records._experts.values():
             of_gate[:] = map(shortened, of_gate)
@@ -275,7 +282,8 @@ def read_request(number: int, request: Any) -> tuple[Tensor, ...]:
         return torch.as_tensor(request).cpu().unbind(1)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         got = f"a {type(request).__name__}: {error}"
-        raise ValueError(f"request {number} must be an array (tokens, layers, k), got {got}") from error
+        remedy = ": decode it, as docs/replay.md does with SGLang's" if isinstance(request, str) else ""
+        raise ValueError(f"request {number} must be an array (tokens, layers, k), got {got}{remedy}") from error
 
 
 def shortened(array: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ class Replay(ChoiceHooks):
             self.lengths[site.name] = records.lengths(layer)
             self.tables[site.name] = tables_of(site, layer, records)
         self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
+        self.waiting: set[str] = set()  # blocks that no backward has run again yet
 
     def close(self) -> None:
         self.closed = True
@@ -136,15 +137,18 @@ class Replay(ChoiceHooks):
     def give_block(self, site: ChoiceSite, call: SequencesCall | None, device: Any) -> Tensor:
         """`(b n, k)` int64, the choices for the tokens of a block; those of its last forward if it runs again."""
         if call is None:
+            self.waiting.discard(site.name)
             return self.to_run_again[site.name]
         sizes, mask = call.entered[site.name]
         given = self.give(site, call, sizes, mask, device)[0].flatten(0, 1)
-        checkpointed = site.called.training and in_checkpoint()
-        if checkpointed and not self.to_run_again.setdefault(site.name, given).equal(given):
-            raise RuntimeError(
-                f"{site.name!r} runs under activation checkpointing on batches of other padding, which a backward "
-                "could not tell apart: enter replay_routing anew for each"
-            )
+        if site.called.training and in_checkpoint():
+            if site.name in self.waiting and not self.to_run_again[site.name].equal(given):
+                raise RuntimeError(
+                    f"{site.name!r} runs under activation checkpointing on two batches of other padding before a "
+                    "backward, which could not tell them apart: call the backward of the first one first"
+                )
+            self.to_run_again[site.name] = given
+            self.waiting.add(site.name)
         return given
 
     def check(self, site: ChoiceSite, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None) -> None:

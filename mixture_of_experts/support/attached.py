@@ -68,9 +68,9 @@ class Attached(ExitStack):
     def _unset(self, module: nn.Module, name: str) -> None:
         with CHANGING:
             state = own_state(module)
-            last, _ = state.values[name][-1]
+            last, held = state.values[name][-1]
             values = [(owner, value) for owner, value in state.values[name] if owner is not self]
-            if last is self:
+            if last is self and getattr(module, name, NONE) is held:  # nobody has set another value since
                 if values[-1][1] is NONE:
                     delattr(module, name)
                 else:

@@ -418,6 +418,13 @@ def check_norms() -> None:
         for name, parameter in together.named_parameters():
             if parameter.grad is not None:
                 torch.testing.assert_close(whole(parameter.grad), reference[name].grad, **CLOSE)
+    its = [p for p in together.parameters() if isinstance(p, DTensor) and dist.get_rank() == 1]
+    for parameter in its:
+        parameter.grad.to_local().zero_()  # type: ignore[union-attr]
+    norm = clip_grad_norm_(together, 1e9)
+    for parameter in its:
+        parameter.grad = None
+    assert clip_grad_norm_(together, 1e9) == norm  # other ranks do not wait for this one
     together.first.weight.grad.fill_(float("inf"))
     with pytest.raises(RuntimeError, match=r"norm of order .* is non-finite"):
         clip_grad_norm_(together, 1.0, error_if_nonfinite=True)

@@ -210,7 +210,7 @@ def by_operators(call: Call) -> dict[str, Tensor]:
 
     given, x, weight, network = call.decision, leaf(call.x), leaf(call.decision.weight), call.network.map(leaf)
     sizes = dict(k=given.k, num_tokens=given.num_tokens, num_experts=given.num_experts)
-    decision = Decision(given.expert, weight, given.kept, **sizes)  # type: ignore[arg-type]
+    decision = Decision(given.expert, weight, given.kept, given.kept, **sizes)  # type: ignore[arg-type]
     out, leaves = batched.run(Call(x, decision, network, True)), {"x": x, "weights": weight, **network.tensors()}
     grads = torch.autograd.grad(out, list(leaves.values()), gradient_for(out, call.x.dtype))
     return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
