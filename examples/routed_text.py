@@ -14,7 +14,8 @@ from mixture_of_experts import Routing
 def draw_text(tokens: Sequence[str], routing: Routing, width: int = 100) -> Figure:
     """A text in which each token has the colour of the expert that computes it with the largest weight. A token that no
     expert computes is white."""
-    assert routing.k is not None, "in expert choice tokens have no choices: give the routing of another gate"
+    if routing.k is None:
+        raise ValueError("in expert choice tokens have no choices: give the routing of another gate")
     weight, expert = (each.view(len(tokens), routing.k) for each in (routing.weight, routing.expert))
     largest, choice = weight.max(dim=1, keepdim=True)
     computed = zip(largest.flatten().tolist(), expert.gather(1, choice).flatten().tolist(), strict=True)

@@ -339,18 +339,18 @@ def product(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, bac
     form = bits8 if groups is None else bits4
     if not back and x.dtype != torch.float64 and x.shape[0] <= form.FEW_ROWS and form.is_direct(packed):
         return few(x, packed, groups, scale)
-    # products without the scale would leave the range of float16
-    wide = x.dtype == torch.float16 or (x.is_cpu and not private_torch.multiplies(x.dtype))
+    wide = x.is_cpu and not private_torch.multiplies(x.dtype)
     rows, dtype = x.float() if wide else x, torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = rows * scale.to(rows.dtype) if back else rows
+    scaled = rows.dtype == torch.float16  # products without the scale would leave its range
+    rows = rows * scale.to(rows.dtype) if back and not scaled else rows
     out = rows.new_zeros(x.shape[0], width(packed, scale, back), dtype=dtype)
     for inputs, weight in unpack(packed, groups, scale):
-        weight = weight.to(rows.dtype)
+        weight = (weight.mul_(scale) if scaled else weight).to(rows.dtype)
         if back:
             out[:, inputs] = rows @ weight.mT
         else:
             out += rows[:, inputs] @ weight
-    return out if back else out.mul_(scale)
+    return out if back or scaled else out.mul_(scale)
 
 
 def few(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None) -> Tensor:

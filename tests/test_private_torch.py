@@ -178,6 +178,48 @@ def test_wrapped_modules(wrap):
     assert private_torch.wrapped_module(module) is None
 
 
+class Inner(nn.Module):
+    def forward(self, x):
+        return x + 1
+
+
+class Decorated(Inner):
+    forward = torch.compile(Inner.forward, backend="eager")
+
+
+def compiled_in_place(forward_alone: bool) -> nn.Module:
+    module = Inner()
+    if forward_alone:
+        module.forward = torch.compile(module.forward, backend="eager")
+    else:
+        module.compile(backend="eager")
+    return module
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.compile(Inner(), backend="eager"),
+        lambda: compiled_in_place(True),
+        lambda: compiled_in_place(False),
+        Decorated,
+    ],
+)
+def test_what_was_compiled_runs_as_it_was_written(make):
+    """Within the context; before and after it in graphs, which is seen at a flag."""
+    seen, model = [], nn.Sequential(nn.Sequential(make()), nn.ReLU())
+    inner = private_torch.unwrapped(model[0][0])
+    before = [dict(vars(module)) for module in model.modules()]
+    with private_torch.uncompiled(model):
+        handle = inner.register_forward_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
+        assert model(torch.ones(2)).tolist() == [2, 2]
+        handle.remove()
+    assert seen == [False]
+    assert [vars(module).keys() for module in model.modules()] == [those.keys() for those in before]
+    for module, those in zip(model.modules(), before, strict=True):
+        assert all(vars(module).get(name) is those.get(name) for name in ("forward", "_compiled_call_impl"))
+
+
 @pytest.mark.parametrize(
     "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
 )

@@ -11,7 +11,6 @@ that somebody else chose.
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -23,12 +22,11 @@ from mixture_of_experts.support.private_torch import exporting, statically_known
 from mixture_of_experts.support.tracing import add_times, smallest
 
 
-@dataclass(eq=False)
 class Decision:
     """The assignments of a call: which expert computes which token, with which weight.
 
-    It is not a pytree: FSDP2's mixed precision casts all tensors that it finds in arguments, and would cast a router's
-    weights too.
+    It is no pytree and no dataclass: FSDP2's mixed precision casts all tensors that it finds in such arguments, and
+    would cast a router's weights too.
 
     Attributes:
         stored_expert: `(a,)` int64, expert of each assignment, any number where it is not kept; None: it follows from
@@ -51,14 +49,32 @@ class Decision:
     weight: Tensor
     kept: Tensor
     chosen: Tensor
-    _: KW_ONLY
     k: int | None
-    token: Tensor | None = None
+    token: Tensor | None
     num_tokens: int
     num_experts: tuple[int, ...]
-    dropless: bool = True
-    routing: Routing | None = None
-    slot: Tensor | None = None
+    dropless: bool
+    routing: Routing | None
+    slot: Tensor | None
+
+    def __init__(
+        self,
+        expert: Tensor | None,
+        weight: Tensor,
+        kept: Tensor,
+        chosen: Tensor,
+        *,
+        k: int | None,
+        token: Tensor | None = None,
+        num_tokens: int,
+        num_experts: tuple[int, ...],
+        dropless: bool = True,
+        routing: Routing | None = None,
+        slot: Tensor | None = None,
+    ) -> None:
+        self.stored_expert, self.weight, self.kept, self.chosen = expert, weight, kept, chosen
+        self.k, self.token, self.num_tokens, self.num_experts = k, token, num_tokens, num_experts
+        self.dropless, self.routing, self.slot = dropless, routing, slot
 
     @property
     def expert(self) -> Tensor:

@@ -47,7 +47,7 @@ class BiasRule:
         Args:
             counts: sums of what `count` returned, over all micro-batches and ranks.
             bias: `(..., e)`.
-            k: choices of a token; 0 for an unknown block of `transformers`.
+            k: choices of a token.
             rate: the rate of `balance_experts`.
         """
         raise NotImplementedError(f"{type(self).__name__} must write step(counts, bias, k, rate)")

@@ -220,7 +220,7 @@ def checked(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) ->
         for record in sequences:
             if not (isinstance(record, Tensor) and record.ndim == 2 and fits(record)):
                 wanted = f"a list of tensors of {kind} (tokens, k), one a sequence"
-                raise ValueError(f"{name}[{gate!r}] must be {wanted}, got {record!r}")
+                raise ValueError(f"{name}[{gate!r}] must be {wanted}, got {record!r:.99}")
     return found
 
 

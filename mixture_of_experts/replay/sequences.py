@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating import ExpertChoiceGating, reads_of
 from mixture_of_experts.gating.given import COUNTED, GIVEN_WEIGHTS
+from mixture_of_experts.moe import HeirarchicalMoE
 from mixture_of_experts.support.private_torch import number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
@@ -87,6 +88,8 @@ def why_no_weights(site: Site) -> str | None:
     """Why the weights of a site can be neither recorded nor replayed; None if they can."""
     if site.external:
         return "its own code computes the weights: convert the block by from_transformers"
+    if any(isinstance(location.layer, HeirarchicalMoE) for location in site.locations):
+        return "a layer of two levels is given choices alone"
     return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
 
 

@@ -8,8 +8,9 @@ version breaks.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -160,6 +161,29 @@ def wrapped_class(module: nn.Module) -> type[nn.Module]:
             kind = first
         else:
             return kind
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """A context in which a model's modules run as they were before `torch.compile`, so that hooks are called. Another
+    model is not touched; `torch.compiler.set_stance` would hold in the whole process."""
+    compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        own, forward = vars(module), module.forward
+        while (plain := getattr(forward, "_torchdynamo_orig_callable", None)) is not None:
+            forward = MethodType(plain, module) if isinstance(forward, MethodType) else plain
+        changes = {} if forward == module.forward else {"forward": forward}
+        changes |= {} if own.get("_compiled_call_impl") is None else {"_compiled_call_impl": None}
+        if changes:
+            compiled.append((own, changes, {name: own[name] for name in changes if name in own}))
+            own |= changes
+    try:
+        yield
+    finally:
+        for own, changes, before in compiled:
+            for name in changes:
+                del own[name]
+            own |= before
 
 
 def set_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]) -> None:

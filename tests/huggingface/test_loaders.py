@@ -234,8 +234,15 @@ def test_layers_on_disk_are_not_changed(change, tmp_path):
 def test_another_quantiser_is_refused(tmp_path):
     model = saved(tmp_path)
     for load in (AutoModelForCausalLM.from_pretrained, type(model).from_pretrained, from_pretrained):
-        with pytest.raises(ValueError, match="ExpertsLoaderConfig"):
+        with pytest.raises(ValueError, match=r"ExpertsLoaderConfig|quantization_config cannot be given"):
             load(tmp_path, quantization_config=transformers.FineGrainedFP8Config())
+
+
+def test_what_another_quantiser_changed_is_not_saved(tmp_path):
+    model = saved(tmp_path)
+    model.config.quantization_config = transformers.FineGrainedFP8Config()
+    with pytest.raises(ValueError, match=r"is quantised \(FineGrainedFP8Config\) cannot be saved"):
+        model.save_pretrained(tmp_path / "again")
 
 
 def test_a_checkpoint_without_weights_of_experts_is_refused(tmp_path):

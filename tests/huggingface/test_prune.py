@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -189,6 +190,27 @@ def test_what_is_wrapped_around_a_layer_does_not_hide_it(what):
         model(x)
 
 
+def test_others_are_compiled_while_it_measures():
+    """A compiled function that is called meanwhile, here or in another thread, runs its graph."""
+    ran: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return lambda *args: ran.append(threading.current_thread().name) or graph.forward(*args)
+
+    other = torch.compile(lambda x: x * 2, backend=backend)
+    other(torch.ones(2))
+
+    def batches() -> Any:
+        other(torch.ones(2))
+        thread = threading.Thread(target=other, args=(torch.ones(2),), name="another")
+        thread.start()
+        thread.join()
+        yield torch.randn(2, 9, D, dtype=torch.float64)
+
+    expert_scores(layer(TopKGating(D, E)), calibration=batches())
+    assert ran == [*2 * ["MainThread"], "another"]
+
+
 def test_unstacked_experts_are_stacked_again_after():
     moe, x = unstack(layer(TopKGating(D, E))), torch.randn(2, 9, D, dtype=torch.float64)
     prune(moe, by={"gate": [0, 3, 5]})
@@ -242,6 +264,8 @@ def test_groups_keep_equally_many():
         prune(build(), 5, "random")
     with pytest.raises(ValueError, match="open to a token, hold at least 2"):
         prune(build(), 2, "random")
+    with pytest.raises(ValueError, match="two at least if their two best score them"):
+        prune(layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
     with pytest.raises(ValueError, match="keep from 3"):

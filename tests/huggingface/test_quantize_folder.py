@@ -93,6 +93,20 @@ def plain_nibbles(folder: Path) -> bool:
     )
 
 
+def test_weights_keep_the_dtypes_of_their_files(tmp_path):
+    """A float32 gate in a model of bfloat16."""
+    model = ARCHITECTURES["llama"].build().bfloat16()
+    upcycle(model, num_experts=4)
+    for layer in feed_forwards(model):
+        layer.gate.float()
+    model.save_pretrained(tmp_path / "in")
+    folders.quantize_folder(tmp_path / "in", tmp_path / "out", bits=8)
+    wanted, found = (folders.read_weights(tmp_path / name) for name in ("in", "out"))
+    same = [name for name in wanted if ".experts." not in name]
+    assert {wanted[name].dtype for name in same} == {torch.float32, torch.bfloat16}
+    assert all(found[name].dtype == wanted[name].dtype and found[name].equal(wanted[name]) for name in same)
+
+
 def test_what_it_refuses(tmp_path, capsys):
     """Nothing is left of it."""
     build("Mixtral").save_pretrained(tmp_path / "24")

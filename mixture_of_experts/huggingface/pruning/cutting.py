@@ -92,10 +92,11 @@ def check_number(site: Site, number: int) -> None:
     of = f"prune cannot leave {number} of {site.num_experts} experts to {site.name!r}"
     if not least <= number <= site.num_experts:
         raise ValueError(f"{of}: keep from {least}, because of its k, to {site.num_experts}")
-    if number % groups or (groups > 1 and gate.top_groups * number // groups < k):
+    least = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # of a group
+    if number % groups or (groups > 1 and (gate.top_groups * number // groups < k or number // groups < least)):
         raise ValueError(
-            f"{of}: its num_groups={groups} keep equally many, and top_groups={gate.top_groups} of them, which are "
-            f"open to a token, hold at least {k}"
+            f"{of}: its num_groups={groups} keep equally many, two at least if their two best score them, and "
+            f"top_groups={gate.top_groups} of them, which are open to a token, hold at least {k}"
         )
 
 

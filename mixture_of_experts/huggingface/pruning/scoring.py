@@ -19,6 +19,7 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.huggingface.pruning.cutting import layer_of
 from mixture_of_experts.huggingface.replacement.adapters import evaluating
 from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.private_torch import uncompiled
 from mixture_of_experts.whole_model.sites import Site
 
 MeasuredRule = Literal["reap", "frequency"]
@@ -28,8 +29,7 @@ MEASURED = ("reap", "frequency")
 def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> dict[Site, Tensor]:
     """The scores `(e,)` float64 of each site's experts."""
     several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | Mapping | str)
-    eager = torch.compiler.set_stance("force_eager")  # graphs call no hooks
-    with Attached() as attached, evaluating(model), torch.no_grad(), eager:
+    with Attached() as attached, evaluating(model), torch.no_grad(), uncompiled(model):
         totals = {site: watch(attached, site, by) for site in sites}
         for batch in calibration if several else [calibration]:
             run(model, batch)

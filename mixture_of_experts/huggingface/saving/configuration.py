@@ -60,6 +60,11 @@ class SavesExperts:
         return {**found, KEY: layers_with_experts(self)} if KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
+        if quantization_of(self).get("quant_method", NAME) != NAME:  # its file would not tell
+            raise ValueError(
+                f"a model with experts that is quantised ({type(self.quantization_config).__name__}) cannot be saved: "
+                "save the model before it is quantised, and of this one adapters alone"
+            )
         layers = layers_with_experts(self)
         if any("block" in layer and UNSTACKED in layer.get("forms", {}).values() for layer in layers):
             raise ValueError(

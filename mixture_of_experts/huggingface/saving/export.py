@@ -217,6 +217,7 @@ def as_block(moe: Any, shared_expert: bool) -> MoE:
     if type(moe.gate) is TopKGating:
         gate = like.gate = copy.copy(moe.gate)
         gate.capacity_factor_train, gate.eps = None, 1e-20 if gate.eps <= 1e-9 else gate.eps
+        gate.min_expert_capacity = 4  # the default: it acts in training alone
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
         w = next(moe.experts.parameters(), next(moe.parameters()))  # quantised experts have none
         factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)

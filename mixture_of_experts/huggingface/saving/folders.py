@@ -187,11 +187,16 @@ def read_experts(source: Path, verb: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """The model of a folder. Its weights are parts of the files, of which only what is used is read."""
-    settings: Any = dict(config=config, state_dict=read_weights(source), dtype="auto", output_loading_info=True)
+    """The model of a folder, in the dtypes of its files. Its weights are parts of them, of which only what is used is
+    read."""
+    weights = read_weights(source)
+    settings: Any = dict(config=config, state_dict=dict(weights), dtype="auto", output_loading_info=True)
     model, info = saved_class(config).from_pretrained(None, **settings)
     for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
         raise lacks(name)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in weights and weights[name].dtype != tensor.dtype:  # transformers gives all of them one
+            tensor.data = weights[name]
     return model
 
 

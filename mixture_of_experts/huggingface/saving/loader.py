@@ -102,6 +102,10 @@ def from_pretrained(
         ...     == model.transformer.h[1].mlp.moe.experts.w1).all())
         ('GPT2LMHeadModel', True)
     """
+    if "quantization_config" in settings:
+        raise ValueError(
+            "quantization_config cannot be given: load the model, then quantise it, as torchao's quantize_"
+        )
     config = settings.pop("config", None)
     if config is None:
         config = AutoConfig.from_pretrained(path, **{name: settings[name] for name in HUB if name in settings})
