@@ -15,10 +15,12 @@ def guard_bits(both: Sides, given: argparse.Namespace) -> str | None:
 
 def guard_ranks(both: Sides, given: argparse.Namespace) -> str | None:
     before, now = both.ask("ranks.digests")
-    for name, found in before.items():
-        if changed := bits.differences(found, now[name]):
-            return f"{', '.join(changed)} differ in {name}"
     print(f"ranks: {len(before)} layers and layouts, {sum(map(len, before.values())):,} tensors")
+    if gone := before.keys() - now.keys():
+        print(f"ranks: only there are {', '.join(sorted(gone))}")
+    for name in before.keys() & now.keys():
+        if changed := bits.differences(before[name], now[name]):
+            return f"{', '.join(changed)} differ in {name}"
     return None
 
 
