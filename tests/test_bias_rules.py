@@ -233,7 +233,7 @@ def test_shares():
     assert repr(rule) == "SignRule(centred=False, shares=(2, 2, 1, 1))"
     with pytest.raises(ValueError, match=r"shares must be .* the 3 experts, got 4"):
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
-    with pytest.raises(ValueError, match=r"shares must be .* got 0"):
+    with pytest.raises(ValueError, match=r"shares, integers in proportion, must be .* got 0"):
         SignRule(shares=[1, 0])
     with pytest.raises(ValueError, match=r"shares must have a sum below 2\^20"):
         SignRule(shares=[2**19, 2**19])

@@ -75,7 +75,7 @@ class SignRule(BiasRule):
 
     def __init__(self, centred: bool = False, shares: Sequence[int] | None = None) -> None:
         self.centred = check_flag("centred", centred)
-        self.shares = None if shares is None else check_sizes("shares", tuple(shares))
+        self.shares = None if shares is None else check_sizes("shares, integers in proportion,", tuple(shares))
         if shares is not None and sum(shares) >= 1 << 20:  # their products with counts must be int64
             raise ValueError(f"shares must have a sum below 2^20, got {sum(shares)}: give smaller integers")
 
