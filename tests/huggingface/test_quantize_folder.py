@@ -98,7 +98,7 @@ def test_weights_keep_the_dtypes_of_their_files(tmp_path):
     model = ARCHITECTURES["llama"].build().bfloat16()
     upcycle(model, num_experts=4)
     for layer in feed_forwards(model):
-        layer.gate.float()
+        layer.moe.gate.float()
     model.save_pretrained(tmp_path / "in")
     folders.quantize_folder(tmp_path / "in", tmp_path / "out", bits=8)
     wanted, found = (folders.read_weights(tmp_path / name) for name in ("in", "out"))

@@ -261,6 +261,7 @@ class Shards:
         self.folder, self.max_size = folder, max_size
         self.waiting: dict[str, Tensor] = {}
         self.files: list[list[str]] = []  # the names of their weights
+        self.total_size: int = 0  # in bytes
 
     def add(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():
@@ -272,6 +273,7 @@ class Shards:
     def write(self) -> None:
         save_file(self.waiting, self.folder / f"part-{len(self.files)}.safetensors", metadata={"format": "pt"})
         self.files.append(list(self.waiting))
+        self.total_size += sum(value.nbytes for value in self.waiting.values())
         self.waiting = {}
 
     def close(self) -> None:
@@ -283,5 +285,5 @@ class Shards:
             (self.folder / f"part-{i}.safetensors").rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
         if n > 1:
-            index = {"metadata": {}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
             (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
