@@ -121,15 +121,15 @@ class InFloat32(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    ("layer", "name", "reason"),
+    ("build", "name", "reason"),
     [
-        (MoE(8, 4), "order", "random numbers are drawn"),
-        (MoE(8, 4, second_policy_train="all"), "output_eval", "random numbers are drawn in eval"),
-        (InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
+        (lambda: MoE(8, 4), "order", "random numbers are drawn"),
+        (lambda: MoE(8, 4, second_policy_train="all"), "output_eval", "random numbers are drawn in eval"),
+        (lambda: InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
     ],
 )
-def test_what_means_nothing_does_not_apply(layer, name, reason):
-    finding = verify(layer, properties=[name]).findings[name]
+def test_what_means_nothing_does_not_apply(build, name, reason):
+    finding = verify(build(), properties=[name]).findings[name]
     assert finding.verdict == "does not apply"
     assert finding.detail.startswith(reason)
 
