@@ -472,12 +472,12 @@ def units(network: Dense, name: str, start: int, number: int) -> Tensor:
 @torch.no_grad()
 def vary(experts: Any, noise: float, redraw: float) -> None:
     """Make copies differ, by noise on weights and by hidden units that are drawn again, equally many in each expert."""
-    if not (noise or redraw):
-        return
-    order = torch.rand(experts.num_experts, experts.hidden_dim, device=experts.w1.device).argsort(dim=-1)
-    new = order < round(redraw * experts.hidden_dim)  # (e, h)
-    for name, weight in experts.named_parameters(recurse=False):
-        if name.startswith("w"):
-            weight.add_(torch.randn_like(weight) * (noise * weight.float().std()))
-            drawn = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
+    weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
+    for weight in weights.values() if noise else ():
+        weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
+    if redraw:
+        order = torch.rand(experts.num_experts, experts.hidden_dim, device=experts.w1.device).argsort(dim=-1)
+        new = order < round(redraw * experts.hidden_dim)  # (e, h)
+        for name, weight in weights.items():
+            drawn: Tensor = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
             weight.copy_(torch.where(new.unsqueeze(-1 if name == "w2" else 1), drawn.to(weight.dtype), weight))

@@ -41,7 +41,7 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         source: a folder with `config.json` and safetensors.
         target: a new folder.
         max_shard_size: most bytes of a file of weights.
-        settings: arguments of `upcycle`, without `models`.
+        settings: arguments of `upcycle`.
 
     Raises:
         ValueError, TypeError: as in `upcycle`; or the model has experts already, or the files lack some of its weights.
