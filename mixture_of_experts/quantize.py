@@ -309,13 +309,11 @@ def pack(
         return {name: torch.stack([each[name] for each in made]).unflatten(0, weight.shape[:-2]) for name in made[0]}
     scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # or a cast would round it
     scale = scale.clamp_(max=LARGEST).to(weight.dtype)
-    numbers = weight.float() / torch.where(scale == 0, 1, scale.float())
-    if bits == 8:
-        return {**bits8.pack(numbers), "scale": scale}
-    block = block or bits4.block_of_cpu()
     if given := choose and choose(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
-        return {**bits4.stored(*given, block), "scale": torch.ones_like(scale)}
-    return {**bits4.pack(numbers, group, block), "scale": scale}
+        return {**bits4.stored(*given, block or bits4.block_of_cpu()), "scale": torch.ones_like(scale)}
+    numbers = weight.float() / torch.where(scale == 0, 1, scale.float())
+    packed = bits8.pack(numbers) if bits == 8 else bits4.pack(numbers, group, block or bits4.block_of_cpu())
+    return {**packed, "scale": scale}
 
 
 def unpack(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,13 +22,14 @@ class ChoiceHooks:
 
     Attributes:
         sites: where the model chooses.
-        tables: what each gate is given; empty in a recording.
+        replays: whether gates are given choices.
         unread: where a recording keeps what gates chose in forwards that ended well; None in a replay.
         give, give_block: see `Replay`.
         after: `(site, call, output, kwargs)`, after a layer that was given choices, or a gate that made them.
         after_block: `(site, call, output, expert)`, after a block of transformers that chose experts `(..., k)`.
     """
 
+    replays: ClassVar[bool] = False
     unread: list[Any] | None = None
     give: Callable[..., list[Tensor]]
     give_block: Callable[..., Tensor]
@@ -37,7 +38,6 @@ class ChoiceHooks:
 
     def __init__(self, sites: list[ChoiceSite]) -> None:
         self.sites: list[ChoiceSite] = sites
-        self.tables: dict[str, list[Tensor]] = {}
 
     def start(self, hooks: Attached) -> None:
         """Set the hooks, for forwards of this thread."""
@@ -47,7 +47,7 @@ class ChoiceHooks:
             if site.site.external:
                 hooks.set(site.called, "forward", partial(self.run_block, site, sequences, site.called.forward))
                 continue
-            chooses = site.called if self.tables else site.site.called
+            chooses = site.called if self.replays else site.site.called
             hooks.before(site.called, partial(self.before_layer, site, sequences))
             hooks.after(chooses, partial(self.after_layer, site, sequences), with_kwargs=True)
         for model, sequences in around.items():
@@ -61,7 +61,7 @@ class ChoiceHooks:
         x, sizes, mask = site.tokens(args, kwargs)
         if call is not None:
             call.enter(site, sizes, mask)
-        if not self.tables:
+        if not self.replays:
             return None
         if GIVEN in kwargs:
             raise ValueError(f"{site.name!r} is given {GIVEN} by its caller: replay them, or give them, not both")
@@ -83,12 +83,12 @@ class ChoiceHooks:
         call = sequences.call(site)
         if torch.compiler.is_compiling():
             raise RuntimeError(f"choices of {site.name!r} cannot be part of a graph: compile without fullgraph=True")
-        if call is None and not (self.tables and runs_again()):
+        if call is None and not (self.replays and runs_again()):
             return forward(*args, **kwargs)
         hidden = (*args, *kwargs.values())[0]
         if call is not None:
             call.enter(site, sizes_of(site, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask)
-        given = self.give_block(site, call, hidden.device) if self.tables else None
+        given = self.give_block(site, call, hidden.device) if self.replays else None
         with TopkCalls(site, given) as calls:
             output = forward(*args, **kwargs)
         if calls.expert is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -89,11 +89,9 @@ def replay_routing(
 
 
 class Replay(ChoiceHooks):
-    """Gives the gates of a model their choices; made by `replay_routing`.
+    """Gives the gates of a model their choices; made by `replay_routing`."""
 
-    A gate's table is `(b, s + 1, k)`, its choices, and their weights if there are any.
-    """
-
+    replays: ClassVar[bool] = True
     beyond: Beyond
     closed: bool
 
@@ -107,6 +105,7 @@ class Replay(ChoiceHooks):
                 f"({', '.join(layers)})"
             )
         self.lengths: dict[str, list[int]] = {}  # of the sequences of each gate
+        self.tables: dict[str, list[Tensor]] = {}  # `(b, s + 1, k)`, its choices, and their weights if there are any
         for site, layer in zip(sites, names if set(layers) == set(names) else layers, strict=True):
             self.lengths[site.name] = records.lengths(layer)
             self.tables[site.name] = tables_of(site, layer, records)

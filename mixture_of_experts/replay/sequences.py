@@ -64,8 +64,8 @@ def choice_sites(model: nn.Module, ability: str, gates: Gates | None, weights: b
     found = {}
     for site in sites:
         for location in reversed(site.locations):  # a layer at two paths has the name of the first
-            layer = None if site.external and site.block is None else location.layer
-            called, path = site.called if layer is None else layer, location.name.rpartition(".")[0]
+            called = site.called if location.layer is None else location.layer
+            path = location.name.rpartition(".")[0]
             found[site, location.layer] = ChoiceSite(location.name, site, called, site.k or 0, path)
     order = {place.name: number for number, place in enumerate(places(model))}
     return sorted(found.values(), key=lambda one: order.get(one.name, 0))

@@ -37,7 +37,7 @@ class TopkCalls(TorchFunctionMode):
         super().__init__()
         self.site, self.given = site, given
         block: Any = site.site.block
-        self.groups: Any = None if block is None else (block.attribute("num_groups"), block.attribute("top_groups"))
+        self.groups: Any = block.attribute("num_groups"), block.attribute("top_groups")
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         called = self.topk if func in (torch.topk, Tensor.topk) else func

@@ -66,4 +66,5 @@ def picture(title: str, figure: Figure, place: int | None = None) -> str:
         figure.savefig(file, format="svg", metadata={"Date": None})
     source = f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
     image = f'<img alt="{escape(title)}" src="{source}" loading=lazy>'
-    return f'<figure id="gate-{place}"><figcaption>{escape(title)}</figcaption>{image}</figure>'
+    anchor = "" if place is None else f' id="gate-{place}"'
+    return f"<figure{anchor}><figcaption>{escape(title)}</figcaption>{image}</figure>"
