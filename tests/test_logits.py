@@ -95,9 +95,18 @@ def test_gradients_under_autocast_stay_in_float32():
 
 @pytest.mark.parametrize("choices", [1, 3, 7])
 def test_choices_by_one_sort_are_those_by_one_maximum_after_the_other(choices):
-    """What a GPU does for more than two choices, and the CPU never; with ties."""
+    """A GPU sorts for more than two choices, a CPU for many; with ties."""
     score = torch.randint(0, 4, (200, 7)).float()
     assert torch.equal(stable_order(score, descending=True)[..., :choices], top_choices(score, choices))
+
+
+def test_many_choices_on_a_cpu_are_those_by_one_maximum_after_the_other():
+    score = torch.randint(0, 9, (50, 40)).float()
+    found, left = top_choices(score, 33), score.clone()
+    for choice in range(33):
+        best = left.argmax(dim=-1)
+        assert torch.equal(found[:, choice], best)
+        left[torch.arange(50), best] = -torch.inf
 
 
 @pytest.mark.parametrize("choices", [2, 3])

@@ -97,12 +97,13 @@ def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 def top_choices(score: Tensor, k: int) -> Tensor:
     """Indices `(..., k)` of the k largest scores, best first; on a tie the lowest index first.
 
-    `torch.topk` promises no order of equal scores, but `argmax` does. On a GPU one stable sort makes all choices.
+    `torch.topk` promises no order of equal scores, but `argmax` does. A stable sort makes all choices at once, which is
+    faster on a GPU from three choices on, and on a CPU from about thirty-two.
     """
     if k > score.shape[-1]:
         raise ValueError(f"k must be at most the number of experts, {score.shape[-1]}, got {k}: it takes each once")
     score = score.detach()
-    if k > 2 and score.device.type != "cpu":
+    if k >= (32 if score.device.type == "cpu" else 3):
         return stable_order(score, descending=True)[..., :k].contiguous()
     picked = [score.argmax(dim=-1, keepdim=True)]
     while len(picked) < k:

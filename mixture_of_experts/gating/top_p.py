@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.gating.base import Tokens
@@ -67,8 +68,7 @@ class TopPGating(TopKGating):
         """The experts of the largest scores; a choice is made if those before it have not reached p."""
         expert, chosen = super().own_choices(tokens, ranked, probs)
         prob = probs.detach().gather(-1, expert)
-        before = prob.unsqueeze(-2).expand(*prob.shape, self.k).tril(-1).sum(dim=-1)
-        return expert, both(chosen, before < self.p)
+        return expert, both(chosen, exclusive_sums(prob) < self.p)
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         found = super().named_losses(names, tokens, choices)
@@ -76,3 +76,15 @@ class TopPGating(TopKGating):
             log = choices.probs.clamp(min=1e-30).log()
             found["entropy"] = self.token_mean(tokens, -(choices.probs * log).sum(dim=-1))
         return found
+
+
+def exclusive_sums(values: Tensor) -> Tensor:
+    """The sum of the values before each one, along the last dimension.
+
+    Doubles the span that is summed at each step, since `cumsum` on a GPU does not promise equal bits on every run.
+    """
+    total, span = F.pad(values[..., :-1], (1, 0)), 1
+    while span < values.shape[-1]:
+        total = total + F.pad(total[..., :-span], (span, 0))
+        span *= 2
+    return total
