@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import MoE, TopKGating
-from mixture_of_experts.gating import RouterLogits
+from mixture_of_experts.gating import HashGating, NoisyTopKGating, RouterLogits, SparseMixerGating
 from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups, sqrt_softplus
 
 L2, L3, L4 = math.log(2), math.log(3), math.log(4)
@@ -88,11 +88,25 @@ def test_learned_scales_begin_at_one_and_of_no_weight_make_none():
     assert decided([-1.0, -2.0], score=F.relu, weigh=LearnedScale(1))[1] == [0.0, 0.0]
 
 
-def test_more_choices_than_experts():
-    gate = TopKGating(2, 3)
-    gate.k = 4
-    with pytest.raises(ValueError, match=r"k must be at most .*3, got 4"):
-        gate(torch.ones(1, 1, 2))
+GROUPS = dict(num_groups=2, top_groups=1)
+
+
+@pytest.mark.parametrize(
+    ("gate", "k", "message"),
+    [
+        (lambda: TopKGating(2, 3), 4, "k must be at most num_experts=3, got 4"),
+        (lambda: TopKGating(2, 4, **GROUPS), 3, r"top_groups=1 of num_groups=2 must hold at least k=3"),
+        (lambda: SparseMixerGating(2, 3), 4, "k must be at most num_experts=3, got 4"),
+        (lambda: NoisyTopKGating(2, 3), 3, "k must be below num_experts=3, got 3"),
+        (lambda: HashGating(2, 3, num_ids=5), 1, "k of HashGating is 2 and cannot become 1"),
+        *((lambda: TopKGating(2, 3), k, f"k must be an integer of at least 1, got {k!r}") for k in (0, "x", 1.5, True)),
+    ],
+)
+def test_k_is_checked_when_it_is_set(gate, k, message):
+    gate = gate()
+    with pytest.raises(ValueError, match=message):
+        gate.k = k
+    assert gate.k == 2
 
 
 # ---- score ----

@@ -270,12 +270,19 @@ class TokenChoiceGate(Gate):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(dim, num_experts, outer_expert_dims=outer_expert_dims, process_group=process_group)
-        self.k = check_size("k", k)
+        self.k = k
         self.capacity_factor_train = capacity_factor_train
         self.capacity_factor_eval = capacity_factor_eval
         self.min_expert_capacity = min_expert_capacity
         self.priority = priority
         self.forced = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, self.check_k(value) if name == "k" else value)
+
+    def check_k(self, k: Any) -> int:
+        """Return `k` if the gate can make as many choices of each token; ValueError otherwise."""
+        return check_size("k", k)
 
     @property
     def capacity_factor(self) -> float | None:

@@ -89,6 +89,13 @@ def expert_twice(expert: Tensor) -> int | None:
     return None
 
 
+def check_k_of_experts(k: int, num_experts: int) -> int:
+    """Return `k` if there are as many experts to choose from."""
+    if k > num_experts:
+        raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
+    return k
+
+
 def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """Where two conditions hold; None is a condition that holds everywhere."""
     return first if second is None else second if first is None else first & second

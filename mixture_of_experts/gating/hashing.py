@@ -42,6 +42,7 @@ class HashGating(TopKGating):
 
     num_ids: int
 
+    sizes: ClassVar[tuple[str, ...]] = (*TopKGating.sizes, "k")
     reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, "token_ids")
     load_beyond_scores: ClassVar[str | None] = "a token's id chooses its experts there"
     experts_of_id: Tensor

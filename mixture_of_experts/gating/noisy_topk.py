@@ -56,13 +56,17 @@ class NoisyTopKGating(TokenChoiceGate):
         **settings: Unpack[TokenChoiceSettings],
     ) -> None:
         super().__init__(dim, num_experts, k, **settings)
-        if k >= num_experts:
-            raise ValueError(
-                f"k must be below num_experts={num_experts}, got {k}: the load of an expert is measured against the "
-                "next best score (use TopKGating to choose all experts)"
-            )
         self.w_gating, self.w_noise = self._empty_matrix(device, dtype), self._empty_matrix(device, dtype)
         self.reset_parameters()
+
+    def check_k(self, k: Any) -> int:
+        k = super().check_k(k)
+        if k >= self.num_experts:
+            raise ValueError(
+                f"k must be below num_experts={self.num_experts}, got {k}: the load of an expert is measured against "
+                "the next best score (use TopKGating to choose all experts)"
+            )
+        return k
 
     def reset_parameters(self) -> None:
         """Set both matrices to zero, as the paper says."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
-from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.choices import Choices, check_k_of_experts
 from mixture_of_experts.gating.given import GIVEN, merge
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.support.checks import check_number
@@ -65,11 +65,12 @@ class SparseMixerGating(TokenChoiceGate):
         **settings: Unpack[TokenChoiceSettings],
     ) -> None:
         super().__init__(dim, num_experts, k, **settings)
-        if k > num_experts:
-            raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
         self.tolerance = tolerance
         self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
+
+    def check_k(self, k: Any) -> int:
+        return check_k_of_experts(super().check_k(k), self.num_experts)
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""

@@ -25,7 +25,7 @@ from mixture_of_experts.gating.bias_rules import (
     check_scores,
     step_of,
 )
-from mixture_of_experts.gating.choices import Choices, both, top_choices
+from mixture_of_experts.gating.choices import Choices, both, check_k_of_experts, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
 from mixture_of_experts.gating.given import GIVEN
 from mixture_of_experts.gating.logits import RouterLogits, module_logits, router_logits
@@ -155,8 +155,7 @@ class TopKGating(TokenChoiceGate):
         **settings: Unpack[TokenChoiceSettings],
     ) -> None:
         super().__init__(dim, num_experts, k, **settings)
-        if k > num_experts:
-            raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
+        k = self.k
         self.score, self.select, self.group_score, self.weigh = score, select, group_score, weigh
         self.normalize = k > 1 and not callable(weigh) if normalize is None else normalize
         self.eps = eps
@@ -389,6 +388,11 @@ class TopKGating(TokenChoiceGate):
             raise RuntimeError(NO_BIAS)
         self.expert_bias += step
         self._steps_without_update.forwards = 0
+
+    def check_k(self, k: Any) -> int:
+        k = check_k_of_experts(super().check_k(k), self.num_experts)
+        check_expert_groups(self.num_experts, k, getattr(self, "num_groups", None), getattr(self, "top_groups", None))
+        return k
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in STEPS:
