@@ -191,3 +191,10 @@ def test_what_no_gate_reports_is_named(gate):
 def test_of_nothing(shape):
     losses = make_gate("softmax").float()(torch.randn(*shape, 6), losses=tuple(BALANCE_LOSSES)).losses
     assert all(losses[name] == 0 for name in BALANCE_LOSSES)
+
+
+def test_every_loss_over_experts_with_a_single_expert():
+    """`Top2Gating` makes two choices there, the second of which has no expert of its own."""
+    gate = Top2Gating(6, 1)
+    losses = gate(torch.randn(2, 5, 6), losses=("balance_group", "balance_batch", "balance_score")).losses
+    assert losses["balance_score"] == losses["balance_group"] == losses["balance_batch"]

@@ -80,6 +80,13 @@ def test_scores_of_the_chosen_that_round_to_zero(settings, dtype):
     torch.testing.assert_close(vars(found), vars(wanted), equal_nan=True)
 
 
+def test_biases_of_both_infinities():
+    """Experts that are always and never chosen; a sum of both would not be finite."""
+    gate = gate_of(expert_bias=True)
+    gate.expert_bias.fill_(0.0)[2], gate.expert_bias[0] = torch.inf, -torch.inf
+    check_equal(*both(gate, torch.randn(1, 1, DIM)))
+
+
 def test_they_step_aside():
     """With a reason, where they cannot serve."""
     gate, x = gate_of(), torch.randn(1, 1, DIM)

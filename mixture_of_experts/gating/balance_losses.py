@@ -72,8 +72,10 @@ BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
 def over_score(counted: Counted) -> Tensor:
     """The complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): f counts the experts
     of the k largest scores, among all experts and without their bias; P is of scores normalised over all experts."""
-    best = top_choices(counted.probs, counted.expert.shape[-1])
-    return replace(counted, load=load_of(best, counted.chosen, counted.probs.shape[-1])).loss()
+    e = counted.probs.shape[-1]
+    k = min(counted.expert.shape[-1], e)  # `Top2Gating` makes two choices of a single expert, the second with weight 0
+    chosen = None if counted.chosen is None else counted.chosen[..., :k]
+    return replace(counted, load=load_of(top_choices(counted.probs, k), chosen, e)).loss()
 
 
 def over_devices(counted: Counted) -> Tensor:
