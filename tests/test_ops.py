@@ -158,6 +158,8 @@ def test_moe_ffn_compiled(gate_up):
         ({"activation": ClampedSwiGLU()}, r"\(gate, up\).*w3"),
         ({"x": torch.ones(T, D, dtype=torch.int64)}, "x must be floating point"),
         ({"x": torch.ones(T, D, dtype=torch.complex64)}, "x must be floating point"),
+        ({"w1": 1, "w2": 1}, "w1 must be a tensor, got 1"),
+        ({"b2": [0.0]}, r"b2 must be a tensor, got \[0.0\]"),
         ({"x": torch.randn(T, D, device="meta")}, "tokens are on meta, the experts' weights on cpu"),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),  # the tensors are random

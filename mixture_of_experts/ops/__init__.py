@@ -35,7 +35,7 @@ from mixture_of_experts.ops.cpu import batch_invariant
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Call, GateUpLayout, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
-from mixture_of_experts.support.checks import check_choice, check_size, check_sizes
+from mixture_of_experts.support.checks import check_choice, check_size, check_sizes, check_tensors
 from mixture_of_experts.support.same_bits import BATCH_INVARIANT
 from mixture_of_experts.support.ways import (
     FROM_START,
@@ -239,7 +239,7 @@ def moe_ffn(
 
     Raises:
         ValueError: shapes do not fit, or an argument is not allowed.
-        TypeError: x is not floating point.
+        TypeError: an operand is not a tensor, or x is not floating point.
 
     Example:
         >>> import torch
@@ -255,6 +255,8 @@ def moe_ffn(
     if isinstance(activation, type):
         raise ValueError(f"activation must be a function or a module, got the class {activation.__name__}: call it")
     activation = known_module(activation)
+    optional = {name: value for name, value in dict(w3=w3, b1=b1, b2=b2, b3=b3).items() if value is not None}
+    check_tensors(x=x, expert=expert, weight=weight, w1=w1, w2=w2, **optional)
     w_in, b_in = ((w1,), (b1,)) if w3 is None else ((w1, w3), (b1, b3))
     _check_call(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
     if w3 is None and b3 is not None:

@@ -22,6 +22,7 @@ from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.ops.products import multiply
 from mixture_of_experts.ops.rows import Products
+from mixture_of_experts.support.checks import check_tensors
 from mixture_of_experts.support.private_torch import count_flops, exporting, is_wrapped
 from mixture_of_experts.support.tracing import capability
 
@@ -121,10 +122,40 @@ def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | N
     """Multiply each expert's rows by its own weight, by a grouped operator where there is one.
 
     Arguments and result are those of `plain.expert_product`.
+
+    Raises:
+        ValueError: shapes do not fit; on a CPU, also counts that are negative or add up to more rows than there are.
     """
+    check_operands(x, weight, num_tokens_per_expert)
     if num_tokens_per_expert is None or why_no_operator(x, weight, num_tokens_per_expert) is not None:
         return plain.expert_product(x, weight, num_tokens_per_expert)
     return _Grouped.apply(x, weight, num_tokens_per_expert, False)
+
+
+def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None) -> None:
+    """Check that the shapes of a grouped product's operands fit."""
+    check_tensors(x=x, weight=weight)
+    counts, (e, p, _) = num_tokens_per_expert, weight.shape if weight.ndim == 3 else (0, 0, 0)
+    rows = f"(e, s, {p}) with e={e}" if counts is None else f"(r, {p})"
+    if not e or x.ndim != (3 if counts is None else 2) or x.shape[-1] != p or (counts is None and x.shape[0] != e):
+        raise ValueError(
+            f"x must have shape {rows} and weight (e, p, q), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if counts is not None and (counts.shape != (e,) or counts.dtype != torch.int64):
+        raise ValueError(
+            f"num_tokens_per_expert must be int64 of shape ({e},), the rows of each expert, got {counts.dtype} of "
+            f"shape {tuple(counts.shape)}"
+        )
+
+
+def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
+    """The counts as numbers; ValueError if the rows do not have as many."""
+    counts = num_tokens_per_expert.tolist()
+    if min(counts) < 0 or sum(counts) > num_rows:
+        raise ValueError(
+            f"num_tokens_per_expert must be at least 0 and add up to at most the {num_rows} rows of x, got {counts}"
+        )
+    return counts
 
 
 def why_no_operator(*operands: Tensor) -> str | None:
@@ -181,9 +212,8 @@ def _outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tenso
 @torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
 def rows_by_weights(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     """Multiply rows by their experts' weights, one expert after the other."""
-    return product_by_expert(
-        x, weight, [(expert, count) for expert, count in enumerate(num_tokens_per_expert.tolist()) if count]
-    )
+    counts = read_counts(num_tokens_per_expert, x.shape[0])
+    return product_by_expert(x, weight, [(expert, count) for expert, count in enumerate(counts) if count])
 
 
 @rows_by_weights.register_fake
@@ -196,7 +226,7 @@ def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     """The gradient of the weights, `x^T y` over the rows of each expert."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
-    for expert, count in enumerate(num_tokens_per_expert.tolist()):
+    for expert, count in enumerate(read_counts(num_tokens_per_expert, x.shape[0])):
         if count:
             rows = slice(start, start + count)
             multiply(x[rows].mT, y[rows], out[expert])

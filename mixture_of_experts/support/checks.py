@@ -119,6 +119,13 @@ def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
         raise TypeError(f"{name} must be floating point, got {x.dtype}: embed or cast the tokens first")
 
 
+def check_tensors(**values: Any) -> None:
+    """Tensors, by the names of the arguments."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {value!r}: give torch.as_tensor of numbers")
+
+
 def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
     """A boolean tensor with one entry for each token."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
