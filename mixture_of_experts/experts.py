@@ -235,6 +235,8 @@ class StackedExperts(FixedShapes, RoutedExperts):
         self.expert_dims = check_sizes("num_experts", num_experts)
         h = self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
         self.act = make_activation(activation)
+        if self.act is not activation:  # PyTorch's classes of activations with parameters make float32 ones
+            self.act.to(device=device, dtype=dtype)
         self.dropout = dropout
         if takes_two(self.act) and not self.gated:
             raise ValueError(f"activation {activation!r} is a function of (gate, up): use GatedExperts")

@@ -220,7 +220,7 @@ def build(
         dim, num_experts: d and e, the number of experts that compute.
         hidden_dim: h, hidden width of an expert; 4 d by default.
         layers: number of such layers in your model, by which a coefficient of one loss over all layers is divided; by
-            default the published number. Coefficients that papers give for each layer stay as they are.
+            default the published number. Recipes whose papers give coefficients for each layer do not take it.
         latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089); by default that of
             the recipe, or d.
         activation: of the networks that this makes, instead of the recipe's; as in `MoE`.
@@ -315,6 +315,10 @@ def _coefficients(recipe: Recipe, gate: Any, layers: int | None, given: bool) ->
         check_size("layers", layers)
         if given:
             raise ValueError(f"loss_coef is that of each layer, so layers={layers} would do nothing: give one of them")
+        if recipe.router_aux_loss_coef is None:
+            raise ValueError(
+                f"this recipe's losses are weighted in each layer, so layers={layers} would do nothing: leave it out"
+            )
     if recipe.router_aux_loss_coef is not None and not given:
         coef, published = recipe.router_aux_loss_coef
         k = getattr(gate, "k", None) or 1  # a gate without k takes means of its own

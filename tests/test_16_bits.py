@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import GatedExperts, MoE, TopKGating, ops
+from mixture_of_experts import Experts, GatedExperts, MoE, TopKGating, ops
 from mixture_of_experts.ops import products
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.support import private_torch
@@ -138,3 +139,14 @@ def test_both_ways_of_multiplying_agree(monkeypatch):
         monkeypatch.setattr(private_torch, "multiplies", lambda dtype, has=has_products: has)
         found.append(layer(torch.bfloat16)(x)[0])
     torch.testing.assert_close(*found, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", [Experts, GatedExperts])
+def test_an_activation_with_parameters_has_the_dtype_of_the_weights(kind):
+    experts = kind(8, 4, activation=nn.PReLU, dtype=torch.bfloat16)
+    out, _ = MoE(8, 4, experts=experts, gate=TopKGating(8, 4))(torch.randn(2, 5, 8, dtype=torch.bfloat16))
+    out.sum().backward()
+    assert experts.act.weight.grad.dtype == torch.bfloat16
+    own = nn.PReLU()
+    assert kind(8, 4, activation=own, dtype=torch.bfloat16).act is own  # an instance is the caller's
+    assert own.weight.dtype == torch.float32

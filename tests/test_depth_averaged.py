@@ -142,6 +142,8 @@ def test_what_is_refused():
         second.gate(x, router_state=state[:1])
     with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, \.\.\.\), an entry a token"):
         second(x, router_state=state[:1])
+    with pytest.raises(TypeError, match=r"router_state must be floating point, got torch\.int64"):
+        second(x, router_state=state.long())
     with pytest.raises(TypeError, match="reads no side input 'router_state'"):
         MoE(DIM, num_experts=2)(x.float(), router_state=None)
     with pytest.raises(ValueError, match="it takes no outer_expert_dims, and no second level"):

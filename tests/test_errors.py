@@ -326,6 +326,18 @@ def test_token_ids_that_are_not_there(wrong):
     moe(x, token_ids=ids, mask=torch.arange(10).view(2, 5) < 9)
 
 
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (torch.ones(2, 5, dtype=torch.bool), TypeError, r"must be integers, got torch\.bool"),
+        (torch.ones(2, 5, 1, dtype=torch.int64), ValueError, r"must have shape \(2, 5\), got \(2, 5, 1\)"),
+    ],
+)
+def test_token_ids_of_another_kind(ids, error, message):
+    with pytest.raises(error, match=f"token_ids {message}"):
+        MoE(8, gate=HashGating(8, 4, num_ids=10))(torch.randn(2, 5, 8), token_ids=ids)
+
+
 class OfK(MoE):
     """A layer that has an argument k."""
 

@@ -212,7 +212,9 @@ def test_a_coefficient_for_the_layers_of_ones_own_model():
     assert recipes.mixtral(16, 8).loss_coef == pytest.approx(0.02 * 2 / 32)
     assert recipes.mixtral(16, 8, layers=12).loss_coef == pytest.approx(0.02 * 2 / 12)
     assert recipes.mixtral(16, 8, layers=12, k=3).loss_coef == pytest.approx(0.02 * 3 / 12)
-    assert recipes.switch(16, 8, layers=12).loss_coef == 0.01  # of each layer
+    for recipe in (recipes.switch, recipes.deepseek_v3):
+        with pytest.raises(ValueError, match="weighted in each layer, so layers=12 would do nothing"):
+            recipe(64, 32, layers=12)
     assert recipes.mixtral(16, 8, loss_coef=0.5).loss_coef == 0.5
     with pytest.raises(ValueError, match="layers=12 would do nothing"):
         recipes.mixtral(16, 8, layers=12, loss_coef=0.5)

@@ -107,6 +107,10 @@ class DepthAveragedGating(TopKGating):
                 before = tokens.side[STATE]
                 if before.shape != state.shape:
                     raise ValueError(f"{STATE} must have shape {tuple(state.shape)}, got {shape_of(before)}")
+                if not before.is_floating_point():
+                    raise TypeError(
+                        f"{STATE} must be floating point, got {before.dtype}: pass what the layer before returned"
+                    )
                 state = state + before * self.state_scale.to(dtype)
             elif STATE in tokens.side:
                 raise ValueError(

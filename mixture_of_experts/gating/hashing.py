@@ -63,8 +63,10 @@ class HashGating(TopKGating):
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """The experts of the tokens' ids."""
         if (ids := tokens.side.get("token_ids")) is not None:
-            if ids.is_floating_point() or ids.is_complex():
+            if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
                 raise TypeError(f"token_ids must be integers, got {ids.dtype}")
+            if ids.ndim != tokens.x.ndim - 1:
+                raise ValueError(f"token_ids must have shape {tuple(tokens.x.shape[:-1])}, got {tuple(ids.shape)}")
             self._check_range(ids)
             return functional.embedding(ids.to(torch.int64), self.experts_of_id), None
         if GIVEN in tokens.side:
