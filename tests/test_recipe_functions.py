@@ -72,7 +72,7 @@ def test_a_plain_layer_whose_weights_are_all_trained(name):
     assert ("capacity_factor_train=" in repr(moe)) == (name in ("gshard", "switch"))
 
 
-@pytest.mark.parametrize("name", FUNCTIONS.keys() - {"expert_choice"})
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "expert_choice"])
 def test_decoding_token_by_token_is_the_prefill(name):
     torch.manual_seed(0)
     moe, x = FUNCTIONS[name](16, 32, 12).eval(), torch.randn(3, 24, 16)
