@@ -84,7 +84,7 @@ def test_a_gate_that_overrides_what_numbers_replace(name):
     """In a subclass, and on one gate."""
     method, token = vars(TopKGating).get(name) or getattr(TopKGating, name), torch.randn(1, 1, D)
     if isinstance(method, property):
-        own = property(lambda self: method.fget(self))
+        own = property(lambda self: TopKGating.first_is_likeliest.__get__(self))
     else:
         own = lambda self, *args, **kwargs: method(self, *args, **kwargs)  # noqa: E731
     gates = [type("Own", (TopKGating,), {name: own})(D, E)]

@@ -47,9 +47,9 @@ def run(call: Call) -> Tensor:
 class GroupedProducts(batched.SlotProducts):
     """Rows without gaps, by torch's grouped product on CUDA; the plan's table has the end of each expert's rows.
 
-    Rows past the last expert's may hold anything. Only the last row is read, by assignments without a row: it belongs
-    to no expert, and its total is 0. With any other row, a token that is not finite would reach other tokens, because
-    0 * inf is NaN.
+    Rows past the last expert's may hold anything. Only the last row is read, by assignments without a row, times 0: no
+    expert fills it, so it is finite. With a token's row in its place, one that is not finite would reach other tokens,
+    because 0 * inf is NaN.
     """
 
     ends: Tensor
