@@ -35,6 +35,7 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     shape_of,
 )
+from mixture_of_experts.support.overriding import declaring_class, is_own
 from mixture_of_experts.support.private_torch import own, unwrapped, wrapped_module
 from mixture_of_experts.support.same_bits import refuse_same_bits
 from mixture_of_experts.support.settings import FixedShapes, setting
@@ -77,7 +78,7 @@ class RoutedExperts(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.reads_decisions = binds_decision(cls.forward)
-        cls.makes_outputs = cls.forward.__module__.startswith("mixture_of_experts.")
+        cls.makes_outputs = is_own(declaring_class(cls, "forward"))
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`."""

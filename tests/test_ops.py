@@ -206,14 +206,14 @@ def test_explain():
 
 
 def test_explain_tells_of_the_gate():
-    """That of a gate behind a parametrization is the same; a subclass, and a second call, are told of too."""
+    """That of a gate behind a parametrization is the same; another `decide`, and a second call, are told of too."""
     token = torch.randn(1, 1, D)
     layer = MoE(D, E, gate=TopKGating(D, E)).eval()
     assert ops.explain_call(layer, token).gates == (ops.Explanation("numbers"),)
     parametrize.register_parametrization(layer.gate, "w_gating", nn.Identity())
     assert ops.explain_call(layer, token).gates == (ops.Explanation("numbers"),)
-    own = type("Own", (TopKGating,), {})(D, E)
-    assert "Own" in ops.explain_call(MoE(D, E, gate=own).eval(), token).gates[0].reasons["numbers"]
+    own = type("Own", (TopKGating,), {"decide": lambda self, tokens: TopKGating.decide(self, tokens)})(D, E)
+    assert "Own has a decide" in ops.explain_call(MoE(D, E, gate=own).eval(), token).gates[0].reasons["numbers"]
     both = nn.Sequential(OutputOnly(layer), OutputOnly(layer))
     assert len(ops.explain_call(both, token).gates) == 1
 

@@ -295,6 +295,12 @@ def test_what_is_no_number(check: Checks, activation: str):
     check("check_nan", activation)
 
 
+@slow
+@pytest.mark.parametrize("layer", ["dropless", "capacity", "two levels, filled"])
+def test_a_token_that_is_not_finite(check: Checks, layer: str):
+    check("check_isolated", layer)
+
+
 CHECKS = "lengths_of_the_self_check plan_with_slots_of_nobody nothing last_rows devices"
 SLOW_CHECKS = "first_hour faults operands_as_they_come frozen operators compiled"
 

@@ -137,11 +137,12 @@ class Decision:
         """The plan whose rows are all slots, `(e, b, c)`; some are empty. Experts that read slots take it."""
         return self._plan(self._cell(), self.num_slots, None)
 
-    def without_gaps(self) -> Plan:
-        """The plan whose rows lie sorted by expert, without empty rows between them, for grouped products."""
+    def without_gaps(self, spare: int = 0) -> Plan:
+        """The plan whose rows lie sorted by expert, without empty rows between them, for grouped products. The last
+        `spare` rows are never used: experts may fill all others."""
         queue, position, length = self.queues()
         row = (length.cumsum(0) - length).gather(0, queue) + position
-        return self._plan(row, self.most_rows, self.rows_per_expert(length))
+        return self._plan(row, self.most_rows + spare, self.rows_per_expert(length))
 
     def with_rows(
         self, queue: Tensor, position: Tensor, length: Tensor, rows_per_expert: Tensor, num_rows: int

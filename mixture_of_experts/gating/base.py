@@ -57,6 +57,7 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     check_tokens,
 )
+from mixture_of_experts.support.overriding import is_unchanged
 from mixture_of_experts.support.private_torch import own, statically_known_true, unwrapped
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.ways import first_way
@@ -481,8 +482,8 @@ class TokenChoiceGate(Gate):
         """Return the `Routing` of choices: with slots, if the capacity is limited. Tokens that may not choose have no
         choice in it.
 
-        Shapes and dtypes are checked. For gates outside this package, on a CPU, values are checked too: every expert
-        must exist, and no token may take one twice.
+        Shapes and dtypes are checked. For gates outside this package, and subclasses that override a method, values are
+        checked too, on a CPU: every expert must exist, and no token may take one twice.
 
         Args:
             tokens: the result of `read`.
@@ -501,7 +502,7 @@ class TokenChoiceGate(Gate):
         chosen, primary, weighed, uncounted = (None if v is None else v.flatten(-2) for v in optional)
         # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
         kept = weight != 0 if chosen is None else chosen & (weight != 0)
-        if not (tracing or type(self).__module__.startswith(str(__package__))):
+        if not (tracing or is_unchanged(self)):
             check_experts_of_tokens(name, choices.expert, kept.view_as(choices.expert), self.num_experts)
         capacity, limit = self.capacity(tokens)
         zero_where_not_kept, queues = chosen is None, None  # dropless needs no queues

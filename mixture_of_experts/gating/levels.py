@@ -17,6 +17,7 @@ from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS
+from mixture_of_experts.support.overriding import is_unchanged
 from mixture_of_experts.support.tracing import can_read
 
 GIVEN_INNER = "given_experts_inner"
@@ -68,12 +69,11 @@ def second_level(
 
 
 def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> None:
-    """Check that a gate of level two, if it is not this package's, chooses no expert for an empty slot.
+    """Check that a gate of level two chooses no expert for an empty slot, unless it is a gate of this package.
 
     It reads values, so it does nothing on a GPU and in a graph.
     """
-    ours = type(gate).__module__.partition(".")[0] == "mixture_of_experts"
-    if ours or inner.k is None or not (can_read(inner.chosen) and can_read(slots.assignment)):
+    if inner.k is None or not (can_read(inner.chosen) and can_read(slots.assignment)) or is_unchanged(gate):
         return
     empty = slots.assignment == slots.row.shape[0]
     if (chosen := inner.chosen.reshape(slots.num_rows, inner.k).any(dim=-1) & empty).any():

@@ -25,10 +25,17 @@ from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.recomputing import recomputed
 from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, difference, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
-from mixture_of_experts.support.private_torch import is_fake, is_wrapped, wrapped_class
+from mixture_of_experts.support.overriding import declaring_class, overridden
+from mixture_of_experts.support.private_torch import is_fake, is_wrapped
 
 Top2Gating = Any  # which imports this
 MOST_EXPERTS = 1024
+
+#: what the operators compute by, and the kernels do not call
+REPLACED = (
+    *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
+    *("balance_loss", "balance", "counted", "token_mean"),
+)
 
 CHECK = SelfCheck("the Triton kernels of Top2Gating")
 
@@ -37,8 +44,10 @@ def why_not(gate: Top2Gating, tokens: Tokens) -> str | None:
     """Why the kernels do not serve the call; None if they do."""
     if not has_kernel(tokens.x, gate.w_gating):
         return NO_KERNEL
-    if wrapped_class(gate).__module__ != "mixture_of_experts.gating.top2" or gate.num_experts > MOST_EXPERTS:
-        return f"they know Top2Gating of at most {MOST_EXPERTS} experts"
+    if (method := overridden(gate, declaring_class(type(gate), "ways"), REPLACED)) is not None:
+        return f"a {type(gate).__name__} has a {method} of its own"
+    if gate.num_experts > MOST_EXPERTS:
+        return f"they are for at most {MOST_EXPERTS} experts"
     if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.full:
         return "they know neither a loss of second choices nor given experts nor tokens that choose but do not count"
     if math.prod(tokens.x.shape[:-1]) == 0:
@@ -183,10 +192,11 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
         parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}
         return {**parts, "probabilities": found.probs, "gradients": grad, **found.losses}
 
+    kind: Any = declaring_class(type(gate), "ways")  # a subclass may have other arguments
     with forked():
-        like = type(gate)(dim, gate.num_experts, gate.eps, (), policy, policy, threshold, threshold, device=device)
+        like = kind(dim, gate.num_experts, gate.eps, (), policy, policy, threshold, threshold, device=device)
     like.w_gating = torch.nn.Parameter(draw(dim, gate.num_experts))
     full, active = (draw(groups, length) < bound if masked else None for bound in (0.5, 1.0))
     active = active if full is None or active is None else full | active
     tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, length)
-    return difference(results(choose), results(type(gate).decide), atol=1e-5)
+    return difference(results(choose), results(kind.decide), atol=1e-5)

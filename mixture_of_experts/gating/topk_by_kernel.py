@@ -8,7 +8,7 @@ call of its kind. If it differs from torch's operators, or raises, it warns and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,20 @@ from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.kernels.launching import SelfCheck, has_kernels
-from mixture_of_experts.support.private_torch import is_fake, is_wrapper_subclass, wrapped_class
+from mixture_of_experts.support.overriding import declaring_class, overridden
+from mixture_of_experts.support.private_torch import is_fake, is_wrapper_subclass
 
 TopKGating = Any  # which imports this
 LONGEST = 8  # tokens of a group
 MOST_EXPERTS, MOST_CHOICES = 1024, 32
 TOLERANCE = 1e-3
 NO_KERNEL = "kernels of gates serve plain tensors on NVIDIA GPUs"
+
+#: what the operators compute by, and neither kernel nor numbers call
+REPLACED = (
+    *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
+    *("_weigh", "_normalized", "allowed", "balance_loss", "balance", "counted", "token_mean"),
+)
 
 CHECK = SelfCheck("the Triton kernels of gates")
 
@@ -55,10 +62,10 @@ def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     return has_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
-def why_unknown(gate: TopKGating) -> str | None:
-    """Why neither kernel nor numbers know the gate's settings; None if they do."""
-    if wrapped_class(gate).__module__ != "mixture_of_experts.gating.topk":
-        return f"a {type(gate).__name__} may have steps of its own"
+def why_unknown(gate: TopKGating, replaced: Collection[str] = REPLACED) -> str | None:
+    """Why neither kernel nor numbers know the gate's settings, or its methods among `replaced`; None if they do."""
+    if (method := overridden(gate, declaring_class(type(gate), "ways"), replaced)) is not None:
+        return f"a {type(gate).__name__} has a {method} of its own"
     if type(gate.logits) not in (type(None), RouterLogits):
         return f"a {type(gate.logits).__name__} makes the logits"
     weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax" and gate.eps <= 1e-20)

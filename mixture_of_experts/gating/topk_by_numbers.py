@@ -24,6 +24,8 @@ from mixture_of_experts.support.ways import asked_for
 
 TopKGating = Any  # which imports this
 MOST_EXPERTS = 64  # of more, operators are faster
+#: what the operators compute by, and numbers do not call
+REPLACED = (*topk_by_kernel.REPLACED, "route", "_restricted", "capacity", "named_losses")
 LEAST_TOTAL = 1e-9  # of weights that are normalised
 
 
@@ -40,7 +42,7 @@ def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
         return "operators or kernels are asked for"
     if gate.capacity_factor_eval is not None or gate.num_experts > MOST_EXPERTS:
         return f"it is for dropless gates of at most {MOST_EXPERTS} experts"
-    if (reason := topk_by_kernel.why_unknown(gate)) is not None:
+    if (reason := topk_by_kernel.why_unknown(gate, REPLACED)) is not None:
         return reason
     weights = gate.logits.parameters() if gate.w_gating is None else (gate.w_gating,)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):

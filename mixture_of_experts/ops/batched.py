@@ -127,10 +127,16 @@ class BlockProducts(SlotProducts):
         return add_rows(zeros, self.expert, products)
 
     def pack(self, pre: Tensor) -> Tensor:
-        return pre.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
+        """The pre-activations of assignments, and zeros, which `unpack` reads for an empty row: with those of any
+        assignment, a token that is not finite would reach the gradients of experts that do not compute it."""
+        row = self.plan.row.clamp(max=self.plan.num_rows - 1)
+        packed = pre.new_empty(row.shape[0] + 1, pre.shape[-1])
+        torch.index_select(pre, 0, row, out=packed[:-1])
+        packed[-1:].zero_()
+        return packed
 
     def unpack(self, pre: Tensor) -> Tensor:
-        return pre.index_select(0, self.plan.assignment.clamp(max=pre.shape[0] - 1))
+        return pre.index_select(0, self.plan.assignment)
 
     def of_batches(self, weight: Tensor) -> Tensor:
         return weight.index_select(0, self.expert)
@@ -152,10 +158,8 @@ def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
 
 def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, on_rows: Any = rows) -> Tensor:
     """`run` for any number of tokens. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
-    if not call.decision.prefers_rows():
+    if not call.decision.prefers_rows() or call.x.shape[0] == 0:
         products = SlotProducts
     plan = products.arrange(call.decision)
-    if plan.num_rows == 0:
-        products = SlotProducts
     pair = partial(rows.forward, products, on_rows), partial(rows.backward, products, on_rows)
     return autograd.differentiable(*pair, call.x, plan, call.network)

@@ -46,8 +46,12 @@ def run(call: Call) -> Tensor:
 
 
 class GroupedProducts(batched.SlotProducts):
-    """Rows without gaps, by torch's grouped product on CUDA; the plan's table has the end of each expert's rows. Rows
-    past the last expert's may hold anything; nothing reads them."""
+    """Rows without gaps, by torch's grouped product on CUDA; the plan's table has the end of each expert's rows.
+
+    Rows past the last expert's may hold anything. Only the last row is read, by assignments without a row, times 0: no
+    expert fills it, so it is finite. With a token's row in its place, one that is not finite would reach other tokens,
+    because 0 * inf is NaN.
+    """
 
     ends: Tensor
     num_tokens_per_expert: Tensor
@@ -55,7 +59,7 @@ class GroupedProducts(batched.SlotProducts):
 
     @staticmethod
     def arrange(decision: Decision) -> Plan:
-        plan = decision.without_gaps()
+        plan = decision.without_gaps(spare=1)
         assert plan.rows_per_expert is not None
         return plan._replace(table=plan.rows_per_expert.cumsum(0, dtype=torch.int32))
 
@@ -64,6 +68,8 @@ class GroupedProducts(batched.SlotProducts):
         assert plan.rows_per_expert is not None
         Products.__init__(self, plan)
         self.ends, self.num_tokens_per_expert = plan.table, plan.rows_per_expert
+        # The row of a slot that a choice of weight 0 holds reads the last token, times 0. If that token is not finite,
+        # so is the gradient of this expert's weights. To write zeros instead would be a pass over all rows.
         self.token = plan.token.clamp(max=plan.num_tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -73,12 +79,12 @@ class GroupedProducts(batched.SlotProducts):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The total, without a row more: an assignment without a row reads the last row, which is then no expert's."""
+        """The total; the plan's spare row is 0, so that no row has to be added."""
         (x, weight), *others = pairs
         self.rows: Any = self.by_weights(x, weight)
         for x, weight in others:
             self.rows += self.by_weights(x, weight)
-        self.rows[-1:].masked_fill_(self.ends[-1] < self.plan.num_rows, 0)
+        self.rows[-1:].zero_()
         return self.rows
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:

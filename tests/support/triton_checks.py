@@ -47,6 +47,7 @@ from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.forward_backward import backward, forward, operands
 from mixture_of_experts.ops.triton.row_plan import plan_of, queued_choices, triton_few_plan, triton_plan
 from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
+from support import isolation
 from support.triton_memory import watched
 
 autograd.tables_to_save = Plan.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
@@ -525,6 +526,13 @@ def check_plan_with_slots_of_nobody() -> None:
         else:
             assert rows_of_queues(decision.routing).sum() > found.num_rows
             assert int(found.rows_per_expert.sum()) == found.num_rows >= found.row.max()
+
+
+def check_isolated(name: str) -> None:
+    """A token that is not finite changes no result of another token."""
+    torch.manual_seed(0)
+    for of in ("x", "grad"):
+        isolation.check_isolated(isolation.LAYERS[name](), "triton", math.nan, of, tokens=(0, 5, 7))
 
 
 def check_queues(e: int, k: int, n: int) -> None:

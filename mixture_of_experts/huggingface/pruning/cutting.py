@@ -18,6 +18,7 @@ from mixture_of_experts.gating import NoisyTopKGating, RouterLogits
 from mixture_of_experts.gating.steps import STEPS, LearnedScale, NormalizeBy
 from mixture_of_experts.huggingface.feed_forward import tensors_of
 from mixture_of_experts.moe import MoE
+from mixture_of_experts.support.overriding import is_unchanged
 from mixture_of_experts.support.private_peft import from_peft
 from mixture_of_experts.support.private_torch import is_wrapper_subclass, unwrapped, wrapped_class
 from mixture_of_experts.whole_model.sites import Site
@@ -62,7 +63,7 @@ def why_not_cut(site: Site) -> str | None:
 
 
 def why_not_gate(gate: Any) -> str | None:
-    unknown = [] if wrapped_class(gate).__module__.startswith("mixture_of_experts.gating.") else ["its class"]
+    unknown = [] if is_unchanged(gate) else ["its class"]
     for name in ("logits", "normalize", *STEPS):
         step = getattr(gate, name, None)
         if callable(step) and not isinstance(step, KNOWN) and step is not functional.relu:
