@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from support.left import assert_equal, hooks_of, recorded
+from support.paths import DIM as PATHS_DIM
+from support.paths import ROUTERS, layer_with_router, top2
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
@@ -132,6 +134,38 @@ def test_losses_by_name_are_replayed(name, masked):
         torch.testing.assert_close(one.losses, other.losses)
         assert names <= one.losses.keys()
     torch.testing.assert_close(again, wanted, atol=1e-6, rtol=1e-5)
+
+
+REPLAYED = {
+    **{name: partial(layer_with_router, name) for name in ROUTERS if name != "ExpertChoice"},  # it has no k choices
+    "Top2, policy none": lambda: MoE(PATHS_DIM, gate=top2("none")),
+    "SparseMixer": lambda: MoE(PATHS_DIM, gate=SparseMixerGating(PATHS_DIM, 4)),
+    "Hash": lambda: MoE(PATHS_DIM, gate=HashGating(PATHS_DIM, 4, num_ids=9)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", REPLAYED)
+def test_a_replay_draws_as_many_random_numbers_as_the_recording(name, training):
+    """Dropout after the layer is then the same, with each loss that the gate can report."""
+    moe, x = REPLAYED[name]().train(training), torch.randn(3, 6, PATHS_DIM)
+    side = {"token_ids": torch.randint(9, (3, 6))} if name == "Hash" else {}
+
+    def dropped() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        out = torch.dropout(moe(x, **side)[0], 0.5, train=True)
+        return out, torch.get_rng_state()
+
+    has_groups = getattr(moe.gate, "num_groups", None) is not None
+    offered = [loss for loss in moe.gate.offers if has_groups or loss not in OF_EXPERT_GROUPS]
+    for loss in (None, *offered):
+        moe.loss_coefs = {} if loss is None else {loss: 0.1}
+        with record_routing(moe, weights=True) as records:
+            wanted, state = dropped()
+        with replay_routing(moe, records):
+            out, state_after_replay = dropped()
+        assert state_after_replay.equal(state), f"{loss}: the replay drew other random numbers"
+        torch.testing.assert_close(out, wanted, msg=lambda text, loss=loss: f"{loss}: {text}")
 
 
 class Model(nn.Module):
