@@ -372,7 +372,9 @@ class TopKGating(TokenChoiceGate):
         tokens, before capacity, in the training forwards whose backward ran since the last call. They are summed over
         the ranks of `group`, by default all ranks if `torch.distributed` is initialised; all of them must call. The
         gate's `process_group` is for its losses alone: whatever it is, all ranks that hold this gate need the same
-        bias, so give them as `group` if some ranks hold other layers. A rate of 0 leaves the bias as it is.
+        bias, so give them as `group` if some ranks hold other layers. A rate of 0 leaves the bias as it is. In
+        `DistributedDataParallel` each rank keeps its own counts; with `find_unused_parameters=True` a warning names
+        what to call first.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)

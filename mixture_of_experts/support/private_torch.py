@@ -8,7 +8,7 @@ version breaks.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, TypeVar
@@ -260,3 +260,29 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     """Make `DistributedDataParallel(model)` ignore parameters and buffers of these names, beside those it ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def in_ddp() -> bool:
+    """Whether the forward of a `DistributedDataParallel` is running. A graph that calls this is traced again in
+    another one, because of the guard that `id` installs."""
+    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+    return ddp is not None and id(ddp) != 0
+
+
+def stop_copying_in_ddp(endings: Collection[str]) -> list[str]:
+    """Make the `DistributedDataParallel` whose forward is running leave buffers alone whose last name is one of
+    `endings`: before its next forwards it then no longer copies them from the first rank.
+
+    Returns:
+        The names of those buffers that it keeps copying: all ranks must exclude the same buffers, but where parameters
+        may be unused or ranks have different numbers of inputs, a rank may not reach the call of this function.
+    """
+    ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:
+        return []
+    names = [name for name in ddp.named_module_buffers if name.rpartition(".")[2] in endings]
+    if ddp.find_unused_parameters or ddp._join_config.enable:
+        return names
+    ddp.parameters_to_ignore = {*ddp.parameters_to_ignore, *names}
+    ddp._assign_modules_buffers()  # DDP fails on a list that is empty only once it copies
+    return []
