@@ -23,7 +23,7 @@ from mixture_of_experts import (
     balance_experts,
     control_sparsity,
 )
-from mixture_of_experts.gating.bias_rules import RULES, RuleName
+from mixture_of_experts.gating.bias_rules import RuleName
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate
 from mixture_of_experts.gating.relu import START
 from mixture_of_experts.unstack import unstack
@@ -160,8 +160,9 @@ def test_one_of_two_optimizers_is_no_old_one(first):
 
 @pytest.mark.parametrize("names", [("quantile", "quantile"), ("centred_sign", "centred_sign"), ("quantile", "sign")])
 def test_the_end_of_one_leaves_the_other(names):
-    """A new optimizer, balanced anew, before the balancing of the old one is removed. Named rules are one object."""
+    """A new optimizer, balanced anew, before the balancing of the old one is removed."""
     model, alone = Model(), Model()
+    own = [gate.bias_rule for gate in model.gates()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
     first, second = (balance_experts(model, opt, rule) for opt, rule in zip(optimizers, names, strict=True))
     first.remove()
@@ -173,11 +174,13 @@ def test_the_end_of_one_leaves_the_other(names):
     assert all(bias.any() for bias in biases(model))
     torch.testing.assert_close(biases(model), biases(alone), atol=0, rtol=0)
     second.remove()
-    assert all(gate.bias_rule is RULES["sign"] and gate.balanced_by is None for gate in model.gates())
+    assert all(gate.bias_rule is rule for gate, rule in zip(model.gates(), own, strict=True))
+    assert all(gate.balanced_by is None for gate in model.gates())
 
 
 def test_two_of_one_rule_move_once_and_the_first_goes_on():
     model = Model()
+    own = [gate.bias_rule for gate in model.gates()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
     first, second = (balance_experts(model, optimizer, "quantile") for optimizer in optimizers)
     model(tokens(1)).backward()
@@ -190,7 +193,7 @@ def test_two_of_one_rule_move_once_and_the_first_goes_on():
     optimizers[0].step()
     assert all(bias.any() for bias in biases(model))
     first.remove()
-    assert all(gate.bias_rule is RULES["sign"] for gate in model.gates())
+    assert all(gate.bias_rule is rule for gate, rule in zip(model.gates(), own, strict=True))
 
 
 def test_what_is_refused():

@@ -17,7 +17,6 @@ from mixture_of_experts.gating import topk_by_kernel, topk_by_numbers
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.bias_rules import (
-    RULES,
     BiasRule,
     ForwardChoices,
     RuleName,
@@ -174,7 +173,7 @@ class TopKGating(TokenChoiceGate):
             zeros = torch.zeros(bias_of_each, device=device, dtype=kind) if has_expert_bias else None
             self.register_buffer(name, zeros)
         self.register_buffer("expert_histogram", None, persistent=False)
-        self._bias_rule = RULES["sign"]
+        self._bias_rule = check_rule("bias_rule", "sign")
         self._steps_without_update = StepsWithoutUpdate()
         self.reset_parameters()
 
