@@ -19,6 +19,7 @@ from torch import Tensor, nn, overrides
 from torch.utils import _python_dispatch
 
 from mixture_of_experts.support import private_peft
+from mixture_of_experts.support.attached import TABLES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -193,6 +194,37 @@ def set_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: C
     hooks: Any = module
     hooks._forward_pre_hooks[name], hooks._forward_hooks[name] = before, after
     hooks._forward_pre_hooks_with_kwargs[name] = hooks._forward_hooks_always_called[name] = True
+
+
+#: where a module keeps the hooks on its forward and backward, and the flags of these hooks
+CALL_HOOKS = (*TABLES, "_backward_hooks", "_backward_pre_hooks")
+#: where a module keeps the hooks on its state dict, which depend on the names and shapes of its tensors
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Make the hooks on the forward and backward of a module those of the module that replaces it. Their handles then
+    remove them from that one, so both have the same tables."""
+    for table in CALL_HOOKS:
+        hooks = getattr(old, table)
+        hooks.update(getattr(new, table))
+        setattr(new, table, hooks)
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def lost_with(module: nn.Module) -> str | None:
+    """What of a module another one could not have in its place, in words; None if nothing: `move_hooks` moves hooks on
+    its forward and backward."""
+    if any(getattr(module, table) for table in STATE_HOOKS):
+        return "has hooks on its state dict, which are for the names and shapes of its weights: remove them before"
+    if vars(module).get("_compiled_call_impl") is not None:
+        return "is compiled by its method compile(): compile experts afterwards"
+    return None
 
 
 def has_hooks(module: object) -> bool:
