@@ -47,7 +47,8 @@ def quantize_experts(
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
 
     Their weights are rounded and cannot be trained. Gradients reach tokens, routers and all else, also LoRA on these
-    weights, if PEFT and `mixture_of_experts.huggingface.fast_lora` prepared the model before.
+    weights, if PEFT and `mixture_of_experts.huggingface.fast_lora` prepared the model before. Hooks on the forward and
+    backward of experts stay.
 
     Args:
         model: a model with `MoE` layers anywhere in it, whose experts are frozen.
@@ -62,10 +63,11 @@ def quantize_experts(
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
-            finite, or in a wrapper that computes with their weights, as PEFT's without `fast_lora`; `group` does not
-            divide their sizes; an argument is none of those above; or `rounding` returns something else.
-        TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
-            `forward` or `compute` of its own.
+            finite, compiled, have hooks on their state dict, or are in a wrapper that computes with their weights, as
+            PEFT's without `fast_lora`; `group` does not divide their sizes; an argument is none of those above; or
+            `rounding` returns something else.
+        TypeError: weights are no plain parameters, for example spread over processes; or experts have a `forward` or
+            `compute` of their own, by their class or set on the module.
 
     Example:
         >>> import torch

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.private_torch import lost_with, move_hooks
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -67,16 +68,16 @@ def unstack(model: Model) -> Model:
     """Replace all stacked experts of a model by plain linear layers; change the model and return it.
 
     The model computes the same up to rounding, one expert after the other. Weights are copies: make the optimizer
-    afterwards. `restack` stacks them again.
+    afterwards. Hooks on the forward and backward of experts stay. `restack` stacks them again.
 
     Args:
         model: a model with `MoE` layers anywhere in it.
 
     Raises:
-        ValueError: the model has no stacked experts, or is itself one; or experts alone are compiled or have adapters
-            of PEFT.
-        TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
-            `forward` or `compute` of its own.
+        ValueError: the model has no stacked experts, or is itself one; or experts alone are compiled, have adapters of
+            PEFT, or hooks on their state dict.
+        TypeError: weights are no plain parameters, for example spread over processes; or experts have a `forward` or
+            `compute` of their own, by their class or set on the module.
 
     Example:
         >>> import torch
@@ -99,7 +100,8 @@ def restack(model: Model) -> Model:
     """Stack all experts that `unstack` made linear layers of; change the model and return it.
 
     Raises:
-        ValueError: the model has no experts that `unstack` made, or is itself one; or experts alone are compiled.
+        ValueError: the model has no experts that `unstack` made, or is itself one; or experts alone are compiled, or
+            have hooks on their state dict.
         TypeError: a layer is no plain `nn.Linear`: it was quantised, or has adapters that are not merged.
     """
     return exchange(model, UnstackedExperts, to_stack, "experts that unstack() made")
@@ -123,11 +125,7 @@ def exchange(
         if isinstance(module, kind):
             found[module] = name
     for module, name in found.items():
-        own = [way for way in ("forward", "compute") if getattr(type(module), way) is not getattr(kind, way)]
-        if own:
-            raise TypeError(
-                f"{name} is a {type(module).__name__}, whose own {own[0]} would be lost: exchange it yourself"
-            )
+        check_exchangeable(module, kind, name)
     made = {module: make(module, name) for module, name in found.items()}
     if not made:
         has = sorted({type(module).__name__ for module in model.modules() if isinstance(module, RoutedExperts)})
@@ -137,11 +135,25 @@ def exchange(
         )
     if model in made:
         raise ValueError(f"{type(model).__name__} is nothing but {what}: give the layer or model around")
+    for old, new in made.items():
+        move_hooks(old, new)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in made:
                 setattr(parent, name, made[child])
     return model
+
+
+def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """Raise an error if something of a module would be lost in an exchange: a method of its own, by its class or set on
+    itself, or what belongs to its weights."""
+    for method in ("forward", "compute"):
+        if method in vars(module) or getattr(type(module), method) is not getattr(kind, method):
+            raise TypeError(
+                f"{name} is a {type(module).__name__}, whose own {method} would be lost: exchange it yourself"
+            )
+    if (lost := lost_with(module)) is not None:
+        raise ValueError(f"{name} {lost}")
 
 
 def plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:

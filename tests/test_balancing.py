@@ -23,7 +23,7 @@ from mixture_of_experts import (
     balance_experts,
     control_sparsity,
 )
-from mixture_of_experts.gating.bias_rules import RULES, RuleName
+from mixture_of_experts.gating.bias_rules import RuleName
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate
 from mixture_of_experts.gating.relu import START
 from mixture_of_experts.unstack import unstack
@@ -160,8 +160,9 @@ def test_one_of_two_optimizers_is_no_old_one(first):
 
 @pytest.mark.parametrize("names", [("quantile", "quantile"), ("centred_sign", "centred_sign"), ("quantile", "sign")])
 def test_the_end_of_one_leaves_the_other(names):
-    """A new optimizer, balanced anew, before the balancing of the old one is removed. Named rules are one object."""
+    """A new optimizer, balanced anew, before the balancing of the old one is removed."""
     model, alone = Model(), Model()
+    own = [gate.bias_rule for gate in model.gates()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
     first, second = (balance_experts(model, opt, rule) for opt, rule in zip(optimizers, names, strict=True))
     first.remove()
@@ -173,11 +174,13 @@ def test_the_end_of_one_leaves_the_other(names):
     assert all(bias.any() for bias in biases(model))
     torch.testing.assert_close(biases(model), biases(alone), atol=0, rtol=0)
     second.remove()
-    assert all(gate.bias_rule is RULES["sign"] and gate.balanced_by is None for gate in model.gates())
+    assert all(gate.bias_rule is rule for gate, rule in zip(model.gates(), own, strict=True))
+    assert all(gate.balanced_by is None for gate in model.gates())
 
 
 def test_two_of_one_rule_move_once_and_the_first_goes_on():
     model = Model()
+    own = [gate.bias_rule for gate in model.gates()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
     first, second = (balance_experts(model, optimizer, "quantile") for optimizer in optimizers)
     model(tokens(1)).backward()
@@ -190,7 +193,7 @@ def test_two_of_one_rule_move_once_and_the_first_goes_on():
     optimizers[0].step()
     assert all(bias.any() for bias in biases(model))
     first.remove()
-    assert all(gate.bias_rule is RULES["sign"] for gate in model.gates())
+    assert all(gate.bias_rule is rule for gate, rule in zip(model.gates(), own, strict=True))
 
 
 def test_what_is_refused():
@@ -305,3 +308,118 @@ def check_sparsity_of_two() -> None:
 @pytest.mark.slow
 def test_two_processes(workers: Workers):
     workers.run(run_two, 2)
+
+
+def relu_layer() -> MoE:
+    torch.manual_seed(0)
+    return MoE(DIM, gate=ReLUGating(DIM, EXPERTS, 4, mean_choices=2.5, bias=True), loss_coef=1.0)
+
+
+class Loss(nn.Module):
+    """The loss of a layer, and of a second one of which a rank may have no tokens."""
+
+    def __init__(self, layer: nn.Module, other: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer, self.other = layer, other
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        out = x.mean() if skip else sum(part.square().sum() for part in self.layer(x))
+        return out if self.other is None else out + self.other(x).sum()  # type: ignore[return-value]
+
+
+class Reentrant(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return checkpoint(self.layer, x.requires_grad_(), use_reentrant=True)  # type: ignore[return-value]
+
+
+def train_by_hand(kind: str, model: nn.Module, gate: Any, alone: nn.Module, of_alone: Any) -> None:
+    """Two steps of three micro-batches each. Every one is synchronised, and an evaluation follows it. The gate counts
+    what its twin outside of DDP counts, and moves as one process with all tokens."""
+    rank, one = dist.get_rank(), this_rank()
+    for step in range(2):
+        for micro in range(3):
+            seed = 20 * step + 2 * micro
+            model(tokens(seed + rank, sequences=2 + rank)).backward()
+            with torch.no_grad():
+                model.eval()(tokens(1))
+            model.train()
+            for other in range(2):
+                alone(tokens(seed + other, sequences=2 + other)).backward()
+        if kind == "relu":
+            own, total, move = gate.choice_counts, of_alone.choice_counts, "update_l1"
+        else:
+            own, total, move = gate.bias_counts, of_alone.bias_counts, "update_bias"
+        counts = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(counts, own)
+        assert (counts[0] + counts[1]).equal(total)
+        assert not counts[0].equal(counts[1])
+        getattr(gate, move)(1.5)
+        getattr(of_alone, move)(1.5, one)
+        moved = "l1_coef" if kind == "relu" else "expert_bias"
+        assert getattr(gate, moved).equal(getattr(of_alone, moved))
+
+
+def run_by_hand(kind: str, how: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch.compile
+        warnings.filterwarnings("ignore", message="Dynamo does not know how to trace")
+        for _ in range(2 if "compiled" in how else 1):  # a second DDP, which the graph of the first one fits
+            layer, alone = (relu_layer() if kind == "relu" else Model().one for _ in range(2))
+            if kind != "relu":
+                layer.gate.bias_rule = alone.gate.bias_rule = kind
+            inner = Loss(Reentrant(layer) if how == "reentrant" else layer)
+            if how == "compiled":
+                inner.compile(backend="aot_eager", fullgraph=True)
+                inner(tokens(0))  # its graph knows no DDP
+            parallel: Any = DistributedDataParallel(inner)
+            if how == "compiled around":
+                parallel = torch.compile(parallel, backend="aot_eager")
+            train_by_hand(kind, parallel, layer.gate, Loss(alone), alone.gate)
+    dist.barrier()
+
+
+BY_HAND = [
+    ("sign", "eager"),
+    ("quantile", "eager"),
+    ("relu", "eager"),
+    ("sign", "reentrant"),
+    ("sign", "compiled"),
+    ("relu", "compiled around"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "how"), BY_HAND)
+def test_counts_are_a_ranks_own_in_ddp(kind: str, how: str, workers: Workers):
+    """DDP copies the buffers of the first rank before each synchronised forward."""
+    workers.run(run_by_hand, 2, kind, how)
+
+
+def run_where_ranks_may_differ() -> None:
+    """Rank 1 has no token of the layer in its first forward. Excluding the counts on one rank alone would make the
+    ranks copy different buffers, and hang."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model = Loss(Model().one, nn.Linear(DIM, 1))
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+        first = dist.get_rank() == 0
+        for step in range(3):
+            skip = step == 0 and not first
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                loss = parallel(tokens(step), skip=skip)
+            found = [str(each.message) for each in caught if "copies layer.gate.expert_counts" in str(each.message)]
+            assert bool(found) is not skip
+            assert all("balance_experts(" in message for message in found)
+            loss.backward()
+    dist.barrier()
+
+
+@pytest.mark.slow
+def test_counts_that_ddp_copies_are_warned_of(workers: Workers):
+    workers.run(run_where_ranks_may_differ, 2)

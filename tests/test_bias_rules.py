@@ -327,3 +327,27 @@ def test_a_rule_of_ones_own():
     load = routing.queued.sum(0)
     of.update_bias(0.1)
     torch.testing.assert_close(of.expert_bias, 0.1 * (0.25 - load / load.sum()))
+
+
+@pytest.mark.parametrize("name", [None, "sign", "centred_sign", "quantile"])
+def test_a_rule_is_a_gates_own(name):
+    """By default and by its name: a change of one gate's rule is no change of another's."""
+    one, other = (TopKGating(4, 4, expert_bias=True) for _ in range(2))
+    if name is not None:
+        one.bias_rule = other.bias_rule = name
+    before = vars(other.bias_rule).copy()
+    for setting in vars(one.bias_rule):
+        setattr(one.bias_rule, setting, "changed")
+    one.bias_rule.more = "changed"  # type: ignore[attr-defined]
+    assert vars(other.bias_rule) == before
+    fresh = TopKGating(4, 4, expert_bias=True)
+    fresh.bias_rule = name or "sign"
+    assert vars(fresh.bias_rule) == before
+
+
+def test_a_rule_by_its_name_is_the_balancings_own():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=0.0)
+    gates = [TopKGating(4, 4, expert_bias=True) for _ in range(2)]
+    one, other = (balance_experts(gate, optimizer) for gate in gates)
+    assert one.rule is gates[0].bias_rule
+    assert one.rule is not other.rule

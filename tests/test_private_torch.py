@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -248,6 +250,35 @@ def test_backwards_have_numbers():
     seen.append(private_torch.number_of_backward())
     assert seen[0] == seen[-1] == -1
     assert len(set(seen)) == 3
+
+
+class SeesDDP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1)
+        self.register_buffer("counts", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return self.linear(x), private_torch.in_ddp()
+
+
+def test_the_ddp_whose_forward_runs(one_process):
+    """What it copies before forwards is tested with two processes, in test_balancing.py."""
+    model = SeesDDP()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        ddp: Any = nn.parallel.DistributedDataParallel(model)
+    assert ddp(torch.ones(1))[1]
+    assert not model(torch.ones(1))[1]
+    assert ddp.broadcast_buffers
+    assert list(ddp.named_module_buffers) == ["counts"]
+    assert not ddp.find_unused_parameters
+    assert not ddp._join_config.enable
+    ddp.parameters_to_ignore = {*ddp.parameters_to_ignore, "counts"}
+    ddp._assign_modules_buffers()
+    assert not ddp.named_module_buffers
+    assert not ddp.will_sync_module_buffers()
+    assert private_torch.stop_copying_in_ddp(("counts",)) == []  # no forward is running
 
 
 def test_what_ddp_is_to_ignore(tmp_path):

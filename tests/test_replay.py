@@ -6,6 +6,7 @@ import contextlib
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier, BrokenBarrierError
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from support.left import assert_equal, hooks_of, recorded
+from support.paths import DIM as PATHS_DIM
+from support.paths import ROUTERS, layer_with_router, top2
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
@@ -33,6 +36,7 @@ from mixture_of_experts.gating import BALANCE_LOSSES, SparseMixerGating, TopPGat
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
+from mixture_of_experts.replay import records as replay_records
 from mixture_of_experts.whole_model.model_tokens import read_tokens, seen_tokens
 
 DIM = 8
@@ -132,6 +136,38 @@ def test_losses_by_name_are_replayed(name, masked):
         torch.testing.assert_close(one.losses, other.losses)
         assert names <= one.losses.keys()
     torch.testing.assert_close(again, wanted, atol=1e-6, rtol=1e-5)
+
+
+REPLAYED = {
+    **{name: partial(layer_with_router, name) for name in ROUTERS if name != "ExpertChoice"},  # it has no k choices
+    "Top2, policy none": lambda: MoE(PATHS_DIM, gate=top2("none")),
+    "SparseMixer": lambda: MoE(PATHS_DIM, gate=SparseMixerGating(PATHS_DIM, 4)),
+    "Hash": lambda: MoE(PATHS_DIM, gate=HashGating(PATHS_DIM, 4, num_ids=9)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", REPLAYED)
+def test_a_replay_draws_as_many_random_numbers_as_the_recording(name, training):
+    """Dropout after the layer is then the same, with each loss that the gate can report."""
+    moe, x = REPLAYED[name]().train(training), torch.randn(3, 6, PATHS_DIM)
+    side = {"token_ids": torch.randint(9, (3, 6))} if name == "Hash" else {}
+
+    def dropped() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(1)
+        out = torch.dropout(moe(x, **side)[0], 0.5, train=True)
+        return out, torch.get_rng_state()
+
+    has_groups = getattr(moe.gate, "num_groups", None) is not None
+    offered = [loss for loss in moe.gate.offers if has_groups or loss not in OF_EXPERT_GROUPS]
+    for loss in (None, *offered):
+        moe.loss_coefs = {} if loss is None else {loss: 0.1}
+        with record_routing(moe, weights=True) as records:
+            wanted, state = dropped()
+        with replay_routing(moe, records):
+            out, state_after_replay = dropped()
+        assert state_after_replay.equal(state), f"{loss}: the replay drew other random numbers"
+        torch.testing.assert_close(out, wanted, msg=lambda text, loss=loss: f"{loss}: {text}")
 
 
 class Model(nn.Module):
@@ -448,6 +484,77 @@ def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(ValueError, match=f"records is not whole, or no file of RoutingRecords.save: .*{said}"):
             RoutingRecords.load(path)
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (MoE(DIM, gate=TopKGating(DIM, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x)[0])[0]
+
+
+def test_a_read_that_fails_loses_nothing(monkeypatch):
+    """Memory of the CPU may be full when the second gate is read; the next read finds all."""
+    model, x = TwoLayers(), torch.randn(3, 6, DIM)
+    wanted = recorded(model, x)
+    tried = []
+
+    def fails(name: str, *args: Any) -> list[Tensor]:
+        tried.append(name)
+        if len(tried) == 2:
+            raise MemoryError("no memory")
+        return joined(name, *args)
+
+    joined = replay_records.joined
+    monkeypatch.setattr(replay_records, "joined", fails)
+    for weights in (False, True):
+        tried.clear()
+        with record_routing(model, weights=weights) as records:
+            model(x)
+        with pytest.raises(MemoryError):
+            records.lengths("one.gate")
+        assert_equal(records, wanted)
+        assert [len(of) for of in records.values()] == [3, 3]
+        assert not weights or all(len(of) == 3 for of in (records.weights or {}).values())
+
+
+class Appended(list[Any]):
+    """A list to which another thread appends what it holds once more, just after it was copied."""
+
+    def copy(self) -> list[Any]:
+        found = list(self)
+        if len(self) == 1:
+            self.append(self[0])
+        return found
+
+
+def test_what_is_recorded_during_a_read_is_kept():
+    model, x = TwoLayers(), torch.randn(3, 6, DIM)
+    with record_routing(model) as records:
+        model(x)
+    records._unread = Appended(records._unread)
+    assert records.lengths("one.gate") == 3 * [6]
+    assert records.num_sequences == 6
+    assert_equal(records.select([3, 4, 5]), records.select([0, 1, 2]))
+
+
+def test_two_threads_read_once(monkeypatch):
+    model, x = TwoLayers(), torch.randn(3, 6, DIM)
+    joined, both = replay_records.joined, Barrier(2)
+
+    def slow(*args: Any) -> list[Tensor]:
+        with contextlib.suppress(BrokenBarrierError):
+            both.wait(timeout=0.5)
+        return joined(*args)
+
+    with record_routing(model) as records:
+        model(x)
+    monkeypatch.setattr(replay_records, "joined", slow)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: records.lengths("one.gate"), range(2)))
+    assert found == [3 * [6], 3 * [6]]
 
 
 def test_arrays_of_engines():

@@ -497,3 +497,19 @@ def test_too_many_losses():
     moe.gate.register_forward_hook(lambda gate, args, routing: routing.losses.update(more))
     with track_routing(moe), pytest.raises(ValueError, match="14 losses, at most 12"):
         moe(torch.randn(1, 4, DIM))
+
+
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_steps_of_a_long_run_are_told_apart(by_steps):
+    """float32 has no whole numbers between 2^24 and 2^24 + 2."""
+    moe, x, start = MoE(dim=8, num_experts=4), torch.randn(2, 16, 8), 1 << 24
+    with track_routing(moe) as stats:
+        stats._rings["gate"].clock.fill_(start)
+        for number in range(4):
+            moe(x[:, : 4 + number])
+            if by_steps:
+                stats.step()
+    records = stats.records("gate")
+    assert [record.step - records[0].step for record in records] == [0, 1, 2, 3]
+    assert records[0].step == (start if by_steps else start + 1)
+    assert [record.tokens for record in records] == [8, 10, 12, 14]

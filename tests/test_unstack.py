@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -211,3 +212,84 @@ def test_bitsandbytes():
             setattr(expert, name, four.to("cpu"))
     found = moe(x)[0]
     assert 0 < (found - before).norm() < 0.5 * before.norm()
+
+
+# Hooks, and what else is set on the experts that are replaced
+
+
+def frozen(layer: MoE) -> MoE:
+    layer.experts.requires_grad_(False)
+    return layer
+
+
+REPLACED: dict[str, Any] = {
+    "unstack": unstack,
+    "restack": lambda moe: restack(unstack(moe)),
+    "quantize_experts": lambda moe: quantize_experts(frozen(moe)),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_hooks_go_on(name):
+    """They are called in the same order as before, and their handles remove them."""
+    moe, x, called = MoE(16, 4, second_policy_train="all"), torch.randn(1, 10, 16, requires_grad=True), []
+
+    def note(what: str) -> Any:
+        def hook(*args: Any, **kwargs: Any) -> None:
+            called.append((what, len(args)))
+
+        return hook
+
+    experts = moe.experts
+    handles = [
+        experts.register_forward_pre_hook(note("before")),
+        experts.register_forward_pre_hook(note("before, by keyword"), with_kwargs=True),
+        experts.register_forward_hook(note("after")),
+        experts.register_forward_hook(note("after, by keyword"), with_kwargs=True),
+        experts.register_forward_hook(note("first after"), prepend=True),
+        experts.register_forward_hook(note("after an error"), always_call=True),
+        experts.register_full_backward_pre_hook(note("before the backward")),
+        experts.register_full_backward_hook(note("after the backward")),
+    ]
+    moe(x)[0].sum().backward()
+    wanted = called.copy()
+    assert len(wanted) == len(handles)
+    called.clear()
+    REPLACED[name](moe)
+    assert moe.experts is not experts
+    moe(x)[0].sum().backward()
+    assert called == wanted
+    called.clear()
+    for handle in handles:
+        handle.remove()
+    moe(x)[0].sum().backward()
+    assert not called
+
+
+def state_hook(*args: Any) -> None: ...
+
+
+LOST: dict[str, Any] = {
+    "forward": lambda experts: setattr(experts, "forward", experts.forward),
+    "compute": lambda experts: setattr(experts, "compute", experts.compute),
+    "is compiled": lambda experts: experts.compile(backend="eager"),
+    "state dict hook": lambda experts: experts.register_state_dict_post_hook(state_hook),
+    "state dict pre": lambda experts: experts.register_state_dict_pre_hook(state_hook),
+    "load pre": lambda experts: experts.register_load_state_dict_pre_hook(state_hook),
+    "load post": lambda experts: experts.register_load_state_dict_post_hook(state_hook),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_would_be_lost_is_refused_before_anything_changes(name, what):
+    model = nn.ModuleList([frozen(MoE(16, 4)), frozen(MoE(16, 4))])
+    if name == "restack":
+        unstack(model)
+    before = [layer.experts for layer in model]  # type: ignore[union-attr]
+    LOST[what](before[1])
+    kind = TypeError if what in ("forward", "compute") else ValueError
+    words = {"forward": "own forward", "compute": "own compute", "is compiled": "is compiled"}
+    with pytest.raises(kind, match=rf"^1\.experts .*{words.get(what, 'state dict')}"):
+        {**REPLACED, "restack": restack, "quantize_experts": quantize_experts}[name](model)
+    assert all(layer.experts is experts for layer, experts in zip(model, before, strict=True))  # type: ignore[union-attr]

@@ -5,7 +5,8 @@ Axes: t tokens, k choices of a token, e experts; outer experts stand before them
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -171,16 +172,17 @@ def histogram_range(bias: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 
 RuleName = Literal["sign", "centred_sign", "quantile"]
-RULES: Mapping[str, BiasRule] = {
-    "sign": SignRule(),
-    "centred_sign": SignRule(centred=True),
-    "quantile": QuantileRule(),
+#: functions that make the rules: each gate has its own, because settings of a rule can be changed
+RULES: Mapping[str, Callable[[], BiasRule]] = {
+    "sign": SignRule,
+    "centred_sign": partial(SignRule, centred=True),
+    "quantile": QuantileRule,
 }
 
 
 def check_rule(name: str, rule: Any) -> BiasRule:
-    """The rule of this name, or the rule itself if an instance is given."""
-    return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]
+    """A new rule of this name, or the rule itself if an instance is given."""
+    return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]()
 
 
 def step_of(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, always: int = 0) -> Tensor:

@@ -11,7 +11,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from mixture_of_experts.support.private_torch import in_transform
+from mixture_of_experts.support.private_torch import constant_in_graphs, in_ddp, in_transform, stop_copying_in_ddp
+
+#: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
+COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})
@@ -71,10 +74,25 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
         counts: integers of any shape, a tensor of this forward alone; it is set to 0 when it was added.
         total: the buffer, of that shape.
     """
+    if in_ddp():  # a graph is traced again in another DDP
+        keep_counts_in_ddp()  # also without gradients: reentrant checkpointing enables them in the backward only
     if not torch.is_grad_enabled():
         return weight
     anchor = None if weight.requires_grad else ANCHOR
     return _CountInBackward.apply(weight, anchor, counts, total)
+
+
+@constant_in_graphs  # runs while a graph is traced
+def keep_counts_in_ddp() -> None:
+    """Keep `DistributedDataParallel`, if one is running, from replacing each rank's counts with those of the first rank
+    before the next forward. Before the first one all counts are 0."""
+    if copied := stop_copying_in_ddp(COUNTS):
+        warnings.warn(
+            f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so the counts of the "
+            "other ranks are lost if gradients are accumulated over several forwards: before you wrap the model, call "
+            "balance_experts(model, optimizer), or mixture_of_experts.parallel.ignore_experts_in_ddp(model)",
+            stacklevel=2,
+        )
 
 
 class StepsWithoutUpdate:

@@ -132,6 +132,7 @@ class ReLUGating(TopKGating):
         Call it once for each optimizer step. It counts the positive logits of real tokens, in forwards in training mode
         whose backward ran since the last call, on the ranks of `group`, by default all ranks if `torch.distributed` is
         initialised, whatever the gate's `process_group` is; all of them must call. Without counts nothing moves.
+        In `DistributedDataParallel` each rank keeps its own counts, as in `TopKGating.update_bias`.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)

@@ -211,9 +211,10 @@ class Top2Gating(TokenChoiceGate):
         under policy "random", of which nobody knows."""
         sent, given = choices.sent, tokens.side.get(GIVEN)
         if given is not None and sent is not None:
-            of_policy = self._sent(choices.weight)
-            if self.second[0] == "random":
+            if self.second[0] == "random":  # another draw would make a replay advance the generator further
                 of_policy = torch.arange(2, device=given.device) == 0
+            else:
+                of_policy = self._sent(choices.weight)
             sent = sent if of_policy is None else sent & (is_computed(given) | of_policy)
         return super().named_losses(names, tokens, choices._replace(chosen=both(choices.chosen, sent)))
 

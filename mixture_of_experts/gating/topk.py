@@ -17,7 +17,6 @@ from mixture_of_experts.gating import topk_by_kernel, topk_by_numbers
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.bias_rules import (
-    RULES,
     BiasRule,
     ForwardChoices,
     RuleName,
@@ -173,7 +172,7 @@ class TopKGating(TokenChoiceGate):
             zeros = torch.zeros(bias_of_each, device=device, dtype=kind) if has_expert_bias else None
             self.register_buffer(name, zeros)
         self.register_buffer("expert_histogram", None, persistent=False)
-        self._bias_rule = RULES["sign"]
+        self._bias_rule = check_rule("bias_rule", "sign")
         self._steps_without_update = StepsWithoutUpdate()
         self.reset_parameters()
 
@@ -371,7 +370,9 @@ class TopKGating(TokenChoiceGate):
         tokens, before capacity, in the training forwards whose backward ran since the last call. They are summed over
         the ranks of `group`, by default all ranks if `torch.distributed` is initialised; all of them must call. The
         gate's `process_group` is for its losses alone: whatever it is, all ranks that hold this gate need the same
-        bias, so give them as `group` if some ranks hold other layers. A rate of 0 leaves the bias as it is.
+        bias, so give them as `group` if some ranks hold other layers. A rate of 0 leaves the bias as it is. In
+        `DistributedDataParallel` each rank keeps its own counts; with `find_unused_parameters=True` a warning names
+        what to call first.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)

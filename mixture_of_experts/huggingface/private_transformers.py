@@ -89,6 +89,13 @@ def predicts_next(model: nn.Module) -> bool:
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
+def remove_capturing_hooks(module: nn.Module) -> None:
+    """Remove the hooks by which a model returns what this module told: a module in its place has its own."""
+    for number, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__module__", None) == maybe_install_capturing_hooks.__module__:
+            del module._forward_hooks[number]
+
+
 def capture_alike(model: nn.Module, other: nn.Module) -> None:
     """Set the hooks by which models return what their parts told where `other` has them. A model sets them once: blocks
     that it gets later bring their own."""

@@ -5,6 +5,7 @@ Axes: s tokens of a sequence, l gates, k choices of a token.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from mixture_of_experts.gating.given import LIVE
 
 FORMAT = "mixture_of_experts.routing/2"
+READING = threading.Lock()
 
 #: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
 #: real tokens, None if all are; how many of each sequence were read before, `(b,)` or one number for all
@@ -122,15 +124,20 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
     def _read(self) -> None:
-        """Take from its device what a recording has stored."""
+        """Take from its device what a recording has stored: of all gates, or, if it raises, of none."""
         if not self._unread:
             return
-        unread = self._unread.copy()
-        self._unread.clear()
-        for kind, kept in enumerate((self._experts, self._weights or {})):
-            for name, before in kept.items():
-                found = [chosen[name] for chosen in unread if name in chosen]
-                kept[name] = joined(name, before, [(values[kind], mask, seen) for values, mask, seen in found])
+        with READING:  # another thread may read, and a recording may append
+            unread, both = self._unread.copy(), (self._experts, self._weights or {})
+            read: tuple[dict[str, list[Tensor]], ...] = ({}, {})
+            for kind, kept in enumerate(both):
+                for name, before in kept.items():
+                    found = [chosen[name] for chosen in unread if name in chosen]
+                    forwards = [(values[kind], mask, seen) for values, mask, seen in found]
+                    read[kind][name] = joined(name, before, forwards)
+            for kept, new in zip(both, read, strict=True):
+                kept.update(new)
+            del self._unread[: len(unread)]
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
         """The records of some sequences, in the order that you give, for another batch.

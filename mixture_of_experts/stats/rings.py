@@ -27,8 +27,7 @@ from mixture_of_experts.whole_model.sites import Site
 
 WRITING = threading.Lock()
 MOST_LOSSES = 12  # columns of a row for losses, the z-loss among them
-HEAD = 2 + MOST_LOSSES  # columns of a row before those of the statistics
-LOST = -1.0  # in a row, instead of the number of its forward: nothing was written yet, or the forward raised
+LOST = -1  # instead of the number of a row's forward: nothing was written yet, or the forward raised
 
 
 @dataclass(eq=False)
@@ -75,8 +74,8 @@ class Forwards(Watch):
     def lost(self, call: TrackedCall) -> None:
         with exclusively():
             for ring, clock in call.clocks.items():
-                numbers = ring.rows[:, 1]
-                numbers.masked_fill_(numbers == clock[1], LOST)
+                forwards = ring.numbers[:, 1]
+                forwards.masked_fill_(forwards == clock[1], LOST)
 
 
 def exclusively() -> AbstractContextManager[Any]:
@@ -86,8 +85,8 @@ def exclusively() -> AbstractContextManager[Any]:
 
 @dataclass(eq=False)
 class GateRing:
-    """The last rows of one gate. A row has the numbers of the step and of the forward, the losses, and the statistics'
-    numbers. It is float32, which counts up to 16 million choices of one forward exactly."""
+    """The last rows of one gate. A row has the losses and the statistics' numbers. It is float32, which counts up to 16
+    million choices of one forward exactly. The numbers of its step and forward are int64, for runs of any length."""
 
     site: Site
     forwards: Forwards
@@ -102,9 +101,10 @@ class GateRing:
         self.learn_names: Any = constant_in_graphs(lambda losses: self._learn_names(losses))
         with torch.inference_mode(False), site.device:  # inference tensors cannot be written to outside of that mode
             # one row more than `keep`: the oldest shows whether the step after it is complete
-            size = self.keep + 1, HEAD + width_of(self.shape)
-            self.rows: Tensor = torch.full(size, LOST, dtype=torch.float32)
-            self.clock: Tensor = torch.tensor([0.0, -1.0], dtype=torch.float32)  # numbers of the step and the forward
+            size = self.keep + 1
+            self.rows: Tensor = torch.zeros(size, MOST_LOSSES + width_of(self.shape), dtype=torch.float32)
+            self.numbers: Tensor = torch.full((size, 2), LOST, dtype=torch.int64)  # each row's step and forward
+            self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # numbers of the step and the forward
             self.written: Tensor = torch.zeros(1, dtype=torch.int64)
         self.forwards.rings.append(self)
 
@@ -131,27 +131,29 @@ class GateRing:
         with torch.no_grad():
             losses = [value.float().reshape(1) for value in routing.losses.values()]
             rest, numbers = self.rows.new_zeros(MOST_LOSSES - len(losses)), numbers_of(routing, importance)
-            row = torch.cat([clock, *losses, rest, numbers])
+            row = torch.cat([*losses, rest, numbers])
             with exclusively():
-                self.rows.index_copy_(0, self.written % (self.keep + 1), row.unsqueeze(0))
+                place = self.written % (self.keep + 1)
+                self.rows.index_copy_(0, place, row.unsqueeze(0))
+                self.numbers.index_copy_(0, place, clock.unsqueeze(0))
                 self.written.add_(1)
 
     def steps(self, by_steps: bool) -> list[Step]:
         """The number and the rows `(forwards, width)`, float64 on the CPU, of every remembered step, or else of every
         forward, oldest first."""
         call_stack.current(self.forwards)  # finds a forward of this thread that was interrupted
-        rows = self.rows.cpu().to(torch.float64)
-        rows = rows[rows[:, 1] != LOST]
-        numbers = rows[:, 0 if by_steps else 1]
+        numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
+        written = numbers[:, 1] != LOST
+        numbers, rows = numbers[written, 0 if by_steps else 1], rows[written]
         rows = rows[numbers.argsort(stable=True)]  # rows of threads lie in any order
         numbers, sizes = numbers.unique(return_counts=True)
-        steps = list(zip(map(int, numbers.tolist()), rows.split(sizes.tolist()), strict=True))
+        steps = list(zip(numbers.tolist(), rows.split(sizes.tolist()), strict=True))
         # once rows are overwritten, the oldest step may be incomplete
         return steps[1:] if len(steps) > 1 and int(self.written) > self.keep else steps
 
     def record(self, steps: Sequence[Step]) -> Record:
         """One record of some steps, under the number of the first."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
-        losses = rows[:, 2:HEAD].sum(dim=0) / max(len(rows), 1)
+        losses = rows[:, :MOST_LOSSES].sum(dim=0) / max(len(rows), 1)
         named = dict(zip(self.losses, losses.tolist(), strict=False))
-        return record_of(self.name, steps[0][0] if steps else -1, named, rows[:, HEAD:], self.shape)
+        return record_of(self.name, steps[0][0] if steps else -1, named, rows[:, MOST_LOSSES:], self.shape)

@@ -8,7 +8,7 @@ version breaks.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor, nn, overrides
 from torch.utils import _python_dispatch
 
 from mixture_of_experts.support import private_peft
+from mixture_of_experts.support.attached import TABLES
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -195,6 +196,37 @@ def set_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: C
     hooks._forward_pre_hooks_with_kwargs[name] = hooks._forward_hooks_always_called[name] = True
 
 
+#: where a module keeps the hooks on its forward and backward, and the flags of these hooks
+CALL_HOOKS = (*TABLES, "_backward_hooks", "_backward_pre_hooks")
+#: where a module keeps the hooks on its state dict, which depend on the names and shapes of its tensors
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Make the hooks on the forward and backward of a module those of the module that replaces it. Their handles then
+    remove them from that one, so both have the same tables."""
+    for table in CALL_HOOKS:
+        hooks = getattr(old, table)
+        hooks.update(getattr(new, table))
+        setattr(new, table, hooks)
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def lost_with(module: nn.Module) -> str | None:
+    """What of a module another one could not have in its place, in words; None if nothing: `move_hooks` moves hooks on
+    its forward and backward."""
+    if any(getattr(module, table) for table in STATE_HOOKS):
+        return "has hooks on its state dict, which are for the names and shapes of its weights: remove them before"
+    if vars(module).get("_compiled_call_impl") is not None:
+        return "is compiled by its method compile(): compile experts afterwards"
+    return None
+
+
 def has_hooks(module: object) -> bool:
     """Whether the module has hooks on its forward or backward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -260,3 +292,29 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     """Make `DistributedDataParallel(model)` ignore parameters and buffers of these names, beside those it ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
+
+
+def in_ddp() -> bool:
+    """Whether the forward of a `DistributedDataParallel` is running. A graph that calls this is traced again in
+    another one, because of the guard that `id` installs."""
+    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+    return ddp is not None and id(ddp) != 0
+
+
+def stop_copying_in_ddp(endings: Collection[str]) -> list[str]:
+    """Make the `DistributedDataParallel` whose forward is running leave buffers alone whose last name is one of
+    `endings`: before its next forwards it then no longer copies them from the first rank.
+
+    Returns:
+        The names of those buffers that it keeps copying: all ranks must exclude the same buffers, but where parameters
+        may be unused or ranks have different numbers of inputs, a rank may not reach the call of this function.
+    """
+    ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
+    if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:
+        return []
+    names = [name for name in ddp.named_module_buffers if name.rpartition(".")[2] in endings]
+    if ddp.find_unused_parameters or ddp._join_config.enable:
+        return names
+    ddp.parameters_to_ignore = {*ddp.parameters_to_ignore, *names}
+    ddp._assign_modules_buffers()  # DDP fails on a list that is empty only once it copies
+    return []

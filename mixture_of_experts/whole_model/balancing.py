@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, step_of
-from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.expert_bias import COUNTS, count_in_backward
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
@@ -25,9 +25,6 @@ from mixture_of_experts.whole_model.block_settings import read_output
 from mixture_of_experts.whole_model.each_step import EachStep, as_factor, sites_to_move
 from mixture_of_experts.whole_model.model_tokens import TokensOfCall
 from mixture_of_experts.whole_model.sites import Gates, Site
-
-#: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
-COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
 def balance_experts(

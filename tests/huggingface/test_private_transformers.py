@@ -187,3 +187,15 @@ def test_names_of_distribution():
     assert list(arguments)[:4] == ["self", "module", "ep_mesh", "tp_mesh"]
     assert list(inspect.signature(EPImplementation.__init__).parameters) == ["self", "experts", "ep_mesh", "tp_mesh"]
     assert "ep_dispatch_experts" in ALL_PARALLEL_STYLES
+
+
+def test_hooks_by_which_a_model_returns_what_its_parts_told_are_removed():
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    model = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))  # type: ignore[arg-type]
+    model(torch.arange(4)[None], output_router_logits=True)
+    hooked = [module for module in model.modules() if module._forward_hooks]
+    assert hooked
+    own = hooked[0].register_forward_hook(lambda *args: None)
+    for module in hooked:
+        private.remove_capturing_hooks(module)
+    assert [key for module in hooked for key in module._forward_hooks] == [own.id]

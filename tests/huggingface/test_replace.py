@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.transformers_models import ARCHITECTURES, DIM, HIDDEN, LLAMA, without_dropout
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.gating import ExpertChoiceGating, HashGating, ReLUGating, SparseMixerGating, TopPGating
@@ -325,3 +327,19 @@ def test_what_computes_as_a_linear_layer_is_one():
     torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
     assert [module.moe.experts.b3 is not None for module in feed_forwards(model)] == [True, False]
     assert all(module.moe.experts.b1 is None for module in feed_forwards(model))
+
+
+@torch.no_grad()
+def test_hooks_on_a_network_stay():
+    model, tokens = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval(), torch.arange(10)
+    called: list[Any] = []
+    handle = model.transformer.h[1].mlp.register_forward_hook(lambda module, args, out: called.append(out.shape))
+    model(tokens[None])
+    wanted = called.copy()
+    replace_ffn(model, num_experts=4)
+    called.clear()
+    model(tokens[None])
+    assert called == wanted == [(1, 10, 32)]
+    handle.remove()
+    model(tokens[None])
+    assert called == wanted

@@ -269,6 +269,30 @@ def test_what_is_refused_is_not_changed(make, problem):
     assert (vars(model.config), len(hooks_in(model))) == (config, hooks)
 
 
+@torch.no_grad()
+def test_hooks_on_a_block_stay():
+    """In both directions; those by which a model returns `router_logits` it sets itself."""
+    model, (_, batch), called = build("Mixtral"), two_lengths("left"), []
+    model(**batch, output_router_logits=True)
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: called.append(out.shape))
+    before = model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: called.append("before"))
+    model(**batch)
+    wanted = called.copy()
+    assert len(wanted) == 2
+    for change in (from_transformers, to_transformers):
+        called.clear()
+        change(model)
+        model(**batch)
+        assert called == wanted
+    logits = model(**batch, output_router_logits=True).router_logits
+    assert len(logits) == len(model.model.layers)
+    called.clear()
+    handle.remove()
+    before.remove()
+    model(**batch)
+    assert not called
+
+
 def adapted(model: Any, parameter: str) -> Any:
     with warnings.catch_warnings():  # of PEFT about transformers
         warnings.simplefilter("ignore")

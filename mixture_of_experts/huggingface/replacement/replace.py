@@ -19,6 +19,7 @@ from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
 from mixture_of_experts.huggingface.model_watch import is_masked, watch_model
+from mixture_of_experts.huggingface.private_transformers import remove_capturing_hooks
 from mixture_of_experts.huggingface.replacement.adapters import (
     Adapter,
     Dense,
@@ -37,6 +38,7 @@ from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
+from mixture_of_experts.support.private_torch import move_hooks
 
 #: the axis of the hidden units in weights of a network
 HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
@@ -392,7 +394,9 @@ def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> N
 
 
 def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module at all paths of another one: a network that several layers share becomes one MoE."""
+    """Put a module at all paths of another one, with its hooks: a network that several layers share becomes one MoE."""
+    remove_capturing_hooks(old)
+    move_hooks(old, new)
     for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
         set_attribute(model, path, new)
 
