@@ -50,6 +50,8 @@ each = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in SOME else pytest.mark.slow) for name in RENAMED]
 )
 LARGE = 3e7  # parameters of a model that the rules of the tiny ones leave large
+#: models whose rows of padding transformers sets to zero when it loads them
+PADDED = {"upcycle funnel", "upcycle youtu", "upcycle chinese_clip"}
 
 
 def changed(name: str) -> Any:
@@ -262,15 +264,14 @@ def all_changed() -> Iterator[tuple[str, Any]]:
 @pytest.mark.exhaustive
 @pytest.mark.filterwarnings("ignore")
 def test_every_family(tmp_path):
-    """All that upcycle or whose blocks become layers; Inkling 2 with loops cannot be saved so small."""
-    wrong, n = {}, 0
-    for number, (name, model) in enumerate(all_changed()):
-        if "inkling2_loop" in name:
-            continue
-        n, folder = n + 1, tmp_path / str(number)
-        model.save_pretrained(folder)
-        if differ := differing(model, folder):
-            wrong[name] = differ[:3]
-        same_weights(from_pretrained(folder, type(model)), model)
+    """All that upcycle, and all whose blocks become layers."""
+    wrong, names = {}, []
+    for name, model in all_changed():
+        names.append(name)
+        model.save_pretrained(tmp_path / name)
+        if found := differing(model, tmp_path / name):
+            wrong[name] = found[:3]
+        if name not in PADDED:
+            same_weights(from_pretrained(tmp_path / name, type(model)), model)
     assert not wrong
-    assert n > 250
+    assert len(names) > 290
