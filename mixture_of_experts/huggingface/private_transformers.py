@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,9 +37,41 @@ class Rename(WeightRenaming):
         return self.function(source_key), None
 
 
+class OwnNames(list[Any]):
+    """The conversions of a model that saves its weights as its state dict has them: none. `stock` are its own ones."""
+
+    stock: list[Any] | None
+
+    def __init__(self, stock: list[Any] | None = None) -> None:
+        super().__init__()
+        self.stock = stock
+
+
+def save_own_names(model: nn.Module) -> None:
+    """Make a model save its weights under the names, and in the forms, of its state dict."""
+    stock = vars(model).get("_weight_conversions")
+    if not isinstance(stock, OwnNames):
+        model._weight_conversions = OwnNames(stock)  # pyright: ignore[reportArgumentType]
+
+
+def save_stock_names(model: nn.Module) -> None:
+    """Undo `save_own_names`."""
+    held = vars(model).get("_weight_conversions")
+    if isinstance(held, OwnNames):
+        forget_conversions(model)
+        vars(model).update({} if held.stock is None else {"_weight_conversions": held.stock})
+
+
 def as_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by the names, and in the forms, in which its class saves them."""
+    """Weights of a model by the names, and in the forms, in which `save_pretrained` writes them."""
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
+
+
+def as_published(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model by the names, and in the forms, of its class's checkpoints, whatever it saves itself."""
+    model = copy.copy(model)
+    forget_conversions(model)
+    return as_saved(model, weights)
 
 
 def forget_conversions(model: nn.Module) -> None:

@@ -20,6 +20,8 @@ from transformers import (
     MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.distributed.expert_parallel import EpDispatchExpertsParallel, EPImplementation
 from transformers.distributed.mixin import DistributedMixin
@@ -107,6 +109,37 @@ def test_weights_that_are_merged_and_saved_under_other_names(tmp_path):
     private.forget_conversions(loaded)
     private.forget_conversions(loaded)  # twice changes nothing
     assert "_weight_conversions" not in vars(loaded)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stock_models_lose_weights_in_a_trainer(tmp_path):
+    """It reads names as they are in the file, which are those of the class: that is why ours are saved as they are."""
+    model, lost = mixtral(), []
+    model.save_pretrained(tmp_path)
+    made = Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
+    made._issue_warnings_after_load = lambda found: lost.extend(found.missing_keys)
+    made.state.best_model_checkpoint = str(tmp_path)
+    made._load_from_checkpoint(str(tmp_path))
+    made._load_best_model()
+    assert lost.count(PROJECTION) == 2
+
+
+def test_models_that_save_their_own_names(tmp_path):
+    """A model without conversions saves what its state dict has; those that it had before come back."""
+    stock, names = mixtral(), mixtral().state_dict().keys()
+    stock.save_pretrained(tmp_path)
+    for model in (stock, MixtralForCausalLM.from_pretrained(tmp_path)):
+        before = vars(model).get("_weight_conversions")
+        private.save_own_names(model)
+        private.save_own_names(model)  # twice changes nothing
+        assert private.as_saved(model, model.state_dict()).keys() == names
+        published = private.as_published(model, model.state_dict())
+        assert published.keys() != names
+        assert private.as_saved(model, model.state_dict()).keys() == names
+        private.save_stock_names(model)
+        private.save_stock_names(model)
+        assert vars(model).get("_weight_conversions") is before
+        assert private.as_saved(model, model.state_dict()).keys() == published.keys()
 
 
 def test_the_gating_of_experts():

@@ -7,6 +7,7 @@ import json
 import pickle
 from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, 
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.private_transformers import forget_conversions
 from mixture_of_experts.huggingface.replacement.replace import set_attribute
 from mixture_of_experts.huggingface.saving import layer_settings
 
@@ -49,6 +51,14 @@ def same_weights(found: nn.Module, expected: nn.Module) -> None:
     for name, value in state.items():
         assert found_state[name].dtype == value.dtype, name
         assert torch.equal(found_state[name], value), name
+
+
+def as_before(model: Any, folder: Path) -> None:
+    """Save a model with layers as earlier versions did, by the names of its class's checkpoints."""
+    model = copy.deepcopy(model)
+    for inner in model.modules():
+        forget_conversions(inner)
+    model.save_pretrained(folder)
 
 
 @pytest.mark.parametrize("cast", [False, True])

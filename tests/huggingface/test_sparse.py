@@ -38,7 +38,7 @@ from mixture_of_experts.support.attached import TABLES
 from .test_blocks import MODELS, build
 from .test_loaders import with_a_layer_on_disk
 from .test_losses import batch_of, trainer
-from .test_saving import same_weights
+from .test_saving import as_before, same_weights
 
 SOME = ("Mixtral", "DeepseekV3")
 each = pytest.mark.parametrize(
@@ -361,20 +361,24 @@ def test_a_headless_model_gets_its_weights(tmp_path):
 
 
 def test_weights_that_would_become_others(tmp_path, monkeypatch):
-    """By a renaming they do not, and a class that would merge them into others is refused."""
+    """By a renaming they do not, and a class that would merge them into others is refused, unless they have their own
+    names in the file."""
     model = from_transformers(build("Mixtral"))
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "own names")
+    as_before(model, tmp_path / "names of the class")
     conversions: list[Any] = [WeightRenaming(r"\.experts\.w1", ".experts.w3")]
     convert = loader.ExpertsLoader.update_weight_conversions
     monkeypatch.setattr(
         loader.ExpertsLoader, "update_weight_conversions", lambda self, _, model: convert(self, conversions, model)
     )
     for load in (AutoModelForCausalLM.from_pretrained, from_pretrained):
-        same_weights(load(tmp_path), model)
+        for folder in tmp_path.iterdir():
+            same_weights(load(folder), model)
     conversions.append(WeightConverter([r"\.w1", r"\.w3"], r"\.gate_up", [Concatenate(dim=1)]))
     for load in (AutoModelForCausalLM.from_pretrained, from_pretrained):
+        same_weights(load(tmp_path / "own names"), model)
         with pytest.raises(ValueError, match=r"has no .*experts\.w1"):
-            load(tmp_path)
+            load(tmp_path / "names of the class")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path, tensors_of
 from mixture_of_experts.huggingface.model_watch import is_masked, remove_watches
-from mixture_of_experts.huggingface.private_transformers import capture_alike
+from mixture_of_experts.huggingface.private_transformers import capture_alike, save_stock_names
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
 from mixture_of_experts.huggingface.replacement.replace import join, put_everywhere
 from mixture_of_experts.huggingface.replacement.search import is_routed
@@ -173,6 +173,7 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     give_back(model)
     for module in model.modules():
         forget(vars(module).get("config"))
+        save_stock_names(module)
     return model
 
 

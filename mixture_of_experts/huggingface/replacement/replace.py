@@ -35,6 +35,7 @@ from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
 from mixture_of_experts.huggingface.router_config import announce
 from mixture_of_experts.huggingface.saving.configuration import note
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
+from mixture_of_experts.huggingface.saving.names import keep_names_on_saving
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
@@ -356,11 +357,12 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
 
 
 def join(model: nn.Module, names: Sequence[str]) -> None:
-    """Make layers a part of the model around: it brings their masks, adds their losses, and its configuration tells of
-    them."""
+    """Make layers a part of the model around: it brings their masks, adds their losses, saves their weights under their
+    own names, and its configuration tells of them."""
     watch_model(model, names)
     announce(model, feed_forwards(model)[0].moe)
     note(model)
+    keep_names_on_saving(model)
 
 
 @torch.no_grad()

@@ -1,4 +1,10 @@
-"""Names of weights in files. A model's class may rename the weights of its checkpoints; those of layers keep theirs."""
+"""Names of weights in files.
+
+A class of `transformers` may rename the weights of its checkpoints when it loads them, and rename them back when it
+saves them. A model with layers saves all weights under its own names, because `Trainer` loads files as they are: what
+has another name in them would keep its values when a run is resumed, or when its best model is loaded. Files that have
+the weights of layers under the class's names, as earlier versions wrote them, are loaded too.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +12,45 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
-from mixture_of_experts.huggingface.private_transformers import Rename, as_saved
+from mixture_of_experts.huggingface.private_transformers import Rename, as_published, save_own_names
+
+
+def keep_names_on_saving(model: nn.Module) -> None:
+    """Make a model, and each model in it, save weights under their own names if it has layers."""
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel) and layers_by_path(inner):
+            save_own_names(inner)
 
 
 def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
-    """What is done with names and weights while a model is loaded, so that weights of its layers keep their names.
+    """What is done with names and weights while a model is loaded, so that what has its own name in the files keeps it,
+    and weights of layers have their own name afterwards.
 
-    Renamings there and back need not undo each other for weights of ours: `.gate.` may become `.mlp.gate.`, whatever
-    stands before it. So the first renaming puts a mark in the place of each name, and the last one puts the name back.
+    Renamings need not leave own names alone, and those there and back need not undo each other for weights of layers:
+    `.gate.` may become `.mlp.gate.`, whatever stands before it. So the first renaming puts a mark in the place of each
+    name, and the last one puts the name back.
     """
-    layers = tuple(f"{name}." for name in layers_by_path(model))
-    weights = [name for name in model.state_dict() if name.startswith(layers)]
+    layers, weights = tuple(f"{name}." for name in layers_by_path(model)), list(model.state_dict())
     # of three axes, as what saves them may join weights along any
-    numbers = in_files(model, {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)})
-    marks = {file: f"\0{number.item()}" for file, number in numbers.items()}  # which no renaming knows
+    numbers = {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)}
+    files = own_names(model, numbers)
+    files |= in_files(model, {name: number for name, number in numbers.items() if name.startswith(layers)})
+    marks = {file: f"\0{number.item()}" for file, number in files.items()}  # which no renaming knows
     names = {f"\0{number}": name for number, name in enumerate(weights)}
     return [Rename(lambda name: marks.get(name, name)), *conversions, Rename(lambda name: names.get(name, name))]
 
 
 def in_files(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by all names that they may have in files: their own, and those by which its class saves them,
-    with a head and without."""
+    """Weights of a model by all names that they may have in files: their own, and those of its class's checkpoints."""
+    own = own_names(model, weights)
+    return {**own, **as_published(model, own)}
+
+
+def own_names(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model by their own names, with a head and without."""
     prefix = f"{model.base_model_prefix}."
-    own = {start + name.removeprefix(prefix): weight for name, weight in weights.items() for start in ("", prefix)}
-    return {**own, **as_saved(model, own)}
+    return {start + name.removeprefix(prefix): weight for name, weight in weights.items() for start in ("", prefix)}

@@ -11,7 +11,7 @@ from torch import nn
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
 from mixture_of_experts.huggingface.feed_forward import Replaced, layers_by_path
-from mixture_of_experts.huggingface.private_transformers import was_loaded
+from mixture_of_experts.huggingface.private_transformers import forget_conversions, save_own_names, was_loaded
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
 from mixture_of_experts.huggingface.replacement.replace import find, gates_of_layers, make_moe, set_attribute, swap
 from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, build_gate
@@ -68,9 +68,11 @@ def build_layer(entries: Mapping[str, Any], gate: GateFactory | None, place: Net
 
 def finish_loading(model: Any) -> None:
     """Refuse a checkpoint that lacks weights of layers, but for what a `device_map` left on disk: transformers leaves
-    that memory uninitialised. Arrange quantised weights for this machine, and let gates balance over the ranks that
-    have other tokens."""
+    that memory uninitialised. Arrange quantised weights for this machine, let gates balance over the ranks that have
+    other tokens, and save weights under their own names, whatever names the files had."""
     model.name_or_path = model.config.name_or_path
+    forget_conversions(model)
+    save_own_names(model)
     for path, layer in layers_by_path(model).items():
         state = layer.moe.state_dict(prefix=f"{path}.moe.", keep_vars=True)
         lacks = [name for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
