@@ -195,6 +195,15 @@ def set_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: C
     hooks._forward_pre_hooks_with_kwargs[name] = hooks._forward_hooks_always_called[name] = True
 
 
+def set_first_hook(module: nn.Module, name: str, after: Callable[..., Any]) -> None:
+    """Set a forward hook under a name of its own, unless it is set: it runs before all others, also before FSDP2 shards
+    the module's parameters again."""
+    hooks: Any = module._forward_hooks
+    if name not in hooks:
+        hooks[name] = after
+        hooks.move_to_end(name, last=False)
+
+
 def has_hooks(module: object) -> bool:
     """Whether the module has hooks on its forward or backward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

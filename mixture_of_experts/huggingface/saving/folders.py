@@ -22,6 +22,7 @@ from mixture_of_experts.huggingface.blocks.sparse import find_blocks, put_layers
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
+from mixture_of_experts.huggingface.router_config import take_over
 from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts, quantization_of
 from mixture_of_experts.huggingface.saving.export import plan_export
 from mixture_of_experts.huggingface.saving.loader import saved_class
@@ -78,7 +79,9 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     rewrite(plan.stock, model.state_dict(), plan.layers, plan.block, source, target, max_shard_size)
 
 
-def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, **settings: Any) -> None:
+def quantize_folder(
+    source: Path, target: Path, *, max_shard_size: int = 10**9, loss_coef: float | None = None, **settings: Any
+) -> None:
     """Quantise the experts of a saved model; write the folder that `save_pretrained` would write.
 
     A layer is in memory two or three times, and a file of the new folder twice. Nibbles are plain, as
@@ -89,6 +92,8 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
             become layers as by `from_transformers`.
         target: a new folder.
         max_shard_size: most bytes of a file of weights.
+        loss_coef: coefficient of each layer's balancing loss; by default that of the folder, and for a stock model as
+            in `from_transformers`.
         settings: arguments of `quantize_experts`.
 
     Raises:
@@ -112,8 +117,11 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
     def change(path: str) -> dict[str, Tensor]:
         if stock:
             load(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
-            put_layers(model, {path: {"balance_over": "batch"}})
+            put_layers(model, {path: {"balance_over": "batch", "loss_coef": loss_coef}})
         layer = model.get_submodule(path)
+        if loss_coef is not None:
+            layer.moe.loss_coef = loss_coef
+            take_over(model)
         quantize_experts(layer.requires_grad_(False), **settings)
         for module in layer.modules():
             if isinstance(module, QuantizedExperts):
