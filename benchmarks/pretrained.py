@@ -40,7 +40,7 @@ def load(folder: Path, layers: int | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     fewer = {} if layers is None else {"num_hidden_layers": layers}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **fewer).eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, **fewer).eval()
 
 
 def widened(model: Any, times: int) -> Any:

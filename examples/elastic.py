@@ -66,10 +66,14 @@ def main() -> None:
 
 def load_model(name: str) -> tuple[nn.Module, Callable[[str], Tensor]]:
     """A mixture, upcycled if it is none yet, and a function from text to tokens (n,)."""
-    model = AutoModelForCausalLM.from_pretrained(name) if name else LlamaForCausalLM(LlamaConfig(**SMALL))
+    model = (
+        AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False)
+        if name
+        else LlamaForCausalLM(LlamaConfig(**SMALL))
+    )
     if not any(isinstance(module, MoE) for module in model.modules()):
         upcycle(model, 8, k=2)
-    tokenizer = AutoTokenizer.from_pretrained(name).encode if name else str.encode
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False).encode if name else str.encode
     return model.train(), lambda text: torch.tensor(list(tokenizer(text)))
 
 

@@ -30,8 +30,8 @@ CONTEXT, BATCH, PROMPT = 128, 4, "def fibonacci(n):"
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_arguments(argv)
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
     *files, last = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     (text, _), (held_out, num_bytes) = windows(tokenizer, files, 2000), windows(tokenizer, [last], 16)
     dense = bits_per_byte(model, held_out, num_bytes)
@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
-    again = AutoModelForCausalLM.from_pretrained(args.out / "model")  # as any model, once the package is imported
+    # as any model, once the package is imported
+    again = AutoModelForCausalLM.from_pretrained(args.out / "model", trust_remote_code=False)
     probe = held_out[:1]
     assert torch.equal(again(probe).logits, model(probe).logits)
     print(f"saved in {args.out / 'model'}, and loaded again")

@@ -89,7 +89,7 @@ def upcycled(dtype: torch.dtype) -> tuple[Any, Any]:
     upcycle(model, num_experts=4, noise=0.1, loss_coef=0.0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("w_gating"))
-    return model.to(dtype), AutoTokenizer.from_pretrained(fetch(SMOLLM2))
+    return model.to(dtype), AutoTokenizer.from_pretrained(fetch(SMOLLM2), trust_remote_code=False)
 
 
 @torch.no_grad()

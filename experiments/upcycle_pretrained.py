@@ -166,7 +166,7 @@ def train_all(steps: int, path: Path) -> None:
 
 
 def load() -> Text:
-    tokenizer, sources = AutoTokenizer.from_pretrained(fetch(SMOLLM2)), load_text()
+    tokenizer, sources = AutoTokenizer.from_pretrained(fetch(SMOLLM2), trust_remote_code=False), load_text()
 
     def tokens_of(part: Tensor) -> Tensor:
         files = part.numpy().tobytes().decode(errors="replace").split("\0")

@@ -55,6 +55,21 @@ def test_no_pickle_is_trusted():
     assert len(weights_only) > 5
 
 
+def test_no_code_of_a_model_is_trusted():
+    """Without the argument transformers asks on standard input whether the code in a folder may run."""
+    loads = [
+        (source, call)
+        for source in (*SOURCES, *(ROOT / "benchmarks").rglob("*.py"))
+        for name, call in calls(source)
+        if re.fullmatch(r"(\w+\.)?Auto\w+\.from_pretrained", name)
+    ]
+    assert len(loads) > 5
+    for source, call in loads:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        trusted = "trusted" if source.name == "loader.py" else "False"  # there it is the caller's, False by default
+        assert given.get("trust_remote_code") == trusted, f"{source} line {call.lineno}"
+
+
 # ---- files that are damaged, foreign, or made to do harm ----
 
 

@@ -77,6 +77,7 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name == "quantize":
             add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
             add("--group", type=int, default=64, choices=GROUPS, help="inputs with a step of their own")
+            add("--loss-coef", type=float, help="coefficient of the balancing loss of layers; by default as it was")
     return parser.parse_args(arguments)
 
 

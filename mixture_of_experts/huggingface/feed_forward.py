@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.gating.given import STATE
+from mixture_of_experts.huggingface.private_transformers import logits_under_way
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.support.private_torch import in_transform
+from mixture_of_experts.support.private_torch import in_transform, set_first_hook, unwrapped
 from mixture_of_experts.support.tracing import in_checkpoint
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.auxiliary import refuse_reentrant
@@ -39,6 +40,7 @@ class ModelCall(ForwardCall):
     added = False  # whether the loss that the model returned holds them
     remembered = False  # whether activation checkpointing stores the call for a recomputation
     again = False  # whether this is such a recomputation
+    returns_logits = False  # whether the model returns router logits, as stock models do
 
     def __init__(self, tokens: TokensAround | None = None, around: ModelCall | None = None) -> None:
         self.tokens: TokensAround = TokensAround() if tokens is None else tokens
@@ -187,11 +189,39 @@ class MoEFeedForward(Replaced):
         return "" if self.masked else "masked=False"
 
 
+class LogitsCall(ForwardCall):
+    """A call, under way, of a gate whose logits the model returns.
+
+    Args:
+        x: the tokens, as the block's router would have them.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        # a recomputation under activation checkpointing collects none, but must compute what the forward did
+        found = logits_under_way()
+        self.collected: list[Tensor] = [] if found is None else found
+
+
+def collect_logits(gate: Any, args: object, output: object) -> None:
+    """Forward hook of a gate: add the logits `(t, e)` of all tokens to those that `transformers` collects. The gate's
+    own may be of groups, with more tokens or without padding."""
+    call = call_stack.current(gate)
+    if call is None:
+        return
+    x = call.x.reshape(1, -1, call.x.shape[-1])
+    bias = getattr(gate, "b_gating", None)
+    logits = gate.logits_of(x, gate.w_gating, bias) if hasattr(gate, "logits_of") else gate.product(x, gate.w_gating)
+    call.collected.append(logits.squeeze(0))
+
+
 class SparseFeedForward(MoEFeedForward):
     """A `MoE` layer that replaces a sparse block of `transformers`, called as the block is.
 
     Args:
         block: the class of the block.
+        reports: whether the model can return the logits of the block's router (`output_router_logits`), from which it
+            computes its own auxiliary loss. The layer then adds its own to them.
         others: as in `MoEFeedForward`.
 
     Shape:
@@ -199,13 +229,27 @@ class SparseFeedForward(MoEFeedForward):
         state, which it took beside tokens, (tokens, state).
     """
 
-    def __init__(self, moe: MoE, block: str, **others: Any) -> None:
+    reports: bool = False
+
+    def __init__(self, moe: MoE, block: str, reports: bool = False, **others: Any) -> None:
         super().__init__(moe, **others)
         self.block = block
+        self.reports = reports
 
     def forward(
         self, x: Tensor, prev_router_hidden_states: Tensor | None = None, input_ids: Tensor | None = None
     ) -> Any:
+        call = call_stack.current(self) if self.reports else None
+        if call is None or not call.returns_logits:
+            return self.as_block(x, prev_router_hidden_states)
+        if call.with_gradients:  # the loss that the model computes from its logits would get no gradient
+            refuse_reentrant(self.moe, call.remembered)
+        gate = unwrapped(self.moe.gate)
+        set_first_hook(gate, "mixture_of_experts_logits", collect_logits)
+        with call_stack.within([(gate, LogitsCall(x))]):
+            return self.as_block(x, prev_router_hidden_states)
+
+    def as_block(self, x: Tensor, prev_router_hidden_states: Tensor | None) -> Any:
         if STATE in reads_of(self.moe.gate):
             return super().forward(x, **{STATE: prev_router_hidden_states})
         out = super().forward(x)  # a gate that reads token ids gets those of the model around

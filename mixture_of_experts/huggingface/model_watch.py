@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
 from mixture_of_experts.huggingface.private_transformers import checkpointing_of, predicts_next, set_checkpointing
 from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
-from mixture_of_experts.huggingface.router_config import factor_of, reports_routers, text_config, unit_of
+from mixture_of_experts.huggingface.router_config import (
+    asks_for_logits,
+    factor_of,
+    reports_routers,
+    text_config,
+    unit_of,
+)
 from mixture_of_experts.support.attached import TABLES
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_peft import lost_by_adapters
@@ -146,6 +152,7 @@ class ModelWatch(Watch):
         around = call_stack.current(members[0]) if members else None
         call = ModelCall(self.tokens(args, kwargs, around), around)
         call.keys, call.training = members, module.training and call.with_gradients
+        call.returns_logits = asks_for_logits(module, kwargs)
         if self.adds:
             call.given = args, self.arguments(call, module, kwargs)
         if not torch.compiler.is_compiling():

@@ -18,8 +18,13 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.moe import _default_apply_gate
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.utils.output_capturing import (
+    _CAN_RECORD_REGISTRY,
+    OutputRecorder,
+    _active_collector,
+    maybe_install_capturing_hooks,
+)
 
 # Names of weights
 
@@ -136,6 +141,26 @@ def capture_alike(model: nn.Module, other: nn.Module) -> None:
         if getattr(module, "_output_capturing_hooks_installed", False):
             inner: Any = model.get_submodule(name)
             maybe_install_capturing_hooks(inner)
+
+
+def records_logits(model: nn.Module, block: nn.Module) -> bool:
+    """Whether a model returns the logits of a sparse block's router on `output_router_logits=True`."""
+    recorders = [
+        recorder
+        for inner in model.modules()
+        if isinstance(inner, PreTrainedModel)
+        for found in [_CAN_RECORD_REGISTRY.get(inner).get("router_logits", [])]
+        for recorder in (found if isinstance(found, list) else [found])
+    ]
+    classes = [one.target_class if isinstance(one, OutputRecorder) else one for one in recorders]
+    kinds = tuple(kind for kind in classes if isinstance(kind, type))
+    return any(isinstance(module, kinds) for module in block.modules())
+
+
+def logits_under_way() -> list[Tensor] | None:
+    """The router logits that the forward under way has collected so far, for its output; None if it collects none."""
+    collected: Any = _active_collector.get()
+    return None if collected is None else collected.get("router_logits")
 
 
 # Loading

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -60,6 +61,17 @@ def text_config(model: nn.Module) -> Any:
 def reports_routers(config: Any) -> bool:
     """Whether models of this configuration have routers of their own."""
     return hasattr(type(config), "output_router_logits")
+
+
+def asks_for_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward is to return router logits, by an argument or the configuration. Where the losses of the layers
+    stand for the model's own, there are none."""
+    asked = kwargs.get("output_router_logits")
+    if asked is not None and not asked:
+        return False
+    config = text_config(model)
+    asked = getattr(config, "output_router_logits", False) if asked is None else asked
+    return bool(asked) and unit_of(config) is None
 
 
 def factor_of(config: Any) -> float:

@@ -227,6 +227,15 @@ def lost_with(module: nn.Module) -> str | None:
     return None
 
 
+def set_first_hook(module: nn.Module, name: str, after: Callable[..., Any]) -> None:
+    """Set a forward hook under a name of its own, unless it is set: it runs before all others, also before FSDP2 shards
+    the module's parameters again."""
+    hooks: Any = module._forward_hooks
+    if name not in hooks:
+        hooks[name] = after
+        hooks.move_to_end(name, last=False)
+
+
 def has_hooks(module: object) -> bool:
     """Whether the module has hooks on its forward or backward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -196,6 +196,34 @@ def test_hooks_that_return_router_logits():
     assert len(other(tokens, output_router_logits=True).router_logits) == 1
 
 
+def test_router_logits_that_a_forward_collects():
+    """A list that the output holds afterwards; there is none outside of a forward, and in one that returns none."""
+    model, tokens, seen = mixtral(), torch.arange(4)[None], []
+
+    def add(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(private.logits_under_way())
+        if seen[-1] is not None:
+            seen[-1].append(torch.ones(2))
+
+    model.model.norm.register_forward_hook(add)
+    assert model(tokens).router_logits is None
+    *_, added = model(tokens, output_router_logits=True).router_logits
+    assert torch.equal(added, torch.ones(2))
+    assert seen[0] is None
+    assert private.logits_under_way() is None
+
+
+def test_which_routers_are_recorded():
+    """Models name the classes of their routers; blocks of other models are none of theirs."""
+    with torch.device("meta"):
+        model, dense = mixtral(), LlamaForCausalLM(LlamaConfig(**SIZES))
+    block = model.model.layers[0].mlp
+    assert private.records_logits(model, block)
+    assert private.records_logits(model.model, block)
+    assert not private.records_logits(model, model.model.layers[0].self_attn)
+    assert not private.records_logits(dense, block)
+
+
 def test_weights_that_accelerate_keeps_elsewhere():
     module = nn.Linear(2, 2)
     assert not private.is_elsewhere(module.to("meta"))

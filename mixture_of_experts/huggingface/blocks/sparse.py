@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mixture_of_experts.gating import reads_of
+from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path, tensors_of
 from mixture_of_experts.huggingface.model_watch import is_masked, remove_watches
-from mixture_of_experts.huggingface.private_transformers import capture_alike, save_stock_names
+from mixture_of_experts.huggingface.private_transformers import capture_alike, records_logits, save_stock_names
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
 from mixture_of_experts.huggingface.replacement.replace import join, put_everywhere
 from mixture_of_experts.huggingface.replacement.search import is_routed
@@ -27,7 +29,7 @@ SETTINGS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 
 
 def from_transformers(
-    block: nn.Module, *, loss_coef: float = 1e-2, z_loss_coef: float = 0.0, balance_over: Any = "batch"
+    block: nn.Module, *, loss_coef: float | None = None, z_loss_coef: float = 0.0, balance_over: Any = "batch"
 ) -> Any:
     """Return a `MoE` that computes what a sparse block of `transformers` does; or change all blocks of a model so.
 
@@ -35,14 +37,18 @@ def from_transformers(
     layer itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input
     and the addition of both networks.
 
-    Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. As after
-    `replace_ffn`, padding counts in nothing, the loss of a training forward with labels holds the auxiliary loss, and
-    it is saved and loaded with its layers. Its own auxiliary loss is never added. Weights of layers are new tensors:
-    make the optimizer afterwards. `to_transformers` makes it a stock model again.
+    Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. It trains
+    as before: the model adds its own auxiliary loss to its loss if `output_router_logits` is set, as an argument or in
+    its configuration, with the coefficient of its configuration, and returns router logits. With a `loss_coef` the
+    losses of the layers take its place, as after `replace_ffn`. Padding counts in nothing, and the model is
+    saved and loaded with its layers. Weights of layers are new tensors: make the optimizer afterwards.
+    `to_transformers` makes it a stock model again.
 
     Args:
         block: a block of a loaded model, such as `model.model.layers[0].mlp`, or a model.
-        loss_coef, z_loss_coef: coefficients of the auxiliary losses.
+        loss_coef: coefficient of each layer's balancing loss, which takes the place of the model's own auxiliary loss.
+            None: there is no such loss, and the model keeps its own.
+        z_loss_coef: coefficient of each layer's z-loss.
         balance_over: see `TopKGating`; the loss of `transformers` is over the batch.
 
     Raises:
@@ -66,8 +72,10 @@ def from_transformers(
     settings = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, balance_over=balance_over)
     refuse_wrapped(check_model("block", block))
     if not isinstance(block, PreTrainedModel):
-        return to_layer(block, **settings)
+        return to_layer(block, **layer_settings(settings))
     put_layers(block, dict.fromkeys(find_blocks(block), settings))
+    if loss_coef is not None:
+        take_over(block)
     block.name_or_path = block.config.name_or_path  # whose weights they are
     return block
 
@@ -135,13 +143,19 @@ def put_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> N
     """Put layers in the places of blocks, one after the other; `settings` has their coefficients, by path."""
     for name, given in settings.items():
         block = model.get_submodule(name)
-        moe = to_layer(block, **{key: given[key] for key in SETTINGS if key in given})
+        moe = to_layer(block, **layer_settings(given))
         masked, path = is_masked(model, name), router_path(block)
+        reports = records_logits(model, block) and STATE not in reads_of(moe.gate)  # logits of a state are not read
         with next(moe.parameters()).device:
-            layer = SparseFeedForward(moe, type(block).__name__, masked=masked, stands_for=path)
+            layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, stands_for=path)
         put_everywhere(model, block, layer.train(block.training))
     join(model, list(settings))
-    take_over(model)
+
+
+def layer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a layer among those given for it; without a `loss_coef` it has no balancing loss."""
+    settings = {name: given[name] for name in SETTINGS if name in given}
+    return settings | ({"loss_coef": 0.0} if given.get("loss_coef") is None else {})
 
 
 def router_path(block: nn.Module) -> str:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path, PureWindowsPath
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -23,14 +22,15 @@ from mixture_of_experts.huggingface.blocks.sparse import find_blocks, put_layers
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
+from mixture_of_experts.huggingface.router_config import take_over
 from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts, quantization_of
 from mixture_of_experts.huggingface.saving.export import plan_export
 from mixture_of_experts.huggingface.saving.loader import saved_class
 from mixture_of_experts.huggingface.saving.names import in_files
+from mixture_of_experts.huggingface.saving.shards import INDEX, lacks, read_weights
 from mixture_of_experts.ops.bits4 import PLAIN
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
-INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
@@ -79,7 +79,9 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     rewrite(plan.stock, model.state_dict(), plan.layers, plan.block, source, target, max_shard_size)
 
 
-def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, **settings: Any) -> None:
+def quantize_folder(
+    source: Path, target: Path, *, max_shard_size: int = 10**9, loss_coef: float | None = None, **settings: Any
+) -> None:
     """Quantise the experts of a saved model; write the folder that `save_pretrained` would write.
 
     A layer is in memory two or three times, and a file of the new folder twice. Nibbles are plain, as
@@ -90,6 +92,8 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
             become layers as by `from_transformers`.
         target: a new folder.
         max_shard_size: most bytes of a file of weights.
+        loss_coef: coefficient of each layer's balancing loss; by default that of the folder, and for a stock model as
+            in `from_transformers`.
         settings: arguments of `quantize_experts`.
 
     Raises:
@@ -113,8 +117,11 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
     def change(path: str) -> dict[str, Tensor]:
         if stock:
             load(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
-            put_layers(model, {path: {"balance_over": "batch"}})
+            put_layers(model, {path: {"balance_over": "batch", "loss_coef": loss_coef}})
         layer = model.get_submodule(path)
+        if loss_coef is not None:
+            layer.moe.loss_coef = loss_coef
+            take_over(model)
         quantize_experts(layer.requires_grad_(False), **settings)
         for module in layer.modules():
             if isinstance(module, QuantizedExperts):
@@ -200,15 +207,12 @@ def read_model(source: Path, config: Any) -> Any:
     return model
 
 
-def lacks(name: str) -> ValueError:
-    return ValueError(f"the files have no {name}: load the model by transformers and save it, which renames weights")
-
-
 def read_config(source: Path) -> Any:
-    """The configuration of a folder whose model is not quantised otherwise; no name on the hub is looked up."""
+    """The configuration of a folder whose model is not quantised otherwise; no name on the hub is looked up, and no
+    code of the folder runs."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     method = quantization_of(config).get("quant_method", NAME)
     if method != NAME:
         raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
@@ -220,35 +224,6 @@ def empty_model(config: Any) -> Any:
     with torch.device("meta"):
         model: Any = saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
-
-
-@contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn any error into a ValueError that names the file."""
-    try:
-        yield
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{path} is missing, damaged or no such file ({problem}): fetch it again, or save the model anew"
-        ) from error
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in the files of a folder, by name. They are parts of the files, of which only what is used is
-    read."""
-    index, files = folder / INDEX, ["model.safetensors"]
-    if index.exists():
-        with readable(index):
-            files = sorted({*json.loads(index.read_text())["weight_map"].values()})
-            for file in files:
-                if PureWindowsPath(file).name != file:
-                    raise ValueError(f"{file!r} of its weight_map is outside of the folder")
-    weights = {}
-    for file in files:
-        with readable(folder / file):
-            weights |= load_file(folder / file)
-    return weights
 
 
 class Shards:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from mixture_of_experts import gating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.recipes import arguments_of
+from mixture_of_experts.support.checks import check_size
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.support.settings import CheckedModule
 from mixture_of_experts.unstack import to_list
@@ -105,13 +108,19 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
     kind = wrapped_class(gate)
     if GATES.get(kind.__name__) is not kind:
         return None
+    arguments = arguments_now(gate, kind)
+    return {"class": kind.__name__, "arguments": arguments} if all(map(plain, arguments.values())) else None
+
+
+def arguments_now(gate: nn.Module, kind: type) -> dict[str, Any]:
+    """The arguments that give a gate the settings that this gate of the class `kind` has now."""
     arguments = {}
     for name in arguments_of(kind) or ():
         if name in PARTS:
             arguments[name] = getattr(gate, PARTS[name]) is not None
         elif name not in (*LEFT_OUT, *FIXED.get(kind.__name__, ())):
             arguments[name] = getattr(gate, CALLED.get(name, name))
-    return {"class": kind.__name__, "arguments": arguments} if all(map(plain, arguments.values())) else None
+    return arguments
 
 
 def plain(value: Any) -> bool:
@@ -133,6 +142,62 @@ def settings_of(feed_forward: MoEFeedForward) -> dict[str, Any]:
         for name in sorted(name for name in names if hasattr(module, name)):
             found[f"{path}.{name}"] = getattr(module, name)
     return found
+
+
+def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
+    """Set the settings of a layer that a file describes as changed, through the checks that they have.
+
+    Raises:
+        ValueError: one is no setting that `settings_of` knows, or has no such value.
+    """
+    known = settings_of(layer)
+    for path, value in changes.items():
+        if path not in known or not plain(value):
+            raise ValueError(
+                f"config.json changes {path!r} to {value!r}, which is no setting of a layer with experts, or no value "
+                f"of one: this layer has {', '.join(known)}"
+            )
+    for path, value in changes.items():
+        parent, _, name = path.rpartition(".")
+        with rejected({path: value}):
+            setattr(layer.get_submodule(parent), name, CHECKS.get(name, as_it_is)(name, value))
+    if of_gate := {path: value for path, value in changes.items() if path.startswith("moe.gate.")}:
+        with rejected(of_gate):
+            check_gate(unwrapped(layer.moe.gate))
+
+
+@contextmanager
+def rejected(changes: Mapping[str, Any]) -> Iterator[None]:
+    """Make the error of a check name the entries of the file."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        named = ", ".join(f"{path!r} to {value!r}" for path, value in changes.items())
+        raise ValueError(f"config.json changes {named}, which this layer does not take: {error}") from error
+
+
+def as_it_is(name: str, value: Any) -> Any:
+    return value
+
+
+def check_share(name: str, value: Any) -> float:
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+    return value
+
+
+#: checks of settings that modules store without one
+CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": check_share}
+
+
+def check_gate(gate: nn.Module) -> None:
+    """Raise as the constructor of a gate's class does, if it would not take the settings that the gate has."""
+    kind = wrapped_class(gate)
+    if GATES.get(kind.__name__) is kind:
+        arguments = arguments_now(gate, kind)
+        with torch.device("meta"):
+            build_gate({"class": kind.__name__, "arguments": {n: v for n, v in arguments.items() if plain(v)}})
 
 
 def build_gate(description: dict[str, Any]) -> nn.Module:

@@ -6,7 +6,7 @@ It uses the interface for quantised models, which may change a model before weig
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -22,6 +22,7 @@ from mixture_of_experts.huggingface.saving.configuration import KEY, NAME, layer
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
 from mixture_of_experts.huggingface.saving.names import keep_names
 from mixture_of_experts.huggingface.saving.restore import finish_loading, put_experts
+from mixture_of_experts.huggingface.saving.shards import check_shards
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
@@ -43,7 +44,10 @@ class ExpertsLoader(HfQuantizer):
     """Puts layers with experts into a model that has no weights yet, and leaves no mark of a quantiser on it: trainers
     refuse quantised ones."""
 
-    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def preprocess_model(
+        self, model: Any, *args: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        check_shards(model.config.name_or_path, checkpoint_files or ())
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # whose configuration may be a copy
                 vars(module.config).pop("quantization_config", None)
@@ -85,9 +89,11 @@ def from_pretrained(
             `config.json` describes the others.
         adapters: those that were given to `replace_ffn`.
         settings: arguments of the class's own `from_pretrained`, and settings of the configuration (`num_labels=3`).
+            `trust_remote_code` is False by default, so that code in the folder does not run and there is no prompt.
 
     Raises:
-        ValueError: the configuration has no experts, or does not describe their gate.
+        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers
+            do not have; or files of weights are outside of the folder or disagree with their index.
 
     Example:
         >>> import tempfile
@@ -106,9 +112,11 @@ def from_pretrained(
         raise ValueError(
             "quantization_config cannot be given: load the model, then quantise it, as torchao's quantize_"
         )
+    settings.setdefault("trust_remote_code", False)  # where it is None, transformers asks on standard input
     config = settings.pop("config", None)
     if config is None:
-        config = AutoConfig.from_pretrained(path, **{name: settings[name] for name in HUB if name in settings})
+        of_hub, trusted = {name: settings[name] for name in HUB if name in settings}, settings["trust_remote_code"]
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **of_hub)
     config = copy.deepcopy(config)
     for name in [name for name in settings if hasattr(config, name) and name not in NOT_IN_CONFIG]:
         setattr(config, name, settings.pop(name))
@@ -123,9 +131,9 @@ def saved_class(config: Any) -> Any:
     """The class of `transformers` of the model that was saved with a configuration."""
     name = (config.architectures or ["?"])[0]
     found = getattr(transformers, name, None)
-    if found is None:
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"transformers has no class {name!r}: pass model_class, or write the model's class into config.json, such "
-            'as "architectures": ["LlamaForCausalLM"]'
+            f"transformers has no model class {name!r}: pass model_class, or write the model's class into config.json, "
+            'such as "architectures": ["LlamaForCausalLM"]'
         )
     return found

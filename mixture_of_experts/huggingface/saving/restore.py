@@ -14,7 +14,7 @@ from mixture_of_experts.huggingface.feed_forward import Replaced, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import forget_conversions, save_own_names, was_loaded
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
 from mixture_of_experts.huggingface.replacement.replace import find, gates_of_layers, make_moe, set_attribute, swap
-from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, build_gate
+from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, apply_changes, build_gate
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 
@@ -28,7 +28,8 @@ def put_experts(
     """Change a dense model so that the weights of a model with experts fit. Its own weights are lost.
 
     Raises:
-        ValueError: a gate is not described, and no `gate` is given; or there is no place for any of the layers.
+        ValueError: a gate is not described, and no `gate` is given; there is no place for any of the layers; or a
+            layer does not have a setting that is described as changed, or not with this value.
         TypeError, ValueError: `gate` makes no new gate for each layer.
     """
     entries: dict[str, dict[str, Any]] = {}
@@ -53,8 +54,7 @@ def put_experts(
             arguments = {"class": form} if isinstance(form, str) else dict(form)
             make = FORMS[arguments.pop("class")]
             set_attribute(layer, path, make(layer.get_submodule(path), **arguments))
-        for path, value in entry.get("changed", {}).items():
-            set_attribute(layer, path, value)
+        apply_changes(layer, entry.get("changed", {}))
     plan_experts(model)
 
 

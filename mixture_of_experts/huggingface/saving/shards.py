@@ -1,0 +1,102 @@
+"""The files of a checkpoint: what an index says of them, which must lie in the folder and have what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+ONE_FILE = "model.safetensors"
+INDEX = f"{ONE_FILE}.index.json"
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn any error into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path} is missing, damaged or no such file ({problem}): fetch it again, or save the model anew"
+        ) from error
+
+
+def lacks(name: str) -> ValueError:
+    return ValueError(f"the files have no {name}: load the model by transformers and save it, which renames weights")
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The `weight_map` of an index: the file of each weight. All files must lie in the folder of the index."""
+    with readable(index):
+        weight_map: dict[str, str] = {**json.loads(index.read_text())["weight_map"]}
+        for file in sorted({*weight_map.values()}):
+            if PureWindowsPath(file).name != file:
+                raise ValueError(f"{file!r} of its weight_map is outside of the folder")
+    return weight_map
+
+
+def check_names(file: Path, names: Collection[str], weight_map: Mapping[str, str]) -> None:
+    """Raise ValueError if a file has weights that the index lacks, or lacks some that the index assigns to it."""
+    if unknown := sorted(set(names) - weight_map.keys()):
+        raise ValueError(f"{file} has {unknown[0]}, which its index lacks: fetch both again, or save the model anew")
+    if missing := sorted(name for name in weight_map if weight_map[name] == file.name and name not in names):
+        raise lacks(missing[0])
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in the files of a folder, by name, each from the file that the index assigns to it.
+
+    As in `transformers`, an index counts only where the weights are not in one file. Weights are parts of the files, of
+    which only what is used is read.
+    """
+    index, weight_map, weights = folder / INDEX, None, {}
+    if index.exists() and not (folder / ONE_FILE).exists():
+        weight_map = read_index(index)
+    for name in [ONE_FILE] if weight_map is None else sorted({*weight_map.values()}):
+        with readable(folder / name):
+            held = load_file(folder / name)
+        if weight_map is not None:
+            check_names(folder / name, held, weight_map)
+            held = {key: value for key, value in held.items() if weight_map[key] == name}
+        weights |= held
+    return weights
+
+
+def check_shards(folder: str, files: Sequence[str]) -> None:
+    """Check the files that `transformers` is going to read, of a local folder or fetched from the hub.
+
+    It resolves their names without a check, and where two of them have a weight, it takes that of the last file,
+    whatever the index says.
+
+    Raises:
+        ValueError: a file is outside of the folder; or the files and their index disagree.
+    """
+    paths = [Path(file) for file in files]
+    if Path(folder).is_dir():
+        for path in paths:
+            if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
+                raise ValueError(f"{path} of the weight_map of {folder} is outside of the folder")
+    names = {path.name for path in paths}
+    for index in sorted(paths[0].parent.glob("*.safetensors.index.json")) if paths else []:
+        weight_map = read_index(index)
+        if {*weight_map.values()} == names:  # the index that transformers read
+            for path in paths:
+                check_shard(path, weight_map)
+
+
+def check_shard(path: Path, weight_map: Mapping[str, str]) -> None:
+    """Raise ValueError if a file and its index disagree. Only the names of weights are read."""
+    with readable(path), safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+    check_names(path, names, weight_map)
+    if strays := sorted(name for name in names if weight_map[name] != path.name):
+        raise ValueError(
+            f"{path} has {strays[0]}, which its index assigns to {weight_map[strays[0]]}: fetch the files again, or "
+            "save the model anew"
+        )
