@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from mixture_of_experts.support.private_torch import in_transform
+from mixture_of_experts.support.private_torch import in_forward_mode, in_transform
 
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})
@@ -71,7 +71,7 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
         counts: integers of any shape, a tensor of this forward alone; it is set to 0 when it was added.
         total: the buffer, of that shape.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or in_forward_mode():  # forward mode has no backward in which to count
         return weight
     anchor = None if weight.requires_grad else ANCHOR
     return _CountInBackward.apply(weight, anchor, counts, total)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
-from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
+from mixture_of_experts.support.private_torch import in_forward_mode, is_wrapped, is_wrapper_subclass
 from mixture_of_experts.support.same_bits import BATCH_INVARIANT, product_in_blocks, refuse_same_bits
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import without_autocast
@@ -198,6 +198,8 @@ def _narrow_grads(
 def _differentiable(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype == weight.dtype:
         return x @ weight
+    if in_forward_mode():
+        return x.to(dtype) @ weight.to(dtype)
     return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
 
 
