@@ -82,6 +82,9 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "ba
 
     Raises:
         ValueError: the name is unknown; or, at a call, this way cannot compute it: the error says why.
+        RuntimeError: at a call: for "batch_invariant", this CPU's products of the experts' sizes have other bits for
+            every number of rows that is tried. For "triton", a second derivative is taken, or the tokens and a weight
+            are on two GPUs.
 
     Example:
         >>> import torch
