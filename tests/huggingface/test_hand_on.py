@@ -219,10 +219,16 @@ def in_int8() -> nn.Module:
 
 
 REFUSED: dict[str, Any] = {
-    "adapters": (lambda: with_lora(upcycled("llama")), "PeftModel.* has adapters of PEFT, which no class has: merge_"),
+    "adapters": (
+        lambda: with_lora(upcycled("llama")),
+        "PeftModel.* has adapters of PEFT, which no stock class has: merge_and_unload",
+    ),
     "adapters inside": (lambda: with_lora(upcycled("llama")).base_model.model, "LlamaForCausalLM has adapters of PEFT"),
     "unequal layers": (unequal, r"gate.w_gating has shape \(32, 4\), the block's \(32, 3\)"),
-    "int8": (in_int8, "the experts are QuantizedExperts"),
+    "int8": (
+        in_int8,
+        r"LlamaForCausalLM has experts in 8 bits, .*: use the model as it was before quantize_experts\(\)",
+    ),
     "blocks": (
         lambda: stock(Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=EXPERTS),
         "to_transformers makes a stock",
