@@ -27,6 +27,7 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.support.checks import (
+    check_devices,
     check_dtype,
     check_flag,
     check_number,
@@ -451,8 +452,14 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
     def _call_expert(self, index: int, x: Tensor) -> Tensor:
-        wanted = (*x.shape[:-1], self.dim_out or x.shape[-1])
-        return check_result(f"expert {index} ({type(self[index]).__name__})", self[index](x), wanted, ANOTHER_WIDTH)
+        expert, name = self[index], f"expert {index} ({type(self[index]).__name__})"
+        try:
+            out = expert(x)
+        except RuntimeError:
+            check_devices(name, x, expert.parameters())  # hooks may move weights during a call, so not before it
+            raise
+        check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta without a word
+        return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), ANOTHER_WIDTH)
 
 
 def own_parts(parts: Sequence[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,3 +283,24 @@ def test_sizes_do_not_change(name):
             setattr(module, name, 9)
         assert getattr(module, name) == before
         setattr(module, name, before)
+
+
+@pytest.mark.parametrize("tokens", ["cpu", "meta"])
+@pytest.mark.parametrize("part", ["gate", "experts", "both"])
+@pytest.mark.parametrize("kind", ["list", "stack", "hierarchy"])
+def test_tokens_and_weights_on_other_devices(kind, part, tokens):
+    """Torch lets the meta device mix with others: it raises words of its own, or computes nothing."""
+    weights = "cpu" if tokens == "meta" else "meta"
+    if kind == "hierarchy":
+        moe: Any = HeirarchicalMoE(16)
+    else:
+        moe = MoE(16, 4, experts=[nn.Linear(16, 16) for _ in range(4)] if kind == "list" else None)
+    moe.to_empty(device=tokens).reset_parameters()
+    for name, module in moe.named_children():
+        if part == "both" or name.startswith(part):
+            module.to_empty(device=weights)
+    named = "the experts' weights|expert 0 .Linear." if part == "experts" else "the router's weights"
+    with pytest.raises(ValueError, match=rf"tokens are on {tokens}, ({named}) on {weights}: move one of them"):
+        moe(torch.randn(2, 5, 16, device=tokens))
+    moe.to_empty(device=tokens).reset_parameters()
+    assert moe(torch.randn(2, 5, 16, device=tokens))[0].device.type == tokens

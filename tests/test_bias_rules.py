@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -233,8 +234,10 @@ def test_shares():
     assert repr(rule) == "SignRule(centred=False, shares=(2, 2, 1, 1))"
     with pytest.raises(ValueError, match=r"shares must be .* the 3 experts, got 4"):
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
-    with pytest.raises(ValueError, match=r"shares, integers in proportion, must be .* got 0"):
-        SignRule(shares=[1, 0])
+    for wrong in ([1, 0], [0.1, 0.9], "19", 9):
+        says = "shares must be integers of at least 1, in proportion, such as [1, 9] for 10% and 90%, got "
+        with pytest.raises(ValueError, match=re.escape(says + repr(wrong))):
+            SignRule(shares=wrong)
     with pytest.raises(ValueError, match=r"shares must have a sum below 2\^20"):
         SignRule(shares=[2**19, 2**19])
 

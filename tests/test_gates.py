@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensorMode
 
 from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
 from mixture_of_experts.dispatch.decision import plan_slots_of
-from mixture_of_experts.gating import Choices, SparseMixerGating, TokenChoiceGate, offers_of
+from mixture_of_experts.gating import Choices, ReLUGating, SparseMixerGating, TokenChoiceGate, offers_of
 from mixture_of_experts.gating.levels import second_level, side_inputs_of_levels
 
 DIM = 6
@@ -231,6 +231,36 @@ def test_uniform_noise_chooses_and_the_softmax_weighs():
     routing = gate.eval()(x)
     assert routing.expert.equal(probs.argmax(dim=-1))
     torch.testing.assert_close(routing.weight, probs.amax(dim=-1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # of torch's forward mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **kw: TopKGating(DIM, 4, k=2, expert_bias=True, **kw),
+        lambda **kw: TopKGating(DIM, 4, k=2, expert_bias=True, **kw).requires_grad_(False),
+        lambda **kw: ReLUGating(DIM, 4, k=4, mean_choices=2, **kw),
+        lambda **kw: Top2Gating(DIM, 4, second_policy_train="all", **kw),
+    ],
+    ids=["expert_bias", "frozen", "relu", "top2"],
+)
+def test_forward_mode_of_gates(make, dtype):
+    """In training, where gates count in the backward; it agrees with reverse mode."""
+    torch.manual_seed(0)
+    gate = make(dtype=dtype)
+    x, tangent = torch.randn(2, 1, 6, DIM, dtype=dtype).unbind()
+
+    def weights(x):
+        return gate(x).weight
+
+    found = torch.func.jvp(weights, (x,), (tangent,))[1]
+    expected = (torch.func.jacrev(weights)(x).float() * tangent.float()).flatten(start_dim=2).sum(dim=-1)
+    torch.testing.assert_close(found.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-4)
+    assert found.any()
+    with torch.autograd.forward_ad.dual_level():
+        dual = weights(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert torch.autograd.forward_ad.unpack_dual(dual).tangent.equal(found)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # of torch's forward mode

@@ -118,6 +118,25 @@ def test_transforms():
     assert seen == [True]
 
 
+def test_forward_mode():
+    """Of a transform, also around another one, and of dual tensors; not of other transforms."""
+    seen = []
+
+    def function(x):
+        seen.append(private_torch.in_forward_mode())
+        return x.sum()
+
+    x = torch.ones(2)
+    torch.func.jvp(function, (x,), (x,))
+    torch.func.jacfwd(torch.func.grad(function))(x)
+    with torch.autograd.forward_ad.dual_level():
+        function(x)
+    assert seen == [True] * 3
+    torch.func.vmap(torch.func.grad(function))(torch.ones(2, 2))
+    function(x)
+    assert seen[3:] == [False] * 2
+
+
 def test_batched_gradients():
     seen = []
 

@@ -431,6 +431,18 @@ def test_no_warning_of_drops_that_no_router_could_avoid():
     assert "warning" not in stats.summary()
 
 
+def test_the_remedy_is_what_balances_the_gate():
+    """A coefficient of a loss does not move an expert bias."""
+    moe = MoE(DIM, 4, gate=TopKGating(DIM, 4, k=1, expert_bias=True, capacity_factor_train=1.0))
+    moe.gate.expert_bias[3] = 100.0
+    with track_routing(moe) as stats:
+        moe(torch.randn(2, 256, DIM))
+    dropped, requested = stats.summary().splitlines()[-2:]
+    assert dropped.endswith("raise the rate of balance_experts, the capacity factor or group_size")
+    assert requested.endswith("let balance_experts move its expert bias, or raise the rate if it does")
+    assert "loss_coef" not in stats.summary()
+
+
 def test_json_lines(stats, tmp_path: Path):
     stats.to_jsonl(tmp_path / "routing.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]

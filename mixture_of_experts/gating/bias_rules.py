@@ -76,9 +76,7 @@ class SignRule(BiasRule):
 
     def __init__(self, centred: bool = False, shares: Sequence[int] | None = None) -> None:
         self.centred = check_flag("centred", centred)
-        self.shares = None if shares is None else check_sizes("shares, integers in proportion,", tuple(shares))
-        if shares is not None and sum(shares) >= 1 << 20:  # their products with counts must be int64
-            raise ValueError(f"shares must have a sum below 2^20, got {sum(shares)}: give smaller integers")
+        self.shares = None if shares is None else check_shares(shares)
 
     def count(self, choices: ForwardChoices) -> Tensor:
         """The number of choices of each expert, `(..., e)` int64."""
@@ -99,6 +97,19 @@ class SignRule(BiasRule):
 
     def __repr__(self) -> str:
         return f"SignRule(centred={self.centred}" + ("" if self.shares is None else f", shares={self.shares}") + ")"
+
+
+def check_shares(shares: Any) -> tuple[int, ...]:
+    """Integers above 0, in proportion."""
+    try:
+        found = check_sizes("shares", tuple(shares))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"shares must be integers of at least 1, in proportion, such as [1, 9] for 10% and 90%, got {shares!r}"
+        ) from None
+    if sum(found) >= 1 << 20:  # their products with counts must be int64
+        raise ValueError(f"shares must have a sum below 2^20, got {sum(found)}: give smaller integers")
+    return found
 
 
 class QuantileRule(BiasRule):

@@ -11,7 +11,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from mixture_of_experts.support.private_torch import constant_in_graphs, in_ddp, in_transform, stop_copying_in_ddp
+from mixture_of_experts.support.private_torch import (
+    constant_in_graphs,
+    in_ddp,
+    in_forward_mode,
+    in_transform,
+    stop_copying_in_ddp,
+)
 
 #: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
 COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
@@ -76,7 +82,7 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
     """
     if in_ddp():  # a graph is traced again in another DDP
         keep_counts_in_ddp()  # also without gradients: reentrant checkpointing enables them in the backward only
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or in_forward_mode():  # forward mode has no backward in which to count
         return weight
     anchor = None if weight.requires_grad else ANCHOR
     return _CountInBackward.apply(weight, anchor, counts, total)

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
-from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
+from mixture_of_experts.support.checks import (
+    check_devices,
+    check_flag,
+    check_number,
+    check_size,
+    check_sizes,
+    shape_of,
+)
+from mixture_of_experts.support.private_torch import in_forward_mode, is_wrapped, is_wrapper_subclass
 from mixture_of_experts.support.same_bits import BATCH_INVARIANT, product_in_blocks, refuse_same_bits
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import without_autocast
@@ -27,6 +34,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
     It saves x in its own dtype for the backward. Autograd alone would save a copy in float32, twice as large.
     """
+    check_devices("the router's weights", x, (weight,))
     dtype, rows = torch.float64 if weight.dtype == torch.float64 else torch.float32, x.flatten(-3, -2)
     with without_autocast(x.device):
         if asked_for() == BATCH_INVARIANT:
@@ -198,6 +206,8 @@ def _narrow_grads(
 def _differentiable(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype == weight.dtype:
         return x @ weight
+    if in_forward_mode():
+        return x.to(dtype) @ weight.to(dtype)
     return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts.support.private_torch import exporting, in_transform
+from mixture_of_experts.support.private_torch import exporting, in_forward_mode, in_transform
 
 Results = TypeVar("Results")
 SMALL = 1 / 4  # a float32 result of at most this share of the tokens' bytes is saved
@@ -43,7 +43,9 @@ def _on_gpu(x: Tensor) -> bool:
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
     """`values.gather(-1, index)`, of `(..., n, e)` at `(..., n, k)`; on a GPU it does not save the values."""
-    return _Choose.apply(values, index) if _on_gpu(values) else values.gather(-1, index)
+    if not _on_gpu(values) or in_forward_mode():
+        return values.gather(-1, index)
+    return _Choose.apply(values, index)
 
 
 def without_whole(index: Tensor) -> Tensor:

@@ -26,9 +26,10 @@ from mixture_of_experts.huggingface.router_config import (
     text_config,
     unit_of,
 )
+from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.attached import TABLES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_peft import lost_by_adapters
+from mixture_of_experts.support.private_peft import lost_by_adapters, missed_targets
 from mixture_of_experts.support.private_torch import set_hooks
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.auxiliary import total_of
@@ -242,6 +243,7 @@ class ModelWatch(Watch):
         """Warn, once each, of adapters without routers, and if the last backward reached the outputs of networks, but
         not their auxiliary losses."""
         if not self.adapted and "peft_config" in vars(model):
+            refuse_missed_adapters(model)
             self.adapted = True
             warn_of_adapters(model)
         last = self.last.box[0]
@@ -254,6 +256,17 @@ class ModelWatch(Watch):
                 "stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
                 stacklevel=2,
             )
+
+
+def refuse_missed_adapters(model: nn.Module) -> None:
+    """Raise ValueError if PEFT passed over quantized experts that its adapters are for: it warns, and the model would
+    compute without them."""
+    quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
+    if quantized and (missed := [name for name in missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
+        raise ValueError(
+            f"{type(model).__name__} has no adapters for {', '.join(missed)} of target_parameters, whose experts are "
+            "quantized: load the model again, and the adapters within weights_shown(model)"
+        )
 
 
 def warn_of_adapters(model: nn.Module) -> None:

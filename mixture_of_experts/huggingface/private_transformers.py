@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import (
     _active_collector,
     maybe_install_capturing_hooks,
 )
+from transformers.utils.quantization_config import QuantizationMethod
 
 # Names of weights
 
@@ -174,6 +175,23 @@ def was_loaded(tensor: Tensor) -> bool:
 def is_elsewhere(module: nn.Module) -> bool:
     """Whether a `device_map` keeps the weights of a module on disk, or in another memory."""
     return hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False))
+
+
+def is_from_gguf(model: nn.Module) -> bool:
+    """Whether a model was loaded from a GGUF file, packed or not."""
+    return getattr(model, "quantization_method", None) == QuantizationMethod.GGUF
+
+
+def is_packed_gguf(model: nn.Module) -> bool:
+    """Whether weights of a model are still packed as in its GGUF file."""
+    return is_from_gguf(model) and not all(weight.is_floating_point() for weight in model.parameters())
+
+
+def forget_gguf(model: Any) -> None:
+    """Remove from a model whose weights were dequantized that it was loaded from GGUF: trainers and `save_pretrained`
+    refuse it as a quantized one."""
+    if is_from_gguf(model):
+        model.hf_quantizer.remove_quantization_config(model)
 
 
 def mesh_of_data(model: Any) -> Any:

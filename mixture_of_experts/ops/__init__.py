@@ -35,7 +35,7 @@ from mixture_of_experts.ops.cpu import batch_invariant
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Call, GateUpLayout, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
-from mixture_of_experts.support.checks import check_choice, check_size, check_sizes, check_tensors
+from mixture_of_experts.support.checks import check_choice, check_devices, check_size, check_sizes, check_tensors
 from mixture_of_experts.support.same_bits import BATCH_INVARIANT
 from mixture_of_experts.support.ways import (
     FROM_START,
@@ -82,6 +82,9 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "ba
 
     Raises:
         ValueError: the name is unknown; or, at a call, this way cannot compute it: the error says why.
+        RuntimeError: at a call: for "batch_invariant", this CPU's products of the experts' sizes have other bits for
+            every number of rows that is tried. For "triton", a second derivative is taken, or the tokens and a weight
+            are on two GPUs.
 
     Example:
         >>> import torch
@@ -192,8 +195,7 @@ def routed_ffn(
         ways: other ways by the names of the usual ones, for another kind of network; the last one takes every call.
     """
     dtype, ways = x.dtype, WAYS if ways is None else ways
-    if x.device.type != network.w_out.device.type:  # torch lets the meta device mix with others
-        raise ValueError(f"tokens are on {x.device}, the experts' weights on {network.w_out.device}: move one of them")
+    check_devices("the experts' weights", x, (network.w_out,))
     x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
     way = first_way("experts", ways, call, asked=asked_for())

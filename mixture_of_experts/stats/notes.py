@@ -12,13 +12,17 @@ from mixture_of_experts.stats.record import Record
 
 HIGH_DROPS = 0.1  # a note stands above this share of avoidable drops
 HIGH_LOAD = 2.0  # and above this load of an expert in late steps, relative to a balanced load
+MOVE_BIAS = "let balance_experts move its expert bias, or raise the rate if it does"
 NAMED = 12  # most experts that a note names
 
 Step = tuple[int, Tensor]  # the number of a step, and the rows of its forwards
 
 
-def notes_of(steps: Sequence[Step], record: Callable[[Sequence[Step]], Record]) -> Iterator[str]:
-    """The notes on a gate, to stand behind its name, from its steps and what makes one record of some of them."""
+def notes_of(
+    steps: Sequence[Step], record: Callable[[Sequence[Step]], Record], has_bias: bool = False
+) -> Iterator[str]:
+    """The notes on a gate, to stand behind its name, from its steps and what makes one record of some of them. An
+    expert bias balances the gate in the place of a loss."""
     if not steps:
         return
     total = record(steps)
@@ -41,13 +45,13 @@ def notes_of(steps: Sequence[Step], record: Callable[[Sequence[Step]], Record]) 
         yield (
             f" dropped {total.dropped:.0%} of its choices; of a balanced load it would have dropped "
             f"{total.unavoidable:.0%}. In a group the most requested expert has {total.imbalance:.1f} times its share: "
-            "raise loss_coef, the capacity factor or group_size"
+            f"raise {'the rate of balance_experts' if has_bias else 'loss_coef'}, the capacity factor or group_size"
         )
     most, mean = late.requested.max(), late.requested.to(torch.float64).mean()
     if most > HIGH_LOAD * mean + 5 * mean.sqrt():  # what chance adds to a few choices is no sign
         yield (
             f": expert {names_of(late.requested == most)[0]} was requested {most / mean:.1f} times a balanced load "
-            f"{when}: raise loss_coef, or balance by an expert bias"
+            f"{when}: {MOVE_BIAS if has_bias else 'raise loss_coef, or balance by an expert bias'}"
         )
 
 

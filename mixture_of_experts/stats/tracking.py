@@ -244,7 +244,8 @@ class RoutingStats:
         return ring.steps(self._by_steps)
 
     def _notes(self, layer: str) -> Iterator[str]:
-        return notes_of(self._steps(layer), self._ring(layer).record)
+        ring = self._ring(layer)
+        return notes_of(self._steps(layer), ring.record, has_bias=ring.site.bias is not None)
 
     def _cells(self, layer: str) -> dict[str, str]:
         return cells_of(self.total(layer), self.records(layer))

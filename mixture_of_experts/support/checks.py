@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -124,6 +124,14 @@ def check_tensors(**values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {value!r}: give torch.as_tensor of numbers")
+
+
+def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None:
+    """Check that tokens and weights of `owner` are on devices of one type: torch lets the meta device mix with others,
+    and raises later, if at all."""
+    for weight in weights:
+        if tokens.device.type != weight.device.type:
+            raise ValueError(f"tokens are on {tokens.device}, {owner} on {weight.device}: move one of them")
 
 
 def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:

@@ -47,6 +47,18 @@ def lost_by_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[st
     return [n for n, t in tensors.items() if t not in held] if any(map(from_peft, model.modules())) else []
 
 
+def missed_targets(model: nn.Module) -> list[str]:
+    """The `target_parameters` of a model's adapters for which PEFT found no parameter."""
+    adapted = [
+        f".{name}.{parameter}".replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if isinstance(parameter := getattr(module, "parameter_name", None), str) and from_peft(module)
+    ]
+    configs = getattr(model, "peft_config", {}).values()
+    asked = {target for config in configs for target in getattr(config, "target_parameters", None) or ()}
+    return sorted(target for target in asked if not any(name.endswith(f".{target}") for name in adapted))
+
+
 def goes_down_by_b(wrapper: Any) -> bool:
     """Whether tokens meet B of a stacked weight first and A then; else A first."""
     return wrapper._did_swap_in_out_features

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, overrides
+from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from mixture_of_experts.support import private_peft
@@ -45,6 +46,12 @@ def in_transform() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. Its tensors' numbers cannot
     be read."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed, outside of a
+    traced graph. Functions of autograd that write a backward alone raise then."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def is_wrapped(tensor: Tensor) -> bool:

@@ -16,7 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, step_of
+from mixture_of_experts.gating.bias_rules import (
+    BiasRule,
+    ForwardChoices,
+    RuleName,
+    check_rule,
+    check_scores,
+    step_of,
+)
 from mixture_of_experts.gating.expert_bias import COUNTS, count_in_backward
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_number
@@ -171,12 +178,15 @@ class BlockBias:
     for one block all count, and the last moves the bias."""
 
     def __init__(self, site: Site, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
+        self.block: Any = site.block
         if rule.reads_scores:
+            settings = self.block.gate()  # those of the gate that a conversion would make
+            select, num_groups = settings.get("select", "score"), settings.get("num_groups")
+            check_scores(rule, repr(site.name), settings["k"], site.num_experts, select, num_groups)
             raise ValueError(
                 f"{rule!r} reads scores, which the router {site.name!r} of transformers does not return: balance it by "
                 "rule='sign', or convert its block by from_transformers"
             )
-        self.block: Any = site.block
         self.called: nn.Module = site.called
         self.rule = rule
         self.reader = reader

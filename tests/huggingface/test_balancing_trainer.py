@@ -127,9 +127,17 @@ def test_their_tokens_of_nan_are_counted_nowhere(name):
     assert torch.equal(*found)
 
 
-def test_quantiles_need_scores_that_they_do_not_return():
-    model = build_sparse("DeepseekV3")
-    with pytest.raises(ValueError, match=r"reads scores, which the router '.*\.mlp\.gate' .* from_transformers"):
+@pytest.mark.parametrize(
+    ("groups", "says"),
+    [
+        (1, r"reads scores, which the router '.*\.mlp\.gate' .* from_transformers"),
+        (2, r"does not fit '.*\.mlp\.gate': experts are chosen in 2 groups there, .*\. Balance it by rule='sign'$"),
+    ],
+)
+def test_quantiles_need_scores_that_they_do_not_return(groups, says):
+    """Nor does a conversion help where experts are chosen in groups."""
+    model = build_sparse("DeepseekV3", n_group=groups, topk_group=1)
+    with pytest.raises(ValueError, match=says):
         balance_experts(model, torch.optim.SGD(model.parameters(), lr=0.0), "quantile")
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,20 @@ from safetensors.torch import load_file
 from support.transformers_models import ARCHITECTURES, LAYERS
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
+from transformers.integrations.gguf.utils import GgufLinear
+from transformers.utils.quantization_config import QuantizationMethod
 
-from mixture_of_experts.huggingface import export, from_transformers, prune, to_transformers, upcycle
+from mixture_of_experts.huggingface import export, from_transformers, prune, replace_ffn, to_transformers, upcycle
 from mixture_of_experts.huggingface.__main__ import main
 from mixture_of_experts.quantize import quantize_experts
 
@@ -135,18 +141,54 @@ def test_every_end_state_is_a_stock_model_that_gguf_maps(state, tmp_path):
 def test_a_file_of_gguf_computes_the_same(state, tmp_path):
     """The checkpoint under gguf's names, written by gguf and read by transformers."""
     made, tokens = handed_on(STATES[state]()), torch.randint(3, 64, (2, 9))
-    made.save_pretrained(tmp_path)
-    arch, config = CLASSES[type(made).__name__][0].lower(), made.config
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", arch)
+    read = through_gguf(made, CLASSES[type(made).__name__][0].lower(), tmp_path)
+    assert torch.equal(read(tokens).logits, made(tokens).logits)
+
+
+def through_gguf(model: Any, arch: str, folder: Path) -> Any:
+    """A stock model, written by gguf and read by transformers."""
+    model.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    writer = gguf.GGUFWriter(folder / "model.gguf", arch)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_expert_count(config.num_experts)
-    for name, value in read_as_gguf(tmp_path, arch.upper()).items():
+    writer.add_expert_count(getattr(config, "num_experts", 0))
+    for name, value in read_as_gguf(folder, arch.upper()).items():
         writer.add_tensor(name, (value[0] if name.endswith("ffn_gate_inp_shexp.weight") else value).numpy())
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
     writer.close()
-    read = type(made).from_pretrained(tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32)
-    assert torch.equal(read(tokens).logits, made(tokens).logits)
+    return type(model).from_pretrained(folder, gguf_file="model.gguf", config=config, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("change", ["upcycle", "replace_ffn", "from_transformers"])
+def test_a_model_from_gguf_trains_and_is_saved(change, tmp_path):
+    """Its weights were dequantized, so nothing may still say that it is quantized."""
+    tokens = torch.randint(3, 64, (2, 9))
+    if change == "from_transformers":
+        model = from_transformers(through_gguf(handed_on(STATES["Qwen3-MoE"]()), "qwen3moe", tmp_path / "gguf"))
+    else:
+        model = through_gguf(ARCHITECTURES["qwen2"].build(), "qwen2", tmp_path / "gguf")
+        assert model.is_quantized  # or there is nothing to show
+        (upcycle if change == "upcycle" else replace_ffn)(model, num_experts=4)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(tokens).logits, model.eval()(tokens).logits)
+    settings: Any = dict(max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
+    data: Any = [{"input_ids": row, "labels": row} for row in tokens]
+    Trainer(model, TrainingArguments(str(tmp_path / "run"), **settings), train_dataset=data).train()
+    assert not torch.equal(again(tokens).logits, model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("change", [upcycle, from_transformers])
+def test_weights_packed_as_in_gguf_are_refused(change):
+    """As transformers keeps them where it has kernels for them."""
+    model: Any = ARCHITECTURES["qwen2"].build() if change is upcycle else handed_on(STATES["Qwen3-MoE"]())
+    model.model.layers[0].self_attn.o_proj = GgufLinear(32, 32, int(gguf.GGMLQuantizationType.Q4_0))
+    model.quantization_method, model.is_quantized = QuantizationMethod.GGUF, True
+    before = str(model)
+    with pytest.raises(ValueError, match=r"packed as in its GGUF file: load it with .*GgufConfig\(dequantize=True\)"):
+        change(model)
+    assert str(model) == before
 
 
 def test_the_command_writes_the_same_names(tmp_path):
@@ -177,10 +219,16 @@ def in_int8() -> nn.Module:
 
 
 REFUSED: dict[str, Any] = {
-    "adapters": (lambda: with_lora(upcycled("llama")), "PeftModel.* has adapters of PEFT, which no class has: merge_"),
+    "adapters": (
+        lambda: with_lora(upcycled("llama")),
+        "PeftModel.* has adapters of PEFT, which no stock class has: merge_and_unload",
+    ),
     "adapters inside": (lambda: with_lora(upcycled("llama")).base_model.model, "LlamaForCausalLM has adapters of PEFT"),
     "unequal layers": (unequal, r"gate.w_gating has shape \(32, 4\), the block's \(32, 3\)"),
-    "int8": (in_int8, "the experts are QuantizedExperts"),
+    "int8": (
+        in_int8,
+        r"LlamaForCausalLM has experts in 8 bits, .*: use the model as it was before quantize_experts\(\)",
+    ),
     "blocks": (
         lambda: stock(Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=EXPERTS),
         "to_transformers makes a stock",

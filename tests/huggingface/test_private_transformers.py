@@ -27,10 +27,13 @@ from transformers.distributed.expert_parallel import EpDispatchExpertsParallel, 
 from transformers.distributed.mixin import DistributedMixin
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 from transformers.distributed.utils import TransformersDeviceMesh
+from transformers.integrations.gguf.utils import GgufLinear
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
+from transformers.trainer_utils import validate_quantization_for_training
+from transformers.utils.quantization_config import GgufConfig, QuantizationConfigMixin, QuantizationMethod
 
 from mixture_of_experts.huggingface import private_transformers as private
 
@@ -47,6 +50,24 @@ def mixtral() -> Any:
 
 def experts_of(model: Any) -> Any:
     return model.model.layers[0].mlp.experts
+
+
+def test_what_calls_a_model_from_gguf_quantized_is_removed():
+    model: Any = mixtral()
+    assert not private.is_from_gguf(model)
+    model.hf_quantizer = GgufHfQuantizer(GgufConfig())
+    model.hf_quantizer.postprocess_model(model)
+    model.quantization_method, model.is_quantized = QuantizationMethod.GGUF, True  # as from_pretrained
+    assert private.is_from_gguf(model)
+    assert not private.is_packed_gguf(model)
+    model.model.layers[0].self_attn.o_proj = GgufLinear(32, 32, 2)
+    assert private.is_packed_gguf(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(model)
+    private.forget_gguf(model)
+    validate_quantization_for_training(model)
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model.config, "quantization_config")
 
 
 class Config(QuantizationConfigMixin):

@@ -193,6 +193,22 @@ def test_adapters_come_to_a_folder_in_few_bits(tmp_path, bits):
     assert ids.shape[1] == batch["input_ids"].shape[1] + 3
 
 
+@pytest.mark.filterwarnings("ignore:target_parameters=.* no parameter was matched:RuntimeWarning")  # of PEFT
+def test_adapters_that_peft_passed_over_are_no_silent_loss(tmp_path):
+    """Outside of weights_shown those on attention are loaded alone. Every forward raises."""
+    plain, (_, batch) = model(), two_lengths("left")
+    adapters: Any = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.w1", "experts.w2"])
+    get_peft_model(copy.deepcopy(plain), adapters).save_pretrained(tmp_path)
+    small: Any = PeftModel.from_pretrained(quantised(copy.deepcopy(plain), 8), str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no adapters for experts.w1, experts.w2 .* weights_shown\(model\)"):
+            small(**batch)
+    small = quantised(plain, 8)
+    with weights_shown(small):
+        small = PeftModel.from_pretrained(small, str(tmp_path))
+    assert fast_lora(small)(**batch).logits.isfinite().all()
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_what_adapters_cannot_do_beside_few_bits(bits):
     tuned: Any = get_peft_model(model(), LORA)

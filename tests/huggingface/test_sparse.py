@@ -32,6 +32,7 @@ from mixture_of_experts.huggingface import (
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.router_config import AT_FIRST
 from mixture_of_experts.huggingface.saving import loader
+from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.stats import track_routing
 from mixture_of_experts.support.attached import TABLES
 
@@ -291,6 +292,26 @@ def test_hooks_on_a_block_stay():
     before.remove()
     model(**batch)
     assert not called
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("change", ["adapters", "int8"])
+def test_what_no_block_has_is_refused(change, whole):
+    """By what to do, not by the shapes of weights that differ; nothing is changed."""
+    stock = build("Mixtral")
+    block, model = copy.deepcopy(stock.model.layers[0].mlp), from_transformers(stock)
+    if change == "adapters":
+        adapted(model, "experts.w1")
+    else:
+        quantize_experts(model.requires_grad_(False))
+    says = {
+        "adapters": r"^the layer has adapters of PEFT, .*: merge_and_unload\(\) them first$",
+        "int8": r"^the layer has experts in 8 bits, .*: use the model as it was before quantize_experts\(\)$",
+    }
+    before = str(model)
+    with pytest.raises(ValueError, match=says[change]):
+        to_transformers(model) if whole else to_transformers(model.model.layers[0].mlp.moe, block)
+    assert str(model) == before
 
 
 def adapted(model: Any, parameter: str) -> Any:

@@ -18,6 +18,7 @@ from mixture_of_experts.huggingface.blocks.block_layer import BlockLayer, Pieces
 from mixture_of_experts.huggingface.feed_forward import tensors_of
 from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
+from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.recipes import BLOCKS, KEEPS
 from mixture_of_experts.support.private_peft import from_peft
 from mixture_of_experts.whole_model.block_settings import find, recipe_of
@@ -57,8 +58,21 @@ def to_block(moe: MoE, block: nn.Module) -> nn.Module:
     return block
 
 
+def refuse_adapted_or_quantized(module: nn.Module, name: str) -> None:
+    """Refuse layers with adapters of PEFT or quantized experts, which no stock class holds."""
+    for part in module.modules():
+        if from_peft(part):
+            raise ValueError(f"{name} has adapters of PEFT, which no stock class has: merge_and_unload() them first")
+        if isinstance(part, QuantizedExperts):
+            raise ValueError(
+                f"{name} has experts in {part.bits} bits, which no stock class has: use the model as it was before "
+                "quantize_experts()"
+            )
+
+
 def check_alike(moe: MoE, block: nn.Module) -> None:
     """Raise ValueError if a layer computes something else than a block."""
+    refuse_adapted_or_quantized(moe, "the layer")
     if differ := differences(moe, block):
         raise ValueError(f"the layer does not compute what a {type(block).__name__} does: {'; '.join(differ)}")
 

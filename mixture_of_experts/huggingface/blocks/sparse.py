@@ -14,8 +14,18 @@ from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path, tensors_of
 from mixture_of_experts.huggingface.model_watch import is_masked, remove_watches
-from mixture_of_experts.huggingface.private_transformers import capture_alike, records_logits, save_stock_names
-from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
+from mixture_of_experts.huggingface.private_transformers import (
+    capture_alike,
+    is_from_gguf,
+    records_logits,
+    save_stock_names,
+)
+from mixture_of_experts.huggingface.replacement.adapters import (
+    refuse_meta,
+    refuse_offloaded,
+    refuse_packed,
+    refuse_wrapped,
+)
 from mixture_of_experts.huggingface.replacement.replace import join, put_everywhere
 from mixture_of_experts.huggingface.replacement.search import is_routed
 from mixture_of_experts.huggingface.router_config import give_back, take_over
@@ -109,7 +119,8 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
 
 def find_blocks(model: PreTrainedModel) -> list[str]:
     """The paths of all sparse blocks of a model; ValueError if there is none, or one cannot become a layer."""
-    if getattr(model, "is_quantized", False):
+    refuse_packed(model)
+    if getattr(model, "is_quantized", False) and not is_from_gguf(model):
         raise ValueError(f"{type(model).__name__} is quantised: load it without quantization_config")
     found: list[str] = []
     for name, module in model.named_modules():

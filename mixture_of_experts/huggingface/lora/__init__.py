@@ -11,6 +11,7 @@ from torch import nn
 from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.private_peft import missed_targets
 from mixture_of_experts.support.private_torch import wrapped_class
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -56,21 +57,17 @@ def fast_lora(model: Model) -> Model:
         raise ImportError("LoRA on stacked experts needs PEFT: pip install 'peft>=0.21'") from error
     from mixture_of_experts.huggingface.lora.wrapper import WEIGHTS, ParamWrapper
 
-    found, others, adapted = [], [], []
-    for name, module in model.named_modules():
+    found, others = [], []
+    for module in model.modules():
         if not isinstance(module, layer.ParamWrapper):
             continue
         experts, weight = module.get_base_layer(), module.parameter_name
-        adapted.append(f".{name}.{weight}".replace(".base_layer", ""))
         ours = wrapped_class(experts).forward in (StackedExperts.forward, QuantizedExperts.forward)
         if ours and weight in WEIGHTS and type(module) in (layer.ParamWrapper, ParamWrapper):
             found.append(module)
         else:
             others.append(f"{weight} of {type(experts).__name__} in a {type(module).__name__}")
-    configs = getattr(model, "peft_config", {}).values()
-    asked = {target for config in configs for target in getattr(config, "target_parameters", None) or ()}
-    left = sorted(target for target in asked if not any(name.endswith(f".{target}") for name in adapted))
-    if left:
+    if left := missed_targets(model):
         raise ValueError(
             f"{type(model).__name__} has no adapters for {', '.join(left)} of target_parameters: PEFT passed over it. "
             "If experts are quantised, let it prepare the model within weights_shown(model); else look at the names"
@@ -94,7 +91,7 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
 
     PEFT looks for parameters, and quantised weights are none. Here they appear under their names, "w1", "w3" and "w2",
     with their shapes, without numbers and without memory. Call `fast_lora` afterwards: only with it such experts
-    compute.
+    compute. Outside of this context PEFT passes over them, and the first forward of a model of `transformers` raises.
 
     Args:
         model: a model with `QuantizedExperts`, or one that PEFT has prepared, for another adapter.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mixture_of_experts.huggingface.private_transformers import is_elsewhere
+from mixture_of_experts.huggingface.private_transformers import is_elsewhere, is_packed_gguf
 from mixture_of_experts.ops.activations import make_activation
 from mixture_of_experts.support.private_peft import from_peft
 from mixture_of_experts.support.private_torch import wrapped_module
@@ -168,6 +168,15 @@ def refuse_wrapped(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} is a wrapper: change the model in it (PEFT's get_base_model(), _orig_mod of "
             "torch.compile, module of DDP), or change the model before you wrap it"
+        )
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """Refuse a model whose weights are packed as in a GGUF file."""
+    if any(map(is_packed_gguf, model.modules())):
+        raise ValueError(
+            f"{type(model).__name__} holds weights packed as in its GGUF file: load it with quantization_config="
+            "GgufConfig(dequantize=True)"
         )
 
 

@@ -19,13 +19,14 @@ from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
 from mixture_of_experts.huggingface.model_watch import is_masked, watch_model
-from mixture_of_experts.huggingface.private_transformers import remove_capturing_hooks
+from mixture_of_experts.huggingface.private_transformers import forget_gguf, remove_capturing_hooks
 from mixture_of_experts.huggingface.replacement.adapters import (
     Adapter,
     Dense,
     NetworkSite,
     evaluating,
     read_dense,
+    refuse_packed,
     refuse_wrapped,
     tried,
 )
@@ -198,6 +199,7 @@ def upcycle(
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
     """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
     refuse_wrapped(check_model("model", model))
+    refuse_packed(model)
     adapters = {} if adapters is None else adapters
     if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
         raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
@@ -359,6 +361,8 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
 def join(model: nn.Module, names: Sequence[str]) -> None:
     """Make layers a part of the model around: it brings their masks, adds their losses, saves their weights under their
     own names, and its configuration tells of them."""
+    for module in model.modules():
+        forget_gguf(module)
     watch_model(model, names)
     announce(model, feed_forwards(model)[0].moe)
     note(model)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.around import TokenGated
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.blocks.convert import differences, to_block
+from mixture_of_experts.huggingface.blocks.convert import differences, refuse_adapted_or_quantized, to_block
 from mixture_of_experts.huggingface.blocks.sparse import in_memory
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import forget_conversions
@@ -30,7 +30,6 @@ from mixture_of_experts.huggingface.saving.configuration import KEY
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_peft import from_peft
 
 Layers = Mapping[str, MoEFeedForward]
 
@@ -135,8 +134,7 @@ def plan_export(model: Any) -> Export:
         raise ValueError(f"{name} has no layers with experts: there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
         raise ValueError(f"{name} has layers that were blocks: to_transformers makes a stock model of it")
-    if any(map(from_peft, model.modules())):
-        raise ValueError(f"{name} has adapters of PEFT, which no class has: merge_and_unload() them first")
+    refuse_adapted_or_quantized(model, name)
     refuse_wrapped(model)
     found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # such as LlamaForCausalLM
     family, head = (name, "") if found is None else found.groups()
