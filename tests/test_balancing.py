@@ -210,6 +210,22 @@ def test_what_is_refused():
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_it_lasts_beyond_a_block():
+    """`pop_all` hands over what ends it, as that of every `ExitStack`."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with balance_experts(model, optimizer) as balancing:
+        handed = balancing.pop_all()
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    balancing.close()
+    balancing.remove()
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    with handed:
+        pass
+    assert not optimizer._optimizer_step_post_hooks
+    assert all(gate.bias_rule.bins == 0 for gate in model.gates())
+
+
 # Nobody moves it
 
 

@@ -17,7 +17,7 @@ from mixture_of_experts.stats.notes import Step, notes_of
 from mixture_of_experts.stats.reading import follow_gates
 from mixture_of_experts.stats.record import Record, cells_of
 from mixture_of_experts.stats.report import page
-from mixture_of_experts.stats.rings import Forwards, GateRing
+from mixture_of_experts.stats.rings import Forwards, GateRing, PartForwards
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites
@@ -44,7 +44,8 @@ def track_routing(
     the routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...); there the attention mask tells
     which tokens are padding. You can read the records inside the context and after it.
 
-    A step is one forward of `model`. If you call `stats.step()` after each optimizer step, all forwards since the last
+    A step is one forward of `model`, or of a model of `transformers` within it that is called by itself, as `generate`
+    calls `model.encoder`. If you call `stats.step()` after each optimizer step, all forwards since the last
     call are one step (gradient accumulation).
 
     With activation checkpointing of either kind a forward is recorded once. With `torch.compile` enter the context
@@ -61,7 +62,8 @@ def track_routing(
         ValueError: the model has no gate, or an argument is not allowed.
         TypeError: in a forward: nobody can read what a router returns.
         RuntimeError: in a forward: the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
-            called (in both cases track the module around it); on reading: nothing was recorded.
+            called that is no model of `transformers` (in both cases track the module around it); on reading: nothing
+            was recorded.
 
     Example:
         >>> import torch
@@ -79,12 +81,17 @@ def track_routing(
     with Attached() as hooks:
         hooks.callback(stats._forwards.stop)
         follow_gates(sites, lambda site, *told: stats._rings[site.name].write(*told), hooks)
+        for part in dict.fromkeys(site.around for site in sites if site.around is not model):
+            PartForwards(stats._forwards).follow(part, hooks)
         stats._forwards.follow(model, hooks)
         yield stats
 
 
 class RoutingStats:
-    """The records of `track_routing`. Reading them waits for the device; `step` and `layers` do not."""
+    """The records of `track_routing`. Reading them waits for the device; `step` and `layers` do not.
+
+    It can be pickled and copied: the copy has the records so far, on the CPU, and does not record.
+    """
 
     def __init__(self, sites: Sequence[Site], keep: int, when: When) -> None:
         check_size("keep", keep)
