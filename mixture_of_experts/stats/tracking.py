@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 When = Literal["always", "training", "eval"]
+MAX_DRAWN = 24  # gates of which a report has pictures: each takes a tenth of a second, and 100 kB
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
@@ -146,7 +147,8 @@ class RoutingStats:
         balanced load. "in a group" is the load of a group's most requested expert: the mean over groups, and the worst.
         "worst step" is the most that any expert was requested in a step, and the step's number. Lines below warn of
         dead experts, of each gate with over 10 % more drops than a balanced load would have, of one that asked an
-        expert for over twice a balanced load in the last quarter of the steps, and of one whose probabilities are NaN.
+        expert for over twice, or less than a tenth, of a balanced load in the last quarter of the steps, and of one
+        whose probabilities are NaN.
         """
         cells = [self._cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
@@ -197,8 +199,7 @@ class RoutingStats:
             return (record.relative_requested if requested else record.relative_load).flatten()
 
         if layer is None:
-            totals = {gate: loads(total) for gate in self.layers if (total := self.total(gate)).forwards}
-            return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
+            return self._draw_gates(self.layers, loads, ax)
         last, records = self.last(layer), self.records(layer)
         edges = [*(record.step - 0.5 for record in records), last.step + 0.5]
         ax = new_axes(6, 2.4) if ax is None else ax
@@ -209,7 +210,8 @@ class RoutingStats:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
 
         The page shows the load of every gate, before and after capacity, over all remembered steps; the table of
-        `summary`; and what each gate requested of its experts over the steps.
+        `summary`; and what each gate requested of its experts over the steps. Of more than 24 gates it draws 24, those
+        with notes first, and says so.
 
         Args:
             path: path of the file; an existing file is replaced.
@@ -228,15 +230,31 @@ class RoutingStats:
             >>> stats.report("routing.html")  # doctest: +SKIP
         """
         layers = [layer for layer in self.layers if self._steps(layer)]
+        notes = {layer: list(self._notes(layer)) for layer in layers}
+        drawn, left_out = gates_to_draw(layers, notes), ""
+        if len(drawn) < len(layers):
+            left_out = (
+                f"{len(drawn)} of {len(layers)} gates are drawn: those with notes first, and others from all over the "
+                "model. The table has all; RoutingStats.plot(gate) draws each."
+            )
         html = page(
             name,
             cells=[self._cells(layer) for layer in layers],
-            notes={layer: self._notes(layer) for layer in layers},
-            overview={"requested": self.plot(requested=True), "load": self.plot()},
-            over_steps={layer: self.plot(layer, requested=True) for layer in layers},
+            notes=notes,
+            overview={
+                "requested": self._draw_gates(drawn, lambda record: record.relative_requested.flatten()),
+                "load": self._draw_gates(drawn, lambda record: record.relative_load.flatten()),
+            },
+            over_steps={layer: self.plot(layer, requested=True) for layer in drawn},
+            left_out=left_out,
         )
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(html)
+        text = html.encode("utf-8", "backslashreplace")  # before the file is opened: names may have surrogates
+        with open(path, "wb") as file:
+            file.write(text)
+
+    def _draw_gates(self, layers: Sequence[str], loads: Callable[[Record], Tensor], ax: Axes | None = None) -> Figure:
+        totals = {gate: loads(total) for gate in layers if (total := self.total(gate)).forwards}
+        return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
 
     def _ring(self, layer: str) -> GateRing:
         if layer not in self._rings:
@@ -255,3 +273,13 @@ class RoutingStats:
 
     def _cells(self, layer: str) -> dict[str, str]:
         return cells_of(self.total(layer), self.records(layer))
+
+
+def gates_to_draw(layers: Sequence[str], notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """At most `MAX_DRAWN` gates in the model's order: those with notes first, then others from all over the model."""
+    noted = [layer for layer in layers if notes[layer]][:MAX_DRAWN]
+    others, room = [layer for layer in layers if not notes[layer]], MAX_DRAWN - len(noted)
+    if room < len(others):
+        others = [others[i * len(others) // room] for i in range(room)]
+    drawn = {*noted, *others}
+    return [layer for layer in layers if layer in drawn]
