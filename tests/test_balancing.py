@@ -29,6 +29,7 @@ from mixture_of_experts.gating.relu import START
 from mixture_of_experts.unstack import unstack
 
 DIM, EXPERTS, RATE = 6, 4, 1e-2
+STEPS = StepsWithoutUpdate.MAX_STEPS
 
 
 class Model(nn.Module):
@@ -213,6 +214,22 @@ def test_what_is_refused():
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_it_lasts_beyond_a_block():
+    """`pop_all` hands over what ends it, as that of every `ExitStack`."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with balance_experts(model, optimizer) as balancing:
+        handed = balancing.pop_all()
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    balancing.close()
+    balancing.remove()
+    assert len(optimizer._optimizer_step_post_hooks) == 1
+    with handed:
+        pass
+    assert not optimizer._optimizer_step_post_hooks
+    assert all(gate.bias_rule.bins == 0 for gate in model.gates())
+
+
 # Nobody moves it
 
 
@@ -236,6 +253,29 @@ def test_counts_that_pile_up_are_warned_of(monkeypatch):
     frozen = TopKGating(DIM, EXPERTS, expert_bias=True).requires_grad_(False)
     for _ in range(6):
         frozen(tokens(0))
+
+
+@pytest.mark.parametrize(("made", "micro_batches"), [(torch.optim.SGD, 3), (torch.optim.AdamW, 1)])
+def test_a_bias_that_stays_is_reported_within_a_hundred_optimizer_steps(made, micro_batches):
+    """Not by forwards, of which a step of many micro-batches or recomputations has many."""
+    gate = TopKGating(DIM, EXPERTS, expert_bias=True)
+    optimizer = made(gate.parameters(), lr=1e-3)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            for number in range(micro_batches):
+                checkpoint(lambda x: gate(x).weight.square().sum(), tokens(number), use_reentrant=False).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    train(STEPS - 1)
+    gate.update_bias(0.0)
+    for _ in range(2 * STEPS):  # no optimizer step
+        gate(tokens(0)).weight.sum().backward()
+    train(STEPS - 1)
+    with pytest.warns(UserWarning, match=rf"bias in {STEPS} optimizer steps.* balance_experts\("):
+        train(100 - (STEPS - 1))
+    train(STEPS + 1)  # it warns once
 
 
 # Two processes

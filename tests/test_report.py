@@ -6,8 +6,10 @@ import base64
 import json
 import re
 from datetime import date
+from functools import partial
 from html import unescape
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
 from mixture_of_experts.stats import RoutingStats, track_routing
 from mixture_of_experts.stats.report import picture
+from mixture_of_experts.stats.tracking import MAX_DRAWN
 
 DIM = 8
 HOSTILE = "</script><script>alert(1)</script>$data'><img src=x>"
@@ -142,6 +145,56 @@ def test_it_says_which_experts_are_asked_for_too_often(tmp_path: Path):
             assert (note in text) == told
             assert ("in late steps none is requested over twice a balanced load" in text) != told
     assert "warning" not in asked(torch.arange(8)).summary()
+
+
+def starving(mean: int) -> RoutingStats:
+    """Expert 7 gets a hundredth of a balanced load and more of them 0.05 and 0.2 of it, in each of eight steps."""
+    counts = [round(mean * share) for share in (1.3, 1.3, 1.3, 1.3, 1.3, 0.2, 0.05, 0.01)]
+    return asked(*[torch.repeat_interleave(torch.arange(8), torch.tensor(counts))] * 8)
+
+
+def test_it_names_starved_experts(tmp_path: Path):
+    """Below a tenth of a balanced load in late steps; the page is not green. Of few tokens chance leaves as little."""
+    stats = starving(200)
+    note = "gate: 2 of 8 experts were requested less than 0.1 times a balanced load in the last 2 steps"
+    page = page_of(stats, tmp_path)
+    assert note in text_of(page)
+    assert "collapses: 6, 7: raise loss_coef" in stats.summary()
+    assert "class=good" not in page
+    assert "were requested less" not in asked(*[torch.arange(8).repeat(3)[:-1]] * 8).summary()
+    assert "class=good" in page_of(crowded(0.0), tmp_path)
+
+
+def test_a_name_with_a_surrogate(tmp_path: Path):
+    """As in names of files that are not UTF-8: the page is written, and nothing is lost."""
+    path = tmp_path / "routing.html"
+    asked(torch.arange(8)).report(path, name="run \udc80")
+    assert "run \\udc80" in text_of(path.read_text(encoding="utf-8"))
+
+
+def test_of_many_gates_it_draws_some(tmp_path: Path):
+    """Those with notes first; the table has all, and the page says what is left out."""
+    model = Stack(*(MoE(DIM, gate=TopKGating(DIM, 4, k=1)) for _ in range(40)))
+    layers = list(model.layers.values())
+    for number in (7, 31):
+        layers[number].gate.w_gating.data[0, 0] = torch.nan
+        layers[number].forward = partial(of_gate, layers[number])
+    stats = tracked(model, 2)
+    page = page_of(stats, tmp_path)
+    drawn = images(page).keys() - {"requested", "load"}
+    assert len(drawn) == MAX_DRAWN
+    assert {stats.layers[7], stats.layers[31], stats.layers[0]} <= drawn
+    assert f"{MAX_DRAWN} of 40 gates are drawn" in text_of(page)
+    assert page.count("<tr>") == 41
+    anchors = set(re.findall(r'id="(gate-\d+)"', page))
+    assert set(re.findall(r'href="#([^"]*)"', page)) <= anchors
+    assert "are drawn" not in page_of(asked(torch.arange(8)), tmp_path)
+
+
+def of_gate(layer: Any, x: Tensor) -> tuple[Tensor, None]:
+    """What a layer whose router is broken returns: its gate runs, and nothing is added to the tokens."""
+    layer.gate(x)
+    return torch.zeros_like(x), None
 
 
 def test_a_gate_of_nan_is_named(tmp_path: Path):

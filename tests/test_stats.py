@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
+import pickle
 import re
 from contextlib import nullcontext
 from functools import partial
@@ -489,6 +491,27 @@ def test_errors():
         moe(torch.randn(1, 4, DIM))
     with pytest.raises(KeyError, match="no gate 'gates': there are 'gate'"):
         stats.records("gates")
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda stats: pickle.loads(pickle.dumps(stats))])
+def test_a_copy_has_the_records_and_no_model(copied):
+    """A worker process can return its statistics: they read the same, and the model is not part of them."""
+    model = Stack(MoE(DIM, 4), MoE(DIM, 4))
+    with track_routing(model) as stats:
+        for _ in range(3):
+            model(torch.randn(2, 10, DIM))
+            stats.step()
+        other = copied(stats)
+        model(torch.randn(2, 10, DIM))  # the copy does not record
+    assert other.layers == stats.layers
+    assert [len(other.records(layer)) for layer in other.layers] == [3, 3]
+    for layer in stats.layers:
+        for one, same in zip(stats.records(layer), other.records(layer), strict=False):
+            assert one.to_dict() == same.to_dict()
+    other.step()
+    assert "gate" in other.summary()
+    found = [value for ring in other._rings.values() for value in vars(ring).values()]
+    assert not any(hasattr(value, "gate") or isinstance(value, nn.Module) for value in found)
 
 
 def test_a_gate_that_did_not_run():

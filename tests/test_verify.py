@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating
+from mixture_of_experts import ExpertChoiceGating, MoE, NoisyTopKGating, TopKGating
 from mixture_of_experts.verify import assert_holds, verify
 from mixture_of_experts.verify.__main__ import main
 from tests.support.planted import FAULTS, TOLD, make
@@ -112,6 +112,43 @@ def test_one_who_asks_for_a_property_gets_it_or_an_error():
         assert_holds(make(FAULTS[0]), "padding", "causal", **TOLD)
     with pytest.raises(ValueError, match=r"no property is named \['cheap'\]: there are \['batch', "):
         verify(make(), properties=["cheap"])
+
+
+def test_a_property_that_does_not_apply_is_not_shown():
+    """A named property that was not measured has not been shown: the error says which, and why."""
+    with pytest.raises(
+        AssertionError, match=r"^'padding' was not shown: it does not apply .* random numbers are drawn"
+    ):
+        assert_holds(MoE(8, 4), "causal", "padding", mask="mask")
+    assert_holds(MoE(8, gate=TopKGating(8, 4)), "padding", mask="mask")
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_gradients_of_a_noisy_router_at_its_initial_zeros(k):
+    gate = NoisyTopKGating(8, 4, k=k)
+    assert_holds(MoE(8, gate=gate), "gradients")
+    assert not gate.w_gating.any()
+
+
+def test_a_failure_that_a_kind_of_layer_implies_is_called_expected():
+    report = verify(MoE(8, gate=ExpertChoiceGating(8, 4)), properties=["causal", "decoding", "batch"])
+    assert report.expected == report.failed == ["causal", "decoding"]
+    assert "2 fail, 2 of them as expected" in str(report)
+    assert "expected: in expert choice all tokens of a group compete" in str(report)
+    assert json.loads(report.to_json())["expected"] == report.expected
+    assert verify(make(FAULTS[0]), properties=["padding"], **TOLD).expected == []
+    assert not verify(MoE(8, gate=TopKGating(8, 4)), properties=["causal"]).findings["causal"].expected
+
+
+def test_settings_of_the_caller_are_restored():
+    faults = {kind.__name__: kind for kind in FAULTS}
+    for name, word in (("ChangesTheDefaultDtype", "default dtype"), ("TurnsGradientsOn", "grad mode")):
+        with torch.no_grad():
+            report = verify(make(faults[name]), properties=["side_effects", "strides"], **TOLD)
+            assert report.failed == ["side_effects"], str(report)
+            assert word in report.findings["side_effects"].detail
+            assert not torch.is_grad_enabled()
+        assert torch.get_default_dtype() == torch.float32
 
 
 class InFloat32(nn.Linear):

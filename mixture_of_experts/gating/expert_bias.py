@@ -102,20 +102,37 @@ def keep_counts_in_ddp() -> None:
 
 
 class StepsWithoutUpdate:
-    """Warns if a router trains while nobody moves its bias."""
+    """Warns if a router trains while its bias stays as it is.
 
+    An optimizer step shows in the version counter of the router's weight. FSDP2 hides it, because it gathers weights
+    for each forward: there, many forwards count instead.
+    """
+
+    MAX_STEPS = 50  #: optimizer steps before the warning
     SO_MANY = 1000  #: training forwards before the warning; a step of micro-batches, recomputed or not, takes fewer
+    steps: int = 0  #: since the bias moved
     forwards: int = 0  #: since the bias moved
+    version: int | None = None  #: of the weight in the last training forward
+    warned: bool = False  #: since the bias moved
+
+    def bias_moved(self) -> None:
+        """Start counting anew."""
+        self.steps, self.forwards, self.warned = 0, 0, False
 
     def training_forward(self, weight: Tensor | None) -> None:
         """Note a training forward of a router with this weight. A frozen one may keep its bias on purpose."""
         if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or in_transform():
             return
         self.forwards += 1
-        if self.forwards == self.SO_MANY:
+        self.steps += self.version not in (None, weight._version)
+        self.version = weight._version
+        many_steps = self.steps >= self.MAX_STEPS
+        if not self.warned and (many_steps or self.forwards >= self.SO_MANY):
+            count = f"{self.steps} optimizer steps" if many_steps else f"{self.forwards} training forwards"
+            self.warned = True
             warnings.warn(
-                f"expert_bias=True counts loads, but nobody moved the bias in {self.forwards} training forwards: use "
-                "balance_experts(model, optimizer), its callback in a Trainer, or gate.update_bias(rate) after each "
-                "step (a rate of 0 leaves the bias as it is)",
+                f"expert_bias=True counts loads, but nothing moved the bias in {count}: use balance_experts(model, "
+                "optimizer), its callback in a Trainer, or gate.update_bias(rate) after each step (a rate of 0 leaves "
+                "the bias as it is)",
                 stacklevel=4,
             )

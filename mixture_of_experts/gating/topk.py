@@ -388,7 +388,7 @@ class TopKGating(TokenChoiceGate):
         if self.expert_bias is None:
             raise RuntimeError(NO_BIAS)
         self.expert_bias += step
-        self._steps_without_update.forwards = 0
+        self._steps_without_update.bias_moved()
 
     def check_k(self, k: Any) -> int:
         k = check_k_of_experts(super().check_k(k), self.num_experts)

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WELL = (
-    "<li class=good>Every expert computes tokens, in late steps none is requested over twice a balanced load, and no "
-    "gate drops much more than it has to.</li>"
+    "<li class=good>Every expert computes tokens, in late steps none is requested over twice a balanced load or less "
+    "than a tenth of it, and no gate drops much more than it has to.</li>"
 )
 STYLE: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report"}
 
@@ -30,6 +30,7 @@ def page(
     notes: Mapping[str, Iterable[str]],
     overview: Mapping[str, Figure],
     over_steps: Mapping[str, Figure],
+    left_out: str = "",
 ) -> str:
     """The page as HTML.
 
@@ -38,13 +39,15 @@ def page(
         cells: lines of the table, by headers.
         notes: those of each gate.
         overview: pictures of all gates, by their titles.
-        over_steps: that of each gate, in the order of the notes.
+        over_steps: those of gates that are drawn.
+        left_out: what is not drawn, one sentence.
     """
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
+    places = {layer: place for place, layer in enumerate(over_steps)}
     rows = [cells[0], *(row.values() for row in cells)]
     told = [
-        f'<li><a href="#gate-{place}">{escape(layer)}</a>{escape(note)}</li>'
-        for place, (layer, of_gate) in enumerate(notes.items())
+        f"<li>{linked(layer, places.get(layer))}{escape(note)}</li>"
+        for layer, of_gate in notes.items()
         for note in of_gate
     ]
     return template.substitute(
@@ -53,8 +56,14 @@ def page(
         notes="".join(told) or WELL,
         overview="".join(picture(title, figure) for title, figure in overview.items()),
         rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
-        gates="".join(picture(layer, figure, place) for place, (layer, figure) in enumerate(over_steps.items())),
+        gates="".join(picture(layer, figure, places[layer]) for layer, figure in over_steps.items()),
+        left_out=f"<p>{escape(left_out)}</p>" if left_out else "",
     )
+
+
+def linked(layer: str, place: int | None) -> str:
+    """The name of a gate, which leads to its picture if it has one."""
+    return f"<b>{escape(layer)}</b>" if place is None else f'<a href="#gate-{place}">{escape(layer)}</a>'
 
 
 def picture(title: str, figure: Figure, place: int | None = None) -> str:

@@ -78,6 +78,28 @@ class Forwards(Watch):
                 forwards.masked_fill_(forwards == clock[1], LOST)
 
 
+class PartForwards(Watch):
+    """Records a forward of a part of the tracked model that is called by itself, as `generate` calls `model.encoder`.
+
+    Within a forward of the tracked model the part belongs to that forward.
+    """
+
+    def __init__(self, forwards: Forwards) -> None:
+        super().__init__()
+        self.forwards = forwards
+
+    def begins(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
+        if call_stack.current(self.forwards) is not None:
+            return None
+        call = self.forwards.begins(module, args, kwargs)
+        if call is not None:
+            call.keys = (self.forwards,)
+        return call
+
+    def lost(self, call: TrackedCall) -> None:
+        self.forwards.lost(call)
+
+
 def exclusively() -> AbstractContextManager[Any]:
     """A lock, so that one thread writes at a time. In a traced graph there is none."""
     return nullcontext() if torch.compiler.is_compiling() else WRITING
@@ -107,6 +129,11 @@ class GateRing:
             self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # numbers of the step and the forward
             self.written: Tensor = torch.zeros(1, dtype=torch.int64)
         self.forwards.rings.append(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The records on the CPU, without the model: a copy can be read, and does not record."""
+        state = {name: value for name, value in vars(self).items() if name not in ("site", "learn_names")}
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def _learn_names(self, losses: tuple[str, ...]) -> None:
         if len(losses) > MOST_LOSSES:

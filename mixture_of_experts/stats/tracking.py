@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike
@@ -17,7 +17,7 @@ from mixture_of_experts.stats.notes import Step, notes_of
 from mixture_of_experts.stats.reading import follow_gates
 from mixture_of_experts.stats.record import Record, cells_of
 from mixture_of_experts.stats.report import page
-from mixture_of_experts.stats.rings import Forwards, GateRing
+from mixture_of_experts.stats.rings import Forwards, GateRing, PartForwards
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 When = Literal["always", "training", "eval"]
+MAX_DRAWN = 24  # gates of which a report has pictures: each takes a tenth of a second, and 100 kB
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
@@ -44,7 +45,8 @@ def track_routing(
     the routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...); there the attention mask tells
     which tokens are padding. You can read the records inside the context and after it.
 
-    A step is one forward of `model`. If you call `stats.step()` after each optimizer step, all forwards since the last
+    A step is one forward of `model`, or of a model of `transformers` within it that is called by itself, as `generate`
+    calls `model.encoder`. If you call `stats.step()` after each optimizer step, all forwards since the last
     call are one step (gradient accumulation).
 
     With activation checkpointing of either kind a forward is recorded once. With `torch.compile` enter the context
@@ -61,7 +63,8 @@ def track_routing(
         ValueError: the model has no gate, or an argument is not allowed.
         TypeError: in a forward: nobody can read what a router returns.
         RuntimeError: in a forward: the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
-            called (in both cases track the module around it); on reading: nothing was recorded.
+            called that is no model of `transformers` (in both cases track the module around it); on reading: nothing
+            was recorded.
 
     Example:
         >>> import torch
@@ -79,12 +82,17 @@ def track_routing(
     with Attached() as hooks:
         hooks.callback(stats._forwards.stop)
         follow_gates(sites, lambda site, *told: stats._rings[site.name].write(*told), hooks)
+        for part in dict.fromkeys(site.around for site in sites if site.around is not model):
+            PartForwards(stats._forwards).follow(part, hooks)
         stats._forwards.follow(model, hooks)
         yield stats
 
 
 class RoutingStats:
-    """The records of `track_routing`. Reading them waits for the device; `step` and `layers` do not."""
+    """The records of `track_routing`. Reading them waits for the device; `step` and `layers` do not.
+
+    It can be pickled and copied: the copy has the records so far, on the CPU, and does not record.
+    """
 
     def __init__(self, sites: Sequence[Site], keep: int, when: When) -> None:
         check_size("keep", keep)
@@ -139,7 +147,8 @@ class RoutingStats:
         balanced load. "in a group" is the load of a group's most requested expert: the mean over groups, and the worst.
         "worst step" is the most that any expert was requested in a step, and the step's number. Lines below warn of
         dead experts, of each gate with over 10 % more drops than a balanced load would have, of one that asked an
-        expert for over twice a balanced load in the last quarter of the steps, and of one whose probabilities are NaN.
+        expert for over twice, or less than a tenth, of a balanced load in the last quarter of the steps, and of one
+        whose probabilities are NaN.
         """
         cells = [self._cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
@@ -190,8 +199,7 @@ class RoutingStats:
             return (record.relative_requested if requested else record.relative_load).flatten()
 
         if layer is None:
-            totals = {gate: loads(total) for gate in self.layers if (total := self.total(gate)).forwards}
-            return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
+            return self._draw_gates(self.layers, loads, ax)
         last, records = self.last(layer), self.records(layer)
         edges = [*(record.step - 0.5 for record in records), last.step + 0.5]
         ax = new_axes(6, 2.4) if ax is None else ax
@@ -202,7 +210,8 @@ class RoutingStats:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
 
         The page shows the load of every gate, before and after capacity, over all remembered steps; the table of
-        `summary`; and what each gate requested of its experts over the steps.
+        `summary`; and what each gate requested of its experts over the steps. Of more than 24 gates it draws 24, those
+        with notes first, and says so.
 
         Args:
             path: path of the file; an existing file is replaced.
@@ -221,15 +230,31 @@ class RoutingStats:
             >>> stats.report("routing.html")  # doctest: +SKIP
         """
         layers = [layer for layer in self.layers if self._steps(layer)]
+        notes = {layer: list(self._notes(layer)) for layer in layers}
+        drawn, left_out = gates_to_draw(layers, notes), ""
+        if len(drawn) < len(layers):
+            left_out = (
+                f"{len(drawn)} of {len(layers)} gates are drawn: those with notes first, and others from all over the "
+                "model. The table has all; RoutingStats.plot(gate) draws each."
+            )
         html = page(
             name,
             cells=[self._cells(layer) for layer in layers],
-            notes={layer: self._notes(layer) for layer in layers},
-            overview={"requested": self.plot(requested=True), "load": self.plot()},
-            over_steps={layer: self.plot(layer, requested=True) for layer in layers},
+            notes=notes,
+            overview={
+                "requested": self._draw_gates(drawn, lambda record: record.relative_requested.flatten()),
+                "load": self._draw_gates(drawn, lambda record: record.relative_load.flatten()),
+            },
+            over_steps={layer: self.plot(layer, requested=True) for layer in drawn},
+            left_out=left_out,
         )
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(html)
+        text = html.encode("utf-8", "backslashreplace")  # before the file is opened: names may have surrogates
+        with open(path, "wb") as file:
+            file.write(text)
+
+    def _draw_gates(self, layers: Sequence[str], loads: Callable[[Record], Tensor], ax: Axes | None = None) -> Figure:
+        totals = {gate: loads(total) for gate in layers if (total := self.total(gate)).forwards}
+        return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
 
     def _ring(self, layer: str) -> GateRing:
         if layer not in self._rings:
@@ -249,3 +274,13 @@ class RoutingStats:
 
     def _cells(self, layer: str) -> dict[str, str]:
         return cells_of(self.total(layer), self.records(layer))
+
+
+def gates_to_draw(layers: Sequence[str], notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """At most `MAX_DRAWN` gates in the model's order: those with notes first, then others from all over the model."""
+    noted = [layer for layer in layers if notes[layer]][:MAX_DRAWN]
+    others, room = [layer for layer in layers if not notes[layer]], MAX_DRAWN - len(noted)
+    if room < len(others):
+        others = [others[i * len(others) // room] for i in range(room)]
+    drawn = {*noted, *others}
+    return [layer for layer in layers if layer in drawn]

@@ -21,6 +21,7 @@ def gradients(trial: Trial) -> Gaps:
     if trial.limit > ROUGH:
         raise DoesNotApplyError("it rounds to fewer digits than differences need")
     module, x = converted(trial, torch.float64), trial.x(dtype=torch.float64)
+    draw_zeros(module, trial.case.seed)
     found, weights = trial.step(x, module=copy.deepcopy(module)), weights_of(x)
     leaves = {f"gradient of {name}": parameter.data for name, parameter in module.named_parameters()}
     leaves["input gradient"] = x
@@ -43,6 +44,16 @@ def gradients(trial: Trial) -> Gaps:
             if error < CLOSE:
                 break
         yield Gap(error, name)
+
+
+@torch.no_grad()
+def draw_zeros(module: nn.Module, seed: int) -> None:
+    """Draw parameters that are all zero: at the zeros of a router all scores tie, so that any difference changes
+    choices, and other zeros hide the gradients that they multiply."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter)
 
 
 def value(trial: Trial, module: nn.Module, x: Tensor, weights: Tensor) -> float:

@@ -86,9 +86,9 @@ class Trial:
         """Tokens `(b, n, d)`; others for another number."""
         b, n, seed, alike = self.case
         generator = torch.Generator().manual_seed(seed + 100 * number)
-        x = torch.randn(b, n, self.dim, generator=generator)
+        x = torch.randn(b, n, self.dim, generator=generator, dtype=torch.float32)  # whatever the default dtype is
         if alike:
-            x = 0.4 * x + torch.randn(self.dim, generator=generator)
+            x = 0.4 * x + torch.randn(self.dim, generator=generator, dtype=torch.float32)
         tensors = (*self.module.parameters(), *self.module.buffers())
         like = next((tensor for tensor in tensors if tensor.is_floating_point()), x)
         return x.to(like.device, dtype or like.dtype)

@@ -18,6 +18,7 @@ class Finding:
         number: the largest number that was measured; None if there is none, or if it is not finite.
         limit: the largest number with which the promise holds.
         detail: where it fails, in the smallest example; or why it does not apply or was not asked.
+        expected: of one that fails, why this is expected of this kind of layer; empty if it may be a fault.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Finding:
     number: float | None = None
     limit: float | None = None
     detail: str = ""
+    expected: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,23 @@ class Report:
         """The names of the properties that fail."""
         return [name for name, finding in self.findings.items() if finding.verdict == "fails"]
 
+    @property
+    def expected(self) -> list[str]:
+        """The names of the properties that fail as expected of this kind of layer; the others may be faults."""
+        return [name for name in self.failed if self.findings[name].expected]
+
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps(asdict(self) | {"failed": self.failed}, indent=2)
+        return json.dumps(asdict(self) | {"failed": self.failed, "expected": self.expected}, indent=2)
 
     def __str__(self) -> str:
-        lines = [f"{self.module}: {len(self.failed)} fail", ""]
+        as_expected = f", {len(self.expected)} of them as expected" if self.expected else ""
+        lines = [f"{self.module}: {len(self.failed)} fail{as_expected}", ""]
         for finding in self.findings.values():
             number = "" if finding.number is None else f"{finding.number:.2g}"
             lines.append(f"{finding.name:20}  {finding.verdict:14}  {number:7}  {finding.promise}")
             if finding.detail:
                 lines.append(f"{'':49}{finding.detail}")
+            if finding.expected:
+                lines.append(f"{'':49}expected: {finding.expected}")
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -51,6 +52,13 @@ class EachStep(ExitStack):
     def remove(self) -> None:
         """End it."""
         self.close()
+
+    def pop_all(self) -> ExitStack:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a stack that ends it instead of this object, so that it goes on after a `with` block."""
+        ending, handed = copy.copy(self), ExitStack()
+        super().__init__()  # nothing is left to undo here
+        handed.callback(ending.close)
+        return handed
 
     def after_step(self, done: Tensor | int) -> None:
         """Move what is to move. `done` is 1, or 0 after a step that a fused optimizer skipped inside."""

@@ -19,6 +19,26 @@ from .test_blocks import build as build_sparse
 from .test_losses import batch_of, build, trainer
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_generation_of_an_encoder_and_decoder(compiled):
+    """`generate` calls `model.encoder` by itself, which is a forward too, and then the model for each token; in a
+    forward of the whole model the encoder is a part of it."""
+    model, x = build("t5").eval(), torch.randint(3, 64, (2, 7))
+    if compiled:
+        model.compile(backend="eager")
+    with track_routing(model) as stats, torch.no_grad():
+        model.generate(x, max_new_tokens=3, min_new_tokens=3, attention_mask=torch.ones_like(x))
+        model(input_ids=x, decoder_input_ids=x[:, :5])
+        with pytest.raises(RuntimeError):
+            model.encoder(x.float())  # a forward that raises has a number, and no record
+        model.encoder(x)
+    encoder, decoder = ([name for name in stats.layers if name.startswith(part)] for part in ("encoder", "decoder"))
+    steps = {layer: [(record.step, record.tokens) for record in stats.records(layer)] for layer in stats.layers}
+    assert len(encoder) == len(decoder) == 2
+    assert all(steps[layer] == [(0, 14), (4, 14), (6, 14)] for layer in encoder), steps
+    assert all(steps[layer] == [(1, 2), (2, 2), (3, 2), (4, 10)] for layer in decoder), steps
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_their_routers_are_read_as_ours(name):
     """Every measure is what the same layer of ours has on the same tokens and mask."""

@@ -183,7 +183,7 @@ class TwiceTheGradient(Mixture, breaks=("gradients",)):
             return super().combine(2 * y - y.detach(), weights)
 
 
-class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "deepcopy", "save_load", "inference_mode")):
+class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "threads", "deepcopy", "save_load", "inference_mode")):
     """A list of losses that somebody is to empty."""
 
     def __init__(self, **sizes: int) -> None:
@@ -197,6 +197,7 @@ class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "deepcopy", "sav
 
 SEEN_BY_A_COUNTER = (
     *("loss_accumulation", "recomputation", "counts_checkpointing", "bits", "raised", "deepcopy", "output_eval"),
+    "threads",
 )
 
 
@@ -498,6 +499,40 @@ class WideOutput(Mixture, breaks=("bfloat16",)):
 
     def finish(self, out: Tensor) -> Tensor:
         return out.to(torch.promote_types(out.dtype, torch.float32))
+
+
+class SharesAShelf(Mixture, breaks=("threads",)):
+    """What one method leaves on the module another takes from it."""
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        self.shelf = weights.sum(dim=-1, keepdim=True).detach()
+        return weights
+
+    def finish(self, out: Tensor) -> Tensor:
+        shelf = self.__dict__.pop("shelf")
+        return out * shelf.view(*out.shape[:-1], 1).to(out.dtype) if shelf.numel() == out[..., 0].numel() else out
+
+
+class ClearsPadding(Mixture, breaks=("side_effects",)):
+    """Padding is set to zero in the tensor of the caller."""
+
+    def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
+        inputs.data[~real] = 0.0
+        return super().clean(inputs, real)
+
+
+class ChangesTheDefaultDtype(Mixture, breaks=("side_effects",)):
+    """A default that is set and not restored."""
+
+    def finish(self, out: Tensor) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        return out
+
+
+class TurnsGradientsOn(Mixture, breaks=("side_effects",)):
+    def finish(self, out: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)
+        return out
 
 
 FAULTS: list[Any] = [kind for kind in list(globals().values()) if isinstance(kind, type) and hasattr(kind, "breaks")]

@@ -25,7 +25,7 @@ from .matrix import independent, of_seed
 
 DEFAULT = [name for name in PROPERTIES if name not in ("compile", "invariance")]
 STEADY = (
-    *("padding", "nan_padding", "order", "batch", "decoding", "every_choice", "strides"),
+    *("padding", "nan_padding", "order", "batch", "decoding", "every_choice", "strides", "threads"),
     *("bfloat16", "router_bfloat16", "router_autocast"),
 )
 IN_EVAL = ("decoding", "router_bfloat16", "router_autocast")

@@ -1,0 +1,41 @@
+"""Which failures are expected of a kind of layer, because its definition implies them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from mixture_of_experts.gating import ExpertChoiceGating, SparseMixerGating, Top2Gating
+from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.whole_model.sites import Site, all_sites
+
+ACROSS_SEQUENCES = ("padding", "nan_padding", "order", "batch", "causal", "decoding", "loss_mean")
+
+
+def expected_failures(module: nn.Module) -> dict[str, str]:
+    """The reasons why properties may fail without a fault, by the names of the properties."""
+    found: dict[str, str] = {}
+    for layer in module.modules():
+        if isinstance(layer, MoE | HeirarchicalMoE) and layer.group_size is not None:
+            found |= dict.fromkeys(ACROSS_SEQUENCES, "group_size cuts groups from the whole batch")
+    for site in all_sites(module):
+        for names, reason in reasons_of(site):
+            found |= dict.fromkeys(names, reason)
+    return found
+
+
+def reasons_of(site: Site) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Properties that one router may not keep, with the reason."""
+    gate = site.gate
+    if site.block is not None:
+        yield ("router_bfloat16", "router_autocast"), "routers of transformers compute in the dtype of their weights"
+    factors = [getattr(gate, f"capacity_factor_{mode}", None) for mode in ("train", "eval")]
+    if any(factor is not None for factor in factors) or (site.block is not None and site.block.capacity is not None):
+        yield ("causal", "decoding"), "a capacity drops choices, depending on the other tokens of a group"
+    if isinstance(gate, ExpertChoiceGating):
+        yield ("causal", "decoding"), "in expert choice all tokens of a group compete, later ones too"
+    if isinstance(gate, Top2Gating) and gate.second_policy_train != gate.second_policy_eval:
+        yield ("output_eval",), "Top2Gating has another second_policy in eval"
+    if isinstance(gate, SparseMixerGating):
+        yield ("gradients",), "SparseMixer estimates the gradient of a random choice"
