@@ -180,9 +180,8 @@ def training() -> list[Case]:
     cases = []
     for b, n, d, e, ordinary, huge, published in TRAINING:
         figures = [Figure("layer", "products", ordinary, huge), Figure("layer", "0.2.3", published)]
-        by_hand = ("whole batch", "whole batch in new memory")
-        figures += [Figure("layer", reference) for reference in ("router + products", *by_hand)]
-        figures += [Figure(least, ref) for least in ("roofline", *by_hand) for ref in ("products", "0.2.3")]
+        figures.append(Figure("layer", "router + products"))
+        figures += [Figure("roofline", reference) for reference in ("products", "0.2.3")]
         headline = (d, e) in ((512, 16), (256, 64))
         if n == 8192:
             figures.append(Figure("layer", "0.2.3", 0.15, 0.15, "memory"))
@@ -231,8 +230,8 @@ def transformers_blocks() -> list[Case]:
     base = Case("", "train", 2, 1024, 512, 1024, 16, factor=None, gated=True, extras=("loop", "products", "dense"))
     versus_mixtral = (
         Figure("layer", mixtral, 0.85),
-        *(Figure("layer", reference) for reference in ("products", "whole batch")),
-        *(Figure(least, mixtral) for least in ("roofline", "whole batch")),
+        Figure("layer", "products"),
+        Figure("roofline", mixtral),
     )
     versus_qwen3 = (Figure("layer", qwen3), Figure("layer", "products"))
     small = {"d": 256, "h": 512, "e": 64}

@@ -11,7 +11,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
@@ -170,8 +169,6 @@ BUILDERS: dict[str, Builder] = {
     "products": yardsticks.products,
     "router + products": yardsticks.router_and_products,
     "roofline": yardsticks.roofline,
-    "whole batch": yardsticks.whole_batch,
-    "whole batch in new memory": partial(yardsticks.whole_batch, ready=False),
     "dense": yardsticks.dense,
     "by hand": yardsticks.by_hand,
     "loop": loop,
