@@ -1,8 +1,10 @@
 """The small language model: causal as a whole, and honest about parameters and text."""
 
 import json
+import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,6 +97,33 @@ def test_a_finished_run_reports_a_table_numbers_and_a_picture(
     numbers = json.loads((tmp_path / "result.json").read_text())
     assert [entry["model"] for entry in numbers["results"]] == ["dense", "moe"]
     assert (tmp_path / "train_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_killed_run_that_is_resumed_comes_to_the_bits_of_an_undisturbed_one(
+    text_files: list[Path], tmp_path: Path
+) -> None:
+    """SIGKILL at a random moment leaves the last checkpoint whole; nothing but times differs in the end."""
+    options = [*TINY_OPTIONS, "--models=moe", "--router=gshard", "--steps=200", "--checkpoint-every=20"]
+    command = [sys.executable, "-m", "experiments.train_lm", *options, "--text", *map(str, text_files), "--out"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run([*command, str(straight)], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / trainings.CHECKPOINT).exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.1))
+    process.kill()
+    process.wait()
+    left = trainings.read_checkpoint(killed / trainings.CHECKPOINT)["step"]
+    assert 0 < left < 200
+    assert left % 20 == 0
+    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    states = [torch.load(folder / trainings.CHECKPOINT, weights_only=True) for folder in (straight, killed)]
+    for state in states:
+        del state["trainees"]["moe"]["history"]["seconds"]
+    assert all(states[0].pop(name) == states[1].pop(name) for name in ("settings", "corpus"))
+    del states[0]["rng"]["cuda"], states[1]["rng"]["cuda"]  # None
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 # ---- text ----
