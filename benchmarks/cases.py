@@ -172,7 +172,7 @@ TRAINING = (
     (4, 1024, 256, 64, 1.08, 1.05, 0.55),
     (4, 1024, 128, 128, 1.20, 1.10, 0.55),
 )
-PEERS = ("st-moe", "loop", "dense")
+PEERS = ("loop", "dense")
 
 
 def training() -> list[Case]:
@@ -209,7 +209,7 @@ def evaluation() -> list[Case]:
         target = 0.80 if fill == 0.65 else 1.03
         policy = {0.5: "none", 1.0: "all"}.get(fill, "threshold")
         figures = (Figure("layer", "products", target, target),)
-        extras = ("0.2.3", "st-moe", "loop", "dense") if fill == 1.0 else ()
+        extras = ("0.2.3", "loop", "dense") if fill == 1.0 else ()
         name = f"eval/fill-{fill:.2f}/{name_of(4, 1024, 256, 64)}"
         changed = {"fill": fill, "policy": policy, "figures": figures, "extras": extras}
         cases.append(replace(base, name=name, quick=fill == 0.65, **changed))
@@ -250,7 +250,7 @@ def decoding() -> list[Case]:
     figures = (Figure("layer", "by hand", 1.2, 1.2),)
     gated = (*figures, Figure("layer", backends))
     return [
-        replace(base, name="decode/d512-h2048-e64", figures=figures, extras=("0.2.3", "st-moe", "loop"), quick=True),
+        replace(base, name="decode/d512-h2048-e64", figures=figures, extras=("0.2.3", "loop"), quick=True),
         replace(base, name="decode/dropless-d512-h2048-e64", figures=figures, factor=None),
         replace(base, name="decode/mixtral-d512-h1024-e64", h=1024, factor=None, gated=True, figures=gated),
     ]
@@ -306,18 +306,7 @@ def choices() -> list[Case]:
 def toys() -> list[Case]:
     """Seconds only, for the smoke test: run when `--only` names them."""
     figures = (Figure("layer", "products"), Figure("layer", "0.2.3"), Figure("layer", "0.2.3", quantity="memory"))
-    train = Case("toy/train", "train", 2, 64, 32, 64, 8, figures=figures, extras=("loop", "dense", "st-moe"))
-    backends = ("mixtral eager", "mixtral grouped_mm", "mixtral batched_mm")
-    gated = replace(train, name="toy/mixtral", factor=None, gated=True, figures=(Figure("layer", backends),), extras=())
-    hand = (Figure("layer", "by hand"),)
-    return [
-        train,
-        replace(train, name="toy/zipf", skew=1.0, figures=(Figure("layer", "layer balanced"),), extras=()),
-        gated,
-        replace(
-            train, name="toy/decode", mode="decode", b=4, n=1, factor=2.0, figures=hand, extras=("0.2.3", "st-moe")
-        ),
-    ]
+    return [Case("toy/train", "train", 2, 64, 32, 64, 8, figures=figures, extras=("loop", "dense"))]
 
 
 def every_case() -> list[Case]:

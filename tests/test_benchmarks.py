@@ -16,7 +16,7 @@ from support import no_card
 from benchmarks import blocks, card, counts, documented, field, first_hour, gpu, kept, report, timing
 from benchmarks.cases import Figure, choose, every_case
 from benchmarks.contest import Contestant, MissingError
-from benchmarks.field import PUBLISHED, ST_MOE
+from benchmarks.field import PUBLISHED
 from benchmarks.timing import AGAIN, Samples
 from experiments import cpu_constants
 from mixture_of_experts.ops.cpu import batches
@@ -28,9 +28,8 @@ TOYS = {case.name: case for case in choose("toy", quick=False)}
 
 @pytest.fixture(autouse=True)
 def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests need none of the optional packages."""
+    """The tests do not need the published package."""
     monkeypatch.delenv(PUBLISHED, raising=False)
-    monkeypatch.delenv(ST_MOE, raising=False)
 
 
 def entered(name: str, *contestants: str, **changed) -> dict[str, Contestant]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import compare_seeds, train_lm
+from experiments import train_lm
 from experiments.language_model import corpus as corpora
 from experiments.language_model import training as trainings
 from experiments.language_model.model import ByteLM
@@ -153,33 +153,3 @@ def test_evaluation_by_hand_and_without_a_trace(corpus: corpora.Corpus, tmp_path
     state = torch.get_rng_state()
     assert training.trainees[1].evaluate(training.windows) == pytest.approx(8.0, abs=1e-5)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# ---- commands ----
-
-
-def test_compare_seeds_prints_every_seed_and_repeats_no_run(
-    text_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = ["--seeds", "0", "1", "--learning-rates", "1e-3", "4e-3", "--steps", "3", "--out", str(tmp_path)]
-    options = [*TINY_OPTIONS, *sweep, "--text", *map(str, text_files)]
-    assert compare_seeds.main(options) == 0
-    runs = json.loads((tmp_path / "compare_seeds.json").read_text())
-    grid = [(run["settings"]["seed"], run["settings"]["learning_rate"]) for run in runs]
-    assert grid == [(0, 1e-3), (0, 4e-3), (1, 1e-3), (1, 4e-3)]
-    shown = [f"{entry['held_out_bits_per_byte']:.4f}" for run in runs for entry in run["results"]]
-    printed = capsys.readouterr().out
-    assert all(number in printed for number in shown)
-    assert compare_seeds.main(options) == 0
-    assert runs == json.loads((tmp_path / "compare_seeds.json").read_text())  # times too: nothing was trained again
-
-
-def test_compare_routers(tmp_path):
-    sizes = ["--steps", "4", "--dim", "16", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16"]
-    rest = ["--batch-size", "2", "--eval-every", "4", "--eval-windows", "2", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "experiments.compare_routers", "--routers", "switch", "mixtral", *sizes, *rest]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    runs = json.loads((tmp_path / "compare_routers.json").read_text())
-    assert [run["router"] for run in runs] == ["switch", "mixtral"]
-    assert runs[1]["dropped"] == 0
-    assert all(run["busiest_expert"] >= 1 for run in runs)
