@@ -30,12 +30,11 @@ def parser() -> argparse.ArgumentParser:
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine, with --threads 1"
     )
     made.add_argument("--half", choices=HALVES, help="ordinary or huge pages only")
-    made.add_argument("--count", action="store_true", help="FLOPs, bytes kept, page faults and peak memory instead")
+    made.add_argument("--count", action="store_true", help="FLOPs, bytes kept and peak memory instead")
     made.add_argument("--list", action="store_true", help="print the cases and stop")
     made.add_argument("--json", metavar="FILE", help="save everything; a file's other cases stay")
     made.add_argument("--plot", metavar="FILE", help="save the picture (needs matplotlib)")
     made.add_argument("--published", metavar="FOLDER", help="where mixture-of-experts 0.2.3 lies")
-    made.add_argument("--st-moe", metavar="FOLDER", help="where st-moe-pytorch lies")
     made.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
     made.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     return made
@@ -58,14 +57,13 @@ def halves(options: argparse.Namespace) -> list[str]:
 
 
 def environment(half: str, options: argparse.Namespace) -> dict[str, str]:
-    """The child's environment: huge pages on or off whatever they are here, and where the rivals lie."""
+    """The child's environment: huge pages on or off whatever they are here, and where 0.2.3 is."""
     given = {key: value for key, value in os.environ.items() if key != HUGE_PAGES}
     given.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory talks of its starts and stops
     if half == "huge":
         given[HUGE_PAGES] = "1"
-    for variable, folder in (("BENCHMARKS_PUBLISHED", options.published), ("BENCHMARKS_ST_MOE", options.st_moe)):
-        if folder:
-            given[variable] = str(Path(folder).resolve())
+    if options.published:
+        given["BENCHMARKS_PUBLISHED"] = str(Path(options.published).resolve())
     return given
 
 

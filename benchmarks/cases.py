@@ -172,7 +172,7 @@ TRAINING = (
     (4, 1024, 256, 64, 1.08, 1.05, 0.55),
     (4, 1024, 128, 128, 1.20, 1.10, 0.55),
 )
-PEERS = ("st-moe", "loop", "dense")
+PEERS = ("loop", "dense")
 
 
 def training() -> list[Case]:
@@ -180,9 +180,8 @@ def training() -> list[Case]:
     cases = []
     for b, n, d, e, ordinary, huge, published in TRAINING:
         figures = [Figure("layer", "products", ordinary, huge), Figure("layer", "0.2.3", published)]
-        by_hand = ("whole batch", "whole batch in new memory")
-        figures += [Figure("layer", reference) for reference in ("router + products", *by_hand)]
-        figures += [Figure(least, ref) for least in ("roofline", *by_hand) for ref in ("products", "0.2.3")]
+        figures.append(Figure("layer", "router + products"))
+        figures += [Figure("roofline", reference) for reference in ("products", "0.2.3")]
         headline = (d, e) in ((512, 16), (256, 64))
         if n == 8192:
             figures.append(Figure("layer", "0.2.3", 0.15, 0.15, "memory"))
@@ -210,7 +209,7 @@ def evaluation() -> list[Case]:
         target = 0.80 if fill == 0.65 else 1.03
         policy = {0.5: "none", 1.0: "all"}.get(fill, "threshold")
         figures = (Figure("layer", "products", target, target),)
-        extras = ("0.2.3", "st-moe", "loop", "dense") if fill == 1.0 else ()
+        extras = ("0.2.3", "loop", "dense") if fill == 1.0 else ()
         name = f"eval/fill-{fill:.2f}/{name_of(4, 1024, 256, 64)}"
         changed = {"fill": fill, "policy": policy, "figures": figures, "extras": extras}
         cases.append(replace(base, name=name, quick=fill == 0.65, **changed))
@@ -231,8 +230,8 @@ def transformers_blocks() -> list[Case]:
     base = Case("", "train", 2, 1024, 512, 1024, 16, factor=None, gated=True, extras=("loop", "products", "dense"))
     versus_mixtral = (
         Figure("layer", mixtral, 0.85),
-        *(Figure("layer", reference) for reference in ("products", "whole batch")),
-        *(Figure(least, mixtral) for least in ("roofline", "whole batch")),
+        Figure("layer", "products"),
+        Figure("roofline", mixtral),
     )
     versus_qwen3 = (Figure("layer", qwen3), Figure("layer", "products"))
     small = {"d": 256, "h": 512, "e": 64}
@@ -251,7 +250,7 @@ def decoding() -> list[Case]:
     figures = (Figure("layer", "by hand", 1.2, 1.2),)
     gated = (*figures, Figure("layer", backends))
     return [
-        replace(base, name="decode/d512-h2048-e64", figures=figures, extras=("0.2.3", "st-moe", "loop"), quick=True),
+        replace(base, name="decode/d512-h2048-e64", figures=figures, extras=("0.2.3", "loop"), quick=True),
         replace(base, name="decode/dropless-d512-h2048-e64", figures=figures, factor=None),
         replace(base, name="decode/mixtral-d512-h1024-e64", h=1024, factor=None, gated=True, figures=gated),
     ]
@@ -307,18 +306,7 @@ def choices() -> list[Case]:
 def toys() -> list[Case]:
     """Seconds only, for the smoke test: run when `--only` names them."""
     figures = (Figure("layer", "products"), Figure("layer", "0.2.3"), Figure("layer", "0.2.3", quantity="memory"))
-    train = Case("toy/train", "train", 2, 64, 32, 64, 8, figures=figures, extras=("loop", "dense", "st-moe"))
-    backends = ("mixtral eager", "mixtral grouped_mm", "mixtral batched_mm")
-    gated = replace(train, name="toy/mixtral", factor=None, gated=True, figures=(Figure("layer", backends),), extras=())
-    hand = (Figure("layer", "by hand"),)
-    return [
-        train,
-        replace(train, name="toy/zipf", skew=1.0, figures=(Figure("layer", "layer balanced"),), extras=()),
-        gated,
-        replace(
-            train, name="toy/decode", mode="decode", b=4, n=1, factor=2.0, figures=hand, extras=("0.2.3", "st-moe")
-        ),
-    ]
+    return [Case("toy/train", "train", 2, 64, 32, 64, 8, figures=figures, extras=("loop", "dense"))]
 
 
 def every_case() -> list[Case]:

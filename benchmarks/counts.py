@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import problem, timing
+from benchmarks import problem
 from benchmarks.cases import Case, every_case
 from benchmarks.contest import Contestant
 from benchmarks.field import enter
@@ -141,7 +141,6 @@ def peak_of(events: list[Event], lasting: set[int]) -> int:
     return peak
 
 
-ROUNDS_FOR_FAULTS = 5
 Measure = Callable[[Contestant], float]
 
 
@@ -165,18 +164,7 @@ def against_rivals(case: Case) -> Iterator[dict]:
     """One case's counts."""
     yield from compare(case, "FLOPs", "FLOP", flops, "router + products", 1.0)
     yield from compare(case, "bytes kept for backward", "B", kept_bytes, "dense", 1.10)
-    yield from compare(case, "peak memory", "B", peak_bytes, "products", None)
     yield from compare(case, "peak memory", "B", peak_bytes, "0.2.3", 0.15 if case.n == 8192 else None)
-    yield from faults(case)
-
-
-def faults(case: Case) -> Iterator[dict]:
-    """Page faults of a step (median of a few), interleaved as in the timing."""
-    present, _ = enter(replace(case, figures=(), extras=("layer", "products", "0.2.3")))
-    samples = timing.rounds_of(present, (), ROUNDS_FOR_FAULTS, warmup=2)
-    counts = {name: samples[name].summary()["faults"] for name in samples}
-    for rival in list(present)[1:]:
-        yield row("page faults", case.name, counts["layer"], max(1, counts[rival]), "", None, f"layer ÷ {rival}")
 
 
 def growth() -> Iterator[dict]:

@@ -1,8 +1,8 @@
 """Who can run: contestants by the names that the cases use. The rivals are on the same weights. Each is optional: one
 that is missing is skipped with a line saying how to get it.
 
-Packages that cannot, or need not, be installed beside this one lie in folders of their own, named by two environment
-variables (the options --published and --st-moe set them).
+mixture-of-experts 0.2.3, whose import name is this package's, is in a folder that an environment variable names (the
+option --published sets it).
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import contest, yardsticks
 from benchmarks.card import Shape
@@ -28,10 +27,7 @@ from benchmarks.problem import inputs as make_inputs
 from benchmarks.problem import weights as make_weights
 
 PUBLISHED = "BENCHMARKS_PUBLISHED"
-ST_MOE = "BENCHMARKS_ST_MOE"
 GET_PUBLISHED = "pip install --no-deps --target FOLDER mixture-of-experts==0.2.3, then --published FOLDER"
-ST_MOE_PACKAGES = "st-moe-pytorch colt5-attention local-attention hyper-connections beartype"
-GET_ST_MOE = f"pip install --no-deps --target FOLDER {ST_MOE_PACKAGES}, then --st-moe FOLDER"
 
 
 def loop(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
@@ -75,53 +71,14 @@ def published_layer(case: Case) -> nn.Module:
 
 def published(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     """mixture-of-experts 0.2.3."""
-    refuse_what_only_we_have(case, "0.2.3")
+    if not case.router_is_top2 or case.factor is None or case.policy == "threshold" or case.dtype != "float32":
+        raise MissingError("0.2.3 has no such configuration")
     if case.mode == "construct":
         published_module()
         return Contestant("0.2.3", lambda: (published_layer(case), None)[1], case, note="building the module")
     module = published_layer(case)
     module.load_state_dict(state(case, weights), assign=True)
     return of_module("0.2.3", case, inputs, module, module, note="output and auxiliary loss, GELU experts")
-
-
-def refuse_what_only_we_have(case: Case, rival: str) -> None:
-    if not case.router_is_top2 or case.factor is None or case.policy == "threshold" or case.dtype != "float32":
-        raise MissingError(f"{rival} has no such configuration")
-
-
-class PlainExpert(nn.Module):
-    """(..., d) -> (..., d) by two products without bias, for st-moe-pytorch's list of experts."""
-
-    def __init__(self, w1: Tensor, w2: Tensor) -> None:
-        super().__init__()
-        self.w1, self.w2 = nn.Parameter(w1), nn.Parameter(w2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.gelu(x @ self.w1) @ self.w2
-
-
-def st_moe_package() -> ModuleType:
-    folder = os.environ.get(ST_MOE)
-    if folder and folder not in sys.path:
-        sys.path.append(folder)
-    if importlib.util.find_spec("st_moe_pytorch") is None:
-        raise MissingError(GET_ST_MOE)
-    return importlib.import_module("st_moe_pytorch.st_moe_pytorch")
-
-
-def st_moe(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
-    """st-moe-pytorch, its threshold at 0 (every second choice is taken) and no straight-through dispatch."""
-    refuse_what_only_we_have(case, "st-moe-pytorch")
-    if case.policy != "all" or case.inner:
-        raise MissingError("st-moe-pytorch draws its second choices otherwise and has one level")
-    package = st_moe_package()
-    experts = nn.ModuleList(map(PlainExpert, weights.w1.unbind(0), weights.w2.unbind(0)))
-    options = {"threshold_train": 0.0, "threshold_eval": 0.0, "straight_through_dispatch_tensor": False}
-    factors = {"capacity_factor_train": case.factor, "capacity_factor_eval": case.factor}
-    module = package.MoE(case.d, case.e, experts=experts, router_z_loss_coef=0.0, **options, **factors)
-    module.gate.to_gates.weight = nn.Parameter(weights.w_gating.T.contiguous())
-    note = "threshold 0, straight_through_dispatch_tensor off: the same function, gradients included"
-    return of_module("st-moe", case, inputs, module, lambda x: module(x)[:2], note=note)
 
 
 def transformers_block(family: str, backend: str):
@@ -170,13 +127,10 @@ BUILDERS: dict[str, Builder] = {
     "products": yardsticks.products,
     "router + products": yardsticks.router_and_products,
     "roofline": yardsticks.roofline,
-    "whole batch": yardsticks.whole_batch,
-    "whole batch in new memory": partial(yardsticks.whole_batch, ready=False),
     "dense": yardsticks.dense,
     "by hand": yardsticks.by_hand,
     "loop": loop,
     "0.2.3": published,
-    "st-moe": st_moe,
     **{
         f"{family} {backend}": transformers_block(family, backend)
         for family in ("mixtral", "qwen3")

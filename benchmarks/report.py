@@ -69,9 +69,7 @@ def count_line(row: dict) -> str:
 def quantity(value: float, unit: str) -> str:
     if unit == "B":
         return f"{value / 2**20:.2f} MiB"
-    if unit == "FLOP":
-        return f"{value / 1e9:.3f} GFLOP"
-    return f"{value:.0f}"
+    return f"{value / 1e9:.3f} GFLOP"
 
 
 def summary(records: Iterable[dict]) -> str:
@@ -111,7 +109,6 @@ STYLES = {
     "layer": ("#0072B2", "o"),
     "compiled": ("#56B4E9", "d"),
     "0.2.3": ("#D55E00", "s"),
-    "st-moe": ("#E69F00", "D"),
     "loop": ("#CC79A7", "^"),
     "dense": ("#000000", "|"),
     "eager": ("#009E73", "v"),
@@ -122,7 +119,7 @@ STYLES = {
 NAMES = {name: f"transformers, {name}" for name in ("eager", "grouped_mm", "batched_mm")}
 NAMES |= {"fastest": "transformers, at its fastest"}
 NAMES |= {"layer": "mixture_of_experts", "compiled": "mixture_of_experts, compiled"}
-NAMES |= {"0.2.3": "mixture-of-experts 0.2.3", "st-moe": "st-moe-pytorch", "loop": "a loop over experts"}
+NAMES |= {"0.2.3": "mixture-of-experts 0.2.3", "loop": "a loop over experts"}
 NAMES |= {"dense": "one dense network of as many rows"}
 FLOORS = ("products", "router + products", "by hand")
 

@@ -1,7 +1,6 @@
 """Where a mixture wins and where it loses: its share of the dense model's seconds, over how long that one is trained.
 
-    python -m experiments.regime                         # the table and the picture of what is finished
-    python -m experiments.regime --markdown --picture docs/images/regime.png    # those of docs/experiments.md
+    python -m experiments.regime --picture docs/images/regime.png    # table and picture of docs/experiments.md
 
 Of every size of `scaling`, and every length of the dense model's runs: with which share of its steps a mixture has its
 final loss, for each seed, and what that is in seconds. The lengths lie between those that were run, on a line in the
@@ -24,7 +23,6 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .language_model.report import format_rows
 from .scaling import RECORDS, base_settings
 from .scaling_picture import COLOURS
 from .scaling_plan import MODELS, Plan
@@ -77,31 +75,6 @@ def points(size: str, records: Path) -> list[Point]:
             if shares:
                 found.append(Point(size, model, steps, active["dense"], read, shares, ratio))
     return found
-
-
-def table(found: Sequence[Point]) -> str:
-    """A line for each mixture and length; seconds where all seeds' shares are exact."""
-    header = (
-        "active",
-        "model",
-        "dense steps",
-        "bytes/parameter",
-        "share of steps",
-        "seeds",
-        "step ÷ dense",
-        "of seconds",
-    )
-    rows: list[tuple[str, ...]] = [header]
-    for point in found:
-        low, high = (pick(point.shares.values(), key=lambda share: share.share) for pick in (min, max))
-        seeds = f"{low} to {high}" if len(point.shares) > 1 else "one"
-        seconds = f"{point.share * point.ratio:.2f}" if point.ratio and point.exact else ""
-        share = f"{point.share:.2f}" if point.exact else f"{low}"
-        ratio = f"{point.ratio:.2f}" if point.ratio else ""
-        label = MODELS[point.model].label
-        length = (f"{point.dense_steps:,}", f"{point.bytes_per_parameter:.0f}")
-        rows.append((point.size, label, *length, share, seeds, ratio, seconds))
-    return format_rows(rows)
 
 
 def markdown(found: Sequence[Point]) -> list[str]:
@@ -171,7 +144,7 @@ def draw_line(axes: Axes, line: Sequence[Point]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     found = [point for size in SIZES for point in points(size, args.records)]
-    print("\n".join(markdown(found)) if args.markdown else table(found))
+    print("\n".join(markdown(found)))
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     draw(found, args.picture)
     print(f"wrote {args.picture}")
@@ -183,7 +156,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of what scaling and step_times wrote")
-    parser.add_argument("--markdown", action="store_true", help="print the lines of the table in docs/experiments.md")
     parser.add_argument("--picture", type=Path, default=Path("runs/regime.png"))
     return parser.parse_args(argv)
 

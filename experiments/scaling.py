@@ -32,8 +32,7 @@ RECORDS = Path(__file__).parent / "records"
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     base = settings_from(args)  # its learning rate is each run's own
-    stages = SIZES[args.size].stages[: args.stages]
-    plan = Plan(stages, args.steps, args.learning_rate, args.only)
+    plan = Plan(SIZES[args.size].stages, args.steps, args.learning_rate, args.only)
     records = Records(args.records, base)
     if not args.report:
         text = load_text(args.text, SIZES[args.size].packages)
@@ -87,7 +86,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=tuple(MODELS), help="the models to train")
-    parser.add_argument("--stages", type=int, help="only so many of the plan's stages, which sizes.py has")
     parser.add_argument("--steps", type=int, default=size.steps, help="of the dense runs: the mixtures' are shares")
     parser.add_argument("--learning-rate", type=float, default=size.learning_rate, help="where every sweep begins")
     add_options(parser, without=FIXED)

@@ -1,6 +1,5 @@
 """The benchmark harness: it runs, compares before it times, and counts exactly. No time is asserted."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -17,12 +16,11 @@ from support import no_card
 from benchmarks import blocks, card, counts, documented, field, first_hour, gpu, kept, report, timing
 from benchmarks.cases import Figure, choose, every_case
 from benchmarks.contest import Contestant, MissingError
-from benchmarks.field import PUBLISHED, ST_MOE
+from benchmarks.field import PUBLISHED
 from benchmarks.timing import AGAIN, Samples
-from experiments import batch_invariant, cpu_constants
+from experiments import cpu_constants
 from mixture_of_experts.ops.cpu import batches
 from mixture_of_experts.ops.triton import schedule
-from mixture_of_experts.support.same_bits import size_of_block
 
 ROOT = Path(__file__).parent.parent
 TOYS = {case.name: case for case in choose("toy", quick=False)}
@@ -30,9 +28,8 @@ TOYS = {case.name: case for case in choose("toy", quick=False)}
 
 @pytest.fixture(autouse=True)
 def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests need none of the optional packages."""
+    """The tests do not need the published package."""
     monkeypatch.delenv(PUBLISHED, raising=False)
-    monkeypatch.delenv(ST_MOE, raising=False)
 
 
 def entered(name: str, *contestants: str, **changed) -> dict[str, Contestant]:
@@ -70,22 +67,6 @@ def test_the_table_of_the_documents_is_read_whole() -> None:
     assert len(found) > 15
     for name, ratio in found:
         assert points[name]["layer"]["median_s"] == float(ratio), name
-
-
-@pytest.mark.parametrize("name", ["whole batch", "whole batch in new memory"])
-@pytest.mark.parametrize(
-    "changed", [{}, {"factor": None, "gated": True}, {"factor": None, "gated": True, "n": 5}], ids=str
-)
-def test_the_layer_by_hand_is_the_layer(name: str, changed: dict, monkeypatch) -> None:
-    """Output and all gradients: with dropped choices, with experts that differ in their rows, with unused ones."""
-    monkeypatch.setattr(batches, "PADDING", 1 << 9)
-    contestants = entered("toy/train", "layer", name, skew=1.0, **changed)
-    assert max(field.check_all(contestants).values()) < 1e-6
-    layer, by_hand = contestants["layer"], contestants[name]
-    layer.step()
-    by_hand.step()
-    for one, other in zip((*layer.inputs, *layer.parameters), (*by_hand.inputs, *by_hand.parameters), strict=True):
-        torch.testing.assert_close(other.grad, one.grad)
 
 
 def test_a_rival_that_computes_something_else_is_refused() -> None:
@@ -331,44 +312,3 @@ def test_what_is_compiled_beforehand_is_what_is_launched(tmp_path: Path, monkeyp
         with blocks.launching(launch, tried):
             step()
         assert (set(tmp_path.rglob("*.cubin")) > programs) == more
-
-
-@pytest.mark.slow
-def test_a_pretrained_model_beside_dense_ones_and_mixtral(tmp_path: Path, capsys) -> None:
-    """On a small model: what computes as much computes the same, and every figure is printed."""
-    transformers = pytest.importorskip("transformers")
-    from benchmarks import pretrained
-
-    sizes = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
-    threads = torch.get_num_threads()
-    pretrained.main(["--folder", str(tmp_path), "--rounds", "1", "--layers", "1", "--threads", str(threads)])
-    printed = capsys.readouterr().out
-    assert printed.count("float32: layer") == 6  # of each k decoding, prefill and a step
-    assert printed.count("mixtral batched_mm") == 4
-    assert printed.count("dense ") == 8
-
-
-def test_the_cost_of_the_same_bits_is_printed(capsys):
-    batch_invariant.main(["--rounds", "1"], dim=32, hidden_dim=64)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 * len(batch_invariant.CASES)
-    assert all(float(line.split(": ")[1].split()[0]) > 0 for line in lines)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
-def test_the_experts_of_decoding_have_the_bits_of_the_prefill():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from mixture_of_experts.huggingface import upcycle
-
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=256, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
-    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
-    upcycle(model, num_experts=4, noise=0.1)
-    tokens = torch.randint(64, (1, 16))
-    experts = {way: list(batch_invariant.bits(model, tokens, way))[:3] for way in batch_invariant.WAYS}
-    assert all(line.startswith("experts of 0 of 32") for line in experts["batch_invariant"])
-    if size_of_block(torch.float32, torch.get_num_threads(), 256, 320) > 1:
-        assert all(line.startswith("experts of 32 of 32") for line in experts["auto"][:1])

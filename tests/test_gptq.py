@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.page_recipes import recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import Experts, GatedExperts, MoE, OutputOnly, TopKGating
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
-pytest.importorskip("peft")
-from experiments.quantized_experts import gptq, moments
-
+RECIPE = recipe("stacked_experts.md", "def gptq")
+gptq, moments = RECIPE["gptq"], RECIPE["moments"]
 D, H, E = 64, 96, 4
 
 

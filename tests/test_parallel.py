@@ -135,7 +135,7 @@ def test_swapped_model_is_saved_whole(workers: Workers, tmp_path: Path):
     workers.run(hub.check_saved_model_is_whole, 2, tmp_path / "saved")
 
 
-# ---- setting up, copies, collectives, gradients, the benchmark, compilation ----
+# ---- setting up, copies, collectives, gradients, bytes that are sent, compilation ----
 
 ON_FOUR = """
     refusals what_is_spread source_rank_none meta_start group_of_gates copies norms averages balance_of_each_rank

@@ -77,19 +77,9 @@ def test_the_command_trains_what_is_missing_and_reports_all(
 
 
 @pytest.mark.slow
-def test_step_times_say_where_the_seconds_go() -> None:
+def test_step_times_of_a_mixture_and_a_dense_model() -> None:
     results = step_times.measure(["dense", "moe8"], BASE, rounds=2, before=3)
     dense, mixture = results["dense"], results["moe8"]
-    assert dense["parts"].keys() < mixture["parts"].keys()
-    assert {"router", "feed-forward: moving rows"} <= mixture["parts"].keys() - dense["parts"].keys()
-    for own in results.values():
-        assert sum(own["parts"].values()) == pytest.approx(own["step"])
-        assert own["memory"] > 10e6
-    calls = {name: {(part, op): calls for part, op, _, calls in own["operators"]} for name, own in results.items()}
-    assert calls["dense"]["feed-forward", "mm"] == 9 * BASE.layers  # three matrices, forward and twice backward
-    assert calls["dense"]["attention, embeddings, loss", "mm"] == 3 * (2 * BASE.layers + 1)
-    assert calls["moe8"]["attention, embeddings, loss", "mm"] == 3 * (2 * BASE.layers + 1)
-    assert calls["moe8"]["router", "mm"] == 3 * BASE.layers
-    assert calls["moe8"]["optimizer", "_fused_adamw_"] == 3  # a group of parameters each
-    text = step_times.table(results) + step_times.parts_table(results) + step_times.operators_table(results, "moe8")
-    assert "8 experts, more" in text
+    assert 0 < dense["operators_called"] < mixture["operators_called"]
+    assert all(own["step"] > 0 and own["memory"] > 10e6 for own in results.values())
+    assert "8 experts" in step_times.table(results)

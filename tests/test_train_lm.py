@@ -1,15 +1,17 @@
 """The small language model: causal as a whole, and honest about parameters and text."""
 
 import json
+import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import compare_seeds, train_lm
+from experiments import train_lm
 from experiments.language_model import corpus as corpora
 from experiments.language_model import training as trainings
 from experiments.language_model.model import ByteLM
@@ -97,6 +99,33 @@ def test_a_finished_run_reports_a_table_numbers_and_a_picture(
     assert (tmp_path / "train_lm.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_killed_run_that_is_resumed_comes_to_the_bits_of_an_undisturbed_one(
+    text_files: list[Path], tmp_path: Path
+) -> None:
+    """SIGKILL at a random moment leaves the last checkpoint whole; nothing but times differs in the end."""
+    options = [*TINY_OPTIONS, "--models=moe", "--router=gshard", "--steps=200", "--checkpoint-every=20"]
+    command = [sys.executable, "-m", "experiments.train_lm", *options, "--text", *map(str, text_files), "--out"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run([*command, str(straight)], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (killed / trainings.CHECKPOINT).exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.1))
+    process.kill()
+    process.wait()
+    left = trainings.read_checkpoint(killed / trainings.CHECKPOINT)["step"]
+    assert 0 < left < 200
+    assert left % 20 == 0
+    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    states = [torch.load(folder / trainings.CHECKPOINT, weights_only=True) for folder in (straight, killed)]
+    for state in states:
+        del state["trainees"]["moe"]["history"]["seconds"]
+    assert all(states[0].pop(name) == states[1].pop(name) for name in ("settings", "corpus"))
+    del states[0]["rng"]["cuda"], states[1]["rng"]["cuda"]  # None
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
 # ---- text ----
 
 
@@ -124,33 +153,3 @@ def test_evaluation_by_hand_and_without_a_trace(corpus: corpora.Corpus, tmp_path
     state = torch.get_rng_state()
     assert training.trainees[1].evaluate(training.windows) == pytest.approx(8.0, abs=1e-5)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-# ---- commands ----
-
-
-def test_compare_seeds_prints_every_seed_and_repeats_no_run(
-    text_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sweep = ["--seeds", "0", "1", "--learning-rates", "1e-3", "4e-3", "--steps", "3", "--out", str(tmp_path)]
-    options = [*TINY_OPTIONS, *sweep, "--text", *map(str, text_files)]
-    assert compare_seeds.main(options) == 0
-    runs = json.loads((tmp_path / "compare_seeds.json").read_text())
-    grid = [(run["settings"]["seed"], run["settings"]["learning_rate"]) for run in runs]
-    assert grid == [(0, 1e-3), (0, 4e-3), (1, 1e-3), (1, 4e-3)]
-    shown = [f"{entry['held_out_bits_per_byte']:.4f}" for run in runs for entry in run["results"]]
-    printed = capsys.readouterr().out
-    assert all(number in printed for number in shown)
-    assert compare_seeds.main(options) == 0
-    assert runs == json.loads((tmp_path / "compare_seeds.json").read_text())  # times too: nothing was trained again
-
-
-def test_compare_routers(tmp_path):
-    sizes = ["--steps", "4", "--dim", "16", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16"]
-    rest = ["--batch-size", "2", "--eval-every", "4", "--eval-windows", "2", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "experiments.compare_routers", "--routers", "switch", "mixtral", *sizes, *rest]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    runs = json.loads((tmp_path / "compare_routers.json").read_text())
-    assert [run["router"] for run in runs] == ["switch", "mixtral"]
-    assert runs[1]["dropped"] == 0
-    assert all(run["busiest_expert"] >= 1 for run in runs)

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.page_recipes import recipe
 from torch import nn
 
-from experiments.muon import Muon
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import FeedForward, UnstackedExperts, restack, unstack
 
+Muon = recipe("stacked_experts.md", "class Muon")["Muon"]
 D, E, H = 16, 4, 24
 
 

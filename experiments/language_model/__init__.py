@@ -1,4 +1,4 @@
-"""A small language model of bytes, and all that its training takes: what `train_lm.py` and `compare_routers.py` share.
+"""A small language model of bytes, and all that its training takes: what `train_lm.py` and `scaling.py` share.
 
 | file | what is in it |
 |---|---|

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from . import BASE, __doc__, bits, counts
+from .outcomes import Outcomes, Uncomputed
 from .sides import Sides, sides
 
 
@@ -14,21 +15,21 @@ def guard_bits(both: Sides, given: argparse.Namespace) -> str | None:
 
 
 def guard_ranks(both: Sides, given: argparse.Namespace) -> str | None:
+    outcomes = Outcomes()
     before, now = both.ask("ranks.digests")
-    print(f"ranks: {len(before)} layers and layouts, {sum(map(len, before.values())):,} tensors")
+    if isinstance(before, Uncomputed):
+        outcomes.leave_out("all layers and layouts", before)
+        before = {}
     if gone := before.keys() - now.keys():
         print(f"ranks: only there are {', '.join(sorted(gone))}")
-    for name in before.keys() & now.keys():
-        if changed := bits.differences(before[name], now[name]):
-            return f"{', '.join(changed)} differ in {name}"
-    return None
+    differ = {name: outcomes.compare(name, before[name], now[name]) for name in before.keys() & now.keys()}
+    empty = outcomes.report("ranks")
+    return next((f"{', '.join(changed)} differ in {name}" for name, changed in differ.items() if changed), empty)
 
 
 def guard_counts(both: Sides, given: argparse.Namespace) -> str | None:
-    rose = []
-    for function in ("of_calls", "graphs", "launches"):
-        rose += counts.compare(*both.ask(f"counts.{function}"))
-    return "\n    ".join(["rose:", *rose]) if rose else None
+    wrong = [line for kind in counts.KINDS for line in counts.guard(kind, both)]
+    return "\n    ".join(["rose, or could not be counted:", *wrong]) if wrong else None
 
 
 GUARDS: dict[str, Callable[[Sides, argparse.Namespace], str | None]] = {

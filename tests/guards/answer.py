@@ -4,7 +4,10 @@ import importlib
 import json
 import os
 import sys
+import traceback
 import warnings
+
+from .outcomes import described
 
 
 def main() -> None:
@@ -16,7 +19,11 @@ def main() -> None:
         name, *arguments = json.loads(line)
         module, _, function = name.partition(".")
         torch.set_num_threads(1)
-        answer = getattr(importlib.import_module(f"tests.guards.{module}"), function)(*arguments)
+        try:
+            found = getattr(importlib.import_module(f"tests.guards.{module}"), function)(*arguments)
+            answer = {"found": found}
+        except Exception as error:
+            answer = {"failed": described(error), "traceback": traceback.format_exc()}
         print(json.dumps(answer), file=out, flush=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.support import configurations as matrix
 from tests.support import paths
-from tests.support.configurations import Bank, Configuration, Router
+from tests.support.configurations import Bank, Configuration, Router  # noqa: F401  (in situations)
 
+from .outcomes import Digests, Outcomes, Uncomputed, failed
+from .renames import with_old_keys
 from .sides import Sides
-
-Digests = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,6 @@ class Situation:
         return repr(self)
 
 
-NAMES = {kind.__name__: kind for kind in (Situation, Configuration, Router, Bank)}
-
-
 def digest(tensor: Tensor) -> str:
     """Of dtype, shape and every bit."""
     tensor = tensor.detach().cpu().contiguous()
@@ -51,13 +47,13 @@ def digest(tensor: Tensor) -> str:
 def digests(situation: str) -> Digests:
     """What a call of the layer returns, its gradients, its buffers and the generator afterwards; or the type of an
     error."""
-    case: Situation = eval(situation, dict(NAMES))
+    case: Situation = eval(with_old_keys(situation), dict(globals()))  # in this tree's names, as this file is
     try:
         layer, call = matrix.build(case.layer), matrix.call_of(case.layer)
         with threads(case.threads), as_checkpointed(case):
             found = run(case, layer, call)
     except Exception as error:
-        return {"error": type(error).__name__}
+        return failed(error)
     found |= {f"buffer {name}": digest(buffer) for name, buffer in layer.named_buffers()}
     return found | {"generator": digest(torch.default_generator.get_state())}
 
@@ -112,7 +108,7 @@ def digests_of_router(name: str, variant: str, training: bool, length: int) -> D
         results = paths.run(layer, x, mask)
         found = {f"gradient of {n}": digest(grad) for n, grad in paths.gradients(layer, x, results).items()}
     except Exception as error:
-        return {"error": type(error).__name__}
+        return failed(error)
     found |= {"out": digest(results[0]), "aux_loss": digest(results[1])}
     found |= {f"buffer {n}": digest(buffer) for n, buffer in layer.named_buffers()}
     return found | {"generator": digest(torch.default_generator.get_state())}
@@ -139,22 +135,16 @@ def situations(draw: Any) -> Situation:
     return Situation(layer, draw(st.sampled_from([1, 1, 2])), gradients, reentrant)
 
 
-def differences(before: Digests, now: Digests) -> list[str]:
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-
-
 def compare(both: Sides, examples: int) -> str | None:
     """Ask both sides about so many situations, and about every router by name that both have. Returns the smallest
     situation in which they differ, or None."""
     from tests.support.matrix import independent, of_seed  # this tree's: an earlier commit lacks it
 
     found: list[str] = []
-    outcomes: Counter[str] = Counter()
+    outcomes = Outcomes()
 
     def ask(function: str, *arguments: Any) -> None:
-        before, now = both.ask(f"bits.{function}", *arguments)
-        outcomes[before.get("error", "computed")] += 1
-        if names := differences(before, now):
+        if names := outcomes.compare(", ".join(map(str, arguments)), *both.ask(f"bits.{function}", *arguments)):
             found[:] = [f"{', '.join(names)} differ in\n    {', '.join(map(str, arguments))}"]
             raise AssertionError
 
@@ -165,9 +155,12 @@ def compare(both: Sides, examples: int) -> str | None:
 
     with contextlib.suppress(AssertionError), independent():
         before, now = both.ask("bits.routers")
+        if isinstance(before, Uncomputed):
+            outcomes.leave_out("routers by name", before)
+            before = []
         known = [name for name in now if name in before]  # the earlier commit lacks newer ones
         for arguments in itertools.product(known, paths.VARIANTS, (True, False), (1, 40)):
             ask("digests_of_router", *arguments)
         equal()
-    print("bits:", ", ".join(f"{number:,} {outcome}" for outcome, number in outcomes.most_common()), flush=True)
-    return found[0] if found else None
+    empty = outcomes.report("bits")
+    return found[0] if found else empty

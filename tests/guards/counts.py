@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mixture_of_experts
 from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, recipes
 from tests.support import fake_cuda, paths
+
+from .outcomes import Outcomes, Uncomputed, described
+from .sides import Sides
 
 PACKAGE = str(Path(mixture_of_experts.__file__).parent)
 
@@ -46,18 +50,29 @@ CALLS = {
 }
 
 
-def of_calls() -> dict[str, int]:
+Counts = dict[str, float]
+Case = tuple[str, Callable[[], Counts]]  # its name, and what counts
+
+
+def of_calls() -> Counts:
     """Operators, our functions, files and objects, and bytes, of every layer in every call."""
-    found: dict[str, int] = {}
+    return {name: number for _, count in calls() for name, number in count().items()}
+
+
+def calls() -> Iterator[Case]:
     for layer_name, make in LAYERS.items():
         for call_name, call in CALLS.items():
-            torch.manual_seed(0)
-            layer = make().train(call.training)
-            x = torch.randn(call.sequences, call.length, layer.dim, requires_grad=call.training)
-            with torch.set_grad_enabled(call.training):
-                counts = of_call(lambda layer=layer, x=x: layer(x), call.training)
-            found |= {f"{layer_name}, {call_name}: {what}": number for what, number in counts.items()}
-    return found
+            name = f"{layer_name}, {call_name}"
+            yield name, partial(count_call, name, make, call)
+
+
+def count_call(name: str, make: Callable[[], nn.Module], call: CallSettings) -> Counts:
+    torch.manual_seed(0)
+    layer = make().train(call.training)
+    x = torch.randn(call.sequences, call.length, layer.dim, requires_grad=call.training)
+    with torch.set_grad_enabled(call.training):
+        counts = of_call(lambda: layer(x), call.training)
+    return {f"{name}: {what}": number for what, number in counts.items()}
 
 
 def of_call(call: Callable[[], tuple[Tensor, Tensor]], training: bool) -> dict[str, int]:
@@ -135,43 +150,83 @@ def peak_bytes(call: Callable[[], tuple[Tensor, Tensor]], training: bool) -> int
     return most
 
 
-def graphs() -> dict[str, int]:
+def graphs() -> Iterator[Case]:
     """Graphs that `torch.compile` makes for five lengths, of each gate with and without a mask."""
-    lengths, found = (6, 9, 12, 5, 20), {}
-    for name in paths.ROUTERS:
+    for router in paths.ROUTERS:
         for variant in ("plain", "masked"):
-            torch._dynamo.reset()
-            layer, made = paths.layer_with_router(name), Counter()
-
-            def backend(graph: Any, _: Any, made: Counter = made) -> Any:
-                made["graphs"] += 1
-                return graph
-
-            compiled = torch.compile(layer, backend=backend)
-            for length in lengths:
-                paths.run(compiled, *paths.Path("MoE", "Experts", "dropless", variant).inputs(2, length))
-            found[f"graphs, {name}, {variant}"] = made["graphs"]
-    return found
+            name = f"graphs, {router}, {variant}"
+            yield name, partial(count_graphs, name, router, variant)
 
 
-def launches() -> dict[str, float]:
+def count_graphs(name: str, router: str, variant: str) -> Counts:
+    torch._dynamo.reset()
+    layer, made = paths.layer_with_router(router), Counter()
+
+    def backend(graph: Any, _: Any) -> Any:
+        made["graphs"] += 1
+        return graph
+
+    compiled = torch.compile(layer, backend=backend)
+    for length in (6, 9, 12, 5, 20):
+        paths.run(compiled, *paths.Path("MoE", "Experts", "dropless", variant).inputs(2, length))
+    return {name: made["graphs"]}
+
+
+def launches() -> Iterator[Case]:
     """Launches on a GPU and what they keep and move, by operators on fake CUDA tensors."""
     with fake_cuda.fake_cuda() as process:
-        return process.submit(launches_on_fake_cuda).result()
+        for way in ("grouped", "triton", "batched", "plain"):
+            yield f"GPU, {way}", lambda way=way: process.submit(count_launches, way).result()
 
 
-def launches_on_fake_cuda() -> dict[str, float]:
+def count_launches(way: str) -> Counts:
+    """In a process of fake CUDA."""
     from tests.support import fake_cuda_checks as checks
 
-    found = {}
-    for way in ("grouped", "triton", "batched", "plain"):
-        found |= {f"GPU, {way}: {what}": value for what, value in checks.costs(way).items()}
-        found |= {f"GPU, {way}, capacity: {what}": value for what, value in checks.costs_with_capacity(way).items()}
-        found |= {f"GPU, {way}: decoding, {t} tokens": checks.launches_of_decoding(way, t) for t in (1, 64)}
-    return found
+    found = {f"GPU, {way}: {what}": value for what, value in checks.costs(way).items()}
+    found |= {f"GPU, {way}, capacity: {what}": value for what, value in checks.costs_with_capacity(way).items()}
+    return found | {f"GPU, {way}: decoding, {t} tokens": checks.launches_of_decoding(way, t) for t in (1, 64)}
 
 
-def compare(before: dict[str, float], now: dict[str, float]) -> list[str]:
+#: kinds of counts, each a guard's question
+KINDS: dict[str, Callable[[], Iterator[Case]]] = {"calls": calls, "graphs": graphs, "launches": launches}
+
+
+def attempted(kind: str) -> tuple[Counts, dict[str, str]]:
+    """The counts of a kind, and why those of some cases could not be had, by case."""
+    found, failed = {}, {}
+    for name, count in KINDS[kind]():
+        counts = attempt(count)
+        if isinstance(counts, Uncomputed):
+            failed[name] = counts
+        else:
+            found |= counts
+    return found, failed
+
+
+def attempt(count: Callable[[], Counts]) -> Counts | Uncomputed:
+    try:
+        return count()
+    except Exception as error:
+        return Uncomputed(described(error))
+
+
+def guard(kind: str, both: Sides) -> list[str]:
+    """What is wrong with a kind, in lines."""
+    outcomes = Outcomes()
+    before, (now, failures) = both.ask("counts.attempted", kind)
+    before, uncomputed = ({}, {kind: before}) if isinstance(before, Uncomputed) else before
+    for case, reason in uncomputed.items():
+        outcomes.leave_out(case, reason)
+    outcomes.computed = len(before.keys() & now.keys())
+    left_out = tuple(case if case != kind else "" for case in uncomputed)
+    now = {name: number for name, number in now.items() if name in before or not name.startswith(left_out)}
+    wrong = [f"{case} fails in this tree: {reason}" for case, reason in failures.items()]
+    wrong += compare(before, now)
+    return [*wrong, *filter(None, [outcomes.report(f"counts, {kind}")])]
+
+
+def compare(before: Counts, now: Counts) -> list[str]:
     """What rose, in lines; all counts that changed are printed."""
     rose = []
     for name in sorted(before.keys() | now.keys()):

@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from .bits import Digests, digest
+from .bits import digest
+from .outcomes import Digests, failed
 
 RANKS = 2
 
@@ -38,18 +39,29 @@ def digests() -> dict[str, Digests]:
         for layer in parallel_layers.LAYERS:
             for layout in LAYOUTS:
                 of_ranks = workers.outcomes(digests_of_rank, RANKS, layer, layout)
-                parts = {f"rank {rank}": part for rank, part in enumerate(of_ranks)}
-                found[f"{layer}, {layout}"] = {
-                    f"{name} of {rank}": value
-                    for rank, part in parts.items()
-                    for name, value in (part if isinstance(part, dict) else {"error": type(part).__name__}).items()
-                }
+                found[f"{layer}, {layout}"] = together(of_ranks)
     finally:
         workers.stop()
     return found
 
 
+def together(of_ranks: list[Any]) -> Digests:
+    """The digests of all ranks, or the error of the first that has one."""
+    parts = [part if isinstance(part, dict) else failed(part) for part in of_ranks]
+    if wrong := [part for part in parts if "error" in part]:
+        return wrong[0] | {f"error of rank {rank}": part.get("error", "none") for rank, part in enumerate(parts)}
+    return {f"{name} of rank {rank}": value for rank, part in enumerate(parts) for name, value in part.items()}
+
+
 def digests_of_rank(layer: str, layout: str) -> Digests:
+    """What a rank has after two training steps, or its error."""
+    try:
+        return digests_of_steps(layer, layout)
+    except Exception as error:
+        return failed(error)
+
+
+def digests_of_steps(layer: str, layout: str) -> Digests:
     """What a rank has after two training steps' forwards and backwards on its part of a masked batch."""
     model = LAYOUTS[layout](layer)
     x, mask = parallel_layers.batch(masked=True)

@@ -11,20 +11,36 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from .outcomes import Uncomputed
+from .renames import TABLE
 
 ROOT = Path(__file__).parents[2]
 GUARDS = Path("tests/guards")
+
+
+class Failure(NamedTuple):
+    """The error that a question ended in."""
+
+    reason: str
+    traceback: str
 
 
 class Side:
     """A process in a checkout. A question is the name of a function `module.function` of the guards, and its arguments
     in JSON."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, table: Path | None = None) -> None:
+        """
+        Args:
+            folder: the checkout.
+            table: renames since then, if it is the earlier commit's.
+        """
         paths = os.pathsep.join([str(folder), str(folder / "tests")])
         quiet = {"KINETO_LOG_LEVEL": "99"}  # torch's profiler tells when it starts
-        environment = {**os.environ, **quiet, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        translation = {} if table is None else {TABLE: str(table)}
+        environment = {**os.environ, **quiet, **translation, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.guards.answer"]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, cwd=folder, env=environment, stdin=pipe, stdout=pipe, text=True)
@@ -39,7 +55,8 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"the process in {self.process.args} ended: what it wrote stands above")
-        return json.loads(line)
+        answer = json.loads(line)
+        return answer["found"] if "found" in answer else Failure(answer["failed"], answer["traceback"])
 
     def end(self) -> None:
         self.process.kill()
@@ -53,10 +70,16 @@ class Sides:
         self.before, self.now = before, now
 
     def ask(self, function: str, *arguments: Any) -> tuple[Any, Any]:
-        """The answers of both, the earlier commit's first."""
+        """The answers of both, the earlier commit's first: an `Uncomputed` if it has none.
+
+        Raises RuntimeError if this tree has none.
+        """
         self.before.ask(function, *arguments)
         self.now.ask(function, *arguments)
-        return self.before.answer(), self.now.answer()
+        before, now = self.before.answer(), self.now.answer()
+        if isinstance(now, Failure):
+            raise RuntimeError(f"{function} fails in this tree:\n{now.traceback}")
+        return Uncomputed(before.reason) if isinstance(before, Failure) else before, now
 
 
 @contextmanager
@@ -66,7 +89,7 @@ def sides(commit: str) -> Iterator[Sides]:
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
         subprocess.run(["tar", "--extract", "--directory", folder], input=archive, check=True)
         shutil.copytree(ROOT / GUARDS, Path(folder) / GUARDS, dirs_exist_ok=True)
-        both = [Side(Path(folder)), Side(ROOT)]
+        both = [Side(Path(folder), ROOT / GUARDS / "renames.tsv"), Side(ROOT)]
         for side in both:
             stack.callback(side.end)
         yield Sides(*both)
