@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import no_card
+from support.invariance import asks_for_blocks
 
 from benchmarks import blocks, card, counts, documented, field, first_hour, gpu, kept, report, timing
 from benchmarks.cases import Figure, choose, every_case
@@ -22,7 +23,6 @@ from benchmarks.timing import AGAIN, Samples
 from experiments import batch_invariant, cpu_constants
 from mixture_of_experts.ops.cpu import batches
 from mixture_of_experts.ops.triton import schedule
-from mixture_of_experts.support.same_bits import size_of_block
 
 ROOT = Path(__file__).parent.parent
 TOYS = {case.name: case for case in choose("toy", quick=False)}
@@ -370,5 +370,5 @@ def test_the_experts_of_decoding_have_the_bits_of_the_prefill():
     tokens = torch.randint(64, (1, 16))
     experts = {way: list(batch_invariant.bits(model, tokens, way))[:3] for way in batch_invariant.WAYS}
     assert all(line.startswith("experts of 0 of 32") for line in experts["batch_invariant"])
-    if size_of_block(torch.float32, torch.get_num_threads(), 256, 320) > 1:
+    if asks_for_blocks(256, 320):
         assert all(line.startswith("experts of 32 of 32") for line in experts["auto"][:1])

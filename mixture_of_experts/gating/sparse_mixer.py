@@ -71,6 +71,9 @@ class SparseMixerGating(TokenChoiceGate):
         self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
 
+    def why_not_invariant(self) -> str | None:
+        return "it samples experts in training: call eval()" if self.training else super().why_not_invariant()
+
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""
         logits = router_logits(tokens.x, self.w_gating)
