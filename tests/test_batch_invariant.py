@@ -124,7 +124,7 @@ def test_many_random_layers_keep_the_bits_or_raise(seed):
 def test_the_attack_finds_rows_that_stand_in_no_blocks(monkeypatch):
     if not invariance.asks_for_blocks(64, 48):
         pytest.skip("this CPU's products have equal bits for every number of rows")
-    monkeypatch.setattr(batch_invariant, "rows_of_block", lambda *_: 1)
+    monkeypatch.setattr(batch_invariant, "whole_vectors", lambda *_: 1)
     c = invariance.Combination("top-2", "gated", "none", "float32", 1, False, 64)
     assert invariance.outcome(c)[0] == "differing"
 
@@ -294,4 +294,4 @@ def test_a_cpu_without_such_blocks_is_told():
         return [((x @ weight) * (1 + x.shape[-2] * 2.0**-20)).unsqueeze(0)]
 
     with pytest.raises(RuntimeError, match=r"17 x 23.*another number of threads"):
-        same_bits.rows_of_block(planted, 17, 23, torch.randn(17, 23))
+        same_bits.rows_of_block(planted, (17, 23), torch.randn(17, 23))

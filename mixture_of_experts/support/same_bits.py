@@ -16,7 +16,7 @@ Axes: t tokens, p inner and q outer dimension of a product, r rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -135,9 +135,12 @@ def layout_of(tensor: Tensor) -> Layout:
     return Layout(tensor.dtype, (*stack, *tensor.shape[len(stack) :]), tensor.stride())
 
 
-def rows_of_block(compute: Compute, p: int, q: int, *operands: Tensor | None, dtype: torch.dtype | None = None) -> int:
+def rows_of_block(
+    compute: Compute, sizes: Sequence[int], *operands: Tensor | None, dtype: torch.dtype | None = None
+) -> int:
     """The least number of rows in `SIZES` for which `compute` keeps the bits of a row x `(..., p)` in `dtype`, by
-    default that of the first operand, with these operands. RuntimeError if there is none."""
+    default that of the first operand, with these operands; `sizes` are p and q. RuntimeError if there is none."""
+    p, q = sizes
     layouts = tuple([None if operand is None else layout_of(operand) for operand in operands])
     narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     assert layouts[0] is not None
@@ -266,7 +269,7 @@ def product_in_blocks(
     with zeros for tokens that a block lacks, and for columns that a vector lacks."""
     t, q = x.shape[-2], weight.shape[-1]
     weight = F.pad(weight, (0, -q % COLUMNS))
-    size = rows_of_block(compute, *weight.shape[-2:], weight, dtype=x.dtype)
+    size = rows_of_block(compute, weight.shape[-2:], weight, dtype=x.dtype)
     parts = F.pad(x, (0, 0, 0, -t % size)).split(MAX_ROWS, dim=-2)
     return torch.cat([product(part.contiguous(), weight, dtype) for part in parts], dim=-2)[..., :t, :q].contiguous()
 
@@ -279,7 +282,7 @@ def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:
     if (reason := why_not_by_token(module)) is not None:
         refuse_unknown(type(module).__name__, reason)
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    sizes = [rows_of_block(linear, *layer.weight.T.shape, layer.weight, layer.bias) for layer in layers]
+    sizes = [rows_of_block(linear, layer.weight.T.shape, layer.weight, layer.bias) for layer in layers]
     widths = [x.shape[-1], *(width for layer in layers for width in layer.weight.shape)]
     block = whole_vectors(max(sizes, default=1), *widths)
     most = min(MAX_ROWS, rows_at_once(block, max(widths)))

@@ -227,7 +227,7 @@ ROUTERS["forced"] = forced
 def asks_for_blocks(p: int, q: int) -> bool:
     """Whether a row alone gets other bits from this CPU's products of float32, `p x q`. Where it does not, the fastest
     implementation keeps the bits too."""
-    return rows_of_block(products, p, q, torch.empty(2, p, q, dtype=torch.float32)) > 1
+    return rows_of_block(products, (p, q), torch.empty(2, p, q, dtype=torch.float32)) > 1
 
 
 def lora(dim: int, fast: bool) -> Any:

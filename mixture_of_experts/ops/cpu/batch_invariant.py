@@ -29,9 +29,9 @@ def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     network, hidden_dim = call.network, call.network.w_out.shape[-2]
     weights = [view for weight in (*network.w_in, network.w_out) for view in (weight, weight.mT)]
-    size = max(rows_of_block(products, *weight.shape[-2:], weight) for weight in weights)
+    size = max(rows_of_block(products, weight.shape[-2:], weight) for weight in weights)
     block = whole_vectors(size, hidden_dim)
-    return fused.run(call, blocks=fused.Blocks(block, rows_at_once(block, hidden_dim), MAX_ROWS))
+    return fused.run(call, blocks=fused.RowLimits(block, rows_at_once(block, hidden_dim), MAX_ROWS))
 
 
 def products(x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:

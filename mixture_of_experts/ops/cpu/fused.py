@@ -27,7 +27,7 @@ from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.products import multiply
 
 
-class Blocks(NamedTuple):
+class RowLimits(NamedTuple):
     """How the rows of an expert are computed so that a row's bits do not depend on the others; see `batch_invariant`.
 
     Attributes:
@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
     multiplied: int
 
 
-def run(call: Call, on_rows: Any = rows, blocks: Blocks | None = None) -> Tensor:
+def run(call: Call, on_rows: Any = rows, blocks: RowLimits | None = None) -> Tensor:
     """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
@@ -85,7 +85,7 @@ class ChunkProducts(rows.Products):
         chunk, sizes: its batches, and the rows of each.
     """
 
-    blocks: Blocks | None
+    blocks: RowLimits | None
     tokens: Tensor
     empty: Tensor
     here: slice
@@ -94,7 +94,7 @@ class ChunkProducts(rows.Products):
     chunk: list[Batch]
     sizes: list[int]
 
-    def __init__(self, chunks: list[list[Batch]], blocks: Blocks | None, plan: Plan) -> None:
+    def __init__(self, chunks: list[list[Batch]], blocks: RowLimits | None, plan: Plan) -> None:
         super().__init__(plan, chunks)
         self.blocks = blocks
         self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
