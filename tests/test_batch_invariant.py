@@ -280,6 +280,17 @@ def test_a_part_that_is_called_alone_is_refused():
         experts(torch.randn(4, 2, 32))
 
 
+def test_the_sampling_sees_the_order_of_a_sum_through_float16():
+    """Planted are products that are summed in another order where there are few rows, and rounded to float16: numbers
+    that do not cancel out would nearly always round alike."""
+
+    def planted(x, y, weight):
+        x, weight = x.float(), weight.float()
+        return [((x @ weight) if len(x) >= 8 else (x.flip(-1) @ weight.flip(0))).half().unsqueeze(0)]
+
+    assert same_bits.rows_of_block(planted, (48, 3), torch.empty(48, 3, dtype=torch.float16)) == 8
+
+
 def test_a_block_that_threads_would_share_is_refused():
     torch.set_num_threads(2)
     with pytest.raises(ValueError, match="width of 1001 needs blocks of 64 rows"):
