@@ -157,7 +157,7 @@ def _rows_of_block(
     q: int,
     layouts: tuple[Layout | None, ...],
 ) -> int:
-    """`rows_of_block`, of random numbers whose sums cancel out, so that only rounding is left of them: after rounding to
+    """`rows_of_block`, of random numbers whose sums cancel out, so that only rounding is left: after rounding to
     16 bits the order of other sums is seldom seen. This samples, it does not prove."""
     assert layouts[0] is not None
     generator, stack = torch.Generator().manual_seed(0), layouts[0].shape[:-2]
