@@ -15,7 +15,7 @@ from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
 from mixture_of_experts.support.checks import check_number, check_size
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_module
-from mixture_of_experts.support.same_bits import module_in_blocks, refuse_same_bits
+from mixture_of_experts.support.same_bits import module_in_blocks, refuse_same_bits, why_not_by_token, why_variant
 
 WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
 
@@ -100,6 +100,11 @@ class LatentExperts(ExpertsAround):
         told = self.dim_out if after is None else getattr(after, "out_features", None)
         self.dim_out = told if dim_out is None else check_size("dim_out", dim_out)
 
+    def why_not_invariant(self) -> str | None:
+        parts = [part for part in (self.before, self.beside, self.after) if part is not None]
+        reasons = (why_variant(self.experts), *map(why_not_by_token, parts))
+        return next((reason for reason in reasons if reason is not None), None)
+
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         inner = x if self.before is None else module_in_blocks(self.before, x)
         out = self.experts(inner) if decision is None else run_experts(self.experts, inner, decision)
@@ -170,6 +175,9 @@ class ZeroComputationExperts(ExpertsAround):
                 f"the experts map width {dim} to {dim_out}, but {self.num_identity} of the added ones return the token "
                 f"of width {dim}: give them num_zero alone, or experts that keep the width"
             )
+
+    def why_not_invariant(self) -> str | None:
+        return why_variant(self.experts)
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         e, stop = self.num_computing, self.num_computing + self.num_identity
@@ -269,6 +277,7 @@ class NormedExperts(ExpertsAround):
 class Scale(nn.Module):
     """Multiplies by a number."""
 
+    by_token: ClassVar[bool] = True
     factor: float
 
     def __init__(self, factor: float) -> None:
@@ -285,6 +294,7 @@ class Scale(nn.Module):
 class Shift(nn.Module):
     """Adds a learned vector `bias (d,)`."""
 
+    by_token: ClassVar[bool] = True
     bias: nn.Parameter
 
     def __init__(self, dim: int) -> None:
@@ -308,6 +318,7 @@ class TokenGated(nn.Module):
         gate: maps `(..., d)` to `(..., 1)`.
     """
 
+    by_token: ClassVar[bool] = True
     module: nn.Module
     gate: nn.Module
 

@@ -22,7 +22,7 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import routed_ffn
-from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two
+from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two, why_unknown
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
@@ -80,6 +80,10 @@ class RoutedExperts(nn.Module):
         super().__init_subclass__(**kwargs)
         cls.reads_decisions = binds_decision(cls.forward)
         cls.makes_outputs = is_own(declaring_class(cls, "forward"))
+
+    def why_not_invariant(self) -> str | None:
+        """Why a token may get other bits in another batch, under `ops.use("batch_invariant")`; None if it does not."""
+        return f"{type(self).__name__} compute rows by themselves: take Experts or GatedExperts"
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`."""
@@ -263,6 +267,12 @@ class StackedExperts(FixedShapes, RoutedExperts):
         check_slots(self, x, decision)
         out = feed_forward(*cast_operands(x.flatten(0, -3), network))
         return own(out, (*x.shape[:-1], out.shape[-1]))
+
+    def why_not_invariant(self) -> str | None:
+        if self.training and self.dropout:
+            return f"dropout={self.dropout} draws random numbers in training: set it to 0, or call eval()"
+        reason = why_unknown(self.act)
+        return None if reason is None else f"{reason}: take one of the package's own, without hooks"
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         rows, network = cast_operands(rows, self._network())

@@ -38,6 +38,7 @@ from mixture_of_experts.gating.levels import check_slots_have_tokens, second_lev
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.support.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
+from mixture_of_experts.support.same_bits import refuse_variant
 from mixture_of_experts.support.settings import CheckedModule, setting
 
 if TYPE_CHECKING:
@@ -231,6 +232,7 @@ class MoE(Layer):
         self.experts = experts
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
+        refuse_variant(inputs, gate=self.gate, experts=self.experts, shared_expert=self.shared_expert)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         read = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
         routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **read))
@@ -335,6 +337,7 @@ class HeirarchicalMoE(Layer):
         self.experts = experts
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
+        refuse_variant(inputs, gate_outer=self.gate_outer, gate_inner=self.gate_inner, experts=self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         side_outer, side_inner = {}, {}
         if side:

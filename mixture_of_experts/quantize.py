@@ -216,9 +216,12 @@ class QuantizedExperts(RoutedExperts):
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.rearrange()
 
+    def why_not_invariant(self) -> str:
+        return f"experts in {self.bits} bits compute rows by themselves: take those that are not quantised"
+
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
-        refuse_same_bits(f"experts in {self.bits} bits compute rows by themselves")
+        refuse_same_bits(self.why_not_invariant())
         if not isinstance(decision, Decision):
             check_slots(self, x, decision)
             return super().forward(x)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,7 @@ class SharedExpert(nn.Module):
         torch.Size([2, 5, 8])
     """
 
+    by_token: ClassVar[bool] = True
     gate_proj: nn.Linear | None
     up_proj: nn.Linear
     down_proj: nn.Linear

@@ -154,6 +154,12 @@ class Gate(FixedShapes):
                 setattr(self, name, buffer.to(cast.device))
         return self
 
+    def why_not_invariant(self) -> str | None:
+        """Why a token may make other choices in another batch, or weigh them by other bits, under
+        `ops.use("batch_invariant")`; None if it does not. A class that computes logits otherwise than by `product`, or
+        reads more than a token, says so."""
+        return f"a {type(self).__name__} does not say that it decides on each token by itself"
+
     def read(
         self,
         x: Tensor,
@@ -284,6 +290,15 @@ class TokenChoiceGate(Gate):
     def check_k(self, k: Any) -> int:
         """Return `k` if the gate can make as many choices of each token; ValueError otherwise."""
         return check_size("k", k)
+
+    def why_not_invariant(self) -> str | None:
+        if self.capacity_factor is not None:
+            return "a limited capacity drops a token's choice because of other tokens: set the capacity factors to None"
+        if self.outer_expert_dims:
+            return "of two levels the first may drop tokens: take one level"
+        if self.forced is not None:
+            return f"{self.forced} experts are forced, by a token's place in the batch: end force_routing"
+        return None
 
     @property
     def capacity_factor(self) -> float | None:

@@ -98,6 +98,9 @@ class DepthAveragedGating(TopKGating):
         if (scale := self._parameters.get("state_scale")) is not None:
             nn.init.ones_(scale)
 
+    def why_not_invariant(self) -> str:
+        return f"the logits of {type(self).__name__} follow from a linear layer: take TopKGating"
+
     def decide(self, tokens: Tokens) -> Choices:
         """Choose by the state, and hand it on."""
         dtype = torch.float64 if self.down.weight.dtype == torch.float64 else torch.float32

@@ -59,6 +59,9 @@ class ExpertChoiceGating(Gate):
         self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
 
+    def why_not_invariant(self) -> str:
+        return "experts choose tokens, so a token's experts depend on the other tokens: take a gate of token choice"
+
     @property
     def expected_choices(self) -> float:
         """The mean number of experts that choose a token, without rounding: the capacity factor."""

@@ -7,6 +7,7 @@ group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from mixture_of_experts.support.checks import (
     shape_of,
 )
 from mixture_of_experts.support.private_torch import in_forward_mode, is_wrapped, is_wrapper_subclass
-from mixture_of_experts.support.same_bits import BATCH_INVARIANT, product_in_blocks, refuse_same_bits
+from mixture_of_experts.support.same_bits import (
+    BATCH_INVARIANT,
+    Compute,
+    elementwise,
+    product_in_blocks,
+    refuse_same_bits,
+    with_gradient,
+)
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import without_autocast
 from mixture_of_experts.support.ways import asked_for
@@ -38,7 +46,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     dtype, rows = torch.float64 if weight.dtype == torch.float64 else torch.float32, x.flatten(-3, -2)
     with without_autocast(x.device):
         if asked_for() == BATCH_INVARIANT:
-            logits = product_in_blocks(_differentiable, rows, weight, dtype)
+            logits = product_in_blocks(_differentiable, SAMPLED[dtype], rows, weight, dtype)
         else:
             logits = _differentiable(rows, weight, dtype)  # one product for each outer expert
     if bias is not None:
@@ -148,7 +156,7 @@ class RouterLogits(FixedShapes):
         logits = router_logits(x, self.weight, self.bias)
         if self.multiplier != 1:
             logits = logits * self.multiplier
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.softcap is None else self.softcap * elementwise(torch.tanh, logits / self.softcap)
 
 
 class _Logits(torch.autograd.Function):
@@ -209,6 +217,14 @@ def _differentiable(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if in_forward_mode():
         return x.to(dtype) @ weight.to(dtype)
     return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
+
+
+def _sampled(dtype: torch.dtype, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    return with_gradient(lambda x: _differentiable(x, weight, dtype), x, y)
+
+
+#: by the dtype of the logits what samples `_differentiable`
+SAMPLED: dict[torch.dtype, Compute] = {dtype: partial(_sampled, dtype) for dtype in (torch.float32, torch.float64)}
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

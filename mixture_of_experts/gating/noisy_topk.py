@@ -73,6 +73,9 @@ class NoisyTopKGating(TokenChoiceGate):
         nn.init.zeros_(self.w_gating)
         nn.init.zeros_(self.w_noise)
 
+    def why_not_invariant(self) -> str | None:
+        return "it draws noise in training: call eval()" if self.training else super().why_not_invariant()
+
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest noisy scores."""
         clean = router_logits(tokens.x, self.w_gating)

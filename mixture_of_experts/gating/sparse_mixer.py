@@ -72,6 +72,9 @@ class SparseMixerGating(TokenChoiceGate):
     def check_k(self, k: Any) -> int:
         return check_k_of_experts(super().check_k(k), self.num_experts)
 
+    def why_not_invariant(self) -> str | None:
+        return "it samples experts in training: call eval()" if self.training else super().why_not_invariant()
+
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""
         logits = router_logits(tokens.x, self.w_gating)

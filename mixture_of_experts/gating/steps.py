@@ -156,3 +156,7 @@ class LearnedScale(nn.Module):
         scale = self.scale.to(weight.dtype)
         weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         return weight * (scale if len(self.scale) == 1 else scale[expert])
+
+
+#: steps that read each token by itself; functions are unknown
+KNOWN_STEPS = {AlwaysChosen, OpenGroups, NormalizeBy, LearnedScale}

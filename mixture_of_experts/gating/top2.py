@@ -127,6 +127,11 @@ class Top2Gating(TokenChoiceGate):
             return self.second_policy_train, self.second_threshold_train
         return self.second_policy_eval, self.second_threshold_eval
 
+    def why_not_invariant(self) -> str | None:
+        if self.second[0] == "random":
+            return "policy 'random' draws which second choices are sent: take 'all', 'none' or 'threshold'"
+        return super().why_not_invariant()
+
     def decide(self, tokens: Tokens) -> Choices:
         """Make two choices for each token, by algorithm 1 of GShard.
 

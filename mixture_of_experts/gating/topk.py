@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
@@ -32,6 +33,7 @@ from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
 from mixture_of_experts.gating.steps import (
     GROUP_SCORES,
+    KNOWN_STEPS,
     SCORES,
     STEPS,
     AlwaysChosen,
@@ -182,6 +184,17 @@ class TopKGating(TokenChoiceGate):
         for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts, self.expert_histogram):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
+
+    def why_not_invariant(self) -> str | None:
+        if self.training and self.jitter:
+            return f"jitter={self.jitter} draws random numbers in training: set it to 0, or call eval()"
+        if type(self.logits) not in (type(None), RouterLogits):
+            return f"the logits come from a {type(self.logits).__name__}: take RouterLogits"
+        steps = {name: getattr(self, name) for name in (*STEPS, "normalize")}
+        for name, step in steps.items():
+            if not (isinstance(step, (str, bool)) or step is F.relu or type(step) in KNOWN_STEPS):
+                return f"{name} is {step!r}, an unknown function: take one of this package"
+        return super().why_not_invariant()
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""

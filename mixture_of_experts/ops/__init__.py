@@ -74,8 +74,9 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "ba
     """Compute every call of `routed_ffn` and `moe_ffn` by one way, while the context lasts.
 
     "auto" takes the fastest way for each call. "batch_invariant" gives each token of a dropless layer, on a CPU, the
-    same bits alone and in any batch, router and shared expert included; what cannot keep that raises. The context holds
-    for all threads of the process (a backward on a GPU has its own). If several are open, the last one entered holds.
+    same bits alone and in any batch, router and shared expert included; a layer with a part that is not known to keep
+    them raises before anything is computed. The context holds for all threads of the process (a backward on a GPU has
+    its own). If several are open, the last one entered holds.
     Activation checkpointing must recompute in the same context, so keep the backward inside. The environment variable
     `MIXTURE_OF_EXPERTS_KERNELS` sets a way for the whole process. With another name than these two, experts that no way
     computes are unchanged.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class ClampedSwiGLU(nn.Module):
         torch.Size([4, 5, 8])
     """
 
+    by_token: ClassVar[bool] = True
     alpha: float
     limit: float
 
@@ -73,6 +74,7 @@ class ClampedGLU(nn.Module):
         tensor([-2.,  2.])
     """
 
+    by_token: ClassVar[bool] = True
     act: nn.Module
     limit: float
     after: bool
@@ -106,6 +108,7 @@ class SiTU(nn.Module):
         tensor([100.])
     """
 
+    by_token: ClassVar[bool] = True
     beta: float
     linear_beta: float
 
@@ -133,6 +136,8 @@ class SquaredReLU(nn.Module):
         >>> SquaredReLU()(torch.tensor([-1.0, 3.0]))
         tensor([0., 9.])
     """
+
+    by_token: ClassVar[bool] = True
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x).square()

@@ -28,6 +28,8 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 from mixture_of_experts.support.checks import shape_of
 from mixture_of_experts.support.same_bits import refuse_same_bits
 
+SEVERAL_BATCHES = "experts that are spread over ranks compute the rows of several batches together"
+
 
 class ExpertParallelExperts(nn.Module):
     """The base that `parallel_class` puts before a class of experts, to spread them over ranks."""
@@ -35,13 +37,16 @@ class ExpertParallelExperts(nn.Module):
     expert_parallel: ExpertSharding
     local_class: type[nn.Module]
 
+    def why_not_invariant(self) -> str:
+        return SEVERAL_BATCHES
+
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
 
         All ranks of the mesh must call it together. Rows travel if the call is dropless and the experts take rows, else
         slots. This does not depend on the batch, which differs between ranks.
         """
-        refuse_same_bits("experts that are spread over ranks compute the rows of several batches together")
+        refuse_same_bits(SEVERAL_BATCHES)
         if decision is None:
             return self._exchange_slots(x)
         ragged = decision.dropless and getattr(self.local_class, "reads_decisions", False)

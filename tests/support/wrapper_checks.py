@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import ExpertList, GatedExperts, MoE, TopKGating, ops
-from mixture_of_experts.support.same_bits import size_of_block
+from support.invariance import asks_for_blocks
 from support.parallel_workers import whole
 from support.paths import Path, assert_all_close
 
@@ -271,4 +271,4 @@ def check_the_same_bits(wrap: str) -> None:
                 here = slice(dist.get_rank(), dist.get_rank() + size)
                 differ[way] += int((wrapped(x[:, here])[0] != expected[:, here]).sum())
     assert differ["batch_invariant"] == 0
-    assert differ["auto"] > 0 or size_of_block(torch.float32, torch.get_num_threads(), 64, 64) == 1
+    assert differ["auto"] > 0 or not asks_for_blocks(64, 64)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mixture_of_experts.ops import cpu
 from mixture_of_experts.ops.cpu import fused
 from mixture_of_experts.ops.network import Call
-from mixture_of_experts.support.same_bits import block_of, rows_at_once
+from mixture_of_experts.ops.products import multiply
+from mixture_of_experts.support.same_bits import MAX_ROWS, copied_at, rows_at_once, rows_of_block, whole_vectors
 
 
 def why_not(call: Call) -> str | None:
@@ -26,5 +28,18 @@ def why_not(call: Call) -> str | None:
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     network, hidden_dim = call.network, call.network.w_out.shape[-2]
-    block = block_of([*network.w_in, network.w_out], hidden_dim)
-    return fused.run(call, block=block, step=rows_at_once(block, hidden_dim))
+    weights = [view for weight in (*network.w_in, network.w_out) for view in (weight, weight.mT)]
+    size = max(rows_of_block(products, weight.shape[-2:], weight) for weight in weights)
+    block = whole_vectors(size, hidden_dim)
+    return fused.run(call, blocks=fused.RowLimits(block, rows_at_once(block, hidden_dim), MAX_ROWS))
+
+
+def products(x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    """What `fused` computes of rows x `(n, r, p)` and weights `(n, p, q)`: products of several experts and of each, and
+    sums of them and y `(n, r, q)`, written to memory with the offset of y."""
+    outs = [copied_at(y, int(y.storage_offset())) for _ in range(4)]
+    for add, (together, alone) in enumerate((outs[:2], outs[2:])):
+        multiply(x, weight, together, add=bool(add))
+        for parts in zip(x, weight, alone, strict=True):
+            multiply(*parts, add=bool(add))
+    return [torch.stack(outs[:2]), torch.stack(outs[2:])]

@@ -9,9 +9,9 @@ memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,28 @@ from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.products import multiply
 
 
-def run(call: Call, on_rows: Any = rows, block: int = 1, step: int | None = None) -> Tensor:
-    """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions. An
-    expert has a multiple of `block` rows, and an activation gets at most `step` rows at a time."""
+class RowLimits(NamedTuple):
+    """How the rows of an expert are computed so that a row's bits do not depend on the others; see `batch_invariant`.
+
+    Attributes:
+        size: an expert has a multiple of so many rows.
+        activated: the most rows that an activation gets at a time, a multiple of `size`.
+        multiplied: the most rows of an expert in a product, a multiple of `size`.
+    """
+
+    size: int
+    activated: int
+    multiplied: int
+
+
+def run(call: Call, on_rows: Any = rows, blocks: RowLimits | None = None) -> Tensor:
+    """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
-    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, block)
-    layout: Any = partial(ChunkProducts, chunks, step) if chunks else SlotProducts
+    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
+    layout: Any = partial(ChunkProducts, chunks, blocks) if chunks else SlotProducts
     pair = partial(rows.forward, layout, on_rows), partial(rows.backward, layout, on_rows)
     return autograd.differentiable(*pair, x, plan, network)
 
@@ -65,14 +78,14 @@ class ChunkProducts(rows.Products):
     """Rows in chunks of batches, with a product for each batch. Totals lie in the rows of all chunks.
 
     Attributes:
-        step: the most rows that an activation gets at a time; None for all.
+        blocks: how many rows are computed at a time; None for all.
         tokens: `(r,)`, the token of each row, any token where it is empty.
         empty: `(r,)`, the rows that are empty.
         here, token, padding: of the chunk: its rows, the tokens of these, the empty ones among these.
         chunk, sizes: its batches, and the rows of each.
     """
 
-    step: int | None
+    blocks: RowLimits | None
     tokens: Tensor
     empty: Tensor
     here: slice
@@ -81,9 +94,9 @@ class ChunkProducts(rows.Products):
     chunk: list[Batch]
     sizes: list[int]
 
-    def __init__(self, chunks: list[list[Batch]], step: int | None, plan: Plan) -> None:
+    def __init__(self, chunks: list[list[Batch]], blocks: RowLimits | None, plan: Plan) -> None:
         super().__init__(plan, chunks)
-        self.step = step
+        self.blocks = blocks
         self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
         self.empty = plan.token == plan.num_tokens
 
@@ -118,9 +131,20 @@ class ChunkProducts(rows.Products):
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
         """Rows x times the weights of their experts, `(r, q)`: written to `out`, or with `add` added to it."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
-        for part, matrix, result in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
-            multiply(part, matrix, result, add=add)
+        for operands in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
+            for part, matrix, result in self.in_blocks(*operands):
+                multiply(part, matrix, result, add=add)
         return out
+
+    def in_blocks(self, rows: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The operands of a product of a batch; of several products, each of one expert, if it has too many rows."""
+        if self.blocks is None or rows.shape[-2] <= self.blocks.multiplied:
+            yield rows, weight, out
+            return
+        experts = [(rows, weight, out)] if rows.ndim == 2 else zip(rows, weight, out, strict=True)
+        for of_rows, matrix, results in experts:
+            parts = (each.split(self.blocks.multiplied) for each in (of_rows, results))
+            yield from ((part, matrix, result) for part, result in zip(*parts, strict=True))
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         if self.rows is None:
@@ -148,11 +172,12 @@ class ChunkProducts(rows.Products):
         return out
 
     def activate(self, method: Callable[..., None], *tensors: Any) -> None:
-        if self.step is None:
+        if self.blocks is None:
             method(*tensors)
             return
-        for start in range(0, len(tensors[0][0]), self.step):
-            some = slice(start, start + self.step)
+        step = self.blocks.activated
+        for start in range(0, len(tensors[0][0]), step):
+            some = slice(start, start + step)
             method(*[each[some] if isinstance(each, Tensor) else [part[some] for part in each] for each in tensors])
 
     def collect(self) -> Tensor:
