@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support import no_card
-from support.invariance import asks_for_blocks
 
 from benchmarks import blocks, card, counts, documented, field, first_hour, gpu, kept, report, timing
 from benchmarks.cases import Figure, choose, every_case
