@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 When = Literal["always", "training", "eval"]
-MAX_DRAWN = 24  # gates of which a report has pictures: each takes a tenth of a second, and 100 kB
+MAX_DRAWN = 24  # gates of which a report has pictures: of 300 they took half a minute
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
