@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
-    # as any model, once the package is imported
-    again = AutoModelForCausalLM.from_pretrained(args.out / "model", trust_remote_code=False)
+    again = AutoModelForCausalLM.from_pretrained(args.out / "model", trust_remote_code=False)  # as any model
     probe = held_out[:1]
     assert torch.equal(again(probe).logits, model(probe).logits)
     print(f"saved in {args.out / 'model'}, and loaded again")

@@ -100,7 +100,8 @@ def test_what_is_served(settings, kernel):
 
 
 class OwnGating(TopKGating):
-    pass
+    def decide(self, tokens):
+        return super().decide(tokens)
 
 
 @pytest.mark.parametrize(

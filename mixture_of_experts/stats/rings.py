@@ -119,6 +119,7 @@ class GateRing:
         site = self.site
         self.name: str = site.name  # `torch.compile` reads it
         self.shape: tuple[int, ...] = (*site.outer, site.num_experts)  # of the load
+        self.has_bias: bool = site.bias is not None
         # a traced graph cannot store names, but it calls a constant function, which no method is
         self.learn_names: Any = constant_in_graphs(lambda losses: self._learn_names(losses))
         with torch.inference_mode(False), site.device:  # inference tensors cannot be written to outside of that mode

@@ -270,7 +270,7 @@ class RoutingStats:
 
     def _notes(self, layer: str) -> Iterator[str]:
         ring = self._ring(layer)
-        return notes_of(self._steps(layer), ring.record, has_bias=ring.site.bias is not None)
+        return notes_of(self._steps(layer), ring.record, has_bias=ring.has_bias)
 
     def _cells(self, layer: str) -> dict[str, str]:
         return cells_of(self.total(layer), self.records(layer))

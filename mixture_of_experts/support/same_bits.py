@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.support.overriding import is_own
 from mixture_of_experts.support.private_torch import in_transform, unwrapped, without_dispatch_modes, wrapped_class
 from mixture_of_experts.support.ways import asked_for
 
@@ -108,7 +109,7 @@ def why_variant(module: nn.Module) -> str | None:
 def overridden(module: nn.Module) -> str | None:
     """The attribute by which a class outside of this package changes one of its classes; None if none does."""
     kinds = wrapped_class(module).__mro__
-    ours = next(kind for kind in kinds if kind.__module__.startswith("mixture_of_experts."))
+    ours = next(kind for kind in kinds if is_own(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
     return next((name for name in changes if hasattr(ours, name) and name not in HARMLESS), None)
 
