@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.cases import HALVES, Case, choose
+from benchmarks.cases import HALVES, Case, select_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
@@ -40,11 +40,11 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def chosen(options: argparse.Namespace) -> list[Case]:
-    return choose(options.only, options.quick, options.figures_only)
+def select_requested(options: argparse.Namespace) -> list[Case]:
+    return select_cases(options.only, options.quick, options.figures_only)
 
 
-def halves(options: argparse.Namespace) -> list[str]:
+def list_halves(options: argparse.Namespace) -> list[str]:
     """Which halves to run here."""
     if options.half:
         return [options.half]
@@ -56,7 +56,7 @@ def halves(options: argparse.Namespace) -> list[str]:
     return list(HALVES)
 
 
-def environment(half: str, options: argparse.Namespace) -> dict[str, str]:
+def make_environment(half: str, options: argparse.Namespace) -> dict[str, str]:
     """The child's environment: huge pages on or off whatever they are here, and where 0.2.3 is."""
     given = {key: value for key, value in os.environ.items() if key != HUGE_PAGES}
     given.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory talks of its starts and stops
@@ -67,28 +67,28 @@ def environment(half: str, options: argparse.Namespace) -> dict[str, str]:
     return given
 
 
-def parent(options: argparse.Namespace, arguments: list[str]) -> int:
+def run_halves(options: argparse.Namespace, arguments: list[str]) -> int:
     """Run the halves one after the other, save what they found."""
     result: dict = {"records": [], "counts": []}
-    for half in halves(options):
+    for half in list_halves(options):
         seeds = range(1 if options.count else options.processes)
-        found = [in_a_child(options, [*arguments, "--half", half, "--seed", str(seed)], half) for seed in seeds]
+        found = [run_child(options, [*arguments, "--half", half, "--seed", str(seed)], half) for seed in seeds]
         result |= {"machine": found[-1]["machine"]}
-        result["records"] += together(found)
+        result["records"] += pool_processes(found)
         result["counts"] += found[-1]["counts"]
     return save(result, options)
 
 
-def in_a_child(options: argparse.Namespace, arguments: list[str], half: str) -> dict:
+def run_child(options: argparse.Namespace, arguments: list[str], half: str) -> dict:
     """What a run in a process of its own found."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "half.json"
         command = [sys.executable, "-m", "benchmarks", *arguments, "--child", str(path)]
-        subprocess.run(command, cwd=ROOT, env=environment(half, options), check=True)
+        subprocess.run(command, cwd=ROOT, env=make_environment(half, options), check=True)
         return json.loads(path.read_text())
 
 
-def together(found: list[dict]) -> list[dict]:
+def pool_processes(found: list[dict]) -> list[dict]:
     """The records of one half, each with the rounds of all processes."""
     if len(found) == 1:
         return found[0]["records"]
@@ -100,7 +100,7 @@ def together(found: list[dict]) -> list[dict]:
     return records
 
 
-def joined(result: dict, path: Path) -> dict:
+def merge_results(result: dict, path: Path) -> dict:
     """The result with the file's earlier records of other cases and halves, if they are of the same machine."""
     earlier = json.loads(path.read_text()) if path.exists() else None
     if earlier is None or {**earlier["machine"], "date": ""} != {**result["machine"], "date": ""}:
@@ -111,7 +111,7 @@ def joined(result: dict, path: Path) -> dict:
 
 
 def save(result: dict, options: argparse.Namespace) -> int:
-    whole = joined(result, Path(options.json)) if options.json else result
+    whole = merge_results(result, Path(options.json)) if options.json else result
     if options.json:
         Path(options.json).write_text(json.dumps(whole, indent=1))
     if options.plot:
@@ -125,7 +125,7 @@ def save(result: dict, options: argparse.Namespace) -> int:
     return 0
 
 
-def child(options: argparse.Namespace) -> int:
+def run_half(options: argparse.Namespace) -> int:
     """Run one half in this process, printing as it goes."""
     import torch
 
@@ -137,11 +137,11 @@ def child(options: argparse.Namespace) -> int:
     result: dict = {"machine": timing.machine(), "records": [], "counts": []}
     print(report.heading(result["machine"]), f"; {report.pages(options.half)}", sep="", flush=True)
     if options.count:
-        for row in counts.count(options.only):
+        for row in counts.iter_count_rows(options.only):
             print(report.count_line(row), flush=True)
             result["counts"].append(row)
     else:
-        for case in chosen(options):
+        for case in select_requested(options):
             record = run_case(case, options.half, options.rounds, options.attempts, options.clock, options.seed)
             print(report.case_block(record), flush=True)
             result["records"].append(record)
@@ -157,15 +157,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.processes < 1:
         parser().error(f"--processes must be at least 1, got {options.processes}")
     if options.list:
-        print("\n".join(f"{case.name:44} {case.mode:10} {', '.join(case.contestants)}" for case in chosen(options)))
+        print(
+            "\n".join(
+                f"{case.name:44} {case.mode:10} {', '.join(case.contestants)}" for case in select_requested(options)
+            )
+        )
         return 0
     if options.child:
-        return child(options)
-    if not options.count and not chosen(options):
+        return run_half(options)
+    if not options.count and not select_requested(options):
         print(f"no case matches {options.only!r}: --list shows them", file=sys.stderr)
         return 2
     try:
-        return parent(options, arguments)
+        return run_halves(options, arguments)
     except subprocess.CalledProcessError as error:  # the child has said what is wrong
         return error.returncode
 

@@ -22,16 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.card import Device, Shape
-from benchmarks.kept import told
+from benchmarks.gpu_device import Device, Shape
+from benchmarks.results_file import describe_exception
 from mixture_of_experts.dispatch.decision import decision_on
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import self_check
-from mixture_of_experts.ops.triton.schedule import Schedule, WeightBlocks
+from mixture_of_experts.ops.triton.schedule import Schedule, WeightBlockSizes
 
 KERNELS = Schedule._fields[2:]
 #: factors of n, c and warps, and stages more
-MOVES = (
+BLOCK_VARIATIONS = (
     *((1, 1, 1, 0), (2, 1, 1, 0), (0.5, 1, 1, 0), (1, 0.5, 1, 0), (1, 0.5, 1, 1), (1, 2, 1, 0), (1, 1, 1, 1)),
     *((1, 1, 1, -1), (1, 1, 0.5, 0), (1, 1, 2, 0), (0.5, 1, 0.5, 0), (0.5, 1, 1, 1), (2, 0.5, 1, 0), (2, 1, 2, 0)),
 )
@@ -45,23 +45,23 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
 
 
-def candidates(kernel: str, entry: Schedule, capability: tuple[int, int], shared: int) -> list[Any]:
+def list_candidates(kernel: str, entry: Schedule, capability: tuple[int, int], shared: int) -> list[Any]:
     """The blocks that a kernel of the entry has, and those around them that fit a card, with `shared` bytes for a
     program."""
     own, found = getattr(entry, kernel), []
-    for n, c, warps, stages in MOVES:
+    for n, c, warps, stages in BLOCK_VARIATIONS:
         sizes = {"c": int(own.c * c), "warps": int(own.warps * warps), "stages": own.stages + stages}
         found.append(own._replace(n=int(own.n * n), **sizes))
-        if isinstance(own, WeightBlocks) and n != 1:
+        if isinstance(own, WeightBlockSizes) and n != 1:
             found.append(own._replace(m=int(own.m * n), **sizes))
-    fitting = (blocks for blocks in found if fits(kernel, blocks, entry.rows, capability, shared))
+    fitting = (blocks for blocks in found if can_run_blocks(kernel, blocks, entry.rows, capability, shared))
     return list(dict.fromkeys([own, *fitting]))
 
 
-def fits(kernel: str, blocks: Any, height: int, capability: tuple[int, int], shared: int) -> bool:
+def can_run_blocks(kernel: str, blocks: Any, height: int, capability: tuple[int, int], shared: int) -> bool:
     """Whether registers and shared memory hold the blocks, and the kernels' self-check judges such programs."""
     m, by_weights = getattr(blocks, "m", height), kernel == "weight_grads"
-    summed = self_check.ROWS * self_check.BUSIEST if by_weights else self_check.DIM
+    summed = self_check.MIN_ROWS * self_check.BUSIEST_EXPERT_SHARE if by_weights else self_check.MIN_DIM
     by_groups = capability[0] in (9, 10) and m >= 64  # of warps, whose sums take no registers for what is multiplied
     most = 128 if by_weights or (by_groups and kernel in ("down", "row_grads")) else 64
     return (
@@ -71,18 +71,18 @@ def fits(kernel: str, blocks: Any, height: int, capability: tuple[int, int], sha
         and blocks.stages >= 2
         and summed >= (blocks.stages + 1) * blocks.c
         and m * blocks.n <= most * 32 * blocks.warps
-        and shared_bytes(blocks, m, by_groups) <= shared
+        and count_shared_bytes(blocks, m, by_groups) <= shared
     )
 
 
-def shared_bytes(blocks: Any, m: int, by_groups: bool) -> int:
+def count_shared_bytes(blocks: Any, m: int, by_groups: bool) -> int:
     """Of operands of two bytes; what warp groups multiply stays in use a turn longer."""
     return (blocks.stages - (not by_groups)) * blocks.c * (m + blocks.n) * 2
 
 
-def entries_around(entry: Schedule, *card: Any) -> Iterator[tuple[Schedule, tuple[str, ...]]]:
+def list_neighbouring_entries(entry: Schedule, *card: Any) -> Iterator[tuple[Schedule, tuple[str, ...]]]:
     """The entry, then entries with other blocks of some kernels, and which kernels these are."""
-    for blocks in itertools.zip_longest(*(candidates(kernel, entry, *card) for kernel in KERNELS)):
+    for blocks in itertools.zip_longest(*(list_candidates(kernel, entry, *card) for kernel in KERNELS)):
         changed = {kernel: tried for kernel, tried in zip(KERNELS, blocks, strict=True) if tried is not None}
         yield entry._replace(**changed), tuple(changed)
 
@@ -90,7 +90,7 @@ def entries_around(entry: Schedule, *card: Any) -> Iterator[tuple[Schedule, tupl
 # ---- launches ----
 
 
-def step_of(shape: Shape, mean_rows: int, device: Device, training: bool) -> Callable[[], Any]:
+def make_step(shape: Shape, mean_rows: int, device: Device, training: bool) -> Callable[[], Any]:
     """The experts alone by the kernels, on tokens that choose evenly: a forward, in training with its backward."""
     from mixture_of_experts.ops.triton.forward_backward import run
 
@@ -113,21 +113,21 @@ def step_of(shape: Shape, mean_rows: int, device: Device, training: bool) -> Cal
 
 
 @contextmanager
-def launching(launch: Callable[..., None], entry: Schedule | None = None) -> Iterator[None]:
+def force_schedule(launch: Callable[..., None], entry: Schedule | None = None) -> Iterator[None]:
     """Where kernels are launched so, every call with this entry of the schedule."""
     from mixture_of_experts.ops.triton import operators
 
-    before = operators.schedule_for, operators.launch
-    operators.launch = launch
+    before = operators.get_schedule, operators.launch_kernel
+    operators.launch_kernel = launch
     if entry is not None:
-        operators.schedule_for = lambda x, mean_rows: entry
+        operators.get_schedule = lambda x, mean_rows: entry
     try:
         yield
     finally:
-        operators.schedule_for, operators.launch = before
+        operators.get_schedule, operators.launch_kernel = before
 
 
-def noted(step: Callable[[], Any], entry: Schedule | None = None) -> list[Launch]:
+def record_launches(step: Callable[[], Any], entry: Schedule | None = None) -> list[Launch]:
     """The launches of a step; none starts."""
     found = []
 
@@ -135,7 +135,7 @@ def noted(step: Callable[[], Any], entry: Schedule | None = None) -> list[Launch
         types = {name: value.dtype if isinstance(value, Tensor) else value for name, value in arguments.items()}
         found.append(Launch(kernel.fn.__module__, kernel.fn.__name__, types))
 
-    with launching(note, entry):
+    with force_schedule(note, entry):
         step()
     return found
 
@@ -146,34 +146,34 @@ def kernel_seconds(
     """Seconds of the wanted kernels of a step with this entry of the schedule, or why one is left out."""
     from mixture_of_experts.ops.triton import operators
 
-    launch, found = operators.launch, {}
+    launch, found = operators.launch_kernel, {}
 
     def timed(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        name, fault = name_of(kernel, arguments), None
+        name, fault = get_kernel_name(kernel, arguments), None
         if wanted is None or name in wanted:
-            fault = device.left_out(kernel, grid, arguments)
+            fault = device.exclusion_reason(kernel, grid, arguments)
             if fault is None and not isinstance(found.get(name), str):
-                found[name] = found.get(name, 0.0) + device.timed(partial(launch, kernel, grid, **arguments))[0]
+                found[name] = found.get(name, 0.0) + device.time_step(partial(launch, kernel, grid, **arguments))[0]
             else:
                 found[name] = fault or found[name]
         if fault is None:
             launch(kernel, grid, **arguments)
 
-    with launching(timed, entry):
+    with force_schedule(timed, entry):
         step()
     return found
 
 
-def name_of(kernel: Any, arguments: dict[str, Any]) -> str:
+def get_kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
     """The name of the kernel's blocks in the schedule, or else its own."""
     name = kernel.fn.__name__
-    return name if name != "rows_by_weights" else "up" if arguments["token"] is not None else "down"
+    return name if name != "grouped_matmul_kernel" else "up" if arguments["token"] is not None else "down"
 
 
 # ---- compiling ----
 
 
-def compiler(capability: tuple[int, int]) -> Any:
+def fake_compiler_target(capability: tuple[int, int]) -> Any:
     """What stands for a card in Triton where nothing is launched."""
     from triton.backends.compiler import GPUTarget
 
@@ -187,13 +187,13 @@ def compile_one(launch: Launch, capability: tuple[int, int]) -> str | None:
     from triton.runtime import driver
     from triton.runtime.jit import MockTensor
 
-    driver.set_active(compiler(capability))
+    driver.set_active(fake_compiler_target(capability))
     kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     types = {name: MockTensor(v) if isinstance(v, torch.dtype) else v for name, v in launch.arguments.items()}
     try:
         kernel.warmup(grid=(1,), enable_fp_fusion=True, **types)
     except Exception as reason:  # whatever a compiler raises
-        return f"{launch.kernel}: {told(reason)}"
+        return f"{launch.kernel}: {describe_exception(reason)}"
     return None
 
 

@@ -141,8 +141,8 @@ class Case:
         if self.factor is None:
             return None
         choices = 1 if self.router_is_top2 else self.k
-        first = slots(self.n, self.factor * choices, self.e)
-        return slots(first, self.factor, self.inner) if self.inner else first
+        first = count_slots(self.n, self.factor * choices, self.e)
+        return count_slots(first, self.factor, self.inner) if self.inner else first
 
     @property
     def rows_per_expert(self) -> int:
@@ -156,12 +156,12 @@ class Case:
         return self.all_experts * self.rows_per_expert
 
 
-def slots(n: int, factor: float, e: int) -> int:
+def count_slots(n: int, factor: float, e: int) -> int:
     """An expert's capacity in a group of n tokens."""
     return max(min(n, int(n * factor / e)), MIN_CAPACITY)
 
 
-def name_of(b: int, n: int, d: int, e: int) -> str:
+def make_case_name(b: int, n: int, d: int, e: int) -> str:
     return f"{b}x{n}-d{d}-e{e}"
 
 
@@ -172,7 +172,7 @@ TRAINING = (
     (4, 1024, 256, 64, 1.08, 1.05, 0.55),
     (4, 1024, 128, 128, 1.20, 1.10, 0.55),
 )
-PEERS = ("loop", "dense")
+EXTRA_CONTESTANTS = ("loop", "dense")
 
 
 def training() -> list[Case]:
@@ -185,8 +185,10 @@ def training() -> list[Case]:
         headline = (d, e) in ((512, 16), (256, 64))
         if n == 8192:
             figures.append(Figure("layer", "0.2.3", 0.15, 0.15, "memory"))
-        name = "train/" + name_of(b, n, d, e)
-        cases.append(Case(name, "train", b, n, d, 4 * d, e, figures=tuple(figures), extras=PEERS, quick=headline))
+        name = "train/" + make_case_name(b, n, d, e)
+        cases.append(
+            Case(name, "train", b, n, d, 4 * d, e, figures=tuple(figures), extras=EXTRA_CONTESTANTS, quick=headline)
+        )
     return cases
 
 
@@ -196,7 +198,7 @@ def skewed() -> list[Case]:
     for b, n, d, e, *_ in TRAINING:
         for kind, factor, target in (("capacity", 1.25, 1.05), ("dropless", None, 1.15)):
             figures = (Figure("layer", "layer balanced", target, target),)
-            name = f"zipf/{kind}/{name_of(b, n, d, e)}"
+            name = f"zipf/{kind}/{make_case_name(b, n, d, e)}"
             cases.append(Case(name, "train", b, n, d, 4 * d, e, factor=factor, skew=1.0, figures=figures))
     return cases
 
@@ -210,16 +212,16 @@ def evaluation() -> list[Case]:
         policy = {0.5: "none", 1.0: "all"}.get(fill, "threshold")
         figures = (Figure("layer", "products", target, target),)
         extras = ("0.2.3", "loop", "dense") if fill == 1.0 else ()
-        name = f"eval/fill-{fill:.2f}/{name_of(4, 1024, 256, 64)}"
+        name = f"eval/fill-{fill:.2f}/{make_case_name(4, 1024, 256, 64)}"
         changed = {"fill": fill, "policy": policy, "figures": figures, "extras": extras}
         cases.append(replace(base, name=name, quick=fill == 0.65, **changed))
     figures = (Figure("layer", "products", 0.80, 0.80),)
-    name = f"eval/fill-0.65/{name_of(1, 8192, 256, 64)}"
+    name = f"eval/fill-0.65/{make_case_name(1, 8192, 256, 64)}"
     cases.append(replace(base, name=name, b=1, n=8192, fill=0.65, policy="threshold", figures=figures))
     figures = (Figure("layer", "products", 1.03, 1.03),)
-    name = f"eval/zipf-none/{name_of(4, 1024, 256, 64)}"
+    name = f"eval/zipf-none/{make_case_name(4, 1024, 256, 64)}"
     cases.append(replace(base, name=name, skew=1.0, policy="none", figures=figures))
-    name = f"eval/fill-1.00/{name_of(4, 1024, 512, 16)}"
+    name = f"eval/fill-1.00/{make_case_name(4, 1024, 512, 16)}"
     cases.append(replace(base, name=name, d=512, h=2048, e=16, fill=1.0, figures=figures))
     return cases
 
@@ -303,13 +305,13 @@ def choices() -> list[Case]:
     return cases
 
 
-def toys() -> list[Case]:
+def smoke_test_cases() -> list[Case]:
     """Seconds only, for the smoke test: run when `--only` names them."""
     figures = (Figure("layer", "products"), Figure("layer", "0.2.3"), Figure("layer", "0.2.3", quantity="memory"))
     return [Case("toy/train", "train", 2, 64, 32, 64, 8, figures=figures, extras=("loop", "dense"))]
 
 
-def every_case() -> list[Case]:
+def list_cases() -> list[Case]:
     groups = (
         training,
         skewed,
@@ -321,14 +323,14 @@ def every_case() -> list[Case]:
         compiled,
         choices,
     )
-    return [case for group in groups for case in group()] + toys()
+    return [case for group in groups for case in group()] + smoke_test_cases()
 
 
-def choose(pattern: str | None, quick: bool, figures_only: bool = False) -> list[Case]:
+def select_cases(pattern: str | None, quick: bool, figures_only: bool = False) -> list[Case]:
     """The cases whose name contains `pattern` (or matches it, if it has wildcards); toys only when asked for."""
     pattern = pattern or "*"
     wanted = pattern if any(sign in pattern for sign in "*?[") else f"*{pattern}*"
-    found = [case for case in every_case() if fnmatch(case.name, wanted)]
+    found = [case for case in list_cases() if fnmatch(case.name, wanted)]
     if not pattern.startswith("toy"):
         found = [case for case in found if not case.name.startswith("toy/")]
     if quick:

@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import problem
-from benchmarks.cases import Case, every_case
-from benchmarks.contest import Contestant
-from benchmarks.field import enter
+from benchmarks.cases import Case, list_cases
+from benchmarks.contestants import Contestant
+from benchmarks.registry import build_contestants
 
-SEEN_THROUGH = ("aten", "prim", "prims", "profiler", "inductor", "mixture_of_experts")  # ours have formulas
+TRANSPARENT_OPERATORS = ("aten", "prim", "prims", "profiler", "inductor", "mixture_of_experts")  # ours have formulas
 
 
 def grouped_mm_flops(a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
@@ -48,12 +48,12 @@ class OpNames(TorchDispatchMode):
         self.opaque: set[str] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace not in SEEN_THROUGH:
+        if func.namespace not in TRANSPARENT_OPERATORS:
             self.opaque.add(str(func))
         return func(*args, **(kwargs or {}))
 
 
-def flops(contestant: Contestant) -> int:
+def count_flops(contestant: Contestant) -> int:
     """Floating-point operations of one step's matrix products (FlopCounterMode)."""
     grouped = getattr(torch.ops.aten, "_grouped_mm", None)
     formula: dict = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), added_flops)
@@ -74,7 +74,7 @@ def storage(tensor: Tensor) -> tuple[int, int]:
     return held.data_ptr(), held.nbytes()
 
 
-def kept_bytes(contestant: Contestant) -> int:
+def count_saved_bytes(contestant: Contestant) -> int:
     """Bytes that autograd keeps between forward and backward: every storage once, without parameters and the input."""
     own = {storage(leaf)[0] for leaf in (*contestant.inputs, *contestant.parameters)}
     kept: dict[int, int] = {}
@@ -111,7 +111,7 @@ def memory_events(work: Callable[[], None]) -> list[Event]:
     return [Event(row["args"]["Addr"], row["args"]["Bytes"]) for row in rows]
 
 
-def peak_bytes(contestant: Contestant) -> int:
+def measure_peak_bytes(contestant: Contestant) -> int:
     """The most memory that one step holds at a time beyond what stood before it, its weights' gradients left out.
 
     Counted from the allocator's own events, so it is exact, repeatable and not blurred by what the process keeps for
@@ -153,7 +153,7 @@ def row(what: str, case: str, over: float, under: float, unit: str, limit: float
 
 def compare(case: Case, what: str, unit: str, measure: Measure, rival: str, limit: float | None) -> list[dict]:
     """The layer's count over a rival's; empty where the rival is missing."""
-    present, _ = enter(replace(case, figures=(), extras=("layer", rival)))
+    present, _ = build_contestants(replace(case, figures=(), extras=("layer", rival)))
     if len(present) < 2:
         return []
     over, under = (measure(present[name]) for name in ("layer", rival))
@@ -162,44 +162,44 @@ def compare(case: Case, what: str, unit: str, measure: Measure, rival: str, limi
 
 def against_rivals(case: Case) -> Iterator[dict]:
     """One case's counts."""
-    yield from compare(case, "FLOPs", "FLOP", flops, "router + products", 1.0)
-    yield from compare(case, "bytes kept for backward", "B", kept_bytes, "dense", 1.10)
-    yield from compare(case, "peak memory", "B", peak_bytes, "0.2.3", 0.15 if case.n == 8192 else None)
+    yield from compare(case, "FLOPs", "FLOP", count_flops, "router + products", 1.0)
+    yield from compare(case, "bytes kept for backward", "B", count_saved_bytes, "dense", 1.10)
+    yield from compare(case, "peak memory", "B", measure_peak_bytes, "0.2.3", 0.15 if case.n == 8192 else None)
 
 
-def growth() -> Iterator[dict]:
+def check_memory_growth() -> Iterator[dict]:
     """Peak memory is linear in the sequence: 16k to 32k tokens adds at most 2.1 times what 8k to 16k adds."""
     peaks = []
     for n in (8192, 16384, 32768):
         case = Case(f"length/{n}", "train", 1, n, 256, 1024, 64, extras=("layer",))
-        peaks.append(peak_bytes(enter(case)[0]["layer"]))
+        peaks.append(measure_peak_bytes(build_contestants(case)[0]["layer"]))
     note = "16k→32k over 8k→16k tokens, d256 e64"
     yield row("peak memory growth", "length", peaks[2] - peaks[1], peaks[1] - peaks[0], "B", 2.1, note)
 
 
-def granularity() -> Iterator[dict]:
+def check_granularity() -> Iterator[dict]:
     """Bytes kept as the experts are cut finer at constant k x h and constant e x h."""
     first = {}
     for k, h, e in ((1, 2048, 16), (2, 1024, 32), (4, 512, 64), (8, 256, 128)):
         for factor in (None, 1.25):
             kind = "dropless" if factor is None else "capacity"
             case = Case(f"cut/{kind}-k{k}-h{h}-e{e}", "train", 4, 1024, 256, h, e, k, factor, gated=True)
-            kept = kept_bytes(enter(replace(case, extras=("layer",)))[0]["layer"])
+            kept = count_saved_bytes(build_contestants(replace(case, extras=("layer",)))[0]["layer"])
             first.setdefault(kind, kept)
             note = "SwiGLU, k x h = 2048, ÷ k = 1"
             yield row("bytes kept for backward", case.name, kept, first[kind], "B", 1.10, note)
             problem.forget_weights()
 
 
-def count(pattern: str | None) -> Iterator[dict]:
+def iter_count_rows(pattern: str | None) -> Iterator[dict]:
     """Every row of the count tables whose case's name contains `pattern`."""
     wanted = pattern or ""
-    for case in every_case():
+    for case in list_cases():
         whole = case.mode == "train" and case.name.split("/")[0] in ("train", "mixtral")
         if wanted in case.name and (whole or (wanted and case.name == "toy/train")):
             yield from against_rivals(case)
             problem.forget_weights()
     if wanted in "length":
-        yield from growth()
+        yield from check_memory_growth()
     if wanted in "cut/":
-        yield from granularity()
+        yield from check_granularity()

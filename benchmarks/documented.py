@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import choose
+from benchmarks.cases import select_cases
 from benchmarks.report import FLOORS, draw
 
 MEASURED = Path(__file__).with_name("measured.md")
@@ -34,7 +34,7 @@ def result_of(page: str) -> dict[str, Any]:
     for name, over, under, bracket, value in ROW.findall(page):
         if not bracket and "peak memory" not in under:
             rows.setdefault(name, []).append((over, fastest(under), float(value)))
-    cases = {case.name: case for case in choose(None, quick=False)}
+    cases = {case.name: case for case in select_cases(None, quick=False)}
     return {"machine": machine.groupdict(), "records": [record(cases[name], rows[name]) for name in rows]}
 
 

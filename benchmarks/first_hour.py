@@ -26,28 +26,28 @@ from typing import Any
 
 import torch
 
-from benchmarks import decide, kept
-from benchmarks.card import Device
-from benchmarks.pieces import ROOT, pieces
-from mixture_of_experts.kernels.launching import family_of
+from benchmarks import decisions, results_file
+from benchmarks.gpu_device import Device
+from benchmarks.gpu_tasks import ROOT, pieces
+from mixture_of_experts.kernels.launching import find_card_family
 from mixture_of_experts.ops.triton import schedule
 
-LIMIT = 300  # seconds without a line of a piece
+TIME_LIMIT = 300  # seconds without a line of a piece
 
 
-def file_of(folder: Path, name: str, machine: dict[str, Any]) -> Path:
+def get_file(folder: Path, name: str, machine: dict[str, Any]) -> Path:
     return folder / f"{re.sub('[^A-Za-z0-9]+', '-', machine['card'])}.{re.sub('[ /]', '.', name)}.jsonl"
 
 
-def run_all(folder: Path, only: str | None, device: Device, command: list[str], limit: float = LIMIT) -> list[str]:
+def run_all(folder: Path, only: str | None, device: Device, command: list[str], limit: float = TIME_LIMIT) -> list[str]:
     """Run every piece that is not whole; returns the names of those that ended badly."""
     folder.mkdir(parents=True, exist_ok=True)
     machine, bad = device.describe(), []
     for path in folder.glob("*.jsonl"):
-        kept.read(path, machine)  # or it is refused
+        results_file.read(path, machine)  # or it is refused
     for name in pieces(device):
-        path = file_of(folder, name, machine)
-        if kept.read(path, machine).whole or (only and not fnmatch(name, only)):
+        path = get_file(folder, name, machine)
+        if results_file.read(path, machine).complete or (only and not fnmatch(name, only)):
             continue
         print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
         reason = run_piece([*command, "--piece", name, "--folder", str(folder)], path, machine, limit)
@@ -63,7 +63,7 @@ def run_piece(command: list[str], path: Path, machine: dict[str, Any], limit: fl
     begun."""
     while (code := run_process(command, path, limit)) != 0:
         reason = f"nothing was written for {limit:.0f} seconds" if code is None else f"its process ended with {code}"
-        if not kept.blame(path, machine, reason):
+        if not results_file.record_failure(path, machine, reason):
             return reason
     return None
 
@@ -90,30 +90,32 @@ def run_process(command: list[str], path: Path, limit: float) -> int | None:
 
 def report(folder: Path, device: Device) -> str:
     """One page of all that is there: decisions first."""
-    machine, entries = device.describe(), schedule.entries_for(torch.device(device.name), torch.bfloat16)
-    kepts = {name: kept.read(file_of(folder, name, machine), machine) for name in pieces(device)}
-    decisions = decide.lines({name: there.found for name, there in kepts.items()}, entries)
-    rest = (line for name, there in kepts.items() for line in lines(name, there, file_of(folder, name, machine)))
-    return "\n".join([f"# First hour on {machine['card']}", "", told(machine), *decisions, *rest]) + "\n"
+    machine, entries = device.describe(), schedule.find_entries(torch.device(device.name), torch.bfloat16)
+    kepts = {name: results_file.read(get_file(folder, name, machine), machine) for name in pieces(device)}
+    decided = decisions.lines({name: there.found for name, there in kepts.items()}, entries)
+    rest = (line for name, there in kepts.items() for line in lines(name, there, get_file(folder, name, machine)))
+    return "\n".join([f"# First hour on {machine['card']}", "", format_value(machine), *decided, *rest]) + "\n"
 
 
-def lines(name: str, there: kept.Kept, path: Path) -> Iterator[str]:
+def lines(name: str, there: results_file.StoredResults, path: Path) -> Iterator[str]:
     """What a piece has found but times, which the decisions and its file have; and the end of its log if it failed."""
     yield f"\n## {name}\n"
     yield from (
-        f"- {key}: {told(value)}" for key, value in there.found.items() if key != "record" and " tiles " not in key
+        f"- {key}: {format_value(value)}"
+        for key, value in there.found.items()
+        if key != "record" and " tiles " not in key
     )
     log = path.with_suffix(".log")
-    if not there.whole:
+    if not there.complete:
         yield "did not end" if log.exists() else "was not run"
-    if log.exists() and (not there.whole or "'ended'" in str(there.found)):
+    if log.exists() and (not there.complete or "'ended'" in str(there.found)):
         yield from (f"      {said}" for said in log.read_text().strip().splitlines()[-8:])
 
 
-def told(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value in a line."""
     if isinstance(value, dict):
-        return ", ".join(f"{key} {told(part)}" for key, part in value.items()) or "none"
+        return ", ".join(f"{key} {format_value(part)}" for key, part in value.items()) or "none"
     if isinstance(value, list):
         return "\n  " + "\n  ".join(map(str, value)) if value else "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -127,7 +129,7 @@ def main(arguments: list[str] | None = None, device: Device | None = None, comma
     made.add_argument("--piece", help=argparse.SUPPRESS)
     options = made.parse_args(arguments)
     if device is None:
-        if not torch.cuda.is_available() or family_of(torch.cuda.get_device_capability()) is None:
+        if not torch.cuda.is_available() or find_card_family(torch.cuda.get_device_capability()) is None:
             print("there is no GPU here that the kernels are written for")
             return 2
         device = Device()
@@ -136,13 +138,13 @@ def main(arguments: list[str] | None = None, device: Device | None = None, comma
         print("\n".join(pieces(device)))
     elif options.piece:
         machine = device.describe()
-        kept.keep(pieces(device)[options.piece](device), file_of(folder, options.piece, machine), machine)
+        results_file.run_tasks(pieces(device)[options.piece](device), get_file(folder, options.piece, machine), machine)
     else:
         for number in (signal.SIGTERM, signal.SIGHUP):  # as a lost connection does: the piece ends too
             signal.signal(number, lambda *_: sys.exit(1))
         try:
             bad = run_all(folder, options.only, device, command or [sys.executable, "-m", "benchmarks.first_hour"])
-        except kept.OtherMachineError as reason:
+        except results_file.OtherMachineError as reason:
             print(reason)
             return 2
         text = report(folder, device)

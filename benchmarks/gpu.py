@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.card import Device, Shape
-from benchmarks.contest import MissingError
-from benchmarks.field import qwen3_block
-from benchmarks.kept import told
+from benchmarks.contestants import MissingError
+from benchmarks.gpu_device import Device, Shape
+from benchmarks.registry import qwen3_block
+from benchmarks.results_file import describe_exception
 from mixture_of_experts import GatedExperts, MoE, TopKGating, ops
 
 DECODED = 8  # tokens, of as many sequences
 CHECKED = 256  # rows of an expert on which contestants are compared: tiles are the highest, as where they are timed
 TOLERANCE = 3e-2  # relative norm, for bfloat16
 GAP = 0.05  # between the last logit chosen and the next: a router that rounds in bfloat16 may swap closer ones
-WAYS = ("triton", "grouped", "batched")
+IMPLEMENTATIONS = ("triton", "grouped", "batched")
 RIVALS = ("transformers grouped_mm", "ScatterMoE", "SonicMoE", "Liger")
 MODES = ("train", "forward", "decode")
 
@@ -50,7 +50,7 @@ def make_layer(shape: Shape, device: str | torch.device, dtype: torch.dtype) -> 
     return MoE(shape.d, gate=gate, experts=experts).to(device, dtype)
 
 
-def by_way(way: str) -> Callable[[Shape, MoE], Contestant]:
+def make_by_implementation(way: str) -> Callable[[Shape, MoE], Contestant]:
     def enter(shape: Shape, layer: MoE) -> Contestant:
         def forward(x: Tensor) -> Tensor:
             with ops.use(way):
@@ -141,8 +141,8 @@ def products(shape: Shape, layer: MoE) -> Contestant:
 
 
 CONTESTANTS: dict[str, Callable[[Shape, MoE], Contestant]] = {
-    "layer": by_way("auto"),
-    **{f"layer, {way}": by_way(way) for way in WAYS},
+    "layer": make_by_implementation("auto"),
+    **{f"layer, {way}": make_by_implementation(way) for way in IMPLEMENTATIONS},
     "transformers grouped_mm": transformers_block,
     "ScatterMoE": scattermoe,
     "SonicMoE": sonicmoe,
@@ -165,7 +165,9 @@ def step_of(contestant: Contestant, x: Tensor, mode: str) -> Callable[[], Any]:
     return train if mode == "train" else forward
 
 
-def results(forward: Callable[[Tensor], Tensor], leaves: list[Tensor], counts: Tensor, mode: str) -> list[Tensor]:
+def compute_results(
+    forward: Callable[[Tensor], Tensor], leaves: list[Tensor], counts: Tensor, mode: str
+) -> list[Tensor]:
     """Outputs, and in training gradients of the leaves (x first), of the tokens that count: `counts` `(t, 1)`."""
     if mode != "train":
         with torch.no_grad():
@@ -179,7 +181,7 @@ def check(contestant: Contestant, x: Tensor, wanted: list[Tensor], counts: Tenso
     if not contestant.computes:
         return None
     leaves = [x.detach().clone().requires_grad_(mode == "train"), *contestant.weights]
-    found = results(contestant.forward, leaves, counts, mode)
+    found = compute_results(contestant.forward, leaves, counts, mode)
     errors = [(got.float() - want).norm() / want.norm() for got, want in zip(found, wanted, strict=False)]
     return float(torch.stack(errors).max())  # NaN, if one of them is
 
@@ -190,11 +192,11 @@ def expected(layer: MoE, shape: Shape, x: Tensor, counts: Tensor, mode: str) -> 
     exact.load_state_dict(layer.state_dict())
     experts, wide = exact.experts, x.detach().float().requires_grad_(mode == "train")
     with ops.use("plain"):
-        return results(lambda x: exact(x)[0], [wide, experts.w1, experts.w3, experts.w2], counts, mode)
+        return compute_results(lambda x: exact(x)[0], [wide, experts.w1, experts.w3, experts.w2], counts, mode)
 
 
 @torch.no_grad()
-def gaps(layer: MoE, x: Tensor, shape: Shape) -> Tensor:
+def compute_logit_gaps(layer: MoE, x: Tensor, shape: Shape) -> Tensor:
     """`(t,)` how far the last logit that each token of `(., ., d)` chooses is from the next one."""
     if shape.k == shape.e:
         return torch.full((x[..., 0].numel(),), torch.inf, device=x.device)
@@ -208,7 +210,7 @@ def tokens_of(layer: MoE, shape: Shape, mode: str, device: Device) -> tuple[Tens
     drawn = torch.randn(1, shape.t if mode != "decode" else 8 * DECODED, shape.d, device=device.name)
     drawn = drawn.to(torch.bfloat16)
     if mode == "decode":
-        x = drawn[0, gaps(layer, drawn, shape).topk(DECODED).indices].unsqueeze(1)
+        x = drawn[0, compute_logit_gaps(layer, drawn, shape).topk(DECODED).indices].unsqueeze(1)
         return x, x
     return drawn.requires_grad_(mode == "train"), drawn[:, : max(CHECKED * shape.e // shape.k, 1)]
 
@@ -217,7 +219,7 @@ def run(shape: Shape, mode: str, device: Device) -> dict[str, Any]:
     """The record of one shape and mode."""
     layer = make_layer(shape, device.name, torch.bfloat16).train(mode == "train")
     x, checked = tokens_of(layer, shape, mode, device)
-    counts = (gaps(layer, checked, shape) > GAP).unsqueeze(1)
+    counts = (compute_logit_gaps(layer, checked, shape) > GAP).unsqueeze(1)
     if not counts.any():
         raise MissingError("no token's choices are clear at this size: nothing is compared")
     wanted = expected(layer, shape, checked, counts, mode)
@@ -231,14 +233,14 @@ def run(shape: Shape, mode: str, device: Device) -> dict[str, Any]:
                 contestant.module.train(mode == "train")
             error = check(contestant, checked, wanted, counts, mode)
             if error is not None and not error < TOLERANCE:
-                raise AssertionError(f"WRONG: its relative error is {error:.1e}")
+                raise AssertionError(f"BAD_ARGUMENTS: its relative error is {error:.1e}")
         except Exception as reason:  # errors of Triton derive from nothing else, and rivals assert
-            record["missing"][name] = told(reason)
+            record["missing"][name] = describe_exception(reason)
             continue
         steps[name] = step_of(contestant, x, mode)
         record["contestants"][name] = {"error": error}
     del wanted
-    for name, found in zip(steps, device.seconds(*steps.values(), longest=10), strict=True):
+    for name, found in zip(steps, device.time_steps(*steps.values(), longest=10), strict=True):
         if isinstance(found, dict):
             record["missing"][name] = found["ended"]
             del record["contestants"][name]

@@ -8,17 +8,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from benchmarks import timing
-from benchmarks.cases import Case, every_case
-from benchmarks.counts import peak_bytes
-from benchmarks.field import check_all, enter
+from benchmarks.cases import Case, list_cases
+from benchmarks.counts import measure_peak_bytes
 from benchmarks.problem import forget_weights, inputs, load_of, weights
+from benchmarks.registry import build_contestants, check_all
 
 
 def run_case(case: Case, half: str, rounds: int, attempts: int, clock: timing.Clock = "wall", seed: int = 0) -> dict:
     """The record of one case, ready for JSON."""
-    contestants, missing = enter(case)
+    contestants, missing = build_contestants(case)
     errors = check_all(contestants)
-    peaks = {name: peak_bytes(contestant) for name, contestant in contestants.items()} if half == "ordinary" else {}
+    peaks = (
+        {name: measure_peak_bytes(contestant) for name, contestant in contestants.items()} if half == "ordinary" else {}
+    )
     samples = timing.measure(case, contestants, rounds, attempts, clock, seed)
     forget_weights()
     return {
@@ -69,7 +71,7 @@ def pooled(records: Sequence[dict], cases: Iterable[Case] | None = None) -> dict
         for name in names
     }
     peaks = {name: row["peak_bytes"] for name, row in contestants.items() if row["peak_bytes"] is not None}
-    case = next(case for case in cases or every_case() if case.name == first["case"]["name"])
+    case = next(case for case in cases or list_cases() if case.name == first["case"]["name"])
     found = figures(case, samples, peaks, first["half"])
     for figure in found:
         if figure["quantity"] == "time":

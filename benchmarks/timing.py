@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from benchmarks.cases import Case, Figure
-from benchmarks.contest import Contestant
+from benchmarks.contestants import Contestant
 
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 

@@ -24,7 +24,7 @@ sys.path[:0] = [str(DOCS), str(DOCS.parent / "tests")]
 
 from draw_concepts import WIDTH, canvas, say  # noqa: E402
 from draw_moe import FAINT, HUES, INK, PALE, arrow, box, tint  # noqa: E402
-from test_imports import floors, sources  # noqa: E402
+from test_imports import group_by_layer, read_sources  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK = (tint(hue, 0.75) for hue in HUES)
 GREY = "#f2f2f2"
@@ -34,7 +34,7 @@ FLOOR, LEFT, RIGHT = 6.4, 8.0, 98.0  # the height of a floor, and where its room
 
 def draw_package() -> Figure:
     """The rooms by floors: each imports from floors below its own."""
-    house = floors(sources())
+    house = group_by_layer(read_sources())
     height = FLOOR * len(house) + 3.0
     figure, ax = canvas(height)
     for floor, rooms in enumerate(house):

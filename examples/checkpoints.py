@@ -37,14 +37,14 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         (temporary / "extra.pt").write_bytes(written.getvalue())
     dist.barrier()
-    dcp.save(state_of(model, optimizer), checkpoint_id=temporary)
+    dcp.save(collect_state(model, optimizer), checkpoint_id=temporary)
     if first:
         if path.exists():  # the same step saved twice: the earlier one counts until the new one has its name
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         temporary.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in {*checkpoints(folder)[:-keep]} - {path}:
+        for old in {*list_checkpoints(folder)[:-keep]} - {path}:
             shutil.rmtree(old)
     dist.barrier()
     return path
@@ -52,11 +52,11 @@ def save_checkpoint(
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """Read the newest into a model and optimizer of whatever layout, on any number of ranks; returns `extra`."""
-    found = checkpoints(folder)
+    found = list_checkpoints(folder)
     if not found:
         raise FileNotFoundError(f"{folder} holds no checkpoint, no folder step-N")
     extra = torch.load(found[-1] / "extra.pt", map_location="cpu", weights_only=True)
-    state, reader = state_of(model, optimizer), CheckedReader(found[-1])
+    state, reader = collect_state(model, optimizer), CheckedReader(found[-1])
     reader.read_metadata()  # `load` of torch 2.10 keeps to itself what this raises
     dcp.load(state, storage_reader=reader, planner=CheckedPlanner())
     states.set_model_state_dict(model, state["model"])
@@ -86,15 +86,15 @@ class MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         of_checkpoints = module.startswith("torch.distributed.checkpoint.") and name in METADATA
         of_torch = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
-        if of_checkpoints or of_torch or (module, name) in OTHERS:
+        if of_checkpoints or of_torch or (module, name) in OTHER_ALLOWED_GLOBALS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"its metadata names {module}.{name}")
 
 
 METADATA = {"Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"}
 METADATA |= {"BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING", "_StorageInfo"}
-OTHERS = {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")}
-OTHERS |= {("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath")}  # as Python 3.13 has them
+OTHER_ALLOWED_GLOBALS = {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")}
+OTHER_ALLOWED_GLOBALS |= {("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath")}  # as Python 3.13 has them
 
 
 class CheckedPlanner(dcp.DefaultLoadPlanner):
@@ -106,14 +106,14 @@ class CheckedPlanner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
+def list_checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first; one that was being replaced stands before the new one."""
     found = [(path, re.fullmatch(r"step-(\d+)(\.old)?", path.name)) for path in Path(folder).glob("step-*")]
     complete = [(int(match[1]), match[2] is None, path) for path, match in found if match]
     return [path for *_, path in sorted(complete)]
 
 
-def state_of(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
+def collect_state(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """All that changes in training, each rank's part of it."""
     of_optimizer = states.get_optimizer_state_dict(model, optimizer, options=BY_PARAMETER)
     return {"model": states.get_model_state_dict(model), "optimizer": of_optimizer}

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from mixture_of_experts import MoE
 from mixture_of_experts.huggingface import upcycle
 from mixture_of_experts.parallel import ExpertParallel, clip_grad_norm_, parallelize_module
@@ -40,12 +40,12 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # all ranks begin with one model
     model, to_tokens = load_model(args.model)
-    spread(model, world)
+    shard_model(model, world)
     by_mesh: dict[object, list[Tensor]] = {}
     for parameter in model.parameters():
         by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
     optimizer = torch.optim.AdamW([{"params": parameters} for parameters in by_mesh.values()], lr=args.rate)
-    done = load_checkpoint(args.out, model, optimizer)["step"] if checkpoints(args.out) else 0
+    done = load_checkpoint(args.out, model, optimizer)["step"] if list_checkpoints(args.out) else 0
     tokens = to_tokens("".join(map(Path.read_text, sorted(Path(os.__file__).parent.glob("a*.py")))))  # your text here
     for step in range(done + 1, args.steps + 1):
         torch.manual_seed(step)  # a step has the same batch, however many ranks share it: their number divides it
@@ -77,7 +77,7 @@ def load_model(name: str) -> tuple[nn.Module, Callable[[str], Tensor]]:
     return model.train(), lambda text: torch.tensor(list(tokenizer(text)))
 
 
-def spread(model: nn.Module, world: int) -> None:
+def shard_model(model: nn.Module, world: int) -> None:
     """Experts over as many ranks as divide them, their replicas over the others, everything else over all ranks."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
     ranks = math.gcd(world, *(layer.num_experts for layer in layers.values()))

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     torch.manual_seed(arguments.seed)
     *files, last = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
-    data, held_out = windows(files, 4 * 8 * arguments.steps), windows([last], 64)
+    data, held_out = make_windows(files, 4 * 8 * arguments.steps), make_windows([last], 64)
 
     model = small_llama()
     print("experts in", ", ".join(upcycle(model, num_experts=8, k=2)))
@@ -86,7 +86,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def windows(files: Sequence[Path], count: int) -> list[dict[str, Tensor]]:
+def make_windows(files: Sequence[Path], count: int) -> list[dict[str, Tensor]]:
     """Bytes of the files, cut at places that are spread evenly."""
     text = torch.tensor(list(b"".join(map(Path.read_bytes, files))))
     cut = text.unfold(0, CONTEXT, (len(text) - CONTEXT) // (count - 1))[:count]

@@ -17,7 +17,7 @@ from torch import nn
 from mixture_of_experts import recipes
 
 
-def rotated(x):
+def apply_rotary(x):
     """Each pair of features of x (b, h, n, f), turned by an angle that grows with its place (arXiv 2104.09864)."""
     places, pairs = torch.arange(x.shape[-2], device=x.device), torch.arange(0, x.shape[-1], 2, device=x.device)
     turn = torch.polar(torch.ones_like(places)[:, None].float(), places[:, None] * 10_000.0 ** (-pairs / x.shape[-1]))
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, 32)).permute(2, 0, 3, 1, 4)  # heads of 32 features
-        seen = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        seen = F.scaled_dot_product_attention(apply_rotary(q), apply_rotary(k), v, is_causal=True)
         x = x + self.out(seen.transpose(1, 2).flatten(-2))
         out, aux_loss = self.moe(self.norm2(x))
         return x + out, aux_loss

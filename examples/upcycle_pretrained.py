@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, trust_remote_code=False).eval()
     *files, last = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    (text, _), (held_out, num_bytes) = windows(tokenizer, files, 2000), windows(tokenizer, [last], 16)
+    (text, _), (held_out, num_bytes) = make_windows(tokenizer, files, 2000), make_windows(tokenizer, [last], 16)
     dense = bits_per_byte(model, held_out, num_bytes)
 
     blocks = model.config.get_text_config().num_hidden_layers
@@ -42,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"experts in {', '.join(names)}", flush=True)
     before = bits_per_byte(model, held_out, num_bytes)
     assert math.isclose(before, dense, rel_tol=1e-3), "upcycling changed the model"
-    print(f"before: {before:.4f} bits a byte held out, as the dense model; {continued(model, tokenizer)!r}", flush=True)
+    print(f"before: {before:.4f} bits a byte held out, as the dense model; {complete(model, tokenizer)!r}", flush=True)
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(f"{layer}." for layer in names)))
     with track_routing(model, keep=args.steps) as stats:
         train(model, text, args.steps, args.rate)
     after = bits_per_byte(model, held_out, num_bytes)
-    print(f"after:  {after:.4f} bits a byte held out; {continued(model, tokenizer)!r}\n{stats.summary()}")
+    print(f"after:  {after:.4f} bits a byte held out; {complete(model, tokenizer)!r}\n{stats.summary()}")
 
     model.save_pretrained(args.out / "model")
     tokenizer.save_pretrained(args.out / "model")
@@ -79,11 +79,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def windows(tokenizer: Any, files: Sequence[Path], most: int) -> tuple[Tensor, int]:
+def make_windows(tokenizer: Any, files: Sequence[Path], max_windows: int) -> tuple[Tensor, int]:
     """The tokens of the files in windows, the first `most` of them, and the number of their bytes."""
-    text = "".join(file.read_text(encoding="utf-8") for file in files)[: 6 * most * CONTEXT]
+    text = "".join(file.read_text(encoding="utf-8") for file in files)[: 6 * max_windows * CONTEXT]
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    cut = ids[: min(most, len(ids) // CONTEXT) * CONTEXT]
+    cut = ids[: min(max_windows, len(ids) // CONTEXT) * CONTEXT]
     return cut.view(-1, CONTEXT), len(tokenizer.decode(cut).encode())
 
 
@@ -110,7 +110,7 @@ def bits_per_byte(model: Any, held_out: Tensor, num_bytes: int) -> float:
     return nats / math.log(2) / num_bytes
 
 
-def continued(model: Any, tokenizer: Any) -> str:
+def complete(model: Any, tokenizer: Any) -> str:
     prompt = tokenizer(PROMPT, return_tensors="pt")
     return tokenizer.decode(model.eval().generate(**prompt, max_new_tokens=24, do_sample=False)[0])
 

@@ -1,8 +1,9 @@
 """What the constants of the CPU's batches cost: training steps with other values of one, against those of the package.
 
 python -m experiments.cpu_constants              # all, on one thread: six minutes of processor time
-python -m experiments.cpu_constants --threads 2  # and SHARING, by the clock on the wall: on a quiet machine
-python -m experiments.cpu_constants --rows       # only one row: a sum of bags, or a product, beside `decode.PRODUCTS`
+python -m experiments.cpu_constants --threads 2  # and THREADED_PADDING_FACTOR, by the clock on the wall: on a quiet
+machine python -m experiments.cpu_constants --rows       # only one row: a sum of bags, or a product, beside
+`decode.PRODUCTS`
 
 A ratio above 1 is slower than the package's value, which is timed twice: how far its two ratios are apart is the noise.
 At the end stands each value's median over the shapes, and whether it is faster than the package's by more than that.
@@ -22,7 +23,7 @@ from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, MoE, TopKGating
 from mixture_of_experts.ops.cpu import batches, decode
-from mixture_of_experts.ops.grouped import product_by_expert
+from mixture_of_experts.ops.grouped import multiply_by_expert
 
 Shape = tuple[int, int, int, int, int, bool]  # tokens, dim, experts, hidden dim, k (0: top-2 with capacity), gated
 SHAPES: dict[str, Shape] = {
@@ -34,15 +35,15 @@ SHAPES: dict[str, Shape] = {
     "SwiGLU k2 2x1024, 32, 32, h 64": (2048, 32, 32, 64, 2, True),  # of `scaling`
 }
 VALUES = {
-    "CHUNK": [2 << 20, 3 << 20, 8 << 20, 32 << 20],
-    "PADDING": [0, 1 << 20, 1 << 23],
-    "MOST_PADDING": [8, 128],
-    "FREE_ROWS": [0, 8],
+    "MAX_CHUNK_BYTES": [2 << 20, 3 << 20, 8 << 20, 32 << 20],
+    "PADDING_WORK": [0, 1 << 20, 1 << 23],
+    "MAX_PADDING_ROWS": [8, 128],
+    "FREE_PADDING_ROWS": [0, 8],
 }
-FOR_THREADS = {"SHARING": [1, 8, 64, 128]}
+FOR_THREADS = {"THREADED_PADDING_FACTOR": [1, 8, 64, 128]}
 
 
-def layer_of(
+def make_layer(
     tokens: int, dim: int, num_experts: int, hidden: int, k: int, gated: bool
 ) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
@@ -76,13 +77,13 @@ ONE_ROW = ((512, 2048), (2048, 512), (768, 2048))
 COLD = 256 << 20  # bytes of weights, more than the caches hold
 
 
-def one_row(dtype: torch.dtype, p: int, q: int, rounds: int) -> dict[str, float]:
+def time_one_row(dtype: torch.dtype, p: int, q: int, rounds: int) -> dict[str, float]:
     """Median microseconds of a row times a weight `(p, q)`, as a sum of bags and as a product."""
     weights = torch.randn(COLD // (p * q * dtype.itemsize), p, q).to(dtype)
     x, expert, decision = torch.randn(1, p).to(dtype), torch.zeros(1, dtype=torch.int64), random.Random(0)
     ways: dict[str, Callable[[int], object]] = {
-        "sum": lambda i: decode.Bags.of(expert + i, weights).sums(x, weights),
-        "product": lambda i: product_by_expert(x, weights, [(i, 1)]),
+        "sum": lambda i: decode.GatherIndices.from_experts(expert + i, weights).multiply_rows(x, weights),
+        "product": lambda i: multiply_by_expert(x, weights, [(i, 1)]),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -95,12 +96,12 @@ def one_row(dtype: torch.dtype, p: int, q: int, rounds: int) -> dict[str, float]
 
 
 @torch.no_grad()
-def rows(rounds: int) -> None:
+def time_rows(rounds: int) -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     for dtype in (torch.float32, torch.bfloat16):
-        faster = "product" if (capability, dtype) in decode.PRODUCTS else "sum"
+        faster = "product" if (capability, dtype) in decode.FAST_MATMUL_CPUS else "sum"
         for p, q in ONE_ROW:
-            found = one_row(dtype, p, q, rounds)
+            found = time_one_row(dtype, p, q, rounds)
             agrees = min(found, key=found.__getitem__) == faster
             told = ", ".join(f"{name} {spent:.0f} us" for name, spent in found.items())
             print(
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPE
     parser.add_argument("--rows", action="store_true", help="time one row alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    rows(options.rounds * 20)
+    time_rows(options.rounds * 20)
     if options.rows:
         return
     now, tried = (time.process_time, VALUES) if options.threads == 1 else (time.perf_counter, VALUES | FOR_THREADS)
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPE
     for shape, sizes in shapes.items():
         if options.only not in shape:
             continue
-        layer, x = layer_of(*sizes)
+        layer, x = make_layer(*sizes)
         times: dict[str, list[float]] = {name: [] for name in variants}
         for turn in range(options.rounds + 1):
             for name in random.Random(turn).sample(sorted(variants), len(variants)):

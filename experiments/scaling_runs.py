@@ -186,7 +186,7 @@ def record_of(run: Run, training: Training) -> Record:
         "training_seconds": round(summary["training_seconds"], 1),
         "held_out": [[step, round(bits, 5)] for step, bits in trainee.history.held_out],
         "train": stretch_means(trainee.history.train),
-        **spread_of(trainee),
+        **summarize_load(trainee),
     }
 
 
@@ -195,7 +195,7 @@ def stretch_means(losses: list[float]) -> list[float]:
     return [round(part.mean().item(), 4) for part in torch.tensor(losses, dtype=torch.float64).split(STRETCH)]
 
 
-def spread_of(trainee: Trainee) -> dict[str, Any]:
+def summarize_load(trainee: Trainee) -> dict[str, Any]:
     """How the last quarter of the steps loaded the experts: of the layers the mean, and the extremes."""
     loads = trainee.history.loads[-max(1, len(trainee.history.loads) // 4) :]
     counts = torch.stack(loads).double().sum(0)  # (layers, experts)

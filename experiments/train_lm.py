@@ -69,9 +69,9 @@ def make_training(args: argparse.Namespace, settings: Settings, corpus: Corpus) 
     """A run in this process, or one that several processes share."""
     if args.expert_parallel is None:
         return Training(settings, corpus, args.out)
-    from .language_model.spread import SpreadTraining
+    from .language_model.expert_parallel import ShardedTraining
 
-    return SpreadTraining(settings, corpus, args.out, args.expert_parallel)
+    return ShardedTraining(settings, corpus, args.out, args.expert_parallel)
 
 
 def report(training: Training) -> None:

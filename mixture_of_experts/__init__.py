@@ -14,7 +14,7 @@ from mixture_of_experts.gating import (
     TopPGating,
 )
 from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE, OutputOnly
-from mixture_of_experts.whole_model.auxiliary import collect_aux
+from mixture_of_experts.whole_model.aux_losses import collect_aux
 from mixture_of_experts.whole_model.balancing import balance_experts
 from mixture_of_experts.whole_model.forcing import force_routing
 from mixture_of_experts.whole_model.sparsity import control_sparsity

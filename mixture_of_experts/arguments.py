@@ -14,8 +14,8 @@ from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
-from mixture_of_experts.support.private_peft import from_peft
-from mixture_of_experts.support.private_torch import unwrapped
+from mixture_of_experts.support.private_peft import is_peft_wrapper
+from mixture_of_experts.support.private_torch import unwrap_module
 
 
 def as_experts(experts: Any) -> nn.Module | None:
@@ -50,7 +50,7 @@ def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts
     return check_size("num_experts", num_experts)
 
 
-def resolve_grid(
+def resolve_expert_grid(
     num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
 ) -> tuple[int, int]:
     """The pair (outer, inner): `num_experts` if it is given, else the gates', else the experts', else (4, 4)."""
@@ -66,36 +66,36 @@ def resolve_grid(
     return check_size("num_experts[0]", num_experts[0]), check_size("num_experts[1]", num_experts[1])
 
 
-def refuse_gating_arguments(name: str, settings: Mapping[str, Any]) -> None:
+def reject_gate_arguments(name: str, settings: Mapping[str, Any]) -> None:
     """Refuse arguments that describe the default gate when a gate is given."""
-    refuse_unused(name, {key: value for key, value in settings.items() if value != TOP2_SETTINGS[key]})
+    reject_unused_arguments(name, {key: value for key, value in settings.items() if value != TOP2_SETTINGS[key]})
 
 
-def refuse_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
+def reject_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
     """Refuse arguments that describe the default experts when experts are given."""
     given = {} if hidden_dim is None else {"hidden_dim": hidden_dim}
-    refuse_unused("experts", given if activation is nn.GELU else {**given, "activation": activation})
+    reject_unused_arguments("experts", given if activation is nn.GELU else {**given, "activation": activation})
 
 
-def refuse_unused(part: str, given: Mapping[str, Any]) -> None:
+def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that describe a part which is given itself: they would do nothing."""
-    if given:
-        written = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    if arguments:
+        written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(f"{part} is given, so {written} would do nothing: set it on the given {part} instead")
 
 
-OTHER_NAMES_OF_K = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other libraries
+K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other libraries
 
 
-def refuse_arguments_of_routers(layer: type, given: Mapping[str, Any]) -> None:
+def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
     """Refuse an argument that no layer has, but a router: the error says where it goes."""
     parameters = inspect.signature(layer.__init__).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
-    of_router = {*inspect.signature(TopKGating.__init__).parameters, *OTHER_NAMES_OF_K}
-    for name, value in given.items():
+    of_router = {*inspect.signature(TopKGating.__init__).parameters, *K_ALIASES}
+    for name, value in arguments.items():
         if name not in parameters and name in of_router:
-            setting = "k" if name in OTHER_NAMES_OF_K else name
+            setting = "k" if name in K_ALIASES else name
             where = "gate=" if "gate" in parameters else "gate_outer= and gate_inner="
             raise TypeError(
                 f"{layer.__name__} has no argument {name!r}, its router has it: give "
@@ -103,7 +103,7 @@ def refuse_arguments_of_routers(layer: type, given: Mapping[str, Any]) -> None:
             )
 
 
-def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
+def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
     """Refuse a given gate of one level whose priority is not the layer's: both levels need the same.
 
     The priority of a dropless gate is not compared: it decides nothing.
@@ -118,18 +118,18 @@ def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priorit
 
 
 def check_gate(
-    name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), level: bool = False
+    name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), is_level: bool = False
 ) -> None:
     """Check that a gate can be called and has the layer's sizes, and that a level's gate is one of token choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
     given = ["mask", "importance"] if outer else ["mask"]
-    if not takes(gate, given):
+    if not accepts_keywords(gate, given):
         raise TypeError(
             f"{name} must be a gate such as TopKGating(...), called with (x, {', '.join(f'{n}=...' for n in given)}), "
             f"but {type(gate).__name__} has forward{inspect.signature(gate.forward)}"
         )
-    if level and not hasattr(gate, "k"):
+    if is_level and not hasattr(gate, "k"):
         raise ValueError(
             f"{name} must be a router of token choice, a subclass of TokenChoiceGate, got {type(gate).__name__}"
         )
@@ -137,12 +137,14 @@ def check_gate(
         got = getattr(gate, what, wanted)
         if got != wanted:
             remedy = (
-                "PEFT trains a router by modules_to_save=['gate'] alone" if from_peft(gate) else "give both the same"
+                "PEFT trains a router by modules_to_save=['gate'] alone"
+                if is_peft_wrapper(gate)
+                else "give both the same"
             )
             raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: {remedy}")
 
 
-def takes(module: nn.Module, keywords: list[str]) -> bool:
+def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
     """Whether the module's signature allows a call with one tensor and these keywords."""
     try:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
@@ -155,7 +157,7 @@ def takes(module: nn.Module, keywords: list[str]) -> bool:
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
     """Check that the experts have the layer's sizes, as far as they tell their own."""
-    experts = unwrapped(experts)  # PEFT's wrapper of a bias has num_experts=1
+    experts = unwrap_module(experts)  # PEFT's wrapper of a bias has num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)

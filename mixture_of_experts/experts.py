@@ -22,10 +22,17 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import routed_ffn
-from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two, why_unknown
-from mixture_of_experts.ops.grouped import grouped_product
+from mixture_of_experts.ops.activations import (
+    ActivationLike,
+    make_activation,
+    takes_gate_and_up,
+    unknown_activation_reason,
+)
+from mixture_of_experts.ops.grouped import grouped_matmul
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
+from mixture_of_experts.support.batch_invariance import reject_batch_invariance
+from mixture_of_experts.support.checked_module import FixedShapeModule, checked_setting
 from mixture_of_experts.support.checks import (
     check_devices,
     check_dtype,
@@ -34,16 +41,14 @@ from mixture_of_experts.support.checks import (
     check_result,
     check_size,
     check_sizes,
-    shape_of,
+    describe_shape,
 )
-from mixture_of_experts.support.overriding import declaring_class, is_own
-from mixture_of_experts.support.private_torch import own, unwrapped, wrapped_module
-from mixture_of_experts.support.same_bits import refuse_same_bits
-from mixture_of_experts.support.settings import FixedShapes, setting
-from mixture_of_experts.support.tracing import can_read, has_numbers
+from mixture_of_experts.support.private_torch import get_wrapped_module, unsafe_view, unwrap_module
+from mixture_of_experts.support.subclassing import find_declaring_class, is_package_class
+from mixture_of_experts.support.tracing import has_data, is_host_readable
 
-ANOTHER_WIDTH = ": experts whose outputs have another width than tokens tell it by dim_out"
-MOSTLY_EMPTY = 4  # slots for each choice from which on a call is warned of
+DIM_OUT_HINT = ": experts whose outputs have another width than tokens tell it by dim_out"
+MAX_SLOTS_PER_CHOICE = 4  # slots for each choice from which on a call is warned of
 
 
 class RoutedExperts(nn.Module):
@@ -58,7 +63,7 @@ class RoutedExperts(nn.Module):
         >>> import torch
         >>> from torch import nn
         >>> from mixture_of_experts import MoE
-        >>> from mixture_of_experts.ops import grouped_product
+        >>> from mixture_of_experts.ops import grouped_matmul
         >>> class LinearExperts(RoutedExperts):
         ...     def __init__(self, dim, num_experts):
         ...         super().__init__()
@@ -66,22 +71,24 @@ class RoutedExperts(nn.Module):
         ...         self.weight = nn.Parameter(torch.randn(num_experts, dim, dim) * dim**-0.5)
         ...
         ...     def compute(self, rows, num_tokens_per_expert):
-        ...         return grouped_product(rows, self.weight, num_tokens_per_expert)
+        ...         return grouped_matmul(rows, self.weight, num_tokens_per_expert)
         >>> moe = MoE(dim=16, num_experts=4, experts=LinearExperts(16, 4), capacity_factor_train=None)
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
     """
 
     reads_decisions: ClassVar[bool] = True
-    makes_outputs: ClassVar[bool] = True  #: whether outputs never share memory with the tokens: true of this package's
+    allocates_outputs: ClassVar[bool] = (
+        True  #: whether outputs never share memory with the tokens: true of this package's
+    )
     _version: int = 2  # torch writes it into state dicts; mixture-of-experts 0.2.3 wrote 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.reads_decisions = binds_decision(cls.forward)
-        cls.makes_outputs = is_own(declaring_class(cls, "forward"))
+        cls.allocates_outputs = is_package_class(find_declaring_class(cls, "forward"))
 
-    def why_not_invariant(self) -> str | None:
+    def variant_reason(self) -> str | None:
         """Why a token may get other bits in another batch, under `ops.use("batch_invariant")`; None if it does not."""
         return f"{type(self).__name__} compute rows by themselves: take Experts or GatedExperts"
 
@@ -90,8 +97,8 @@ class RoutedExperts(nn.Module):
         if decision is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
-            return own(out, (*x.shape[:-1], out.shape[-1]))
-        refuse_same_bits(f"{type(self).__name__} compute rows by themselves")
+            return unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+        reject_batch_invariance(f"{type(self).__name__} compute rows by themselves")
         plan = decision.without_gaps()
         assert plan.rows_per_expert is not None
         rows = dispatch(x, plan)
@@ -101,7 +108,7 @@ class RoutedExperts(nn.Module):
         out = self.compute(rows, num_tokens_per_expert)
         if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != rows.shape[0]:
             name = f"{type(self).__name__}.compute"
-            raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {shape_of(out)}")
+            raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {describe_shape(out)}")
         return out
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -118,14 +125,16 @@ class RoutedExperts(nn.Module):
 
 def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, by experts of either contract."""
-    inner: Any = experts if isinstance(experts, RoutedExperts) else unwrapped(experts)  # some of PEFT's hide attributes
+    inner: Any = (
+        experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
+    )  # some of PEFT's hide attributes
     dim_out = getattr(inner, "dim_out", None)
     if not reads_decisions(experts):
-        refuse_same_bits(f"{type(experts).__name__} compute slots")
-        return run_on_slots(experts, x, decision, dim_out)
+        reject_batch_invariance(f"{type(experts).__name__} compute slots")
+        return run_experts_on_slots(experts, x, decision, dim_out)
     wanted = (x.shape[0], dim_out or x.shape[1])
-    out = check_result(type(experts).__name__, experts(x, decision), wanted, ANOTHER_WIDTH)
-    return out if inner.makes_outputs else out.clone()  # which may share memory with x
+    out = check_result(type(experts).__name__, experts(x, decision), wanted, DIM_OUT_HINT)
+    return out if inner.allocates_outputs else out.clone()  # which may share memory with x
 
 
 def binds_decision(forward: Callable) -> bool:
@@ -144,14 +153,14 @@ def binds_decision(forward: Callable) -> bool:
 def reads_decisions(experts: nn.Module) -> bool:
     """Whether a module, or the module that it wraps, takes tokens and a decision."""
     while not isinstance(experts, RoutedExperts):
-        wrapped = wrapped_module(experts)
+        wrapped = get_wrapped_module(experts)
         if wrapped is None or not binds_decision(type(experts).forward):  # an unknown wrapper, which reads slots
             return False
         experts = wrapped
     return experts.reads_decisions
 
 
-def check_slots(experts: Any, x: Tensor, decision: Any) -> None:
+def check_slot_inputs(experts: Any, x: Tensor, decision: Any) -> None:
     """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no decision came with them."""
     wanted = (*experts.expert_dims, "s", experts.dim)
     fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
@@ -167,27 +176,27 @@ def check_slots(experts: Any, x: Tensor, decision: Any) -> None:
         )
 
 
-def run_on_slots(
+def run_experts_on_slots(
     compute: Callable[[Tensor], Tensor], x: Tensor, decision: Decision, dim_out: int | None = None
 ) -> Tensor:
     """Dispatch tokens to slots (an empty slot is zeros), compute them, and combine the results."""
-    plan = fewest_slots(decision) if decision.routing is None else decision.in_slots()
+    plan = plan_dropless_slots(decision) if decision.routing is None else decision.in_slots()
     slots = dispatch(x, plan)
     slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
-    out = check_result("experts", compute(slots), (*slots.shape[:-1], dim_out or slots.shape[-1]), ANOTHER_WIDTH)
+    out = check_result("experts", compute(slots), (*slots.shape[:-1], dim_out or slots.shape[-1]), DIM_OUT_HINT)
     # not `flatten(0, -2)`, which asks whether a dynamic length is 1
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
 
-def fewest_slots(decision: Decision) -> Plan:
+def plan_dropless_slots(decision: Decision) -> Plan:
     """The plan of a dropless call in slots. Each expert has as many as the fullest one needs, where numbers may be read
     without a wait; else as many as there are tokens, with a warning if most of them must stay empty."""
     queue, position, length = decision.queues()
     needed, t = decision.rows_per_expert(length), decision.num_tokens
-    if can_read(needed):
+    if is_host_readable(needed):
         width = max(int(needed.max()), min(t, 1))
         return decision.with_rows(queue, position, length, torch.full_like(needed, width), len(needed) * width)
-    if has_numbers(needed) and len(needed) * t > MOSTLY_EMPTY * decision.weight.shape[0]:
+    if has_data(needed) and len(needed) * t > MAX_SLOTS_PER_CHOICE * decision.weight.shape[0]:
         warnings.warn(
             f"experts that read slots get {len(needed)} x {t} of them for {decision.weight.shape[0]} choices, since "
             "the gate drops none: set its capacity_factor_train and capacity_factor_eval (2.0: twice an even share), "
@@ -202,7 +211,7 @@ def _check_dropout(name: str, value: Any) -> float:
     return check_number(name, value, at_least=0.0, below=1.0) or 0
 
 
-class StackedExperts(FixedShapes, RoutedExperts):
+class StackedExperts(FixedShapeModule, RoutedExperts):
     """Base of experts with stacked weights: initialisation, checks of shapes, and both contracts.
 
     Tokens with a decision go to `ops.routed_ffn`, which moves and computes them by the fastest way.
@@ -215,10 +224,10 @@ class StackedExperts(FixedShapes, RoutedExperts):
     act: nn.Module
 
     gated: ClassVar[bool]
-    sizes: ClassVar[tuple[str, ...]] = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
+    shape_attributes: ClassVar[tuple[str, ...]] = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
     w1: nn.Parameter
     w2: nn.Parameter
-    dropout: float = setting(_check_dropout)
+    dropout: float = checked_setting(_check_dropout)
 
     def __init__(
         self,
@@ -244,7 +253,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         if self.act is not activation:  # PyTorch's classes of activations with parameters make float32 ones
             self.act.to(device=device, dtype=dtype)
         self.dropout = dropout
-        if takes_two(self.act) and not self.gated:
+        if takes_gate_and_up(self.act) and not self.gated:
             raise ValueError(f"activation {activation!r} is a function of (gate, up): use GatedExperts")
         weights = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
         biases = {"b1": (h,), "b3": (h,), "b2": (o,)}
@@ -261,24 +270,24 @@ class StackedExperts(FixedShapes, RoutedExperts):
         self, x: Tensor, decision: Decision | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
     ) -> Tensor:
         """Map as `RoutedExperts` does; a wrapper may give another `ffn`, which computes tokens with a decision."""
-        network = self._network()
+        network = self._build_network()
         if isinstance(decision, Decision):
             return ffn(x, decision, network, training=self.training)
-        check_slots(self, x, decision)
+        check_slot_inputs(self, x, decision)
         out = feed_forward(*cast_operands(x.flatten(0, -3), network))
-        return own(out, (*x.shape[:-1], out.shape[-1]))
+        return unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
-    def why_not_invariant(self) -> str | None:
+    def variant_reason(self) -> str | None:
         if self.training and self.dropout:
             return f"dropout={self.dropout} draws random numbers in training: set it to 0, or call eval()"
-        reason = why_unknown(self.act)
+        reason = unknown_activation_reason(self.act)
         return None if reason is None else f"{reason}: take one of the package's own, without hooks"
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        rows, network = cast_operands(rows, self._network())
-        return feed_forward(rows, network, num_tokens_per_expert, grouped_product)
+        rows, network = cast_operands(rows, self._build_network())
+        return feed_forward(rows, network, num_tokens_per_expert, grouped_matmul)
 
-    def _network(self) -> Network:
+    def _build_network(self) -> Network:
         """The weights, with one dimension for all experts, also of a grid."""
         numbers = ("1", "3") if self.gated else ("1",)
         w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
@@ -291,7 +300,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
 
     def reset_parameters(self) -> None:
         """Draw the weights of each expert, uniform of standard deviation 1 / sqrt(fan in); set biases to 0."""
-        draw_weights(self)
+        init_expert_weights(self)
 
     def extra_repr(self) -> str:
         out = "" if self.dim_out == self.dim else f", dim_out={self.dim_out}"
@@ -300,9 +309,9 @@ class StackedExperts(FixedShapes, RoutedExperts):
         return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}{out}{bias}{dropout}"
 
 
-def draw_weights(network: nn.Module) -> None:
+def init_expert_weights(module: nn.Module) -> None:
     """Draw weights `(..., d, h)`, uniform of standard deviation 1 / sqrt(fan in); set biases, `b1` and so on, to 0."""
-    for name, parameter in network.named_parameters(recurse=False):
+    for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("b"):
             nn.init.zeros_(parameter)
         else:
@@ -398,7 +407,7 @@ class GatedExperts(StackedExperts):
         )
 
 
-def check_modules(experts: Any) -> list[nn.Module]:
+def check_expert_modules(experts: Any) -> list[nn.Module]:
     """The modules of a list of experts, checked to be modules."""
     if not isinstance(experts, Iterable):
         raise TypeError(f"experts must be a list of modules, got a {type(experts).__name__}")
@@ -432,7 +441,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     dim_out: int | None
 
     def __init__(self, experts: Iterable[nn.Module], *, dim_out: int | None = None) -> None:
-        super().__init__(check_modules(experts))
+        super().__init__(check_expert_modules(experts))
         self.dim_out = None if dim_out is None else check_size("dim_out", dim_out)
         if len(self) == 0:
             raise ValueError("ExpertList needs at least one module, got none")
@@ -443,21 +452,21 @@ class ExpertList(RoutedExperts, nn.ModuleList):
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
-            return self._on_slots(x.clone())  # experts may write into what they get
-        if decision.dropless and has_numbers(x):
+            return self._run_on_slots(x.clone())  # experts may write into what they get
+        if decision.dropless and has_data(x):
             return super().forward(x, decision)
-        return run_on_slots(self._on_slots, x, decision, self.dim_out)
+        return run_experts_on_slots(self._run_on_slots, x, decision, self.dim_out)
 
-    def _on_slots(self, x: Tensor) -> Tensor:
+    def _run_on_slots(self, x: Tensor) -> Tensor:
         slots = x.flatten(0, -3)
         if slots.shape[0] != len(self):
             raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
-        results = torch.stack([self._call_expert(i, part) for i, part in enumerate(own_parts(slots.unbind(0)))])
-        return own(results, (*x.shape[:-1], results.shape[-1]))
+        results = torch.stack([self._call_expert(i, part) for i, part in enumerate(unsafe_view_each(slots.unbind(0)))])
+        return unsafe_view(results, (*x.shape[:-1], results.shape[-1]))
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         numbers = num_tokens_per_expert.tolist()  # the one host sync
-        parts = own_parts(rows.split([*numbers, rows.shape[0] - sum(numbers)]))
+        parts = unsafe_view_each(rows.split([*numbers, rows.shape[0] - sum(numbers)]))
         results = [self._call_expert(i, part) for i, part in enumerate(parts[:-1])]
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
@@ -469,9 +478,9 @@ class ExpertList(RoutedExperts, nn.ModuleList):
             check_devices(name, x, expert.parameters())  # hooks may move weights during a call, so not before it
             raise
         check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta without a word
-        return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), ANOTHER_WIDTH)
+        return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), DIM_OUT_HINT)
 
 
-def own_parts(parts: Sequence[Tensor]) -> list[Tensor]:
+def unsafe_view_each(parts: Sequence[Tensor]) -> list[Tensor]:
     """The parts, none of them a view for autograd, which forbids to write into one of several views: experts may."""
-    return [own(part, part.shape) for part in parts]
+    return [unsafe_view(part, part.shape) for part in parts]

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import Length
-from mixture_of_experts.support.failures import waited_in_vain
+from mixture_of_experts.support.collective_errors import collective_error
 from mixture_of_experts.support.private_torch import all_reduce_sum, statically_known_true
-from mixture_of_experts.support.tracing import largest, smallest
+from mixture_of_experts.support.tracing import symbolic_max, symbolic_min
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -28,7 +28,7 @@ def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     try:
         return all_reduce_sum(value, group)
     except RuntimeError as error:
-        raise waited_in_vain("a gate could not sum over its process group", error, group) from error
+        raise collective_error("a gate could not sum over its process group", error, group) from error
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
@@ -45,21 +45,21 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
     alone = world_size(group) == 1
     if not isinstance(count, Tensor):
         if alone:
-            return total / (largest(count, 1) * each)
+            return total / (symbolic_max(count, 1) * each)
         count = total.new_full((), count)
     count = global_sum(count.to(total.dtype), group).clamp(min=1)
     count = count if statically_known_true(each == 1) else count * each
     return (total if alone else total * world_size(group)) / count
 
 
-def load_of(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
+def count_expert_load(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
     """`(..., e)` int64, how often each expert is among the choices `(..., n, k)` that are `counted`."""
     ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
     zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
     return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
 
 
-def load_balance(
+def load_balancing_loss(
     load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
@@ -74,10 +74,10 @@ def load_balance(
         k: choices of a token.
         group: process group that shares the batch.
     """
-    return _of_products(load.detach() * proxy, length, k / load.shape[-1], group)
+    return _mean_of_products(load.detach() * proxy, length, k / load.shape[-1], group)
 
 
-def load_balance_of(
+def load_balancing_loss_from_choices(
     expert: Tensor,
     counted: Tensor | None,
     proxy: Tensor,
@@ -85,48 +85,51 @@ def load_balance_of(
     k: float = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The loss of `load_balance`, from the choices instead of loads: `sum_e load_e P_e` sums P over the choices.
+    """The loss of `load_balancing_loss`, from the choices instead of loads: `sum_e load_e P_e` sums P over the choices.
 
     Args:
         expert: `(..., b, n, k)` int64, the choices.
         counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
-        proxy, length, k, group: as in `load_balance`.
+        proxy, length, k, group: as in `load_balancing_loss`.
     """
     chosen = proxy.gather(-1, expert.flatten(-2))
     if counted is not None:
         chosen = torch.where(counted.expand_as(expert).flatten(-2), chosen, 0.0)
-    return _of_products(chosen, length, k / proxy.shape[-1], group)
+    return _mean_of_products(chosen, length, k / proxy.shape[-1], group)
 
 
-def _of_products(products: Tensor, length: Length | int, each: float, group: dist.ProcessGroup | None) -> Tensor:
+def _mean_of_products(products: Tensor, length: Length | int, factor: float, group: dist.ProcessGroup | None) -> Tensor:
     """The mean over groups of the sum of `products` `(..., b, any)` divided by the squared length and by `each`."""
     if isinstance(length, Length):
-        return _of_groups(products, length.tokens(products.dtype), each, group)
-    groups = math.prod(products.shape[:-1]) * smallest(length, 1)
-    return mean(products.sum(), groups, group, each * largest(length, 1) ** 2)
+        return _mean_over_groups(products, length.tokens(products.dtype), factor, group)
+    groups = math.prod(products.shape[:-1]) * symbolic_min(length, 1)
+    return mean(products.sum(), groups, group, factor * symbolic_max(length, 1) ** 2)
 
 
-def _of_groups(products: Tensor, tokens: Tensor, each: float, group: dist.ProcessGroup | None = None) -> Tensor:
+def _mean_over_groups(
+    products: Tensor, tokens: Tensor, factor: float, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """The same for groups of `tokens` `(..., b)`; those without a token do not count."""
     there = tokens > 0
     per_group = products.sum(dim=-1) / torch.where(there, tokens, 1.0).square()
-    return mean(per_group.sum(), there.sum(), group, each)
+    return mean(per_group.sum(), there.sum(), group, factor)
 
 
-def load_balance_over_batch(
+def load_balancing_loss_over_batch(
     load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The loss of `load_balance` with f and P over all tokens of the call (arXiv 2501.11873: global-batch balance).
+    """The loss of `load_balancing_loss` with f and P over all tokens of the call (arXiv 2501.11873: global-batch
+    balance).
 
     f is the mean over all ranks of `group`; it carries no gradient. With outer experts (`...`) the loss is computed for
-    each of them, and averaged over those that have a token. Arguments as in `load_balance`.
+    each of them, and averaged over those that have a token. Arguments as in `load_balancing_loss`.
     """
     if isinstance(length, Length):
         tokens = length.sum().tokens(proxy.dtype)
     else:
         tokens = proxy.new_full(proxy.shape[:-2], length * proxy.shape[-2])
     load, tokens = global_sum(load.sum(dim=-2).to(proxy.dtype), group), global_sum(tokens, group)
-    return _of_groups(load * proxy.sum(dim=-2), tokens, k / (load.shape[-1] * world_size(group)))
+    return _mean_over_groups(load * proxy.sum(dim=-2), tokens, k / (load.shape[-1] * world_size(group)))
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -140,7 +143,7 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
     return token_mean(logits.logsumexp(dim=-1).square(), counted, group)
 
 
-def log_total_at(logit: Tensor, prob: Tensor) -> Tensor:
+def logsumexp_from_expert(logit: Tensor, prob: Tensor) -> Tensor:
     """The logsumexp of a token's logits `(..., n)`, as logit - log p of one expert after a softmax.
 
     This needs no pass over all experts, and its backward needs no logits.
@@ -151,13 +154,13 @@ def log_total_at(logit: Tensor, prob: Tensor) -> Tensor:
     return (logit - prob.log()).squeeze(-1)
 
 
-def z_loss_at(
+def z_loss_from_expert(
     logit: Tensor, prob: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """`z_loss` by `log_total_at`, from one expert of each token; arguments as in both."""
+    """`z_loss` by `logsumexp_from_expert`, from one expert of each token; arguments as in both."""
     if counted is None and not torch.is_grad_enabled():  # fewer launches
         return mean(F.mse_loss(logit, prob.log(), reduction="sum"), math.prod(logit.shape), group)
-    return token_mean(log_total_at(logit, prob).square(), counted, group)
+    return token_mean(logsumexp_from_expert(logit, prob).square(), counted, group)
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -167,7 +170,7 @@ def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.Proces
     return mean(torch.where(counted, values, 0.0).sum(), counted.sum(), group)
 
 
-def squared_variation(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Squared coefficient of variation over experts (arXiv 1701.06538, equations 7 and 11): variance / mean^2.
 
     The variance is that of a population; its gradient is 0 at perfect balance, where that of a deviation is not finite.

@@ -18,12 +18,12 @@ from mixture_of_experts.arguments import (
     as_experts,
     check_experts,
     check_gate,
+    check_same_priority,
     check_shared_expert,
-    refuse_another_priority,
-    refuse_arguments_of_routers,
-    refuse_expert_arguments,
-    refuse_gating_arguments,
-    resolve_grid,
+    reject_expert_arguments,
+    reject_gate_arguments,
+    reject_router_arguments,
+    resolve_expert_grid,
     resolve_num_experts,
 )
 from mixture_of_experts.dispatch.decision import compose, decision_of, plan_slots_of
@@ -31,40 +31,40 @@ from mixture_of_experts.dispatch.groups import group_side_inputs, mask_and_group
 from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
-from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
+from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, get_optional_losses, get_side_inputs
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
-from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
+from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
 from mixture_of_experts.ops.activations import ActivationLike
+from mixture_of_experts.support.batch_invariance import check_batch_invariant
+from mixture_of_experts.support.checked_module import CheckedModule, checked_setting
 from mixture_of_experts.support.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
-from mixture_of_experts.support.same_bits import refuse_variant
-from mixture_of_experts.support.settings import CheckedModule, setting
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 #: losses whose coefficients are arguments of their own
-COEFS = {"balance": "loss_coef", "z": "z_loss_coef"}
+LOSS_COEF_ARGUMENTS = {"balance": "loss_coef", "z": "z_loss_coef"}
 
 
-class Layer(CheckedModule):
+class MoEBase(CheckedModule):
     """Base of both layers: settings, checks of parts, the auxiliary loss."""
 
     dim: int
     shared_expert: nn.Module | None
 
-    sizes: ClassVar[tuple[str, ...]] = ("dim", "num_experts")
+    shape_attributes: ClassVar[tuple[str, ...]] = ("dim", "num_experts")
     gate_names: ClassVar[tuple[str, ...]]
 
     num_experts: Any
-    loss_coef: float = setting(check_number, at_least=0.0)
-    z_loss_coef: float = setting(check_number, at_least=0.0)
-    loss_coefs: Mapping[str, float] = setting(check_coefs, elsewhere=COEFS)
-    group_size: int | None = setting(check_optional_size)
+    loss_coef: float = checked_setting(check_number, at_least=0.0)
+    z_loss_coef: float = checked_setting(check_number, at_least=0.0)
+    loss_coefs: Mapping[str, float] = checked_setting(check_coefs, dedicated=LOSS_COEF_ARGUMENTS)
+    group_size: int | None = checked_setting(check_optional_size)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        refuse_arguments_of_routers(cls, kwargs)
+        reject_router_arguments(cls, kwargs)
         return super().__new__(cls)
 
     def __init__(
@@ -91,7 +91,7 @@ class Layer(CheckedModule):
             check_experts(part, self.dim, sizes)
         else:
             level = self.gate_names.index(name)
-            check_gate(name, part, self.dim, sizes[level], sizes[:level], level=len(sizes) > 1)
+            check_gate(name, part, self.dim, sizes[level], sizes[:level], is_level=len(sizes) > 1)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "shared_expert":
@@ -120,7 +120,7 @@ class Layer(CheckedModule):
         """The keyword argument that asks the gate for losses which it computes only on request; {} for none."""
         if not self.loss_coefs:
             return {}
-        offers = offers_of(gate)
+        offers = get_optional_losses(gate)
         names = tuple(name for name, coef in self.loss_coefs.items() if coef and name in offers)
         return {"losses": names} if names else {}
 
@@ -137,7 +137,7 @@ class Layer(CheckedModule):
         return ", ".join(parts)
 
 
-class MoE(Layer):
+class MoE(MoEBase):
     """Sparsely gated mixture of experts (Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668).
 
     It takes the place of a transformer's feed-forward layer. A few of the experts compute each token, so parameters
@@ -223,25 +223,25 @@ class MoE(Layer):
         if gate is None:
             gate = Top2Gating(dim, self.num_experts, **settings, device=device, dtype=dtype)
         else:
-            refuse_gating_arguments("gate", settings)
+            reject_gate_arguments("gate", settings)
         if experts is None:
             experts = Experts(dim, self.num_experts, hidden_dim, activation, device=device, dtype=dtype)
         else:
-            refuse_expert_arguments(hidden_dim, activation)
+            reject_expert_arguments(hidden_dim, activation)
         self.gate = gate
         self.experts = experts
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
-        refuse_variant(inputs, gate=self.gate, experts=self.experts, shared_expert=self.shared_expert)
+        check_batch_invariant(inputs, gate=self.gate, experts=self.experts, shared_expert=self.shared_expert)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        read = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
+        read = group_side_inputs(side, get_side_inputs(self.gate), mask, inputs.shape[:-1], groups) if side else {}
         routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **read))
         out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
         return (*results, ungroup_state(routing.state, x)) if STATE in side else results
 
 
-class HeirarchicalMoE(Layer):
+class HeirarchicalMoE(MoEBase):
     """Mixture of experts with two levels of gating over a grid of experts (Shazeer et al. 2017, appendix B; GShard).
 
     Level one sends a token to outer experts, each of which is a row of inner experts. Level two, with weights of its
@@ -269,7 +269,7 @@ class HeirarchicalMoE(Layer):
         torch.Size([2, 10, 32])
     """
 
-    sizes: ClassVar[tuple[str, ...]] = (*Layer.sizes, "num_experts_outer", "num_experts_inner")
+    shape_attributes: ClassVar[tuple[str, ...]] = (*MoEBase.shape_attributes, "num_experts_outer", "num_experts_inner")
     gate_names: ClassVar[tuple[str, ...]] = ("gate_outer", "gate_inner")
     num_experts_outer: int
     num_experts_inner: int
@@ -309,12 +309,12 @@ class HeirarchicalMoE(Layer):
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
         settings = {name: value for name, value in locals().items() if name in TOP2_SETTINGS}
         experts = as_experts(experts)
-        outer, inner = self.num_experts = resolve_grid(num_experts, gate_outer, gate_inner, experts)
+        outer, inner = self.num_experts = resolve_expert_grid(num_experts, gate_outer, gate_inner, experts)
         self.num_experts_outer, self.num_experts_inner = outer, inner
         if gate_outer is not None and gate_inner is not None:
-            refuse_gating_arguments("gate_outer and gate_inner", settings)
-        refuse_another_priority("gate_outer", gate_outer, priority)
-        refuse_another_priority("gate_inner", gate_inner, priority)
+            reject_gate_arguments("gate_outer and gate_inner", settings)
+        check_same_priority("gate_outer", gate_outer, priority)
+        check_same_priority("gate_inner", gate_inner, priority)
         if gate_inner is not None and capacity_factor_second_level is not None:
             raise ValueError(
                 f"capacity_factor_second_level={capacity_factor_second_level!r} describes the default second gate; "
@@ -331,17 +331,17 @@ class HeirarchicalMoE(Layer):
         if experts is None:
             experts = Experts(dim, (outer, inner), hidden_dim, activation, **factory)
         else:
-            refuse_expert_arguments(hidden_dim, activation)
+            reject_expert_arguments(hidden_dim, activation)
         self.gate_outer = gate_outer
         self.gate_inner = gate_inner
         self.experts = experts
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
-        refuse_variant(inputs, gate_outer=self.gate_outer, gate_inner=self.gate_inner, experts=self.experts)
+        check_batch_invariant(inputs, gate_outer=self.gate_outer, gate_inner=self.gate_inner, experts=self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         side_outer, side_inner = {}, {}
         if side:
-            reads = side_inputs_of_levels(reads_of(self.gate_outer), reads_of(self.gate_inner))
+            reads = side_inputs_of_levels(get_side_inputs(self.gate_outer), get_side_inputs(self.gate_inner))
             read = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
             side_outer, side_inner = ({name: read[name] for name in read if name in its} for its in reads)
         side_outer |= self.requested_losses(self.gate_outer)

@@ -4,46 +4,46 @@ Axes: e experts, t tokens, k choices, r rows (sorted by expert, or a token's cho
 dimension of a weight, d model dim, o dim of the outputs.
 
 A weight `(p, q)` is first divided by the largest number of each output channel, its scale `(q,)`. How the rest is
-stored, `ops/bits8.py` and `ops/bits4.py` say.
+stored, `ops/int8.py` and `ops/int4.py` say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
-from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slots
-from mixture_of_experts.ops import bits4, bits8
-from mixture_of_experts.ops.grouped import grouped_product
-from mixture_of_experts.ops.network import Network, dtype_of_operands
+from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slot_inputs
+from mixture_of_experts.ops import int4, int8
+from mixture_of_experts.ops.grouped import grouped_matmul
+from mixture_of_experts.ops.network import Network, get_operand_dtype
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.support import private_torch
-from mixture_of_experts.support.same_bits import refuse_same_bits
-from mixture_of_experts.support.tracing import can_read, without_autocast
-from mixture_of_experts.unstack import exchange, plain_weights
+from mixture_of_experts.support.batch_invariance import reject_batch_invariance
+from mixture_of_experts.support.checks import ModelT
+from mixture_of_experts.support.tracing import disable_autocast, is_host_readable
+from mixture_of_experts.unstack import get_plain_weights, replace_modules
 
-Model = TypeVar("Model", bound=nn.Module)
-Chosen = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of 4 bits
-Rounding = Callable[[str, int, Tensor], Chosen | None]  # of a stack's name, an expert's index and weight
+RoundedLevels = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of 4 bits
+RoundingFunction = Callable[[str, int, Tensor], RoundedLevels | None]  # of a stack's name, an expert's index and weight
 
-LARGEST = 65280  # number that bfloat16 and float16 hold
-MOST_TOKENS, MOST_ROWS = 4, 32  # that are computed without sorting them by expert
-UNPACKED = 1 << 21  # most numbers of a weight that are unpacked at a time
+MAX_SCALE = 65280  # number that bfloat16 and float16 hold
+MAX_UNSORTED_TOKENS, MAX_UNSORTED_ROWS = 4, 32  # that are computed without sorting them by expert
+MAX_UNPACKED_NUMEL = 1 << 21  # most numbers of a weight that are unpacked at a time
 
 
 def quantize_experts(
-    model: Model,
+    model: ModelT,
     bits: Literal[8, 4] = 8,
     *,
     group: int = 64,
-    rounding: Rounding | None = None,
-) -> Model:
+    rounding: RoundingFunction | None = None,
+) -> ModelT:
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
 
     Their weights are rounded and cannot be trained. Gradients reach tokens, routers and all else, also LoRA on these
@@ -83,19 +83,21 @@ def quantize_experts(
         >>> bool((moe(x)[0] - before).norm() < 0.02 * before.norm())
         True
     """
-    given = {"bits": (bits, (8, 4)), "group": (group, bits4.GROUPS)}
+    given = {"bits": (bits, (8, 4)), "group": (group, int4.GROUP_SIZES)}
     for argument, (value, allowed) in given.items():
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     if rounding is not None and not (bits == 4 and callable(rounding)):
         raise ValueError(f"rounding must be a function, with bits=4, got {rounding!r} with bits={bits}")
-    make = partial(quantized, bits=bits, group=group, rounding=rounding)
-    return exchange(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)", adapted=True)
+    make = partial(quantize_stacked_experts, bits=bits, group=group, rounding=rounding)
+    return replace_modules(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)", allow_adapters=True)
 
 
-def quantized(experts: StackedExperts, name: str, bits: int, group: int, rounding: Rounding | None) -> QuantizedExperts:
+def quantize_stacked_experts(
+    experts: StackedExperts, name: str, bits: int, group: int, rounding: RoundingFunction | None
+) -> QuantizedExperts:
     """The experts in few bits, after a check that their weights are plain, frozen and in memory, and fit."""
-    for key, weight in plain_weights(experts, name).items():
+    for key, weight in get_plain_weights(experts, name).items():
         if weight.requires_grad:
             raise ValueError(
                 f"{name}.{key} is trainable, {bits} bits are not: call requires_grad_(False) of the experts"
@@ -108,12 +110,14 @@ def quantized(experts: StackedExperts, name: str, bits: int, group: int, roundin
     if bits == 4 and uneven:
         raise ValueError(
             f"{name} has {' and '.join(uneven)}, in 4 bits a multiple of group={group}: give a smaller group, one of "
-            f"{', '.join(map(str, bits4.GROUPS))}, or quantise these experts alone, to 8 bits"
+            f"{', '.join(map(str, int4.GROUP_SIZES))}, or quantise these experts alone, to 8 bits"
         )
-    return QuantizedExperts(experts, bits, group, rounding=rounding and partial(chosen, rounding, name))
+    return QuantizedExperts(experts, bits, group, rounding=rounding and partial(call_rounding, rounding, name))
 
 
-def chosen(rounding: Rounding, stack: str, key: str, expert: int, weight: Tensor) -> Chosen | None:
+def call_rounding(
+    rounding: RoundingFunction, stack: str, key: str, expert: int, weight: Tensor
+) -> RoundedLevels | None:
     """What a function of the user's returns for a matrix, after a check that it can be stored."""
     found, of = rounding(f"{stack}.{key}", expert, weight), f"rounding of {stack}.{key}, expert {expert},"
     if found is None:
@@ -176,16 +180,16 @@ class QuantizedExperts(RoutedExperts):
         bits: int = 8,
         group: int = 64,
         block: int | None = None,
-        rounding: Rounding | None = None,
+        rounding: RoundingFunction | None = None,
     ) -> None:
         super().__init__()
-        for name in (*experts.sizes, "act", "dropout", "gated"):
+        for name in (*experts.shape_attributes, "act", "dropout", "gated"):
             setattr(self, name, getattr(experts, name))
         self.is_transposed = getattr(experts, "is_transposed", False)  # PEFT reads it
         for number in (1, 3, 2) if self.gated else (1, 2):
             key = f"w{number}"
             choose = rounding and partial(rounding, key)
-            for name, value in pack(getattr(experts, key), bits, group, block, choose).items():
+            for name, value in pack_stack(getattr(experts, key), bits, group, block, choose).items():
                 self.register_buffer(f"{key}_{name}", value)
             bias = getattr(experts, f"b{number}")
             self.register_buffer(f"b{number}", None if bias is None else bias.detach().clone())
@@ -202,75 +206,75 @@ class QuantizedExperts(RoutedExperts):
         packed, groups = self.get_buffer("w1_packed"), self.get_buffer("w1_groups")
         return {"bits": 4, "group": self.dim // groups.shape[-3], "block": 2 * packed.shape[-1]}
 
-    def rearrange(self, block: int | None = None) -> None:
+    def repack(self, block: int | None = None) -> None:
         """Put numbers of 4 bits in other blocks; by default in those of this machine's operator, if they are on a CPU:
         they may come from another machine."""
         for name, value in self.named_buffers(recurse=False):
             if self.bits == 4 and name.endswith("_packed") and (block or value.is_cpu):
-                self._buffers[name] = bits4.rearranged(value, block or bits4.block_of_cpu())
+                self._buffers[name] = int4.repack_nibbles(value, block or int4.find_cpu_block())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(f"{prefix}w1_packed")
         if given is not None and given.ndim == len(self.expert_dims) + 3:  # in 4 bits
-            self.rearrange(2 * given.shape[-1])
+            self.repack(2 * given.shape[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.rearrange()
+        self.repack()
 
-    def why_not_invariant(self) -> str:
+    def variant_reason(self) -> str:
         return f"experts in {self.bits} bits compute rows by themselves: take those that are not quantised"
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
-        """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
-        refuse_same_bits(self.why_not_invariant())
+        """Map as `RoutedExperts` does; adapters may give `ffn`, whose `factors` are added to weights."""
+        reject_batch_invariance(self.variant_reason())
         if not isinstance(decision, Decision):
-            check_slots(self, x, decision)
+            check_slot_inputs(self, x, decision)
             return super().forward(x)
-        if ffn is None and self._has_few(x, decision):
-            return self._row_by_row(x, decision)
+        if ffn is None and self._is_few_rows_call(x, decision):
+            return self._compute_row_by_row(x, decision)
         plan: Any = decision.without_gaps()
-        return combine(self.compute(dispatch(x, plan), plan.rows_per_expert, ffn and ffn.parts), plan)
+        return combine(self.compute(dispatch(x, plan), plan.rows_per_expert, ffn and ffn.factors), plan)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
-        dtype = dtype_of_operands(rows.device.type, rows.dtype)
+        dtype = get_operand_dtype(rows.device.type, rows.dtype)
 
         def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
             x, (stored, added) = x.to(dtype), weight  # in autocast an activation may return another dtype
-            with without_autocast(x.device):
-                out = _ByPacked.apply(x, *stored, counts, False)
+            with disable_autocast(x.device):
+                out = _PackedMatmul.apply(x, *stored, counts, False)
                 if added is not None:
-                    thin = grouped_product(x, added[0].to(dtype), counts)
-                    out = out + grouped_product(thin, added[1].to(dtype), counts)
+                    thin = grouped_matmul(x, added[0].to(dtype), counts)
+                    out = out + grouped_matmul(thin, added[1].to(dtype), counts)
                 return out
 
-        network = self._network(lambda bias: bias.to(dtype), parts)
+        network = self._build_network(lambda bias: bias.to(dtype), parts)
         return feed_forward(rows, network, num_tokens_per_expert, product).to(rows.dtype)
 
-    def _has_few(self, x: Tensor, decision: Decision) -> bool:
+    def _is_few_rows_call(self, x: Tensor, decision: Decision) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
         inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
-        form = bits8 if self.bits == 8 else bits4
+        form = int8 if self.bits == 8 else int4
         # a traced graph must not compare lengths
-        if not (inference and can_read(x) and form.is_direct(self.get_buffer("w1_packed"))):
+        if not (inference and is_host_readable(x) and form.has_direct_matmul(self.get_buffer("w1_packed"))):
             return False
         # it computes in float32, where weights of an activation may have another dtype
         fits = x.dtype == torch.float32 or (x.dtype != torch.float64 and next(self.act.parameters(), None) is None)
-        few = fits and 0 < x.shape[0] <= MOST_TOKENS and decision.expert.shape[0] <= MOST_ROWS
+        few = fits and 0 < x.shape[0] <= MAX_UNSORTED_TOKENS and decision.expert.shape[0] <= MAX_UNSORTED_ROWS
         return few and False not in decision.kept.tolist()
 
-    def _row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
+    def _compute_row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
         """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. It adds in float32."""
         (t, d), k, expert = x.shape, decision.k, decision.expert
         assert k is not None
 
         def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
-            return few(x.squeeze(1), *weight[0], expert=expert).unsqueeze(1)
+            return multiply_few_rows(x.squeeze(1), *weight[0], expert=expert).unsqueeze(1)
 
         rows = x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)  # each is the one slot of an expert
-        with without_autocast(x.device):
-            y = feed_forward(rows, self._network(lambda bias: bias.index_select(0, expert)), None, product)
+        with disable_autocast(x.device):
+            y = feed_forward(rows, self._build_network(lambda bias: bias.index_select(0, expert)), None, product)
             return torch.bmm(decision.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
 
-    def _network(self, bias_of: Callable[[Tensor], Tensor], parts: Any = None) -> Network:
+    def _build_network(self, bias_of: Callable[[Tensor], Tensor], parts: Any = None) -> Network:
         """The network, with biases as a function returns them. Its weights are pairs of what is stored, (packed,
         groups, scale), and an adapter's factors in `parts`, or None."""
         last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
@@ -285,7 +289,7 @@ class QuantizedExperts(RoutedExperts):
         w_in, b_in = zip(*(up, gate)[: 1 + self.gated], strict=True)
         return Network(w_in, w_out, self.act, b_in, b_out, dropout=dropout)
 
-    def like(self, name: str) -> Tensor:
+    def placeholder_weight(self, name: str) -> Tensor:
         """A tensor of the shape `(*e, p, q)`, dtype and device of a weight, "w1", "w3" or "w2", without its numbers and
         without memory for them."""
         packed, scale = self.get_buffer(f"{name}_packed"), self.get_buffer(f"{name}_scale")
@@ -297,98 +301,107 @@ class QuantizedExperts(RoutedExperts):
 
 
 @torch.no_grad()
-def pack(
+def pack_stack(
     weight: Tensor,
     bits: int = 8,
     group: int = 64,
     block: int | None = None,
-    choose: Callable[..., Chosen | None] | None = None,
+    rounding: Callable[..., RoundedLevels | None] | None = None,
 ) -> dict[str, Tensor]:
     """What is stored of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs,
     which is 1 where `choose` gave the numbers of a matrix."""
     if weight.ndim > 2:
         flat = weight.flatten(0, -3)
         some = flat[:1] if weight.is_meta else flat  # of matrices without numbers one stands for all
-        made = [pack(one, bits, group, block, choose and partial(choose, i)) for i, one in enumerate(some)]
+        made = [pack_stack(one, bits, group, block, rounding and partial(rounding, i)) for i, one in enumerate(some)]
         made *= len(flat) // len(some)
         return {name: torch.stack([each[name] for each in made]).unflatten(0, weight.shape[:-2]) for name in made[0]}
     scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # or a cast would round it
-    scale = scale.clamp_(max=LARGEST).to(weight.dtype)
-    if given := choose and choose(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
-        return {**bits4.stored(*given, block or bits4.block_of_cpu()), "scale": torch.ones_like(scale)}
+    scale = scale.clamp_(max=MAX_SCALE).to(weight.dtype)
+    if given := rounding and rounding(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
+        return {**int4.pack_levels(*given, block or int4.find_cpu_block()), "scale": torch.ones_like(scale)}
     numbers = weight.float() / torch.where(scale == 0, 1, scale.float())
-    packed = bits8.pack(numbers) if bits == 8 else bits4.pack(numbers, group, block or bits4.block_of_cpu())
+    packed = (
+        int8.pack_matrix(numbers) if bits == 8 else int4.pack_matrix(numbers, group, block or int4.find_cpu_block())
+    )
     return {**packed, "scale": scale}
 
 
-def unpack(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The numbers of one weight `(p, q)` without its scale, in float32, in parts that end where groups end: some
     inputs, and their numbers."""
-    p, q, most = packed.shape[-2], scale.shape[-1], max(bits4.GROUPS)
-    size = most * max(1, UNPACKED // q // most)
+    p, q, most = packed.shape[-2], scale.shape[-1], max(int4.GROUP_SIZES)
+    size = most * max(1, MAX_UNPACKED_NUMEL // q // most)
     for start in range(0, p, size):
         inputs = slice(start, min(start + size, p))
         some = packed[..., inputs, :]
         if groups is None:
-            yield inputs, bits8.unpack(some)
+            yield inputs, int8.unpack_matrix(some)
         else:
             group = p // groups.shape[0]
-            yield inputs, bits4.unpack(some, groups[start // group : inputs.stop // group])[:, :q]
+            yield inputs, int4.unpack_matrix(some, groups[start // group : inputs.stop // group])[:, :q]
 
 
-def product(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, back: bool) -> Tensor:
+def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, transposed: bool) -> Tensor:
     """x `(r, p)` times one packed weight with its scale `(q,)`: `(r, q)`; with `back`, x `(r, q)` times its transpose:
     `(r, p)`."""
-    form = bits8 if groups is None else bits4
-    if not back and x.dtype != torch.float64 and x.shape[0] <= form.FEW_ROWS and form.is_direct(packed):
-        return few(x, packed, groups, scale)
-    wide = x.is_cpu and not private_torch.multiplies(x.dtype)
+    form = int8 if groups is None else int4
+    if (
+        not transposed
+        and x.dtype != torch.float64
+        and x.shape[0] <= form.MAX_DIRECT_ROWS
+        and form.has_direct_matmul(packed)
+    ):
+        return multiply_few_rows(x, packed, groups, scale)
+    wide = x.is_cpu and not private_torch.has_native_matmul(x.dtype)
     rows, dtype = x.float() if wide else x, torch.float64 if x.dtype == torch.float64 else torch.float32
     scaled = rows.dtype == torch.float16  # products without the scale would leave its range
-    rows = rows * scale.to(rows.dtype) if back and not scaled else rows
-    out = rows.new_zeros(x.shape[0], width(packed, scale, back), dtype=dtype)
-    for inputs, weight in unpack(packed, groups, scale):
+    rows = rows * scale.to(rows.dtype) if transposed and not scaled else rows
+    out = rows.new_zeros(x.shape[0], output_width(packed, scale, transposed), dtype=dtype)
+    for inputs, weight in iter_unpacked(packed, groups, scale):
         weight = (weight.mul_(scale) if scaled else weight).to(rows.dtype)
-        if back:
+        if transposed:
             out[:, inputs] = rows @ weight.mT
         else:
             out += rows[:, inputs] @ weight
-    return out if back or scaled else out.mul_(scale)
+    return out if transposed or scaled else out.mul_(scale)
 
 
-def few(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None) -> Tensor:
+def multiply_few_rows(
+    x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None
+) -> Tensor:
     """x `(r, p)` times one packed weight, or each row times that of its own expert among all, by torch's operator, in
     float32: `(r, q)`."""
-    out = bits8.few(x, packed, expert) if groups is None else bits4.few(x, packed, groups, expert)
+    out = int8.multiply_rows(x, packed, expert) if groups is None else int4.multiply_rows(x, packed, groups, expert)
     return out[:, : scale.shape[-1]] * (scale if expert is None else scale.index_select(0, expert))
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_packed", mutates_args=())
 def rows_by_packed(
-    x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, back: bool
+    x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, transposed: bool
 ) -> Tensor:
     """Rows `(r, p)` sorted by expert times the packed weights of their experts, with a scale `(e, q)`: `(r, q)`. With
     `back` the gradient of those, from that of the products: rows `(r, q)` to `(r, p)`. 0 for rows past the last
     expert's."""
-    out, start = x.new_zeros(x.shape[0], width(packed, scale, back)), 0
+    out, start = x.new_zeros(x.shape[0], output_width(packed, scale, transposed)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
             own, rows = None if groups is None else groups[expert], slice(start, start := start + count)
-            out[rows] = product(x[rows], packed[expert], own, scale[expert], back)
+            out[rows] = multiply_packed(x[rows], packed[expert], own, scale[expert], transposed)
     return out
 
 
-def width(packed: Tensor, scale: Tensor, back: bool) -> int:
+def output_width(packed: Tensor, scale: Tensor, transposed: bool) -> int:
     """The width of the rows that `rows_by_packed` returns."""
-    return packed.shape[-2] if back else scale.shape[-1]
+    return packed.shape[-2] if transposed else scale.shape[-1]
 
 
 @rows_by_packed.register_fake
 def _(x: Tensor, packed: Tensor, groups: Any, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
-    return x.new_empty(x.shape[0], width(packed, scale, back))
+    return x.new_empty(x.shape[0], output_width(packed, scale, back))
 
 
-class _ByPacked(torch.autograd.Function):
+class _PackedMatmul(torch.autograd.Function):
     """`rows_by_packed` with derivatives of any order, also in transforms of torch.func, which ask for such a class."""
 
     generate_vmap_rule = True
@@ -404,4 +417,4 @@ class _ByPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _ByPacked.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None, None
+        return _PackedMatmul.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None, None

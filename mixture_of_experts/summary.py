@@ -10,24 +10,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mixture_of_experts.around import ExpertsAround
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.private_peft import parts_of
-from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
-from mixture_of_experts.whole_model.sites import Site, all_sites, places
+from mixture_of_experts.support.private_peft import list_children
+from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
+from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers, iter_named_modules
+from mixture_of_experts.wrappers import ExpertsWrapper
 
-Shares = dict[Any, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
+ActiveShares = dict[Any, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
 
 
-class Used(NamedTuple):
+class ActiveModules(NamedTuple):
     """What a token uses of a model."""
 
-    shares: Shares
-    varying: set[nn.Module]  # layers in which scores decide how many experts
-    external: set[nn.Module]  # routers and experts of transformers, which hold their weights themselves
+    active_shares: ActiveShares
+    variable_k_layers: set[nn.Module]  # layers in which scores decide how many experts
+    external_modules: set[nn.Module]  # routers and experts of transformers, which hold their weights themselves
 
 
 class Cost(NamedTuple):
@@ -105,71 +105,72 @@ def summary(model: nn.Module) -> Summary:
         >>> cost.parameters, cost.active, cost.flops  # experts of 2 * 8 * 32 weights, a router of 8 * 4
         (2080, 544, 1088)
     """
-    used = Used({}, set(), set())
+    used = ActiveModules({}, set(), set())
     paths: dict[nn.Module, str] = {}  # of layers
-    for site in all_sites(model):
+    for site in find_all_routers(model):
         for location in site.locations:
             if location.layer is None:
                 continue
-            layer = unwrapped(location.layer)
+            layer = unwrap_module(location.layer)
             paths.setdefault(layer, location.name.rpartition(".")[0])
-            used.shares.setdefault(layer, {}).update(shares_of(site, layer))
+            used.active_shares.setdefault(layer, {}).update(compute_active_shares(site, layer))
             if getattr(site.gate, "expected_choices", 0) is None:
-                used.varying.add(layer)
-            if site.external:
-                used.external.update(site.gate.modules(), layer.get_submodule("experts").modules())
-    refuse_unknown_blocks(model, used.shares)
-    return Summary(cost(model, used), {path: cost(layer, used) for layer, path in paths.items()})
+                used.variable_k_layers.add(layer)
+            if site.is_external:
+                used.external_modules.update(site.gate.modules(), layer.get_submodule("experts").modules())
+    reject_unknown_blocks(model, used.active_shares)
+    return Summary(compute_cost(model, used), {path: compute_cost(layer, used) for layer, path in paths.items()})
 
 
-def refuse_unknown_blocks(model: nn.Module, shares: Shares) -> None:
+def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
     """Refuse blocks of `transformers` with experts of which no share is known."""
     known = {part for parts in shares.values() for part in parts}
-    for place in places(model):
+    for place in iter_named_modules(model):
         experts = getattr(place.module, "experts", None)
-        of_transformers = wrapped_class(place.module).__module__.startswith("transformers.")
+        of_transformers = get_original_class(place.module).__module__.startswith("transformers.")
         if of_transformers and isinstance(experts, nn.Module) and experts not in known:
             raise TypeError(
-                f"summary cannot count {place.name!r} ({wrapped_class(place.module).__name__}): what chooses its "
+                f"summary cannot count {place.name!r} ({get_original_class(place.module).__name__}): what chooses its "
                 "experts is not known"
             )
 
 
-def shares_of(site: Site, layer: Any) -> dict[nn.Module, float]:
+def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, float]:
     """The part, 0 to 1, of a layer's experts, and of the gates of a second level, that a token uses by its choices."""
-    number, e = choices(site), site.num_experts
+    number, e = choices_per_token(site), site.num_experts
     if site.level_one is None:
         return {layer.experts: number / e}
-    outer, eo = choices(site.level_one), site.level_one.num_experts
+    outer, eo = choices_per_token(site.level_one), site.level_one.num_experts
     served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
     return {layer.experts: served / (eo * e), layer.gate_inner: outer / eo}
 
 
-def choices(site: Site) -> float:
+def choices_per_token(site: RouterHandle) -> float:
     """The most experts that a gate chooses for a token, or their mean, if the gate knows it."""
     expected = getattr(site.gate, "expected_choices", None)
     number = site.k if expected is None else expected
     if number is None:
         raise ValueError(
-            f"the {site.kind} of {site.name.rpartition('.')[0] or 'the layer'} does not say how many experts a token "
+            f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not say how many experts a "
+            f"token "
             "chooses: give it an attribute k"
         )
     return min(number, site.num_experts)
 
 
-def cost(model: nn.Module, used: Used) -> Cost:
+def compute_cost(model: nn.Module, active_modules: ActiveModules) -> Cost:
     parts: dict[Tensor, float] = {}
     flops = 0.0
-    for module, part in with_parts(model, used.shares):
-        for parameter in own_weights(module).values():
+    for module, part in iter_active_modules(model, active_modules.active_shares):
+        for parameter in get_direct_weights(module).values():
             parts[parameter] = max(part, parts.get(parameter, 0.0))
-        flops += 2 * part * multiplied(module, used)
+        flops += 2 * part * count_matrix_weights(module, active_modules)
     active = sum(part * parameter.numel() for parameter, part in parts.items())
-    at_most = any(module in used.varying for module in model.modules())
+    at_most = any(module in active_modules.variable_k_layers for module in model.modules())
     return Cost(sum(parameter.numel() for parameter in parts), round(active), round(flops), at_most)
 
 
-def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, float]]:
+def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tuple[nn.Module, float]]:
     """Every module of each layer once, with the part of it, 0 to 1, that a token uses."""
     seen: set[tuple[nn.Module | None, nn.Module]] = set()
     todo: list[tuple[nn.Module, float, nn.Module | None, float]] = [(model, 1.0, None, 1.0)]
@@ -181,33 +182,35 @@ def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, fl
         yield module, part
         if module in shares:
             layer, of_layer = module, part
-        for child, computes in parts_of(module):
+        for child, computes in list_children(module):
             share = shares.get(layer, {}).get(child)
-            if isinstance(module, ExpertsAround) and child is not module.experts:
+            if isinstance(module, ExpertsWrapper) and child is not module.experts:
                 share = 1.0  # every token passes what is beside the experts inside
             below = part if share is None else of_layer * share
             todo.append((child, below if computes else 0.0, layer, of_layer))
 
 
-def own_weights(module: nn.Module) -> dict[str, Tensor]:
+def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
     """The parameters of a module itself, and in the places of quantised weights tensors of their sizes; by name."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if isinstance(module, QuantizedExperts):
         names = [name.removesuffix("_packed") for name in module._buffers if name.endswith("_packed")]
-        own |= {name: module.like(name) for name in names}
+        own |= {name: module.placeholder_weight(name) for name in names}
     return own
 
 
-def multiplied(module: nn.Module, used: Used) -> int:
+def count_matrix_weights(module: nn.Module, active_modules: ActiveModules) -> int:
     """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
-    known = isinstance(module, nn.Linear | RoutedExperts | Gate | RouterLogits) or module in used.external
-    if not known and wrapped_class(module).__name__ != "Conv1D":  # of transformers
+    known = (
+        isinstance(module, nn.Linear | RoutedExperts | Gate | RouterLogits) or module in active_modules.external_modules
+    )
+    if not known and get_original_class(module).__name__ != "Conv1D":  # of transformers
         return 0
     made = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}  # of stored parameters
-    weights = {name: weight for name, weight in (own_weights(module) | made).items() if not is_bias(name)}
+    weights = {name: weight for name, weight in (get_direct_weights(module) | made).items() if not is_bias_name(name)}
     least = 3 if isinstance(module, RoutedExperts) else 2  # dimensions
     return sum(weight.numel() for weight in weights.values() if weight.ndim >= least)
 
 
-def is_bias(name: str) -> bool:
+def is_bias_name(name: str) -> bool:
     return name.startswith("b") or name.endswith("bias")

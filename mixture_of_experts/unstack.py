@@ -10,18 +10,16 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
-from mixture_of_experts.ops.activations import hidden_layer
-from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import lost_with, move_hooks
-
-Model = TypeVar("Model", bound=nn.Module)
+from mixture_of_experts.ops.activations import compute_hidden
+from mixture_of_experts.support.checks import ModelT, check_model
+from mixture_of_experts.support.private_torch import move_hooks, replacement_problem
 
 
 class FeedForward(nn.Module):
@@ -46,7 +44,7 @@ class FeedForward(nn.Module):
         self.w1, self.w2, self.w3, self.act, self.dropout = w1, w2, w3, act, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = hidden_layer(self.act, [layer(x) for layer in (self.w1, self.w3) if layer is not None])
+        hidden = compute_hidden(self.act, [layer(x) for layer in (self.w1, self.w3) if layer is not None])
         return self.w2(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
 
 
@@ -64,7 +62,7 @@ class UnstackedExperts(ExpertList):
         self.__dict__["empty"] = empty  # no submodule: it has nothing to save, to train or to move
 
 
-def unstack(model: Model) -> Model:
+def unstack(model: ModelT) -> ModelT:
     """Replace all stacked experts of a model by plain linear layers; change the model and return it.
 
     The model computes the same up to rounding, one expert after the other. Weights are copies: make the optimizer
@@ -93,10 +91,10 @@ def unstack(model: Model) -> Model:
           (act): GELU(approximate='none')
         )
     """
-    return exchange(model, StackedExperts, to_list, "stacked experts (Experts, GatedExperts)")
+    return replace_modules(model, StackedExperts, unstack_experts, "stacked experts (Experts, GatedExperts)")
 
 
-def restack(model: Model) -> Model:
+def restack(model: ModelT) -> ModelT:
     """Stack all experts that `unstack` made linear layers of; change the model and return it.
 
     Raises:
@@ -104,37 +102,41 @@ def restack(model: Model) -> Model:
             have hooks on their state dict.
         TypeError: a layer is no plain `nn.Linear`: it was quantised, or has adapters that are not merged.
     """
-    return exchange(model, UnstackedExperts, to_stack, "experts that unstack() made")
+    return replace_modules(model, UnstackedExperts, restack_experts, "experts that unstack() made")
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
-def exchange(
-    model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str, adapted: bool = False
-) -> Model:
+def replace_modules(
+    model: ModelT,
+    module_class: type[nn.Module],
+    make: Callable[[Any, str], nn.Module],
+    description: str,
+    allow_adapters: bool = False,
+) -> ModelT:
     """Replace every module of a kind by `make(module, path)`, also under adapters of `fast_lora`, if it may be
     `adapted`. All are made before the first is replaced."""
     found = {}
     for name, module in check_model("model", model).named_modules():
         parts = module._modules
-        held = isinstance(parts.get("_orig_mod", parts.get("base_layer")), kind)
-        if held and not (adapted and getattr(module, "gives_parts", False)):
+        held = isinstance(parts.get("_orig_mod", parts.get("base_layer")), module_class)
+        if held and not (allow_adapters and getattr(module, "passes_factors", False)):
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which keeps the experts that it was made for: merge adapters, "
                 "or call fast_lora() before quantize_experts(), and compile experts afterwards"
             )
-        if isinstance(module, kind):
+        if isinstance(module, module_class):
             found[module] = name
     for module, name in found.items():
-        check_exchangeable(module, kind, name)
+        check_exchangeable(module, module_class, name)
     made = {module: make(module, name) for module, name in found.items()}
     if not made:
         has = sorted({type(module).__name__ for module in model.modules() if isinstance(module, RoutedExperts)})
         raise ValueError(
-            f"{type(model).__name__} has no {what}, but {', '.join(has) or 'no experts at all'}: unstack() and "
+            f"{type(model).__name__} has no {description}, but {', '.join(has) or 'no experts at all'}: unstack() and "
             "quantize_experts() take stacks, restack() what unstack() made, and from few bits nothing goes back"
         )
     if model in made:
-        raise ValueError(f"{type(model).__name__} is nothing but {what}: give the layer or model around")
+        raise ValueError(f"{type(model).__name__} is nothing but {description}: give the layer or model around")
     for old, new in made.items():
         move_hooks(old, new)
     for parent in list(model.modules()):
@@ -152,11 +154,11 @@ def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> N
             raise TypeError(
                 f"{name} is a {type(module).__name__}, whose own {method} would be lost: exchange it yourself"
             )
-    if (lost := lost_with(module)) is not None:
+    if (lost := replacement_problem(module)) is not None:
         raise ValueError(f"{name} {lost}")
 
 
-def plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
+def get_plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The stacked weights and biases of experts, after a check that they are plain parameters."""
     weights = dict(experts.named_parameters(recurse=False))
     for key, weight in weights.items():
@@ -166,8 +168,8 @@ def plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def to_list(stacked: StackedExperts, name: str = "") -> UnstackedExperts:
-    stacks, last = plain_weights(stacked, name), len(stacked.expert_dims) - 1
+def unstack_experts(stacked: StackedExperts, name: str = "") -> UnstackedExperts:
+    stacks, last = get_plain_weights(stacked, name), len(stacked.expert_dims) - 1
 
     def parameter(key: str, i: int) -> nn.Parameter:
         matrix = stacks[key].flatten(0, last)[i]
@@ -192,7 +194,7 @@ def to_list(stacked: StackedExperts, name: str = "") -> UnstackedExperts:
 
 
 @torch.no_grad()
-def to_stack(unstacked: UnstackedExperts, name: str) -> StackedExperts:
+def restack_experts(unstacked: UnstackedExperts, name: str) -> StackedExperts:
     empty: StackedExperts = unstacked.__dict__["empty"]
     stacked = copy.copy(empty)
     stacked.__dict__["_parameters"] = dict(empty._parameters)

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
+from support.compat_table import Table, limit_examples  # noqa: F401  (a fixture is found where it is named)
 from support.parallel_workers import Workers
 
 collect_ignore = ["guards", "support"]  # commands and helpers, which have no tests
 
 
 @pytest.fixture(autouse=True)
-def fresh_start() -> Iterator[None]:
+def reset_state() -> Iterator[None]:
     """Every test starts from the same seed, and leaves torch's threads and default dtype as they were."""
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     torch.manual_seed(0)

@@ -29,8 +29,8 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS
+from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_number
-from mixture_of_experts.support.settings import setting
 
 GATES = {
     "Top2Gating": partial(Top2Gating, 400, 4),
@@ -95,7 +95,7 @@ def inner_gate(**settings) -> TopKGating:
     return TopKGating(8, 2, k=1, outer_expert_dims=(2,), **settings)
 
 
-def test_arguments_describe_the_gate_that_is_not_given():
+def test_default_gate_follows_arguments():
     moe = HeirarchicalMoE(8, (2, 2), gate_inner=inner_gate(), capacity_factor_train=3.0, priority="token")
     assert (moe.gate_outer.capacity_factor_train, moe.gate_outer.priority) == (3.0, "token")
     assert (moe.gate_inner.capacity_factor_train, moe.gate_inner.priority) == (None, "choice")  # dropless: no matter
@@ -103,7 +103,7 @@ def test_arguments_describe_the_gate_that_is_not_given():
 
 @pytest.mark.parametrize("name", ["gate_outer", "gate_inner"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_two_priorities_are_refused(name, mode):
+def test_rejects_different_priorities(name, mode):
     settings = {f"capacity_factor_{mode}": 0.5}
     gate = TopKGating(8, 2, **settings) if name == "gate_outer" else inner_gate(**settings)
     with pytest.raises(ValueError, match=rf"priority='token' .*{name} has priority='choice'"):
@@ -144,7 +144,7 @@ def test_the_capacity_factor_of_the_mode():
     assert (gate.capacity_factor, gate.eval().capacity_factor) == (1.5, None)
 
 
-def test_a_pickled_process_group_is_found_again_or_missed(tmp_path):
+def test_pickled_process_group_is_restored_or_reported(tmp_path):
     """In the same job it is the same one, without process groups None, and in another job a warning says so."""
 
     @contextmanager
@@ -175,7 +175,7 @@ def test_a_pickled_process_group_is_found_again_or_missed(tmp_path):
         (lambda: TopKGating(8, 4), "balance_over", "all", "'group', 'batch'.*'all'"),
     ],
 )
-def test_what_is_set_later_is_checked_too(build, name, value, message):
+def test_assigned_settings_are_checked(build, name, value, message):
     module = build()
     before = getattr(module, name)
     with pytest.raises(ValueError, match=message):
@@ -213,7 +213,7 @@ def test_a_shared_expert_is_checked_whenever_it_is_set(kind):
 
 
 @pytest.mark.parametrize("kind", [MoE, HeirarchicalMoE])
-def test_parts_of_another_size_are_refused(kind):
+def test_rejects_parts_of_other_size(kind):
     two = kind is HeirarchicalMoE
     moe = kind(8, (2, 4) if two else 4)
     name = "gate_inner" if two else "gate"
@@ -252,7 +252,7 @@ def test_a_module_or_a_parameter_is_no_setting(value):
         assert name not in owner._modules.keys() | owner._parameters.keys()
 
 
-def test_a_setting_that_nobody_set_is_no_attribute():
+def test_unset_setting_is_no_attribute():
     gate = object.__new__(TopKGating)
     nn.Module.__init__(gate)
     with pytest.raises(AttributeError, match="jitter"):
@@ -261,7 +261,7 @@ def test_a_setting_that_nobody_set_is_no_attribute():
 
 def test_settings_are_inherited_and_may_be_redefined():
     class Hot(TopKGating):
-        temperature: float = setting(check_number, above=0.0)
+        temperature: float = checked_setting(check_number, above=0.0)
 
         def __init__(self, *args, temperature=1.0, **kwargs):
             super().__init__(*args, **kwargs)

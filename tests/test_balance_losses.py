@@ -1,6 +1,6 @@
 """Balancing losses by name, each against a loop that follows its paper token by token.
 
-`test_two_ranks.py` and `test_parallel.py` have them over ranks.
+`test_parallel_two_ranks.py` and `test_parallel.py` have them over ranks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from support.paths import run
+from support.layer_variants import run_layer
 from torch import Tensor
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, NoisyTopKGating, Top2Gating, TopKGating
@@ -46,40 +46,40 @@ def f_and_p(scores: list[Tensor], experts: list[list[int]], length: float) -> tu
     return [E / (K * length) * sum(i in chosen for chosen in experts) for i in range(E)], p
 
 
-def of_experts(*tokens: Any) -> Any:
+def loss_over_experts(*tokens: Any) -> Any:
     return sum(f * p for f, p in zip(*f_and_p(*tokens), strict=True))
 
 
-def of_scores(scores: list[Tensor], experts: object, length: float) -> Any:
+def loss_over_scores(scores: list[Tensor], experts: object, length: float) -> Any:
     best = [sorted(range(E), key=lambda i, s=s: (-s[i].item(), i))[:K] for s in scores]  # equation 18
-    return of_experts(scores, best, length)
+    return loss_over_experts(scores, best, length)
 
 
-def of_devices(*tokens: Any) -> Any:
+def loss_over_devices(*tokens: Any) -> Any:
     f, p = f_and_p(*tokens)  # equations 26 to 28 of DeepSeek-V2
     return sum(sum(f[i] for i in device) / len(device) * sum(p[i] for i in device) for device in DEVICES)
 
 
-def of_communication(scores: list[Tensor], experts: list[list[int]], length: float) -> Any:
+def loss_over_communication(scores: list[Tensor], experts: list[list[int]], length: float) -> Any:
     _, p = f_and_p(scores, experts, length)  # equations 29 to 31
     sent = [sum(any(i in device for i in chosen) for chosen in experts) for device in DEVICES]
     return sum(D / (M * length) * n * sum(p[i] for i in device) for n, device in zip(sent, DEVICES, strict=True))
 
 
 #: of each loss the slow one of a unit, and whether a unit is a group or all tokens
-SLOW: dict[str, tuple[Callable[..., Any], str]] = {
-    "balance_group": (of_experts, "group"),
-    "balance_batch": (of_experts, "all"),
-    "balance_score": (of_scores, "group"),
-    "balance_device": (of_devices, "group"),
-    "balance_communication": (of_communication, "group"),
+REFERENCE: dict[str, tuple[Callable[..., Any], str]] = {
+    "balance_group": (loss_over_experts, "group"),
+    "balance_batch": (loss_over_experts, "all"),
+    "balance_score": (loss_over_scores, "group"),
+    "balance_device": (loss_over_devices, "group"),
+    "balance_communication": (loss_over_communication, "group"),
 }
 
 
-def slow(name: str, gate: TopKGating, x: Tensor, counted: Tensor, length: Tensor) -> Tensor:
+def reference_loss(name: str, gate: TopKGating, x: Tensor, counted: Tensor, length: Tensor) -> Tensor:
     """Of tokens `(*outer, b, n, d)`, those `counted`, in groups of so many real ones."""
     expert = gate(x).expert.unflatten(-1, (-1, K))  # who is chosen is tested elsewhere
-    (of_unit, unit), units = SLOW[name], []
+    (of_unit, unit), units = REFERENCE[name], []
     for outer in [()] if not gate.outer_expert_dims else [(i,) for i in range(gate.outer_expert_dims[0])]:
         scores = x[outer] @ gate.w_gating[outer]
         scores = scores.softmax(-1) if gate.score == "softmax" else scores.sigmoid()
@@ -112,14 +112,14 @@ def test_every_loss_is_its_papers(name: str, gate: str, kind: str):
         importance = torch.randint(3, x.shape[:-1]) / 2
         counted, given = importance == 1, {"importance": importance.to(torch.float64)}
     fast = made(x, losses=[name], **given).losses[name]
-    expected = slow(name, made, x, counted, length)
+    expected = reference_loss(name, made, x, counted, length)
     torch.testing.assert_close(fast, expected)
     ours, theirs = (torch.autograd.grad(loss, [x, made.w_gating]) for loss in (fast, expected))
     torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("over", ["group", "batch"])
-def test_a_gates_own_loss_is_one_of_them(over):
+def test_custom_gate_loss_is_reported(over):
     gate = make_gate("sigmoid, bias", balance_over=over)
     mask = torch.arange(7) < torch.tensor([7, 0, 4]).unsqueeze(-1)
     losses = gate(torch.randn(3, 7, 6, dtype=torch.float64), mask=mask, losses=tuple(BALANCE_LOSSES)).losses
@@ -162,14 +162,14 @@ def test_two_levels_add_theirs_up():
     seen = []
     for gate in (moe.gate_outer, moe.gate_inner):
         gate.register_forward_hook(lambda gate, args, routing: seen.append(routing.losses))
-    _, aux_loss = run(moe, torch.randn(2, 9, 6))
+    _, aux_loss = run_layer(moe, torch.randn(2, 9, 6))
     torch.testing.assert_close(aux_loss, 0.5 * (seen[0]["balance_batch"] + seen[1]["balance_batch"]))
     moe.loss_coefs = {"balance_device": 1.0}  # only the inner gate has expert groups
-    assert run(moe, torch.randn(2, 9, 6))[1] == seen[-1]["balance_device"]
+    assert run_layer(moe, torch.randn(2, 9, 6))[1] == seen[-1]["balance_device"]
 
 
 @pytest.mark.parametrize("gate", [TopKGating(6, E), ExpertChoiceGating(6, E)])
-def test_what_no_gate_reports_is_named(gate):
+def test_unreported_losses_raise(gate):
     coefs = {"balance_device": 0.1}
     wrong = pytest.raises(
         ValueError,
@@ -188,7 +188,7 @@ def test_what_no_gate_reports_is_named(gate):
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
-def test_of_nothing(shape):
+def test_empty_inputs(shape):
     losses = make_gate("softmax").float()(torch.randn(*shape, 6), losses=tuple(BALANCE_LOSSES)).losses
     assert all(losses[name] == 0 for name in BALANCE_LOSSES)
 

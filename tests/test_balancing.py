@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.parallel_workers import Workers, this_rank
+from support.parallel_workers import Workers, get_rank
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +25,7 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.gating.bias_rules import RuleName
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate
-from mixture_of_experts.gating.relu import START
+from mixture_of_experts.gating.relu import INITIAL_L1_COEF
 from mixture_of_experts.unstack import unstack
 
 DIM, EXPERTS, RATE = 6, 4, 1e-2
@@ -56,11 +56,11 @@ class Model(nn.Module):
         return x.square().mean()
 
 
-def tokens(seed: int, sequences: int = 2) -> Tensor:
+def make_tokens(seed: int, sequences: int = 2) -> Tensor:
     return torch.randn(sequences, 9, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def biases(model: Model) -> list[Tensor]:
+def find_biases(model: Model) -> list[Tensor]:
     return [gate.expert_bias.clone() for gate in model.gates()]
 
 
@@ -77,20 +77,20 @@ def test_once_for_each_step(rule, accumulation, checkpointing):
     for step in range(3):
         for micro in range(accumulation):
             for each in (by_hand, model):
-                each(tokens(10 * step + micro)).backward()
-            model.eval()(tokens(1))  # evaluation counts nothing
+                each(make_tokens(10 * step + micro)).backward()
+            model.eval()(make_tokens(1))  # evaluation counts nothing
             model.train()
         optimizer.step()
         for gate in by_hand.gates():
             gate.update_bias(RATE)
-    torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
-    assert all(bias.any() for bias in biases(model))
+    torch.testing.assert_close(find_biases(model), find_biases(by_hand), atol=0, rtol=0)
+    assert all(bias.any() for bias in find_biases(model))
     assert not any(gate.bias_counts.any() for gate in model.gates())
     balancing.remove()
     assert all(gate.bias_rule.bins == 0 for gate in model.gates())
-    model(tokens(3)).backward()
+    model(make_tokens(3)).backward()
     optimizer.step()
-    torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
+    torch.testing.assert_close(find_biases(model), find_biases(by_hand), atol=0, rtol=0)
 
 
 def test_a_step_that_a_scaler_skips_moves_nothing():
@@ -99,14 +99,14 @@ def test_a_step_that_a_scaler_skips_moves_nothing():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     balance_experts(model, optimizer, rate=RATE)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(model(tokens(1)) * torch.inf).backward()
+    scaler.scale(model(make_tokens(1)) * torch.inf).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert not any(bias.any() for bias in biases(model))
+    assert not any(bias.any() for bias in find_biases(model))
     counted = model.one.gate.expert_counts.clone()
     assert counted.any()
     optimizer.zero_grad()
-    scaler.scale(model(tokens(2))).backward()
+    scaler.scale(model(make_tokens(2))).backward()
     total = model.one.gate.expert_counts.clone()
     assert (total > counted).any()
     scaler.step(optimizer)
@@ -122,16 +122,16 @@ def test_a_step_that_a_fused_optimizer_skips_moves_nothing(rule):
     balance_experts(model, optimizer, rule)
     before = [parameter.clone() for parameter in model.parameters()]
     for scale, moved in ((torch.inf, False), (1.0, True)):
-        (model(tokens(1)) * 1.0).backward()
+        (model(make_tokens(1)) * 1.0).backward()
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.full((), float(scale == torch.inf))
         optimizer.step()
-        assert all(bias.any() == moved for bias in biases(model))
+        assert all(bias.any() == moved for bias in find_biases(model))
         assert all(gate.bias_counts.any() != moved for gate in model.gates())
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert any(changed) == moved
 
 
-def test_an_optimizer_of_tensors_that_are_gone_is_warned_of_once():
+def test_stale_optimizer_warns_once():
     """It was made before `unstack`: it trains the stacks, which no layer has any more."""
     moe = MoE(8, gate=TopKGating(8, 4, expert_bias=True), experts=GatedExperts(8, 4, 6))
     old = torch.optim.SGD(moe.parameters(), lr=0.1)
@@ -143,7 +143,7 @@ def test_an_optimizer_of_tensors_that_are_gone_is_warned_of_once():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_one_of_two_optimizers_is_no_old_one(first):
+def test_second_optimizer_does_not_warn(first):
     """One that holds views of the stacks, one matrix each, and another one for the rest."""
     moe = MoE(8, gate=TopKGating(8, 4, expert_bias=True), experts=GatedExperts(8, 4, 6))
     stacks = [p for name, p in moe.named_parameters() if name.startswith("experts.")]
@@ -170,34 +170,34 @@ def test_the_end_of_one_leaves_the_other(names):
     of_alone = torch.optim.SGD(alone.parameters(), lr=0.0)
     balance_experts(alone, of_alone, names[1])
     for each, optimizer in ((model, optimizers[1]), (alone, of_alone)):
-        each(tokens(1)).backward()
+        each(make_tokens(1)).backward()
         optimizer.step()
-    assert all(bias.any() for bias in biases(model))
-    torch.testing.assert_close(biases(model), biases(alone), atol=0, rtol=0)
+    assert all(bias.any() for bias in find_biases(model))
+    torch.testing.assert_close(find_biases(model), find_biases(alone), atol=0, rtol=0)
     second.remove()
     assert all(gate.bias_rule is rule for gate, rule in zip(model.gates(), own, strict=True))
     assert all(gate.balanced_by is None for gate in model.gates())
 
 
-def test_two_of_one_rule_move_once_and_the_first_goes_on():
+def test_two_contexts_with_one_rule_move_once():
     model = Model()
     own = [gate.bias_rule for gate in model.gates()]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
     first, second = (balance_experts(model, optimizer, "quantile") for optimizer in optimizers)
-    model(tokens(1)).backward()
+    model(make_tokens(1)).backward()
     optimizers[0].step()
-    assert not any(bias.any() for bias in biases(model))
+    assert not any(bias.any() for bias in find_biases(model))
     second.remove()
-    model(tokens(2)).backward()
+    model(make_tokens(2)).backward()
     optimizers[1].step()
-    assert not any(bias.any() for bias in biases(model))
+    assert not any(bias.any() for bias in find_biases(model))
     optimizers[0].step()
-    assert all(bias.any() for bias in biases(model))
+    assert all(bias.any() for bias in find_biases(model))
     first.remove()
     assert all(gate.bias_rule is rule for gate, rule in zip(model.gates(), own, strict=True))
 
 
-def test_what_is_refused():
+def test_rejects_bad_arguments():
     model, parameters = Model(), [nn.Parameter(torch.zeros(()))]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     with pytest.raises(ValueError, match=r"no gate of MoE has an expert bias: .*TopKGating"):
@@ -233,26 +233,26 @@ def test_it_lasts_beyond_a_block():
 # Nobody moves it
 
 
-def test_counts_that_pile_up_are_warned_of(monkeypatch):
+def test_accumulated_counts_warn(monkeypatch):
     monkeypatch.setattr(StepsWithoutUpdate, "SO_MANY", 5)
     gate = TopKGating(DIM, EXPERTS, expert_bias=True)
 
     def train(forwards: int) -> None:
         for _ in range(forwards):
-            gate(tokens(0)).weight.sum().backward()
+            gate(make_tokens(0)).weight.sum().backward()
 
     train(4)
     gate.update_bias(0.0)  # it starts counting anew, and leaves the bias as it is
     assert not gate.expert_bias.any()
     with torch.no_grad():  # no training
-        gate(tokens(0))
+        gate(make_tokens(0))
     train(4)
     with pytest.warns(UserWarning, match=r"bias in 5 training forwards.* balance_experts\("):
         train(1)
     train(6)  # it warns once
     frozen = TopKGating(DIM, EXPERTS, expert_bias=True).requires_grad_(False)
     for _ in range(6):
-        frozen(tokens(0))
+        frozen(make_tokens(0))
 
 
 @pytest.mark.parametrize(("made", "micro_batches"), [(torch.optim.SGD, 3), (torch.optim.AdamW, 1)])
@@ -264,14 +264,14 @@ def test_a_bias_that_stays_is_reported_within_a_hundred_optimizer_steps(made, mi
     def train(steps: int) -> None:
         for _ in range(steps):
             for number in range(micro_batches):
-                checkpoint(lambda x: gate(x).weight.square().sum(), tokens(number), use_reentrant=False).backward()
+                checkpoint(lambda x: gate(x).weight.square().sum(), make_tokens(number), use_reentrant=False).backward()
             optimizer.step()
             optimizer.zero_grad()
 
     train(STEPS - 1)
     gate.update_bias(0.0)
     for _ in range(2 * STEPS):  # no optimizer step
-        gate(tokens(0)).weight.sum().backward()
+        gate(make_tokens(0)).weight.sum().backward()
     train(STEPS - 1)
     with pytest.warns(UserWarning, match=rf"bias in {STEPS} optimizer steps.* balance_experts\("):
         train(100 - (STEPS - 1))
@@ -281,21 +281,21 @@ def test_a_bias_that_stays_is_reported_within_a_hundred_optimizer_steps(made, mi
 # Two processes
 
 
-def run_two() -> None:
+def run_two_ranks() -> None:
     """Neither ends while the other may still be in a collective: a process that does can abort."""
-    check_two("sign", RATE, None)
-    check_two("sign", RATE, dist.group.WORLD)
-    check_two("quantile", 1.0, this_rank())
-    check_sparsity_of_two()
+    check_two_ranks("sign", RATE, None)
+    check_two_ranks("sign", RATE, dist.group.WORLD)
+    check_two_ranks("quantile", 1.0, get_rank())
+    check_sparsity_on_two_ranks()
     if dist.get_rank() == 0:  # a group of one waits for nobody: the other rank never calls
-        Model().one.gate.update_bias(RATE, this_rank())
+        Model().one.gate.update_bias(RATE, get_rank())
     dist.barrier()
 
 
-def check_two(rule: RuleName, rate: float, of_losses: dist.ProcessGroup | None) -> None:
+def check_two_ranks(rule: RuleName, rate: float, of_losses: dist.ProcessGroup | None) -> None:
     """Every micro-batch synchronised, so that DDP copies buffers before each: the counts of both ranks stay. Biases
     move by the loads of both ranks, also by hand; losses may be of fewer ranks."""
-    rank, one = dist.get_rank(), this_rank()
+    rank, one = dist.get_rank(), get_rank()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, by_hand, alone = Model(), Model(), Model()
@@ -309,24 +309,24 @@ def check_two(rule: RuleName, rate: float, of_losses: dist.ProcessGroup | None) 
         for step in range(2):
             for micro in range(2):
                 for each in (parallel, by_hand):
-                    each(tokens(10 * step + 2 * micro + rank, sequences=2 + rank)).backward()
+                    each(make_tokens(10 * step + 2 * micro + rank, sequences=2 + rank)).backward()
                 for other in range(2):
-                    alone(tokens(10 * step + 2 * micro + other, sequences=2 + other)).backward()
+                    alone(make_tokens(10 * step + 2 * micro + other, sequences=2 + other)).backward()
             with CommDebugMode() as collectives:
                 optimizer.step()
             assert collectives.get_total_counts() == 1  # for all gates
             for gate, of_alone in zip(by_hand.gates(), alone.gates(), strict=True):
                 gate.update_bias(rate)
                 of_alone.update_bias(rate, one)
-        for expected, *found in zip(biases(alone), biases(model), biases(by_hand), strict=True):
+        for expected, *found in zip(find_biases(alone), find_biases(model), find_biases(by_hand), strict=True):
             assert all(bias.equal(expected) for bias in found)
             assert expected.any()
 
 
-def check_sparsity_of_two() -> None:
+def check_sparsity_on_two_ranks() -> None:
     """Rank 0 makes more choices than the mean, rank 1 fewer: the coefficient is that of one process with all tokens."""
     rank, ends = dist.get_rank(), []
-    for group, parts in ((None, [rank]), (this_rank(), [0, 1])):
+    for group, parts in ((None, [rank]), (get_rank(), [0, 1])):
         torch.manual_seed(0)
         layers = [MoE(DIM, gate=ReLUGating(DIM, EXPERTS, 4, mean_choices=2.5, bias=True)) for _ in range(2)]
         model = nn.ModuleList(layers)
@@ -335,19 +335,19 @@ def check_sparsity_of_two() -> None:
         for part in parts:
             for layer in layers:
                 nn.init.constant_(layer.gate.b_gating, 9.0 if part == 0 else -9.0)
-                layer(tokens(part, sequences=2 + part))[0].sum().backward()
+                layer(make_tokens(part, sequences=2 + part))[0].sum().backward()
         with CommDebugMode() as collectives:
             optimizer.step()
         assert collectives.get_total_counts() == (group is None)
         ends.append([layer.gate.l1_coef for layer in layers])
         assert not any(layer.gate.choice_counts.any() for layer in layers)
     assert ends[0] == ends[1]
-    assert (ends[0][0] < START).item()
+    assert (ends[0][0] < INITIAL_L1_COEF).item()
 
 
 @pytest.mark.slow
 def test_two_processes(workers: Workers):
-    workers.run(run_two, 2)
+    workers.run(run_two_ranks, 2)
 
 
 def relu_layer() -> MoE:
@@ -379,16 +379,16 @@ class Reentrant(nn.Module):
 def train_by_hand(kind: str, model: nn.Module, gate: Any, alone: nn.Module, of_alone: Any) -> None:
     """Two steps of three micro-batches each. Every one is synchronised, and an evaluation follows it. The gate counts
     what its twin outside of DDP counts, and moves as one process with all tokens."""
-    rank, one = dist.get_rank(), this_rank()
+    rank, one = dist.get_rank(), get_rank()
     for step in range(2):
         for micro in range(3):
             seed = 20 * step + 2 * micro
-            model(tokens(seed + rank, sequences=2 + rank)).backward()
+            model(make_tokens(seed + rank, sequences=2 + rank)).backward()
             with torch.no_grad():
-                model.eval()(tokens(1))
+                model.eval()(make_tokens(1))
             model.train()
             for other in range(2):
-                alone(tokens(seed + other, sequences=2 + other)).backward()
+                alone(make_tokens(seed + other, sequences=2 + other)).backward()
         if kind == "relu":
             own, total, move = gate.choice_counts, of_alone.choice_counts, "update_l1"
         else:
@@ -415,7 +415,7 @@ def run_by_hand(kind: str, how: str) -> None:
             inner = Loss(Reentrant(layer) if how == "reentrant" else layer)
             if how == "compiled":
                 inner.compile(backend="aot_eager", fullgraph=True)
-                inner(tokens(0))  # its graph knows no DDP
+                inner(make_tokens(0))  # its graph knows no DDP
             parallel: Any = DistributedDataParallel(inner)
             if how == "compiled around":
                 parallel = torch.compile(parallel, backend="aot_eager")
@@ -452,7 +452,7 @@ def run_where_ranks_may_differ() -> None:
             skip = step == 0 and not first
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                loss = parallel(tokens(step), skip=skip)
+                loss = parallel(make_tokens(step), skip=skip)
             found = [str(each.message) for each in caught if "copies layer.gate.expert_counts" in str(each.message)]
             assert bool(found) is not skip
             assert all("balance_experts(" in message for message in found)

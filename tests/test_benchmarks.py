@@ -11,29 +11,29 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import no_card
+from support import cpu_device
 
-from benchmarks import blocks, card, counts, documented, field, first_hour, gpu, kept, report, timing
-from benchmarks.cases import Figure, choose, every_case
-from benchmarks.contest import Contestant, MissingError
-from benchmarks.field import PUBLISHED
+from benchmarks import blocks, counts, documented, first_hour, gpu, gpu_device, registry, report, results_file, timing
+from benchmarks.cases import Figure, list_cases, select_cases
+from benchmarks.contestants import Contestant, MissingError
+from benchmarks.registry import PUBLISHED
 from benchmarks.timing import AGAIN, Samples
 from experiments import cpu_constants
 from mixture_of_experts.ops.cpu import batches
 from mixture_of_experts.ops.triton import schedule
 
 ROOT = Path(__file__).parent.parent
-TOYS = {case.name: case for case in choose("toy", quick=False)}
+TOYS = {case.name: case for case in select_cases("toy", quick=False)}
 
 
 @pytest.fixture(autouse=True)
-def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+def hide_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests do not need the published package."""
     monkeypatch.delenv(PUBLISHED, raising=False)
 
 
-def entered(name: str, *contestants: str, **changed) -> dict[str, Contestant]:
-    return field.enter(replace(TOYS[name], figures=(), extras=contestants, **changed))[0]
+def enter_case(name: str, *contestants: str, **changed) -> dict[str, Contestant]:
+    return registry.build_contestants(replace(TOYS[name], figures=(), extras=contestants, **changed))[0]
 
 
 @pytest.mark.slow
@@ -69,53 +69,53 @@ def test_the_table_of_the_documents_is_read_whole() -> None:
         assert points[name]["layer"]["median_s"] == float(ratio), name
 
 
-def test_a_rival_that_computes_something_else_is_refused() -> None:
-    contestants = entered("toy/train", "layer", "loop")
+def test_rejects_baseline_with_different_output() -> None:
+    contestants = enter_case("toy/train", "layer", "loop")
     right = contestants["loop"].output
     assert right is not None
     contestants["loop"].output = lambda: right().roll(1, dims=1)
     with pytest.raises(AssertionError, match="loop computes something else"):
-        field.check_all(contestants)
+        registry.check_all(contestants)
 
 
-def test_missing_rivals_say_how_to_get_them() -> None:
-    _, missing = field.enter(replace(TOYS["toy/train"], figures=(), extras=("0.2.3",)))
+def test_missing_baselines_name_remedy() -> None:
+    _, missing = registry.build_contestants(replace(TOYS["toy/train"], figures=(), extras=("0.2.3",)))
     assert "pip install --no-deps --target" in missing["0.2.3"]
     with pytest.raises(MissingError, match=r"mixture-of-experts==0\.2\.3"):
-        field.BUILDERS["0.2.3"](TOYS["toy/train"], None, None)
+        registry.BUILDERS["0.2.3"](TOYS["toy/train"], None, None)
 
 
 def test_every_case_has_known_contestants_and_a_name_of_its_own() -> None:
-    cases = every_case()
+    cases = list_cases()
     assert max(Counter(case.name for case in cases).values()) == 1
-    assert {name for case in cases for name in case.contestants} <= field.BUILDERS.keys()
+    assert {name for case in cases for name in case.contestants} <= registry.BUILDERS.keys()
     assert all(case.figures for case in cases)
-    assert max(Counter((case.group, case.title) for case in choose(None, quick=False)).values()) == 1
-    assert all(case.group and "/" not in case.title for case in choose(None, quick=False))
-    assert choose(None, quick=True)
-    assert [case.name for case in choose("train/4x1024-d512*", quick=False)] == ["train/4x1024-d512-e16"]
+    assert max(Counter((case.group, case.title) for case in select_cases(None, quick=False)).values()) == 1
+    assert all(case.group and "/" not in case.title for case in select_cases(None, quick=False))
+    assert select_cases(None, quick=True)
+    assert [case.name for case in select_cases("train/4x1024-d512*", quick=False)] == ["train/4x1024-d512-e16"]
 
 
-def samples_of(**seconds: list[float]) -> dict[str, Samples]:
+def list_samples(**seconds: list[float]) -> dict[str, Samples]:
     return {name.replace("_again", AGAIN): Samples(s, [0] * len(s)) for name, s in seconds.items()}
 
 
-def test_a_figure_counts_only_where_the_reference_agrees_with_itself() -> None:
+def test_figure_requires_reproducible_reference() -> None:
     figure = Figure("layer", "floor", target=1.5)
     slow_and_fast = [1.0, 5.0] * 8  # a whole round slowed down cancels
     layer = [1.4 * s for s in slow_and_fast]
-    calm = samples_of(layer=layer, floor=slow_and_fast, floor_again=[1.01 * s for s in slow_and_fast])
+    calm = list_samples(layer=layer, floor=slow_and_fast, floor_again=[1.01 * s for s in slow_and_fast])
     row = timing.time_figure(figure, calm, "ordinary")
     assert row is not None
     assert row["value"] == pytest.approx(1.4 / 1.01**0.5)
     assert row["aa"] == pytest.approx(1.01)
     assert (row["valid"], row["met"]) == (True, True)
-    noisy = calm | samples_of(floor_again=[1.04 * s for s in slow_and_fast])
+    noisy = calm | list_samples(floor_again=[1.04 * s for s in slow_and_fast])
     assert timing.time_figure(figure, noisy, "ordinary")["valid"] is False
     assert timing.time_figure(figure, noisy, "ordinary")["met"] is None
     short = {name: Samples(s.seconds[:14], s.faults[:14]) for name, s in calm.items()}
     assert timing.time_figure(figure, short, "ordinary")["valid"] is False
-    assert timing.time_figure(figure, samples_of(layer=layer), "ordinary") is None
+    assert timing.time_figure(figure, list_samples(layer=layer), "ordinary") is None
 
 
 def test_bytes_kept_count_each_storage_once_without_parameters_and_input() -> None:
@@ -125,7 +125,9 @@ def test_bytes_kept_count_each_storage_once_without_parameters_and_input() -> No
         hidden = x @ w  # keeps x and w: not counted
         (hidden * hidden.T.T).sum().backward()  # keeps hidden twice: counted once
 
-    assert counts.kept_bytes(Contestant("twice", step, TOYS["toy/train"], inputs=[x], parameters=[w])) == 16 * 4 * 4
+    assert (
+        counts.count_saved_bytes(Contestant("twice", step, TOYS["toy/train"], inputs=[x], parameters=[w])) == 16 * 4 * 4
+    )
 
 
 def test_peak_of_a_known_step() -> None:
@@ -135,7 +137,7 @@ def test_peak_of_a_known_step() -> None:
     def step() -> None:
         (x @ w).exp().backward(grad)
 
-    peak = counts.peak_bytes(Contestant("known", step, TOYS["toy/train"], parameters=[w]))
+    peak = counts.measure_peak_bytes(Contestant("known", step, TOYS["toy/train"], parameters=[w]))
     assert peak == 2 * 256 * 64 * 4  # product and exponential, then exponential and the product's gradient
 
 
@@ -152,7 +154,7 @@ def test_counts_of_a_toy() -> None:
 
 def test_other_constants_of_the_batches_are_timed_and_put_back(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_constants, "ONE_ROW", ())
-    before = (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
+    before = (batches.MAX_CHUNK_BYTES, batches.PADDING_WORK, batches.FREE_PADDING_ROWS)
     cpu_constants.main(["--rounds", "2"], {"tiny": (64, 8, 4, 16, 2, True)})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny: ")
@@ -160,43 +162,43 @@ def test_other_constants_of_the_batches_are_timed_and_put_back(capsys, monkeypat
     assert len(lines) == 2 * (1 + each)
     assert lines[1].split() == ["as", "it", "is", "1.000"]
     assert [line.removesuffix(", faster") for line in lines[2 + each :]] == lines[1 : 1 + each]  # of one shape
-    assert before == (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
+    assert before == (batches.MAX_CHUNK_BYTES, batches.PADDING_WORK, batches.FREE_PADDING_ROWS)
 
 
 # ---- the field of GPUs, with a CPU in the card's place ----
 
 
 @pytest.fixture
-def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "ROUNDS", 1)
-    monkeypatch.setattr(card, "WARMUP", 1)
+def shorten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_device, "ROUNDS", 1)
+    monkeypatch.setattr(gpu_device, "WARMUP", 1)
 
 
-def small(index: int) -> card.Shape:
-    return no_card.small(card.SHAPES[index])
+def shrink_case(index: int) -> gpu_device.Shape:
+    return cpu_device.shrink_shape(gpu_device.SHAPES[index])
 
 
-@pytest.mark.usefixtures("few_rounds")
+@pytest.mark.usefixtures("shorten_rounds")
 @pytest.mark.parametrize("mode", gpu.MODES)
-def test_the_field_of_gpus_runs_anywhere(mode: str):
+def test_gpu_field_benchmark_runs_on_cpu(mode: str):
     """At a small size on the CPU; what needs a GPU is missing by name, and nobody is wrong."""
-    record = gpu.run(small(1), mode, no_card.NoCard())
+    record = gpu.run(shrink_case(1), mode, cpu_device.CPUDevice())
     assert {"layer", "layer, grouped", "layer, batched", "products"} <= set(record["contestants"])
-    assert not any("WRONG" in said for said in record["missing"].values())
+    assert not any("BAD_ARGUMENTS" in said for said in record["missing"].values())
     assert "NVIDIA" in record["missing"]["layer, triton"]
     assert all(name in record["contestants"] or "pip install" in record["missing"][name] for name in gpu.RIVALS)
     assert record["contestants"]["layer, batched"]["error"] < gpu.TOLERANCE
 
 
 @pytest.mark.parametrize("fault", [1.1, float("nan")])
-def test_a_wrong_contestant_is_left_out(fault: float, monkeypatch: pytest.MonkeyPatch):
-    def wrong(shape: card.Shape, layer: gpu.MoE) -> gpu.Contestant:
+def test_wrong_baseline_is_excluded(fault: float, monkeypatch: pytest.MonkeyPatch):
+    def wrong(shape: gpu_device.Shape, layer: gpu.MoE) -> gpu.Contestant:
         return gpu.Contestant(lambda x: fault * layer(x)[0], [])
 
     monkeypatch.setattr(gpu, "CONTESTANTS", {"wrong": wrong})
-    record = gpu.run(small(0), "train", no_card.NoCard())
+    record = gpu.run(shrink_case(0), "train", cpu_device.CPUDevice())
     assert not record["contestants"]
-    assert record["missing"]["wrong"].startswith("AssertionError: WRONG: its relative error is ")
+    assert record["missing"]["wrong"].startswith("AssertionError: BAD_ARGUMENTS: its relative error is ")
 
 
 def test_the_card_sleeps_until_a_step_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +208,8 @@ def test_the_card_sleeps_until_a_step_is_queued(monkeypatch: pytest.MonkeyPatch)
     event = SimpleNamespace(
         record=lambda: said.append("event"), synchronize=lambda: said.append("wait"), elapsed_time=lambda other: 2.0
     )
-    device = card.Device()
-    device.more_than_the_cache = SimpleNamespace(zero_=lambda: said.append("cold"))  # type: ignore
+    device = gpu_device.Device()
+    device.allocate_beyond_cache = SimpleNamespace(zero_=lambda: said.append("cold"))  # type: ignore
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event if enable_timing else None)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(f"sleep {cycles / 2.8e9 >= 1e-2}"))
     assert device.card_seconds(lambda: said.append("step"), host=1e-2) == 2e-3
@@ -230,43 +232,43 @@ def tasks():
     yield "hang", lambda: subprocess.run(["sleep", "600"])
     yield "last", lambda: 2
 
-kept.keep(tasks(), Path(sys.argv[4]) / "no-card.tests.jsonl", {no_card.MACHINE})
+kept.keep(tasks(), Path(sys.argv[4]) / "no-card.tests.jsonl", {cpu_device.MACHINE})
 """
 
 
 @pytest.mark.slow
-def test_pieces_of_the_first_hour_go_on_where_they_ended(tmp_path: Path, capsys) -> None:
+def test_first_hour_resumes(tmp_path: Path, capsys) -> None:
     """A task that raises, ends its process or hangs is told of, and the others run."""
-    child, device = tmp_path / "child.py", no_card.NoCard()
+    child, device = tmp_path / "child.py", cpu_device.CPUDevice()
     child.write_text(CHILD)
     assert first_hour.run_all(tmp_path, "tests", device, [sys.executable, str(child)], limit=6) == []
-    told = first_hour.report(tmp_path, device)
+    described = first_hour.report(tmp_path, device)
     for said in (
         "- raises: ended ZeroDivisionError",
         "- crash: ended its process ended with 7",
         "- hang: ended nothing was written for 6 seconds\n- last: 2",
         "was not run",
     ):
-        assert said in told
-    assert (tmp_path / "report.md").read_text() == told
+        assert said in described
+    assert (tmp_path / "report.md").read_text() == described
     capsys.readouterr()
     assert first_hour.run_all(tmp_path, "tests", device, ["false"]) == []  # it is there
     assert not capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_rounds")
+@pytest.mark.usefixtures("shorten_rounds")
 @pytest.mark.parametrize(
     "name", ["tests", "cases/mixtral/train", "cases/qwen3-30b-a3b/decode", "decoding/readme", "small kernels"]
 )
 def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:
-    device = no_card.NoCard()
+    device = cpu_device.CPUDevice()
     assert first_hour.main(["--piece", name, "--folder", str(tmp_path)], device) == 0
-    there = kept.read(first_hour.file_of(tmp_path, name, device.describe()), device.describe())
-    found, told = there.found, first_hour.report(tmp_path, device)
-    assert there.whole
+    there = results_file.read(first_hour.get_file(tmp_path, name, device.describe()), device.describe())
+    found, described = there.found, first_hour.report(tmp_path, device)
+    assert there.complete
     if name.startswith("cases"):
-        assert f"| {name.removeprefix('cases/')} | " in told
+        assert f"| {name.removeprefix('cases/')} | " in described
         assert "NVIDIA" in found["record"]["missing"]["layer, triton"]
     elif name == "tests":
         assert "exit status 5" in found["tests"]["ended"]  # no test of this name
@@ -278,9 +280,9 @@ def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:
         assert len(found) == 3 + 2 + 3 * 6 + 2
 
 
-def test_the_first_hour_lists_its_pieces_and_wants_a_card(capsys) -> None:
+def test_first_hour_lists_steps_and_requires_gpu(capsys) -> None:
     """What decides most comes first."""
-    device = no_card.NoCard()
+    device = cpu_device.CPUDevice()
     assert first_hour.main(["--list"], device) == 0
     listed = capsys.readouterr().out.splitlines()
     assert len(listed) == len(set(listed)) == 1 + 15 + 5 + 5 + 1 + 4 + 1
@@ -292,13 +294,13 @@ def test_the_first_hour_lists_its_pieces_and_wants_a_card(capsys) -> None:
 
 
 @pytest.mark.slow
-def test_what_is_compiled_beforehand_is_what_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precompiled_kernels_are_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches on real tensors find all programs in Triton's cache; others they would not find."""
     triton = pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    entry, device = schedule.HALF[9, 0][0], no_card.NoCard()
-    step = blocks.step_of(replace(small(0), d=64, h=64), 8, device, training=True)
-    launches = blocks.noted(step, entry)
+    entry, device = schedule.HALF_SCHEDULES[9, 0][0], cpu_device.CPUDevice()
+    step = blocks.make_step(replace(shrink_case(0), d=64, h=64), 8, device, training=True)
+    launches = blocks.record_launches(step, entry)
     assert {launch.kernel for launch in launches} >= {"find_tiles", "sum_rows", "weight_grads"}
     assert blocks.compile_all(launches, (9, 0)) == []
     programs = set(tmp_path.rglob("*.cubin"))
@@ -307,8 +309,8 @@ def test_what_is_compiled_beforehand_is_what_is_launched(tmp_path: Path, monkeyp
     def launch(kernel, grid, **arguments) -> None:
         kernel.warmup(grid=grid, enable_fp_fusion=True, **arguments)
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", blocks.compiler((9, 0)))
+    monkeypatch.setattr(triton.runtime.driver, "_active", blocks.fake_compiler_target((9, 0)))
     for tried, more in ((entry, False), (entry._replace(down=entry.down._replace(warps=2)), True)):
-        with blocks.launching(launch, tried):
+        with blocks.force_schedule(launch, tried):
             step()
         assert (set(tmp_path.rglob("*.cubin")) > programs) == more

@@ -15,7 +15,7 @@ from mixture_of_experts.gating import BiasRule, ForwardChoices, QuantileRule, Si
 from mixture_of_experts.gating.steps import AlwaysChosen
 
 
-def histogram(score: Tensor, bias: Tensor, k: int, bins: int = 1000, full: Tensor | None = None) -> Tensor:
+def make_histogram(score: Tensor, bias: Tensor, k: int, bins: int = 1000, full: Tensor | None = None) -> Tensor:
     """What the rule counts of scores `(..., t, e)`."""
     expert = torch.zeros(*score.shape[:-1], k, dtype=torch.int64)
     return QuantileRule(bins).count(ForwardChoices(expert, None, score, full, bias))
@@ -25,7 +25,7 @@ def new_bias(counts: Tensor, bias: Tensor, k: int) -> Tensor:
     return bias + QuantileRule(counts.shape[-1]).step(counts, bias, k, 1.0)
 
 
-def exact(score: Tensor, bias: Tensor, k: int) -> Tensor:
+def exact_quantile_bias(score: Tensor, bias: Tensor, k: int) -> Tensor:
     """The definition, by sorting: the least of r below which, or at which, k / e of the tokens are."""
     cutoff = (score + bias).sort(dim=-1, descending=True).values[:, k : k + 1]
     required = (cutoff - score).sort(dim=0).values
@@ -48,7 +48,7 @@ def test_torchtitan_interpolates_and_centres():
 def test_torchtitan_two_ranks():
     """pytorch/torchtitan#4577: each rank alone, and both, whose histograms add up."""
     rows = torch.tensor([[0.92, 0.68, 0.31, 0.07], [0.07, 0.31, 0.92, 0.68]])
-    of_ranks = [histogram(row.expand(4, 4), torch.zeros(4), k=1, bins=10) for row in rows]
+    of_ranks = [make_histogram(row.expand(4, 4), torch.zeros(4), k=1, bins=10) for row in rows]
     alone = torch.tensor([[-0.5, -0.1, 0.1, 0.5], [0.5, 0.1, -0.5, -0.1]])
     for counts, wanted in zip(of_ranks, alone, strict=True):
         torch.testing.assert_close(new_bias(counts, torch.zeros(4), k=1), wanted)
@@ -71,7 +71,7 @@ def test_megatron_counts():
         cutoff = sorted((token + bias).tolist())[-2]
         for expert, own in enumerate(token.tolist()):
             wanted[expert, int((cutoff - own + 1.2) / (2.3 / bins))] += 1
-    assert torch.equal(histogram(score, bias, k=1, bins=bins), wanted)
+    assert torch.equal(make_histogram(score, bias, k=1, bins=bins), wanted)
 
 
 # Against the exact quantile
@@ -84,25 +84,25 @@ def test_it_is_the_quantile_but_for_a_bin(t, e, k, bins):
     for spread in (0.3, 3.0):
         score = (spread * torch.randn(t, e, generator=generator) + torch.linspace(-1, 1, e)).sigmoid()
         bias = 0.3 * torch.randn(e, generator=generator)
-        found = new_bias(histogram(score, bias, k, bins), bias, k)
+        found = new_bias(make_histogram(score, bias, k, bins), bias, k)
         width = (bias.max() - bias.min() + 2) / bins
-        assert ((found - exact(score, bias, k)).abs() <= width + 1e-6).all()
+        assert ((found - exact_quantile_bias(score, bias, k)).abs() <= width + 1e-6).all()
         assert found.mean().abs() < 1e-6
 
 
 def test_it_counts_every_full_token_once_for_each_expert():
     score, full = torch.rand(2, 50, 6), torch.rand(2, 50) < 0.5
-    counts = histogram(score, torch.zeros(2, 6), k=2, full=full)
+    counts = make_histogram(score, torch.zeros(2, 6), k=2, full=full)
     assert torch.equal(counts.sum(-1), full.sum(-1, keepdim=True).expand(2, 6))
     for row in range(2):
-        assert torch.equal(counts[row], histogram(score[row, full[row]], torch.zeros(6), k=2))
+        assert torch.equal(counts[row], make_histogram(score[row, full[row]], torch.zeros(6), k=2))
 
 
 def test_scores_beyond_the_range_count_at_its_ends_and_it_follows_them():
     """Logits of experts that are 6 apart: the bias gets there in steps of about 1."""
     score, bias = torch.randn(2000, 4) + torch.tensor([0.0, 2.0, 4.0, 6.0]), torch.zeros(4)
     for _ in range(12):
-        before, bias = bias, new_bias(histogram(score, bias, k=1), bias, k=1)
+        before, bias = bias, new_bias(make_histogram(score, bias, k=1), bias, k=1)
         assert (bias - before).abs().max() <= 2
     load = (score + bias).argmax(dim=-1).bincount(minlength=4)
     assert load.max() < 1.1 * load.float().mean()
@@ -120,9 +120,9 @@ def test_nothing_counted_moves_nothing():
 
 
 @pytest.mark.parametrize("rule", [SignRule(), SignRule(centred=True), QuantileRule()], ids=repr)
-def test_a_rate_goes_a_part_of_the_way(rule):
+def test_rate_scales_the_update(rule):
     bias = torch.tensor([0.5, -0.1, 0.4])
-    counts = torch.tensor([7, 2, 0]) if not rule.bins else histogram(torch.rand(20, 3), bias, k=1)
+    counts = torch.tensor([7, 2, 0]) if not rule.bins else make_histogram(torch.rand(20, 3), bias, k=1)
     whole = rule.step(counts, bias, 1, 1.0)
     assert not rule.step(counts, bias, 1, 0.0).any()
     moved = bias + rule.step(counts, bias, 1, 0.25)
@@ -136,27 +136,27 @@ def test_a_rate_goes_a_part_of_the_way(rule):
 # On a gate
 
 
-def gate(**settings) -> TopKGating:
+def make_gate(**settings) -> TopKGating:
     torch.manual_seed(0)
     return TopKGating(6, **{"num_experts": 4, "score": "sigmoid", "expert_bias": True, **settings})
 
 
-def required(of: TopKGating, x: Tensor) -> Tensor:
+def required_bias(of: TopKGating, x: Tensor) -> Tensor:
     """The new bias of these tokens `(t, d)`, exactly."""
     logits = x @ of.w_gating.detach()
     score = logits if of.select == "logits" else logits.softmax(-1) if of.score == "softmax" else logits.sigmoid()
-    return exact(score, of.expert_bias, of.k)
+    return exact_quantile_bias(score, of.expert_bias, of.k)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("settings", [{}, {"score": "softmax", "k": 1}, {"capacity_factor_train": 0.5}], ids=str)
 def test_a_gate_moves_to_the_quantile_of_its_real_tokens(settings, masked):
     """Before capacity; of two micro-batches as of one."""
-    of, x = gate(**settings), torch.randn(4, 50, 6)
+    of, x = make_gate(**settings), torch.randn(4, 50, 6)
     of.bias_rule = "quantile"
     of.expert_bias.copy_(torch.tensor([0.2, -0.1, 0.0, 0.1]))
     mask = torch.rand(4, 50) < 0.6 if masked else None
-    wanted = required(of, x.flatten(0, 1) if mask is None else x[mask])
+    wanted = required_bias(of, x.flatten(0, 1) if mask is None else x[mask])
     for part in (slice(0, 1), slice(1, 4)):
         of(x[part], mask=None if mask is None else mask[part]).weight.sum().backward()
     of.eval()(torch.randn(2, 50, 6)).weight.sum().backward()
@@ -166,11 +166,11 @@ def test_a_gate_moves_to_the_quantile_of_its_real_tokens(settings, masked):
     assert not of.expert_histogram.any()
 
 
-def test_the_histogram_is_where_the_bias_is_and_no_part_of_the_state_dict():
-    of = gate(device="meta")
+def test_histogram_follows_bias_device_and_is_not_saved():
+    of = make_gate(device="meta")
     of.bias_rule = "quantile"
     assert (of.expert_histogram.device.type, of.expert_histogram.shape) == ("meta", (4, 1000))
-    of = gate()
+    of = make_gate()
     names = list(of.state_dict())
     of.bias_rule = QuantileRule(20)
     assert list(of.state_dict()) == names
@@ -185,7 +185,7 @@ def test_the_histogram_is_where_the_bias_is_and_no_part_of_the_state_dict():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_compiled_it_counts_the_same_once(checkpointed):
-    moe, x = MoE(6, gate=gate()), torch.randn(2, 9, 6, requires_grad=True)
+    moe, x = MoE(6, gate=make_gate()), torch.randn(2, 9, 6, requires_grad=True)
     moe.gate.bias_rule = "quantile"
     moe(x)[0].square().sum().backward()
     wanted = moe.gate.expert_histogram.clone()
@@ -212,9 +212,9 @@ def test_compiled_it_counts_the_same_once(checkpointed):
     ],
     ids=["all", "groups", "top-p", "relu", "hash", "function"],
 )
-def test_what_it_does_not_fit(settings, why):
+def test_rejects_mismatched_gates(settings, why):
     kind = settings.get("kind")
-    of = gate(**settings) if kind is None else kind(6, 4, expert_bias=True)
+    of = make_gate(**settings) if kind is None else kind(6, 4, expert_bias=True)
     name = type(of).__name__
     with pytest.raises(ValueError, match=rf"does not fit {name}: {why}.*rule='sign'"):
         of.bias_rule = "quantile"
@@ -274,7 +274,7 @@ def test_shares_step_by_the_sign_of_the_exact_difference():
 @pytest.mark.parametrize("rule", [SignRule(), SignRule(centred=True), SignRule(shares=[1, 2, 1])], ids=repr)
 def test_experts_that_every_token_takes_are_not_balanced(rule):
     """They are no part of the mean: 3 experts share 12 choices of 12 tokens, beside two that all tokens take."""
-    of = gate(k=3, num_experts=5, select=AlwaysChosen(2))
+    of = make_gate(k=3, num_experts=5, select=AlwaysChosen(2))
     of.bias_rule = rule
     of.expert_bias[:3].copy_(torch.tensor([0.3, 0.1, 0.2]))
     of.expert_counts.copy_(torch.tensor([6, 4, 2, 12, 12]))
@@ -288,9 +288,9 @@ def test_experts_that_every_token_takes_are_not_balanced(rule):
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("name", ["sign", "centred_sign", "quantile"])
-def test_tokens_of_nan_are_counted_nowhere(name, score):
+def test_nan_tokens_are_not_counted(name, score):
     """A gradient scaler skips their step, and the counts of the other tokens go into the next one."""
-    of, alone = gate(score=score), gate(score=score)
+    of, alone = make_gate(score=score), make_gate(score=score)
     x, bad = torch.randn(2, 50, 6), torch.rand(2, 50) < 0.3
     of.bias_rule = alone.bias_rule = name
     of(torch.where(bad.unsqueeze(-1), torch.nan, x)).weight.sum().backward()
@@ -305,8 +305,8 @@ def test_tokens_of_nan_are_counted_nowhere(name, score):
 @pytest.mark.parametrize("full", [None, torch.tensor([True, False, True])], ids=["all", "some"])
 def test_one_score_of_nan_is_a_token_of_nan(full):
     score = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.1, 0.9], [0.1, torch.nan, 0.8]])
-    counts = histogram(score, torch.zeros(3), k=1, full=full)
-    assert torch.equal(counts, histogram(score[:1] if full is not None else score[:2], torch.zeros(3), k=1))
+    counts = make_histogram(score, torch.zeros(3), k=1, full=full)
+    assert torch.equal(counts, make_histogram(score[:1] if full is not None else score[:2], torch.zeros(3), k=1))
 
 
 class LoadRule(BiasRule):
@@ -322,8 +322,8 @@ class LoadRule(BiasRule):
         return rate * (1 / counts.shape[-1] - share)
 
 
-def test_a_rule_of_ones_own():
-    of = gate()
+def test_custom_rule():
+    of = make_gate()
     of.bias_rule = LoadRule()
     routing = of(torch.randn(2, 8, 6))
     routing.weight.sum().backward()

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.mixed_calls import in_threads
+from support.concurrent_calls import run_in_threads
 from torch import Tensor, nn
 
 from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.call_stack import STACKS, ForwardCall
+from mixture_of_experts.whole_model.call_stack import CALL_STACKS, ForwardCall
 
 
 class MaskCall(ForwardCall):
@@ -23,7 +23,7 @@ class Layer(nn.Module):
     """Multiplies by the mask of the call that it is part of."""
 
     def forward(self, x: Tensor) -> Tensor:
-        call = call_stack.current(self)
+        call = call_stack.current_call(self)
         if call is None:
             return x
         call.seen.append(x.sum())
@@ -39,17 +39,17 @@ class Model(nn.Module):
         self.register_forward_hook(self.end, always_call=True)
 
     def begin(self, _: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
-        call_stack.begin(MaskCall(kwargs["mask"]), self, *self.layers)
+        call_stack.push_call(MaskCall(kwargs["mask"]), self, *self.layers)
 
     def end(self, *_: object) -> None:
-        call = call_stack.end(self)
+        call = call_stack.pop_call(self)
         self.sum[0] = call.seen[0] + call.seen[1]
 
     def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
         return self.layers(x)
 
 
-def masks(number: int) -> list[Tensor]:
+def make_masks(number: int) -> list[Tensor]:
     gen = torch.Generator().manual_seed(1)
     return [torch.randint(2, (5,), generator=gen).float() for _ in range(number)]
 
@@ -63,7 +63,7 @@ def test_each_thread_has_its_own(compiled):
 
     for module in {None: [], "model": [model], "layers": list(model.layers.children())[::2]}[compiled]:
         module.compile(fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
-    x, given = torch.arange(5.0), masks(4)
+    x, given = torch.arange(5.0), make_masks(4)
     model(x, mask=given[0])
     made = len(graphs)
 
@@ -71,9 +71,9 @@ def test_each_thread_has_its_own(compiled):
         for _ in range(50):
             found = model(x, mask=given[number])
             assert torch.equal(found, (x * given[number]).sigmoid() * given[number])
-        assert not STACKS.calls
+        assert not CALL_STACKS.calls
 
-    in_threads(work, 4)
+    run_in_threads(work, 4)
     assert len(graphs) == made or compiled == "layers"  # nothing was compiled for other threads and masks
     assert bool(graphs) == bool(compiled)
     assert len(graphs) <= made * 5  # one more of each for each of the four threads, and no more in 200 forwards
@@ -88,36 +88,36 @@ def test_an_interrupted_call_is_forgotten():
     layer = model.layers[0]
 
     def interrupt(*_: object) -> None:
-        assert call_stack.current(layer) is not None
+        assert call_stack.current_call(layer) is not None
         raise KeyboardInterrupt
 
     hook = layer.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        model(x, mask=masks(1)[0])
+        model(x, mask=make_masks(1)[0])
     hook.remove()
-    assert STACKS.calls
+    assert CALL_STACKS.calls
     assert torch.equal(layer(x), x)
     assert torch.equal(model.layers(x), x.sigmoid())
-    model(x, mask=masks(2)[1])
-    assert not STACKS.calls
+    model(x, mask=make_masks(2)[1])
+    assert not CALL_STACKS.calls
 
 
-def test_what_a_backward_runs_is_no_part_of_the_call_around():
+def test_recomputation_is_not_part_of_enclosing_call():
     """Unless it brings one along."""
     layer, x = Layer(), torch.ones(5, requires_grad=True)
     of_forward, of_backward, seen = MaskCall(torch.zeros(5)), MaskCall(torch.full((5,), 2.0)), []
 
     def run_again(grad: Tensor) -> None:
         seen.append(layer(x))
-        with call_stack.within([(layer, of_backward)]):
+        with call_stack.activate_calls([(layer, of_backward)]):
             seen.append(layer(x))
         seen.append(layer(x))
 
-    with call_stack.within([(layer, of_forward)]):
+    with call_stack.activate_calls([(layer, of_forward)]):
         y = layer(x)
         y.register_hook(run_again)
         y.sum().backward()
         seen.append(layer(x))
     assert [int(value.sum()) for value in seen] == [5, 10, 5, 0]
-    assert call_stack.current(layer) is None
-    assert call_stack.end(layer) is None
+    assert call_stack.current_call(layer) is None
+    assert call_stack.pop_call(layer) is None

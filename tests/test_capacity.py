@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.paths import DIM, ROUTERS
+from support.layer_variants import DIM, ROUTERS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -59,7 +59,7 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
-def two_levels(outer, inner):
+def make_two_levels(outer, inner):
     gates = {None: TopKGating(DIM, 2, 2), 1.0: Top2Gating(DIM, 2)}
     factor = {"capacity_factor_train": inner}
     return HeirarchicalMoE(
@@ -69,7 +69,7 @@ def two_levels(outer, inner):
 
 LAYERS = {
     **{name: lambda make=make: MoE(DIM, gate=make()) for name, make in ROUTERS.items()},
-    **{f"two levels {a} {b}": lambda a=a, b=b: two_levels(a, b) for a in (None, 1.0) for b in (None, 1.0)},
+    **{f"two levels {a} {b}": lambda a=a, b=b: make_two_levels(a, b) for a in (None, 1.0) for b in (None, 1.0)},
 }
 
 

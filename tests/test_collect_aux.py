@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import foreign_checkpoint
+from support import reentrant_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,7 +41,7 @@ class Model(nn.Module):
         return x
 
 
-def by_hand(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+def collect_by_hand(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.zeros(())
     for block in model.blocks:
         out, aux_loss = block.moe(x)
@@ -49,82 +49,84 @@ def by_hand(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, total
 
 
-def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+def compute_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
 
 
 @pytest.fixture
-def x() -> Tensor:
+def make_inputs() -> Tensor:
     torch.manual_seed(0)
     return torch.randn(2, 6, DIM)
 
 
 @pytest.mark.parametrize("within", [None, "blocks", "model"])
-def test_the_sum_and_its_gradient(x, within):
+def test_the_sum_and_its_gradient(make_inputs, within):
     """Also of weighted sums, and with the backward inside the context, where a checkpoint of blocks, or around the
     model, runs layers again: that is no other forward."""
     model = Model(False if within == "blocks" else None)
     with collect_aux(model) as aux:
-        out = checkpoint(model, x, use_reentrant=False) if within == "model" else model(x)
+        out = checkpoint(model, make_inputs, use_reentrant=False) if within == "model" else model(make_inputs)
         loss = aux.take()
-        found = gradients(model, 0.3 * out.square().mean() + 0.7 * loss)
+        found = compute_gradients(model, 0.3 * out.square().mean() + 0.7 * loss)
         with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
             aux.take()
-    expected_out, expected = by_hand(model, x)
+    expected_out, expected = collect_by_hand(model, make_inputs)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(found, gradients(model, 0.3 * expected_out.square().mean() + 0.7 * expected))
+    torch.testing.assert_close(found, compute_gradients(model, 0.3 * expected_out.square().mean() + 0.7 * expected))
 
 
-def test_forwards_add_up(x):
+def test_forwards_add_up(make_inputs):
     model = Model()
     with collect_aux(model) as aux:
-        model(x)
-        model(2 * x)
-    torch.testing.assert_close(aux.take(), by_hand(model, x)[1] + by_hand(model, 2 * x)[1])
+        model(make_inputs)
+        model(2 * make_inputs)
+    torch.testing.assert_close(
+        aux.take(), collect_by_hand(model, make_inputs)[1] + collect_by_hand(model, 2 * make_inputs)[1]
+    )
 
 
-def test_reentrant_checkpointing_is_refused(x):
+def test_rejects_reentrant_checkpointing(make_inputs):
     model = Model(reentrant=True)
     with collect_aux(model), pytest.raises(RuntimeError, match="use_reentrant=False"):
-        model(x.requires_grad_())
+        model(make_inputs.requires_grad_())
     with collect_aux(model.eval()) as aux:
-        model(x)
+        model(make_inputs)
     assert aux.take() > 0
 
 
-def test_checkpointing_of_another_implementation_is_refused(x):
+def test_rejects_foreign_checkpointing(make_inputs):
     """In the backward that runs a layer again, as its loss would get no gradient. What ran without gradients and never
     again is fine."""
-    model = Model(foreign_checkpoint.checkpoint)
-    x.requires_grad_()
+    model = Model(reentrant_checkpoint.checkpoint)
+    make_inputs.requires_grad_()
     with collect_aux(model) as aux:
-        loss = model(x).sum() + aux.take()
+        loss = model(make_inputs).sum() + aux.take()
         with pytest.raises(RuntimeError, match=r"a .*MoE runs under reentrant .* use_reentrant=False"):
             loss.backward()
         model.reentrant = False
-        loss = model(x).sum() + aux.take()
+        loss = model(make_inputs).sum() + aux.take()
         model.reentrant = None
         with torch.no_grad():
-            model(x)
+            model(make_inputs)
         loss.backward()
 
 
-def test_a_model_in_a_checkpoint_of_another_implementation_counts_once(x):
+def test_foreign_checkpointing_counts_once(make_inputs):
     """Its first run, which has no gradients."""
     model = Model()
     with collect_aux(model) as aux:
-        foreign_checkpoint.checkpoint(model, x.requires_grad_()).sum().backward()
+        reentrant_checkpoint.checkpoint(model, make_inputs.requires_grad_()).sum().backward()
         found = aux.take()
-    torch.testing.assert_close(found, by_hand(model, x)[1].detach())
+    torch.testing.assert_close(found, collect_by_hand(model, make_inputs)[1].detach())
 
 
-def test_calls_beside_the_model_are_refused(x):
+def test_rejects_calls_outside_the_model(make_inputs):
     model = Model()
     with collect_aux(model), pytest.raises(RuntimeError, match="not within a forward of the module"):
-        model.blocks[0](x)
+        model.blocks[0](make_inputs)
 
 
-def test_what_has_no_loss_is_refused(x):
+def test_rejects_gates_without_loss(make_inputs):
     class OutputOnly(MoE):
         def forward(self, inputs, mask=None):
             return super().forward(inputs, mask)[0]
@@ -138,10 +140,10 @@ def test_what_has_no_loss_is_refused(x):
         pass
     model = nn.Sequential(OutputOnly(DIM, 4))
     with collect_aux(model), pytest.raises(TypeError, match="OutputOnly must return"):
-        model(x)
+        model(make_inputs)
 
 
-def test_encoder_layer_of_torch(x):
+def test_encoder_layer_of_torch(make_inputs):
     """As in the README: in training and on the path that eval would otherwise skip."""
     layer = nn.TransformerEncoderLayer(DIM, 2, batch_first=True, norm_first=True)
     layer.linear1 = layer.activation = layer.dropout = nn.Identity()
@@ -150,18 +152,18 @@ def test_encoder_layer_of_torch(x):
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     for mode in (True, False):
         with collect_aux(model.train(mode)) as aux, torch.set_grad_enabled(mode):
-            model(x)
+            model(make_inputs)
         assert aux.take() > 0
 
 
-def test_x_transformers(x):
+def test_x_transformers(make_inputs):
     x_transformers = pytest.importorskip("x_transformers")
     model = x_transformers.Encoder(dim=DIM, depth=2, heads=2, attn_dim_head=4)
     replaced = [module for module in model.modules() if type(module).__name__ == "FeedForward"]
     for module in replaced:
         module.ff = FeedForward()
     with collect_aux(model) as aux:
-        out = model(x)
+        out = model(make_inputs)
     assert len(replaced) == 2
     reach_routers(model, out.square().mean() + aux.take(), 2)
 

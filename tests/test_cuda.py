@@ -42,7 +42,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, tor
 
 
 @contextmanager
-def no_sync() -> Iterator[None]:
+def forbid_sync() -> Iterator[None]:
     """Where an operation that waits for the GPU raises."""
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -51,7 +51,7 @@ def no_sync() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def make(gate: str, experts: str, dtype: torch.dtype) -> nn.Module:
+def make_layer(gate: str, experts: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     if gate == "two levels":
         layer = HeirarchicalMoE(DIM, (2, 4), experts=EXPERTS[experts]((2, 4)), second_policy_train="all")
@@ -60,83 +60,83 @@ def make(gate: str, experts: str, dtype: torch.dtype) -> nn.Module:
     return layer.to("cuda", dtype).train("eval" not in gate)
 
 
-def results(layer: nn.Module, x: Tensor, mask: Tensor | None, way: str) -> list[Tensor]:
-    with ops.use(way):
+def compute_results(layer: nn.Module, x: Tensor, mask: Tensor | None, implementation: str) -> list[Tensor]:
+    with ops.use(implementation):
         out, loss = layer(x, mask=mask)
         gradients = torch.autograd.grad(out.float().square().mean() + loss, [x, *layer.parameters()], allow_unused=True)
     return [out, loss, *(torch.zeros(1, device="cuda") if grad is None else grad for grad in gradients)]
 
 
-def can(layer: nn.Module, x: Tensor, way: str) -> bool:
+def is_supported(layer: nn.Module, x: Tensor, implementation: str) -> bool:
     try:
-        with ops.use(way), torch.no_grad():
+        with ops.use(implementation), torch.no_grad():
             layer(x)
     except ValueError:
         return False
     return True
 
 
-def skip_unless(layer: nn.Module, x: Tensor, way: str) -> None:
-    if not can(layer, x, way):
-        pytest.skip(f"{way} does not take {x.dtype} here")
+def skip_unless(layer: nn.Module, x: Tensor, implementation: str) -> None:
+    if not is_supported(layer, x, implementation):
+        pytest.skip(f"{implementation} does not take {x.dtype} here")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("gate", [*GATES, "two levels"])
-@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
-def test_ways(way: str, gate: str, experts: str, dtype: torch.dtype):
+@pytest.mark.parametrize("implementation", ["triton", "grouped", "batched"])
+def test_implementations(implementation: str, gate: str, experts: str, dtype: torch.dtype):
     """Outputs, losses and gradients are those of plain operators in the next wider dtype; nothing waits for the GPU."""
-    check_way(way, gate, experts, dtype, 100)
+    check_implementation(implementation, gate, experts, dtype, 100)
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
-def test_queues_of_many_assignments(way: str):
+@pytest.mark.parametrize("implementation", ["triton", "grouped", "batched"])
+def test_queues_of_many_assignments(implementation: str):
     """More than kernels compare with each other."""
-    check_way(way, "top 2, capacity", "gated", torch.bfloat16, 1500)
+    check_implementation(implementation, "top 2, capacity", "gated", torch.bfloat16, 1500)
 
 
-def check_way(way: str, gate: str, experts: str, dtype: torch.dtype, length: int) -> None:
-    layer = make(gate, experts, dtype)
+def check_implementation(implementation: str, gate: str, experts: str, dtype: torch.dtype, length: int) -> None:
+    layer = make_layer(gate, experts, dtype)
     x = torch.randn(2, length, DIM, device="cuda", dtype=dtype, requires_grad=True)
-    skip_unless(layer, x, way)
-    exact = make(gate, experts, torch.float64)
+    skip_unless(layer, x, implementation)
+    exact = make_layer(gate, experts, torch.float64)
     exact.load_state_dict(layer.state_dict())
     for mask in (None, torch.rand(2, length, device="cuda") < 0.8):
-        with no_sync():
-            found = results(layer, x, mask, way)
-        wanted = results(exact, x.double().detach().requires_grad_(), mask, "plain")
+        with forbid_sync():
+            found = compute_results(layer, x, mask, implementation)
+        wanted = compute_results(exact, x.double().detach().requires_grad_(), mask, "plain")
         for got, want in zip(found, wanted, strict=True):
             error = (got.double() - want).norm() / want.norm().clamp(min=1e-6)
             assert error < 3 * TOLERANCE[dtype], float(error)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
-@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "batched"])
-def test_another_card_than_the_current_one(way: str):
-    layer = make("top 3", "gated", torch.bfloat16)
+@pytest.mark.parametrize("implementation", ["auto", "triton", "grouped", "batched"])
+def test_non_current_device(implementation: str):
+    layer = make_layer("top 3", "gated", torch.bfloat16)
     x = torch.randn(2, 100, DIM, device="cuda", dtype=torch.bfloat16)
-    skip_unless(layer, x, way)
-    with ops.use(way), torch.no_grad():
+    skip_unless(layer, x, implementation)
+    with ops.use(implementation), torch.no_grad():
         one, two = (layer.to(card)(x.to(card))[0].cpu() for card in ("cuda:0", "cuda:1"))
     torch.testing.assert_close(one, two, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 @pytest.mark.parametrize("gate", ["top 3", "top 2, capacity", "two levels"])
-@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "batched"])
+@pytest.mark.parametrize("implementation", ["auto", "triton", "grouped", "batched"])
 @torch.no_grad()
-def test_decoding(way: str, gate: str, tokens: int):
+def test_decoding(implementation: str, gate: str, tokens: int):
     """A few tokens in eval: what plain operators compute, and nothing waits for the GPU once kernels are checked."""
-    layer, exact = (make(gate, "gated", dtype).eval() for dtype in (torch.bfloat16, torch.float64))
+    layer, exact = (make_layer(gate, "gated", dtype).eval() for dtype in (torch.bfloat16, torch.float64))
     exact.load_state_dict(layer.state_dict())
     x = torch.randn(tokens, 1, DIM, device="cuda", dtype=torch.bfloat16)
     for of_layer in (layer, exact):
         for module in of_layer.modules():
             if hasattr(module, "second_policy_eval"):
                 module.second_policy_eval, module.capacity_factor_eval = "all", None
-    skip_unless(layer, x, way)
-    with no_sync(), ops.use(way):
+    skip_unless(layer, x, implementation)
+    with forbid_sync(), ops.use(implementation):
         found = layer(x)
     with ops.use("plain"):
         wanted = exact(x.double())
@@ -144,23 +144,23 @@ def test_decoding(way: str, gate: str, tokens: int):
         assert (got.double() - want).norm() < 3 * TOLERANCE[torch.bfloat16] * want.norm().clamp(min=1e-6)
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
-def test_the_same_bits_on_every_run(way: str):
-    layer = make("top 3", "gated, biases", torch.bfloat16)
+@pytest.mark.parametrize("implementation", ["triton", "grouped", "batched"])
+def test_run_to_run_determinism(implementation: str):
+    layer = make_layer("top 3", "gated, biases", torch.bfloat16)
     x = torch.randn(2, 500, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    skip_unless(layer, x, way)
-    first = results(layer, x, None, way)
+    skip_unless(layer, x, implementation)
+    first = compute_results(layer, x, None, implementation)
     for _ in range(5):
-        for one, other in zip(first, results(layer, x, None, way), strict=True):
+        for one, other in zip(first, compute_results(layer, x, None, implementation), strict=True):
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
-def test_a_graph_captures_a_call(way: str):
-    layer = make("top 3", "gated", torch.bfloat16).eval()
+@pytest.mark.parametrize("implementation", ["triton", "grouped", "batched"])
+def test_a_graph_captures_a_call(implementation: str):
+    layer = make_layer("top 3", "gated", torch.bfloat16).eval()
     x = torch.randn(2, 64, DIM, device="cuda", dtype=torch.bfloat16)
-    skip_unless(layer, x, way)
-    with torch.no_grad(), ops.use(way):
+    skip_unless(layer, x, implementation)
+    with torch.no_grad(), ops.use(implementation):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())  # x is made there
         with torch.cuda.stream(side):
@@ -176,12 +176,16 @@ def test_a_graph_captures_a_call(way: str):
             torch.testing.assert_close(out, layer(x)[0])
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
-def test_one_compiled_graph(way: str):
-    layer = make("top 3", "gated", torch.bfloat16)
-    skip_unless(layer, torch.randn(2, 64, DIM, device="cuda", dtype=torch.bfloat16), way)
+@pytest.mark.parametrize("implementation", ["triton", "grouped", "batched"])
+def test_one_compiled_graph(implementation: str):
+    layer = make_layer("top 3", "gated", torch.bfloat16)
+    skip_unless(layer, torch.randn(2, 64, DIM, device="cuda", dtype=torch.bfloat16), implementation)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     for length in (40, 64, 100):
         x = torch.randn(2, length, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for got, want in zip(results(compiled, x, None, way), results(layer, x, None, way), strict=True):
+        for got, want in zip(
+            compute_results(compiled, x, None, implementation),
+            compute_results(layer, x, None, implementation),
+            strict=True,
+        ):
             torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)

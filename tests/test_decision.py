@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from support.strategies import generator, normal
+from support.strategies import make_generator, normal
 
 from mixture_of_experts import ExpertChoiceGating, Routing, Top2Gating, TopKGating
 from mixture_of_experts.dispatch.decision import Decision, compose, decision_of, decision_on, plan_slots_of
@@ -28,9 +28,9 @@ GATES = {
 
 def routing_of(name: str, masked: bool = False) -> Routing:
     gate = GATES[name]().double().eval()
-    gate.w_gating.data.copy_(normal(generator(1), D, E))
+    gate.w_gating.data.copy_(normal(make_generator(1), D, E))
     mask = torch.tensor([[True] * 6, [True, False, True, False, False, True]]) if masked else None
-    return gate(normal(generator(2), B, N, D), mask=mask)
+    return gate(normal(make_generator(2), B, N, D), mask=mask)
 
 
 def check_plan(decision: Decision, plan: Plan, expert: list[int], token: list[int]) -> None:
@@ -83,7 +83,7 @@ def check(decision: Decision, expert: list[int], token: list[int]) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", GATES)
-def test_of_one_gate(name, masked):
+def test_one_gate(name, masked):
     routing = routing_of(name, masked)
     decision = decision_of(routing)
     group = torch.arange(B).unsqueeze(-1) * N
@@ -99,7 +99,7 @@ def test_of_one_gate(name, masked):
     assert decision.prefers_rows() is (not limited or (name != "expert choice" and fewer))
 
 
-def test_of_given_choices():
+def test_loss_of_given_choices():
     """Ids that are no expert's are nobody's, whatever they weigh."""
     assert append(torch.ones(2, 2, dtype=torch.int64), 7).tolist() == [[1, 1], [1, 1], [7, 7]]
     expert, weight = torch.tensor([[0, 3], [-1, 2], [4, 1], [5, -7]]), torch.arange(1.0, 9.0).view(4, 2)
@@ -118,14 +118,14 @@ def test_of_given_choices():
 
 @pytest.mark.parametrize("inner_factor", [None, 1.0])
 @pytest.mark.parametrize("name", ["top2", "dropless", "one choice"])
-def test_of_two_levels(name, inner_factor):
+def test_two_levels_of_choices(name, inner_factor):
     """A choice of a choice is computed if both are kept, by one of the inner experts, with the product of weights."""
-    outer, gen = routing_of(name), generator(3)
+    outer, gen = routing_of(name), make_generator(3)
     slots = plan_slots_of(outer)
     settings = dict(capacity_factor_eval=inner_factor, min_expert_capacity=1, outer_expert_dims=E)
     gate = TopKGating(D, 3, k=2, **settings).double().eval()
     gate.w_gating.data.copy_(normal(gen, E, D, 3))
-    inner = gate(**second_level(normal(generator(2), B, N, D), outer, slots, None, {}))
+    inner = gate(**second_level(normal(make_generator(2), B, N, D), outer, slots, None, {}))
     decision = compose(outer, slots, inner)
     expert, token, weight, kept = [], [], [], []
     for b in range(B):
@@ -170,7 +170,7 @@ def rows_of(decision: Decision, num_experts: int) -> list[int | None]:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["top2", "dropless", "one choice"])
-def test_the_kernels_choices_have_the_rows_of_the_plan(name: str, masked: bool):
+def test_kernel_choices_match_plan_rows(name: str, masked: bool):
     decision = decision_of(routing_of(name, masked))
     plan, (_, _, chosen, *_, num_tokens, _, _) = decision.without_gaps(), queued_choices(decision)
     assert rows_of(decision, E) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
@@ -179,14 +179,14 @@ def test_the_kernels_choices_have_the_rows_of_the_plan(name: str, masked: bool):
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])
-def test_the_kernels_choices_at_level_two_have_the_rows_of_the_plan(factor: float | None):
+def test_kernel_choices_match_plan_rows_on_level_two(factor: float | None):
     outer = routing_of("top2")
     inner = Top2Gating(D, 2, outer_expert_dims=(E,), second_policy_eval="all", capacity_factor_eval=factor)
     inner = inner.double().eval()
-    inner.w_gating.data.copy_(normal(generator(3), E, D, 2))
+    inner.w_gating.data.copy_(normal(make_generator(3), E, D, 2))
     slots = plan_slots_of(outer)
-    told = inner(**second_level(normal(generator(2), B, N, D), outer, slots, None, {}))
-    decision = compose(outer, slots, told)
+    described = inner(**second_level(normal(make_generator(2), B, N, D), outer, slots, None, {}))
+    decision = compose(outer, slots, described)
     plan = decision.without_gaps()
     assert rows_of(decision, E * 2) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
     assert (plan.row == plan.num_rows).any()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.left import assert_equal, recorded
+from support.record_helpers import assert_records_equal, record_forward
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
@@ -30,7 +30,7 @@ from mixture_of_experts.stats import track_routing
 DIM, E, R = 6, 5, 7
 
 
-def layers(number: int = 3, group_size: int | None = None, **settings: Any) -> list[Any]:
+def make_layers(number: int = 3, group_size: int | None = None, **settings: Any) -> list[Any]:
     """Layers in float64, with scales and biases that matter."""
     torch.manual_seed(0)
     made: list[Any] = []
@@ -46,7 +46,7 @@ def layers(number: int = 3, group_size: int | None = None, **settings: Any) -> l
     return made
 
 
-def run(stack: Any, x: Tensor, mask: Tensor | None = None, **side: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+def run_stack(stack: Any, x: Tensor, mask: Tensor | None = None, **side: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The outputs of a residual stack, the sum of its losses, and all states."""
     state, total, states = None, x.new_zeros(()), []
     for moe in stack:
@@ -55,7 +55,7 @@ def run(stack: Any, x: Tensor, mask: Tensor | None = None, **side: Any) -> tuple
     return x, total, states
 
 
-def slow(stack: Any, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def run_reference(stack: Any, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The same by the equations, without this package's gates; one expert a token."""
     state, total, states = None, x.new_zeros(()), []
     for moe in stack:
@@ -84,11 +84,11 @@ def slow(stack: Any, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
 @pytest.mark.parametrize("expert_bias", [False, True])
 def test_the_equations(expert_bias, shape):
     """Outputs, losses and states; and the gradients of tokens and of all weights, the states' way through included."""
-    stack = layers(expert_bias=expert_bias)
+    stack = make_layers(expert_bias=expert_bias)
     x = torch.randn(*shape, DIM, dtype=torch.float64, requires_grad=True)
     weights = [x, *(p for moe in stack for p in moe.parameters())]
     results = []
-    for function in (run, slow):
+    for function in (run_stack, run_reference):
         out, total, states = function(stack, x)
         if not x.numel():
             total = total.new_zeros(())  # of nothing a mean by hand is NaN
@@ -99,21 +99,21 @@ def test_the_equations(expert_bias, shape):
     assert all(grad.any() for grad in results[0][5:]) or x[..., 0].numel() < 2
 
 
-def test_it_matters():
+def test_setting_changes_the_result():
     """A layer chooses otherwise without the state of the one before."""
-    stack, x = layers(2), torch.randn(4, 50, DIM, dtype=torch.float64)
+    stack, x = make_layers(2), torch.randn(4, 50, DIM, dtype=torch.float64)
     state = stack[0](x, router_state=None)[2]
     experts = [stack[1].gate(x, router_state=its).expert for its in (state, torch.zeros_like(state))]
     assert 0.1 < (experts[0] != experts[1]).double().mean() < 0.9
 
 
 @pytest.mark.parametrize("name", ["mask", "counted"])
-def test_padding_changes_no_state(name):
-    stack, x = layers(), torch.randn(2, 9, DIM, dtype=torch.float64)
+def test_padding_does_not_change_router_state(name):
+    stack, x = make_layers(), torch.randn(2, 9, DIM, dtype=torch.float64)
     mask = torch.arange(9) < torch.tensor([[9], [4]])
     padded = torch.where(mask.unsqueeze(-1), x, torch.nan if name == "mask" else 1e3)
-    out, _, states = run(stack, padded, **{name: mask})
-    short, _, alone = run(stack, x[1:, :4])
+    out, _, states = run_stack(stack, padded, **{name: mask})
+    short, _, alone = run_stack(stack, x[1:, :4])
     torch.testing.assert_close(out[1:, :4], short)
     for state, own in zip(states, alone, strict=True):
         torch.testing.assert_close(state[1:, :4], own)
@@ -122,14 +122,14 @@ def test_padding_changes_no_state(name):
 def test_groups_and_leading_dimensions():
     """A state has the inputs' leading dimensions, and goes with its tokens, however these are grouped."""
     x = torch.randn(2, 3, 4, DIM, dtype=torch.float64)
-    wanted, found = (run(layers(group_size=size), x) for size in (None, 6))
+    wanted, found = (run_stack(make_layers(group_size=size), x) for size in (None, 6))
     assert [tuple(state.shape) for state in found[2]] == [(2, 3, 4, R)] * 3
     torch.testing.assert_close([found[0], *found[2]], [wanted[0], *wanted[2]])
-    torch.testing.assert_close(run(layers(), x[0, 0])[2][2], wanted[2][2][0, 0])
+    torch.testing.assert_close(run_stack(make_layers(), x[0, 0])[2][2], wanted[2][2][0, 0])
 
 
-def test_what_is_refused():
-    first, second = layers(2)
+def test_rejects_bad_arguments():
+    first, second = make_layers(2)
     x = torch.randn(2, 9, DIM, dtype=torch.float64)
     state = first(x, router_state=None)[2]
     with pytest.raises(TypeError, match=r"reads the side input 'router_state', .* call the layer as moe\(x, router_st"):
@@ -154,7 +154,7 @@ def test_what_is_refused():
         first.gate.first = False
 
 
-def test_two_levels_hand_on_the_state_of_level_one():
+def test_second_level_receives_router_state():
     first, second = (
         HeirarchicalMoE(
             DIM,
@@ -170,26 +170,26 @@ def test_two_levels_hand_on_the_state_of_level_one():
     torch.testing.assert_close(last, second.gate_outer.down(x) + second.gate_outer.state_scale * state)
 
 
-def test_nothing_stays_on_a_layer():
+def test_layer_keeps_no_call_state():
     """Copies and pickles of layers that ran are whole, and a layer that ran has what it had."""
-    stack, x = layers(expert_bias=True), torch.randn(2, 9, DIM, dtype=torch.float64)
+    stack, x = make_layers(expert_bias=True), torch.randn(2, 9, DIM, dtype=torch.float64)
     before = [{path: sorted(vars(module)) for path, module in moe.named_modules()} for moe in stack]
-    wanted = run(stack, x)
+    wanted = run_stack(stack, x)
     assert [{path: sorted(vars(module)) for path, module in moe.named_modules()} for moe in stack] == before
     for other in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
-        assert all(map(torch.equal, run(other, x)[2], wanted[2]))
-    for moe, other in zip(stack, layers(expert_bias=True), strict=True):
+        assert all(map(torch.equal, run_stack(other, x)[2], wanted[2]))
+    for moe, other in zip(stack, make_layers(expert_bias=True), strict=True):
         other.reset_parameters()
         assert other.gate.state_scale is None or other.gate.state_scale.eq(1).all()
         other.load_state_dict(moe.state_dict())
-        assert not other.gate.logits[1].weight.equal(layers()[0].gate.logits[1].weight) or moe is stack[0]
+        assert not other.gate.logits[1].weight.equal(make_layers()[0].gate.logits[1].weight) or moe is stack[0]
 
 
 def test_checkpointing_of_each_layer():
-    stack, x = layers(expert_bias=True), torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
+    stack, x = make_layers(expert_bias=True), torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=True)
     weights, grads = [x, *stack[1].parameters(), *stack[0].gate.parameters()], []
     for times, called in enumerate((stack, [checkpoint_wrapper(moe) for moe in stack]), start=1):
-        grads.append(torch.autograd.grad(run(called, x)[0].square().sum(), weights))
+        grads.append(torch.autograd.grad(run_stack(called, x)[0].square().sum(), weights))
         assert stack[2].gate.expert_counts.sum() == 18 * times
     assert all(map(torch.equal, *grads))
 
@@ -197,10 +197,10 @@ def test_checkpointing_of_each_layer():
 class Stack(nn.Module):
     def __init__(self, number: int = 3) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers(number))
+        self.layers = nn.ModuleList(make_layers(number))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        return run(self.layers, x)
+        return run_stack(self.layers, x)
 
 
 def test_records_replays_statistics_and_losses():
@@ -217,17 +217,17 @@ def test_records_replays_statistics_and_losses():
     with replay_routing(model, records):
         assert all(map(torch.equal, model(x)[2], states))
     with replay_routing(other, records):
-        assert_equal(recorded(other, x), records)
+        assert_records_equal(record_forward(other, x), records)
     first = model.layers[0]
     out, _ = first(x)
     assert torch.equal(OutputOnly(first)(x), out)
 
 
-def test_a_gate_of_ones_own_has_a_state():
+def test_custom_gate_has_state():
     """One that counts, for each token, how often it went to expert 0; of any shape, here `(..., n)`."""
 
     class Counting(TokenChoiceGate):
-        reads = (*TokenChoiceGate.reads, "router_state")
+        side_inputs = (*TokenChoiceGate.side_inputs, "router_state")
 
         def __init__(self) -> None:
             super().__init__(DIM, 2, k=1)

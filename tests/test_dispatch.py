@@ -21,23 +21,23 @@ GATES = {
 }
 
 
-def plan_of(name: str, gaps: bool) -> Plan:
+def make_plan(name: str, gaps: bool) -> Plan:
     gate = GATES[name]().double().eval()
-    gate.w_gating.data.copy_(make.normal(make.generator(1), D, E))
+    gate.w_gating.data.copy_(make.normal(make.make_generator(1), D, E))
     mask = torch.tensor([[True] * 5, [True, False, True, False, False]])
-    decision = decision_of(gate(make.normal(make.generator(2), B, N, D), mask=mask))
+    decision = decision_of(gate(make.normal(make.make_generator(2), B, N, D), mask=mask))
     plan = decision.in_slots() if gaps else decision.without_gaps()
     return plan._replace(weight=plan.weight.detach().requires_grad_())
 
 
-def derivatives(out: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+def compute_derivatives(out: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """First ones of a weighted sum of the outputs, and second ones of a weighted sum of those."""
     found = torch.autograd.grad(
-        (out * make.normal(make.generator(3), *out.shape)).sum(), list(leaves.values()), create_graph=True
+        (out * make.normal(make.make_generator(3), *out.shape)).sum(), list(leaves.values()), create_graph=True
     )
     first = dict(zip(leaves, found, strict=True))
-    total = sum((g.square() * make.normal(make.generator(4), *g.shape)).sum() for g in found)
-    second = make.gradients(total, list(leaves.values()))
+    total = sum((g.square() * make.normal(make.make_generator(4), *g.shape)).sum() for g in found)
+    second = make.compute_gradients(total, list(leaves.values()))
     return {**first, **{f"second of {name}": grad for name, grad in zip(leaves, second, strict=True)}}
 
 
@@ -45,29 +45,29 @@ def derivatives(out: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", GATES)
 def test_equal_matrices(name, gaps):
     """Rows that stand for nothing may hold anything: they reach neither outputs nor gradients."""
-    plan = plan_of(name, gaps)
+    plan = make_plan(name, gaps)
     a, t, r = len(plan.row), plan.num_tokens, plan.num_rows
     token = [plan.token[plan.row[i]].item() if plan.row[i] < r else 0 for i in range(a)]
     placed = torch.zeros(a, r, t, dtype=torch.float64)  # assignment a: token t in row r
     for i in range(a):
         if plan.row[i] < r:
             placed[i, plan.row[i], token[i]] = 1
-    x = make.normal(make.generator(5), t, D).requires_grad_()
+    x = make.normal(make.make_generator(5), t, D).requires_grad_()
     found, expected = dispatch(x, plan), placed.sum(0) @ x
     make.assert_same(found, expected, "rows")
-    wanted = derivatives(expected.tanh(), {"x": x})
-    for what, value in derivatives(found.tanh(), {"x": x}).items():
+    wanted = compute_derivatives(expected.tanh(), {"x": x})
+    for what, value in compute_derivatives(found.tanh(), {"x": x}).items():
         make.assert_same(value, wanted[what], what)
 
-    rows = make.normal(make.generator(6), r, 2).requires_grad_()
+    rows = make.normal(make.make_generator(6), r, 2).requires_grad_()
     empty = (placed.sum((0, 2)) == 0).unsqueeze(-1)
     assert bool(empty.any()) is (gaps or r > int(placed.sum()))
     found = combine(torch.where(empty, torch.nan, rows), plan)
     expected = torch.einsum("art,a,rd->td", placed, plan.weight, rows)
     make.assert_same(found, expected, "outputs")
     leaves = {"rows": rows, "weight": plan.weight}
-    wanted = derivatives(expected.tanh(), leaves)
-    for what, value in derivatives(found.tanh(), leaves).items():
+    wanted = compute_derivatives(expected.tanh(), leaves)
+    for what, value in compute_derivatives(found.tanh(), leaves).items():
         make.assert_same(value, wanted[what], what)
 
 

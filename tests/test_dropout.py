@@ -22,12 +22,12 @@ KINDS: dict[str, Any] = {
 FACTORS: dict[str, Any] = {"slots": dict(capacity_factor_train=1.0, capacity_factor_eval=1.0), "rows": {}}
 
 
-def layer(kind: str = "plain", dropout: float = 0.4, **settings: Any) -> MoE:
+def make_layer(kind: str = "plain", dropout: float = 0.4, **settings: Any) -> MoE:
     torch.manual_seed(0)
     return MoE(D, gate=TopKGating(D, E, 2, **settings), experts=KINDS[kind](dropout=dropout))
 
 
-def run(moe: MoE, x: Tensor, seed: int = 1) -> tuple[Tensor, ...]:
+def run_layer(moe: MoE, x: Tensor, seed: int = 1) -> tuple[Tensor, ...]:
     """The outputs, and the gradients of tokens and weights."""
     torch.manual_seed(seed)
     x = x.detach().requires_grad_()
@@ -52,24 +52,24 @@ def test_numbers_are_dropped_or_scaled_up_and_only_in_training():
 
 @pytest.mark.parametrize("factors", FACTORS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_drops_or_says_why_not(kind, factors):
-    moe, x = layer(kind, **FACTORS[factors]), torch.randn(2, 30, D)
+def test_every_implementation_supports_dropout_or_gives_reason(kind, factors):
+    moe, x = make_layer(kind, **FACTORS[factors]), torch.randn(2, 30, D)
     found = {}
-    for way in ops.WAYS:
-        with ops.use(way):
-            if way in ("plain", "grouped"):
-                found[way] = run(moe, x)
-            elif way != "triton":  # here it says that there is no GPU
-                capacity = way == "batch_invariant" and factors == "slots"
+    for implementation in ops.IMPLEMENTATIONS:
+        with ops.use(implementation):
+            if implementation in ("plain", "grouped"):
+                found[implementation] = run_layer(moe, x)
+            elif implementation != "triton":  # here it says that there is no GPU
+                capacity = implementation == "batch_invariant" and factors == "slots"
                 says = "limited capacity drops" if capacity else r"dropout.* draws random"
-                with pytest.raises(ValueError, match=f"'{way}' was asked for.* and .*{says}"):
+                with pytest.raises(ValueError, match=f"'{implementation}' was asked for.* and .*{says}"):
                     moe(x)
     torch.testing.assert_close(found["plain"], found["grouped"])  # the same layout draws the same numbers
-    assert ops.explain_call(moe, x).way == "grouped"
-    assert not torch.equal(run(moe, x, seed=2)[0], found["plain"][0])
-    without = layer(kind, dropout=0.0, **FACTORS[factors])
-    assert ops.explain_call(moe.eval(), x).way == "cpu"
-    for one, other in zip(run(moe, x), run(without.eval(), x), strict=True):
+    assert ops.explain_call(moe, x).implementation == "grouped"
+    assert not torch.equal(run_layer(moe, x, seed=2)[0], found["plain"][0])
+    without = make_layer(kind, dropout=0.0, **FACTORS[factors])
+    assert ops.explain_call(moe.eval(), x).implementation == "cpu"
+    for one, other in zip(run_layer(moe, x), run_layer(without.eval(), x), strict=True):
         assert torch.equal(one, other)
 
 
@@ -87,17 +87,17 @@ def test_gradients_are_those_of_the_numbers_that_stayed(kind):
 
 
 def test_a_recomputation_drops_the_same_numbers():
-    moe, x = layer(), torch.randn(2, 30, D)
-    expected = run(moe, x)
+    moe, x = make_layer(), torch.randn(2, 30, D)
+    expected = run_layer(moe, x)
     inner = moe.forward
     moe.forward = lambda x: checkpoint(inner, x, use_reentrant=False)  # type: ignore[method-assign]
-    for one, other in zip(run(moe, x), expected, strict=True):
+    for one, other in zip(run_layer(moe, x), expected, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_linear_layers_drop_too(kind):
-    moe, x = layer(kind), torch.randn(2, 30, D)
+    moe, x = make_layer(kind), torch.randn(2, 30, D)
     before = moe.eval()(x)[0]
     unstack(moe)
     torch.testing.assert_close(moe(x)[0], before)
@@ -110,9 +110,9 @@ def test_linear_layers_drop_too(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("factors", FACTORS)
 def test_compiled_in_one_graph(factors):
-    moe, x = layer(**FACTORS[factors]), torch.randn(2, 30, D)
+    moe, x = make_layer(**FACTORS[factors]), torch.randn(2, 30, D)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    expected = run(moe, x)
+    expected = run_layer(moe, x)
     torch.manual_seed(1)
     torch.testing.assert_close(compiled(x)[0], expected[0])
     torch.compiler.reset()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 def test_lightning(workers: Workers, tmp_path: Path, one_file: bool):
     pytest.importorskip("lightning")
     workers.run(recipes.check_lightning, 2, tmp_path, one_file)
-    workers.run(recipes.check_lightning_goes_on, 1, tmp_path, one_file)
+    workers.run(recipes.check_lightning_resumes, 1, tmp_path, one_file)
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp", "plugin"])

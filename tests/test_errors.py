@@ -33,7 +33,7 @@ from mixture_of_experts.unstack import restack, unstack
 LAYERS = [MoE, HeirarchicalMoE]
 
 
-def layer(kind, **options):
+def make_layer(kind, **options):
     return kind(8, (2, 2) if kind is HeirarchicalMoE else 4, **options)
 
 
@@ -61,22 +61,22 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
 def test_bad_argument(kind, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        layer(kind, **options)
+        make_layer(kind, **options)
     assert next(iter(options)) in str(error.value)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_unknown_keyword(kind):
     with pytest.raises(TypeError, match=r"second_policy"):
-        layer(kind, second_policy="all")
-    moe = layer(kind)
+        make_layer(kind, second_policy="all")
+    moe = make_layer(kind)
     with pytest.raises(TypeError, match=r"attention_mask"):
         moe(torch.randn(1, 5, 8), attention_mask=None)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_bad_inputs(kind):
-    moe = layer(kind)
+    moe = make_layer(kind)
     before = {name: value.clone() for name, value in moe.state_dict().items()}
     with pytest.raises(ValueError, match=r"n, 8\), got \(2, 5, 7\)"):
         moe(torch.randn(2, 5, 7))
@@ -114,8 +114,8 @@ REFUSED = [
     # arguments beside a gate that has them
     (ValueError, "capacity_factor_train=1.0 would do nothing", lambda: MoE(8, gate=FOUR, capacity_factor_train=1.0)),
     (ValueError, "priority='token'", lambda: MoE(8, gate=FOUR, priority="token")),
-    (ValueError, "second_place_loss=True", lambda: levels(gate_outer=TopKGating(8, 2), second_place_loss=True)),
-    (ValueError, "capacity_factor_second_level=2.0", lambda: levels(capacity_factor_second_level=2.0)),
+    (ValueError, "second_place_loss=True", lambda: make_levels(gate_outer=TopKGating(8, 2), second_place_loss=True)),
+    (ValueError, "capacity_factor_second_level=2.0", lambda: make_levels(capacity_factor_second_level=2.0)),
     (ValueError, "hidden_dim=5 would do nothing", lambda: MoE(8, 2, experts=Experts(8, 2), hidden_dim=5)),
     (ValueError, "activation=.*ReLU.* would do", lambda: MoE(8, 2, experts=Experts(8, 2), activation=nn.ReLU)),
     (ValueError, "hidden_dim=5 would", lambda: HeirarchicalMoE(8, (2, 2), experts=Experts(8, (2, 2)), hidden_dim=5)),
@@ -184,12 +184,12 @@ REFUSED = [
 FOUR, THREE = TopKGating(8, 4), TopKGating(8, 3, outer_expert_dims=(2,))
 
 
-def levels(**options):
+def make_levels(**options):
     return HeirarchicalMoE(8, (2, 3), gate_inner=THREE, **options)
 
 
 @pytest.mark.parametrize(("error", "says", "make"), REFUSED)
-def test_what_cannot_be_made(error, says, make):
+def test_rejects_invalid_construction(error, says, make):
     with pytest.raises(error, match=says):
         make()
 
@@ -209,26 +209,26 @@ def test_experts_that_change_the_shape(kind):
             return x[..., :-1]
 
     with pytest.raises(ValueError, match=r"experts must return the shape \(.*8\), got \(.*7\)"):
-        layer(kind, experts=Wrong())(torch.randn(1, 6, 8))
+        make_layer(kind, experts=Wrong())(torch.randn(1, 6, 8))
     with pytest.raises(ValueError, match=r"expert 0 \(Linear\) must return the shape .* got .*dim_out"):
-        layer(kind, experts=[nn.Linear(8, 7) for _ in range(4)])(torch.randn(1, 6, 8))
+        make_layer(kind, experts=[nn.Linear(8, 7) for _ in range(4)])(torch.randn(1, 6, 8))
     with pytest.raises(ValueError, match=r"shared_expert must return the shape"):
-        layer(kind, shared_expert=nn.Linear(8, 7))(torch.randn(1, 6, 8))
+        make_layer(kind, shared_expert=nn.Linear(8, 7))(torch.randn(1, 6, 8))
 
 
-def entered(context):
+def enter_context(context):
     """A function of a model that enters a context."""
     return lambda model: context(model).__enter__()
 
 
 ON_MODELS = {
     **{function.__name__: function for function in (summary, unstack, restack, routing_of)},
-    **{context.__name__: entered(context) for context in (collect_aux, track_routing, record_routing)},
+    **{context.__name__: enter_context(context) for context in (collect_aux, track_routing, record_routing)},
 }
 
 
 @pytest.mark.parametrize("name", ON_MODELS)
-def test_things_that_are_no_models(name):
+def test_rejects_non_models(name):
     for model in ([nn.Linear(8, 8)], "moe"):
         with pytest.raises(TypeError, match=r"model must be a model .*, got .*: build or load"):
             ON_MODELS[name](model)
@@ -245,7 +245,7 @@ class OldGate(nn.Module):
 def test_gates_that_return_no_routing(kind):
     name = "gate_outer" if kind is HeirarchicalMoE else "gate"
     with pytest.raises(TypeError, match=rf"{name} must be a gate .* Linear has forward"):
-        layer(kind, **{name: nn.Linear(8, 4)})
+        make_layer(kind, **{name: nn.Linear(8, 4)})
     if kind is MoE:
         with pytest.raises(TypeError, match=r"gate must return a Routing, got tuple.*TokenChoiceGate"):
             MoE(8, 4, gate=OldGate())(torch.randn(1, 5, 8))
@@ -269,7 +269,7 @@ class Doubled(nn.ModuleList):
         return torch.stack([2 * expert(part) for expert, part in zip(self, x, strict=True)])
 
 
-def test_a_list_with_a_forward_of_its_own_is_called():
+def test_list_with_custom_forward_is_called():
     linear = [nn.Linear(8, 8, bias=False) for _ in range(4)]
     plain = MoE(8, 4, experts=linear, second_policy_eval="all").eval()
     doubled = MoE(8, 4, experts=Doubled(linear), gate=plain.gate).eval()
@@ -277,10 +277,10 @@ def test_a_list_with_a_forward_of_its_own_is_called():
     torch.testing.assert_close(doubled(x)[0], 2 * plain(x)[0])
 
 
-class Returns(TokenChoiceGate):
+class ReturnsGate(TokenChoiceGate):
     """A gate whose `decide` returns what a function of its tokens does."""
 
-    reads = (*TokenChoiceGate.reads, "kind")
+    side_inputs = (*TokenChoiceGate.side_inputs, "kind")
 
     def __init__(self, function):
         super().__init__(8, 4, k=2)
@@ -290,20 +290,20 @@ class Returns(TokenChoiceGate):
         return self.function(tokens)
 
 
-def test_what_a_router_of_ones_own_returns():
+def test_custom_router_results():
     x = torch.randn(2, 5, 8)
     for value in (x, None, (x, x, x)):
         name = type(value).__name__
-        with pytest.raises(TypeError, match=rf"Returns.decide must return Choices\(.*, got a {name}"):
-            MoE(8, gate=Returns(lambda tokens, value=value: value))(x)
-    with pytest.raises(TypeError, match=r"Returns reads the side input 'kind', .* moe\(x, kind="):
-        MoE(8, gate=Returns(lambda tokens: tokens.side["kind"]))(x)
+        with pytest.raises(TypeError, match=rf"ReturnsGate.decide must return Choices\(.*, got a {name}"):
+            MoE(8, gate=ReturnsGate(lambda tokens, value=value: value))(x)
+    with pytest.raises(TypeError, match=r"ReturnsGate reads the side input 'kind', .* moe\(x, kind="):
+        MoE(8, gate=ReturnsGate(lambda tokens: tokens.side["kind"]))(x)
     with pytest.raises(KeyError, match="another"):  # not of a side input
-        MoE(8, gate=Returns(lambda tokens: {}["another"]))(x)
+        MoE(8, gate=ReturnsGate(lambda tokens: {}["another"]))(x)
 
 
 @pytest.mark.parametrize("make", [lambda: Top2Gating(8, 4), lambda: TopKGating(8, 4), lambda: NoisyTopKGating(8, 4)])
-def test_given_experts_that_are_not_there(make):
+def test_given_experts_out_of_range(make):
     moe, x = MoE(8, gate=make()), torch.randn(2, 5, 8)
     for wrong in (4, -6, 1 << 40, -32769):
         given = torch.tensor([0, 1]).repeat(2, 5, 1)
@@ -317,7 +317,7 @@ def test_given_experts_that_are_not_there(make):
 
 
 @pytest.mark.parametrize("wrong", [10, -1])
-def test_token_ids_that_are_not_there(wrong):
+def test_missing_token_ids_raise(wrong):
     moe, x, ids = MoE(8, gate=HashGating(8, 4, num_ids=10)), torch.randn(2, 5, 8), torch.arange(10).view(2, 5).clone()
     moe(x, token_ids=ids)
     ids[1, 4] = wrong
@@ -338,7 +338,7 @@ def test_token_ids_of_another_kind(ids, error, message):
         MoE(8, gate=HashGating(8, 4, num_ids=10))(torch.randn(2, 5, 8), token_ids=ids)
 
 
-class OfK(MoE):
+class CustomKGate(MoE):
     """A layer that has an argument k."""
 
     def __init__(self, k):
@@ -357,19 +357,19 @@ def test_an_argument_of_the_router(kind):
         ("expert_bias", True, "expert_bias=True"),
     ):
         with pytest.raises(TypeError) as error:
-            layer(kind, **{name: value})
+            make_layer(kind, **{name: value})
         said = f"has no argument {name!r}, its router has it: give {where}TopKGating(dim, num_experts, {setting})"
         assert said in str(error.value)
 
-    assert copy.deepcopy(OfK(k=3)).gate.k == 3
-    assert pickle.loads(pickle.dumps(layer(kind))).dim == 8
+    assert copy.deepcopy(CustomKGate(k=3)).gate.k == 3
+    assert pickle.loads(pickle.dumps(make_layer(kind))).dim == 8
     assert list(inspect.signature(kind).parameters)[:3] == ["dim", "num_experts", "hidden_dim"]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("kind", [*LAYERS, TopKGating])
 def test_inputs_that_are_not_dense(kind):
-    module = TopKGating(8, 4) if kind is TopKGating else layer(kind)
+    module = TopKGating(8, 4) if kind is TopKGating else make_layer(kind)
     parts = [torch.randn(3, 8), torch.randn(5, 8)]
     for layout in (torch.jagged, torch.strided):
         with pytest.raises(TypeError, match=r"dense tensor, .*to_padded_tensor\(0.0\), .*mask="):
@@ -397,7 +397,7 @@ def test_a_state_may_be_renamed_while_it_is_loaded(inside):
     assert torch.equal(moe.gate.w_gating, other.gate.w_gating)
 
 
-def test_short_groups_warn_and_far_too_short_ones_are_refused():
+def test_short_groups_warn_or_raise():
     """And the search for a group is short."""
     with pytest.warns(UserWarning, match=r"group_size=10 .*41 groups of 1"):
         MoE(8, 2, group_size=10)(torch.randn(1, 41, 8))

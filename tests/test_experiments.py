@@ -15,7 +15,7 @@ COMMANDS = sorted({match.groups() for page in PAGES for match in COMMAND.findite
 
 
 @pytest.mark.parametrize(("program", "options"), COMMANDS)
-def test_a_command_of_the_documentation_is_one(program: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_documented_commands_parse(program: str, options: str, capsys: pytest.CaptureFixture[str]) -> None:
     """It gets as far as its help: imports work, and the options before that are taken."""
     main = importlib.import_module(f"experiments.{program}").main
     with pytest.raises(SystemExit) as end:

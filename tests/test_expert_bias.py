@@ -14,23 +14,23 @@ from mixture_of_experts.verify import assert_holds
 DIM, EXPERTS = 6, 4
 
 
-def build(k: int = 2, seed: int = 0, **settings) -> MoE:
+def build_layer(k: int = 2, seed: int = 0, **settings) -> MoE:
     torch.manual_seed(seed)
     gate = TopKGating(DIM, EXPERTS, k=k, expert_bias=True, **settings)
     return MoE(DIM, gate=gate, experts=GatedExperts(DIM, EXPERTS, 8))
 
 
-def tokens(seed: int = 1) -> Tensor:
+def make_tokens(seed: int = 1) -> Tensor:
     return torch.randn(2, 9, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def load(moe: MoE, *inputs: Tensor) -> Tensor:
+def count_load(moe: MoE, *inputs: Tensor) -> Tensor:
     """What should be counted, found without counting: the choices before capacity."""
     with torch.no_grad():
         return torch.stack([moe.gate(x).queued.sum(dim=0) for x in inputs]).sum(dim=0)
 
 
-def step(moe: nn.Module, x: Tensor) -> None:
+def run_step(moe: nn.Module, x: Tensor) -> None:
     out, aux_loss = moe(x)
     (out.square().sum() + aux_loss).backward()
 
@@ -44,20 +44,20 @@ def step(moe: nn.Module, x: Tensor) -> None:
     ids=str,
 )
 def test_counts_the_choices_before_capacity(settings):
-    moe, x = build(**settings), tokens()
-    expected = load(moe, x)
-    step(moe, x)
+    moe, x = build_layer(**settings), make_tokens()
+    expected = count_load(moe, x)
+    run_step(moe, x)
     assert torch.equal(moe.gate.expert_counts, expected)
     assert moe.gate.expert_counts.sum() == x.shape[0] * x.shape[1] * moe.gate.k
 
 
 def test_each_forward_counts_once_in_its_first_backward():
-    moe, parts = build(), [tokens(seed) for seed in range(2)]
+    moe, parts = build_layer(), [make_tokens(seed) for seed in range(2)]
     loss = torch.stack([moe(part)[0].sum() for part in parts]).sum()
     assert not moe.gate.expert_counts.any()
     for _ in range(2):  # of a graph that is kept
         loss.backward(retain_graph=True)
-        assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
+        assert torch.equal(moe.gate.expert_counts, count_load(moe, *parts))
 
 
 def test_two_levels_count_for_each_outer_expert():
@@ -66,7 +66,7 @@ def test_two_levels_count_for_each_outer_expert():
         gate_outer=TopKGating(DIM, 3, k=1, expert_bias=True),
         gate_inner=TopKGating(DIM, EXPERTS, k=2, expert_bias=True, outer_expert_dims=(3,)),
     )
-    step(moe, tokens())
+    run_step(moe, make_tokens())
     outer, inner = moe.gate_outer.expert_counts, moe.gate_inner.expert_counts
     assert outer.sum() == 18
     assert torch.equal(inner.sum(dim=-1), 2 * outer)
@@ -78,10 +78,10 @@ def test_two_levels_count_for_each_outer_expert():
 @pytest.mark.parametrize("input_has_gradient", [False, True])
 def test_frozen_router_counts(input_has_gradient):
     """Its experts may be training; the weights then depend on no parameter, or only on the input."""
-    moe, x = build(), tokens().requires_grad_(input_has_gradient)
+    moe, x = build_layer(), make_tokens().requires_grad_(input_has_gradient)
     moe.gate.requires_grad_(False)
-    step(moe, x)
-    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+    run_step(moe, x)
+    assert torch.equal(moe.gate.expert_counts, count_load(moe, x))
     assert moe.gate.w_gating.grad is None
     assert moe.experts.w1.grad.any()
 
@@ -89,20 +89,20 @@ def test_frozen_router_counts(input_has_gradient):
 # Checkpointing, compilation, function transforms
 
 
-def test_what_counts_and_what_does_not():
+def test_counted_forwards():
     """Neither padding, nor evaluation, nor what is computed anew."""
     held = "padding", "nan_padding", "counts_eval", "inference_mode", "counts_checkpointing", "recomputation"
-    assert_holds(build(), *held)
+    assert_holds(build_layer(), *held)
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
 @pytest.mark.parametrize("rule", ["sign", "quantile"])
 def test_function_transforms_count(rule):
     """`torch.func.grad`, and per-sample gradients by `vmap` of it."""
-    moe, x = build(), tokens()
+    moe, x = build_layer(), make_tokens()
     moe.gate.bias_rule = rule
     parameters = dict(moe.named_parameters())
-    step(moe, x)
+    run_step(moe, x)
     expected = moe.gate.bias_counts.clone()
     moe.gate.bias_counts.zero_()
 
@@ -118,11 +118,11 @@ def test_function_transforms_count(rule):
 # Casts, copies, checkpoints
 
 
-def trained() -> MoE:
+def train_layer() -> MoE:
     """A layer whose bias has steps that bfloat16 could not hold, and with counts under way."""
-    moe = build()
+    moe = build_layer()
     moe.gate.expert_bias.copy_(1 + 1e-3 * torch.arange(1, EXPERTS + 1))
-    step(moe, tokens())
+    run_step(moe, make_tokens())
     return moe
 
 
@@ -148,16 +148,16 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_bias_and_counts_survive(cast):
-    original = trained()
+    original = train_layer()
     assert_same_buffers(CASTS[cast](copy.deepcopy(original)), original)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_state_dict_round_trip(dtype, tmp_path):
-    original = trained()
+    original = train_layer()
     torch.save(original.to(dtype).state_dict(), tmp_path / "moe.pt")
     for target in (torch.float32, torch.bfloat16):
-        moe = build(seed=5).to(target)
+        moe = build_layer(seed=5).to(target)
         moe.load_state_dict(torch.load(tmp_path / "moe.pt", weights_only=True), strict=True)
         assert_same_buffers(moe, original)
 
@@ -165,16 +165,16 @@ def test_state_dict_round_trip(dtype, tmp_path):
 def test_another_default_dtype():
     """A model that is built in bfloat16 outright."""
     torch.set_default_dtype(torch.bfloat16)
-    moe = build()
+    moe = build_layer()
     assert moe.gate.w_gating.dtype == torch.bfloat16
     assert moe.gate.expert_bias.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_module_counts_and_moves_in_float32(dtype):
-    moe, x = build().to(dtype), tokens().to(dtype)
+    moe, x = build_layer().to(dtype), make_tokens().to(dtype)
     for _ in range(20):
-        step(moe, x)
+        run_step(moe, x)
         moe.gate.update_bias(1e-4)
     steps = moe.gate.expert_bias.double() / 1e-4
     assert steps.abs().max() > 10
@@ -183,4 +183,4 @@ def test_low_precision_module_counts_and_moves_in_float32(dtype):
 
 def test_a_group_of_another_kind():
     with pytest.raises(TypeError, match=r"group must be a torch.distributed.ProcessGroup"):
-        build().gate.update_bias(0.1, group="world")
+        build_layer().gate.update_bias(0.1, group="world")

@@ -10,65 +10,65 @@ from pathlib import Path
 
 import pytest
 from support import fake_cuda
-from support.own_process import Checks, checks
+from support.spawned_checks import Checks, spawn_checks
 from support.triton_machine_code import PRODUCTS, Case
 
-pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
+pytestmark = pytest.mark.skipif(fake_cuda.unsupported_reason() is not None, reason=str(fake_cuda.unsupported_reason()))
 ROUTERS = ["top 2", "top 2, by score", "switch", "top 3", "top 3, by token", "top 3 of groups", "noisy"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CARDS = {"A100": (8, 0), "RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0), "RTX 5090": (12, 0)}
 OF_FAMILIES = {"Orin": (8, 7), "B300": (10, 3), "Thor": (11, 0), "GB10": (12, 1)}  # programmed like one of those above
 
 
-def load() -> None:
+def load_checks() -> None:
     warnings.simplefilter("error")
-    fake_cuda.load()
+    fake_cuda.load_fake_cuda()
 
 
 @pytest.fixture(scope="module")
-def check() -> Iterator[Checks]:
-    with checks(load, "fake_cuda_checks") as check:
+def run_checks() -> Iterator[Checks]:
+    with spawn_checks(load_checks, "fake_cuda_checks") as check:
         yield check
 
 
-def test_a_sync_and_a_wrong_device_are_seen(check: Checks):
-    check("check_sync_is_seen")
+def test_syncs_and_wrong_devices_are_detected(run_checks: Checks):
+    run_checks("check_sync_is_seen")
 
 
 @pytest.mark.parametrize("capacity", [None, pytest.param(1.0, marks=pytest.mark.slow)], ids=["dropless", "capacity"])
 @pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
-def test_routers(check: Checks, router: str, capacity: float | None):
+def test_routers(run_checks: Checks, router: str, capacity: float | None):
     for masked in (False, True):
-        check("check_layer", router, "gated", capacity, masked=masked)
+        run_checks("check_layer", router, "gated", capacity, masked=masked)
 
 
 @pytest.mark.parametrize(
     "dtype", ["bf16", "f32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("f16", "f64"))]
 )
 @pytest.mark.parametrize("experts", ["plain", "gated", "gated with biases"])
-def test_dtypes(check: Checks, experts: str, dtype: str):
+def test_dtypes(run_checks: Checks, experts: str, dtype: str):
     for capacity in (None, 1.25):
-        check("check_layer", "top 3", experts, capacity, dtype)
+        run_checks("check_layer", "top 3", experts, capacity, dtype)
 
 
 @pytest.mark.parametrize("router", ["top 2", "expert choice", "two levels"])
-def test_autocast(check: Checks, router: str):
-    check("check_layer", router, "plain", None, "f32", autocast=True, masked=True)
+def test_autocast(run_checks: Checks, router: str):
+    run_checks("check_layer", router, "plain", None, "f32", autocast=True, masked=True)
 
 
 @pytest.mark.parametrize("capability", CARDS.values(), ids=CARDS)
-def test_cards(check: Checks, capability: tuple[int, int]):
+def test_cards(run_checks: Checks, capability: tuple[int, int]):
     for dtype in ("bf16", "f32"):
-        check("check_layer", "top 3", "gated", None, dtype, capability=capability)
+        run_checks("check_layer", "top 3", "gated", None, dtype, capability=capability)
 
 
-def test_statistics(check: Checks):
-    check("check_statistics")
+def test_statistics(run_checks: Checks):
+    run_checks("check_statistics")
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("dtype", "card", "way", "of_triton"),
+    ("dtype", "card", "implementation", "of_triton"),
     [
         ("bf16", "H100", "grouped", "unless they are asked for"),
         ("bf16", "B200", "grouped", "unless they are asked for"),
@@ -86,15 +86,21 @@ def test_statistics(check: Checks):
         ("bf16", "RTX 2080", "batched", "unless they are asked for"),
     ],
 )
-def test_which_way(check: Checks, dtype: str, card: str, way: str, of_triton: str | None):
+def test_selected_implementation(run_checks: Checks, dtype: str, card: str, implementation: str, of_triton: str | None):
     reasons = {} if of_triton is None else {"triton": of_triton}
     capability = {**CARDS, **OF_FAMILIES, "RTX 2080": (7, 5)}[card]
-    check("check_way", dtype, capability, way, reasons | ({"grouped": "torch's"} if way == "batched" else {}))
+    run_checks(
+        "check_implementation",
+        dtype,
+        capability,
+        implementation,
+        reasons | ({"grouped": "torch's"} if implementation == "batched" else {}),
+    )
 
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("dtype", "card", "tokens", "way"),
+    ("dtype", "card", "tokens", "implementation"),
     [
         ("bf16", "H100", 1, "triton"),
         ("f16", "H100", 8, "triton"),
@@ -104,28 +110,30 @@ def test_which_way(check: Checks, dtype: str, card: str, way: str, of_triton: st
         ("f32", "H100", 1, "batched"),
     ],
 )
-def test_which_way_decodes(check: Checks, dtype: str, card: str, tokens: int, way: str):
-    check("check_way_of_decoding", dtype, CARDS[card], tokens, way)
+def test_decoding_implementation(run_checks: Checks, dtype: str, card: str, tokens: int, implementation: str):
+    run_checks("check_decoding_implementation", dtype, CARDS[card], tokens, implementation)
 
 
 @needs_triton
 @pytest.mark.parametrize("card", ["H100", pytest.param("B200", marks=pytest.mark.slow)])
-def test_decoding_multiplies_without_groups_of_warps(check: Checks, card: str):
+def test_decoding_multiplies_without_groups_of_warps(run_checks: Checks, card: str):
     """Tiles of 16 and 32 rows have plain `mma.sync`: what Triton miscompiles for tcgen05 is not in them."""
     for mean_rows in (1, 16):
-        codes = check("triton_machine_code.check", Case(CARDS[card], mean_rows=mean_rows), "rows_by_weights")
+        codes = run_checks(
+            "triton_machine_code.check_case", Case(CARDS[card], mean_rows=mean_rows), "grouped_matmul_kernel"
+        )
         assert {code.blocks[0] for code in codes} == {16 if mean_rows == 1 else 32}
         assert {code.tensor_cores for code in codes} == {("m16n8k16",)}
 
 
 @needs_triton
 @pytest.mark.slow
-def test_decoding_is_one_graph(check: Checks):
-    check("check_graph_of_decoding", CARDS["H100"])
+def test_decoding_is_one_graph(run_checks: Checks):
+    run_checks("check_graph_of_decoding", CARDS["H100"])
 
 
 @pytest.mark.parametrize(
-    ("arch", "asked", "way"),
+    ("arch", "asked", "implementation"),
     [
         ("gfx942", True, "grouped"),
         ("gfx950", True, "grouped"),
@@ -133,47 +141,54 @@ def test_decoding_is_one_graph(check: Checks):
         ("gfx1100", True, "batched"),
     ],
 )
-def test_gpus_of_amd(check: Checks, arch: str, asked: bool, way: str):
-    check("check_amd", arch, asked, way)
+def test_gpus_of_amd(run_checks: Checks, arch: str, asked: bool, implementation: str):
+    run_checks("check_amd_gpu", arch, asked, implementation)
 
 
 @pytest.mark.parametrize("device", ["xpu", "mps"])
-def test_gpus_of_others(check: Checks, device: str):
-    check("check_other_device", device)
+def test_gpus_of_others(run_checks: Checks, device: str):
+    run_checks("check_other_device", device)
 
 
-def test_a_capture_is_one_of_the_device(check: Checks):
-    check("check_capturing")
+def test_a_capture_is_one_of_the_device(run_checks: Checks):
+    run_checks("check_capturing")
 
 
 @needs_triton
 @pytest.mark.parametrize("card", OF_FAMILIES)
-def test_kernels_serve_a_family(check: Checks, card: str):
+def test_kernels_serve_a_family(run_checks: Checks, card: str):
     """Gates and experts go by one rule; nothing older than 8.0 is served, and nothing newer than 12.x."""
-    check("check_family", OF_FAMILIES[card], True)
-    check("check_family", (7, 5), False)
-    check("check_family", (13, 0), False)
+    run_checks("check_family", OF_FAMILIES[card], True)
+    run_checks("check_family", (7, 5), False)
+    run_checks("check_family", (13, 0), False)
 
 
 @needs_triton
 @pytest.mark.parametrize("training", [True, False], ids=["training", "decoding"])
-def test_a_prepared_layer_compiles_nothing_more(check: Checks, training: bool):
-    check("check_prepared", training)
+def test_prepared_layer_compiles_no_more_kernels(run_checks: Checks, training: bool):
+    run_checks("check_prepared", training)
 
 
 @needs_triton
-def test_no_program_is_launched_that_nobody_checked(check: Checks):
-    check("check_programs_of_operands")
+def test_launches_only_checked_kernels(run_checks: Checks):
+    run_checks("check_programs_of_operands")
 
 
 @needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("card", OF_FAMILIES)
-def test_kernels_compile_for_a_family(check: Checks, card: str):
+def test_kernels_compile_for_a_family(run_checks: Checks, card: str):
     """The largest and the smallest entry: no fault of `Code.faults`."""
     for mean_rows in (512, 8):
         case = Case(OF_FAMILIES[card], mean_rows=mean_rows)
-        assert len(check("triton_machine_code.check", case, "rows_by_weights", "weight_grads", "choose_two")) > 3
+        assert (
+            len(
+                run_checks(
+                    "triton_machine_code.check_case", case, "grouped_matmul_kernel", "weight_grads", "top_2_kernel"
+                )
+            )
+            > 3
+        )
 
 
 @needs_triton
@@ -181,38 +196,38 @@ def test_kernels_compile_for_a_family(check: Checks, card: str):
     "capability",
     [pytest.param(card, marks=[] if name == "A100" else pytest.mark.slow, id=name) for name, card in CARDS.items()],
 )
-def test_the_self_check_judges_what_is_launched(check: Checks, capability: tuple[int, int]):
-    assert check("check_entries", capability) >= 3
+def test_self_check_runs_launched_kernels(run_checks: Checks, capability: tuple[int, int]):
+    assert run_checks("check_entries", capability) >= 3
 
 
-def test_a_thousand_experts_are_no_error(check: Checks):
+def test_a_thousand_experts_are_no_error(run_checks: Checks):
     """torch's grouped product raises for 1,024."""
-    check("check_many_experts", 1023, "grouped")
-    check("check_many_experts", 1024, "batched")
+    run_checks("check_many_experts", 1023, "grouped")
+    run_checks("check_many_experts", 1024, "batched")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("way", [pytest.param("triton", marks=needs_triton), "batched"])
-def test_ways_that_are_asked_for(check: Checks, way: str, dtype: str):
+@pytest.mark.parametrize("implementation", [pytest.param("triton", marks=needs_triton), "batched"])
+def test_requested_implementations(run_checks: Checks, implementation: str, dtype: str):
     for capacity in (None, 1.0):
-        check("check_forced", way, "gated with biases", capacity, dtype)
+        run_checks("check_forced", implementation, "gated with biases", capacity, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["grouped", "batched", pytest.param("triton", marks=needs_triton)])
-def test_one_graph(check: Checks, way: str):
-    check("check_compiled", way, "many experts", None, "bf16")
+@pytest.mark.parametrize("implementation", ["grouped", "batched", pytest.param("triton", marks=needs_triton)])
+def test_one_graph(run_checks: Checks, implementation: str):
+    run_checks("check_compiled", implementation, "many experts", None, "bf16")
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("way", ["batched", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("implementation", ["batched", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
-def test_one_graph_of_every_router(check: Checks, router: str, way: str, dtype: str):
-    way = "batched" if router == "expert choice" else way  # kernels compute token choice
+def test_one_graph_of_every_router(run_checks: Checks, router: str, implementation: str, dtype: str):
+    implementation = "batched" if router == "expert choice" else implementation  # kernels compute token choice
     for capacity in (None, 1.0):
-        check("check_compiled", way, router, capacity, dtype)
+        run_checks("check_compiled", implementation, router, capacity, dtype)
 
 
 # ---- what Triton makes of it ----
@@ -231,10 +246,12 @@ def test_one_graph_of_every_router(check: Checks, router: str, way: str, dtype: 
     ],
     ids=str,
 )
-def test_machine_code(check: Checks, case: Case):
+def test_machine_code(run_checks: Checks, case: Case):
     """No register spills, the card's shared memory, tensor cores, no atomics; `triton_machine_code.py` has the rest."""
-    codes = check("triton_machine_code.check", case)
-    wanted = "choose count_in_line rank_in_line choose_two choose_two_grads find_rows rank_rows"
+    codes = run_checks("triton_machine_code.check_case", case)
+    wanted = (
+        "choose count_queue_kernel rank_queue_kernel top_2_kernel top_2_grads_kernel find_rows_kernel rank_rows_kernel"
+    )
     assert {code.kernel for code in codes} >= {*wanted.split(), *PRODUCTS}
 
 
@@ -244,9 +261,9 @@ CHOSEN = [
     ("RTX 4090", {"row_grads": (64, 1, "m16n8k16"), "weight_grads": (48, 1, "m16n8k16")}),
 ]
 MORE_CHOSEN = [
-    ("H100", {"rows_by_weights": (144, 1, "m64n256k16"), "hidden_grads": (72, 2, "m64n64k16")}),
-    ("A100", {"rows_by_weights": (96, 1, "m16n8k16"), "hidden_grads": (72, 2, "m16n8k16")}),
-    ("RTX 4090", {"rows_by_weights": (64, 1, "m16n8k16"), "hidden_grads": (48, 2, "m16n8k16")}),
+    ("H100", {"grouped_matmul_kernel": (144, 1, "m64n256k16"), "hidden_grads": (72, 2, "m64n64k16")}),
+    ("A100", {"grouped_matmul_kernel": (96, 1, "m16n8k16"), "hidden_grads": (72, 2, "m16n8k16")}),
+    ("RTX 4090", {"grouped_matmul_kernel": (64, 1, "m16n8k16"), "hidden_grads": (48, 2, "m16n8k16")}),
 ]
 
 
@@ -254,9 +271,9 @@ MORE_CHOSEN = [
 @pytest.mark.parametrize(
     ("card", "wanted"), [*CHOSEN, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_CHOSEN)]
 )
-def test_what_blocks_are_chosen_for(check: Checks, card: str, wanted: dict[str, tuple[int, int, str]]):
+def test_block_size_selection(run_checks: Checks, card: str, wanted: dict[str, tuple[int, int, str]]):
     """Shared memory, programs at once, instructions; and no fault of `Code.faults`."""
-    check("triton_machine_code.check_chosen", CARDS[card], wanted)
+    run_checks("triton_machine_code.check_chosen", CARDS[card], wanted)
 
 
 @needs_triton
@@ -270,20 +287,24 @@ def test_what_blocks_are_chosen_for(check: Checks, card: str, wanted: dict[str, 
         ),
     ],
 )
-def test_what_the_first_hour_tries_is_clean(check: Checks, card: str, height: int, kernels: tuple[str, ...]):
+def test_first_hour_candidates_are_clean(run_checks: Checks, card: str, height: int, kernels: tuple[str, ...]):
     """About ten sizes of blocks of each kernel, none of which spills or wants more shared memory than there is."""
-    found = check("triton_machine_code.check_candidates", CARDS[card], height, *kernels)
+    found = run_checks("triton_machine_code.check_candidates", CARDS[card], height, *kernels)
     assert all(8 <= number <= 13 for number in found.values()), found
 
 
 @needs_triton
 @pytest.mark.slow
-def test_programs_over_numbers_of_tokens(check: Checks):
+def test_programs_over_numbers_of_tokens(run_checks: Checks):
     """Over mean rows of 5 to 300: those of four kernels depend on the height of tiles, the others on nothing."""
-    programs = check("triton_machine_code.programs_over_lengths", 60)
-    assert programs.pop("rows_by_weights") == 8  # up and down
-    assert {kernel for kernel, number in programs.items() if number == 4} == {"find_tiles", "hidden_grads", "row_grads"}
-    twice = {"find_rows", "weight_grads", "sum_rows"}  # of one level and two; of either weight; out and x
+    programs = run_checks("triton_machine_code.programs_over_lengths", 60)
+    assert programs.pop("grouped_matmul_kernel") == 8  # up and down
+    assert {kernel for kernel, number in programs.items() if number == 4} == {
+        "find_tiles_kernel",
+        "hidden_grads",
+        "row_grads",
+    }
+    twice = {"find_rows_kernel", "weight_grads", "sum_rows_kernel"}  # of one level and two; of either weight; out and x
     assert {kernel: number for kernel, number in programs.items() if number not in (1, 4)} == dict.fromkeys(twice, 2)
     assert len(programs) == 12
 
@@ -306,80 +327,89 @@ ROWS = {
 }
 
 
-def documented() -> dict[tuple[str, str], float]:
+def read_documented() -> dict[tuple[str, str], float]:
     """The cells of the table: (way, row)."""
     table = GUIDE.read_text(encoding="utf-8").split("<!-- table: costs -->\n")[1].split("<!-- end -->")[0]
     head, _, *lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return {(way, row): float(cell) for row, *cells in lines for way, cell in zip(head[1:], cells, strict=True)}
+    return {
+        (implementation, row): float(cell)
+        for row, *cells in lines
+        for implementation, cell in zip(head[1:], cells, strict=True)
+    }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["grouped", "batched", pytest.param("triton", marks=needs_triton), "plain"])
-def test_costs_are_those_of_the_guide(check: Checks, way: str):
+@pytest.mark.parametrize("implementation", ["grouped", "batched", pytest.param("triton", marks=needs_triton), "plain"])
+def test_costs_are_those_of_the_guide(run_checks: Checks, implementation: str):
     """None is above its budget, and no budget is far above what is."""
-    found = {size: check("costs", way, size) for size in ("small", "large", "fine")}
-    found["decoding"] = {str(tokens): check("launches_of_decoding", way, tokens) for tokens in (1, 4, 64)}
-    found["capacity"] = check("costs_with_capacity", way)
+    found = {size: run_checks("measure_costs", implementation, size) for size in ("small", "large", "fine")}
+    found["decoding"] = {
+        str(tokens): run_checks("count_decoding_launches", implementation, tokens) for tokens in (1, 4, 64)
+    }
+    found["capacity"] = run_checks("measure_costs_with_capacity", implementation)
     for row, (name, size) in ROWS.items():
-        budget = documented()[way, row]
+        budget = read_documented()[implementation, row]
         assert 0.93 * budget - 0.05 <= found[size][name] <= budget + 0.005, (row, found[size][name], budget)
 
 
 @pytest.mark.parametrize(
-    ("way", "most"), [("grouped", 30), ("batched", 30), pytest.param("triton", 12, marks=needs_triton)]
+    ("implementation", "most"), [("grouped", 30), ("batched", 30), pytest.param("triton", 12, marks=needs_triton)]
 )
-def test_decoding_is_few_launches(check: Checks, way: str, most: int):
+def test_decoding_is_few_launches(run_checks: Checks, implementation: str, most: int):
     """Of a layer of 128 experts, for 1 to 64 sequences, with the gate and its losses."""
     for tokens in (1, 2, 5, 8, 42, 64):
-        assert check("launches_of_decoding", way, tokens) <= most, tokens
+        assert run_checks("count_decoding_launches", implementation, tokens) <= most, tokens
 
 
 @needs_triton
-def test_two_choices_are_few_launches(check: Checks):
+def test_two_choices_are_few_launches(run_checks: Checks):
     """Forward and backward with the router's products, by torch's operators 33 and 33; of a second level 46 and 39."""
-    assert check("launches_of_two_choices", 0) == (9, 11)
-    assert check("launches_of_two_choices", 3) == (10, 11)
+    assert run_checks("count_two_choice_launches", 0) == (9, 11)
+    assert run_checks("count_two_choice_launches", 3) == (10, 11)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-@pytest.mark.parametrize(("way", "more"), [("grouped", (9, 25)), ("batched", (23, 45))])
-def test_lora_is_few_launches_more(check: Checks, way: str, more: tuple[int, int]):
+@pytest.mark.parametrize(("implementation", "more"), [("grouped", (9, 25)), ("batched", (23, 45))])
+def test_lora_is_few_launches_more(run_checks: Checks, implementation: str, more: tuple[int, int]):
     """Forward and backward, on three weights; a host sync would raise."""
-    assert check("launches_of_lora", way) == (way, *more)
+    assert run_checks("count_lora_launches", implementation) == (implementation, *more)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["grouped", "batched", pytest.param("triton", marks=needs_triton)])
-def test_finer_experts_keep_the_same(check: Checks, way: str):
+@pytest.mark.parametrize("implementation", ["grouped", "batched", pytest.param("triton", marks=needs_triton)])
+def test_finer_experts_keep_the_same(run_checks: Checks, implementation: str):
     """To 5 %: what is more are weights and tables of rows, not the router's scores."""
-    assert check("costs", way, "fine")["kept"] <= 1.05 * check("costs", way, "large")["kept"]
+    assert (
+        run_checks("measure_costs", implementation, "fine")["kept"]
+        <= 1.05 * run_checks("measure_costs", implementation, "large")["kept"]
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("router", ["top 2", "softmax", "sigmoid, groups", "expert choice"])
-def test_gates_of_many_experts_keep_no_scores(check: Checks, router: str, autocast: bool):
+def test_gates_of_many_experts_keep_no_scores(run_checks: Checks, router: str, autocast: bool):
     """But indices and weights of a few choices, and what is of tokens alone."""
-    assert check("kept_of_scores", router, autocast) < 0.05
+    assert run_checks("measure_kept_scores", router, autocast) < 0.05
 
 
 # ---- what users are shown ----
 
 
 @pytest.mark.slow
-def test_the_billion_of_the_documents(check: Checks):
+def test_the_billion_of_the_documents(run_checks: Checks):
     text = (GUIDE.parent / "concepts.md").read_text(encoding="utf-8")
     code = text.split("<!-- test: cuda -->\n```python\n")[1].split("```")[0]
-    assert 1e9 < check("check_billion", code) < 1.1e9
+    assert 1e9 < run_checks("check_billion_example", code) < 1.1e9
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_the_example_trains(check: Checks, compiled: bool):
-    check("check_example", compiled)
+def test_the_example_trains(run_checks: Checks, compiled: bool):
+    run_checks("check_example", compiled)
 
 
 @pytest.mark.slow
-def test_the_example_for_gpus_is_one_graph(check: Checks):
-    check("check_example_for_gpus")
+def test_the_example_for_gpus_is_one_graph(run_checks: Checks):
+    run_checks("check_example_for_gpus")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from support.paths import DIM, NUM_EXPERTS, ROUTERS, layer_with_router
+from support.layer_variants import DIM, NUM_EXPERTS, ROUTERS, make_layer_with_router
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,22 +19,22 @@ from mixture_of_experts import (
     balance_experts,
     force_routing,
 )
-from mixture_of_experts.gating import RouterLogits, reads_of
-from mixture_of_experts.gating.given import forced_experts
+from mixture_of_experts.gating import RouterLogits, get_side_inputs
+from mixture_of_experts.gating.overrides import forced_experts
 
 FORCED = ("balanced", "random")
 #: but for ReLU, of whose forced experts those of no positive logit weigh 0 and are not computed
-GIVEN = [name for name, make in ROUTERS.items() if "given_experts" in reads_of(make()) and name != "ReLU"]
+GIVEN = [name for name, make in ROUTERS.items() if "given_experts" in get_side_inputs(make()) and name != "ReLU"]
 
 
-def made(routing) -> list[list[list[int]]]:
+def count_made_choices(routing) -> list[list[list[int]]]:
     """The experts of each token of each group, of choices that are made."""
     rows = zip(routing.token, routing.expert, routing.chosen, strict=True)
     tokens = range(routing.num_tokens)
     return [[expert[(token == i) & chosen].tolist() for i in tokens] for token, expert, chosen in rows]
 
 
-def test_a_toy():
+def test_toy_example():
     """Three experts in turn, two for each token; the third token is padding, and its turn goes to the fourth."""
     gate = TopKGating(DIM, 3, k=2)
     mask = torch.tensor([[True, True, False, True]])
@@ -42,9 +42,9 @@ def test_a_toy():
     with force_routing(gate):
         assert "forced='balanced'" in repr(gate)
         routing = gate(x, mask=mask)
-        assert made(routing) == [[[0, 1], [2, 0], [], [1, 2]]]
+        assert count_made_choices(routing) == [[[0, 1], [2, 0], [], [1, 2]]]
         assert torch.equal(routing.real, mask)
-        assert made(gate(x)) == [[[0, 1], [2, 0], [1, 2], [0, 1]]]
+        assert count_made_choices(gate(x)) == [[[0, 1], [2, 0], [1, 2], [0, 1]]]
     probs = (x[0, 3] @ gate.w_gating).softmax(-1)[[1, 2]]
     torch.testing.assert_close(routing.weight[0, 6:], probs / probs.sum())
     routing.weight.square().sum().backward()
@@ -57,21 +57,21 @@ def test_a_toy():
 @pytest.mark.parametrize("name", GIVEN)
 def test_every_router(name, masked, how):
     """Real tokens make k choices of different experts; balanced, experts have equally many, give or take one."""
-    gate = layer_with_router(name).gate
+    gate = make_layer_with_router(name).gate
     k, x = gate.k, torch.randn(3, 8, DIM)
     mask = torch.rand(3, 8) < 0.6 if masked else None
     for gate.training in (True, False):
         with force_routing(gate, how):
             routing = gate(x, mask=mask)
         real = mask.flatten().tolist() if masked else [True] * 24
-        experts = [token for group in made(routing) for token in group]
+        experts = [token for group in count_made_choices(routing) for token in group]
         assert [len(set(token)) for token in experts] == [k if each else 0 for each in real]
         load = torch.tensor([expert for token in experts for expert in token]).bincount(minlength=NUM_EXPERTS)
         assert how == "random" or load.max() - load.min() <= 1
 
 
 @pytest.mark.parametrize("how", FORCED)
-def test_random_experts_are_drawn_anew_and_alike(how):
+def test_forcing_is_uniform(how):
     gate, x = TopKGating(DIM, 4, k=2), torch.randn(1, 2000, DIM)
     with force_routing(gate, how):
         first, second = gate(x), gate(x)
@@ -106,7 +106,7 @@ def test_no_tokens(how):
 
 
 @pytest.mark.parametrize("how", FORCED)
-def test_of_one_expert_every_token_makes_one_choice(how):
+def test_single_expert_one_choice(how):
     moe = MoE(DIM, 1, priority="token", capacity_factor_train=None)
     with force_routing(moe, how):
         routing = moe.gate(torch.randn(1, 6, DIM))
@@ -124,7 +124,7 @@ def test_recomputed_choices_are_the_same():
     torch.testing.assert_close(got, wanted)
 
 
-def test_ranks_begin_where_others_end(monkeypatch):
+def test_ranks_continue_balanced_forcing(monkeypatch):
     """Four ranks of one token each, as decoding has them, meet all eight experts."""
     found = []
     for rank in range(4):
@@ -133,7 +133,7 @@ def test_ranks_begin_where_others_end(monkeypatch):
     assert found == list(range(8))
 
 
-class OwnGate(TokenChoiceGate):
+class CustomGate(TokenChoiceGate):
     def __init__(self):
         super().__init__(DIM, 3, k=1)
 
@@ -142,10 +142,10 @@ class OwnGate(TokenChoiceGate):
         return Choices(torch.zeros(*score.shape[:-1], 1, dtype=torch.int64), score[..., :1], score, {})
 
 
-def test_what_is_refused():
+def test_rejects_bad_arguments():
     gate, x = TopKGating(DIM, 4), torch.randn(1, 3, DIM)
-    both = nn.ModuleList([gate, OwnGate()])
-    with pytest.raises(TypeError, match=r"'1' \(OwnGate\): .*given_experts, .*`reads`"), force_routing(both):
+    both = nn.ModuleList([gate, CustomGate()])
+    with pytest.raises(TypeError, match=r"'1' \(CustomGate\): .*given_experts, .*`side_inputs`"), force_routing(both):
         pass
     with pytest.raises(ValueError, match="'balanced', 'random', got 'even'"), force_routing(gate, "even"):  # type: ignore
         pass
@@ -190,7 +190,7 @@ def test_a_frozen_router():
 @pytest.mark.parametrize("name", [name for name in ROUTERS if "random" not in name and "Noisy" not in name])
 def test_a_router_in_float64_in_a_narrower_layer(name, dtype):
     """Its scores and weights are those of float64, what the layer returns has the layer's dtype."""
-    moe, x = layer_with_router(name).to(dtype), torch.randn(2, 6, DIM).to(dtype).requires_grad_()
+    moe, x = make_layer_with_router(name).to(dtype), torch.randn(2, 6, DIM).to(dtype).requires_grad_()
     moe.eval().gate.double()
     routing, whole = moe.gate(x), moe.gate(x.double())
     assert routing.weight.dtype == routing.probs.dtype == torch.float64

@@ -6,15 +6,15 @@ from typing import Literal
 
 import pytest
 import torch
-from support import paths
-from support.paths import NUM_EXPERTS, ROUTERS
-from support.recipes import recipe
+from support import layer_variants
+from support.doc_recipes import extract_recipe
+from support.layer_variants import NUM_EXPERTS, ROUTERS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
 from mixture_of_experts.dispatch.decision import plan_slots_of
-from mixture_of_experts.gating import Choices, ReLUGating, SparseMixerGating, TokenChoiceGate, offers_of
+from mixture_of_experts.gating import Choices, ReLUGating, SparseMixerGating, TokenChoiceGate, get_optional_losses
 from mixture_of_experts.gating.levels import second_level, side_inputs_of_levels
 
 DIM = 6
@@ -25,7 +25,7 @@ DIM = 6
 
 @pytest.mark.parametrize("priority", ["choice", "token", "score"])
 @pytest.mark.parametrize("policy", ["all", "threshold", "random"])
-def test_of_one_expert_there_is_no_second_choice(policy, priority):
+def test_single_expert_has_no_second_choice(policy, priority):
     settings = dict(second_policy_train=policy, second_threshold_train=0.0, priority=priority)
     gate, x = Top2Gating(DIM, 1, capacity_factor_train=1.0, **settings), torch.randn(2, 100, DIM)
     x[1, 50] = torch.nan
@@ -38,7 +38,7 @@ def test_of_one_expert_there_is_no_second_choice(policy, priority):
 
 @pytest.mark.parametrize("scale", [1.0, torch.nan])
 @pytest.mark.parametrize("policy", ["all", "none"])
-def test_of_one_expert_a_later_choice_is_made(policy, scale):
+def test_single_expert_later_choice(policy, scale):
     """A token of importance between 0 and 1 has no first choice; its second one, if any, is the expert there is."""
     gate = Top2Gating(DIM, 1, second_policy_train=policy)
     routing = gate(scale * torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
@@ -55,26 +55,28 @@ def test_two_weights_are_divided_by_their_sum_and_epsilon():
 
 PLACED = {
     **ROUTERS,
-    "SparseMixer": lambda: SparseMixerGating(paths.DIM, NUM_EXPERTS),
-    "TopK, balanced": lambda: forced(TopKGating(paths.DIM, NUM_EXPERTS, num_groups=2, top_groups=2), "balanced"),
-    "Top2, balanced": lambda: forced(Top2Gating(paths.DIM, NUM_EXPERTS), "balanced"),
-    "SparseMixer, random": lambda: forced(SparseMixerGating(paths.DIM, NUM_EXPERTS), "random"),
+    "SparseMixer": lambda: SparseMixerGating(layer_variants.DIM, NUM_EXPERTS),
+    "TopK, balanced": lambda: force_gate(
+        TopKGating(layer_variants.DIM, NUM_EXPERTS, num_groups=2, top_groups=2), "balanced"
+    ),
+    "Top2, balanced": lambda: force_gate(Top2Gating(layer_variants.DIM, NUM_EXPERTS), "balanced"),
+    "SparseMixer, random": lambda: force_gate(SparseMixerGating(layer_variants.DIM, NUM_EXPERTS), "random"),
 }
 
 
-def forced(gate: TokenChoiceGate, how: Literal["balanced", "random"]) -> TokenChoiceGate:
+def force_gate(gate: TokenChoiceGate, how: Literal["balanced", "random"]) -> TokenChoiceGate:
     gate.forced = how
     return gate
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", PLACED)
-def test_all_is_where_the_tokens_are(name, masked):
+def test_tensors_stay_on_token_device(name, masked):
     """Another device by default, here one without numbers, changes no bit of what a layer gives, told or counted."""
-    layer = MoE(paths.DIM, gate=PLACED[name](), experts=Experts(paths.DIM, NUM_EXPERTS, 4))
-    gate, x = layer.gate, torch.randn(2, 5, paths.DIM, requires_grad=True)
+    layer = MoE(layer_variants.DIM, gate=PLACED[name](), experts=Experts(layer_variants.DIM, NUM_EXPERTS, 4))
+    gate, x = layer.gate, torch.randn(2, 5, layer_variants.DIM, requires_grad=True)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]]) if masked else None
-    asked = {"losses": offers_of(gate)} if offers_of(gate) else {}
+    asked = {"losses": get_optional_losses(gate)} if get_optional_losses(gate) else {}
     before = [buffer.clone() for buffer in gate.buffers()]
 
     def found(device: str) -> list[Tensor | None]:
@@ -85,11 +87,11 @@ def test_all_is_where_the_tokens_are(name, masked):
             gradients = torch.autograd.grad(total, [x, *layer.parameters()], allow_unused=True)
             with torch.no_grad():  # as in decoding
                 few = layer(x[:1, :1])
-        told = [value for value in vars(routing).values() if isinstance(value, Tensor)]
+        described = [value for value in vars(routing).values() if isinstance(value, Tensor)]
         counts = [buffer.clone() for buffer in gate.buffers()]
         for buffer, was in zip(gate.buffers(), before, strict=True):
             buffer.copy_(was)
-        return [out, aux_loss, *few, *told, *routing.losses.values(), *gradients, *counts]
+        return [out, aux_loss, *few, *described, *routing.losses.values(), *gradients, *counts]
 
     for gate.training in (True, False):
         for ours, theirs in zip(found("meta"), found("cpu"), strict=True):
@@ -122,7 +124,7 @@ def test_expert_choice_hands_on_nothing():
         second_level(torch.randn(2, 6, DIM), outer, plan_slots_of(outer), None, {})
 
 
-def test_each_level_is_given_choices_under_a_name_of_its_own():
+def test_each_level_has_its_own_given_experts():
     given = ("router_input", "given_experts")
     assert side_inputs_of_levels(given, given) == ({*given}, {"router_input", "given_experts_inner"})
     assert side_inputs_of_levels(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
@@ -134,7 +136,7 @@ def test_each_level_is_given_choices_under_a_name_of_its_own():
             )
 
 
-def test_a_gate_of_ones_own_that_fills_empty_slots_is_refused():
+def test_rejects_custom_gate_that_fills_empty_slots():
     """It ignores importance and mask; the same gate that reads them is taken."""
 
     class Heedless(Top2Gating):
@@ -154,7 +156,7 @@ def test_a_gate_of_ones_own_that_fills_empty_slots_is_refused():
 # ---- choices that do not fit ----
 
 
-class Given(TokenChoiceGate):
+class GivenGate(TokenChoiceGate):
     """Chooses what it is given."""
 
     def __init__(self, **made) -> None:
@@ -189,24 +191,24 @@ class Given(TokenChoiceGate):
         ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"chose experts -1 to 2"),
     ],
 )
-def test_choices_that_do_not_fit(made, message):
-    with pytest.raises((ValueError, TypeError), match=f"Given .*{message}"):
-        Given(**made)(torch.randn(1, 4, DIM))
+def test_mismatched_choices(made, message):
+    with pytest.raises((ValueError, TypeError), match=f"GivenGate .*{message}"):
+        GivenGate(**made)(torch.randn(1, 4, DIM))
     with pytest.raises((ValueError, TypeError), match=message):
-        MoE(DIM, gate=Given(**made))(torch.randn(1, 4, DIM))
+        MoE(DIM, gate=GivenGate(**made))(torch.randn(1, 4, DIM))
 
 
 @pytest.mark.parametrize("weight", [torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5])])
-def test_a_second_choice_that_is_not_made_may_be_any(weight):
+def test_missing_second_choice_may_be_any(weight):
     """Weight 0, or not chosen: then it may repeat the first, as the rest of a gate's list may be anything."""
     chosen = torch.tensor([True, False]).expand(1, 4, 2) if weight[1] else None
-    gate = Given(expert=torch.full((1, 4, 2), 1), weight=weight.expand(1, 4, 2), chosen=chosen)
+    gate = GivenGate(expert=torch.full((1, 4, 2), 1), weight=weight.expand(1, 4, 2), chosen=chosen)
     assert gate(torch.randn(1, 4, DIM)).kept.tolist() == [[True, False] * 4]
 
 
-def test_a_look_at_values_is_left_out_where_there_are_none():
+def test_value_checks_are_skipped_without_data():
     """Under `vmap`, of fake tensors and on the meta device numbers cannot be read."""
-    gate = Given()
+    gate = GivenGate()
     with FakeTensorMode():
         assert gate(torch.randn(1, 4, DIM)).expert.shape == (1, 8)
     assert gate.to("meta")(torch.randn(1, 4, DIM, device="meta")).expert.shape == (1, 8)
@@ -218,7 +220,7 @@ def test_a_look_at_values_is_left_out_where_there_are_none():
 
 
 def test_uniform_noise_chooses_and_the_softmax_weighs():
-    gate = recipe("Chen 2022")["UniformNoiseGate"](DIM, 4)
+    gate = extract_recipe("Chen 2022")["UniformNoiseGate"](DIM, 4)
     assert not gate.w_gating.any()
     x = torch.randn(1, 200, DIM)
     torch.manual_seed(0)
@@ -264,7 +266,7 @@ def test_forward_mode_of_gates(make, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # of torch's forward mode
-def test_forward_mode_stops_at_the_layer():
+def test_forward_mode_ad_raises():
     """As docs/compatibility.md says, with what to take instead."""
     moe = MoE(DIM, 3, hidden_dim=4, second_policy_train="all").double()
     x = torch.randn(1, 3, DIM, dtype=torch.float64)

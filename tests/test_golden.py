@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from support.golden import Case, check, names
+from support.golden import GoldenCase, assert_matches, list_cases
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
 
 
 @pytest.fixture
-def draw(monkeypatch):
+def replay_draws(monkeypatch):
     """`draw(first, second)` makes the next calls of torch.rand return these, and checks what was asked for."""
 
     def pin(*values):
@@ -53,13 +53,13 @@ def gate_for(case):
             capacity_factor_train=factor,
             capacity_factor_eval=factor,
             min_expert_capacity=1,
-            **policies(case),
+            **list_policies(case),
         )
     set_weights(gate, w_gating=case["w_gate"])
     return gate.train(case.mode == "train")
 
 
-def policies(case):
+def list_policies(case):
     hyper = case.hyper
     return {
         f"second_{name}_{mode}": hyper[f"moe_second_{name}_{mode}"]
@@ -75,30 +75,30 @@ def check_gradients(case, loss, tensors):
         recorded = case[f"grad_{name}"]
         if recorded.ndim == 4 and name in ("wi", "wo"):  # recorded inner expert first
             recorded = recorded.transpose(0, 1)
-        check(gradient, recorded, "gradient", f"gradient of {name}")
+        assert_matches(gradient, recorded, "gradient", f"gradient of {name}")
 
 
-@pytest.mark.parametrize("name", names("top", "switch"))
-def test_gate(name, draw):
-    case = Case(name)
+@pytest.mark.parametrize("name", list_cases("top", "switch"))
+def test_gate(name, replay_draws):
+    case = GoldenCase(name)
     gate, x = gate_for(case), case["inputs"].requires_grad_()
-    waiting = draw(case.get("u0"))
+    waiting = replay_draws(case.get("u0"))
     routing = gate(x, importance=case.get("importance"))
     assert not waiting
     dispatch, combine, balance_loss = routing
     assert routing.capacity == case.meta["expert_capacity"]
     assert torch.equal(dispatch, case["dispatch"])
-    check(combine, case["combine"], "combine")
+    assert_matches(combine, case["combine"], "combine")
     if name.startswith("topn3"):  # its loss counts first choices only, ours all k
         return
     loss = balance_loss + (case.hyper["moe_z_loss"] or 0.0) * routing.z_loss
-    check(loss, case["loss"], "loss")
+    assert_matches(loss, case["loss"], "loss")
     check_gradients(case, (combine * case["cotangent"]).sum() + loss, {"inputs": x, "w_gate": gate.w_gating})
 
 
-@pytest.mark.parametrize("name", names("top2"))
+@pytest.mark.parametrize("name", list_cases("top2"))
 def test_capacity_from_the_recorded_factor(name):
-    case = Case(name)
+    case = GoldenCase(name)
     factor = case.meta["capacity_factor_used_to_derive_it"]
     if factor is None:  # two cases were given their capacity
         return
@@ -120,13 +120,13 @@ def layer_arguments(case):
         "second_place_loss": hyper["moe_use_second_place_loss"],
         "loss_coef": hyper["moe_loss_coef"],
         "group_size": hyper["moe_group_size"],
-        **policies(case),
+        **list_policies(case),
     }
 
 
-@pytest.mark.parametrize("name", names("v1"))
+@pytest.mark.parametrize("name", list_cases("v1"))
 def test_one_level_layer(name):
-    case = Case(name)
+    case = GoldenCase(name)
     dim, e = case["w_gate"].shape
     arguments = layer_arguments(case)
     hidden_dim, activation = arguments.pop("hidden_dim"), arguments.pop("activation")
@@ -141,20 +141,20 @@ def test_one_level_layer(name):
     set_weights(moe, gate__w_gating=case["w_gate"])
     x = case["inputs"].requires_grad_()
     out, aux_loss = moe(x)
-    check(out, case["output"], "output")
-    check(aux_loss, case["loss"], "loss")
+    assert_matches(out, case["output"], "output")
+    assert_matches(aux_loss, case["loss"], "loss")
     dispatch, combine, balance_loss = moe.gate(case["gate_inputs"][0])
     assert torch.equal(dispatch, case["gate_dispatch"][0])
-    check(combine, case["gate_combine"][0], "combine")
-    check(balance_loss, case["gate_loss"], "loss")
+    assert_matches(combine, case["gate_combine"][0], "combine")
+    assert_matches(balance_loss, case["gate_loss"], "loss")
     named = {"inputs": x, "w_gate": moe.gate.w_gating}
     named |= {theirs: experts.get_parameter(ours) for ours, theirs in names.items()}
     check_gradients(case, (out * case["cotangent"]).sum() + aux_loss, named)
 
 
-@pytest.mark.parametrize("name", names("v2"))
-def test_two_level_layer(name, draw):
-    case = Case(name)
+@pytest.mark.parametrize("name", list_cases("v2"))
+def test_two_level_layer(name, replay_draws):
+    case = GoldenCase(name)
     dim, eo = case["w_gate_outer"].shape
     ei = case["w_gate_inner"].shape[-1]
     moe = HeirarchicalMoE(
@@ -174,16 +174,16 @@ def test_two_level_layer(name, draw):
     for gate in (moe.gate_outer, moe.gate_inner):
         gate.register_forward_hook(lambda module, args, routing: decisions.append(routing))
     x = case["inputs"].requires_grad_()
-    waiting = draw(case["u0"][0] if "u0" in case else None, case.get("u1"))
+    waiting = replay_draws(case["u0"][0] if "u0" in case else None, case.get("u1"))
     out, aux_loss = moe(x)
     assert not waiting
     for level, routing in zip(("outer", "inner"), decisions, strict=True):
         dispatch, combine, balance_loss = routing
         assert torch.equal(dispatch.view(case[f"{level}_dispatch"].shape), case[f"{level}_dispatch"])
-        check(combine.view(case[f"{level}_combine"].shape), case[f"{level}_combine"], "combine")
-        check(balance_loss, case[f"{level}_loss"], "loss")
-    check(out, case["output"], "output")
-    check(aux_loss, case["loss"], "loss")
+        assert_matches(combine.view(case[f"{level}_combine"].shape), case[f"{level}_combine"], "combine")
+        assert_matches(balance_loss, case[f"{level}_loss"], "loss")
+    assert_matches(out, case["output"], "output")
+    assert_matches(aux_loss, case["loss"], "loss")
     named = {
         "inputs": x,
         "w_gate_outer": moe.gate_outer.w_gating,

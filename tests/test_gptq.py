@@ -18,19 +18,19 @@ gptq, moments = RECIPE["gptq"], RECIPE["moments"]
 D, H, E = 64, 96, 4
 
 
-def model() -> Any:
+def make_model() -> Any:
     torch.manual_seed(0)
     experts = (GatedExperts(D, E, H), Experts(D, E, H, bias=True))
     layers = [OutputOnly(MoE(D, gate=TopKGating(D, E), experts=each)) for each in experts]
     return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
-def texts(*shape: int) -> Tensor:
+def make_texts(*shape: int) -> Tensor:
     """Neighbouring inputs have much in common."""
     return torch.randn(*shape, D).cumsum(dim=-1) / 8
 
 
-def with_lowest_error(weight: Tensor, moment: Tensor, step: Tensor, zero: Tensor, damping: float) -> Tensor:
+def round_with_lowest_error(weight: Tensor, moment: Tensor, step: Tensor, zero: Tensor, damping: float) -> Tensor:
     """The levels, by the definition: after each input those that are left move to where the outputs err least."""
     n, group, q = weight.shape
     left = moment.diagonal().argsort(descending=True).tolist()
@@ -48,7 +48,7 @@ def with_lowest_error(weight: Tensor, moment: Tensor, step: Tensor, zero: Tensor
 
 @pytest.mark.parametrize("tokens", [20, 1000])  # fewer than inputs, so that only damping makes XᵀX regular
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_it_chooses_what_the_definition_does(group, tokens):
+def test_choices_equal_the_definition(group, tokens):
     torch.manual_seed(group)
     weight = torch.randn(2, group, 9)
     weight[1, :, 3] = 0.37  # all numbers of a group are one
@@ -58,7 +58,7 @@ def test_it_chooses_what_the_definition_does(group, tokens):
     levels, step, zero = gptq({("layer.experts", "w1", 2): moment})("layer.experts.w3", 2, weight.clone())
     assert step.equal(step.bfloat16().float())
     assert zero.equal(zero.bfloat16().float())
-    assert levels.equal(with_lowest_error(weight, moment, step, zero, 0.01).float())
+    assert levels.equal(round_with_lowest_error(weight, moment, step, zero, 0.01).float())
     assert not levels.equal(((weight - zero) / step + 8).round().clamp(0, 15))
 
     def error(levels: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def test_it_chooses_what_the_definition_does(group, tokens):
 
 @torch.no_grad()
 def test_moments_are_those_of_an_experts_own_tokens():
-    whole, batches = model(), [texts(2, 7), texts(3, 5)]
+    whole, batches = make_model(), [make_texts(2, 7), make_texts(3, 5)]
     before = copy.deepcopy(whole.state_dict())
     found = moments(whole, batches)
     x = torch.cat([batch.flatten(0, 1) for batch in batches])
@@ -93,8 +93,8 @@ def test_moments_are_those_of_an_experts_own_tokens():
 
 @torch.no_grad()
 def test_experts_without_tokens_get_the_nearest_numbers():
-    whole, nearest = model(), quantize_experts(model(), 4, group=32)
-    found = moments(whole, [texts(4, 50)])
+    whole, nearest = make_model(), quantize_experts(make_model(), 4, group=32)
+    found = moments(whole, [make_texts(4, 50)])
     for layer, key in ((0, "w1"), (0, "w2"), (1, "w1")):
         found.pop((f"{layer}.moe.experts", key, 2))
     found["1.moe.experts", "w2", 2].zero_()
@@ -112,8 +112,8 @@ def test_experts_without_tokens_get_the_nearest_numbers():
 @torch.no_grad()
 def test_a_layer_after_another():
     """Each reads what the rounded ones before it compute; outputs of other text err less than with the nearest."""
-    batches, other = [texts(8, 50) for _ in range(4)], texts(4, 50)
-    whole, wanted = model(), model()(other)
+    batches, other = [make_texts(8, 50) for _ in range(4)], make_texts(4, 50)
+    whole, wanted = make_model(), make_model()(other)
     for i, layer in enumerate(whole):
         found = moments(whole, batches, layer)
         assert {stack for stack, *_ in found} == {"moe.experts"}
@@ -122,5 +122,5 @@ def test_a_layer_after_another():
         torch.testing.assert_close(total, 2 * read.mT @ read, rtol=1e-4, atol=1e-3)  # of two experts each
         quantize_experts(layer, 4, group=32, rounding=gptq(found))
     assert all(isinstance(layer.moe.experts, QuantizedExperts) for layer in whole)
-    nearest = quantize_experts(model(), 4, group=32)
+    nearest = quantize_experts(make_model(), 4, group=32)
     assert (whole(other) - wanted).norm() < 0.6 * (nearest(other) - wanted).norm()

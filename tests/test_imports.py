@@ -15,7 +15,7 @@ from mixture_of_experts import GatedExperts, MoE, TopKGating
 PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 
 # A room is a file or a folder of the package's root; "" is the root itself. A room imports from those before it.
-ORDER = [
+LAYER_ORDER = [
     "support",
     "kernels",
     "dispatch",
@@ -23,7 +23,7 @@ ORDER = [
     "gating",
     "ops",
     "experts",
-    "around",
+    "wrappers",
     "arguments",
     "moe",
     "recipes",
@@ -39,11 +39,11 @@ ORDER = [
     "huggingface",
     "verify",
 ]
-MOST_FILES = 13  # of the root: each is a public import path, or a part of `moe`
-MOST_FLOORS = 13
+MAX_ROOT_FILES = 13  # of the root: each is a public import path, or a part of `moe`
+MAX_LAYERS = 13
 
 
-def sources() -> dict[str, str]:
+def read_sources() -> dict[str, str]:
     """`{"gating.base": its text, ...}`; a folder's `__init__.py` is the folder, that of the package is ""."""
     found = {}
     for file in PACKAGE.rglob("*.py"):
@@ -52,7 +52,7 @@ def sources() -> dict[str, str]:
     return found
 
 
-def imports(module: str, text: str, modules: Mapping[str, str]) -> Iterator[str]:
+def list_imports(module: str, text: str, modules: Mapping[str, str]) -> Iterator[str]:
     """The modules of the package that one of them imports."""
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
@@ -63,34 +63,36 @@ def imports(module: str, text: str, modules: Mapping[str, str]) -> Iterator[str]
             here = package[: len(package) + folder - node.level] if node.level else []
             base = ".".join([*here, *([node.module] if node.module else [])])
             # what is imported from a folder may be a file in it
-            names = [name if in_package(name) in modules else base for name in (f"{base}.{a.name}" for a in node.names)]
+            names = [
+                name if strip_package(name) in modules else base for name in (f"{base}.{a.name}" for a in node.names)
+            ]
         else:
             continue
-        yield from (in_package(name) for name in names if name.split(".")[0] == "mixture_of_experts")
+        yield from (strip_package(name) for name in names if name.split(".")[0] == "mixture_of_experts")
 
 
-def in_package(name: str) -> str:
+def strip_package(name: str) -> str:
     return name.removeprefix("mixture_of_experts").removeprefix(".")
 
 
-def room_of(module: str) -> str:
+def find_layer(module: str) -> str:
     return module.split(".")[0]
 
 
-def wrong_ways(modules: Mapping[str, str]) -> list[str]:
-    """Every import that `ORDER` does not allow, and a circle of files if there is one."""
+def find_wrong_imports(modules: Mapping[str, str]) -> list[str]:
+    """Every import that `LAYER_ORDER` does not allow, and a circle of files if there is one."""
     wrong = []
-    graph = {module: set(imports(module, text, modules)) for module, text in modules.items()}
+    graph = {module: set(list_imports(module, text, modules)) for module, text in modules.items()}
     for module, imported in graph.items():
-        room = room_of(module)
-        if room not in ORDER:
+        room = find_layer(module)
+        if room not in LAYER_ORDER:
             wrong.append(f"{room} has no place in the order")
             continue
-        before = ORDER[: ORDER.index(room) + 1]
+        before = LAYER_ORDER[: LAYER_ORDER.index(room) + 1]
         wrong += [
             f"{module or 'the root'} imports {other or 'the root'}"
             for other in sorted(imported)
-            if room_of(other) not in before
+            if find_layer(other) not in before
         ]
     try:
         TopologicalSorter({module: imported - {module} for module, imported in graph.items()}).prepare()
@@ -99,28 +101,28 @@ def wrong_ways(modules: Mapping[str, str]) -> list[str]:
     return wrong
 
 
-def floors(modules: Mapping[str, str]) -> list[list[str]]:
+def group_by_layer(modules: Mapping[str, str]) -> list[list[str]]:
     """The rooms by floors, the lowest first: each stands above all that it imports."""
-    below: dict[str, set[str]] = {room: set() for room in ORDER}
+    below: dict[str, set[str]] = {room: set() for room in LAYER_ORDER}
     for module, text in modules.items():
-        below[room_of(module)] |= {room_of(other) for other in imports(module, text, modules)}
+        below[find_layer(module)] |= {find_layer(other) for other in list_imports(module, text, modules)}
     height: dict[str, int] = {}
-    for room in ORDER:
+    for room in LAYER_ORDER:
         height[room] = 1 + max((height[other] for other in below[room] - {room}), default=0)
-    return [[room for room in ORDER if height[room] == floor] for floor in range(1, max(height.values()) + 1)]
+    return [[room for room in LAYER_ORDER if height[room] == floor] for floor in range(1, max(height.values()) + 1)]
 
 
 def test_imports_run_one_way():
-    modules = sources()
-    assert "moe" in set(imports("", modules[""], modules))
-    assert wrong_ways(modules) == []
+    modules = read_sources()
+    assert "moe" in set(list_imports("", modules[""], modules))
+    assert find_wrong_imports(modules) == []
 
 
-def test_the_root_is_small_and_the_house_is_low():
+def test_package_root_is_small():
     files = [path for path in PACKAGE.glob("*.py") if path.name != "__init__.py"]
-    assert len(files) <= MOST_FILES
-    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} <= {*ORDER}
-    assert len(floors(sources())) <= MOST_FLOORS
+    assert len(files) <= MAX_ROOT_FILES
+    assert {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__"} <= {*LAYER_ORDER}
+    assert len(group_by_layer(read_sources())) <= MAX_LAYERS
 
 
 @pytest.mark.slow
@@ -137,21 +139,21 @@ def test_the_root_is_small_and_the_house_is_low():
         ("newroom", "", "newroom has no place in the order"),
     ],
 )
-def test_an_import_the_wrong_way_is_found(module: str, text: str, wrong: str):
-    modules = sources()
-    found = wrong_ways({**modules, module: modules.get(module, "") + "\n" + text})
+def test_detects_wrong_imports(module: str, text: str, wrong: str):
+    modules = read_sources()
+    found = find_wrong_imports({**modules, module: modules.get(module, "") + "\n" + text})
     assert any(line.startswith(wrong) for line in found), found
 
 
-def test_a_circle_is_found():
+def test_detects_circular_imports():
     modules = {"losses": "from mixture_of_experts import moe", "moe": "from .losses import z_loss"}
-    assert wrong_ways(modules)[-1].startswith("a circle: ")
+    assert find_wrong_imports(modules)[-1].startswith("a circle: ")
 
 
 def test_no_two_classes_share_a_name():
     """One word means one thing: a name is of one class in the whole package."""
     owners: dict[str, list[str]] = {}
-    for module, text in sources().items():
+    for module, text in read_sources().items():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
                 owners.setdefault(node.name, []).append(module)
@@ -160,10 +162,10 @@ def test_no_two_classes_share_a_name():
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no qualified names before Python 3.11")
-def test_the_path_that_contributing_tells_is_that_of_a_forward():
+def test_contributing_describes_the_forward():
     """Each function of its table is entered, in that order."""
     text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    told = re.findall(r"^\| `([\w/]+\.py)` `([\w.]+)` \|", text, re.MULTILINE)
+    described = re.findall(r"^\| `([\w/]+\.py)` `([\w.]+)` \|", text, re.MULTILINE)
     layer = MoE(16, gate=TopKGating(16, 4), experts=GatedExperts(16, 4))
     x, entered = torch.randn(2, 256, 16, requires_grad=True), []
 
@@ -177,5 +179,5 @@ def test_the_path_that_contributing_tells_is_that_of_a_forward():
         layer(x)
     finally:
         sys.setprofile(None)
-    assert len(told) > 10
-    assert [each for each in dict.fromkeys(entered) if each in told] == told
+    assert len(described) > 10
+    assert [each for each in dict.fromkeys(entered) if each in described] == described

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import paths
+from support import layer_variants
 from support import strategies as make
 
 from mixture_of_experts import HeirarchicalMoE, MoE
@@ -16,10 +16,10 @@ LEVEL = st.sampled_from([3, 2, 4, 1])  # experts of one level of two
 
 
 @st.composite
-def quiet_layers(draw, kind: str | tuple[str, str], **limits) -> Any:
+def draw_layers_without_noise(draw, kind: str | tuple[str, str], **limits) -> Any:
     """In eval, with routers that draw nothing: of one kind, or a pair of kinds for two levels."""
     dim, kinds = draw(make.dims), (kind,) if isinstance(kind, str) else kind
-    sizes = tuple(draw(make.counts_for(each, *([LEVEL] if len(kinds) == 2 else []))) for each in kinds)
+    sizes = tuple(draw(make.draw_counts(each, *([LEVEL] if len(kinds) == 2 else []))) for each in kinds)
     drawn = [draw(make.TOKEN_CHOICE[of](e, **limits)) for of, e in zip(kinds, sizes, strict=True)]
     gates = [r.build(dim, e, draw(make.seeds), sizes[:i]) for i, (r, e) in enumerate(zip(drawn, sizes, strict=True))]
     num_experts = sizes[0] if len(sizes) == 1 else sizes
@@ -40,10 +40,10 @@ PAIRS = [(outer, inner) for outer in make.TOKEN_CHOICE for inner in make.TOKEN_C
 @settings(max_examples=10)
 def test_token_priority_is_causal(kind, data):
     """Changing tokens after t changes no output up to t."""
-    layer = data.draw(quiet_layers(kind, priority="token"))
+    layer = data.draw(draw_layers_without_noise(kind, priority="token"))
     n = data.draw(st.sampled_from([8, 5, 3, 2]))
     t = data.draw(st.sampled_from([n // 2, 0, n - 2]))
-    gen = make.generator(data.draw(make.seeds))
+    gen = make.make_generator(data.draw(make.seeds))
     x = make.normal(gen, 2, n, layer.dim)
     changed = torch.cat([x[:, : t + 1], 3 * make.normal(gen, 2, n - t - 1, layer.dim)], dim=1)
     mask = data.draw(make.masks(2, n))
@@ -62,14 +62,16 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize("extreme", EXTREMES)
-@pytest.mark.parametrize("path", [*paths.SOME_PATHS, *map(paths.RouterPath, paths.ROUTERS)], ids=str)
+@pytest.mark.parametrize(
+    "path", [*layer_variants.QUICK_LAYER_VARIANTS, *map(layer_variants.RouterVariant, layer_variants.ROUTERS)], ids=str
+)
 def test_no_nan(path, extreme):
     for training, dtype in itertools.product((True, False), (torch.float32, torch.float64)):
-        layer, x = path.build().to(dtype).train(training), torch.randn(2, 5, paths.DIM, dtype=dtype)
+        layer, x = path.build().to(dtype).train(training), torch.randn(2, 5, layer_variants.DIM, dtype=dtype)
         x = EXTREMES[extreme](x).requires_grad_()
         mask = torch.zeros(x.shape[:-1], dtype=torch.bool) if extreme == "all masked" else None
         out, aux_loss = layer(x, mask=mask)
-        for tensor in (out, aux_loss, *paths.gradients(layer, x, (out, aux_loss)).values()):
+        for tensor in (out, aux_loss, *layer_variants.compute_gradients(layer, x, (out, aux_loss)).values()):
             assert tensor.isfinite().all()
         if extreme in ("all masked", "no tokens", "no groups"):
             assert aux_loss == 0
@@ -79,7 +81,7 @@ def test_no_nan(path, extreme):
 # Queues of routers
 
 
-def top_scores(router, gate, x) -> list[float]:
+def compute_top_scores(router, gate, x) -> list[float]:
     """What priority 'score' sorts the tokens (n, d) by: the top probability, or the top sigmoid, of an expert that may
     be chosen."""
     logits = (x @ gate.w_gating).detach()
@@ -100,15 +102,15 @@ def top_scores(router, gate, x) -> list[float]:
 
 @pytest.mark.parametrize("kind", make.TOKEN_CHOICE)
 @given(data=st.data())
-def test_who_gets_the_slots(kind, data):
+def test_slot_assignment_by_priority(kind, data):
     """What each priority promises, stated without a queue; an expert is never idle while a choice of it is dropped."""
-    num_experts = data.draw(make.counts_for(kind))
+    num_experts = data.draw(make.draw_counts(kind))
     router = data.draw(make.TOKEN_CHOICE[kind](num_experts, dropless=False))
     gate = router.build(data.draw(make.dims), num_experts, data.draw(make.seeds)).eval()
     n = data.draw(st.sampled_from([8, 5, 11, 3, 2]))
-    x = make.normal(make.generator(data.draw(make.seeds)), 1, n, gate.dim)
+    x = make.normal(make.make_generator(data.draw(make.seeds)), 1, n, gate.dim)
     routing = gate(x, importance=data.draw(make.importances(1, n)))
-    top = top_scores(router, gate, x[0])
+    top = compute_top_scores(router, gate, x[0])
     comes_first = {
         "token": lambda token, order: (token, order),
         "choice": lambda token, order: (order, token),

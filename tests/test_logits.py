@@ -12,7 +12,7 @@ from mixture_of_experts.gating.logits import router_logits
 LOW = [torch.bfloat16, torch.float16]
 
 
-def logits_of(x, weight):
+def compute_logits(x, weight):
     """Logits `(..., t, e)` of tokens `(..., t, d)`, as one group."""
     return router_logits(x.unsqueeze(-3), weight).squeeze(-3)
 
@@ -22,7 +22,7 @@ def logits_of(x, weight):
 def test_values_and_gradients_are_those_of_the_product_in_float32(dtype, outer):
     x = torch.randn(*outer, 9, 6, dtype=dtype, requires_grad=True)
     weight = torch.randn(*outer, 6, 5, dtype=dtype, requires_grad=True)
-    logits = logits_of(x, weight)
+    logits = compute_logits(x, weight)
     wanted = x.float() @ weight.float()
     assert torch.equal(logits, wanted)
     grad = torch.randn_like(logits)
@@ -38,7 +38,7 @@ def test_no_copy_of_the_tokens_is_kept(dtype):
     weight = torch.randn(6, 5, dtype=dtype, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        logits_of(x, weight)
+        compute_logits(x, weight)
     assert [tensor.untyped_storage().data_ptr() for tensor in kept] == [
         tensor.untyped_storage().data_ptr() for tensor in (x, weight)
     ]
@@ -66,12 +66,12 @@ def test_gradients_in_bfloat16_are_those_in_float32_rounded_once(shape, outer, t
         assert ((got.double() - wanted).abs() <= wanted.abs() * 2**-8 + size * 2**-16).all()
 
 
-def test_a_product_that_is_summed_in_float32_takes_its_gradients_from_there(monkeypatch):
+def test_float32_sum_product_gradients(monkeypatch):
     monkeypatch.setattr(logits_module, "_has_wide_product", lambda x, weight: True)
     monkeypatch.setattr(logits_module, "_wide_product", lambda x, weight: x.float() @ weight.float())
     x, weight = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((9, 6), (6, 5)))
     grad = torch.randn(9, 5)
-    found = torch.autograd.grad(logits_of(x, weight), [x, weight], grad)
+    found = torch.autograd.grad(compute_logits(x, weight), [x, weight], grad)
     wanted = logits_module._narrow_grads(x.detach(), weight.detach(), grad, True, True)
     assert all(map(torch.equal, found, wanted))
 
@@ -88,7 +88,7 @@ def test_gradients_under_autocast_stay_in_float32():
     weight = torch.randn(6, 5, requires_grad=True)
     grad = torch.randn(9, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = logits_of(x, weight)
+        logits = compute_logits(x, weight)
         (got,) = torch.autograd.grad(logits, weight, grad)
     assert torch.equal(got, x.float().mT @ grad)
 
@@ -110,7 +110,7 @@ def test_many_choices_on_a_cpu_are_those_by_one_maximum_after_the_other():
 
 
 @pytest.mark.parametrize("choices", [2, 3])
-def test_beyond_the_cpu_more_than_two_choices_are_one_sort(choices, monkeypatch):
+def test_non_cpu_topk_uses_one_sort(choices, monkeypatch):
     calls = []
     monkeypatch.setattr(
         choices_module, "stable_order", lambda *args, **kw: calls.append(kw) or stable_order(*args, **kw)

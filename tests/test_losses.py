@@ -12,7 +12,7 @@ from support import strategies as make
 from torch import Tensor
 
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, losses
-from mixture_of_experts.gating import RouterLogits, SparseMixerGating, offers_of
+from mixture_of_experts.gating import RouterLogits, SparseMixerGating, get_optional_losses
 
 DIM, EXPERTS, OUTER = 4, 3, 2
 GROUP = dist.ProcessGroup(0, 2)
@@ -63,11 +63,11 @@ class TwoRanks:
 
 
 def losses_and_gradients(gate: Any, x: Tensor, mask: Tensor | None) -> list[Tensor]:
-    asked = {"losses": ["balance_group", "balance_batch"]} if offers_of(gate) else {}
+    asked = {"losses": ["balance_group", "balance_batch"]} if get_optional_losses(gate) else {}
     routing = gate(x, mask=mask, **asked)
     found = [routing.balance_loss, *routing.losses.values()]
     for loss in found[:]:
-        found += make.gradients(loss, list(gate.parameters()))
+        found += make.compute_gradients(loss, list(gate.parameters()))
     with torch.no_grad():
         quiet = gate(x, mask=mask)
     make.assert_same(quiet.balance_loss, routing.balance_loss, "without gradients")
@@ -81,7 +81,7 @@ def test_ranks_average_to_the_whole_batch(name, outer, masked, monkeypatch):
     """However unequal their shares are: three groups at one rank, one group at the other."""
     if name == "expert choice" and outer:
         pytest.skip("it is no second level")
-    gen = make.generator(3)
+    gen = make.make_generator(3)
     more = {"outer_expert_dims": outer} if outer else {}
     whole = GATES[name](**more).double().eval()
     ranks = GATES[name](**more, process_group=GROUP).double().eval()

@@ -16,13 +16,13 @@ from torch.nn.utils import parametrize
 from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMoE, MoE, OutputOnly, TopKGating, ops
 from mixture_of_experts import experts as experts_module
 from mixture_of_experts.experts import RoutedExperts
-from mixture_of_experts.ops import ClampedSwiGLU, grouped_product, moe_ffn
-from mixture_of_experts.support.ways import LISTENERS
+from mixture_of_experts.ops import ClampedSwiGLU, grouped_matmul, moe_ffn
+from mixture_of_experts.support.implementations import LISTENERS
 
 T, D, H, OUT, E, K = 11, 6, 10, 5, 4, 2
 
 
-def token_by_token(x, expert, weight, w1, w2, w3=None, *, activation, gate_up=None, b1=None, b2=None, b3=None):
+def compute_token_by_token(x, expert, weight, w1, w2, w3=None, *, activation, gate_up=None, b1=None, b2=None, b3=None):
     """What `moe_ffn` says it computes, one choice after the other."""
     rows = []
     for t in range(len(x)):
@@ -81,12 +81,12 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("way", ["auto", "cpu", "grouped", "batched", "plain"])
+@pytest.mark.parametrize("implementation", ["auto", "cpu", "grouped", "batched", "plain"])
 @pytest.mark.parametrize("call", CALLS)
-def test_moe_ffn(call, way):
+def test_moe_ffn(call, implementation):
     """Outputs and all gradients; ids that are nobody's, an expert twice, one that gets nothing."""
     arguments = CALLS[call]()
-    if way in ("cpu", "batched") and call == "a function of one's own":
+    if implementation in ("cpu", "batched") and call == "a function of one's own":
         pytest.skip("no kernel for it")
     x, w2 = randn(T, D), randn(E, H, OUT)
     expert = torch.randint(0, E + 2, (T, K))
@@ -95,13 +95,13 @@ def test_moe_ffn(call, way):
     weight = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
     tensors = [t for t in (x, weight, w2, *arguments.values()) if isinstance(t, Tensor)]
     grad = torch.randn(T, OUT, dtype=torch.float64)
-    with ops.use(way):
+    with ops.use(implementation):
         out = moe_ffn(x, expert, weight, w2=w2, **arguments, training=True)
         found = torch.autograd.grad(out, tensors, grad)
-    expected = token_by_token(x, expert, weight, w2=w2, **arguments)
+    expected = compute_token_by_token(x, expert, weight, w2=w2, **arguments)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(found, torch.autograd.grad(expected, tensors, grad))
-    with torch.no_grad(), ops.use(way):  # and as in decoding
+    with torch.no_grad(), ops.use(implementation):  # and as in decoding
         for tokens in (slice(0, 1), slice(0, 3), slice(0, 0)):
             few = moe_ffn(x[tokens], expert[tokens], weight[tokens], w2=w2, **arguments)
             torch.testing.assert_close(few, expected[tokens].detach())
@@ -164,7 +164,7 @@ def test_moe_ffn_compiled(gate_up):
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),  # the tensors are random
 )
-def test_what_moe_ffn_refuses(changed, message):
+def test_moe_ffn_rejects_bad_arguments(changed, message):
     arguments = {
         "x": torch.randn(T, D),
         "expert": torch.zeros(T, K, dtype=torch.int64),
@@ -177,35 +177,35 @@ def test_what_moe_ffn_refuses(changed, message):
         moe_ffn(**{**arguments, **changed})
 
 
-def test_explain():
+def test_explain_call():
     """The way that is taken, and why no faster one."""
     x = torch.randn(2, 5, D)
     other = MoE(D, E, activation=F.gelu)
     other.experts.act.register_forward_hook(lambda *_: None)  # which is that layer's alone
     for layer in (MoE(D, E, activation=F.gelu), MoE(D, E)):
         found = ops.explain_call(layer, x)
-        assert (found.way, found.reasons) == ("cpu", {})
-    assert [gate.way for gate in found.gates] == ["operators"]
+        assert (found.implementation, found.reasons) == ("cpu", {})
+    assert [gate.implementation for gate in found.gates] == ["operators"]
     assert "NVIDIA" in found.gates[0].reasons["kernel"]
     assert str(found).splitlines()[:2] == ["cpu", "gate: operators"]
     odd = ops.explain_call(MoE(D, E, activation=nn.Tanh), x)
-    assert odd.way == "grouped"
+    assert odd.implementation == "grouped"
     assert "Tanh" in odd.reasons["cpu"]
     assert "not cpu: the activation Tanh" in str(odd)
-    assert ops.explain_call(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).way == "module"
+    assert ops.explain_call(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).implementation == "module"
     meta = ops.explain_call(HeirarchicalMoE(D, (2, 2)).to("meta"), x.to("meta"))
-    assert meta.way == "batched"
+    assert meta.implementation == "batched"
     assert meta.reasons == {
         "cpu": "the tokens are on meta",
         "triton": "kernels are for NVIDIA GPUs",
         "grouped": "there is no grouped product on meta",
     }
-    assert [gate.way for gate in meta.gates] == 2 * ["operators"]
+    assert [gate.implementation for gate in meta.gates] == 2 * ["operators"]
     with ops.use("grouped"):
-        assert ops.explain_call(MoE(D, E), x).way == "grouped"
+        assert ops.explain_call(MoE(D, E), x).implementation == "grouped"
 
 
-def test_explain_tells_of_the_gate():
+def test_explain_call_describes_the_gate():
     """That of a gate behind a parametrization is the same; another `decide`, and a second call, are told of too."""
     token = torch.randn(1, 1, D)
     layer = MoE(D, E, gate=TopKGating(D, E)).eval()
@@ -218,7 +218,7 @@ def test_explain_tells_of_the_gate():
     assert len(ops.explain_call(both, token).gates) == 1
 
 
-def test_explain_changes_nothing():
+def test_explain_call_has_no_side_effects():
     layer, x = MoE(D, E), torch.randn(2, 5, D)
     torch.manual_seed(3)
     expected = layer(x)
@@ -238,7 +238,7 @@ def test_preparing_a_layer_changes_nothing():
     before, drawn = {name: value.clone() for name, value in layer.state_dict().items()}, torch.get_rng_state()
     found = ops.prepare(layer, [5, 7], sequences=(1, 3))
     assert list(found) == [(1, 5), (1, 7), (3, 5), (3, 7)] == [call.shape[:2] for call in calls]
-    assert {told.way for told in found.values()} == {"cpu"}
+    assert {described.implementation for described in found.values()} == {"cpu"}
     assert all(call.requires_grad for call in calls)
     ops.prepare(layer.eval(), 5)
     assert not calls[-1].requires_grad
@@ -263,11 +263,11 @@ def test_tokens_that_prepare_a_layer_have_the_dtype_of_its_experts():
     assert seen == [torch.bfloat16]
 
 
-def test_explain_tells_of_its_own_thread():
+def test_explain_call_uses_current_thread():
     """Others compute meanwhile, and explain by themselves."""
     layers = [MoE(8, 4, activation=activation) for activation in (nn.GELU, nn.CELU)]
     x = torch.randn(1, 6, 8)
-    expected = [ops.explain_call(layer, x).way for layer in layers]
+    expected = [ops.explain_call(layer, x).implementation for layer in layers]
     assert len(set(expected)) == 2
     entered, started = threading.Barrier(2), threading.Barrier(2)
 
@@ -279,41 +279,41 @@ def test_explain_tells_of_its_own_thread():
 
     def told(layer: nn.Module) -> str:
         started.wait(60)
-        return ops.explain_call(layer, x).way
+        return ops.explain_call(layer, x).implementation
 
     with ThreadPoolExecutor(2) as pool:
         for _ in range(20):
             assert list(pool.map(told, layers)) == expected
 
 
-def test_use_ends_in_any_order():
+def test_use_contexts_exit_in_any_order():
     """Contexts of two threads that overlap: each takes out its own, and nothing stays."""
     layer, x, steps = MoE(8, 4), torch.randn(1, 6, 8), threading.Barrier(2)
-    before = ops.explain_call(layer, x).way
+    before = ops.explain_call(layer, x).implementation
 
     def other() -> None:
         steps.wait(60)  # 1: the first one is open
         with ops.use("batched"):
             steps.wait(60)  # 2: both are
             steps.wait(60)  # 3: the first one is closed
-            assert ops.explain_call(layer, x).way == "batched"
+            assert ops.explain_call(layer, x).implementation == "batched"
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(other)
         with ops.use("plain"):
-            assert ops.explain_call(layer, x).way == "plain"
+            assert ops.explain_call(layer, x).implementation == "plain"
             steps.wait(60)
             steps.wait(60)
-            assert ops.explain_call(layer, x).way == "batched"  # for all threads
+            assert ops.explain_call(layer, x).implementation == "batched"  # for all threads
         steps.wait(60)
         future.result()
-    assert ops.explain_call(layer, x).way == before != "plain"
+    assert ops.explain_call(layer, x).implementation == before != "plain"
     with ops.use("plain"), ops.use("batched"):
-        assert ops.explain_call(layer, x).way == "batched"
-    assert ops.explain_call(layer, x).way == before
+        assert ops.explain_call(layer, x).implementation == "batched"
+    assert ops.explain_call(layer, x).implementation == before
 
 
-def test_a_way_that_is_asked_for_and_impossible():
+def test_requested_unsupported_implementation_raises():
     layer = MoE(D, E, activation=nn.Tanh)
     with ops.use("cpu"), pytest.raises(ValueError, match=r"'cpu' was asked for .* Tanh .* ask for 'auto'"):
         layer(torch.randn(2, 5, D))
@@ -337,9 +337,9 @@ def test_hooks_on_the_activation_fire_on_every_path(kind):
     layer, x = MoE(D, E, experts=kind(D, E, H)), torch.randn(2, 5, D)
     seen = []
     layer.experts.act.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]) or out * 0)
-    for way in ("auto", "grouped", "plain"):
-        with ops.use(way):
-            assert (layer(x)[0] == 0).all(), way
+    for implementation in ("auto", "grouped", "plain"):
+        with ops.use(implementation):
+            assert (layer(x)[0] == 0).all(), implementation
     assert seen == [H] * 3
     assert "hooks" in ops.explain_call(layer, x).reasons["cpu"]
 
@@ -352,7 +352,7 @@ class Doubling(RoutedExperts):
         self.num_experts, self.weight = E, nn.Parameter(torch.randn(E, D, D))
 
     def compute(self, rows, counts):
-        return grouped_product(rows, self.weight, counts)
+        return grouped_matmul(rows, self.weight, counts)
 
 
 def test_experts_that_write_compute_take_slots_too():
@@ -372,16 +372,16 @@ def test_ids_of_any_integers(dtype, training):
     torch.testing.assert_close(*found)
 
 
-class OfTwo(nn.Module):
+class TwoArgumentActivation(nn.Module):
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up.sin()
 
 
 @pytest.mark.slow
-def test_an_activation_of_two_of_ones_own():
+def test_custom_two_argument_activation():
     """A class and a function, eager and compiled."""
     x = torch.randn(2, 5, D, requires_grad=True)
-    for activation in (OfTwo, lambda gate, up: F.silu(gate) * up.sin()):
+    for activation in (TwoArgumentActivation, lambda gate, up: F.silu(gate) * up.sin()):
         layer = MoE(D, E, gate=TopKGating(D, E, 2), experts=GatedExperts(D, E, H, activation=activation))
         expected = layer(x)
         torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), expected)
@@ -401,7 +401,7 @@ def test_under_vmap_of_something_else():
         torch.testing.assert_close(found, torch.autograd.grad(out, x, grad, retain_graph=True)[0])
 
 
-class PassedOn(Experts):
+class PassThrough(Experts):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)
 
@@ -415,28 +415,28 @@ class Adapter(nn.Module):
         return self.base_layer(x)
 
 
-class Old(Experts):
+class OldExperts(Experts):
     def forward(self, x):
         return super().forward(x)
 
 
-class OldCounts(Experts):
+class OldCountsExperts(Experts):
     def forward(self, x, counts=None):
         assert counts is None
         return super().forward(x)
 
 
-def checkpointed(*sizes):
+def run_checkpointed(*sizes):
     return checkpoint_wrapper(Experts(*sizes))
 
 
-def compiled(*sizes):
+def compile_call(*sizes):
     return torch.compile(Experts(*sizes), backend="eager")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("kind", [PassedOn, checkpointed, compiled, Adapter, Old, OldCounts])
-def test_what_a_forward_is_given(kind):
+@pytest.mark.parametrize("kind", [PassThrough, run_checkpointed, compile_call, Adapter, OldExperts, OldCountsExperts])
+def test_forward_arguments_are_replaced(kind):
     """An adapter and the old forwards get slots, others tokens; all compute the same."""
     gate, x, shapes, results = TopKGating(D, E, 2), torch.randn(2, 9, D), [], []
     for make in (Experts, kind):
@@ -446,10 +446,10 @@ def test_what_a_forward_is_given(kind):
         results.append(layer(x))
     torch.testing.assert_close(*results)
     assert shapes[0] == (18, D)
-    assert len(shapes[1]) == (3 if kind in (Adapter, Old, OldCounts) else 2)
+    assert len(shapes[1]) == (3 if kind in (Adapter, OldExperts, OldCountsExperts) else 2)
 
 
-def test_a_decision_in_another_place_is_refused_when_the_class_is_made():
+def test_rejects_misplaced_decide_at_class_creation():
     with pytest.raises(TypeError, match="must take decision as its second argument"):
 
         class Wrong(Experts):
@@ -495,7 +495,7 @@ def test_rows_and_counts_go_to_compute():
 
 
 @pytest.mark.parametrize("kind", ["forward", "compute"])
-def test_experts_that_return_another_width_say_so(kind):
+def test_wrong_output_width_raises(kind):
     """5 of 8 columns are an error that names both, unless dim_out tells of them."""
 
     experts = type("Narrow", (RoutedExperts,), {"num_experts": E, kind: lambda self, x, decision: x[:, :5]})()
@@ -510,7 +510,7 @@ def test_experts_that_return_another_width_say_so(kind):
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_experts_that_return_what_they_are_given_leave_the_inputs_alone(compiled):
+def test_identity_experts_keep_inputs(compiled):
     class Same(RoutedExperts):
         num_experts = E
 
@@ -545,8 +545,8 @@ def test_dropless_slots_are_as_many_as_the_fullest_expert_needs(tokens, monkeypa
     moe, x = MoE(D, gate=TopKGating(D, E), experts=Slots()).double(), torch.randn(2, tokens, D, dtype=torch.float64)
     found = {}
     for readable in (True, False):
-        monkeypatch.setattr(experts_module, "can_read", lambda tensor, readable=readable: readable)
-        monkeypatch.setattr(experts_module, "MOSTLY_EMPTY", 1e9)
+        monkeypatch.setattr(experts_module, "is_host_readable", lambda tensor, readable=readable: readable)
+        monkeypatch.setattr(experts_module, "MAX_SLOTS_PER_CHOICE", 1e9)
         leaf = x.clone().requires_grad_()
         out, aux_loss = moe(leaf)
         found[readable] = (out, *torch.autograd.grad(out.square().sum() + aux_loss, [leaf, *moe.parameters()]))
@@ -555,9 +555,9 @@ def test_dropless_slots_are_as_many_as_the_fullest_expert_needs(tokens, monkeypa
     assert moe.experts.shapes == [(E, fullest, D), (E, 2 * tokens, D)]
 
 
-def test_slots_of_no_bound_are_warned_of(monkeypatch):
+def test_unbounded_slots_warn(monkeypatch):
     """Where counts cannot be read, as on a GPU: the warning names what to set, and with a capacity there is none."""
-    monkeypatch.setattr(experts_module, "can_read", lambda tensor: False)
+    monkeypatch.setattr(experts_module, "is_host_readable", lambda tensor: False)
     moe, x = MoE(D, gate=TopKGating(D, 32), experts=Slots(32)), torch.randn(1, 1024, D)
     with pytest.warns(UserWarning, match=r"32 x 1024 .*2048 choices.* set its capacity_factor_train"):
         moe(x)

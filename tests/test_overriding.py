@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 import mixture_of_experts
 from mixture_of_experts import Experts, HeirarchicalMoE, MoE, RoutedExperts, Top2Gating, TopKGating, gating, ops
 from mixture_of_experts.gating import Choices, Gate, TokenChoiceGate, top2_by_kernel, topk_by_kernel, topk_by_numbers
-from mixture_of_experts.huggingface.pruning.cutting import why_not_gate
-from mixture_of_experts.support.overriding import is_unchanged, overridden
+from mixture_of_experts.huggingface.pruning.slicing import gate_pruning_unsupported_reason
+from mixture_of_experts.support.subclassing import find_overridden, is_unchanged
 
 D, E = 8, 4
 
@@ -75,11 +75,11 @@ def test_a_gate_that_is_alike_takes_the_same_way(kind):
     with torch.no_grad():
         for got, wanted in zip(*(layer(token) for layer in layers), strict=True):
             assert torch.equal(got, wanted)
-    assert topk_by_kernel.why_unknown(gate) is None
+    assert topk_by_kernel.unknown_settings_reason(gate) is None
     assert is_unchanged(gate) == (kind in ("subclass", "FSDP2"))  # `Same` draws its weights otherwise
 
 
-@pytest.mark.parametrize("name", topk_by_numbers.REPLACED)
+@pytest.mark.parametrize("name", topk_by_numbers.REPLACED_METHODS)
 def test_a_gate_that_overrides_what_numbers_replace(name):
     """In a subclass, and on one gate."""
     method, token = vars(TopKGating).get(name) or getattr(TopKGating, name), torch.randn(1, 1, D)
@@ -93,14 +93,14 @@ def test_a_gate_that_overrides_what_numbers_replace(name):
         setattr(gates[1], name, getattr(gates[1], name))
     for gate in gates:
         found = ops.explain_call(MoE(D, E, gate=gate).eval(), token).gates[0]
-        assert found.way == "operators"
+        assert found.implementation == "operators"
         assert found.reasons["numbers"] == f"a {type(gate).__name__} has a {name} of its own"
-        assert (topk_by_kernel.why_unknown(gate) is None) == (name not in topk_by_kernel.REPLACED)
+        assert (topk_by_kernel.unknown_settings_reason(gate) is None) == (name not in topk_by_kernel.REPLACED_METHODS)
         assert not is_unchanged(gate)
 
 
 def test_a_method_behind_those_of_the_class():
-    assert overridden(Mixed(D, E), TopKGating, ["decide", "balance_loss"]) == "balance_loss"
+    assert find_overridden(Mixed(D, E), TopKGating, ["decide", "balance_loss"]) == "balance_loss"
     assert not is_unchanged(Mixed(D, E))
 
 
@@ -126,10 +126,10 @@ def test_whatever_numbers_pass_over_is_listed(settings):
     gate = TopKGating(D, E, **settings).eval()
     tokens = gate.read(torch.randn(1, 1, D))
     by_operators = called(gate, lambda: gate.decide_and_route(tokens))
-    by_numbers = called(gate, lambda: topk_by_numbers.routing(gate, tokens)) | {
+    by_numbers = called(gate, lambda: topk_by_numbers.make_routing(gate, tokens)) | {
         "process_group"
     }  # `why_unknown` reads it
-    assert {"decide", "route"} <= by_operators - by_numbers <= {*topk_by_numbers.REPLACED}
+    assert {"decide", "route"} <= by_operators - by_numbers <= {*topk_by_numbers.REPLACED_METHODS}
 
 
 @pytest.mark.parametrize("settings", [{}, dict(second_policy_eval="all"), dict(outer_expert_dims=2)], ids=str)
@@ -137,12 +137,14 @@ def test_whatever_the_kernel_of_two_choices_passes_over_is_listed(settings):
     gate = Top2Gating(D, E, **settings).eval()
     tokens = gate.read(torch.randn(*gate.outer_expert_dims, 2, 9, D))
     names = called(gate, lambda: gate.decide(tokens)) - {"second", "process_group"}  # `choose` reads these too
-    assert {"decide", "_scores"} <= names <= {*top2_by_kernel.REPLACED, "merge_given", "given"}  # never with `given`
+    assert (
+        {"decide", "_scores"} <= names <= {*top2_by_kernel.REPLACED_METHODS, "apply_overrides", "given"}
+    )  # never with `given`
 
 
 def test_kernels_of_two_choices(monkeypatch):
     monkeypatch.setattr(top2_by_kernel, "has_kernel", lambda *tensors: True)
-    monkeypatch.setattr(top2_by_kernel, "is_fake", lambda tensor: True)
+    monkeypatch.setattr(top2_by_kernel, "is_fake_tensor", lambda tensor: True)
 
     class Alike(Top2Gating):
         def __init__(self) -> None:
@@ -155,10 +157,10 @@ def test_kernels_of_two_choices(monkeypatch):
     replaced = Alike()
     replaced.decide = replaced.decide
     for gate, reason in ((Alike(), None), (Other(), "a _sent of its own"), (replaced, "a decide of its own")):
-        found = top2_by_kernel.why_not(gate, gate.read(torch.randn(2, 9, D)))
+        found = top2_by_kernel.unsupported_reason(gate, gate.read(torch.randn(2, 9, D)))
         assert found is None if reason is None else reason in found
     assert (
-        top2_by_kernel.why_not(Top2Gating(D, 1025), gate.read(torch.randn(2, 9, D)))
+        top2_by_kernel.unsupported_reason(Top2Gating(D, 1025), gate.read(torch.randn(2, 9, D)))
         == "they are for at most 1024 experts"
     )
 
@@ -217,9 +219,9 @@ def test_a_gate_is_pruned_if_its_methods_are_known():
         def _ranked(self, logits, score):
             return score
 
-    assert why_not_gate(ALIKE["subclass"]()) is None
-    assert why_not_gate(ALIKE["FSDP2"]()) is None
-    assert "its class" in why_not_gate(Other(D, E))
+    assert gate_pruning_unsupported_reason(ALIKE["subclass"]()) is None
+    assert gate_pruning_unsupported_reason(ALIKE["FSDP2"]()) is None
+    assert "its class" in gate_pruning_unsupported_reason(Other(D, E))
 
 
 def test_experts_whose_outputs_may_be_their_inputs():
@@ -233,7 +235,7 @@ def test_experts_whose_outputs_may_be_their_inputs():
     class Inherits(Passed):
         pass
 
-    assert [kind.makes_outputs for kind in (Experts, Own, Passed, Inherits)] == [True, True, False, False]
+    assert [kind.allocates_outputs for kind in (Experts, Own, Passed, Inherits)] == [True, True, False, False]
 
 
 def test_no_literal_names_a_module_of_the_package():
@@ -245,5 +247,5 @@ def test_no_literal_names_a_module_of_the_package():
                 found.setdefault(str(path.relative_to(root)), []).append(line.strip())
     of_others = {"support/private_peft.py", "summary.py", "whole_model/block_settings.py"}
     of_others.add("huggingface/private_transformers.py")
-    assert found.keys() == of_others | {"support/overriding.py"}
+    assert found.keys() == of_others | {"support/subclassing.py"}
     assert not [line for lines in found.values() for line in lines if "mixture_of_experts" in line]

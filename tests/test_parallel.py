@@ -1,6 +1,6 @@
 """Expert parallelism against one process, on gloo: outputs, gradients, losses, training, checkpoints and faults.
 
-`test_two_ranks.py` has the tests that are not slow.
+`test_parallel_two_ranks.py` has the tests that are not slow.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from support import checkpoint_recipe
 from support import parallel_checkpoints as saves
 from support import parallel_checks as checks
+from support import parallel_edge_cases as odd
 from support import parallel_faults as faults
-from support import parallel_odd_models as odd
 from support import parallel_training as training
 from support import parallel_transformers as hub
 from support.parallel_layers import LAYERS, LAYERS_OF_MODEL
@@ -48,7 +48,7 @@ def test_four_ranks_are_one_process(workers: Workers, layer: str):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_data_beside_expert_parallelism_is_one_process(workers: Workers, layer: str):
+def test_data_and_expert_parallelism_equal_one_process(workers: Workers, layer: str):
     workers.run(checks.check_exact, 4, layer, data_parallel=2)
 
 
@@ -68,9 +68,9 @@ def test_training_with_checkpointing_and_accumulation(workers: Workers, layout: 
 # ---- checkpoints ----
 
 
-def merged(parts: list[saves.Numbers]) -> saves.Numbers:
+def merge_parts(parts: list[saves.State]) -> saves.State:
     """What all ranks have together; what several have must agree."""
-    everything: saves.Numbers = {}
+    everything: saves.State = {}
     for part in parts:
         for name, value in part.items():
             assert torch.equal(everything.setdefault(name, value), value), name
@@ -80,26 +80,26 @@ def merged(parts: list[saves.Numbers]) -> saves.Numbers:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled", "ignore:TypedStorage is deprecated")
 def test_checkpoint_loads_on_another_number_of_ranks(workers: Workers, tmp_path: Path):
     layers = LAYERS_OF_MODEL
-    saved = merged(workers.run(saves.save, 4, tmp_path, "expert_parallel_only", layers))
-    workers.run(saves.load, 2, tmp_path, "ddp", layers, saved)
-    workers.run(saves.load, 1, tmp_path, "expert_parallel_only", layers, saved)
-    workers.run(saves.load, 4, tmp_path, "ddp_replicas", layers, saved)
+    saved = merge_parts(workers.run(saves.save_training_state, 4, tmp_path, "expert_parallel_only", layers))
+    workers.run(saves.load_training_state, 2, tmp_path, "ddp", layers, saved)
+    workers.run(saves.load_training_state, 1, tmp_path, "expert_parallel_only", layers, saved)
+    workers.run(saves.load_training_state, 4, tmp_path, "ddp_replicas", layers, saved)
     with default_dtype(torch.float64):
-        saves.load(tmp_path, None, layers, saved)  # here, without process groups
+        saves.load_training_state(tmp_path, None, layers, saved)  # here, without process groups
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp_replicas", "fsdp_replicas_by_row"])
 def test_checkpoint_of_a_sharded_model(workers: Workers, tmp_path: Path, layout: str):
-    saved = merged(workers.run(saves.save, 4, tmp_path, layout, LAYERS_OF_MODEL))
-    workers.run(saves.load, 2, tmp_path, "expert_parallel_only", LAYERS_OF_MODEL, saved)
-    workers.run(saves.load, 4, tmp_path, "fsdp_replicas", LAYERS_OF_MODEL, saved)
+    saved = merge_parts(workers.run(saves.save_training_state, 4, tmp_path, layout, LAYERS_OF_MODEL))
+    workers.run(saves.load_training_state, 2, tmp_path, "expert_parallel_only", LAYERS_OF_MODEL, saved)
+    workers.run(saves.load_training_state, 4, tmp_path, "fsdp_replicas", LAYERS_OF_MODEL, saved)
 
 
 def test_training_goes_on_with_another_number_of_ranks(workers: Workers, tmp_path: Path):
     workers.run(saves.save_without_changes, 4, tmp_path, "fsdp_replicas")
     with default_dtype(torch.float64):
-        alone = dict(training.train_alone(steps=6)[0].named_parameters())
-    for name, value in workers.run(saves.go_on, 2, tmp_path, "ddp", 6)[0].items():
+        alone = dict(training.train_single_process(steps=6)[0].named_parameters())
+    for name, value in workers.run(saves.resume_training, 2, tmp_path, "ddp", 6)[0].items():
         torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-9)
 
 
@@ -126,8 +126,8 @@ def test_state_dict_of_one_process_loads(workers: Workers, layout: str):
     workers.run(saves.check_state_dict_of_one_process, 4, layout)
 
 
-def test_part_that_a_rank_of_others_saved_is_named(workers: Workers, tmp_path: Path):
-    workers.run(saves.save_own_part, 4, tmp_path)
+def test_foreign_rank_file_raises(workers: Workers, tmp_path: Path):
+    workers.run(saves.save_local_part, 4, tmp_path)
     workers.run(saves.check_part_of_other_ranks, 2, tmp_path, 4)
 
 
@@ -137,11 +137,11 @@ def test_swapped_model_is_saved_whole(workers: Workers, tmp_path: Path):
 
 # ---- setting up, copies, collectives, gradients, bytes that are sent, compilation ----
 
-ON_FOUR = """
-    refusals what_is_spread source_rank_none meta_start group_of_gates copies norms averages balance_of_each_rank
+FOUR_RANK_CHECKS = """
+    refusals sharded_parameters source_rank_none meta_start group_of_gates copies norms averages balance_of_each_rank
     replay
 """
-ELSEWHERE = """
+OTHER_MODULES = """
     unequal_sizes_are_tested experts_that_return_other_dtypes rank_with_sequences_of_no_length
     one_rank_has_no_collective
 """
@@ -153,9 +153,9 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(CHECKS.keys() - ELSEWHERE.split()))
+@pytest.mark.parametrize("name", sorted(CHECKS.keys() - OTHER_MODULES.split()))
 def test_on_ranks(workers: Workers, name: str):
-    workers.run(CHECKS[name], 4 if name in ON_FOUR.split() else 2)
+    workers.run(CHECKS[name], 4 if name in FOUR_RANK_CHECKS.split() else 2)
 
 
 def test_on_one_rank(workers: Workers):
@@ -177,13 +177,13 @@ def test_masked_tokens(workers: Workers, layer: str):
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "many_gpus.md").read_text()
 
 
-def recipes(kind: str) -> list[str]:
+def list_recipes(kind: str) -> list[str]:
     return re.findall(rf"<!-- recipe: {kind} -->\n```py\n(.*?)```", DOCUMENT, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_recipe_runs(workers: Workers, tmp_path: Path, number: int):
-    beginning, loop, layouts = recipes("beginning"), recipes("loop"), recipes("layout")
+    beginning, loop, layouts = list_recipes("beginning"), list_recipes("loop"), list_recipes("layout")
     assert (len(beginning), len(loop), len(layouts)) == (1, 1, 5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -193,7 +193,7 @@ def test_recipe_runs(workers: Workers, tmp_path: Path, number: int):
         program = program.replace("torch.manual_seed(0)", "torch.manual_seed(rank)")
     norms = workers.run(checks.run_recipe, 4, program, port, tmp_path)
     assert len(set(norms)) == 1
-    found = checkpoint_recipe.checkpoints(tmp_path / "run")
+    found = checkpoint_recipe.list_checkpoints(tmp_path / "run")
     assert [path.name for path in found] == ["step-000000001", "step-000000002"]
 
 
@@ -239,7 +239,7 @@ def test_example_runs_on_ranks_and_goes_on_with_another_number(tmp_path: Path):
 LIMIT = 2.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) if hasattr(os, "getloadavg") else 2.0
 
 
-def seconds(message: str) -> float:
+def parse_seconds(message: str) -> float:
     return float(re.search(r"after ([\d.]+) s", message)[1])  # type: ignore[index]
 
 
@@ -248,31 +248,31 @@ REMEDY = "torch.distributed.elastic.multiprocessing.errors"
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_one_rank_raises(workers: Workers, tmp_path: Path, where: str):
-    first, odd, *others = workers.outcomes(faults.raising, 4, tmp_path / "ended", where, timeout=LIMIT)
+    first, odd, *others = workers.outcomes(faults.raise_on_one_rank, 4, tmp_path / "ended", where, timeout=LIMIT)
     assert "ZeroDivisionError" in odd
     assert "tokens could not be exchanged, on rank 0 of 4: " in first
-    assert seconds(first) < LIMIT + 2
+    assert parse_seconds(first) < LIMIT + 2
     for message in (first, *others):
         assert REMEDY in message, message
 
 
 @pytest.mark.parametrize("how", ["left", "killed"])
 def test_one_rank_ends(workers: Workers, how: str):
-    outcomes = workers.outcomes(faults.ending, 4, how, timeout=LIMIT)
+    outcomes = workers.outcomes(faults.exit_on_one_rank, 4, how, timeout=LIMIT)
     assert how in str(outcomes[1]) or "died" in str(outcomes[1])
     for message in (outcomes[0], *outcomes[2:]):
         assert "RuntimeError" in message
         assert REMEDY in message, message
-        assert seconds(message) < LIMIT + 2
+        assert parse_seconds(message) < LIMIT + 2
 
 
 @pytest.mark.parametrize(("where", "data_parallel"), [("before", 1), ("experts", 1), ("experts", 2)])
-def test_one_rank_is_stuck(workers: Workers, tmp_path: Path, where: str, data_parallel: int):
+def test_one_rank_hangs(workers: Workers, tmp_path: Path, where: str, data_parallel: int):
     """Also in the groups of a mesh of two dimensions, whose timeouts stay as they were made."""
-    waiting = workers.outcomes(faults.stuck, 4, tmp_path / "ended", where, data_parallel, timeout=LIMIT)[0]
+    waiting = workers.outcomes(faults.hang_one_rank, 4, tmp_path / "ended", where, data_parallel, timeout=LIMIT)[0]
     assert "Timed out waiting" in waiting
     assert "flight recorder" in waiting
-    assert seconds(waiting) < LIMIT + 2
+    assert parse_seconds(waiting) < LIMIT + 2
 
 
 FAILING = """
@@ -328,31 +328,31 @@ def test_torchrun_names_the_rank_that_failed(tmp_path: Path):
     ],
 )
 def test_ranks_build_different_layers(workers: Workers, difference: str, named: str):
-    for message in workers.run(faults.different_layers, 2, difference, timeout=LIMIT):
+    for message in workers.run(faults.build_different_layers, 2, difference, timeout=LIMIT):
         assert "ValueError" in message
         assert re.search(named, message), message
-        assert seconds(message) < LIMIT
+        assert parse_seconds(message) < LIMIT
 
 
 @pytest.mark.parametrize(
     ("problem", "named"),
     [("experts", "9 experts cannot be divided among 4"), ("plan", "'ffn' matches no submodule of ModuleDict")],
 )
-def test_problem_of_one_rank_is_told_to_all(workers: Workers, problem: str, named: str):
-    messages = workers.run(faults.one_cannot_be_set_up, 4, problem, timeout=LIMIT)
+def test_rank_error_reaches_all_ranks(workers: Workers, problem: str, named: str):
+    messages = workers.run(faults.fail_setup_on_one_rank, 4, problem, timeout=LIMIT)
     for rank, message in enumerate(messages):
         assert "ValueError" in message
         assert named in message
         assert ("rank 1 cannot be set up" in message) == (rank != 1)
-        assert seconds(message) < LIMIT
+        assert parse_seconds(message) < LIMIT
 
 
 @pytest.mark.parametrize(("data_parallel", "by_name"), [(1, False), (2, False), (2, True)])
 def test_one_rank_never_sets_up(workers: Workers, tmp_path: Path, data_parallel: int, by_name: bool):
     marker = tmp_path / "ended"
-    first = workers.outcomes(faults.one_never_sets_up, 4, marker, data_parallel, by_name, timeout=LIMIT)[0]
+    first = workers.outcomes(faults.skip_setup_on_one_rank, 4, marker, data_parallel, by_name, timeout=LIMIT)[0]
     assert "could not compare its layers with the others'" in first
-    assert seconds(first) < LIMIT + 2
+    assert parse_seconds(first) < LIMIT + 2
 
 
 @pytest.mark.parametrize(
@@ -365,8 +365,8 @@ def test_one_rank_never_sets_up(workers: Workers, tmp_path: Path, data_parallel:
     ],
 )
 def test_ranks_call_a_layer_differently(workers: Workers, difference: str, named: str):
-    for message in workers.run(faults.different_calls, 4, difference, timeout=LIMIT):
+    for message in workers.run(faults.call_differently, 4, difference, timeout=LIMIT):
         assert "ValueError" in message
         assert "all ranks must call the layer in the same mode" in message
         assert re.search(named, message), message
-        assert seconds(message) < LIMIT
+        assert parse_seconds(message) < LIMIT

@@ -30,7 +30,7 @@ def close_figures():
     plt.close("all")
 
 
-def identity_gate(num_experts: int, **more: object) -> TopKGating:
+def make_identity_gate(num_experts: int, **more: object) -> TopKGating:
     """A gate whose tokens are their own logits."""
     gate = TopKGating(num_experts, num_experts, **more)
     with torch.no_grad():
@@ -39,9 +39,9 @@ def identity_gate(num_experts: int, **more: object) -> TopKGating:
 
 
 @pytest.fixture
-def stats() -> RoutingStats:
+def make_stats() -> RoutingStats:
     """Two steps of a layer of 4 experts: first all tokens to expert 0, then evenly to 0 and 1; 2 and 3 get none."""
-    moe = MoE(DIM, gate=identity_gate(4, k=1))
+    moe = MoE(DIM, gate=make_identity_gate(4, k=1))
     with track_routing(moe) as stats:
         for experts in ([0, 0, 0, 0], [0, 1, 0, 1]):
             moe(5 * torch.eye(4)[experts].unsqueeze(0))
@@ -49,44 +49,44 @@ def stats() -> RoutingStats:
     return stats
 
 
-def meshes(ax: Axes) -> list:
+def find_meshes(ax: Axes) -> list:
     return [c for c in ax.collections if hasattr(c, "get_coordinates")]
 
 
-def labels(ticks) -> list[str]:
+def read_labels(ticks) -> list[str]:
     return [tick.get_text() for tick in ticks]
 
 
-def drawn(figure: Figure) -> Axes:
+def read_figure(figure: Figure) -> Axes:
     """Lay the figure out and draw it: what is wrong with a text or a size shows then."""
     figure.canvas.draw()
     return figure.axes[0]
 
 
-def test_gates_over_experts(stats: RoutingStats):
-    ax = drawn(stats.plot())
-    (row,) = meshes(ax)
+def test_gates_over_experts(make_stats: RoutingStats):
+    ax = read_figure(make_stats.plot())
+    (row,) = find_meshes(ax)
     assert row.get_array().flatten().tolist() == [3.0, 1.0, 0.25, 0.25]  # the last two clipped
-    assert labels(ax.texts) == ["3.00", "1.00", "×", "×"]
-    assert labels(ax.get_yticklabels()) == ["gate"]
-    assert labels(ax.get_xticklabels()) == ["0", "1", "2", "3"]
+    assert read_labels(ax.texts) == ["3.00", "1.00", "×", "×"]
+    assert read_labels(ax.get_yticklabels()) == ["gate"]
+    assert read_labels(ax.get_xticklabels()) == ["0", "1", "2", "3"]
     assert row.norm(0.5) + row.norm(2.0) == pytest.approx(1)  # half and double are equally far from balanced
 
 
-def test_one_gate_over_steps(stats: RoutingStats):
-    ax = drawn(stats.plot("gate"))
-    (mesh,) = meshes(ax)
+def test_one_gate_over_steps(make_stats: RoutingStats):
+    ax = read_figure(make_stats.plot("gate"))
+    (mesh,) = find_meshes(ax)
     expected = [[4.0, 2.0], [0.25, 2.0], [0.25, 0.25], [0.25, 0.25]]
     assert torch.tensor(mesh.get_array().data).view(4, 2).tolist() == expected
     assert (ax.get_xlabel(), ax.get_xlim(), ax.get_ylim()) == ("step", (-0.5, 1.5), (3.5, -0.5))
 
 
 def test_every_step_of_a_long_training_is_shown():
-    moe = MoE(DIM, gate=identity_gate(4, k=1))
+    moe = MoE(DIM, gate=make_identity_gate(4, k=1))
     with track_routing(moe) as stats:
         for step in range(250):
             moe(5 * torch.eye(4)[[step % 2, step % 2]].unsqueeze(0))
-    (mesh,) = meshes(drawn(stats.plot("gate")))
+    (mesh,) = find_meshes(read_figure(stats.plot("gate")))
     values = torch.tensor(mesh.get_array().data).view(4, -1)
     assert values[:2].tolist() == [[4.0, 0.25] * 125, [0.25, 4.0] * 125]
     assert mesh.get_coordinates()[0, -1, 0] == 249.5
@@ -101,25 +101,25 @@ def test_gates_fill_the_width():
         model(x)
     given = plt.figure().subplots()
     assert stats.plot(requested=True, ax=given) is given.figure
-    ax = drawn(given.figure)
-    assert labels(ax.get_yticklabels()) == ["0.gate_outer", "0.gate_inner", "1"]
-    widths = [mesh.get_coordinates()[0, :, 0].tolist() for mesh in meshes(ax)]
+    ax = read_figure(given.figure)
+    assert read_labels(ax.get_yticklabels()) == ["0.gate_outer", "0.gate_inner", "1"]
+    widths = [mesh.get_coordinates()[0, :, 0].tolist() for mesh in find_meshes(ax)]
     assert widths == [[0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1.5, 3, 4.5, 6]]
-    for layer, mesh in zip(stats.layers, meshes(ax), strict=True):
+    for layer, mesh in zip(stats.layers, find_meshes(ax), strict=True):
         load = stats.total(layer).relative_requested.flatten().clamp(0.25, 4)
         assert mesh.get_array().flatten().tolist() == pytest.approx(load.tolist())
-    ax = drawn(stats.plot("0.gate_inner"))
+    ax = read_figure(stats.plot("0.gate_inner"))
     (lines,) = [found for found in ax.collections if not hasattr(found, "get_coordinates")]
     assert [segment[:, 1].tolist() for segment in lines.get_segments()] == [[2.5, 2.5]]  # between the two outer experts
 
 
-def test_errors(stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
+def test_errors(make_stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(KeyError, match="no gate 'gat'"):
-        stats.plot("gat")
+        make_stats.plot("gat")
 
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
-    for draw in (stats.plot, lambda: stats.plot("gate")):
+    for draw in (make_stats.plot, lambda: make_stats.plot("gate")):
         with pytest.raises(ImportError, match="extra 'plot'"):
             draw()
 

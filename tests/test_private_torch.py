@@ -15,11 +15,11 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixture_of_experts.ops import bits4, bits8
+from mixture_of_experts.ops import int4, int8
 from mixture_of_experts.support import private_torch
 
 #: importing the package must not load these: each takes a tenth of a second or more, or is an extra
-HEAVY = (
+HEAVY_MODULES = (
     *("torch._dynamo", "torch._inductor", "sympy", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor"),
     *("torch.utils.flop_counter", "triton"),
     *("transformers", "matplotlib", "numpy.testing", "mixture_of_experts.parallel", "mixture_of_experts.huggingface"),
@@ -32,7 +32,7 @@ def test_importing_the_package_loads_nothing_heavy():
     code = "import torch, sys; before = set(sys.modules); import mixture_of_experts; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "mixture_of_experts.moe" in loaded
-    assert not [module for module in loaded if module.startswith(HEAVY)]
+    assert not [module for module in loaded if module.startswith(HEAVY_MODULES)]
 
 
 def test_conditions_on_sizes():
@@ -41,60 +41,60 @@ def test_conditions_on_sizes():
     answers = []
 
     def double(x):
-        answers.append((private_torch.statically_known_true(x.shape[0] > 3), private_torch.exporting()))
+        answers.append((private_torch.statically_known_true(x.shape[0] > 3), private_torch.is_exporting()))
         return x * 2
 
     torch.export.export(_Function(double), (torch.ones(4),))
     torch.export.export(_Function(double), (torch.ones(4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert answers[0] == (True, True)
     assert answers[-1] == (False, True)
-    assert not private_torch.exporting()
+    assert not private_torch.is_exporting()
 
 
-def test_stand_ins():
-    assert not private_torch.is_fake(torch.ones(2))
+def test_fake_tensors_are_detected():
+    assert not private_torch.is_fake_tensor(torch.ones(2))
     with FakeTensorMode():
-        assert private_torch.is_fake(torch.ones(2))
+        assert private_torch.is_fake_tensor(torch.ones(2))
 
 
-def test_flop_counters_are_told():
+def test_flop_counters_are_registered():
     with FlopCounterMode(display=False) as counter:
-        private_torch.count_flops(torch.ops.aten.add, lambda *_, **__: 7)
+        private_torch.register_flop_formula(torch.ops.aten.add, lambda *_, **__: 7)
         torch.ones(2).add(1)
     assert counter.get_total_flops() == 7
 
 
 def test_packed_rows():
-    """Where they are right, `mixture_of_experts.ops.bits8` uses them."""
-    packed = bits8.pack(torch.randn(6, 5))["packed"]
-    numbers = bits8.unpack(packed.unsqueeze(0)).squeeze(0)
-    torch.testing.assert_close(private_torch.unpacked_rows(packed), numbers)
+    """Where they are right, `mixture_of_experts.ops.int8` uses them."""
+    packed = int8.pack_matrix(torch.randn(6, 5))["packed"]
+    numbers = int8.unpack_matrix(packed.unsqueeze(0)).squeeze(0)
+    torch.testing.assert_close(private_torch.unpack_rows(packed), numbers)
     place, start, factor = torch.tensor([4, 0, 5]), torch.tensor([0, 2]), torch.tensor([2.0, -1.0, 0.5])
     rows = numbers[place] * factor.unsqueeze(-1)
-    found = private_torch.sum_of_packed_rows(packed, place, start, factor)
+    found = private_torch.sum_packed_rows(packed, place, start, factor)
     torch.testing.assert_close(found, torch.stack([rows[:2].sum(0), rows[2]]))
 
 
-@pytest.mark.parametrize("group", bits4.GROUPS)
+@pytest.mark.parametrize("group", int4.GROUP_SIZES)
 def test_products_of_int4(group):
-    """Where they are right, `mixture_of_experts.ops.bits4` uses them."""
+    """Where they are right, `mixture_of_experts.ops.int4` uses them."""
     levels, x = torch.randint(16, (48, 512), dtype=torch.int32), torch.randn(3, 512).bfloat16()
     numbers = torch.randn(512 // group, 48, 2).bfloat16()
     step, zero = numbers.float().repeat_interleave(group, dim=0).unbind(-1)
-    found = private_torch.product_of_int4(x, private_torch.int4_packed(levels), group, numbers)
+    found = private_torch.multiply_int4(x, private_torch.pack_int4(levels), group, numbers)
     wanted = x.float() @ ((levels.mT - 8) * step + zero)
     assert (found - wanted).norm() <= 5e-3 * wanted.norm()
 
 
 def test_dispatch_modes():
-    with FakeTensorMode(), private_torch.without_dispatch_modes():
-        assert not private_torch.is_fake(torch.ones(2))
+    with FakeTensorMode(), private_torch.disable_dispatch_modes():
+        assert not private_torch.is_fake_tensor(torch.ones(2))
 
 
 def test_hooks_on_saved_tensors():
-    assert private_torch.can_hook_saved_tensors()
+    assert private_torch.are_saved_tensor_hooks_enabled()
     with disable_saved_tensors_hooks("no hooks"):
-        assert not private_torch.can_hook_saved_tensors()
+        assert not private_torch.are_saved_tensor_hooks_enabled()
 
 
 class _Function(nn.Module):
@@ -107,11 +107,11 @@ class _Function(nn.Module):
 
 
 def test_transforms():
-    assert not private_torch.in_transform()
+    assert not private_torch.is_in_transform()
     seen = []
 
     def function(x):
-        seen.append(private_torch.in_transform())
+        seen.append(private_torch.is_in_transform())
         return x.sum()
 
     torch.func.grad(function)(torch.ones(2))
@@ -123,7 +123,7 @@ def test_forward_mode():
     seen = []
 
     def function(x):
-        seen.append(private_torch.in_forward_mode())
+        seen.append(private_torch.is_in_forward_mode())
         return x.sum()
 
     x = torch.ones(2)
@@ -147,17 +147,17 @@ def test_batched_gradients():
 
         @staticmethod
         def backward(ctx, grad):
-            seen.append(private_torch.is_wrapped(grad))
+            seen.append(private_torch.is_functorch_wrapped(grad))
             return grad
 
     x = torch.ones(2, requires_grad=True)
     torch.autograd.grad(Watched.apply(x), x, torch.eye(2), is_grads_batched=True)
     assert seen == [True]
-    assert not private_torch.is_wrapped(x)
+    assert not private_torch.is_functorch_wrapped(x)
 
 
 def test_constants_in_graphs():
-    @private_torch.constant_in_graphs
+    @private_torch.assume_constant_result
     def unreadable():
         return len(sys.argv) and 3
 
@@ -165,9 +165,9 @@ def test_constants_in_graphs():
     assert compiled(torch.ones(1)) == 3
 
 
-def test_a_tensor_of_its_own():
+def test_returns_new_tensor():
     x = torch.arange(4.0, requires_grad=True)
-    own = private_torch.own(x * 1, (2, 2))
+    own = private_torch.unsafe_view(x * 1, (2, 2))
     assert not own._is_view()
     own += 1
 
@@ -195,8 +195,8 @@ def test_process_groups():
 @pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper])
 def test_wrapped_modules(wrap):
     module = nn.Linear(1, 1)
-    assert private_torch.wrapped_module(wrap(module)) is module
-    assert private_torch.wrapped_module(module) is None
+    assert private_torch.get_wrapped_module(wrap(module)) is module
+    assert private_torch.get_wrapped_module(module) is None
 
 
 class Inner(nn.Module):
@@ -208,7 +208,7 @@ class Decorated(Inner):
     forward = torch.compile(Inner.forward, backend="eager")
 
 
-def compiled_in_place(forward_alone: bool) -> nn.Module:
+def compile_in_place(forward_alone: bool) -> nn.Module:
     module = Inner()
     if forward_alone:
         module.forward = torch.compile(module.forward, backend="eager")
@@ -221,17 +221,17 @@ def compiled_in_place(forward_alone: bool) -> nn.Module:
     "make",
     [
         lambda: torch.compile(Inner(), backend="eager"),
-        lambda: compiled_in_place(True),
-        lambda: compiled_in_place(False),
+        lambda: compile_in_place(True),
+        lambda: compile_in_place(False),
         Decorated,
     ],
 )
-def test_what_was_compiled_runs_as_it_was_written(make):
+def test_uncompiled_context_runs_eagerly(make):
     """Within the context; before and after it in graphs, which is seen at a flag."""
     seen, model = [], nn.Sequential(nn.Sequential(make()), nn.ReLU())
-    inner = private_torch.unwrapped(model[0][0])
+    inner = private_torch.unwrap_module(model[0][0])
     before = [dict(vars(module)) for module in model.modules()]
-    with private_torch.uncompiled(model):
+    with private_torch.disable_compilation(model):
         handle = inner.register_forward_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
         assert model(torch.ones(2)).tolist() == [2, 2]
         handle.remove()
@@ -253,20 +253,20 @@ def test_hooks(register):
 
 def test_backwards_have_numbers():
     """Each its own, also one within another; outside of them there is none."""
-    seen = [private_torch.number_of_backward()]
+    seen = [private_torch.get_backward_id()]
     x = torch.ones((), requires_grad=True)
 
     def within(grad):
-        seen.append(private_torch.number_of_backward())
+        seen.append(private_torch.get_backward_id())
         with torch.enable_grad():
             y = x * 2
-            y.register_hook(lambda grad: seen.append(private_torch.number_of_backward()))
+            y.register_hook(lambda grad: seen.append(private_torch.get_backward_id()))
             torch.autograd.grad(y, x)
 
     y = x * 3
     y.register_hook(within)
     y.backward()
-    seen.append(private_torch.number_of_backward())
+    seen.append(private_torch.get_backward_id())
     assert seen[0] == seen[-1] == -1
     assert len(set(seen)) == 3
 
@@ -278,7 +278,7 @@ class SeesDDP(nn.Module):
         self.register_buffer("counts", torch.zeros(1))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        return self.linear(x), private_torch.in_ddp()
+        return self.linear(x), private_torch.is_in_ddp()
 
 
 def test_the_ddp_whose_forward_runs(one_process):
@@ -297,10 +297,10 @@ def test_the_ddp_whose_forward_runs(one_process):
     ddp._assign_modules_buffers()
     assert not ddp.named_module_buffers
     assert not ddp.will_sync_module_buffers()
-    assert private_torch.stop_copying_in_ddp(("counts",)) == []  # no forward is running
+    assert private_torch.exclude_from_ddp_broadcast(("counts",)) == []  # no forward is running
 
 
-def test_what_ddp_is_to_ignore(tmp_path):
+def test_ddp_ignores_counts(tmp_path):
     model = nn.Linear(1, 1)
     private_torch.ignore_in_ddp(model, ["bias"])
     private_torch.ignore_in_ddp(model, ["weight"])

@@ -11,14 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_experts import Experts, MoE, TopKGating
 from mixture_of_experts.ops.cpu import batches
-from mixture_of_experts.ops.cpu.batches import batches_of, chunks_of
-from mixture_of_experts.ops.grouped import grouped_product, product_by_expert, rows_by_rows, rows_by_weights
+from mixture_of_experts.ops.cpu.batches import make_batches, make_chunks
+from mixture_of_experts.ops.grouped import grouped_matmul, multiply_by_expert, rows_by_rows, rows_by_weights
 from mixture_of_experts.ops.plain import expert_product
 
 COUNTS = [[3, 0, 2, 1], [0, 0, 0, 0], [7], [0, 5, 0]]
 
 
-def operands(counts, past=2, dtype=torch.float64):
+def make_operands(counts, past=2, dtype=torch.float64):
     """Rows, some of them past the last expert's, weights and counts; sizes that no kernel likes."""
     generator = torch.Generator().manual_seed(sum(counts))
     x = torch.randn(sum(counts) + past, 5, generator=generator, dtype=dtype)
@@ -26,7 +26,7 @@ def operands(counts, past=2, dtype=torch.float64):
     return x, weight, torch.tensor(counts)
 
 
-def by_loop(x, weight, counts):
+def multiply_by_loop(x, weight, counts):
     """What both must give."""
     parts = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
     products = [part @ matrix for part, matrix in zip(parts[:-1], weight, strict=True)]
@@ -37,7 +37,7 @@ def by_loop(x, weight, counts):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_operators(counts, dtype):
     """Schema, fake kernels and tracing of the operators, as torch checks them."""
-    x, weight, counts = operands(counts, dtype=dtype)
+    x, weight, counts = make_operands(counts, dtype=dtype)
     torch.library.opcheck(rows_by_weights, (x, weight, counts))
     torch.library.opcheck(rows_by_rows, (x, torch.randn(len(x), 4).to(dtype), counts))
 
@@ -45,8 +45,8 @@ def test_operators(counts, dtype):
 @pytest.mark.parametrize("padding", [0, 1 << 30])
 def test_flops_are_counted(padding, monkeypatch):
     """Six products of a dropless layer's rows (and of the padding of its batches), and the router's three."""
-    monkeypatch.setattr(batches, "PADDING", padding)
-    monkeypatch.setattr(batches, "FREE_ROWS", 0)
+    monkeypatch.setattr(batches, "PADDING_WORK", padding)
+    monkeypatch.setattr(batches, "FREE_PADDING_ROWS", 0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 2), experts=Experts(8, 4, 16))
     x = torch.randn(2, 32, 8, requires_grad=True)
     counts = layer.gate(x).queued.sum(dim=0).tolist()
@@ -82,10 +82,10 @@ def test_flops_are_counted_whichever_is_imported_first(first, second):
 @given(counts=st.lists(st.integers(0, 6), min_size=1, max_size=5), past=st.integers(0, 3), weigh=st.booleans())
 def test_products(counts, past, weigh):
     """Values and gradients of both ways are those of a loop."""
-    x, weight, counts = operands(counts, past)
-    expected = by_loop(*(inputs := (x.requires_grad_(), weight.requires_grad_())), counts)
+    x, weight, counts = make_operands(counts, past)
+    expected = multiply_by_loop(*(inputs := (x.requires_grad_(), weight.requires_grad_())), counts)
     grad = torch.randn_like(expected) if weigh else torch.ones(1, dtype=x.dtype).expand_as(expected)
-    for product in (grouped_product, expert_product):
+    for product in (grouped_matmul, expert_product):
         value = product(x, weight, counts)
         torch.testing.assert_close(value, expected)
         torch.testing.assert_close(
@@ -95,9 +95,9 @@ def test_products(counts, past, weigh):
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_second_derivatives(counts):
-    x, weight, counts = operands(counts)
+    x, weight, counts = make_operands(counts)
     inputs = (x.requires_grad_(), weight.requires_grad_())
-    assert torch.autograd.gradgradcheck(lambda x, weight: grouped_product(x, weight, counts), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, weight: grouped_matmul(x, weight, counts), inputs)
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [2, 0, 2, 1], [1, 0, 0, 1, 0, 1], [3, 3, 1, 1]], ids=str)
@@ -107,10 +107,10 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
     """Experts with equally many rows, wherever they stand, are one product, unless torch would copy their weights."""
     bmm, batched = torch.bmm, []
     monkeypatch.setattr(torch, "bmm", lambda *args, **kwargs: batched.append(args) or bmm(*args, **kwargs))
-    x, weight, counts = operands(counts, dtype=dtype)
+    x, weight, counts = make_operands(counts, dtype=dtype)
     weight = weight.mT.contiguous().mT if transposed else weight
     used = [(expert, count) for expert, count in enumerate(counts.tolist()) if count]
-    torch.testing.assert_close(product_by_expert(x, weight, used), by_loop(x, weight, counts))
+    torch.testing.assert_close(multiply_by_expert(x, weight, used), multiply_by_loop(x, weight, counts))
     equal = sum(first == second for (_, first), (_, second) in zip(used[::2], used[1::2], strict=False))
     assert len(batched) == (0 if transposed and dtype == torch.bfloat16 else equal)
 
@@ -123,13 +123,13 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
 )
 def test_chunks(counts, threads, row_work, most_rows):
     """Every expert that has rows is in one batch, with room for them; batches and chunks follow each other."""
-    batches = batches_of(counts, row_work, threads, most_rows)
+    batches = make_batches(counts, row_work, threads, most_rows)
     inside = [expert for batch in batches for expert in range(len(counts))[batch.experts]]
     assert inside == [expert for expert, count in enumerate(counts) if count]
     for batch in batches:
-        assert batch.width == max(counts[batch.experts])
-        assert batch.number == 1 or batch.number * batch.width <= most_rows
-    chunks = chunks_of(batches, most_rows)
+        assert batch.rows_per_expert == max(counts[batch.experts])
+        assert batch.num_experts == 1 or batch.num_experts * batch.rows_per_expert <= most_rows
+    chunks = make_chunks(batches, most_rows)
     assert [batch for chunk in chunks for batch in chunk] == batches
     stops = [0, *(batch.stop for batch in batches)]
     assert [batch.start for batch in batches] == stops[:-1]
@@ -156,22 +156,22 @@ def test_chunks(counts, threads, row_work, most_rows):
 )
 def test_batches(counts, threads, expected):
     """Neighbours with equally many rows, or nearly so, are one product."""
-    made = batches_of(counts, 1 << 19, threads, most_rows=1000)
+    made = make_batches(counts, 1 << 19, threads, max_rows=1000)
     assert [list(range(len(counts))[batch.experts]) for batch in made] == expected
 
 
 @pytest.mark.parametrize(("threads", "numbers"), [(1, [1, 1, 3]), (2, [1, 1, 2, 1])])
 def test_small_networks_get_little_padding(threads, numbers):
     """However little its multiplications cost: a row of padding is moved and activated too."""
-    made = batches_of([100, 60, 100, 90, 95], 8, threads, most_rows=1000)
-    assert [batch.number for batch in made] == numbers
+    made = make_batches([100, 60, 100, 90, 95], 8, threads, max_rows=1000)
+    assert [batch.num_experts for batch in made] == numbers
 
 
 @pytest.mark.parametrize("padding", [0, 1 << 20], ids=["alone", "batched"])
-def test_an_infinite_gradient_concerns_its_expert_only(padding, monkeypatch):
+def test_infinite_gradient_affects_one_expert(padding, monkeypatch):
     """Nor do rows that are padding carry it to others."""
-    monkeypatch.setattr(batches, "PADDING", padding)
-    monkeypatch.setattr(batches, "FREE_ROWS", 0)
+    monkeypatch.setattr(batches, "PADDING_WORK", padding)
+    monkeypatch.setattr(batches, "FREE_PADDING_ROWS", 0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 1), experts=Experts(8, 4, 16))
     x = torch.randn(1, 23, 8)
     expert = layer.gate(x).expert[0]
@@ -187,8 +187,8 @@ def test_an_infinite_gradient_concerns_its_expert_only(padding, monkeypatch):
 
 def test_threads_may_change_between_forward_and_backward(monkeypatch):
     """The backward reads what the forward kept, in the layout of the forward."""
-    monkeypatch.setattr(batches, "CHUNK", 1)
-    monkeypatch.setattr(batches, "PADDING", 1 << 20)
+    monkeypatch.setattr(batches, "MAX_CHUNK_BYTES", 1)
+    monkeypatch.setattr(batches, "PADDING_WORK", 1 << 20)
     layer = MoE(16, 5, gate=TopKGating(16, 5, 2))
     x, grad = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
     leaves = [x, *layer.parameters()]
@@ -217,4 +217,4 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch):
 def test_operands_of_a_grouped_product_that_do_not_fit(rows, weight, counts, message):
     counts = None if counts is None else torch.tensor(counts)
     with pytest.raises(ValueError, match=message):
-        grouped_product(torch.randn(rows), torch.randn(weight), counts)
+        grouped_matmul(torch.randn(rows), torch.randn(weight), counts)

@@ -15,8 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, quantize
 from mixture_of_experts.dispatch.decision import decision_on
-from mixture_of_experts.ops import ClampedSwiGLU, bits4, bits8
-from mixture_of_experts.parallel.style import stacked_names
+from mixture_of_experts.ops import ClampedSwiGLU, int4, int8
+from mixture_of_experts.parallel.style import find_sharded_names
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 from mixture_of_experts.summary import summary
 from mixture_of_experts.unstack import unstack
@@ -36,7 +36,7 @@ LAYERS: dict[str, Any] = {
 }
 
 
-def frozen(name: str, dtype: torch.dtype = torch.float32, bits: int = 8) -> Any:
+def make_frozen_layer(name: str, dtype: torch.dtype = torch.float32, bits: int = 8) -> Any:
     torch.manual_seed(0)
     layer = LAYERS[name](bits).to(dtype)
     layer.experts.requires_grad_(False)
@@ -45,13 +45,13 @@ def frozen(name: str, dtype: torch.dtype = torch.float32, bits: int = 8) -> Any:
     return layer
 
 
-def quantised(layer: Any, bits: Any) -> Any:
+def quantize_layer(layer: Any, bits: Any) -> Any:
     return quantize_experts(layer, bits, group=GROUP)
 
 
-def unpacked(experts: QuantizedExperts, number: str) -> Tensor:
+def unpack_experts(experts: QuantizedExperts, number: str) -> Tensor:
     """The weights that are stored, by the definition: every number is looked up in the bytes."""
-    p, q = experts.like(f"w{number}").shape[-2:]
+    p, q = experts.placeholder_weight(f"w{number}").shape[-2:]
     packed, scale = (getattr(experts, f"w{number}_{part}") for part in ("packed", "scale"))
     i, o = torch.arange(p).unsqueeze(1), torch.arange(q)
     if experts.bits == 8:
@@ -64,15 +64,15 @@ def unpacked(experts: QuantizedExperts, number: str) -> Tensor:
     return ((levels - 8) * step + zero) * scale.double().unsqueeze(-2)
 
 
-def rounded(layer: Any, bits: int) -> Any:
+def round_layer(layer: Any, bits: int) -> Any:
     """The layer with its weights as few bits store them, in experts of the plain class."""
-    small, layer = quantised(copy.deepcopy(layer), bits), copy.deepcopy(layer)
+    small, layer = quantize_layer(copy.deepcopy(layer), bits), copy.deepcopy(layer)
     for number in "132" if small.experts.gated else "12":
-        getattr(layer.experts, f"w{number}").copy_(unpacked(small.experts, number))
+        getattr(layer.experts, f"w{number}").copy_(unpack_experts(small.experts, number))
     return layer
 
 
-def run(layer: Any, x: Tensor) -> list[Tensor]:
+def run_layer(layer: Any, x: Tensor) -> list[Tensor]:
     """Output, loss, and the gradients of tokens and routers."""
     x = x.clone().requires_grad_()
     out, loss = layer(x)
@@ -84,44 +84,44 @@ def run(layer: Any, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_it_computes_with_rounded_weights(name, bits):
     """Outputs and gradients are those of plain experts with the rounded weights, and near those of the own ones."""
-    layer, x = frozen(name, torch.float64, bits), torch.randn(2, 9, DIM, dtype=torch.float64)
-    small, wanted = quantised(copy.deepcopy(layer), bits), rounded(layer, bits)
+    layer, x = make_frozen_layer(name, torch.float64, bits), torch.randn(2, 9, DIM, dtype=torch.float64)
+    small, wanted = quantize_layer(copy.deepcopy(layer), bits), round_layer(layer, bits)
     for number in "132" if small.experts.gated else "12":
         scale = getattr(small.experts, f"w{number}_scale")
         assert scale.equal(scale.to(torch.bfloat16).double())
     assert not list(small.experts.parameters())
-    for found, expected in zip(run(small, x), run(wanted, x), strict=True):
+    for found, expected in zip(run_layer(small, x), run_layer(wanted, x), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # numbers are unpacked in float32
-    for found, expected in zip(run(small, x), run(layer, x), strict=True):
+    for found, expected in zip(run_layer(small, x), run_layer(layer, x), strict=True):
         assert (found - expected).norm() <= {8: 0.03, 4: 0.3}[bits] * expected.norm()
     slots = torch.randn(*small.experts.expert_dims, 3, DIM, dtype=torch.float64)
     torch.testing.assert_close(small.experts(slots), wanted.experts(slots), rtol=1e-5, atol=1e-6)
 
 
 def test_8_bits_round_to_the_nearest_step():
-    layer = frozen("bias, odd sizes", torch.float64)
-    small = quantised(copy.deepcopy(layer), 8)
+    layer = make_frozen_layer("bias, odd sizes", torch.float64)
+    small = quantize_layer(copy.deepcopy(layer), 8)
     for number in "12":
         scale = getattr(small.experts, f"w{number}_scale").unsqueeze(-2)
-        weight, found = getattr(layer.experts, f"w{number}") / scale, unpacked(small.experts, number) / scale
+        weight, found = getattr(layer.experts, f"w{number}") / scale, unpack_experts(small.experts, number) / scale
         steps = (weight.amax(dim=-1, keepdim=True) - weight.amin(dim=-1, keepdim=True)) / 255
         assert ((found - weight).abs() <= 0.501 * steps).all()
 
 
 @pytest.mark.parametrize(("group", "error"), [(32, 0.080), (64, 0.091), (128, 0.101), (256, 0.111)])
-def test_4_bits_round_to_what_errs_less(group, error):
+def test_4_bits_round_to_smaller_error(group, error):
     """Of levels from the smallest number to the largest of a group, and levels around 0; of normal numbers, and of
     numbers of one sign, and with one that is far from the others, in which both ways occur."""
     weight = torch.randn(2, 512, 70)
     weight[:, :, 10:20].abs_()
     weight[:, ::group, 20:40] *= 3
-    stored = quantize.pack(weight, 4, group)
+    stored = quantize.pack_stack(weight, 4, group)
     small = QuantizedExperts.__new__(QuantizedExperts)
     nn.Module.__init__(small)
     small.expert_dims = (2,)
     for name, value in stored.items():
         small.register_buffer(f"w1_{name}", value)
-    found, scale = unpacked(small, "1"), stored["scale"].double().unsqueeze(-2)
+    found, scale = unpack_experts(small, "1"), stored["scale"].double().unsqueeze(-2)
     normal = slice(40, None)
     assert (found - weight)[..., normal].norm() <= error * weight[..., normal].norm()
 
@@ -144,8 +144,8 @@ def test_4_bits_round_to_what_errs_less(group, error):
 @torch.no_grad()
 def test_one_token_and_few_rows_are_computed_as_many(name, dtype, bits):
     """Whether the bytes are multiplied directly, row by row or expert by expert, or are unpacked first."""
-    layer = frozen(name, dtype, bits).eval()
-    small, wanted = quantised(copy.deepcopy(layer), bits), rounded(layer, bits)
+    layer = make_frozen_layer(name, dtype, bits).eval()
+    small, wanted = quantize_layer(copy.deepcopy(layer), bits), round_layer(layer, bits)
     for tokens in (1, 2, 9, 240):
         x = torch.randn(1, tokens, DIM, dtype=dtype)
         found, expected = small(x)[0], wanted(x)[0]
@@ -160,9 +160,11 @@ def test_one_token_and_few_rows_are_computed_as_many(name, dtype, bits):
 def test_products_by_expert(counts, bits, monkeypatch):
     """Of experts with few rows, many and none, also in parts; rows past the last expert's give 0."""
     weight, counts = torch.randn(3, 512, 70), torch.tensor(counts)
-    stored = quantize.pack(weight, bits, 128)
+    stored = quantize.pack_stack(weight, bits, 128)
     packed, groups, scale = (stored.get(name) for name in ("packed", "groups", "scale"))
-    parts = [list(quantize.unpack(packed[i], groups if groups is None else groups[i], scale[i])) for i in range(3)]
+    parts = [
+        list(quantize.iter_unpacked(packed[i], groups if groups is None else groups[i], scale[i])) for i in range(3)
+    ]
     whole = torch.stack([torch.cat([part for _, part in of]) for of in parts]).double() * scale.unsqueeze(1).double()
     expert = torch.arange(3).repeat_interleave(counts)
     for dtype, limit in ((torch.float64, 1e-6), (torch.float32, 5e-3 if bits == 4 else 1e-5), (torch.bfloat16, 1e-2)):
@@ -172,8 +174,8 @@ def test_products_by_expert(counts, bits, monkeypatch):
             wanted = torch.cat(
                 [torch.bmm(x[:-2].double().unsqueeze(1), of[expert]).squeeze(1), of.new_zeros(2, of.shape[2])]
             )
-            for most in (quantize.UNPACKED, 256 * 70):
-                monkeypatch.setattr(quantize, "UNPACKED", most)
+            for most in (quantize.MAX_UNPACKED_NUMEL, 256 * 70):
+                monkeypatch.setattr(quantize, "MAX_UNPACKED_NUMEL", most)
                 found = quantize.rows_by_packed(x, packed, groups, scale, counts, back)
                 assert found.dtype == dtype
                 assert (found - wanted).norm() <= limit * wanted.norm()
@@ -182,17 +184,17 @@ def test_products_by_expert(counts, bits, monkeypatch):
 @pytest.mark.parametrize("bits", BITS)
 def test_on_the_meta_device_shapes_are_those_of_numbers(bits):
     weight = torch.randn(2, 128, 70)
-    whole, empty = (quantize.pack(each, bits, 128) for each in (weight, weight.to("meta")))
+    whole, empty = (quantize.pack_stack(each, bits, 128) for each in (weight, weight.to("meta")))
     assert {name: part.shape for name, part in empty.items()} == {name: part.shape for name, part in whole.items()}
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_gradients_of_any_order(bits):
-    counts, stored = torch.tensor([2, 0, 1]), quantize.pack(torch.randn(3, 32, 3), bits, 32)
+    counts, stored = torch.tensor([2, 0, 1]), quantize.pack_stack(torch.randn(3, 32, 3), bits, 32)
     stored = [stored.get(name) for name in ("packed", "groups", "scale")]
     for back, width in ((False, 32), (True, 3)):
         x = torch.randn(4, width, dtype=torch.float64, requires_grad=True)  # the last row is nobody's
-        function = lambda x: quantize._ByPacked.apply(x, *stored, counts, back).square()  # noqa: B023, E731
+        function = lambda x: quantize._PackedMatmul.apply(x, *stored, counts, back).square()  # noqa: B023, E731
         assert not function(x)[3:].any()
         torch.autograd.gradcheck(function, x)
         torch.autograd.gradgradcheck(function, x)
@@ -202,8 +204,8 @@ def test_gradients_of_any_order(bits):
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own, of vmap
 def test_transforms(bits):
     """Of torch.func."""
-    layer, x = frozen("gated", torch.float64), torch.randn(3, 1, 2, DIM, dtype=torch.float64)
-    small, wanted = quantised(copy.deepcopy(layer), bits).eval(), rounded(layer, bits).eval()
+    layer, x = make_frozen_layer("gated", torch.float64), torch.randn(3, 1, 2, DIM, dtype=torch.float64)
+    small, wanted = quantize_layer(copy.deepcopy(layer), bits).eval(), round_layer(layer, bits).eval()
     for transform in (torch.func.jacrev, torch.vmap, lambda of: torch.vmap(torch.func.grad(lambda x: of(x).sum()))):
         one = x if transform is torch.vmap else x[0] if transform is torch.func.jacrev else x
         found, expected = (transform(lambda x, each=each: each(x)[0])(one) for each in (small, wanted))
@@ -217,7 +219,7 @@ def test_float16_has_the_range_of_its_weights(bits):
     layer = MoE(DIM, gate=TopKGating(DIM, 6), experts=Experts(DIM, 6, 64, activation=nn.ReLU))
     layer.experts.requires_grad_(False).w1.mul_(0.02)
     layer.eval().half()
-    small, wanted = quantised(copy.deepcopy(layer), bits), rounded(layer, bits)
+    small, wanted = quantize_layer(copy.deepcopy(layer), bits), round_layer(layer, bits)
     for tokens in (3, 90):
         x = (torch.randn(1, tokens, DIM) * 15000).half().requires_grad_()
         found, expected = small(x)[0], wanted(x)[0]
@@ -231,33 +233,33 @@ def test_float16_has_the_range_of_its_weights(bits):
 @pytest.mark.parametrize("largest", [65400.0, 1e-6])
 def test_scales_lie_in_the_range_of_float16(largest, bits):
     weight = torch.rand(1, 32, 5).index_fill_(1, torch.tensor(0), 1).mul_(largest).half()
-    stored = quantize.pack(weight, bits, 32)
+    stored = quantize.pack_stack(weight, bits, 32)
     assert stored["scale"].isfinite().all()
     groups = stored["groups"][0] if bits == 4 else None
-    (_, found), *_ = quantize.unpack(stored["packed"][0], groups, stored["scale"][0])
+    (_, found), *_ = quantize.iter_unpacked(stored["packed"][0], groups, stored["scale"][0])
     assert (found * stored["scale"] - weight).abs().max() <= {8: 0.01, 4: 0.05}[bits] * largest
 
 
 def test_sizes_of_one():
     for p, q in ((1, 3), (1, 1), (3, 1)):
         weight = torch.randn(2, p, q)
-        packed, scale = quantize.pack(weight).values()
+        packed, scale = quantize.pack_stack(weight).values()
         for expert in range(2):
-            found = bits8.unpack(packed[expert]) * scale[expert]
+            found = int8.unpack_matrix(packed[expert]) * scale[expert]
             torch.testing.assert_close(found, weight[expert], atol=0.05, rtol=0.05)
-            torch.testing.assert_close(found, bits8.unpack(packed)[expert] * scale[expert])
+            torch.testing.assert_close(found, int8.unpack_matrix(packed)[expert] * scale[expert])
 
 
 @pytest.mark.parametrize("bits", BITS)
 @torch.no_grad()
 def test_defaults_of_the_caller(bits):
     """Default dtype and device neither hide torch's operators, while this is imported, nor reach a call."""
-    small, x = quantised(frozen("gated"), bits).eval(), torch.randn(1, 9, DIM)
+    small, x = quantize_layer(make_frozen_layer("gated"), bits).eval(), torch.randn(1, 9, DIM)
     wanted = [small(x[:, :n])[0] for n in (1, 9)]
     torch.set_default_dtype(torch.float64)
     with torch.device("meta"):
-        assert bits8.has_operators.__wrapped__()
-        assert bits4.block_of_cpu.__wrapped__() == bits4.block_of_cpu()
+        assert int8.has_packed_row_operators.__wrapped__()
+        assert int4.find_cpu_block.__wrapped__() == int4.find_cpu_block()
         assert all(small(x[:, :n])[0].equal(out) for n, out in zip((1, 9), wanted, strict=True))
 
 
@@ -270,7 +272,7 @@ def test_an_activation_with_weights(dtype, autocast, bits):
     layer = MoE(DIM, gate=TopKGating(DIM, 6), experts=Experts(DIM, 6, 64, activation=nn.PReLU)).eval()
     layer.experts.requires_grad_(False)
     layer.to(dtype)
-    small, wanted = quantised(copy.deepcopy(layer), bits), rounded(layer, bits)
+    small, wanted = quantize_layer(copy.deepcopy(layer), bits), round_layer(layer, bits)
     for tokens in (1, 30):
         x = torch.randn(1, tokens, DIM, dtype=dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
@@ -280,16 +282,16 @@ def test_an_activation_with_weights(dtype, autocast, bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_copies_casts_states_checkpoints_and_autocast(bits):
-    small, x = quantised(frozen("gated"), bits), torch.randn(2, 9, DIM)
-    wanted = run(small, x)
-    again = run(copy.deepcopy(small), x)
-    other = quantised(frozen("gated"), bits)
+    small, x = quantize_layer(make_frozen_layer("gated"), bits), torch.randn(2, 9, DIM)
+    wanted = run_layer(small, x)
+    again = run_layer(copy.deepcopy(small), x)
+    other = quantize_layer(make_frozen_layer("gated"), bits)
     for buffer in other.experts.buffers():
         buffer.zero_()
     other.load_state_dict(small.state_dict())
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "experts.w1"'):
-        frozen("gated").load_state_dict(small.state_dict())
-    for found in (again, run(other, x), run(checkpoint_wrapper(small), x)):
+        make_frozen_layer("gated").load_state_dict(small.state_dict())
+    for found in (again, run_layer(other, x), run_layer(checkpoint_wrapper(small), x)):
         assert all(one.equal(same) for one, same in zip(found, wanted, strict=True))
     for dtype in (torch.bfloat16, torch.float16):
         cast = copy.deepcopy(small).to(dtype)
@@ -308,10 +310,10 @@ def test_dead_channels_and_dropout(bits):
     experts = Experts(DIM, 2, 64, dropout=0.5).requires_grad_(False)
     experts.w1[0, :, 3] = 0
     experts.w2[0, 3] = 0
-    layer = quantised(MoE(DIM, 2, experts=experts), bits)
-    assert not unpacked(layer.experts, "1")[0, :, 3].any()
+    layer = quantize_layer(MoE(DIM, 2, experts=experts), bits)
+    assert not unpack_experts(layer.experts, "1")[0, :, 3].any()
     if bits == 8:  # where a row has steps of its own
-        assert not unpacked(layer.experts, "2")[0, 3].any()
+        assert not unpack_experts(layer.experts, "2")[0, 3].any()
     x = torch.randn(1, 20, DIM)
     assert not layer(x)[0].equal(layer(x)[0])
     layer.eval()
@@ -320,28 +322,28 @@ def test_dead_channels_and_dropout(bits):
 
 @pytest.mark.parametrize("bits", BITS)
 def test_it_is_counted_as_it_was(bits):
-    layer = frozen("bias, odd sizes", bits=bits)
+    layer = make_frozen_layer("bias, odd sizes", bits=bits)
     before = summary(layer)
     biases = sum(bias.numel() for bias in (layer.experts.b1, layer.experts.b2))
-    assert summary(quantised(layer, bits)).parameters == before.parameters - biases
-    layer = frozen("gated")
+    assert summary(quantize_layer(layer, bits)).parameters == before.parameters - biases
+    layer = make_frozen_layer("gated")
     before = summary(layer)
-    assert str(summary(quantised(layer, bits))) == str(before)
+    assert str(summary(quantize_layer(layer, bits))) == str(before)
 
 
-def test_what_it_cannot_quantise():
-    small, two = quantize_experts(frozen("gated")), nn.ModuleList([frozen("gated"), MoE(DIM, 4)])
-    broken: list[Any] = [frozen("gated"), frozen("gated")]
+def test_rejects_unsupported_experts():
+    small, two = quantize_experts(make_frozen_layer("gated")), nn.ModuleList([make_frozen_layer("gated"), MoE(DIM, 4)])
+    broken: list[Any] = [make_frozen_layer("gated"), make_frozen_layer("gated")]
     for layer, number in zip(broken, (torch.nan, -torch.inf), strict=True):
         layer.experts.w2[0, 1, 2] = number
     for model, error in (
         (MoE(DIM, 4), r"experts.w1 is trainable, 8 bits are not: call requires_grad_\(False\)"),
         (two, r"1.experts.w1 is trainable"),
-        (frozen("gated").to("meta"), r"experts\.w1 is on the meta device"),
+        (make_frozen_layer("gated").to("meta"), r"experts\.w1 is on the meta device"),
         *((layer, r"experts.w2 has numbers that are not finite") for layer in broken),
         (nn.Linear(2, 2), r"has no stacked experts \(Experts, GatedExperts\), but no experts at all: unstack"),
         (small, r"has no stacked .*, but QuantizedExperts: unstack.* from few bits nothing goes"),
-        (unstack(frozen("gated")), "has no stacked .*, but UnstackedExperts: unstack"),
+        (unstack(make_frozen_layer("gated")), "has no stacked .*, but UnstackedExperts: unstack"),
         (Experts(DIM, 4).requires_grad_(False), "give the layer or model around"),
         ("a model", "model must be a model"),
     ):
@@ -351,15 +353,15 @@ def test_what_it_cannot_quantise():
     with pytest.raises(ValueError, match=r"has no stacked experts .* but QuantizedExperts"):
         unstack(small)
     with pytest.raises(ValueError, match=r"has no parameter stacked .*few bits have no parameters to spread"):
-        stacked_names(small.experts, (4,), ())
+        find_sharded_names(small.experts, (4,), ())
     for given in ((), (torch.tensor([1, 0]),)):
         with pytest.raises(ValueError, match=r"of 6 experts reads slots of shape \(6, s, 32\), got \(2, 32\)"):
             small.experts(torch.randn(2, DIM), *given)
 
 
-def test_what_4_bits_cannot_quantise():
+def test_rejects_unsupported_4_bit_weights():
     """A refused call changes nothing."""
-    model = nn.ModuleList([frozen("gated"), frozen("bias, odd sizes")])
+    model = nn.ModuleList([make_frozen_layer("gated"), make_frozen_layer("bias, odd sizes")])
     for given, error in (
         (dict(bits=4), r"0\.experts has dim=32, in 4 bits a multiple of group=64: give a smaller .*alone, to 8 bits"),
         (dict(bits=4, group=32), r"1\.experts has hidden_dim=37, in 4 bits a multiple of group=32"),
@@ -380,7 +382,7 @@ def test_what_4_bits_cannot_quantise():
 @pytest.mark.parametrize("name", ["gated", "two levels", "bias, odd sizes"])
 def test_a_function_chooses_the_numbers(name, dtype):
     """What it returns is what is stored, to the bit; where it returns None, experts are those without a function."""
-    model, seen, wanted = nn.ModuleList([frozen(name, dtype, 4)]), {}, {}
+    model, seen, wanted = nn.ModuleList([make_frozen_layer(name, dtype, 4)]), {}, {}
 
     def choose(stack, expert, weight):
         seen[stack, expert] = weight.clone()
@@ -392,12 +394,16 @@ def test_a_function_chooses_the_numbers(name, dtype):
         wanted[stack, expert] = ((levels - 8) * step.bfloat16().double() + zero.bfloat16().double()).flatten(0, 1)
         return levels, step, zero
 
-    before, nearest = copy.deepcopy(model[0].experts), quantised(frozen(name, dtype, 4), 4).experts
+    before, nearest = copy.deepcopy(model[0].experts), quantize_layer(make_frozen_layer(name, dtype, 4), 4).experts
     experts = quantize_experts(model, 4, group=GROUP, rounding=choose)[0].experts
     for number in "132" if experts.gated else "12":
         found, plain, stack = (
             weight.view(6, -1, weight.shape[-1])
-            for weight in (unpacked(experts, number), unpacked(nearest, number), getattr(before, f"w{number}"))
+            for weight in (
+                unpack_experts(experts, number),
+                unpack_experts(nearest, number),
+                getattr(before, f"w{number}"),
+            )
         )
         for i in range(6):
             given = seen.pop((f"0.experts.w{number}", i))
@@ -405,13 +411,13 @@ def test_a_function_chooses_the_numbers(name, dtype):
             assert given.flatten(0, 1).equal(stack[i].float())
             assert found[i].equal(plain[i] if i == 2 else wanted[f"0.experts.w{number}", i])
     assert not seen
-    kept = quantize_experts(frozen(name, dtype, 4), 4, group=GROUP, rounding=lambda *_: None).experts
+    kept = quantize_experts(make_frozen_layer(name, dtype, 4), 4, group=GROUP, rounding=lambda *_: None).experts
     assert all(value.equal(buffer) for value, buffer in zip(kept.buffers(), nearest.buffers(), strict=True))
 
 
-def test_what_a_function_must_return():
+def test_rejects_wrong_gate_function_results():
     """A wrong answer for the last of all matrices changes nothing."""
-    model = nn.ModuleList([frozen("gated"), frozen("gated")])
+    model = nn.ModuleList([make_frozen_layer("gated"), make_frozen_layer("gated")])
     before = copy.deepcopy(model.state_dict())
 
     def choose(stack, expert, weight, answer=None):
@@ -446,73 +452,73 @@ def test_what_a_function_must_return():
 @torch.no_grad()
 def test_blocks_of_another_machine():
     """Bytes in any blocks stand for the same numbers; a state is put into the blocks of the experts that load it."""
-    small, x = quantised(frozen("gated"), 4).eval(), torch.randn(1, 9, DIM)
-    wanted = [unpacked(small.experts, number) for number in "132"]
+    small, x = quantize_layer(make_frozen_layer("gated"), 4).eval(), torch.randn(1, 9, DIM)
+    wanted = [unpack_experts(small.experts, number) for number in "132"]
     of_cpu = small.experts.settings()["block"]
     for block in (2, 32, 64):
         other = copy.deepcopy(small)
-        other.experts = QuantizedExperts(frozen("gated").experts, 4, GROUP, block)
+        other.experts = QuantizedExperts(make_frozen_layer("gated").experts, 4, GROUP, block)
         assert other.experts.settings() == {"bits": 4, "group": GROUP, "block": block}
-        assert all(unpacked(other.experts, n).equal(weight) for n, weight in zip("132", wanted, strict=True))
+        assert all(unpack_experts(other.experts, n).equal(weight) for n, weight in zip("132", wanted, strict=True))
         torch.testing.assert_close(other(x)[0], small(x)[0], rtol=0, atol=0.01)
-        again = quantised(frozen("gated"), 4)
+        again = quantize_layer(make_frozen_layer("gated"), 4)
         for buffer in again.experts.buffers():
             buffer.zero_()
         again.load_state_dict(other.state_dict())
-        other.experts.rearrange()
+        other.experts.repack()
         for each in (again, other):
             assert each.experts.settings()["block"] == of_cpu
-            assert all(unpacked(each.experts, n).equal(weight) for n, weight in zip("132", wanted, strict=True))
+            assert all(unpack_experts(each.experts, n).equal(weight) for n, weight in zip("132", wanted, strict=True))
 
 
 @pytest.mark.parametrize("bits", BITS)
 @torch.no_grad()
 def test_torchs_operators_are_checked(monkeypatch, bits):
     """What is absent or computes something else is not called."""
-    assert bits8.has_operators()
+    assert int8.has_packed_row_operators()
     x, wrong = torch.randn(1, 9, DIM), lambda *_: torch._no_such_operator  # type: ignore[attr-defined]
-    small = quantised(frozen("gated"), bits).eval()
-    wanted = rounded(frozen("gated"), bits).eval()(x)[0]
-    sums, whole, mm, to_pack = bits8.sum_of_packed_rows, bits8.unpacked_rows, bits4.product_of_int4, bits4.int4_packed
+    small = quantize_layer(make_frozen_layer("gated"), bits).eval()
+    wanted = round_layer(make_frozen_layer("gated"), bits).eval()(x)[0]
+    sums, whole, mm, to_pack = int8.sum_packed_rows, int8.unpack_rows, int4.multiply_int4, int4.pack_int4
     for form, name, other in (
-        (bits8, "sum_of_packed_rows", lambda *given: sums(*given) * 1.02),
-        (bits8, "unpacked_rows", lambda packed: whole(packed) + 0.01),
-        (bits8, "sum_of_packed_rows", wrong),
-        (bits8, "unpacked_rows", wrong),
-        (bits4, "product_of_int4", lambda *given: mm(*given) * 1.05),
-        (bits4, "product_of_int4", wrong),
-        (bits4, "int4_packed", lambda levels: to_pack(levels).flip(0)),
-        (bits4, "int4_packed", wrong),
+        (int8, "sum_packed_rows", lambda *given: sums(*given) * 1.02),
+        (int8, "unpack_rows", lambda packed: whole(packed) + 0.01),
+        (int8, "sum_packed_rows", wrong),
+        (int8, "unpack_rows", wrong),
+        (int4, "multiply_int4", lambda *given: mm(*given) * 1.05),
+        (int4, "multiply_int4", wrong),
+        (int4, "pack_int4", lambda levels: to_pack(levels).flip(0)),
+        (int4, "pack_int4", wrong),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(form, name, other)
-            if form is bits8:
-                assert not bits8.has_operators.__wrapped__()
+            if form is int8:
+                assert not int8.has_packed_row_operators.__wrapped__()
             else:
-                assert bits4.block_of_cpu.__wrapped__() == bits4.PLAIN
-    monkeypatch.setattr(bits8, "has_operators", lambda: False)
-    monkeypatch.setattr(bits4, "block_of_cpu", lambda: bits4.PLAIN)
-    for form, name in ((bits8, "sum_of_packed_rows"), (bits8, "unpacked_rows"), (bits4, "product_of_int4")):
+                assert int4.find_cpu_block.__wrapped__() == int4.PORTABLE_BLOCK
+    monkeypatch.setattr(int8, "has_packed_row_operators", lambda: False)
+    monkeypatch.setattr(int4, "find_cpu_block", lambda: int4.PORTABLE_BLOCK)
+    for form, name in ((int8, "sum_packed_rows"), (int8, "unpack_rows"), (int4, "multiply_int4")):
         monkeypatch.setattr(form, name, wrong)
-    for each in (small, quantised(frozen("gated"), bits).eval()):
+    for each in (small, quantize_layer(make_frozen_layer("gated"), bits).eval()):
         torch.testing.assert_close(each(x)[0], wanted)
 
 
-def test_a_product_in_parts_for_more_threads(monkeypatch):
-    packed, x, expert = quantize.pack(torch.randn(3, 6, 5))["packed"], torch.randn(2, 6), torch.tensor([2, 0])
-    wanted = torch.stack([row @ bits8.unpack(packed[e]) for row, e in zip(x, expert.tolist(), strict=True)])
+def test_split_product_uses_more_threads(monkeypatch):
+    packed, x, expert = quantize.pack_stack(torch.randn(3, 6, 5))["packed"], torch.randn(2, 6), torch.tensor([2, 0])
+    wanted = torch.stack([row @ int8.unpack_matrix(packed[e]) for row, e in zip(x, expert.tolist(), strict=True)])
     for threads in (1, 3, 4, 7, 64):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        torch.testing.assert_close(bits8.few(x, packed, expert), wanted)
+        torch.testing.assert_close(int8.multiply_rows(x, packed, expert), wanted)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.slow
 def test_compiled(bits):
-    small, x = quantised(frozen("gated"), bits), torch.randn(2, 9, DIM)
+    small, x = quantize_layer(make_frozen_layer("gated"), bits), torch.randn(2, 9, DIM)
     torch._dynamo.reset()
     for found, wanted in zip(
-        run(torch.compile(small, fullgraph=True, backend="aot_eager"), x), run(small, x), strict=True
+        run_layer(torch.compile(small, fullgraph=True, backend="aot_eager"), x), run_layer(small, x), strict=True
     ):
         torch.testing.assert_close(found, wanted)
     counter, small = torch._dynamo.testing.CompileCounter(), small.eval()
@@ -525,7 +531,7 @@ def test_compiled(bits):
 
 
 @pytest.mark.slow
-def test_the_import_computes_nothing():
+def test_import_is_lazy():
     """Nor does a call under fake tensors, which have no numbers."""
     code = """
 import torch
@@ -535,6 +541,7 @@ with FakeTensorMode():
     from mixture_of_experts import quantize
     moe = MoE(8, 4)
     moe.requires_grad_(False)
-assert quantize.bits8.has_operators.cache_info().currsize == quantize.bits4.block_of_cpu.cache_info().currsize == 0
+assert quantize.bits8.has_packed_row_operators.cache_info().currsize ==
+quantize.bits4.find_cpu_block.cache_info().currsize == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True)

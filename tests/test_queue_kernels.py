@@ -17,7 +17,7 @@ from mixture_of_experts.kernels import launching
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 
-def queue_in_line(
+def queue_by_loop(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
     """What the operator of this name returns, by a loop."""
@@ -34,28 +34,28 @@ def queue_in_line(
 
 
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tuple]]:
+def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tuple]]:
     """Takes the place of the kernels, on a device that has some; returns the calls."""
 
-    def take_place(kernel: Kernel = queue_in_line) -> list[tuple]:
+    def take_place(kernel: Kernel = queue_by_loop) -> list[tuple]:
         calls, module = [], ModuleType("mixture_of_experts.kernels.queueing")
-        module.queue_in_line = lambda *args: calls.append(args) or kernel(*args)
+        module.queue_assignments = lambda *args: calls.append(args) or kernel(*args)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(queues, "has_kernels", lambda device: True)
-        monkeypatch.setattr(queues.CHECK, "verdicts", {})
+        monkeypatch.setattr(queues, "can_launch_kernels", lambda device: True)
+        monkeypatch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {})
         return calls
 
     return take_place
 
 
-def made_up(shape: tuple[int, ...] = (2, 3, 7), k: int = 2, e: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def make_choices(shape: tuple[int, ...] = (2, 3, 7), k: int = 2, e: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Experts `(..., n k)`, which of them are chosen, and scores `(..., n)`."""
     torch.manual_seed(0)
     expert = torch.randint(e, (*shape[:-1], shape[-1] * k))
     return expert, torch.rand(expert.shape) < 0.6, torch.rand(shape)
 
 
-def same(found: Queues, wanted: Queues, chosen: Tensor | None) -> bool:
+def assert_same(found: Queues, wanted: Queues, chosen: Tensor | None) -> bool:
     differs = found.position != wanted.position
     return found.length.equal(wanted.length) and not (differs if chosen is None else differs & chosen).any()
 
@@ -63,13 +63,13 @@ def same(found: Queues, wanted: Queues, chosen: Tensor | None) -> bool:
 @pytest.mark.parametrize("some", [False, True], ids=["all chosen", "some chosen"])
 @pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("shape", [(2, 3, 7), (4,)], ids=["groups of routers", "no groups"])
-def test_kernels_queue_as_operators_do(stand_in, shape, priority, some):
-    expert, chosen, score = made_up(shape)
+def test_kernels_queue_as_operators_do(use_stand_in, shape, priority, some):
+    expert, chosen, score = make_choices(shape)
     chosen = chosen if some else None
     wanted = queue_up(expert, chosen, 5, 2, priority, score)
-    calls = stand_in()
+    calls = use_stand_in()
     found = queue_up(expert, chosen, 5, 2, priority, score)
-    assert same(found, wanted, chosen)
+    assert assert_same(found, wanted, chosen)
     assert (found.position.shape, found.length.shape) == (expert.shape, (*expert.shape[:-1], 5))
     assert len(calls) == 3 + 1  # of the check before the first call, and the call
     queue_up(expert, chosen, 5, 2, priority, score)
@@ -79,52 +79,52 @@ def test_kernels_queue_as_operators_do(stand_in, shape, priority, some):
     assert [given[2] is None for given in calls[:3]] == [True, True, False]
 
 
-def test_what_kernels_do_not_queue(stand_in):
-    calls = stand_in()
+def test_calls_not_queued_by_kernels(use_stand_in):
+    calls = use_stand_in()
     assert queue_up(torch.zeros(2, 0, dtype=torch.int64), None, 3, 1).length.tolist() == [[0] * 3] * 2
-    found = queue_up(torch.tensor([[1, 1]]), None, queues.MOST_EXPERTS + 1, 1)
+    found = queue_up(torch.tensor([[1, 1]]), None, queues.MAX_KERNEL_EXPERTS + 1, 1)
     assert found.position.tolist() == [[0, 1]]
     assert not calls
-    queue_up(torch.tensor([[1, 1]]), None, queues.MOST_EXPERTS, 1)
+    queue_up(torch.tensor([[1, 1]]), None, queues.MAX_KERNEL_EXPERTS, 1)
     assert calls
 
 
-def late(*args) -> tuple[Tensor, Tensor]:
-    position, length = queue_in_line(*args)
+def arrive_late(*args) -> tuple[Tensor, Tensor]:
+    position, length = queue_by_loop(*args)
     return position + 1, length
 
 
-def one_more(*args) -> tuple[Tensor, Tensor]:
-    position, length = queue_in_line(*args)
+def fail_once_more(*args) -> tuple[Tensor, Tensor]:
+    position, length = queue_by_loop(*args)
     length[-1, -1] += 1
     return position, length
 
 
-def gives_up(*args) -> tuple[Tensor, Tensor]:
+def give_up(*args) -> tuple[Tensor, Tensor]:
     raise RuntimeError("a compiler gives up")
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        late,
-        one_more,
-        gives_up,
-        lambda expert, chosen, *rest: queue_in_line(expert, None, *rest),
-        lambda expert, chosen, order, *rest: queue_in_line(expert, chosen, None, *rest),
-        lambda *args: queue_in_line(*args[:-1], False),
-        lambda *args: queue_in_line(*args[:-1], True),
+        arrive_late,
+        fail_once_more,
+        give_up,
+        lambda expert, chosen, *rest: queue_by_loop(expert, None, *rest),
+        lambda expert, chosen, order, *rest: queue_by_loop(expert, chosen, None, *rest),
+        lambda *args: queue_by_loop(*args[:-1], False),
+        lambda *args: queue_by_loop(*args[:-1], True),
     ],
     ids=["positions", "lengths", "raises", "all chosen", "no order", "by token", "by choice"],
 )
-def test_wrong_kernels_are_off(stand_in, wrong: Kernel):
-    expert, chosen, score = made_up()
+def test_wrong_kernels_are_disabled(use_stand_in, wrong: Kernel):
+    expert, chosen, score = make_choices()
     wanted = queue_up(expert, chosen, 5, 2, "score", score)
-    calls = stand_in(wrong)
+    calls = use_stand_in(wrong)
     with pytest.warns(UserWarning, match="^the Triton kernels of queues are off in this process: the"):
-        assert same(queue_up(expert, chosen, 5, 2, "score", score), wanted, chosen)
+        assert assert_same(queue_up(expert, chosen, 5, 2, "score", score), wanted, chosen)
     number = len(calls)
-    assert same(queue_up(expert, chosen, 5, 2, "score", score), wanted, chosen)
+    assert assert_same(queue_up(expert, chosen, 5, 2, "score", score), wanted, chosen)
     assert len(calls) == number <= 3
 
 
@@ -142,11 +142,11 @@ class CheckedMeanwhile(str):
 
 def test_threads_may_check_kernels_at_once(monkeypatch):
     check = launching.SelfCheck("some kernels")
-    monkeypatch.setattr(launching, "_CHECKS", [check])
-    no_memory = CheckedMeanwhile(launching.NO_MEMORY)
+    monkeypatch.setattr(launching, "_SELF_CHECKS", [check])
+    no_memory = CheckedMeanwhile(launching.OUT_OF_MEMORY)
     no_memory.check = check
     check.verdicts = {"first": no_memory, "second": None}
-    assert check.why_wrong(torch.device("cpu"), "third", lambda: None) is None
-    launching.forget_lack_of_memory()
+    assert check.failure_reason(torch.device("cpu"), "third", lambda: None) is None
+    launching.clear_out_of_memory_verdicts()
     assert {"second", "third"} <= check.verdicts.keys()
     assert "first" not in check.verdicts

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.strategies import PRIORITIES, generator
+from support.strategies import PRIORITIES, make_generator
 from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.queues import FEW, Length, queue_up, stable_order
+from mixture_of_experts.dispatch.queues import MAX_TABLE_ENTRIES, Length, queue_up, stable_order
 
 
-def by_hand(expert: list[list[int]], chosen: list[list[bool]], e: int, order: list[tuple[int, int]]):
+def queue_by_loop(expert: list[list[int]], chosen: list[list[bool]], e: int, order: list[tuple[int, int]]):
     """Positions of the chosen assignments `(n, k)` of one group, None where not chosen, and lengths of the queues."""
     length, position = [0] * e, [[None] * len(row) for row in expert]
     for token, choice in order:
@@ -21,7 +21,7 @@ def by_hand(expert: list[list[int]], chosen: list[list[bool]], e: int, order: li
     return position, length
 
 
-def order_of(priority: str, n: int, k: int, score: list[float]) -> list[tuple[int, int]]:
+def make_order(priority: str, n: int, k: int, score: list[float]) -> list[tuple[int, int]]:
     if priority == "token":
         return [(token, choice) for token in range(n) for choice in range(k)]
     tokens = sorted(range(n), key=lambda t: -score[t]) if priority == "score" else range(n)
@@ -33,21 +33,21 @@ def order_of(priority: str, n: int, k: int, score: list[float]) -> list[tuple[in
 @pytest.mark.parametrize("priority", PRIORITIES)
 def test_queues_equal_a_loop(priority, n, e, some, monkeypatch):
     """Of few assignments a table is counted, many are sorted; ONNX always counts, transforms wrap the tensors."""
-    k, gen = 2, generator(n + e)
+    k, gen = 2, make_generator(n + e)
     expert = torch.rand(2, 3, n, e, generator=gen).argsort(dim=-1)[..., :k].flatten(-2)
     chosen = torch.rand(expert.shape, generator=gen) < 0.6 if some else None
     score = torch.randint(0, 9, (2, 3, n), generator=gen) / 8
     wanted = [
-        by_hand(
+        queue_by_loop(
             expert[i, j].view(n, k).tolist(),
             (torch.ones_like(expert) if chosen is None else chosen)[i, j].view(n, k).tolist(),
             e,
-            order_of(priority, n, k, score[i, j].tolist()),
+            make_order(priority, n, k, score[i, j].tolist()),
         )
         for i in range(2)
         for j in range(3)
     ]
-    assert (expert.numel() * e > FEW) == (n == 120)
+    assert (expert.numel() * e > MAX_TABLE_ENTRIES) == (n == 120)
 
     def check(position: Tensor, length: Tensor) -> None:
         assert length.view(6, e).tolist() == [lengths for _, lengths in wanted]
@@ -66,7 +66,7 @@ def test_queues_equal_a_loop(priority, n, e, some, monkeypatch):
             return found.position, found.length
 
         check(*torch.func.vmap(one)(expert, expert > 0 if chosen is None else chosen, score))
-    monkeypatch.setattr(queues, "exporting_to_onnx", lambda: True)
+    monkeypatch.setattr(queues, "is_exporting_to_onnx", lambda: True)
     if priority != "score":  # equal scores stand in order there alone
         found = queue_up(expert, chosen, e, k, priority)
         check(found.position, found.length)
@@ -85,7 +85,7 @@ def test_more_experts_than_int16_counts():
 @pytest.mark.parametrize("descending", [False, True])
 @pytest.mark.parametrize("onnx", [False, True])
 def test_stable_order(descending, onnx, monkeypatch):
-    monkeypatch.setattr(queues, "exporting_to_onnx", lambda: onnx)
+    monkeypatch.setattr(queues, "is_exporting_to_onnx", lambda: onnx)
     values = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
     expected = [[0, 2, 1], [2, 1, 0]] if descending else [[1, 2, 0], [0, 1, 2]]
     assert stable_order(values, descending).tolist() == expected

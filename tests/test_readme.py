@@ -55,7 +55,7 @@ class Block(NamedTuple):
         return vars(module)
 
 
-def blocks_of(file: Path) -> list[Block]:
+def read_blocks(file: Path) -> list[Block]:
     text = file.read_text(encoding="utf-8")
     found = []
     for match in BLOCK.finditer(text):
@@ -66,11 +66,11 @@ def blocks_of(file: Path) -> list[Block]:
     return found
 
 
-BLOCKS = [block for file in DOCUMENTS for block in blocks_of(file)]
+BLOCKS = [block for file in DOCUMENTS for block in read_blocks(file)]
 IN_YOUR_MODEL = [block for block in BLOCKS if block.file.name == "in_your_model.md"]
 
 
-def why_not(block: Block) -> str | None:
+def skip_reason(block: Block) -> str | None:
     """Why a block cannot run on this machine."""
     if ("transformers" in block.code or "from peft" in block.code) and find_spec("transformers") is None:
         return "the extra 'hf' is not installed"
@@ -89,7 +89,7 @@ def test_python_block_runs(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     assert block.mark in (None, "cuda", "large")
-    if reason := why_not(block):
+    if reason := skip_reason(block):
         pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -100,8 +100,8 @@ def test_python_block_runs(
 
 def test_every_output_is_compared():
     """A page that says what a block prints says it in a block of text, which the test above compares."""
-    told = sum(len(re.findall("(?<!`)It prints", prose(file))) for file in DOCUMENTS)
-    assert len([block for block in BLOCKS if block.prints]) == told > 2
+    described = sum(len(re.findall("(?<!`)It prints", read_prose(file))) for file in DOCUMENTS)
+    assert len([block for block in BLOCKS if block.prints]) == described > 2
 
 
 def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
@@ -166,7 +166,7 @@ def argument_rows() -> dict[str, str]:
     return dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, re.MULTILINE))
 
 
-def default_of(parameter: inspect.Parameter) -> str:
+def get_default(parameter: inspect.Parameter) -> str:
     if parameter.default is inspect.Parameter.empty:
         return "required"
     if parameter.default is torch.nn.GELU:
@@ -174,9 +174,9 @@ def default_of(parameter: inspect.Parameter) -> str:
     return repr(parameter.default)
 
 
-def test_table_of_arguments_matches_the_signature():
+def test_argument_table_matches_signature():
     parameters = inspect.signature(MoE).parameters
-    assert argument_rows() == {name: default_of(parameter) for name, parameter in parameters.items()}
+    assert argument_rows() == {name: get_default(parameter) for name, parameter in parameters.items()}
     two_levels = set(inspect.signature(HeirarchicalMoE).parameters)
     assert two_levels - set(parameters) == {"gate_outer", "gate_inner", "capacity_factor_second_level"}
     assert set(parameters) - two_levels == {"gate"}
@@ -184,14 +184,14 @@ def test_table_of_arguments_matches_the_signature():
 
 def test_page_of_compatibility_names_every_exception():
     """The table that the tests write has a reason for each; the page has them all."""
-    cells = compat_table.read(compat_table.DOCUMENT.read_text(encoding="utf-8"))
+    cells = compat_table.read_table(compat_table.DOCUMENT.read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     reasons = set(cells.values()) - {compat_table.YES}
     assert [reason for reason in reasons if reason not in page] == []
     assert len(reasons) > 3
 
 
-def prose(file: Path) -> str:
+def read_prose(file: Path) -> str:
     """A document without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
@@ -199,21 +199,21 @@ def prose(file: Path) -> str:
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
 def test_no_line_is_a_comment_of_the_site(file: Path):
     """A line that begins with % is missing on the site."""
-    assert re.findall(r"^[ \t]*%.*$", prose(file), re.MULTILINE) == []
+    assert re.findall(r"^[ \t]*%.*$", read_prose(file), re.MULTILINE) == []
 
 
-def anchors(file: Path) -> set[str]:
+def list_anchors(file: Path) -> set[str]:
     """The fragments by which its headings are linked."""
-    headings = re.findall(r"^#+ (.+)$", prose(file), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", read_prose(file), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_relative_links_lead_to_files_and_headings(file: Path):
     missing = []
-    for target, fragment in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\s\"]*)(?:#([^)\"]+))?", prose(file)):
+    for target, fragment in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\s\"]*)(?:#([^)\"]+))?", read_prose(file)):
         page = file.parent / target if target else file
-        if not page.exists() or (fragment and fragment not in anchors(page)):
+        if not page.exists() or (fragment and fragment not in list_anchors(page)):
             missing.append(f"{target}#{fragment}")
     assert not missing
 

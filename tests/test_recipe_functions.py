@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.recipe_tables import FUNCTIONS, PAGE, with_tables
+from support.recipe_tables import FUNCTIONS, PAGE, replace_tables
 from torch import nn
 
 from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating, recipes
@@ -22,15 +22,15 @@ PRINTED = "import sys; import mixture_of_experts.recipes as r; print(len(r.MODEL
 
 def test_the_page_has_the_tables_of_the_recipes():
     text = PAGE.read_text(encoding="utf-8")
-    assert with_tables(text) == text, "`python -m tests.write` writes them"
+    assert replace_tables(text) == text, "`python -m tests.write` writes them"
     assert text.index("| model |") < 900
 
 
-def test_every_recipe_that_says_what_it_does_has_a_function_of_its_name():
+def test_every_router_recipe_has_a_function():
     assert {name: make.__name__ for name, make in FUNCTIONS.items()} == {
-        n: n for n, model in MODELS.items() if model.says
+        n: n for n, model in MODELS.items() if model.summary
     }
-    assert all(make.__doc__ == MODELS[name].says for name, make in FUNCTIONS.items())
+    assert all(make.__doc__ == MODELS[name].summary for name, make in FUNCTIONS.items())
 
 
 def test_a_router_is_exported_and_has_a_row(monkeypatch: pytest.MonkeyPatch):
@@ -44,7 +44,7 @@ def test_a_router_is_exported_and_has_a_row(monkeypatch: pytest.MonkeyPatch):
     place = lines.index("from mixture_of_experts.gating.new import NewGating")
     assert lines[place + 1] == "from mixture_of_experts.gating.noisy_topk import NoisyTopKGating"
     assert lines[lines.index('    "NewGating",') + 1] == '    "NoisyTopKGating",'
-    assert set(recipe_tables.with_routers(page).splitlines()) - set(page.splitlines()) == {f"| {row} | none |"}
+    assert set(recipe_tables.replace_router_table(page).splitlines()) - set(page.splitlines()) == {f"| {row} | none |"}
 
 
 def test_published_sizes_are_possible():
@@ -52,7 +52,7 @@ def test_published_sizes_are_possible():
         if model.published is not None:
             active, total = model.published.active, model.published.total
             assert total is None or (active or 0) < total, name
-            assert model.gate.get("k", 0) < model.published.experts, name
+            assert model.gate.get("k", 0) < model.published.num_experts, name
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_expert_choice_does_not_decode():
     assert "Not for models that generate" in inspect.getdoc(recipes.expert_choice)
 
 
-def test_changes_dtype_device_and_a_recipe_of_ones_own():
+def test_dtype_device_and_custom_recipe():
     moe = recipes.mixtral(16, 8, 12, k=3, capacity_factor_train=1.0, dtype=torch.bfloat16, device="meta")
     assert (moe.gate.k, moe.gate.capacity_factor_train) == (3, 1.0)
     assert {(p.dtype, p.device.type) for p in moe.parameters()} == {(torch.bfloat16, "meta")}
@@ -183,7 +183,7 @@ FIXED = [name for name in FUNCTIONS if "k" in MODELS[name].gate and name not in 
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_as_few_experts_as_choices_are_asked_for(name):
+def test_keep_as_many_experts_as_choices(name):
     """At the published k or below every expert would compute every token."""
     model = MODELS[name]
     k = model.gate["k"]
@@ -191,8 +191,8 @@ def test_as_few_experts_as_choices_are_asked_for(name):
     groups = dict(num_groups=None, top_groups=None) if "num_groups" in model.gate else {}
     if k > 1:
         for few in {e, e - 1}:
-            told = rf"num_experts={few}\b.*more than the published model's k={k} .*such as k="
-            with pytest.raises(ValueError, match=told):
+            described = rf"num_experts={few}\b.*more than the published model's k={k} .*such as k="
+            with pytest.raises(ValueError, match=described):
                 FUNCTIONS[name](16, few, 12, **groups)
     if name != "shazeer":  # which needs one expert more
         assert FUNCTIONS[name](16, e, 12, **groups, k=k).gate.k == k
@@ -201,13 +201,13 @@ def test_as_few_experts_as_choices_are_asked_for(name):
 
 
 @pytest.mark.parametrize("name", ["dynamic_moe", "remoe"])
-def test_a_bound_of_choices_may_be_all_experts(name):
+def test_max_choices_may_equal_num_experts(name):
     assert FUNCTIONS[name](16, 8, 12).gate.k == 8
     with pytest.raises(ValueError, match=r"num_experts=4 must be more .*k=8"):
         FUNCTIONS[name](16, 4, 12)
 
 
-def test_a_coefficient_for_the_layers_of_ones_own_model():
+def test_coefficient_for_custom_models():
     """Of 12 layers as of the published 32, the losses together are the coefficient times the loss over all layers."""
     assert recipes.mixtral(16, 8).loss_coef == pytest.approx(0.02 * 2 / 32)
     assert recipes.mixtral(16, 8, layers=12).loss_coef == pytest.approx(0.02 * 2 / 12)

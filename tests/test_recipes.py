@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support.recipes import DOCS, recipe
+from support.doc_recipes import DOCS, extract_recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import (
@@ -44,10 +44,10 @@ FUNCTIONS = {
 }
 
 
-def layer_of(name: str) -> MoE:
+def make_layer(name: str) -> MoE:
     """The layer of a section of the page, or of a function."""
     made = getattr(recipes, name, None)
-    return recipe(name)["moe"] if made is None else made(64, RECIPES[name][1], 32)
+    return extract_recipe(name)["moe"] if made is None else made(64, RECIPES[name][1], 32)
 
 
 def cheat_sheet() -> dict[tuple[str, bool], list[str]]:
@@ -58,19 +58,19 @@ def cheat_sheet() -> dict[tuple[str, bool], list[str]]:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_section_balances_over_what_its_recipe_does(name):
+def test_section_balances_like_its_recipe(name):
     def balancing(gate: nn.Module) -> list:
         return [getattr(gate, "balance_over", None), getattr(gate, "expert_bias", None) is None]
 
-    layer = recipe(name)["moe"]
+    layer = extract_recipe(name)["moe"]
     assert balancing(layer.gate) == balancing(FUNCTIONS[name](64, layer.num_experts, 32).gate)
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_routes_as_its_row_says(name):
+def test_recipe_routing_matches_its_row(name):
     torch.manual_seed(0)
     choices, num_experts, total = RECIPES[name]
-    moe = layer_of(name)
+    moe = make_layer(name)
     if name in ("gshard", "switch"):  # a capacity in training alone
         assert moe.gate(torch.randn(2, 32, 64)).capacity == int({"gshard": 2.0, "switch": 1.25}[name] * 32 / 8)
     routing = moe.gate.eval()(torch.randn(2, 32, 64))
@@ -90,10 +90,10 @@ def test_recipe_routes_as_its_row_says(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_causal_as_the_cheat_sheet_says(name):
+def test_recipe_causality_matches_cheat_sheet(name):
     """A later token that changes leaves the outputs before it as they were, or does not."""
     torch.manual_seed(0)
-    moe = layer_of(name).eval()
+    moe = make_layer(name).eval()
     rows = cheat_sheet()
     claim = rows.get((type(moe.gate).__name__, False), rows["TopKGating", False])[2]  # one of one's own chooses as it
     assert claim in ('dropless, or with `priority="token"`', "**no**")
@@ -137,31 +137,31 @@ def test_jitter_is_uniform_in_low_precision_too(dtype):
 # The table of losses
 
 
-def cyclic(num_experts: int, scale: float) -> Tensor:
+def make_cyclic_logits(num_experts: int, scale: float) -> Tensor:
     """Logits of e tokens, each preferring another expert, the next one after it, and so on."""
     return scale * torch.stack([torch.arange(num_experts, 0.0, -1).roll(shift) for shift in range(num_experts)])
 
 
-def losses_of(gate: nn.Module, logits: Tensor) -> dict[str, float]:
+def compute_losses(gate: nn.Module, logits: Tensor) -> dict[str, float]:
     """Losses of a gate that sees these logits `(n, e)`: the tokens are unit vectors."""
     gate.eval().w_gating.data.copy_(logits)
     routing = gate(torch.eye(len(logits)).unsqueeze(0))
     return {**{name: value.item() for name, value in routing.losses.items()}, "total": routing.balance_loss.item()}
 
 
-def of_everyone(*logits: float) -> Tensor:
+def average_over_ranks(*logits: float) -> Tensor:
     """Every token has the same logits."""
     return torch.tensor(logits).expand(len(logits), -1)
 
 
 @pytest.mark.parametrize("e", [4, 6])
 def test_losses_of_top2(e):
-    nearly_uniform, collapsed = cyclic(e, 1e-5), of_everyone(30.0, 22.0, *[-10.0] * (e - 2))
+    nearly_uniform, collapsed = make_cyclic_logits(e, 1e-5), average_over_ranks(30.0, 22.0, *[-10.0] * (e - 2))
     gate, with_second = Top2Gating(e, e), Top2Gating(e, e, second_place_loss=True)
-    assert losses_of(gate, nearly_uniform)["total"] == pytest.approx(1.0, rel=1e-4)
-    assert losses_of(gate, collapsed)["total"] == pytest.approx(e, rel=1e-3)
-    assert losses_of(with_second, nearly_uniform)["total"] == pytest.approx(1.5, rel=1e-4)
-    assert losses_of(with_second, collapsed) == pytest.approx(
+    assert compute_losses(gate, nearly_uniform)["total"] == pytest.approx(1.0, rel=1e-4)
+    assert compute_losses(gate, collapsed)["total"] == pytest.approx(e, rel=1e-3)
+    assert compute_losses(with_second, nearly_uniform)["total"] == pytest.approx(1.5, rel=1e-4)
+    assert compute_losses(with_second, collapsed) == pytest.approx(
         {"balance": 1.5 * e, "first_place": e, "second_place": e / 2, "total": 1.5 * e, "z": 30.0**2}, rel=1e-3
     )
 
@@ -171,7 +171,7 @@ def test_losses_of_two_levels(k, factor, share):
     """The inner loss is q² of its own when balanced, q the share of its tokens that are first choices."""
     outer = TopKGating(4, 4, k=k, capacity_factor_train=factor, min_expert_capacity=1)
     moe = HeirarchicalMoE(4, gate_outer=outer, gate_inner=TopKGating(4, 3, k=1, outer_expert_dims=(4,)), loss_coef=1.0)
-    outer.w_gating.data.copy_(cyclic(4, 1e-3))
+    outer.w_gating.data.copy_(make_cyclic_logits(4, 1e-3))
     moe.gate_inner.w_gating.data.zero_()  # P is uniform
     _, aux_loss = moe(torch.eye(4).repeat(1, 8, 1))
     assert aux_loss.item() == pytest.approx(1.0 + share**2, rel=1e-4)
@@ -181,7 +181,7 @@ def test_losses_of_two_levels(k, factor, share):
 
 
 @pytest.fixture
-def batch() -> tuple[Tensor, Tensor]:
+def make_batch() -> tuple[Tensor, Tensor]:
     """Tokens `(b, n, d)` of two sequences that differ, and router weights `(d, e)`."""
     torch.manual_seed(0)
     x = torch.randn(2, 12, 6)
@@ -200,9 +200,9 @@ def with_weights(gate: nn.Module, weights: Tensor) -> nn.Module:
     return gate
 
 
-def test_coefficient_of_the_published_layer_and_mesh_tensorflow(batch):
+def test_coefficient_of_the_published_layer_and_mesh_tensorflow(make_batch):
     """0.2.3 and Mesh TensorFlow: mean over groups and experts of (mean of p) (share of first choices), times e²."""
-    x, weights = batch
+    x, weights = make_batch
     terms = []
     for sequence in x:
         counts, probs = counts_and_probs(sequence, weights, 1)
@@ -212,9 +212,9 @@ def test_coefficient_of_the_published_layer_and_mesh_tensorflow(batch):
     torch.testing.assert_close(with_weights(TopKGating(6, 8, k=1), weights)(x).balance_loss, expected)
 
 
-def test_coefficient_of_megatron(batch):
+def test_coefficient_of_megatron(make_batch):
     """aux_loss: Σ (sum of p) (tokens of the expert) · e / (k T²) of the micro-batch; seq_aux_loss: of each sequence."""
-    x, weights = batch
+    x, weights = make_batch
 
     def aux_loss(tokens: Tensor) -> Tensor:
         counts, probs = counts_and_probs(tokens, weights, 2)
@@ -226,9 +226,9 @@ def test_coefficient_of_megatron(batch):
     torch.testing.assert_close(by_sequence(x).balance_loss, (aux_loss(x[0]) + aux_loss(x[1])) / 2)
 
 
-def test_coefficients_of_shazeer(batch):
+def test_coefficients_of_shazeer(make_batch):
     """w_importance and w_load times squared coefficients of variation, over the whole batch."""
-    x, weights = batch
+    x, weights = make_batch
     gate = with_weights(NoisyTopKGating(6, 8, k=2), weights).eval()
     routing = gate(x)
     importance = routing.combine_tensor().sum(dim=(0, 1, 3))
@@ -249,7 +249,7 @@ def test_factor_that_keeps_all_when_balanced():
         "top2 at 1.25": Top2Gating(4, 4, second_policy_train="all", capacity_factor_train=1.25),
         "topk at 1": TopKGating(4, 4, k=2, capacity_factor_train=1.0),
     }.items():
-        dropped[name] = int((~with_weights(gate, cyclic(4, 1.0))(x).kept).sum())
+        dropped[name] = int((~with_weights(gate, make_cyclic_logits(4, 1.0))(x).kept).sum())
     assert dropped == {"top2 at 2": 0, "top2 at 1.25": 4 * 3, "topk at 1": 0}
 
 
@@ -265,6 +265,6 @@ def router_gradients(gate: nn.Module) -> list[float]:
     return [parameter.grad.abs().max().item() for parameter in gate.parameters()]
 
 
-def test_task_alone_does_not_train_a_single_normalised_choice():
+def test_single_normalized_choice_needs_aux_loss():
     assert max(router_gradients(NoisyTopKGating(8, 4, k=1))) == 0.0
     assert max(router_gradients(TopKGating(8, 4, k=1, normalize=True))) < 1e-12

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.left import assert_equal, hooks_of, recorded
-from support.paths import DIM as PATHS_DIM
-from support.paths import ROUTERS, layer_with_router, top2
+from support.layer_variants import DIM as PATHS_DIM
+from support.layer_variants import ROUTERS, make_layer_with_router, make_top2
+from support.record_helpers import assert_records_equal, count_hooks, record_forward
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
 
@@ -34,10 +34,10 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.gating import BALANCE_LOSSES, SparseMixerGating, TopPGating, logits
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
-from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.gating.overrides import KEEP_ROUTER_CHOICE
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
 from mixture_of_experts.replay import records as replay_records
-from mixture_of_experts.whole_model.model_tokens import read_tokens, seen_tokens
+from mixture_of_experts.whole_model.model_tokens import count_seen_tokens, read_token_metadata
 
 DIM = 8
 TIGHT = dict(capacity_factor_train=0.5, min_expert_capacity=1)
@@ -57,7 +57,7 @@ LAYERS = {
 MASK = torch.arange(6) < torch.tensor([[6], [3], [4]])
 
 
-def run(model: nn.Module, x: Tensor, mask: Tensor | None, seed: int) -> tuple[Tensor, ...]:
+def run_model(model: nn.Module, x: Tensor, mask: Tensor | None, seed: int) -> tuple[Tensor, ...]:
     """Output, loss, and the gradients of input and weights; noise is that of the seed."""
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
@@ -74,36 +74,36 @@ def test_replay_is_exact(name, masked):
     torch.manual_seed(0)
     model, x, mask = LAYERS[name](), torch.randn(3, 6, DIM), MASK if masked else None
     with record_routing(model) as records:
-        wanted = run(model, x, mask, seed=1)
+        wanted = run_model(model, x, mask, seed=1)
     assert records.num_sequences == 3
     assert records.lengths(records.layers[-1]) == ([6, 3, 4] if mask is not None else [6, 6, 6])
     seed = 1 if name in ("noisy", "sparse mixer") else 2  # whose weights are drawn
     with replay_routing(model, records):
-        torch.testing.assert_close(run(model, x, mask, seed), wanted, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(run_model(model, x, mask, seed), wanted, atol=1e-6, rtol=1e-5)
 
     order = [2, 0, 1]
     other = torch.zeros_like(x)
     moved = MASK[order].flip(-1) if mask is not None else None
     other[... if moved is None else moved] = x[order][... if mask is None else mask[order]]
     with record_routing(model) as again, replay_routing(model, records.select(order)):
-        out = run(model, other, moved, seed)[0]
+        out = run_model(model, other, moved, seed)[0]
     if seed == 2:
         one, two = (out, wanted[0][order]) if mask is None else (out[moved], wanted[0][order][mask[order]])
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
-    assert_equal(again, records.select(order))
+    assert_records_equal(again, records.select(order))
 
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
     with replay_routing(model, records), record_routing(model) as again:
-        run(model, x, mask, seed=3)
+        run_model(model, x, mask, seed=3)
     with record_routing(model) as free:
-        run(model, x, mask, seed=3)
-    assert_equal(again, records)
+        run_model(model, x, mask, seed=3)
+    assert_records_equal(again, records)
     assert any(not a.equal(b) for layer in free for a, b in zip(free[layer], records[layer], strict=True))
 
 
-NAMED = {
+NAMED_LAYERS = {
     "top-k": lambda: MoE(DIM, gate=TopKGating(DIM, 8, 3, num_groups=4, top_groups=2, **TIGHT)),
     "top-p": LAYERS["top-p"],
     "noisy": lambda: MoE(DIM, gate=NoisyTopKGating(DIM, 4, **TIGHT)),
@@ -116,20 +116,20 @@ NAMED = {
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", NAMED_LAYERS)
 def test_losses_by_name_are_replayed(name, masked):
     """A choice that capacity dropped counts, as it did before: only what is computed falls out."""
     torch.manual_seed(0)
-    model, x, mask = NAMED[name](), torch.randn(3, 6, DIM), MASK if masked else None
+    model, x, mask = NAMED_LAYERS[name](), torch.randn(3, 6, DIM), MASK if masked else None
     gates = [module for module in model.modules() if isinstance(module, TokenChoiceGate)]
     names = set(BALANCE_LOSSES) - (set() if name == "top-k" else set(OF_EXPERT_GROUPS))
     model.loss_coefs, seen = dict.fromkeys(names, 0.1), []
     for gate in gates:
         gate.register_forward_hook(lambda gate, args, routing: seen.append(routing))
     with record_routing(model) as records:
-        wanted = run(model, x, mask, seed=1)
+        wanted = run_model(model, x, mask, seed=1)
     with replay_routing(model, records):
-        again = run(model, x, mask, seed=1)
+        again = run_model(model, x, mask, seed=1)
     assert name == "top-2, random" or any((routing.chosen & ~routing.kept).any() for routing in seen)
     first, second = seen[: len(gates)], seen[len(gates) :]
     for one, other in zip(first, second, strict=True):
@@ -139,8 +139,10 @@ def test_losses_by_name_are_replayed(name, masked):
 
 
 REPLAYED = {
-    **{name: partial(layer_with_router, name) for name in ROUTERS if name != "ExpertChoice"},  # it has no k choices
-    "Top2, policy none": lambda: MoE(PATHS_DIM, gate=top2("none")),
+    **{
+        name: partial(make_layer_with_router, name) for name in ROUTERS if name != "ExpertChoice"
+    },  # it has no k choices
+    "Top2, policy none": lambda: MoE(PATHS_DIM, gate=make_top2("none")),
     "SparseMixer": lambda: MoE(PATHS_DIM, gate=SparseMixerGating(PATHS_DIM, 4)),
     "Hash": lambda: MoE(PATHS_DIM, gate=HashGating(PATHS_DIM, 4, num_ids=9)),
 }
@@ -159,7 +161,7 @@ def test_a_replay_draws_as_many_random_numbers_as_the_recording(name, training):
         return out, torch.get_rng_state()
 
     has_groups = getattr(moe.gate, "num_groups", None) is not None
-    offered = [loss for loss in moe.gate.offers if has_groups or loss not in OF_EXPERT_GROUPS]
+    offered = [loss for loss in moe.gate.optional_losses if has_groups or loss not in OF_EXPERT_GROUPS]
     for loss in (None, *offered):
         moe.loss_coefs = {} if loss is None else {loss: 0.1}
         with record_routing(moe, weights=True) as records:
@@ -208,7 +210,7 @@ def test_two_dtypes_disagree_and_replay_brings_them_together():
     assert float((replayed - wanted).abs().max()) < 0.03
 
 
-class Deep(nn.Module):
+class DeepModel(nn.Module):
     """A layer within a model."""
 
     def __init__(self) -> None:
@@ -220,7 +222,7 @@ class Deep(nn.Module):
 
 
 @torch.no_grad()
-def another_router(moe: nn.Module) -> Any:
+def replace_router(moe: nn.Module) -> Any:
     """A copy whose routers differ by noise, as another engine's do."""
     other = copy.deepcopy(moe)
     for name, parameter in other.named_parameters():
@@ -236,21 +238,21 @@ def test_with_weights_the_routers_part_of_a_difference_is_zero(name, masked):
     log-probabilities; with choices alone it does not."""
     torch.manual_seed(0)
     moe, x, mask = LAYERS[name](), torch.randn(3, 6, DIM), MASK if masked else None
-    other = another_router(moe)
+    other = replace_router(moe)
     with record_routing(moe, weights=True) as records:
-        wanted = run(moe, x, mask, seed=1)
+        wanted = run_model(moe, x, mask, seed=1)
     assert [w.shape for w in records.weights[records.layers[0]]] == [r.shape for r in records[records.layers[0]]]
     with replay_routing(other, records), record_routing(other, weights=True) as again:
-        replayed = run(other, x, mask, seed=2)
+        replayed = run_model(other, x, mask, seed=2)
     assert replayed[0].equal(wanted[0])
     assert all(a.equal(b) for a, b in zip(*(each.weights[each.layers[0]] for each in (again, records)), strict=True))
     with replay_routing(other, RoutingRecords(records)):
-        assert not run(other, x, mask, seed=2)[0].equal(wanted[0])
+        assert not run_model(other, x, mask, seed=2)[0].equal(wanted[0])
     with replay_routing(moe, records):  # the same weights: the same gradients, of the router too
-        assert all(one.equal(same) for one, same in zip(run(moe, x, mask, seed=1), wanted, strict=True))
+        assert all(one.equal(same) for one, same in zip(run_model(moe, x, mask, seed=1), wanted, strict=True))
 
 
-def test_weights_are_selected_saved_and_left_out_beyond_the_end(tmp_path):
+def test_weights_are_selected_saved_and_masked(tmp_path):
     torch.manual_seed(0)
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 6, DIM)
     with record_routing(moe, weights=True) as records:
@@ -259,16 +261,16 @@ def test_weights_are_selected_saved_and_left_out_beyond_the_end(tmp_path):
     loaded = RoutingRecords.load(tmp_path / "records")
     assert [len(weight) for weight in loaded.weights["gate"]] == [2, 6]
     assert loaded.weights["gate"][1].equal(records.weights["gate"][0])
-    other = another_router(moe)
+    other = replace_router(moe)
     with replay_routing(other, loaded, beyond="choose"):
         out = other(x.flip(0))[0]
     assert out[1].equal(wanted[0])
     assert out[0, :2].equal(wanted[1, :2])
     torch.testing.assert_close(out[0, 2:], other(x[1:, 2:])[0][0])
-    assert recorded(moe, x).weights is None
+    assert record_forward(moe, x).weights is None
 
 
-def test_weights_that_do_not_fit_are_refused():
+def test_rejects_mismatched_weights():
     expert, weight = {"gate": [torch.tensor([[0, 1]])]}, torch.rand(1, 2)
     for wrong, error, said in (
         ({"gate": [weight[:, :1]]}, ValueError, r"weights must have the shapes .*'gate': .*1, 2.* of the choices, got"),
@@ -288,7 +290,7 @@ def test_weights_that_do_not_fit_are_refused():
         record_routing(moe, weights="yes").__enter__()  # type: ignore[arg-type]
 
 
-def test_arguments_of_another_kind_are_refused_before_a_forward():
+def test_rejects_wrong_argument_types_before_forward():
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
     for records in (None, {"gate": [torch.tensor([[0, 1]])]}):
         with pytest.raises(TypeError, match="records must be RoutingRecords, as record_routing yields, got a"):
@@ -297,19 +299,19 @@ def test_arguments_of_another_kind_are_refused_before_a_forward():
         record_routing(moe, gates=0).__enter__()  # type: ignore[arg-type]
 
 
-def test_a_mask_of_one_kind_of_layer_tells_both_what_is_read_and_what_was():
+def test_layer_type_mask_covers_current_and_cached_tokens():
     """A model of sliding windows alone, one step behind two cached tokens, of which one is padding in sequence 0."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     given = {"input_ids": torch.zeros(2, 1, dtype=torch.int64), "attention_mask": {"sliding_attention": mask}}
     given["past_key_values"] = SimpleNamespace(get_seq_length=lambda: 2)
-    assert seen_tokens(given).tolist() == [1, 2]
-    assert read_tokens(given).mask.tolist() == [[True], [False]]
+    assert count_seen_tokens(given).tolist() == [1, 2]
+    assert read_token_metadata(given).mask.tolist() == [[True], [False]]
 
 
-def test_behind_the_end_a_gate_chooses():
+def test_gate_chooses_beyond_the_record():
     """The last token of a completion, which nobody has read."""
     moe, x = MoE(DIM, gate=TopKGating(DIM, 8)), torch.randn(2, 4, DIM)
-    own = recorded(moe, x)
+    own = record_forward(moe, x)
     given = RoutingRecords({"gate": [torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[6, 7]])]})
     with replay_routing(moe, given, beyond="choose"), record_routing(moe) as records:
         moe(x)
@@ -324,7 +326,7 @@ def test_behind_the_end_a_gate_chooses():
 # ---- what does not fit ----
 
 
-class OwnGate(TokenChoiceGate):
+class CustomGate(TokenChoiceGate):
     """Chooses by itself."""
 
     def __init__(self) -> None:
@@ -335,7 +337,7 @@ class OwnGate(TokenChoiceGate):
         return Choices(probs.argmax(-1, keepdim=True), probs.amax(-1, keepdim=True), probs, {})
 
 
-def records_of(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
+def make_records(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
     """Every token has the experts up to `largest`, by default as many as it has choices."""
     rows = [torch.arange(k).expand(s, k) + max(0, largest - k + 1) for s, k in shapes]
     return RoutingRecords({f"{i}": [row] for i, row in enumerate(rows)})
@@ -344,21 +346,21 @@ def records_of(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (records_of((4, 2), (4, 2)), r"the model has 1 gates \(gate\), the records 2 \(0, 1\)"),
-        (records_of((4, 3)), r"'gate' \(the records' '0'\) makes 2 choices for a token, the records have 3"),
-        (records_of((4, 2), largest=4), "'gate' .*in the records, given_experts has 4: give an expert, 0 to 3"),
+        (make_records((4, 2), (4, 2)), r"the model has 1 gates \(gate\), the records 2 \(0, 1\)"),
+        (make_records((4, 3)), r"'gate' \(the records' '0'\) makes 2 choices for a token, the records have 3"),
+        (make_records((4, 2), largest=4), "'gate' .*in the records, given_experts has 4: give an expert, 0 to 3"),
         (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "of 8"),
-        (records_of((3, 2)), r"sequence 0 has 4 real tokens at 'gate', its record has 3: beyond="),
-        (records_of((5, 2)), r"has 4 real tokens at 'gate', its record has 5: records.select\(sequences, tokens\)"),
+        (make_records((3, 2)), r"sequence 0 has 4 real tokens at 'gate', its record has 3: beyond="),
+        (make_records((5, 2)), r"has 4 real tokens at 'gate', its record has 5: records.select\(sequences, tokens\)"),
         (RoutingRecords({"gate": [torch.arange(2).expand(4, 2)] * 2}), "a forward of 1 sequences .* have 2"),
     ],
 )
-def test_other_sizes_are_named_and_change_nothing(records, message):
+def test_size_mismatch_raises_and_changes_nothing(records, message):
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(1, 4, DIM)
-    wanted, hooks = moe(x)[0], hooks_of(moe)
+    wanted, hooks = moe(x)[0], count_hooks(moe)
     with pytest.raises(ValueError, match=message), replay_routing(moe, records):
         moe(x)
-    assert hooks_of(moe) == hooks
+    assert count_hooks(moe) == hooks
     assert moe(x)[0].equal(wanted)
 
 
@@ -368,21 +370,21 @@ def test_gates_that_cannot_be_given_choices():
     for levels in (TopKGating(DIM, 4, outer_expert_dims=2), HeirarchicalMoE(DIM, (2, 3))):
         with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\), as in layers of two levels"):
             record_routing(levels).__enter__()
-    moe, x = MoE(DIM, gate=OwnGate()), torch.randn(1, 4, DIM)
-    records = recorded(moe, x)
-    with pytest.raises(ValueError, match=r"is a OwnGate, which cannot be given choices: let its `decide` choose by"):
+    moe, x = MoE(DIM, gate=CustomGate()), torch.randn(1, 4, DIM)
+    records = record_forward(moe, x)
+    with pytest.raises(ValueError, match=r"is a CustomGate, which cannot be given choices: let its `decide` choose by"):
         replay_routing(moe, records).__enter__()
-    shared = nn.Sequential(moe := Deep(), moe)
+    shared = nn.Sequential(moe := DeepModel(), moe)
     with pytest.raises(RuntimeError, match="ran twice in one forward"), record_routing(shared):
         shared(x)
     with pytest.raises(RuntimeError, match="ran, but not within a forward of the module given"), record_routing(shared):
         moe(x)
-    records = recorded(moe, x)
+    records = record_forward(moe, x)
     with pytest.raises(ValueError, match="is given given_experts by its caller"), replay_routing(moe.moe, records):
         moe.moe(x, given_experts=torch.zeros(1, 4, 2, dtype=torch.int64))
 
 
-def test_other_threads_go_their_own_ways():
+def test_threads_are_independent():
     """Their forwards are neither recorded nor replayed."""
     moe, x = MoE(DIM, gate=TopKGating(DIM, 8)), torch.randn(1, 4, DIM)
     wanted, given = moe(x)[0], RoutingRecords({"gate": [torch.tensor([[0, 1]] * 4)]})
@@ -452,10 +454,10 @@ def test_requests_of_other_kinds(requests, message):
 def test_a_file(tmp_path):
     torch.manual_seed(0)
     moe, x = LAYERS["top-p"](), torch.randn(3, 6, DIM)
-    records = recorded(moe, x, MASK)
+    records = record_forward(moe, x, MASK)
     records.save(tmp_path / "records")
     found = RoutingRecords.load(tmp_path / "records")
-    assert_equal(found, records)
+    assert_records_equal(found, records)
     assert [found.num_experts(layer) for layer in found] == [8]
     assert repr(found) == "RoutingRecords(3 sequences, 1 gates)"
     with pytest.raises(FileNotFoundError):
@@ -498,7 +500,7 @@ class TwoLayers(nn.Module):
 def test_a_read_that_fails_loses_nothing(monkeypatch):
     """Memory of the CPU may be full when the second gate is read; the next read finds all."""
     model, x = TwoLayers(), torch.randn(3, 6, DIM)
-    wanted = recorded(model, x)
+    wanted = record_forward(model, x)
     tried = []
 
     def fails(name: str, *args: Any) -> list[Tensor]:
@@ -507,15 +509,15 @@ def test_a_read_that_fails_loses_nothing(monkeypatch):
             raise MemoryError("no memory")
         return joined(name, *args)
 
-    joined = replay_records.joined
-    monkeypatch.setattr(replay_records, "joined", fails)
+    joined = replay_records.append_forwards
+    monkeypatch.setattr(replay_records, "append_forwards", fails)
     for weights in (False, True):
         tried.clear()
         with record_routing(model, weights=weights) as records:
             model(x)
         with pytest.raises(MemoryError):
             records.lengths("one.gate")
-        assert_equal(records, wanted)
+        assert_records_equal(records, wanted)
         assert [len(of) for of in records.values()] == [3, 3]
         assert not weights or all(len(of) == 3 for of in (records.weights or {}).values())
 
@@ -537,12 +539,12 @@ def test_what_is_recorded_during_a_read_is_kept():
     records._unread = Appended(records._unread)
     assert records.lengths("one.gate") == 3 * [6]
     assert records.num_sequences == 6
-    assert_equal(records.select([3, 4, 5]), records.select([0, 1, 2]))
+    assert_records_equal(records.select([3, 4, 5]), records.select([0, 1, 2]))
 
 
 def test_two_threads_read_once(monkeypatch):
     model, x = TwoLayers(), torch.randn(3, 6, DIM)
-    joined, both = replay_records.joined, Barrier(2)
+    joined, both = replay_records.append_forwards, Barrier(2)
 
     def slow(*args: Any) -> list[Tensor]:
         with contextlib.suppress(BrokenBarrierError):
@@ -551,7 +553,7 @@ def test_two_threads_read_once(monkeypatch):
 
     with record_routing(model) as records:
         model(x)
-    monkeypatch.setattr(replay_records, "joined", slow)
+    monkeypatch.setattr(replay_records, "append_forwards", slow)
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda _: records.lengths("one.gate"), range(2)))
     assert found == [3 * [6], 3 * [6]]
@@ -560,7 +562,7 @@ def test_two_threads_read_once(monkeypatch):
 def test_arrays_of_engines():
     """Of numpy, in the dtype of the engine; what was not recorded is chosen."""
     torch.manual_seed(0)
-    model = nn.Sequential(Deep(), Deep())
+    model = nn.Sequential(DeepModel(), DeepModel())
     x = torch.randn(2, 4, DIM)
     with record_routing(model) as records:
         out = model(x)
@@ -570,7 +572,7 @@ def test_arrays_of_engines():
             torch.testing.assert_close(model(x), out)
     arrays[0][3] = -1
     unread = RoutingRecords.from_requests(arrays)
-    assert unread["0"][0][3].tolist() == [LIVE, LIVE]
+    assert unread["0"][0][3].tolist() == [KEEP_ROUTER_CHOICE, KEEP_ROUTER_CHOICE]
     assert unread["0"][0].dtype == torch.int16
     with replay_routing(model, unread):
         torch.testing.assert_close(model(x), out)
@@ -596,7 +598,7 @@ def test_weights_of_engines():
         RoutingRecords.from_requests(experts, weights=experts)
 
 
-def test_what_is_not_in_records():
+def test_rejects_missing_records():
     records = RoutingRecords({"a": [ROW], "b": [ROW[:, :1]]})
     assert records.select([0, 0], tokens=[1, 4]).lengths("a") == [1, 3]
     with pytest.raises(IndexError, match="no sequence 1: there are 1"):
@@ -625,15 +627,15 @@ class Checkpointed(nn.Module):
         return checkpoint(self.moe, x, mask, **self.settings)  # type: ignore[return-value]
 
 
-def test_a_backward_that_runs_again_replays():
+def test_replays_in_recomputation():
     torch.manual_seed(0)
     moe, x = LAYERS["top-2, capacity"](), torch.randn(3, 6, DIM)
     model = Checkpointed(moe)
     with record_routing(model) as records:
-        wanted = run(model, x, MASK, seed=1)
+        wanted = run_model(model, x, MASK, seed=1)
     assert records.num_sequences == 3
     with replay_routing(model, records):
-        torch.testing.assert_close(run(model, x, MASK, seed=2), wanted, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(run_model(model, x, MASK, seed=2), wanted, atol=1e-6, rtol=1e-5)
         late = model(x.requires_grad_(), MASK)[0].sum()
     with pytest.raises(RuntimeError, match=r"runs 'moe.gate' again after replay_routing was left"):
         late.backward()
@@ -679,10 +681,10 @@ def test_choices_are_saved_for_a_recomputation(name, saved, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["layer", "model"])
-def test_graphs_from_before_are_refused(part):
+def test_rejects_graphs_compiled_before_context(part):
     """They have no hooks: nothing would be recorded or replayed. A layer's own hooks run, so that it is replayed."""
     torch.compiler.reset()
-    model, x = Deep(), torch.randn(1, 4, DIM)
+    model, x = DeepModel(), torch.randn(1, 4, DIM)
     with record_routing(model) as records:
         expected = model(x)
     (model if part == "model" else model.moe).compile(backend="eager")
@@ -698,5 +700,5 @@ def test_graphs_from_before_are_refused(part):
             with pytest.raises(RuntimeError, match=message):
                 model(x)
     torch.compiler.reset()
-    assert_equal(recorded(model, x), records)
+    assert_records_equal(record_forward(model, x), records)
     torch.compiler.reset()

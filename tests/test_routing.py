@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from mixture_of_experts import MoE, Routing, TopKGating
 
 
-def a_routing(**more) -> Routing:
+def make_routing(**more) -> Routing:
     """Three outer experts, one group of two tokens, two choices each, of two experts."""
     expert = torch.tensor([[[0, 1, 1, 0]]]).expand(3, 1, 4)
     weight = torch.tensor([[[0.75, 0.25, 0.5, 0.0]]]).expand(3, 1, 4)
@@ -19,10 +19,10 @@ def a_routing(**more) -> Routing:
 
 
 def test_losses_have_names_by_which_they_are_replaced():
-    own = a_routing(losses={"own": torch.tensor(3.0), "balance": torch.tensor(1.0)})
+    own = make_routing(losses={"own": torch.tensor(3.0), "balance": torch.tensor(1.0)})
     assert {name: loss.item() for name, loss in own.losses.items()} == {"own": 3.0, "balance": 1.0, "z": 0.0}
     assert (own.balance_loss.item(), own.z_loss.item()) == (1.0, 0.0)
-    routing = a_routing()
+    routing = make_routing()
     found = replace(routing, losses={**routing.losses, "z": torch.tensor(6.0), "own": torch.tensor(4.0)})
     assert {name: loss.item() for name, loss in found.losses.items()} == {"balance": 1.0, "z": 6.0, "own": 4.0}
     assert found.z_loss.item() == 6.0
@@ -30,9 +30,9 @@ def test_losses_have_names_by_which_they_are_replaced():
     assert replace(found, weight=found.weight * 2).losses is found.losses
 
 
-def test_a_routing_is_a_tree_of_its_tensors():
+def test_routing_is_a_pytree():
     losses = {"own": torch.tensor(3.0), "balance": torch.tensor(1.0), "z": torch.tensor(2.0)}
-    routing = a_routing(losses=losses)
+    routing = make_routing(losses=losses)
     leaves, spec = pytree.tree_flatten(routing)
     assert sum(leaf is routing.z_loss for leaf in leaves) == 1
     half = pytree.tree_unflatten([leaf.half() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
@@ -41,7 +41,7 @@ def test_a_routing_is_a_tree_of_its_tensors():
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_layer_weighs_what_a_wrapper_replaced(compiled):
+def test_layer_weighs_replaced_routing(compiled):
     class Wrapper(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -57,25 +57,25 @@ def test_a_layer_weighs_what_a_wrapper_replaced(compiled):
 
 
 def test_tokens_queues_and_importance_with_outer_experts():
-    routing = a_routing()
+    routing = make_routing()
     for _ in range(2):
         assert routing.token.tolist() == [[[0, 0, 1, 1]]] * 3
         assert routing.queued.tolist() == [[[1, 2]]] * 3
         assert routing.importance.tolist() == [[[1.0, 0.5, 1.0, 0.0]]] * 3
         assert routing.slots_held(routing.group_queues()).tolist() == [[[1, 2]]] * 3
         assert routing.slot[..., :3].tolist() == [[[0, 0, 1]]] * 3
-        routing = a_routing(queues=routing.group_queues())
-    chosen = a_routing(primary=torch.tensor([[[False, True, True, False]]]).expand(3, 1, 4))
+        routing = make_routing(queues=routing.group_queues())
+    chosen = make_routing(primary=torch.tensor([[[False, True, True, False]]]).expand(3, 1, 4))
     assert chosen.importance.tolist() == [[[0.5, 1.0, 1.0, 0.0]]] * 3
-    small = a_routing(capacity=1)
+    small = make_routing(capacity=1)
     assert (routing.slots, small.slots) == (2, 1)
     assert small.slots_held(routing.group_queues()).tolist() == [[[1, 1]]] * 3
-    limited = a_routing(capacity=2, limit=torch.tensor([[1], [2], [0]]))
+    limited = make_routing(capacity=2, limit=torch.tensor([[1], [2], [0]]))
     assert limited.slots_held(routing.group_queues()).tolist() == [[[1, 1]], [[1, 2]], [[0, 0]]]
 
 
 def test_dense_views():
-    routing = a_routing()
+    routing = make_routing()
     dispatch, combine, loss = routing
     expected = torch.zeros(3, 1, 2, 2, 2)
     expected[..., 0, 0, 0], expected[..., 0, 1, 0], expected[..., 1, 1, 1] = 0.75, 0.25, 0.5

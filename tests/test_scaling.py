@@ -16,13 +16,13 @@ BASE = scaling.base_settings("0.07m")
 TINY = ["--context=16", "--batch-size=2", "--eval-windows=2", "--steps=5", "--learning-rate=0.3"]
 
 
-def parameters_of(model: str, base: Settings = BASE) -> tuple[int, int]:
+def count_model_parameters(model: str, base: Settings = BASE) -> tuple[int, int]:
     settings = Run(model, 0, 0.01, 1).settings(base)
     return count_parameters(make_trainee(settings.models[0], settings).model, 2)
 
 
 def test_models_have_equal_active_parameters_and_the_wide_one_those_of_32_experts() -> None:
-    parameters = {model: parameters_of(model) for model in MODELS}
+    parameters = {model: count_model_parameters(model) for model in MODELS}
     active = {parameters[model][1] for model in ("dense", "moe8", "moe32", "moe128")}
     assert max(active) - min(active) < 0.002 * min(active)
     wide, mixture = parameters["wide"][0], parameters["moe32"][0]
@@ -46,7 +46,7 @@ def test_the_page_on_training_has_the_table_of_the_records() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_trains_what_is_missing_and_reports_all(
+def test_command_trains_missing_models_and_reports_all(
     text_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first call trains the dense model, the second one the mixture, and a third one nothing more."""

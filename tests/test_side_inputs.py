@@ -17,7 +17,7 @@ from mixture_of_experts import (
     TopKGating,
 )
 from mixture_of_experts.gating import SparseMixerGating
-from mixture_of_experts.gating.given import LIVE, is_computed, merge
+from mixture_of_experts.gating.overrides import KEEP_ROUTER_CHOICE, is_computed, merge_overrides
 
 DIM = 6
 
@@ -25,7 +25,7 @@ DIM = 6
 class IdGate(TokenChoiceGate):
     """Every token goes to the expert `token_ids % e`, with a learned weight; notes what it read."""
 
-    reads = (*TokenChoiceGate.reads, "token_ids", "features")
+    side_inputs = (*TokenChoiceGate.side_inputs, "token_ids", "features")
 
     def __init__(self, num_experts, **settings):
         super().__init__(DIM, num_experts, k=1, **settings)
@@ -40,7 +40,7 @@ class IdGate(TokenChoiceGate):
         return Choices(expert, score.gather(-1, expert), probs, {})
 
 
-def test_a_toy():
+def test_toy_example():
     """Three tokens of ids 4, 1, 2 and three experts: by hand."""
     moe = MoE(DIM, gate=IdGate(3))
     routing = moe.gate(torch.randn(1, 3, DIM), token_ids=torch.tensor([[4, 1, 2]]))
@@ -53,7 +53,7 @@ def test_a_toy():
         torch.testing.assert_close(out[0, token], weight[token, expert] * network(x[0, token]))
 
 
-def test_they_are_grouped_and_masked_like_tokens():
+def test_side_inputs_are_grouped_and_masked():
     moe = MoE(DIM, gate=IdGate(3), group_size=4)
     x, ids = torch.randn(2, 6, DIM), torch.arange(12).view(2, 6) + 1
     features, mask = torch.randn(2, 6, 2, 3), torch.rand(2, 6) < 0.6
@@ -64,7 +64,7 @@ def test_they_are_grouped_and_masked_like_tokens():
     assert seen["features"].equal(torch.where(mask[..., None, None], features, 0.0).view(3, 4, 2, 3))
 
 
-def test_names_and_shapes_are_checked():
+def test_checks_names_and_shapes():
     moe, x = MoE(DIM, gate=IdGate(3)), torch.randn(2, 6, DIM)
     with pytest.raises(TypeError, match=r"no side input 'ids': it reads counted, features, .*token_ids"):
         moe(x, ids=torch.zeros(2, 6))
@@ -83,17 +83,17 @@ def test_names_and_shapes_are_checked():
 # ---- given experts ----
 
 
-def test_a_choice_that_is_not_given_is_none_of_expert_0():
+def test_missing_choice_is_not_expert_0():
     """Of the noisy router it has no part in the importance; of SparseMixer it takes no expert from the gate's own."""
     noisy, x = NoisyTopKGating(DIM, 3, k=2), torch.randn(1, 2, DIM)
     routing = noisy(x, given_experts=torch.tensor([[[0, -1], [-1, -1]]]))
     assert routing.probs.tolist() == [[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]
     mixer, best = SparseMixerGating(DIM, 3).eval(), torch.eye(1, DIM).view(1, 1, DIM)
     mixer.w_gating.data.copy_(torch.eye(DIM, 3))
-    assert mixer(best, given_experts=torch.tensor([[[-1, LIVE]]])).expert[0, 1] == 0
+    assert mixer(best, given_experts=torch.tensor([[[-1, KEEP_ROUTER_CHOICE]]])).expert[0, 1] == 0
 
 
-def test_a_choice_that_is_not_given_has_no_share_of_the_softmax():
+def test_missing_choice_has_no_softmax_share():
     gate, x = TopKGating(DIM, 3, k=2, weigh="softmax", normalize=False), torch.randn(1, 2, DIM)
     with torch.autograd.set_detect_anomaly(True):  # which raises where a gradient is no number on its way
         routing = gate(x, given_experts=torch.tensor([[[2, -1], [-1, -1]]]))
@@ -101,7 +101,7 @@ def test_a_choice_that_is_not_given_has_no_share_of_the_softmax():
         assert torch.autograd.grad(routing.weight.sum(), gate.w_gating)[0].isfinite().all()
 
 
-def test_of_two_choices_one_may_not_be_given():
+def test_one_of_two_choices_may_be_missing():
     """It has no weight, leaves the other the whole one, and as a first choice counts in no loss."""
     gate, x = Top2Gating(DIM, 4, second_policy_train="all"), torch.randn(1, 2, DIM)
     routing = gate(x, given_experts=torch.tensor([[[2, -1], [-1, 1]]]))
@@ -111,11 +111,18 @@ def test_of_two_choices_one_may_not_be_given():
 
 def test_given_choices_join_own_ones():
     own, made = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[True, False, True, True]])
-    assert merge(None, own, made) == (own, made)
-    expert, chosen = merge(torch.tensor([[LIVE, LIVE, -1, -2 - 3]]), own, made)
+    assert merge_overrides(None, own, made) == (own, made)
+    expert, chosen = merge_overrides(torch.tensor([[KEEP_ROUTER_CHOICE, KEEP_ROUTER_CHOICE, -1, -2 - 3]]), own, made)
     assert expert.tolist() == [[0, 1, 0, 3]]
     assert chosen.tolist() == [[True, False, False, True]]
-    assert is_computed(torch.tensor([LIVE, -1, 0, 5, -2, -7])).tolist() == [True, True, True, True, False, False]
+    assert is_computed(torch.tensor([KEEP_ROUTER_CHOICE, -1, 0, 5, -2, -7])).tolist() == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_hash_layer():

@@ -24,8 +24,8 @@ import train_vision  # noqa: E402
 def test_a_table_of_two_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     """Few steps are enough to be better than a coin; both tasks share one module of experts."""
     train_table.main(["--steps", "60", "--rows", "500", "--experts", "4", "--k", "2"])
-    told = capsys.readouterr().out
-    shares = [float(share) for share in re.findall(r"(?:clicks|buys) ([\d.]+)%,?", told)]
+    described = capsys.readouterr().out
+    shares = [float(share) for share in re.findall(r"(?:clicks|buys) ([\d.]+)%,?", described)]
     assert len(shares) >= 4
     assert min(shares[:4]) > 60
     first, second = train_table.MultiGate(8, 4, 2).mixtures.values()
@@ -35,11 +35,11 @@ def test_a_table_of_two_tasks(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str]) -> None:
     train_vision.main(["--steps", "3", "--batch", "4"])
-    told = capsys.readouterr().out
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", told)]
+    described = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", described)]
     assert len(losses) == 3
     assert all(0 < loss < 9 for loss in losses)
-    assert len(re.findall(r"of the patches went to no expert", told)) == 2
+    assert len(re.findall(r"of the patches went to no expert", described)) == 2
     image, digits = train_vision.pictures(200, torch.Generator().manual_seed(0))
     seen = {int(digit): (image[digits == digit] > 0.6).sum(dim=(1, 2)).float().mean() for digit in digits.unique()}
     assert len(seen) == 10
@@ -50,9 +50,9 @@ def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str
 def test_a_gpt_learns_and_writes(capsys: pytest.CaptureFixture[str]) -> None:
     """It begins at 8 bits a byte, which are 5.5 nats; the text that it writes begins as the library's does."""
     gpt.main(["--steps", "50", "--dim", "32", "--depth", "1", "--context", "32", "--batch", "4", "--rate", "0.02"])
-    told = capsys.readouterr().out
-    assert float(re.findall(r"step 50: loss ([\d.]+)", told)[0]) < 3.8
-    assert told.split("\n", 1)[1].startswith('"""')
+    described = capsys.readouterr().out
+    assert float(re.findall(r"step 50: loss ([\d.]+)", described)[0]) < 3.8
+    assert described.split("\n", 1)[1].startswith('"""')
     model = gpt.GPT(32, 1).eval()
     text = torch.randint(256, (1, 12))
     later = torch.cat((text[:, :6], (text[:, 6:] + 1) % 256), dim=1)
@@ -67,8 +67,8 @@ SMALL = ["--device", "cpu", "--eager", *(part for name, value in SIZES.items() f
 @pytest.mark.slow
 def test_the_example_for_a_gpu_trains_both_models_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     train_gpu.main(SMALL)
-    told = capsys.readouterr().out
-    of_dense, of_mixture = told.split("mixture:")
+    described = capsys.readouterr().out
+    of_dense, of_mixture = described.split("mixture:")
     for part in (of_dense, of_mixture):
         losses = [float(line.split()[-4]) for line in part.splitlines() if line.endswith("bits a byte")]
         assert len(losses) >= 2
@@ -83,7 +83,7 @@ def test_both_models_of_that_example_have_as_many_active_parameters() -> None:
     assert dense(torch.ones(1, 2, 64))[0].shape == mixture(torch.ones(1, 2, 64))[0].shape
 
 
-def imported(path: Path) -> set[str]:
+def import_example(path: Path) -> set[str]:
     """What a file imports, by the first part of its name."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
@@ -91,7 +91,7 @@ def imported(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def test_a_text_in_the_colours_of_its_experts() -> None:
+def test_text_colored_by_expert() -> None:
     """Of two experts with a slot each; the third token finds both taken."""
     gate = TopKGating(2, 2, capacity_factor_train=1e-3, min_expert_capacity=1, priority="score")
     torch.nn.init.eye_(gate.w_gating)
@@ -104,9 +104,9 @@ def test_a_text_in_the_colours_of_its_experts() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_is_short_and_stands_alone(path: Path) -> None:
+def test_examples_are_short_and_self_contained(path: Path) -> None:
     """It is copied by itself, or beside one that is made to be imported; the list of examples has it."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 120
     here = {place.stem for place in EXAMPLES.iterdir()} - {"checkpoints", "routed_text"}
-    assert not imported(path) & here
+    assert not import_example(path) & here
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

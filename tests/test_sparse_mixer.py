@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.gating import SparseMixerGating
-from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.gating.overrides import KEEP_ROUTER_CHOICE
 
 LOGITS = torch.tensor([3.5, 1.0, 4.0, 0.5])  # at a tolerance of 0.1 the third and the first are near each other
 SECOND_BEST = 1 / (1 + math.exp(0.5))  # its probability in the softmax over these two
 
 
-def gate_of(logits: Tensor, **settings) -> SparseMixerGating:
+def make_gate(logits: Tensor, **settings) -> SparseMixerGating:
     """A gate that gives every token, 1, these logits."""
     gate = SparseMixerGating(1, len(logits), tolerance=0.1, **settings)
     gate.w_gating.data.copy_(logits.unsqueeze(0))
     return gate
 
 
-def decided(gate: SparseMixerGating, n: int = 1, **side: Tensor) -> tuple[Tensor, Tensor]:
+def run_gate(gate: SparseMixerGating, n: int = 1, **side: Tensor) -> tuple[Tensor, Tensor]:
     """Experts and weights `(n, k)`."""
     routing = gate(torch.ones(1, n, 1), **side)
     return routing.expert.view(n, -1), routing.weight.view(n, -1)
@@ -41,15 +41,15 @@ def decided(gate: SparseMixerGating, n: int = 1, **side: Tensor) -> tuple[Tensor
 )
 def test_in_eval_the_best_weighs_its_share_of_those_that_are_near(logits, experts, weights):
     """Near is what is below the best that is left by a fifth of the best, or of itself, at most."""
-    expert, weight = decided(gate_of(logits, k=3).eval(), 2)
+    expert, weight = run_gate(make_gate(logits, k=3).eval(), 2)
     assert expert.tolist() == [experts] * 2
     torch.testing.assert_close(weight, torch.tensor([weights] * 2))
 
 
 def test_in_training_one_of_them_is_drawn():
     """By its probability, which it weighs if it is the best one or, one time in four, all the same; else a third."""
-    n, gate = 20_000, gate_of(LOGITS, k=1)
-    expert, weight = (found.squeeze(-1) for found in decided(gate, n))
+    n, gate = 20_000, make_gate(LOGITS, k=1)
+    expert, weight = (found.squeeze(-1) for found in run_gate(gate, n))
     other = expert == 0
     assert set(expert.tolist()) == {0, 2}
     assert other.float().mean().item() == pytest.approx(SECOND_BEST, abs=0.02)
@@ -60,8 +60,8 @@ def test_in_training_one_of_them_is_drawn():
 
 
 def test_the_gradient_is_that_of_the_whole():
-    gate = gate_of(LOGITS, k=1)
-    expert, weight = decided(gate, 50)
+    gate = make_gate(LOGITS, k=1)
+    expert, weight = run_gate(gate, 50)
     (found,) = torch.autograd.grad(weight.sum(), gate.w_gating)
     near = torch.where(torch.tensor([True, False, True, False]), gate.w_gating, -torch.inf).softmax(-1).expand(50, 4)
     (wanted,) = torch.autograd.grad(near.gather(-1, expert).sum(), gate.w_gating)
@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_whole():
 
 def test_an_expert_that_is_given_is_one_of_those_that_are_near():
     """It weighs its share of the softmax with them, and is taken for the choice that the gate makes itself."""
-    expert, weight = decided(gate_of(LOGITS).eval(), given_experts=torch.tensor([[[1, LIVE]]]))
+    expert, weight = run_gate(make_gate(LOGITS).eval(), given_experts=torch.tensor([[[1, KEEP_ROUTER_CHOICE]]]))
     assert expert.tolist() == [[1, 2]]
     share = math.exp(1.0) / (math.exp(1.0) + math.exp(3.5) + math.exp(4.0))
     torch.testing.assert_close(weight, torch.tensor([[share, 1 - SECOND_BEST]]))

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support import foreign_checkpoint
+from support import reentrant_checkpoint
 from support.strategies import RecordDraws
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -80,7 +80,7 @@ def make_layers() -> dict[str, nn.Module]:
     }
 
 
-def test_a_statistic_is_told_everywhere():
+def test_statistics_agree_in_all_outputs():
     """The page of statistics explains it, and so does `Record`."""
     names = [field.name for field in dataclasses.fields(Record)][4:]
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def test_by_hand():
     assert record.relative_requested.tolist() == pytest.approx([1.5, 0.5])
 
 
-def slow_numbers(routing: Routing, real: Tensor) -> dict[str, object]:
+def compute_reference_numbers(routing: Routing, real: Tensor) -> dict[str, object]:
     """The same numbers by loops over assignments; what is computed is read from the dense dispatch tensor."""
     dispatch = routing.dispatch_tensor().detach()
     b, n, e, _ = dispatch.shape
@@ -154,14 +154,14 @@ def test_numbers_of_every_router(name: str, masked: bool):
     real = torch.rand(3, 11) < 0.7 if masked else torch.ones(3, 11, dtype=torch.bool)
     layer.gate.register_forward_hook(lambda gate, args, routing: routings.append(routing))
     record = track_once(layer, x, real if masked else None)["gate"].to_dict()
-    for key, wanted in slow_numbers(routings[0], real).items():
+    for key, wanted in compute_reference_numbers(routings[0], real).items():
         assert record[key] == pytest.approx(wanted, rel=1e-5), key
     assert set(record["losses"]) == set(routings[0].losses)
     assert record["losses"]["balance"] == pytest.approx(routings[0].balance_loss.item(), rel=1e-5)
     assert record["dropped"] > 0 or name in ("dropless", "expert_choice")
 
 
-def hierarchy(**more: object) -> HeirarchicalMoE:
+def make_hierarchy(**more: object) -> HeirarchicalMoE:
     tight = {"capacity_factor_train": 0.8, "min_expert_capacity": 2, "second_policy_train": "all", **more}
     torch.manual_seed(1)
     return HeirarchicalMoE(DIM, (3, 4), hidden_dim=16, **tight)
@@ -171,15 +171,15 @@ def hierarchy(**more: object) -> HeirarchicalMoE:
 @pytest.mark.parametrize("masked", [False, True])
 def test_hierarchy(group_size: int | None, masked: bool):
     """The second level's load is that of the layer's experts; its tokens are the choices that level one hands on."""
-    layer = hierarchy(group_size=group_size)
+    layer = make_hierarchy(group_size=group_size)
     x = torch.randn(2, 12, DIM)
     real = torch.rand(2, 12) < 0.8 if masked else torch.ones(2, 12, dtype=torch.bool)
-    told: list[tuple[Tensor, Tensor]] = []
+    described: list[tuple[Tensor, Tensor]] = []
     layer.gate_inner.register_forward_hook(
-        lambda gate, args, kwargs, routing: told.append((kwargs["importance"] > 0, routing.kept)), with_kwargs=True
+        lambda gate, args, kwargs, routing: described.append((kwargs["importance"] > 0, routing.kept)), with_kwargs=True
     )
     outer, inner = track_once(layer, x, real if masked else None).values()
-    ((slots, kept),) = told
+    ((slots, kept),) = described
     assert outer.tokens == int(real.sum())
     assert inner.load.shape == (3, 4)
     # every choice that level one kept is a token of level two, and its experts are that outer expert's
@@ -199,7 +199,7 @@ def test_hierarchy(group_size: int | None, masked: bool):
 @pytest.mark.parametrize("name", [*make_layers(), "hierarchy"])
 @pytest.mark.parametrize("case", ["empty", "masked"])
 def test_nothing_to_count_is_zero(name: str, case: str):
-    layer = hierarchy() if name == "hierarchy" else make_layers()[name]
+    layer = make_hierarchy() if name == "hierarchy" else make_layers()[name]
     x = torch.randn(2, 0 if case == "empty" else 5, DIM)
     mask = torch.zeros(2, 5, dtype=torch.bool) if case == "masked" else None
     for record in track_once(layer, x, mask).values():
@@ -210,7 +210,7 @@ def test_nothing_to_count_is_zero(name: str, case: str):
         json.dumps(record.to_dict(), allow_nan=False)
 
 
-def test_gate_of_ones_own():
+def test_custom_gate():
     moe = MoE(DIM, 3, gate=OneExpert())
     with track_routing(nn.Sequential(moe)) as stats, pytest.raises(RuntimeError, match="not within a forward"):
         moe(torch.randn(2, 5, DIM))
@@ -224,7 +224,7 @@ def test_gate_of_ones_own():
 # Recorded once
 
 
-def train(model: nn.Module, steps: int = 2) -> list[Tensor]:
+def train_model(model: nn.Module, steps: int = 2) -> list[Tensor]:
     """Forwards and backwards on seeded data; the gradients."""
     gen = torch.Generator().manual_seed(5)
     model.zero_grad()
@@ -234,13 +234,13 @@ def train(model: nn.Module, steps: int = 2) -> list[Tensor]:
 
 
 def make_stack(run: Any = None) -> Stack:
-    two_levels = hierarchy()  # seeds what follows, too
+    two_levels = make_hierarchy()  # seeds what follows, too
     gate = TopKGating(DIM, 4, k=2, capacity_factor_train=0.7, min_expert_capacity=1)
     return Stack(two_levels, MoE(DIM, gate=gate), run=run)
 
 
 @pytest.mark.slow
-def test_compiled_before_is_an_error():
+def test_compiled_before_context_raises():
     """A graph that was traced without the hooks never calls them: that must not look like a model without load."""
     torch.compiler.reset()
     moe = MoE(DIM, 4)
@@ -260,7 +260,7 @@ def test_compiled_before_is_an_error():
 CHECKPOINTS = {
     "torch": partial(checkpoint, use_reentrant=False),
     "reentrant": partial(checkpoint, use_reentrant=True),
-    "another": foreign_checkpoint.checkpoint,  # as DeepSpeed's
+    "another": reentrant_checkpoint.checkpoint,  # as DeepSpeed's
 }
 
 
@@ -284,9 +284,9 @@ def test_results_and_random_numbers_are_the_same():
     outcomes = []
     for tracked in (False, True):
         torch.manual_seed(2)
-        model = Stack(MoE(DIM, 4), hierarchy(second_policy_train="random"))
+        model = Stack(MoE(DIM, 4), make_hierarchy(second_policy_train="random"))
         with RecordDraws() as draws, track_routing(model) if tracked else nullcontext():
-            gradients = train(model)
+            gradients = train_model(model)
         outcomes.append((len(draws.values), torch.rand(()), *gradients))
     for one, other in zip(*outcomes, strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
@@ -322,7 +322,7 @@ def test_steps_join_forwards():
         assert record.losses == pytest.approx(one.losses)
 
 
-def test_a_layer_that_is_called_twice_has_one_record_a_forward():
+def test_layer_called_twice_has_one_record_per_forward():
     moe = MoE(DIM, 4)
     model = Stack(moe, moe)
     with track_routing(model) as stats:
@@ -332,7 +332,7 @@ def test_a_layer_that_is_called_twice_has_one_record_a_forward():
     assert [(record.step, record.forwards, record.tokens) for record in records] == [(0, 2, 12), (1, 2, 12)]
 
 
-def test_when():
+def test_record_modes():
     moe, counted = MoE(DIM, 4), {}
     for when in ("training", "eval", "always"):
         with track_routing(moe, when=when) as stats:
@@ -371,24 +371,29 @@ def test_dtypes(dtype: torch.dtype, default: torch.dtype):
 
 
 @pytest.fixture(scope="module")
-def stats():
+def make_stats():
     model = make_stack()
     with track_routing(model) as stats:
-        train(model, steps=3)
+        train_model(model, steps=3)
     return stats
 
 
-def test_summary(stats):
-    header, rule, *lines = stats.summary().splitlines()[:5]
+def test_summary(make_stats):
+    header, rule, *lines = make_stats.summary().splitlines()[:5]
     assert len(lines) == 3
     ends = [match.end() for match in re.finditer(r"-+", rule)]
     for line in (header, *lines):  # aligned: every column but the last ends where its rule ends
         assert all(len(line) > end and line[end] == " " and line[end - 1] != " " for end in ends[1:-1])
-    assert lines[1].split()[:4] == ["layers.0.gate_inner", "3x4", "3", str(stats.total("layers.0.gate_inner").tokens)]
+    assert lines[1].split()[:4] == [
+        "layers.0.gate_inner",
+        "3x4",
+        "3",
+        str(make_stats.total("layers.0.gate_inner").tokens),
+    ]
     assert header.split()[:4] == ["gate", "experts", "forwards", "tokens"]
 
 
-def crowd(tokens: int) -> tuple[MoE, Tensor]:
+def make_crowded_tokens(tokens: int) -> tuple[MoE, Tensor]:
     """A layer of four experts with two slots each, and for each a group of tokens that all go to it."""
     gate = TopKGating(4, 4, k=1, capacity_factor_train=1.0, min_expert_capacity=1)
     with torch.no_grad():
@@ -398,7 +403,7 @@ def crowd(tokens: int) -> tuple[MoE, Tensor]:
 
 def test_sequences_that_crowd_on_different_experts_are_seen():
     """Over all groups the load is perfectly balanced, and three quarters are dropped."""
-    moe, x = crowd(tokens=8)
+    moe, x = make_crowded_tokens(tokens=8)
     with track_routing(moe) as stats:
         moe(x)
     record = stats.last("gate")
@@ -412,8 +417,8 @@ def test_sequences_that_crowd_on_different_experts_are_seen():
     assert "has 4.0 times its share" in warning
 
 
-def test_a_step_that_was_worse_than_the_whole_is_seen():
-    moe, x = crowd(tokens=1)
+def test_worst_step_is_reported():
+    moe, x = make_crowded_tokens(tokens=1)
     with track_routing(moe) as stats:
         moe(x)
         for one in x[1:]:
@@ -445,32 +450,32 @@ def test_the_remedy_is_what_balances_the_gate():
     assert "loss_coef" not in stats.summary()
 
 
-def test_json_lines(stats, tmp_path: Path):
-    stats.to_jsonl(tmp_path / "routing.jsonl")
+def test_json_lines(make_stats, tmp_path: Path):
+    make_stats.to_jsonl(tmp_path / "routing.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert [line["layer"] for line in lines[:3]] == list(stats.layers)
-    record = stats.records("layers.0.gate_inner")[0]
+    assert [line["layer"] for line in lines[:3]] == list(make_stats.layers)
+    record = make_stats.records("layers.0.gate_inner")[0]
     assert lines[1] == json.loads(json.dumps(record.to_dict(), allow_nan=False))
     assert lines[1]["load"] == record.load.tolist()
     assert sum(line["tokens"] for line in lines if line["layer"] == "layers.1.gate") == 3 * 20
 
 
-def test_scalars_are_those_of_the_last_step(stats):
-    scalars = stats.scalars()
-    last = stats.last("layers.1.gate")
+def test_scalars_are_those_of_the_last_step(make_stats):
+    scalars = make_stats.scalars()
+    last = make_stats.last("layers.1.gate")
     assert scalars["layers.1.gate/dropped"] == last.dropped
     assert scalars["layers.1.gate/loss/balance"] == last.losses["balance"]
     assert scalars["layers.1.gate/max_load"] == pytest.approx(float(last.load.max() / last.load.double().mean()))
     assert all(isinstance(value, int | float) for value in scalars.values())
 
 
-def test_the_documented_lines_for_a_logger(stats):
+def test_the_documented_lines_for_a_logger(make_stats):
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
     (lines,) = [block for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "wandb" in block]
     wandb = Mock()
-    exec(lines, {"wandb": wandb, "stats": stats, "step": 7})
-    wandb.log.assert_called_once_with(stats.scalars(), step=7)
+    exec(lines, {"wandb": wandb, "stats": make_stats, "step": 7})
+    wandb.log.assert_called_once_with(make_stats.scalars(), step=7)
 
 
 # Errors
@@ -510,11 +515,11 @@ def test_a_copy_has_the_records_and_no_model(copied):
             assert one.to_dict() == same.to_dict()
     other.step()
     assert "gate" in other.summary()
-    found = [value for ring in other._rings.values() for value in vars(ring).values()]
+    found = [value for ring in other._buffers.values() for value in vars(ring).values()]
     assert not any(hasattr(value, "gate") or isinstance(value, nn.Module) for value in found)
 
 
-def test_a_gate_that_did_not_run():
+def test_gate_without_forward():
     model = nn.ModuleDict({"used": MoE(DIM, 4), "unused": MoE(DIM, 4)})
     model.forward = lambda x: model["used"](x)
     with track_routing(model) as stats:
@@ -539,7 +544,7 @@ def test_steps_of_a_long_run_are_told_apart(by_steps):
     """float32 has no whole numbers between 2^24 and 2^24 + 2."""
     moe, x, start = MoE(dim=8, num_experts=4), torch.randn(2, 16, 8), 1 << 24
     with track_routing(moe) as stats:
-        stats._rings["gate"].clock.fill_(start)
+        stats._buffers["gate"].clock.fill_(start)
         for number in range(4):
             moe(x[:, : 4 + number])
             if by_steps:

@@ -23,17 +23,17 @@ from mixture_of_experts import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.around import LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.summary import Cost, summary
 from mixture_of_experts.unstack import unstack
+from mixture_of_experts.wrappers import LatentExperts, NormedExperts, ZeroComputationExperts
 
 D, E, H, K = 16, 8, 24, 3
 ROUTER = D * E
 PLAIN, GATED = 2 * D * H, 3 * D * H
 
 
-class OwnExperts(RoutedExperts):
+class CustomExperts(RoutedExperts):
     def __init__(self):
         super().__init__()
         self.num_experts, self.dim = E, D
@@ -43,59 +43,68 @@ class OwnExperts(RoutedExperts):
         return rows
 
 
-def layer(gate: Callable[..., nn.Module] = TopKGating, **more) -> MoE:
+def make_layer(gate: Callable[..., nn.Module] = TopKGating, **more) -> MoE:
     return MoE(D, gate=gate(D, E, K), **more or {"hidden_dim": H})
 
 
-def latent() -> MoE:
+def make_latent() -> MoE:
     """Experts in a space of 4, within two matrices that every token passes."""
-    ways = {"before": nn.Linear(D, 4, bias=False), "after": nn.Linear(4, D, bias=False)}
-    return layer(experts=LatentExperts(Experts(4, E, H), **ways))
+    implementations = {"before": nn.Linear(D, 4, bias=False), "after": nn.Linear(4, D, bias=False)}
+    return make_layer(experts=LatentExperts(Experts(4, E, H), **implementations))
 
 
-def beside_identity() -> MoE:
+def make_zero_computation() -> MoE:
     """Experts with a norm that they share, beside two that return the token."""
     normed = NormedExperts(Experts(D, E - 2, H), nn.LayerNorm(D, bias=False))
-    return layer(experts=ZeroComputationExperts(normed, num_identity=2))
+    return make_layer(experts=ZeroComputationExperts(normed, num_identity=2))
 
 
-def second(policy: str) -> MoE:
+def make_second_policy(policy: str) -> MoE:
     return MoE(D, E, H, second_policy_train=policy, second_policy_eval=policy)
 
 
-def cost(every: int, routed: int, k: float, matrices: int | None = None, number: int = E) -> Cost:
+def expected_cost(every: int, routed: int, k: float, matrices: int | None = None, number: int = E) -> Cost:
     """Of weights that every token is multiplied by, and of those of one expert; biases count as parameters alone."""
     flops = 2 * (every + k * (routed if matrices is None else matrices))
     return Cost(every + number * routed, round(every + k * routed), round(flops))
 
 
 CASES = {
-    "plain": (layer, cost(ROUTER, PLAIN, K)),
-    "gated": (lambda: layer(experts=GatedExperts(D, E, H)), cost(ROUTER, GATED, K)),
-    "biases": (lambda: layer(experts=Experts(D, E, H, bias=True)), cost(ROUTER, PLAIN + H + D, K, PLAIN)),
-    "latent": (latent, cost(ROUTER + 2 * 4 * D, 2 * 4 * H, K)),
+    "plain": (make_layer, expected_cost(ROUTER, PLAIN, K)),
+    "gated": (lambda: make_layer(experts=GatedExperts(D, E, H)), expected_cost(ROUTER, GATED, K)),
+    "biases": (lambda: make_layer(experts=Experts(D, E, H, bias=True)), expected_cost(ROUTER, PLAIN + H + D, K, PLAIN)),
+    "latent": (make_latent, expected_cost(ROUTER + 2 * 4 * D, 2 * 4 * H, K)),
     "beside identity": (
-        beside_identity,
+        make_zero_computation,
         Cost(ROUTER + D + 6 * PLAIN, ROUTER + D + K * 6 * PLAIN // E, 2 * (ROUTER + K * 6 * PLAIN // E)),
     ),
-    "router of its own": (lambda: layer(partial(TopKGating, logits=RouterLogits(D, E))), cost(ROUTER, PLAIN, K)),
-    "default": (lambda: MoE(D, E, hidden_dim=H), cost(ROUTER, PLAIN, 2)._replace(at_most=True)),
-    "all seconds": (lambda: second("all"), cost(ROUTER, PLAIN, 2)),
-    "no seconds": (lambda: second("none"), cost(ROUTER, PLAIN, 1)),
-    "top p": (lambda: layer(TopPGating), cost(ROUTER, PLAIN, K)._replace(at_most=True)),
-    "ReLU": (lambda: MoE(D, gate=ReLUGating(D, E, E, mean_choices=1.5), hidden_dim=H), cost(ROUTER, PLAIN, 1.5)),
-    "noisy": (lambda: layer(NoisyTopKGating), cost(2 * ROUTER, PLAIN, K)),
+    "router of its own": (
+        lambda: make_layer(partial(TopKGating, logits=RouterLogits(D, E))),
+        expected_cost(ROUTER, PLAIN, K),
+    ),
+    "default": (lambda: MoE(D, E, hidden_dim=H), expected_cost(ROUTER, PLAIN, 2)._replace(at_most=True)),
+    "all seconds": (lambda: make_second_policy("all"), expected_cost(ROUTER, PLAIN, 2)),
+    "no seconds": (lambda: make_second_policy("none"), expected_cost(ROUTER, PLAIN, 1)),
+    "top p": (lambda: make_layer(TopPGating), expected_cost(ROUTER, PLAIN, K)._replace(at_most=True)),
+    "ReLU": (
+        lambda: MoE(D, gate=ReLUGating(D, E, E, mean_choices=1.5), hidden_dim=H),
+        expected_cost(ROUTER, PLAIN, 1.5),
+    ),
+    "noisy": (lambda: make_layer(NoisyTopKGating), expected_cost(2 * ROUTER, PLAIN, K)),
     "expert choice": (
         lambda: MoE(D, gate=ExpertChoiceGating(D, E, capacity_factor=1.5), hidden_dim=H),
-        cost(ROUTER, PLAIN, 1.5),
+        expected_cost(ROUTER, PLAIN, 1.5),
     ),
     "shared": (
-        lambda: layer(hidden_dim=H, shared_expert=nn.Linear(D, D, bias=False)),
-        cost(ROUTER + D * D, PLAIN, K),
+        lambda: make_layer(hidden_dim=H, shared_expert=nn.Linear(D, D, bias=False)),
+        expected_cost(ROUTER + D * D, PLAIN, K),
     ),
-    "list": (lambda: layer(experts=[nn.Linear(D, D) for _ in range(E)]), cost(ROUTER, D * D + D, K, D * D)),
-    "one's own": (lambda: layer(experts=OwnExperts()), cost(ROUTER, D * D + D, K, D * D)),
-    "unstacked": (lambda: unstack(layer()), cost(ROUTER, PLAIN, K)),
+    "list": (
+        lambda: make_layer(experts=[nn.Linear(D, D) for _ in range(E)]),
+        expected_cost(ROUTER, D * D + D, K, D * D),
+    ),
+    "one's own": (lambda: make_layer(experts=CustomExperts()), expected_cost(ROUTER, D * D + D, K, D * D)),
+    "unstacked": (lambda: unstack(make_layer()), expected_cost(ROUTER, PLAIN, K)),
 }
 
 
@@ -134,8 +143,8 @@ def test_layers_that_share_their_experts():
     shared = Experts(D, E, H)
     model = nn.ModuleList(MoE(D, gate=TopKGating(D, E, k), experts=shared) for k in (4, 1))
     found = summary(model)
-    assert found.layers == {"0": cost(ROUTER, PLAIN, 4), "1": cost(ROUTER, PLAIN, 1)}
-    assert found.model == cost(2 * ROUTER, PLAIN, 4)._replace(flops=2 * (2 * ROUTER + 5 * PLAIN))
+    assert found.layers == {"0": expected_cost(ROUTER, PLAIN, 4), "1": expected_cost(ROUTER, PLAIN, 1)}
+    assert found.model == expected_cost(2 * ROUTER, PLAIN, 4)._replace(flops=2 * (2 * ROUTER + 5 * PLAIN))
 
 
 def test_a_dense_network_as_a_shared_expert_and_one_more():
@@ -184,11 +193,11 @@ def test_operations_are_those_that_are_counted():
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert counter.get_total_flops() == 30 * summary(model).flops
-    moe = layer()
+    moe = make_layer()
     assert summary(moe.eval()) == summary(moe.train())
 
 
-def test_a_gate_that_does_not_say():
+def test_gate_without_declared_inputs():
     class Gate(nn.Module):
         num_experts = E
 
@@ -205,7 +214,7 @@ def test_the_table():
     assert f"{D * D + D + ROUTER + E * PLAIN:,}" in text
 
 
-def test_sparse_blocks_that_are_not_known_are_named():
+def test_unknown_sparse_blocks_are_reported():
     transformers = pytest.importorskip("transformers")
     config = transformers.NllbMoeConfig(
         vocab_size=8, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.mixed_calls import Call, check_threads
+from support.concurrent_calls import Call, check_threads
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from mixture_of_experts import ExpertChoiceGating, GatedExperts, HeirarchicalMoE, MoE, TopKGating
-from mixture_of_experts.whole_model.auxiliary import AuxLosses
+from mixture_of_experts.whole_model.aux_losses import AuxLosses
 
 pytestmark = pytest.mark.slow
 DIM = 8
@@ -52,12 +52,12 @@ class Blocks(nn.Module):
         return x
 
 
-def gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
+def compute_gradients(model: nn.Module, loss: Tensor) -> list[Tensor]:
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     return [gradient for gradient in found if gradient is not None]
 
 
-def calls_of(model: Blocks) -> list[Call]:
+def make_calls(model: Blocks) -> list[Call]:
     """Inference and training at several lengths, with and without masks and recomputation."""
 
     def infer(context: Any, x: Tensor, mask: Tensor | None, aux: AuxLosses) -> list[Tensor]:
@@ -67,7 +67,7 @@ def calls_of(model: Blocks) -> list[Call]:
     def train(recompute: bool, x: Tensor, mask: Tensor | None, aux: AuxLosses) -> list[Tensor]:
         out = model(x, mask, recompute)
         loss = aux.take()
-        return [out.detach(), loss.detach(), *gradients(model, out.square().sum() + loss)]
+        return [out.detach(), loss.detach(), *compute_gradients(model, out.square().sum() + loss)]
 
     works = [partial(infer, torch.inference_mode), partial(infer, torch.no_grad), partial(train, False)]
     works.append(partial(train, True))
@@ -82,10 +82,10 @@ def calls_of(model: Blocks) -> list[Call]:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_thousand_calls_of_eight_threads(training):
     model = Blocks().train(training)
-    check_threads(model, calls_of(model), 32)
+    check_threads(model, make_calls(model), 32)
 
 
-class Computed(Dataset):
+class ComputedDataset(Dataset):
     """What a model makes of each input, and the gradients."""
 
     def __init__(self, model: nn.Module, inputs: Tensor) -> None:
@@ -96,15 +96,15 @@ class Computed(Dataset):
 
     def __getitem__(self, index: int) -> list[Tensor]:
         out = self.model(self.inputs[index])
-        return [out.detach(), *gradients(self.model, out.square().sum())]
+        return [out.detach(), *compute_gradients(self.model, out.square().sum())]
 
 
 # workers of a DataLoader compute on one thread: after a fork OpenMP's others are not there
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_compute_what_their_parent_does(method):
+def test_workers_compute_the_same(method):
     """Of a layer that the parent has used, gradients and all, before it forked, and of one that was pickled."""
-    computed = Computed(Blocks(), torch.randn(4, 2, 6, DIM))
+    computed = ComputedDataset(Blocks(), torch.randn(4, 2, 6, DIM))
     torch.set_num_threads(1)
     expected = [computed[i] for i in range(len(computed))]
     loader = DataLoader(computed, batch_size=None, num_workers=2, multiprocessing_context=method, timeout=100)

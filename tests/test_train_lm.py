@@ -30,7 +30,7 @@ TINY_OPTIONS += ["--context=32", "--batch-size=4", "--eval-every=20", "--eval-wi
 
 
 @pytest.fixture(scope="module")
-def corpus(text_files: list[Path]) -> corpora.Corpus:
+def make_corpus(text_files: list[Path]) -> corpora.Corpus:
     return corpora.load_corpus(text_files)
 
 
@@ -71,9 +71,9 @@ def test_no_logit_depends_on_a_later_byte(router: str, training: bool) -> None:
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-def test_every_router_learns(router: str, corpus: corpora.Corpus, tmp_path: Path) -> None:
+def test_every_router_learns(router: str, make_corpus: corpora.Corpus, tmp_path: Path) -> None:
     training = trainings.Training(
-        replace(TINY, router=router, num_experts=32, steps=30, eval_every=30), corpus, tmp_path
+        replace(TINY, router=router, num_experts=32, steps=30, eval_every=30), make_corpus, tmp_path
     )
     training.run()
     dense, moe = (trainee.summary() for trainee in training.trainees)
@@ -147,9 +147,9 @@ def test_batches_show_every_window_once_an_epoch_and_go_on_from_a_position() -> 
         corpora.held_out_windows(text[:9], context=9, count=3)
 
 
-def test_evaluation_by_hand_and_without_a_trace(corpus: corpora.Corpus, tmp_path: Path) -> None:
+def test_evaluation_by_hand_and_without_a_trace(make_corpus: corpora.Corpus, tmp_path: Path) -> None:
     """A new model gives every byte the same probability: 8 bits. Evaluating draws no number from training's."""
-    training = trainings.Training(replace(TINY, router="gshard"), corpus, tmp_path)
+    training = trainings.Training(replace(TINY, router="gshard"), make_corpus, tmp_path)
     state = torch.get_rng_state()
     assert training.trainees[1].evaluate(training.windows) == pytest.approx(8.0, abs=1e-5)
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,6 +1,6 @@
 """What docs/recipes.md says of the `transformers` package: its layer of GPT-OSS by hand, and conversions of losses.
 
-`huggingface/test_blocks.py` holds the layers of every block to it, outputs and all gradients.
+`huggingface/test_block_conversion.py` holds the layers of every block to it, outputs and all gradients.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from support.recipes import recipe
+from support.doc_recipes import extract_recipe
 from torch import Tensor
 
 from mixture_of_experts import MoE, TopKGating
@@ -17,7 +17,7 @@ from mixture_of_experts import MoE, TopKGating
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
 
-def modeling(name: str) -> ModuleType:
+def import_modeling(name: str) -> ModuleType:
     return pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
 
 
@@ -28,10 +28,10 @@ def test_gpt_oss_by_hand(limit):
     sizes = dict(hidden_size=12, intermediate_size=16, num_local_experts=5, num_experts_per_tok=2)
     config = module.GptOssConfig(hidden_act="silu", swiglu_limit=limit, **sizes)
     config._experts_implementation = "eager"
-    block = modeling("gpt_oss").GptOssMLP(config).double()
+    block = import_modeling("gpt_oss").GptOssMLP(config).double()
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=12**-0.5)
-    experts = recipe("GPT-OSS")["GptOssExperts"](12, 5, 16, limit=limit)
+    experts = extract_recipe("GPT-OSS")["GptOssExperts"](12, 5, 16, limit=limit)
     ours = MoE(12, gate=TopKGating(12, 5, k=2, bias=True), experts=experts).double()
 
     def by_our_names(of: str) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ def test_balance_loss_of_one_layer(num_experts, k, masked):
     x = torch.randn(3, 10, 6, requires_grad=True)
     mask = torch.arange(10) < torch.tensor([[10], [4], [7]]) if masked else None
     logits = x.flatten(0, 1) @ gate.w_gating
-    theirs = modeling("mixtral").load_balancing_loss_func((logits,), num_experts, k, mask)
+    theirs = import_modeling("mixtral").load_balancing_loss_func((logits,), num_experts, k, mask)
     ours = k * gate(x, mask=mask).balance_loss
     torch.testing.assert_close(ours, theirs)
     for found, expected in zip(
@@ -76,7 +76,7 @@ def test_balance_loss_of_one_layer(num_experts, k, masked):
 def test_balance_loss_of_several_layers():
     """For L layers our number is theirs times k / L: the same when balanced, theirs is lower where layers cancel."""
     layers, num_experts, k = 3, 4, 2
-    theirs = modeling("mixtral").load_balancing_loss_func
+    theirs = import_modeling("mixtral").load_balancing_loss_func
     gates = [TopKGating(num_experts, num_experts, k=k, balance_over="batch") for _ in range(layers)]
 
     def both(weights: list[Tensor]) -> tuple[float, float]:
@@ -98,7 +98,7 @@ def test_losses_of_switch():
     """Theirs is of one choice, taken for each sequence, as ours."""
     x, gate = torch.randn(2, 7, 6), TopKGating(6, 8, k=1)
     routing = gate(x)
-    theirs = modeling("switch_transformers")
+    theirs = import_modeling("switch_transformers")
     balance_loss = theirs.load_balancing_loss_func(routing.probs, routing.expert)
     torch.testing.assert_close(routing.balance_loss, balance_loss)
     torch.testing.assert_close(routing.z_loss, theirs.router_z_loss_func(x @ gate.w_gating))

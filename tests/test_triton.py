@@ -11,24 +11,26 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support import triton_interpreter
-from support.own_process import Checks, checks
+from support.spawned_checks import Checks, spawn_checks
 from torch import Tensor, nn
 
 from mixture_of_experts import ops
 from mixture_of_experts.dispatch.decision import decision_on
 from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton import schedule, why_not
+from mixture_of_experts.ops.triton import schedule, unsupported_reason
 
-pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
+pytestmark = pytest.mark.skipif(
+    triton_interpreter.unsupported_reason() is not None, reason=str(triton_interpreter.unsupported_reason())
+)
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 OTHER_LAYERS = ("top 2, capacity", "two levels")
 
 
 @pytest.fixture(scope="module")
-def check() -> Iterator[Checks]:
-    with checks(triton_interpreter.load, "triton_checks") as check:
+def run_check() -> Iterator[Checks]:
+    with spawn_checks(triton_interpreter.load_interpreter, "triton_checks") as check:
         yield check
 
 
@@ -46,38 +48,38 @@ def check() -> Iterator[Checks]:
         pytest.param("plain", "silu", dict(dtype=torch.float16, sizes=(20, 16, 32, 16, 4, 3)), marks=slow),
     ],
 )
-def test_outputs_and_gradients(check: Checks, layout: str, activation: str, options: dict):
-    check("check_values", layout, activation, **options)
+def test_outputs_and_gradients(run_check: Checks, layout: str, activation: str, options: dict):
+    run_check("check_values", layout, activation, **options)
 
 
 @slow
 @pytest.mark.parametrize("experts", [1, 17, pytest.param(257, marks=exhaustive)])
-def test_numbers_of_experts(check: Checks, experts: int):
-    check("check_values", "plain", "gelu", sizes=(19, 8, 8, 8, experts, min(2, experts)))
+def test_numbers_of_experts(run_check: Checks, experts: int):
+    run_check("check_values", "plain", "gelu", sizes=(19, 8, 8, 8, experts, min(2, experts)))
 
 
 @exhaustive
 @pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
 @pytest.mark.parametrize("layout", ["plain", "gated"])
-def test_blocks_of_the_schedule(check: Checks, layout: str, kind: str):
+def test_blocks_of_the_schedule(run_check: Checks, layout: str, kind: str):
     for t in (24, 200, 420):
-        check("check_values", layout, "silu", sizes=(t, 72, 136, 40, 3, 2), bias=True, kind=kind)
+        run_check("check_values", layout, "silu", sizes=(t, 72, 136, 40, 3, 2), bias=True, kind=kind)
 
 
 @exhaustive
 @pytest.mark.parametrize("routing", ["top k", "capacity", "masked", "two levels"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", "relu_squared", "identity"])
 @pytest.mark.parametrize("layout", ["plain", "gated", "concatenated", "interleaved"])
-def test_every_activation_and_routing(check: Checks, layout: str, activation: str, routing: str):
+def test_every_activation_and_routing(run_check: Checks, layout: str, activation: str, routing: str):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        check("check_values", layout, activation, routing=routing, dtype=dtype, bias=True)
+        run_check("check_values", layout, activation, routing=routing, dtype=dtype, bias=True)
 
 
 @slow
 @pytest.mark.parametrize("height", [16, 64])
 @pytest.mark.parametrize("experts", [1, 5, 64, 257])
-def test_tiles(check: Checks, experts: int, height: int):
-    check("check_tiles", experts, height)
+def test_tiles(run_check: Checks, experts: int, height: int):
+    run_check("check_tiles", experts, height)
 
 
 @slow
@@ -90,8 +92,8 @@ def test_tiles(check: Checks, experts: int, height: int):
         pytest.param("plain", "relu_squared", torch.bfloat16, 2, marks=exhaustive),
     ],
 )
-def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dtype: torch.dtype, choices: int):
-    check("check_self_check", layout, activation, dtype, choices)
+def test_wrong_kernels_are_detected(run_check: Checks, layout: str, activation: str, dtype: torch.dtype, choices: int):
+    run_check("check_self_check", layout, activation, dtype, choices)
 
 
 class QuickGELU(nn.GELU):
@@ -117,33 +119,37 @@ class ShiftedSwiGLU(ops.ClampedSwiGLU):
         ("too large", 1 << 16, 1 << 15, nn.SiLU(), torch.float32),
     ],
 )
-def test_what_is_refused(monkeypatch, reason: str, d: int, h: int, activation: nn.Module, dtype: torch.dtype):
+def test_rejects_bad_arguments(monkeypatch, reason: str, d: int, h: int, activation: nn.Module, dtype: torch.dtype):
     """By name; of tensors only shapes and strides are read."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     one, nothing = torch.empty(1, dtype=dtype), decision_on(torch.zeros(0, 2).long(), torch.empty(0, 2), 2)
     w_in = [one.expand(2, d, h)] * (1 + isinstance(activation, ops.ClampedSwiGLU))
     network = Network(tuple(w_in), one.expand(2, h, 16), activation, (None,) * len(w_in))
     with ops.use("triton"):
-        assert reason in str(why_not(Call(one.expand(4, d), nothing, network, False)))
+        assert reason in str(unsupported_reason(Call(one.expand(4, d), nothing, network, False)))
 
 
-def test_which_cards_are_served(monkeypatch):
+def test_supported_gpus(monkeypatch):
     """And by which entries of the schedule: those of their family, of float32 as torch's switch says."""
     card, found = torch.device("cuda"), {}
     for number in ((7, 5), (8, 0), (8, 9), (11, 0), (13, 0)):
         for module in (launching, schedule):
-            monkeypatch.setattr(module, "capability", lambda device, number=number: number)
-        if (reason := launching.why_not_on(card)) is None:
-            found[number] = schedule.entries_for(card, torch.bfloat16)
+            monkeypatch.setattr(module, "get_device_capability", lambda device, number=number: number)
+        if (reason := launching.device_unsupported_reason(card)) is None:
+            found[number] = schedule.find_entries(card, torch.bfloat16)
         else:
             assert "compute capability {}.{}".format(*number) in reason
-    assert found == {(8, 0): schedule.HALF[8, 0], (8, 9): schedule.HALF[8, 6], (11, 0): schedule.HALF[10, 0]}
-    monkeypatch.setattr(schedule, "capability", lambda device: (8, 0))
+    assert found == {
+        (8, 0): schedule.HALF_SCHEDULES[8, 0],
+        (8, 9): schedule.HALF_SCHEDULES[8, 6],
+        (11, 0): schedule.HALF_SCHEDULES[10, 0],
+    }
+    monkeypatch.setattr(schedule, "get_device_capability", lambda device: (8, 0))
     matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     try:
         for precision in ("ieee", "tf32"):
             matmul.fp32_precision = precision
-            assert schedule.entries_for(card, torch.float32) == schedule.SINGLE[precision]
+            assert schedule.find_entries(card, torch.float32) == schedule.FLOAT32_SCHEDULES[precision]
     finally:
         matmul.fp32_precision = before
 
@@ -157,16 +163,16 @@ def test_no_more_tiles_than_there_can_be():
             shares = [s for s in itertools.product(range(rows + 1), repeat=experts) if sum(s) <= rows]
             for height in (1, 2, 3, 4):
                 most = max(sum(-(-count // height) for count in share) for share in shares)
-                assert operators.most_tiles(rows, experts, height) == most
+                assert operators.count_max_tiles(rows, experts, height) == most
 
 
 def test_more_rows_than_int32_counts():
     """More rows than int32 counts are refused."""
     from mixture_of_experts.ops.triton import operators  # it imports triton
 
-    for rows in (1 << 31, operators.MOST_ROWS + 1):
-        with pytest.raises(ValueError, match=f"at most {operators.MOST_ROWS} rows, not {rows}"):
-            operators.find_tiles(torch.tensor([rows]), rows, 128)
+    for rows in (1 << 31, operators.MAX_KERNEL_ROWS + 1):
+        with pytest.raises(ValueError, match=f"at most {operators.MAX_KERNEL_ROWS} rows, not {rows}"):
+            operators.launch_find_tiles(torch.tensor([rows]), rows, 128)
 
 
 def test_heights_of_tiles():
@@ -176,9 +182,9 @@ def test_heights_of_tiles():
         counts = torch.multinomial(torch.ones(128), 128 * mean, replacement=True).bincount(minlength=128)
         for height in (64, 128):
             drawn = float((-(-counts // height) * height).sum()) / (128 * mean)
-            assert abs(schedule.rows_computed(mean, height) / mean - drawn) < 0.06
+            assert abs(schedule.estimate_computed_rows(mean, height) / mean - drawn) < 0.06
     found = {
-        card: [schedule.find_schedule(schedule.HALF[card], mean).rows for mean in (1, 24, 128, 1024)]
+        card: [schedule.find_schedule(schedule.HALF_SCHEDULES[card], mean).rows for mean in (1, 24, 128, 1024)]
         for card in ((8, 0), (9, 0))
     }
     assert found == {(8, 0): [16, 32, 64, 128], (9, 0): [16, 64, 128, 128]}
@@ -196,9 +202,9 @@ def test_heights_of_tiles():
         pytest.param("plain", dict(sizes=(19, 16, 16, 16, 257, 2), bias=True), marks=exhaustive),
     ],
 )
-def test_every_access_to_memory(check: Checks, layout: str, options: dict):
+def test_every_access_to_memory(run_check: Checks, layout: str, options: dict):
     """No place outside a tensor, none that nobody has written, none that two programs share."""
-    check("check_memory", layout, "clamped" if layout == "interleaved" else "silu", **options)
+    run_check("check_memory", layout, "clamped" if layout == "interleaved" else "silu", **options)
 
 
 @pytest.mark.parametrize(
@@ -210,19 +216,19 @@ def test_every_access_to_memory(check: Checks, layout: str, options: dict):
     ],
 )
 @pytest.mark.parametrize("experts", [*(pytest.param(e, marks=slow) for e in (1, 5, 257)), 64])
-def test_plans(check: Checks, experts: int, routing: str):
+def test_plans(run_check: Checks, experts: int, routing: str):
     for groups in (1, 3):
-        check("check_plan", experts, groups, routing)
+        run_check("check_plan", experts, groups, routing)
 
 
 @pytest.mark.parametrize(("limited", "mask"), [(True, False), pytest.param(False, True, marks=slow)])
-def test_plans_of_two_levels(check: Checks, limited: bool, mask: bool):
-    check("check_plan_of_two_levels", limited, mask)
+def test_plans_of_two_levels(run_check: Checks, limited: bool, mask: bool):
+    run_check("check_plan_of_two_levels", limited, mask)
 
 
 @pytest.mark.parametrize("sizes", [(5, 2, 70), *(pytest.param(s, marks=slow) for s in ((1, 1, 1), (257, 3, 50)))])
-def test_queues(check: Checks, sizes: tuple[int, int, int]):
-    check("check_queues", *sizes)
+def test_queues(run_check: Checks, sizes: tuple[int, int, int]):
+    run_check("check_queues", *sizes)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +247,8 @@ def test_queues(check: Checks, sizes: tuple[int, int, int]):
         ),
     ],
 )
-def test_choices_of_few_tokens(check: Checks, gate: str, experts: int, dtype: torch.dtype):
-    check("check_few_choices", gate, experts, dtype)
+def test_choices_of_few_tokens(run_check: Checks, gate: str, experts: int, dtype: torch.dtype):
+    run_check("check_topk_kernel", gate, experts, dtype)
 
 
 @slow
@@ -261,50 +267,50 @@ def test_choices_of_few_tokens(check: Checks, gate: str, experts: int, dtype: to
         ),
     ],
 )
-def test_two_choices(check: Checks, policy: str, experts: int, dtype: torch.dtype):
-    check("check_two_choices", policy, experts, dtype)
+def test_two_choices(run_check: Checks, policy: str, experts: int, dtype: torch.dtype):
+    run_check("check_two_choices", policy, experts, dtype)
 
 
 @pytest.mark.parametrize("selective", [False, True])
-def test_a_first_call_in_checkpointing(check: Checks, selective: bool):
-    check("check_first_call_in_checkpoint", selective)
+def test_a_first_call_in_checkpointing(run_check: Checks, selective: bool):
+    run_check("check_first_call_in_checkpoint", selective)
 
 
 OTHER_FAULTS = ("expert", "chosen", "primary", "probs", "log_total", "sums", "totals", "raises", "memory")
 
 
 @pytest.mark.parametrize("fault", ["weight", "grad_logits", *(pytest.param(f, marks=slow) for f in OTHER_FAULTS)])
-def test_wrong_two_choices_are_seen(check: Checks, fault: str):
-    check("check_wrong_two_choices", fault)
+def test_wrong_two_choices_are_detected(run_check: Checks, fault: str):
+    run_check("check_wrong_two_choices", fault)
 
 
 @slow
 @pytest.mark.parametrize("layer", ["top 3, gated, biases", *OTHER_LAYERS])
-def test_few_tokens(check: Checks, layer: str):
-    check("check_few_tokens", layer)
+def test_few_tokens(run_check: Checks, layer: str):
+    run_check("check_small_batches", layer)
 
 
 @pytest.mark.parametrize("layer", ["top 3, gated, biases", *(pytest.param(name, marks=slow) for name in OTHER_LAYERS)])
-def test_a_layer_is_the_plain_one(check: Checks, layer: str):
-    check("check_layer", layer)
+def test_layer_equals_plain_layer(run_check: Checks, layer: str):
+    run_check("check_layer", layer)
 
 
 @slow
 @pytest.mark.parametrize("activation", ["relu", "relu_squared"])
-def test_what_is_no_number(check: Checks, activation: str):
-    check("check_nan", activation)
+def test_nan_inputs(run_check: Checks, activation: str):
+    run_check("check_nan", activation)
 
 
 @slow
 @pytest.mark.parametrize("layer", ["dropless", "capacity", "two levels, filled"])
-def test_a_token_that_is_not_finite(check: Checks, layer: str):
-    check("check_isolated", layer)
+def test_a_token_that_is_not_finite(run_check: Checks, layer: str):
+    run_check("check_isolated", layer)
 
 
-CHECKS = "lengths_of_the_self_check plan_with_slots_of_nobody nothing last_rows devices"
-SLOW_CHECKS = "first_hour faults operands_as_they_come frozen operators compiled"
+CHECKS = "lengths_of_the_self_check plan_with_unused_slots empty_inputs last_rows devices"
+SLOW_CHECKS = "first_hour faults operand_layouts frozen operators compiled"
 
 
 @pytest.mark.parametrize("name", [*CHECKS.split(), *(pytest.param(name, marks=slow) for name in SLOW_CHECKS.split())])
-def test_what_has_no_parameters(check: Checks, name: str):
-    check(f"check_{name}")
+def test_checks_without_parameters(run_check: Checks, name: str):
+    run_check(f"check_{name}")

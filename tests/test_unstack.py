@@ -19,7 +19,7 @@ Muon = recipe("stacked_experts.md", "class Muon")["Muon"]
 D, E, H = 16, 4, 24
 
 
-def without(experts: nn.Module, *names: str) -> nn.Module:
+def remove_experts(experts: nn.Module, *names: str) -> nn.Module:
     for name in names:
         experts.register_parameter(name, None)
     return experts
@@ -28,7 +28,7 @@ def without(experts: nn.Module, *names: str) -> nn.Module:
 EXPERTS = {
     "plain": lambda: Experts(D, E, H),
     "biases": lambda: Experts(D, E, H, nn.ReLU, bias=True),
-    "last bias alone": lambda: without(Experts(D, E, H, bias=True), "b1"),
+    "last bias alone": lambda: remove_experts(Experts(D, E, H, bias=True), "b1"),
     "gated": lambda: GatedExperts(D, E, H),
     "gated, biases": lambda: GatedExperts(D, E, H, nn.GELU, bias=True),
     "function of two": lambda: GatedExperts(D, E, H, ClampedSwiGLU, bias=True),
@@ -36,7 +36,7 @@ EXPERTS = {
 }
 
 
-def layer(name: str, capacity: float | None = None) -> MoE:
+def make_layer(name: str, capacity: float | None = None) -> MoE:
     torch.manual_seed(0)
     experts = EXPERTS[name]()
     for parameter in experts.parameters():
@@ -48,7 +48,7 @@ def layer(name: str, capacity: float | None = None) -> MoE:
 @pytest.mark.parametrize("capacity", [None, 0.75])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_the_same_outputs_and_gradients(name, capacity):
-    stacked, x = layer(name, capacity), torch.randn(2, 12, D)
+    stacked, x = make_layer(name, capacity), torch.randn(2, 12, D)
     x = x.to(stacked.experts.w1.dtype)
     lists = unstack(copy.deepcopy(stacked))
     assert isinstance(lists.experts, UnstackedExperts)
@@ -66,9 +66,9 @@ def test_the_same_outputs_and_gradients(name, capacity):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
-def test_there_and_back(name):
+def test_round_trip(name):
     """Class, attributes, weights, what is trained, and mode."""
-    moe = layer(name).eval()
+    moe = make_layer(name).eval()
     moe.experts.is_transposed = True
     moe.experts.w1.requires_grad_(False)
     before, shown = {key: value.clone() for key, value in moe.state_dict().items()}, repr(moe)
@@ -89,7 +89,7 @@ def test_there_and_back(name):
     assert isinstance(lists.experts, UnstackedExperts)  # the other is as it was
 
 
-def test_a_grid_and_a_layer_in_two_places():
+def test_hierarchical_and_shared_layer():
     moe, x = HeirarchicalMoE(D, (2, 3), H), torch.randn(2, 12, D)
     model = nn.ModuleDict({"a": moe, "b": moe}).eval()
     torch.manual_seed(1)
@@ -103,38 +103,38 @@ def test_a_grid_and_a_layer_in_two_places():
     assert torch.equal(restack(model)["a"].experts.w1, weights)
 
 
-class Quantised(nn.Linear):
+class QuantizedExpertsStub(nn.Linear):
     pass
 
 
-def test_what_is_refused():
+def test_rejects_bad_arguments():
     """Nothing is changed then."""
     with pytest.raises(ValueError, match="Linear has no stacked experts"):
         unstack(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="is nothing but stacked experts"):
         unstack(Experts(D, E))
     with pytest.raises(ValueError, match="MoE has no experts that unstack"):
-        restack(layer("plain"))
-    model = nn.ModuleList([layer("plain"), layer("gated")])
+        restack(make_layer("plain"))
+    model = nn.ModuleList([make_layer("plain"), make_layer("gated")])
     model[1].experts.w3 = nn.Parameter(model[1].experts.w3.data)
     model[1].experts.w3.__class__ = type("Spread", (nn.Parameter,), {})
     with pytest.raises(TypeError, match=r"1.experts.w3 is a Spread: unstack .* before"):
         unstack(model)
     assert isinstance(model[0].experts, Experts)
     own = type("Own", (Experts,), {"compute": lambda self, rows, num_tokens_per_expert: rows})
-    model = nn.ModuleList([layer("plain"), MoE(D, E, experts=own(D, E).requires_grad_(False))])
+    model = nn.ModuleList([make_layer("plain"), MoE(D, E, experts=own(D, E).requires_grad_(False))])
     for change in (unstack, quantize_experts):
         with pytest.raises(TypeError, match=r"1.experts is a Own, whose own compute would be lost"):
             change(model)
     assert type(model[0].experts) is Experts
-    model = unstack(nn.ModuleList([layer("plain"), layer("gated")]))
-    model[1].experts[2].w3 = Quantised(D, H, bias=False)
-    with pytest.raises(TypeError, match=r"1.experts.2.w3 is a Quantised, no plain linear layer"):
+    model = unstack(nn.ModuleList([make_layer("plain"), make_layer("gated")]))
+    model[1].experts[2].w3 = QuantizedExpertsStub(D, H, bias=False)
+    with pytest.raises(TypeError, match=r"1.experts.2.w3 is a QuantizedExpertsStub, no plain linear layer"):
         restack(model)
     assert isinstance(model[0].experts, UnstackedExperts)
 
 
-def test_compiled_experts_are_refused():
+def test_rejects_compiled_experts():
     """They would compute with the experts that were compiled, whatever those in their place learn."""
     for change, made in ((unstack, MoE(D, E)), (restack, unstack(MoE(D, E)))):
         made.experts = torch.compile(made.experts, backend="eager")
@@ -189,7 +189,7 @@ def muon_step(weight: torch.Tensor, mean: torch.Tensor, grad: torch.Tensor, lr: 
 def test_torchao():
     """It passes over stacks in silence, and takes what `unstack` makes of them."""
     ao = pytest.importorskip("torchao.quantization")
-    moe, x = layer("gated").eval(), torch.randn(2, 12, D)
+    moe, x = make_layer("gated").eval(), torch.randn(2, 12, D)
     before = moe(x)[0]
     ao.quantize_(moe, ao.Int8WeightOnlyConfig())
     assert torch.equal(moe(x)[0], before)
@@ -202,7 +202,7 @@ def test_torchao():
 
 def test_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
-    moe, x = unstack(layer("gated").eval()), torch.randn(2, 12, D)
+    moe, x = unstack(make_layer("gated").eval()), torch.randn(2, 12, D)
     before = moe(x)[0]
     for expert in moe.experts.children():
         for name in ("w1", "w2", "w3"):

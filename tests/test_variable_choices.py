@@ -1,7 +1,7 @@
 """Routers that let the number of a token's choices vary: top-p and ReLU, against loops that follow their papers.
 
-They are also among `ROUTERS` of `support/paths.py`, over which the tests of compile, export, checkpointing, dtypes and
-others run.
+They are also among `ROUTERS` of `support/layer_variants.py`, over which the tests of compile, export, checkpointing,
+dtypes and others run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from support.paths import run
+from support.layer_variants import run_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,12 +27,12 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.stats import track_routing
 from mixture_of_experts.whole_model import sparsity
-from mixture_of_experts.whole_model.balancing import names_of_counts
+from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 
 DIM, E = 6, 5
 
 
-def layer(gate: nn.Module, **settings) -> MoE:
+def make_layer(gate: nn.Module, **settings) -> MoE:
     torch.manual_seed(0)
     gate.reset_parameters()
     return MoE(DIM, gate=gate, experts=GatedExperts(DIM, E, 7), **settings).double()
@@ -45,7 +45,7 @@ def expert_outputs(moe: MoE, x: Tensor) -> Tensor:
     return ((nn.functional.silu(tokens @ w1) * (tokens @ w3)) @ w2).squeeze(-2)
 
 
-def compare(moe: MoE, x: Tensor, mask: Tensor | None, out: Tensor, aux_loss: Tensor) -> None:
+def compare_with_loop(moe: MoE, x: Tensor, mask: Tensor | None, out: Tensor, aux_loss: Tensor) -> None:
     """Outputs, loss and gradients of a layer are these."""
     found = moe(x, mask=mask)
     for ours, theirs in zip(found, (out, aux_loss), strict=True):
@@ -59,7 +59,7 @@ def compare(moe: MoE, x: Tensor, mask: Tensor | None, out: Tensor, aux_loss: Ten
     torch.testing.assert_close(ours, theirs)
 
 
-def inputs(masked: bool) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
+def make_inputs(masked: bool) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
     """Tokens of two sequences, a mask, and the places of the real ones."""
     x = torch.randn(2, 9, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     mask = torch.arange(9) < torch.tensor([[9], [4]])
@@ -110,9 +110,9 @@ class LargestTensor(TorchDispatchMode):
 def test_relu_is_the_papers(masked: bool, over: str):
     """Sum of R_i e_i(x) with R = ReLU(x W) (equation 5); lambda times the mean of sum f_i R_i (equation 11), with
     f_i = e / (k T) times the number of tokens for which R_i is positive (equation 12)."""
-    moe = layer(ReLUGating(DIM, E, k=E, mean_choices=2, balance_over=over), loss_coef=1.0)
+    moe = make_layer(ReLUGating(DIM, E, k=E, mean_choices=2, balance_over=over), loss_coef=1.0)
     moe.gate.l1_coef.fill_(0.3)
-    x, mask, real = inputs(masked)
+    x, mask, real = make_inputs(masked)
     r, outputs = (x @ moe.gate.w_gating).relu(), expert_outputs(moe, x)
     out = (r.unsqueeze(-1) * outputs).sum(dim=-2)
     out = out if mask is None else torch.where(mask.unsqueeze(-1), out, 0.0)
@@ -121,7 +121,7 @@ def test_relu_is_the_papers(masked: bool, over: str):
     for unit in units:
         f = [E / (2 * len(unit)) * sum(bool(r[place][i] > 0) for place in unit) for i in range(E)]
         losses.append(sum(f[i] * r[place][i] for place in unit for i in range(E)) / len(unit))
-    compare(moe, x, mask, out, 0.3 * sum(losses) / len(losses))
+    compare_with_loop(moe, x, mask, out, 0.3 * sum(losses) / len(losses))
 
 
 def test_the_bound_leaves_the_largest_and_the_loss_counts_all():
@@ -135,22 +135,22 @@ def test_the_bound_leaves_the_largest_and_the_loss_counts_all():
     assert (a.chosen.view(18, E).sum(-1) > 2).any()
 
 
-def loud(coef: float = 1e-8) -> MoE:
+def set_loss_coef(coef: float = 1e-8) -> MoE:
     torch.manual_seed(0)
     moe = MoE(DIM, gate=ReLUGating(DIM, E, k=4, mean_choices=1.5), experts=GatedExperts(DIM, E, 7), loss_coef=1.0)
     moe.gate.l1_coef.fill_(coef)
     return moe
 
 
-def positive(gate: nn.Module, x: Tensor) -> int:
+def find_positive(gate: nn.Module, x: Tensor) -> int:
     return int(((x @ gate.w_gating) > 0).sum())
 
 
-def test_what_is_counted_and_how_the_coefficient_moves():
+def test_counts_and_coefficient_update():
     """More than 1.5 choices a token: times 1.2. Masked tokens, evaluation, and what has no backward do not count."""
-    moe, x = loud(), torch.randn(2, 9, DIM)
+    moe, x = set_loss_coef(), torch.randn(2, 9, DIM)
     mask = torch.arange(9) < torch.tensor([[9], [4]])
-    wanted = [positive(moe.gate, x[mask]), 13]
+    wanted = [find_positive(moe.gate, x[mask]), 13]
     moe(x)
     checkpoint(moe, x.requires_grad_(), mask, use_reentrant=False)[0].sum().backward()
     moe.eval()(x)[0].sum().backward()
@@ -172,7 +172,7 @@ def test_what_is_counted_and_how_the_coefficient_moves():
 
 def test_sparsity_is_controlled_over_all_layers():
     """From about half of the experts to what was aimed at, in one coefficient for both layers."""
-    model = nn.Sequential(*(loud(0.03) for _ in range(2)))
+    model = nn.Sequential(*(set_loss_coef(0.03) for _ in range(2)))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     control = control_sparsity(model, optimizer)
     x = torch.randn(8, 16, DIM, generator=torch.Generator().manual_seed(1))
@@ -184,7 +184,7 @@ def test_sparsity_is_controlled_over_all_layers():
         ((out - x.roll(1, -1)).square().mean() + aux_first + aux_loss).backward()
         optimizer.step()
         with torch.no_grad():
-            return (positive(model[0].gate, x) + positive(model[1].gate, model[0](x)[0] + x)) / (2 * 128)
+            return (find_positive(model[0].gate, x) + find_positive(model[1].gate, model[0](x)[0] + x)) / (2 * 128)
 
     before, *_, last = [step() for _ in range(50)]
     means = [step() for _ in range(20)]
@@ -197,17 +197,17 @@ def test_sparsity_is_controlled_over_all_layers():
     assert model[0].gate.l1_coef == coef
 
 
-def test_tokens_of_nan_are_not_counted():
-    moe, x = loud(), torch.randn(2, 9, DIM)
+def test_nan_tokens_do_not_count():
+    moe, x = set_loss_coef(), torch.randn(2, 9, DIM)
     bad = torch.rand(2, 9) < 0.3
     moe.gate(torch.where(bad.unsqueeze(-1), torch.nan, x)).weight.sum().backward()
-    assert moe.gate.choice_counts.tolist() == [positive(moe.gate, x[~bad]), int((~bad).sum())]
+    assert moe.gate.choice_counts.tolist() == [find_positive(moe.gate, x[~bad]), int((~bad).sum())]
 
 
-def test_a_mean_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch):
+def test_unreachable_mean_choices_warns(monkeypatch: pytest.MonkeyPatch):
     """The loss has no balancing loss, so the coefficient moves nothing. It stays finite, and comes down again."""
-    monkeypatch.setattr(sparsity, "LOOK", 4)
-    moe, x = loud(1e2), torch.randn(4, 9, DIM)
+    monkeypatch.setattr(sparsity, "CHECK_INTERVAL", 4)
+    moe, x = set_loss_coef(1e2), torch.randn(4, 9, DIM)
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.01)
     control_sparsity(moe, optimizer, rate=2.0)
 
@@ -230,7 +230,7 @@ def test_a_mean_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_coefficient_that_shrank_for_long_grows_again():
     """In float32 it would become 0, from which no factor leads away."""
-    gate = loud().gate
+    gate = set_loss_coef().gate
     for _ in range(600):
         gate.scale_l1(1.2, torch.tensor(-1.0))
     assert gate.l1_coef.item() == pytest.approx(1e-12)
@@ -244,15 +244,15 @@ def test_errors():
     with pytest.raises(ValueError, match=r"p must be .*below 1.0, got 1.5"):
         TopPGating(DIM, E, k=2, p=1.5)
     with pytest.raises(ValueError, match=r"rate must be .*above 1.0, got 1"):
-        loud().gate.update_l1(1)
+        set_loss_coef().gate.update_l1(1)
     with pytest.raises(TypeError, match=r"^group must be a torch.distributed.ProcessGroup"):
-        loud().gate.update_l1(group="world")
+        set_loss_coef().gate.update_l1(group="world")
     moe = MoE(DIM, 4)
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="MoE has no ReLUGating"):
         control_sparsity(moe, optimizer)
     with pytest.raises(ValueError, match="no gate of MoE has an expert bias"):
-        balance_experts(loud(), optimizer)
+        balance_experts(set_loss_coef(), optimizer)
     for start in (control_sparsity, balance_experts):
         with pytest.raises(TypeError, match=r"optimizer must be .*got MoE: the model is first"):
             start(optimizer, moe)  # type: ignore[arg-type]
@@ -260,12 +260,12 @@ def test_errors():
 
 def test_the_coefficient_in_another_default_dtype():
     torch.set_default_dtype(torch.float16)
-    assert loud().gate.l1_coef.item() == pytest.approx(1e-8)
+    assert set_loss_coef().gate.l1_coef.item() == pytest.approx(1e-8)
 
 
-def test_counts_are_a_ranks_own():
+def test_counts_are_rank_local():
     """DDP would copy those of the first rank."""
-    assert names_of_counts(loud()) == {"gate.choice_counts", "gate.l1_coef"}
+    assert find_rank_local_buffers(set_loss_coef()) == {"gate.choice_counts", "gate.l1_coef"}
 
 
 # Both
@@ -283,7 +283,7 @@ def test_levels_capacity_and_statistics(kind: str, factor: float | None):
     seen = []
     outer.register_forward_hook(lambda gate, args, routing: seen.append(routing))
     with track_routing(moe) as stats:
-        out, aux_loss = run(moe, x)
+        out, aux_loss = run_layer(moe, x)
     (out.square().sum() + aux_loss).backward()
     assert all(p.grad is not None for p in moe.parameters())
     record = stats.last("gate_outer")

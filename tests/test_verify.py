@@ -9,48 +9,59 @@ from torch import nn
 from mixture_of_experts import ExpertChoiceGating, MoE, NoisyTopKGating, TopKGating
 from mixture_of_experts.verify import assert_holds, verify
 from mixture_of_experts.verify.__main__ import main
-from tests.support.planted import FAULTS, TOLD, make
-from tests.support.verified import DEFAULT, drawn, some, wrong
+from tests.support.faulty_layers import DESCRIPTION, FAULTS, make_faulty_layer
+from tests.support.verify_random_layers import (
+    DEFAULT_PROPERTIES,
+    draw_configurations,
+    find_wrong_verdicts,
+    sample_configurations,
+)
 
 
-def a_layer() -> nn.Module:
+def make_layer() -> nn.Module:
     return MoE(dim=8, gate=TopKGating(8, 4, expert_bias=True))
 
 
-def a_faulty_layer():
-    return make(FAULTS[0]), TOLD
+def make_layer_with_fault():
+    return make_faulty_layer(FAULTS[0]), DESCRIPTION
 
 
-def of_another_width():
+def make_other_width():
     return nn.Linear(8, 8), {"dim": 4}
 
 
-def test_a_layer_that_keeps_all():
-    report = verify(make(), **TOLD)
-    assert {name: f.verdict for name, f in report.findings.items()} == dict.fromkeys(DEFAULT, "holds"), str(report)
+def test_reference_layer_has_all_properties():
+    report = verify(make_faulty_layer(), **DESCRIPTION)
+    assert {name: f.verdict for name, f in report.findings.items()} == dict.fromkeys(DEFAULT_PROPERTIES, "holds"), str(
+        report
+    )
     assert report.failed == []
 
 
 @pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
-def test_a_planted_fault_is_found(kind):
-    report = verify(make(kind), properties=kind.breaks, **TOLD)
+def test_faulty_layer_is_detected(kind):
+    report = verify(make_faulty_layer(kind), properties=kind.breaks, **DESCRIPTION)
     assert set(report.failed) == set(kind.breaks), str(report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
-def test_a_planted_fault_breaks_nothing_else(kind):
-    report = verify(make(kind), properties=set(DEFAULT) - set(kind.breaks), **TOLD)
+def test_faulty_layer_breaks_only_listed_properties(kind):
+    report = verify(make_faulty_layer(kind), properties=set(DEFAULT_PROPERTIES) - set(kind.breaks), **DESCRIPTION)
     assert report.failed == [], str(report)
 
 
 def test_every_property_that_can_fail_has_a_planted_fault():
-    assert {name for kind in FAULTS for name in kind.breaks} == set(DEFAULT)
+    assert {name for kind in FAULTS for name in kind.breaks} == set(DEFAULT_PROPERTIES)
 
 
 @pytest.mark.parametrize(("count", "each"), [(3, 4), pytest.param(200, 1, marks=pytest.mark.slow)])
 def test_random_layers_of_the_package(count, each):
-    lines = [line for number, c in enumerate(drawn(count)) for line in wrong(c, some(number, each))]
+    lines = [
+        line
+        for number, c in enumerate(draw_configurations(count))
+        for line in find_wrong_verdicts(c, sample_configurations(number, each))
+    ]
     assert lines == []
 
 
@@ -62,13 +73,13 @@ DOCUMENTED = {
 
 
 @pytest.mark.parametrize(("layer", "failed"), DOCUMENTED.values(), ids=DOCUMENTED)
-def test_what_the_documents_say(layer, failed):
+def test_documented_verdicts(layer, failed):
     report = verify(layer, properties=["padding", "batch", "causal", "decoding", "counts_eval"])
     assert report.failed == failed, str(report)
 
 
-def test_the_module_itself_does_not_run_and_the_random_numbers_are_left():
-    layer, state = a_layer().eval(), torch.get_rng_state()
+def test_verify_keeps_module_and_rng_state():
+    layer, state = make_layer().eval(), torch.get_rng_state()
     layer.register_forward_hook(lambda *args: pytest.fail("it ran"), always_call=True)
     layer._forward_hooks.clear()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -85,33 +96,33 @@ class Flat(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = make()
+        self.inner = make_faulty_layer()
 
     def forward(self, hidden_states):
         out, self.balance = self.inner(hidden_states)
         return {"hidden_states": out.flatten(0, 1), "load": None}
 
 
-def test_what_can_be_told():
-    told = {
+def test_arguments_can_be_described():
+    described = {
         "mask": lambda module, x, real: {"hidden_states": module.inner(x, real)[0]},
         "router": lambda module, x: module.inner.router(x.flatten(0, 1))[2],
     }
     properties = ["counts_eval", "router_autocast", "bfloat16", "nan_padding"]
-    assert_holds(Flat(), *properties, **told)
-    told["loss"] = lambda module, returned: module.balance
-    report = verify(Flat(), properties=["recomputation", "loss_mean"], **told)
+    assert_holds(Flat(), *properties, **described)
+    described["loss"] = lambda module, returned: module.balance
+    report = verify(Flat(), properties=["recomputation", "loss_mean"], **described)
     assert report.failed == ["recomputation"], str(report)
 
 
-def test_one_who_asks_for_a_property_gets_it_or_an_error():
-    assert_holds(make(), "causal")
+def test_requested_property_holds_or_raises():
+    assert_holds(make_faulty_layer(), "causal")
     with pytest.raises(AssertionError, match=r"not asked.*\n.*tell mask="):
-        assert_holds(make(), "padding")
+        assert_holds(make_faulty_layer(), "padding")
     with pytest.raises(AssertionError, match="counts, padded to 2 x 12"):
-        assert_holds(make(FAULTS[0]), "padding", "causal", **TOLD)
+        assert_holds(make_faulty_layer(FAULTS[0]), "padding", "causal", **DESCRIPTION)
     with pytest.raises(ValueError, match=r"no property is named \['cheap'\]: there are \['batch', "):
-        verify(make(), properties=["cheap"])
+        verify(make_faulty_layer(), properties=["cheap"])
 
 
 def test_a_property_that_does_not_apply_is_not_shown():
@@ -136,7 +147,7 @@ def test_a_failure_that_a_kind_of_layer_implies_is_called_expected():
     assert "2 fail, 2 of them as expected" in str(report)
     assert "expected: in expert choice all tokens of a group compete" in str(report)
     assert json.loads(report.to_json())["expected"] == report.expected
-    assert verify(make(FAULTS[0]), properties=["padding"], **TOLD).expected == []
+    assert verify(make_faulty_layer(FAULTS[0]), properties=["padding"], **DESCRIPTION).expected == []
     assert not verify(MoE(8, gate=TopKGating(8, 4)), properties=["causal"]).findings["causal"].expected
 
 
@@ -144,7 +155,7 @@ def test_settings_of_the_caller_are_restored():
     faults = {kind.__name__: kind for kind in FAULTS}
     for name, word in (("ChangesTheDefaultDtype", "default dtype"), ("TurnsGradientsOn", "grad mode")):
         with torch.no_grad():
-            report = verify(make(faults[name]), properties=["side_effects", "strides"], **TOLD)
+            report = verify(make_faulty_layer(faults[name]), properties=["side_effects", "strides"], **DESCRIPTION)
             assert report.failed == ["side_effects"], str(report)
             assert word in report.findings["side_effects"].detail
             assert not torch.is_grad_enabled()
@@ -165,13 +176,13 @@ class InFloat32(nn.Linear):
         (lambda: InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
     ],
 )
-def test_what_means_nothing_does_not_apply(build, name, reason):
+def test_inapplicable_properties(build, name, reason):
     finding = verify(build(), properties=[name]).findings[name]
     assert finding.verdict == "does not apply"
     assert finding.detail.startswith(reason)
 
 
-def test_the_width_is_found_or_asked_for():
+def test_width_is_inferred_or_requested():
     assert verify(nn.Linear(6, 6), properties=["causal"]).module == "Linear, 6 wide"
     with pytest.raises(ValueError, match=r"tokens of Linear could be \[\] wide: give dim="):
         verify(nn.Linear(6, 7))
@@ -180,16 +191,16 @@ def test_the_width_is_found_or_asked_for():
 
 
 def test_command(capsys: pytest.CaptureFixture):
-    assert main([f"{__name__}:a_layer", "--only", "causal", "counts_eval"]) == 0
+    assert main([f"{__name__}:make_layer", "--only", "causal", "counts_eval"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("MoE, 8 wide: 0 fail")
     assert [line.split()[:2] for line in lines[2:]] == [["causal", "holds"], ["counts_eval", "holds"]]
-    assert main([f"{__name__}:a_faulty_layer", "--only", "padding", "--json"]) == 1
+    assert main([f"{__name__}:make_layer_with_fault", "--only", "padding", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] == ["padding"]
     assert found["findings"]["padding"]["detail"].startswith("1 x 2 tokens, seed 0, in training: move of counts")
     wrong = {"nowhere:f": "No module named", f"{__name__}:nothing": "no attribute", "x": "x"}
-    wrong |= {f"{__name__}:of_another_width": "cannot be multiplied"}  # no verdict: a layer that fails returns 1
+    wrong |= {f"{__name__}:make_other_width": "cannot be multiplied"}  # no verdict: a layer that fails returns 1
     for factory, error in wrong.items():
         with pytest.raises(SystemExit, match="2"):
             main([factory])
@@ -198,12 +209,12 @@ def test_command(capsys: pytest.CaptureFixture):
 
 @pytest.mark.slow
 def test_compiled():
-    assert_holds(a_layer(), "compile")
+    assert_holds(make_layer(), "compile")
 
 
 @pytest.mark.slow
 def test_a_block_of_transformers():
     """All its sequences are one group; its router computes in the dtype of the weights."""
     blocks = pytest.importorskip("tests.support.transformers_blocks", reason="needs transformers")
-    report = verify(blocks.InModel(blocks.make("MixtralSparseMoeBlock")), dim=blocks.DIM)
+    report = verify(blocks.BlockInModel(blocks.make("MixtralSparseMoeBlock")), dim=blocks.DIM)
     assert report.failed == ["router_bfloat16", "router_autocast"], str(report)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from mixture_of_experts import gating
-from tests.support import public_surface, recipe_tables
+from tests.support import public_api, recipe_tables
 from tests.support.strategies import KINDS
 
 EXPORTS = Path(gating.__file__)
@@ -38,12 +38,12 @@ def write_code() -> None:
 
 def write_pages() -> None:
     pages = {
-        recipe_tables.PAGE: recipe_tables.with_tables,
-        recipe_tables.CONCEPTS: recipe_tables.with_routers,
+        recipe_tables.PAGE: recipe_tables.replace_tables,
+        recipe_tables.CONCEPTS: recipe_tables.replace_router_table,
     }
     for page, written in pages.items():
         page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
-    public_surface.SNAPSHOT.write_text("\n".join([*public_surface.surface(), ""]), encoding="utf-8")
+    public_api.SNAPSHOT.write_text("\n".join([*public_api.list_surface(), ""]), encoding="utf-8")
 
 
 if __name__ == "__main__":

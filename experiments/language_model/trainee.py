@@ -74,7 +74,7 @@ class Trainee:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
-        own = self._own(windows)
+        own = self._take_local_windows(windows)
         nats, aux_loss = self._loss(own)
         (nats + aux_loss).backward()
         self._clip()
@@ -96,7 +96,7 @@ class Trainee:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)  # a router that draws numbers in evaluation draws the same ones every time
             for batch in windows.split(self.settings.batch_size):
-                own = self._own(batch)
+                own = self._take_local_windows(batch)
                 nats += self._loss(own)[0].item() * len(own)
         bits = self._sum(nats) / len(windows) / math.log(2)
         self.history.held_out.append((len(self.history.train), bits))
@@ -107,7 +107,7 @@ class Trainee:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         return make_optimizer(self.model, self.settings.learning_rate, self.settings.expert_rate)
 
-    def _own(self, windows: Tensor) -> Tensor:
+    def _take_local_windows(self, windows: Tensor) -> Tensor:
         """This process' part of a batch."""
         return windows
 

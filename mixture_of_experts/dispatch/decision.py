@@ -18,8 +18,8 @@ from torch import Tensor
 from mixture_of_experts.dispatch.plan import Plan, append, tokens_of
 from mixture_of_experts.dispatch.queues import queue_up
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.support.private_torch import exporting, statically_known_true
-from mixture_of_experts.support.tracing import add_times, smallest
+from mixture_of_experts.support.private_torch import is_exporting, statically_known_true
+from mixture_of_experts.support.tracing import add_scaled, symbolic_min
 
 
 class Decision:
@@ -102,7 +102,7 @@ class Decision:
         if self.slot is None or self.routing is None:
             return self.weight.shape[0]
         # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
-        return smallest(math.prod(self.routing.expert.shape), self.weight.shape[0])
+        return symbolic_min(math.prod(self.routing.expert.shape), self.weight.shape[0])
 
     def queues(self) -> tuple[Tensor, Tensor, Tensor]:
         """The queue `(a,)` of each assignment and its position `(a,)` there, any number where it is not kept; and how
@@ -117,7 +117,7 @@ class Decision:
             return queue_of(self.routing), self.routing.slot.flatten(), length
         cell = self._cell()
         queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
-        return queue, add_times(cell, queue, -self.capacity), length
+        return queue, add_scaled(cell, queue, -self.capacity), length
 
     def _cell(self) -> Tensor:
         """`(a,)` int64, the slot of each assignment among those of the call; any number where it is not kept."""
@@ -125,7 +125,7 @@ class Decision:
             queue, position, _ = self.queues()
         else:
             queue, position = queue_of(self.routing), self.routing.slot.flatten()
-        cell = add_times(position, queue, self.capacity)
+        cell = add_scaled(position, queue, self.capacity)
         return cell if self.slot is None or self.routing is None else of_choices(cell, self.routing, self.slot)
 
     def rows_per_expert(self, length: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class Decision:
         """Whether rows without gaps are the better layout: dropless, or surely fewer than slots."""
         if self.dropless:
             return True
-        if exporting() or self.k is None:
+        if is_exporting() or self.k is None:
             return False
         # in a traced graph the answer must not depend on a dynamic length
         return statically_known_true(self.weight.shape[0] < self.num_slots)
@@ -267,8 +267,8 @@ def queue_of(routing: Routing) -> Tensor:
     e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
     first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
     if outer:
-        first = add_times(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
-    return add_times(first, routing.expert.reshape(routers, b, a), b).flatten()
+        first = add_scaled(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
+    return add_scaled(first, routing.expert.reshape(routers, b, a), b).flatten()
 
 
 def rows_of_queues(routing: Routing) -> Tensor:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, shape_of
-from mixture_of_experts.support.private_torch import own
-from mixture_of_experts.support.same_bits import module_in_blocks
+from mixture_of_experts.support.batch_invariance import call_module_batch_invariant
+from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
+from mixture_of_experts.support.private_torch import unsafe_view
 
-SHORTEST = 16  # groups are refused if they are so many times shorter than was asked for
+MAX_GROUP_SHRINKAGE = 16  # groups are refused if they are so many times shorter than was asked for
 
 
 def mask_and_group(
@@ -35,7 +35,7 @@ def mask_and_group(
     shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` makes a dynamic length static
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)
-        if 0 < SHORTEST * shape[1] < group_size and shape[0] > 1:
+        if 0 < MAX_GROUP_SHRINKAGE * shape[1] < group_size and shape[0] > 1:
             raise ValueError(
                 f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, as no "
                 "number nearer to it divides them: pad the input or choose a group_size that divides it"
@@ -44,7 +44,7 @@ def mask_and_group(
 
 
 def group_side_inputs(
-    side: Mapping[str, Tensor | None], reads: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
+    side: Mapping[str, Tensor | None], names: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
 ) -> dict[str, Tensor]:
     """Split side inputs into groups, as the inputs; entries of masked tokens are 0.
 
@@ -57,14 +57,14 @@ def group_side_inputs(
     """
     grouped = {}
     for name, value in side.items():
-        if name not in reads:
-            known = f"it reads {', '.join(sorted(reads))}" if reads else "it reads none"
+        if name not in names:
+            known = f"it reads {', '.join(sorted(names))}" if names else "it reads none"
             raise TypeError(f"the gate reads no side input {name!r}: {known}. Masks are `mask=`")
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.shape[: len(shape)] != tuple(shape):
             wanted = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must have shape ({wanted}, ...), an entry a token, got {shape_of(value)}")
+            raise ValueError(f"{name} must have shape ({wanted}, ...), an entry a token, got {describe_shape(value)}")
         rest = value.shape[len(shape) :]
         if mask is not None:
             value = value.masked_fill(~mask.view(*mask.shape, *[1] * len(rest)), 0)
@@ -93,10 +93,10 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
 def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
     """The experts' results in the shape and dtype of the inputs x, plus those of the shared expert; masked tokens are
     0."""
-    out = own(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
+    out = unsafe_view(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out
-    shared = check_result("shared_expert", module_in_blocks(shared_expert, x), out.shape)
+    shared = check_result("shared_expert", call_module_batch_invariant(shared_expert, x), out.shape)
     out = (out + shared).to(x.dtype)
     return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
 

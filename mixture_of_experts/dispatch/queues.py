@@ -15,21 +15,26 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import SelfCheck, has_kernels
-from mixture_of_experts.support.private_torch import is_fake, is_wrapped, is_wrapper_subclass, statically_known_true
-from mixture_of_experts.support.tracing import exporting_to_onnx, largest
+from mixture_of_experts.kernels.launching import SelfCheck, can_launch_kernels
+from mixture_of_experts.support.private_torch import (
+    is_fake_tensor,
+    is_functorch_wrapped,
+    is_wrapper_subclass,
+    statically_known_true,
+)
+from mixture_of_experts.support.tracing import is_exporting_to_onnx, symbolic_max
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
-MOST_DENOMINATOR = 1 << 20  # of a capacity factor
-CHECK = SelfCheck("the Triton kernels of queues")
-MOST_EXPERTS = 1024  # of the kernels: their tables have a line for each
-FEW = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
+MAX_DENOMINATOR = 1 << 20  # of a capacity factor
+QUEUES_SELF_CHECK = SelfCheck("the Triton kernels of queues")
+MAX_KERNEL_EXPERTS = 1024  # of the kernels: their tables have a line for each
+MAX_TABLE_ENTRIES = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
 
 
 def bounded_ratio(factor: float) -> tuple[int, int]:
     """A capacity factor as a ratio of two integers with a denominator of at most 2^20: exact for usual factors."""
-    ratio = Fraction(factor).limit_denominator(MOST_DENOMINATOR) or Fraction(1, MOST_DENOMINATOR)
+    ratio = Fraction(factor).limit_denominator(MAX_DENOMINATOR) or Fraction(1, MAX_DENOMINATOR)
     return ratio.numerator, ratio.denominator
 
 
@@ -53,7 +58,7 @@ def expert_capacity(
         slots = tokens = 1
     # a second level would count the slots of no token as tokens
     empty = statically_known_true(num_tokens == 0)
-    capacity = 0 if empty else largest(num_tokens * slots // tokens, minimum)
+    capacity = 0 if empty else symbolic_max(num_tokens * slots // tokens, minimum)
     if not isinstance(length, Length):
         return capacity, None
     wanted = length.parts * slots // (tokens * length.parts_per_token)
@@ -127,7 +132,7 @@ def queue_up(
         order = stable_order(score, descending=True)
     # with one token all orders are the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
-    if has_kernels(expert.device) and _kernels_serve(expert, num_experts):
+    if can_launch_kernels(expert.device) and _kernels_serve(expert, num_experts):
         return _by_kernels(expert, chosen, order, num_experts, k, not in_order)
     return _by_operators(expert, chosen, order, num_experts, k, in_order)
 
@@ -154,7 +159,7 @@ def _by_operators(
 
 def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The place `(..., a)` of each assignment in its queue, 0 to e, and the lengths `(..., e)` of all but the last."""
-    if statically_known_true(queue.numel() * num_experts <= FEW) or exporting_to_onnx():
+    if statically_known_true(queue.numel() * num_experts <= MAX_TABLE_ENTRIES) or is_exporting_to_onnx():
         # counted in a table (..., a, e + 1): fewer operators than sorting, and ONNX has all of them
         index = queue.unsqueeze(-1)
         stands = index == torch.arange(num_experts + 1, device=queue.device)
@@ -166,7 +171,7 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ordered, order = queue.to(narrow).sort(dim=-1, stable=True)
     of_each = (*queue.shape[:-1], num_experts + 1)
     # contiguous, as searchsorted wants it, under a transform too
-    ids = ordered.new_empty(of_each).copy_(ids) if is_wrapped(ordered) else ids.expand(of_each).contiguous()
+    ids = ordered.new_empty(of_each).copy_(ids) if is_functorch_wrapped(ordered) else ids.expand(of_each).contiguous()
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
     place, start = torch.empty_like(order).scatter(-1, order, index), torch.searchsorted(ordered, ids)
     return place - start.gather(-1, queue), start.diff(dim=-1)
@@ -174,23 +179,27 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
     """Whether the kernels take these assignments, and compute on their device what the operators do."""
-    if expert.numel() == 0 or num_experts > MOST_EXPERTS or is_wrapper_subclass(expert):
+    if expert.numel() == 0 or num_experts > MAX_KERNEL_EXPERTS or is_wrapper_subclass(expert):
         return False
-    return is_fake(expert) or CHECK.why_wrong(expert.device, expert.device, partial(_fault, expert.device)) is None
+    return (
+        is_fake_tensor(expert)
+        or QUEUES_SELF_CHECK.failure_reason(expert.device, expert.device, partial(_find_queue_fault, expert.device))
+        is None
+    )
 
 
 def _by_kernels(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> Queues:
     """Return what `_by_operators` returns, by three launches of kernels."""
-    from mixture_of_experts.kernels.queueing import queue_in_line  # it imports triton, which takes a second
+    from mixture_of_experts.kernels.queueing import queue_assignments  # it imports triton, which takes a second
 
     chosen, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (chosen, order))
-    position, length = queue_in_line(expert.reshape(-1, expert.shape[-1]), chosen, order, num_experts, k, by_choice)
+    position, length = queue_assignments(expert.reshape(-1, expert.shape[-1]), chosen, order, num_experts, k, by_choice)
     return Queues(position.view(expert.shape), length.view(*expert.shape[:-1], num_experts))
 
 
-def _fault(device: torch.device) -> str | None:
+def _find_queue_fault(device: torch.device) -> str | None:
     """What differs between the two ways on made-up assignments; None if nothing."""
     generator = torch.Generator(device).manual_seed(0)
     e, k, n = 37, 3, 90
@@ -208,6 +217,6 @@ def _fault(device: torch.device) -> str | None:
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:
     """Indices `(..., n)` that sort the last dimension; equal values keep their order."""
-    if exporting_to_onnx():  # no stable sort there, but its TopK gives equal values lowest index first
+    if is_exporting_to_onnx():  # no stable sort there, but its TopK gives equal values lowest index first
         return values.topk(values.shape[-1], dim=-1, largest=descending).indices
     return values.sort(dim=-1, descending=descending, stable=True).indices

@@ -1,7 +1,7 @@
 """Gates: modules that decide and return a `Routing`. A gate of your own derives from `TokenChoiceGate` or `Gate`."""
 
 from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
-from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, offers_of, reads_of
+from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, get_optional_losses, get_side_inputs
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, QuantileRule, SignRule
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.depth_averaged import DepthAveragedGating
@@ -35,6 +35,6 @@ __all__ = [
     "Top2Gating",
     "TopKGating",
     "TopPGating",
-    "offers_of",
-    "reads_of",
+    "get_optional_losses",
+    "get_side_inputs",
 ]

@@ -1,4 +1,4 @@
-"""Balancing losses by name: one formula, `losses.load_balance`, over different counts of the same choices.
+"""Balancing losses by name: one formula, `losses.load_balancing_loss`, over different counts of the same choices.
 
 A gate of token choice computes them only on request: `gate(x, losses=("balance_device",))`. A layer requests those that
 its `loss_coefs` weighs. `balance_over="group"` or "batch" makes one of the first two a gate's own::
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.gating.choices import top_choices
-from mixture_of_experts.losses import load_balance, load_balance_over_batch, load_of
+from mixture_of_experts.losses import count_expert_load, load_balancing_loss, load_balancing_loss_over_batch
 
 BalanceOver = Literal["group", "batch"]
 
@@ -64,8 +64,8 @@ class Counted:
 
 #: the tokens whose f and P a gate's own balancing loss takes, and the loss over them
 BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
-    "group": load_balance,
-    "batch": load_balance_over_batch,
+    "group": load_balancing_loss,
+    "batch": load_balancing_loss_over_batch,
 }
 
 
@@ -75,7 +75,7 @@ def over_score(counted: Counted) -> Tensor:
     e = counted.probs.shape[-1]
     k = min(counted.expert.shape[-1], e)  # `Top2Gating` makes two choices of a single expert, the second with weight 0
     chosen = None if counted.chosen is None else counted.chosen[..., :k]
-    return replace(counted, load=load_of(top_choices(counted.probs, k), chosen, e)).loss()
+    return replace(counted, load=count_expert_load(top_choices(counted.probs, k), chosen, e)).loss()
 
 
 def over_devices(counted: Counted) -> Tensor:

@@ -32,21 +32,22 @@ from mixture_of_experts.gating.balance_losses import (
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.choices import Choices, both, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
-from mixture_of_experts.gating.given import (
+from mixture_of_experts.gating.logits import router_logits
+from mixture_of_experts.gating.overrides import (
     COUNTED,
     GIVEN,
     GIVEN_WEIGHTS,
-    LIVE,
+    KEEP_ROUTER_CHOICE,
     Forced,
     check_forced,
-    check_given,
+    check_overrides,
     forced_experts,
     is_computed,
-    merge,
-    with_given_weights,
+    merge_overrides,
+    override_weights,
 )
-from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
+from mixture_of_experts.support.checked_module import FixedShapeModule, checked_setting
 from mixture_of_experts.support.checks import (
     check_choice,
     check_importance,
@@ -57,10 +58,9 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.support.overriding import is_unchanged
-from mixture_of_experts.support.private_torch import own, statically_known_true, unwrapped
-from mixture_of_experts.support.settings import FixedShapes, setting
-from mixture_of_experts.support.ways import first_way
+from mixture_of_experts.support.implementations import select_implementation
+from mixture_of_experts.support.private_torch import statically_known_true, unsafe_view, unwrap_module
+from mixture_of_experts.support.subclassing import is_unchanged
 
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
@@ -90,7 +90,7 @@ class Tokens:
         return None if self.real is None or self.full is not None else ~self.real.unsqueeze(-1)
 
 
-class Gate(FixedShapes):
+class Gate(FixedShapeModule):
     """Base of every gate: its sizes, and the check of its arguments.
 
     Args:
@@ -104,11 +104,11 @@ class Gate(FixedShapes):
     num_experts: int
     outer_expert_dims: tuple[int, ...]
 
-    sizes: ClassVar[tuple[str, ...]] = ("dim", "num_experts", "outer_expert_dims")
+    shape_attributes: ClassVar[tuple[str, ...]] = ("dim", "num_experts", "outer_expert_dims")
     #: names of the side inputs that the gate reads; every gate reads `router_input` `(..., n, d)` instead of x
-    reads: ClassVar[tuple[str, ...]] = ("router_input",)
+    side_inputs: ClassVar[tuple[str, ...]] = ("router_input",)
     #: names of the losses that the gate computes only on request, `gate(x, losses=names)`
-    offers: ClassVar[tuple[str, ...]] = ()
+    optional_losses: ClassVar[tuple[str, ...]] = ()
     #: names of buffers whose dtype no cast of the module changes, such as a bias that moves by small steps
     keep_dtype: ClassVar[tuple[str, ...]] = ()
 
@@ -154,7 +154,7 @@ class Gate(FixedShapes):
                 setattr(self, name, buffer.to(cast.device))
         return self
 
-    def why_not_invariant(self) -> str | None:
+    def variant_reason(self) -> str | None:
         """Why a token may make other choices in another batch, or weigh them by other bits, under
         `ops.use("batch_invariant")`; None if it does not. A class that computes logits otherwise than by `product`, or
         reads more than a token, says so."""
@@ -171,9 +171,11 @@ class Gate(FixedShapes):
     ) -> Tokens:
         """Check the arguments of `TokenChoiceGate.forward`, and join mask and importance; return the `Tokens`."""
         outer, side = self.outer_expert_dims, dict(side or {})
-        if unknown := sorted(side.keys() - set(self.reads)):
+        if unknown := sorted(side.keys() - set(self.side_inputs)):
             names = ", ".join(map(repr, unknown))
-            raise TypeError(f"{type(self).__name__} reads no side input {names}: it reads {', '.join(self.reads)}")
+            raise TypeError(
+                f"{type(self).__name__} reads no side input {names}: it reads {', '.join(self.side_inputs)}"
+            )
         check_tokens("x", x, self.dim, min_ndim=3)
         if (router_input := side.pop("router_input", None)) is not None:
             check_tokens("router_input", router_input, self.dim, min_ndim=3)
@@ -246,11 +248,11 @@ class TokenChoiceGate(Gate):
     #: `counted` `(..., n)` bool, instead of a mask, for a dropless gate: tokens where it is False are padding whose
     #: choices are computed, without gradient for the router, but appear in no loss, statistic or count.
     #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
-    reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED, GIVEN_WEIGHTS)
-    offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
+    side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS)
+    optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     #: short ways to a `Routing`, by name, the fastest first: modules with `routing(gate, tokens)` and `why_not(gate,
     #: tokens)`, which returns why it does not serve the call, or None. Where none serves, `decide` does
-    ways: ClassVar[Mapping[str, Any]] = {}
+    implementations: ClassVar[Mapping[str, Any]] = {}
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
@@ -258,10 +260,10 @@ class TokenChoiceGate(Gate):
     capacity_factor_eval: CapacityFactor = CapacityFactor()
     _capacity_factor_train: tuple[int, int] | None
     _capacity_factor_eval: tuple[int, int] | None
-    min_expert_capacity: int = setting(check_size)
-    priority: Priority = setting(check_choice, allowed=PRIORITIES)
+    min_expert_capacity: int = checked_setting(check_size)
+    priority: Priority = checked_setting(check_choice, allowed=PRIORITIES)
     #: "balanced" or "random": experts are forced, see `force_routing`; None: the gate chooses
-    forced: Forced | None = setting(check_forced)
+    forced: Forced | None = checked_setting(check_forced)
 
     def __init__(
         self,
@@ -291,7 +293,7 @@ class TokenChoiceGate(Gate):
         """Return `k` if the gate can make as many choices of each token; ValueError otherwise."""
         return check_size("k", k)
 
-    def why_not_invariant(self) -> str | None:
+    def variant_reason(self) -> str | None:
         if self.capacity_factor is not None:
             return "a limited capacity drops a token's choice because of other tokens: set the capacity factors to None"
         if self.outer_expert_dims:
@@ -315,11 +317,13 @@ class TokenChoiceGate(Gate):
         """The mean number of choices of a token; None if scores decide how many of the k are made."""
         return self.k
 
-    def merge_given(self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def apply_overrides(
+        self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Replace the gate's own choices by given ones, where the side input "given_experts" has some.
 
-        `decide` of a gate that names "given_experts" in `reads` calls this. That input is `(..., b, n, k)` int64: an
-        expert, -1 for no choice, or another number that `gating/given.py` explains.
+        `decide` of a gate that names "given_experts" in `side_inputs` calls this. That input is `(..., b, n, k)` int64:
+        an expert, -1 for no choice, or another number that `gating/overrides.py` explains.
 
         Args:
             tokens: the argument of `decide`.
@@ -330,7 +334,7 @@ class TokenChoiceGate(Gate):
             Experts and `chosen` of all choices, for `Choices`. Chosen ones share the token's weight, though some of
             them may be given as not computed.
         """
-        return merge(self.given(tokens), expert, chosen)
+        return merge_overrides(self.given(tokens), expert, chosen)
 
     def given(self, tokens: Tokens) -> Tensor | None:
         """The given choices `(..., b, n, k)`, checked; None if there are none."""
@@ -341,9 +345,9 @@ class TokenChoiceGate(Gate):
         if given.shape != wanted or given.dtype != torch.int64:
             raise ValueError(f"{GIVEN} must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
         if (padding := tokens.computed_padding) is not None:  # nobody gave any for it
-            given = torch.where(padding, LIVE, given)
+            given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
-            check_given(given, self.num_experts, tokens.counted if tokens.active is None else tokens.active)
+            check_overrides(given, self.num_experts, tokens.counted if tokens.active is None else tokens.active)
         return given
 
     def decide(self, tokens: Tokens) -> Choices:
@@ -351,8 +355,8 @@ class TokenChoiceGate(Gate):
 
         Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.counted`, as
         `balance_loss`, `z_loss` and `token_mean` of this class do. Losses are returned whatever their coefficient in
-        the layer is: statistics show them. Side inputs that it reads are named in `reads`. A gate that others may
-        choose for calls `merge_given`.
+        the layer is: statistics show them. Side inputs that it reads are named in `side_inputs`. A gate that others may
+        choose for calls `apply_overrides`.
         """
         raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
 
@@ -374,17 +378,21 @@ class TokenChoiceGate(Gate):
             mask: `(*outer, b, n)` bool, True where the token is real.
             length: number of tokens that capacity and means use: integers `(*outer, b)`, at most n, or a
                 `queues.Length`. By default it is the number of real tokens.
-            losses: names in `offers` of losses to report beside those of `decide`. Losses of expert groups are left out
-                if the gate has no such groups.
-            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `reads`.
+            losses: names in `optional_losses` of losses to report beside those of `decide`. Losses of expert groups are
+                left out if the gate has no such groups.
+            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `side_inputs`.
         """
         tokens = self.read(x, importance, mask, length, side, losses)
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
         if tokens.num_tokens == 1 and not self.training:
             warn_of_decoding(self)
-        way = first_way("gate", self.ways, self, tokens)
-        return self.ways[way].routing(self, tokens) if way in self.ways else self.decide_and_route(tokens)
+        way = select_implementation("gate", self.implementations, self, tokens)
+        return (
+            self.implementations[way].make_routing(self, tokens)
+            if way in self.implementations
+            else self.decide_and_route(tokens)
+        )
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
         """Return the `Routing` of what `decide` returns; an error for anything else than `Choices`, or if it reads a
@@ -394,7 +402,7 @@ class TokenChoiceGate(Gate):
             choices = self.decide(tokens)
         except KeyError as error:
             missing = error.args[0] if error.args else None
-            if missing not in self.reads or missing in tokens.side:
+            if missing not in self.side_inputs or missing in tokens.side:
                 raise
             raise TypeError(
                 f"{name} reads the side input {missing!r}, which the call leaves out: call the layer as "
@@ -423,7 +431,7 @@ class TokenChoiceGate(Gate):
         if not known:
             return {}
         chosen, probs = self.counted(tokens, choices.chosen, choices.probs)
-        load, proxy = losses.load_of(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
+        load, proxy = losses.count_expert_load(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
         k, group = self.choices_at_balance, self.process_group
         counted = Counted(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
         return {name: BALANCE_LOSSES[name](counted) for name in known}
@@ -454,12 +462,14 @@ class TokenChoiceGate(Gate):
         Args:
             expert: `(..., b, n, k)` int64, the choices.
             counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
-            proxy, length, k: as in `losses.load_balance`.
+            proxy, length, k: as in `losses.load_balancing_loss`.
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
-            load = losses.load_of(expert, counted, self.num_experts)
+            load = losses.count_expert_load(expert, counted, self.num_experts)
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
-        return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)  # no table of loads
+        return losses.load_balancing_loss_from_choices(
+            expert, counted, proxy, length, k, self.process_group
+        )  # no table of loads
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
@@ -512,7 +522,7 @@ class TokenChoiceGate(Gate):
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
         chosen, weight, uncounted = self._restricted(tokens, choices)
         flat = (*probs.shape[:-2], tokens.num_tokens * self.k)
-        expert, weight = choices.expert.flatten(-2), own(weight.contiguous(), flat)
+        expert, weight = choices.expert.flatten(-2), unsafe_view(weight.contiguous(), flat)
         optional = (chosen, choices.primary, choices.chosen, uncounted)
         chosen, primary, weighed, uncounted = (None if v is None else v.flatten(-2) for v in optional)
         # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
@@ -562,18 +572,18 @@ class TokenChoiceGate(Gate):
             computed = is_computed(given)
             chosen = both(chosen, computed if padding is None else computed | padding)
         if (weights := tokens.side.get(GIVEN_WEIGHTS)) is not None:
-            weight = with_given_weights(weights, weight, padding)
+            weight = override_weights(weights, weight, padding)
         if padding is not None:
             uncounted = torch.where(both(chosen, padding), weight.detach(), 0.0)  # type: ignore[arg-type]
             chosen = both(chosen, ~padding.expand_as(weight))
         return chosen, weight, uncounted
 
 
-def reads_of(gate: nn.Module) -> tuple[str, ...]:
+def get_side_inputs(gate: nn.Module) -> tuple[str, ...]:
     """The names of the side inputs that a gate, wrapped or not, reads."""
-    return tuple(getattr(unwrapped(gate), "reads", ()))
+    return tuple(getattr(unwrap_module(gate), "side_inputs", ()))
 
 
-def offers_of(gate: nn.Module) -> tuple[str, ...]:
+def get_optional_losses(gate: nn.Module) -> tuple[str, ...]:
     """The names of the losses that a gate, wrapped or not, computes on request."""
-    return tuple(getattr(unwrapped(gate), "offers", ()))
+    return tuple(getattr(unwrap_module(gate), "optional_losses", ()))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mixture_of_experts.losses import load_of
+from mixture_of_experts.losses import count_expert_load
 from mixture_of_experts.support.checks import check_choice, check_flag, check_size, check_sizes
 
 
@@ -80,7 +80,7 @@ class SignRule(BiasRule):
 
     def count(self, choices: ForwardChoices) -> Tensor:
         """The number of choices of each expert, `(..., e)` int64."""
-        return load_of(choices.expert, choices.chosen, choices.bias.shape[-1])
+        return count_expert_load(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
         parts, whole = 1, counts.shape[-1]

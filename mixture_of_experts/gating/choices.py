@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import stable_order
-from mixture_of_experts.support.checks import shape_of
-from mixture_of_experts.support.private_torch import is_wrapped
-from mixture_of_experts.support.tracing import can_read
+from mixture_of_experts.support.checks import describe_shape
+from mixture_of_experts.support.private_torch import is_functorch_wrapped
+from mixture_of_experts.support.tracing import is_host_readable
 
 
 class Choices(NamedTuple):
@@ -59,14 +59,15 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
-                f"{gate} gave the loss {name!r} as {shape_of(loss)}, wanted a tensor of no dimensions: take its mean"
+                f"{gate} gave the loss {name!r} as {describe_shape(loss)}, wanted a tensor of no dimensions: take "
+                f"its mean"
             )
 
 
 def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_experts: int) -> None:
     """Check that the ids `expert` `(..., k)` are from 0 to e - 1, and that no token has one twice among those
     `computed`. It reads values, so it does nothing on a GPU and in a graph."""
-    if not can_read(expert) or is_wrapped(computed):
+    if not is_host_readable(expert) or is_functorch_wrapped(computed):
         return
     if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
         raise ValueError(

@@ -13,11 +13,11 @@ from torch import nn
 
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.gating.logits import in_dtype
+from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.topk import TopKGating
-from mixture_of_experts.support.checks import check_flag, check_size, shape_of
-from mixture_of_experts.support.tracing import without_autocast
+from mixture_of_experts.support.checks import check_flag, check_size, describe_shape
+from mixture_of_experts.support.tracing import disable_autocast
 
 
 class DepthAveragedGating(TopKGating):
@@ -60,8 +60,8 @@ class DepthAveragedGating(TopKGating):
     first: bool
     state_scale: nn.Parameter | None
 
-    reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, STATE)
-    sizes: ClassVar[tuple[str, ...]] = (*TopKGating.sizes, "state_dim", "first")
+    side_inputs: ClassVar[tuple[str, ...]] = (*TopKGating.side_inputs, STATE)
+    shape_attributes: ClassVar[tuple[str, ...]] = (*TopKGating.shape_attributes, "state_dim", "first")
 
     def __init__(
         self,
@@ -98,18 +98,18 @@ class DepthAveragedGating(TopKGating):
         if (scale := self._parameters.get("state_scale")) is not None:
             nn.init.ones_(scale)
 
-    def why_not_invariant(self) -> str:
+    def variant_reason(self) -> str:
         return f"the logits of {type(self).__name__} follow from a linear layer: take TopKGating"
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose by the state, and hand it on."""
         dtype = torch.float64 if self.down.weight.dtype == torch.float64 else torch.float32
-        with without_autocast(tokens.x.device):
+        with disable_autocast(tokens.x.device):
             state = in_dtype(self.down, tokens.x, dtype)
             if self.state_scale is not None:
                 before = tokens.side[STATE]
                 if before.shape != state.shape:
-                    raise ValueError(f"{STATE} must have shape {tuple(state.shape)}, got {shape_of(before)}")
+                    raise ValueError(f"{STATE} must have shape {tuple(state.shape)}, got {describe_shape(before)}")
                 if not before.is_floating_point():
                     raise TypeError(
                         f"{STATE} must be floating point, got {before.dtype}: pass what the layer before returned"

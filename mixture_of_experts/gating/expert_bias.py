@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.support.private_torch import (
-    constant_in_graphs,
-    in_ddp,
-    in_forward_mode,
-    in_transform,
-    stop_copying_in_ddp,
+    assume_constant_result,
+    exclude_from_ddp_broadcast,
+    is_in_ddp,
+    is_in_forward_mode,
+    is_in_transform,
 )
 
 #: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
-COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
+RANK_LOCAL_BUFFERS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})
@@ -80,19 +80,19 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
         counts: integers of any shape, a tensor of this forward alone; it is set to 0 when it was added.
         total: the buffer, of that shape.
     """
-    if in_ddp():  # a graph is traced again in another DDP
-        keep_counts_in_ddp()  # also without gradients: reentrant checkpointing enables them in the backward only
-    if not torch.is_grad_enabled() or in_forward_mode():  # forward mode has no backward in which to count
+    if is_in_ddp():  # a graph is traced again in another DDP
+        keep_rank_counts()  # also without gradients: reentrant checkpointing enables them in the backward only
+    if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward in which to count
         return weight
     anchor = None if weight.requires_grad else ANCHOR
     return _CountInBackward.apply(weight, anchor, counts, total)
 
 
-@constant_in_graphs  # runs while a graph is traced
-def keep_counts_in_ddp() -> None:
+@assume_constant_result  # runs while a graph is traced
+def keep_rank_counts() -> None:
     """Keep `DistributedDataParallel`, if one is running, from replacing each rank's counts with those of the first rank
     before the next forward. Before the first one all counts are 0."""
-    if copied := stop_copying_in_ddp(COUNTS):
+    if copied := exclude_from_ddp_broadcast(RANK_LOCAL_BUFFERS):
         warnings.warn(
             f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so the counts of the "
             "other ranks are lost if gradients are accumulated over several forwards: before you wrap the model, call "
@@ -121,7 +121,7 @@ class StepsWithoutUpdate:
 
     def training_forward(self, weight: Tensor | None) -> None:
         """Note a training forward of a router with this weight. A frozen one may keep its bias on purpose."""
-        if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or in_transform():
+        if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or is_in_transform():
             return
         self.forwards += 1
         self.steps += self.version not in (None, weight._version)

@@ -59,7 +59,7 @@ class ExpertChoiceGating(Gate):
         self.w_gating = self._empty_matrix(device, dtype)
         self.reset_parameters()
 
-    def why_not_invariant(self) -> str:
+    def variant_reason(self) -> str:
         return "experts choose tokens, so a token's experts depend on the other tokens: take a gate of token choice"
 
     @property

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixture_of_experts.gating.base import Tokens
-from mixture_of_experts.gating.given import GIVEN
+from mixture_of_experts.gating.overrides import GIVEN
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
-from mixture_of_experts.support.tracing import can_read
+from mixture_of_experts.support.tracing import is_host_readable
 
 
 class HashGating(TopKGating):
@@ -42,8 +42,8 @@ class HashGating(TopKGating):
 
     num_ids: int
 
-    sizes: ClassVar[tuple[str, ...]] = (*TopKGating.sizes, "k")
-    reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, "token_ids")
+    shape_attributes: ClassVar[tuple[str, ...]] = (*TopKGating.shape_attributes, "k")
+    side_inputs: ClassVar[tuple[str, ...]] = (*TopKGating.side_inputs, "token_ids")
     load_beyond_scores: ClassVar[str | None] = "a token's id chooses its experts there"
     experts_of_id: Tensor
 
@@ -75,7 +75,7 @@ class HashGating(TopKGating):
 
     def _check_range(self, ids: Tensor) -> None:
         """Check that the gate knows the ids. It reads values, so it does nothing on a GPU and in a graph."""
-        if can_read(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
+        if is_host_readable(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
             raise ValueError(
                 f"token_ids has {int(wrong[0])}, this gate knows 0 to {self.num_ids - 1}: make it with num_ids=, the "
                 "size of the vocabulary, and mask padding that has another id"

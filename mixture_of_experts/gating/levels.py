@@ -16,9 +16,9 @@ from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS
-from mixture_of_experts.support.overriding import is_unchanged
-from mixture_of_experts.support.tracing import can_read
+from mixture_of_experts.gating.overrides import COUNTED, GIVEN, GIVEN_WEIGHTS
+from mixture_of_experts.support.subclassing import is_unchanged
+from mixture_of_experts.support.tracing import is_host_readable
 
 GIVEN_INNER = "given_experts_inner"
 
@@ -73,7 +73,11 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> Non
 
     It reads values, so it does nothing on a GPU and in a graph.
     """
-    if inner.k is None or not (can_read(inner.chosen) and can_read(slots.assignment)) or is_unchanged(gate):
+    if (
+        inner.k is None
+        or not (is_host_readable(inner.chosen) and is_host_readable(slots.assignment))
+        or is_unchanged(gate)
+    ):
         return
     empty = slots.assignment == slots.row.shape[0]
     if (chosen := inner.chosen.reshape(slots.num_rows, inner.k).any(dim=-1) & empty).any():

@@ -14,26 +14,26 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from mixture_of_experts.support.batch_invariance import (
+    BATCH_INVARIANT,
+    SampledFunction,
+    apply_elementwise,
+    compute_with_gradient,
+    multiply_batch_invariant,
+    reject_batch_invariance,
+)
+from mixture_of_experts.support.checked_module import FixedShapeModule, checked_setting
 from mixture_of_experts.support.checks import (
     check_devices,
     check_flag,
     check_number,
     check_size,
     check_sizes,
-    shape_of,
+    describe_shape,
 )
-from mixture_of_experts.support.private_torch import in_forward_mode, is_wrapped, is_wrapper_subclass
-from mixture_of_experts.support.same_bits import (
-    BATCH_INVARIANT,
-    Compute,
-    elementwise,
-    product_in_blocks,
-    refuse_same_bits,
-    with_gradient,
-)
-from mixture_of_experts.support.settings import FixedShapes, setting
-from mixture_of_experts.support.tracing import without_autocast
-from mixture_of_experts.support.ways import asked_for
+from mixture_of_experts.support.implementations import requested_implementation
+from mixture_of_experts.support.private_torch import is_functorch_wrapped, is_in_forward_mode, is_wrapper_subclass
+from mixture_of_experts.support.tracing import disable_autocast
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,9 +44,9 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     check_devices("the router's weights", x, (weight,))
     dtype, rows = torch.float64 if weight.dtype == torch.float64 else torch.float32, x.flatten(-3, -2)
-    with without_autocast(x.device):
-        if asked_for() == BATCH_INVARIANT:
-            logits = product_in_blocks(_differentiable, SAMPLED[dtype], rows, weight, dtype)
+    with disable_autocast(x.device):
+        if requested_implementation() == BATCH_INVARIANT:
+            logits = multiply_batch_invariant(_differentiable, ROUTER_PRODUCTS[dtype], rows, weight, dtype)
         else:
             logits = _differentiable(rows, weight, dtype)  # one product for each outer expert
     if bias is not None:
@@ -59,15 +59,15 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
     in the wider dtype of tokens and weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if not isinstance(module, RouterLogits):
-        refuse_same_bits(f"the logits come from a {type(module).__name__}")
-    with without_autocast(x.device):
+        reject_batch_invariance(f"the logits come from a {type(module).__name__}")
+    with disable_autocast(x.device):
         if weight is None or isinstance(module, RouterLogits):
             logits = module(x)
         else:
             logits = in_dtype(module, x, torch.promote_types(x.dtype, weight.dtype))
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):
         wanted = (*x.shape[:-1], num_experts)
-        raise ValueError(f"logits must return {wanted}, one for each token and expert, got {shape_of(logits)}")
+        raise ValueError(f"logits must return {wanted}, one for each token and expert, got {describe_shape(logits)}")
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -79,7 +79,7 @@ def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     return functional_call(module, {name: weight.to(dtype) for name, weight in weights.items()}, (x.to(dtype),))
 
 
-class RouterLogits(FixedShapes):
+class RouterLogits(FixedShapeModule):
     """Computes logits `multiplier * norm(x) w`, soft-capped to `softcap * tanh(logits / softcap)`, in float32.
 
     Args:
@@ -112,7 +112,7 @@ class RouterLogits(FixedShapes):
 
     norm_weight: Tensor | None
     bias: Tensor | None
-    multiplier: float = setting(check_number)
+    multiplier: float = checked_setting(check_number)
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class RouterLogits(FixedShapes):
         logits = router_logits(x, self.weight, self.bias)
         if self.multiplier != 1:
             logits = logits * self.multiplier
-        return logits if self.softcap is None else self.softcap * elementwise(torch.tanh, logits / self.softcap)
+        return logits if self.softcap is None else self.softcap * apply_elementwise(torch.tanh, logits / self.softcap)
 
 
 class _Logits(torch.autograd.Function):
@@ -175,11 +175,11 @@ class _Logits(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        with without_autocast(x.device):
+        with disable_autocast(x.device):
             if (
                 _has_wide_product(x, weight)
                 and x.dtype == torch.bfloat16
-                and not (torch.is_grad_enabled() or is_wrapped(grad))
+                and not (torch.is_grad_enabled() or is_functorch_wrapped(grad))
             ):
                 return *_narrow_grads(x, weight, grad, need_x, need_weight), None
             grad_x = (grad @ weight.to(ctx.dtype).mT).to(x.dtype) if need_x else None
@@ -214,17 +214,19 @@ def _narrow_grads(
 def _differentiable(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype == weight.dtype:
         return x @ weight
-    if in_forward_mode():
+    if is_in_forward_mode():
         return x.to(dtype) @ weight.to(dtype)
     return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
 
 
-def _sampled(dtype: torch.dtype, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
-    return with_gradient(lambda x: _differentiable(x, weight, dtype), x, y)
+def _compute_router_product(dtype: torch.dtype, x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
+    return compute_with_gradient(lambda x: _differentiable(x, weight, dtype), x, y)
 
 
 #: by the dtype of the logits what samples `_differentiable`
-SAMPLED: dict[torch.dtype, Compute] = {dtype: partial(_sampled, dtype) for dtype in (torch.float32, torch.float64)}
+ROUTER_PRODUCTS: dict[torch.dtype, SampledFunction] = {
+    dtype: partial(_compute_router_product, dtype) for dtype in (torch.float32, torch.float64)
+}
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

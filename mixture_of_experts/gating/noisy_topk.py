@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mixture_of_experts import losses
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices, both, top_choices
-from mixture_of_experts.gating.given import GIVEN
 from mixture_of_experts.gating.logits import router_logits
+from mixture_of_experts.gating.overrides import GIVEN
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -41,7 +41,7 @@ class NoisyTopKGating(TokenChoiceGate):
         ['balance', 'importance', 'load', 'z']
     """
 
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
+    side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
     w_gating: nn.Parameter
     w_noise: nn.Parameter
 
@@ -73,8 +73,8 @@ class NoisyTopKGating(TokenChoiceGate):
         nn.init.zeros_(self.w_gating)
         nn.init.zeros_(self.w_noise)
 
-    def why_not_invariant(self) -> str | None:
-        return "it draws noise in training: call eval()" if self.training else super().why_not_invariant()
+    def variant_reason(self) -> str | None:
+        return "it draws noise in training: call eval()" if self.training else super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest noisy scores."""
@@ -83,7 +83,7 @@ class NoisyTopKGating(TokenChoiceGate):
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
 
         best = top_choices(noisy, self.k + 1)
-        expert, chosen = self.merge_given(tokens, best[..., : self.k])
+        expert, chosen = self.apply_overrides(tokens, best[..., : self.k])
         allowed = both(chosen, self.allowed(tokens))
         top = noisy.gather(-1, expert)
         # orders tokens with priority "score": the first choice's weight, for k = 1 (where that is 1) its probability
@@ -106,7 +106,7 @@ class NoisyTopKGating(TokenChoiceGate):
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
             _, value = self.counted(tokens, None, value)
-            parts[name] = losses.squared_variation(value.sum(dim=(-3, -2)), self.process_group)
+            parts[name] = losses.cv_squared(value.sum(dim=(-3, -2)), self.process_group)
         return parts
 
 

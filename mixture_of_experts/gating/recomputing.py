@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts.support.private_torch import exporting, in_forward_mode, in_transform
+from mixture_of_experts.support.private_torch import is_exporting, is_in_forward_mode, is_in_transform
 
 Results = TypeVar("Results")
-SMALL = 1 / 4  # a float32 result of at most this share of the tokens' bytes is saved
-LEAST = 1 << 16  # results of routers with fewer weights are saved: there launches take all the time
+MAX_SAVED_SHARE = 1 / 4  # a float32 result of at most this share of the tokens' bytes is saved
+MIN_ROUTER_WEIGHTS = 1 << 16  # results of routers with fewer weights are saved: there launches take all the time
 
 
 def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor | None, *others: Tensor | None) -> Results:
@@ -27,14 +27,14 @@ def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor | Non
     matrix, by a module, which may draw random numbers.
     """
     large = weight is not None and _on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)
-    if not large or exporting() or in_transform():
+    if not large or is_exporting() or is_in_transform():
         return function(x, weight, *others)
     return checkpoint(function, x, weight, *others, use_reentrant=False, preserve_rng_state=False)  # type: ignore
 
 
 def _are_large(x: Tensor, weight: Tensor) -> bool:
     dim, experts = weight.shape[-2:]
-    return dim * experts >= LEAST and 4 * experts > SMALL * x.element_size() * dim
+    return dim * experts >= MIN_ROUTER_WEIGHTS and 4 * experts > MAX_SAVED_SHARE * x.element_size() * dim
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -43,7 +43,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
     """`values.gather(-1, index)`, of `(..., n, e)` at `(..., n, k)`; on a GPU it does not save the values."""
-    if not _on_gpu(values) or in_forward_mode():
+    if not _on_gpu(values) or is_in_forward_mode():
         return values.gather(-1, index)
     return _Choose.apply(values, index)
 

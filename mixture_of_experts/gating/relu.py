@@ -19,12 +19,13 @@ from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.topk import TopKGating
+from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_number, check_process_group
-from mixture_of_experts.support.settings import setting
 
-START = 1e-8  # first value of the coefficient
-#: bounds of the coefficient: at 1.2 it is 50 steps from the least to START; at the most L1 outweighs a task's mean loss
-LEAST, MOST = 1e-12, 1e3
+INITIAL_L1_COEF = 1e-8  # first value of the coefficient
+#: bounds of the coefficient: at 1.2 it is 50 steps from the least to INITIAL_L1_COEF; at the most L1 outweighs a task's
+#: mean loss
+MIN_L1_COEF, MAX_L1_COEF = 1e-12, 1e3
 
 
 class ReLUGating(TopKGating):
@@ -61,7 +62,7 @@ class ReLUGating(TopKGating):
 
     keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
     load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
-    mean_choices: float = setting(check_number, above=0.0)
+    mean_choices: float = checked_setting(check_number, above=0.0)
     l1_coef: Tensor
     choice_counts: Tensor
 
@@ -81,14 +82,14 @@ class ReLUGating(TopKGating):
         self.mean_choices = mean_choices
         if mean_choices > k:
             raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}: a token makes at most k choices")
-        self.register_buffer("l1_coef", torch.full((), START, device=device, dtype=torch.float32))
+        self.register_buffer("l1_coef", torch.full((), INITIAL_L1_COEF, device=device, dtype=torch.float32))
         # numbers of choices and of tokens since the coefficient moved last
         self.register_buffer("choice_counts", torch.zeros(2, dtype=torch.int64, device=device))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         if "l1_coef" in self._buffers:
-            self.l1_coef.fill_(START)
+            self.l1_coef.fill_(INITIAL_L1_COEF)
             self.choice_counts.zero_()
 
     @property
@@ -147,4 +148,4 @@ class ReLUGating(TopKGating):
     def scale_l1(self, rate: float, excess: Tensor) -> None:
         """Multiply the coefficient by `rate` if `excess` is positive, divide it if `excess` is negative, and keep it
         between `LEAST` and `MOST`."""
-        self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef)).clamp_(LEAST, MOST)
+        self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef)).clamp_(MIN_L1_COEF, MAX_L1_COEF)

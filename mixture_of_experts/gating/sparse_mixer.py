@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices, check_k_of_experts
-from mixture_of_experts.gating.given import GIVEN, merge
 from mixture_of_experts.gating.logits import router_logits
+from mixture_of_experts.gating.overrides import GIVEN, merge_overrides
+from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_number
-from mixture_of_experts.support.settings import setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,9 +49,9 @@ class SparseMixerGating(TokenChoiceGate):
         2
     """
 
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
+    side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
     w_gating: nn.Parameter
-    tolerance: float = setting(check_number, at_least=0.0)
+    tolerance: float = checked_setting(check_number, at_least=0.0)
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class SparseMixerGating(TokenChoiceGate):
     def check_k(self, k: Any) -> int:
         return check_k_of_experts(super().check_k(k), self.num_experts)
 
-    def why_not_invariant(self) -> str | None:
-        return "it samples experts in training: call eval()" if self.training else super().why_not_invariant()
+    def variant_reason(self) -> str | None:
+        return "it samples experts in training: call eval()" if self.training else super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""
@@ -103,7 +103,7 @@ class SparseMixerGating(TokenChoiceGate):
         expert = likeliest
         if self.training:  # sampled by Gumbel noise
             expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(dim=-1, keepdim=True)
-        expert, chosen = merge(given, expert)
+        expert, chosen = merge_overrides(given, expert)
         if given is not None:  # a given expert is always a candidate
             near = near.scatter(-1, expert, logits.gather(-1, expert))
         weight = near.softmax(dim=-1).gather(-1, expert)

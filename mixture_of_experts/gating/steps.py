@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.support.batch_invariance import apply_elementwise
 from mixture_of_experts.support.checks import check_number, check_size
-from mixture_of_experts.support.same_bits import elementwise
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"] | Callable[[Tensor], Tensor]
 Select = Literal["score", "logits"] | Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -38,8 +38,8 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
-    "sigmoid": partial(elementwise, torch.sigmoid),
-    "sqrt_softplus": partial(elementwise, sqrt_softplus),
+    "sigmoid": partial(apply_elementwise, torch.sigmoid),
+    "sqrt_softplus": partial(apply_elementwise, sqrt_softplus),
 }
 SELECTS = ("score", "logits")
 GROUP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {

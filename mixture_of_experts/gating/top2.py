@@ -15,11 +15,11 @@ from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.gating import top2_by_kernel
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices, both
-from mixture_of_experts.gating.given import GIVEN, LIVE, is_computed
 from mixture_of_experts.gating.logits import router_logits
+from mixture_of_experts.gating.overrides import GIVEN, KEEP_ROUTER_CHOICE, is_computed
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
+from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
-from mixture_of_experts.support.settings import setting
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 
@@ -59,16 +59,16 @@ class Top2Gating(TokenChoiceGate):
         (torch.Size([2, 32]), 5)
     """
 
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
-    ways: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel}
+    side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, "given_experts")
+    implementations: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel}
     w_gating: nn.Parameter
     capacity_per_choice = False
-    eps: float = setting(check_number, above=0.0)
-    second_policy_train: SecondPolicy = setting(check_choice, allowed=POLICIES)
-    second_policy_eval: SecondPolicy = setting(check_choice, allowed=POLICIES)
-    second_threshold_train: float = setting(check_number, at_least=0.0)
-    second_threshold_eval: float = setting(check_number, at_least=0.0)
-    second_place_loss: bool = setting(check_flag)
+    eps: float = checked_setting(check_number, above=0.0)
+    second_policy_train: SecondPolicy = checked_setting(check_choice, allowed=POLICIES)
+    second_policy_eval: SecondPolicy = checked_setting(check_choice, allowed=POLICIES)
+    second_threshold_train: float = checked_setting(check_number, at_least=0.0)
+    second_threshold_eval: float = checked_setting(check_number, at_least=0.0)
+    second_place_loss: bool = checked_setting(check_flag)
 
     def __init__(
         self,
@@ -127,10 +127,10 @@ class Top2Gating(TokenChoiceGate):
             return self.second_policy_train, self.second_threshold_train
         return self.second_policy_eval, self.second_threshold_eval
 
-    def why_not_invariant(self) -> str | None:
+    def variant_reason(self) -> str | None:
         if self.second[0] == "random":
             return "policy 'random' draws which second choices are sent: take 'all', 'none' or 'threshold'"
-        return super().why_not_invariant()
+        return super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
         """Make two choices for each token, by algorithm 1 of GShard.
@@ -143,7 +143,7 @@ class Top2Gating(TokenChoiceGate):
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
         expert_2 = self._without_first(fixed, expert_1, tokens.full).argmax(dim=-1, keepdim=True)
-        expert, chosen = self.merge_given(tokens, torch.cat([expert_1, expert_2], dim=-1))
+        expert, chosen = self.apply_overrides(tokens, torch.cat([expert_1, expert_2], dim=-1))
         if chosen is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
 
@@ -156,14 +156,14 @@ class Top2Gating(TokenChoiceGate):
         if self.second_place_loss:
             parts = {"balance": parts["first_place"] + parts["second_place"], **parts}
         if chosen is None:
-            log_total = losses.log_total_at(gather_chosen(logits, expert_1), p_1)
+            log_total = losses.logsumexp_from_expert(gather_chosen(logits, expert_1), p_1)
         else:  # a given expert may have probability 0
             log_total = logits.logsumexp(dim=-1)
         parts["z"] = self.token_mean(tokens, log_total.square())
         primary, sent = weight > 0.5, self._sent(weight)  # more than half of the weight; at an exact tie neither
         if (given := self.given(tokens)) is not None:  # they are sent, and the one that stands first is primary
-            primary = torch.where(given == LIVE, primary, torch.arange(2, device=weight.device) == 0)
-            sent = None if sent is None else sent | (given != LIVE)
+            primary = torch.where(given == KEEP_ROUTER_CHOICE, primary, torch.arange(2, device=weight.device) == 0)
+            sent = None if sent is None else sent | (given != KEEP_ROUTER_CHOICE)
         return Choices(expert, weight, probs, parts, chosen=chosen, sent=sent, primary=primary)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,47 +20,48 @@ from mixture_of_experts import losses
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
-from mixture_of_experts.gating.given import GIVEN
 from mixture_of_experts.gating.logits import router_logits
+from mixture_of_experts.gating.overrides import GIVEN
 from mixture_of_experts.gating.recomputing import recomputed
 from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, difference, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
-from mixture_of_experts.support.overriding import declaring_class, overridden
-from mixture_of_experts.support.private_torch import is_fake, is_wrapped
+from mixture_of_experts.support.private_torch import is_fake_tensor, is_functorch_wrapped
+from mixture_of_experts.support.subclassing import find_declaring_class, find_overridden
 
 Top2Gating = Any  # which imports this
-MOST_EXPERTS = 1024
+MAX_EXPERTS = 1024
 
 #: what the operators compute by, and the kernels do not call
-REPLACED = (
+REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
     *("balance_loss", "balance", "counted", "token_mean"),
 )
 
-CHECK = SelfCheck("the Triton kernels of Top2Gating")
+SELF_CHECK = SelfCheck("the Triton kernels of Top2Gating")
 
 
-def why_not(gate: Top2Gating, tokens: Tokens) -> str | None:
+def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
     """Why the kernels do not serve the call; None if they do."""
     if not has_kernel(tokens.x, gate.w_gating):
         return NO_KERNEL
-    if (method := overridden(gate, declaring_class(type(gate), "ways"), REPLACED)) is not None:
+    base = find_declaring_class(type(gate), "implementations")
+    if (method := find_overridden(gate, base, REPLACED_METHODS)) is not None:
         return f"a {type(gate).__name__} has a {method} of its own"
-    if gate.num_experts > MOST_EXPERTS:
-        return f"they are for at most {MOST_EXPERTS} experts"
+    if gate.num_experts > MAX_EXPERTS:
+        return f"they are for at most {MAX_EXPERTS} experts"
     if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.full:
         return "they know neither a loss of second choices nor given experts nor tokens that choose but do not count"
     if math.prod(tokens.x.shape[:-1]) == 0:
         return "there is no token"
-    return None if is_fake(tokens.x) else _why_wrong(gate, tokens)
+    return None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens)
 
 
-def routing(gate: Top2Gating, tokens: Tokens) -> Routing:
+def make_routing(gate: Top2Gating, tokens: Tokens) -> Routing:
     """The `Routing` of a call, by the kernels."""
-    return gate.route(tokens, choose(gate, tokens))
+    return gate.route(tokens, choose_by_kernel(gate, tokens))
 
 
-def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
+def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
     """The gate's choices, by the kernels."""
     (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
     uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
@@ -70,7 +71,7 @@ def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
         return Decided(*_TwoBest.apply(router_logits(x, weight), *settings))
 
     found = recomputed(decided, tokens.x, gate.w_gating)
-    balance = losses.load_balance(found.load, found.proxy, tokens.length, group=gate.process_group)
+    balance = losses.load_balancing_loss(found.load, found.proxy, tokens.length, group=gate.process_group)
     z_loss = losses.mean(found.squares, math.prod(shape) if tokens.full is None else found.number, gate.process_group)
     all_made = policy == "all" and tokens.full is None and gate.num_experts > 1
     return Choices(
@@ -113,9 +114,9 @@ class _TwoBest(torch.autograd.Function):
         threshold: float,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        from mixture_of_experts.kernels.top_2 import two_best  # it imports triton, which takes a second
+        from mixture_of_experts.kernels.top_2 import choose_top_2  # it imports triton, which takes a second
 
-        *found, sums, totals = two_best(logits, full, active, uniform, policy, threshold, eps)
+        *found, sums, totals = choose_top_2(logits, full, active, uniform, policy, threshold, eps)
         expert, _, chosen, primary, probs, log_total = found
         load, proxy = (sums.squeeze(-2) if sums.shape[-2] == 1 else sums.sum(dim=-2)).unbind()
         squares, number = totals.flatten(end_dim=-2).sum(dim=0).unbind()
@@ -129,10 +130,10 @@ class _TwoBest(torch.autograd.Function):
     def backward(ctx, *grads: Tensor | None):
         of = Decided(*grads)  # type: ignore[arg-type]
         given = [of.weight, of.probs, of.log_total, of.proxy, of.squares]
-        if torch.is_grad_enabled() or any(is_wrapped(grad) for grad in given if grad is not None):
+        if torch.is_grad_enabled() or any(is_functorch_wrapped(grad) for grad in given if grad is not None):
             function: Callable[..., Tensor] = grads_by_operators
         else:
-            from mixture_of_experts.kernels.top_2 import two_best_grads as function
+            from mixture_of_experts.kernels.top_2 import choose_top_2_grads as function
         return function(*ctx.saved_tensors, ctx.eps, given), *6 * [None]
 
 
@@ -164,14 +165,14 @@ def grads_by_operators(
     return probs * (grad + of_token.unsqueeze(-1))
 
 
-def _why_wrong(gate: Top2Gating, tokens: Tokens) -> str | None:
+def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
     """What the kernels compute on this device otherwise than torch's operators, on made-up tokens of such a gate."""
     device, masked = tokens.x.device, tokens.full is not None
     kind = device, gate.num_experts, gate.second[0], masked, gate.eps
-    return CHECK.why_wrong(device, kind, partial(_fault, gate, device, masked))
+    return SELF_CHECK.failure_reason(device, kind, partial(_find_fault, gate, device, masked))
 
 
-def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
+def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
     """What differs; None if nothing."""
     generator = torch.Generator(device).manual_seed(0)
     forked = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
@@ -192,11 +193,11 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
         parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}
         return {**parts, "probabilities": found.probs, "gradients": grad, **found.losses}
 
-    kind: Any = declaring_class(type(gate), "ways")  # a subclass may have other arguments
+    kind: Any = find_declaring_class(type(gate), "implementations")  # a subclass may have other arguments
     with forked():
         like = kind(dim, gate.num_experts, gate.eps, (), policy, policy, threshold, threshold, device=device)
     like.w_gating = torch.nn.Parameter(draw(dim, gate.num_experts))
     full, active = (draw(groups, length) < bound if masked else None for bound in (0.5, 1.0))
     active = active if full is None or active is None else full | active
     tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, length)
-    return difference(results(choose), results(kind.decide), atol=1e-5)
+    return difference(results(choose_by_kernel), results(kind.decide), atol=1e-5)

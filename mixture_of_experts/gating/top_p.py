@@ -14,8 +14,8 @@ from torch import Tensor
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.topk import TopKGating
+from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_number
-from mixture_of_experts.support.settings import setting
 
 
 class TopPGating(TopKGating):
@@ -46,9 +46,9 @@ class TopPGating(TopKGating):
                 [ True,  True, False]])
     """
 
-    offers: ClassVar[tuple[str, ...]] = (*TopKGating.offers, "entropy")
+    optional_losses: ClassVar[tuple[str, ...]] = (*TopKGating.optional_losses, "entropy")
     load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
-    p: float = setting(check_number, above=0.0, below=1.0)
+    p: float = checked_setting(check_number, above=0.0, below=1.0)
 
     def __init__(
         self, dim: int, num_experts: int, k: int, *, p: float = 0.4, normalize: Any = False, **settings: Any

@@ -27,8 +27,8 @@ from mixture_of_experts.gating.bias_rules import (
 )
 from mixture_of_experts.gating.choices import Choices, both, check_k_of_experts, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
-from mixture_of_experts.gating.given import GIVEN
 from mixture_of_experts.gating.logits import RouterLogits, module_logits, router_logits
+from mixture_of_experts.gating.overrides import GIVEN
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
 from mixture_of_experts.gating.steps import (
@@ -45,8 +45,8 @@ from mixture_of_experts.gating.steps import (
     Weigh,
     check_step,
 )
+from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_process_group, check_size
-from mixture_of_experts.support.settings import setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,8 +112,8 @@ class TopKGating(TokenChoiceGate):
 
     #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them. An
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
-    ways: ClassVar[Mapping[str, Any]] = {"numbers": topk_by_numbers, "kernel": topk_by_kernel}
+    side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
+    implementations: ClassVar[Mapping[str, Any]] = {"numbers": topk_by_numbers, "kernel": topk_by_kernel}
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None
@@ -123,13 +123,13 @@ class TopKGating(TokenChoiceGate):
     weigh: Weigh
     normalize: bool | Callable[[Tensor], Tensor]
     keep_dtype: ClassVar[tuple[str, ...]] = ("expert_bias", "expert_counts", "expert_histogram")
-    eps: float = setting(check_number, at_least=0.0)
-    scale: float = setting(check_number, above=0.0)
-    jitter: float = setting(check_number, at_least=0.0, below=1.0)
+    eps: float = checked_setting(check_number, at_least=0.0)
+    scale: float = checked_setting(check_number, above=0.0)
+    jitter: float = checked_setting(check_number, at_least=0.0, below=1.0)
     #: why scores do not tell how many tokens an expert gets, for rules of the bias that read them; None: they do
     load_beyond_scores: ClassVar[str | None] = None
     balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
-    balance_over: BalanceOver = setting(check_choice, allowed=BALANCE_OVER)
+    balance_over: BalanceOver = checked_setting(check_choice, allowed=BALANCE_OVER)
 
     def __init__(
         self,
@@ -185,7 +185,7 @@ class TopKGating(TokenChoiceGate):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
 
-    def why_not_invariant(self) -> str | None:
+    def variant_reason(self) -> str | None:
         if self.training and self.jitter:
             return f"jitter={self.jitter} draws random numbers in training: set it to 0, or call eval()"
         if type(self.logits) not in (type(None), RouterLogits):
@@ -194,7 +194,7 @@ class TopKGating(TokenChoiceGate):
         for name, step in steps.items():
             if not (isinstance(step, (str, bool)) or step is F.relu or type(step) in KNOWN_STEPS):
                 return f"{name} is {step!r}, an unknown function: take one of this package"
-        return super().why_not_invariant()
+        return super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""
@@ -203,7 +203,7 @@ class TopKGating(TokenChoiceGate):
         ranked = self._ranked(logits, score)
         expert, chosen = self.own_choices(tokens, ranked, probs)
         if GIVEN in tokens.side:
-            expert, chosen = self.merge_given(tokens, expert, chosen)
+            expert, chosen = self.apply_overrides(tokens, expert, chosen)
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
         allowed = both(chosen, self.allowed(tokens))
 
@@ -222,7 +222,7 @@ class TopKGating(TokenChoiceGate):
             weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
         if log_total is None:  # it follows from the first choice
             logit = gather_chosen(logits, expert[..., :1])
-            z_loss = losses.z_loss_at(logit, prob, tokens.counted, self.process_group)
+            z_loss = losses.z_loss_from_expert(logit, prob, tokens.counted, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None

@@ -19,26 +19,26 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.logits import RouterLogits
-from mixture_of_experts.kernels.launching import SelfCheck, has_kernels
-from mixture_of_experts.support.overriding import declaring_class, overridden
-from mixture_of_experts.support.private_torch import is_fake, is_wrapper_subclass
+from mixture_of_experts.kernels.launching import SelfCheck, can_launch_kernels
+from mixture_of_experts.support.private_torch import is_fake_tensor, is_wrapper_subclass
+from mixture_of_experts.support.subclassing import find_declaring_class, find_overridden
 
 TopKGating = Any  # which imports this
 LONGEST = 8  # tokens of a group
-MOST_EXPERTS, MOST_CHOICES = 1024, 32
+MAX_EXPERTS, MAX_CHOICES = 1024, 32
 TOLERANCE = 1e-3
 NO_KERNEL = "kernels of gates serve plain tensors on NVIDIA GPUs"
 
 #: what the operators compute by, and neither kernel nor numbers call
-REPLACED = (
+REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
     *("_weigh", "_normalized", "allowed", "balance_loss", "balance", "counted", "token_mean"),
 )
 
-CHECK = SelfCheck("the Triton kernels of gates")
+SELF_CHECK = SelfCheck("the Triton kernels of gates")
 
 
-def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
+def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
     """Why the kernel does not serve the call; None if it does."""
     if gate.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
@@ -48,23 +48,23 @@ def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
         return "it takes neither a mask nor importance nor side inputs"
     if not 0 < tokens.num_tokens <= LONGEST or tokens.x.shape[0] == 0:
         return f"it is for groups of at most {LONGEST} tokens"
-    return why_unknown(gate) or (None if is_fake(tokens.x) else _why_wrong(gate, tokens.x))
+    return unknown_settings_reason(gate) or (None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens.x))
 
 
-def routing(gate: TopKGating, tokens: Tokens) -> Routing:
+def make_routing(gate: TopKGating, tokens: Tokens) -> Routing:
     """The `Routing` of a call, by the kernel."""
-    return gate.route(tokens, choose(gate, tokens))
+    return gate.route(tokens, choose_by_kernel(gate, tokens))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     """Whether kernels of gates take these tensors of one device: plain ones, none of them in float64."""
     tensors = (x, *weights)
-    return has_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
+    return can_launch_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
-def why_unknown(gate: TopKGating, replaced: Collection[str] = REPLACED) -> str | None:
+def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLACED_METHODS) -> str | None:
     """Why neither kernel nor numbers know the gate's settings, or its methods among `replaced`; None if they do."""
-    if (method := overridden(gate, declaring_class(type(gate), "ways"), replaced)) is not None:
+    if (method := find_overridden(gate, find_declaring_class(type(gate), "implementations"), replaced)) is not None:
         return f"a {type(gate).__name__} has a {method} of its own"
     if type(gate.logits) not in (type(None), RouterLogits):
         return f"a {type(gate.logits).__name__} makes the logits"
@@ -75,19 +75,19 @@ def why_unknown(gate: TopKGating, replaced: Collection[str] = REPLACED) -> str |
         return "it knows no expert groups, no level two, and no normalisation by a function"
     if gate.process_group is not None or gate.priority == "score":
         return "it knows no ranks and no priority by score"
-    if gate.num_experts > MOST_EXPERTS or gate.k > MOST_CHOICES:
-        return f"it is for at most {MOST_EXPERTS} experts and {MOST_CHOICES} choices"
+    if gate.num_experts > MAX_EXPERTS or gate.k > MAX_CHOICES:
+        return f"it is for at most {MAX_EXPERTS} experts and {MAX_CHOICES} choices"
     return None
 
 
-def choose(gate: TopKGating, tokens: Tokens) -> Choices:
+def choose_by_kernel(gate: TopKGating, tokens: Tokens) -> Choices:
     """The gate's choices, by the kernel."""
-    from mixture_of_experts.kernels.top_k import few_choices  # it imports triton, which takes a second
+    from mixture_of_experts.kernels.top_k import choose_top_k  # it imports triton, which takes a second
 
     logits = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating)
     b, n, e = logits.shape
     scales = e / (gate.choices_at_balance * b * n * n), 1 / (b * n)
-    expert, weight, probs, sums = few_choices(logits, gate.expert_bias, *_settings(gate), *scales)
+    expert, weight, probs, sums = choose_top_k(logits, gate.expert_bias, *_settings(gate), *scales)
     balance, z_loss = sums.sum(dim=0).unbind()
     if gate.balance_over != "group":
         balance = gate.balance_loss(tokens, probs, expert, k=gate.choices_at_balance)
@@ -99,14 +99,14 @@ def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
     return gate.k, gate.score == "softmax", gate.weigh == "softmax", gate.normalize is True, gate.scale, gate.eps
 
 
-def _why_wrong(gate: TopKGating, x: Tensor) -> str | None:
+def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
     """What the kernel computes on this device otherwise than torch's operators, on made-up tokens of such a gate."""
     kind = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
-    return CHECK.why_wrong(x.device, kind, partial(_fault, gate, x))
+    return SELF_CHECK.failure_reason(x.device, kind, partial(_find_fault, gate, x))
 
 
 @torch.no_grad()
-def _fault(gate: TopKGating, x: Tensor) -> str | None:
+def _find_fault(gate: TopKGating, x: Tensor) -> str | None:
     """What differs; None if nothing."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
@@ -117,7 +117,7 @@ def _fault(gate: TopKGating, x: Tensor) -> str | None:
         chosen = wanted.probs.gather(-1, choices.expert.clamp(0, gate.num_experts - 1))
         return {"weights": choices.weight, "experts": chosen, "probabilities": choices.probs, **choices.losses}
 
-    return difference(results(choose(gate, tokens)), results(wanted), atol=1e-6)
+    return difference(results(choose_by_kernel(gate, tokens)), results(wanted), atol=1e-6)
 
 
 def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float) -> str | None:

@@ -17,32 +17,32 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import topk_by_kernel
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.steps import SCORES
-from mixture_of_experts.kernels.launching import has_kernels
-from mixture_of_experts.support.same_bits import BATCH_INVARIANT
-from mixture_of_experts.support.tracing import can_read
-from mixture_of_experts.support.ways import asked_for
+from mixture_of_experts.kernels.launching import can_launch_kernels
+from mixture_of_experts.support.batch_invariance import BATCH_INVARIANT
+from mixture_of_experts.support.implementations import requested_implementation
+from mixture_of_experts.support.tracing import is_host_readable
 
 TopKGating = Any  # which imports this
-MOST_EXPERTS = 64  # of more, operators are faster
+MAX_EXPERTS = 64  # of more, operators are faster
 #: what the operators compute by, and numbers do not call
-REPLACED = (*topk_by_kernel.REPLACED, "route", "_restricted", "capacity", "named_losses")
-LEAST_TOTAL = 1e-9  # of weights that are normalised
+REPLACED_METHODS = (*topk_by_kernel.REPLACED_METHODS, "route", "_restricted", "capacity", "named_losses")
+MIN_TOTAL = 1e-9  # of weights that are normalised
 
 
-def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
+def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
     """Why numbers cannot decide on these tokens for this gate; None if they can."""
     x = tokens.x
     if gate.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
-    if not can_read(x) or torch.jit.is_tracing():
+    if not is_host_readable(x) or torch.jit.is_tracing():
         return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
     if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses:
         return f"it takes one token, (1, 1, {gate.dim}), without mask, side inputs and further losses"
-    if asked_for() in ("plain", BATCH_INVARIANT) or has_kernels(x.device):
+    if requested_implementation() in ("plain", BATCH_INVARIANT) or can_launch_kernels(x.device):
         return "operators or kernels are asked for"
-    if gate.capacity_factor_eval is not None or gate.num_experts > MOST_EXPERTS:
-        return f"it is for dropless gates of at most {MOST_EXPERTS} experts"
-    if (reason := topk_by_kernel.why_unknown(gate, REPLACED)) is not None:
+    if gate.capacity_factor_eval is not None or gate.num_experts > MAX_EXPERTS:
+        return f"it is for dropless gates of at most {MAX_EXPERTS} experts"
+    if (reason := topk_by_kernel.unknown_settings_reason(gate, REPLACED_METHODS)) is not None:
         return reason
     weights = gate.logits.parameters() if gate.w_gating is None else (gate.w_gating,)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
@@ -50,16 +50,16 @@ def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
     return None
 
 
-def routing(gate: TopKGating, tokens: Tokens) -> Routing:
+def make_routing(gate: TopKGating, tokens: Tokens) -> Routing:
     """The `Routing` of a token `(1, 1, d)`; that of operators if a score is not finite, or weights that are to sum to 1
     are 0 or so.
 
     Scores may round to 0 where a softmax over the logits of the chosen, which are unlikely by their bias, does not.
     """
-    return _routing(gate, tokens.x) or gate.decide_and_route(tokens)
+    return _make_routing(gate, tokens.x) or gate.decide_and_route(tokens)
 
 
-def _routing(gate: TopKGating, x: Tensor) -> Routing | None:
+def _make_routing(gate: TopKGating, x: Tensor) -> Routing | None:
     logits, k, e = gate.logits_of(x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
     numbers = score.flatten().tolist()
@@ -76,7 +76,7 @@ def _routing(gate: TopKGating, x: Tensor) -> Routing | None:
         probs = score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         share, log_total = share / (math.fsum(numbers) + 1e-20), logits.logsumexp(dim=-1).item()
     if gate.normalize or gate.weigh == "softmax":
-        if sum(weight) < LEAST_TOTAL:
+        if sum(weight) < MIN_TOTAL:
             return None
         divisor = sum(weight) + gate.eps
         weight = [number / divisor for number in weight]

@@ -1,16 +1,16 @@
 """Mixtures of experts inside models of `transformers`: replace or upcycle feed-forward networks, train, save, load."""
 
 from mixture_of_experts.huggingface.blocks.backend import experts_forward
-from mixture_of_experts.huggingface.blocks.sparse import from_transformers, to_transformers
+from mixture_of_experts.huggingface.blocks.model_conversion import from_transformers, to_transformers
 from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.grpo import ReplayRouting
 from mixture_of_experts.huggingface.lora import fast_lora, weights_shown
 from mixture_of_experts.huggingface.model_watch import aux_loss
 from mixture_of_experts.huggingface.pruning.prune import expert_scores, prune
-from mixture_of_experts.huggingface.replacement.adapters import Adapter
+from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
 from mixture_of_experts.huggingface.replacement.replace import replace_ffn, upcycle
-from mixture_of_experts.huggingface.saving.export import export
+from mixture_of_experts.huggingface.saving.exporting import export
 from mixture_of_experts.huggingface.saving.loader import ExpertsLoader, from_pretrained
 
 __all__ = [

@@ -11,38 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from mixture_of_experts.huggingface.saving.folders import export_folder, quantize_folder, upcycle_folder
-from mixture_of_experts.huggingface.saving.layer_settings import GATES, GateFactory
-from mixture_of_experts.ops.bits4 import GROUPS
+from mixture_of_experts.huggingface.saving.layer_settings import GATE_CLASSES, GateFactory
+from mixture_of_experts.ops.int4 import GROUP_SIZES
 
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+BYTES_PER_UNIT = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     """A size such as `5GB` in bytes."""
     found = re.fullmatch(r"(0*[1-9]\d*)\s*([KMG]B|)", text.upper())
     if found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: write 500MB or 5GB")
-    return int(found[1]) * UNITS[found[2]]
+    return int(found[1]) * BYTES_PER_UNIT[found[2]]
 
 
-def gate(text: str) -> GateFactory:
+def parse_gate(text: str) -> GateFactory:
     """A gate such as `TopKGating(k=4, score="sigmoid")`, as a function that makes one for each layer."""
     try:
         call: Any = ast.parse(text, mode="eval").body
         settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        kind = GATES[call.func.id]
+        kind = GATE_CLASSES[call.func.id]
         if call.args:
             raise ValueError("it has settings without a name")
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError):
         example = 'write TopKGating(k=4, score="sigmoid")'
-        raise argparse.ArgumentTypeError(f"{text!r} is no gate: {example}; there are {', '.join(GATES)}") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no gate: {example}; there are {', '.join(GATE_CLASSES)}"
+        ) from None
     return lambda dim, num_experts: kind(dim, num_experts, **settings)
 
 
-def read(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.huggingface", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, run, does in (
+    for name, run, description in (
         (
             "upcycle",
             upcycle_folder,
@@ -61,8 +63,8 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     ):
         command = commands.add_parser(
             name,
-            help=does,
-            description=does,
+            help=description,
+            description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             argument_default=argparse.SUPPRESS,  # what has no default is left to the function
         )
@@ -70,22 +72,22 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         add = command.add_argument
         add("source", type=Path, metavar="IN", help="folder with config.json and safetensors")
         add("target", type=Path, metavar="OUT", help="new folder")
-        most = "1GB" if name == "quantize" else "5GB"
-        add("--max-shard-size", type=size, default=most, help="most bytes of a file of weights")
+        default_size = "1GB" if name == "quantize" else "5GB"
+        add("--max-shard-size", type=parse_size, default=default_size, help="most bytes of a file of weights")
         if name == "upcycle":
-            add_settings(add)
+            add_upcycle_options(add)
         if name == "quantize":
             add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
-            add("--group", type=int, default=64, choices=GROUPS, help="inputs with a step of their own")
+            add("--group", type=int, default=64, choices=GROUP_SIZES, help="inputs with a step of their own")
             add("--loss-coef", type=float, help="coefficient of the balancing loss of layers; by default as it was")
     return parser.parse_args(arguments)
 
 
-def add_settings(add: Any) -> None:
+def add_upcycle_options(add: Any) -> None:
     """Add the settings of `upcycle`."""
     add("--num-experts", type=int, default=8, help="experts of a layer")
     add("--k", type=int, default=2, help="experts of a token, for the default gate")
-    add("--gate", type=gate, help="such as 'TopKGating(k=4, score=\"sigmoid\")'")
+    add("--gate", type=parse_gate, help="such as 'TopKGating(k=4, score=\"sigmoid\")'")
     add("--layers", type=int, nargs="+", help="numbers of blocks; by default all")
     add("--granularity", type=int, default=1, help="cut each copy into so many experts")
     add("--shared-expert", type=int, help="hidden units of a shared expert")
@@ -97,7 +99,7 @@ def add_settings(add: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; after an error, printed to standard error, it is 1."""
-    settings = vars(read(arguments))
+    settings = vars(parse_arguments(arguments))
     run = settings.pop("run")
     try:
         run(**settings)

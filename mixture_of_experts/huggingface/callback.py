@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from mixture_of_experts.gating.bias_rules import BiasRule, RuleName
 from mixture_of_experts.stats import Record, RoutingStats, track_routing
-from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_experts, leave_counts_alone
+from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_experts, ignore_counts_in_ddp
 
 
 class RoutingCallback(TrainerCallback):
@@ -53,7 +53,7 @@ class RoutingCallback(TrainerCallback):
             return
         latest = self.stats.latest()
         records = [record for record in latest if record.step == max(other.step for other in latest)]
-        values = mean_scalars(records)
+        values = summarize_records(records)
         if self.layers:
             for record in records:
                 values |= {f"routing/{record.layer}/{name}": value for name, value in record.scalars().items()}
@@ -79,7 +79,7 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
     return callback
 
 
-def mean_scalars(records: list[Record]) -> dict[str, float]:
+def summarize_records(records: list[Record]) -> dict[str, float]:
     """The numbers of all layers together."""
     return {
         "routing/balance": fmean(record.losses.get("balance", 0.0) for record in records),
@@ -105,7 +105,7 @@ class BalanceCallback(TrainerCallback):
         self.balancing: ExpertBalancing | None = None
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        leave_counts_alone(kwargs["model"])  # before DDP wraps it
+        ignore_counts_in_ddp(kwargs["model"])  # before DDP wraps it
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.on_train_end()

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.gating import reads_of
+from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.base import COUNTED
-from mixture_of_experts.gating.given import STATE
-from mixture_of_experts.huggingface.private_transformers import logits_under_way
+from mixture_of_experts.gating.overrides import STATE
+from mixture_of_experts.huggingface.private_transformers import collected_logits
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.support.private_torch import in_transform, set_first_hook, unwrapped
-from mixture_of_experts.support.tracing import in_checkpoint
+from mixture_of_experts.support.private_torch import is_in_transform, set_first_hook, unwrap_module
+from mixture_of_experts.support.tracing import is_in_activation_checkpoint
 from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.auxiliary import refuse_reentrant
+from mixture_of_experts.whole_model.aux_losses import check_not_reentrant
 from mixture_of_experts.whole_model.call_stack import ForwardCall
-from mixture_of_experts.whole_model.model_tokens import TokensAround
+from mixture_of_experts.whole_model.model_tokens import TokenMetadata
 
 
 class ModelCall(ForwardCall):
@@ -33,22 +33,22 @@ class ModelCall(ForwardCall):
     """
 
     config: Any = None  # the part of the model's configuration that tells of routers
-    share: Tensor | None = None  # of its labels in those of the batch, if a trainer tells their number
+    label_share: Tensor | None = None  # of its labels in those of the batch, if a trainer tells their number
     training = False  # whether the model trains
-    asked = False  # whether the caller asks for the auxiliary loss
-    declined = False  # whether the caller computes its own loss and wants none of these
-    added = False  # whether the loss that the model returned holds them
-    remembered = False  # whether activation checkpointing stores the call for a recomputation
-    again = False  # whether this is such a recomputation
+    aux_loss_requested = False  # whether the caller asks for the auxiliary loss
+    aux_loss_declined = False  # whether the caller computes its own loss and wants none of these
+    aux_loss_added = False  # whether the loss that the model returned holds them
+    is_checkpointed = False  # whether activation checkpointing stores the call for a recomputation
+    is_recomputation = False  # whether this is such a recomputation
     returns_logits = False  # whether the model returns router logits, as stock models do
 
-    def __init__(self, tokens: TokensAround | None = None, around: ModelCall | None = None) -> None:
-        self.tokens: TokensAround = TokensAround() if tokens is None else tokens
-        self.around = around
-        self.with_gradients: bool = torch.is_grad_enabled()
+    def __init__(self, tokens: TokenMetadata | None = None, enclosing_call: ModelCall | None = None) -> None:
+        self.tokens: TokenMetadata = TokenMetadata() if tokens is None else tokens
+        self.enclosing_call = enclosing_call
+        self.grad_enabled: bool = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
         #: what a backward reached: "outputs" of networks, their "losses"
-        self.reached: set[str] = set() if around is None else around.reached
+        self.reached: set[str] = set() if enclosing_call is None else enclosing_call.reached
 
 
 class Replaced(nn.Module):
@@ -100,46 +100,46 @@ class MoEFeedForward(Replaced):
     record: Any = None  #: what is told of the layer in `config.json`, a `LayerRecord`
 
     def __init__(
-        self, moe: MoE, dropout: nn.Module | None = None, *, masked: bool = True, stands_for: str = ""
+        self, moe: MoE, dropout: nn.Module | None = None, *, masked: bool = True, replaced_path: str = ""
     ) -> None:
         super().__init__()
         self.moe = moe
         self.dropout = dropout
         self.masked = masked
-        if stands_for:
+        if replaced_path:
             del self.weight
-            add_below(self, stands_for, Replaced())
+            add_submodule(self, replaced_path, Replaced())
 
-    def forward(self, x: Tensor, **given: Tensor | None) -> Any:
-        call = call_stack.current(self) or ModelCall()
+    def forward(self, x: Tensor, **side_inputs: Tensor | None) -> Any:
+        call = call_stack.current_call(self) or ModelCall()
         tokens, shape = x, call.tokens.shape
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
             tokens = x.view(*shape, x.shape[-1])  # the router must see sequences, also if the model flattens them
-        told = self._padding(call, x) | self._ids(call, tokens)
-        if told or tokens is not x:
-            self._refuse_forgetting(call)
-        out, aux_loss, *state = self.moe(tokens, **told, **given)
-        if not call.again:
-            self._give(call, out, aux_loss)
+        side = self._get_mask_input(call, x) | self._get_token_ids_input(call, tokens)
+        if side or tokens is not x:
+            self._check_checkpointing(call)
+        out, aux_loss, *state = self.moe(tokens, **side, **side_inputs)
+        if not call.is_recomputation:
+            self._collect_aux_loss(call, out, aux_loss)
         out = out.view(x.shape)
         out = out if self.dropout is None else self.dropout(out)
-        return (out, *state) if given else out
+        return (out, *state) if side_inputs else out
 
-    def _give(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
+    def _collect_aux_loss(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
         """Give the auxiliary loss to the call, and set the hooks that note whether gradients reach it."""
         call.losses.append(aux_loss)
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
-        if call.with_gradients or not call.keys:  # without gradients nothing can be lost
-            refuse_reentrant(self.moe, call.remembered)
-        if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not in_transform():
+        if call.grad_enabled or not call.keys:  # without gradients nothing can be lost
+            check_not_reentrant(self.moe, call.is_checkpointed)
+        if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not is_in_transform():
             reached = call.reached  # the hooks hold no tensors
             out.register_hook(lambda _: reached.add("outputs"))
             aux_loss.register_hook(lambda _: reached.add("losses"))
 
-    def _ids(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
+    def _get_token_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
         """The ids of tokens `(b, n, d)` as side input, if the gate reads them; else {}."""
-        if "token_ids" not in reads_of(self.moe.gate):
+        if "token_ids" not in get_side_inputs(self.moe.gate):
             return {}
         ids = call.tokens.ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
@@ -150,24 +150,24 @@ class MoEFeedForward(Replaced):
             )
         return {"token_ids": ids}
 
-    def _refuse_forgetting(self, call: ModelCall) -> None:
+    def _check_checkpointing(self, call: ModelCall) -> None:
         """Refuse checkpointing that is not the model's own: its recomputation would not know mask and ids."""
-        if torch.compiler.is_compiling() or not self.training or not call.with_gradients or call.remembered:
+        if torch.compiler.is_compiling() or not self.training or not call.grad_enabled or call.is_checkpointed:
             return
-        if in_checkpoint(call.frame):
+        if is_in_activation_checkpoint(call.frame):
             raise RuntimeError(
                 "a feed-forward network runs under torch.utils.checkpoint, which would run it again without its "
                 "padding mask: checkpoint by model.activation_checkpointing_enable()"
             )
 
-    def _padding(self, call: ModelCall, x: Tensor) -> dict[str, Tensor]:
+    def _get_mask_input(self, call: ModelCall, x: Tensor) -> dict[str, Tensor]:
         """The mask `(b, n)` of tokens `(b, n, d)` or `(b n, d)`, by the argument that tells the layer what to do with
         padding; {} if all are real.
 
         Dense networks compute padding, and models read it: a loss predicts the first token after padding on the left.
         So dropless gates compute it too, and count it nowhere.
         """
-        mask, unknown = call.tokens.mask, call.tokens.unknown
+        mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
         if self.masked and unknown is not None and (self.training or not dropless):  # else it has no effect on others
             raise ValueError(f"the router cannot know which tokens are padding: {unknown}")
@@ -178,12 +178,12 @@ class MoEFeedForward(Replaced):
                 f"an attention mask for {tuple(mask.shape)} tokens does not fit {tuple(x.shape[:-1])} tokens of a "
                 "feed-forward network: call it once, on all tokens of the forward"
             )
-        return {COUNTED if dropless and COUNTED in reads_of(self.moe.gate) else "mask": mask}
+        return {COUNTED if dropless and COUNTED in get_side_inputs(self.moe.gate) else "mask": mask}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.record is not None:
-            self.record.belong_to(self)
+            self.record.bind_layer(self)
 
     def extra_repr(self) -> str:
         return "" if self.masked else "masked=False"
@@ -199,14 +199,14 @@ class LogitsCall(ForwardCall):
     def __init__(self, x: Tensor) -> None:
         self.x = x
         # a recomputation under activation checkpointing collects none, but must compute what the forward did
-        found = logits_under_way()
+        found = collected_logits()
         self.collected: list[Tensor] = [] if found is None else found
 
 
 def collect_logits(gate: Any, args: object, output: object) -> None:
     """Forward hook of a gate: add the logits `(t, e)` of all tokens to those that `transformers` collects. The gate's
     own may be of groups, with more tokens or without padding."""
-    call = call_stack.current(gate)
+    call = call_stack.current_call(gate)
     if call is None:
         return
     x = call.x.reshape(1, -1, call.x.shape[-1])
@@ -231,49 +231,49 @@ class SparseFeedForward(MoEFeedForward):
 
     reports: bool = False
 
-    def __init__(self, moe: MoE, block: str, reports: bool = False, **others: Any) -> None:
-        super().__init__(moe, **others)
+    def __init__(self, moe: MoE, block: str, reports: bool = False, **settings: Any) -> None:
+        super().__init__(moe, **settings)
         self.block = block
         self.reports = reports
 
     def forward(
         self, x: Tensor, prev_router_hidden_states: Tensor | None = None, input_ids: Tensor | None = None
     ) -> Any:
-        call = call_stack.current(self) if self.reports else None
+        call = call_stack.current_call(self) if self.reports else None
         if call is None or not call.returns_logits:
             return self.as_block(x, prev_router_hidden_states)
-        if call.with_gradients:  # the loss that the model computes from its logits would get no gradient
-            refuse_reentrant(self.moe, call.remembered)
-        gate = unwrapped(self.moe.gate)
+        if call.grad_enabled:  # the loss that the model computes from its logits would get no gradient
+            check_not_reentrant(self.moe, call.is_checkpointed)
+        gate = unwrap_module(self.moe.gate)
         set_first_hook(gate, "mixture_of_experts_logits", collect_logits)
-        with call_stack.within([(gate, LogitsCall(x))]):
+        with call_stack.activate_calls([(gate, LogitsCall(x))]):
             return self.as_block(x, prev_router_hidden_states)
 
     def as_block(self, x: Tensor, prev_router_hidden_states: Tensor | None) -> Any:
-        if STATE in reads_of(self.moe.gate):
+        if STATE in get_side_inputs(self.moe.gate):
             return super().forward(x, **{STATE: prev_router_hidden_states})
         out = super().forward(x)  # a gate that reads token ids gets those of the model around
-        return (out, None) if self.block in PAIRS else out
+        return (out, None) if self.block in BLOCKS_WITH_ROUTER_SCORES else out
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [self.block, super().extra_repr()]))
 
 
 #: blocks that return router scores too, which nobody reads
-PAIRS = ("GptOssMLP", "Llama4TextMoe", "OpenAIPrivacyFilterMLP")
+BLOCKS_WITH_ROUTER_SCORES = ("GptOssMLP", "Llama4TextMoe", "OpenAIPrivacyFilterMLP")
 
 
-def layers_by_path(model: nn.Module) -> dict[str, Any]:
+def find_layers(model: nn.Module) -> dict[str, Any]:
     """All `MoEFeedForward` modules of a model, by their paths."""
     return {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
 
 
-def tensors_of(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+def get_named_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
     """The parameters and buffers of a module by name."""
     return dict((*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)))
 
 
-def add_below(module: nn.Module, path: str, child: nn.Module) -> None:
+def add_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
     """Add a child at a path, and the modules above it that are missing."""
     *above, last = path.split(".")
     for name in above:
@@ -283,7 +283,7 @@ def add_below(module: nn.Module, path: str, child: nn.Module) -> None:
     module.add_module(last, child)
 
 
-def feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
+def find_feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
     """All `MoEFeedForward` modules of a model, wrapped or not, in the model's order.
 
     Every forward calls this, in decoding for each token. So it passes over modules that have no parts, which takes a
@@ -291,11 +291,11 @@ def feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
     """
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, MoEFeedForward)]
-    waiting, found = [model], {}
-    while waiting:
-        module = waiting.pop()
+    pending, found = [model], {}
+    while pending:
+        module = pending.pop()
         if module not in found:
             found[module] = None
             parts = reversed(module._modules.values())
-            waiting += [part for part in parts if part is not None and part._modules]
+            pending += [part for part in parts if part is not None and part._modules]
     return [module for module in found if isinstance(module, MoEFeedForward)]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
-from mixture_of_experts.support.private_peft import from_peft
+from mixture_of_experts.support.private_peft import is_peft_wrapper
 
-METHODS = (
+TRAINER_METHODS = (
     "_generate_single_turn",
     "_generate_and_score_completions",
     "_compute_loss",
     "_get_per_token_logps_and_entropies",
 )
-ENGINES = ("use_vllm", "use_transformers_continuous_batching")
-Row = tuple[RoutingRecords, int]  # the records of a generation, and the number of a sequence in them
+GENERATION_ENGINE_FLAGS = ("use_vllm", "use_transformers_continuous_batching")
+SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and the number of a sequence in them
 
 
 class ReplayRouting:
@@ -50,8 +50,8 @@ class ReplayRouting:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        others = [kind for kind in cls.__mro__ if kind is ReplayRouting or not issubclass(kind, ReplayRouting)]
-        *before, last = [kind for kind in others if METHODS[0] in vars(kind)]
+        base_classes = [kind for kind in cls.__mro__ if kind is ReplayRouting or not issubclass(kind, ReplayRouting)]
+        *before, last = [kind for kind in base_classes if TRAINER_METHODS[0] in vars(kind)]
         if before and last is ReplayRouting:
             raise TypeError(
                 f"{cls.__name__} has ReplayRouting after {before[0].__name__}, which would not call it: write class "
@@ -60,46 +60,46 @@ class ReplayRouting:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if missing := [name for name in METHODS if not hasattr(self._trainer, name)]:
+        if missing := [name for name in TRAINER_METHODS if not hasattr(self._trainer, name)]:
             raise TypeError(
                 f"{type(self).__name__} has no {missing[0]} after ReplayRouting: write class "
                 "Trainer(ReplayRouting, GRPOTrainer), with a TRL that has this method, as 1.16 has"
             )
-        replaced_by = ("tools",) if self.rollout_func else ("tools", *ENGINES)
+        replaced_by = ("tools",) if self.rollout_func else ("tools", *GENERATION_ENGINE_FLAGS)
         if other := [name for name in replaced_by if getattr(self, name, None)]:
             raise ValueError(
                 f"ReplayRouting records the trainer's own generation, which {other[0]} replaces, and TRL does not hand "
                 "on an engine's choices: leave that out, and give a rollout_func that asks your engine, and returns "
                 'its choices as "routed_experts" beside the ids'
             )
-        self._rows: list[Row] = []  # of the sequences whose log-probabilities come next
-        self._until_backward = ExitStack()  # what lasts until a backward has ended
-        self._replays_forward = False  # whether it has the replay of a forward
-        with self._recorded():
+        self._recorded_sequences: list[SequenceReference] = []  # of the sequences whose log-probabilities come next
+        self._replay_stack = ExitStack()  # what lasts until a backward has ended
+        self._replay_is_active = False  # whether it has the replay of a forward
+        with self._record_generation():
             pass  # raises if it cannot record
         if self.rollout_func:
-            self.rollout_func = partial(self._roll_out, self.rollout_func)
+            self.rollout_func = partial(self._run_rollout, self.rollout_func)
 
     @property
     def _trainer(self) -> Any:
         """The trainer's own methods."""
         return super()
 
-    def _recorded(self) -> Any:
+    def _record_generation(self) -> Any:
         return record_routing(self.model, weights=self.replay_weights)
 
     def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
-        with self._recorded() as records:
+        with self._record_generation() as records:
             generated = self._trainer._generate_single_turn(prompt_ids, *args, **kwargs)
         if records.num_sequences != len(prompt_ids):
             raise ValueError(
                 f"{len(prompt_ids)} prompts were recorded as {records.num_sequences} sequences: generate with a cache, "
                 "use_cache=True"
             )
-        self._rows = [(records, number) for number in range(len(prompt_ids))]
+        self._recorded_sequences = [(records, number) for number in range(len(prompt_ids))]
         return generated
 
-    def _roll_out(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    def _run_rollout(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """What a rollout function returns, without the choices, which are kept for the log-probabilities."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
@@ -124,15 +124,18 @@ class ReplayRouting:
                 "weights=...), or set it to False"
             )
         records = records if self.replay_weights else RoutingRecords(records)
-        self._rows = [(records, number) for number in range(len(numbers))]
+        self._recorded_sequences = [(records, number) for number in range(len(numbers))]
         return output
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         batch = self._trainer._generate_and_score_completions(inputs)
-        return {**batch, "routing": self._rows}  # a list, which the trainer shuffles and splits with the rest
+        return {
+            **batch,
+            "routing": self._recorded_sequences,
+        }  # a list, which the trainer shuffles and splits with the rest
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        self._rows = inputs["routing"]
+        self._recorded_sequences = inputs["routing"]
         return self._trainer._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
@@ -151,15 +154,19 @@ class ReplayRouting:
             raise ValueError(f"ReplayRouting takes prompts of text alone, got {', '.join(images)}")
         size, found = batch_size or len(input_ids), []
         if torch.is_grad_enabled():
-            self._refuse_second(len(input_ids), size)
+            self._check_single_forward(len(input_ids), size)
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
-            ids, mask, numbers = input_ids[part], attention_mask[part], [number for _, number in self._rows[part]]
+            ids, mask, numbers = (
+                input_ids[part],
+                attention_mask[part],
+                [number for _, number in self._recorded_sequences[part]],
+            )
             # a generation goes on after the end of a sequence, until the longest one ends
-            records = self._rows[0][0].select(numbers, mask.sum(dim=-1).tolist())
-            records = RoutingRecords(records) if is_reference(model) else records
+            records = self._recorded_sequences[0][0].select(numbers, mask.sum(dim=-1).tolist())
+            records = RoutingRecords(records) if is_reference_model(model) else records
             with ExitStack() as forward:  # a backward may run the model again
-                replay = self._until_backward if torch.is_grad_enabled() else forward
+                replay = self._replay_stack if torch.is_grad_enabled() else forward
                 replay.enter_context(replay_routing(model, records, beyond="choose"))
                 found.append(logps_of(model, ids, mask, logits_to_keep, **kwargs))
         logps, entropies, losses = zip(*found, strict=True)
@@ -169,31 +176,31 @@ class ReplayRouting:
             None if losses[0] is None else torch.stack(losses).mean(),
         )
 
-    def _refuse_second(self, number: int, size: int) -> None:
+    def _check_single_forward(self, number: int, size: int) -> None:
         """Refuse a second forward with gradients before a backward: which one that runs again would not be known."""
         if size < number:
             raise ValueError(
                 f"log-probabilities of {number} sequences with gradients are computed in chunks of {size}, but "
                 "ReplayRouting replays one forward until its backward: leave batch_size out there"
             )
-        if self._replays_forward:
+        if self._replay_is_active:
             raise ValueError(
                 "log-probabilities with gradients are computed a second time before the backward of the first, until "
                 "which ReplayRouting replays: take both losses from one forward, and run it in training_step"
             )
-        self._replays_forward = True
-        self._until_backward.callback(setattr, self, "_replays_forward", False)
+        self._replay_is_active = True
+        self._replay_stack.callback(setattr, self, "_replay_is_active", False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's; the replay lasts until the backward is over."""
-        with self._until_backward:
+        with self._replay_stack:
             return self._trainer.training_step(*args, **kwargs)
 
 
-def is_reference(model: torch.nn.Module) -> bool:
+def is_reference_model(model: torch.nn.Module) -> bool:
     """Whether a model computes as its own reference: PEFT's adapters are off, or TRL's copy named "ref" is on."""
     return any(
         getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())
         for each in model.modules()
-        if from_peft(each)
+        if is_peft_wrapper(each)
     )

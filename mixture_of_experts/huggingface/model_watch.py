@@ -16,28 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
-from mixture_of_experts.huggingface.private_transformers import checkpointing_of, predicts_next, set_checkpointing
-from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
+from mixture_of_experts.huggingface.feed_forward import ModelCall, find_feed_forwards
+from mixture_of_experts.huggingface.private_transformers import (
+    get_checkpoint_function,
+    predicts_next_token,
+    set_checkpoint_function,
+)
+from mixture_of_experts.huggingface.replacement.torch_layers import TORCH_LAYER_CLASSES, LayerReader
 from mixture_of_experts.huggingface.router_config import (
-    asks_for_logits,
-    factor_of,
-    reports_routers,
-    text_config,
-    unit_of,
+    find_text_config,
+    get_aux_loss_factor,
+    get_unit_aux_loss_coef,
+    has_own_routers,
+    requests_router_logits,
 )
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.attached import TABLES
+from mixture_of_experts.support.attachments import HOOK_TABLES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_peft import lost_by_adapters, missed_targets
-from mixture_of_experts.support.private_torch import set_hooks
+from mixture_of_experts.support.private_peft import find_missed_targets, find_tensors_not_saved
+from mixture_of_experts.support.private_torch import register_named_hooks
 from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.auxiliary import total_of
-from mixture_of_experts.whole_model.call_stack import Watch
-from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, nearest_reader
-from mixture_of_experts.whole_model.sites import all_sites
+from mixture_of_experts.whole_model.aux_losses import sum_losses
+from mixture_of_experts.whole_model.call_stack import ForwardWatch
+from mixture_of_experts.whole_model.model_tokens import TokenMetadata, TokensReader, find_enclosing_model
+from mixture_of_experts.whole_model.router_discovery import find_all_routers
 
-NAME = "mixture_of_experts"  # of the hooks
+MODEL_WATCH_HOOK = "mixture_of_experts"  # of the hooks
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -63,16 +67,16 @@ def aux_loss(model: nn.Module) -> Tensor:
         >>> logits = model(torch.randint(64, (2, 10))).logits
         >>> loss = logits.logsumexp(-1).mean() + aux_loss(model)
     """
-    members = feed_forwards(check_model("model", model))
-    call = call_stack.current(members[0]) if members else None
-    calls = [call] if call is not None else [last.box[0] for last in last_calls(model)]
+    members = find_feed_forwards(check_model("model", model))
+    call = call_stack.current_call(members[0]) if members else None
+    calls = [call] if call is not None else [last.box[0] for last in find_last_calls(model)]
     losses = [loss for call in calls for loss in call.losses]
     if not losses:
         raise RuntimeError(
             f"{type(model).__name__} has no auxiliary loss: call it first, in this thread, and replace_ffn or upcycle "
             "before that"
         )
-    return total_of(losses)
+    return sum_losses(losses)
 
 
 class LastCall(threading.local):
@@ -89,48 +93,48 @@ class LastCall(threading.local):
 
 def watch_model(model: nn.Module, names: Sequence[str]) -> None:
     """Set watches on a model, which returns the losses, and on the models around the named modules."""
-    last = next(iter(last_calls(model)), None) or LastCall()
-    readers = {reader_around(model, name) for name in names}
+    last = next(iter(find_last_calls(model)), None) or LastCall()
+    readers = {find_padding_source(model, name) for name in names}
     for around in {model, *readers}:
-        if watch_of(around) is None:
+        if get_watch(around) is None:
             watch = ModelWatch(around, last)
-            set_hooks(around, NAME, watch.begin, watch.end)
-        watch_of(around).reads |= around in readers
-    watch_of(model).adds = True
+            register_named_hooks(around, MODEL_WATCH_HOOK, watch.begin, watch.end)
+        get_watch(around).reads |= around in readers
+    get_watch(model).adds = True
 
 
-def remove_watches(model: nn.Module) -> None:
+def remove_model_watches(model: nn.Module) -> None:
     for module in model.modules():
-        for table in TABLES:
-            getattr(module, table).pop(NAME, None)
-        if isinstance(checkpoint := checkpointing_of(module), CheckpointWithCall):
-            set_checkpointing(module, checkpoint.checkpoint)
+        for table in HOOK_TABLES:
+            getattr(module, table).pop(MODEL_WATCH_HOOK, None)
+        if isinstance(checkpoint := get_checkpoint_function(module), CheckpointWithCall):
+            set_checkpoint_function(module, checkpoint.checkpoint)
 
 
-def watch_of(module: nn.Module) -> Any:
+def get_watch(module: nn.Module) -> Any:
     """The watch on a module; None if it has none."""
-    return getattr(module._forward_pre_hooks.get(NAME), "__self__", None)  # pyright: ignore[reportArgumentType]
+    return getattr(module._forward_pre_hooks.get(MODEL_WATCH_HOOK), "__self__", None)  # pyright: ignore[reportArgumentType]
 
 
-def last_calls(model: nn.Module) -> list[LastCall]:
+def find_last_calls(model: nn.Module) -> list[LastCall]:
     """The `LastCall` of each changed model in `model`, which may be one itself."""
-    watches = map(watch_of, model.modules())
+    watches = map(get_watch, model.modules())
     return list(dict.fromkeys(watch.last for watch in watches if watch is not None))
 
 
-def is_masked(model: nn.Module, name: str) -> bool:
+def uses_model_mask(model: nn.Module, name: str) -> bool:
     """Whether the mask of the model around a module is one of the module's tokens. For a model of sound it is not."""
-    return getattr(reader_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
+    return getattr(find_padding_source(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
 
-def reader_around(model: nn.Module, name: str) -> nn.Module:
+def find_padding_source(model: nn.Module, name: str) -> nn.Module:
     """The module around a network whose arguments tell its padding: a layer of torch, or a model."""
     path = name.split(".")[:-1]
     above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
-    return above[-1] if isinstance(above[-1], KINDS) else nearest_reader(above)
+    return above[-1] if isinstance(above[-1], TORCH_LAYER_CLASSES) else find_enclosing_model(above)
 
 
-class ModelWatch(Watch):
+class ModelWatch(ForwardWatch):
     """Tells the feed-forward networks of a model of the tokens of each forward, and keeps its losses. It is a part of
     the model, and of its copies.
 
@@ -145,34 +149,36 @@ class ModelWatch(Watch):
     adapted: bool = False  # whether the model has had a forward with adapters
 
     def __init__(self, around: nn.Module, last: LastCall) -> None:
-        self.reader: TokensReader = LayerReader(around) if isinstance(around, KINDS) else TokensReader(around)
+        self.reader: TokensReader = (
+            LayerReader(around) if isinstance(around, TORCH_LAYER_CLASSES) else TokensReader(around)
+        )
         self.last = last
 
-    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
-        members = feed_forwards(module)
-        around = call_stack.current(members[0]) if members else None
-        call = ModelCall(self.tokens(args, kwargs, around), around)
-        call.keys, call.training = members, module.training and call.with_gradients
-        call.returns_logits = asks_for_logits(module, kwargs)
+    def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        members = find_feed_forwards(module)
+        around = call_stack.current_call(members[0]) if members else None
+        call = ModelCall(self.read_tokens(args, kwargs, around), around)
+        call.keys, call.training = members, module.training and call.grad_enabled
+        call.returns_logits = requests_router_logits(module, kwargs)
         if self.adds:
-            call.given = args, self.arguments(call, module, kwargs)
+            call.replaced_arguments = args, self.replace_arguments(call, module, kwargs)
         if not torch.compiler.is_compiling():
-            self.warn(call, module)
+            self.warn_once(call, module)
         if module.training and getattr(module, "is_activation_checkpointing", False):
-            keep_for_checkpointing(module)
+            wrap_checkpointing(module)
         return call
 
-    def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokensAround:
+    def read_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokenMetadata:
         """The tokens of a forward. What this module does not tell, a model around may tell of as many tokens."""
-        outer = TokensAround() if around is None else around.tokens
+        outer = TokenMetadata() if around is None else around.tokens
         if not self.reads:
-            own = self.reader.given(args, kwargs).get("input_ids")
+            own = self.reader.pick_arguments(args, kwargs).get("input_ids")
             return outer if outer.ids is not None else outer._replace(ids=own)
         tokens = self.reader(args, kwargs)
-        alike = outer.ids is not None and outer.ids.shape == tokens.shape
-        return tokens._replace(ids=outer.ids) if tokens.ids is None and alike else tokens
+        has_same_shape = outer.ids is not None and outer.ids.shape == tokens.shape
+        return tokens._replace(ids=outer.ids) if tokens.ids is None and has_same_shape else tokens
 
-    def arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def replace_arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments that a model gets in the place of those that a trainer gave it; the call notes what they ask.
 
         With gradient accumulation the `Trainer` gives each micro-batch the number of labels in the whole batch, and
@@ -180,75 +186,83 @@ class ModelWatch(Watch):
         same, and so is the auxiliary loss. So the model gets the number of its own labels, and its loss is multiplied
         by their share.
         """
-        given, config = dict(kwargs), text_config(model)
+        arguments, config = dict(kwargs), find_text_config(model)
         call.config, fused = config, bool(kwargs.get("fused_lm_head"))
         # trainers of TRL call so; they ask for router logits unless their `router_aux_loss_coef` is 0
-        call.asked = bool(kwargs.get("output_router_logits"))
-        call.declined = fused and not call.asked
-        if unit_of(config) is not None:  # there are no routers that could return logits
-            given.pop("output_router_logits", None)
-            if fused or reports_routers(config):
-                given["output_router_logits"] = False
+        call.aux_loss_requested = bool(kwargs.get("output_router_logits"))
+        call.aux_loss_declined = fused and not call.aux_loss_requested
+        if get_unit_aux_loss_coef(config) is not None:  # there are no routers that could return logits
+            arguments.pop("output_router_logits", None)
+            if fused or has_own_routers(config):
+                arguments["output_router_logits"] = False
         whole, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
         if whole is not None and labels is not None:
             if (shifted := kwargs.get("shift_labels")) is not None:
                 labels = shifted
-            elif predicts_next(model):
+            elif predicts_next_token(model):
                 labels = labels[..., 1:]
             number = labels.ne(-100).sum()
-            call.share, given["num_items_in_batch"] = number / whole, number.clamp(min=1)
-        return given
+            call.label_share, arguments["num_items_in_batch"] = number / whole, number.clamp(min=1)
+        return arguments
 
-    def ended(self, call: ModelCall, output: Any) -> Any:
-        changed = self.with_losses(call, output) if self.adds else None
-        around, call.around = call.around, None
+    def on_success(self, call: ModelCall, output: Any) -> Any:
+        changed = self.add_losses(call, output) if self.adds else None
+        around, call.enclosing_call = call.enclosing_call, None
         if around is None:
-            if call.backward in (None, -1):  # not a recomputation in a backward
+            if call.backward_id in (None, -1):  # not a recomputation in a backward
                 self.last.box[0] = call
-        elif not call.added and call.with_gradients == around.with_gradients:
+        elif not call.aux_loss_added and call.grad_enabled == around.grad_enabled:
             around.losses.extend(call.losses)
         return changed
 
-    def with_losses(self, call: ModelCall, output: Any) -> Any:
+    def add_losses(self, call: ModelCall, output: Any) -> Any:
         """The output with the auxiliary loss in the loss that it has in training. If the model was asked for router
         logits, the output gets the `aux_loss` too. None if nothing changes."""
-        aux = total_of(call.losses) if call.losses else None
+        aux = sum_losses(call.losses) if call.losses else None
         named = isinstance(output, MutableMapping)
-        if aux is not None and call.asked and named:
-            output["aux_loss"] = self.handed_up(aux, call.config, getattr(output, "aux_loss", None))
+        if aux is not None and call.aux_loss_requested and named:
+            output["aux_loss"] = self.get_reported_loss(aux, call.config, getattr(output, "aux_loss", None))
         loss = output.get("loss") if named else output
         loss = loss[0] if isinstance(loss, tuple) else loss
-        if not isinstance(loss, Tensor) or loss.ndim or (call.share is None and not (call.training and call.losses)):
+        if (
+            not isinstance(loss, Tensor)
+            or loss.ndim
+            or (call.label_share is None and not (call.training and call.losses))
+        ):
             return None
         if aux is not None and call.training:
-            call.added = True
-            loss = loss + factor_of(call.config) * aux.to(loss.device)
-        loss = loss if call.share is None else loss * call.share
+            call.aux_loss_added = True
+            loss = loss + get_aux_loss_factor(call.config) * aux.to(loss.device)
+        loss = loss if call.label_share is None else loss * call.label_share
         if named:
             output["loss"] = loss
             return output
         return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
-    def handed_up(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
+    def get_reported_loss(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
         """The `aux_loss` of an output, which a trainer multiplies by a coefficient. If the model's own routers have set
         it, it has both."""
-        if (unit := unit_of(config)) is not None:
+        if (unit := get_unit_aux_loss_coef(config)) is not None:
             return aux / unit
-        if not (reports_routers(config) and isinstance(theirs, Tensor)):
+        if not (has_own_routers(config) and isinstance(theirs, Tensor)):
             return aux
         coef = getattr(config, "router_aux_loss_coef", 0.0)
         return theirs + aux.to(theirs.device) / coef if coef else theirs
 
-    def warn(self, call: ModelCall, model: nn.Module) -> None:
+    def warn_once(self, call: ModelCall, model: nn.Module) -> None:
         """Warn, once each, of adapters without routers, and if the last backward reached the outputs of networks, but
         not their auxiliary losses."""
         if not self.adapted and "peft_config" in vars(model):
-            refuse_missed_adapters(model)
+            check_adapters_loaded(model)
             self.adapted = True
-            warn_of_adapters(model)
+            warn_unsaved_routers(model)
         last = self.last.box[0]
-        asks = call.around is None and call.training and not self.warned and not last.declined
-        if asks and last.reached == {"outputs"} and getattr(text_config(model), "router_aux_loss_coef", 1.0) != 0:
+        should_warn = call.enclosing_call is None and call.training and not self.warned and not last.aux_loss_declined
+        if (
+            should_warn
+            and last.reached == {"outputs"}
+            and getattr(find_text_config(model), "router_aux_loss_coef", 1.0) != 0
+        ):
             self.warned = True
             warnings.warn(
                 "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "
@@ -258,21 +272,21 @@ class ModelWatch(Watch):
             )
 
 
-def refuse_missed_adapters(model: nn.Module) -> None:
+def check_adapters_loaded(model: nn.Module) -> None:
     """Raise ValueError if PEFT passed over quantized experts that its adapters are for: it warns, and the model would
     compute without them."""
     quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
-    if quantized and (missed := [name for name in missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
+    if quantized and (missed := [name for name in find_missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
         raise ValueError(
             f"{type(model).__name__} has no adapters for {', '.join(missed)} of target_parameters, whose experts are "
             "quantized: load the model again, and the adapters within weights_shown(model)"
         )
 
 
-def warn_of_adapters(model: nn.Module) -> None:
+def warn_unsaved_routers(model: nn.Module) -> None:
     """Warn of adapters of PEFT without the routers of a model that no folder has either."""
-    routers = {site.name: weight for site in all_sites(model) for weight in site.gate.parameters()}
-    if getattr(model, "name_or_path", None) == "" and (lost := lost_by_adapters(model, routers)):
+    routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
+    if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(
             f"the routers in {', '.join(lost)} were drawn in memory, and the adapters of {type(model).__name__} do not "
             "save them: a model that is made anew draws others. Save the model and load it (save_pretrained, "
@@ -283,12 +297,12 @@ def warn_of_adapters(model: nn.Module) -> None:
 
 
 @torch.compiler.disable
-def keep_for_checkpointing(model: nn.Module) -> None:
+def wrap_checkpointing(model: nn.Module) -> None:
     """Wrap the model's own checkpointing, so that layers that run again have their call."""
     for module in model.modules():
-        checkpoint = checkpointing_of(module)
-        if checkpoint is not None and not isinstance(checkpoint, CheckpointWithCall) and feed_forwards(module):
-            set_checkpointing(module, CheckpointWithCall(checkpoint, module))
+        checkpoint = get_checkpoint_function(module)
+        if checkpoint is not None and not isinstance(checkpoint, CheckpointWithCall) and find_feed_forwards(module):
+            set_checkpoint_function(module, CheckpointWithCall(checkpoint, module))
 
 
 class CheckpointWithCall:
@@ -303,17 +317,17 @@ class CheckpointWithCall:
 
     @torch.compiler.disable
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        networks = feed_forwards(self.layer)
-        calls = [(module, copy(call_stack.current(module) or ModelCall())) for module in networks]
+        networks = find_feed_forwards(self.layer)
+        calls = [(module, copy(call_stack.current_call(module) or ModelCall())) for module in networks]
         for _, call in calls:
-            call.remembered = True
+            call.is_checkpointed = True
 
         def run_with_calls(*args: Any, **kwargs: Any) -> Any:
-            with call_stack.within(calls):
+            with call_stack.activate_calls(calls):
                 try:
                     return run(*args, **kwargs)
                 finally:
                     for _, call in calls:  # recomputations need the tokens alone
-                        call.again, call.around, call.losses = True, None, []
+                        call.is_recomputation, call.enclosing_call, call.losses = True, None, []
 
         return self.checkpoint(run_with_calls, *args, **kwargs)

@@ -30,7 +30,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 # Names of weights
 
 
-class Rename(WeightRenaming):
+class FunctionRenaming(WeightRenaming):
     """A renaming, while a model is loaded, by a function of a name. It is not used to save the model."""
 
     __slots__ = ("function",)
@@ -43,7 +43,7 @@ class Rename(WeightRenaming):
         return self.function(source_key), None
 
 
-class OwnNames(list[Any]):
+class NoConversions(list[Any]):
     """The conversions of a model that saves its weights as its state dict has them: none. `stock` are its own ones."""
 
     stock: list[Any] | None
@@ -53,45 +53,45 @@ class OwnNames(list[Any]):
         self.stock = stock
 
 
-def save_own_names(model: nn.Module) -> None:
+def use_own_names_on_save(model: nn.Module) -> None:
     """Make a model save its weights under the names, and in the forms, of its state dict."""
     stock = vars(model).get("_weight_conversions")
-    if not isinstance(stock, OwnNames):
-        model._weight_conversions = OwnNames(stock)  # pyright: ignore[reportArgumentType]
+    if not isinstance(stock, NoConversions):
+        model._weight_conversions = NoConversions(stock)  # pyright: ignore[reportArgumentType]
 
 
 def save_stock_names(model: nn.Module) -> None:
-    """Undo `save_own_names`."""
+    """Undo `use_own_names_on_save`."""
     held = vars(model).get("_weight_conversions")
-    if isinstance(held, OwnNames):
-        forget_conversions(model)
+    if isinstance(held, NoConversions):
+        clear_weight_conversions(model)
         vars(model).update({} if held.stock is None else {"_weight_conversions": held.stock})
 
 
-def as_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_to_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a model by the names, and in the forms, in which `save_pretrained` writes them."""
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
 
 
-def as_published(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def map_to_published_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a model by the names, and in the forms, of its class's checkpoints, whatever it saves itself."""
     model = copy.copy(model)
-    forget_conversions(model)
-    return as_saved(model, weights)
+    clear_weight_conversions(model)
+    return convert_to_saved(model, weights)
 
 
-def forget_conversions(model: nn.Module) -> None:
+def clear_weight_conversions(model: nn.Module) -> None:
     """Make a model that was given a state dict save its weights under the names of its class's checkpoints."""
     vars(model).pop("_weight_conversions", None)
 
 
-def load_some(model: Any, weights: Mapping[str, Tensor]) -> None:
+def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Load some weights of a stock model, whose others stay as they are, by the names and in the forms of its class's
     checkpoints."""
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
-    forget_conversions(model)  # of these weights alone
+    clear_weight_conversions(model)  # of these weights alone
     if found.unexpected_keys or found.conversion_errors:
         raise ValueError(f"{type(model).__name__} has no place for {found.unexpected_keys or found.conversion_errors}")
 
@@ -99,12 +99,12 @@ def load_some(model: Any, weights: Mapping[str, Tensor]) -> None:
 # Experts
 
 
-def applies_gate(experts: Any, gate_up: Tensor) -> Tensor:
+def apply_gating(experts: Any, gate_up: Tensor) -> Tensor:
     """The gating of a class of experts, of gate and up `(t, 2 h)` as its weights lie."""
     return experts._apply_gate(gate_up)
 
 
-def splits_halves(experts: Any) -> bool:
+def has_default_gating(experts: Any) -> bool:
     """Whether a class of experts left its gating to the interface, which splits gate and up into halves whatever
     `is_concatenated` says."""
     return type(experts)._apply_gate is _default_apply_gate
@@ -113,16 +113,16 @@ def splits_halves(experts: Any) -> bool:
 # Training
 
 
-def checkpointing_of(module: nn.Module) -> Any:
+def get_checkpoint_function(module: nn.Module) -> Any:
     """The function that runs a layer under the model's own activation checkpointing; None if there is none."""
     return vars(module).get("_gradient_checkpointing_func")
 
 
-def set_checkpointing(module: nn.Module, function: Any) -> None:
+def set_checkpoint_function(module: nn.Module, function: Any) -> None:
     module._gradient_checkpointing_func = function  # pyright: ignore[reportArgumentType]
 
 
-def predicts_next(model: nn.Module) -> bool:
+def predicts_next_token(model: nn.Module) -> bool:
     """Whether position i predicts label i + 1, by the rule of the `Trainer`."""
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
@@ -135,7 +135,7 @@ def remove_capturing_hooks(module: nn.Module) -> None:
             del module._forward_hooks[number]
 
 
-def capture_alike(model: nn.Module, other: nn.Module) -> None:
+def copy_output_capturing(model: nn.Module, other: nn.Module) -> None:
     """Set the hooks by which models return what their parts told where `other` has them. A model sets them once: blocks
     that it gets later bring their own."""
     for name, module in other.named_modules():
@@ -144,7 +144,7 @@ def capture_alike(model: nn.Module, other: nn.Module) -> None:
             maybe_install_capturing_hooks(inner)
 
 
-def records_logits(model: nn.Module, block: nn.Module) -> bool:
+def has_recorded_logits(model: nn.Module, block: nn.Module) -> bool:
     """Whether a model returns the logits of a sparse block's router on `output_router_logits=True`."""
     recorders = [
         recorder
@@ -158,7 +158,7 @@ def records_logits(model: nn.Module, block: nn.Module) -> bool:
     return any(isinstance(module, kinds) for module in block.modules())
 
 
-def logits_under_way() -> list[Tensor] | None:
+def collected_logits() -> list[Tensor] | None:
     """The router logits that the forward under way has collected so far, for its output; None if it collects none."""
     collected: Any = _active_collector.get()
     return None if collected is None else collected.get("router_logits")
@@ -172,7 +172,7 @@ def was_loaded(tensor: Tensor) -> bool:
     return getattr(tensor, "_is_hf_initialized", False)
 
 
-def is_elsewhere(module: nn.Module) -> bool:
+def is_offloaded(module: nn.Module) -> bool:
     """Whether a `device_map` keeps the weights of a module on disk, or in another memory."""
     return hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False))
 
@@ -187,14 +187,14 @@ def is_packed_gguf(model: nn.Module) -> bool:
     return is_from_gguf(model) and not all(weight.is_floating_point() for weight in model.parameters())
 
 
-def forget_gguf(model: Any) -> None:
+def clear_gguf_quantizer(model: Any) -> None:
     """Remove from a model whose weights were dequantized that it was loaded from GGUF: trainers and `save_pretrained`
     refuse it as a quantized one."""
     if is_from_gguf(model):
         model.hf_quantizer.remove_quantization_config(model)
 
 
-def mesh_of_data(model: Any) -> Any:
+def get_data_mesh(model: Any) -> Any:
     """The mesh ("dp_replicate", "fsdp") of the ranks that have other tokens; None without a `distributed_config`."""
     meshes = getattr(model, "_mesh_manager", None)
     return None if meshes is None else meshes.get_mesh(("dp_replicate", "fsdp"))

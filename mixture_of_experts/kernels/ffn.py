@@ -17,11 +17,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixture_of_experts.kernels.pointwise import activate, gated, gated_grads, slope
+from mixture_of_experts.kernels.pointwise import (
+    activation_grad,
+    apply_activation,
+    apply_gated_activation,
+    gated_activation_grads,
+)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_experts"])
-def find_tiles(
+def find_tiles_kernel(
     counts,  # (e,) int64
     tiles,  # (tiles, 3) int32: out, of each its expert (-1: it is not needed), first row, and the row after its last
     ends,  # (e,) int32: out, the row after each expert's last
@@ -64,7 +69,7 @@ def find_tiles(
 
 
 @triton.jit
-def block_of(program, blocks_m, blocks_n):
+def swizzle_program(program, blocks_m, blocks_n):
     """Return the block (m, n) of a program, so that programs that run together share rows and weights in the cache."""
     TOGETHER: tl.constexpr = 8  # blocks m
     each = TOGETHER * blocks_n
@@ -74,13 +79,13 @@ def block_of(program, blocks_m, blocks_n):
 
 
 @triton.jit
-def find_block(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
+def locate_tile(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
     """What a program computes: some rows of an expert (-1: nobody's) and a block of columns.
 
     Returns the expert, its first row here, the rows from there on, which of them exist (the others are read at the
     first), and the number of the block.
     """
-    tile, block = block_of(tl.program_id(0), num_tiles, blocks_n)
+    tile, block = swizzle_program(tl.program_id(0), num_tiles, blocks_n)
     place = tiles + 3 * tile
     expert, first, line = tl.load(place), tl.load(place + 1), tl.arange(0, BLOCK_M)
     exists = first + line < tl.load(place + 2)
@@ -88,32 +93,32 @@ def find_block(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def of_expert(expert, c, n, weight_e, weight_c, weight_n):
+def weight_pointers(expert, c, n, weight_e, weight_c, weight_n):
     """Return pointers to a block of an expert's weight."""
     return expert * weight_e + (c[:, None] * weight_c + n[None, :] * weight_n)
 
 
 @triton.jit
-def tokens_of(token, row, num_tokens):
+def load_tokens(token, row, num_tokens):
     """Return the tokens of rows; any token for a row without an assignment, whose weight is 0."""
     return tl.minimum(tl.load(token + row), num_tokens - 1).to(tl.int64)
 
 
 @triton.jit
-def weights_of(row_weight, assignment, row, exists, num_assignments):
+def load_row_weights(row_weight, assignment, row, exists, num_assignments):
     """Return the weights of rows; 0 for a row without an assignment."""
     index = tl.load(assignment + row, mask=exists, other=num_assignments)
     return tl.load(row_weight + index, mask=index < num_assignments, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def read(block, inside, EVEN: tl.constexpr):
+def load_block(block, inside, EVEN: tl.constexpr):
     """Read a block; zeros for what lies outside (with EVEN nothing does)."""
     return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
 
 
 @triton.jit
-def multiply(
+def accumulate_products(
     acc,
     acc_up,
     left,
@@ -129,10 +134,10 @@ def multiply(
     `right_up` is not None, acc_up + left @ right_up too, with the left operand read once."""
     for start in range(0, length, BLOCK_C):
         inside = start + tl.arange(0, BLOCK_C) < length
-        a = read(left, inside[None, :], EVEN)
-        b = read(right, inside[:, None], EVEN)
+        a = load_block(left, inside[None, :], EVEN)
+        b = load_block(right, inside[:, None], EVEN)
         if right_up is not None:
-            b_up = read(right_up, inside[:, None], EVEN)
+            b_up = load_block(right_up, inside[:, None], EVEN)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if right_up is not None:
             acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
@@ -144,7 +149,7 @@ def multiply(
 
 
 @triton.jit
-def halves(block, INTERLEAVED: tl.constexpr):
+def split_columns(block, INTERLEAVED: tl.constexpr):
     """Return two blocks of half the columns: every second one, or those on the left and those on the right."""
     if INTERLEAVED:
         parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
@@ -154,7 +159,7 @@ def halves(block, INTERLEAVED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
-def rows_by_weights(
+def grouped_matmul_kernel(
     x,  # (t, c) tokens, or (r, c) rows
     token,  # (r,) int32; None reads the rows
     weight,  # (e, c, n) in any strides; (e, c, 2 n) if INTERLEAVED
@@ -189,7 +194,7 @@ def rows_by_weights(
     TWO: tl.constexpr = weight_up is not None
     WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # columns of the hidden layer
     BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns of a weight
-    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M)
+    expert, first, line, exists, block = locate_tile(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M)
     if expert < 0:
         return
     c = tl.arange(0, BLOCK_C)
@@ -197,39 +202,45 @@ def rows_by_weights(
     column = block * BLOCK + tl.arange(0, BLOCK)
     inside, column = column < number, column % number
     if token is not None:
-        left = x + tokens_of(token, first + line, num_tokens)[:, None] * C + c[None, :]
+        left = x + load_tokens(token, first + line, num_tokens)[:, None] * C + c[None, :]
     else:
         left = x + first * C + (line[:, None] * C + c[None, :])
-    right = of_expert(expert, c, column, weight_e, weight_c, weight_n)
+    right = weight_pointers(expert, c, column, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
     if TWO:
         up = tl.zeros((BLOCK_M, BLOCK), tl.float32)
-        acc, up = multiply(acc, up, left, weight + right, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+        acc, up = accumulate_products(
+            acc, up, left, weight + right, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION
+        )
     else:
-        acc = multiply(acc, None, left, weight + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
+        acc = accumulate_products(acc, None, left, weight + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
 
     place = first * pre_r + (line[:, None] * pre_r + column[None, :])
     stored = exists[:, None] & inside[None, :]
-    acc = with_bias(acc, bias, expert * bias_e + column * bias_n)
-    keep(acc, pre, place, stored)
+    acc = add_column_bias(acc, bias, expert * bias_e + column * bias_n)
+    store_block(acc, pre, place, stored)
     if TWO:
-        up = with_bias(up, bias_up, expert * bias_e + column * bias_n)
-        keep(up, pre_up, place, stored)
+        up = add_column_bias(up, bias_up, expert * bias_e + column * bias_n)
+        store_block(up, pre_up, place, stored)
     if INTERLEAVED:
-        acc, up = halves(acc, True)
-    hidden = gated(acc, up, ACTIVATION, ALPHA, LIMIT) if TWO or INTERLEAVED else activate(acc, ACTIVATION)
+        acc, up = split_columns(acc, True)
+    hidden = (
+        apply_gated_activation(acc, up, ACTIVATION, ALPHA, LIMIT)
+        if TWO or INTERLEAVED
+        else apply_activation(acc, ACTIVATION)
+    )
     column = block * WIDTH + tl.arange(0, WIDTH)
-    keep(hidden, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
+    store_block(hidden, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
 
 
 @triton.jit
-def with_bias(acc, bias, place):
+def add_column_bias(acc, bias, place):
     """Return acc plus the bias, a number for each column, if there is one."""
     return acc if bias is None else acc + tl.load(bias + place).to(tl.float32)[None, :]
 
 
 @triton.jit
-def keep(acc, out, place, stored):
+def store_block(acc, out, place, stored):
     """Store sums, if there is a tensor for them."""
     if out is not None:
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
@@ -273,15 +284,15 @@ def hidden_grads(
     `(grad w^T) . hidden`: no row of outputs is kept for it."""
     TWO: tl.constexpr = pre_up is not None
     blocks = tl.cdiv(N, BLOCK_N)
-    expert, first, line, exists, block = find_block(tiles, num_tiles, blocks, BLOCK_M)
+    expert, first, line, exists, block = locate_tile(tiles, num_tiles, blocks, BLOCK_M)
     if expert < 0:
         return
     c = tl.arange(0, BLOCK_C)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    left = grad + tokens_of(token, first + line, num_tokens)[:, None] * C + c[None, :]
-    right = weight + of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
+    left = grad + load_tokens(token, first + line, num_tokens)[:, None] * C + c[None, :]
+    right = weight + weight_pointers(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply(acc, None, left, right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    acc = accumulate_products(acc, None, left, right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
     of_weight = tl.zeros((BLOCK_M,), tl.float32)
     if bias is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
         if block == 0:
@@ -291,7 +302,7 @@ def hidden_grads(
                 b = tl.load(bias + expert * C + start + c, mask=inside, other=0.0)
                 of_weight += tl.sum(a.to(tl.float32) * b.to(tl.float32)[None, :], 1)
 
-    scale = weights_of(row_weight, assignment, first + line, exists, num_assignments)[:, None]
+    scale = load_row_weights(row_weight, assignment, first + line, exists, num_assignments)[:, None]
     pre += first * pre_r
     grad_pre += first * pre_r
     if TWO:
@@ -302,8 +313,8 @@ def hidden_grads(
     # in slices, or the registers do not hold it
     dtype: tl.constexpr = grad_pre.dtype.element_ty
     width: tl.constexpr = BLOCK_N // 4
-    left_half, right_half = halves(acc, False)
-    parts = halves(left_half, False) + halves(right_half, False)
+    left_half, right_half = split_columns(acc, False)
+    parts = split_columns(left_half, False) + split_columns(right_half, False)
     for i in tl.static_range(4):
         grad_hidden = parts[i]  # of rows of weight 1
         start = block * BLOCK_N + i * width
@@ -315,21 +326,21 @@ def hidden_grads(
             place, kept = line[:, None] * pre_r + both[None, :], exists[:, None] & (both < 2 * N)[None, :]
         h = tl.load(pre + place, mask=kept, other=0.0).to(tl.float32)
         if INTERLEAVED:
-            h, u = halves(h, True)
+            h, u = split_columns(h, True)
         if TWO:
             u = tl.load(pre_up + place, mask=kept, other=0.0).to(tl.float32)
         if TWO or INTERLEAVED:
-            value = gated(h, u, ACTIVATION, ALPHA, LIMIT)
-            grad_h, grad_u = gated_grads(h, u, grad_hidden * scale, ACTIVATION, ALPHA, LIMIT)
+            value = apply_gated_activation(h, u, ACTIVATION, ALPHA, LIMIT)
+            grad_h, grad_u = gated_activation_grads(h, u, grad_hidden * scale, ACTIVATION, ALPHA, LIMIT)
         else:
-            value = activate(h, ACTIVATION)
-            grad_h = grad_hidden * scale * slope(h, ACTIVATION)
+            value = apply_activation(h, ACTIVATION)
+            grad_h = grad_hidden * scale * activation_grad(h, ACTIVATION)
         if TWO:
-            keep(grad_u, grad_pre_up, place, kept)
+            store_block(grad_u, grad_pre_up, place, kept)
         if INTERLEAVED:
             grad_h = tl.join(grad_h.to(dtype), grad_u.to(dtype)).reshape(BLOCK_M, 2 * width)
-        keep(grad_h, grad_pre, place, kept)
-        keep(value * scale, hidden, line[:, None] * N + column[None, :], stored)
+        store_block(grad_h, grad_pre, place, kept)
+        store_block(value * scale, hidden, line[:, None] * N + column[None, :], stored)
         of_weight += tl.sum(tl.where(stored, grad_hidden * value, 0.0), 1)
     tl.store(partial + (first + line) * blocks + block, of_weight, mask=exists)
 
@@ -356,22 +367,24 @@ def row_grads(
 ):
     """Gradients of rows of tokens. Two loops: two products into one sum within one loop are miscompiled on Blackwell
     (https://github.com/triton-lang/triton/issues/10821)."""
-    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M)
+    expert, first, line, exists, block = locate_tile(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
     c = tl.arange(0, BLOCK_C)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     left = first * C + (line[:, None] * C + c[None, :])
-    right = of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
+    right = weight_pointers(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply(acc, None, grad_pre + left, weight + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    acc = accumulate_products(acc, None, grad_pre + left, weight + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
     if weight_up is not None:
-        acc = multiply(acc, None, grad_pre_up + left, weight_up + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION)
-    keep(acc, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
+        acc = accumulate_products(
+            acc, None, grad_pre_up + left, weight_up + right, None, weight_c, C, EVEN, BLOCK_C, PRECISION
+        )
+    store_block(acc, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
 
 
 @triton.jit
-def rows_of(ends, expert):
+def load_row_range(ends, expert):
     """Return the first row of an expert, and the row after its last."""
     return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
 
@@ -409,8 +422,8 @@ def weight_grads(
         out = out_up if program % 2 == 1 else out
         program = program // 2
     expert = program // (blocks_m * blocks_n)
-    block_m, block_n = block_of(program % (blocks_m * blocks_n), blocks_m, blocks_n)
-    begin, end = rows_of(ends, expert)
+    block_m, block_n = swizzle_program(program % (blocks_m * blocks_n), blocks_m, blocks_n)
+    begin, end = load_row_range(ends, expert)
     line = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     left, right = x + line % M, column % N
@@ -429,11 +442,11 @@ def weight_grads(
         source = tl.load(token + row, mask=row < end, other=0)
     place = expert.to(tl.int64) * out_e + (line[:, None] * out_m + column[None, :] * out_n)
     stored = (line < M)[:, None] & (column < N)[None, :]
-    keep(acc, out, place, stored)
+    store_block(acc, out, place, stored)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_assignments"])
-def bias_grads(
+def bias_grads_kernel(
     y,  # (t or r, n)
     token,  # (r,) int32: which rows of y are read, each times its weight; None reads those of the expert
     row_weight,  # (a,) float32
@@ -451,7 +464,7 @@ def bias_grads(
     """Sum each expert's rows of y; 0 for an expert without rows."""
     blocks = tl.cdiv(N, BLOCK_N)
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    begin, end = rows_of(ends, expert)
+    begin, end = load_row_range(ends, expert)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
     for start in range(begin, end, BLOCK_C):
@@ -463,13 +476,13 @@ def bias_grads(
         place = source.to(tl.int64)[:, None] * N + column[None, :]
         value = tl.load(y + place, mask=exists[:, None] & (column < N)[None, :], other=0.0).to(tl.float32)
         if token is not None:
-            value *= weights_of(row_weight, assignment, row, exists, num_assignments)[:, None]
+            value *= load_row_weights(row_weight, assignment, row, exists, num_assignments)[:, None]
         acc += value
-    keep(tl.sum(acc, 0), out + expert.to(tl.int64) * out_e, column * out_n, column < N)
+    store_block(tl.sum(acc, 0), out + expert.to(tl.int64) * out_e, column * out_n, column < N)
 
 
 @triton.jit
-def add_row(acc, rows, row_of, index, weight, column, num_rows, D):
+def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
     """Return acc plus the weighted row of assignment `index`; a row of `num_rows` means none: it adds 0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
@@ -481,7 +494,7 @@ def add_row(acc, rows, row_of, index, weight, column, num_rows, D):
 
 
 @triton.jit
-def sum_partial(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """Sum some rows of `(r, blocks)`; 0 for rows that do not exist."""
     acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
     for start in range(0, blocks, BLOCKS):
@@ -492,7 +505,7 @@ def sum_partial(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.co
 
 
 @triton.jit(do_not_specialize=["num_rows", "blocks"])
-def sum_rows(
+def sum_rows_kernel(
     rows,  # (r, d), or None
     row_of,  # (a,) int32: the rows of a token, one after the other
     weight,  # (a,) float32; None sums without
@@ -513,15 +526,15 @@ def sum_rows(
         acc = tl.zeros((BLOCK,), tl.float32)
         if CHOICES <= 16:
             for i in tl.static_range(CHOICES):
-                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, column, num_rows, D)
+                acc = accumulate_row(acc, rows, row_of, token * CHOICES + i, weight, column, num_rows, D)
         else:
             for i in range(CHOICES):
-                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, column, num_rows, D)
+                acc = accumulate_row(acc, rows, row_of, token * CHOICES + i, weight, column, num_rows, D)
         tl.store(out + token * D + column, acc.to(out.dtype.element_ty), mask=column < D)
     if partial is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
         if tl.program_id(1) == 0:
             choice = tl.arange(0, WIDTH)
             made = token * CHOICES + choice
             row = tl.load(row_of + made, mask=choice < CHOICES, other=num_rows).to(tl.int64)
-            total = sum_partial(partial, row, row < num_rows, blocks, WIDTH, 16)
-            keep(total, grad_weight, made, choice < CHOICES)
+            total = sum_partials(partial, row, row < num_rows, blocks, WIDTH, 16)
+            store_block(total, grad_weight, made, choice < CHOICES)

@@ -13,23 +13,27 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixture_of_experts.support.private_torch import can_hook_saved_tensors, in_transform, without_dispatch_modes
-from mixture_of_experts.support.tracing import capability
-from mixture_of_experts.support.ways import asked_for
+from mixture_of_experts.support.implementations import requested_implementation
+from mixture_of_experts.support.private_torch import (
+    are_saved_tensor_hooks_enabled,
+    disable_dispatch_modes,
+    is_in_transform,
+)
+from mixture_of_experts.support.tracing import get_device_capability
 
-NO_MEMORY = "there is no memory to check them"
-_CHECKS: list[SelfCheck] = []  # all there are
+OUT_OF_MEMORY = "there is no memory to check them"
+_SELF_CHECKS: list[SelfCheck] = []  # all there are
 
 
-def family_of(card: tuple[int, int]) -> tuple[int, int] | None:
+def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
     """The compute capability for which kernels on a card are scheduled: one of the same instructions, and of no more
     shared memory. None for a card that no kernel is written for."""
-    if card[0] == 8:
-        return (8, 0) if card[1] in (0, 7) else (8, 6)
-    return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(card[0])
+    if capability[0] == 8:
+        return (8, 0) if capability[1] in (0, 7) else (8, 6)
+    return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(capability[0])
 
 
-def why_not_on(device: torch.device) -> str | None:
+def device_unsupported_reason(device: torch.device) -> str | None:
     """Why kernels cannot run on a device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -37,29 +41,29 @@ def why_not_on(device: torch.device) -> str | None:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs (on the CPU for Triton's interpreter, by TRITON_INTERPRET=1)"
-    if family_of(capability(device)) is None:
-        return "no kernel is written for compute capability {}.{}".format(*capability(device))
+    if find_card_family(get_device_capability(device)) is None:
+        return "no kernel is written for compute capability {}.{}".format(*get_device_capability(device))
     return None
 
 
-def has_kernels(device: torch.device) -> bool:
+def can_launch_kernels(device: torch.device) -> bool:
     """Whether routers may launch kernels on a device.
 
     They may where kernels run: on a GPU, unless another way is asked for; on a CPU, if "triton" is asked for. A traced
     graph has torch's operators, which compilers fuse.
     """
-    way = asked_for()
-    if way not in ("auto", "triton") or in_transform() or torch.compiler.is_compiling():
+    way = requested_implementation()
+    if way not in ("auto", "triton") or is_in_transform() or torch.compiler.is_compiling():
         return False
-    return (device.type == "cuda" or way == "triton") and why_not_on(device) is None
+    return (device.type == "cuda" or way == "triton") and device_unsupported_reason(device) is None
 
 
-def contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
+def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
     """Return the tensors by their names, each made contiguous; None stays None."""
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Start a kernel. All kernels start here."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
@@ -67,7 +71,7 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
+def isolate_from_modes(device: torch.device) -> Iterator[None]:
     """A context for checks: gradients are taken in full, whatever modes the caller has set, and numbers may be read.
 
     Activation checkpointing does not see what runs in it: a recomputation does not check again.
@@ -77,8 +81,8 @@ def undisturbed(device: torch.device) -> Iterator[None]:
         if mode is not None:
             torch.cuda.set_sync_debug_mode("default")
         with (
-            without_dispatch_modes(),
-            saved_tensors_hooks(*2 * [lambda saved: saved]) if can_hook_saved_tensors() else nullcontext(),
+            disable_dispatch_modes(),
+            saved_tensors_hooks(*2 * [lambda saved: saved]) if are_saved_tensor_hooks_enabled() else nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),
@@ -104,9 +108,9 @@ class SelfCheck:
     def __init__(self, kernels: str) -> None:
         self.kernels = kernels
         self.verdicts: dict[Hashable, str | None] = {}
-        _CHECKS.append(self)
+        _SELF_CHECKS.append(self)
 
-    def why_wrong(self, device: torch.device, kind: Hashable, fault: Callable[[], str | None]) -> str | None:
+    def failure_reason(self, device: torch.device, kind: Hashable, find_fault: Callable[[], str | None]) -> str | None:
         """Check the kernels for a kind of calls. Returns what is wrong with them, or None if they are right.
 
         Args:
@@ -118,9 +122,9 @@ class SelfCheck:
         if kind in verdicts:
             return verdicts[kind]
         # of a list: other threads may add verdicts meanwhile
-        if wrong := next((said for said in list(verdicts.values()) if said not in (None, NO_MEMORY)), None):
+        if wrong := next((said for said in list(verdicts.values()) if said not in (None, OUT_OF_MEMORY)), None):
             return wrong
-        if device.type == "cuda" and is_capturing(device):
+        if device.type == "cuda" and is_capturing_graph(device):
             warnings.warn(
                 f"a CUDA graph is captured before {self.kernels} were checked, and is captured without them: run the "
                 "layer once before, or ops.prepare",
@@ -128,28 +132,31 @@ class SelfCheck:
             )
             return "they were not checked before this stream was captured"
         try:
-            with undisturbed(device):
-                verdict = fault()
+            with isolate_from_modes(device):
+                verdict = find_fault()
         except torch.OutOfMemoryError:
-            verdict = NO_MEMORY
+            verdict = OUT_OF_MEMORY
         except Exception as reason:  # whatever a compiler or a driver raises
             verdict = f"they raise {type(reason).__name__}: {str(reason).partition(chr(10))[0]}"
         self.verdicts[kind] = verdict
         off = f"in this process: {verdict}"
-        if verdict == NO_MEMORY:
-            off = f"for calls of one kind in this process, because {NO_MEMORY}: call ops.prepare before memory is full"
+        if verdict == OUT_OF_MEMORY:
+            off = (
+                f"for calls of one kind in this process, because {OUT_OF_MEMORY}: call ops.prepare before memory "
+                f"is full"
+            )
         if verdict:
             warnings.warn(f"{self.kernels} are off {off}", stacklevel=2)
         return verdict
 
 
-def forget_lack_of_memory() -> None:
+def clear_out_of_memory_verdicts() -> None:
     """Let kinds of calls be checked anew that could not be checked for want of memory."""
-    for check in _CHECKS:
-        check.verdicts = {kind: verdict for kind, verdict in list(check.verdicts.items()) if verdict != NO_MEMORY}
+    for check in _SELF_CHECKS:
+        check.verdicts = {kind: verdict for kind, verdict in list(check.verdicts.items()) if verdict != OUT_OF_MEMORY}
 
 
-def is_capturing(device: torch.device) -> bool:
+def is_capturing_graph(device: torch.device) -> bool:
     """Whether the current stream of a CUDA device is captured into a graph."""
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

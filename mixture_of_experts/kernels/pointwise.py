@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def activate(h, ACTIVATION: tl.constexpr):
+def apply_activation(h, ACTIVATION: tl.constexpr):
     """act(h)"""
     if ACTIVATION == "gelu":
         value = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
@@ -32,7 +32,7 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def slope(h, ACTIVATION: tl.constexpr):
+def activation_grad(h, ACTIVATION: tl.constexpr):
     """act'(h); at a kink and for NaN as in torch"""
     if ACTIVATION == "gelu":
         value = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
@@ -53,19 +53,19 @@ def slope(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+def apply_gated_activation(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The hidden layer of gated experts."""
     if ACTIVATION == "clamped_swiglu":
         h = tl.where(h > LIMIT, LIMIT, h)
         u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
         value = (u + 1.0) * h * tl.sigmoid(ALPHA * h)
     else:
-        value = activate(h, ACTIVATION) * u
+        value = apply_activation(h, ACTIVATION) * u
     return value
 
 
 @triton.jit
-def gated_grads(h, u, g, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+def gated_activation_grads(h, u, g, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """The gradients of h and u."""
     if ACTIVATION == "clamped_swiglu":
         inner_h, inner_u = h <= LIMIT, (u <= LIMIT) & (u >= -LIMIT)
@@ -75,6 +75,6 @@ def gated_grads(h, u, g, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: t
         grad_h = tl.where(inner_h, g * (u + 1.0) * s * (1.0 + ALPHA * h * (1.0 - s)), 0.0)
         grad_u = tl.where(inner_u, g * h * s, 0.0)
     else:
-        grad_h = g * u * slope(h, ACTIVATION)
-        grad_u = g * activate(h, ACTIVATION)
+        grad_h = g * u * activation_grad(h, ACTIVATION)
+        grad_u = g * apply_activation(h, ACTIVATION)
     return grad_h, grad_u

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import contiguous, launch
+from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
-BLOCK = 64  # assignments of a program
+QUEUE_BLOCK = 64  # assignments of a program
 
 
 @triton.jit
-def in_line(
+def load_queue_block(
     expert,  # (r, a) int64: the expert of each assignment, token by token
     chosen,  # (r, a) bool: the assignments that queue; None if all do
     order,  # (r, n) int64: the tokens in the order in which they queue; None if in their own
@@ -50,7 +50,7 @@ def in_line(
 
 
 @triton.jit(do_not_specialize=["length", "num_experts", "num_blocks"])
-def count_in_line(
+def count_queue_kernel(
     expert,
     chosen,
     order,
@@ -64,7 +64,9 @@ def count_in_line(
     BLOCK_E: tl.constexpr,
 ):
     """Count the assignments of each expert in a block of the line."""
-    row, block, _, _, its = in_line(expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK)
+    row, block, _, _, its = load_queue_block(
+        expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK
+    )
     for start in range(0, num_experts, BLOCK_E):
         column = start + tl.arange(0, BLOCK_E)
         count = tl.sum((its[:, None] == column[None, :]).to(tl.int32), 0)
@@ -72,7 +74,7 @@ def count_in_line(
 
 
 @triton.jit(do_not_specialize=["length", "num_experts", "num_blocks"])
-def rank_in_line(
+def rank_queue_kernel(
     expert,
     chosen,
     order,
@@ -88,7 +90,7 @@ def rank_in_line(
     BLOCK_E: tl.constexpr,
 ):
     """Write the position of each assignment of a block, and from the last block the length of each queue."""
-    row, block, stored, exists, its = in_line(
+    row, block, stored, exists, its = load_queue_block(
         expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK
     )
     place = tl.arange(0, BLOCK)
@@ -104,7 +106,7 @@ def rank_in_line(
 
 
 @torch.library.custom_op("mixture_of_experts::queue_in_line", mutates_args=())
-def queue_in_line(
+def queue_assignments(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
     """Return positions `(r, a)` and the lengths of the queues `(r, e)`, both int64.
@@ -117,29 +119,29 @@ def queue_in_line(
         by_choice: whether all first choices stand before all second ones, or all choices of a token before those of
             the next.
     """
-    position, queued = empty_queues(expert, num_experts)
-    counts = queued.new_empty(*queued.shape, triton.cdiv(expert.shape[1], BLOCK), dtype=torch.int32)
+    position, queued = allocate_queues(expert, num_experts)
+    counts = queued.new_empty(*queued.shape, triton.cdiv(expert.shape[1], QUEUE_BLOCK), dtype=torch.int32)
     given = dict(
-        **contiguous(expert=expert, chosen=chosen, order=order),
+        **make_contiguous(expert=expert, chosen=chosen, order=order),
         length=expert.shape[1] // k,
         num_experts=num_experts,
         num_blocks=counts.shape[-1],
         CHOICES=k,
         BY_CHOICE=by_choice,
-        BLOCK=BLOCK,
+        BLOCK=QUEUE_BLOCK,
         BLOCK_E=32,
     )
     grid = (expert.shape[0] * counts.shape[-1],)
-    launch(count_in_line, grid, counts=counts, **given)
-    launch(rank_in_line, grid, total=counts.cumsum(dim=-1), position=position, queued=queued, **given)
+    launch_kernel(count_queue_kernel, grid, counts=counts, **given)
+    launch_kernel(rank_queue_kernel, grid, total=counts.cumsum(dim=-1), position=position, queued=queued, **given)
     return position, queued
 
 
-@queue_in_line.register_fake
+@queue_assignments.register_fake
 def _(expert, chosen, order, num_experts, k, by_choice):
-    return empty_queues(expert, num_experts)
+    return allocate_queues(expert, num_experts)
 
 
-def empty_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+def allocate_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return empty contiguous tensors for positions `(r, a)` and lengths `(r, e)`; `expert` may have any strides."""
     return expert.new_empty(expert.shape), expert.new_empty(expert.shape[0], num_experts)

@@ -14,15 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import contiguous, launch
+from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
-BLOCK = 1024  # numbers of tokens and experts that a program has in registers at once
-GRADS = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
-LEAST, MOST = 32, 128  # tokens of a program, and of those that it has at once
+MAX_NUMEL_AT_ONCE = 1024  # numbers of tokens and experts that a program has in registers at once
+GRAD_NAMES = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
+MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens of a program, and of those that it has at once
 
 
 @triton.jit(do_not_specialize=["length", "programs"])
-def choose_two(
+def top_2_kernel(
     logits,  # (g, n, e) float32
     full,  # (g, n) bool, the tokens that make a first choice, and count; None: all
     active,  # (g, n) bool, the tokens that make a second one; None with `full`
@@ -115,7 +115,7 @@ def choose_two(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "length"])
-def choose_two_grads(
+def top_2_grads_kernel(
     probs,  # (t, e) float32, of all groups' tokens, t = g n
     expert,  # (t, 2) int64
     log_total,  # (t,) float32
@@ -170,7 +170,7 @@ def choose_two_grads(
 
 
 @torch.library.custom_op("mixture_of_experts::two_best", mutates_args=())
-def two_best(
+def choose_top_2(
     logits: Tensor,
     full: Tensor | None,
     active: Tensor | None,
@@ -179,7 +179,7 @@ def two_best(
     threshold: float,
     eps: float,
 ) -> list[Tensor]:
-    """Return `expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of `choose_two`.
+    """Return `expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of `top_2_kernel`.
 
     Args:
         logits: `(..., g, n, e)` float32, of one token at least.
@@ -187,12 +187,12 @@ def two_best(
         uniform: `(..., g, n)` float32 for the policy "random".
         policy, threshold, eps: settings of the gate.
     """
-    found, (*groups, length, e) = empty_choices(logits), logits.shape
-    programs, (rows, tokens, block) = found["sums"].shape[-2], sizes(e)
-    launch(
-        choose_two,
+    found, (*groups, length, e) = allocate_top_2(logits), logits.shape
+    programs, (rows, tokens, block) = found["sums"].shape[-2], get_launch_sizes(e)
+    launch_kernel(
+        top_2_kernel,
         (math.prod(groups) * programs,),
-        **contiguous(logits=logits, full=full, active=active, uniform=uniform),
+        **make_contiguous(logits=logits, full=full, active=active, uniform=uniform),
         **found,
         length=length,
         programs=programs,
@@ -207,22 +207,22 @@ def two_best(
     return list(found.values())
 
 
-@two_best.register_fake
+@choose_top_2.register_fake
 def _(logits, *settings):
-    return list(empty_choices(logits).values())
+    return list(allocate_top_2(logits).values())
 
 
-def sizes(num_experts: int) -> tuple[int, int, int]:
+def get_launch_sizes(num_experts: int) -> tuple[int, int, int]:
     """Tokens that a program has at once, all its tokens, and the least power of 2 that is enough for the experts."""
     block = triton.next_power_of_2(num_experts)
-    rows = min(BLOCK // block, MOST)
-    return rows, max(rows, LEAST), block
+    rows = min(MAX_NUMEL_AT_ONCE // block, MAX_TOKENS_AT_ONCE)
+    return rows, max(rows, MIN_TOKENS_PER_PROGRAM), block
 
 
-def empty_choices(logits: Tensor) -> dict[str, Tensor]:
-    """Fresh memory for the results of `choose_two`, by their names there."""
+def allocate_top_2(logits: Tensor) -> dict[str, Tensor]:
+    """Fresh memory for the results of `top_2_kernel`, by their names there."""
     *lead, n, e = logits.shape
-    programs = -(-n // sizes(e)[1])
+    programs = -(-n // get_launch_sizes(e)[1])
     pair = (*lead, n, 2)
     return dict(
         expert=logits.new_empty(pair, dtype=torch.int64),
@@ -236,8 +236,8 @@ def empty_choices(logits: Tensor) -> dict[str, Tensor]:
     )
 
 
-@torch.library.custom_op("mixture_of_experts::two_best_grads", mutates_args=())
-def two_best_grads(
+@torch.library.custom_op("mixture_of_experts::choose_top_2_grads", mutates_args=())
+def choose_top_2_grads(
     probs: Tensor,
     expert: Tensor,
     log_total: Tensor,
@@ -250,15 +250,15 @@ def two_best_grads(
     These are of weight, probs and log_total, and of sums over programs: the proxy `(..., g, e)` and the squares `()`.
     """
     n, e = probs.shape[-2:]
-    rows, _, block = sizes(e)
+    rows, _, block = get_launch_sizes(e)
     grad_logits = torch.empty_like(probs)
-    launch(
-        choose_two_grads,
+    launch_kernel(
+        top_2_grads_kernel,
         (triton.cdiv(log_total.numel(), rows),),
         probs=probs,
         expert=expert,
         log_total=log_total,
-        **contiguous(full=full, **dict(zip(GRADS, grads, strict=True))),
+        **make_contiguous(full=full, **dict(zip(GRAD_NAMES, grads, strict=True))),
         grad_logits=grad_logits,
         num_tokens=log_total.numel(),
         length=n,
@@ -270,6 +270,6 @@ def two_best_grads(
     return grad_logits
 
 
-@two_best_grads.register_fake
+@choose_top_2_grads.register_fake
 def _(probs, *rest):
     return torch.empty_like(probs)

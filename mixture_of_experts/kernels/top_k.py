@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import contiguous, launch
+from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
 
 @triton.jit(do_not_specialize=["length"])
-def choose(
+def top_k_kernel(
     logits,  # (t, e) float32
     bias,  # (e,) float32, added to the scores for choosing only; or None
     expert,  # (t, k) int64, and below: results, best choice first; on a tie the lowest index first
@@ -85,7 +85,7 @@ def choose(
 
 
 @torch.library.custom_op("mixture_of_experts::few_choices", mutates_args=())
-def few_choices(
+def choose_top_k(
     logits: Tensor,
     bias: Tensor | None,
     k: int,
@@ -106,11 +106,11 @@ def few_choices(
         balance_scale, z_scale: what the terms are multiplied by.
     """
     b, n, e = logits.shape
-    found = empty_choices(logits, k)
-    launch(
-        choose,
+    found = allocate_top_k(logits, k)
+    launch_kernel(
+        top_k_kernel,
         (b,),
-        **contiguous(logits=logits, bias=bias),
+        **make_contiguous(logits=logits, bias=bias),
         **found,
         length=n,
         num_experts=e,
@@ -129,12 +129,12 @@ def few_choices(
     return list(found.values())
 
 
-@few_choices.register_fake
+@choose_top_k.register_fake
 def _(logits, bias, k, *settings):
-    return list(empty_choices(logits, k).values())
+    return list(allocate_top_k(logits, k).values())
 
 
-def empty_choices(logits: Tensor, k: int) -> dict[str, Tensor]:
+def allocate_top_k(logits: Tensor, k: int) -> dict[str, Tensor]:
     """Return memory for the results of `choose`, by their names there."""
     b, n, e = logits.shape
     return dict(

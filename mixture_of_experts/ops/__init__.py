@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision, decision_on
-from mixture_of_experts.kernels.launching import forget_lack_of_memory
+from mixture_of_experts.kernels.launching import clear_out_of_memory_verdicts
 from mixture_of_experts.ops import batched, cpu, grouped, plain, triton
 from mixture_of_experts.ops.activations import (
     ActivationLike,
@@ -28,23 +28,23 @@ from mixture_of_experts.ops.activations import (
     ClampedSwiGLU,
     SiTU,
     SquaredReLU,
-    known_module,
-    takes_two,
+    module_for_function,
+    takes_gate_and_up,
 )
 from mixture_of_experts.ops.cpu import batch_invariant
-from mixture_of_experts.ops.grouped import grouped_product
+from mixture_of_experts.ops.grouped import grouped_matmul
 from mixture_of_experts.ops.network import Call, GateUpLayout, Network, cast_operands
-from mixture_of_experts.ops.plain import bias_of_rows
+from mixture_of_experts.ops.plain import expand_bias
+from mixture_of_experts.support.batch_invariance import BATCH_INVARIANT
 from mixture_of_experts.support.checks import check_choice, check_devices, check_size, check_sizes, check_tensors
-from mixture_of_experts.support.same_bits import BATCH_INVARIANT
-from mixture_of_experts.support.ways import (
-    FROM_START,
-    VARIABLE,
+from mixture_of_experts.support.implementations import (
+    ENVIRONMENT_VARIABLE,
+    INITIAL_IMPLEMENTATION,
     Explanation,
-    ask_for,
-    asked_for,
-    first_way,
-    listening,
+    collect_explanations,
+    requested_implementation,
+    select_implementation,
+    update_requests,
 )
 
 __all__ = [
@@ -54,9 +54,9 @@ __all__ = [
     "Network",
     "SiTU",
     "SquaredReLU",
-    "bias_of_rows",
+    "expand_bias",
     "explain_call",
-    "grouped_product",
+    "grouped_matmul",
     "moe_ffn",
     "prepare",
     "routed_ffn",
@@ -64,13 +64,15 @@ __all__ = [
 ]
 
 # the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
-WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
-WAYS |= {BATCH_INVARIANT: batch_invariant}
-check_choice(VARIABLE, FROM_START, ("auto", *WAYS))
+IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
+IMPLEMENTATIONS |= {BATCH_INVARIANT: batch_invariant}
+check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTATIONS))
 
 
 @contextmanager
-def use(way: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "batch_invariant"]) -> Iterator[None]:
+def use(
+    implementation: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "batch_invariant"],
+) -> Iterator[None]:
     """Compute every call of `routed_ffn` and `moe_ffn` by one way, while the context lasts.
 
     "auto" takes the fastest way for each call. "batch_invariant" gives each token of a dropless layer, on a CPU, the
@@ -93,13 +95,13 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "ba
         >>> with use("plain"):
         ...     out, aux_loss = MoE(dim=32, num_experts=4)(torch.randn(2, 10, 32))
     """
-    check_choice("way", way, ("auto", *WAYS))
+    check_choice("way", implementation, ("auto", *IMPLEMENTATIONS))
     context = object()
-    ask_for({context: way}, ())
+    update_requests({context: implementation}, ())
     try:
         yield
     finally:
-        ask_for({}, [context])
+        update_requests({}, [context])
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
@@ -115,12 +117,16 @@ def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Expl
     Example:
         >>> import torch
         >>> from mixture_of_experts import MoE
-        >>> explain_call(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
+        >>> explain_call(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).implementation
         'cpu'
     """
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), listening() as explanations:
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng([x.device] if x.is_cuda else []),
+        collect_explanations() as explanations,
+    ):
         layer(x, *args, **kwargs)
-    return _explained(explanations)
+    return _summarize_explanations(explanations)
 
 
 def prepare(
@@ -145,20 +151,21 @@ def prepare(
 
     Example:
         >>> from mixture_of_experts import MoE
-        >>> {shape: found.way for shape, found in prepare(MoE(dim=32, num_experts=4), tokens=[16, 64]).items()}
+        >>> found = prepare(MoE(dim=32, num_experts=4), tokens=[16, 64])
+        >>> {shape: explanation.implementation for shape, explanation in found.items()}
         {(1, 16): 'cpu', (1, 64): 'cpu'}
     """
     dim, weight = check_size("layer.dim", getattr(layer, "dim", None)), next(layer.parameters())
     dtype = next(getattr(layer, "experts", layer).parameters(), weight).dtype  # a router may have another
     shapes = itertools.product(check_sizes("sequences", sequences), check_sizes("tokens", tokens))
-    forget_lack_of_memory()
+    clear_out_of_memory_verdicts()
     buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     found = {}
     for shape in shapes:
         with (
             torch.random.fork_rng([weight.device] if weight.is_cuda else []),
             torch.set_grad_enabled(layer.training),
-            listening() as explanations,
+            collect_explanations() as explanations,
         ):
             x = torch.randn(*shape, dim, device=weight.device, dtype=dtype, requires_grad=layer.training)
             made = torch.func.functional_call(layer, buffers, (x,))
@@ -166,11 +173,11 @@ def prepare(
                 total = sum(part.float().square().sum() for part in (made if isinstance(made, tuple) else (made,)))
                 leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
                 torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
-        found[shape] = _explained(explanations)
+        found[shape] = _summarize_explanations(explanations)
     return found
 
 
-def _explained(explanations: Sequence[tuple[str, Explanation]]) -> Explanation:
+def _summarize_explanations(explanations: Sequence[tuple[str, Explanation]]) -> Explanation:
     """The explanation of the first call of experts, and of the gates before it."""
     parts = [part for part, _ in explanations]
     first = parts.index("experts") if "experts" in parts else len(parts)
@@ -184,7 +191,7 @@ def routed_ffn(
     network: Network,
     *,
     training: bool = False,
-    ways: Mapping[str, Any] | None = None,
+    implementations: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Compute tokens by the experts of a decision; return each token's weighted sum of their outputs, `(t, o)`.
 
@@ -195,12 +202,12 @@ def routed_ffn(
         training: the experts' mode.
         ways: other ways by the names of the usual ones, for another kind of network; the last one takes every call.
     """
-    dtype, ways = x.dtype, WAYS if ways is None else ways
+    dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
     x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
-    way = first_way("experts", ways, call, asked=asked_for())
-    return ways[way].run(call).to(dtype)
+    way = select_implementation("experts", implementations, call, requested=requested_implementation())
+    return implementations[way].run(call).to(dtype)
 
 
 def moe_ffn(
@@ -257,18 +264,18 @@ def moe_ffn(
         check_choice("gate_up", gate_up, ("concatenated", "interleaved"))
     if isinstance(activation, type):
         raise ValueError(f"activation must be a function or a module, got the class {activation.__name__}: call it")
-    activation = known_module(activation)
+    activation = module_for_function(activation)
     optional = {name: value for name, value in dict(w3=w3, b1=b1, b2=b2, b3=b3).items() if value is not None}
     check_tensors(x=x, expert=expert, weight=weight, w1=w1, w2=w2, **optional)
     w_in, b_in = ((w1,), (b1,)) if w3 is None else ((w1, w3), (b1, b3))
-    _check_call(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
+    _check_moe_ffn_arguments(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
     if w3 is None and b3 is not None:
         raise ValueError("b3 is the bias of w3, which is not given")
     decision = decision_on(expert.to(torch.int64), weight, w2.shape[0])
     return routed_ffn(x, decision, Network(w_in, w2, activation, b_in, b2, gate_up), training=training)
 
 
-def _check_call(
+def _check_moe_ffn_arguments(
     x: Tensor,
     expert: Tensor,
     weight: Tensor,
@@ -295,7 +302,7 @@ def _check_call(
         )
     if gate_up is not None and len(w_in) == 2:
         raise ValueError(f"gate_up={gate_up!r} says that w1 holds gate and up, so w3 must not be given")
-    if takes_two(activation) and gate_up is None and len(w_in) == 1:
+    if takes_gate_and_up(activation) and gate_up is None and len(w_in) == 1:
         raise ValueError(f"activation {activation} is a function of (gate, up): give w3, or gate_up and a w1 of both")
     width = h if gate_up is None else 2 * h
     wanted = [("w1", w_in[0], (e, d, width)), ("b1", b_in[0], (e, width)), ("b2", b2, (e, o))]

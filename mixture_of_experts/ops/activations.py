@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.support.checks import check_number
-from mixture_of_experts.support.private_torch import constant_in_graphs, has_hooks
+from mixture_of_experts.support.private_torch import assume_constant_result, has_hooks
 
 aten: Any = torch.ops.aten
 ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, or a function
@@ -163,48 +163,54 @@ def make_activation(activation: ActivationLike) -> nn.Module:
         return activation
     if not callable(activation):
         raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
-    if (known := known_module(activation)) is not activation:
+    if (known := module_for_function(activation)) is not activation:
         return type(known)()  # a new one: hooks on it must not run in other layers
-    made = activation() if isinstance(activation, type) or _binds(activation, 0) else FunctionActivation(activation)
+    made = (
+        activation()
+        if isinstance(activation, type) or _accepts_num_arguments(activation, 0)
+        else FunctionActivation(activation)
+    )
     if not isinstance(made, nn.Module):
         raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
     return made
 
 
-def takes_two(activation: ActivationLike) -> bool:
+def takes_gate_and_up(activation: ActivationLike) -> bool:
     """Whether the activation is a function of `(gate, up)`, which cannot be called with a single tensor."""
-    if type(activation) in KNOWN or isinstance(activation, ClampedSwiGLU):
+    if type(activation) in KNOWN_ACTIVATIONS or isinstance(activation, ClampedSwiGLU):
         return isinstance(activation, ClampedSwiGLU)
     if isinstance(activation, FunctionActivation):
-        return takes_two(activation.function)
+        return takes_gate_and_up(activation.function)
     if isinstance(activation, nn.Module):
-        return _needs_two(type(activation).forward, 1)  # not the module: torch below 2.12 cannot pass one
-    return _needs_two(activation, 0)
+        return _needs_two_arguments(type(activation).forward, 1)  # not the module: torch below 2.12 cannot pass one
+    return _needs_two_arguments(activation, 0)
 
 
-def hidden_layer(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
+def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
     """The hidden layer `(..., h)` of a network, from its products with the tokens: one, or gate and up."""
-    if len(parts) == 1 or takes_two(activation):
+    if len(parts) == 1 or takes_gate_and_up(activation):
         return activation(*parts)
     return activation(parts[0]) * parts[1]
 
 
-@constant_in_graphs  # a graph could not read signatures
-def _needs_two(function: Callable, more: int) -> bool:
+@assume_constant_result  # a graph could not read signatures
+def _needs_two_arguments(function: Callable, leading_arguments: int) -> bool:
     """Whether a function can be called with two arguments but not with one, beside `more` arguments."""
-    return not _binds(function, 1 + more) and _binds(function, 2 + more)
+    return not _accepts_num_arguments(function, 1 + leading_arguments) and _accepts_num_arguments(
+        function, 2 + leading_arguments
+    )
 
 
-def _binds(function: Callable, arguments: int) -> bool:
+def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
     """Whether a function can be called with so many arguments; False for a builtin without signature."""
     try:
-        inspect.signature(function).bind(*range(arguments))
+        inspect.signature(function).bind(*range(num_arguments))
     except (TypeError, ValueError):
         return False
     return True
 
 
-class Known(NamedTuple):
+class KnownActivation(NamedTuple):
     """An activation of one tensor that writes its result and its gradient into given memory, also in place.
 
     `forward`, `recompute` and `backward` compute the hidden layer and its gradients from the pre-activations `pre`: one
@@ -219,7 +225,7 @@ class Known(NamedTuple):
 
     write: Callable[[Tensor, Tensor], object]
     write_grad: Callable[[Tensor, Tensor, Tensor], object]
-    kernel: str | None = None
+    kernel_name: str | None = None
 
     def forward(self, pre: Sequence[Tensor], out: Tensor) -> None:
         self.write(pre[0], out)
@@ -240,11 +246,11 @@ class Known(NamedTuple):
         self.write_grad(grad, pre[0], grad_pre[0])
 
 
-class KnownClamped(NamedTuple):
+class KnownClampedSwiGLU(NamedTuple):
     """Clamped SwiGLU, a function of gate and up, with the methods of `Known`."""
 
     act: ClampedSwiGLU
-    kernel = "clamped_swiglu"
+    kernel_name = "clamped_swiglu"
 
     def forward(self, pre: Sequence[Tensor], out: Tensor) -> None:
         out.copy_(self.act(*pre))
@@ -263,40 +269,40 @@ class KnownClamped(NamedTuple):
         grad_pre[1].copy_(grad_up)
 
 
-def _gelu(act: nn.GELU) -> Known:
+def _make_known_gelu(act: nn.GELU) -> KnownActivation:
     approximate = act.approximate
-    return Known(
+    return KnownActivation(
         lambda h, out: aten.gelu.out(h, approximate=approximate, out=out),
         lambda grad, h, out: aten.gelu_backward.grad_input(grad, h, approximate=approximate, grad_input=out),
         "gelu" if approximate == "none" else "gelu_tanh",
     )
 
 
-_SILU = Known(
+_SILU = KnownActivation(
     lambda h, out: aten.silu.out(h, out=out),
     lambda grad, h, out: aten.silu_backward.grad_input(grad, h, grad_input=out),
     "silu",
 )
-_RELU = Known(
+_RELU = KnownActivation(
     lambda h, out: torch.clamp_min(h, 0, out=out),
     lambda grad, h, out: aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
     "relu",
 )
-_SQUARED_RELU = Known(
+_SQUARED_RELU = KnownActivation(
     lambda h, out: torch.clamp_min(h, 0, out=out).square_(),
     lambda grad, h, out: torch.mul(grad, torch.relu(h).mul_(2), out=out),
     "relu_squared",
 )
-_IDENTITY = Known(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad), "identity")
-KNOWN: dict[type[Any], Callable[[Any], Known | KnownClamped]] = {
-    nn.GELU: _gelu,
+_IDENTITY = KnownActivation(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad), "identity")
+KNOWN_ACTIVATIONS: dict[type[Any], Callable[[Any], KnownActivation | KnownClampedSwiGLU]] = {
+    nn.GELU: _make_known_gelu,
     nn.SiLU: lambda _: _SILU,
     nn.ReLU: lambda _: _RELU,
     SquaredReLU: lambda _: _SQUARED_RELU,
     nn.Identity: lambda _: _IDENTITY,
-    ClampedSwiGLU: KnownClamped,
+    ClampedSwiGLU: KnownClampedSwiGLU,
 }
-FUNCTIONS: dict[Callable[..., Any], nn.Module] = {
+FUNCTION_MODULES: dict[Callable[..., Any], nn.Module] = {
     F.gelu: nn.GELU(),
     F.silu: nn.SiLU(),
     F.relu: nn.ReLU(),
@@ -304,16 +310,16 @@ FUNCTIONS: dict[Callable[..., Any], nn.Module] = {
 }
 
 
-def known_module(activation: ActivationLike) -> Any:
+def module_for_function(activation: ActivationLike) -> Any:
     """The module for a well-known function, such as `nn.SiLU()` for `F.silu`; anything else unchanged."""
-    return next((module for function, module in FUNCTIONS.items() if function is activation), activation)
+    return next((module for function, module in FUNCTION_MODULES.items() if function is activation), activation)
 
 
-def why_unknown(activation: ActivationLike) -> str | None:
+def unknown_activation_reason(activation: ActivationLike) -> str | None:
     """Why a way cannot compute the activation itself, but must call the module or function; None if it can."""
-    if type(activation) not in KNOWN:
+    if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
-        return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN)}"
+        return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"
     if has_hooks(activation):
         return "there are hooks on the activation, which has to be called for them"
     return None

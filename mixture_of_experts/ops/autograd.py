@@ -17,13 +17,13 @@ from torch import Tensor
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.network import Network
-from mixture_of_experts.support.private_torch import is_wrapped
-from mixture_of_experts.support.tracing import without_autocast
+from mixture_of_experts.support.private_torch import is_functorch_wrapped
+from mixture_of_experts.support.tracing import disable_autocast
 
-Saved = Sequence[Tensor | None]
+SavedTensors = Sequence[Tensor | None]
 
 
-class Gradients(NamedTuple):
+class FFNGradients(NamedTuple):
     """Gradients of a call.
 
     Attributes:
@@ -41,21 +41,23 @@ class Gradients(NamedTuple):
 # x `(t, d)`, and what the backward needs; nothing unless `save`. `backward(x, plan, network, saved, grad, wanted)` gets
 # that and `grad` `(t, o)`, the gradient of the outputs; `wanted` has "x" and names of `Network.tensors`. The gradient
 # of the assignments' weights is always computed.
-Forward = Callable[[Tensor, Plan, Network, bool], tuple[Tensor, Saved]]
-Backward = Callable[[Tensor, Plan, Network, Saved, Tensor, Collection[str]], Gradients]
+ForwardFunction = Callable[[Tensor, Plan, Network, bool], tuple[Tensor, SavedTensors]]
+BackwardFunction = Callable[[Tensor, Plan, Network, SavedTensors, Tensor, Collection[str]], FFNGradients]
 
 
-def differentiable(forward: Forward, backward: Backward, x: Tensor, plan: Plan, network: Network) -> Tensor:
+def run_differentiable(
+    forward: ForwardFunction, backward: BackwardFunction, x: Tensor, plan: Plan, network: Network
+) -> Tensor:
     """Outputs `(t, o)` of tokens x `(t, d)` by a way's own computation of outputs and gradients, differentiable in x,
     `plan.weight` and all tensors of the network."""
     weights = network.tensors().values()
-    with without_autocast(x.device):
+    with disable_autocast(x.device):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights)):
             return _RoutedFFN.apply(forward, backward, plan, network, x, plan.weight, *weights)
         return forward(x, plan, network, False)[0]
 
 
-def tables_to_save(plan: Plan) -> dict[str, Tensor]:
+def select_tables_to_save(plan: Plan) -> dict[str, Tensor]:
     """The tensors of a plan to save, by name; on a CPU all of them, as packing them takes too long there."""
     return plan.tensors() if plan.row.device.type == "cpu" else plan.tensors_to_save()
 
@@ -64,8 +66,8 @@ class _RoutedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        forward: Forward,
-        backward: Backward,
+        forward: ForwardFunction,
+        backward: BackwardFunction,
         plan: Plan,
         network: Network,
         x: Tensor,
@@ -75,7 +77,7 @@ class _RoutedFFN(torch.autograd.Function):
         names = list(network.tensors())
         plan, network = plan._replace(weight=weight), network.with_tensors(dict(zip(names, weights, strict=True)))
         out, saved = forward(x, plan, network, True)
-        tables = tables_to_save(plan)
+        tables = select_tables_to_save(plan)
         ctx.computed_backward, ctx.plan, ctx.network = backward, plan.without_tensors(), network.with_tensors({})
         ctx.tables, ctx.names = list(tables), names
         ctx.save_for_backward(x, *tables.values(), *weights, *saved)
@@ -87,11 +89,11 @@ class _RoutedFFN(torch.autograd.Function):
         x = next(tensors)
         plan: Plan = ctx.plan.from_saved({name: next(tensors) for name in ctx.tables})
         network: Network = ctx.network.with_tensors({name: next(tensors) for name in ctx.names})
-        if torch.is_grad_enabled() or is_wrapped(grad):  # second derivatives, or many gradients at once
-            return *4 * [None], *plain.gradients(x, plan, network, grad)
+        if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # second derivatives, or many gradients at once
+            return *4 * [None], *plain.compute_gradients(x, plan, network, grad)
         need_x, need_weight, *needs = ctx.needs_input_grad[4:]
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}
-        with without_autocast(x.device):
+        with disable_autocast(x.device):
             grads = ctx.computed_backward(x, plan, network, list(tensors), grad, wanted)
         of_weights = [grads.network[name] if name in wanted else None for name in ctx.names]
         return *4 * [None], grads.x if need_x else None, grads.weight if need_weight else None, *of_weights

@@ -22,15 +22,17 @@ from torch import Tensor
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import add_rows
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.ops import autograd, few_tokens, plain, rows
+from mixture_of_experts.ops import autograd, few_tokens, plain, row_network
 from mixture_of_experts.ops.network import Call
-from mixture_of_experts.support.private_torch import exporting, in_transform
-from mixture_of_experts.support.tracing import largest
+from mixture_of_experts.support.private_torch import is_exporting, is_in_transform
+from mixture_of_experts.support.tracing import symbolic_max
 
-SUMMED = 8  # columns by which a bias's gradient is written as a product: grouped products want multiples of 8
+BIAS_GRAD_COLUMNS = (
+    8  # columns by which a bias's gradient is written as a product: grouped products want multiples of 8
+)
 
 
-class SlotProducts(rows.Products):
+class SlotProducts(row_network.Products):
     """Rows in slots: every expert has equally many, and empty ones are zeros."""
 
     num_batches: int
@@ -45,7 +47,7 @@ class SlotProducts(rows.Products):
         super().__init__(plan)
         self.num_batches = math.prod(plan.num_experts)
         self.empty = (plan.token == plan.num_tokens).unsqueeze(-1)
-        self.token = plan.token.clamp(max=largest(plan.num_tokens - 1, 0))
+        self.token = plan.token.clamp(max=symbolic_max(plan.num_tokens - 1, 0))
 
     def gather(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
@@ -72,7 +74,7 @@ class SlotProducts(rows.Products):
         return torch.bmm(self.batches(x).mT, self.batches(y))
 
     def sums(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
-        return self.by_rows(scale.to(rows.dtype).expand(-1, SUMMED).contiguous(), rows)[:, 0]
+        return self.by_rows(scale.to(rows.dtype).expand(-1, BIAS_GRAD_COLUMNS).contiguous(), rows)[:, 0]
 
     def collect(self) -> Tensor:
         plan = self.plan
@@ -109,7 +111,7 @@ class BlockProducts(SlotProducts):
     def arrange(decision: Decision) -> Plan:
         queue, position, length = decision.queues()
         needed = decision.rows_per_expert(length)
-        size, number = plain.block_sizes(decision.most_rows, needed.shape[0])
+        size, number = plain.choose_block_sizes(decision.most_rows, needed.shape[0])
         rows_per_expert = (needed + (size - 1)) // size * size  # in whole blocks
         first = torch.arange(0, number * size, size, device=needed.device)
         expert = torch.searchsorted(rows_per_expert.cumsum(0), first, right=True)
@@ -142,24 +144,27 @@ class BlockProducts(SlotProducts):
         return weight.index_select(0, self.expert)
 
 
-def why_not(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why this way cannot compute the call: no known activation, an export, a transform. None if it can."""
-    if exporting():
+    if is_exporting():
         return "an exported graph has torch's own operators only"
-    if in_transform():
+    if is_in_transform():
         return "its gradient does not run under transforms of torch.func"
-    return call.network.why_not_written()
+    return call.network.unsupported_activation_reason()
 
 
 def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
     """Compute a call; return `(t, o)`. `products` computes calls that prefer rows without gaps to slots."""
-    return few_tokens.run(call) if few_tokens.serves(call) else run_rows(call, products)
+    return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, products)
 
 
-def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, on_rows: Any = rows) -> Tensor:
+def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, row_functions: Any = row_network) -> Tensor:
     """`run` for any number of tokens. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
     if not call.decision.prefers_rows() or call.x.shape[0] == 0:
         products = SlotProducts
     plan = products.arrange(call.decision)
-    pair = partial(rows.forward, products, on_rows), partial(rows.backward, products, on_rows)
-    return autograd.differentiable(*pair, call.x, plan, call.network)
+    pair = (
+        partial(row_network.forward_rows, products, row_functions),
+        partial(row_network.backward_rows, products, row_functions),
+    )
+    return autograd.run_differentiable(*pair, call.x, plan, call.network)

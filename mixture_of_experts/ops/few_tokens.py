@@ -15,24 +15,24 @@ from torch import Tensor
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.private_torch import statically_known_true
-from mixture_of_experts.support.tracing import without_autocast
+from mixture_of_experts.support.tracing import disable_autocast
 
-MOST_TOKENS = 64
-MOST_ROWS = 8192  # of all experts, where each computes all tokens
-PER_COPY = 3  # a copied weight is read, written and read again
+MAX_INFERENCE_TOKENS = 64
+MAX_DENSE_ROWS = 8192  # of all experts, where each computes all tokens
+COPY_COST = 3  # a copied weight is read, written and read again
 
 
-def copies(call: Call) -> bool:
+def should_copy_weights(call: Call) -> bool:
     """Whether copies for every choice move fewer bytes than all weights are."""
-    return PER_COPY * call.decision.weight.shape[0] < call.network.w_out.shape[0]
+    return COPY_COST * call.decision.weight.shape[0] < call.network.w_out.shape[0]
 
 
-def serves(call: Call) -> bool:
+def supports_call(call: Call) -> bool:
     """Whether a call is one of token choice of few tokens, in eval and without gradients."""
     tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
-    if not (call.is_inference() and statically_known_true(tokens <= MOST_TOKENS)):
+    if not (call.is_inference() and statically_known_true(tokens <= MAX_INFERENCE_TOKENS)):
         return False
-    return copies(call) or tokens * experts <= MOST_ROWS
+    return should_copy_weights(call) or tokens * experts <= MAX_DENSE_ROWS
 
 
 def run(call: Call) -> Tensor:
@@ -41,8 +41,8 @@ def run(call: Call) -> Tensor:
     assert decision.k is not None
     (t, d), experts, k = x.shape, network.w_out.shape[0], decision.k
     weight = decision.weight.view(t, k).to(torch.promote_types(decision.weight.dtype, torch.float32))
-    with without_autocast(x.device):
-        if copies(call):
+    with disable_autocast(x.device):
+        if should_copy_weights(call):
             chosen = network.map(lambda weights: weights.index_select(0, decision.expert))
             rows = x.unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)
             y = plain.feed_forward(rows, chosen).view(t, k, network.w_out.shape[-1])

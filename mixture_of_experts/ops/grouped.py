@@ -19,30 +19,32 @@ from torch import Tensor
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import batched, plain
+from mixture_of_experts.ops.matmul import matmul_into
 from mixture_of_experts.ops.network import Call
-from mixture_of_experts.ops.products import multiply
-from mixture_of_experts.ops.rows import Products
+from mixture_of_experts.ops.row_network import Products
 from mixture_of_experts.support.checks import check_tensors
-from mixture_of_experts.support.private_torch import count_flops, exporting, is_wrapped
-from mixture_of_experts.support.tracing import capability
+from mixture_of_experts.support.private_torch import is_exporting, is_functorch_wrapped, register_flop_formula
+from mixture_of_experts.support.tracing import get_device_capability
 
-AMD = ("gfx942", "gfx950")
-AMD_ASKED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"  # without it torch takes a loop on AMD's GPUs
+AMD_ARCHITECTURES = ("gfx942", "gfx950")
+IS_AMD_GROUPED_GEMM_ENABLED = (
+    os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
+)  # without it torch takes a loop on AMD's GPUs
 
 
-def why_not(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why there is no operator for the operands of the call."""
     for weight in (*call.network.w_in, call.network.w_out):
-        if (reason := why_no_operator(call.x, weight)) is not None:
+        if (reason := no_operator_reason(call.x, weight)) is not None:
             return reason
     return None
 
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    if call.x.is_cuda and batched.why_not(call) is None:
+    if call.x.is_cuda and batched.unsupported_reason(call) is None:
         return batched.run(call, GroupedProducts)
-    return plain.compute(call.x, plain.plan_of(call.decision), call.network, grouped_product)
+    return plain.run_plan(call.x, plain.plan_of(call.decision), call.network, grouped_matmul)
 
 
 class GroupedProducts(batched.SlotProducts):
@@ -88,34 +90,34 @@ class GroupedProducts(batched.SlotProducts):
         return self.rows
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        rows += plain.bias_of_rows(bias, self.num_tokens_per_expert, self.plan.num_rows)
+        rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.plan.num_rows)
 
     def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
-        return outer_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
+        return grouped_outer_product_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
     def of_assignments(self) -> Tensor:
         return self.rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
 
 
-def outer_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
+def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
     """`x^T y` over the rows of every expert, `(e, p, q)`."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
-    if torch.version.hip is None and capability(x.device)[0] == 9:
+    if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
     # on Blackwell the result of an expert without rows is undefined (pytorch/pytorch#172439); of AMD's nothing is known
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
-def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
+def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
     """Why torch's grouped product is no single kernel, but a loop with a host sync; None if it is one."""
     if torch.version.hip is not None:
         card = torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
-        if card not in AMD or not AMD_ASKED:
-            wanted = " or ".join(AMD)
+        if card not in AMD_ARCHITECTURES or not IS_AMD_GROUPED_GEMM_ENABLED:
+            wanted = " or ".join(AMD_ARCHITECTURES)
             return (
                 f"torch's grouped product is one kernel on {wanted} with ROCM_ALLOW_GROUP_GEMM_CK=1 only, not on {card}"
             )
-    elif (card := capability(x.device))[0] not in (9, 10):
+    elif (card := get_device_capability(x.device))[0] not in (9, 10):
         return "torch's grouped product is one kernel on compute capability 9 and 10 only, this is {}.{}".format(*card)
     if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[-2:]):
         return "torch's grouped product wants bfloat16 and sizes that are multiples of 8"
@@ -124,7 +126,7 @@ def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
+def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
     """Multiply each expert's rows by its own weight, by a grouped operator where there is one.
 
     Arguments and result are those of `plain.expert_product`.
@@ -133,9 +135,9 @@ def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | N
         ValueError: shapes do not fit; on a CPU, also counts that are negative or add up to more rows than there are.
     """
     check_operands(x, weight, num_tokens_per_expert)
-    if num_tokens_per_expert is None or why_no_operator(x, weight, num_tokens_per_expert) is not None:
+    if num_tokens_per_expert is None or no_operator_reason(x, weight, num_tokens_per_expert) is not None:
         return plain.expert_product(x, weight, num_tokens_per_expert)
-    return _Grouped.apply(x, weight, num_tokens_per_expert, False)
+    return _GroupedMatmul.apply(x, weight, num_tokens_per_expert, False)
 
 
 def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None) -> None:
@@ -164,18 +166,18 @@ def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
     return counts
 
 
-def why_no_operator(*operands: Tensor) -> str | None:
+def no_operator_reason(*operands: Tensor) -> str | None:
     x, weight, *_ = operands
-    if any(is_wrapped(operand) for operand in operands):
+    if any(is_functorch_wrapped(operand) for operand in operands):
         return "grouped operators do not run under transforms of torch.func"
     if x.is_cuda:
-        return why_no_kernel(x, weight)
+        return no_kernel_reason(x, weight)
     if x.device.type != "cpu":
         return f"there is no grouped product on {x.device.type}"
-    return "an exported graph has torch's own operators only" if exporting() else None
+    return "an exported graph has torch's own operators only" if is_exporting() else None
 
 
-class _Grouped(torch.autograd.Function):
+class _GroupedMatmul(torch.autograd.Function):
     """Each expert's rows times its weight; or `x^T y` over each expert's rows. Each is part of the other's gradient."""
 
     @staticmethod
@@ -184,11 +186,11 @@ class _Grouped(torch.autograd.Function):
         if not x.is_cuda:
             own = torch.ops.mixture_of_experts
             operator = own.rows_by_rows if is_outer else own.rows_by_weights
-            count_flops(operator, _flops)
+            register_flop_formula(operator, _count_grouped_flops)
             return operator(x, y, num_tokens_per_expert)
         ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
         if is_outer:
-            return outer_on_cuda(x, y, num_tokens_per_expert, ends)
+            return grouped_outer_product_on_cuda(x, y, num_tokens_per_expert, ends)
         out = F.grouped_mm(x.contiguous(), y, offs=ends)
         past = (torch.arange(x.shape[0], device=x.device) >= ends[-1]).unsqueeze(-1)
         return out.masked_fill_(past, 0)  # these rows were never written
@@ -203,15 +205,20 @@ class _Grouped(torch.autograd.Function):
         x, y, number = ctx.saved_tensors
         need_x, need_y, *_ = ctx.needs_input_grad
         left, right = (y, grad) if ctx.is_outer else (grad, y)
-        grad_x = grouped_product(left, right.mT, number) if need_x else None
+        grad_x = grouped_matmul(left, right.mT, number) if need_x else None
         if not need_y:
             return grad_x, None, None, None
-        return grad_x, grouped_product(x, grad, number) if ctx.is_outer else _outer_product(x, grad, number), None, None
+        return (
+            grad_x,
+            grouped_matmul(x, grad, number) if ctx.is_outer else _grouped_outer_product(x, grad, number),
+            None,
+            None,
+        )
 
 
-def _outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    if not any(is_wrapped(operand) for operand in (x, y, num_tokens_per_expert)):
-        return _Grouped.apply(x, y, num_tokens_per_expert, True)
+def _grouped_outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    if not any(is_functorch_wrapped(operand) for operand in (x, y, num_tokens_per_expert)):
+        return _GroupedMatmul.apply(x, y, num_tokens_per_expert, True)
     return plain.outer_product(x, y, num_tokens_per_expert)  # under a transform
 
 
@@ -219,7 +226,7 @@ def _outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tenso
 def rows_by_weights(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     """Multiply rows by their experts' weights, one expert after the other."""
     counts = read_counts(num_tokens_per_expert, x.shape[0])
-    return product_by_expert(x, weight, [(expert, count) for expert, count in enumerate(counts) if count])
+    return multiply_by_expert(x, weight, [(expert, count) for expert, count in enumerate(counts) if count])
 
 
 @rows_by_weights.register_fake
@@ -235,7 +242,7 @@ def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     for expert, count in enumerate(read_counts(num_tokens_per_expert, x.shape[0])):
         if count:
             rows = slice(start, start + count)
-            multiply(x[rows].mT, y[rows], out[expert])
+            matmul_into(x[rows].mT, y[rows], out[expert])
             start += count
         else:
             out[expert] = 0
@@ -247,12 +254,12 @@ def _(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     return x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
 
 
-def _flops(x: Tensor, y: Tensor, *_, **__) -> int:
+def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
     """2 r p q, of x `(r, p)` and a weight `(..., p, q)` or rows `(r, q)`."""
     return 2 * x.shape[0] * x.shape[1] * y.shape[-1]
 
 
-def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) -> Tensor:
+def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
     """`(r, q)`, rows x sorted by expert times their experts' weights; 0 for rows past the last expert's.
 
     A product of few rows runs on one thread. So two experts with equally many rows are one batched product, on two
@@ -264,16 +271,16 @@ def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) ->
     out = x.new_empty(x.shape[0], weight.shape[-1])
     pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # else torch copies the slice
     start = index = 0
-    while index < len(used):
-        expert, count = used[index]
-        if pairs and index + 1 < len(used) and used[index + 1][1] == count:
-            other, stop, shape = used[index + 1][0], start + 2 * count, (2, count, -1)
+    while index < len(rows_per_expert):
+        expert, count = rows_per_expert[index]
+        if pairs and index + 1 < len(rows_per_expert) and rows_per_expert[index + 1][1] == count:
+            other, stop, shape = rows_per_expert[index + 1][0], start + 2 * count, (2, count, -1)
             matrices = weight[expert : other + 1 : other - expert]
-            multiply(x[start:stop].view(shape), matrices, out[start:stop].view(shape))
+            matmul_into(x[start:stop].view(shape), matrices, out[start:stop].view(shape))
             index += 2
         else:
             stop = start + count
-            multiply(x[start:stop], weight[expert], out[start:stop])
+            matmul_into(x[start:stop], weight[expert], out[start:stop])
             index += 1
         start = stop
     if start < x.shape[0]:

@@ -14,11 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.ops.activations import ActivationLike, hidden_layer, why_unknown
+from mixture_of_experts.ops.activations import ActivationLike, compute_hidden, unknown_activation_reason
 from mixture_of_experts.support import private_torch
 
 GateUpLayout = Literal["concatenated", "interleaved"]
-W_IN, B_IN = ("w_in.0", "w_in.1"), ("b_in.0", "b_in.1")  # names of a network's input weights and their biases
+W_IN_NAMES, B_IN_NAMES = (
+    ("w_in.0", "w_in.1"),
+    ("b_in.0", "b_in.1"),
+)  # names of a network's input weights and their biases
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,14 @@ class Network:
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights and biases but None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
-        names = (*W_IN[: len(self.w_in)], "w_out", *B_IN[: len(self.b_in)], "b_out")
+        names = (*W_IN_NAMES[: len(self.w_in)], "w_out", *B_IN_NAMES[: len(self.b_in)], "b_out")
         there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
         return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
         """The network with these weights and biases, by name; None for names that are missing."""
         get: Any = tensors.get
-        w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN, B_IN))
+        w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN_NAMES, B_IN_NAMES))
         return Network(w_in, get("w_out"), self.activation, b_in, get("b_out"), self.gate_up, self.dropout)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
@@ -79,28 +82,28 @@ class Network:
 
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
         """The hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""
-        hidden = hidden_layer(self.activation, self.projections(pre))
+        hidden = compute_hidden(self.activation, self.projections(pre))
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
-    def why_not_written(self) -> str | None:
+    def unsupported_activation_reason(self) -> str | None:
         """Why a way cannot write the hidden layer and its gradient itself; None if it can."""
         if self.dropout:
             return "dropout draws random numbers for the hidden layer, which only torch's operators do"
-        return why_unknown(self.activation)
+        return unknown_activation_reason(self.activation)
 
 
-def dtype_of_operands(device: str, dtype: torch.dtype) -> torch.dtype:
+def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which weights of a dtype are multiplied: autocast's if it is on (it does not cast for grouped
     products), else their own. A CPU without products of autocast's dtype would only be slower in it."""
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
     narrow = torch.get_autocast_dtype(device)
-    return narrow if device != "cpu" or private_torch.multiplies(narrow) else dtype
+    return narrow if device != "cpu" or private_torch.has_native_matmul(narrow) else dtype
 
 
 def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
     """Tokens and weights in one dtype."""
-    dtype = network.w_out.dtype if x.dtype == torch.float64 else dtype_of_operands(x.device.type, network.w_out.dtype)
+    dtype = network.w_out.dtype if x.dtype == torch.float64 else get_operand_dtype(x.device.type, network.w_out.dtype)
     if all(tensor.dtype == dtype for tensor in network.tensors().values()):
         return x.to(dtype), network
     return x.to(dtype), network.map(lambda tensor: tensor.to(dtype))

@@ -18,18 +18,18 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.support.tracing import largest, smallest
+from mixture_of_experts.support.tracing import symbolic_max, symbolic_min
 
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+ProductFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def why_not(call: Call) -> None:
+def unsupported_reason(call: Call) -> None:
     """None: this way computes every call."""
 
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    return compute(call.x, plan_of(call.decision), call.network)
+    return run_plan(call.x, plan_of(call.decision), call.network)
 
 
 def plan_of(decision: Decision) -> Plan:
@@ -37,7 +37,7 @@ def plan_of(decision: Decision) -> Plan:
     return decision.without_gaps() if decision.prefers_rows() else decision.in_slots()
 
 
-def compute(x: Tensor, plan: Plan, network: Network, product: Product | None = None) -> Tensor:
+def run_plan(x: Tensor, plan: Plan, network: Network, product: ProductFunction | None = None) -> Tensor:
     """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots as the plan says, by `product`."""
     rows, num_tokens_per_expert = dispatch(x, plan), plan.rows_per_expert
     if num_tokens_per_expert is None:
@@ -48,23 +48,23 @@ def compute(x: Tensor, plan: Plan, network: Network, product: Product | None = N
 
 
 def feed_forward(
-    x: Tensor, network: Network, num_tokens_per_expert: Tensor | None = None, product: Product | None = None
+    x: Tensor, network: Network, num_tokens_per_expert: Tensor | None = None, product: ProductFunction | None = None
 ) -> Tensor:
     """Map slots `(e, s, d)` to `(e, s, o)`; with num_tokens_per_expert `(e,)`, rows `(r, d)` to `(r, o)`."""
     product = product or expert_product
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = product(x, weight, num_tokens_per_expert)
-        return out if bias is None else out + bias_of_rows(bias, num_tokens_per_expert, x.shape[-2])
+        return out if bias is None else out + expand_bias(bias, num_tokens_per_expert, x.shape[-2])
 
     pre = [linear(x, w, b) for w, b in zip(network.w_in, network.b_in, strict=True)]
     return linear(network.hidden(pre), network.w_out, network.b_out)
 
 
-def block_sizes(rows: int, experts: int) -> tuple[int, int]:
+def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
     """The rows of a block, about as many as the average expert has, and the number of blocks, at most about 2 e."""
-    size = largest(2, rows // experts)  # a size of 1 would be static in torch's graphs
-    return size, smallest(rows, rows // size + experts)
+    size = symbolic_max(2, rows // experts)  # a size of 1 would be static in torch's graphs
+    return size, symbolic_min(rows, rows // size + experts)
 
 
 def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
@@ -84,19 +84,19 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     if num_tokens_per_expert is None:
         return torch.matmul(x, weight)
     rows, device = x.shape[0], x.device
-    size, number = block_sizes(rows, weight.shape[0])
+    size, number = choose_block_sizes(rows, weight.shape[0])
     stop, row = num_tokens_per_expert.cumsum(0), torch.arange(rows, device=device)
     blocks = (num_tokens_per_expert + size - 1) // size  # of each expert
     first = stop - num_tokens_per_expert  # row of each expert, and its place in the blocks
     first_place = (blocks.cumsum(0) - blocks) * size
     places = number * size
-    place = torch.where(row < stop[-1], row + (first_place - first)[_owner(stop, row)], places)
+    place = torch.where(row < stop[-1], row + (first_place - first)[_find_range(stop, row)], places)
     row_at = torch.full((places + 1,), rows, device=device).scatter(0, place, row)[:places]  # the last is nobody's
-    expert = _owner(blocks.cumsum(0), torch.arange(number, device=device))
+    expert = _find_range(blocks.cumsum(0), torch.arange(number, device=device))
 
-    in_blocks = _take(append(x, 0), row_at).unflatten(0, (number, size))
-    out = torch.bmm(in_blocks, _take(weight, expert))
-    return _take(append(out.flatten(0, 1), 0), place)
+    in_blocks = _take_rows(append(x, 0), row_at).unflatten(0, (number, size))
+    out = torch.bmm(in_blocks, _take_rows(weight, expert))
+    return _take_rows(append(out.flatten(0, 1), 0), place)
 
 
 def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -105,26 +105,26 @@ def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor
     return torch.func.vjp(lambda weight: expert_product(x, weight, num_tokens_per_expert), weight)[1](y)[0]
 
 
-def gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
+def compute_gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
     """Gradients of x, of the assignments' weights and of all tensors of the network, by operators that vmap and second
     derivatives go through, for ways whose own gradients allow neither."""
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         named = dict(zip(tensors, weights, strict=True))
-        return compute(x, plan._replace(weight=weight), network.with_tensors(named).merged())
+        return run_plan(x, plan._replace(weight=weight), network.with_tensors(named).merged())
 
     tensors = network.tensors()
     return torch.func.vjp(function, x, plan.weight, *tensors.values())[1](grad)
 
 
-def bias_of_rows(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -> Tensor:
+def expand_bias(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -> Tensor:
     """Biases `(e, q)` to add to slots, `(e, 1, q)`, or to `rows` rows, `(r, q)`."""
     if num_tokens_per_expert is None:
         return bias.unsqueeze(-2)
-    return _take(bias, _owner(num_tokens_per_expert.cumsum(0), torch.arange(rows, device=bias.device)))
+    return _take_rows(bias, _find_range(num_tokens_per_expert.cumsum(0), torch.arange(rows, device=bias.device)))
 
 
-def _owner(ends: Tensor, index: Tensor) -> Tensor:
+def _find_range(ends: Tensor, index: Tensor) -> Tensor:
     """The number of the range that holds each index, if range i ends before `ends[i]`; the last one beyond all ranges.
 
     It compares, as ONNX has no searchsorted.
@@ -132,6 +132,6 @@ def _owner(ends: Tensor, index: Tensor) -> Tensor:
     return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
+def _take_rows(values: Tensor, index: Tensor) -> Tensor:
     """`values[index]`; its gradient adds in the same order on every run."""
     return values[index] if values.is_cuda else values.index_select(0, index)

@@ -9,12 +9,12 @@ from mixture_of_experts.parallel.gradients import (
 )
 from mixture_of_experts.parallel.parallelize import parallelize_module
 from mixture_of_experts.parallel.routers import shard_routers
-from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts
+from mixture_of_experts.parallel.sharded_experts import ShardedExperts
 from mixture_of_experts.parallel.style import ExpertParallel
 
 __all__ = [
     "ExpertParallel",
-    "ExpertParallelExperts",
+    "ShardedExperts",
     "average_gradients",
     "clip_grad_norm_",
     "expert_parameters",

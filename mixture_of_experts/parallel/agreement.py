@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mixture_of_experts.support.failures import waited_in_vain
+from mixture_of_experts.support.collective_errors import collective_error
 
-MOST = 3  # differences that an error names
+MAX_REPORTED_DIFFERENCES = 3  # differences that an error names
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
@@ -25,16 +25,16 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
         description = describe()
     except Exception as error:  # raised below, after the other ranks know of it
         problem = error
-    told, group = [(description, str(problem or ""))] * mesh.size(), mesh.get_group()
+    gathered, group = [(description, str(problem or ""))] * mesh.size(), mesh.get_group()
     try:
-        dist.all_gather_object(told, told[0], group=group)
+        dist.all_gather_object(gathered, gathered[0], group=group)
     except RuntimeError as error:
         what = "expert parallelism: a rank could not compare its layers with the others'"
-        raise waited_in_vain(what, error, group) from error
+        raise collective_error(what, error, group) from error
     if problem is not None:
         raise problem
-    first = told[0][0]
-    for rank, (other, message) in enumerate(told):
+    first = gathered[0][0]
+    for rank, (other, message) in enumerate(gathered):
         if message:
             raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
         differing = [
@@ -43,5 +43,12 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
             if first.get(key) != other.get(key)
         ]
         if differing:
-            more = f"; and {len(differing) - MOST} more" if len(differing) > MOST else ""
-            raise ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(differing[:MOST])}{more}")
+            more = (
+                f"; and {len(differing) - MAX_REPORTED_DIFFERENCES} more"
+                if len(differing) > MAX_REPORTED_DIFFERENCES
+                else ""
+            )
+            raise ValueError(
+                f"expert parallelism: the ranks' layers differ in "
+                f"{'; '.join(differing[:MAX_REPORTED_DIFFERENCES])}{more}"
+            )

@@ -18,17 +18,23 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from mixture_of_experts.parallel.shared_batch import check_choices, counts_of_part, part_of, sign_choices, whole_of
-from mixture_of_experts.support.failures import waited_in_vain
-from mixture_of_experts.support.private_torch import all_to_all, own
+from mixture_of_experts.parallel.batch_fingerprint import (
+    check_fingerprints,
+    count_local_part,
+    fingerprint_choices,
+    gather_parts,
+    take_local_part,
+)
+from mixture_of_experts.support.collective_errors import collective_error
+from mixture_of_experts.support.private_torch import all_to_all, unsafe_view
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-SLOTS, ROWS = 0, 1
-FORMS = ("slots (limited capacity)", "rows (dropless)")
-MODES = ("in evaluation", "in training")
-GRADIENTS = ("without gradients", "with gradients")
+EXCHANGED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SLOTS_FORM, ROWS_FORM = 0, 1
+FORM_NAMES = ("slots (limited capacity)", "rows (dropless)")
+MODE_NAMES = ("in evaluation", "in training")
+GRADIENT_NAMES = ("without gradients", "with gradients")
 
-Compute = Callable[..., Tensor]
+ComputeFunction = Callable[..., Tensor]
 
 
 class Channel(NamedTuple):
@@ -36,12 +42,12 @@ class Channel(NamedTuple):
 
     Attributes:
         shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
-        batch: `(2,)` int64, what this rank tells of a shared batch (`sign_choices`); None if it shares none.
+        batch: `(2,)` int64, what this rank tells of a shared batch (`fingerprint_choices`); None if it shares none.
     """
 
     group: dist.ProcessGroup
     shared_batch: DeviceMesh | None = None
-    batch: Tensor | None = None
+    fingerprint: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -52,15 +58,17 @@ class Channel(NamedTuple):
         try:
             return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
-            raise waited_in_vain("expert parallelism: tokens could not be exchanged", error, self.group) from error
+            raise collective_error("expert parallelism: tokens could not be exchanged", error, self.group) from error
 
-    def compute(self, compute: Callable[[Tensor], Tensor], x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def compute_remotely(
+        self, compute: Callable[[Tensor], Tensor], x: Tensor, send: list[int], receive: list[int]
+    ) -> Tensor:
         """Send rows x, compute those that came, and send the results back; the gradients travel likewise."""
-        result = compute(_Move.apply(x, send, receive, self))
-        return _Move.apply(result.to(x.dtype), receive, send, self)
+        result = compute(_AllToAll.apply(x, send, receive, self))
+        return _AllToAll.apply(result.to(x.dtype), receive, send, self)
 
 
-class _Move(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     """`transfer`, whose gradient travels back to where the rows came from."""
 
     @staticmethod
@@ -70,10 +78,10 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Move.apply(grad, ctx.receive, ctx.send, ctx.channel), None, None, None
+        return _AllToAll.apply(grad, ctx.receive, ctx.send, ctx.channel), None, None, None
 
 
-class _Permute(torch.autograd.Function):
+class _PermuteRows(torch.autograd.Function):
     """Puts rows into another order; its gradient is a gather too."""
 
     @staticmethod
@@ -84,11 +92,11 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         order, inverse = ctx.saved_tensors
-        return _Permute.apply(grad, inverse, order), None, None
+        return _PermuteRows.apply(grad, inverse, order), None, None
 
 
 def exchange_slots(
-    x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, training: bool, equal: bool
+    x: Tensor, dims: tuple[int, ...], compute: ComputeFunction, channel: Channel, training: bool, static_shapes: bool
 ) -> Tensor:
     """Compute this rank's slots of all experts on the ranks that own them; return `(*e, s, o)`.
 
@@ -105,16 +113,16 @@ def exchange_slots(
         return compute(x)
     if (shared := channel.shared_batch) is not None:
         filled = x.detach().ne(0).any(dim=-1).sum(dim=-1).flatten()
-        signed = channel._replace(shared_batch=None, batch=sign_choices(filled, shared))
-        result = exchange_slots(part_of(x, shared), dims, compute, signed, training, equal=False)
-        return whole_of(result, x.shape[-2], shared)
+        signed = channel._replace(shared_batch=None, fingerprint=fingerprint_choices(filled, shared))
+        result = exchange_slots(take_local_part(x, shared), dims, compute, signed, training, static_shapes=False)
+        return gather_parts(result, x.shape[-2], shared)
     s, d = x.shape[-2:]
     local_dims = (dims[0] // channel.size, *dims[1:])
     each = math.prod(local_dims)
     send = receive = [each * s] * channel.size
-    if not equal:
+    if not static_shapes:
         counts = torch.full((math.prod(dims),), s, device=x.device)
-        send, receive, _ = exchange_counts(SLOTS, x, training, counts, channel)
+        send, receive, _ = exchange_counts(SLOTS_FORM, x, training, counts, channel)
     sizes = [num_rows // each for num_rows in receive]
 
     def compute_blocks(rows: Tensor) -> Tensor:
@@ -122,11 +130,11 @@ def exchange_slots(
         result = compute(torch.cat(blocks, dim=-2))
         return torch.cat([block.reshape(-1, block.shape[-1]) for block in result.split(sizes, dim=-2)])
 
-    result = channel.compute(compute_blocks, x.reshape(-1, d), send, receive)
-    return own(result, (*x.shape[:-1], result.shape[-1]))
+    result = channel.compute_remotely(compute_blocks, x.reshape(-1, d), send, receive)
+    return unsafe_view(result, (*x.shape[:-1], result.shape[-1]))
 
 
-def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel, training: bool) -> Tensor:
+def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: Channel, training: bool) -> Tensor:
     """Compute this rank's rows on the ranks that own their experts; return `(r, o)`. One host sync.
 
     Args:
@@ -139,21 +147,24 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel,
     if channel.size == 1:
         return compute(x, counts)
     if (shared := channel.shared_batch) is not None:
-        part, signed = part_of(x, shared), channel._replace(shared_batch=None, batch=sign_choices(counts, shared))
-        counts = counts_of_part(counts, part.shape[0], shared)
-        return whole_of(exchange_rows(part, counts, compute, signed, training), x.shape[0], shared)
-    send, receive, received = exchange_counts(ROWS, x, training, counts, channel)
-    order, inverse = by_expert(received, sum(receive))
+        part, signed = (
+            take_local_part(x, shared),
+            channel._replace(shared_batch=None, fingerprint=fingerprint_choices(counts, shared)),
+        )
+        counts = count_local_part(counts, part.shape[0], shared)
+        return gather_parts(exchange_rows(part, counts, compute, signed, training), x.shape[0], shared)
+    send, receive, received = exchange_counts(ROWS_FORM, x, training, counts, channel)
+    order, inverse = find_expert_order(received, sum(receive))
 
     def compute_sorted(rows: Tensor) -> Tensor:
-        result = compute(_Permute.apply(rows, order, inverse), received.sum(dim=0))
-        return _Permute.apply(result, inverse, order)
+        result = compute(_PermuteRows.apply(rows, order, inverse), received.sum(dim=0))
+        return _PermuteRows.apply(result, inverse, order)
 
-    result = channel.compute(compute_sorted, x[: sum(send)], send, receive)
+    result = channel.compute_remotely(compute_sorted, x[: sum(send)], send, receive)
     return torch.cat([result, result.new_zeros(x.shape[0] - sum(send), result.shape[-1])])
 
 
-def by_expert(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """The order that brings rows from rank-major to expert-major, and its inverse, by counts `received` `(p, l)`."""
     expert = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
     order = expert.repeat_interleave(received.flatten(), output_size=num_rows).argsort(stable=True)
@@ -174,24 +185,25 @@ def exchange_counts(
     """
     ranks = channel.size
     sent = counts.view(ranks, -1)
-    call = [form, int(training), int(torch.is_grad_enabled()), DTYPES.index(x.dtype), x.shape[-1]]
-    batch = sent.new_zeros(2) if channel.batch is None else channel.batch
-    told = torch.cat([torch.tensor(call, device=counts.device), batch]).expand(ranks, -1)
-    exchanged = channel.transfer(torch.cat([told, sent], dim=1), [1] * ranks, [1] * ranks)
-    told, received = exchanged[:, : told.shape[1]], exchanged[:, told.shape[1] :]
+    call = [form, int(training), int(torch.is_grad_enabled()), EXCHANGED_DTYPES.index(x.dtype), x.shape[-1]]
+    batch = sent.new_zeros(2) if channel.fingerprint is None else channel.fingerprint
+    header = torch.cat([torch.tensor(call, device=counts.device), batch]).expand(ranks, -1)
+    exchanged = channel.transfer(torch.cat([header, sent], dim=1), [1] * ranks, [1] * ranks)
+    header, received = exchanged[:, : header.shape[1]], exchanged[:, header.shape[1] :]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
-    table = torch.cat([told, *sums], dim=1).tolist()  # the host sync
+    table = torch.cat([header, *sums], dim=1).tolist()  # the host sync
     for rank, (*other, _, _, _, _) in enumerate(table):
         if other != call:
             raise ValueError(
-                f"expert parallelism: rank {rank} sends {describe(other)}, rank {channel.group.rank()} "
-                f"{describe(call)}: all ranks must call the layer in the same mode, dtype and model dimension, and "
+                f"expert parallelism: rank {rank} sends {describe_call(other)}, rank {channel.group.rank()} "
+                f"{describe_call(call)}: all ranks must call the layer in the same mode, dtype and model dimension, "
+                f"and "
                 "all with gradients or all without"
             )
-    check_choices([row[-4:-2] for row in table])
+    check_fingerprints([row[-4:-2] for row in table])
     return [row[-2] for row in table], [row[-1] for row in table], received
 
 
-def describe(call: Sequence[int]) -> str:
+def describe_call(call: Sequence[int]) -> str:
     form, mode, gradients, dtype, dim = call
-    return f"{FORMS[form]} of {DTYPES[dtype]}, dim={dim}, {MODES[mode]} {GRADIENTS[gradients]}"
+    return f"{FORM_NAMES[form]} of {EXCHANGED_DTYPES[dtype]}, dim={dim}, {MODE_NAMES[mode]} {GRADIENT_NAMES[gradients]}"

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts
+from mixture_of_experts.parallel.sharded_experts import ShardedExperts
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.private_torch import ignore_in_ddp
-from mixture_of_experts.whole_model.balancing import names_of_counts
+from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -24,8 +24,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     own = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
-        if isinstance(module, ExpertParallelExperts)
-        for name in module.expert_parallel.stacked
+        if isinstance(module, ShardedExperts)
+        for name in module.sharding.sharded_names
     }
     return {name: parameter for name, parameter in model.named_parameters() if name in own}
 
@@ -42,7 +42,7 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     These are the experts, and the counts of gates with an expert bias: DDP would overwrite the counts in every forward
     with those of the first rank.
     """
-    ignore_in_ddp(model, names_of_counts(model) | expert_parameters(model).keys())
+    ignore_in_ddp(model, find_rank_local_buffers(model) | expert_parameters(model).keys())
     return model
 
 
@@ -63,9 +63,9 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     if group.size() == 1:
         return
-    for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
+    for bucket in _make_buckets(parameter for parameter in parameters if parameter.requires_grad):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        parts = [_local(grad) for grad in grads]
+        parts = [_to_local(grad) for grad in grads]
         present = parts[0].new_tensor([p.grad is not None for p in bucket])
         flat = torch.cat([*(part.flatten() for part in parts), present])
         dist.all_reduce(flat, group=group)
@@ -113,18 +113,18 @@ def clip_grad_norm_(
     return total
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor; without autograd both share memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+def _make_buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
     """Lists of parameters of one dtype and device, of about 2**25 elements each: few collectives, little memory."""
     open_buckets: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         kind = (parameter.dtype, parameter.device)
         bucket = open_buckets.setdefault(kind, [])
         bucket.append(parameter)
-        if sum(_local(member).numel() for member in bucket) >= 2**25:
+        if sum(_to_local(member).numel() for member in bucket) >= 2**25:
             yield open_buckets.pop(kind)
     yield from open_buckets.values()

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe_layer
+from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe_sharded_layer
 
 
 def parallelize_module(
@@ -38,7 +38,7 @@ def parallelize_module(
     check_mesh(device_mesh)
     check_ranks_agree(lambda: describe_plan(module, device_mesh, plan), device_mesh)
     for key, style in plan.items():
-        for submodule in matching_submodules(module, key):
+        for submodule in find_matching_submodules(module, key):
             tensor_parallel.parallelize_module(submodule, device_mesh, style, src_data_rank=src_data_rank)
     return module
 
@@ -46,9 +46,9 @@ def parallelize_module(
 def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
     """Everything in which the ranks' models must agree; raises for a wrong plan, or a layer that cannot be spread."""
     description: dict[str, Any] = {}
-    spread_by: dict[Any, str] = {}  # experts
+    sharded_by: dict[Any, str] = {}  # experts
     for key, style in plan.items():
-        found = matching_submodules(module, key)
+        found = find_matching_submodules(module, key)
         if not found:
             names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
             raise ValueError(f"plan key {key!r} matches no submodule of {type(module).__name__}: there are {names}")
@@ -56,17 +56,17 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
             continue
         for layer, name in found.items():
             try:
-                of_layer = describe_layer(layer, style.sharding(layer, mesh))
+                of_layer = describe_sharded_layer(layer, style.sharding(layer, mesh))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}" if name else str(error)) from error
             by = f"{name} (by {key!r})"
-            if (first := spread_by.setdefault(layer.experts, by)) is not by:
+            if (first := sharded_by.setdefault(layer.experts, by)) is not by:
                 raise ValueError(f"{by} has the experts of {first}: give each layer its own, and name it by one key")
             description |= {f"{name}.{what}".lstrip("."): value for what, value in of_layer.items()}
     return description
 
 
-def matching_submodules(module: nn.Module, key: str) -> dict[nn.Module, str]:
+def find_matching_submodules(module: nn.Module, key: str) -> dict[nn.Module, str]:
     """The submodules that match a key of a plan, each once, with its name; every part of the key may have wildcards."""
     found: dict[nn.Module, str] = {}
     for name, submodule in module.named_modules(remove_duplicate=False):

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mixture_of_experts.parallel.exchange import Channel
 
-Gradient = Literal["mean", "sum"]
+GradientReduction = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,25 @@ class ExpertSharding:
     """
 
     mesh: DeviceMesh
-    dims: tuple[int, ...]
-    gradient: Gradient
+    expert_dims: tuple[int, ...]
+    gradient: GradientReduction
     static_shapes: bool
-    stacked: frozenset[str]
+    sharded_names: frozenset[str]
     shared_batch: DeviceMesh | None = None
 
     @property
     def local_dims(self) -> tuple[int, ...]:
         """`*l`, the number of experts of one rank."""
-        return (self.dims[0] // self.mesh.size(), *self.dims[1:])
+        return (self.expert_dims[0] // self.mesh.size(), *self.expert_dims[1:])
 
     @property
-    def experts(self) -> range:
+    def local_expert_ids(self) -> range:
         """The indices of this rank's experts, flat and outer-major."""
         each, rank = math.prod(self.local_dims), self.mesh.get_local_rank()
         return range(rank * each, (rank + 1) * each)
 
     @property
-    def factor(self) -> float:
+    def gradient_factor(self) -> float:
         """The factor of an expert's gradient, which itself is the sum over the losses of all ranks."""
         return 1 / self.mesh.size() if self.gradient == "mean" else 1.0
 

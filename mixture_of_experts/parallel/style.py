@@ -16,11 +16,11 @@ from mixture_of_experts.experts import ExpertList
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
-from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts, parallel_class
+from mixture_of_experts.parallel.sharded_experts import ShardedExperts, make_sharded_class
+from mixture_of_experts.parallel.sharding import ExpertSharding, GradientReduction
 from mixture_of_experts.support.checks import check_choice, check_sizes
 
-PLACE = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # what differs between ranks in what modules print
+RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # what differs between ranks in what modules print
 
 
 class ExpertParallel(ParallelStyle):
@@ -56,13 +56,13 @@ class ExpertParallel(ParallelStyle):
     def __init__(
         self,
         *,
-        gradient: Gradient = "mean",
+        gradient: GradientReduction = "mean",
         static_shapes: bool = False,
         batch_group: dist.ProcessGroup | DeviceMesh | None = None,
         replicated: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self.gradient: Gradient = check_choice("gradient", gradient, ("mean", "sum"))  # type: ignore[assignment]
+        self.gradient: GradientReduction = check_choice("gradient", gradient, ("mean", "sum"))  # type: ignore[assignment]
         self.static_shapes = static_shapes
         self.batch_group: dist.ProcessGroup | None = as_process_group("batch_group", batch_group)
         self.replicated: frozenset[str] = frozenset([replicated] if isinstance(replicated, str) else replicated)
@@ -70,14 +70,14 @@ class ExpertParallel(ParallelStyle):
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""
         dims, experts = check_layer(module, mesh)
-        stacked = stacked_names(experts, dims, self.replicated)
+        stacked = find_sharded_names(experts, dims, self.replicated)
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Spread one layer; called by `parallelize_module`."""
         check_mesh(device_mesh)
-        check_ranks_agree(lambda: describe_layer(module, self.sharding(module, device_mesh)), device_mesh)
-        spread(spread_part(module)[1], self.sharding(module, device_mesh), self.src_data_rank)
+        check_ranks_agree(lambda: describe_sharded_layer(module, self.sharding(module, device_mesh)), device_mesh)
+        shard_experts(find_experts_to_shard(module)[1], self.sharding(module, device_mesh), self.src_data_rank)
         for tensor in (*module.parameters(), *module.buffers()):
             if self.src_data_rank is not None and not isinstance(tensor, DTensor) and not tensor.is_meta:
                 first = distribute_tensor(tensor.detach(), device_mesh, src_data_rank=self.src_data_rank)
@@ -116,8 +116,8 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
             f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: let the plan's key name "
             "the layer itself"
         )
-    path, experts = spread_part(module)
-    if isinstance(experts, ExpertParallelExperts):
+    path, experts = find_experts_to_shard(module)
+    if isinstance(experts, ShardedExperts):
         raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
     if isinstance(experts, ExpertList):
         raise TypeError(
@@ -125,14 +125,14 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
             "whose parameters begin with the experts' dimension"
         )
     dims = check_sizes("num_experts", module.num_experts)
-    check_divides(dims, mesh)
+    check_divisible(dims, mesh)
     for name, parameter in experts.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"{path}.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
     return dims, experts
 
 
-def check_divides(dims: Sequence[int], mesh: DeviceMesh) -> None:
+def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
     if dims[0] % mesh.size():
         outer = "outer " if len(dims) > 1 else ""
         raise ValueError(
@@ -141,7 +141,7 @@ def check_divides(dims: Sequence[int], mesh: DeviceMesh) -> None:
         )
 
 
-def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
+def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
     """The path and the module of the experts to spread: inside latent experts the inner ones, of narrow tokens."""
     path, experts = "experts", layer.get_submodule("experts")
     while getattr(experts, "works_on", None) == "tokens":
@@ -149,18 +149,18 @@ def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
     return path, experts
 
 
-def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
+def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
     """Everything in which the ranks' layers must agree: shapes and dtypes of tensors, and what modules print."""
-    description: dict[str, Any] = {"number of experts": sharding.dims}
+    description: dict[str, Any] = {"number of experts": sharding.expert_dims}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
     for name, part in module.named_modules():
-        description[name or "the layer"] = PLACE.sub("", f"{type(part).__name__}({part.extra_repr()})")
+        description[name or "the layer"] = RANK_SPECIFIC_PATTERN.sub("", f"{type(part).__name__}({part.extra_repr()})")
     settings = {"gradient": sharding.gradient, "static_shapes": sharding.static_shapes}
-    return {**description, "stacked": sorted(sharding.stacked), **settings}
+    return {**description, "stacked": sorted(sharding.sharded_names), **settings}
 
 
-def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
+def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
     """The names of parameters and buffers that are stacks over experts: their first sizes are `dims`."""
     parameters = dict(experts.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(experts.named_buffers(remove_duplicate=False))}
@@ -177,10 +177,10 @@ def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collect
     return frozenset(names)
 
 
-def spread(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
+def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
     """Keep this rank's part of the stacks, and give the experts the class that exchanges tokens with other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
-    for name in sorted(sharding.stacked):  # in the same order on all ranks
+    for name in sorted(sharding.sharded_names):  # in the same order on all ranks
         path, _, own_name = name.rpartition(".")
         parameters = experts.get_submodule(path)._parameters
         whole = parameters.get(own_name)
@@ -192,5 +192,5 @@ def spread(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | No
             sharded = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)
             made[whole] = nn.Parameter(sharded, whole.requires_grad)
         parameters[own_name] = made[whole]
-    experts.__dict__["expert_parallel"] = sharding
-    experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
+    experts.__dict__["sharding"] = sharding
+    experts.__class__ = make_sharded_class(type(experts))  # type: ignore[assignment]

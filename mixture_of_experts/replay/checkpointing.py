@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
 #: operators that make choices of numbers
-CHOOSE = {
+CHOICE_OPERATORS = {
     f"aten.{name}"
     for name in ("argmax", "argmin", "max", "multinomial", "sort", "topk", "lt", "le", "gt", "ge", "eq", "ne")
 }
@@ -44,5 +44,5 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
     """
     first = args[0] if args else None
     name, _, _ = str(operator).rpartition(".")  # without the overload
-    chooses = name in CHOOSE and isinstance(first, Tensor) and first.is_floating_point()
+    chooses = name in CHOICE_OPERATORS and isinstance(first, Tensor) and first.is_floating_point()
     return CheckpointPolicy.MUST_SAVE if chooses else CheckpointPolicy.PREFER_RECOMPUTE

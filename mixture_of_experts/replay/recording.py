@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.gating.given import GIVEN, LIVE
-from mixture_of_experts.replay.hooks import ChoiceHooks
+from mixture_of_experts.gating.overrides import GIVEN, KEEP_ROUTER_CHOICE
+from mixture_of_experts.replay.choice_hooks import ChoiceHooks
 from mixture_of_experts.replay.records import RoutingRecords
-from mixture_of_experts.replay.sequences import ChoiceSite, SequencesCall, choice_sites
-from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.replay.sequences import RoutingPoint, SequenceCall, find_routing_points
+from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_flag
-from mixture_of_experts.whole_model.sites import Gates
+from mixture_of_experts.whole_model.router_discovery import GateSelection
 
 
 @contextmanager
-def record_routing(model: nn.Module, *, gates: Gates | None = None, weights: bool = False) -> Iterator[RoutingRecords]:
+def record_routing(
+    model: nn.Module, *, gates: GateSelection | None = None, weights: bool = False
+) -> Iterator[RoutingRecords]:
     """Record the choices of every gate in `model`, while the context lasts, for `replay_routing`.
 
     It finds the gates that `track_routing` finds: gates of token choice of this package, and the routers of MoE models
@@ -61,40 +63,42 @@ def record_routing(model: nn.Module, *, gates: Gates | None = None, weights: boo
         ...     bool((moe(x)[0] == out).all())
         True
     """
-    recording = Recording(choice_sites(model, "record_routing", gates, check_flag("weights", weights)), weights)
-    with Attached() as hooks:
-        recording.start(hooks)
+    recording = RoutingRecorder(
+        find_routing_points(model, "record_routing", gates, check_flag("weights", weights)), weights
+    )
+    with Attachments() as hooks:
+        recording.attach_hooks(hooks)
         yield recording.records
 
 
-class Recording(ChoiceHooks):
+class RoutingRecorder(ChoiceHooks):
     """Stores what gates choose for `records`, made by `record_routing`."""
 
-    weights: bool
+    records_weights: bool
 
-    def __init__(self, sites: list[ChoiceSite], weights: bool) -> None:
-        super().__init__(sites)
-        self.weights = weights
-        none: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-        numbers = {site.name: site.num_experts for site in sites}
+    def __init__(self, points: list[RoutingPoint], weights: bool) -> None:
+        super().__init__(points)
+        self.records_weights = weights
+        none: dict[str, list[Tensor]] = {point.name: [] for point in points}
+        numbers = {point.name: point.num_experts for point in points}
         self.records: RoutingRecords = RoutingRecords(none, numbers, none if weights else None)
-        self.unread: list[Any] | None = self.records._unread
+        self.pending_forwards: list[Any] | None = self.records._unread
 
-    def after(self, site: ChoiceSite, call: SequencesCall, routing: Any, kwargs: Any) -> None:
+    def on_choices(self, point: RoutingPoint, call: SequenceCall, routing: Any, kwargs: Any) -> None:
         expert = torch.where(routing.kept, routing.expert, -2 - routing.expert)
         if routing.weighed is not None:
             expert = torch.where(routing.weighed, expert, -1)
-        expert, given = expert.unflatten(-1, (-1, site.k)), kwargs.get(GIVEN)
+        expert, given = expert.unflatten(-1, (-1, point.k)), kwargs.get(GIVEN)
         if given is not None:  # a choice that was given as not made is recorded as it was given
-            expert = torch.where((given < 0) & (given != LIVE), given, expert)
-        self.note(site, call, *([expert, routing.weight.detach()] if self.weights else [expert]))
+            expert = torch.where((given < 0) & (given != KEEP_ROUTER_CHOICE), given, expert)
+        self.store_choices(point, call, *([expert, routing.weight.detach()] if self.records_weights else [expert]))
 
-    def after_block(self, site: ChoiceSite, call: SequencesCall, output: object, expert: Tensor) -> None:
-        self.note(site, call, expert)
+    def on_block_choices(self, point: RoutingPoint, call: SequenceCall, output: object, expert: Tensor) -> None:
+        self.store_choices(point, call, expert)
 
-    def note(self, site: ChoiceSite, call: SequencesCall, expert: Tensor, *weight: Tensor) -> None:
+    def store_choices(self, point: RoutingPoint, call: SequenceCall, expert: Tensor, *weight: Tensor) -> None:
         """Store what a gate chose in a forward, in as few bytes as its experts take."""
-        sizes, mask = call.entered[site.name]
-        small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
-        values = [each.reshape(*sizes, site.k) for each in (expert.detach().to(small), *weight)]
-        call.chosen[site.name] = values, mask, call.seen
+        sizes, mask = call.entered_gates[point.name]
+        small = torch.int16 if point.num_experts < 1 << 14 else torch.int32
+        values = [each.reshape(*sizes, point.k) for each in (expert.detach().to(small), *weight)]
+        call.choices[point.name] = values, mask, call.num_seen

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.gating.overrides import KEEP_ROUTER_CHOICE
 
-FORMAT = "mixture_of_experts.routing/2"
-READING = threading.Lock()
+RECORDS_FORMAT = "mixture_of_experts.routing/2"
+READ_LOCK = threading.Lock()
 
 #: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
 #: real tokens, None if all are; how many of each sequence were read before, `(b,)` or one number for all
-Forward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
+RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):
@@ -57,12 +57,12 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         num_experts: Mapping[str, int | None] | None = None,
         weights: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
-        self._experts = checked("experts", experts, "integers", is_integer)
+        self._experts = check_records("experts", experts, "integers", is_integer_tensor)
         self._weights = (
-            None if weights is None else checked("weights", weights, "floating point", torch.is_floating_point)
+            None if weights is None else check_records("weights", weights, "floating point", torch.is_floating_point)
         )
         self._num_experts = dict(num_experts or {})
-        self._unread: list[dict[str, Forward]] = []  # what a recording stored, by gate, for each forward
+        self._unread: list[dict[str, RecordedForward]] = []  # what a recording stored, by gate, for each forward
         if not self._experts:
             raise ValueError("experts is empty: give a list of records for each gate")
         wanted, got = (
@@ -89,7 +89,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     def weights(self) -> dict[str, list[Tensor]] | None:
         """For each gate the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
         if choices alone were recorded."""
-        self._read()
+        self._read_pending()
         return self._weights
 
     def lengths(self, layer: str) -> list[int]:
@@ -117,26 +117,26 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """The choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
         if layer not in self._experts:
             raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self.layers))}")
-        self._read()
+        self._read_pending()
         return self._experts[layer]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
-    def _read(self) -> None:
+    def _read_pending(self) -> None:
         """Take from its device what a recording has stored: of all gates, or, if it raises, of none."""
         if not self._unread:
             return
-        with READING:  # another thread may read, and a recording may append
+        with READ_LOCK:  # another thread may read, and a recording may append
             unread, both = self._unread.copy(), (self._experts, self._weights or {})
             read: tuple[dict[str, list[Tensor]], ...] = ({}, {})
-            for kind, kept in enumerate(both):
-                for name, before in kept.items():
+            for kind, stored in enumerate(both):
+                for name, before in stored.items():
                     found = [chosen[name] for chosen in unread if name in chosen]
                     forwards = [(values[kind], mask, seen) for values, mask, seen in found]
-                    read[kind][name] = joined(name, before, forwards)
-            for kept, new in zip(both, read, strict=True):
-                kept.update(new)
+                    read[kind][name] = append_forwards(name, before, forwards)
+            for stored, new in zip(both, read, strict=True):
+                stored.update(new)
             del self._unread[: len(unread)]
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
@@ -185,19 +185,24 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             >>> records.lengths("0"), records["1"][0].tolist()
             ([2], [[2, 3], [3, 2]])
         """
-        weighed = None
+        gate_weights = None
         if weights is not None:
-            of_gates = read_requests(weights).items()  # in float32, integers refused below
-            weighed = {name: [a.float() if a.is_floating_point() else a for a in of] for name, of in of_gates}
-        records = cls(read_requests(requests), None, weighed)
-        for of_gate in records._experts.values():
-            of_gate[:] = map(shortened, of_gate)
+            of_gates = parse_requests(weights).items()  # in float32, integers refused below
+            gate_weights = {name: [a.float() if a.is_floating_point() else a for a in of] for name, of in of_gates}
+        records = cls(parse_requests(requests), None, gate_weights)
+        for sequences in records._experts.values():
+            sequences[:] = map(compact_choices, sequences)
         return records
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a file that `load` reads."""
-        weights = None if self.weights is None else packed(self.weights)
-        found = {"format": FORMAT, "experts": packed(self), "num_experts": self._num_experts, "weights": weights}
+        weights = None if self.weights is None else pack_records(self.weights)
+        found = {
+            "format": RECORDS_FORMAT,
+            "experts": pack_records(self),
+            "num_experts": self._num_experts,
+            "weights": weights,
+        }
         torch.save(found, path)
 
     @classmethod
@@ -210,15 +215,15 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         with open(path, "rb") as file:
             try:
                 found = torch.load(file, weights_only=True, map_location="cpu")
-                if found["format"] != FORMAT:
-                    raise ValueError(f"its format is {found['format']!r}, wanted {FORMAT!r}")
+                if found["format"] != RECORDS_FORMAT:
+                    raise ValueError(f"its format is {found['format']!r}, wanted {RECORDS_FORMAT!r}")
                 return cls(found["experts"], found["num_experts"], found["weights"])
             except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
 
 
-def checked(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
+def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
     """The tensors of each gate, one for each sequence, if they are such."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must be a dict of records by gate, got a {type(given).__name__}")
@@ -231,17 +236,17 @@ def checked(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) ->
     return found
 
 
-def packed(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+def pack_records(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """The same records, of which those of a gate lie in one tensor: a file then has one for each gate."""
     return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
 
 
-def is_integer(array: Tensor) -> bool:
+def is_integer_tensor(array: Tensor) -> bool:
     """Whether an array has integers that int64 can hold."""
     return not (array.is_floating_point() or array.is_complex() or array.dtype in (torch.bool, torch.uint64))
 
 
-def joined(
+def append_forwards(
     name: str, before: list[Tensor], forwards: Iterable[tuple[Tensor, Tensor | None, Tensor | int]]
 ) -> list[Tensor]:
     """A gate's records, after forwards (values, mask, tokens read before) that begin sequences, or go on with the last
@@ -250,10 +255,10 @@ def joined(
     for values, mask, seen in forwards:
         found = values.cpu()
         rows = list(found) if mask is None else [*map(Tensor.__getitem__, found, mask.cpu())]
-        if begins(seen):
+        if starts_sequences(seen):
             records += rows
             continue
-        first, read = len(records) - len(rows), read_before(seen, len(rows))
+        first, read = len(records) - len(rows), previous_lengths(seen, len(rows))
         have = [len(record) for record in records[max(first, 0) :]]
         if first < 0 or any(map(int.__lt__, have, read)):
             raise RuntimeError(
@@ -264,26 +269,26 @@ def joined(
     return records
 
 
-def begins(seen: Tensor | int) -> bool:
+def starts_sequences(seen: Tensor | int) -> bool:
     """Whether a forward that has read so many tokens before begins new sequences."""
     return not isinstance(seen, Tensor) and seen == 0
 
 
-def read_before(seen: Tensor | int, sequences: int) -> list[int]:
+def previous_lengths(seen: Tensor | int, sequences: int) -> list[int]:
     """The number of tokens that a forward has read before of each of its sequences."""
     return seen.tolist() if isinstance(seen, Tensor) else [seen] * sequences
 
 
-def read_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
+def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
     """For each layer, by its number, the arrays `(s, k)` of all requests."""
-    arrays = [read_request(number, request) for number, request in enumerate(requests)]
+    arrays = [parse_request(number, request) for number, request in enumerate(requests)]
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
         raise ValueError(f"requests must be arrays (tokens, layers, k) of the same layers, got {numbers} layers")
     return {str(i): list(of_gate) for i, of_gate in enumerate(zip(*arrays, strict=True))}
 
 
-def read_request(number: int, request: Any) -> tuple[Tensor, ...]:
+def parse_request(number: int, request: Any) -> tuple[Tensor, ...]:
     """The arrays `(s, k)` of a request, one for each layer."""
     try:
         return torch.as_tensor(request).cpu().unbind(1)
@@ -293,8 +298,8 @@ def read_request(number: int, request: Any) -> tuple[Tensor, ...]:
         raise ValueError(f"request {number} must be an array (tokens, layers, k), got {got}{remedy}") from error
 
 
-def shortened(array: Tensor) -> Tensor:
+def compact_choices(array: Tensor) -> Tensor:
     """Choices `(s, k)` of an engine, int16 if they fit; the gate makes those of a row of nothing but -1."""
     wide = array.to(torch.int64)
     small = wide.to(torch.int16)
-    return torch.where((wide == -1).all(dim=-1, keepdim=True), LIVE, small if small.equal(wide) else wide)
+    return torch.where((wide == -1).all(dim=-1, keepdim=True), KEEP_ROUTER_CHOICE, small if small.equal(wide) else wide)

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mixture_of_experts.gating import reads_of
-from mixture_of_experts.gating.given import GIVEN, LIVE, check_given
-from mixture_of_experts.replay.hooks import ChoiceHooks
-from mixture_of_experts.replay.records import RoutingRecords, begins, read_before
-from mixture_of_experts.replay.sequences import ChoiceSite, SequencesCall, choice_sites
-from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.gating import get_side_inputs
+from mixture_of_experts.gating.overrides import GIVEN, KEEP_ROUTER_CHOICE, check_overrides
+from mixture_of_experts.replay.choice_hooks import ChoiceHooks
+from mixture_of_experts.replay.records import RoutingRecords, previous_lengths, starts_sequences
+from mixture_of_experts.replay.sequences import RoutingPoint, SequenceCall, find_routing_points
+from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_choice
-from mixture_of_experts.support.tracing import in_checkpoint
-from mixture_of_experts.whole_model.sites import Gates
+from mixture_of_experts.support.tracing import is_in_activation_checkpoint
+from mixture_of_experts.whole_model.router_discovery import GateSelection
 
-Beyond = Literal["error", "choose"]
+BeyondMode = Literal["error", "choose"]
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def replay_routing(
     model: nn.Module,
     records: RoutingRecords,
     *,
-    beyond: Beyond = "error",
-    gates: Gates | None = None,
+    beyond: BeyondMode = "error",
+    gates: GateSelection | None = None,
 ) -> Iterator[None]:
     """Have every gate in `model` choose what `records` say, while the context lasts.
 
@@ -74,55 +74,57 @@ def replay_routing(
         >>> chosen
         [[[3, 1, 0, 2]]]
     """
-    check_choice("beyond", beyond, get_args(Beyond))
+    check_choice("beyond", beyond, get_args(BeyondMode))
     if not isinstance(records, RoutingRecords):
         raise TypeError(
             f"records must be RoutingRecords, as record_routing yields, got a {type(records).__name__}: "
             "RoutingRecords.load reads a file, and RoutingRecords(...) takes a dict"
         )
-    sites = choice_sites(model, "replay_routing", gates, records.weights is not None)
-    replay = Replay(sites, records, beyond)
-    with Attached() as hooks:
+    points = find_routing_points(model, "replay_routing", gates, records.weights is not None)
+    replay = RoutingReplayer(points, records, beyond)
+    with Attachments() as hooks:
         hooks.callback(replay.close)
-        replay.start(hooks)
+        replay.attach_hooks(hooks)
         yield
 
 
-class Replay(ChoiceHooks):
+class RoutingReplayer(ChoiceHooks):
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
-    replays: ClassVar[bool] = True
-    beyond: Beyond
-    closed: bool
+    is_replay: ClassVar[bool] = True
+    beyond: BeyondMode
+    is_closed: bool
 
-    def __init__(self, sites: list[ChoiceSite], records: RoutingRecords, beyond: Beyond) -> None:
-        super().__init__(sites)
-        self.beyond, self.closed = beyond, False
-        layers, names = records.layers, [site.name for site in sites]
-        if len(layers) != len(sites):
+    def __init__(self, points: list[RoutingPoint], records: RoutingRecords, beyond: BeyondMode) -> None:
+        super().__init__(points)
+        self.beyond, self.is_closed = beyond, False
+        layers, names = records.layers, [point.name for point in points]
+        if len(layers) != len(points):
             raise ValueError(
-                f"the model has {len(sites)} gates ({', '.join(names)}), the records {len(layers)} "
+                f"the model has {len(points)} gates ({', '.join(names)}), the records {len(layers)} "
                 f"({', '.join(layers)})"
             )
-        self.lengths: dict[str, list[int]] = {}  # of the sequences of each gate
-        self.tables: dict[str, list[Tensor]] = {}  # `(b, s + 1, k)`, its choices, and their weights if there are any
-        for site, layer in zip(sites, names if set(layers) == set(names) else layers, strict=True):
-            self.lengths[site.name] = records.lengths(layer)
-            self.tables[site.name] = tables_of(site, layer, records)
-        self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
-        self.waiting: set[str] = set()  # blocks that no backward has run again yet
+        self.record_lengths: dict[str, list[int]] = {}  # of the sequences of each gate
+        self.choice_tables: dict[
+            str, list[Tensor]
+        ] = {}  # `(b, s + 1, k)`, its choices, and their weights if there are any
+        for point, layer in zip(points, names if set(layers) == set(names) else layers, strict=True):
+            self.record_lengths[point.name] = records.lengths(layer)
+            self.choice_tables[point.name] = build_choice_tables(point, layer, records)
+        self.recompute_choices: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
+        self.awaiting_backward: set[str] = set()  # blocks that no backward has run again yet
 
     def close(self) -> None:
-        self.closed = True
+        self.is_closed = True
 
-    def give(
-        self, site: ChoiceSite, call: SequencesCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
+    def supply_choices(
+        self, point: RoutingPoint, call: SequenceCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
     ) -> list[Tensor]:
         """`(b, n, k)` int64, the choices for the tokens of a forward; and their weights, if the records hold them."""
-        tables, seen = self.tables[site.name], 0 if call is None else call.seen
+        tables, seen = self.choice_tables[point.name], 0 if call is None else call.num_seen
         if call is not None:
-            self.check(site, call, shape, mask)
-            call.chosen[site.name] = None
+            self.check_forward(point, call, shape, mask)
+            call.choices[point.name] = None
         if mask is None:
             index = torch.arange(shape[1], device=device).expand(shape)
         else:
@@ -130,99 +132,107 @@ class Replay(ChoiceHooks):
         index = index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen)
         if tables[0].device != device:
             tables[:] = [table.to(device) for table in tables]
-        inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, site.k)
+        inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, point.k)
         return [table.gather(1, inside) for table in tables]
 
-    def give_block(self, site: ChoiceSite, call: SequencesCall | None, device: Any) -> Tensor:
+    def supply_block_choices(self, point: RoutingPoint, call: SequenceCall | None, device: Any) -> Tensor:
         """`(b n, k)` int64, the choices for the tokens of a block; those of its last forward if it runs again."""
         if call is None:
-            self.waiting.discard(site.name)
-            return self.to_run_again[site.name]
-        sizes, mask = call.entered[site.name]
-        given = self.give(site, call, sizes, mask, device)[0].flatten(0, 1)
-        if site.called.training and in_checkpoint():
-            if site.name in self.waiting and not self.to_run_again[site.name].equal(given):
+            self.awaiting_backward.discard(point.name)
+            return self.recompute_choices[point.name]
+        sizes, mask = call.entered_gates[point.name]
+        given = self.supply_choices(point, call, sizes, mask, device)[0].flatten(0, 1)
+        if point.hook_target.training and is_in_activation_checkpoint():
+            if point.name in self.awaiting_backward and not self.recompute_choices[point.name].equal(given):
                 raise RuntimeError(
-                    f"{site.name!r} runs under activation checkpointing on two batches of other padding before a "
+                    f"{point.name!r} runs under activation checkpointing on two batches of other padding before a "
                     "backward, which could not tell them apart: call the backward of the first one first"
                 )
-            self.to_run_again[site.name] = given
-            self.waiting.add(site.name)
+            self.recompute_choices[point.name] = given
+            self.awaiting_backward.add(point.name)
         return given
 
-    def check(self, site: ChoiceSite, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None) -> None:
+    def check_forward(
+        self, point: RoutingPoint, call: SequenceCall, shape: tuple[int, int], mask: Tensor | None
+    ) -> None:
         """Check that a forward has as many sequences and tokens as the records; in a graph only sequences."""
-        lengths = self.lengths[site.name]
+        lengths = self.record_lengths[point.name]
         if shape[0] != len(lengths):
             raise ValueError(
-                f"a forward of {shape[0]} sequences came to {site.name!r}, the records have {len(lengths)}: "
+                f"a forward of {shape[0]} sequences came to {point.name!r}, the records have {len(lengths)}: "
                 "records.select(...) takes the sequences of a batch"
             )
         if torch.compiler.is_compiling():
             return
-        if site.called.training and in_checkpoint() and (not begins(call.seen) or not torch.is_grad_enabled()):
+        if (
+            point.hook_target.training
+            and is_in_activation_checkpoint()
+            and (not starts_sequences(call.num_seen) or not torch.is_grad_enabled())
+        ):
             raise RuntimeError(
-                f"{site.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
+                f"{point.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
                 "backward would not know what to replay: pass use_reentrant=False and use_cache=False"
             )
-        if any(found is mask and fit == lengths for found, fit in call.checked):
+        if any(found is mask and fit == lengths for found, fit in call.checked_masks):
             return
         real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
-        for i, (length, new, read) in enumerate(zip(lengths, real, read_before(call.seen, shape[0]), strict=True)):
+        for i, (length, new, read) in enumerate(
+            zip(lengths, real, previous_lengths(call.num_seen, shape[0]), strict=True)
+        ):
             short = new + read < length and call.cache is None
             if short or (new + read > length and self.beyond == "error"):
                 remedy = "records.select(sequences, tokens) cuts them" if short else 'beyond="choose" lets gates choose'
                 raise ValueError(
-                    f"sequence {i} has {new + read} real tokens at {site.name!r}, its record has {length}: {remedy}"
+                    f"sequence {i} has {new + read} real tokens at {point.name!r}, its record has {length}: {remedy}"
                 )
-        call.checked.append((mask, lengths))
+        call.checked_masks.append((mask, lengths))
 
-    def after(self, site: ChoiceSite, call: SequencesCall, output: Any, more: Any) -> None:
+    def on_choices(self, point: RoutingPoint, call: SequenceCall, output: Any, more: Any) -> None:
         """Have a backward after the context raise an error: without hooks, recomputed gates would choose themselves."""
-        if torch.compiler.is_compiling() or not in_checkpoint():
+        if torch.compiler.is_compiling() or not is_in_activation_checkpoint():
             return
         for part in output if isinstance(output, tuple) else (getattr(output, "weight", output),):
             if isinstance(part, Tensor) and part.requires_grad:
-                part.register_hook(partial(self.refuse_if_closed, site.name))
+                part.register_hook(partial(self.raise_if_closed, point.name))
 
-    after_block = after
+    on_block_choices = on_choices
 
-    def refuse_if_closed(self, name: str, grad: Tensor) -> None:
-        if self.closed:
+    def raise_if_closed(self, name: str, grad: Tensor) -> None:
+        if self.is_closed:
             raise RuntimeError(
                 f"activation checkpointing runs {name!r} again after replay_routing was left, so that it would choose "
                 "by itself: call the backward inside the context"
             )
 
 
-def tables_of(site: ChoiceSite, layer: str, records: RoutingRecords) -> list[Tensor]:
+def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords) -> list[Tensor]:
     """The choices `(b, s + 1, k)` of a gate, int64, and their weights if there are any, after a check that they fit.
     Behind the end of a record stands what means "the gate's own"."""
-    of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
-    if not site.site.external and GIVEN not in reads_of(site.site.gate):
+    prefix = f"{point.name!r}" + ("" if layer == point.name else f" (the records' {layer!r})")
+    if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
         raise ValueError(
-            f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
-            f"`self.merge_given(tokens, expert)`, and add {GIVEN!r} to its `reads`"
+            f"{prefix} is a {point.router.class_name}, which cannot be given choices: let its `decide` choose by "
+            f"`self.apply_overrides(tokens, expert)`, and add {GIVEN!r} to its `side_inputs`"
         )
-    k = {record.shape[1] for record in records[layer]} - {site.k}
+    k = {record.shape[1] for record in records[layer]} - {point.k}
     if k:
-        raise ValueError(f"{of} makes {site.k} choices for a token, the records have {k.pop()}")
-    if (e := records.num_experts(layer)) not in (None, site.num_experts):
-        raise ValueError(f"{of} has {site.num_experts} experts, the records are of {e}")
-    experts = padded([record.long() for record in records[layer]], site.k, LIVE)
+        raise ValueError(f"{prefix} makes {point.k} choices for a token, the records have {k.pop()}")
+    if (e := records.num_experts(layer)) not in (None, point.num_experts):
+        raise ValueError(f"{prefix} has {point.num_experts} experts, the records are of {e}")
+    experts = pad_records([record.long() for record in records[layer]], point.k, KEEP_ROUTER_CHOICE)
     try:
-        check_given(experts, site.num_experts)
+        check_overrides(experts, point.num_experts)
     except ValueError as error:
-        raise ValueError(f"{of}: in the records, {error}") from error
-    if site.site.external and bool(((experts < 0) & (experts != LIVE)).any()):
-        raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")
+        raise ValueError(f"{prefix}: in the records, {error}") from error
+    if point.router.is_external and bool(((experts < 0) & (experts != KEEP_ROUTER_CHOICE)).any()):
+        raise ValueError(f"{prefix} makes {point.k} choices for every token, in the records some are not made")
     if records.weights is None:
         return [experts]
-    weights = padded(records.weights[layer], site.k, torch.nan)
-    return [experts, weights.masked_fill(experts == LIVE, torch.nan)]
+    weights = pad_records(records.weights[layer], point.k, torch.nan)
+    return [experts, weights.masked_fill(experts == KEEP_ROUTER_CHOICE, torch.nan)]
 
 
-def padded(records: list[Tensor], k: int, filler: float) -> Tensor:
+def pad_records(records: list[Tensor], k: int, filler: float) -> Tensor:
     """The record `(s, k)` of each sequence in one tensor `(b, s + 1, k)`."""
-    longer = torch.full((max([0, *map(len, records)]) + 1, k), filler)
-    return pad_sequence([*records, longer], batch_first=True, padding_value=filler)[:-1]
+    longest = torch.full((max([0, *map(len, records)]) + 1, k), filler)
+    return pad_sequence([*records, longest], batch_first=True, padding_value=filler)[:-1]

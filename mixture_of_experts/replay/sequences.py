@@ -13,111 +13,131 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mixture_of_experts.gating import ExpertChoiceGating, reads_of
-from mixture_of_experts.gating.given import COUNTED, GIVEN_WEIGHTS
+from mixture_of_experts.gating import ExpertChoiceGating, get_side_inputs
+from mixture_of_experts.gating.overrides import COUNTED, GIVEN_WEIGHTS
 from mixture_of_experts.moe import HeirarchicalMoE
-from mixture_of_experts.support.private_torch import number_of_backward
+from mixture_of_experts.support.private_torch import get_backward_id
 from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
-from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, cache_of, read_tokens, seen_tokens
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, places, serve
+from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
+from mixture_of_experts.whole_model.model_tokens import (
+    TokenMetadata,
+    TokensReader,
+    count_seen_tokens,
+    get_cache,
+    read_token_metadata,
+)
+from mixture_of_experts.whole_model.router_discovery import (
+    GateSelection,
+    RouterHandle,
+    check_supported,
+    find_routers,
+    iter_named_modules,
+)
 
-LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
+LAYER_INPUTS, GATE_INPUTS = ("inputs", "mask"), ("x", "importance", "mask")
 
 
-class ChoiceSite(NamedTuple):
+class RoutingPoint(NamedTuple):
     """A gate in one layer, and the module whose arguments tell of which tokens its choices are."""
 
     name: str
-    site: Site
-    called: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
+    router: RouterHandle
+    hook_target: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
     k: int
-    layer: str  # its path, which tells the places of a gate in several layers apart, in a graph too
+    layer_path: str  # its path, which tells the places of a gate in several layers apart, in a graph too
 
     @property
     def num_experts(self) -> int:
-        return self.site.num_experts
+        return self.router.num_experts
 
-    def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+    def read_inputs(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
         """The inputs `(..., n, d)` of a layer or gate, the sizes `(b, n)` of their tokens, and their mask `(b, n)`."""
-        names = BARE if self.called is self.site.called else LAYER
+        names = GATE_INPUTS if self.hook_target is self.router.hook_target else LAYER_INPUTS
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, mask = given[names[0]], given.get("mask")
         sizes, mask = (math.prod(x.shape[:-2]), x.shape[-2]), given.get(COUNTED) if mask is None else mask
         return x, sizes, None if mask is None else mask.reshape(sizes)
 
 
-def choice_sites(model: nn.Module, ability: str, gates: Gates | None, weights: bool) -> list[ChoiceSite]:
+def find_routing_points(
+    model: nn.Module, feature: str, gates: GateSelection | None, weights: bool
+) -> list[RoutingPoint]:
     """A site for each layer in which a gate of the model stands, in the model's order. Blocks that choose by a table of
     token ids are left out, unless `gates` asks for them.
 
     Args:
-        model, ability, gates: see `find_sites`.
+        model, ability, gates: see `find_routers`.
         weights: whether the weights of choices have to be served too.
     """
-    sites = find_sites(model, ability, gates)
+    routers = find_routers(model, feature, gates)
     if gates is None:
-        sites = [site for site in sites if not chosen_by_ids(site)]
-    serve(sites, ability, why_no_choices)
+        routers = [router for router in routers if not chooses_by_token_ids(router)]
+    check_supported(routers, feature, replay_unsupported_reason)
     if weights:
-        serve(sites, f"{ability} of weights", why_no_weights)
+        check_supported(routers, f"{feature} of weights", weight_replay_unsupported_reason)
     found = {}
-    for site in sites:
-        for location in reversed(site.locations):  # a layer at two paths has the name of the first
-            called = site.called if location.layer is None else location.layer
+    for router in routers:
+        for location in reversed(router.locations):  # a layer at two paths has the name of the first
+            called = router.hook_target if location.layer is None else location.layer
             path = location.name.rpartition(".")[0]
-            found[site, location.layer] = ChoiceSite(location.name, site, called, site.k or 0, path)
-    order = {place.name: number for number, place in enumerate(places(model))}
+            found[router, location.layer] = RoutingPoint(location.name, router, called, router.k or 0, path)
+    order = {place.name: number for number, place in enumerate(iter_named_modules(model))}
     return sorted(found.values(), key=lambda one: order.get(one.name, 0))
 
 
-def chosen_by_ids(site: Site) -> bool:
-    return site.block is not None and site.block.experts_of_id is not None
+def chooses_by_token_ids(router: RouterHandle) -> bool:
+    return router.block is not None and router.block.experts_of_id is not None
 
 
-def why_no_choices(site: Site) -> str | None:
+def replay_unsupported_reason(router: RouterHandle) -> str | None:
     """Why the choices of a site can be neither recorded nor replayed; None if they can."""
-    if chosen_by_ids(site):
+    if chooses_by_token_ids(router):
         return "a table of token ids chooses there"
-    if site.k is None or isinstance(site.gate, ExpertChoiceGating):
+    if router.k is None or isinstance(router.gate, ExpertChoiceGating):
         return "tokens make no k choices there"
-    return f"it has outer_expert_dims={site.outer}, as in layers of two levels" if site.outer else None
+    return (
+        f"it has outer_expert_dims={router.outer_expert_dims}, as in layers of two levels"
+        if router.outer_expert_dims
+        else None
+    )
 
 
-def why_no_weights(site: Site) -> str | None:
+def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
     """Why the weights of a site can be neither recorded nor replayed; None if they can."""
-    if site.external:
+    if router.is_external:
         return "its own code computes the weights: convert the block by from_transformers"
-    if any(isinstance(location.layer, HeirarchicalMoE) for location in site.locations):
+    if any(isinstance(location.layer, HeirarchicalMoE) for location in router.locations):
         return "a layer of two levels is given choices alone"
-    return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
+    return None if GIVEN_WEIGHTS in get_side_inputs(router.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
 
 
 # Calls
 
 
 @dataclass(eq=False)
-class SequencesCall(ForwardCall):
+class SequenceCall(ForwardCall):
     """A forward, under way, of a model around gates."""
 
-    tokens: TokensAround
-    seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
+    tokens: TokenMetadata
+    num_seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
     cache: Any  # that of transformers, if it has one
-    entered: dict[str, Any] = field(default_factory=dict)  # sizes `(b, n)` and mask of tokens, by gate
-    chosen: dict[str, Any] = field(default_factory=dict)  # what gates chose, or were given
-    checked: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
-    layer: str = ""  # path of the layer that runs
+    entered_gates: dict[str, Any] = field(default_factory=dict)  # sizes `(b, n)` and mask of tokens, by gate
+    choices: dict[str, Any] = field(default_factory=dict)  # what gates chose, or were given
+    checked_masks: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
+    layer_path: str = ""  # path of the layer that runs
 
-    def enter(self, site: ChoiceSite, sizes: tuple[int, int], mask: Tensor | None) -> None:
+    def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
         """A gate is called for tokens of such sizes `(b, n)` and mask."""
-        if site.name in self.entered:
+        if point.name in self.entered_gates:
             raise RuntimeError(
-                f"{site.name!r} ran twice in one forward, but a record has room for one call: call it once"
+                f"{point.name!r} ran twice in one forward, but a record has room for one call: call it once"
             )
-        self.layer, self.entered[site.name] = site.layer, (sizes, mask)
+        self.layer_path, self.entered_gates[point.name] = point.layer_path, (sizes, mask)
 
 
-class Sequences(Watch):
+class SequenceWatch(ForwardWatch):
     """Tells the sequences of the forward that is under way, for one model around gates.
 
     Args:
@@ -129,61 +149,63 @@ class Sequences(Watch):
 
     def __init__(self, owner: Any, model: nn.Module) -> None:
         super().__init__(owner)
-        self.read: TokensReader = TokensReader(model)
-        self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
+        self.reader: TokensReader = TokensReader(model)
+        self.last_cache: tuple[Any, Any, Any] | None = (
+            None  # weak references to the last cache and keys in it; their shape
+        )
 
-    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequencesCall:
-        given = self.read.given(args, kwargs)
-        cache = cache_of(given)
-        self.refuse_beams(cache)
-        return SequencesCall(read_tokens(given), seen_tokens(given), cache)
+    def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:
+        given = self.reader.pick_arguments(args, kwargs)
+        cache = get_cache(given)
+        self.check_no_beam_search(cache)
+        return SequenceCall(read_token_metadata(given), count_seen_tokens(given), cache)
 
-    def ended(self, call: SequencesCall, output: object) -> None:
-        missing = sorted(call.entered.keys() - call.chosen.keys())
-        if missing or not call.chosen:
+    def on_success(self, call: SequenceCall, output: object) -> None:
+        missing = sorted(call.entered_gates.keys() - call.choices.keys())
+        if missing or not call.choices:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
                 f"a forward ran {what}, as far as hooks tell. If a part of the model was compiled and called before, "
                 "its graph has no hooks: call torch.compiler.reset() first, or enter the context before the first "
                 "compiled call"
             )
-        keys = keys_of(call.cache)
-        self.left = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
-        if self.owner.unread is not None:
-            self.owner.unread.append(call.chosen)
+        keys = get_cached_keys(call.cache)
+        self.last_cache = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
+        if self.owner.pending_forwards is not None:
+            self.owner.pending_forwards.append(call.choices)
 
-    def refuse_beams(self, cache: Any) -> None:
+    def check_no_beam_search(self, cache: Any) -> None:
         """Refuse a cache whose sequences were exchanged since the last forward: others would go on with their records.
 
         Whoever does so gives the cache other tensors of the same shape.
         """
-        keys = keys_of(cache)
-        if keys is None or self.left is None or self.left[0]() is not cache:
+        keys = get_cached_keys(cache)
+        if keys is None or self.last_cache is None or self.last_cache[0]() is not cache:
             return
-        if self.left[1]() is not keys and self.left[2] == keys.shape:
+        if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
             raise RuntimeError(
                 "the sequences of the cache were exchanged between two forwards, as beam search does (num_beams > 1): "
                 "choices of such a generation can be neither recorded nor replayed. Generate without beams, or run the "
                 "finished sequences once more"
             )
 
-    def call(self, site: ChoiceSite) -> SequencesCall | None:
+    def current_call(self, point: RoutingPoint) -> SequenceCall | None:
         """The forward that is under way; None in another thread, and in a recomputation by a backward."""
-        call = call_stack.current(self)
-        if call is None and call_stack.current(self.owner) is not None:
+        call = call_stack.current_call(self)
+        if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(
-                f"{site.name!r} ran, but not within a forward of the module given: give the module that you call"
+                f"{point.name!r} ran, but not within a forward of the module given: give the module that you call"
             )
         return call
 
 
-def keys_of(cache: Any) -> Tensor | None:
+def get_cached_keys(cache: Any) -> Tensor | None:
     """The keys in the first layer of a cache that has some; None if none has."""
     cache = getattr(cache, "self_attention_cache", cache)
     found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
     return next((keys for keys in found if isinstance(keys, Tensor)), None)
 
 
-def runs_again() -> bool:
+def is_recomputing() -> bool:
     """Whether a backward runs a part of a forward again."""
-    return number_of_backward() != -1
+    return get_backward_id() != -1

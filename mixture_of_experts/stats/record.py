@@ -1,7 +1,7 @@
 """`Record`: what a gate decided in one step or several, as numbers to read, log and print.
 
-A statistic is one attribute of `Record`: `numbers_of` measures a forward, `record_of` sums forwards up, and `cells_of`
-shows the sum.
+A statistic is one attribute of `Record`: `numbers_of` measures a forward, `record_of` sums forwards up, and
+`format_cells` shows the sum.
 
 Axes: r forwards, w numbers of a forward, e experts (`(eo, ei)` on the second level of a hierarchy).
 """
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.losses import load_of
+from mixture_of_experts.losses import count_expert_load
 
-SUMS = 8  # single numbers of a forward that are summed up
+NUM_SUMS = 8  # single numbers of a forward that are summed up
 
 
 @dataclass(frozen=True)
@@ -97,26 +97,26 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The whole record, in types that JSON knows; a number that is NaN or infinite is None."""
-        return known_to_json({**vars(self), "dead": self.dead})
+        return to_json_value({**vars(self), "dead": self.dead})
 
 
-def known_to_json(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: known_to_json(each) for name, each in value.items()}
+        return {name: to_json_value(each) for name, each in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def cells_of(total: Record, steps: Sequence[Record]) -> dict[str, str]:
+def format_cells(total: Record, steps: Sequence[Record]) -> dict[str, str]:
     """A gate's line in the summary and in the report, by headers: all steps together, and the worst of them."""
     first = {"gate": total.layer, "experts": "x".join(map(str, total.load.shape)), "forwards": f"{total.forwards}"}
     worst, at = max(((float(record.relative_requested.max()), -record.step) for record in steps), default=(0, 0))
     rest = {
         "tokens": f"{total.tokens}",
-        "requested": span(total.relative_requested),
+        "requested": format_range(total.relative_requested),
         "in a group": f"{total.imbalance:.2f}, {total.worst_imbalance:.2f}",
-        "load": span(total.relative_load),
+        "load": format_range(total.relative_load),
         "dead": f"{len(total.dead)}",
         "dropped": f"{total.dropped:.1%}",
         "unavoidable": f"{total.unavoidable:.1%}",
@@ -134,25 +134,25 @@ def relative(counts: Tensor) -> Tensor:
     return counts / counts.to(torch.float64).mean().clamp(min=1 / counts.numel())
 
 
-def span(values: Tensor) -> str:
+def format_range(values: Tensor) -> str:
     return f"{float(values.min()):.2f}..{float(values.max()):.2f}"
 
 
-def width_of(shape: Sequence[int]) -> int:
+def count_measurements(shape: Sequence[int]) -> int:
     """How many numbers a forward has, w, from the shape of its load."""
-    return 1 + SUMS + 2 * math.prod(shape)
+    return 1 + NUM_SUMS + 2 * math.prod(shape)
 
 
-def numbers_of(routing: Routing, importance: Tensor | None) -> Tensor:
+def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
     """The numbers of one forward, `(w,)` float32, on its device and without a host sync: the largest imbalance, the
     sums, and the requests and the load of each expert. A token takes part if it is real and makes a choice."""
-    e, seen, probs = routing.num_experts, computed_tokens(routing), routing.probs.detach().float()
-    requested, load = routing.queued, load_of(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
-    of_group = requested.sum(dim=-1, keepdim=True)
+    e, computed, probs = routing.num_experts, get_computed_mask(routing), routing.probs.detach().float()
+    requested, load = routing.queued, count_expert_load(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
+    group_requests = requested.sum(dim=-1, keepdim=True)
     limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
-    limit = of_group if limit is None else limit
-    imbalance = requested.amax(dim=-1).float() * e / of_group.squeeze(-1).clamp(min=1)  # 0 without requests
-    tokens = torch.ones_like(seen) if routing.real is None else routing.real
+    limit = group_requests if limit is None else limit
+    imbalance = requested.amax(dim=-1).float() * e / group_requests.squeeze(-1).clamp(min=1)  # 0 without requests
+    tokens = torch.ones_like(computed) if routing.real is None else routing.real
     tokens = tokens if importance is None else tokens & (importance > 0)
     # -p log p in the memory of the clamped p takes a third of the time of torch.special.entr
     entropy = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1)
@@ -161,8 +161,8 @@ def numbers_of(routing: Routing, importance: Tensor | None) -> Tensor:
         imbalance > 0,  # groups
         imbalance,
         (requested - limit).clamp(min=0),  # dropped
-        (of_group - e * limit).clamp(min=0),  # unavoidable
-        tokens & ~seen,
+        (group_requests - e * limit).clamp(min=0),  # unavoidable
+        tokens & ~computed,
         torch.where(tokens, entropy, 0.0),
         torch.where(tokens, probs.amax(dim=-1), 0.0),  # confidence
     )
@@ -171,13 +171,13 @@ def numbers_of(routing: Routing, importance: Tensor | None) -> Tensor:
     return torch.cat([each.float().flatten() for each in numbers])
 
 
-def record_of(layer: str, step: int, losses: Mapping[str, float], numbers: Tensor, shape: Sequence[int]) -> Record:
+def make_record(layer: str, step: int, losses: Mapping[str, float], numbers: Tensor, shape: Sequence[int]) -> Record:
     """The record of some forwards, from their numbers `(r, w)` in float64 and the shape of the load."""
-    worst, sums, *counts = numbers.split([1, SUMS, math.prod(shape), math.prod(shape)], dim=1)
+    worst, sums, *counts = numbers.split([1, NUM_SUMS, math.prod(shape), math.prod(shape)], dim=1)
     tokens, groups, imbalance, dropped, unavoidable, unseen, entropy, confidence = sums.sum(dim=0).tolist()
     requested, load = (count.sum(dim=0).to(torch.int64).view(*shape) for count in counts)
     choices = int(requested.sum())
-    of_tokens, of_choices = max(tokens, 1), max(choices, 1)
+    num_tokens, num_choices = max(tokens, 1), max(choices, 1)
     return Record(
         layer=layer,
         step=step,
@@ -186,19 +186,19 @@ def record_of(layer: str, step: int, losses: Mapping[str, float], numbers: Tenso
         tokens=int(tokens),
         groups=int(groups),
         requested=requested,
-        choices_per_token=choices / of_tokens,
+        choices_per_token=choices / num_tokens,
         imbalance=imbalance / max(groups, 1),
         worst_imbalance=max(worst.flatten().tolist(), default=0.0),
         load=load,
-        dropped=dropped / of_choices,
-        unavoidable=unavoidable / of_choices,
-        unseen=unseen / of_tokens,
-        entropy=entropy / of_tokens,
-        confidence=confidence / of_tokens,
+        dropped=dropped / num_choices,
+        unavoidable=unavoidable / num_choices,
+        unseen=unseen / num_tokens,
+        entropy=entropy / num_tokens,
+        confidence=confidence / num_tokens,
     )
 
 
-def computed_tokens(routing: Routing) -> Tensor:
+def get_computed_mask(routing: Routing) -> Tensor:
     """`(..., b, n)` bool, the tokens that an expert computes."""
     if routing.k is not None:
         return routing.kept.unflatten(-1, (routing.num_tokens, routing.k)).any(dim=-1)

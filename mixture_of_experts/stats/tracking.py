@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.stats.drawing import draw_gates, draw_steps, new_axes
-from mixture_of_experts.stats.notes import Step, notes_of
-from mixture_of_experts.stats.reading import follow_gates
-from mixture_of_experts.stats.record import Record, cells_of
-from mixture_of_experts.stats.report import page
-from mixture_of_experts.stats.rings import Forwards, GateRing, PartForwards
-from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.stats.diagnostics import StepRows, diagnose_gate
+from mixture_of_experts.stats.html_report import render_page
+from mixture_of_experts.stats.plotting import make_axes, plot_gates, plot_steps
+from mixture_of_experts.stats.record import Record, format_cells
+from mixture_of_experts.stats.ring_buffer import ForwardCounter, GateRingBuffer, PartForwards
+from mixture_of_experts.stats.routing_reader import attach_gate_hooks
+from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_choice, check_size
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites
+from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, find_routers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-When = Literal["always", "training", "eval"]
+TrackingMode = Literal["always", "training", "eval"]
 MAX_DRAWN = 24  # gates of which a report has pictures: of 300 they took half a minute
-NOTHING = (
+NOTHING_RECORDED_ERROR = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
     "before the first compiled call"
@@ -37,7 +37,7 @@ NOTHING = (
 
 @contextmanager
 def track_routing(
-    model: nn.Module, *, keep: int = 1000, when: When = "always", gates: Gates | None = None
+    model: nn.Module, *, keep: int = 1000, when: TrackingMode = "always", gates: GateSelection | None = None
 ) -> Iterator[RoutingStats]:
     """Record what every gate in `model` decides, while the context lasts.
 
@@ -77,14 +77,14 @@ def track_routing(
         >>> stats.last("gate").tokens
         32
     """
-    sites = find_sites(model, "track_routing", gates)
-    stats = RoutingStats(sites, keep, when)
-    with Attached() as hooks:
-        hooks.callback(stats._forwards.stop)
-        follow_gates(sites, lambda site, *told: stats._rings[site.name].write(*told), hooks)
-        for part in dict.fromkeys(site.around for site in sites if site.around is not model):
-            PartForwards(stats._forwards).follow(part, hooks)
-        stats._forwards.follow(model, hooks)
+    routers = find_routers(model, "track_routing", gates)
+    stats = RoutingStats(routers, keep, when)
+    with Attachments() as hooks:
+        hooks.callback(stats._counter.stop_recording)
+        attach_gate_hooks(routers, lambda router, *told: stats._buffers[router.name].write_row(*told), hooks)
+        for part in dict.fromkeys(router.enclosing_model for router in routers if router.enclosing_model is not model):
+            PartForwards(stats._counter).attach_to(part, hooks)
+        stats._counter.attach_to(model, hooks)
         yield stats
 
 
@@ -94,47 +94,47 @@ class RoutingStats:
     It can be pickled and copied: the copy has the records so far, on the CPU, and does not record.
     """
 
-    def __init__(self, sites: Sequence[Site], keep: int, when: When) -> None:
+    def __init__(self, routers: Sequence[RouterHandle], keep: int, when: TrackingMode) -> None:
         check_size("keep", keep)
-        check_choice("when", when, get_args(When))
-        self._forwards, self._by_steps = Forwards(when), False
-        self._rings = {site.name: GateRing(site, self._forwards, keep) for site in sites}
+        check_choice("when", when, get_args(TrackingMode))
+        self._counter, self._steps_are_joined = ForwardCounter(when), False
+        self._buffers = {router.name: GateRingBuffer(router, self._counter, keep) for router in routers}
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The paths of the gates in the model, in the model's order."""
-        return tuple(self._rings)
+        return tuple(self._buffers)
 
     def step(self) -> None:
         """End a step: all forwards since the last call, or since the beginning, are one step.
 
         RuntimeError if no hook of a gate ran or was traced: nothing is recorded.
         """
-        if not any(ring.losses for ring in self._rings.values()):
-            raise RuntimeError(NOTHING)
-        self._by_steps = True
-        for ring in self._rings.values():
+        if not any(ring.loss_names for ring in self._buffers.values()):
+            raise RuntimeError(NOTHING_RECORDED_ERROR)
+        self._steps_are_joined = True
+        for ring in self._buffers.values():
             ring.clock[0].add_(1)
 
     def records(self, layer: str) -> list[Record]:
         """The remembered steps of a gate, oldest first."""
-        ring = self._ring(layer)
-        return [ring.record([step]) for step in self._steps(layer)]
+        ring = self._get_buffer(layer)
+        return [ring.make_record([step]) for step in self._read_steps(layer)]
 
     def last(self, layer: str) -> Record:
         """The last step of a gate."""
-        steps = self._steps(layer)
+        steps = self._read_steps(layer)
         if not steps:
             raise RuntimeError(f"no forward of {layer!r} was recorded, but some of other gates")
-        return self._ring(layer).record(steps[-1:])
+        return self._get_buffer(layer).make_record(steps[-1:])
 
     def latest(self) -> list[Record]:
         """The last step of every gate that ran."""
-        return [self.last(layer) for layer in self.layers if self._steps(layer)]
+        return [self.last(layer) for layer in self.layers if self._read_steps(layer)]
 
     def total(self, layer: str) -> Record:
         """All remembered steps of a gate as one record: an expert that is `dead` in it got no token in any of them."""
-        return replace(self._ring(layer).record(self._steps(layer)), step=-1)
+        return replace(self._get_buffer(layer).make_record(self._read_steps(layer)), step=-1)
 
     def scalars(self) -> dict[str, float]:
         """The scalar numbers of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
@@ -150,12 +150,12 @@ class RoutingStats:
         expert for over twice, or less than a tenth, of a balanced load in the last quarter of the steps, and of one
         whose probabilities are NaN.
         """
-        cells = [self._cells(layer) for layer in self.layers]
+        cells = [self._format_cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, ["-" * width for width in widths])
         line = "  ".join(f"{{:{'>' if 0 < i < len(widths) - 1 else '<'}{width}}}" for i, width in enumerate(widths))
-        warned = [f"warning: {layer}{note}" for layer in self.layers for note in self._notes(layer)]
+        warned = [f"warning: {layer}{note}" for layer in self.layers for note in self._diagnose(layer)]
         return "\n".join([*(line.format(*row).rstrip() for row in rows), *warned])
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
@@ -202,9 +202,9 @@ class RoutingStats:
             return self._draw_gates(self.layers, loads, ax)
         last, records = self.last(layer), self.records(layer)
         edges = [*(record.step - 0.5 for record in records), last.step + 0.5]
-        ax = new_axes(6, 2.4) if ax is None else ax
+        ax = make_axes(6, 2.4) if ax is None else ax
         over_steps = torch.stack([loads(record) for record in records], dim=1)
-        return draw_steps(ax, edges, over_steps, last.load.shape[-1])
+        return plot_steps(ax, edges, over_steps, last.load.shape[-1])
 
     def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
@@ -229,17 +229,17 @@ class RoutingStats:
             ...     out, aux_loss = moe(torch.randn(2, 16, 8))
             >>> stats.report("routing.html")  # doctest: +SKIP
         """
-        layers = [layer for layer in self.layers if self._steps(layer)]
-        notes = {layer: list(self._notes(layer)) for layer in layers}
+        layers = [layer for layer in self.layers if self._read_steps(layer)]
+        notes = {layer: list(self._diagnose(layer)) for layer in layers}
         drawn, left_out = gates_to_draw(layers, notes), ""
         if len(drawn) < len(layers):
             left_out = (
                 f"{len(drawn)} of {len(layers)} gates are drawn: those with notes first, and others from all over the "
                 "model. The table has all; RoutingStats.plot(gate) draws each."
             )
-        html = page(
+        html = render_page(
             name,
-            cells=[self._cells(layer) for layer in layers],
+            cells=[self._format_cells(layer) for layer in layers],
             notes=notes,
             overview={
                 "requested": self._draw_gates(drawn, lambda record: record.relative_requested.flatten()),
@@ -254,26 +254,26 @@ class RoutingStats:
 
     def _draw_gates(self, layers: Sequence[str], loads: Callable[[Record], Tensor], ax: Axes | None = None) -> Figure:
         totals = {gate: loads(total) for gate in layers if (total := self.total(gate)).forwards}
-        return draw_gates(new_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
+        return plot_gates(make_axes(8, 0.8 + 0.3 * len(totals)) if ax is None else ax, totals)
 
-    def _ring(self, layer: str) -> GateRing:
-        if layer not in self._rings:
-            raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self._rings))}")
-        return self._rings[layer]
+    def _get_buffer(self, layer: str) -> GateRingBuffer:
+        if layer not in self._buffers:
+            raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self._buffers))}")
+        return self._buffers[layer]
 
-    def _steps(self, layer: str) -> list[Step]:
+    def _read_steps(self, layer: str) -> list[StepRows]:
         """The remembered steps of a gate; RuntimeError if nothing was recorded of any gate."""
-        ring = self._ring(layer)
-        if not any(int(each.written) for each in self._rings.values()):
-            raise RuntimeError(NOTHING)
-        return ring.steps(self._by_steps)
+        ring = self._get_buffer(layer)
+        if not any(int(each.num_written) for each in self._buffers.values()):
+            raise RuntimeError(NOTHING_RECORDED_ERROR)
+        return ring.read_steps(self._steps_are_joined)
 
-    def _notes(self, layer: str) -> Iterator[str]:
-        ring = self._ring(layer)
-        return notes_of(self._steps(layer), ring.record, has_bias=ring.has_bias)
+    def _diagnose(self, layer: str) -> Iterator[str]:
+        ring = self._get_buffer(layer)
+        return diagnose_gate(self._read_steps(layer), ring.make_record, has_bias=ring.has_bias)
 
-    def _cells(self, layer: str) -> dict[str, str]:
-        return cells_of(self.total(layer), self.records(layer))
+    def _format_cells(self, layer: str) -> dict[str, str]:
+        return format_cells(self.total(layer), self.records(layer))
 
 
 def gates_to_draw(layers: Sequence[str], notes: Mapping[str, Sequence[str]]) -> list[str]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Word = TypeVar("Word")
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def check_size(name: str, value: object) -> int:
@@ -87,13 +88,13 @@ def check_process_group(name: str, value: Any) -> Any:
     return value
 
 
-def check_coefs(name: str, value: Any, elsewhere: Mapping[str, str]) -> dict[str, float]:
+def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str, float]:
     """A dict of coefficients by name, without the names `elsewhere`, whose coefficients have other places."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
     for key in value:
-        if key in elsewhere:
-            raise ValueError(f"{name} has {key!r}, whose coefficient is {elsewhere[key]}: set {elsewhere[key]} instead")
+        if key in dedicated:
+            raise ValueError(f"{name} has {key!r}, whose coefficient is {dedicated[key]}: set {dedicated[key]} instead")
     return {key: check_number(f"{name}[{key!r}]", coef, at_least=0.0) for key, coef in value.items()}
 
 
@@ -169,10 +170,10 @@ def check_result(name: str, result: Any, shape: tuple[int, ...], remedy: str = "
     """What a module returned: a tensor of this shape."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
-    raise ValueError(f"{name} must return the shape {tuple(shape)}, got {shape_of(result)}{remedy}")
+    raise ValueError(f"{name} must return the shape {tuple(shape)}, got {describe_shape(result)}{remedy}")
 
 
-def shape_of(result: Any) -> str:
+def describe_shape(result: Any) -> str:
     """The shape of a tensor, or the type of anything else, for an error."""
     if isinstance(result, Tensor):
         return str(tuple(result.shape))

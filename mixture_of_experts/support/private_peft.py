@@ -11,54 +11,54 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def from_peft(module: nn.Module) -> bool:
+def is_peft_wrapper(module: nn.Module) -> bool:
     """Whether the module is a wrapper of PEFT: of one of its classes, or of a class that inherits from one."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
-def wrapped_module(module: nn.Module) -> nn.Module | None:
+def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
     """The module that computes inside a wrapper of PEFT; None if the module is no wrapper."""
     children: Any = module._modules
-    if not ("modules_to_save" in children or "base_layer" in children) or not from_peft(module):
+    if not ("modules_to_save" in children or "base_layer" in children) or not is_peft_wrapper(module):
         return None
-    return trained_copy(module) if "modules_to_save" in children else children["base_layer"]
+    return get_active_copy(module) if "modules_to_save" in children else children["base_layer"]
 
 
-def trained_copy(wrapper: Any) -> nn.Module:
+def get_active_copy(wrapper: Any) -> nn.Module:
     """What computes in the wrapper of a module that is saved: the copy of the active adapter, or the original."""
     active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)  # it may have no copy here
     return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
 
 
-def parts_of(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
     """The modules directly in a module, and whether they compute: of PEFT's copies of a saved module only one does."""
     children: Any = module._modules
-    if "modules_to_save" not in children or not from_peft(module):
+    if "modules_to_save" not in children or not is_peft_wrapper(module):
         return [(child, True) for child in module.children()]
-    computes = trained_copy(module)
+    computes = get_active_copy(module)
     copies = (children["original_module"], *children["modules_to_save"].values())
     return [(copy, copy is computes) for copy in copies]
 
 
-def lost_by_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def find_tensors_not_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of those tensors of a model that no file of its adapters will have; [] if it has none. Beside their own
     weights these files have what `modules_to_save` names, whole."""
     held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
-    return [n for n, t in tensors.items() if t not in held] if any(map(from_peft, model.modules())) else []
+    return [n for n, t in tensors.items() if t not in held] if any(map(is_peft_wrapper, model.modules())) else []
 
 
-def missed_targets(model: nn.Module) -> list[str]:
+def find_missed_targets(model: nn.Module) -> list[str]:
     """The `target_parameters` of a model's adapters for which PEFT found no parameter."""
     adapted = [
         f".{name}.{parameter}".replace(".base_layer", "")
         for name, module in model.named_modules()
-        if isinstance(parameter := getattr(module, "parameter_name", None), str) and from_peft(module)
+        if isinstance(parameter := getattr(module, "parameter_name", None), str) and is_peft_wrapper(module)
     ]
     configs = getattr(model, "peft_config", {}).values()
     asked = {target for config in configs for target in getattr(config, "target_parameters", None) or ()}
     return sorted(target for target in asked if not any(name.endswith(f".{target}") for name in adapted))
 
 
-def goes_down_by_b(wrapper: Any) -> bool:
+def applies_b_first(wrapper: Any) -> bool:
     """Whether tokens meet B of a stacked weight first and A then; else A first."""
     return wrapper._did_swap_in_out_features

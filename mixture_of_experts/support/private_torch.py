@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from mixture_of_experts.support import private_peft
-from mixture_of_experts.support.attached import TABLES
+from mixture_of_experts.support.attachments import HOOK_TABLES
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def statically_known_true(condition: object) -> bool:
@@ -37,24 +37,24 @@ def statically_known_true(condition: object) -> bool:
     return symbolic_shapes.statically_known_true(condition)  # type: ignore[arg-type]
 
 
-def exporting() -> bool:
+def is_exporting() -> bool:
     """Whether `torch.export` traces. Not `torch.compiler.is_exporting()`: before 2.13 it is True in every graph."""
     return torch.compiler._is_exporting_flag  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def in_transform() -> bool:
+def is_in_transform() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. Its tensors' numbers cannot
     be read."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def in_forward_mode() -> bool:
+def is_in_forward_mode() -> bool:
     """Whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed, outside of a
     traced graph. Functions of autograd that write a backward alone raise then."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-def is_wrapped(tensor: Tensor) -> bool:
+def is_functorch_wrapped(tensor: Tensor) -> bool:
     """Whether a tensor may stand for many at once: in a transform, or as a batch of gradients (`is_grads_batched`)."""
     if torch.compiler.is_compiling():
         return False
@@ -62,13 +62,13 @@ def is_wrapped(tensor: Tensor) -> bool:
     return torch._C._are_functorch_transforms_active() or many(tensor)
 
 
-def constant_in_graphs(function: Function) -> Function:
+def assume_constant_result(function: FunctionT) -> FunctionT:
     """`torch.compiler.assume_constant_result` without the import of torch's compiler, which takes a second."""
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
-def own(x: Tensor, shape: Any) -> Tensor:
+def unsafe_view(x: Tensor, shape: Any) -> Tensor:
     """Reshape a tensor that nobody else holds; the result is no view for autograd.
 
     The caller may then write `out += x`, which fails on a view after expert choice. FSDP2 warns of modules that return
@@ -77,7 +77,7 @@ def own(x: Tensor, shape: Any) -> Tensor:
     return torch.ops.aten._unsafe_view(x, shape)
 
 
-def is_fake(tensor: Tensor) -> bool:
+def is_fake_tensor(tensor: Tensor) -> bool:
     """Whether the tensor is a stand-in without numbers, as tracers and memory estimates use them."""
     from torch._subclasses import fake_tensor
 
@@ -89,12 +89,12 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
     return _python_dispatch.is_traceable_wrapper_subclass(tensor)
 
 
-def without_dispatch_modes() -> AbstractContextManager[Any]:
+def disable_dispatch_modes() -> AbstractContextManager[Any]:
     """A context in which no mode, such as that of selective activation checkpointing, sees operators."""
     return _python_dispatch._disable_current_modes()
 
 
-def count_flops(operator: Any, formula: Callable[..., int]) -> None:
+def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
     """Tell the FLOP counters that are entered in this thread how many an operator takes, if they do not know.
 
     `register_flop_formula` would tell all, but the import of its module imports Triton: a sixth of the time of torch's.
@@ -107,12 +107,12 @@ def count_flops(operator: Any, formula: Callable[..., int]) -> None:
             mode.counter.flop_registry.setdefault(operator, formula)
 
 
-def function_modes() -> list[Any]:
+def get_function_modes() -> list[Any]:
     """The modes of torch functions that are entered in this thread; the last one sees a call first."""
     return overrides._get_current_function_mode_stack()
 
 
-def can_hook_saved_tensors() -> bool:
+def are_saved_tensor_hooks_enabled() -> bool:
     """Whether hooks on saved tensors may be set; where they are disabled there are none."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -132,33 +132,33 @@ def find_process_group(name: str) -> dist.ProcessGroup | None:
         return None
 
 
-def number_of_backward() -> int:
+def get_backward_id() -> int:
     """The number of the backward that runs in this thread; -1 if none runs."""
     return torch._C._current_graph_task_id()
 
 
 #: attributes in which wrappers of torch keep the wrapped module
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
+WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
-def wrapped_module(module: nn.Module) -> nn.Module | None:
+def get_wrapped_module(module: nn.Module) -> nn.Module | None:
     """The module inside a wrapper of torch or PEFT, the one that computes; None if the module is no wrapper."""
     children: Any = module._modules
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return children["module"]
-    if (inner := private_peft.wrapped_module(module)) is not None:
+    if (inner := private_peft.get_peft_wrapped_module(module)) is not None:
         return inner
-    return next((child for name in WRAPPED if (child := children.get(name)) is not None), None)
+    return next((child for name in WRAPPER_ATTRIBUTES if (child := children.get(name)) is not None), None)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
+def unwrap_module(module: nn.Module) -> nn.Module:
     """The module without what is wrapped around it."""
-    while (inner := wrapped_module(module)) is not None:
+    while (inner := get_wrapped_module(module)) is not None:
         module = inner
     return module
 
 
-def wrapped_class(module: nn.Module) -> type[nn.Module]:
+def get_original_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before FSDP2 or parametrizations made a class of their own for it."""
     kind = type(module)
     while True:
@@ -172,7 +172,7 @@ def wrapped_class(module: nn.Module) -> type[nn.Module]:
 
 
 @contextmanager
-def uncompiled(model: nn.Module) -> Iterator[None]:
+def disable_compilation(model: nn.Module) -> Iterator[None]:
     """A context in which a model's modules run as they were before `torch.compile`, so that hooks are called. Another
     model is not touched; `torch.compiler.set_stance` would hold in the whole process."""
     compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
@@ -194,7 +194,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             own |= before
 
 
-def set_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+def register_named_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]) -> None:
     """Set a forward pre-hook `(module, args, kwargs)`, and a forward hook that is called after an error too, under a
     name of their own. Torch numbers hooks in each process anew: a new one would replace one that came with a pickled
     module under the same number."""
@@ -204,7 +204,7 @@ def set_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: C
 
 
 #: where a module keeps the hooks on its forward and backward, and the flags of these hooks
-CALL_HOOKS = (*TABLES, "_backward_hooks", "_backward_pre_hooks")
+CALL_HOOKS = (*HOOK_TABLES, "_backward_hooks", "_backward_pre_hooks")
 #: where a module keeps the hooks on its state dict, which depend on the names and shapes of its tensors
 STATE_HOOKS = (
     "_state_dict_hooks",
@@ -224,7 +224,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
     new._is_full_backward_hook = old._is_full_backward_hook
 
 
-def lost_with(module: nn.Module) -> str | None:
+def replacement_problem(module: nn.Module) -> str | None:
     """What of a module another one could not have in its place, in words; None if nothing: `move_hooks` moves hooks on
     its forward and backward."""
     if any(getattr(module, table) for table in STATE_HOOKS):
@@ -256,7 +256,7 @@ def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.Proce
     return wait_tensor(all_to_all_single(x, receive, send, group))
 
 
-def sum_of_packed_rows(packed: Tensor, place: Tensor, start: Tensor, factor: Tensor) -> Tensor:
+def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """Sums `(s, q)` of rows of a table of 8 bits `(n, q + 8)` on a CPU, each times a number, in float32.
 
     Args:
@@ -264,35 +264,35 @@ def sum_of_packed_rows(packed: Tensor, place: Tensor, start: Tensor, factor: Ten
         start: `(s,)` int64, where each sum begins in `place`.
         factor: `(m,)` float32. The operator reads its memory as if it had no strides: one number after the other.
     """
-    assert factor.is_contiguous()
+    assert weights.is_contiguous()
     rows = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
-    return rows(packed, place, start, False, 0, False, factor, None, False)
+    return rows(packed, indices, offsets, False, 0, False, weights, None, False)
 
 
-def unpacked_rows(packed: Tensor) -> Tensor:
+def unpack_rows(packed: Tensor) -> Tensor:
     """The numbers `(n, q)` of a table of 8 bits `(n, q + 8)` on a CPU, in float32."""
     return torch.ops.quantized.embedding_bag_byte_unpack(packed)
 
 
-def int4_packed(levels: Tensor) -> Tensor:
+def pack_int4(levels: Tensor) -> Tensor:
     """Levels `(q, p)` int32 from 0 to 15 as bytes `(q, p / 2)`, in an order that depends on the CPU."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.contiguous(), 1)
 
 
-def product_of_int4(x: Tensor, packed: Tensor, group: int, numbers: Tensor) -> Tensor:
+def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tensor) -> Tensor:
     """x `(r, p)` times `(level - 8) * step + zero` `(p, q)` on a CPU, in bfloat16: `(r, q)`.
 
     Args:
-        packed: what `int4_packed` returns, in any shape.
+        packed: what `pack_int4` returns, in any shape.
         group: neighbouring inputs that have step and zero in common.
         numbers: step and zero `(p / group, q, 2)`.
     """
-    packed = packed.view(numbers.shape[1], -1)
-    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, numbers)
+    packed = packed.view(scales_and_zeros.shape[1], -1)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales_and_zeros)
 
 
-@constant_in_graphs
-def multiplies(dtype: torch.dtype) -> bool:
+@assume_constant_result
+def has_native_matmul(dtype: torch.dtype) -> bool:
     """Whether a CPU has products of this dtype, so that torch computes them as fast as those of float32. Of others than
     x86 nothing is known, so they are taken to have all."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
@@ -310,14 +310,14 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
-def in_ddp() -> bool:
+def is_in_ddp() -> bool:
     """Whether the forward of a `DistributedDataParallel` is running. A graph that calls this is traced again in
     another one, because of the guard that `id` installs."""
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
     return ddp is not None and id(ddp) != 0
 
 
-def stop_copying_in_ddp(endings: Collection[str]) -> list[str]:
+def exclude_from_ddp_broadcast(endings: Collection[str]) -> list[str]:
     """Make the `DistributedDataParallel` whose forward is running leave buffers alone whose last name is one of
     `endings`: before its next forwards it then no longer copies them from the first rank.
 

@@ -11,46 +11,46 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from mixture_of_experts.support.private_torch import exporting, in_transform, is_wrapped
+from mixture_of_experts.support.private_torch import is_exporting, is_functorch_wrapped, is_in_transform
 
 
-def smallest(first: int, second: int) -> int:
+def symbolic_min(first: int, second: int) -> int:
     """`min` that stays a formula when a length is dynamic under export or compile."""
     if isinstance(first, int) and isinstance(second, int):  # dynamo shows lengths as integers; exporters show symbols
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
-def largest(first: int, second: int) -> int:
+def symbolic_max(first: int, second: int) -> int:
     """`max` that stays a formula when a length is dynamic under export or compile."""
     if isinstance(first, int) and isinstance(second, int):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
 
 
-def exporting_to_onnx() -> bool:
+def is_exporting_to_onnx() -> bool:
     """Whether `torch.onnx.export` traces. ONNX has neither a stable sort nor searchsorted."""
-    return exporting() and torch.onnx.is_in_onnx_export()
+    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-def add_times(values: Tensor, others: Tensor, times: int) -> Tensor:
+def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
     """`values + times * others` in one operator; in two where a graph is exported: ONNX takes no dynamic `alpha`."""
-    return values + others * times if exporting() else torch.add(values, others, alpha=times)
+    return values + others * times if is_exporting() else torch.add(values, others, alpha=times)
 
 
-def can_read(tensor: Tensor) -> bool:
+def is_host_readable(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor can be read without a wait: it is on a CPU, and no graph or transform is made."""
     if torch.compiler.is_compiling():
         return False
-    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_wrapped(tensor)
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
 
 
-def has_numbers(tensor: Tensor) -> bool:
+def has_data(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor can be read at all, if only after a wait for a GPU."""
-    return not (torch.compiler.is_compiling() or in_transform() or tensor.is_meta)
+    return not (torch.compiler.is_compiling() or is_in_transform() or tensor.is_meta)
 
 
-def in_checkpoint(within: FrameType | None = None) -> bool:
+def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
     """Whether a function of torch's activation checkpointing is on the stack, above the frame `within`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not within:
@@ -60,13 +60,13 @@ def in_checkpoint(within: FrameType | None = None) -> bool:
     return False
 
 
-def capability(device: torch.device) -> tuple[int, int]:
+def get_device_capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, read in a way that is a constant to a traced graph."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which autocast is off, so that operators keep the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -13,27 +13,27 @@ from torch import nn
 from mixture_of_experts.verify import batching, precision, states, steps
 from mixture_of_experts.verify.kinds import expected_failures
 from mixture_of_experts.verify.properties import Property
-from mixture_of_experts.verify.settings import settings_kept
-from mixture_of_experts.verify.trial import Run, Trial, known
+from mixture_of_experts.verify.settings import preserve_settings
+from mixture_of_experts.verify.trial import RunFunction, Trial, infer_arguments
 from mixture_of_experts.verify.verdicts import Finding, Report
 
 __all__ = ["PROPERTIES", "Finding", "Report", "assert_holds", "verify"]
 
-_ALL = [
+_ALL_PROPERTIES = [
     each for file in (batching, steps, states, precision) for each in vars(file).values() if isinstance(each, Property)
 ]
 
 #: what is promised, in one sentence, by the name of the property
-PROPERTIES = {each.name: each.promise for each in _ALL}
+PROPERTIES = {each.name: each.promise for each in _ALL_PROPERTIES}
 
 
 def verify(
     module: nn.Module,
     *,
     dim: int | None = None,
-    mask: str | Run | None = None,
-    loss: int | str | Run | None = None,
-    router: Run | None = None,
+    mask: str | RunFunction | None = None,
+    loss: int | str | RunFunction | None = None,
+    router: RunFunction | None = None,
     properties: Iterable[str] | None = None,
 ) -> Report:
     """Measure what a mixture layer keeps. The module itself does not run: copies of it do.
@@ -63,25 +63,25 @@ def verify(
         >>> report.findings["causal"].verdict, report.failed
         ('holds', [])
     """
-    names = {each.name for each in _ALL if not each.by_name} if properties is None else set(properties)
+    names = {each.name for each in _ALL_PROPERTIES if not each.is_opt_in} if properties is None else set(properties)
     if unknown := names - set(PROPERTIES):
         raise ValueError(f"no property is named {sorted(unknown)}: there are {sorted(PROPERTIES)}")
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with settings_kept():  # a module that changes them spoils neither other measurements nor the caller
-            trial = known(Trial(module, dim or 0, mask, loss, router))
+        with preserve_settings():  # a module that changes them spoils neither other measurements nor the caller
+            trial = infer_arguments(Trial(module, dim or 0, mask, loss, router))
         findings = {}
-        for each in _ALL:
+        for each in _ALL_PROPERTIES:
             if each.name in names:
-                with settings_kept():
-                    findings[each.name] = each.find(trial)
+                with preserve_settings():
+                    findings[each.name] = each.measure_module(trial)
         for name, reason in expected_failures(module).items():
             if name in findings and findings[name].verdict == "fails":
                 findings[name] = replace(findings[name], expected=reason)
     return Report(f"{type(module).__name__}, {trial.dim} wide", findings)
 
 
-def assert_holds(module: nn.Module, *properties: str, **told: Any) -> None:
+def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
     """Assert that a module has properties, in a test of your own.
 
     Args:
@@ -99,7 +99,7 @@ def assert_holds(module: nn.Module, *properties: str, **told: Any) -> None:
         >>> from mixture_of_experts.verify import assert_holds
         >>> assert_holds(MoE(dim=8, gate=TopKGating(8, 4)), "causal", "padding")
     """
-    report = verify(module, properties=properties or None, **told)
+    report = verify(module, properties=properties or None, **arguments)
     missing = [
         each for each in report.findings.values() if each.verdict == "fails" or (properties and each.verdict != "holds")
     ]

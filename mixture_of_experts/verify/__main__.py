@@ -21,15 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("factory", help='"package.module:function", importable from here')
     parser.add_argument("--only", nargs="+", metavar="PROPERTY", help=f"of {', '.join(PROPERTIES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    given = parser.parse_args(arguments)
-    path, _, name = given.factory.partition(":")
+    options = parser.parse_args(arguments)
+    path, _, name = options.factory.partition(":")
     try:
-        made = getattr(importlib.import_module(path), name)()
-        module, told = (made, {}) if isinstance(made, nn.Module) else made
-        report = verify(module, properties=given.only, **told)
+        result = getattr(importlib.import_module(path), name)()
+        module, verify_arguments = (result, {}) if isinstance(result, nn.Module) else result
+        report = verify(module, properties=options.only, **verify_arguments)
     except Exception as error:  # whatever the factory and the module raise
         parser.error(str(error))
-    print(report.to_json() if given.json else report)
+    print(report.to_json() if options.json else report)
     return int(bool(report.failed))
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from mixture_of_experts.gating import ExpertChoiceGating, SparseMixerGating, Top2Gating
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
-from mixture_of_experts.whole_model.sites import Site, all_sites
+from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers
 
-ACROSS_SEQUENCES = ("padding", "nan_padding", "order", "batch", "causal", "decoding", "loss_mean")
+CROSS_SEQUENCE_PROPERTIES = ("padding", "nan_padding", "order", "batch", "causal", "decoding", "loss_mean")
 
 
 def expected_failures(module: nn.Module) -> dict[str, str]:
@@ -18,14 +18,14 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for layer in module.modules():
         if isinstance(layer, MoE | HeirarchicalMoE) and layer.group_size is not None:
-            found |= dict.fromkeys(ACROSS_SEQUENCES, "group_size cuts groups from the whole batch")
-    for site in all_sites(module):
-        for names, reason in reasons_of(site):
+            found |= dict.fromkeys(CROSS_SEQUENCE_PROPERTIES, "group_size cuts groups from the whole batch")
+    for site in find_all_routers(module):
+        for names, reason in iter_reasons(site):
             found |= dict.fromkeys(names, reason)
     return found
 
 
-def reasons_of(site: Site) -> Iterator[tuple[tuple[str, ...], str]]:
+def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
     """Properties that one router may not keep, with the reason."""
     gate = site.gate
     if site.block is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def current_settings() -> dict[str, Any]:
+def read_settings() -> dict[str, Any]:
     """The settings, by their names."""
     return {
         "the grad mode": torch.is_grad_enabled(),
@@ -23,9 +23,9 @@ def current_settings() -> dict[str, Any]:
 
 
 @contextmanager
-def settings_kept() -> Iterator[None]:
+def preserve_settings() -> Iterator[None]:
     """Restore afterwards the settings that outlive a context; the grad mode is restored too."""
-    before, dtype = current_settings(), torch.get_default_dtype()
+    before, dtype = read_settings(), torch.get_default_dtype()
     try:
         yield
     finally:

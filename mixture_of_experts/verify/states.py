@@ -10,73 +10,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.verify.batching import padded
-from mixture_of_experts.verify.properties import EVAL, ONLY, TRAINING, keeps
-from mixture_of_experts.verify.settings import current_settings, settings_kept
-from mixture_of_experts.verify.trial import RESULTS, DoesNotApplyError, Gap, Gaps, Outcome, Run, Trial, gap
+from mixture_of_experts.verify.batching import make_padded_batch
+from mixture_of_experts.verify.properties import EVAL_ONLY, SINGLE_CASE, TRAINING_ONLY, layer_property
+from mixture_of_experts.verify.settings import preserve_settings, read_settings
+from mixture_of_experts.verify.trial import (
+    RESULT_PREFIXES,
+    Deviation,
+    Deviations,
+    NotApplicableError,
+    Outcome,
+    RunFunction,
+    Trial,
+    compare_outcomes,
+)
 
-SEED = 20170123  # that no module seeds with
+UNUSUAL_SEED = 20170123  # that no module seeds with
 MAX_PARTS = 8  # submodules at which a forward waits for another thread's
 PATIENCE = 10  # seconds for a forward in another thread
 
 
-@keeps("evaluation counts nothing, and moves no buffer", cases=ONLY, modes=EVAL, limit=0.0)
-def counts_eval(trial: Trial) -> Gaps:
-    module = trial.fresh()
+@layer_property("evaluation counts nothing, and moves no buffer", cases=SINGLE_CASE, modes=EVAL_ONLY, limit=0.0)
+def counts_eval(trial: Trial) -> Deviations:
+    module = trial.copy_module()
     trial.forward(module=module)
-    yield gap(trial.step(module=module), trial.moves(trial.fresh()))
+    yield compare_outcomes(trial.step(module=module), trial.measure_buffer_changes(trial.copy_module()))
 
 
-@keeps("two runs give the same bits, whatever ran before", limit=0.0)
-def bits(trial: Trial) -> Gaps:
-    module, wanted = trial.fresh(), trial.step()
+@layer_property("two runs give the same bits, whatever ran before", limit=0.0)
+def bits(trial: Trial) -> Deviations:
+    module, wanted = trial.copy_module(), trial.step()
     for number in range(1, 6):
-        trial.forward(trial.x(number)[:1, : number + 1], module=module)
-        yield gap(trial.step(module=module), wanted, RESULTS)
+        trial.forward(trial.make_tokens(number)[:1, : number + 1], module=module)
+        yield compare_outcomes(trial.step(module=module), wanted, RESULT_PREFIXES)
         module.zero_grad()
 
 
-@keeps("a forward seeds no random numbers anew", cases=ONLY)
-def seeds(trial: Trial) -> Gaps:
-    trial.forward(seed=SEED)
-    yield Gap(float(torch.initial_seed() != SEED), "the seed of what is drawn after it")
+@layer_property("a forward seeds no random numbers anew", cases=SINGLE_CASE)
+def seeds(trial: Trial) -> Deviations:
+    trial.forward(seed=UNUSUAL_SEED)
+    yield Deviation(float(torch.initial_seed() != UNUSUAL_SEED), "the seed of what is drawn after it")
 
 
-@keeps("a forward changes neither its inputs nor global settings", cases=ONLY, limit=0.0)
-def side_effects(trial: Trial) -> Gaps:
-    for x, mask in ((trial.x(), None), padded(trial, 3.0)):
+@layer_property("a forward changes neither its inputs nor global settings", cases=SINGLE_CASE, limit=0.0)
+def side_effects(trial: Trial) -> Deviations:
+    for x, mask in ((trial.make_tokens(), None), make_padded_batch(trial, 3.0)):
         given = {"the tokens": x, **({} if mask is None else {"the mask": mask})}
         kept, changed = {name: tensor.clone() for name, tensor in given.items()}, []
 
-        def run(function: Run, x: Tensor, changed: list[str] = changed) -> Any:
-            before = current_settings()
-            with settings_kept():
+        def run(function: RunFunction, x: Tensor, changed: list[str] = changed) -> Any:
+            before = read_settings()
+            with preserve_settings():
                 out = function(x)
-                after = current_settings()
+                after = read_settings()
             changed += [name for name, value in before.items() if after[name] != value]
             return out
 
         trial.forward(x, mask, run=run)
         changed += [name for name, tensor in given.items() if not torch.equal(tensor, kept[name])]
-        yield Gap(len(changed), f"it changed {', '.join(changed)}{'' if mask is None else ', padded'}")
+        yield Deviation(len(changed), f"it changed {', '.join(changed)}{'' if mask is None else ', padded'}")
 
 
-@keeps("forwards of two threads do not meet", cases=ONLY, steady=True)
-def threads(trial: Trial) -> Gaps:
-    wanted = [trial.forward(trial.x(number)) for number in (0, 1)]
-    for path in [*parts(trial), ""]:
-        for found, alone in zip(of_two_threads(trial, path), wanted, strict=True):
-            yield gap(found, alone, how=f", while the other is at {path or 'its end'}")
+@layer_property("forwards of two threads do not meet", cases=SINGLE_CASE, is_deterministic_only=True)
+def threads(trial: Trial) -> Deviations:
+    wanted = [trial.forward(trial.make_tokens(number)) for number in (0, 1)]
+    for path in [*find_submodules(trial), ""]:
+        for found, alone in zip(run_two_threads(trial, path), wanted, strict=True):
+            yield compare_outcomes(found, alone, context=f", while the other is at {path or 'its end'}")
 
 
-def of_two_threads(trial: Trial, path: str) -> list[Outcome]:
+def run_two_threads(trial: Trial, path: str) -> list[Outcome]:
     """A forward that stops at a part of the module, or at its end, until another thread's forward is over; and that."""
-    module, other = trial.fresh(), list[Future[Outcome]]()
+    module, other = trial.copy_module(), list[Future[Outcome]]()
     with ThreadPoolExecutor(1) as pool:
 
         def stop(*hooked: object) -> None:
             hook.remove()
-            other.append(pool.submit(trial.forward, trial.x(1), module=module))
+            other.append(pool.submit(trial.forward, trial.make_tokens(1), module=module))
             wait(other, PATIENCE)  # a module that locks others out may do so
 
         part = module.get_submodule(path)
@@ -84,78 +93,87 @@ def of_two_threads(trial: Trial, path: str) -> list[Outcome]:
         return [trial.forward(module=module), other[0].result(PATIENCE)]
 
 
-def parts(trial: Trial) -> list[str]:
+def find_submodules(trial: Trial) -> list[str]:
     """Paths of some submodules that a forward calls."""
-    module, called = trial.fresh(), dict[str, None]()
+    module, called = trial.copy_module(), dict[str, None]()
     for path, part in list(module.named_modules())[1:]:
         part.register_forward_pre_hook(lambda part, inputs, path=path: called.update({path: None}))
     trial.forward(module=module)
     return list(called)[:: max(1, -(-len(called) // MAX_PARTS))]
 
 
-@keeps("a forward that raised leaves nothing behind", cases=ONLY)
-def raised(trial: Trial) -> Gaps:
+@layer_property("a forward that raised leaves nothing behind", cases=SINGLE_CASE)
+def raised(trial: Trial) -> Deviations:
     wanted = trial.step()
     for path, _ in list(trial.module.named_modules())[1:]:
-        module = trial.fresh()
-        hook = module.get_submodule(path).register_forward_pre_hook(refuse)
+        module = trial.copy_module()
+        hook = module.get_submodule(path).register_forward_pre_hook(raise_injected_error)
         try:
-            trial.step(trial.x(1), module=module)
+            trial.step(trial.make_tokens(1), module=module)
             continue  # it does not call this one
-        except RefusedError:
+        except InjectedError:
             hook.remove()
         module.zero_grad()
-        yield gap(trial.step(module=module), wanted, how=f", after a forward that raised in {path}")
+        yield compare_outcomes(trial.step(module=module), wanted, context=f", after a forward that raised in {path}")
 
 
-class RefusedError(Exception):
+class InjectedError(Exception):
     """What a forward raises here."""
 
 
-def refuse(module: nn.Module, inputs: object) -> None:
-    raise RefusedError
+def raise_injected_error(module: nn.Module, inputs: object) -> None:
+    raise InjectedError
 
 
-@keeps("a copy of a used module computes the same, by itself", cases=ONLY)
-def deepcopy(trial: Trial) -> Gaps:
-    module = trial.fresh()
+@layer_property("a copy of a used module computes the same, by itself", cases=SINGLE_CASE)
+def deepcopy(trial: Trial) -> Deviations:
+    module = trial.copy_module()
     trial.step(module=module)
     module.zero_grad()
     copied = copy.deepcopy(module)
     wanted = trial.step(module=module)
-    yield gap(trial.step(module=copied), wanted)
+    yield compare_outcomes(trial.step(module=copied), wanted)
     scale_weights(copied, 0.0)
-    yield gap(trial.forward(module=module), wanted, "output", ", when the weights of a copy change")
+    yield compare_outcomes(trial.forward(module=module), wanted, "output", ", when the weights of a copy change")
 
 
-@keeps("weights of another, loaded into a used copy or one made on meta, compute the same", cases=ONLY, modes=EVAL)
-def save_load(trial: Trial) -> Gaps:
-    module, used, empty = trial.fresh().train(), trial.fresh(), trial.fresh().to("meta")
+@layer_property(
+    "weights of another, loaded into a used copy or one made on meta, compute the same",
+    cases=SINGLE_CASE,
+    modes=EVAL_ONLY,
+)
+def save_load(trial: Trial) -> Deviations:
+    module, used, empty = trial.copy_module().train(), trial.copy_module(), trial.copy_module().to("meta")
     trial.step(module=module)
     scale_weights(module, 1.5)
     trial.forward(module=used)  # a packed copy of its weights would be old
-    empty.to_empty(device=trial.x().device)
+    empty.to_empty(device=trial.make_tokens().device)
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.detach().fill_(3)
     for how, other in ((", of a used copy", used), (", of one made on meta", empty)):
         other.load_state_dict(module.state_dict())
-        yield gap(trial.forward(module=other), trial.forward(module=module.eval()), how=how)
+        yield compare_outcomes(trial.forward(module=other), trial.forward(module=module.eval()), context=how)
 
 
-@keeps("inference mode gives the same, and leaves nothing behind", modes=EVAL)
-def inference_mode(trial: Trial) -> Gaps:
-    module = trial.fresh()
+@layer_property("inference mode gives the same, and leaves nothing behind", modes=EVAL_ONLY)
+def inference_mode(trial: Trial) -> Deviations:
+    module = trial.copy_module()
     with torch.inference_mode():
         found = trial.forward(module=module)
-    yield gap(trial.step(module=module), found)
+    yield compare_outcomes(trial.step(module=module), found)
 
 
-@keeps("a token alone gets in eval the output that it gets in training", cases=ONLY, modes=TRAINING, steady=True)
-def output_eval(trial: Trial) -> Gaps:
-    if False not in trial.steady:
-        raise DoesNotApplyError("random numbers are drawn in eval")
-    one = trial.x()[:1, :1]
-    yield gap(replace(trial, training=False).forward(one), trial.forward(one), of="output")
+@layer_property(
+    "a token alone gets in eval the output that it gets in training",
+    cases=SINGLE_CASE,
+    modes=TRAINING_ONLY,
+    is_deterministic_only=True,
+)
+def output_eval(trial: Trial) -> Deviations:
+    if False not in trial.deterministic_modes:
+        raise NotApplicableError("random numbers are drawn in eval")
+    one = trial.make_tokens()[:1, :1]
+    yield compare_outcomes(replace(trial, training=False).forward(one), trial.forward(one), names="output")
 
 
 def scale_weights(module: nn.Module, factor: float) -> None:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts.verify.properties import ONLY, TRAINING, keeps
-from mixture_of_experts.verify.trial import RESULTS, Gap, Gaps, Run, Trial, gap
+from mixture_of_experts.verify.properties import SINGLE_CASE, TRAINING_ONLY, layer_property
+from mixture_of_experts.verify.trial import RESULT_PREFIXES, Deviation, Deviations, RunFunction, Trial, compare_outcomes
 
 
-def checkpointed(reentrant: bool, function: Run, x: Tensor) -> Any:
+def run_checkpointed(reentrant: bool, function: RunFunction, x: Tensor) -> Any:
     """Run a function under activation checkpointing. The reentrant kind takes tuples of tensors only."""
     keys: list[str] = []
 
@@ -28,49 +28,57 @@ def checkpointed(reentrant: bool, function: Run, x: Tensor) -> Any:
     return dict(zip(keys, out, strict=True)) if keys else out
 
 
-def recomputed(trial: Trial, compared: str | tuple[str, ...]) -> Gaps:
+def compare_recomputed(trial: Trial, compared: str | tuple[str, ...]) -> Deviations:
     for reentrant in (False, True):
         for of in ("output", "loss"):
-            found = trial.step(run=partial(checkpointed, reentrant), of=of)
-            yield gap(found, trial.step(of=of), compared, f", of the {of}, use_reentrant={reentrant}")
+            found = trial.step(run=partial(run_checkpointed, reentrant), loss_from=of)
+            yield compare_outcomes(
+                found, trial.step(loss_from=of), compared, f", of the {of}, use_reentrant={reentrant}"
+            )
 
 
-@keeps("checkpointing changes no output, loss or gradient", modes=TRAINING)
-def recomputation(trial: Trial) -> Gaps:
-    yield from recomputed(trial, RESULTS)
+@layer_property("checkpointing changes no output, loss or gradient", modes=TRAINING_ONLY)
+def recomputation(trial: Trial) -> Deviations:
+    yield from compare_recomputed(trial, RESULT_PREFIXES)
 
 
-@keeps("checkpointing counts once, and moves buffers once", modes=TRAINING)
-def counts_checkpointing(trial: Trial) -> Gaps:
-    yield from recomputed(trial, "move")
+@layer_property("checkpointing counts once, and moves buffers once", modes=TRAINING_ONLY)
+def counts_checkpointing(trial: Trial) -> Deviations:
+    yield from compare_recomputed(trial, "move")
 
 
-@keeps("the loss has a gradient, and micro-batches add gradients once each", modes=TRAINING)
-def loss_accumulation(trial: Trial) -> Gaps:
+@layer_property("the loss has a gradient, and micro-batches add gradients once each", modes=TRAINING_ONLY)
+def loss_accumulation(trial: Trial) -> Deviations:
     for of in ("output", "loss"):
-        first, second = (trial.step(trial.x(i), of=of) for i in (0, 1))
-        module = trial.fresh()
-        trial.step(module=module, of=of)
-        found = trial.step(trial.x(1), module=module, of=of)
+        first, second = (trial.step(trial.make_tokens(i), loss_from=of) for i in (0, 1))
+        module = trial.copy_module()
+        trial.step(module=module, loss_from=of)
+        found = trial.step(trial.make_tokens(1), module=module, loss_from=of)
         wanted = {name: first[name] + grad for name, grad in second.items() if name.startswith("gradient")}
-        yield gap(found, wanted, how=f", of the {of}")
+        yield compare_outcomes(found, wanted, context=f", of the {of}")
     flat = not any(grad.any() for name, grad in first.items() if name.startswith("gradient"))
-    yield Gap(gap(first, second, "loss").number * flat, "loss of two batches, though it has no gradient")
+    yield Deviation(
+        compare_outcomes(first, second, "loss").value * flat, "loss of two batches, though it has no gradient"
+    )
 
 
-@keeps("a loss times a number gives gradients times that number", modes=TRAINING)
-def loss_scale(trial: Trial) -> Gaps:
-    yield gap(trial.step(scale=1024), trial.step())
+@layer_property("a loss times a number gives gradients times that number", modes=TRAINING_ONLY)
+def loss_scale(trial: Trial) -> Deviations:
+    yield compare_outcomes(trial.step(scale=1024), trial.step())
 
 
-@keeps("a batch beside its copy has the same loss", needs="loss", modes=TRAINING, steady=True)
-def loss_mean(trial: Trial) -> Gaps:
-    x = trial.x()
-    yield gap(trial.step(torch.cat([x, x]), of="loss"), trial.step(of="loss"), ("loss", "gradient"))
+@layer_property(
+    "a batch beside its copy has the same loss", needs="loss", modes=TRAINING_ONLY, is_deterministic_only=True
+)
+def loss_mean(trial: Trial) -> Deviations:
+    x = trial.make_tokens()
+    yield compare_outcomes(
+        trial.step(torch.cat([x, x]), loss_from="loss"), trial.step(loss_from="loss"), ("loss", "gradient")
+    )
 
 
-@keeps("compiled it computes the same", cases=ONLY, by_name=True)
-def compile(trial: Trial) -> Gaps:
+@layer_property("compiled it computes the same", cases=SINGLE_CASE, is_opt_in=True)
+def compile(trial: Trial) -> Deviations:
     torch.compiler.reset()
     found = trial.step(run=lambda function, x: torch.compile(function, backend="aot_eager")(x))
-    yield gap(found, trial.step())
+    yield compare_outcomes(found, trial.step())

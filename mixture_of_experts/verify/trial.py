@@ -19,39 +19,42 @@ from mixture_of_experts.stats import routing_of
 
 #: what a step computed: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" of a buffer
 Outcome = dict[str, Tensor]
-OF_TOKENS = ("output", "input gradient")  # tensors of an outcome that have an entry for each token
-RESULTS = (*OF_TOKENS, "loss", "gradient")  # what tensors begin with that are no moves of buffers
-Run = Callable[..., Any]  # calls a function with tokens: checkpointed, compiled, ...
-LIMIT = 1e-4  # difference that is rounding, relative to the largest number of a tensor
+TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome that have an entry for each token
+RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # what tensors begin with that are no moves of buffers
+RunFunction = Callable[..., Any]  # calls a function with tokens: checkpointed, compiled, ...
+ROUNDING_LIMIT = 1e-4  # difference that is rounding, relative to the largest number of a tensor
 
 
-class DoesNotApplyError(Exception):
+class NotApplicableError(Exception):
     """Says why a property means nothing for a module."""
 
 
-class Gap(NamedTuple):
+class Deviation(NamedTuple):
     """A difference, and where it is."""
 
-    number: float
+    value: float
     where: str = ""
 
 
-Gaps = Iterator[Gap]
+Deviations = Iterator[Deviation]
 
 
 class Case(NamedTuple):
     """Sizes and seed of a batch. Tokens that are alike ask for the same experts."""
 
-    sequences: int
-    tokens: int
+    num_sequences: int
+    num_tokens: int
     seed: int
-    alike: bool = False
+    has_similar_tokens: bool = False
 
     def __str__(self) -> str:
-        return f"{self.sequences} x {self.tokens} tokens{' that are alike' * self.alike}, seed {self.seed}"
+        return (
+            f"{self.num_sequences} x {self.num_tokens} tokens{' that are alike' * self.has_similar_tokens}, seed "
+            f"{self.seed}"
+        )
 
 
-ONE = Case(2, 16, 0)
+DEFAULT_CASE = Case(2, 16, 0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Trial:
         module, dim, mask, loss, router: as in `verify`.
         case, training: the tokens and the mode.
         limit: the largest difference that is rounding.
-        steady: the modes in which the module draws no random numbers, True for training.
+        deterministic_modes: the modes in which the module draws no random numbers, True for training.
     """
 
     module: nn.Module
@@ -70,22 +73,22 @@ class Trial:
     mask: Any = None
     loss: Any = None
     router: Any = None
-    case: Case = ONE
+    case: Case = DEFAULT_CASE
     training: bool = False
-    limit: float = LIMIT
-    steady: tuple[bool, ...] = ()
+    limit: float = ROUNDING_LIMIT
+    deterministic_modes: tuple[bool, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.case}, in {'training' if self.training else 'eval'}"
 
-    def fresh(self) -> nn.Module:
+    def copy_module(self) -> nn.Module:
         """A copy of the module, in the mode."""
         return copy.deepcopy(self.module).train(self.training)
 
-    def x(self, number: int = 0, dtype: torch.dtype | None = None) -> Tensor:
+    def make_tokens(self, index: int = 0, dtype: torch.dtype | None = None) -> Tensor:
         """Tokens `(b, n, d)`; others for another number."""
         b, n, seed, alike = self.case
-        generator = torch.Generator().manual_seed(seed + 100 * number)
+        generator = torch.Generator().manual_seed(seed + 100 * index)
         x = torch.randn(b, n, self.dim, generator=generator, dtype=torch.float32)  # whatever the default dtype is
         if alike:
             x = 0.4 * x + torch.randn(self.dim, generator=generator, dtype=torch.float32)
@@ -98,7 +101,7 @@ class Trial:
         x: Tensor | None = None,
         mask: Tensor | None = None,
         module: nn.Module | None = None,
-        run: Run | None = None,
+        run: RunFunction | None = None,
         seed: int = 0,
     ) -> Outcome:
         """The output, in the shape of the tokens, and the loss if it is told; in eval without gradients.
@@ -107,8 +110,8 @@ class Trial:
             x, module: tokens and a fresh module of this trial unless others are given.
             mask: `(b, n)` bool, True where a token is real.
         """
-        x = self.x() if x is None else x
-        module = self.fresh() if module is None else module
+        x = self.make_tokens() if x is None else x
+        module = self.copy_module() if module is None else module
 
         def call(x: Tensor) -> Any:
             if mask is None or self.mask is None:
@@ -131,26 +134,28 @@ class Trial:
         x: Tensor | None = None,
         mask: Tensor | None = None,
         module: nn.Module | None = None,
-        run: Run | None = None,
-        of: str = "both",
+        run: RunFunction | None = None,
+        loss_from: str = "both",
         scale: float = 1,
     ) -> Outcome:
         """A forward, and the backward of the weighed output, plus the loss; or of "output" or "loss" alone. Gradients
         are divided by `scale` again."""
-        module = self.fresh() if module is None else module
-        x = (self.x() if x is None else x).detach().requires_grad_()  # strides stay
+        module = self.copy_module() if module is None else module
+        x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides stay
         found = self.forward(x, mask, module, run)
-        total = (found["output"] * weights_of(x, mask)).sum() * (of != "loss")  # a loss may reach x through it
-        if "loss" in found and of != "output":
+        total = (found["output"] * make_output_weights(x, mask)).sum() * (
+            loss_from != "loss"
+        )  # a loss may reach x through it
+        if "loss" in found and loss_from != "output":
             total = total + found["loss"]
         if total.requires_grad:
             (total * scale).backward()
         leaves = {f"gradient of {name}": p for name, p in module.named_parameters() if p.requires_grad}
         for name, leaf in ({"input gradient": x} | leaves).items():
             found[name] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / scale
-        return {name: tensor.detach() for name, tensor in found.items()} | self.moves(module)
+        return {name: tensor.detach() for name, tensor in found.items()} | self.measure_buffer_changes(module)
 
-    def moves(self, module: nn.Module) -> Outcome:
+    def measure_buffer_changes(self, module: nn.Module) -> Outcome:
         """How far the buffers of a module are from those of the module that never ran."""
         found = {}
         for name, buffer in self.module.named_buffers():
@@ -159,44 +164,49 @@ class Trial:
         return found
 
     @torch.no_grad()
-    def chosen(self, module: nn.Module, x: Tensor) -> Tensor:
+    def read_choices(self, module: nn.Module, x: Tensor) -> Tensor:
         """The experts of each token: `(b, n, k)` integers in order, or `(b, n, e)` bool."""
         torch.manual_seed(0)
-        told = self.router(module, x).reshape(*x.shape[:2], -1)
-        return told if told.dtype == torch.bool else told.sort(dim=-1).values
+        choices = self.router(module, x).reshape(*x.shape[:2], -1)
+        return choices if choices.dtype == torch.bool else choices.sort(dim=-1).values
 
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Whether what a forward returns depends on random numbers."""
         trials = [replace(self, case=case) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # many are near a tie
-        return any(gap(trial.forward(seed=1), trial.forward(seed=2)).number > LIMIT / 10 for trial in trials)
+        return any(
+            compare_outcomes(trial.forward(seed=1), trial.forward(seed=2)).value > ROUNDING_LIMIT / 10
+            for trial in trials
+        )
 
-    def rounding(self) -> float:
+    def estimate_rounding(self) -> float:
         """The second difference of the output along the inputs: large only of a module that computes in bfloat16."""
-        a, b, c = (self.forward(self.x() * by)["output"] for by in (0.9999, 1, 1.0001))
-        return gap({"output": (a + c) / 2}, {"output": b}).number
+        a, b, c = (self.forward(self.make_tokens() * factor)["output"] for factor in (0.9999, 1, 1.0001))
+        return compare_outcomes({"output": (a + c) / 2}, {"output": b}).value
 
 
-def known(trial: Trial) -> Trial:
+def infer_arguments(trial: Trial) -> Trial:
     """A trial, and what can be found out about its module."""
     module = trial.module
     if isinstance(module, MoE | HeirarchicalMoE):
         loss = 1 if trial.loss is None else trial.loss
         trial = replace(trial, dim=trial.dim or module.dim, mask=trial.mask or "mask", loss=loss)
-    trial = replace(trial, dim=trial.dim or width_of(trial))
+    trial = replace(trial, dim=trial.dim or infer_width(trial))
     with suppress(ValueError):  # there is no gate that the package knows
-        if trial.router is None and len(routing_of(trial.fresh(), trial.x())) == 1:
-            trial = replace(trial, router=chosen_by_gate)
-    steady = tuple(training for training in (True, False) if not replace(trial, training=training).draws())
-    return replace(trial, steady=steady, limit=min(max(LIMIT, 4 * trial.rounding()), 0.05))  # no module rounds more
+        if trial.router is None and len(routing_of(trial.copy_module(), trial.make_tokens())) == 1:
+            trial = replace(trial, router=read_gate_choices)
+    steady = tuple(training for training in (True, False) if not replace(trial, training=training).is_random())
+    return replace(
+        trial, deterministic_modes=steady, limit=min(max(ROUNDING_LIMIT, 4 * trial.estimate_rounding()), 0.05)
+    )  # no module rounds more
 
 
-def weights_of(x: Tensor, mask: Tensor | None = None) -> Tensor:
+def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The weights of the outputs of tokens in what a step differentiates; they go with the tokens. None of padding."""
     weights = 1 + x.detach().flip(-1)
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
 
 
-def width_of(trial: Trial) -> int:
+def infer_width(trial: Trial) -> int:
     """The one size of the weights with which the module runs."""
     found = []
     for size in sorted({size for parameter in trial.module.parameters() for size in parameter.shape if size > 1}):
@@ -208,7 +218,7 @@ def width_of(trial: Trial) -> int:
     return found[0]
 
 
-def chosen_by_gate(module: nn.Module, x: Tensor) -> Tensor:
+def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
     """`(..., n * e)` bool, the experts that compute each token, by the one gate that the package knows in a module."""
     (routing,) = routing_of(module, x).values()
     cell = routing.token * routing.num_experts + routing.expert
@@ -217,7 +227,9 @@ def chosen_by_gate(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gap(found: Outcome, wanted: Outcome, of: str | tuple[str, ...] = "", how: str = "") -> Gap:
+def compare_outcomes(
+    found: Outcome, wanted: Outcome, names: str | tuple[str, ...] = "", context: str = ""
+) -> Deviation:
     """The largest difference of two outcomes, relative to the largest number of its tensor, or to a thousandth of the
     largest gradient; infinite if one is NaN.
 
@@ -227,17 +239,17 @@ def gap(found: Outcome, wanted: Outcome, of: str | tuple[str, ...] = "", how: st
     """
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.numel()}
     grads = [tensor.abs().max().item() for name, tensor in wanted.items() if "gradient" in name]
-    worst = Gap(0.0)
+    worst = Deviation(0.0)
     for name, tensor in wanted.items():
-        if name.startswith(of):
+        if name.startswith(names):
             floor = max(1e-3 * max(grads), 1e-7) if "gradient" in name else 1e-7
             far = (found[name].to(tensor.dtype) - tensor).abs() / tensor.abs().max().clamp(min=floor)
             number = far.nan_to_num(torch.inf, torch.inf).max().item()
-            worst = max(worst, Gap(number, name + how))
+            worst = max(worst, Deviation(number, name + context))
     return worst
 
 
-def finite(outcome: Outcome, how: str) -> Gap:
+def count_non_finite(outcome: Outcome, context: str) -> Deviation:
     """How many tensors of an outcome are not finite, and which."""
     wrong = [name for name, tensor in outcome.items() if not tensor.isfinite().all()]
-    return Gap(len(wrong), f"not finite: {', '.join(wrong)}{how}")
+    return Deviation(len(wrong), f"not finite: {', '.join(wrong)}{context}")

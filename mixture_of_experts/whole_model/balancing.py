@@ -24,14 +24,14 @@ from mixture_of_experts.gating.bias_rules import (
     check_scores,
     step_of,
 )
-from mixture_of_experts.gating.expert_bias import COUNTS, count_in_backward
-from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.gating.expert_bias import RANK_LOCAL_BUFFERS, count_in_backward
+from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
-from mixture_of_experts.whole_model.block_settings import read_output
-from mixture_of_experts.whole_model.each_step import EachStep, as_factor, sites_to_move
-from mixture_of_experts.whole_model.model_tokens import TokensOfCall
-from mixture_of_experts.whole_model.sites import Gates, Site
+from mixture_of_experts.whole_model.block_settings import read_router_output
+from mixture_of_experts.whole_model.model_tokens import TokenWatch
+from mixture_of_experts.whole_model.optimizer_step import OptimizerStepHook, find_updatable_routers, step_factor
+from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle
 
 
 def balance_experts(
@@ -41,7 +41,7 @@ def balance_experts(
     rate: float | None = None,
     *,
     group: dist.ProcessGroup | None = None,
-    gates: Gates | None = None,
+    gates: GateSelection | None = None,
 ) -> ExpertBalancing:
     """Move the expert bias of every gate in `model` once after each step of `optimizer`.
 
@@ -90,27 +90,35 @@ def balance_experts(
     balancing = ExpertBalancing(optimizer, group)
     balancing.rule = rule = check_rule("rule", rule)
     balancing.rate = rule.rate if rate is None else rate
-    none = (
+    empty_message = (
         f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., expert_bias=True)"
     )
-    sites = sites_to_move(
-        model, "balance_experts", gates, lambda site: "it has no expert bias" if site.bias is None else None, none
+    routers = find_updatable_routers(
+        model,
+        "balance_experts",
+        gates,
+        lambda router: "it has no expert bias" if router.expert_bias is None else None,
+        empty_message,
     )
-    with Attached() as hooks:  # removed again if anything below raises
-        readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
-        balancing.biases = [
-            BlockBias(site, rule, readers[site.around], hooks) if site.external else GateBias(site.gate, rule, hooks)
-            for site in sites
+    with Attachments() as hooks:  # removed again if anything below raises
+        token_watches = {
+            router.enclosing_model: TokenWatch(router.enclosing_model) for router in routers if router.is_external
+        }
+        balancing.bias_updaters = [
+            BlockBiasUpdater(router, rule, token_watches[router.enclosing_model], hooks)
+            if router.is_external
+            else GateBiasUpdater(router.gate, rule, hooks)
+            for router in routers
         ]
-        for reader in readers.values():
-            reader.follow(reader.model, hooks)
+        for reader in token_watches.values():
+            reader.attach_to(reader.model, hooks)
         balancing.enter_context(hooks.pop_all())
-    leave_counts_alone(model)
-    balancing.start(model, {site.name: site.bias for site in sites})
+    ignore_counts_in_ddp(model)
+    balancing.start(model, {router.name: router.expert_bias for router in routers})
     return balancing
 
 
-class ExpertBalancing(EachStep):
+class ExpertBalancing(OptimizerStepHook):
     """Moves the bias of gates of a model after each step of an optimizer; `balance_experts` returns one.
 
     Attributes:
@@ -118,7 +126,7 @@ class ExpertBalancing(EachStep):
     """
 
     rule: BiasRule
-    biases: list[GateBias | BlockBias]
+    bias_updaters: list[GateBiasUpdater | BlockBiasUpdater]
 
     @property
     def rate(self) -> float:
@@ -128,26 +136,26 @@ class ExpertBalancing(EachStep):
     def rate(self, value: float) -> None:
         self._rate = check_number("rate", value, at_least=0.0)
 
-    def after_step(self, done: Tensor | int) -> None:
-        counted = [(bias, counts) for bias in self.biases if (counts := bias.counts) is not None]
-        totals = self.over_ranks([counts for _, counts in counted])
+    def after_step(self, step_taken: Tensor | int) -> None:
+        counted = [(bias, counts) for bias in self.bias_updaters if (counts := bias.counts) is not None]
+        totals = self.sum_over_ranks([counts for _, counts in counted])
         for (bias, counts), total in zip(counted, totals, strict=True):
-            factor = as_factor(done, counts)
-            bias.move(total * factor, self.rate)
+            factor = step_factor(step_taken, counts)
+            bias.update_bias(total * factor, self.rate)
             counts.mul_(1 - factor)
 
 
-class GateBias:
+class GateBiasUpdater:
     """The bias of a gate of this package, which counts by `rule` until `hooks` are closed.
 
     Of several for one gate the last moves the bias. When it ends, the one before it that has not ended goes on.
     """
 
-    def __init__(self, gate: Any, rule: BiasRule, hooks: Attached) -> None:
+    def __init__(self, gate: Any, rule: BiasRule, hooks: Attachments) -> None:
         self.gate = gate
         self.rule = rule
-        hooks.set(gate, "bias_rule", rule)
-        hooks.set(gate, "balanced_by", self)
+        hooks.set_attribute(gate, "bias_rule", rule)
+        hooks.set_attribute(gate, "balanced_by", self)
 
     @property
     def counts(self) -> Tensor | None:
@@ -155,50 +163,52 @@ class GateBias:
         moves = self.gate.balanced_by is self and self.gate.bias_rule is self.rule
         return self.gate.bias_counts if moves else None
 
-    def move(self, counts: Tensor, rate: float) -> None:
+    def update_bias(self, counts: Tensor, rate: float) -> None:
         gate = self.gate
         gate.move_bias(step_of(self.rule, counts, gate.expert_bias, gate.k, rate, gate.always_chosen))
 
 
-def leave_counts_alone(model: nn.Module) -> None:
+def ignore_counts_in_ddp(model: nn.Module) -> None:
     """Stop `DistributedDataParallel` from copying the counts of the first rank to the others before a forward."""
-    ignore_in_ddp(model, names_of_counts(model))
+    ignore_in_ddp(model, find_rank_local_buffers(model))
 
 
-def names_of_counts(model: nn.Module) -> set[str]:
+def find_rank_local_buffers(model: nn.Module) -> set[str]:
     """The names of the buffers of gates that are this rank's own, `COUNTS`."""
-    return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in COUNTS}
+    return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANK_LOCAL_BUFFERS}
 
 
 # Blocks of transformers
 
 
-class BlockBias:
+class BlockBiasUpdater:
     """The bias of a block of `transformers`, which a hook on its router counts for until `hooks` are closed. Of several
     for one block all count, and the last moves the bias."""
 
-    def __init__(self, site: Site, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
-        self.block: Any = site.block
+    def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:
+        self.block: Any = router.block
         if rule.reads_scores:
             settings = self.block.gate()  # those of the gate that a conversion would make
             select, num_groups = settings.get("select", "score"), settings.get("num_groups")
-            check_scores(rule, repr(site.name), settings["k"], site.num_experts, select, num_groups)
+            check_scores(rule, repr(router.name), settings["k"], router.num_experts, select, num_groups)
             raise ValueError(
-                f"{rule!r} reads scores, which the router {site.name!r} of transformers does not return: balance it by "
+                f"{rule!r} reads scores, which the router {router.name!r} of transformers does not return: balance "
+                f"it by "
                 "rule='sign', or convert its block by from_transformers"
             )
-        self.called: nn.Module = site.called
+        self.hook_target: nn.Module = router.hook_target
         self.rule = rule
-        self.reader = reader
+        self.token_watch = token_watch
         bias = self.bias
         shape, kind = ((rule.bins,), torch.int32) if rule.bins else ((), torch.int64)
-        self.total: Tensor = torch.zeros(bias.numel(), *shape, dtype=kind, device=bias.device)
+        self.accumulated_counts: Tensor = torch.zeros(bias.numel(), *shape, dtype=kind, device=bias.device)
         if bias.dtype.itemsize < 4:
             warnings.warn(
-                f"the expert bias of {site.name!r} is {bias.dtype}, in which small steps are lost: keep it in float32",
+                f"the expert bias of {router.name!r} is {bias.dtype}, in which small steps are lost: keep it in "
+                f"float32",
                 stacklevel=4,
             )
-        hooks.after(site.called, self.after_router)
+        hooks.add_forward_hook(router.hook_target, self.count_router_output)
 
     @property
     def bias(self) -> Any:
@@ -206,40 +216,43 @@ class BlockBias:
         return self.block.expert_bias
 
     @property
-    def value(self) -> Tensor:
+    def flat_bias(self) -> Tensor:
         """`(e,)` float32, the bias, whatever its own shape is."""
         return self.bias.detach().flatten().float()
 
     @property
     def counts(self) -> Tensor:
-        if self.total.device != self.bias.device:  # the model moved
-            self.total = self.total.to(self.bias.device)
-        return self.total
+        if self.accumulated_counts.device != self.bias.device:  # the model moved
+            self.accumulated_counts = self.accumulated_counts.to(self.bias.device)
+        return self.accumulated_counts
 
     @property
-    def moves(self) -> bool:
+    def is_active(self) -> bool:
         """Whether this is the last that counts for its block."""
-        hooks = self.called._forward_hooks.values()
-        counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBias)]
+        hooks = self.hook_target._forward_hooks.values()
+        counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBiasUpdater)]
         return counting[-1] is self
 
-    def move(self, counts: Tensor, rate: float) -> None:
-        if self.moves:
-            step = step_of(self.rule, counts, self.value, self.block.k, rate)
+    def update_bias(self, counts: Tensor, rate: float) -> None:
+        if self.is_active:
+            step = step_of(self.rule, counts, self.flat_bias, self.block.k, rate)
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
-    def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
+    def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:
         """Forward hook of a router. The choices `(t, k)` of real tokens are counted when the gradient of its weights is
         computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
-        _, weight, expert = read_output(self.block, output)
-        real, mask = ~weight.isnan().any(dim=-1), self.reader.tokens().mask  # of NaN: a gradient scaler skips this step
+        _, weight, expert = read_router_output(self.block, output)
+        real, mask = (
+            ~weight.isnan().any(dim=-1),
+            self.token_watch.current_tokens().mask,
+        )  # of NaN: a gradient scaler skips this step
         if mask is not None and mask.numel() == len(real):
             real = real & mask.flatten().to(real.device)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(chosen, expert, 0).to(torch.int64)
-        counts = self.rule.count(ForwardChoices(expert, chosen, None, real, self.value))
+        counts = self.rule.count(ForwardChoices(expert, chosen, None, real, self.flat_bias))
         place = self.block.recipe.returns.index("weights")
         counted = count_in_backward(output[place], counts, self.counts)
         return (*output[:place], counted, *output[place + 1 :])

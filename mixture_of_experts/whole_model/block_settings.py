@@ -1,6 +1,6 @@
 """Reads sparse blocks of `transformers`: the settings of their routers, and what the routers return.
 
-`recipes.KEEPS` has the names of their attributes. Nothing of `transformers` is imported.
+`recipes.BLOCK_ATTRIBUTES` has the names of their attributes. Nothing of `transformers` is imported.
 
 Axes: b sequences, n tokens of a sequence, t tokens, d model dim, e experts, k choices of a token.
 """
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, OpenGroups
-from mixture_of_experts.recipes import BLOCKS, KEEPS, Recipe
-from mixture_of_experts.support.private_torch import wrapped_class
+from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, RECIPES_BY_BLOCK, Recipe
+from mixture_of_experts.support.private_torch import get_original_class
 
 #: scores of routers, by the classes of transformers that compute them
-WORDS = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
+SCORE_NAMES = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
 
 
-def find(holder: Any, *names: str) -> Any:
+def find_attribute(holder: Any, *names: str) -> Any:
     """The first of these attributes of `holder` that is not None; a name may be a path. None if there is none."""
     for name in names:
         found = holder
@@ -31,11 +31,11 @@ def find(holder: Any, *names: str) -> Any:
     return None
 
 
-def recipe_of(block: nn.Module) -> Recipe | None:
+def find_recipe(block: nn.Module) -> Recipe | None:
     """The recipe of a block of a known class that holds a router; None for anything else."""
-    kind = wrapped_class(block)
-    known = BLOCKS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
-    return known if known is not None and find(block, *KEEPS["router"]) is not None else None
+    kind = get_original_class(block)
+    known = RECIPES_BY_BLOCK.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+    return known if known is not None and find_attribute(block, *BLOCK_ATTRIBUTES["router"]) is not None else None
 
 
 class BlockSettings:
@@ -46,126 +46,130 @@ class BlockSettings:
 
     def __init__(self, module: Any, recipe: Recipe) -> None:
         self.module, self.recipe = module, recipe
-        self.router: Any = find(module, *KEEPS["router"])
-        self.network: bool = hasattr(self.router, "router_mlp")  # of a state, instead of one matrix
-        self.weight: Any = None if self.network else self.attribute("weight")
+        self.router: Any = find_attribute(module, *BLOCK_ATTRIBUTES["router"])
+        self.has_router_network: bool = hasattr(self.router, "router_mlp")  # of a state, instead of one matrix
+        self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
-    def attribute(self, part: str) -> Any:
+    def read_attribute(self, role: str) -> Any:
         """What the router, or else the block, holds under one of the names of `part`; None if neither does."""
-        found = find(self.router, *KEEPS[part])
-        return find(self.module, *KEEPS[part]) if found is None else found
+        found = find_attribute(self.router, *BLOCK_ATTRIBUTES[role])
+        return find_attribute(self.module, *BLOCK_ATTRIBUTES[role]) if found is None else found
 
     @property
     def dim(self) -> int:
-        return self.router.down_proj.in_features if self.weight is None else self.weight.shape[1]
+        return self.router.down_proj.in_features if self.router_weight is None else self.router_weight.shape[1]
 
     @property
     def num_experts(self) -> int:
-        return self.router.num_router_classes if self.weight is None else self.weight.shape[0]
+        return self.router.num_router_classes if self.router_weight is None else self.router_weight.shape[0]
 
     @property
     def num_logits(self) -> int:
         """Those of the router: shared experts have none."""
-        return self.num_experts - self.always
+        return self.num_experts - self.num_always_chosen
 
     @property
-    def always(self) -> int:
+    def num_always_chosen(self) -> int:
         """The number of shared experts that the router weighs; they have the last ids."""
         return self.module.shared_experts.n_shared_experts if self.recipe.scales == "all" else 0
 
     @property
     def k(self) -> int:
-        found = self.attribute("k")
+        found = self.read_attribute("k")
         return self.recipe.gate["k"] if found is None else found
 
     @property
     def score(self) -> str:
-        if (function := find(self.router, "score_fn")) is not None:
-            return WORDS[type(function).__name__]
-        if find(self.router, "expert_selection_fn") == "softmax":
+        if (function := find_attribute(self.router, "score_fn")) is not None:
+            return SCORE_NAMES[type(function).__name__]
+        if find_attribute(self.router, "expert_selection_fn") == "softmax":
             return "softmax"
         return self.recipe.gate.get("score", "softmax")
 
     @property
     def capacity(self) -> int | None:
         """Slots of an expert for each sequence, independent of its length; None if dropless."""
-        return find(self.router, "expert_capacity")
+        return find_attribute(self.router, "expert_capacity")
 
     @property
-    def bias(self) -> Any:
+    def router_bias(self) -> Any:
         """The bias of the router's matrix; None if there is none, or the router's forward does not add it."""
-        if self.network or hasattr(self.router, "get_topk_indices"):  # these hold a bias that they do not add
+        if self.has_router_network or hasattr(
+            self.router, "get_topk_indices"
+        ):  # these hold a bias that they do not add
             return None
-        return find(self.router, *(path.removesuffix("weight") + "bias" for path in KEEPS["weight"]))
+        return find_attribute(
+            self.router, *(path.removesuffix("weight") + "bias" for path in BLOCK_ATTRIBUTES["weight"])
+        )
 
     @property
     def expert_bias(self) -> Any:
-        if not self.recipe.gate.get("expert_bias") or find(self.router, "use_expert_bias") is False:
+        if not self.recipe.gate.get("expert_bias") or find_attribute(self.router, "use_expert_bias") is False:
             return None
-        return self.attribute("expert_bias")
+        return self.read_attribute("expert_bias")
 
     @property
     def experts_of_id(self) -> Any:
         """`(v, k)`, the experts of each token id, if ids choose experts; None otherwise."""
-        return self.attribute("experts_of_id")
+        return self.read_attribute("experts_of_id")
 
     @property
     def scale(self) -> float:
         """The router's scale times that of the block, which multiplies what the experts return."""
         product = 1.0
         for holder in (self.router, self.module):
-            factor = find(holder, *KEEPS["scale"])
+            factor = find_attribute(holder, *BLOCK_ATTRIBUTES["scale"])
             product *= 1.0 if factor is None else float(factor)
-        return product / 2 if self.averages else product
+        return product / 2 if self.averages_shared_expert else product
 
     @property
-    def averages(self) -> bool:
+    def averages_shared_expert(self) -> bool:
         """Whether the block returns the mean of what experts and shared expert return."""
-        averages = find(self.module, "shared_expert_combination_strategy") == "average"
-        return averages and find(self.module, *KEEPS["shared"]) is not None
+        averages = find_attribute(self.module, "shared_expert_combination_strategy") == "average"
+        return averages and find_attribute(self.module, *BLOCK_ATTRIBUTES["shared"]) is not None
 
-    def gate(self) -> dict[str, Any]:
+    def gate_arguments(self) -> dict[str, Any]:
         """Arguments for the gate, without modules."""
         if "tolerance" in self.recipe.gate:
-            return dict(k=self.recipe.gate["k"], tolerance=float(self.attribute("tolerance")))
-        left_out = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
-        settings = {name: value for name, value in self.recipe.gate.items() if name not in left_out}
+            return dict(k=self.recipe.gate["k"], tolerance=float(self.read_attribute("tolerance")))
+        excluded = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
+        settings = {name: value for name, value in self.recipe.gate.items() if name not in excluded}
         settings |= dict(k=self.k, score=self.score, scale=self.scale)
-        settings |= dict(bias=self.bias is not None, expert_bias=self.expert_bias is not None)
-        if "normalize" in settings and isinstance(normalize := self.attribute("normalize"), bool):
+        settings |= dict(bias=self.router_bias is not None, expert_bias=self.expert_bias is not None)
+        if "normalize" in settings and isinstance(normalize := self.read_attribute("normalize"), bool):
             settings["normalize"] = normalize
-        if find(self.router, "expert_selection_fn") == "softmax":
+        if find_attribute(self.router, "expert_selection_fn") == "softmax":
             settings |= dict(weigh="softmax", normalize=True)
-        if (least := find(self.router, "norm_min")) is not None:
-            settings["normalize"] = NormalizeBy(least=float(least))
+        if (minimum := find_attribute(self.router, "norm_min")) is not None:
+            settings["normalize"] = NormalizeBy(least=float(minimum))
         if hasattr(self.module, "moe_normalize_expert_weights"):
             order = self.module.moe_normalize_expert_weights
             settings["normalize"] = False if order is None else NormalizeBy(p=float(order))
-        if self.always:
-            settings |= dict(select=AlwaysChosen(self.always), k=self.k + self.always)
+        if self.num_always_chosen:
+            settings |= dict(select=AlwaysChosen(self.num_always_chosen), k=self.k + self.num_always_chosen)
         if self.capacity is not None:
             settings |= dict(capacity_factor_train=1e-9, capacity_factor_eval=1e-9, min_expert_capacity=self.capacity)
-        return settings | self.groups()
+        return settings | self.group_arguments()
 
-    def groups(self) -> dict[str, Any]:
-        groups, best = self.attribute("num_groups"), self.attribute("top_groups")
-        if groups is None or groups == 1 or find(self.router, "topk_method") == "greedy":
+    def group_arguments(self) -> dict[str, Any]:
+        groups, best = self.read_attribute("num_groups"), self.read_attribute("top_groups")
+        if groups is None or groups == 1 or find_attribute(self.router, "topk_method") == "greedy":
             return {}
         if hasattr(self.router, "apply_group_scoring"):
             return dict(select=OpenGroups(groups, best))
         return dict(num_groups=groups, top_groups=best, group_score=self.recipe.gate.get("group_score", "two_best"))
 
-    def logits(self) -> dict[str, Any]:
+    def logits_arguments(self) -> dict[str, Any]:
         """Arguments for `RouterLogits`."""
         settings = dict(self.recipe.logits or {})
         if "norm_eps" in settings:
             return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)
         if "softcap" in settings:
-            return dict(softcap=float(self.attribute("softcap")) or None)
-        return dict(multiplier=float(self.attribute("multiplier")))
+            return dict(softcap=float(self.read_attribute("softcap")) or None)
+        return dict(multiplier=float(self.read_attribute("multiplier")))
 
 
-def read_output(block: BlockSettings, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+def read_router_output(block: BlockSettings, output: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, from the `output` of a block's router."""
     returns = block.recipe.returns
     parts = zip(returns, output if isinstance(output, tuple) else (output,), strict=False)

@@ -9,16 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from mixture_of_experts.gating import TokenChoiceGate, reads_of
-from mixture_of_experts.gating.given import FORCED, Forced, forced_experts
-from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.gating import TokenChoiceGate, get_side_inputs
+from mixture_of_experts.gating.overrides import FORCED, Forced, forced_experts
+from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_choice
-from mixture_of_experts.whole_model.block_settings import BlockSettings, read_output
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.block_settings import BlockSettings, read_router_output
+from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
 
 @contextmanager
-def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | None = None) -> Iterator[None]:
+def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSelection | None = None) -> Iterator[None]:
     """Make every gate in `model` send tokens to forced experts, while the context lasts.
 
     The time and memory of a layer then depend on shapes alone. Every real token makes all k choices, at most one of
@@ -48,34 +48,35 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | 
         [[0, 1, 2, 3, 0, 1, 2, 3]]
     """
     check_choice("how", how, tuple(FORCED))
-    sites = serve(find_sites(model, "force_routing", gates), "force_routing", why_not_forced)
-    with Attached() as attached:
-        for site in sites:
-            if site.block is not None:
-                attached.after(site.called, partial(replace_choices, site.block, how))
+    routers = check_supported(find_routers(model, "force_routing", gates), "force_routing", forcing_unsupported_reason)
+    with Attachments() as attached:
+        for router in routers:
+            if router.block is not None:
+                attached.add_forward_hook(router.hook_target, partial(replace_router_choices, router.block, how))
             else:
-                attached.set(site.gate, "forced", how)
+                attached.set_attribute(router.gate, "forced", how)
         yield
 
 
-def why_not_forced(site: Site) -> str | None:
+def forcing_unsupported_reason(router: RouterHandle) -> str | None:
     """Why a site cannot be forced; None if it can."""
-    if site.block is not None:
-        returns = "experts" in site.block.recipe.returns
+    if router.block is not None:
+        returns = "experts" in router.block.recipe.returns
         return None if returns else "it does not return the experts of tokens: convert its block"
-    if not isinstance(site.gate, TokenChoiceGate):
+    if not isinstance(router.gate, TokenChoiceGate):
         return "tokens make no choices there"
-    if "given_experts" not in reads_of(site.gate):
+    if "given_experts" not in get_side_inputs(router.gate):
         return (
-            "it does not read given_experts, by which experts are forced: name it in `reads`, and have `decide` choose "
+            "it does not read given_experts, by which experts are forced: name it in `side_inputs`, and have "
+            "`decide` choose "
             'tokens.side["given_experts"]'
         )
     return None
 
 
-def replace_choices(block: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
+def replace_router_choices(block: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
     """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
-    logits, _, expert = read_output(block, output)
+    logits, _, expert = read_router_output(block, output)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
-    place = block.recipe.returns.index("experts")
-    return tuple(forced.to(part.dtype) if i == place else part for i, part in enumerate(output))
+    position = block.recipe.returns.index("experts")
+    return tuple(forced.to(part.dtype) if i == position else part for i, part in enumerate(output))

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixture_of_experts.gating.relu import MOST, ReLUGating
+from mixture_of_experts.gating.relu import MAX_L1_COEF, ReLUGating
 from mixture_of_experts.support.checks import check_number
-from mixture_of_experts.support.private_torch import is_fake
-from mixture_of_experts.whole_model.balancing import leave_counts_alone
-from mixture_of_experts.whole_model.each_step import EachStep, as_factor, sites_to_move
-from mixture_of_experts.whole_model.sites import Gates, Site
+from mixture_of_experts.support.private_torch import is_fake_tensor
+from mixture_of_experts.whole_model.balancing import ignore_counts_in_ddp
+from mixture_of_experts.whole_model.optimizer_step import OptimizerStepHook, find_updatable_routers, step_factor
+from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle
 
-LOOK = 100  # steps between two looks at numbers of the device
+CHECK_INTERVAL = 100  # steps between two looks at numbers of the device
 
 
 def control_sparsity(
@@ -27,7 +27,7 @@ def control_sparsity(
     rate: float = 1.2,
     *,
     group: dist.ProcessGroup | None = None,
-    gates: Gates | None = None,
+    gates: GateSelection | None = None,
 ) -> SparsityControl:
     """Move `l1_coef` of every `ReLUGating` in `model` once after each step of `optimizer`.
 
@@ -68,15 +68,15 @@ def control_sparsity(
     """
     control = SparsityControl(optimizer, group)
     control.rate = check_number("rate", rate, above=1.0)
-    none = f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
-    sites = sites_to_move(model, "control_sparsity", gates, why_not_controlled, none)
-    control.routers = [site.gate for site in sites]
-    leave_counts_alone(model)
-    control.start(model, {site.name: site.gate.get_buffer("l1_coef") for site in sites})
+    empty_message = f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
+    routers = find_updatable_routers(model, "control_sparsity", gates, sparsity_unsupported_reason, empty_message)
+    control.routers = [router.gate for router in routers]
+    ignore_counts_in_ddp(model)
+    control.start(model, {router.name: router.gate.get_buffer("l1_coef") for router in routers})
     return control
 
 
-class SparsityControl(EachStep):
+class SparsityControl(OptimizerStepHook):
     """Moves `l1_coef` of the ReLU routers of a model after each step of an optimizer; `control_sparsity` returns one.
 
     Attributes:
@@ -86,33 +86,34 @@ class SparsityControl(EachStep):
 
     rate: float
     routers: list[Any]
-    steps: int = 0  # that were done
+    num_steps: int = 0  # that were done
 
-    def after_step(self, done: Tensor | int) -> None:
+    def after_step(self, step_taken: Tensor | int) -> None:
         device = self.routers[0].l1_coef.device
-        totals = self.over_ranks([gate.choice_counts for gate in self.routers])
+        totals = self.sum_over_ranks([gate.choice_counts for gate in self.routers])
         excess = [gate.excess(total).to(device) for gate, total in zip(self.routers, totals, strict=True)]
         excess = torch.stack(excess).sum()
-        excess = excess * as_factor(done, excess)
+        excess = excess * step_factor(step_taken, excess)
         for gate in self.routers:
             gate.scale_l1(self.rate, excess)
-            gate.choice_counts.mul_(1 - as_factor(done, gate.choice_counts))
-        self.steps += 1
-        if self.steps % LOOK == 0:
-            warn_if_out_of_reach(self.routers, excess)
+            gate.choice_counts.mul_(1 - step_factor(step_taken, gate.choice_counts))
+        self.num_steps += 1
+        if self.num_steps % CHECK_INTERVAL == 0:
+            warn_if_unreachable(self.routers, excess)
 
 
-def why_not_controlled(site: Site) -> str | None:
-    return None if isinstance(site.gate, ReLUGating) else "it is no ReLUGating"
+def sparsity_unsupported_reason(router: RouterHandle) -> str | None:
+    return None if isinstance(router.gate, ReLUGating) else "it is no ReLUGating"
 
 
-def warn_if_out_of_reach(gates: Sequence[ReLUGating], excess: Tensor) -> None:
+def warn_if_unreachable(gates: Sequence[ReLUGating], excess: Tensor) -> None:
     """Warn if the coefficient is at its maximum and tokens still make too many choices."""
-    if is_fake(excess) or not bool((gates[0].l1_coef >= MOST) & (excess > 0)):
+    if is_fake_tensor(excess) or not bool((gates[0].l1_coef >= MAX_L1_COEF) & (excess > 0)):
         return
     means = sorted({gate.mean_choices for gate in gates})
     warnings.warn(
-        f"mean_choices={', '.join(map(str, means))} is out of reach: l1_coef has come to its maximum, {MOST:g}, and "
+        f"mean_choices={', '.join(map(str, means))} is out of reach: l1_coef has come to its maximum, "
+        f"{MAX_L1_COEF:g}, and "
         "tokens still make more choices on average. Does the loss have aux_loss, with loss_coef=1? Does the router "
         "train? Are logits positive for half of the experts whatever the weights are, as of tokens with mean 0 (give "
         "the gate bias=True)? Else set a larger mean_choices",

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from support.paths import PATHS_AND_ROUTERS, Path, assert_all_equal, gradients, run
+from support.layer_variants import ALL_VARIANTS, LayerVariant, assert_all_equal, compute_gradients, run_layer
 from torch.utils.checkpoint import checkpoint
 
-paths_and_routers = pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
+paths_and_routers = pytest.mark.parametrize("path", ALL_VARIANTS, ids=str)
 
 
-def loss_of(out, aux_loss):
+def compute_loss(out, aux_loss):
     """As `gradients` weighs it."""
     return (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + aux_loss
 
@@ -24,15 +24,15 @@ def gradients_by_backward(layer, x, loss):
 
 def check_both_kinds(layer, x, mask):
     """Outputs and gradients equal to the last bit; a draw in between shows that the state of the generator is kept."""
-    expected = run(layer, x, mask)
-    expected_grads = gradients(layer, x, expected)
+    expected = run_layer(layer, x, mask)
+    expected_grads = compute_gradients(layer, x, expected)
     for use_reentrant in (False, True):
         torch.manual_seed(2)
         actual = checkpoint(layer, x, mask, use_reentrant=use_reentrant, preserve_rng_state=True)
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[1], expected[1])
         torch.rand(7)
-        assert_all_equal(gradients_by_backward(layer, x, loss_of(*actual)), expected_grads)
+        assert_all_equal(gradients_by_backward(layer, x, compute_loss(*actual)), expected_grads)
 
 
 @pytest.mark.feature("activation checkpointing of both kinds (random policy, jitter, noise): the same bits")
@@ -44,7 +44,7 @@ def test_checkpointing(path):
 @pytest.mark.parametrize("experts", ["Experts", "GatedExperts"])
 def test_few_tokens(experts):
     """The way that few rows take in inference is not taken in training, where the graph would take another."""
-    path = Path("MoE", experts, "dropless", "plain")
+    path = LayerVariant("MoE", experts, "dropless", "plain")
     check_both_kinds(path.build(), *path.inputs(1, 5))
     check_recomputed(path.build(), *path.inputs(1, 5))
 
@@ -70,12 +70,12 @@ class Recomputed(torch.autograd.Function):
 
 
 def check_recomputed(layer, x, mask):
-    expected = run(layer, x, mask)
+    expected = run_layer(layer, x, mask)
     torch.manual_seed(2)
     actual = Recomputed.apply(layer, mask, x, *layer.parameters())
     torch.rand(7)
     assert torch.equal(actual[0], expected[0])
-    assert_all_equal(gradients_by_backward(layer, x, loss_of(*actual)), gradients(layer, x, expected))
+    assert_all_equal(gradients_by_backward(layer, x, compute_loss(*actual)), compute_gradients(layer, x, expected))
 
 
 @pytest.mark.feature("reversible layers (no_grad, then again with the same state of the generator): the same bits")
@@ -87,11 +87,11 @@ def test_reversible(path):
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("layer_name", ["MoE", "HeirarchicalMoE"])
 def test_checkpointing_under_autocast(layer_name, use_reentrant):
-    path = Path(layer_name, "Experts", "capacity", "masked")
+    path = LayerVariant(layer_name, "Experts", "capacity", "masked")
     layer, (x, mask) = path.build(), path.inputs()
     with torch.autocast("cpu", torch.bfloat16):
-        expected = run(layer, x, mask)
+        expected = run_layer(layer, x, mask)
         torch.manual_seed(2)
         actual = checkpoint(layer, x, mask, use_reentrant=use_reentrant)
-    expected_grads = gradients(layer, x, expected)
-    assert_all_equal(gradients_by_backward(layer, x, loss_of(*actual)), expected_grads)
+    expected_grads = compute_gradients(layer, x, expected)
+    assert_all_equal(gradients_by_backward(layer, x, compute_loss(*actual)), expected_grads)

@@ -4,21 +4,21 @@ import contextlib
 
 import pytest
 import torch
-from support.paths import PATHS, PATHS_AND_ROUTERS, Path, gradients, run
+from support.layer_variants import ALL_VARIANTS, LAYER_VARIANTS, LayerVariant, compute_gradients, run_layer
 
-paths = pytest.mark.parametrize("path", PATHS, ids=str)
+paths = pytest.mark.parametrize("path", LAYER_VARIANTS, ids=str)
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @contextlib.contextmanager
-def deterministic():
+def use_deterministic_algorithms():
     """Operators without a deterministic form raise, and fresh memory is filled with NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-def train(layer, x, mask, steps=3):
+def train_layer(layer, x, mask, steps=3):
     """Parameters and losses of a few steps, as one list."""
     torch.manual_seed(3)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
@@ -34,26 +34,26 @@ def train(layer, x, mask, steps=3):
     return [*losses, *(parameter.detach() for parameter in layer.parameters())]
 
 
-def check(build, x, mask):
-    with deterministic():
-        first, second = train(build(), x, mask), train(build(), x, mask)
+def check_two_runs(build, x, mask):
+    with use_deterministic_algorithms():
+        first, second = train_layer(build(), x, mask), train_layer(build(), x, mask)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.feature("two runs, the same bits (`use_deterministic_algorithms`, memory poisoned with NaN)")
-@pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
+@pytest.mark.parametrize("path", ALL_VARIANTS, ids=str)
 def test_two_runs(path):
-    check(path.build, *path.inputs())
+    check_two_runs(path.build, *path.inputs())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layer_name", ["MoE", "HeirarchicalMoE"])
 def test_threads(layer_name):
     """Large enough that the work is shared by two threads."""
-    path = Path(layer_name, "Experts", "capacity", "plain")
+    path = LayerVariant(layer_name, "Experts", "capacity", "plain")
     x, _ = path.inputs(8, 512)
     torch.set_num_threads(2)
-    check(path.build, x, None)
+    check_two_runs(path.build, x, None)
 
 
 @pytest.mark.feature("on CUDA two backwards give the same bits (many tokens, no deterministic mode asked for)")
@@ -63,5 +63,5 @@ def test_threads(layer_name):
 def test_cuda(path, dtype):
     layer = path.build().to("cuda", dtype)
     x, mask = path.inputs(4, 500, dtype=dtype, device="cuda")
-    first, second = (gradients(layer, x, run(layer, x, mask)) for _ in range(2))
+    first, second = (compute_gradients(layer, x, run_layer(layer, x, mask)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

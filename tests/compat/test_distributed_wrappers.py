@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from support import wrapper_checks as checks
+from support import data_parallel_checks as checks
+from support.layer_variants import LAYER_VARIANTS, QUICK_LAYER_VARIANTS, LayerVariant, put_quick_first
 from support.parallel_workers import Workers
-from support.paths import PATHS, SOME_PATHS, Path, some_first
 from support.versions import SHARDS_LISTS
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -16,7 +16,7 @@ from mixture_of_experts import GatedExperts, MoE, TopKGating
 from mixture_of_experts.parallel import shard_routers
 
 pytestmark = pytest.mark.slow
-paths = pytest.mark.parametrize("path", some_first(PATHS), ids=str)
+paths = pytest.mark.parametrize("path", put_quick_first(LAYER_VARIANTS), ids=str)
 DDP = "DDP, with ranks without tokens, experts without tokens on one rank or on all (two processes)"
 
 OF_LAYER = "`fully_shard` on the layer, and on gates, experts and layer: likewise"
@@ -45,37 +45,37 @@ def lists_can_be_sharded(request: pytest.FixtureRequest) -> None:
     "wrap", [pytest.param(wrap, marks=pytest.mark.feature(feature)) for wrap, feature in FEATURES.items()]
 )
 @paths
-def test_wrapped(workers: Workers, path: Path, wrap: str):
+def test_wrapped(workers: Workers, path: LayerVariant, wrap: str):
     workers.run(checks.check_wrapped, checks.RANKS, path, wrap)
 
 
 @pytest.mark.feature(DDP)
 @paths
-def test_ddp_with_starved_experts(workers: Workers, path: Path):
-    workers.run(checks.check_starved, checks.RANKS, path)
+def test_ddp_with_starved_experts(workers: Workers, path: LayerVariant):
+    workers.run(checks.check_starved_expert, checks.RANKS, path)
 
 
 @pytest.mark.feature("activation checkpointing under `fully_shard` and DDP (two processes)")
 @pytest.mark.parametrize("wrap", ["experts", "parts and layer", "DDP"])
 @paths
-def test_recomputed(workers: Workers, path: Path, wrap: str):
+def test_recomputed(workers: Workers, path: LayerVariant, wrap: str):
     workers.run(checks.check_wrapped, checks.RANKS, path, wrap, checks.call_recomputed)
 
 
 @pytest.mark.feature("`fully_shard` with bfloat16 parameters, on the experts and on the layer (two processes)")
 @pytest.mark.parametrize("wrap", ["experts", "layer"])
 @paths
-def test_bfloat16(workers: Workers, path: Path, wrap: str):
+def test_bfloat16(workers: Workers, path: LayerVariant, wrap: str):
     workers.run(checks.check_bfloat16, checks.RANKS, path, wrap)
 
 
 @pytest.mark.parametrize("wrap", ["DDP", "layer", "parts and layer"])
-def test_the_same_bits_in_any_batch(workers: Workers, wrap: str):
+def test_batch_invariance(workers: Workers, wrap: str):
     workers.run(checks.check_the_same_bits, checks.RANKS, wrap)
 
 
-@pytest.mark.parametrize("path", SOME_PATHS, ids=str)
-def test_residual_in_place(workers: Workers, path: Path):
+@pytest.mark.parametrize("path", QUICK_LAYER_VARIANTS, ids=str)
+def test_residual_in_place(workers: Workers, path: LayerVariant):
     """`out += x` right after a sharded layer, whose gradient comes through nothing but `out`."""
     workers.run(checks.check_residual, checks.RANKS, path)
 

@@ -4,23 +4,23 @@ import copy
 
 import pytest
 import torch
-from support.paths import (
+from support.layer_variants import (
+    ALL_VARIANTS,
+    LAYER_VARIANTS,
     MASKED,
-    PATHS,
-    PATHS_AND_ROUTERS,
     ROUTERS,
     assert_all_close,
-    gradients,
-    layer_with_router,
-    run,
-    some_first,
+    compute_gradients,
+    make_layer_with_router,
+    put_quick_first,
+    run_layer,
 )
 
-from mixture_of_experts.support.private_torch import multiplies
+from mixture_of_experts.support.private_torch import has_native_matmul
 
 pytestmark = pytest.mark.slow
 
-paths = pytest.mark.parametrize("path", PATHS, ids=str)
+paths = pytest.mark.parametrize("path", LAYER_VARIANTS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
 
 LOW = {torch.bfloat16: 4e-2, torch.float16: 5e-3}  # relative error of a few products in that dtype
@@ -40,13 +40,13 @@ def assert_near(actual, expected, error):
         assert relative_error(actual[name], expected[name]) <= error, name
 
 
-def everything(layer, x, mask):
+def compute_everything(layer, x, mask):
     """Output, auxiliary loss and all gradients by name."""
-    out, aux_loss = run(layer, x, mask)
-    return {"out": out, "aux_loss": aux_loss, **gradients(layer, x, (out, aux_loss))}
+    out, aux_loss = run_layer(layer, x, mask)
+    return {"out": out, "aux_loss": aux_loss, **compute_gradients(layer, x, (out, aux_loss))}
 
 
-def in_double(layer, x):
+def to_float64(layer, x):
     """The same layer and tokens in float64: the same choices, as the router computes in float32 from the same values."""  # noqa: E501
     return copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
 
@@ -57,9 +57,9 @@ def test_module_dtypes(path):
     for dtype, error in ERRORS.items():
         layer = path.build(policy="all").to(dtype)
         x, mask = path.inputs(dtype=dtype)
-        actual = everything(layer, x, mask)
-        double, double_x = in_double(layer, x)
-        assert_near(actual, everything(double, double_x, mask), error)
+        actual = compute_everything(layer, x, mask)
+        double, double_x = to_float64(layer, x)
+        assert_near(actual, compute_everything(double, double_x, mask), error)
         loss_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         assert actual.pop("aux_loss").dtype == loss_dtype
         assert {tensor.dtype for tensor in actual.values()} == {dtype}
@@ -69,10 +69,10 @@ def test_module_dtypes(path):
 @routers
 def test_router_is_exact(router):
     for dtype in LOW:
-        layer = layer_with_router(router).to(dtype).eval()
+        layer = make_layer_with_router(router).to(dtype).eval()
         x, mask = MASKED.inputs(dtype=dtype)
         routing = layer.gate(x, mask=mask)
-        double, double_x = in_double(layer, x)
+        double, double_x = to_float64(layer, x)
         expected = double.gate(double_x, mask=mask)
         assert routing.probs.dtype == routing.weight.dtype == torch.float32
         if router == "Top2, policy random":  # the same draws for both
@@ -92,17 +92,17 @@ def test_mixed_dtypes(path, dtype, limit):
     x, mask = path.inputs(dtype=dtype)
     if path.experts in ("ExpertList", "custom"):  # modules of the user's see what the user passes
         with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
-            run(layer, x, mask)
+            run_layer(layer, x, mask)
         limit(
             "experts of your own get their tokens in the inputs' dtype, as modules do everywhere; autocast casts both"
         )
         return
-    out, aux_loss = run(layer, x, mask)
-    expected = everything(layer, x.detach().float().requires_grad_(), mask)
+    out, aux_loss = run_layer(layer, x, mask)
+    expected = compute_everything(layer, x.detach().float().requires_grad_(), mask)
     assert out.dtype == dtype
     assert relative_error(out, expected["out"]) < LOW[dtype]
     assert torch.equal(aux_loss, expected["aux_loss"])
-    assert gradients(layer, x, (out, aux_loss))["input"].dtype == dtype
+    assert compute_gradients(layer, x, (out, aux_loss))["input"].dtype == dtype
 
 
 @pytest.mark.feature("autocast to bfloat16 and float16")
@@ -110,14 +110,14 @@ def test_mixed_dtypes(path, dtype, limit):
 def test_autocast(path):
     layer = path.build(policy="all")
     x, mask = path.inputs()
-    expected = everything(layer, x, mask)
+    expected = compute_everything(layer, x, mask)
     for dtype, error in LOW.items():
         with torch.autocast("cpu", dtype):
-            out, aux_loss = run(layer, x, mask)
-        actual = {"out": out, **gradients(layer, x, (out, aux_loss))}
+            out, aux_loss = run_layer(layer, x, mask)
+        actual = {"out": out, **compute_gradients(layer, x, (out, aux_loss))}
         assert {tensor.dtype for tensor in actual.values()} == {torch.float32}
         assert_near(actual, {name: expected[name] for name in actual}, error)
-        if multiplies(dtype):  # the experts' products did run in the low precision
+        if has_native_matmul(dtype):  # the experts' products did run in the low precision
             assert relative_error(out, expected["out"]) > 1e-6
         assert torch.equal(aux_loss, expected["aux_loss"])  # and the router did not
 
@@ -125,7 +125,7 @@ def test_autocast(path):
 @pytest.mark.feature("autocast to bfloat16 and float16")
 @routers
 def test_router_ignores_autocast(router):
-    layer = layer_with_router(router)
+    layer = make_layer_with_router(router)
     x, mask = MASKED.inputs()
     torch.manual_seed(2)
     expected = layer.gate(x, mask=mask)
@@ -142,12 +142,12 @@ def test_router_ignores_autocast(router):
 def test_gradient_scaler(path):
     layer = path.build(policy="all")
     x, mask = path.inputs()
-    expected = gradients(layer, x, run(layer, x, mask))
+    expected = compute_gradients(layer, x, run_layer(layer, x, mask))
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     before = copy.deepcopy(layer.state_dict())
     with torch.autocast("cpu", torch.float16):
-        out, aux_loss = run(layer, x, mask)
+        out, aux_loss = run_layer(layer, x, mask)
     weigh = torch.linspace(-1, 1, out.numel()).view(out.shape)
     scaler.scale((out * weigh).sum() + aux_loss).backward()
     scaler.step(optimizer)
@@ -158,7 +158,7 @@ def test_gradient_scaler(path):
         assert relative_error(step, expected[name]) < 2e-2, name
 
 
-def as_function(layer, mask):
+def make_function(layer, mask):
     """The layer as a function of its input and parameters, and the parameters."""
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
@@ -170,20 +170,20 @@ def as_function(layer, mask):
 
 
 @pytest.mark.feature("gradcheck in float64")
-@pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
+@pytest.mark.parametrize("path", ALL_VARIANTS, ids=str)
 def test_gradcheck(path):
     layer = path.build().double()
     x, mask = path.inputs(dtype=torch.float64)
-    function, parameters = as_function(layer, mask)
+    function, parameters = make_function(layer, mask)
     assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
 
 
 @pytest.mark.feature("second derivatives (gradgradcheck)")
-@pytest.mark.parametrize("path", some_first(PATHS), ids=str)
+@pytest.mark.parametrize("path", put_quick_first(LAYER_VARIANTS), ids=str)
 def test_gradgradcheck(path):
     layer = path.build().double()
     x, mask = path.inputs(1, 6, dtype=torch.float64)
-    function, parameters = as_function(layer, mask)
+    function, parameters = make_function(layer, mask)
     assert torch.autograd.gradgradcheck(function, (x, *parameters), fast_mode=True)
 
 
@@ -192,10 +192,10 @@ def test_gradgradcheck(path):
 def test_nan(path):
     layer = path.build(policy="all")
     x, mask = path.inputs()
-    expected = everything(layer, x, mask)
+    expected = compute_everything(layer, x, mask)
     broken = x.detach().clone()
     broken[0, 3] = torch.nan
-    out, _ = run(layer, broken, mask)
+    out, _ = run_layer(layer, broken, mask)
     others = torch.ones(x.shape[:2], dtype=torch.bool)
     others[0, 3] = False
     assert out[others].isfinite().all()
@@ -204,4 +204,4 @@ def test_nan(path):
         assert out[0, 3].isnan().all()
     if mask is not None:
         padding = x.detach().masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
-        assert_all_close(everything(layer, padding, mask), expected)
+        assert_all_close(compute_everything(layer, padding, mask), expected)

@@ -5,12 +5,22 @@ import io
 
 import pytest
 import torch
-from support.paths import DIM, NUM_EXPERTS, PATHS, ROUTERS, SOME_PATHS, Path, layer_with_router, run, some_first
+from support.layer_variants import (
+    DIM,
+    LAYER_VARIANTS,
+    NUM_EXPERTS,
+    QUICK_LAYER_VARIANTS,
+    ROUTERS,
+    LayerVariant,
+    make_layer_with_router,
+    put_quick_first,
+    run_layer,
+)
 from torch import nn
 from torch.export import Dim
 
 from mixture_of_experts import MoE, RoutedExperts, TopKGating
-from mixture_of_experts.around import NormedExperts
+from mixture_of_experts.wrappers import NormedExperts
 
 # torch 2.10 warns of the file that it loads
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
@@ -18,16 +28,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable
 slow = pytest.mark.slow
 LENGTH_AND_BATCH = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 OTHER_SHAPES = [(3, 13), (1, 7), (2, 40), (2, 10)]
-MASKED = Path("MoE", "Experts", "dropless", "masked")
+MASKED = LayerVariant("MoE", "Experts", "dropless", "masked")
 
 
-def arguments(path, *shape, seed=1):
+def make_arguments(path, *shape, seed=1):
     """Inputs, and the mask if there is one, as a tuple."""
     x, mask = path.inputs(*shape, seed=seed)
     return (x.detach(),) if mask is None else (x.detach(), mask)
 
 
-def export(layer, args, dynamic):
+def export_layer(layer, args, dynamic):
     """The exported program, saved and loaded."""
     dynamic_shapes = tuple(LENGTH_AND_BATCH for _ in args) if dynamic else None
     file = io.BytesIO()
@@ -36,45 +46,45 @@ def export(layer, args, dynamic):
     return torch.export.load(file).module()
 
 
-def agree(program, layer, args):
+def assert_programs_agree(program, layer, args):
     """Policy random draws the same numbers in both."""
     torch.manual_seed(2)
     actual = program(*args)
-    torch.testing.assert_close(actual, run(layer, *args))
+    torch.testing.assert_close(actual, run_layer(layer, *args))
 
 
 @slow
 @pytest.mark.feature("`torch.export` in eval, saved and loaded")
-@pytest.mark.parametrize("path", some_first(PATHS), ids=str)
+@pytest.mark.parametrize("path", put_quick_first(LAYER_VARIANTS), ids=str)
 def test_static(path):
     layer = path.build().eval()
-    program = export(layer, arguments(path), dynamic=False)
-    agree(program, layer, arguments(path, seed=7))
+    program = export_layer(layer, make_arguments(path), dynamic=False)
+    assert_programs_agree(program, layer, make_arguments(path, seed=7))
 
 
 @pytest.mark.feature("`torch.export` with dynamic batch and length (with `group_size`: those it divides)")
-@pytest.mark.parametrize("path", some_first(PATHS, quick=SOME_PATHS[:1]), ids=str)
+@pytest.mark.parametrize("path", put_quick_first(LAYER_VARIANTS, quick=QUICK_LAYER_VARIANTS[:1]), ids=str)
 def test_dynamic(path):
     layer = path.build().eval()
     # one group is not a dynamic number of groups: the exported shape has several, on both levels
     first, *others = [(2, 10), *OTHER_SHAPES] if path.variant != "grouped" else [(6, 10), (2, 30), (1, 30)]
-    program = export(layer, arguments(path, *first), dynamic=True)
+    program = export_layer(layer, make_arguments(path, *first), dynamic=True)
     for shape in others:
-        agree(program, layer, arguments(path, *shape))
+        assert_programs_agree(program, layer, make_arguments(path, *shape))
     if path.variant == "grouped":  # groups of 5 do not divide 39 positions: another number of groups has to be found
         with pytest.raises(AssertionError, match="Guard failed"):
-            program(*arguments(path, 3, 13))
+            program(*make_arguments(path, 3, 13))
 
 
 @slow
 @pytest.mark.parametrize("capacity", ["capacity", "dropless"])
 def test_one_token_a_sequence(capacity):
     """As for decoding: an open batch of single tokens takes smaller and larger ones."""
-    path = Path("MoE", "Experts", capacity, "plain")
+    path = LayerVariant("MoE", "Experts", capacity, "plain")
     layer = path.build(policy="all").eval()
-    program = torch.export.export(layer, arguments(path, 3, 1), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
+    program = torch.export.export(layer, make_arguments(path, 3, 1), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
     for batch in (1, 2, 7, 40):
-        agree(program, layer, arguments(path, batch, 1))
+        assert_programs_agree(program, layer, make_arguments(path, batch, 1))
 
 
 class Doubled(RoutedExperts):
@@ -86,7 +96,7 @@ class Doubled(RoutedExperts):
 
 @slow
 @pytest.mark.parametrize("wrap", [lambda experts: experts, lambda experts: NormedExperts(experts, nn.RMSNorm(DIM))])
-def test_experts_of_ones_own_compute_any_number_of_rows(wrap):
+def test_custom_experts_compute_any_number_of_rows(wrap):
     layer = MoE(DIM, gate=TopKGating(DIM, NUM_EXPERTS), experts=wrap(Doubled())).eval()
     shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
     program = torch.export.export(layer, (torch.randn(2, 6, DIM),), dynamic_shapes=shapes).module()
@@ -97,12 +107,12 @@ def test_experts_of_ones_own_compute_any_number_of_rows(wrap):
 
 @slow
 @pytest.mark.feature("`torch.export` with dynamic batch and length")
-@pytest.mark.parametrize("router", some_first(ROUTERS, ["ExpertChoice"]))
+@pytest.mark.parametrize("router", put_quick_first(ROUTERS, ["ExpertChoice"]))
 def test_routers(router):
-    layer = layer_with_router(router).eval()
-    program = export(layer, arguments(MASKED), dynamic=True)
+    layer = make_layer_with_router(router).eval()
+    program = export_layer(layer, make_arguments(MASKED), dynamic=True)
     for shape in OTHER_SHAPES:
-        agree(program, layer, arguments(MASKED, *shape))
+        assert_programs_agree(program, layer, make_arguments(MASKED, *shape))
 
 
 @pytest.fixture
@@ -123,7 +133,7 @@ def onnx_session():
     return session
 
 
-def agree_in_onnx(session, layer, args):
+def assert_onnx_agrees(session, layer, args):
     names = [declared.name for declared in session.get_inputs()]
     feed = {name: tensor.numpy() for name, tensor in zip(names, args, strict=True)}
     out, aux_loss = (torch.from_numpy(result) for result in session.run(None, feed))
@@ -138,13 +148,13 @@ onnx_warnings = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Dep
 @slow
 @onnx_warnings
 @pytest.mark.feature("ONNX by `torch.onnx.export(dynamo=True)`, in onnxruntime (dynamic; with `group_size` static)")
-@pytest.mark.parametrize("path", some_first(PATHS, SOME_PATHS[:1]), ids=str)
+@pytest.mark.parametrize("path", put_quick_first(LAYER_VARIANTS, QUICK_LAYER_VARIANTS[:1]), ids=str)
 def test_onnx(path, onnx_session):
     layer = path.build(policy="threshold").eval()
     dynamic = path.variant != "grouped"
-    session = onnx_session(layer, arguments(path), dynamic)
+    session = onnx_session(layer, make_arguments(path), dynamic)
     for shape in OTHER_SHAPES if dynamic else [(2, 10)]:
-        agree_in_onnx(session, layer, arguments(path, *shape, seed=7))
+        assert_onnx_agrees(session, layer, make_arguments(path, *shape, seed=7))
 
 
 @onnx_warnings
@@ -152,11 +162,13 @@ def test_onnx(path, onnx_session):
 @pytest.mark.feature("ONNX by `torch.onnx.export(dynamo=True)`, in onnxruntime")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_onnx_routers(router, onnx_session, limit):
-    layer = layer_with_router(router).eval()
-    session = onnx_session(layer, arguments(MASKED), True)
+    layer = make_layer_with_router(router).eval()
+    session = onnx_session(layer, make_arguments(MASKED), True)
     if router == "Top2, policy random":
-        assert session.run(None, dict(zip(("inputs", "mask"), (t.numpy() for t in arguments(MASKED)), strict=True)))
+        assert session.run(
+            None, dict(zip(("inputs", "mask"), (t.numpy() for t in make_arguments(MASKED)), strict=True))
+        )
         limit("it runs, but the runtime draws other random numbers than torch: export with another policy")
         return
     for shape in OTHER_SHAPES:
-        agree_in_onnx(session, layer, arguments(MASKED, *shape, seed=7))
+        assert_onnx_agrees(session, layer, make_arguments(MASKED, *shape, seed=7))

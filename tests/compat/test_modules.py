@@ -6,16 +6,16 @@ import pickle
 
 import pytest
 import torch
-from support.paths import (
+from support.layer_variants import (
+    ALL_VARIANTS,
+    LAYER_VARIANTS,
     MASKED,
-    PATHS,
-    PATHS_AND_ROUTERS,
     ROUTERS,
     assert_all_close,
     assert_all_equal,
-    gradients,
-    layer_with_router,
-    run,
+    compute_gradients,
+    make_layer_with_router,
+    run_layer,
 )
 from torch import nn
 from torch.nn.utils import parametrize
@@ -24,18 +24,18 @@ from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, Heirar
 
 pytestmark = pytest.mark.slow
 
-paths = pytest.mark.parametrize("path", PATHS, ids=str)
+paths = pytest.mark.parametrize("path", LAYER_VARIANTS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
-paths_and_routers = pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
+paths_and_routers = pytest.mark.parametrize("path", ALL_VARIANTS, ids=str)
 
 
-def everything(layer, x, mask):
+def compute_everything(layer, x, mask):
     """Output and gradients by name."""
-    results = run(layer, x, mask)
-    return {"out": results[0], **gradients(layer, x, results)}
+    results = run_layer(layer, x, mask)
+    return {"out": results[0], **compute_gradients(layer, x, results)}
 
 
-def saved_and_loaded(layer):
+def save_and_load(layer):
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
@@ -46,12 +46,12 @@ def saved_and_loaded(layer):
 @paths_and_routers
 def test_copies(path):
     layer, (x, mask) = path.build(), path.inputs()
-    expected = everything(layer, x, mask)
-    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), saved_and_loaded(layer)):
-        assert_all_equal(everything(duplicate, x, mask), expected)
+    expected = compute_everything(layer, x, mask)
+    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), save_and_load(layer)):
+        assert_all_equal(compute_everything(duplicate, x, mask), expected)
         with torch.no_grad():
             next(duplicate.parameters()).zero_()  # it shares nothing with the original
-        assert_all_equal(everything(layer, x, mask), expected)
+        assert_all_equal(compute_everything(layer, x, mask), expected)
 
 
 @pytest.mark.feature("`load_state_dict(assign=True)` into a layer on the meta device")
@@ -61,10 +61,10 @@ def test_assign(path):
     with torch.device("meta"):
         deferred = path.build()
     deferred.load_state_dict(layer.state_dict(), assign=True)
-    assert_all_equal(everything(deferred, x, mask), everything(layer, x, mask))
+    assert_all_equal(compute_everything(deferred, x, mask), compute_everything(layer, x, mask))
 
 
-def check_materialised(build, x, mask):
+def check_materialized(build, x, mask):
     """The meta device tells shapes; `to_empty` gives memory; each module's `reset_parameters` what a new layer has."""
     with torch.device("meta"):
         layer = build()
@@ -80,28 +80,28 @@ def check_materialised(build, x, mask):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     fresh = copy.deepcopy(layer)
-    assert all(tensor.isfinite().all() for tensor in everything(layer, x, mask).values())
+    assert all(tensor.isfinite().all() for tensor in compute_everything(layer, x, mask).values())
     return fresh
 
 
 @pytest.mark.feature("meta device: forward and backward tell shapes; `to_empty`, then `reset_parameters()`")
 @paths
-def test_materialise(path):
-    layer = check_materialised(path.build, *path.inputs())
+def test_materialize(path):
+    layer = check_materialized(path.build, *path.inputs())
     for parameter, fresh in zip(layer.parameters(), path.build(seed=5).parameters(), strict=True):
         assert 0.5 < (parameter.std() / fresh.std() if fresh.any() else 1) < 2
 
 
 @pytest.mark.feature("meta device: forward and backward tell shapes; `to_empty`, then `reset_parameters()`")
 @routers
-def test_materialise_with_routers(router):
-    layer = check_materialised(lambda: layer_with_router(router), *MASKED.inputs())
+def test_materialize_with_routers(router):
+    layer = check_materialized(lambda: make_layer_with_router(router), *MASKED.inputs())
     expected = ROUTERS[router]().state_dict()
     for name, tensor in layer.gate.state_dict().items():
         assert tensor.any() == expected[name].any(), name  # what starts at zero does so again
 
 
-def ensemble(layers, x, mask, randomness="error"):
+def run_ensemble(layers, x, mask, randomness="error"):
     """All layers at once: outputs, losses and gradients of every layer's own loss."""
     parameters, buffers = torch.func.stack_module_state(layers)
     skeleton = copy.deepcopy(layers[0]).to("meta")
@@ -116,11 +116,11 @@ def ensemble(layers, x, mask, randomness="error"):
 
 
 def check_ensemble(layers, x, mask):
-    grads, (outs, aux_losses) = ensemble(layers, x, mask)
+    grads, (outs, aux_losses) = run_ensemble(layers, x, mask)
     for index, layer in enumerate(layers):
-        out, aux_loss = run(layer, x, mask)
+        out, aux_loss = run_layer(layer, x, mask)
         torch.testing.assert_close((outs[index], aux_losses[index]), (out, aux_loss))
-        expected = gradients(layer, x, (out, aux_loss))
+        expected = compute_gradients(layer, x, (out, aux_loss))
         expected.pop("input")
         assert_all_close({name: grad[index] for name, grad in grads.items()}, expected)
 
@@ -134,11 +134,11 @@ def test_ensemble(path):
 @pytest.mark.feature("`torch.func.functional_call` and `vmap` over parameters (an ensemble), `torch.func.grad` inside")
 @routers
 def test_ensemble_with_routers(router, limit):
-    layers = [layer_with_router(router, seed=seed) for seed in range(3)]
+    layers = [make_layer_with_router(router, seed=seed) for seed in range(3)]
     x, mask = MASKED.inputs()
     if router in ("Top2, policy random", "TopK, jitter, by score", "NoisyTopK"):
         with pytest.raises(RuntimeError, match="randomness"):  # vmap wants to be told whether all draw alike
-            ensemble(layers, x, mask)
+            run_ensemble(layers, x, mask)
         check_randomness(router, layers, x, mask, limit)
         layers = [layer.eval() for layer in layers]
     if router != "Top2, policy random":
@@ -148,14 +148,14 @@ def test_ensemble_with_routers(router, limit):
 def check_randomness(router, layers, x, mask, limit):
     """The same layer three times: the same outputs if all draw alike, else others."""
     thrice = [layers[0]] * 3
-    one, two, _ = ensemble(thrice, x, mask, randomness="same")[1][0]
+    one, two, _ = run_ensemble(thrice, x, mask, randomness="same")[1][0]
     assert torch.equal(one, two)
     if router == "TopK, jitter, by score":
         with pytest.raises(RuntimeError, match="different inplace randomness"):
-            ensemble(thrice, x, mask, randomness="different")
+            run_ensemble(thrice, x, mask, randomness="different")
         limit("in training with jitter `vmap` takes `randomness='same'` only: the factors are drawn in place")
     else:
-        one, two, _ = ensemble(thrice, x, mask, randomness="different")[1][0]
+        one, two, _ = run_ensemble(thrice, x, mask, randomness="different")[1][0]
         assert not torch.equal(one, two)
 
 
@@ -191,11 +191,11 @@ class Doubled(nn.Module):
 def test_parametrize(path):
     layer = path.build()
     x, mask = path.inputs()
-    expected = everything(layer, x, mask)
+    expected = compute_everything(layer, x, mask)
     owners = [(module, name) for module in layer.modules() for name, _ in module.named_parameters(recurse=False)]
     for module, name in owners:
         parametrize.register_parametrization(module, name, Doubled())
-    actual = everything(layer, x, mask)
+    actual = compute_everything(layer, x, mask)
     torch.testing.assert_close(actual["out"], expected["out"])
     for name, grad in actual.items():
         if name.endswith("original"):
@@ -208,10 +208,10 @@ def test_parametrize(path):
 def test_share_memory(path):
     layer = path.build()
     x, mask = path.inputs()
-    expected = everything(layer, x, mask)
+    expected = compute_everything(layer, x, mask)
     layer.share_memory()
     assert all(tensor.is_shared() for tensor in (*layer.parameters(), *layer.buffers()))
-    assert_all_equal(everything(layer, x, mask), expected)
+    assert_all_equal(compute_everything(layer, x, mask), expected)
 
 
 @pytest.mark.parametrize("kind", [Experts, GatedExperts])
@@ -228,7 +228,7 @@ def test_parametrized_biases_count(kind):
     torch.testing.assert_close(layer(x)[0], expected)
 
 
-class Labelled(torch.Tensor):
+class LabelledTensor(torch.Tensor):
     """Weights of a type of their own, as libraries of quantisation have them."""
 
 
@@ -237,8 +237,8 @@ def test_weights_of_another_tensor_type(factor):
     layer = MoE(8, 4, second_policy_train="all", capacity_factor_train=factor)
     x = torch.randn(2, 10, 8)
     expected, _ = layer(x)
-    layer.experts.w1 = nn.Parameter(layer.experts.w1.detach().as_subclass(Labelled))
-    assert type(layer.experts.w1) is Labelled
+    layer.experts.w1 = nn.Parameter(layer.experts.w1.detach().as_subclass(LabelledTensor))
+    assert type(layer.experts.w1) is LabelledTensor
     torch.testing.assert_close(layer(x)[0], expected)
 
 
@@ -276,7 +276,7 @@ def test_lists_of_experts_that_begin_in_place(factor, training):
         layers.append(MoE(8, gate=gate, experts=experts).train(training))
     x = torch.randn(2, 9, 8)
     given = x.clone()
-    plain, written = (everything(layer, given.requires_grad_(), None) for layer in layers)
+    plain, written = (compute_everything(layer, given.requires_grad_(), None) for layer in layers)
     assert_all_equal(written, plain)
     assert torch.equal(given, x)
     slots = torch.randn(4, 5, 8, requires_grad=True)
@@ -289,7 +289,7 @@ def test_lists_of_experts_that_begin_in_place(factor, training):
 
 
 @pytest.mark.parametrize("kind", [MoE, HeirarchicalMoE])
-def test_reset_parameters_draws_all_weights_anew(kind):
+def test_reset_parameters_redraws_all_weights(kind):
     layer = kind(8, shared_expert=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False)))
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     layer.reset_parameters()

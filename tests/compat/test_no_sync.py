@@ -11,7 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.paths import DIM, MASKED, PATHS, ROUTERS, gradients, layer_with_router, run
+from support.layer_variants import (
+    DIM,
+    LAYER_VARIANTS,
+    MASKED,
+    ROUTERS,
+    compute_gradients,
+    make_layer_with_router,
+    run_layer,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 NO_SYNC = "no host sync on CUDA, forward and backward (captures without a GPU)"
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-paths = pytest.mark.parametrize("path", PATHS, ids=str)
+paths = pytest.mark.parametrize("path", LAYER_VARIANTS, ids=str)
 
 
-class Record(TorchDispatchMode):
+class RecordOperators(TorchDispatchMode):
     """The names of all operators, and of those whose tensors are on two devices."""
 
     def __init__(self) -> None:
@@ -52,7 +60,7 @@ def claim_cuda(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
 
 
-def capture(build, path=MASKED, dtype=torch.float32, device="cpu"):
+def capture_graph(build, path=MASKED, dtype=torch.float32, device="cpu"):
     """The operators of forward and backward, on tensors without values."""
     x, mask = path.inputs()
     without_values = FakeTensorMode() if device == "cpu" else nullcontext()
@@ -61,9 +69,9 @@ def capture(build, path=MASKED, dtype=torch.float32, device="cpu"):
         layer = build()
         x = torch.empty(x.shape, requires_grad=True)
         mask = None if mask is None else torch.empty(mask.shape, dtype=torch.bool)
-        with Record() as record:
+        with RecordOperators() as record:
             results = layer(x, mask=mask)
-            gradients(layer, x, results)
+            compute_gradients(layer, x, results)
     assert {result.device.type for result in results} == {device}
     return record
 
@@ -79,13 +87,13 @@ def test_captures(path, training, dtype, limit):
 
     if reads_counts(path):
         with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
-            capture(build, path, dtype)
+            capture_graph(build, path, dtype)
         limit("a list of modules reads, once a call, how many tokens each of them gets")
         return
-    record = capture(build, path, dtype)
+    record = capture_graph(build, path, dtype)
     kernel = path.experts in ("Experts", "GatedExperts") and path.capacity == "dropless" and dtype == torch.bfloat16
     assert ("_grouped_mm" in record.names) == kernel  # the branches for CUDA were taken
-    assert capture(build, path, dtype, "meta").between_devices == set()
+    assert capture_graph(build, path, dtype, "meta").between_devices == set()
 
 
 @pytest.mark.slow
@@ -93,11 +101,11 @@ def test_captures(path, training, dtype, limit):
 @pytest.mark.usefixtures("claim_cuda")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_captures_of_routers(router):
-    assert "bmm" in capture(lambda: layer_with_router(router)).names
-    assert capture(lambda: layer_with_router(router), device="meta").between_devices == set()
+    assert "bmm" in capture_graph(lambda: make_layer_with_router(router)).names
+    assert capture_graph(lambda: make_layer_with_router(router), device="meta").between_devices == set()
 
 
-class Bad(torch.nn.Linear):
+class SyncingModule(torch.nn.Linear):
     """Waits for the device in some way."""
 
     def __init__(self, wait) -> None:
@@ -108,16 +116,18 @@ class Bad(torch.nn.Linear):
         return self.wait(x), x.sum()
 
 
-def test_captures_find_what_they_look_for():
+def test_captures_detect_syncs():
     with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
-        capture(lambda: Bad(lambda x: x * x.sum().item()))
+        capture_graph(lambda: SyncingModule(lambda x: x * x.sum().item()))
     with pytest.raises(DynamicOutputShapeException, match=r"aten\.nonzero"):
-        capture(lambda: Bad(lambda x: x + x[x > 0].sum()))
-    record = capture(lambda: Bad(lambda x: x + torch.arange(DIM, device="cpu").to(x.device)), device="meta")
+        capture_graph(lambda: SyncingModule(lambda x: x + x[x > 0].sum()))
+    record = capture_graph(
+        lambda: SyncingModule(lambda x: x + torch.arange(DIM, device="cpu").to(x.device)), device="meta"
+    )
     assert record.between_devices == {"aten._to_copy.default"}
 
 
-def on_gpu(path, dtype):
+def run_on_gpu(path, dtype):
     layer = path.build().to("cuda", dtype)
     return layer, *path.inputs(dtype=dtype, device="cuda")
 
@@ -127,8 +137,8 @@ def on_gpu(path, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @paths
 def test_sync_debug_mode(path, dtype, limit):
-    layer, x, mask = on_gpu(path, dtype)
-    gradients(layer, x, run(layer, x, mask))  # libraries set themselves up in a first call
+    layer, x, mask = run_on_gpu(path, dtype)
+    compute_gradients(layer, x, run_layer(layer, x, mask))  # libraries set themselves up in a first call
     torch.manual_seed(2)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -137,7 +147,7 @@ def test_sync_debug_mode(path, dtype, limit):
                 layer(x, mask=mask)
             limit("a list of modules reads, once a call, how many tokens each of them gets")
         else:
-            gradients(layer, x, layer(x, mask=mask))
+            compute_gradients(layer, x, layer(x, mask=mask))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -150,7 +160,7 @@ def test_cuda_graph(path, dtype, limit):
     if reads_counts(path):
         limit("a list of modules reads, once a call, how many tokens each of them gets")
         return
-    layer, x, mask = on_gpu(path, dtype)
+    layer, x, mask = run_on_gpu(path, dtype)
     layer.eval()
     for gate in (module for module in layer.modules() if hasattr(module, "second_policy_eval")):
         gate.second_policy_eval = "all"  # the replayed draws of policy random are not those of another call
@@ -159,16 +169,16 @@ def test_cuda_graph(path, dtype, limit):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # the warm-up that capture asks for
         for _ in range(3):
-            gradients(layer, static, layer(static, mask=mask))
+            compute_gradients(layer, static, layer(static, mask=mask))
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, aux_loss = layer(static, mask=mask)
-        grads = gradients(layer, static, (out, aux_loss))
+        grads = compute_gradients(layer, static, (out, aux_loss))
     fresh, _ = path.inputs(seed=7, dtype=dtype, device="cuda")
     with torch.no_grad():
         static.copy_(fresh)
     graph.replay()
     expected = layer(fresh, mask=mask)
     torch.testing.assert_close((out, aux_loss), expected)
-    torch.testing.assert_close(grads, gradients(layer, fresh, expected))
+    torch.testing.assert_close(grads, compute_gradients(layer, fresh, expected))

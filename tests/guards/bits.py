@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.support import configurations as matrix
-from tests.support import paths
+from tests.support import layer_variants
 from tests.support.configurations import Bank, Configuration, Router  # noqa: F401  (in situations)
 
 from .outcomes import Digests, Outcomes, Uncomputed, failed
@@ -49,7 +49,7 @@ def digests(situation: str) -> Digests:
     error."""
     case: Situation = eval(with_old_keys(situation), dict(globals()))  # in this tree's names, as this file is
     try:
-        layer, call = matrix.build(case.layer), matrix.call_of(case.layer)
+        layer, call = matrix.build_layer(case.layer), matrix.make_call(case.layer)
         with threads(case.threads), as_checkpointed(case):
             found = run(case, layer, call)
     except Exception as error:
@@ -95,18 +95,23 @@ def threads(number: int) -> Iterator[None]:
 
 
 def routers() -> list[str]:
-    return list(paths.ROUTERS)
+    return list(layer_variants.ROUTERS)
 
 
 def digests_of_router(name: str, variant: str, training: bool, length: int) -> Digests:
     """Those of a layer with a router by name, which the matrix has not all."""
-    layer, path = paths.layer_with_router(name), paths.Path("MoE", "Experts", "dropless", variant)
+    layer, path = (
+        layer_variants.make_layer_with_router(name),
+        layer_variants.LayerVariant("MoE", "Experts", "dropless", variant),
+    )
     layer.train(training)
     layer.group_size = 5 if variant == "grouped" else None
     x, mask = path.inputs(2, length)
     try:
-        results = paths.run(layer, x, mask)
-        found = {f"gradient of {n}": digest(grad) for n, grad in paths.gradients(layer, x, results).items()}
+        results = layer_variants.run_layer(layer, x, mask)
+        found = {
+            f"gradient of {n}": digest(grad) for n, grad in layer_variants.compute_gradients(layer, x, results).items()
+        }
     except Exception as error:
         return failed(error)
     found |= {"out": digest(results[0]), "aux_loss": digest(results[1])}
@@ -130,7 +135,7 @@ def situations(draw: Any) -> Situation:
     elif kind == "decoding":  # few tokens in eval, whose experts are worth ways of their own
         shape, gradients = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (9, 1), (1, 17)])), False
         layer = replace(layer, dim=256, bank=replace(layer.bank, hidden_dim=320), shape=shape, training=False)
-        layer = replace(layer, way=draw(st.sampled_from(["auto", layer.way])), checkpointing=None)
+        layer = replace(layer, implementation=draw(st.sampled_from(["auto", layer.implementation])), checkpointing=None)
     reentrant = layer.checkpointing == "layer" and draw(st.booleans())
     return Situation(layer, draw(st.sampled_from([1, 1, 2])), gradients, reentrant)
 
@@ -138,7 +143,7 @@ def situations(draw: Any) -> Situation:
 def compare(both: Sides, examples: int) -> str | None:
     """Ask both sides about so many situations, and about every router by name that both have. Returns the smallest
     situation in which they differ, or None."""
-    from tests.support.matrix import independent, of_seed  # this tree's: an earlier commit lacks it
+    from tests.support.matrix import independent_examples, seed_examples  # this tree's: an earlier commit lacks it
 
     found: list[str] = []
     outcomes = Outcomes()
@@ -148,18 +153,18 @@ def compare(both: Sides, examples: int) -> str | None:
             found[:] = [f"{', '.join(names)} differ in\n    {', '.join(map(str, arguments))}"]
             raise AssertionError
 
-    @of_seed(0, examples, Phase.shrink)
+    @seed_examples(0, examples, Phase.shrink)
     @given(situations())
     def equal(situation: Situation) -> None:
         ask("digests", repr(situation))
 
-    with contextlib.suppress(AssertionError), independent():
+    with contextlib.suppress(AssertionError), independent_examples():
         before, now = both.ask("bits.routers")
         if isinstance(before, Uncomputed):
             outcomes.leave_out("routers by name", before)
             before = []
         known = [name for name in now if name in before]  # the earlier commit lacks newer ones
-        for arguments in itertools.product(known, paths.VARIANTS, (True, False), (1, 40)):
+        for arguments in itertools.product(known, layer_variants.VARIANTS, (True, False), (1, 40)):
             ask("digests_of_router", *arguments)
         equal()
     empty = outcomes.report("bits")

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixture_of_experts
 from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, recipes
-from tests.support import fake_cuda, paths
+from tests.support import fake_cuda, layer_variants
 
 from .outcomes import Outcomes, Uncomputed, described
 from .sides import Sides
@@ -152,7 +152,7 @@ def peak_bytes(call: Callable[[], tuple[Tensor, Tensor]], training: bool) -> int
 
 def graphs() -> Iterator[Case]:
     """Graphs that `torch.compile` makes for five lengths, of each gate with and without a mask."""
-    for router in paths.ROUTERS:
+    for router in layer_variants.ROUTERS:
         for variant in ("plain", "masked"):
             name = f"graphs, {router}, {variant}"
             yield name, partial(count_graphs, name, router, variant)
@@ -160,7 +160,7 @@ def graphs() -> Iterator[Case]:
 
 def count_graphs(name: str, router: str, variant: str) -> Counts:
     torch._dynamo.reset()
-    layer, made = paths.layer_with_router(router), Counter()
+    layer, made = layer_variants.make_layer_with_router(router), Counter()
 
     def backend(graph: Any, _: Any) -> Any:
         made["graphs"] += 1
@@ -168,7 +168,9 @@ def count_graphs(name: str, router: str, variant: str) -> Counts:
 
     compiled = torch.compile(layer, backend=backend)
     for length in (6, 9, 12, 5, 20):
-        paths.run(compiled, *paths.Path("MoE", "Experts", "dropless", variant).inputs(2, length))
+        layer_variants.run_layer(
+            compiled, *layer_variants.LayerVariant("MoE", "Experts", "dropless", variant).inputs(2, length)
+        )
     return {name: made["graphs"]}
 
 
@@ -183,9 +185,9 @@ def count_launches(way: str) -> Counts:
     """In a process of fake CUDA."""
     from tests.support import fake_cuda_checks as checks
 
-    found = {f"GPU, {way}: {what}": value for what, value in checks.costs(way).items()}
-    found |= {f"GPU, {way}, capacity: {what}": value for what, value in checks.costs_with_capacity(way).items()}
-    return found | {f"GPU, {way}: decoding, {t} tokens": checks.launches_of_decoding(way, t) for t in (1, 64)}
+    found = {f"GPU, {way}: {what}": value for what, value in checks.measure_costs(way).items()}
+    found |= {f"GPU, {way}, capacity: {what}": value for what, value in checks.measure_costs_with_capacity(way).items()}
+    return found | {f"GPU, {way}: decoding, {t} tokens": checks.count_decoding_launches(way, t) for t in (1, 64)}
 
 
 #: kinds of counts, each a guard's question

@@ -21,11 +21,13 @@ RANKS = 2
 
 def expert_parallel(layer: str) -> nn.Module:
     mesh = parallel_checks.make_mesh()
-    return parallel_checks.spread(parallel_layers.make(layer), mesh, replicated=parallel_layers.replicated(layer))
+    return parallel_checks.parallelize_model(
+        parallel_layers.make_layer(layer), mesh, replicated=parallel_layers.replicate_layer(layer)
+    )
 
 
 def fsdp2(layer: str) -> nn.Module:
-    sharded: Any = fully_shard(parallel_layers.make(layer))
+    sharded: Any = fully_shard(parallel_layers.make_layer(layer))
     return sharded
 
 
@@ -64,9 +66,9 @@ def digests_of_rank(layer: str, layout: str) -> Digests:
 def digests_of_steps(layer: str, layout: str) -> Digests:
     """What a rank has after two training steps' forwards and backwards on its part of a masked batch."""
     model = LAYOUTS[layout](layer)
-    x, mask = parallel_layers.batch(masked=True)
+    x, mask = parallel_layers.make_batch(masked=True)
     assert mask is not None
-    x, mask = (parallel_layers.own_part(part) for part in (x, mask))
+    x, mask = (parallel_layers.local_part(part) for part in (x, mask))
     torch.manual_seed(dist.get_rank())
     found: Digests = {}
     for step in range(2):

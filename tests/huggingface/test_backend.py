@@ -17,12 +17,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from mixture_of_experts.huggingface import experts_forward
 from mixture_of_experts.ops import explain_call
 
-from .test_blocks import MODELS, block_of, build
+from .test_block_conversion import MODELS, build_model, get_block
 
-OURS = "mixture_of_experts"
+BACKEND = "mixture_of_experts"
 
 
-def results(model: nn.Module, implementation: str, tokens: Tensor) -> dict[str, Tensor]:
+def compute_results(model: nn.Module, implementation: str, tokens: Tensor) -> dict[str, Tensor]:
     """Logits and all gradients."""
     model.set_experts_implementation(implementation)
     model.zero_grad()
@@ -32,7 +32,7 @@ def results(model: nn.Module, implementation: str, tokens: Tensor) -> dict[str, 
     return {"logits": logits.detach(), **grads}
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
@@ -41,25 +41,25 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_of_models(name, training):
-    model, tokens = build(name).train(training), torch.randint(3, 64, (2, 11))
-    same(results(model, OURS, tokens), results(model, "eager", tokens))
+    model, tokens = build_model(name).train(training), torch.randint(3, 64, (2, 11))
+    assert_same(compute_results(model, BACKEND, tokens), compute_results(model, "eager", tokens))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_fast_way_is_taken(name):
+def test_fast_implementation_is_selected(name):
     """Fused weights, in any strides and with GPT-OSS's clamped gating."""
-    model = build(name)
-    model.set_experts_implementation(OURS)
-    assert explain_call(block_of(model).train(), torch.randn(2, 9, 32)).way == "cpu"
+    model = build_model(name)
+    model.set_experts_implementation(BACKEND)
+    assert explain_call(get_block(model).train(), torch.randn(2, 9, 32)).implementation == "cpu"
 
 
 def test_a_model_is_loaded_with_it_and_generates(tmp_path):
-    model, tokens = build("Mixtral"), torch.randint(3, 64, (2, 5))
+    model, tokens = build_model("Mixtral"), torch.randint(3, 64, (2, 5))
     model.save_pretrained(tmp_path)
     settings = dict(max_new_tokens=6, do_sample=False)
     expected = model.generate(tokens, **settings)
-    ours = transformers.MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation=OURS)
-    assert ours.config._experts_implementation == OURS
+    ours = transformers.MixtralForCausalLM.from_pretrained(tmp_path, experts_implementation=BACKEND)
+    assert ours.config._experts_implementation == BACKEND
     assert torch.equal(ours.generate(tokens, **settings), expected)
     assert "experts_implementation" not in (tmp_path / "config.json").read_text()
 
@@ -100,7 +100,9 @@ def experts_class(own_gate: bool, **flags: bool) -> type[nn.Module]:
     return use_experts_implementation(Experts, **flags)
 
 
-def run(experts: nn.Module, implementation: str, x: Tensor, expert: Tensor, weight: Tensor) -> dict[str, Tensor]:
+def run_experts(
+    experts: nn.Module, implementation: str, x: Tensor, expert: Tensor, weight: Tensor
+) -> dict[str, Tensor]:
     """Output and all gradients."""
     experts.config._experts_implementation = implementation
     x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
@@ -119,25 +121,27 @@ def test_every_flag_of_the_interface(flags, own_gate):
         flags["is_concatenated"] = True  # the default gating halves, whatever the flag says
     if not flags["has_gate"] and own_gate:
         return  # nothing asks for it
-    experts = experts_class(own_gate, **flags)(SimpleNamespace(_experts_implementation=OURS))
+    experts = experts_class(own_gate, **flags)(SimpleNamespace(_experts_implementation=BACKEND))
     experts._is_expert_parallel = True
     x, expert = torch.randn(9, DIM), torch.stack([torch.randperm(E)[:2] for _ in range(9)])
     expert[3, 1] = expert[5, 0] = E
     weight = torch.where(expert < E, torch.rand(9, 2), 0.0)
-    same(*(run(experts, way, x, expert, weight) for way in (OURS, "batched_mm")))
+    assert_same(
+        *(run_experts(experts, implementation, x, expert, weight) for implementation in (BACKEND, "batched_mm"))
+    )
 
 
 def test_the_flags_are_those_that_are_known():
     """A flag that a later version adds would be ignored: this tells."""
     flags = set(inspect.signature(use_experts_implementation).parameters) - {"experts_class", "experts_interface"}
     assert flags == KNOWN_FLAGS
-    assert ALL_EXPERTS_FUNCTIONS[OURS] is experts_forward
+    assert ALL_EXPERTS_FUNCTIONS[BACKEND] is experts_forward
 
 
 def test_dtypes():
     """Tokens are cast to the weights' dtype, results to the tokens'."""
     flags = dict.fromkeys(KNOWN_FLAGS, False) | {"has_gate": True, "is_concatenated": True}
-    experts = experts_class(False, **flags)(SimpleNamespace(_experts_implementation=OURS)).bfloat16()
+    experts = experts_class(False, **flags)(SimpleNamespace(_experts_implementation=BACKEND)).bfloat16()
     out = experts(torch.randn(4, DIM), torch.randint(E, (4, 2)), torch.rand(4, 2))
     assert out.dtype == torch.float32
     experts.down_proj.data = experts.down_proj.data.to(torch.float8_e4m3fn)
@@ -148,9 +152,9 @@ def test_dtypes():
 @pytest.mark.slow
 def test_compile():
     torch.compiler.reset()
-    model = build("GptOss").train()
-    model.set_experts_implementation(OURS)
-    block, x = block_of(model), torch.randn(2, 9, 32)
+    model = build_model("GptOss").train()
+    model.set_experts_implementation(BACKEND)
+    block, x = get_block(model), torch.randn(2, 9, 32)
     out, _ = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(out, block(x)[0], atol=1e-5, rtol=1e-5)
     torch.compiler.reset()
@@ -162,9 +166,9 @@ def test_compile_a_gating_of_its_own(is_concatenated):
     """In one graph, with all gradients."""
     torch.compiler.reset()
     flags = dict.fromkeys(KNOWN_FLAGS, False) | {"has_gate": True, "is_concatenated": is_concatenated}
-    experts = experts_class(True, **flags)(SimpleNamespace(_experts_implementation=OURS))
+    experts = experts_class(True, **flags)(SimpleNamespace(_experts_implementation=BACKEND))
     x, expert, weight = torch.randn(9, DIM), torch.randint(E, (9, 2)), torch.rand(9, 2)
-    expected = run(experts, OURS, x, expert, weight)
+    expected = run_experts(experts, BACKEND, x, expert, weight)
     experts.compile(fullgraph=True, backend="aot_eager")
-    same(run(experts, OURS, x, expert, weight), expected)
+    assert_same(run_experts(experts, BACKEND, x, expert, weight), expected)
     torch.compiler.reset()

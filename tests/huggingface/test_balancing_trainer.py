@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.transformers_models import ARCHITECTURES, two_lengths, without_dropout
+from support.transformers_models import ARCHITECTURES, disable_dropout, make_two_lengths
 from torch import Tensor, nn
 
 from mixture_of_experts import TopKGating, balance_experts
 from mixture_of_experts.huggingface import BalanceCallback, replace_ffn
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 
-from .test_blocks import build as build_sparse
-from .test_losses import batch_of, trainer
+from .test_block_conversion import build_model as build_sparse
+from .test_losses import make_batch, make_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -37,17 +37,17 @@ FAMILIES = {
 }
 
 
-def family(name: str) -> nn.Module:
+def build_family(name: str) -> nn.Module:
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **FAMILIES[name]})
-    return without_dropout(getattr(transformers, f"{name}ForCausalLM")(config)).train()
+    return disable_dropout(getattr(transformers, f"{name}ForCausalLM")(config)).train()
 
 
-def biases(model: nn.Module) -> dict[str, Tensor]:
+def find_biases(model: nn.Module) -> dict[str, Tensor]:
     found = [*model.named_buffers(), *model.named_parameters()]
     return {name: value for name, value in found if name.rpartition(".")[2] in BIASES}
 
 
-def chosen(model: nn.Module) -> list[tuple[nn.Module, list[Tensor]]]:
+def record_choices(model: nn.Module) -> list[tuple[nn.Module, list[Tensor]]]:
     """What each module of experts is given, from now on."""
     seen: list[tuple[nn.Module, list[Tensor]]] = []
     for name, module in model.named_modules():
@@ -62,7 +62,7 @@ def chosen(model: nn.Module) -> list[tuple[nn.Module, list[Tensor]]]:
     return seen
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+def run_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
     """Of two micro-batches, with evaluations between them."""
     for _ in range(2):
         model(**batch, labels=batch["input_ids"]).loss.backward()
@@ -73,15 +73,15 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Te
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_their_bias_moves_by_real_tokens(checkpointing):
+def test_transformers_bias_counts_real_tokens(checkpointing):
     """DeepSeek-V3: padding is no token, a recomputation is none either, and micro-batches add up."""
-    model, (_, batch) = build_sparse("DeepseekV3").train(), two_lengths("right")
-    seen, before = chosen(model), {name: value.clone() for name, value in biases(model).items()}
+    model, (_, batch) = build_sparse("DeepseekV3").train(), make_two_lengths("right")
+    seen, before = record_choices(model), {name: value.clone() for name, value in find_biases(model).items()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     balancing = balance_experts(model, optimizer, rate=RATE)
     if checkpointing:
         model.activation_checkpointing_enable()
-    step(model, optimizer, batch)
+    run_step(model, optimizer, batch)
     real = batch["attention_mask"].bool().flatten()
     assert len(before) == len(seen) == 2
     for (name, old), (_, calls) in zip(before.items(), seen, strict=True):
@@ -90,30 +90,30 @@ def test_their_bias_moves_by_real_tokens(checkpointing):
             load += expert[real].flatten().bincount(minlength=8)
         assert load.sum() == 2 * 3 * real.sum()
         expected = old + RATE * torch.sign(load.sum() - 8 * load)
-        torch.testing.assert_close(biases(model)[name], expected)
+        torch.testing.assert_close(find_biases(model)[name], expected)
     balancing.remove()
     assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name == "model")
 
 
 @pytest.mark.parametrize("name", ["Glm4Moe", "Ernie4_5_Moe"])
-def test_of_two_the_last_moves_their_bias_and_the_first_goes_on(name):
-    model, (_, batch) = family(name), two_lengths("right")
+def test_last_of_two_contexts_moves_the_bias(name):
+    model, (_, batch) = build_family(name), make_two_lengths("right")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     first, second = (balance_experts(model, optimizer, rate=rate) for rate in (1.0, RATE))
     for rate in (RATE, 1.0):
-        before = {name: value.clone() for name, value in biases(model).items()}
+        before = {name: value.clone() for name, value in find_biases(model).items()}
         model(**batch).logits.sum().backward()
         optimizer.step()
-        for name, bias in biases(model).items():
+        for name, bias in find_biases(model).items():
             torch.testing.assert_close((bias - before[name]).abs().max(), torch.tensor(rate))
         second.remove()
     first.remove()
 
 
 @pytest.mark.parametrize("name", ["Glm4Moe", "Lfm2Moe"])
-def test_their_tokens_of_nan_are_counted_nowhere(name):
+def test_transformers_nan_tokens_are_not_counted(name):
     """A tenth token is NaN in the first sparse block: the counts are those of the text without it."""
-    model, ids = family(name), torch.randint(3, 60, (2, 10))
+    model, ids = build_family(name), torch.randint(3, 60, (2, 10))
     balancing = balance_experts(model, torch.optim.SGD(model.parameters(), lr=0.0))
     first, found = model.get_submodule(balancing.gates[0].rpartition(".")[0]), []
     first.register_forward_pre_hook(
@@ -121,8 +121,8 @@ def test_their_tokens_of_nan_are_counted_nowhere(name):
     )
     for text in (ids, ids[:, :9]):
         model(input_ids=text).logits.sum().backward()
-        found.append(balancing.biases[0].counts.clone())
-        balancing.biases[0].counts.zero_()
+        found.append(balancing.bias_updaters[0].counts.clone())
+        balancing.bias_updaters[0].counts.zero_()
     assert found[0].any()
     assert torch.equal(*found)
 
@@ -134,7 +134,7 @@ def test_their_tokens_of_nan_are_counted_nowhere(name):
         (2, r"does not fit '.*\.mlp\.gate': experts are chosen in 2 groups there, .*\. Balance it by rule='sign'$"),
     ],
 )
-def test_quantiles_need_scores_that_they_do_not_return(groups, says):
+def test_quantile_rule_rejects_transformers_routers(groups, says):
     """Nor does a conversion help where experts are chosen in groups."""
     model = build_sparse("DeepseekV3", n_group=groups, topk_group=1)
     with pytest.raises(ValueError, match=says):
@@ -142,7 +142,7 @@ def test_quantiles_need_scores_that_they_do_not_return(groups, says):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_bias_in_low_precision_is_warned_of():
+def test_low_precision_bias_warns():
     model = build_sparse("DeepseekV3").bfloat16()
     with pytest.warns(UserWarning, match="the expert bias of '.*gate' is torch.bfloat16"):
         balance_experts(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -155,16 +155,16 @@ def test_in_the_trainer(tmp_path, theirs):
     if theirs:
         model = build_sparse("DeepseekV3").train()
     else:
-        model = without_dropout(ARCHITECTURES["llama"].build()).train()
+        model = disable_dropout(ARCHITECTURES["llama"].build()).train()
         replace_ffn(model, num_experts=4, gate=lambda d, e: TopKGating(d, e, expert_bias=True))
     start = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = batch_of(16)
+    rows = make_batch(16)
     names = [name for name in start if name.rpartition(".")[2] in BIASES]
     assert len(names) == 2
 
     def run(steps: int, resume: str | None = None) -> dict[str, Tensor]:
         settings = dict(max_steps=steps, gradient_accumulation_steps=2, save_strategy="steps", save_steps=2, seed=1)
-        made = trainer(model, rows, tmp_path, **settings, optim="adamw_torch", learning_rate=1e-3)
+        made = make_trainer(model, rows, tmp_path, **settings, optim="adamw_torch", learning_rate=1e-3)
         del model.zero_grad
         callback = BalanceCallback(rate=RATE)
         made.add_callback(callback)
@@ -176,7 +176,7 @@ def test_in_the_trainer(tmp_path, theirs):
         steps = (found[name] - start[name]) / RATE
         torch.testing.assert_close(steps, steps.round(), atol=1e-3, rtol=0)
         assert 1 <= steps.abs().max() <= 4 + 1e-3
-    counts = [module.moe.gate.expert_counts for module in feed_forwards(model)]
+    counts = [module.moe.gate.expert_counts for module in find_feed_forwards(model)]
     assert not any(count.any() for count in counts)
     if theirs:
         return  # transformers 5.24 leaves stacked experts as they are where its Trainer resumes
@@ -188,17 +188,17 @@ def test_in_the_trainer(tmp_path, theirs):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.slow
-def test_their_bias_in_a_compiled_model():
+def test_transformers_bias_in_compiled_model():
     torch.compiler.reset()
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model, (_, batch) = build_sparse("DeepseekV3").train(), two_lengths("right")
+        model, (_, batch) = build_sparse("DeepseekV3").train(), make_two_lengths("right")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         balance_experts(model, optimizer, rate=RATE)
         run = torch.compile(model, backend="aot_eager") if compiled else model
         run(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         optimizer.step()
-        found.append({name: value.clone() for name, value in biases(model).items()})
+        found.append({name: value.clone() for name, value in find_biases(model).items()})
     torch.testing.assert_close(*found)
     torch.compiler.reset()

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.mixed_calls import in_threads
-from support.transformers_models import ARCHITECTURES, without_dropout
+from support.concurrent_calls import run_in_threads
+from support.transformers_models import ARCHITECTURES, disable_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,14 +16,14 @@ from mixture_of_experts import MoE, TopKGating, collect_aux
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.stats import track_routing
 
-from .test_blocks import build as build_sparse
-from .test_losses import batch_of, gradients
-from .test_padding import build
+from .test_block_conversion import build_model as build_sparse
+from .test_losses import compute_gradients, make_batch
+from .test_padding import build_model
 
 THREADS = 3
 
 
-def batches(number: int = THREADS) -> list[dict[str, Tensor]]:
+def make_batches(number: int = THREADS) -> list[dict[str, Tensor]]:
     """Each with another mask, and of another shape every second."""
     made = []
     for i in range(number):
@@ -35,7 +35,7 @@ def batches(number: int = THREADS) -> list[dict[str, Tensor]]:
 
 
 def train_sparse(name: str = "llama", **settings) -> nn.Module:
-    model = without_dropout(ARCHITECTURES[name].build(**settings)).train()
+    model = disable_dropout(ARCHITECTURES[name].build(**settings)).train()
     replace_ffn(model, num_experts=4, loss_coef=0.5)
     return model
 
@@ -49,7 +49,7 @@ def test_statistics_count_every_thread_once(theirs):
     """Each forward under its number, with its own mask, also where others are under way or checkpointing runs again."""
     model = build_sparse("Mixtral").train() if theirs else train_sparse()
     model.activation_checkpointing_enable()
-    given = batches()
+    given = make_batches()
     with track_routing(model) as expected:
         for batch in given:
             model(**batch)
@@ -59,7 +59,7 @@ def test_statistics_count_every_thread_once(theirs):
             model(**given[number]).loss.backward()
 
     with track_routing(model) as found:
-        in_threads(work, THREADS)
+        run_in_threads(work, THREADS)
     for layer in found.layers:
         assert [record.forwards for record in found.records(layer)] == [1] * 5 * THREADS
         seen = sorted(tuple(record.load.tolist()) for record in found.records(layer))
@@ -69,7 +69,7 @@ def test_statistics_count_every_thread_once(theirs):
 # Calls within calls, interrupted ones, and those that raise
 
 
-def once(act: Callable[[], object]) -> Callable[..., None]:
+def run_once(act: Callable[[], object]) -> Callable[..., None]:
     """A forward hook that acts when it is called first."""
     left = [act]
 
@@ -91,20 +91,20 @@ class Siamese(nn.Module):
         return self.model(**first).logits.logsumexp(-1).mean() + self.model(**second).logits.logsumexp(-1).mean()
 
 
-def siamese(**settings) -> Siamese:
-    model = Siamese(without_dropout(ARCHITECTURES["llama"].build())).train()
+def make_siamese(**settings) -> Siamese:
+    model = Siamese(disable_dropout(ARCHITECTURES["llama"].build())).train()
     replace_ffn(model, num_experts=4, loss_coef=0.5, **settings)
     return model
 
 
-def unlabelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def drop_labels(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def test_a_model_that_is_called_twice_in_one_forward():
     """Both calls are in the loss that the forward returns."""
-    model = siamese()
-    pair = [unlabelled(batch) for batch in batches(2)]
+    model = make_siamese()
+    pair = [drop_labels(batch) for batch in make_batches(2)]
     parts, task = [], torch.zeros(())
     for batch in pair:
         task = task + model.model(**batch).logits.logsumexp(-1).mean()
@@ -116,35 +116,35 @@ def test_a_model_that_is_called_twice_in_one_forward():
 
 def test_a_model_that_is_called_within_itself():
     """By a hook: the outer call keeps its mask, and its loss is its own."""
-    model, (outer, inner) = build("llama").train(), batches(2)
+    model, (outer, inner) = build_model("llama").train(), make_batches(2)
     for module in model.modules():
         if isinstance(module, MoE):
             module.loss_coef = 0.5
     expected, alone = model(**outer), model(**inner)
     found = []
-    model.model.layers[0].self_attn.register_forward_hook(once(lambda: found.append(model(**inner))))
+    model.model.layers[0].self_attn.register_forward_hook(run_once(lambda: found.append(model(**inner))))
     out = model(**outer)
     torch.testing.assert_close(out.logits, expected.logits)
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(found[0].loss, alone.loss)
 
 
-def test_what_a_call_within_has_no_loss_for_its_caller_has():
-    model, (outer, inner) = train_sparse(), batches(2)
+def test_inner_call_losses_reach_the_caller():
+    model, (outer, inner) = train_sparse(), make_batches(2)
     model(**inner)
     of_inner, expected = aux_loss(model), model(**outer).loss
     for gradients_of_inner in (True, False):  # without gradients it has no loss to give
 
         def within(on: bool = gradients_of_inner) -> None:
             with torch.set_grad_enabled(on):
-                model(**unlabelled(inner))
+                model(**drop_labels(inner))
 
-        hook = model.model.layers[0].self_attn.register_forward_hook(once(within))
+        hook = model.model.layers[0].self_attn.register_forward_hook(run_once(within))
         torch.testing.assert_close(model(**outer).loss, expected + of_inner * gradients_of_inner)
         hook.remove()
 
 
-def test_a_part_that_raised_and_was_called_again_counts_once():
+def test_retried_submodule_counts_once():
     class Tries(nn.Module):
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
@@ -156,7 +156,7 @@ def test_a_part_that_raised_and_was_called_again_counts_once():
                     return self.model(**batch).logits.logsumexp(-1).mean()
             raise AssertionError
 
-    model, batch = Tries(without_dropout(ARCHITECTURES["llama"].build())).train(), unlabelled(batches(1)[0])
+    model, batch = Tries(disable_dropout(ARCHITECTURES["llama"].build())).train(), drop_labels(make_batches(1)[0])
     replace_ffn(model, num_experts=4, loss_coef=0.5)
     expected, failed = model(batch), []
 
@@ -164,14 +164,14 @@ def test_a_part_that_raised_and_was_called_again_counts_once():
         failed.append(None)
         raise ArithmeticError
 
-    model.model.model.layers[1].register_forward_hook(once(fail))
+    model.model.model.layers[1].register_forward_hook(run_once(fail))
     with collect_aux(model):
         torch.testing.assert_close(model(batch), expected)
     assert failed
     torch.testing.assert_close(aux_loss(model), expected - model.model(**batch).logits.logsumexp(-1).mean())
 
 
-def test_a_backward_within_a_forward_runs_layers_again_outside_of_it():
+def test_nested_backward_recomputes_outside_forward():
     """With a checkpoint of one's own: its recomputation is no part of the forward around the backward."""
 
     class Step(nn.Module):
@@ -183,7 +183,7 @@ def test_a_backward_within_a_forward_runs_layers_again_outside_of_it():
             self.model(tokens, use_cache=False).logits.logsumexp(-1).mean().backward()
             return tokens.sum()
 
-    model, tokens = train_sparse(), batches(1)[0]["input_ids"]
+    model, tokens = train_sparse(), make_batches(1)[0]["input_ids"]
     model(tokens)
     expected = aux_loss(model)
     for layer in model.get_submodule("model.layers").children():
@@ -199,7 +199,7 @@ def test_a_backward_within_a_forward_runs_layers_again_outside_of_it():
 
 
 def test_evaluation_between_two_steps_is_not_collected():
-    model, given = train_sparse(), batches(3)
+    model, given = train_sparse(), make_batches(3)
     model(**given[0])
     expected = aux_loss(model)
     with collect_aux(model) as aux:
@@ -216,12 +216,12 @@ def test_evaluation_between_two_steps_is_not_collected():
 # The warning
 
 
-def test_a_loss_that_is_returned_and_not_used_is_warned_of():
+def test_unused_loss_warns():
     """A trainer that computes its own loss from the logits, though it gives labels."""
-    model, batch = train_sparse(), batches(1)[0]
+    model, batch = train_sparse(), make_batches(1)[0]
     for _ in range(2):
         model(**batch).loss.backward()
-        (model(**unlabelled(batch)).logits.logsumexp(-1).mean() + aux_loss(model)).backward()
+        (model(**drop_labels(batch)).logits.logsumexp(-1).mean() + aux_loss(model)).backward()
     model(**batch).logits.logsumexp(-1).mean().backward()
     with pytest.warns(UserWarning, match="a gradient reached the outputs .* but not their auxiliary loss"):
         model(**batch)
@@ -229,9 +229,9 @@ def test_a_loss_that_is_returned_and_not_used_is_warned_of():
     model(**batch)  # it warns once
 
 
-def test_where_nothing_is_lost_nothing_is_warned_of():
-    model = without_dropout(ARCHITECTURES["llama"].build()).train()
+def test_no_warning_without_loss():
+    model = disable_dropout(ARCHITECTURES["llama"].build()).train()
     replace_ffn(model, gate=lambda d, e: TopKGating(d, e), loss_coef=0.0)
     for _ in range(2):
-        model(**unlabelled(batch_of(2))).logits.sum().backward()
-    assert gradients(model)
+        model(**drop_labels(make_batch(2))).logits.sum().backward()
+    assert compute_gradients(model)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.pretrained import SMOLLM2, folder_of
+from support.pretrained import SMOLLM2, find_folder
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 
@@ -22,7 +22,7 @@ EXAMPLES = Path(finetune_trainer.__file__).parent
 @pytest.mark.pretrained
 def test_upcycle_pretrained(tmp_path, capsys):
     upcycle_pretrained.main(
-        [str(folder_of(SMOLLM2)), "--steps=2", "--layers=1", "--characters=200", f"--out={tmp_path}"]
+        [str(find_folder(SMOLLM2)), "--steps=2", "--layers=1", "--characters=200", f"--out={tmp_path}"]
     )
     printed = capsys.readouterr().out
     before, after = (float(bits) for bits in re.findall(r": +([\d.]+) bits a byte held out", printed))
@@ -61,7 +61,7 @@ def test_finetune_trl(coef, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("missing", ["trl", "datasets"])
-def test_finetune_trl_names_what_is_missing(missing, monkeypatch):
+def test_finetune_trl_names_missing_packages(missing, monkeypatch):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit, match=rf"{missing} .*pip install"):
         runpy.run_path(str(EXAMPLES / "finetune_trl.py"))

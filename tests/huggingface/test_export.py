@@ -12,29 +12,29 @@ from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy
 from mixture_of_experts.huggingface import export, replace_ffn, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 
 pytestmark = pytest.mark.slow
 
 
-def gate(k: int = 2, **settings):
+def make_gate(k: int = 2, **settings):
     return lambda d, e: TopKGating(d, e, k, **settings)
 
 
 EXPORTS = [
     ("llama", {}, "Mixtral"),
-    ("llama", dict(gate=gate(1, normalize=True)), "Mixtral"),
-    ("llama", dict(gate=gate(3)), "Mixtral"),
-    ("llama", dict(gate=gate(2, capacity_factor_train=1.25, jitter=0.1), z_loss_coef=0.1), "Mixtral"),
+    ("llama", dict(gate=make_gate(1, normalize=True)), "Mixtral"),
+    ("llama", dict(gate=make_gate(3)), "Mixtral"),
+    ("llama", dict(gate=make_gate(2, capacity_factor_train=1.25, jitter=0.1), z_loss_coef=0.1), "Mixtral"),
     ("mistral", {}, "Mixtral"),
     ("qwen3", {}, "Qwen3Moe"),
     ("qwen3", dict(layers=[1]), "Qwen3Moe"),
-    ("qwen3", dict(gate=gate(2, normalize=False)), "Qwen3Moe"),
+    ("qwen3", dict(gate=make_gate(2, normalize=False)), "Qwen3Moe"),
     ("qwen2", {}, "Qwen2Moe"),
     ("qwen2", dict(shared_expert=24, layers=[0]), "Qwen2Moe"),
     ("llama", dict(layers=[0]), "Qwen2Moe"),
     ("llama", dict(shared_expert=24), "Qwen2Moe"),
-    ("llama", dict(gate=gate(2, normalize=False)), "Qwen2Moe"),
+    ("llama", dict(gate=make_gate(2, normalize=False)), "Qwen2Moe"),
 ]
 
 
@@ -76,7 +76,7 @@ def test_tied_embeddings_dtype_and_mode():
     assert exported.config.tie_word_embeddings
 
 
-def test_weights_that_are_not_in_memory_are_refused():
+def test_rejects_meta_weights():
     model = ARCHITECTURES["llama"].build()
     upcycle(model, num_experts=4)
     with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device: load"):
@@ -100,23 +100,23 @@ def test_other_heads(auto):
         ("llama_bias", {}, "in Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
         ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: the gate is Top2Gating, .*; Q"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "the gate is NoisyTopKGating"),
-        ("llama", dict(gate=gate(score="sigmoid")), "the gate has score 'sigmoid'"),
-        ("llama", dict(gate=gate(scale=2.5)), "the gate has scale 2.5, the block's 1.0"),
-        ("llama", dict(gate=gate(select=AlwaysChosen(1))), r"select AlwaysChosen\(1\)"),
-        ("llama", dict(gate=gate(weigh="softmax", normalize=False)), "Qwen2Moe: the gate has weigh 'softmax'"),
+        ("llama", dict(gate=make_gate(score="sigmoid")), "the gate has score 'sigmoid'"),
+        ("llama", dict(gate=make_gate(scale=2.5)), "the gate has scale 2.5, the block's 1.0"),
+        ("llama", dict(gate=make_gate(select=AlwaysChosen(1))), r"select AlwaysChosen\(1\)"),
+        ("llama", dict(gate=make_gate(weigh="softmax", normalize=False)), "Qwen2Moe: the gate has weigh 'softmax'"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))), "Qwen2Moe: the gate has weigh Lear"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, normalize=NormalizeBy(2.0))), r"normalize NormalizeBy\(p=2"),
-        ("llama", dict(gate=gate(eps=1.0)), "Mixtral: the gate has eps 1.0, .*; Qwen2Moe"),
+        ("llama", dict(gate=make_gate(eps=1.0)), "Mixtral: the gate has eps 1.0, .*; Qwen2Moe"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, logits=RouterLogits(d, e))), "logits RouterLogits"),
-        ("llama", dict(gate=gate(bias=True)), r"gate\.b_gating has shape \(4,\)"),
-        ("llama", dict(gate=gate(expert_bias=True)), r"gate\.expert_bias has shape"),
-        ("llama", dict(gate=gate(num_groups=2, top_groups=1)), "num_groups 2, the block's None"),
-        ("llama", dict(gate=gate(capacity_factor_eval=1.0)), "capacity_factor_eval 1.0, the block's None"),
+        ("llama", dict(gate=make_gate(bias=True)), r"gate\.b_gating has shape \(4,\)"),
+        ("llama", dict(gate=make_gate(expert_bias=True)), r"gate\.expert_bias has shape"),
+        ("llama", dict(gate=make_gate(num_groups=2, top_groups=1)), "num_groups 2, the block's None"),
+        ("llama", dict(gate=make_gate(capacity_factor_eval=1.0)), "capacity_factor_eval 1.0, the block's None"),
         ("mistral", dict(layers=[0]), r"Mixtral: layers without experts \(1\).*; Qwen2Moe: sliding attention"),
         ("qwen3", dict(shared_expert=8), r"Qwen3Moe: shared_expert\.gate_proj\.weight has shape .*, the block's None"),
     ],
 )
-def test_what_has_no_counterpart_is_named(name, settings, problem):
+def test_unsupported_settings_are_named(name, settings, problem):
     model = ARCHITECTURES[name].build()
     replace_ffn(model, num_experts=4, **settings)
     with pytest.raises(ValueError, match=problem):
@@ -136,7 +136,7 @@ def test_settings_and_activations():
     with pytest.raises(ValueError, match="has no layers with experts"):
         export(model)
     upcycle(model, num_experts=4)
-    feed_forwards(model)[1].moe.experts.act = nn.GELU()
+    find_feed_forwards(model)[1].moe.experts.act = nn.GELU()
     with pytest.raises(ValueError, match="the activation GELU"):
         export(model)
     biased = ARCHITECTURES["llama"].build(attention_bias=True)
@@ -158,7 +158,7 @@ def test_notes_of_a_configuration_are_carried_over(name):
     torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
 
 
-def test_a_window_that_the_dense_class_does_not_know_is_refused():
+def test_rejects_unknown_sliding_window():
     model = ARCHITECTURES["llama"].build(sliding_window=4)
     upcycle(model, num_experts=4)
     with pytest.raises(ValueError, match="Mixtral: sliding attention; Qwen2Moe: sliding attention"):

@@ -6,21 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from support.transformers_models import two_lengths
+from support.transformers_models import make_two_lengths
 
 from mixture_of_experts import force_routing
 
-from .test_balancing_trainer import FAMILIES, chosen, family
-from .test_blocks import build
+from .test_balancing_trainer import FAMILIES, build_family, record_choices
+from .test_block_conversion import build_model
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("name", ["DeepseekV3", "Mixtral", *FAMILIES])
-def test_experts_are_met_in_turn(name):
+def test_balanced_forcing_cycles_experts(name):
     """Padding too; the weights are those of their own choices, and have gradients."""
-    model: Any = family(name) if name in FAMILIES else build(name).train()
-    (_, batch), seen = two_lengths("right"), chosen(model)
+    model: Any = build_family(name) if name in FAMILIES else build_model(name).train()
+    (_, batch), seen = make_two_lengths("right"), record_choices(model)
     with force_routing(model):
         out = model(**batch, labels=batch["input_ids"])
     out.loss.backward()

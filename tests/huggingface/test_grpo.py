@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.measured_grpo import measured
+from support.grpo_probe import make_measured_trainer
 from support.transformers_models import VOCABULARY
-from support.transformers_trainers import dataset, settings, texts, tokenizer
+from support.transformers_trainers import make_dataset, make_settings, make_texts, make_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,12 +22,14 @@ from mixture_of_experts.replay import RoutingRecords, record_routing, replay_rou
 pytestmark = [
     # peft and trl use names that transformers deprecates
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
+    pytest.mark.filterwarnings(
+        "ignore:the routers in .* were drawn in memory:UserWarning"
+    ),  # see test_adapter_checkpoints.py
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl"),
 ]
 
 
-def llama() -> Any:
+def make_llama() -> Any:
     """Experts differ, so that another choice is another output."""
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
@@ -37,22 +39,24 @@ def llama() -> Any:
     return model
 
 
-def train(
+def run_training(
     folder: Path, *mixins: type, weights: bool = False, peft: Any = None, rollout: Any = None, **more: Any
 ) -> list[list[float]]:
     from trl import GRPOConfig
 
-    Trainer = type("Trainer", (*mixins, measured()), dict(replay_weights=weights))
-    common = {**settings(2, folder), "per_device_train_batch_size": 4, "max_steps": 2}
+    Trainer = type("Trainer", (*mixins, make_measured_trainer()), dict(replay_weights=weights))
+    common = {**make_settings(2, folder), "per_device_train_batch_size": 4, "max_steps": 2}
     config = GRPOConfig(**{**common, **dict(num_generations=4, max_completion_length=12, bf16=True), **more})
-    data = dataset([{"prompt": text} for text in texts(True)])
+    data = make_dataset([{"prompt": text} for text in make_texts(True)])
 
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(completion)) for completion in completions]
 
     torch.manual_seed(1)
-    given = dict(args=config, train_dataset=data, processing_class=tokenizer(), peft_config=peft, rollout_func=rollout)
-    trainer: Any = Trainer(llama(), reward, **given)
+    given = dict(
+        args=config, train_dataset=data, processing_class=make_tokenizer(), peft_config=peft, rollout_func=rollout
+    )
+    trainer: Any = Trainer(make_llama(), reward, **given)
     if peft is not None:
         fast_lora(trainer.model)
     trainer.train()
@@ -65,7 +69,7 @@ def test_it_trains_with_the_experts_that_it_sampled_with(tmp_path):
     checkpointing. Mini-batches are shuffled; two of them make a step, and two steps take each generation. Old
     log-probabilities are those of the first step, to the bit; after it routers differ, choices do not."""
     more: Any = dict(num_iterations=2, learning_rate=1e-3)
-    (*first, third, last), free = train(tmp_path, ReplayRouting, **more), train(tmp_path, **more)
+    (*first, third, last), free = run_training(tmp_path, ReplayRouting, **more), run_training(tmp_path, **more)
     # differences to what was sampled and to the old ones: the figures of docs/replay.md
     print("replayed", *first, third, last, "as it is", *free, sep="\n")
     assert [old for _, old in first] == [0.0, 0.0]
@@ -80,21 +84,21 @@ def test_adapters_a_reference_weights_and_chunks(tmp_path):
 
     experts = ["experts.w1", "experts.w3", "experts.w2"]
     lora = LoraConfig(target_modules=["q_proj"], target_parameters=experts, r=2)
-    found = train(tmp_path, ReplayRouting, weights=True, peft=lora, beta=0.1)
+    found = run_training(tmp_path, ReplayRouting, weights=True, peft=lora, beta=0.1)
     assert max(sampled for sampled, _ in found) < 0.2
 
 
-def engine() -> Any:
+def make_engine() -> Any:
     """Stands for vLLM: a rollout function that generates with a model of its own, whose routers are others."""
     from trl.trainer.utils import pad
 
-    model = llama().eval()
+    model = make_llama().eval()
     for name, weight in model.named_parameters():
         if name.endswith("w_gating"):
             torch.nn.init.normal_(weight, std=0.25)
 
     def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        ids = [tokenizer()(text)["input_ids"] for text in prompts]
+        ids = [make_tokenizer()(text)["input_ids"] for text in prompts]
         output, weights = dict(prompt_ids=ids, completion_ids=[], logprobs=[], routed_experts=[]), []
         for row in ids:
             with torch.no_grad(), record_routing(model, weights=True) as records:
@@ -117,14 +121,14 @@ def engine() -> Any:
 @pytest.mark.filterwarnings("ignore:.*'rollout_func', which is an experimental feature:UserWarning")
 def test_it_trains_with_the_experts_that_an_engine_chose(tmp_path):
     """The engine is the model but for its routers: with its choices and weights log-probabilities are its own."""
-    free = train(tmp_path, rollout=engine(), bf16=False)
-    choices = train(tmp_path, ReplayRouting, rollout=engine(), bf16=False)
-    whole = train(tmp_path, ReplayRouting, rollout=engine(), bf16=False, weights=True)
+    free = run_training(tmp_path, rollout=make_engine(), bf16=False)
+    choices = run_training(tmp_path, ReplayRouting, rollout=make_engine(), bf16=False)
+    whole = run_training(tmp_path, ReplayRouting, rollout=make_engine(), bf16=False, weights=True)
     print("as it is", *free, "choices", *choices, "weights too", *whole, sep="\n")
     assert whole[0][0] < 1e-4 < 0.1 < choices[0][0] < free[0][0]
 
 
-class Logits:
+class LogitsTrainer:
     """Stands for TRL's trainer: log-probabilities are logits, and a generation is one forward."""
 
     def __init__(self, model: Any) -> None:
@@ -159,21 +163,21 @@ def use_adapter(model: Any, name: str) -> Iterator[None]:
         model.set_adapter(before)
 
 
-class Replayed(ReplayRouting, Logits):
+class ReplayTrainer(ReplayRouting, LogitsTrainer):
     replay_weights = True
 
 
-def test_the_reference_of_adapters_weighs_for_itself():
+def test_adapter_reference_uses_its_own_weights():
     """By its own router, the choices of the generation; as a copy of a trained adapter does."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
     config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
-    model = get_peft_model(llama().eval(), config)
+    model = get_peft_model(make_llama().eval(), config)
     model.add_adapter("ref", config)
-    trainer, ids = Replayed(model), torch.randint(3, VOCABULARY, (3, 7))
+    trainer, ids = ReplayTrainer(model), torch.randint(3, VOCABULARY, (3, 7))
     trainer._generate_single_turn(ids)
-    ((records, _), *_), call = trainer._rows, (ids, torch.ones_like(ids), 1)
+    ((records, _), *_), call = trainer._recorded_sequences, (ids, torch.ones_like(ids), 1)
     choices = RoutingRecords(records, {name: records.num_experts(name) for name in records})
     with torch.no_grad():
         assert torch.equal(trainer._get_per_token_logps_and_entropies(model, *call)[0], model(ids).logits)
@@ -187,11 +191,11 @@ def test_the_reference_of_adapters_weighs_for_itself():
 
 
 def test_one_forward_until_its_backward():
-    model, ids = llama(), torch.randint(3, VOCABULARY, (3, 7))
-    trainer = Replayed(model)
+    model, ids = make_llama(), torch.randint(3, VOCABULARY, (3, 7))
+    trainer = ReplayTrainer(model)
     with torch.no_grad():
         trainer._generate_single_turn(ids)
-    inputs = {"ids": ids, "routing": trainer._rows}
+    inputs = {"ids": ids, "routing": trainer._recorded_sequences}
     with pytest.raises(ValueError, match=r"of 3 sequences with gradients are computed in chunks of 2.*batch_size out"):
         trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 1, batch_size=2)
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
@@ -202,11 +206,11 @@ def test_one_forward_until_its_backward():
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
-def test_rollouts_without_the_choices_of_their_tokens_are_refused():
-    class Rolled(Replayed):
+def test_rejects_rollouts_without_choices():
+    class Rolled(ReplayTrainer):
         def __init__(self, **output: Any) -> None:
             self.rollout_func = lambda prompts, trainer: output
-            super().__init__(llama())
+            super().__init__(make_llama())
 
     ids: Any = dict(prompt_ids=[[5, 6], [7]], completion_ids=[[8, 9], [10, 11]], logprobs=None)
     choices = [torch.arange(2).expand(length, 4, 2) for length in (3, 2)]
@@ -224,17 +228,17 @@ def test_rollouts_without_the_choices_of_their_tokens_are_refused():
     assert Rolled(completion_ids=[]).rollout_func([], None) == {"completion_ids": []}
 
 
-def test_after_the_trainer_it_is_refused():
+def test_rejects_mixin_after_trainer():
     """There none of its methods would run, and the trainer would train with other experts."""
-    with pytest.raises(TypeError, match=r"Own has ReplayRouting after Logits, .*: write class Own\(Replay"):
-        type("Own", (Logits, ReplayRouting), {})
-    with pytest.raises(TypeError, match=r"Own has ReplayRouting after Logits"):
-        type("Own", (Logits, type("Mine", (ReplayRouting,), {})), {})
-    type("Own", (type("Other", (), {"_generate_single_turn": None}), ReplayRouting, Logits), {})
+    with pytest.raises(TypeError, match=r"Own has ReplayRouting after LogitsTrainer, .*: write class Own\(Replay"):
+        type("Own", (LogitsTrainer, ReplayRouting), {})
+    with pytest.raises(TypeError, match=r"Own has ReplayRouting after LogitsTrainer"):
+        type("Own", (LogitsTrainer, type("Mine", (ReplayRouting,), {})), {})
+    type("Own", (type("Other", (), {"_generate_single_turn": None}), ReplayRouting, LogitsTrainer), {})
 
 
 @pytest.mark.slow
-def test_other_generations_are_refused(tmp_path):
+def test_rejects_other_generation_backends(tmp_path):
     from trl import GRPOTrainer
 
     class Other(ReplayRouting, GRPOTrainer):
@@ -250,8 +254,10 @@ def test_other_generations_are_refused(tmp_path):
             Other(use_vllm=True)
         with pytest.raises(ValueError, match="own generation, which tools replaces"):
             Other(tools=[print], rollout_func=print)
-        Other(use_vllm=True, rollout_func=print, model=llama())  # the function asks the engine, TRL gives it weights
+        Other(
+            use_vllm=True, rollout_func=print, model=make_llama()
+        )  # the function asks the engine, TRL gives it weights
         with pytest.raises(ValueError, match="has no gate"):
             Other(model=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"8 prompts were recorded as .* sequences: generate with a cache"):
-        train(tmp_path, ReplayRouting, generation_kwargs=dict(use_cache=False))
+        run_training(tmp_path, ReplayRouting, generation_kwargs=dict(use_cache=False))

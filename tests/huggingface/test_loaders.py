@@ -19,16 +19,16 @@ from transformers.models.auto import modeling_auto
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import export, from_pretrained, from_transformers, replace_ffn, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.router_config import ANNOUNCED
-from mixture_of_experts.huggingface.saving.configuration import layers_with_experts
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
+from mixture_of_experts.huggingface.router_config import ROUTER_KEYS
+from mixture_of_experts.huggingface.saving.configuration import read_layer_entries
 
-from .test_blocks import build as build_sparse
-from .test_saving import GATES, OwnGate, same_weights
+from .test_block_conversion import build_model as build_sparse
+from .test_saving import GATES, CustomGate, same_weights
 
 pytestmark = pytest.mark.slow
 
-BEFORE = Path(__file__).with_name("saved_before")
+SETUP_CODE = Path(__file__).with_name("saved_before")
 AUTO = {name: cls for name, cls in vars(modeling_auto).items() if name.startswith("AutoModel")}
 
 
@@ -44,7 +44,7 @@ def auto_classes(model: Any) -> list[Any]:
     return [auto for auto, cls in found.items() if all(getattr(cls, x) == getattr(inside, x) for x in same)]
 
 
-def saved(folder: Path, name: str = "llama") -> Any:
+def save_model(folder: Path, name: str = "llama") -> Any:
     """An upcycled model, which the folder holds."""
     model = ARCHITECTURES[name].build()
     upcycle(model, num_experts=4)
@@ -52,7 +52,7 @@ def saved(folder: Path, name: str = "llama") -> Any:
     return model
 
 
-def equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+def assert_equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -69,23 +69,25 @@ def test_the_class_itself_and_all_auto_classes(name, tmp_path):
         assert type(one) is type(model)
         same_weights(one, model)
         assert torch.equal(one(**inputs).logits, model(**inputs).logits)
-        for found, expected in zip(feed_forwards(one), feed_forwards(model), strict=True):
+        for found, expected in zip(find_feed_forwards(one), find_feed_forwards(model), strict=True):
             assert (repr(found), found.moe.loss_coef) == (repr(expected), expected.moe.loss_coef)
     dense = ARCHITECTURES[name].build()
     dense.save_pretrained(tmp_path / "dense")
     dense = type(dense).from_pretrained(tmp_path / "dense")
     assert vars(again).keys() - {"accepts_loss_kwargs"} == vars(dense).keys()  # nothing of a quantiser
-    assert vars(again.config).keys() - {"mixture_of_experts", *ANNOUNCED} == vars(dense.config).keys()
+    assert vars(again.config).keys() - {"mixture_of_experts", *ROUTER_KEYS} == vars(dense.config).keys()
 
     classes = auto_classes(model)
     assert len(classes) > 1
-    states = [module.state_dict() for module in feed_forwards(model)]
+    states = [module.state_dict() for module in find_feed_forwards(model)]
     for auto in classes:
         loaded = auto.from_pretrained(tmp_path)
-        networks = feed_forwards(loaded)
+        networks = find_feed_forwards(loaded)
         assert networks
-        assert len(networks) == len(layers_with_experts(loaded.config)[0]["layers"]) * 2
-        found = [next(i for i, state in enumerate(states) if equal(module.state_dict(), state)) for module in networks]
+        assert len(networks) == len(read_layer_entries(loaded.config)[0]["layers"]) * 2
+        found = [
+            next(i for i, state in enumerate(states) if assert_equal(module.state_dict(), state)) for module in networks
+        ]
         assert found == list(range(found[0], found[0] + len(found)))  # a part of the model has a part of them
         assert not any(parameter.is_meta for parameter in loaded.parameters())
         if type(loaded) is type(model):
@@ -94,7 +96,7 @@ def test_the_class_itself_and_all_auto_classes(name, tmp_path):
 
 def test_saved_once_more(tmp_path):
     """Also by another class, and without a head."""
-    model = saved(tmp_path / "1")
+    model = save_model(tmp_path / "1")
     AutoModelForCausalLM.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
     same_weights(LlamaForCausalLM.from_pretrained(tmp_path / "2"), model)
     AutoModel.from_pretrained(tmp_path / "2").save_pretrained(tmp_path / "3")
@@ -136,28 +138,28 @@ def test_gates_that_differ_by_layer(tmp_path):
     model.save_pretrained(tmp_path)
     for loaded in (from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
         same_weights(loaded, model)
-        for module, expected in zip(feed_forwards(loaded), feed_forwards(model), strict=True):
+        for module, expected in zip(find_feed_forwards(loaded), find_feed_forwards(model), strict=True):
             assert repr(module.moe.gate) == repr(expected.moe.gate)
     layers = json.loads((tmp_path / "config.json").read_text())["dense_config"]["quantization_config"]["layers"]
     assert [len(entry["layers"]) for entry in layers] == [2, 1, 1]  # those that agree share an entry
 
 
-def test_own_gates_that_differ_by_layer(tmp_path):
+def test_custom_gates_that_differ_by_layer(tmp_path):
     """They are asked for in the order of the model's layers, as before."""
     ks = (1, 2, 3, 1)
     model = ARCHITECTURES["llama"].build(num_hidden_layers=4)
     first, again = iter(ks), iter(ks)
-    replace_ffn(model, num_experts=4, gate=lambda d, e: OwnGate(d, e, next(first)))
+    replace_ffn(model, num_experts=4, gate=lambda d, e: CustomGate(d, e, next(first)))
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"a OwnGate.*huggingface\.from_pretrained"):
+    with pytest.raises(ValueError, match=r"a CustomGate.*huggingface\.from_pretrained"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    loaded = from_pretrained(tmp_path, gate=lambda d, e: OwnGate(d, e, next(again)))
-    assert [module.moe.gate.k for module in feed_forwards(loaded)] == list(ks)
+    loaded = from_pretrained(tmp_path, gate=lambda d, e: CustomGate(d, e, next(again)))
+    assert [module.moe.gate.k for module in find_feed_forwards(loaded)] == list(ks)
     same_weights(loaded, model)
 
 
 def test_arguments_of_the_configuration(tmp_path):
-    model = saved(tmp_path, "bert")
+    model = save_model(tmp_path, "bert")
     for load in (
         transformers.AutoModelForSequenceClassification.from_pretrained,
         lambda path, **settings: from_pretrained(path, transformers.AutoModelForSequenceClassification, **settings),
@@ -168,7 +170,7 @@ def test_arguments_of_the_configuration(tmp_path):
         assert loaded.dtype == torch.bfloat16
         assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier", "bert"}
         assert all("pooler" in name for name in info["missing_keys"] if name.startswith("bert"))
-        for module, expected in zip(feed_forwards(loaded), feed_forwards(model), strict=True):
+        for module, expected in zip(find_feed_forwards(loaded), find_feed_forwards(model), strict=True):
             assert torch.equal(module.moe.experts.w1, expected.moe.experts.w1.bfloat16())
         loaded.save_pretrained(tmp_path / "three")
         assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "three").num_labels == 3
@@ -176,7 +178,7 @@ def test_arguments_of_the_configuration(tmp_path):
 
 def test_a_part_of_a_model(tmp_path):
     """The encoder alone has no place for the decoder's experts, and needs none."""
-    model, tokens = saved(tmp_path, "t5"), torch.randint(3, VOCABULARY, (2, 7))
+    model, tokens = save_model(tmp_path, "t5"), torch.randint(3, VOCABULARY, (2, 7))
     expected = model.encoder(tokens).last_hidden_state
     for load in (
         transformers.T5EncoderModel.from_pretrained,
@@ -189,7 +191,7 @@ def test_a_part_of_a_model(tmp_path):
 def test_shards(tmp_path):
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, gate=GATES["TopKGating"], layers=[1])
-    feed_forwards(model)[0].moe.gate.expert_bias.normal_()
+    find_feed_forwards(model)[0].moe.gate.expert_bias.normal_()
     model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     for load, settings in ((LlamaForCausalLM, dict(device_map="cpu")), (AutoModelForCausalLM, {})):
@@ -197,7 +199,7 @@ def test_shards(tmp_path):
         same_weights(loaded, model)  # dtypes too: the expert bias stays float32
 
 
-def with_a_layer_on_disk(folder: Path) -> Any:
+def load_with_layer_on_disk(folder: Path) -> Any:
     """The model that the folder holds, without the weights of its second layer."""
     names = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
     place = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk"}
@@ -205,9 +207,9 @@ def with_a_layer_on_disk(folder: Path) -> Any:
 
 
 def test_layers_on_disk_are_loaded_without_a_warning(tmp_path):
-    model, inputs = saved(tmp_path / "moe"), ARCHITECTURES["llama"].inputs()
-    loaded = with_a_layer_on_disk(tmp_path / "moe")
-    assert feed_forwards(loaded)[1].moe.experts.w1.is_meta
+    model, inputs = save_model(tmp_path / "moe"), ARCHITECTURES["llama"].inputs()
+    loaded = load_with_layer_on_disk(tmp_path / "moe")
+    assert find_feed_forwards(loaded)[1].moe.experts.w1.is_meta
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     with pytest.raises(ValueError, match=r"weights of LlamaForCausalLM are not in memory"):
         export(loaded)
@@ -217,35 +219,35 @@ def test_layers_on_disk_are_loaded_without_a_warning(tmp_path):
 def test_layers_on_disk_are_not_changed(change, tmp_path):
     """Weights that the model does not hold would be lost."""
     ARCHITECTURES["llama"].build().save_pretrained(tmp_path / "dense")
-    model, inputs = with_a_layer_on_disk(tmp_path / "dense"), ARCHITECTURES["llama"].inputs()
+    model, inputs = load_with_layer_on_disk(tmp_path / "dense"), ARCHITECTURES["llama"].inputs()
     before = model(**inputs).logits
     with pytest.raises(ValueError, match=r"gate_proj of LlamaMLP are not in memory, .*device_map"):
         change(model, num_experts=4)
-    assert not feed_forwards(model)
+    assert not find_feed_forwards(model)
     assert torch.equal(model(**inputs).logits, before)
     assert change(model, num_experts=4, layers=[0]) == ["model.layers.0.mlp"]  # that layer is in memory
     assert model(**inputs).logits.isfinite().all()
     build_sparse("Mixtral").save_pretrained(tmp_path / "mixtral")
-    sparse = with_a_layer_on_disk(tmp_path / "mixtral")
+    sparse = load_with_layer_on_disk(tmp_path / "mixtral")
     with pytest.raises(ValueError, match="weights of a MixtralSparseMoeBlock are not in memory"):
         from_transformers(sparse.model.layers[1].mlp)
 
 
-def test_another_quantiser_is_refused(tmp_path):
-    model = saved(tmp_path)
+def test_rejects_other_quantizer(tmp_path):
+    model = save_model(tmp_path)
     for load in (AutoModelForCausalLM.from_pretrained, type(model).from_pretrained, from_pretrained):
         with pytest.raises(ValueError, match=r"ExpertsLoaderConfig|quantization_config cannot be given"):
             load(tmp_path, quantization_config=transformers.FineGrainedFP8Config())
 
 
-def test_what_another_quantiser_changed_is_not_saved(tmp_path):
-    model = saved(tmp_path)
+def test_rejects_saving_with_other_quantizer(tmp_path):
+    model = save_model(tmp_path)
     model.config.quantization_config = transformers.FineGrainedFP8Config()
     with pytest.raises(ValueError, match=r"is quantised \(FineGrainedFP8Config\) cannot be saved"):
         model.save_pretrained(tmp_path / "again")
 
 
-def test_a_checkpoint_without_weights_of_experts_is_refused(tmp_path):
+def test_rejects_checkpoint_without_expert_weights(tmp_path):
     """By the loaders of transformers too: no memory is left as it was found."""
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4)
@@ -260,15 +262,15 @@ def test_a_checkpoint_without_weights_of_experts_is_refused(tmp_path):
 def test_folders_of_earlier_versions(tmp_path):
     """Loaded as before: by the explicit function, and by no class that knows nothing of experts; then saved anew."""
     tokens = torch.arange(1, 9).unsqueeze(0)
-    found = from_pretrained(BEFORE).float()(tokens).logits[0, -1, :5]
+    found = from_pretrained(SETUP_CODE).float()(tokens).logits[0, -1, :5]
     torch.testing.assert_close(found, torch.tensor([0.2346, -0.2760, 0.0140, -0.4368, 0.1304]), atol=1e-4, rtol=0)
-    loaded = from_pretrained(BEFORE, AutoModel)
-    assert [module.moe.num_experts for module in feed_forwards(loaded)] == [2, 3]
-    assert [module.moe.loss_coef for module in feed_forwards(loaded)] == [0.01, 0.5]
+    loaded = from_pretrained(SETUP_CODE, AutoModel)
+    assert [module.moe.num_experts for module in find_feed_forwards(loaded)] == [2, 3]
+    assert [module.moe.loss_coef for module in find_feed_forwards(loaded)] == [0.01, 0.5]
     for plain in (LlamaForCausalLM, AutoModelForCausalLM, AutoModel):
         with pytest.raises(RuntimeError, match=r"mismatch|ignore_mismatched_sizes"):
-            plain.from_pretrained(BEFORE)
-    model = from_pretrained(BEFORE)
+            plain.from_pretrained(SETUP_CODE)
+    model = from_pretrained(SETUP_CODE)
     model.save_pretrained(tmp_path)
     same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
@@ -283,7 +285,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def test_a_dense_model_of_settings_that_name_experts_cannot_be_loaded(tmp_path):
+def test_dense_model_with_expert_settings_fails_to_load(tmp_path):
     """One that is made from them without the layers can."""
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4)
@@ -350,7 +352,7 @@ assert not any(name.startswith("mixture_of_experts") for name in sys.modules)
 
 @pytest.mark.parametrize("code", [WITH_IMPORT, WITHOUT_IMPORT], ids=["with", "without"])
 def test_in_another_process(code, tmp_path):
-    model, inputs = saved(tmp_path), ARCHITECTURES["llama"].inputs()
+    model, inputs = save_model(tmp_path), ARCHITECTURES["llama"].inputs()
     tokenizer().save_pretrained(tmp_path)
     torch.save((inputs, model(**inputs).logits), tmp_path / "expected.pt")
     made = model.generate(torch.tensor([[5, 9]]), max_new_tokens=3, do_sample=False)[0].tolist()

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, TopKGating, ops
-from mixture_of_experts.around import InputWeightedExperts, ZeroComputationExperts
 from mixture_of_experts.huggingface import fast_lora
-from mixture_of_experts.huggingface.lora import ways, wrapper
+from mixture_of_experts.huggingface.lora import implementations, wrapper
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import unstack
+from mixture_of_experts.wrappers import InputWeightedExperts, ZeroComputationExperts
 
-from .test_blocks import build
+from .test_block_conversion import build_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 DIM, HIDDEN, EXPERTS, TOKENS = 9, 13, 5, 22
@@ -41,7 +41,7 @@ class Holder(nn.Module):
         return self.moe(*args)
 
 
-def layer(experts: nn.Module | None = None, *, capacity: float | None = None, k: int = 2, **settings: Any) -> MoE:
+def make_layer(experts: nn.Module | None = None, *, capacity: float | None = None, k: int = 2, **settings: Any) -> MoE:
     """A layer in float64, with experts of odd sizes unless others are given."""
     torch.manual_seed(0)
     experts = GatedExperts(DIM, EXPERTS, HIDDEN) if experts is None else experts
@@ -49,14 +49,14 @@ def layer(experts: nn.Module | None = None, *, capacity: float | None = None, k:
     return MoE(DIM, gate=gate, experts=experts).double()
 
 
-def prepared(moe: nn.Module, weights: tuple[str, ...] = ALL, **settings: Any) -> Any:
+def add_lora(moe: nn.Module, weights: tuple[str, ...] = ALL, **settings: Any) -> Any:
     """The layer, to which PEFT has added adapters that are not zero."""
     there = [f"experts.{name}" for name in weights if getattr(moe.experts, name, None) is not None]
     config = LoraConfig(r=3, lora_alpha=5, target_parameters=there, init_lora_weights=False, **settings)
     return inject_adapter_in_model(config, moe)
 
 
-def numbers(module: nn.Module, x: Tensor, *args: Any) -> dict[str, Tensor]:
+def compute_results(module: nn.Module, x: Tensor, *args: Any) -> dict[str, Tensor]:
     """The output, and the gradients of the inputs and of everything that is trained."""
     x = x.clone().requires_grad_()
     out = module(x, *args)[0]
@@ -69,82 +69,82 @@ def numbers(module: nn.Module, x: Tensor, *args: Any) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(slow: nn.Module, fast: nn.Module, x: Tensor, *args: Any, way: Any = "auto") -> None:
+def assert_same(slow: nn.Module, fast: nn.Module, x: Tensor, *args: Any, implementation: Any = "auto") -> None:
     """Both compute the same, the second by a way of ours."""
-    wanted = numbers(slow, x, *args)
-    with ops.use(way):
-        found = numbers(fast, x, *args)
+    wanted = compute_results(slow, x, *args)
+    with ops.use(implementation):
+        found = compute_results(fast, x, *args)
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-def both(moe: Any) -> tuple[Any, Any]:
+def make_both(moe: Any) -> tuple[Any, Any]:
     return copy.deepcopy(moe), fast_lora(moe)
 
 
 LAYERS = {
-    "gated": lambda: layer(),
-    "one of each": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN), k=1),
-    "two matrices, biases": lambda: layer(Experts(DIM, EXPERTS, HIDDEN, bias=True)),
-    "gated, biases": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN, bias=True)),
-    "clamped": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN, ops.ClampedSwiGLU())),
-    "unknown activation": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN, nn.Mish)),
-    "capacity": lambda: layer(capacity=0.7),
-    "square": lambda: layer(GatedExperts(DIM, EXPERTS, DIM)),
+    "gated": lambda: make_layer(),
+    "one of each": lambda: make_layer(GatedExperts(DIM, EXPERTS, HIDDEN), k=1),
+    "two matrices, biases": lambda: make_layer(Experts(DIM, EXPERTS, HIDDEN, bias=True)),
+    "gated, biases": lambda: make_layer(GatedExperts(DIM, EXPERTS, HIDDEN, bias=True)),
+    "clamped": lambda: make_layer(GatedExperts(DIM, EXPERTS, HIDDEN, ops.ClampedSwiGLU())),
+    "unknown activation": lambda: make_layer(GatedExperts(DIM, EXPERTS, HIDDEN, nn.Mish)),
+    "capacity": lambda: make_layer(capacity=0.7),
+    "square": lambda: make_layer(GatedExperts(DIM, EXPERTS, DIM)),
     "many experts, few tokens": lambda: MoE(DIM, gate=TopKGating(DIM, 40, 2), experts=Experts(DIM, 40, 7)).double(),
     "expert choice": lambda: MoE(DIM, gate=ExpertChoiceGating(DIM, EXPERTS), experts=Experts(DIM, EXPERTS, 7)).double(),
 }
 
 
-@pytest.mark.parametrize("way", list(ways.WAYS))
+@pytest.mark.parametrize("implementation", list(implementations.LORA_IMPLEMENTATIONS))
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("name", list(LAYERS))
-def test_the_numbers_of_peft(name, transposed, way):
+def test_the_numbers_of_peft(name, transposed, implementation):
     moe = LAYERS[name]()
     if transposed:
         moe.experts.is_transposed = True  # as in models of transformers: PEFT's A is then at the other side
-    slow, fast = both(prepared(moe))
+    slow, fast = make_both(add_lora(moe))
     x = torch.randn(2, TOKENS // 2, DIM, dtype=torch.float64)
-    if name == "unknown activation" and way in ("cpu", "batched"):
-        with ops.use(way), pytest.raises(ValueError, match="the activation Mish is none of"):
+    if name == "unknown activation" and implementation in ("cpu", "batched"):
+        with ops.use(implementation), pytest.raises(ValueError, match="the activation Mish is none of"):
             fast(x)
         return
-    assert_same(slow, fast, x, way=way)
+    assert_same(slow, fast, x, implementation=implementation)
 
 
 @pytest.mark.parametrize("weights", [("w1",), ("w3",), ("w2",), ("w1", "w2"), ("w1", "w3")])
 def test_some_of_the_weights(weights):
-    assert_same(*both(prepared(layer(), weights)), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+    assert_same(*make_both(add_lora(make_layer(), weights)), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
 
 
-def test_adapters_of_biases_stay_as_peft_does_them():
-    slow, fast = both(prepared(layer(GatedExperts(DIM, EXPERTS, HIDDEN, bias=True)), (*ALL, "b1", "b2")))
+def test_bias_adapters_use_peft_implementation():
+    slow, fast = make_both(add_lora(make_layer(GatedExperts(DIM, EXPERTS, HIDDEN, bias=True)), (*ALL, "b1", "b2")))
     assert slow.experts.num_experts == 1  # PEFT's own, of a matrix
     assert_same(slow, fast, torch.randn(2, TOKENS, DIM, dtype=torch.float64))
 
 
 def test_masked_skewed_and_no_tokens():
-    moe = layer()
+    moe = make_layer()
     moe.gate.w_gating.data[:, 0] *= 100  # half of all first choices
-    slow, fast = both(prepared(moe))
+    slow, fast = make_both(add_lora(moe))
     x, mask = torch.randn(2, TOKENS, DIM, dtype=torch.float64), torch.rand(2, TOKENS) < 0.6
     assert_same(slow, fast, x, mask)
     assert_same(slow, fast, x, torch.zeros_like(mask))
     assert_same(slow, fast, x[:, :0])
 
 
-def test_one_expert_and_slots_go_the_way_of_peft():
+def test_single_expert_and_slots_use_peft_implementation():
     moe = MoE(DIM, gate=TopKGating(DIM, 1, 1), experts=Experts(DIM, 1, 7)).double()
-    assert_same(*both(prepared(moe)), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
-    slow, fast = both(prepared(layer()))
+    assert_same(*make_both(add_lora(moe)), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+    slow, fast = make_both(add_lora(make_layer()))
     slots = torch.randn(EXPERTS, 3, DIM, dtype=torch.float64)
     torch.testing.assert_close(fast.experts(slots), slow.experts(slots))
 
 
 def test_no_stack_is_made(monkeypatch):
     """Neither in the forward nor in the backward is there a tensor of a stack's size."""
-    fast = fast_lora(prepared(layer()))
+    fast = fast_lora(add_lora(make_layer()))
     largest = 0
 
     class Sizes(TorchDispatchMode):
@@ -163,7 +163,7 @@ def test_no_stack_is_made(monkeypatch):
 
 def test_two_adapters_scaling_disabled_merged_and_unmerged():
     model = get_peft_model(
-        Holder(layer()), LoraConfig(r=3, lora_alpha=5, target_parameters=TARGETS, init_lora_weights=False)
+        Holder(make_layer()), LoraConfig(r=3, lora_alpha=5, target_parameters=TARGETS, init_lora_weights=False)
     )
     config = LoraConfig(r=2, lora_alpha=7, use_rslora=True, target_parameters=TARGETS, init_lora_weights=False)
     model = fast_lora(model)
@@ -205,7 +205,7 @@ def test_two_adapters_scaling_disabled_merged_and_unmerged():
 def test_adapters_load_into_stock_peft_and_back(tmp_path, transposed):
     def base() -> Any:
         torch.manual_seed(0)
-        moe = layer(GatedExperts(DIM, EXPERTS, DIM))  # square: a factor on the wrong side would fit
+        moe = make_layer(GatedExperts(DIM, EXPERTS, DIM))  # square: a factor on the wrong side would fit
         if transposed:
             moe.experts.is_transposed = True
         return Holder(moe)
@@ -224,7 +224,7 @@ def test_adapters_load_into_stock_peft_and_back(tmp_path, transposed):
 
 
 def test_copies_and_pickles_stay_fast():
-    fast = fast_lora(prepared(layer()))
+    fast = fast_lora(add_lora(make_layer()))
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
     for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert isinstance(again.experts, wrapper.ParamWrapper)
@@ -233,14 +233,14 @@ def test_copies_and_pickles_stay_fast():
 
 @pytest.mark.parametrize("trained", [r"lora|\.w2$", "lora_A"])
 def test_a_stack_that_is_trained_too_and_factors_that_are_frozen(trained):
-    moe = prepared(layer())
+    moe = add_lora(make_layer())
     for name, parameter in moe.named_parameters():
         parameter.requires_grad_(re.search(trained, name) is not None)
-    assert_same(*both(moe), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+    assert_same(*make_both(moe), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
 
 
 def test_inference_and_inputs_without_gradient():
-    slow, fast = both(prepared(layer()))
+    slow, fast = make_both(add_lora(make_layer()))
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(fast.eval()(x)[0], slow.eval()(x)[0])
@@ -250,7 +250,7 @@ def test_inference_and_inputs_without_gradient():
 
 
 def test_second_derivatives_and_checkpoints():
-    slow, fast = both(prepared(layer()))
+    slow, fast = make_both(add_lora(make_layer()))
     x = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)
 
     def penalty(moe: nn.Module) -> tuple[Tensor, ...]:
@@ -265,12 +265,12 @@ def test_second_derivatives_and_checkpoints():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16(autocast):
-    moe = layer().float()
-    slow, fast = both(prepared(moe if autocast else moe.bfloat16()))
+    moe = make_layer().float()
+    slow, fast = make_both(add_lora(moe if autocast else moe.bfloat16()))
     x = torch.randn(2, TOKENS, DIM, dtype=torch.float32 if autocast else torch.bfloat16)
-    exact = numbers(copy.deepcopy(slow).double(), x.double())
+    exact = compute_results(copy.deepcopy(slow).double(), x.double())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        wanted, found = numbers(slow, x), numbers(fast, x)
+        wanted, found = compute_results(slow, x), compute_results(fast, x)
     for name in exact:  # as near to the exact numbers as PEFT's, of the same dtypes
         assert found[name].dtype == wanted[name].dtype
         error, its = ((part[name].double() - exact[name]).norm() for part in (found, wanted))
@@ -281,22 +281,22 @@ def test_bfloat16(autocast):
     ("make", "error", "words"),
     [
         (lambda: 3, TypeError, "model must be a model .*, got 3"),
-        (layer, ValueError, "MoE has LoRA on no stack, .* serves w1, w3, w2 of .* Give PEFT's"),
-        (lambda: adapted(nn.Linear(2, 2), target_modules=["0"]), ValueError, "Sequential has LoRA on no stack"),
-        (lambda: prepared(layer(Own(DIM, 5)), ("w1",)), ValueError, "w1 of Own in a .* no forward of their own"),
+        (make_layer, ValueError, "MoE has LoRA on no stack, .* serves w1, w3, w2 of .* Give PEFT's"),
+        (lambda: make_adapted(nn.Linear(2, 2), target_modules=["0"]), ValueError, "Sequential has LoRA on no stack"),
+        (lambda: add_lora(make_layer(Own(DIM, 5)), ("w1",)), ValueError, "w1 of Own in a .* no forward of their own"),
         (
-            lambda: adapted(Experts(DIM, 5, bias=True), target_parameters=["0.b1"]),
+            lambda: make_adapted(Experts(DIM, 5, bias=True), target_parameters=["0.b1"]),
             ValueError,
             "b1 of Experts .* serves w1",
         ),
     ],
 )
-def test_what_is_not_prepared_or_not_served_is_named(make, error, words):
+def test_unprepared_modules_raise(make, error, words):
     with pytest.raises(error, match=words):
         fast_lora(make())
 
 
-def adapted(module: nn.Module, **targets: Any) -> nn.Module:
+def make_adapted(module: nn.Module, **targets: Any) -> nn.Module:
     return inject_adapter_in_model(LoraConfig(r=1, **targets), nn.Sequential(module))
 
 
@@ -305,12 +305,12 @@ class Own(GatedExperts):
         return super().forward(x, decision)
 
 
-def test_what_was_asked_for_and_passed_over_is_named():
+def test_skipped_target_parameters_raise():
     """By PEFT, which is content if it finds something: a name that is wrong, and weights that are no parameters."""
     wrong = LoraConfig(r=2, target_parameters=["experts.w1", "experts.w4"])
     with pytest.raises(ValueError, match=r"has no adapters for experts.w4 of target_parameters: .*look at the names"):
-        fast_lora(inject_adapter_in_model(wrong, layer()))
-    small = quantize_experts(Holder(layer()).requires_grad_(False))
+        fast_lora(inject_adapter_in_model(wrong, make_layer()))
+    small = quantize_experts(Holder(make_layer()).requires_grad_(False))
     with pytest.warns(RuntimeWarning, match="no parameter was matched"):  # PEFT adapts what it finds beside
         alone = inject_adapter_in_model(
             LoraConfig(r=2, target_modules=["0"], target_parameters=TARGETS), nn.Sequential(nn.Linear(DIM, DIM), small)
@@ -319,27 +319,29 @@ def test_what_was_asked_for_and_passed_over_is_named():
         fast_lora(alone)
 
 
-def test_experts_of_transformers_are_made_ours_first():
-    model = get_peft_model(build("Qwen3Moe"), LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"]))
+def test_fast_lora_requires_converted_experts():
+    model = get_peft_model(
+        build_model("Qwen3Moe"), LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"])
+    )
     with pytest.raises(ValueError, match=r"gate_up_proj of Qwen3MoeExperts .*from_transformers\(\) before that"):
         fast_lora(model)
 
 
 def test_the_router_has_no_low_rank_factors():
     with pytest.raises(ValueError, match=r"gate has num_experts=1, the layer num_experts=5: PEFT trains a"):
-        get_peft_model(Holder(layer()), LoraConfig(target_modules=[], target_parameters=["gate.w_gating"]))
+        get_peft_model(Holder(make_layer()), LoraConfig(target_modules=[], target_parameters=["gate.w_gating"]))
 
 
 @pytest.mark.parametrize("change", [lambda moe: moe, fast_lora], ids=["peft", "fast"])
 def test_adapted_experts_are_not_unstacked(change):
-    moe = change(prepared(layer()))
+    moe = change(add_lora(make_layer()))
     with pytest.raises(ValueError, match=r"ParamWrapper, which keeps the experts .*: merge adapters"):
         unstack(moe)
     assert type(moe.experts.get_base_layer()) is GatedExperts
 
 
-def test_what_peft_refuses_it_refuses_alike():
-    model = fast_lora(get_peft_model(Holder(layer()), LoraConfig(r=2, target_parameters=TARGETS)))
+def test_peft_errors_are_preserved():
+    model = fast_lora(get_peft_model(Holder(make_layer()), LoraConfig(r=2, target_parameters=TARGETS)))
     for refused in ({"lora_dropout": 0.1}, {"use_dora": True}):
         with pytest.raises(ValueError, match=r"does not work with|unsupported"):
             model.add_adapter(next(iter(refused)), LoraConfig(r=2, target_parameters=TARGETS, **refused))
@@ -348,18 +350,18 @@ def test_what_peft_refuses_it_refuses_alike():
 def test_on_meta():
     with torch.device("meta"):
         moe = MoE(DIM, gate=TopKGating(DIM, EXPERTS), experts=GatedExperts(DIM, EXPERTS, HIDDEN))
-        fast = fast_lora(prepared(moe))
+        fast = fast_lora(add_lora(moe))
         assert fast(torch.randn(2, 3, DIM))[0].shape == (2, 3, DIM)
 
 
 @pytest.mark.slow
 def test_compiled_whole_and_cut():
     """Dynamic shapes, one graph, forward and backward."""
-    slow, fast = both(prepared(layer()))
+    slow, fast = make_both(add_lora(make_layer()))
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True, dynamic=True)
     for tokens in (TOKENS, 7):
         x = torch.randn(2, tokens, DIM, dtype=torch.float64)
-        wanted, found = numbers(slow, x), numbers(compiled, x)
+        wanted, found = compute_results(slow, x), compute_results(compiled, x)
         for name, part in found.items():
             torch.testing.assert_close(part, wanted[name.removeprefix("_orig_mod.")])
 
@@ -368,7 +370,7 @@ def test_compiled_whole_and_cut():
 @pytest.mark.parametrize(
     "around", [InputWeightedExperts, lambda experts: ZeroComputationExperts(InputWeightedExperts(experts), num_zero=1)]
 )
-def test_adapters_inside_experts_around_others(gate, around):
+def test_adapters_inside_wrapped_experts(gate, around):
     """The adapted weights are those of the merged model, where rows reach the inner experts."""
     experts, x = around(GatedExperts(DIM, EXPERTS, HIDDEN)), torch.randn(2, 6, DIM, dtype=torch.float64)
     moe = MoE(DIM, gate=gate(DIM, experts.num_experts), experts=experts).double()
@@ -384,7 +386,7 @@ def test_adapters_inside_experts_around_others(gate, around):
 @pytest.mark.parametrize("fast", [False, True])
 def test_outputs_of_another_width(fast):
     """PEFT's wrapper hands no attributes on, so the width is asked of what it wraps."""
-    moe = prepared(layer(GatedExperts(DIM, EXPERTS, HIDDEN, dim_out=4)))
-    expected = numbers(moe, torch.randn(TOKENS, DIM, dtype=torch.float64))
-    found = numbers(fast_lora(moe) if fast else moe, torch.randn(TOKENS, DIM, dtype=torch.float64))
+    moe = add_lora(make_layer(GatedExperts(DIM, EXPERTS, HIDDEN, dim_out=4)))
+    expected = compute_results(moe, torch.randn(TOKENS, DIM, dtype=torch.float64))
+    found = compute_results(fast_lora(moe) if fast else moe, torch.randn(TOKENS, DIM, dtype=torch.float64))
     assert found["out"].shape == expected["out"].shape == (TOKENS, 4)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.pretrained import MINILM, SMOLLM2, folder_of
+from support.pretrained import MINILM, SMOLLM2, find_folder
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
@@ -24,7 +24,9 @@ pytestmark = [
     pytest.mark.pretrained,
     # peft and trl use names that transformers deprecates
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
+    pytest.mark.filterwarnings(
+        "ignore:the routers in .* were drawn in memory:UserWarning"
+    ),  # see test_adapter_checkpoints.py
 ]
 
 TEXTS = [
@@ -35,12 +37,12 @@ GREEDY: Any = dict(max_new_tokens=6, do_sample=False)
 
 
 def smollm2() -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(find_folder(SMOLLM2), dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(folder_of(SMOLLM2))
+    return AutoTokenizer.from_pretrained(find_folder(SMOLLM2))
 
 
 # what a process holds at most since it began; `ru_maxrss` also counts what its parent held
@@ -63,44 +65,44 @@ def dense() -> Any:
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory) -> tuple[Path, int]:
+def run_command(tmp_path_factory) -> tuple[Path, int]:
     """The folder that the command writes, four experts in each of thirty layers; and the bytes that it held at most."""
     folder = tmp_path_factory.mktemp("upcycled") / "moe"
-    words = [str(folder_of(SMOLLM2)), str(folder), "--num-experts", "4", "--max-shard-size", "500MB"]
+    words = [str(find_folder(SMOLLM2)), str(folder), "--num-experts", "4", "--max-shard-size", "500MB"]
     process = subprocess.run([sys.executable, "-c", MEASURED, "upcycle", *words], stdout=subprocess.PIPE, text=True)
     assert process.returncode == 0
     return folder, 1024 * int(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def upcycled(command) -> Path:
-    return command[0]
+def upcycled(run_command) -> Path:
+    return run_command[0]
 
 
 @pytest.fixture(scope="module")
-def moe(upcycled) -> Any:
+def first_moe(upcycled) -> Any:
     """The model in that folder; no test changes it."""
     return AutoModelForCausalLM.from_pretrained(upcycled, dtype=torch.float32).eval()
 
 
-def batch_of(tokenizer: Any, side: str = "left") -> Any:
+def make_batch(tokenizer: Any, side: str = "left") -> Any:
     tokenizer.padding_side = side
     return tokenizer(TEXTS, return_tensors="pt", padding=True)
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
+def assert_close(found: Tensor, wanted: Tensor) -> None:
     """Thirty layers of large channels: float32 is exact to five digits of the largest logit."""
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
 
 
-def test_it_knows_something(dense, tokenizer):
+def test_pretrained_model_generates_facts(dense, tokenizer):
     prompt = tokenizer(TEXTS[0], return_tensors="pt")
     assert tokenizer.decode(dense.generate(**prompt, **GREEDY)[0]).startswith("The capital of France is Paris.")
 
 
-def test_the_command_holds_a_layer_and_a_shard(command):
+def test_command_memory_is_one_layer_and_shard(run_command):
     """Not the model, which has 1.5 GB. What it reads, a shard, and torch with transformers have 0.5 GB each."""
-    upcycled, peak = command
+    upcycled, peak = run_command
     index = json.loads((upcycled / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] > 1.4e9
     assert len(set(index["weight_map"].values())) >= 3
@@ -109,20 +111,20 @@ def test_the_command_holds_a_layer_and_a_shard(command):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_logits_and_loss_of_a_padded_batch(dense, moe, tokenizer, side):
+def test_padded_batch_logits_and_loss(dense, first_moe, tokenizer, side):
     """At padding too: with padding on the left a loss reads it."""
-    batch = batch_of(tokenizer, side)
+    batch = make_batch(tokenizer, side)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    wanted, found = (model(**batch, labels=labels) for model in (dense, moe))
-    close(found.logits, wanted.logits)
+    wanted, found = (model(**batch, labels=labels) for model in (dense, first_moe))
+    assert_close(found.logits, wanted.logits)
     torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_equal_text(dense, moe, tokenizer, cache):
-    batch, settings = batch_of(tokenizer), dict(GREEDY, cache_implementation=cache)
-    assert moe.generate(**batch, **settings).equal(dense.generate(**batch, **settings))
-    assert moe.generate(**batch, **settings, num_beams=2).equal(dense.generate(**batch, **settings, num_beams=2))
+def test_equal_text(dense, first_moe, tokenizer, cache):
+    batch, settings = make_batch(tokenizer), dict(GREEDY, cache_implementation=cache)
+    assert first_moe.generate(**batch, **settings).equal(dense.generate(**batch, **settings))
+    assert first_moe.generate(**batch, **settings, num_beams=2).equal(dense.generate(**batch, **settings, num_beams=2))
 
 
 FRESH = """
@@ -134,7 +136,7 @@ print(pipe(sys.argv[2], max_new_tokens=6, do_sample=False)[0]["generated_text"])
 """
 
 
-def test_a_fresh_process_loads_it_by_auto_classes_and_pipeline(upcycled):
+def test_new_process_loads_by_auto_classes_and_pipeline(upcycled):
     """In bfloat16, with a device map; the tokenizer came along."""
     command = [sys.executable, "-c", FRESH, str(upcycled), TEXTS[0]]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -143,23 +145,23 @@ def test_a_fresh_process_loads_it_by_auto_classes_and_pipeline(upcycled):
 
 
 @torch.no_grad()
-def test_exported(moe, tokenizer, upcycled, tmp_path):
+def test_exported(first_moe, tokenizer, upcycled, tmp_path):
     """The stock class has equal logits, at padding too, and equal text; so has what the command writes."""
-    batch, exported = batch_of(tokenizer), export(moe)
+    batch, exported = make_batch(tokenizer), export(first_moe)
     assert type(exported) is MixtralForCausalLM
-    close(exported(**batch).logits, moe(**batch).logits)
-    assert exported.generate(**batch, **GREEDY).equal(moe.generate(**batch, **GREEDY))
+    assert_close(exported(**batch).logits, first_moe(**batch).logits)
+    assert exported.generate(**batch, **GREEDY).equal(first_moe.generate(**batch, **GREEDY))
     del exported
     words = ["export", str(upcycled), str(tmp_path / "mixtral")]
     subprocess.run([sys.executable, "-m", "mixture_of_experts.huggingface", *words], check=True)
     stock = MixtralForCausalLM.from_pretrained(tmp_path / "mixtral", dtype=torch.float32).eval()
-    close(stock(**batch).logits, moe(**batch).logits)
+    assert_close(stock(**batch).logits, first_moe(**batch).logits)
 
 
 @torch.no_grad()
 def test_embeddings_of_sentences():
     """MiniLM: means over the real tokens, which a router must not change."""
-    tokenizer, model = (make.from_pretrained(folder_of(MINILM)) for make in (AutoTokenizer, AutoModel))
+    tokenizer, model = (make.from_pretrained(find_folder(MINILM)) for make in (AutoTokenizer, AutoModel))
     batch = tokenizer([*TEXTS, "Paris is the capital of France"], return_tensors="pt", padding=True)
     mask = batch["attention_mask"].unsqueeze(-1)
 

@@ -44,16 +44,16 @@ SIZES: dict[str, Any] = dict(
 PROJECTION = "model.layers.0.mlp.experts.gate_up_proj"
 
 
-def mixtral() -> Any:
+def make_mixtral() -> Any:
     return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES))
 
 
-def experts_of(model: Any) -> Any:
+def get_experts(model: Any) -> Any:
     return model.model.layers[0].mlp.experts
 
 
 def test_what_calls_a_model_from_gguf_quantized_is_removed():
-    model: Any = mixtral()
+    model: Any = make_mixtral()
     assert not private.is_from_gguf(model)
     model.hf_quantizer = GgufHfQuantizer(GgufConfig())
     model.hf_quantizer.postprocess_model(model)
@@ -64,7 +64,7 @@ def test_what_calls_a_model_from_gguf_quantized_is_removed():
     assert private.is_packed_gguf(model)
     with pytest.raises(ValueError, match="purely quantized"):
         validate_quantization_for_training(model)
-    private.forget_gguf(model)
+    private.clear_gguf_quantizer(model)
     validate_quantization_for_training(model)
     assert not hasattr(model, "hf_quantizer")
     assert not hasattr(model.config, "quantization_config")
@@ -77,17 +77,17 @@ class Config(QuantizationConfigMixin):
         self.quant_method: Any = quant_method
 
 
-class Looks(HfQuantizer):
+class RecordingQuantizer(HfQuantizer):
     """Renames weights while a model is loaded, and looks which were loaded."""
 
     loaded: dict[str, bool]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        rename = private.Rename(lambda name: name.replace("there.", "model."))
+        rename = private.FunctionRenaming(lambda name: name.replace("there.", "model."))
         return [rename, *super().update_weight_conversions(weight_conversions, model)]
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
-        Looks.loaded = {name: private.was_loaded(weight) for name, weight in model.named_parameters()}
+        RecordingQuantizer.loaded = {name: private.was_loaded(weight) for name, weight in model.named_parameters()}
         super().postprocess_model(model, **kwargs)
 
     def is_serializable(self) -> bool:
@@ -99,43 +99,43 @@ class Looks(HfQuantizer):
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Config:
+def recording_quantizer(monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "looks", Config)
-    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "looks", Looks)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "looks", RecordingQuantizer)
     return Config()
 
 
-def test_renamings_and_marks_of_a_load(tmp_path: Path, looks: Config):
+def test_renamings_and_marks_of_a_load(tmp_path: Path, recording_quantizer: Config):
     """Every name goes through the conversions of a quantiser; a weight that the file had is marked at the end."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     state = {name.replace("model.", "there."): weight for name, weight in model.state_dict().items()}
     state.pop("there.norm.weight")
     model.save_pretrained(tmp_path)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    again = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=looks)
-    assert [name for name, loaded in Looks.loaded.items() if not loaded] == ["model.norm.weight"]
+    again = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=recording_quantizer)
+    assert [name for name, loaded in RecordingQuantizer.loaded.items() if not loaded] == ["model.norm.weight"]
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
 def test_weights_that_are_merged_and_saved_under_other_names(tmp_path):
     """Mixtral's files have one weight for each expert and projection."""
-    model = mixtral()
+    model = make_mixtral()
     model.save_pretrained(tmp_path)
-    saved = private.as_saved(model, {PROJECTION: experts_of(model).gate_up_proj})
+    saved = private.convert_to_saved(model, {PROJECTION: get_experts(model).gate_up_proj})
     assert sorted(saved) == sorted(
         f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight" for e in range(4) for name in ("w1", "w3")
     )
     loaded = MixtralForCausalLM.from_pretrained(tmp_path)
     assert vars(loaded)["_weight_conversions"]
-    private.forget_conversions(loaded)
-    private.forget_conversions(loaded)  # twice changes nothing
+    private.clear_weight_conversions(loaded)
+    private.clear_weight_conversions(loaded)  # twice changes nothing
     assert "_weight_conversions" not in vars(loaded)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_stock_models_lose_weights_in_a_trainer(tmp_path):
     """It reads names as they are in the file, which are those of the class: that is why ours are saved as they are."""
-    model, lost = mixtral(), []
+    model, lost = make_mixtral(), []
     model.save_pretrained(tmp_path)
     made = Trainer(model, TrainingArguments(str(tmp_path), report_to=[], use_cpu=True))
     made._issue_warnings_after_load = lambda found: lost.extend(found.missing_keys)
@@ -147,40 +147,40 @@ def test_stock_models_lose_weights_in_a_trainer(tmp_path):
 
 def test_models_that_save_their_own_names(tmp_path):
     """A model without conversions saves what its state dict has; those that it had before come back."""
-    stock, names = mixtral(), mixtral().state_dict().keys()
+    stock, names = make_mixtral(), make_mixtral().state_dict().keys()
     stock.save_pretrained(tmp_path)
     for model in (stock, MixtralForCausalLM.from_pretrained(tmp_path)):
         before = vars(model).get("_weight_conversions")
-        private.save_own_names(model)
-        private.save_own_names(model)  # twice changes nothing
-        assert private.as_saved(model, model.state_dict()).keys() == names
-        published = private.as_published(model, model.state_dict())
+        private.use_own_names_on_save(model)
+        private.use_own_names_on_save(model)  # twice changes nothing
+        assert private.convert_to_saved(model, model.state_dict()).keys() == names
+        published = private.map_to_published_names(model, model.state_dict())
         assert published.keys() != names
-        assert private.as_saved(model, model.state_dict()).keys() == names
+        assert private.convert_to_saved(model, model.state_dict()).keys() == names
         private.save_stock_names(model)
         private.save_stock_names(model)
         assert vars(model).get("_weight_conversions") is before
-        assert private.as_saved(model, model.state_dict()).keys() == published.keys()
+        assert private.convert_to_saved(model, model.state_dict()).keys() == published.keys()
 
 
 def test_the_gating_of_experts():
     """The interface's own splits into halves; GPT-OSS has one of its own."""
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-    experts, x = experts_of(mixtral()), torch.randn(3, 48)
+    experts, x = get_experts(make_mixtral()), torch.randn(3, 48)
     gate, up = x.chunk(2, dim=-1)
-    assert private.splits_halves(experts)
-    assert torch.equal(private.applies_gate(experts, x), experts.act_fn(gate) * up)
-    assert not private.splits_halves(GptOssExperts.__new__(GptOssExperts))
+    assert private.has_default_gating(experts)
+    assert torch.equal(private.apply_gating(experts, x), experts.act_fn(gate) * up)
+    assert not private.has_default_gating(GptOssExperts.__new__(GptOssExperts))
     assert callable(getattr(ALL_EXPERTS_FUNCTIONS, "register", None))
 
 
-def test_checkpointing_lies_on_each_layer():
+def test_checkpointing_per_layer():
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
     (layer,) = model.model.layers
-    assert private.checkpointing_of(layer) is None
+    assert private.get_checkpoint_function(layer) is None
     model.activation_checkpointing_enable()
-    found, calls = private.checkpointing_of(layer), []
+    found, calls = private.get_checkpoint_function(layer), []
     assert found is not None
     assert layer.gradient_checkpointing
 
@@ -188,7 +188,7 @@ def test_checkpointing_lies_on_each_layer():
         calls.append(args)
         return found(*args, **kwargs)
 
-    private.set_checkpointing(layer, counts)
+    private.set_checkpoint_function(layer, counts)
     model(torch.arange(5)[None]).logits.sum().backward()
     assert len(calls) == 1
 
@@ -201,17 +201,17 @@ def test_checkpointing_lies_on_each_layer():
         (T5ForConditionalGeneration, T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2), False),
     ],
 )
-def test_which_models_predict_the_next_token(kind: Any, config: Any, predicts: bool):
+def test_next_token_models(kind: Any, config: Any, predicts: bool):
     with torch.device("meta"):
-        assert private.predicts_next(kind(config)) == predicts
+        assert private.predicts_next_token(kind(config)) == predicts
 
 
 def test_hooks_that_return_router_logits():
     """They are set at the first forward, and then on the model of which they are a part."""
-    model, other = mixtral(), mixtral()
+    model, other = make_mixtral(), make_mixtral()
     tokens = torch.arange(4)[None]
     model(tokens, output_router_logits=True)
-    private.capture_alike(other, model)
+    private.copy_output_capturing(other, model)
     hooked = [name for name, part in other.named_modules() if getattr(part, "_output_capturing_hooks_installed", False)]
     assert hooked
     assert len(other(tokens, output_router_logits=True).router_logits) == 1
@@ -219,10 +219,10 @@ def test_hooks_that_return_router_logits():
 
 def test_router_logits_that_a_forward_collects():
     """A list that the output holds afterwards; there is none outside of a forward, and in one that returns none."""
-    model, tokens, seen = mixtral(), torch.arange(4)[None], []
+    model, tokens, seen = make_mixtral(), torch.arange(4)[None], []
 
     def add(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(private.logits_under_way())
+        seen.append(private.collected_logits())
         if seen[-1] is not None:
             seen[-1].append(torch.ones(2))
 
@@ -231,32 +231,32 @@ def test_router_logits_that_a_forward_collects():
     *_, added = model(tokens, output_router_logits=True).router_logits
     assert torch.equal(added, torch.ones(2))
     assert seen[0] is None
-    assert private.logits_under_way() is None
+    assert private.collected_logits() is None
 
 
 def test_which_routers_are_recorded():
     """Models name the classes of their routers; blocks of other models are none of theirs."""
     with torch.device("meta"):
-        model, dense = mixtral(), LlamaForCausalLM(LlamaConfig(**SIZES))
+        model, dense = make_mixtral(), LlamaForCausalLM(LlamaConfig(**SIZES))
     block = model.model.layers[0].mlp
-    assert private.records_logits(model, block)
-    assert private.records_logits(model.model, block)
-    assert not private.records_logits(model, model.model.layers[0].self_attn)
-    assert not private.records_logits(dense, block)
+    assert private.has_recorded_logits(model, block)
+    assert private.has_recorded_logits(model.model, block)
+    assert not private.has_recorded_logits(model, model.model.layers[0].self_attn)
+    assert not private.has_recorded_logits(dense, block)
 
 
 def test_weights_that_accelerate_keeps_elsewhere():
     module = nn.Linear(2, 2)
-    assert not private.is_elsewhere(module.to("meta"))
+    assert not private.is_offloaded(module.to("meta"))
     weights = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
     add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
-    assert private.is_elsewhere(module)
+    assert private.is_offloaded(module)
 
 
 def test_names_of_distribution():
     """Models keep their meshes in this attribute; the plans are dicts of their own, which may be changed."""
-    model, other = mixtral(), mixtral()
-    assert private.mesh_of_data(model) is None
+    model, other = make_mixtral(), make_mixtral()
+    assert private.get_data_mesh(model) is None
     assert hasattr(DistributedMixin, "_mesh_manager")
     assert list(inspect.signature(TransformersDeviceMesh.get_mesh).parameters) == ["self", "dims"]
     for plan in (model.tp_plan, model.ep_plan):

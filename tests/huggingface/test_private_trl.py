@@ -23,7 +23,7 @@ ARGUMENTS = {
 }
 
 
-@pytest.mark.parametrize("method", grpo.METHODS)
+@pytest.mark.parametrize("method", grpo.TRAINER_METHODS)
 def test_methods_that_replay_extends(method: str):
     arguments = list(inspect.signature(getattr(trl.GRPOTrainer, method)).parameters)
     assert arguments[: len(ARGUMENTS[method])] == ARGUMENTS[method]
@@ -45,6 +45,6 @@ def test_lists_are_shuffled_and_split_with_tensors():
     assert [part["routing"] for part in split_tensor_dict(batch, 2)] == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("name", [*grpo.ENGINES, "rollout_func", "tools"])
-def test_attributes_that_tell_of_another_generation(name: str):
+@pytest.mark.parametrize("name", [*grpo.GENERATION_ENGINE_FLAGS, "rollout_func", "tools"])
+def test_trainer_has_generation_attributes(name: str):
     assert f"self.{name} = " in inspect.getsource(trl.GRPOTrainer.__init__)

@@ -29,17 +29,17 @@ from mixture_of_experts import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits, SignRule, SparseMixerGating
 from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, LearnedScale
 from mixture_of_experts.huggingface import expert_scores, export, from_transformers, prune, to_transformers, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 from mixture_of_experts.unstack import restack, unstack
+from mixture_of_experts.wrappers import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 
 D, E = 6, 8
 
 
-def layer(gate: nn.Module, experts: nn.Module | None = None, **settings) -> MoE:
+def make_layer(gate: nn.Module, experts: nn.Module | None = None, **settings) -> MoE:
     """A layer of eight experts, with biases that are not 0, in float64 and eval."""
     moe = MoE(D, gate=gate, experts=GatedExperts(D, E, 5, bias=True) if experts is None else experts, **settings)
     for name, tensor in moe.state_dict().items():
@@ -59,8 +59,8 @@ IDS = [1, 2, 4, 7]
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_a_pruned_layer_computes_as_if_the_others_were_closed(name):
-    moe, x = layer(GATES[name]()), torch.randn(2, 9, D, dtype=torch.float64)
+def test_pruned_layer_equals_layer_with_closed_experts(name):
+    moe, x = make_layer(GATES[name]()), torch.randn(2, 9, D, dtype=torch.float64)
     others = copy.deepcopy(moe)
     closed, score = torch.ones(E, dtype=torch.bool).scatter(0, torch.tensor(IDS), False), SCORES[moe.gate.score]
     others.gate.score = lambda logits: score(logits.masked_fill(closed, torch.finfo(logits.dtype).min))
@@ -93,11 +93,11 @@ KINDS = {
 def test_a_pruned_layer_is_one_of_that_size(kind):
     """Its state fits a new layer of four experts, which computes the same; scores of a text prune it too."""
     (gate, experts), x = KINDS[kind](E), torch.randn(2, 9, D, dtype=torch.float64)
-    moe = layer(gate, experts)
+    moe = make_layer(gate, experts)
     other = copy.deepcopy(moe)
     prune(moe, by={"gate": IDS})
     gate, experts = KINDS[kind](4)
-    new = layer(gate, GatedExperts(D, 4, 5, bias=True) if experts is None else experts)
+    new = make_layer(gate, GatedExperts(D, 4, 5, bias=True) if experts is None else experts)
     new.load_state_dict(moe.state_dict())
     torch.testing.assert_close(moe(x)[0], new(x)[0])
     assert str(moe) == str(new)
@@ -107,8 +107,8 @@ def test_a_pruned_layer_is_one_of_that_size(kind):
     other(x)
 
 
-def test_reap_and_frequency_are_what_the_paper_says():
-    moe, x = layer(TopKGating(D, E, scale=1.5)), torch.randn(3, 7, D, dtype=torch.float64)
+def test_reap_and_frequency_match_the_paper():
+    moe, x = make_layer(TopKGating(D, E, scale=1.5)), torch.randn(3, 7, D, dtype=torch.float64)
     mask = torch.ones(3, 7, dtype=torch.bool)
     mask[1, :4] = False
     routing = moe.gate(x, mask=mask)
@@ -137,9 +137,9 @@ def test_padding_that_is_computed_does_not_count():
     assert all(torch.equal(both[name], alone[name]) for name in alone)
 
 
-def test_nothing_is_lost_where_nothing_chosen_goes():
+def test_pruning_unused_experts_changes_nothing():
     """Experts that no token of the text chose go, and the outputs stay; with all kept, the tensors are the same."""
-    moe, x = layer(TopKGating(D, E, bias=True)), torch.randn(2, 9, D, dtype=torch.float64)
+    moe, x = make_layer(TopKGating(D, E, bias=True)), torch.randn(2, 9, D, dtype=torch.float64)
     with torch.no_grad():
         moe.gate.b_gating[[0, 3, 5]] = -100.0
     before, weights = moe(x)[0], list(moe.parameters())
@@ -169,8 +169,8 @@ def test_modes_frozen_weights_and_random_choice():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["model", "gate", "experts", "layer"])
-def test_what_is_wrapped_around_a_layer_does_not_hide_it(what):
-    moe, x = layer(TopKGating(D, E)), torch.randn(2, 9, D, dtype=torch.float64)
+def test_wrappers_do_not_hide_layers(what):
+    moe, x = make_layer(TopKGating(D, E)), torch.randn(2, 9, D, dtype=torch.float64)
     wanted = expert_scores(moe, calibration=x)["gate"]
     model: Any = nn.Sequential(OutputOnly(moe))
     if what == "model":
@@ -205,12 +205,12 @@ def test_others_are_compiled_while_it_measures():
         thread.join()
         yield torch.randn(2, 9, D, dtype=torch.float64)
 
-    expert_scores(layer(TopKGating(D, E)), calibration=batches())
+    expert_scores(make_layer(TopKGating(D, E)), calibration=batches())
     assert ran == [*2 * ["MainThread"], "another"]
 
 
 def test_unstacked_experts_are_stacked_again_after():
-    moe, x = unstack(layer(TopKGating(D, E))), torch.randn(2, 9, D, dtype=torch.float64)
+    moe, x = unstack(make_layer(TopKGating(D, E))), torch.randn(2, 9, D, dtype=torch.float64)
     prune(moe, by={"gate": [0, 3, 5]})
     wanted = moe(x)[0]
     torch.testing.assert_close(restack(moe)(x)[0], wanted)
@@ -218,7 +218,7 @@ def test_unstacked_experts_are_stacked_again_after():
 
 
 X = torch.randn(2, 9, D)
-WRONG = {
+BAD_ARGUMENTS = {
     "the rule": (dict(keep=4, by="magnitude"), ValueError, "by must be one of 'reap', 'frequency', 'random'"),
     "no number": (dict(calibration=X), ValueError, "needs keep="),
     "no text": (dict(keep=4), TypeError, "calibration must be batches of tokens"),
@@ -242,9 +242,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_wrong_arguments_change_nothing(case):
-    settings, error, says = WRONG[case]
+    settings, error, says = BAD_ARGUMENTS[case]
     moe = MoE(D, gate=TopKGating(D, E))
     before = dict(moe.named_parameters())
     with pytest.raises(error, match=says):
@@ -254,7 +254,7 @@ def test_wrong_arguments_change_nothing(case):
 
 def test_groups_keep_equally_many():
     def build() -> MoE:
-        return layer(TopKGating(D, E, 2, num_groups=2, top_groups=1, group_score="best"))
+        return make_layer(TopKGating(D, E, 2, num_groups=2, top_groups=1, group_score="best"))
 
     with pytest.raises(ValueError, match=r"equally many .* groups, got \[3, 1\]"):
         prune(build(), by={"gate": [0, 1, 2, 7]})
@@ -263,33 +263,33 @@ def test_groups_keep_equally_many():
     with pytest.raises(ValueError, match="open to a token, hold at least 2"):
         prune(build(), 2, "random")
     with pytest.raises(ValueError, match="two at least if their two best score them"):
-        prune(layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
+        prune(make_layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
     with pytest.raises(ValueError, match="keep from 3"):
-        prune(layer(NoisyTopKGating(D, E, 2)), 2, "random")
+        prune(make_layer(NoisyTopKGating(D, E, 2)), 2, "random")
 
 
-def test_a_batch_that_the_model_does_not_take():
+def test_rejects_unsupported_batch():
     """The error is the model's own, and no warning stands beside it: no forward began that could end."""
-    moe = layer(TopKGating(D, E))
+    moe = make_layer(TopKGating(D, E))
     with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
         prune(nn.Sequential(OutputOnly(moe)), 2, calibration=[dict(hidden=torch.randn(1, 4, D))])
     assert moe.num_experts == E
 
 
-def shared() -> nn.Sequential:
+def make_shared() -> nn.Sequential:
     one = MoE(D, gate=TopKGating(D, E))
     return nn.Sequential(one, MoE(D, gate=TopKGating(D, E), experts=one.experts))
 
 
-def tied() -> nn.Sequential:
+def make_tied() -> nn.Sequential:
     both = nn.Sequential(MoE(D, gate=TopKGating(D, E)), MoE(D, gate=TopKGating(D, E)))
     both[1].gate.w_gating = both[0].gate.w_gating
     return both
 
 
-def normed() -> nn.Module:
+def make_normed() -> nn.Module:
     return nn.utils.parametrizations.weight_norm(Experts(D, E), "w1")
 
 
@@ -300,21 +300,21 @@ class OwnGate(TopKGating):
         return score.detach()
 
 
-def shares() -> TopKGating:
+def find_shares() -> TopKGating:
     gate = TopKGating(D, E, expert_bias=True)
     gate.bias_rule = SignRule(shares=[1] * E)
     return gate
 
 
-REFUSED = {
+UNSUPPORTED = {
     "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): it is not known what"),
     "own": (lambda: MoE(D, gate=OwnGate(D, E)), r"'gate' \(OwnGate\)"),
     "function": (lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)), "score=.*sigmoid"),
     "always": (lambda: MoE(D, gate=TopKGating(D, E, 3, select=AlwaysChosen(1))), "select=AlwaysChosen"),
     "network": (lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Sequential(nn.Linear(D, E)))), "l.*logits.0.bias"),
     "linear": (lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Linear(D, E))), "logits=Linear"),
-    "tied": (tied, "weights of its router"),
-    "shares": (lambda: MoE(D, gate=shares()), "bias_rule.shares"),
+    "tied": (make_tied, "weights of its router"),
+    "shares": (lambda: MoE(D, gate=find_shares()), "bias_rule.shares"),
     "levels": (lambda: HeirarchicalMoE(D, (2, 4)), "it is a level of a HeirarchicalMoE"),
     "alone": (lambda: TopKGating(D, E), "it stands in no layer"),
     "slots": (lambda: MoE(D, num_experts=E, experts=nn.Identity()), "its experts are Identity"),
@@ -322,28 +322,28 @@ REFUSED = {
         lambda: MoE(D, gate=TopKGating(D, E), experts=ZeroComputationExperts(Experts(D, 7), num_identity=1)),
         "its experts are ZeroComputationExperts",
     ),
-    "shared": (shared, "'0.gate': something else holds its experts"),
-    "parametrized": (lambda: MoE(D, gate=TopKGating(D, E), experts=normed()), r"also hold parametrizations\.w1"),
-    "not ours": (lambda: stock("Mixtral"), r"mlp.gate' \(MixtralTopKRouter\)"),
+    "shared": (make_shared, "'0.gate': something else holds its experts"),
+    "parametrized": (lambda: MoE(D, gate=TopKGating(D, E), experts=make_normed()), r"also hold parametrizations\.w1"),
+    "not ours": (lambda: make_stock("Mixtral"), r"mlp.gate' \(MixtralTopKRouter\)"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_cut_is_refused_by_name(case):
-    build, says = REFUSED[case]
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unprunable_gates_raise(case):
+    build, says = UNSUPPORTED[case]
     with pytest.raises(TypeError, match=f"prune cannot serve .*{says}"):
         prune(build(), 4, "random")
 
 
 def test_layers_inside_experts_keep_their_size():
     inner = [MoE(D, gate=TopKGating(D, 4)) for _ in range(4)]
-    moe = layer(TopKGating(D, 4), ExpertList([OutputOnly(one) for one in inner]))
+    moe = make_layer(TopKGating(D, 4), ExpertList([OutputOnly(one) for one in inner]))
     prune(moe, by={"gate": [0, 2, 3]})
     assert [one.num_experts for one in (moe, moe.gate, *inner)] == [3, 3, 4, 4, 4, 4]
     assert all(one.gate.num_experts == one.experts.num_experts == 4 for one in inner)
 
 
-def test_a_model_on_meta_no_model_and_a_gate_beside_that_can_be_cut():
+def test_prune_rejects_meta_and_non_models():
     with pytest.raises(ValueError, match="weights on the meta device: load them first"):
         prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
     with pytest.raises(ValueError, match="has no gate: give prune a model"):
@@ -371,7 +371,7 @@ STOCK = {
 }
 
 
-def stock(name: str, **settings: Any) -> Any:
+def make_stock(name: str, **settings: Any) -> Any:
     config = getattr(transformers, f"{name}Config")(**SMALL, **STOCK[name] | settings)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
@@ -379,14 +379,14 @@ def stock(name: str, **settings: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STOCK)
 def test_a_pruned_stock_model_saves_loads_and_is_stock_again(name, tmp_path):
-    model, tokens = from_transformers(stock(name)), torch.randint(1, 64, (2, 12))
+    model, tokens = from_transformers(make_stock(name)), torch.randint(1, 64, (2, 12))
     kept = prune(model, 4, calibration=[tokens])
     expected = model(tokens).logits
     model.save_pretrained(tmp_path / "ours")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     torch.testing.assert_close(loaded(tokens).logits, expected, atol=1e-6, rtol=0)
     back = to_transformers(model)
-    assert not feed_forwards(back)
+    assert not find_feed_forwards(back)
     torch.testing.assert_close(back(tokens).logits, expected, atol=1e-5, rtol=0)
     back.save_pretrained(tmp_path / "stock")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
@@ -397,7 +397,7 @@ def test_a_pruned_stock_model_saves_loads_and_is_stock_again(name, tmp_path):
 
 @pytest.mark.slow
 def test_layers_that_were_blocks_keep_equally_many():
-    model = from_transformers(stock("Qwen3Moe"))
+    model = from_transformers(make_stock("Qwen3Moe"))
     first, second = expert_scores(model, "frequency", calibration=torch.randint(1, 64, (2, 12)))
     before = dict(model.named_parameters())
     with pytest.raises(ValueError, match=r"equally many in each, got \[2, 3\]"):
@@ -419,7 +419,7 @@ def test_a_pruned_upcycled_model_saves_loads_and_exports(unequal, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    assert [f.moe.num_experts for f in feed_forwards(loaded)] == [len(kept) for kept in ids.values()]
+    assert [f.moe.num_experts for f in find_feed_forwards(loaded)] == [len(kept) for kept in ids.values()]
     if unequal:
         with pytest.raises(ValueError, match=r"w1 .*\(4, 32, 48\).*\(3, 32, 48\)"):
             export(loaded)

@@ -9,44 +9,46 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from support.transformers_models import ARCHITECTURES, two_lengths, without_dropout
+from support.transformers_models import ARCHITECTURES, disable_dropout, make_two_lengths
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mixture_of_experts import GatedExperts
 from mixture_of_experts.huggingface import fast_lora, from_pretrained, from_transformers, upcycle
 from mixture_of_experts.huggingface.lora import weights_shown
-from mixture_of_experts.ops import bits4
-from mixture_of_experts.quantize import QuantizedExperts, quantize_experts, unpack
+from mixture_of_experts.ops import int4
+from mixture_of_experts.quantize import QuantizedExperts, iter_unpacked, quantize_experts
 from mixture_of_experts.unstack import UnstackedExperts, restack, unstack
 
-from .test_blocks import MODELS, build
+from .test_block_conversion import MODELS, build_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
-    pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
+    pytest.mark.filterwarnings(
+        "ignore:the routers in .* were drawn in memory:UserWarning"
+    ),  # see test_adapter_checkpoints.py
 ]
 
 
 BITS = (8, 4)
 
 
-def model() -> Any:
+def make_model() -> Any:
     torch.manual_seed(0)
-    model = without_dropout(ARCHITECTURES["llama"].build(intermediate_size=64)).eval()
+    model = disable_dropout(ARCHITECTURES["llama"].build(intermediate_size=64)).eval()
     upcycle(model, num_experts=4, noise=0.5)
     return model.requires_grad_(False)
 
 
-def quantised(model: Any, bits: Any) -> Any:
+def quantize_model(model: Any, bits: Any) -> Any:
     return quantize_experts(model, bits, group=32)
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_folder_has_few_bits_where_the_model_has(tmp_path, bits):
+def test_quantized_folder_matches_model(tmp_path, bits):
     """One layer of two."""
-    moe, (_, batch) = model(), two_lengths("left")
-    quantised(moe.model.layers[1], bits)
+    moe, (_, batch) = make_model(), make_two_lengths("left")
+    quantize_model(moe.model.layers[1], bits)
     wanted = moe(**batch).logits
     moe.save_pretrained(tmp_path)
     for load in (AutoModelForCausalLM.from_pretrained, type(moe).from_pretrained, from_pretrained):
@@ -61,27 +63,27 @@ def test_a_folder_has_few_bits_where_the_model_has(tmp_path, bits):
 @pytest.mark.parametrize("block", [2, 32, 64])
 def test_a_folder_in_4_bits_moves_between_machines(block, tmp_path, monkeypatch):
     """It tells how it is arranged, and is rearranged for the machine that loads it."""
-    moe, (_, batch) = model(), two_lengths("left")
+    moe, (_, batch) = make_model(), make_two_lengths("left")
     with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(bits4, "block_of_cpu", lambda: block)
-        copy.deepcopy(quantised(moe, 4)).save_pretrained(tmp_path)
-    for experts in experts_of(moe):
-        experts.rearrange()
+        elsewhere.setattr(int4, "find_cpu_block", lambda: block)
+        copy.deepcopy(quantize_model(moe, 4)).save_pretrained(tmp_path)
+    for experts in get_experts(moe):
+        experts.repack()
     layers = json.loads((tmp_path / "config.json").read_text())["dense_config"]["quantization_config"]["layers"]
     form = {"class": "QuantizedExperts", "bits": 4, "group": 32, "block": block}
     assert [entry["forms"] for entry in layers] == [{"moe.experts": form}]
     loaded = from_pretrained(tmp_path)
-    for found, wanted in zip(experts_of(loaded), experts_of(moe), strict=True):
-        assert found.settings() == {**wanted.settings(), "block": bits4.block_of_cpu()}
+    for found, wanted in zip(get_experts(loaded), get_experts(moe), strict=True):
+        assert found.settings() == {**wanted.settings(), "block": int4.find_cpu_block()}
     assert loaded(**batch).logits.equal(moe(**batch).logits)
     loaded.save_pretrained(tmp_path / "again")
     assert from_pretrained(tmp_path / "again")(**batch).logits.equal(moe(**batch).logits)
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, from_pretrained])
-def test_a_folder_has_linear_layers_where_the_model_has(load, tmp_path):
+def test_unstacked_folder_matches_model(load, tmp_path):
     """Its experts were drawn anew: names of weights are others than those of stacks. One layer of two."""
-    moe, (_, batch) = model(), two_lengths("left")
+    moe, (_, batch) = make_model(), make_two_lengths("left")
     moe.model.layers[0].mlp.moe.experts.dropout = 0.25
     stacked = moe(**batch).logits
     unstack(moe.model.layers[1])
@@ -95,9 +97,9 @@ def test_a_folder_has_linear_layers_where_the_model_has(load, tmp_path):
     assert load(tmp_path / "stacked")(**batch).logits.equal(stacked)
 
 
-def test_a_folder_of_blocks_in_linear_layers_is_refused(tmp_path):
+def test_rejects_unstacked_folder_of_blocks(tmp_path):
     """A Mixtral's class makes stacks of its own of all `experts.*.w1`. Nothing is written."""
-    moe, tokens = unstack(from_transformers(build("Mixtral"))), torch.randint(3, 64, (2, 9))
+    moe, tokens = unstack(from_transformers(build_model("Mixtral"))), torch.randint(3, 64, (2, 9))
     with pytest.raises(ValueError, match=r"MixtralConfig: where layers were blocks.*: restack\(\) the model before"):
         moe.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -107,10 +109,10 @@ def test_a_folder_of_blocks_in_linear_layers_is_refused(tmp_path):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "Mixtral" else pytest.mark.slow) for n in MODELS])
-def test_a_folder_of_blocks_in_few_bits(name, bits, tmp_path):
+def test_quantized_folder_of_blocks(name, bits, tmp_path):
     """The files have the names of the class's checkpoints, which may be others than the model's."""
-    moe, tokens = from_transformers(build(name, hidden=32)).requires_grad_(False), torch.randint(3, 64, (2, 9))
-    quantised(moe, bits).save_pretrained(tmp_path)
+    moe, tokens = from_transformers(build_model(name, hidden=32)).requires_grad_(False), torch.randint(3, 64, (2, 9))
+    quantize_model(moe, bits).save_pretrained(tmp_path)
     for load in (AutoModelForCausalLM.from_pretrained, type(moe).from_pretrained, from_pretrained):
         assert load(tmp_path)(tokens).logits.equal(moe(tokens).logits)
 
@@ -122,20 +124,20 @@ LORA = LoraConfig(
 
 def with_rounded_weights(quantised: Any, plain: Any) -> Any:
     """A model whose stacked experts have the numbers that quantised experts stand for."""
-    for small, experts in zip(experts_of(quantised), experts_of(plain), strict=True):
+    for small, experts in zip(get_experts(quantised), get_experts(plain), strict=True):
         for name in ("w1", "w3", "w2"):
             packed, groups, scale = (small._buffers.get(f"{name}_{part}") for part in ("packed", "groups", "scale"))
             for i, weight in enumerate(getattr(experts, name).data):
-                for inputs, part in unpack(packed[i], groups if groups is None else groups[i], scale[i]):
+                for inputs, part in iter_unpacked(packed[i], groups if groups is None else groups[i], scale[i]):
                     weight[inputs] = part * scale[i]
     return plain
 
 
-def experts_of(model: Any) -> list[Any]:
+def get_experts(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, QuantizedExperts | GatedExperts)]
 
 
-def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def compute_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """By name, of all that trains; the logits among them."""
     model.zero_grad()
     out = model(**batch, labels=batch["input_ids"])
@@ -145,42 +147,42 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_adapters_beside_experts_in_few_bits(checkpointed, bits):
+def test_adapters_with_quantized_experts(checkpointed, bits):
     """They are PEFT's own: outputs and gradients as on plain experts of the same numbers; two adapters, one, none."""
-    tuned: Any = get_peft_model(model().double(), LORA, autocast_adapter_dtype=False)
+    tuned: Any = get_peft_model(make_model().double(), LORA, autocast_adapter_dtype=False)
     tuned.add_adapter("other", LORA)
-    small = quantised(fast_lora(copy.deepcopy(tuned)), bits)
-    plain, (_, batch) = with_rounded_weights(small, tuned), two_lengths("left")
+    small = quantize_model(fast_lora(copy.deepcopy(tuned)), bits)
+    plain, (_, batch) = with_rounded_weights(small, tuned), make_two_lengths("left")
     if checkpointed:
         small.gradient_checkpointing_enable()
         small.enable_input_require_grads()
     for each in (small, plain):
         each.base_model.set_adapter(["default", "other"])
         each.train()
-    found, wanted = gradients(small, batch), gradients(plain, batch)
+    found, wanted = compute_gradients(small, batch), compute_gradients(plain, batch)
     assert sum(".lora_A." in name for name in found) == 2 * 2 * 3
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
     for each in (small, plain):
         each.set_adapter("other")
-    torch.testing.assert_close(gradients(small, batch)["logits"], gradients(plain, batch)["logits"])
+    torch.testing.assert_close(compute_gradients(small, batch)["logits"], compute_gradients(plain, batch)["logits"])
     with small.disable_adapter(), plain.disable_adapter():
         torch.testing.assert_close(*(each(**batch).logits for each in (small, plain)))
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_adapters_come_to_a_folder_in_few_bits(tmp_path, bits):
+def test_adapters_for_quantized_folder(tmp_path, bits):
     """A folder is loaded, adapters are put beside its experts or loaded, train, are saved and loaded elsewhere."""
-    plain, (_, batch) = model(), two_lengths("left")
+    plain, (_, batch) = make_model(), make_two_lengths("left")
     tuned: Any = fast_lora(get_peft_model(copy.deepcopy(plain), LORA))
     tuned.save_pretrained(tmp_path / "adapters")
-    wanted = quantised(tuned, bits).eval()(**batch).logits
-    quantised(plain, bits).save_pretrained(tmp_path / "model")
+    wanted = quantize_model(tuned, bits).eval()(**batch).logits
+    quantize_model(plain, bits).save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with weights_shown(loaded):
         again: Any = PeftModel.from_pretrained(loaded, str(tmp_path / "adapters"))
-    assert not any(isinstance(p, nn.Parameter) for e in experts_of(again) for p in e.parameters())
+    assert not any(isinstance(p, nn.Parameter) for e in get_experts(again) for p in e.parameters())
     assert fast_lora(again).eval()(**batch).logits.equal(wanted)
     with weights_shown(again):
         again.add_adapter("new", LORA)
@@ -196,25 +198,25 @@ def test_adapters_come_to_a_folder_in_few_bits(tmp_path, bits):
 @pytest.mark.filterwarnings("ignore:target_parameters=.* no parameter was matched:RuntimeWarning")  # of PEFT
 def test_adapters_that_peft_passed_over_are_no_silent_loss(tmp_path):
     """Outside of weights_shown those on attention are loaded alone. Every forward raises."""
-    plain, (_, batch) = model(), two_lengths("left")
+    plain, (_, batch) = make_model(), make_two_lengths("left")
     adapters: Any = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.w1", "experts.w2"])
     get_peft_model(copy.deepcopy(plain), adapters).save_pretrained(tmp_path)
-    small: Any = PeftModel.from_pretrained(quantised(copy.deepcopy(plain), 8), str(tmp_path))
+    small: Any = PeftModel.from_pretrained(quantize_model(copy.deepcopy(plain), 8), str(tmp_path))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"no adapters for experts.w1, experts.w2 .* weights_shown\(model\)"):
             small(**batch)
-    small = quantised(plain, 8)
+    small = quantize_model(plain, 8)
     with weights_shown(small):
         small = PeftModel.from_pretrained(small, str(tmp_path))
     assert fast_lora(small)(**batch).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_what_adapters_cannot_do_beside_few_bits(bits):
-    tuned: Any = get_peft_model(model(), LORA)
+def test_rejects_adapter_operations_on_quantized_experts(bits):
+    tuned: Any = get_peft_model(make_model(), LORA)
     with pytest.raises(ValueError, match=r"ParamWrapper, which keeps the experts .*, or call fast_lora\(\) before"):
-        quantised(tuned, bits)
-    small = quantised(fast_lora(tuned), bits)
+        quantize_model(tuned, bits)
+    small = quantize_model(fast_lora(tuned), bits)
     before = {name: value.clone() for name, value in small.state_dict().items()}
     for refused in (small.merge_adapter, small.merge_and_unload):
         with pytest.raises(
@@ -225,17 +227,17 @@ def test_what_adapters_cannot_do_beside_few_bits(bits):
     with pytest.raises(ValueError, match="no adapters are computed for slots where"):
         experts(torch.randn(4, 2, 32))
     assert all(value.equal(before[name]) for name, value in small.state_dict().items())
-    assert isinstance(experts_of(small.unload())[0], QuantizedExperts)
-    with pytest.raises(ValueError, match="has no QuantizedExperts"), weights_shown(model()):
+    assert isinstance(get_experts(small.unload())[0], QuantizedExperts)
+    with pytest.raises(ValueError, match="has no QuantizedExperts"), weights_shown(make_model()):
         pass
     with pytest.raises(ValueError, match="no `target_parameters` found"):
-        get_peft_model(quantised(model(), bits), LORA)
+        get_peft_model(quantize_model(make_model(), bits), LORA)
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_weights_are_shown_within_the_outermost_context(bits):
-    small = quantised(model(), bits)
-    shown = lambda: [set(experts._parameters) for experts in experts_of(small)]  # noqa: E731
+    small = quantize_model(make_model(), bits)
+    shown = lambda: [set(experts._parameters) for experts in get_experts(small)]  # noqa: E731
     with weights_shown(small):
         with weights_shown(small):
             pass
@@ -249,8 +251,8 @@ def test_weights_are_shown_within_the_outermost_context(bits):
 @pytest.mark.parametrize("bits", BITS)
 def test_adapters_of_attention_train_through_them(bits):
     """With activation checkpointing as without."""
-    lora, (_, batch) = LoraConfig(target_modules=["q_proj"], init_lora_weights=False), two_lengths("left")
-    tuned: Any = get_peft_model(quantised(model(), bits), lora).train()
+    lora, (_, batch) = LoraConfig(target_modules=["q_proj"], init_lora_weights=False), make_two_lengths("left")
+    tuned: Any = get_peft_model(quantize_model(make_model(), bits), lora).train()
     other = copy.deepcopy(tuned)
     other.gradient_checkpointing_enable()
     other.enable_input_require_grads()

@@ -16,22 +16,22 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from mixture_of_experts.huggingface import from_transformers, upcycle
 from mixture_of_experts.huggingface.__main__ import main
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.private_transformers import as_saved
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
+from mixture_of_experts.huggingface.private_transformers import convert_to_saved
 from mixture_of_experts.huggingface.saving import folders
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
-from .test_blocks import MODELS, build
-from .test_folders import MEASURED
+from .test_block_conversion import MODELS, build_model
+from .test_folder_commands import MEASURED
 
 pytestmark = pytest.mark.slow
 
 
-def command(source: Path, target: Path, *more: str) -> int:
+def run_command(source: Path, target: Path, *more: str) -> int:
     return main(["quantize", str(source), str(target), "--bits", "4", "--group", "32", *more])
 
 
-def upcycled() -> Any:
+def make_upcycled() -> Any:
     model = ARCHITECTURES["llama"].build(intermediate_size=64).eval()
     upcycle(model, num_experts=4, noise=0.5, layers=[1], shared_expert=None)
     return model
@@ -39,11 +39,11 @@ def upcycled() -> Any:
 
 #: by the name of what is saved: a function that makes it, and one that makes experts of this package of it
 SAVED: dict[str, Any] = {
-    "upcycled": (upcycled, lambda model: model),
-    "converted": (lambda: from_transformers(build("DeepseekV3", hidden=32)), lambda model: model),
-    **{name: (lambda name=name: build(name, hidden=32), from_transformers) for name in MODELS},
+    "upcycled": (make_upcycled, lambda model: model),
+    "converted": (lambda: from_transformers(build_model("DeepseekV3", hidden=32)), lambda model: model),
+    **{name: (lambda name=name: build_model(name, hidden=32), from_transformers) for name in MODELS},
     "DeepseekV3, first layer dense": (
-        lambda: build("DeepseekV3", hidden=32, first_k_dense_replace=1, num_hidden_layers=3),
+        lambda: build_model("DeepseekV3", hidden=32, first_k_dense_replace=1, num_hidden_layers=3),
         from_transformers,
     ),
 }
@@ -51,7 +51,7 @@ SAVED: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", SAVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_writes_what_the_function_makes(name, dtype, tmp_path):
+def test_command_writes_what_the_function_returns(name, dtype, tmp_path):
     torch.manual_seed(0)
     make, change = SAVED[name]
     model = make().to(dtype)
@@ -60,7 +60,7 @@ def test_it_writes_what_the_function_makes(name, dtype, tmp_path):
             module.e_score_correction_bias = torch.randn(module.e_score_correction_bias.shape)
     model.save_pretrained(tmp_path / "in", max_shard_size="40KB")
     (tmp_path / "in" / "tokenizer_config.json").write_text("{}")
-    assert command(tmp_path / "in", tmp_path / "out", "--max-shard-size", "40KB") == 0
+    assert run_command(tmp_path / "in", tmp_path / "out", "--max-shard-size", "40KB") == 0
     assert (tmp_path / "out" / "tokenizer_config.json").exists()
     wanted = change(AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=dtype))
     quantize_experts(wanted.requires_grad_(False), 4, group=32)
@@ -70,7 +70,7 @@ def test_it_writes_what_the_function_makes(name, dtype, tmp_path):
     for key, value in wanted.state_dict().items():
         assert state[key].dtype == value.dtype or value.shape == (1, 1, 1), key  # which stands for a layer
         assert state[key].equal(value), key
-    assert all(isinstance(layer.moe.experts, QuantizedExperts) for layer in feed_forwards(found))
+    assert all(isinstance(layer.moe.experts, QuantizedExperts) for layer in find_feed_forwards(found))
     tokens = torch.randint(3, 64, (2, 9))
     assert found(tokens).logits.equal(wanted(tokens).logits)
     found.save_pretrained(tmp_path / "again")
@@ -97,7 +97,7 @@ def test_weights_keep_the_dtypes_of_their_files(tmp_path):
     """A float32 gate in a model of bfloat16."""
     model = ARCHITECTURES["llama"].build().bfloat16()
     upcycle(model, num_experts=4)
-    for layer in feed_forwards(model):
+    for layer in find_feed_forwards(model):
         layer.moe.gate.float()
     model.save_pretrained(tmp_path / "in")
     folders.quantize_folder(tmp_path / "in", tmp_path / "out", bits=8)
@@ -107,11 +107,11 @@ def test_weights_keep_the_dtypes_of_their_files(tmp_path):
     assert all(found[name].dtype == wanted[name].dtype and found[name].equal(wanted[name]) for name in same)
 
 
-def test_what_it_refuses(tmp_path, capsys):
+def test_rejects_unsupported_models(tmp_path, capsys):
     """Nothing is left of it."""
-    build("Mixtral").save_pretrained(tmp_path / "24")
+    build_model("Mixtral").save_pretrained(tmp_path / "24")
     ARCHITECTURES["llama"].build().save_pretrained(tmp_path / "dense")
-    build("Mixtral", hidden=32).save_pretrained(tmp_path / "quantised")
+    build_model("Mixtral", hidden=32).save_pretrained(tmp_path / "quantised")
     config = json.loads((tmp_path / "quantised" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
@@ -121,13 +121,13 @@ def test_what_it_refuses(tmp_path, capsys):
         ("quantised", "is quantised already (fp8): give the folder of the model before that"),
     ):
         before = sorted(tmp_path.iterdir())
-        assert command(tmp_path / name, tmp_path / "out") == 1
+        assert run_command(tmp_path / name, tmp_path / "out") == 1
         assert error in capsys.readouterr().err
         assert sorted(tmp_path.iterdir()) == before
     assert main(["quantize", str(tmp_path / "24"), str(tmp_path / "out")]) == 0
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert {layer.moe.experts.bits for layer in feed_forwards(loaded)} == {8}
-    assert command(tmp_path / "out", tmp_path / "again") == 1
+    assert {layer.moe.experts.bits for layer in find_feed_forwards(loaded)} == {8}
+    assert run_command(tmp_path / "out", tmp_path / "again") == 1
     assert "has no stacked experts (Experts, GatedExperts), but QuantizedExperts" in capsys.readouterr().err
 
 
@@ -138,10 +138,10 @@ def write_stock(folder: Path, layers: int) -> float:
     with torch.device("meta"):
         model: Any = MixtralForCausalLM(config)
     folder.mkdir()
-    shards = folders.Shards(folder, 10**7)
+    shards = folders.ShardWriter(folder, 10**7)
     for name, weight in model.state_dict().items():
         value = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(std=weight.shape[-1] ** -0.5)
-        shards.add(as_saved(model, {name: value}))
+        shards.add_weights(convert_to_saved(model, {name: value}))
     shards.close()
     config.architectures = ["MixtralForCausalLM"]
     config.save_pretrained(folder)

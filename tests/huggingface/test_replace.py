@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.transformers_models import ARCHITECTURES, DIM, HIDDEN, LLAMA, without_dropout
+from support.transformers_models import ARCHITECTURES, DIM, HIDDEN, LLAMA, disable_dropout
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaModel
 
@@ -14,23 +14,23 @@ from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.gating import ExpertChoiceGating, HashGating, ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy
 from mixture_of_experts.huggingface import MoEFeedForward, aux_loss, export, replace_ffn, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 
-from .test_saving import OwnGate
+from .test_saving import CustomGate
 
-each = pytest.mark.parametrize("name", ARCHITECTURES)
+each_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 
 def count_calls(model: nn.Module) -> list[int]:
-    calls = [0] * len(feed_forwards(model))
-    for i, module in enumerate(feed_forwards(model)):
+    calls = [0] * len(find_feed_forwards(model))
+    for i, module in enumerate(find_feed_forwards(model)):
         module.moe.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
     return calls
 
 
-@each
+@each_architecture
 @pytest.mark.parametrize("granularity", [1, 2])
-def test_upcycled_models_compute_what_they_did(name, granularity):
+def test_upcycled_models_compute_the_same(name, granularity):
     architecture = ARCHITECTURES[name]
     model, inputs = architecture.build(), architecture.inputs()
     before = model(**inputs)
@@ -42,11 +42,11 @@ def test_upcycled_models_compute_what_they_did(name, granularity):
     assert before.logits.std() > 0.1
     torch.testing.assert_close(after.logits, before.logits, atol=1e-5, rtol=0)
     assert calls == [1] * len(calls)
-    experts = feed_forwards(model)[0].moe.experts
+    experts = find_feed_forwards(model)[0].moe.experts
     assert experts.w1.shape == (4, DIM, HIDDEN // granularity)
 
 
-@each
+@each_architecture
 def test_experts_are_new_and_train(name):
     """Every parameter of every layer gets a gradient, and the loss holds the auxiliary one."""
     architecture = ARCHITECTURES[name]
@@ -56,15 +56,15 @@ def test_experts_are_new_and_train(name):
     assert (model(**inputs).logits - before).abs().max() > 1e-2
     for p in model.parameters():
         p.requires_grad_(False)
-    for module in feed_forwards(model):
+    for module in find_feed_forwards(model):
         module.requires_grad_()
     labels = architecture.labels(inputs)
     alone = model(**inputs, labels=labels).loss
-    loss = without_dropout(model).train()(**inputs, labels=labels).loss
+    loss = disable_dropout(model).train()(**inputs, labels=labels).loss
     torch.testing.assert_close(loss, alone + aux_loss(model))
     assert aux_loss(model) > 0
     loss.backward()
-    for module in feed_forwards(model):
+    for module in find_feed_forwards(model):
         for path, parameter in module.named_parameters():
             assert parameter.grad is not None, path
             assert parameter.grad.abs().sum() > 0, path
@@ -87,8 +87,8 @@ def test_layers(layers, expected):
 
 
 @pytest.mark.parametrize("layers", [[2], ["model.layers.7.mlp", 0], [], lambda name: False])
-def test_layers_that_are_not_there(layers):
-    refuse(replace_ffn, dict(layers=layers), r"is not there; there are model.layers.0.mlp")
+def test_unknown_layers_raise(layers):
+    assert_rejected(replace_ffn, dict(layers=layers), r"is not there; there are model.layers.0.mlp")
 
 
 ONE_GATE = TopKGating(DIM, 4, 2)
@@ -111,40 +111,40 @@ ONE_GATE = TopKGating(DIM, 4, 2)
         (dict(adapters=[1]), r"adapters must be a dict .* got \[1\]"),
     ],
 )
-def test_wrong_values_are_refused(change, settings, problem):
-    refuse(change, settings, problem)
+def test_rejects_wrong_values(change, settings, problem):
+    assert_rejected(change, settings, problem)
 
 
 @pytest.mark.parametrize("call", [replace_ffn, upcycle, export, aux_loss])
 @pytest.mark.parametrize("model", ["folder", LlamaModel, LlamaConfig(), None, []])
-def test_what_is_no_model(call, model):
+def test_rejects_non_models_on_entry(call, model):
     with pytest.raises(TypeError, match=r"model must be a model .*, got .*: build or load"):
         call(model)
 
 
-def test_experts_without_hidden_units_are_refused():
+def test_rejects_zero_hidden_dim():
     """0 is no word for the network's own."""
-    refuse(replace_ffn, dict(hidden_dim=0), "hidden_dim must be an integer of at least 1, got 0: ")
+    assert_rejected(replace_ffn, dict(hidden_dim=0), "hidden_dim must be an integer of at least 1, got 0: ")
 
 
-def refuse(change, settings, problem):
+def assert_rejected(change, settings, problem):
     """The model stays as it was."""
     model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
     before, config = model(**inputs).logits, model.config.to_dict()
     with pytest.raises((TypeError, ValueError), match=problem):
         change(model, **{"num_experts": 4, **settings})
-    assert not feed_forwards(model)
+    assert not find_feed_forwards(model)
     assert model.config.to_dict() == config
     assert torch.equal(model(**inputs).logits, before)
 
 
-def test_a_gate_that_an_earlier_call_put_in_is_refused():
+def test_rejects_reused_gate():
     model = ARCHITECTURES["llama"].build()
     gate = TopKGating(DIM, 4, 2)
     replace_ffn(model, num_experts=4, layers=[0], gate=lambda d, e: gate)
     with pytest.raises(ValueError, match=r"gate must be .* another layer has"):
         replace_ffn(model, num_experts=4, layers=[1], gate=lambda d, e: gate)
-    assert len(feed_forwards(model)) == 1
+    assert len(find_feed_forwards(model)) == 1
 
 
 def test_print_shows_what_was_replaced():
@@ -157,7 +157,7 @@ def test_print_shows_what_was_replaced():
     assert ["masked=False" in repr(part) for part in shown["whisper"].model.children()] == [True, False]
 
 
-def test_nothing_found_says_what_was_seen():
+def test_no_network_found_lists_modules():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(ValueError, match=r"no feed-forward .* modules are Linear, ReLU, Sequential"):
         replace_ffn(model)
@@ -167,7 +167,7 @@ def test_nothing_found_says_what_was_seen():
         replace_ffn(model)
 
 
-def stays_equal(name: str = "llama", **settings) -> nn.Module:
+def assert_unchanged(name: str = "llama", **settings) -> nn.Module:
     """The upcycled model, which computes what it did."""
     model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
     before = model(**inputs).logits
@@ -181,7 +181,7 @@ def stays_equal(name: str = "llama", **settings) -> nn.Module:
 def test_weights_that_add_up_to_another_number(granularity, scale):
     """As those of DeepSeek-V3."""
     gate = lambda d, e: TopKGating(d, e, 3, score="sigmoid", scale=scale)  # noqa: E731
-    stays_equal("llama_bias", num_experts=6, gate=gate, granularity=granularity)
+    assert_unchanged("llama_bias", num_experts=6, gate=gate, granularity=granularity)
 
 
 @pytest.mark.parametrize(
@@ -195,12 +195,12 @@ def test_weights_that_add_up_to_another_number(granularity, scale):
         lambda d, e: TopKGating(d, e, weigh=LearnedScale(e)),
         lambda d, e: TopKGating(d, e, normalize=NormalizeBy(least=1e-12)),
         lambda d, e: TopPGating(d, e, 3, normalize=True),
-        lambda d, e: OwnGate(d, e, normalize=True),  # its weights are computed once to see
+        lambda d, e: CustomGate(d, e, normalize=True),  # its weights are computed once to see
         NoisyTopKGating,
     ],
 )
 def test_gates_whose_weights_add_up(gate):
-    stays_equal(num_experts=4, gate=gate)
+    assert_unchanged(num_experts=4, gate=gate)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,10 @@ def test_gates_whose_weights_add_up(gate):
         (dict(gate=lambda d, e: HashGating(d, e, 1, num_ids=64)), "HashGating gives .* do not add up to one"),
         (dict(gate=SparseMixerGating), "SparseMixerGating gives .* do not add up to one"),
         (dict(gate=lambda d, e: TopKGating(d, e, eps=1.0)), "do not add up to one number: from"),
-        (dict(gate=lambda d, e: OwnGate(d, e, normalize=False)), "OwnGate gives .* do not add up to one number: from"),
+        (
+            dict(gate=lambda d, e: CustomGate(d, e, normalize=False)),
+            "CustomGate gives .* do not add up to one number: from",
+        ),
         (dict(gate=ExpertChoiceGating), "tokens choose"),
         (dict(k=3, granularity=2), "do not add up to one number"),
         (dict(num_experts=5, granularity=2), "num_experts=5 must be a multiple of granularity=2"),
@@ -231,11 +234,11 @@ def test_gates_whose_weights_add_up(gate):
         (dict(shared_expert=True), "shared_expert"),
     ],
 )
-def test_settings_that_upcycle_refuses(settings, problem):
-    refuse(upcycle, settings, problem)
+def test_upcycle_rejects_settings(settings, problem):
+    assert_rejected(upcycle, settings, problem)
 
 
-def test_a_refused_call_leaves_all_modes():
+def test_rejected_call_restores_modes():
     """Also that of T5's dropout between the layers, which experts would share with the network."""
     model = ARCHITECTURES["t5"].build(dropout_rate=0.5).train()
     with pytest.raises(ValueError, match="do not add up to one number"):
@@ -243,16 +246,16 @@ def test_a_refused_call_leaves_all_modes():
     assert [name for name, module in model.named_modules() if not module.training] == []
 
 
-def test_noise_and_units_drawn_anew():
+def test_noise_and_redrawn_units():
     for settings in (dict(noise=0.1), dict(redraw=0.25)):
         dense = ARCHITECTURES["llama"].build()
         mlp = dense.model.layers[0].mlp
         old = {"w1": mlp.gate_proj.weight.T.clone(), "w2": mlp.down_proj.weight.T.clone()}
         upcycle(dense, num_experts=4, layers=[0], **settings)
         if "noise" in settings:
-            difference = feed_forwards(dense)[0].moe.experts.w1 - old["w1"]
+            difference = find_feed_forwards(dense)[0].moe.experts.w1 - old["w1"]
             assert difference.std().item() == pytest.approx(0.1 * old["w1"].std().item(), rel=0.05)
-    experts = feed_forwards(dense)[0].moe.experts
+    experts = find_feed_forwards(dense)[0].moe.experts
     new_units = (experts.w1 != old["w1"]).all(dim=1)  # (e, h)
     assert torch.equal(new_units, (experts.w2 != old["w2"]).all(dim=2))
     assert torch.equal(new_units, (experts.w1 != old["w1"]).any(dim=1))
@@ -267,12 +270,12 @@ def test_dtype_device_and_mode_stay():
     model.model.layers[1].eval()
     replace_ffn(model, gate=lambda d, e: TopKGating(d, e, expert_bias=True))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert feed_forwards(model)[0].moe.gate.expert_bias.dtype == torch.float32
-    assert [module.moe.training for module in feed_forwards(model)] == [True, False]
+    assert find_feed_forwards(model)[0].moe.gate.expert_bias.dtype == torch.float32
+    assert [module.moe.training for module in find_feed_forwards(model)] == [True, False]
     with torch.device("meta"):
         shapes = LlamaModel(LlamaConfig(**LLAMA, vocab_size=9))
     upcycle(shapes, num_experts=4)
-    assert feed_forwards(shapes)[0].moe.experts.w1.is_meta
+    assert find_feed_forwards(shapes)[0].moe.experts.w1.is_meta
 
 
 class Rounded(nn.Linear):
@@ -294,7 +297,7 @@ class Packed(nn.Module):
         return x @ self.qweight.T.to(x.dtype)
 
 
-def test_networks_that_cannot_be_read_are_refused():
+def test_rejects_unreadable_networks():
     for name, kind, error, says in (
         ("llama", Rounded, ValueError, "model.layers.1.mlp is no feed-forward network of tokens alone"),
         ("llama", Packed, TypeError, "up_proj of LlamaMLP is Packed, not nn.Linear"),
@@ -305,7 +308,7 @@ def test_networks_that_cannot_be_read_are_refused():
         setattr(part, "up_proj" if name == "llama" else "fc1", kind(DIM, HIDDEN))
         with pytest.raises(error, match=says):
             replace_ffn(model)
-        assert not feed_forwards(model)
+        assert not find_feed_forwards(model)
     model = ARCHITECTURES["bert"].build(chunk_size_feed_forward=2)
     with pytest.raises(ValueError, match="chunk_size_feed_forward = 0"):
         replace_ffn(model)
@@ -317,7 +320,7 @@ class Doubled(nn.Linear):
     doubled = True
 
 
-def test_what_computes_as_a_linear_layer_is_one():
+def test_linear_subclasses_are_linear():
     """Also within another module."""
     model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
     model.model.layers[0].mlp.up_proj = nn.Sequential(nn.Linear(DIM, HIDDEN))
@@ -325,8 +328,8 @@ def test_what_computes_as_a_linear_layer_is_one():
     before = model(**inputs).logits
     upcycle(model, num_experts=4)
     torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
-    assert [module.moe.experts.b3 is not None for module in feed_forwards(model)] == [True, False]
-    assert all(module.moe.experts.b1 is None for module in feed_forwards(model))
+    assert [module.moe.experts.b3 is not None for module in find_feed_forwards(model)] == [True, False]
+    assert all(module.moe.experts.b1 is None for module in find_feed_forwards(model))
 
 
 @torch.no_grad()

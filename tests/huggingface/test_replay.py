@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.left import assert_equal, recorded
-from support.transformers_blocks import BLOCKS, LEFT_OUT, InModel, make
-from support.transformers_models import ARCHITECTURES, two_lengths, without_dropout
+from support.record_helpers import assert_records_equal, record_forward
+from support.transformers_blocks import BLOCKS, EXCLUDED_BLOCKS, BlockInModel, make_block
+from support.transformers_models import ARCHITECTURES, disable_dropout, make_two_lengths
 from torch import Tensor, nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -18,7 +18,7 @@ from mixture_of_experts import MoE, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import from_transformers, replace_ffn
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
 
-from .test_blocks import build as build_sparse
+from .test_block_conversion import build_model as build_sparse
 
 SPARSE = ["Qwen3Moe", "Mixtral", "DeepseekV3", "GptOss"]
 
@@ -28,7 +28,7 @@ DROPLESS: Any = dict(capacity_factor_train=None, capacity_factor_eval=None)
 
 def build_replaced() -> Any:
     """A Llama whose layers send second choices by a threshold, in training at random."""
-    model = without_dropout(ARCHITECTURES["llama"].build()).eval()
+    model = disable_dropout(ARCHITECTURES["llama"].build()).eval()
     gate = lambda dim, e: Top2Gating(dim, e, second_policy_eval="threshold", **DROPLESS)  # noqa: E731
     replace_ffn(model, num_experts=4, gate=gate)
     return model
@@ -38,7 +38,7 @@ MODELS = {**{name: partial(build_sparse, name) for name in SPARSE}, "replaced": 
 
 
 @torch.no_grad()
-def other_router(model: nn.Module) -> Any:
+def perturb_routers(model: nn.Module) -> Any:
     """A copy that chooses otherwise."""
     model = copy.deepcopy(model)
     for name, parameter in model.named_parameters():
@@ -48,20 +48,20 @@ def other_router(model: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_whatever_the_padding_is(name):
+def test_any_padding_value(name):
     """Padded on the left, then on the right, then alone; by the model, and by one whose router is another."""
     model = MODELS[name]()
-    alone, left = two_lengths("left")
+    alone, left = make_two_lengths("left")
     right = {"input_ids": left["input_ids"].clone(), "attention_mask": left["attention_mask"].flip(-1)}
     right["input_ids"][right["attention_mask"].bool()] = left["input_ids"][left["attention_mask"].bool()]
     of_left, of_right = (batch["attention_mask"].bool() for batch in (left, right))
     with record_routing(model) as records:
         wanted = model(**left).logits[of_left]
     assert records.lengths(records.layers[0]) == [alone[0].shape[1], alone[1].shape[1]]
-    for one in (model, other_router(model)):
+    for one in (model, perturb_routers(model)):
         with replay_routing(one, records), record_routing(one) as again:
             padded = one(**right).logits[of_right]
-        assert_equal(again, records)
+        assert_records_equal(again, records)
         with replay_routing(one, records.select([1])):
             single = one(alone[1]).logits[0]
         torch.testing.assert_close(single, padded[-len(single) :], atol=1e-5, rtol=1e-5)
@@ -74,17 +74,17 @@ def test_whatever_the_padding_is(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_generation(name):
     """Of each sequence the prompt and the steps, as one forward of all but its last token would choose."""
-    model, (_, batch) = MODELS[name](), two_lengths("left")
+    model, (_, batch) = MODELS[name](), make_two_lengths("left")
     settings: Any = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     with record_routing(model) as records:
         tokens = model.generate(**batch, **settings)
     assert records.lengths(records.layers[0]) == [9 + 3, 4 + 3]
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 4, dtype=torch.int64)], dim=1)
-    assert_equal(recorded(model, tokens, attention_mask=mask).select([0, 1], tokens=[12, 7]), records)
-    other = other_router(model)
+    assert_records_equal(record_forward(model, tokens, attention_mask=mask).select([0, 1], tokens=[12, 7]), records)
+    other = perturb_routers(model)
     with replay_routing(other, records), record_routing(other) as again:
         steps = other.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
-    assert_equal(again, records)
+    assert_records_equal(again, records)
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 3, dtype=torch.int64)], dim=1)
     with replay_routing(other, records), torch.no_grad():
         logits = other(steps.sequences[:, :-1], attention_mask=mask).logits[:, -4:]
@@ -96,21 +96,21 @@ def test_a_generation(name):
 
 @pytest.mark.parametrize("settings", [dict(), dict(cache_implementation="static"), dict(do_sample=True)])
 @pytest.mark.parametrize("name", ["Mixtral", "replaced"])
-def test_beams_are_refused(name, settings):
+def test_rejects_beam_search(name, settings):
     """In records and in replays, where the second forward goes on with exchanged sequences."""
-    model, (_, batch) = MODELS[name](), two_lengths("left")
+    model, (_, batch) = MODELS[name](), make_two_lengths("left")
     more: Any = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, num_beams=2) | settings
     with pytest.raises(RuntimeError, match=r"as beam search does \(num_beams > 1\)"), record_routing(model):
         model.generate(**batch, **more)
     prompts = {key: value.repeat_interleave(2, dim=0) for key, value in batch.items()}
-    replay = replay_routing(model, recorded(model, **prompts), beyond="choose")
+    replay = replay_routing(model, record_forward(model, **prompts), beyond="choose")
     with pytest.raises(RuntimeError, match=r"as beam search does \(num_beams > 1\)"), replay:
         model.generate(**batch, **more)
     model.generate(**batch, **more)  # nothing is left behind
 
 
 @torch.no_grad()
-def test_a_cache_that_is_cut_or_copied_is_not_one_of_beams():
+def test_cropped_or_copied_cache_is_not_beam_search():
     """Lengths differ, or the cache is another one; without a cache every step is a sequence of its own."""
     model, tokens = MODELS["replaced"](), torch.randint(3, 64, (2, 6))
     with record_routing(model) as records:
@@ -129,8 +129,8 @@ def test_a_cache_that_is_cut_or_copied_is_not_one_of_beams():
 @pytest.mark.parametrize("name", MODELS)
 def test_training_with_checkpointing(name):
     """Gradients of the router's weights too are those without checkpointing."""
-    model, (_, batch) = MODELS[name](), two_lengths("left")
-    records = recorded(other_router(model), **batch)
+    model, (_, batch) = MODELS[name](), make_two_lengths("left")
+    records = record_forward(perturb_routers(model), **batch)
     model.train()
     results = []
     for checkpointed in (False, True):
@@ -140,7 +140,7 @@ def test_training_with_checkpointing(name):
         with replay_routing(model, records), record_routing(model) as again:
             loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
             grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-        assert_equal(again, records)
+        assert_records_equal(again, records)
         results.append([loss, *(grad for grad in grads if grad is not None)])
     torch.testing.assert_close(*results)
     with replay_routing(model, records):
@@ -151,9 +151,9 @@ def test_training_with_checkpointing(name):
 
 def test_two_batches_of_other_padding_before_a_backward():
     """A block knows no mask when it runs again."""
-    model, (_, left) = build_sparse("Mixtral").train(), two_lengths("left")
+    model, (_, left) = build_sparse("Mixtral").train(), make_two_lengths("left")
     right = {"input_ids": left["input_ids"], "attention_mask": left["attention_mask"].flip(-1)}
-    records = recorded(model, **left)
+    records = record_forward(model, **left)
     model.activation_checkpointing_enable()
     with replay_routing(model, records):
         for batch in (left, right):
@@ -163,7 +163,7 @@ def test_two_batches_of_other_padding_before_a_backward():
             model(**right, use_cache=False)
 
 
-def given_to_ours(moe: MoE, records: RoutingRecords, x: Tensor) -> Tensor:
+def replay_in_ours(moe: MoE, records: RoutingRecords, x: Tensor) -> Tensor:
     (layer,) = records.layers
     choices = torch.cat([record.to(torch.int64) for record in records[layer]]).view(*x.shape[:2], -1)
     if choices.shape[-1] < moe.gate.k:  # shared experts, which our gate chooses too
@@ -172,16 +172,16 @@ def given_to_ours(moe: MoE, records: RoutingRecords, x: Tensor) -> Tensor:
     return moe(x, given_experts=choices)[0]
 
 
-def replays_by_its_own_rule(name: str) -> None:
+def assert_replays(name: str) -> None:
     """A block that is given another one's choices computes what a layer of ours with its weights does."""
     torch.manual_seed(0)
-    block, x = make(name), torch.randn(2, 7, 16)
-    moe, model = from_transformers(block).eval(), InModel(block).eval()
-    records = recorded(model, torch.randn(2, 7, 16))
+    block, x = make_block(name), torch.randn(2, 7, 16)
+    moe, model = from_transformers(block).eval(), BlockInModel(block).eval()
+    records = record_forward(model, torch.randn(2, 7, 16))
     with replay_routing(model, records), record_routing(model) as again, torch.no_grad():
         out = model(x)
-        wanted = given_to_ours(moe, records, x)
-    assert_equal(again, records)
+        wanted = replay_in_ours(moe, records, x)
+    assert_records_equal(again, records)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(out, moe(x)[0], atol=1e-3)
 
@@ -190,30 +190,30 @@ def replays_by_its_own_rule(name: str) -> None:
     "name", ["AXK1MoE", "DeepseekV2Moe", "GptOssMLP", "HunYuanMoEV1Moe", "InklingMoE", "Llama4TextMoe", "JetMoeMoE"]
 )
 def test_blocks_weigh_by_their_own_rule(name):
-    replays_by_its_own_rule(name)
+    assert_replays(name)
 
 
 #: layers whose block is a part of their forward, and blocks that do not choose by `torch.topk`
-APART = {"Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"}
+DIFFERENT = {"Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"}
 OTHERS = {"PhimoeSparseMoeBlock", "SwitchTransformersSparseMLP"}
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - LEFT_OUT.keys() - APART - OTHERS))
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - EXCLUDED_BLOCKS.keys() - DIFFERENT - OTHERS))
 def test_all_blocks_weigh_by_their_own_rule(name):
-    replays_by_its_own_rule(name)
+    assert_replays(name)
 
 
 @pytest.mark.parametrize("name", sorted(OTHERS))
-def test_blocks_that_choose_in_another_way_are_refused(name):
-    model = InModel(make(name))
+def test_rejects_blocks_without_topk(name):
+    model = BlockInModel(make_block(name))
     with pytest.raises(TypeError, match=r"does not choose its . of 8 experts by torch\.topk"), record_routing(model):
         model(torch.randn(2, 7, 16))
 
 
 def test_choices_that_are_not_made_are_no_blocks():
     model = build_sparse("Mixtral")
-    records = recorded(model, torch.randint(3, 64, (1, 5)))
+    records = record_forward(model, torch.randint(3, 64, (1, 5)))
     dropped = {layer: [record.clone().fill_(-1) for record in records[layer]] for layer in records}
     with pytest.raises(TypeError, match="its own code computes the weights"):
         record_routing(model, weights=True).__enter__()
@@ -224,7 +224,7 @@ def test_choices_that_are_not_made_are_no_blocks():
 @pytest.mark.parametrize("saved", [True, False])
 def test_choices_are_saved_for_a_recomputation(saved):
     """Routers of transformers whose product differs from run to run."""
-    model, (_, batch), generator = build_sparse("DeepseekV3").train(), two_lengths("right"), torch.Generator()
+    model, (_, batch), generator = build_sparse("DeepseekV3").train(), make_two_lengths("right"), torch.Generator()
     chosen = []
     for module in model.modules():
         if type(module).__name__ == "DeepseekV3TopkRouter":
@@ -240,10 +240,10 @@ def test_choices_are_saved_for_a_recomputation(saved):
     assert all(first.equal(again) for first, again in pairs) is saved
 
 
-def test_a_gate_of_ours_in_a_layer_of_theirs():
+def test_our_gate_in_foreign_layer():
     """Names tell gates apart where a model has both kinds, or their order where names differ."""
     model = build_replaced()
-    records = recorded(model.model, torch.randint(3, 64, (1, 5)))
+    records = record_forward(model.model, torch.randint(3, 64, (1, 5)))
     assert records.layers != tuple(f"model.{layer}" for layer in records)
     with replay_routing(model, records), record_routing(model) as again:
         model(torch.randint(3, 64, (1, 5)))

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.transformers_families import build as build_family
-from support.transformers_families import other_classes, text_types
-from support.written import ROOT
+from support.earlier_versions import ROOT
+from support.transformers_families import build_model as build_family
+from support.transformers_families import list_other_classes, list_text_types
 from torch import nn
 from transformers import AutoModelForCausalLM, ViTForImageClassification
 from transformers.trainer_utils import load_sharded_checkpoint
@@ -29,9 +29,9 @@ from mixture_of_experts.huggingface import (
 from mixture_of_experts.huggingface.saving.folders import quantize_folder, upcycle_folder
 from mixture_of_experts.quantize import quantize_experts
 
-from .test_blocks import build
-from .test_losses import batch_of, trainer
-from .test_saving import Around, as_before, same_weights
+from .test_block_conversion import build_model
+from .test_losses import make_batch, make_trainer
+from .test_saving import WrappedGate, as_before, same_weights
 
 #: families whose classes have other names for weights in files, or other forms of them, and how they get layers
 RENAMED = {
@@ -104,7 +104,7 @@ def test_folders_of_earlier_versions_load(name, tmp_path):
 
 
 def test_what_an_earlier_version_wrote_has_the_names_of_its_class():
-    """So that `test_written.py`, which loads it and computes with it, shows that such folders load."""
+    """So that `test_backward_compatibility.py`, which loads it and computes with it, shows that such folders load."""
     names = load_file(ROOT / "folders" / "converted" / "model.safetensors")
     assert "model.layers.0.block_sparse_moe.moe.experts.w1" in names
 
@@ -123,7 +123,7 @@ def test_a_part_of_a_model_is_saved_so_too(name, tmp_path):
 
 
 def test_a_model_in_a_module_of_ones_own(tmp_path):
-    around = Around()
+    around = WrappedGate()
     around.first = build_family("deepseek_v3")
     upcycle(around, num_experts=4, layers=["first.model.layers.0.mlp"])
     around.first.save_pretrained(tmp_path)
@@ -212,14 +212,14 @@ def test_exported_models_have_the_names_of_their_class(tmp_path):
 
 def converted() -> Any:
     torch.manual_seed(1)
-    return from_transformers(build("Mixtral"), loss_coef=0.1).train()
+    return from_transformers(build_model("Mixtral"), loss_coef=0.1).train()
 
 
 def run(model: Any, folder: Path, resume: str | None = None, **settings: Any) -> list[float]:
     """Train a model; return the losses of its steps."""
     torch.manual_seed(3)
     settings = dict(optim="adamw_torch", learning_rate=0.01, max_steps=4, logging_steps=1, **settings)
-    made = trainer(model, batch_of(16), folder, **settings)
+    made = make_trainer(model, make_batch(16), folder, **settings)
     del model.zero_grad
     made.train(resume_from_checkpoint=resume)
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
@@ -251,8 +251,8 @@ def test_the_best_model_is_loaded_whole(tmp_path):
 
 def all_changed() -> Iterator[tuple[str, Any]]:
     """Models of all families that can be built tiny: upcycled ones, and ones whose blocks became layers."""
-    others = other_classes()
-    for name in [*text_types(), *others]:
+    others = list_other_classes()
+    for name in [*list_text_types(), *others]:
         for change in (upcycle, from_transformers):
             with contextlib.suppress(Exception):  # any where the rules do not fit, or the family is refused
                 model = build_family(name, others.get(name))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.transformers_families import build as build_family
+from support.transformers_families import build_model as build_family
 from support.transformers_models import ARCHITECTURES, DIM
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
@@ -19,12 +19,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, force_routing
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.private_transformers import forget_conversions
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
+from mixture_of_experts.huggingface.private_transformers import clear_weight_conversions
 from mixture_of_experts.huggingface.replacement.replace import set_attribute
 from mixture_of_experts.huggingface.saving import layer_settings
 
-from .test_losses import batch_of, build, trainer
+from .test_losses import build_model, make_batch, make_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ GATES = {
 }
 
 
-class OwnGate(TopKGating):
+class CustomGate(TopKGating):
     """Not of the package."""
 
 
@@ -57,7 +57,7 @@ def as_before(model: Any, folder: Path) -> None:
     """Save a model with layers as earlier versions did, by the names of its class's checkpoints."""
     model = copy.deepcopy(model)
     for inner in model.modules():
-        forget_conversions(inner)
+        clear_weight_conversions(inner)
     model.save_pretrained(folder)
 
 
@@ -81,7 +81,7 @@ def test_bfloat16_is_saved_to_the_bit(cast, tmp_path):
 def test_every_gate_of_the_package_can_be_described():
     """Those with an entry in `GATES` here; `HashGating`, which reads ids, in test_token_ids.py. No dense model hands on
     the state of a `DepthAveragedGating`."""
-    assert layer_settings.GATES.keys() == GATES.keys() | {"HashGating", "DepthAveragedGating"}
+    assert layer_settings.GATE_CLASSES.keys() == GATES.keys() | {"HashGating", "DepthAveragedGating"}
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -89,10 +89,10 @@ def test_gates_are_saved(gate, tmp_path):
     """With all that they were made with: the same decisions on the same tokens, in training mode too."""
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, gate=GATES[gate])
-    bias = getattr(feed_forwards(model)[0].moe.gate, "expert_bias", None)
+    bias = getattr(find_feed_forwards(model)[0].moe.gate, "expert_bias", None)
     if bias is not None:
         bias.normal_()
-    for parameter in feed_forwards(model)[0].moe.gate.parameters():
+    for parameter in find_feed_forwards(model)[0].moe.gate.parameters():
         nn.init.normal_(parameter)
     model.to(torch.bfloat16).save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
@@ -101,15 +101,15 @@ def test_gates_are_saved(gate, tmp_path):
     for mode in (True, False):
         decisions = []
         for its in (model, again):
-            router = feed_forwards(its)[0].moe.gate.train(mode)
-            assert repr(router) == repr(feed_forwards(model)[0].moe.gate)
+            router = find_feed_forwards(its)[0].moe.gate.train(mode)
+            assert repr(router) == repr(find_feed_forwards(model)[0].moe.gate)
             torch.manual_seed(5)
             decisions.append(router(x))
         assert torch.equal(decisions[0].weight, decisions[1].weight)
         assert torch.equal(decisions[0].kept, decisions[1].kept)
 
 
-class Around(nn.Module):
+class WrappedGate(nn.Module):
     """A module of one's own with two models."""
 
     def __init__(self) -> None:
@@ -118,8 +118,8 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("with_config", [False, True])
-def test_a_model_in_a_module_of_ones_own(with_config, tmp_path):
-    model, inputs = Around().eval(), ARCHITECTURES["llama"].inputs()
+def test_model_in_custom_module(with_config, tmp_path):
+    model, inputs = WrappedGate().eval(), ARCHITECTURES["llama"].inputs()
     if with_config:
         model.config = model.first.config
     assert upcycle(model, num_experts=4, layers=["first.model.layers.1.mlp"]) == ["first.model.layers.1.mlp"]
@@ -133,65 +133,65 @@ CHANGES = {"moe.loss_coef": 0.5, "moe.loss_coefs": {"balance_batch": 0.25}, "moe
 CHANGES |= {"moe.gate.jitter": 0.125, "moe.experts.dropout": 0.25, "moe.gate.capacity_factor_train": 1.5}
 
 
-def made(kind: str) -> nn.Module:
+def make_model(kind: str) -> nn.Module:
     model = build_family("mixtral") if kind == "block" else ARCHITECTURES["gpt2"].build()
     if kind == "block":
         return from_transformers(model)
-    replace_ffn(model, num_experts=4, gate=OwnGate if kind == "own gate" else None)
+    replace_ffn(model, num_experts=4, gate=CustomGate if kind == "own gate" else None)
     return model
 
 
-def file_of(model: nn.Module, folder: Path) -> str:
+def read_config_file(model: nn.Module, folder: Path) -> str:
     model.save_pretrained(folder)
     return (folder / "config.json").read_text()
 
 
 @pytest.mark.parametrize("kind", ["network", "own gate", "block"])
-def test_what_was_set_later_is_saved(kind, tmp_path):
+def test_assigned_settings_are_saved(kind, tmp_path):
     """As often as it is saved and loaded; and a copy tells of its own layers."""
-    model = made(kind)
-    before = file_of(model, tmp_path / "before")
-    gate = OwnGate if kind == "own gate" else None
-    assert file_of(from_pretrained(tmp_path / "before", gate=gate), tmp_path) == before
+    model = make_model(kind)
+    before = read_config_file(model, tmp_path / "before")
+    gate = CustomGate if kind == "own gate" else None
+    assert read_config_file(from_pretrained(tmp_path / "before", gate=gate), tmp_path) == before
     changes = CHANGES | ({} if kind == "block" else {"dropout.p": 0.5})
-    layer = feed_forwards(model)[0]
+    layer = find_feed_forwards(model)[0]
     twin, stored = copy.deepcopy(model), pickle.dumps(model)
     for path, value in changes.items():
         set_attribute(layer, path, value)
-    after = file_of(model, tmp_path / "after")
+    after = read_config_file(model, tmp_path / "after")
     assert after != before
-    assert file_of(copy.deepcopy(model), tmp_path) == after
-    assert file_of(twin, tmp_path) == file_of(pickle.loads(stored), tmp_path) == before
-    feed_forwards(twin)[0].moe.loss_coef = 0.75
-    assert file_of(twin, tmp_path) not in (before, after)
+    assert read_config_file(copy.deepcopy(model), tmp_path) == after
+    assert read_config_file(twin, tmp_path) == read_config_file(pickle.loads(stored), tmp_path) == before
+    find_feed_forwards(twin)[0].moe.loss_coef = 0.75
+    assert read_config_file(twin, tmp_path) not in (before, after)
     again = model
     for number in range(2):
         folder = tmp_path / str(number)
-        assert file_of(again, folder) == after
+        assert read_config_file(again, folder) == after
         again = from_pretrained(folder, gate=gate)
         for path, value in changes.items():
-            assert attrgetter(path)(feed_forwards(again)[0]) == value, path
+            assert attrgetter(path)(find_feed_forwards(again)[0]) == value, path
 
 
-def test_a_function_that_was_set_later_is_named(tmp_path):
+def test_function_set_later_is_reported(tmp_path):
     """In a warning when it is saved. What a run sets is not told."""
-    model = made("block")
-    feed_forwards(model)[0].moe.gate.score = torch.sigmoid
+    model = make_model("block")
+    find_feed_forwards(model)[0].moe.gate.score = torch.sigmoid
     with pytest.warns(UserWarning, match=r"cannot tell moe.gate.score of model.layers.0.mlp"):
         model.save_pretrained(tmp_path)
-    model = made("network")
-    before = file_of(model, tmp_path)
+    model = make_model("network")
+    before = read_config_file(model, tmp_path)
     with force_routing(model, "balanced"):
-        assert file_of(model, tmp_path) == before
-    for layer in feed_forwards(model):
+        assert read_config_file(model, tmp_path) == before
+    for layer in find_feed_forwards(model):
         layer.moe = torch.compile(layer.moe, backend="eager")
-    assert file_of(model, tmp_path) == before
+    assert read_config_file(model, tmp_path) == before
 
 
 @pytest.mark.parametrize(
     "name", ["gpt2", "llama", "phi3", "gpt_neox", "opt", "bert", "t5", "t5_gated", "vit", "whisper"]
 )
-def test_classes_that_know_no_experts_fail(name, tmp_path):
+def test_stock_classes_fail_to_load(name, tmp_path):
     """Loudly, where nobody tells them: random feed-forward networks would look like a model."""
     model = ARCHITECTURES[name].build()
     replace_ffn(model, num_experts=2)
@@ -204,7 +204,7 @@ def test_classes_that_know_no_experts_fail(name, tmp_path):
             plain.from_pretrained(tmp_path)
 
 
-def test_a_dense_checkpoint_in_a_swapped_model(tmp_path):
+def test_dense_checkpoint_into_replaced_model(tmp_path):
     """It is refused, also if other sizes are asked for."""
     dense = ARCHITECTURES["llama"].build()
     dense.save_pretrained(tmp_path)
@@ -217,10 +217,10 @@ def test_a_dense_checkpoint_in_a_swapped_model(tmp_path):
     ):
         from_pretrained(tmp_path, config=dense.config, ignore_mismatched_sizes=True)
 
-    experts = feed_forwards(dense)[0].moe.experts.w1.clone()
+    experts = find_feed_forwards(dense)[0].moe.experts.w1.clone()
     with pytest.warns(UserWarning, match="dense feed-forward networks where this model has experts"):
         dense.load_state_dict(state, strict=False)
-    assert torch.equal(feed_forwards(dense)[0].moe.experts.w1, experts)
+    assert torch.equal(find_feed_forwards(dense)[0].moe.experts.w1, experts)
     with pytest.raises(ValueError, match="has no experts: its configuration has no"):
         from_pretrained(tmp_path)
 
@@ -228,11 +228,11 @@ def test_a_dense_checkpoint_in_a_swapped_model(tmp_path):
 def test_a_resumed_run_is_the_run(tmp_path):
     """Weights, optimizer and what was counted: the Trainer goes on exactly."""
     settings = dict(optim="adamw_torch", learning_rate=0.01, save_steps=2, max_steps=4, per_device_train_batch_size=2)
-    rows, ends = batch_of(16), []
+    rows, ends = make_batch(16), []
     for resume in (None, str(tmp_path / "whole" / "checkpoint-2")):
         torch.manual_seed(1)
-        model = build()
-        made = trainer(model, rows, tmp_path / ("again" if resume else "whole"), **settings)
+        model = build_model()
+        made = make_trainer(model, rows, tmp_path / ("again" if resume else "whole"), **settings)
         del model.zero_grad
         made.args.save_strategy = "steps" if not resume else "no"
         made.train(resume_from_checkpoint=resume)

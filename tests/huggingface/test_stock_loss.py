@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.transformers_blocks import grad
-from support.transformers_families import build as build_family
+from support.transformers_blocks import get_grad
+from support.transformers_families import build_model as build_family
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from mixture_of_experts.huggingface import aux_loss, from_pretrained, from_transformers, prune, to_transformers
 from mixture_of_experts.huggingface.__main__ import main
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.router_config import AT_FIRST
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
+from mixture_of_experts.huggingface.router_config import INITIAL_COEF_KEY
 from mixture_of_experts.stats import track_routing
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find, recipe_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute, find_recipe
 
 #: all with a loss of their own whose model is made by the rules
 WITH_LOSS = (
@@ -55,13 +55,15 @@ def stock(name: str, coef: float = 0.5, **settings: Any) -> Any:
 
 def routers(model: nn.Module) -> list[Tensor]:
     """The gradients `(d, e)` of all routers with one matrix."""
-    gates = [layer.moe.gate for layer in feed_forwards(model)]
+    gates = [layer.moe.gate for layer in find_feed_forwards(model)]
     if gates:
-        weights = [gate.w_gating if gate.w_gating is not None else find(gate, "logits.weight") for gate in gates]
-        return [grad(weight) for weight in weights if weight is not None]
-    blocks = [(module, recipe) for module in model.modules() if (recipe := recipe_of(module)) is not None]
-    weights = [BlockSettings(*block).weight for block in blocks]
-    return [grad(weight).mT for weight in weights if weight is not None]
+        weights = [
+            gate.w_gating if gate.w_gating is not None else find_attribute(gate, "logits.weight") for gate in gates
+        ]
+        return [get_grad(weight) for weight in weights if weight is not None]
+    blocks = [(module, recipe) for module in model.modules() if (recipe := find_recipe(module)) is not None]
+    weights = [BlockSettings(*block).router_weight for block in blocks]
+    return [get_grad(weight).mT for weight in weights if weight is not None]
 
 
 def assert_trains_alike(ours: Any, theirs: Any, given: dict[str, Any], sampled: bool = False) -> Any:
@@ -78,7 +80,7 @@ def assert_trains_alike(ours: Any, theirs: Any, given: dict[str, Any], sampled: 
     of_ours = dict(ours.named_parameters())
     for path, parameter in theirs.named_parameters():
         if path in of_ours:
-            torch.testing.assert_close(grad(of_ours[path]), grad(parameter), atol=1e-5, rtol=2e-4)
+            torch.testing.assert_close(get_grad(of_ours[path]), get_grad(parameter), atol=1e-5, rtol=2e-4)
     return found
 
 
@@ -95,7 +97,7 @@ def test_loss_and_gradients_are_those_of_the_stock_model(name, side):
     if name in WITH_LOSS:
         assert on.loss - off.loss > 0.1
         torch.testing.assert_close(on.aux_loss, theirs(**given, output_router_logits=True).aux_loss, atol=1e-5, rtol=0)
-        assert not hasattr(ours.config.get_text_config(), AT_FIRST)
+        assert not hasattr(ours.config.get_text_config(), INITIAL_COEF_KEY)
     else:
         assert torch.equal(on.loss, off.loss)
     wanted = theirs(**given, output_router_logits=True).router_logits if name != "zaya" else ()
@@ -134,7 +136,7 @@ def test_with_groups_that_need_padding():
     """Groups of 4 of 10 tokens: the loss is over the tokens, not over the rows of groups."""
     theirs, given = stock("mixtral"), batch() | dict(output_router_logits=True)
     ours = from_transformers(copy.deepcopy(theirs))
-    for layer in feed_forwards(ours):
+    for layer in find_feed_forwards(ours):
         layer.moe.group_size = 4
     assert_trains_alike(ours, theirs, given)
 
@@ -188,7 +190,7 @@ def test_a_coefficient_takes_the_place_of_the_loss():
         found = ours(**given)
         torch.testing.assert_close(found.loss, ours.eval()(**given).loss + (0 if coef == 0 else aux_loss(ours)))
         assert found.router_logits is None
-        assert [layer.moe.loss_coef for layer in feed_forwards(ours)] == [coef] * 2
+        assert [layer.moe.loss_coef for layer in find_feed_forwards(ours)] == [coef] * 2
     ours = from_transformers(stock("mixtral"), z_loss_coef=0.25).train()  # beside the model's own
     on, off = ours(**given, output_router_logits=True), ours(**given)
     torch.testing.assert_close(on.loss - off.loss, 0.5 * stock("mixtral")(**given, output_router_logits=True).aux_loss)
@@ -213,7 +215,7 @@ def test_quantized_folders(source, words, tmp_path):
     loaded, given = from_pretrained(tmp_path / "out").train(), batch()
     on, off = loaded(**given), loaded.eval()(**given, output_router_logits=False)
     coef = float(words[1]) if words else 0.5 if source == "layers" else 0.0
-    assert [layer.moe.loss_coef for layer in feed_forwards(loaded)] == [coef] * 2
+    assert [layer.moe.loss_coef for layer in find_feed_forwards(loaded)] == [coef] * 2
     if source == "stock" and not words:
         assert loaded.config.router_aux_loss_coef == 0.5
         torch.testing.assert_close(on.loss, off.loss + 0.5 * on.aux_loss)

@@ -6,15 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from support.mixed_calls import Call, check_threads
-from support.transformers_models import ARCHITECTURES, ONE_PLACE, two_lengths, without_dropout
+from support.concurrent_calls import Call, check_threads
+from support.transformers_models import ARCHITECTURES, SINGLE_NETWORK, disable_dropout, make_two_lengths
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
-from mixture_of_experts.whole_model.auxiliary import AuxLosses
+from mixture_of_experts.whole_model.aux_losses import AuxLosses
 
 
-def calls_of(model: nn.Module) -> list[Call]:
+def make_calls(model: nn.Module) -> list[Call]:
     """Inference, losses, training and generation, of batches with and without padding."""
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -36,7 +36,7 @@ def calls_of(model: nn.Module) -> list[Call]:
 
     calls = []
     for work in (infer, tell_loss, train, generate):
-        alone, batch = two_lengths("left")
+        alone, batch = make_two_lengths("left")
         calls += [partial(work, batch), partial(work, {"input_ids": alone[0]})]
     return calls
 
@@ -45,6 +45,6 @@ def calls_of(model: nn.Module) -> list[Call]:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_thousand_calls_of_eight_threads(training):
     torch.manual_seed(0)
-    model = without_dropout(ARCHITECTURES["llama"].build())
-    replace_ffn(model, num_experts=4, gate=ONE_PLACE)
-    check_threads(model.train(training), calls_of(model), 64)
+    model = disable_dropout(ARCHITECTURES["llama"].build())
+    replace_ffn(model, num_experts=4, gate=SINGLE_NETWORK)
+    check_threads(model.train(training), make_calls(model), 64)

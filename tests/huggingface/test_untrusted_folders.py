@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.transformers_families import build as build_sparse
+from support.transformers_families import build_model as build_sparse
 from support.transformers_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn
 from mixture_of_experts.huggingface.__main__ import main
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.saving.folders import INDEX
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
+from mixture_of_experts.huggingface.saving.folders import INDEX_FILE
 
 COMMANDS = ("upcycle", "quantize", "export")
 EVIL = """
@@ -192,7 +192,7 @@ def test_a_value_that_no_setting_has_is_rejected(path, value, tmp_path):
 def test_settings_that_need_each_other_are_accepted(tmp_path):
     """Neither alone is allowed."""
     folder = with_changed(tmp_path, {"moe.gate.num_groups": 2, "moe.gate.top_groups": 1, "moe.gate.k": 1}, block=True)
-    gate = feed_forwards(from_pretrained(folder))[0].moe.gate
+    gate = find_feed_forwards(from_pretrained(folder))[0].moe.gate
     assert (gate.num_groups, gate.top_groups, gate.k) == (2, 1, 1)
 
 
@@ -218,7 +218,7 @@ def sharded(folder: Path) -> dict[str, str]:
     model: Any = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4)
     model.save_pretrained(folder, max_shard_size="40KB")
-    return json.loads((folder / INDEX).read_text())["weight_map"]
+    return json.loads((folder / INDEX_FILE).read_text())["weight_map"]
 
 
 def rewrite_shard(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -285,7 +285,7 @@ def test_shards_outside_of_the_folder(how, tmp_path):
             (other / file).write_bytes((folder / file).read_bytes())
         start = {"above": "../other/", "absolute": f"{other}/", "below": "../in/../other/"}[how]
         index = {name: start + file if file in moved else file for name, file in weight_map.items()}
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
         for load in LOADERS:
             with pytest.raises(ValueError, match=r"other/model-.* is outside of the folder"):
                 load(folder)
@@ -294,4 +294,4 @@ def test_shards_outside_of_the_folder(how, tmp_path):
 def test_shards_in_a_subfolder(tmp_path):
     sharded(tmp_path / "model" / "inner")
     loaded = from_pretrained(tmp_path / "model", subfolder="inner")
-    assert len(feed_forwards(loaded)) == 2
+    assert len(find_feed_forwards(loaded)) == 2

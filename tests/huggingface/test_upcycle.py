@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ApertusConfig, ApertusForCausalLM
 
 from mixture_of_experts.huggingface import Adapter, from_pretrained, replace_ffn, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 
-from .test_losses import gradients
+from .test_losses import compute_gradients
 from .test_saving import same_weights
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SOME = ["llama", "llama_bias", "gpt2", "bert", "phi3", "t5_gated", "whisper"]
 
 
-def apertus():
+def make_apertus():
     """A model whose activations have parameters, not all equal, and its inputs."""
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     model = ApertusForCausalLM(ApertusConfig(vocab_size=64, num_key_value_heads=2, **sizes))
@@ -35,13 +35,13 @@ def apertus():
     ids=["plain", "slices", "shared"],
 )
 def test_an_activation_with_parameters_keeps_them(settings):
-    model, tokens = apertus(), torch.arange(10).view(2, 5)
+    model, tokens = make_apertus(), torch.arange(10).view(2, 5)
     before = model(tokens).logits
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     upcycle(model, 4, **settings)
     torch.testing.assert_close(model(tokens).logits, before, atol=1e-6, rtol=0)
-    for i, feed_forward in enumerate(feed_forwards(model)):
+    for i, feed_forward in enumerate(find_feed_forwards(model)):
         torch.testing.assert_close(feed_forward.moe.experts.act.alpha_p, torch.tensor([0.3 + i]))
         assert {n for n, p in feed_forward.moe.named_parameters() if p.requires_grad} == {"gate.w_gating"}
 
@@ -53,7 +53,7 @@ def test_a_shared_expert_takes_the_first_units(name, granularity, tmp_path):
     model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
     before = model(**inputs).logits
     upcycle(model, num_experts=4, granularity=granularity, shared_expert=16)
-    moe = feed_forwards(model)[0].moe
+    moe = find_feed_forwards(model)[0].moe
     assert (moe.experts.hidden_dim, moe.shared_expert.hidden_dim) == ((HIDDEN - 16) // granularity, 16)
     torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
     model.save_pretrained(tmp_path)
@@ -66,7 +66,7 @@ def test_a_new_shared_expert():
     """Its own width, drawn as linear layers are; every token passes it."""
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, hidden_dim=16, shared_expert=64)
-    moe = feed_forwards(model)[0].moe
+    moe = find_feed_forwards(model)[0].moe
     assert moe.shared_expert.gate_proj.weight.shape == (64, DIM)
     assert moe.shared_expert.gate_proj.weight.std().item() == pytest.approx((3 * DIM) ** -0.5, rel=0.1)
     assert moe.shared_expert.down_proj.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
@@ -97,36 +97,36 @@ def test_nothing_is_drawn_that_is_overwritten(name):
     model = ARCHITECTURES[name].build()
     with Draws() as draws:
         upcycle(model, num_experts=4, shared_expert=8)
-    parts = [part for module in feed_forwards(model) for part in (module.moe.experts, module.moe.shared_expert)]
+    parts = [part for module in find_feed_forwards(model) for part in (module.moe.experts, module.moe.shared_expert)]
     assert not set(draws.shapes) & {tuple(weight.shape) for part in parts for weight in part.parameters()}
-    assert draws.shapes.count((DIM, 4)) == len(feed_forwards(model))
-    assert all(value.isfinite().all() for module in feed_forwards(model) for value in module.parameters())
+    assert draws.shapes.count((DIM, 4)) == len(find_feed_forwards(model))
+    assert all(value.isfinite().all() for module in find_feed_forwards(model) for value in module.parameters())
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_of_a_frozen_model_only_routers_train(name):
+def test_frozen_model_trains_only_routers(name):
     model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
     model.requires_grad_(False)
     upcycle(model, num_experts=4, shared_expert=8)
     trains = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert len(trains) == len(feed_forwards(model))
+    assert len(trains) == len(find_feed_forwards(model))
     assert all(parameter_name.endswith("moe.gate.w_gating") for parameter_name in trains)
     model(**inputs, labels=ARCHITECTURES[name].labels(inputs)).loss.backward()
-    found = gradients(model)
+    found = compute_gradients(model)
     assert found.keys() == set(trains)
     assert all(gradient.abs().max() > 0 for gradient in found.values())
 
 
-def test_what_is_frozen_in_part_stays_so():
+def test_partly_frozen_weights_stay_frozen():
     model = ARCHITECTURES["llama"].build()
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     upcycle(model, num_experts=4)
-    first, second = (module.moe.experts for module in feed_forwards(model))
+    first, second = (module.moe.experts for module in find_feed_forwards(model))
     assert [first.w1.requires_grad, first.w3.requires_grad, first.w2.requires_grad] == [True, False, True]
     assert all(parameter.requires_grad for parameter in second.parameters())
     frozen = ARCHITECTURES["llama"].build().requires_grad_(False)
     replace_ffn(frozen, num_experts=4)  # new experts have everything to learn
-    assert all(parameter.requires_grad for module in feed_forwards(frozen) for parameter in module.parameters())
+    assert all(parameter.requires_grad for module in find_feed_forwards(frozen) for parameter in module.parameters())
 
 
 class Mlp(nn.Module):
@@ -142,7 +142,7 @@ MLP = {"Mlp": Adapter(up="enter", down="leave", activation="act")}
 
 
 @pytest.mark.parametrize("change", [upcycle, replace_ffn])
-def test_a_network_that_layers_share_stays_one(change):
+def test_shared_network_stays_shared(change):
     """All of them, not the first alone."""
     mlp, x = Mlp(), torch.randn(2, 5, 8)
     model = nn.ModuleList([nn.Sequential(mlp), nn.Sequential(mlp), nn.Sequential(Mlp())]).eval()
@@ -156,7 +156,7 @@ def test_a_network_that_layers_share_stays_one(change):
 
 @pytest.mark.parametrize("change", [upcycle, replace_ffn])
 @pytest.mark.parametrize("part", ["weight", "bias"])
-def test_networks_that_share_weights_are_refused(change, part):
+def test_rejects_tied_networks(change, part):
     model = nn.Sequential(Mlp(), Mlp(), Mlp())
     setattr(model[2].leave, part, getattr(model[0].leave, part))
     with pytest.raises(ValueError, match=r"0\.leave shares a weight.*layers="):
@@ -165,7 +165,7 @@ def test_networks_that_share_weights_are_refused(change, part):
     assert change(model, num_experts=4, layers=[1], adapters=MLP) == ["1"]
 
 
-def test_a_network_that_shares_its_weight_with_something_else_is_refused():
+def test_rejects_tied_network():
     model = nn.Sequential(Mlp(), nn.Linear(8, 12))
     model[1].weight = model[0].enter.weight
     with pytest.raises(ValueError, match=r"0\.enter shares a weight"):

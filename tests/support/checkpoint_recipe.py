@@ -8,7 +8,7 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from checkpoints import checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
+from checkpoints import list_checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
 
 FILE = EXAMPLES / "checkpoints.py"
-__all__ = ["FILE", "checkpoints", "load_checkpoint", "save_checkpoint"]
+__all__ = ["FILE", "list_checkpoints", "load_checkpoint", "save_checkpoint"]

@@ -19,7 +19,7 @@ COLUMNS = "All are: "  # the line above a table begins so
 Cell = tuple[str, str, str]  # table, feature (row), column
 
 
-def cell_of(item: pytest.Item) -> Cell | None:
+def get_cell(item: pytest.Item) -> Cell | None:
     """The cell that a test stands for."""
     mark = item.get_closest_marker("feature")
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -29,16 +29,16 @@ def cell_of(item: pytest.Item) -> Cell | None:
     return table, mark.args[0], column
 
 
-def read(text: str) -> dict[Cell, str]:
+def read_table(text: str) -> dict[Cell, str]:
     """The cells of the document, footnotes put in their places."""
     notes = dict(re.findall(r"^\[(\d+)\] (.*)$", text, re.MULTILINE))
     cells = {}
     for table in TABLES:
-        columns, _, *lines = between(text, table).splitlines()
+        columns, _, *lines = extract_table(text, table).splitlines()
         for line in lines[2:]:
             feature, entry = (part.strip() for part in line[1:-1].split("|"))
             everywhere, *exceptions = entry.split(", but ")
-            cells |= {(table, feature, column): YES for column in columns_of(columns)}
+            cells |= {(table, feature, column): YES for column in split_columns(columns)}
             assert everywhere == "all", f"{feature}: {everywhere!r} is neither all nor all with exceptions"
             for value, those in (exception.split(": ") for exception in exceptions):
                 number = re.fullmatch(r"no \[(\d+)\]", value)
@@ -47,23 +47,23 @@ def read(text: str) -> dict[Cell, str]:
     return cells
 
 
-def columns_of(line: str) -> list[str]:
+def split_columns(line: str) -> list[str]:
     return line.removeprefix(COLUMNS).removesuffix(".").split("; ")
 
 
-def between(text: str, name: str) -> str:
+def extract_table(text: str, name: str) -> str:
     """What stands between the marks of a table (or of the notes)."""
     return re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL).group(1)
 
 
-def replace(text: str, name: str, lines: list[str]) -> str:
+def replace_table(text: str, name: str, lines: list[str]) -> str:
     """The document with these lines between the marks."""
     head, rest = text.split(f"<!-- table: {name} -->\n")
     tail = rest.split("<!-- end -->", 1)[1]
     return "\n".join([f"{head}<!-- table: {name} -->", *lines, f"<!-- end -->{tail}"])
 
 
-def write(text: str, cells: dict[Cell, str]) -> str:
+def write_table(text: str, cells: dict[Cell, str]) -> str:
     """The document with these cells; reasons become footnotes."""
     reasons = list(dict.fromkeys(value for value in cells.values() if value not in (YES, UNKNOWN)))
     number = {reason: index for index, reason in enumerate(reasons, start=1)}
@@ -79,8 +79,8 @@ def write(text: str, cells: dict[Cell, str]) -> str:
                 shown = f"no [{number[value]}]" if value in number else value
                 entry += f", but {shown}: {'; '.join(column for column in columns if values[column] == value)}"
             lines.append(f"| {row} | {entry} |")
-        text = replace(text, table, lines)
-    return replace(text, "notes", [f"[{index}] {reason}\n" for reason, index in number.items()])
+        text = replace_table(text, table, lines)
+    return replace_table(text, "notes", [f"[{index}] {reason}\n" for reason, index in number.items()])
 
 
 class Table:
@@ -88,11 +88,11 @@ class Table:
 
     def __init__(self, writes: bool) -> None:
         self.writes = writes
-        self.committed = read(DOCUMENT.read_text())
+        self.committed = read_table(DOCUMENT.read_text())
         self.shown: dict[Cell, str] = {}
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        cell = cell_of(item)
+        cell = get_cell(item)
         if cell is not None:
             item.user_properties.append(("cell", cell))
 
@@ -126,10 +126,10 @@ class Table:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.writes and not session.testsfailed and not hasattr(session.config, "workerinput"):
             text = DOCUMENT.read_text()  # another run may have written its part by now
-            DOCUMENT.write_text(write(text, {**read(text), **self.shown}))
+            DOCUMENT.write_text(write_table(text, {**read_table(text), **self.shown}))
 
 
 @pytest.fixture
-def limit(request: pytest.FixtureRequest):
+def limit_examples(request: pytest.FixtureRequest):
     """`limit(reason)`: the test has shown that this does not work, and why."""
     return lambda reason: request.node.user_properties.append(("limit", reason))

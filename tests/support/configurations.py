@@ -31,7 +31,7 @@ from . import reference
 from . import strategies as make
 from .strategies import Bank, Router
 
-WAYS = ("auto", "cpu", "grouped", "batched", "plain", "triton")
+IMPLEMENTATIONS = ("auto", "cpu", "grouped", "batched", "plain", "triton")
 RUNS = ("eager", "compiled", "exported")
 
 # dtype of the module, what autocast casts to, tolerance beside the largest number of a tensor, and what of a router's
@@ -64,7 +64,7 @@ class Configuration:
     checkpointing: str | None  # "layer", "experts"
     frozen: tuple[str, ...]  # parameters that are trained do not begin so; "x" are the inputs
     dtype: str
-    way: str
+    implementation: str
     run: str
     seed: int
 
@@ -86,7 +86,7 @@ class Configuration:
 
     def axes(self) -> list[str]:
         """The values of the matrix' axes in it, to be counted."""
-        dropless = [router.dropless(self.training) for router in self.routers]
+        dropless = [router.is_dropless(self.training) for router in self.routers]
         routers = [router.kind for router in self.routers]
         return [
             "router " + " over ".join(routers),
@@ -94,7 +94,7 @@ class Configuration:
             "dropless" if all(dropless) else "capacity",
             f"experts {self.bank.kind}",
             f"dtype {self.dtype}",
-            f"way {self.way}",
+            f"way {self.implementation}",
             self.run,
             "training" if self.training else "eval",
             f"checkpointing {self.checkpointing}",
@@ -108,7 +108,7 @@ class Configuration:
 # What cannot be
 
 
-def refusal(c: Configuration) -> str | None:
+def find_expected_error(c: Configuration) -> str | None:
     """A pattern of the error by which the layer has to refuse a configuration; None if it is possible.
 
     In the order in which the layer notices: where two things are wrong, the first is told.
@@ -128,34 +128,34 @@ def refusal(c: Configuration) -> str | None:
         return "experts must be one row of RoutedExperts"
     if "expert_choice" in (router.kind for router in c.routers) and len(c.sizes) == 2:
         return "must be a router of token choice"
-    return refused_side(c) or refused_way(c)
+    return find_side_input_error(c) or find_implementation_error(c)
 
 
-GIVEN, GIVEN_INNER = "given_experts", "given_experts_inner"
+GIVEN_EXPERTS, GIVEN_INNER = "given_experts", "given_experts_inner"
 
 
-def reads(c: Configuration, level: int) -> set[str]:
+def reads_side_input(c: Configuration, level: int) -> set[str]:
     """The side inputs that a level's gate reads, by the layer's names."""
     kind = c.routers[level].kind
-    given = {GIVEN_INNER if level else GIVEN} if make.KINDS[kind].given else set()
+    given = {GIVEN_INNER if level else GIVEN_EXPERTS} if make.KINDS[kind].described_arguments else set()
     return {"router_input", *given, *(["token_ids"] if kind == "hash" else [])}
 
 
-def refused_side(c: Configuration) -> str | None:
+def find_side_input_error(c: Configuration) -> str | None:
     """Side inputs that no gate reads, or that one needs."""
-    known = set().union(*(reads(c, level) for level in range(len(c.routers))))
+    known = set().union(*(reads_side_input(c, level) for level in range(len(c.routers))))
     for name in c.side:
         if name not in known:
             return f"the gate reads no side input '{name}'"
     for level, router in enumerate(c.routers):
-        if router.kind == "hash" and not {"token_ids", GIVEN_INNER if level else GIVEN} & set(c.side):
+        if router.kind == "hash" and not {"token_ids", GIVEN_INNER if level else GIVEN_EXPERTS} & set(c.side):
             return "HashGating reads token ids"
     return None
 
 
-def refused_way(c: Configuration) -> str | None:
+def find_implementation_error(c: Configuration) -> str | None:
     """A way that cannot compute these experts, or not here. Those that compute by themselves are not concerned."""
-    if c.way in ("auto", "plain") or c.bank.kind not in ("ffn", "gated", "enclosed", "identity"):
+    if c.implementation in ("auto", "plain") or c.bank.kind not in ("ffn", "gated", "enclosed", "identity"):
         return None
     known = c.bank.activation in make.KNOWN_ACTIVATIONS
     possible = {
@@ -163,19 +163,19 @@ def refused_way(c: Configuration) -> str | None:
         "batched": c.run != "exported" and known,
         "grouped": c.run != "exported",
         "triton": False,  # its interpreter is a process' own: tests/test_triton.py
-    }[c.way]
-    return None if possible else f"'{c.way}' was asked for and cannot compute this call"
+    }[c.implementation]
+    return None if possible else f"'{c.implementation}' was asked for and cannot compute this call"
 
 
 # The layer and what it is called with
 
 
-def build(c: Configuration) -> Any:
+def build_layer(c: Configuration) -> Any:
     """The layer, with weights from the seed, in its dtype and mode."""
-    gen = make.generator(c.seed)
+    gen = make.make_generator(c.seed)
     seeds = torch.randint(2**31 - 1, (4,), generator=gen).tolist()
     if c.recipe is not None:
-        layer = build_recipe(c)
+        layer = build_recipe_layer(c)
         for module, seed in zip((layer.gate, layer.experts, layer.shared_expert), seeds, strict=False):
             if module is not None:
                 make.draw_parameters(module, seed, 1.0 if module is layer.gate else 0.7)
@@ -196,7 +196,7 @@ def build(c: Configuration) -> Any:
     return layer
 
 
-def build_recipe(c: Configuration) -> Any:
+def build_recipe_layer(c: Configuration) -> Any:
     """The layer of a record, with the changes of the configuration's router."""
     model, given = recipes.MODELS[c.recipe], c.routers[0].arguments
     names = ("k", "num_groups", "top_groups", "tolerance", *(name for name in given if name.startswith("capacity")))
@@ -217,15 +217,15 @@ class Call:
     def arguments(self) -> dict[str, Tensor]:
         return {} if self.mask is None else {"mask": self.mask}
 
-    def in_float64(self) -> Call:
+    def to_float64(self) -> Call:
         """The same values as leaves of their own."""
         side = {n: v.detach().clone().double() if v.is_floating_point() else v for n, v in self.side.items()}
         return Call(self.x.detach().clone().double(), self.mask, side)
 
 
-def call_of(c: Configuration, redraw: int = 0) -> Call:
+def make_call(c: Configuration, redraw: int = 0) -> Call:
     """Inputs from the seed; NaN where they are masked."""
-    gen, dtype = make.generator(c.seed + 7919 * (redraw + 1)), DTYPES[c.dtype][0]
+    gen, dtype = make.make_generator(c.seed + 7919 * (redraw + 1)), DTYPES[c.dtype][0]
     x = make.normal(gen, *c.shape, c.dim).to(dtype)
     mask = None if c.masked is None else torch.rand(c.shape, generator=gen) < c.masked
     side: dict[str, Tensor] = {}
@@ -234,11 +234,11 @@ def call_of(c: Configuration, redraw: int = 0) -> Call:
     if "token_ids" in c.side:
         side["token_ids"] = torch.randint(make.NUM_IDS, c.shape, generator=gen)
     k = [router.arguments.get("k", 2) for router in c.routers]
-    if GIVEN in c.side:
-        side[GIVEN] = given_experts(gen, (*c.shape, k[0]), c.sizes[0])
+    if GIVEN_EXPERTS in c.side:
+        side[GIVEN_EXPERTS] = given_experts(gen, (*c.shape, k[0]), c.sizes[0])
     if GIVEN_INNER in c.side:
         side[GIVEN_INNER] = given_experts(gen, (*c.shape, *k[-2:]), c.sizes[-1])
-    return Call(make.poisoned(x, mask), mask, side)
+    return Call(make.poison_padding(x, mask), mask, side)
 
 
 def given_experts(gen: torch.Generator, shape: tuple[int, ...], num_experts: int) -> Tensor:
@@ -261,16 +261,16 @@ class Results:
     grads: dict[str, Tensor]
 
 
-def results_of(out: Tensor, aux_loss: Tensor, leaves: dict[str, Tensor]) -> Results:
+def make_results(out: Tensor, aux_loss: Tensor, leaves: dict[str, Tensor]) -> Results:
     """With the gradients of a loss that weighs every output differently."""
-    loss = (out.double() * make.normal(make.generator(1), *out.shape)).sum() + aux_loss.double()
+    loss = (out.double() * make.normal(make.make_generator(1), *out.shape)).sum() + aux_loss.double()
     wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    grads = make.gradients(loss, list(wanted.values())) if wanted else []
+    grads = make.compute_gradients(loss, list(wanted.values())) if wanted else []
     return Results(out.detach(), aux_loss.detach(), dict(zip(wanted, grads, strict=True)))
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def ignore_warnings() -> Iterator[None]:
     """Warnings that say what was drawn on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="group_size")
@@ -280,7 +280,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def leaves_of(c: Configuration, layer: nn.Module, call: Call) -> dict[str, Tensor]:
+def get_leaves(c: Configuration, layer: nn.Module, call: Call) -> dict[str, Tensor]:
     """What gets gradients: inputs, side inputs, parameters."""
     floating = {name: value for name, value in call.side.items() if value.is_floating_point()}
     for name, value in {"x": call.x, **floating}.items():
@@ -291,16 +291,20 @@ def leaves_of(c: Configuration, layer: nn.Module, call: Call) -> dict[str, Tenso
 def run_layer(c: Configuration, layer: nn.Module, call: Call) -> Results:
     """The package's side."""
     autocast = DTYPES[c.dtype][1]
-    leaves = leaves_of(c, layer, call)
-    with quiet(), ops.use(c.way), torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
-        function = as_called(c, layer, call)
+    leaves = get_leaves(c, layer, call)
+    with (
+        ignore_warnings(),
+        ops.use(c.implementation),
+        torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
+        function = wrap_call(c, layer, call)
         torch.default_generator.manual_seed(c.seed)  # `torch.manual_seed` asks for GPUs
         out, aux_loss = function(call.x, **call.arguments(), **call.side)
-    with quiet(), ops.use(c.way):
-        return results_of(out, aux_loss, leaves)
+    with ignore_warnings(), ops.use(c.implementation):
+        return make_results(out, aux_loss, leaves)
 
 
-def as_called(c: Configuration, layer: nn.Module, call: Call) -> Any:
+def wrap_call(c: Configuration, layer: nn.Module, call: Call) -> Any:
     """The layer as the configuration runs it."""
     if c.checkpointing == "experts":
         inner = layer.experts.forward
@@ -318,14 +322,14 @@ def as_called(c: Configuration, layer: nn.Module, call: Call) -> Any:
 
 def run_reference(c: Configuration, layer: Any, call: Call, draws: make.RecordDraws, shake: float = 0.0):
     """The slow side, in float64 on the same numbers, and what it decided."""
-    slow, exact = copy.deepcopy(layer).double(), call.in_float64()
+    slow, exact = copy.deepcopy(layer).double(), call.to_float64()
     gates = [slow.gate] if len(c.routers) == 1 else [slow.gate_outer, slow.gate_inner]
     if shake:
-        noise = make.normal(make.generator(3), *exact.x.shape)
+        noise = make.normal(make.make_generator(3), *exact.x.shape)
         for value in (exact.x, *(value for value in exact.side.values() if value.is_floating_point())):
             value.mul_(1 + shake * noise)
-    leaves = leaves_of(c, slow, exact)
-    taken = [draws.take(router, c.training) for router in c.routers]
+    leaves = get_leaves(c, slow, exact)
+    taken = [draws.take_draws(router, c.training) for router in c.routers]
     routers = [router.reference(gate) for router, gate in zip(c.routers, gates, strict=True)]
     experts = c.bank.reference(slow.experts, None if len(c.sizes) == 1 else c.sizes[1])
     options = {
@@ -336,10 +340,10 @@ def run_reference(c: Configuration, layer: Any, call: Call, draws: make.RecordDr
         "after": getattr(slow.experts, "after", None) if c.bank.kind == "enclosed" else None,
         "shared_expert": slow.shared_expert,
     }
-    return reference.layer(exact.x, routers, experts, **options), leaves
+    return reference.run_layer(exact.x, routers, experts, **options), leaves
 
 
-def decided(decisions: list[reference.Decision]) -> list[tuple]:
+def list_choices(decisions: list[reference.ReferenceDecision]) -> list[tuple]:
     """What was decided, without what it weighs."""
     return [
         (level, *c.group.index, c.token.position, c.order, c.expert, c.slot, c.kept, bool(c.weight == 0))
@@ -355,21 +359,21 @@ class Mismatch(AssertionError):  # noqa: N818  (what is found, which is no error
     """The layer and the reference differ."""
 
 
-def check(c: Configuration, redraw: int = 0) -> str:
+def check_configuration(c: Configuration, redraw: int = 0) -> str:
     """Hold one configuration to the reference: "equal", "refused" where that is right, or a `Mismatch`.
 
     "redrawn": rounding decided a tie between two choices, and with other numbers both are equal.
     """
-    expected = refusal(c)
+    expected = find_expected_error(c)
     if expected is not None:
         check_refused(c, expected)
         return "refused"
-    call = call_of(c, redraw)
+    call = make_call(c, redraw)
     try:
-        compare(c, call)
+        compare_with_reference(c, call)
     except Mismatch:
         if redraw < 2 and is_tie(c, call):
-            return check(c, redraw + 1)
+            return check_configuration(c, redraw + 1)
         raise
     return "redrawn" if redraw else "equal"
 
@@ -377,7 +381,7 @@ def check(c: Configuration, redraw: int = 0) -> str:
 def check_refused(c: Configuration, pattern: str) -> None:
     """The layer says no, and why."""
     try:
-        run_layer(c, build(c), call_of(c))
+        run_layer(c, build_layer(c), make_call(c))
     except Exception as error:
         text = str(error) + str(error.__cause__ or "")
         if not re.search(pattern, text):
@@ -386,17 +390,19 @@ def check_refused(c: Configuration, pattern: str) -> None:
     raise Mismatch(f"not refused, expected {pattern!r}")
 
 
-def record(c: Configuration, layer: Any, call: Call) -> make.RecordDraws:
+def record_case(c: Configuration, layer: Any, call: Call) -> make.RecordDraws:
     """What the layer draws in this call."""
-    with make.RecordDraws() as draws, quiet(), torch.no_grad():
+    with make.RecordDraws() as draws, ignore_warnings(), torch.no_grad():
         torch.default_generator.manual_seed(c.seed)
         copy.deepcopy(layer)(call.x.detach(), **call.arguments(), **call.side)
     return draws
 
 
-def compare(c: Configuration, call: Call) -> None:
-    layer = build(c)
-    draws = record(c, layer, call) if any(r.draws(c.training) for r in c.routers) else make.RecordDraws()
+def compare_with_reference(c: Configuration, call: Call) -> None:
+    layer = build_layer(c)
+    draws = (
+        record_case(c, layer, call) if any(r.uses_random_numbers(c.training) for r in c.routers) else make.RecordDraws()
+    )
     found, leaves = run_reference(c, layer, call, draws)
     if draws.values:
         raise Mismatch(f"{len(draws.values)} draws more than the routers make")
@@ -404,7 +410,7 @@ def compare(c: Configuration, call: Call) -> None:
         got = run_layer(c, layer, call)
     except Exception as error:
         raise Mismatch(f"refused by {error!r}") from error
-    expected = results_of(found.out, found.aux_loss, leaves)
+    expected = make_results(found.out, found.aux_loss, leaves)
     tolerance = DTYPES[c.dtype][2]
     if got.out.dtype != call.x.dtype:
         raise Mismatch(f"out has dtype {got.out.dtype}")
@@ -412,16 +418,16 @@ def compare(c: Configuration, call: Call) -> None:
         raise Mismatch("masked tokens are not 0")
     if got.grads.keys() != expected.grads.keys():
         raise Mismatch(f"gradients of {sorted(got.grads)} instead of {sorted(expected.grads)}")
-    same("out", got.out, expected.out, tolerance)
+    assert_close("out", got.out, expected.out, tolerance)
     # router arithmetic is float32 whatever the experts' dtype is
-    same("aux_loss", got.aux_loss, expected.aux_loss, min(tolerance, 2e-4))
+    assert_close("aux_loss", got.aux_loss, expected.aux_loss, min(tolerance, 2e-4))
     # a gate's gradient is a sum in which experts' outputs of low precision cancel
     of_gradients = tolerance if c.dtype.startswith("float") and c.dtype != "float16" else 2 * tolerance
     for name, grad in expected.grads.items():
-        same(f"gradient of {name}", got.grads[name], grad, of_gradients)
+        assert_close(f"gradient of {name}", got.grads[name], grad, of_gradients)
 
 
-def same(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
+def assert_close(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
     """Within a tolerance beside the largest number, which products of many are rounded by."""
     if got.shape != expected.shape:
         raise Mismatch(f"{what} has shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
@@ -433,19 +439,19 @@ def same(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def is_tie(c: Configuration, call: Call) -> bool:
     """Whether the reference itself comes out otherwise when its inputs change by as much as rounding does."""
-    layer, tolerance, seen = build(c), DTYPES[c.dtype][2], []
-    draws = record(c, layer, call)
+    layer, tolerance, seen = build_layer(c), DTYPES[c.dtype][2], []
+    draws = record_case(c, layer, call)
     for shake in (0.0, DTYPES[c.dtype][3], -DTYPES[c.dtype][3]):
         these = make.RecordDraws()
         these.values = list(draws.values)
         found, leaves = run_reference(c, layer, call, these, shake)
-        seen.append((decided(found.decisions), results_of(found.out, found.aux_loss, leaves)))
+        seen.append((list_choices(found.decisions), make_results(found.out, found.aux_loss, leaves)))
     if any(decisions != seen[0][0] for decisions, _ in seen):
         return True
     try:  # a kink: the gradient of ReLU at 0
         for _, results in seen[1:]:
             for name, grad in seen[0][1].grads.items():
-                same(name, results.grads[name], grad, tolerance)
+                assert_close(name, results.grads[name], grad, tolerance)
     except Mismatch:
         return True
     return False
@@ -461,7 +467,7 @@ def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
     if draw(st.integers(0, 3)) == 3:
         rough = () if dtype in ("float32", "float64") else ("relu",)
         routers_known = [kind.make for kind in make.KINDS.values()]
-        known = {name: model for name, model in recipes.MODELS.items() if model.router in routers_known}
+        known = {name: model for name, model in recipes.MODELS.items() if model.gate_class in routers_known}
         plain = {name: model for name, model in known.items() if not model.latent}  # that has a test of its own
         names = [name for name, model in plain.items() if model.experts.get("activation") not in rough]
         recipe = draw(st.sampled_from(sorted(names)))
@@ -496,7 +502,7 @@ def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
         checkpointing=checkpointing,
         frozen=draw(st.sampled_from([(), (), ()] + [(part,) for part in parts])),
         dtype=dtype,
-        way=draw(st.sampled_from([*WAYS[:-1]] * 3 + ["triton"])),
+        implementation=draw(st.sampled_from([*IMPLEMENTATIONS[:-1]] * 3 + ["triton"])),
         run=run,
         seed=draw(make.seeds),
     )
@@ -518,8 +524,8 @@ def side_inputs(draw, routers: tuple[Router, ...]) -> tuple[str, ...]:
     if draw(st.integers(0, 4)) == 4:
         names.append("router_input")
     # those that the others make of given choices is theirs to say, and tests/test_replay.py holds them to it
-    for name, router in zip((GIVEN, GIVEN_INNER), routers, strict=False):
-        likely = make.KINDS[router.kind].rarely
+    for name, router in zip((GIVEN_EXPERTS, GIVEN_INNER), routers, strict=False):
+        likely = make.KINDS[router.kind].rare_arguments
         if likely and "scales" not in router.arguments and draw(st.integers(1, likely)) == likely:
             names.append(name)
     if draw(st.integers(0, 9)) < 9 if "hash" in kinds else draw(st.integers(0, 40)) == 40:

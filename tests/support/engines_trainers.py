@@ -23,18 +23,18 @@ from transformers.distributed import DistributedConfig
 
 from mixture_of_experts import TopKGating, balance_experts
 from mixture_of_experts.huggingface import BalanceCallback, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 from support import engines
 from support.checkpoint_recipe import load_checkpoint, save_checkpoint
-from support.engines import LAYOUTS, Differences, Sizes, be_quiet, relative
-from support.parallel_workers import whole
+from support.engines import LAYOUTS, Differences, Sizes, relative_difference, silence_warnings
+from support.parallel_workers import gather_tensor
 from support.transformers_models import ARCHITECTURES, VOCABULARY
-from support.transformers_trainers import tokenizer
+from support.transformers_trainers import make_tokenizer
 
-ROWS, LENGTH, ACCUMULATION, RATE = 8, 12, 2, 0.1
+NUM_ROWS, LENGTH, ACCUMULATION, LEARNING_RATE = 8, 12, 2, 0.1
 
 
-def build() -> Any:
+def build_model() -> Any:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     model = ARCHITECTURES["llama"].build()
@@ -44,31 +44,31 @@ def build() -> Any:
     return model
 
 
-def rows() -> Tensor:
+def make_rows() -> Tensor:
     torch.manual_seed(1)
-    return torch.randint(3, VOCABULARY, (ROWS, LENGTH))
+    return torch.randint(3, VOCABULARY, (NUM_ROWS, LENGTH))
 
 
-def step_alone(model: nn.Module, coef: float | None = None) -> dict[str, Tensor]:
+def step_single_process(model: nn.Module, coef: float | None = None) -> dict[str, Tensor]:
     """The gradients of one optimizer step on all rows in two micro-batches, which is made."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    for layer in feed_forwards(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    for layer in find_feed_forwards(model):
         layer.moe.loss_coef = layer.moe.loss_coef if coef is None else coef
     with balance_experts(model.train(), optimizer):
-        for part in rows().chunk(ACCUMULATION):
-            model(input_ids=part, labels=part, num_items_in_batch=ROWS * (LENGTH - 1)).loss.backward()
+        for part in make_rows().chunk(ACCUMULATION):
+            model(input_ids=part, labels=part, num_items_in_batch=NUM_ROWS * (LENGTH - 1)).loss.backward()
         gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         optimizer.step()
     return gradients
 
 
-def settings(folder: Path, ranks: int) -> dict[str, Any]:
+def make_settings(folder: Path, ranks: int) -> dict[str, Any]:
     return dict(
         output_dir=str(folder),
-        per_device_train_batch_size=ROWS // ACCUMULATION // ranks,
+        per_device_train_batch_size=NUM_ROWS // ACCUMULATION // ranks,
         gradient_accumulation_steps=ACCUMULATION,
         max_steps=1,
-        learning_rate=RATE,
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim="sgd",
         max_grad_norm=0.0,
@@ -82,21 +82,21 @@ def settings(folder: Path, ranks: int) -> dict[str, Any]:
 
 
 def make_trainer(kind: str, model: nn.Module, folder: Path, ranks: int) -> Any:
-    data = [{"input_ids": row, "labels": row} for row in rows().tolist()]
+    data = [{"input_ids": row, "labels": row} for row in make_rows().tolist()]
     if kind == "Trainer":
-        arguments = TrainingArguments(**settings(folder, ranks))
+        arguments = TrainingArguments(**make_settings(folder, ranks))
         return Trainer(model, arguments, train_dataset=data, callbacks=[BalanceCallback()])
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(**settings(folder, ranks), max_length=None)
+    arguments = SFTConfig(**make_settings(folder, ranks), max_length=None)
     given = Dataset.from_list(data)
     return SFTTrainer(
-        model, args=arguments, train_dataset=given, processing_class=tokenizer(), callbacks=[BalanceCallback()]
+        model, args=arguments, train_dataset=given, processing_class=make_tokenizer(), callbacks=[BalanceCallback()]
     )
 
 
-def compare(folder: Path, kind: str, sizes: Sizes) -> Differences:
+def compare_trainers(folder: Path, kind: str, sizes: Sizes) -> Differences:
     """What a step's gradients, the saved weights and the bias differ from one process by; and the auxiliary loss's
     factor in the routers' gradients, 1 if the step received the mean over ranks and micro-batches."""
     torch.set_default_dtype(torch.float32)
@@ -105,10 +105,10 @@ def compare(folder: Path, kind: str, sizes: Sizes) -> Differences:
     found: dict[str, Tensor] = {}
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        found.update((name, whole(p.grad).clone()) for name, p in model.named_parameters())
+        found.update((name, gather_tensor(p.grad).clone()) for name, p in model.named_parameters())
 
     saved = folder / f"{kind}, {sizes}"
-    with warnings.catch_warnings(), mock.patch(TOO_CAREFUL):
+    with warnings.catch_warnings(), mock.patch(STRICT_WARNINGS):
         warnings.simplefilter("ignore")
         trainer = make_trainer(kind, model, saved, config.dp_size)
         hook = register_optimizer_step_pre_hook(keep)
@@ -118,7 +118,7 @@ def compare(folder: Path, kind: str, sizes: Sizes) -> Differences:
     dist.barrier()
 
     alone, without = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-    wanted, plain = step_alone(alone), step_alone(without, coef=0.0)
+    wanted, plain = step_single_process(alone), step_single_process(without, coef=0.0)
     routers = [name for name in wanted if name.endswith("w_gating")]
     given, share = (torch.cat([(of[n] - plain[n]).flatten() for n in routers]) for of in (found, wanted))
     again = AutoModelForCausalLM.from_pretrained(saved).state_dict()
@@ -126,32 +126,37 @@ def compare(folder: Path, kind: str, sizes: Sizes) -> Differences:
     assert bias
     assert all(again[name].abs().max() > 0 and torch.equal(again[name], alone.state_dict()[name]) for name in bias)
     return {
-        "gradients": max(relative(found[name], wanted[name]) for name in wanted),
-        "weights": max(relative(again[name], value) for name, value in alone.state_dict().items()),
+        "gradients": max(relative_difference(found[name], wanted[name]) for name in wanted),
+        "weights": max(relative_difference(again[name], value) for name, value in alone.state_dict().items()),
         "factor - 1": abs(float(given @ share / share.square().sum()) - 1),
     }
 
 
 #: accelerate refuses tensor parallelism on CPUs alone; this refusal is switched off
-TOO_CAREFUL = "accelerate.parallelism_config.ParallelismConfig._validate_accelerator"
+STRICT_WARNINGS = "accelerate.parallelism_config.ParallelismConfig._validate_accelerator"
 
 
 def check_trainers(folder: Path) -> None:
-    be_rank()
-    for kind, layout in SHOWN:
-        found = compare(folder, kind, LAYOUTS[layout])
+    run_as_rank()
+    for kind, layout in REPORTED:
+        found = compare_trainers(folder, kind, LAYOUTS[layout])
         assert max(found.values()) < 1e-5, (kind, layout, found)
 
 
 #: what the tests run; the command runs all
-SHOWN = (("Trainer", "fsdp 2"), ("Trainer", "fsdp 2, ep 2"), ("Trainer", "tp 2, ep 2"), ("SFTTrainer", "fsdp 2, ep 2"))
+REPORTED = (
+    ("Trainer", "fsdp 2"),
+    ("Trainer", "fsdp 2, ep 2"),
+    ("Trainer", "tp 2, ep 2"),
+    ("SFTTrainer", "fsdp 2, ep 2"),
+)
 
 
 def check_all(folder: Path) -> None:
     """What the tests show, in one start of the processes."""
     engines.check_all(folder)
     check_trainers(folder / "trainers")
-    check_going_on(folder / "trainers", {name: LAYOUTS[name] for name in ("fsdp 2, ep 2", "tp 2, ep 2")})
+    check_resume(folder / "trainers", {name: LAYOUTS[name] for name in ("fsdp 2, ep 2", "tp 2, ep 2")})
     check_refusals(folder / "trainers")
 
 
@@ -161,44 +166,44 @@ def check_refusals(folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**LAYOUTS[layout]))
         for layout in ("tp 2", "fsdp 2")
     )
-    options = settings(folder / "refused", 1)
+    options = make_settings(folder / "refused", 1)
     with pytest.raises(ValueError, match="optimizer state cannot be checkpointed"):
         Trainer(whole, TrainingArguments(**{**options, "save_strategy": "steps"}))
     with pytest.raises(ValueError, match=r"ParallelismConfig is only compatible .* got DistributedType.MULTI_CPU"):
         Trainer(cut, TrainingArguments(**options))
 
 
-def be_rank() -> None:
+def run_as_rank() -> None:
     """What torchrun tells a process."""
-    be_quiet()
+    silence_warnings()
     rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
 
 
-def check_going_on(folder: Path, layouts: dict[str, Sizes]) -> None:
+def check_resume(folder: Path, layouts: dict[str, Sizes]) -> None:
     """Weights and optimizer of one layout go on in another one, by the recipe for distributed checkpoints."""
     torch.set_default_dtype(torch.float32)
-    part = rows()[:2]
+    part = make_rows()[:2]
     for i, (layout, sizes) in enumerate(layouts.items()):
         run = folder / f"run {layout}"
-        model, optimizer = start(folder, sizes)
-        advance(model, optimizer, part)
+        model, optimizer = start_training(folder, sizes)
+        run_steps(model, optimizer, part)
         save_checkpoint(run, model, optimizer, step=1, extra={"step": 1})
-        advance(model, optimizer, part)
-        other, its = start(folder, list(layouts.values())[i - 1])
+        run_steps(model, optimizer, part)
+        other, its = start_training(folder, list(layouts.values())[i - 1])
         assert load_checkpoint(run, other, its) == {"step": 1}
-        advance(other, its, part)
+        run_steps(other, its, part)
         for (name, value), found in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
-            assert relative(whole(found), whole(value)) < 1e-5, (layout, name)
+            assert relative_difference(gather_tensor(found), gather_tensor(value)) < 1e-5, (layout, name)
 
 
-def start(folder: Path, sizes: Sizes) -> tuple[Any, torch.optim.Optimizer]:
+def start_training(folder: Path, sizes: Sizes) -> tuple[Any, torch.optim.Optimizer]:
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes)).train()
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
 
 
-def advance(model: nn.Module, optimizer: torch.optim.Optimizer, part: Tensor) -> None:
+def run_steps(model: nn.Module, optimizer: torch.optim.Optimizer, part: Tensor) -> None:
     model(input_ids=part, labels=part).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -206,19 +211,19 @@ def advance(model: nn.Module, optimizer: torch.optim.Optimizer, part: Tensor) ->
 
 def main() -> None:
     dist.init_process_group("gloo")
-    be_rank()
+    run_as_rank()
     names: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names)
     folder = Path(names[0])
     if dist.get_rank() == 0:
-        build().save_pretrained(folder)
+        build_model().save_pretrained(folder)
     dist.barrier()
     for kind in ("Trainer", "SFTTrainer"):
         for layout, sizes in LAYOUTS.items():
-            found = compare(folder, kind, sizes)
+            found = compare_trainers(folder, kind, sizes)
             if dist.get_rank() == 0:
                 print(f"{kind}, {layout:14}", *(f"{what} {value:.1e}" for what, value in found.items()), flush=True)
-    check_going_on(folder, LAYOUTS)
+    check_resume(folder, LAYOUTS)
     print("every layout goes on in the one before it", flush=True)
     dist.destroy_process_group()
 

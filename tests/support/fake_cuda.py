@@ -26,7 +26,7 @@ from typing import NamedTuple
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Why there can be no fake CUDA here; None if there can."""
     if sys.platform != "linux":
         return f"the library of fake CUDA is built for Linux, this is {sys.platform}"
@@ -37,10 +37,10 @@ def why_not() -> str | None:
 
 
 def fake_cuda() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=load)
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=load_fake_cuda)
 
 
-def load() -> None:
+def load_fake_cuda() -> None:
     """Register the device guard; torch must not have been imported."""
     assert "torch" not in sys.modules, "fake CUDA comes before torch"
     spec = importlib.util.find_spec("torch")
@@ -49,13 +49,13 @@ def load() -> None:
     torch = Path(spec.origin).parent
     library = Path(tempfile.gettempdir()) / f"fake_cuda-{os.getuid()}-{importlib.metadata.version('torch')}.so"
     if not library.exists() or library.stat().st_mtime < SOURCE.stat().st_mtime:
-        build(torch, library)
+        build_library(torch, library)
     for name in ("libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(torch / "lib" / name), ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library))
 
 
-def build(torch: Path, library: Path) -> None:
+def build_library(torch: Path, library: Path) -> None:
     half = library.with_suffix(f".{os.getpid()}")  # another process may be loading what is there
     command = ["g++", "-std=c++20", "-shared", "-fPIC", "-O1", str(SOURCE), "-o", str(half)]
     command += [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
@@ -72,7 +72,7 @@ class Properties(NamedTuple):
 
 
 @contextmanager
-def card(capability: tuple[int, int], arch: str = "") -> Iterator[None]:
+def set_card(capability: tuple[int, int], arch: str = "") -> Iterator[None]:
     """Within it the card's compute capability is this, and of a GPU of AMD its architecture."""
     import torch
 

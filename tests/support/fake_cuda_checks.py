@@ -33,30 +33,30 @@ from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops import grouped as grouped_way
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.stats import track_routing
-from support.fake_cuda import card
-from support.fake_cuda_counts import LAUNCHES, Ledger, count
+from support.fake_cuda import set_card
+from support.fake_cuda_counts import LAUNCHES, Ledger, count_call
 
 DIM, HIDDEN = 64, 96
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 
 
-def factors(capacity: float | None) -> dict[str, float | None]:
+def capacity_factors(capacity: float | None) -> dict[str, float | None]:
     return dict(capacity_factor_train=capacity, capacity_factor_eval=capacity)
 
 
-def grouped(capacity: float | None, outer: tuple[int, ...] = ()) -> TopKGating:
+def make_grouped_gate(capacity: float | None, outer: tuple[int, ...] = ()) -> TopKGating:
     options = dict(num_groups=4, top_groups=2, expert_bias=True, bias=True, score="sigmoid", scale=2.5)
-    return TopKGating(DIM, 8, 3, **options, outer_expert_dims=outer, **factors(capacity))
+    return TopKGating(DIM, 8, 3, **options, outer_expert_dims=outer, **capacity_factors(capacity))
 
 
 ROUTERS: dict[str, Callable[[float | None], nn.Module]] = {
-    "top 2": lambda c: Top2Gating(DIM, 8, **factors(c)),
-    "top 2, by score": lambda c: Top2Gating(DIM, 8, priority="score", **factors(c)),
-    "switch": lambda c: TopKGating(DIM, 8, 1, jitter=0.01, **factors(c)),
-    "top 3": lambda c: TopKGating(DIM, 8, 3, balance_over="batch", **factors(c)),
-    "top 3, by token": lambda c: TopKGating(DIM, 8, 3, priority="token", **factors(c)),
-    "top 3 of groups": grouped,
-    "noisy": lambda c: NoisyTopKGating(DIM, 8, 2, **factors(c)),
+    "top 2": lambda c: Top2Gating(DIM, 8, **capacity_factors(c)),
+    "top 2, by score": lambda c: Top2Gating(DIM, 8, priority="score", **capacity_factors(c)),
+    "switch": lambda c: TopKGating(DIM, 8, 1, jitter=0.01, **capacity_factors(c)),
+    "top 3": lambda c: TopKGating(DIM, 8, 3, balance_over="batch", **capacity_factors(c)),
+    "top 3, by token": lambda c: TopKGating(DIM, 8, 3, priority="token", **capacity_factors(c)),
+    "top 3 of groups": make_grouped_gate,
+    "noisy": lambda c: NoisyTopKGating(DIM, 8, 2, **capacity_factors(c)),
     "expert choice": lambda c: ExpertChoiceGating(DIM, 8),
 }
 EXPERTS: dict[str, Callable[..., nn.Module]] = {
@@ -70,7 +70,7 @@ EXPERTS: dict[str, Callable[..., nn.Module]] = {
 def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Where a GPU is at hand, and modules are made in `dtype` (fake parameters cannot be cast afterwards)."""
     before = torch.get_default_dtype()
-    with card(capability), FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+    with set_card(capability), FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         # what `torch.autocast("cuda", torch.bfloat16)` asks, which a recomputation enters
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
@@ -83,14 +83,14 @@ def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterat
 
 
 @contextmanager
-def on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+def run_on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """The same where tensors are made on the GPU, if nothing else is said."""
     with fake_gpu(dtype, capability), torch.device("cuda"):
         yield
 
 
 @contextmanager
-def autocasting() -> Iterator[None]:
+def enable_autocast() -> Iterator[None]:
     """`torch.autocast("cuda", torch.bfloat16)`, which asks whether there is a GPU."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
@@ -101,18 +101,18 @@ def autocasting() -> Iterator[None]:
         torch.clear_autocast_cache()
 
 
-def one_level(router: str, experts: str, capacity: float | None) -> MoE:
+def make_moe(router: str, experts: str, capacity: float | None) -> MoE:
     return MoE(DIM, 8, gate=ROUTERS[router](capacity), experts=EXPERTS[experts](8))
 
 
-def two_levels(experts: str, capacity: float | None) -> HeirarchicalMoE:
-    inner = TopKGating(DIM, 4, 2, outer_expert_dims=(2,), **factors(capacity))
-    outer = Top2Gating(DIM, 2, **factors(capacity))
+def make_hierarchical_moe(experts: str, capacity: float | None) -> HeirarchicalMoE:
+    inner = TopKGating(DIM, 4, 2, outer_expert_dims=(2,), **capacity_factors(capacity))
+    outer = Top2Gating(DIM, 2, **capacity_factors(capacity))
     return HeirarchicalMoE(DIM, (2, 4), gate_outer=outer, gate_inner=inner, experts=EXPERTS[experts]((2, 4)))
 
 
 def make_layer(router: str, experts: str, capacity: float | None) -> nn.Module:
-    return two_levels(experts, capacity) if router == "two levels" else one_level(router, experts, capacity)
+    return make_hierarchical_moe(experts, capacity) if router == "two levels" else make_moe(router, experts, capacity)
 
 
 def check_layer(
@@ -126,7 +126,7 @@ def check_layer(
     capability: tuple[int, int] = (9, 0),
 ) -> None:
     """Forward and backward, training and not: everything is on the GPU and of the right dtype, nothing waits for it."""
-    with on_gpu(DTYPES[dtype], capability):
+    with run_on_gpu(DTYPES[dtype], capability):
         layer = make_layer(router, experts, capacity)
         for training in (True, False):
             layer.train(training)
@@ -134,10 +134,10 @@ def check_layer(
         check_decoding(layer, DTYPES[dtype], masked, autocast)
 
 
-def called(layer: nn.Module, x: Tensor, masked: bool, autocast: bool) -> tuple[Tensor, Tensor]:
+def call_layer(layer: nn.Module, x: Tensor, masked: bool, autocast: bool) -> tuple[Tensor, Tensor]:
     """What a layer makes, which has to be where its tokens are, wherever else it would be."""
     mask = torch.empty(x.shape[:-1], dtype=torch.bool) if masked else None
-    with torch.device("cpu"), autocasting() if autocast else nullcontext():
+    with torch.device("cpu"), enable_autocast() if autocast else nullcontext():
         out, aux_loss = layer(x, mask=mask)
     assert (out.device.type, out.dtype, out.shape) == ("cuda", x.dtype, x.shape)
     assert (aux_loss.device.type, aux_loss.shape) == ("cuda", ())
@@ -146,7 +146,7 @@ def called(layer: nn.Module, x: Tensor, masked: bool, autocast: bool) -> tuple[T
 
 def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
     x = torch.empty(2, 40, DIM, dtype=dtype, requires_grad=True)
-    out, aux_loss = called(layer, x, masked, autocast)
+    out, aux_loss = call_layer(layer, x, masked, autocast)
     with torch.device("cpu"):
         (out.float().square().mean() + aux_loss).backward()
     for name, tensor in {"x": x, **dict(layer.named_parameters())}.items():
@@ -162,13 +162,13 @@ def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
         for shape in ((2, 1), (1, 20)):
-            called(layer, torch.empty(*shape, DIM, dtype=dtype), masked, autocast)
+            call_layer(layer, torch.empty(*shape, DIM, dtype=dtype), masked, autocast)
 
 
 def check_statistics() -> None:
     """Recording what a gate does waits for nothing; reading it does, and that is seen here."""
-    with on_gpu(torch.bfloat16):
-        layer = one_level("top 3", "gated", 1.0)
+    with run_on_gpu(torch.bfloat16):
+        layer = make_moe("top 3", "gated", 1.0)
         with track_routing(layer) as stats:
             for _ in range(2):
                 check_call(layer, torch.bfloat16, masked=True, autocast=False)
@@ -177,7 +177,7 @@ def check_statistics() -> None:
 
 def check_sync_is_seen() -> None:
     """The tools see what they are for: numbers that are read, a shape that depends on them, two devices."""
-    with on_gpu(torch.float32):
+    with run_on_gpu(torch.float32):
         x = torch.empty(4)
         wrong = {
             "DataDependentOutputException": lambda: x.sum().item(),
@@ -190,26 +190,26 @@ def check_sync_is_seen() -> None:
             assert raised.typename == error
 
 
-def check_way(dtype: str, capability: tuple[int, int], way: str, reasons: dict[str, str]) -> None:
+def check_implementation(dtype: str, capability: tuple[int, int], implementation: str, reasons: dict[str, str]) -> None:
     """The way that is taken unasked on a card, and what is said of faster ones."""
-    with on_gpu(DTYPES[dtype], capability):
-        told = ops.explain_call(one_level("top 3", "gated", None), torch.empty(1, 8, DIM, dtype=DTYPES[dtype]))
-    assert told.way == way
+    with run_on_gpu(DTYPES[dtype], capability):
+        described = ops.explain_call(make_moe("top 3", "gated", None), torch.empty(1, 8, DIM, dtype=DTYPES[dtype]))
+    assert described.implementation == implementation
     for name, reason in reasons.items():
-        assert reason in told.reasons[name], told.reasons
+        assert reason in described.reasons[name], described.reasons
 
 
-def check_amd(arch: str, asked: bool, way: str) -> None:
+def check_amd_gpu(arch: str, asked: bool, implementation: str) -> None:
     """The way that is taken on a GPU of AMD, and what is said of faster ones."""
-    with on_gpu(torch.bfloat16), card((9, 4), arch + ":sramecc+:xnack-"), pytest.MonkeyPatch.context() as patch:
+    with run_on_gpu(torch.bfloat16), set_card((9, 4), arch + ":sramecc+:xnack-"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
-        patch.setattr(grouped_way, "AMD_ASKED", asked)
-        layer = one_level("top 3", "gated", None)
-        told = ops.explain_call(layer, torch.empty(1, 8, DIM))
+        patch.setattr(grouped_way, "IS_AMD_GROUPED_GEMM_ENABLED", asked)
+        layer = make_moe("top 3", "gated", None)
+        described = ops.explain_call(layer, torch.empty(1, 8, DIM))
         check_call(layer, torch.bfloat16, masked=True, autocast=False)
-    assert told.way == way
-    assert "NVIDIA" in told.reasons["triton"]
-    assert way == "grouped" or f"not on {arch}" in told.reasons["grouped"]
+    assert described.implementation == implementation
+    assert "NVIDIA" in described.reasons["triton"]
+    assert implementation == "grouped" or f"not on {arch}" in described.reasons["grouped"]
 
 
 def check_other_device(device: str) -> None:
@@ -218,10 +218,10 @@ def check_other_device(device: str) -> None:
     with fake_gpu(torch.bfloat16), torch.device(device):
         for router in (*ROUTERS, "two levels"):
             layer, x = make_layer(router, "gated", 1.0), torch.empty(2, 40, DIM)
-            told = ops.explain_call(layer, x)
-            assert told.way == "batched"
-            assert "NVIDIA" in told.reasons["triton"]
-            assert device in told.reasons["grouped"]
+            described = ops.explain_call(layer, x)
+            assert described.implementation == "batched"
+            assert "NVIDIA" in described.reasons["triton"]
+            assert device in described.reasons["grouped"]
             for training in (True, False):
                 with torch.device("cpu"):
                     out, aux_loss = layer.train(training)(x)
@@ -230,10 +230,10 @@ def check_other_device(device: str) -> None:
 
 def check_family(capability: tuple[int, int], served: bool) -> None:
     """Whether kernels of gates and of experts serve a card: the same is true of both."""
-    with on_gpu(torch.bfloat16, capability):
-        assert launching.has_kernels(torch.device("cuda")) == served
+    with run_on_gpu(torch.bfloat16, capability):
+        assert launching.can_launch_kernels(torch.device("cuda")) == served
         with ops.use("triton"), nullcontext() if served else pytest.raises(ValueError, match="no kernel is written"):
-            one_level("top 3", "gated", None)(torch.empty(1, 8, DIM))
+            make_moe("top 3", "gated", None)(torch.empty(1, 8, DIM))
 
 
 def check_capturing() -> None:
@@ -249,12 +249,12 @@ def check_capturing() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device", on)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
-        patch.setattr(launching, "undisturbed", nullcontext)
+        patch.setattr(launching, "isolate_from_modes", nullcontext)
         check = launching.SelfCheck("some kernels")
         with pytest.warns(UserWarning, match="before some kernels were checked"):
-            assert check.why_wrong(torch.device("cuda", 1), "kind", lambda: None) is not None
+            assert check.failure_reason(torch.device("cuda", 1), "kind", lambda: None) is not None
         current[0] = 1
-        assert check.why_wrong(torch.device("cuda", 0), "kind", lambda: None) is None
+        assert check.failure_reason(torch.device("cuda", 0), "kind", lambda: None) is None
         assert check.verdicts == {"kind": None}
 
 
@@ -267,18 +267,18 @@ def check_entries(capability: tuple[int, int]) -> int:
     judged, launched = [], []
 
     def judge(mean_rows: int, *given: Any) -> None:
-        kind = self_check.Kind(*given)
-        entries = schedule.entries_for(kind.device, kind.dtype)
-        judged.append((schedule.find_schedule(entries, mean_rows), kind.choices))
+        kind = self_check.CallKind(*given)
+        entries = schedule.find_entries(kind.device, kind.dtype)
+        judged.append((schedule.find_schedule(entries, mean_rows), kind.num_choices))
 
     def find(entries: tuple[schedule.Schedule, ...], mean_rows: int) -> schedule.Schedule:
         launched.append(schedule.find_schedule(entries, mean_rows))
         return launched[-1]
 
     seen = set()
-    with on_gpu(torch.bfloat16, capability), ops.use("triton"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "is_fake", lambda tensor: False)
-        patch.setattr(self_check, "why_wrong", judge)
+    with run_on_gpu(torch.bfloat16, capability), ops.use("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "is_fake_tensor", lambda tensor: False)
+        patch.setattr(self_check, "run_self_check", judge)
         patch.setattr(operators, "find_schedule", find)
         layers = {
             3: MoE(DIM, 8, gate=TopKGating(DIM, 8, 3), experts=Experts(DIM, 8, HIDDEN)),
@@ -291,25 +291,25 @@ def check_entries(capability: tuple[int, int]) -> int:
                 x = torch.empty(*shape, DIM, requires_grad=True)
                 judged.clear()
                 launched.clear()
-                with Ledger() as ledger, ledger.of_kernels():
+                with Ledger() as ledger, ledger.count_kernels():
                     layer(x)[0].sum().backward()
-                ((entry, told),) = judged
+                ((entry, described),) = judged
                 assert launched == [entry] * 2, (choices, shape, launched, entry)
-                assert told == choices
+                assert described == choices
                 seen.add(entry)
     return len(seen)
 
 
 @contextmanager
-def noted() -> Iterator[set[str]]:
+def collect_entries() -> Iterator[set[str]]:
     """The programs of the kernels that are launched."""
-    from support.triton_machine_code import describe, program
+    from support.triton_machine_code import build_program, describe_argument
 
     programs = set()
 
     def note(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        described = {name: describe(value) for name, value in arguments.items()}
-        programs.add(f"{kernel.fn.__name__} {program(kernel, described)}")
+        described = {name: describe_argument(value) for name, value in arguments.items()}
+        programs.add(f"{kernel.fn.__name__} {build_program(kernel, described)}")
 
     with Ledger(), pytest.MonkeyPatch.context() as patch:
         for where in LAUNCHES:
@@ -321,25 +321,25 @@ def check_programs_of_operands() -> None:
     """Calls of one kind launch the programs that its self-check judges: wherever operands lie, whatever numbers row
     weights are, and for any number of experts and blocks."""
     from mixture_of_experts.ops.triton import self_check
-    from mixture_of_experts.ops.triton.form import Form
+    from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 
     def programs(call: Call) -> set[str]:
-        with noted() as found:
-            self_check.by_kernels(call, kind)
-            self_check.same_plans(call.decision)
+        with collect_entries() as found:
+            self_check.compute_by_kernels(call, kind)
+            self_check.are_plans_equal(call.decision)
         return found
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
 
     cpu, both = torch.device("cpu"), (False, False)
-    kind = self_check.Kind(cpu, torch.bfloat16, Form("gated", "silu"), both, both, (0, 0, 0), 2, False)
+    kind = self_check.CallKind(cpu, torch.bfloat16, NetworkSpec("gated", "silu"), both, both, (0, 0, 0), 2, False)
     judged = self_check.make_call(kind, 512, 3)
     wanted = programs(judged)
     assert len(wanted) > 10
     narrow = decision_on(torch.zeros(256, 2).long(), torch.ones(256, 2, dtype=torch.bfloat16), 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_check, "DIM", 1024)  # 16 blocks of hidden_grads
+        patch.setattr(self_check, "MIN_DIM", 1024)  # 16 blocks of hidden_grads
         large = self_check.make_call(kind, 16 * 512, 16)
     apart = judged.network.map(lambda w: torch.cat([w, w[..., :3]], dim=-1)[..., : w.shape[-1]])
     for name, call in {
@@ -354,16 +354,16 @@ def check_programs_of_operands() -> None:
 def check_prepared(training: bool) -> None:
     """After `ops.prepare` calls of the prepared shapes launch no program that was not launched then."""
     sequences, tokens = ([8], [16, 1024]) if training else ([1, 64], [1])
-    with on_gpu(torch.bfloat16, (8, 0)), warnings.catch_warnings():
+    with run_on_gpu(torch.bfloat16, (8, 0)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
         for layer in (MoE(512, 16), MoE(64, 8, gate=TopKGating(64, 8, 3), experts=GatedExperts(64, 8, 96))):
             layer.train(training)
-            with noted() as prepared:
-                ways = ops.prepare(layer, tokens, sequences=sequences)
-            assert {told.way for told in ways.values()} == {"triton"}
-            for shape in ways:
+            with collect_entries() as prepared:
+                implementations = ops.prepare(layer, tokens, sequences=sequences)
+            assert {described.implementation for described in implementations.values()} == {"triton"}
+            for shape in implementations:
                 x = torch.empty(*shape, layer.dim, requires_grad=training)
-                with noted() as found, torch.set_grad_enabled(training):
+                with collect_entries() as found, torch.set_grad_enabled(training):
                     out, aux_loss = layer(x)
                     if training:
                         (out.float().square().mean() + aux_loss).backward()
@@ -372,11 +372,11 @@ def check_prepared(training: bool) -> None:
 
 
 @torch.no_grad()
-def check_way_of_decoding(dtype: str, capability: tuple[int, int], tokens: int, way: str) -> None:
-    with on_gpu(DTYPES[dtype], capability):
-        layer = one_level("top 3", "gated", None).eval()
-        assert ops.explain_call(layer, torch.empty(tokens, 1, DIM)).way == way
-        assert ops.explain_call(layer.train(), torch.empty(tokens, 1, DIM)).way != "triton"
+def check_decoding_implementation(dtype: str, capability: tuple[int, int], tokens: int, implementation: str) -> None:
+    with run_on_gpu(DTYPES[dtype], capability):
+        layer = make_moe("top 3", "gated", None).eval()
+        assert ops.explain_call(layer, torch.empty(tokens, 1, DIM)).implementation == implementation
+        assert ops.explain_call(layer.train(), torch.empty(tokens, 1, DIM)).implementation != "triton"
 
 
 def check_graph_of_decoding(capability: tuple[int, int]) -> None:
@@ -389,17 +389,17 @@ def check_graph_of_decoding(capability: tuple[int, int]) -> None:
 
     with fake_gpu(torch.bfloat16, capability), torch.no_grad():
         with torch.device("cuda"):
-            layer, x = one_level("top 3", "gated", None).eval(), torch.empty(4, 1, DIM)
-        out, _ = as_one_graph(layer, backend)(x)
+            layer, x = make_moe("top 3", "gated", None).eval(), torch.empty(4, 1, DIM)
+        out, _ = compile_fullgraph(layer, backend)(x)
         assert out.shape == x.shape
     (graph,) = graphs
     assert sum("triton_ffn" in str(node.target) for node in graph.graph.nodes) == 1
 
 
-def check_many_experts(number: int, way: str) -> None:
-    with on_gpu(torch.bfloat16):
+def check_many_experts(number: int, implementation: str) -> None:
+    with run_on_gpu(torch.bfloat16):
         layer = MoE(DIM, number, gate=TopKGating(DIM, number, 2), experts=Experts(DIM, number, HIDDEN))
-        assert ops.explain_call(layer, torch.empty(1, 8, DIM)).way == way
+        assert ops.explain_call(layer, torch.empty(1, 8, DIM)).implementation == implementation
         check_call(layer, torch.bfloat16, masked=False, autocast=False)
 
 
@@ -416,7 +416,7 @@ def kernels_of_cuda() -> Iterator[None]:
         yield
 
 
-def as_one_graph(model: nn.Module, backend: Any = "aot_eager") -> Any:
+def compile_fullgraph(model: nn.Module, backend: Any = "aot_eager") -> Any:
     """The model compiled without breaks, up to what Inductor would make of it, which runs operators."""
     # torch's own, of every autograd function that it traces
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
@@ -424,9 +424,9 @@ def as_one_graph(model: nn.Module, backend: Any = "aot_eager") -> Any:
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-def check_compiled(way: str, router: str, capacity: float | None, dtype: str) -> None:
+def check_compiled(implementation: str, router: str, capacity: float | None, dtype: str) -> None:
     """A layer is one graph, forward and backward; "many experts" compute their scores anew."""
-    with ops.use(way), fake_gpu(DTYPES[dtype], CARD[way]), kernels_of_cuda():
+    with ops.use(implementation), fake_gpu(DTYPES[dtype], CARD[implementation]), kernels_of_cuda():
         with torch.device("cuda"):
             x = torch.empty(2, 40, DIM, requires_grad=True)
             if router == "many experts":
@@ -434,15 +434,15 @@ def check_compiled(way: str, router: str, capacity: float | None, dtype: str) ->
                 layer = MoE(256, gate=TopKGating(256, 512, 4), experts=GatedExperts(256, 512, 32))
             else:
                 layer = make_layer(router, "gated", capacity)
-        out, aux_loss = as_one_graph(layer)(x)
+        out, aux_loss = compile_fullgraph(layer)(x)
         (out.float().square().mean() + aux_loss).backward()
         assert all(tensor.grad is not None for tensor in (x, *layer.parameters()))
 
 
-def check_forced(way: str, experts: str, capacity: float | None, dtype: str) -> None:
+def check_forced(implementation: str, experts: str, capacity: float | None, dtype: str) -> None:
     """A way that is asked for, on every router; kernels compute token choice."""
-    with ops.use(way):
-        for router in sorted({*ROUTERS, "two levels"} - ({"expert choice"} if way == "triton" else set())):
+    with ops.use(implementation):
+        for router in sorted({*ROUTERS, "two levels"} - ({"expert choice"} if implementation == "triton" else set())):
             check_layer(router, experts, capacity, dtype, masked=True)
 
 
@@ -459,13 +459,13 @@ SIZES = {
 CARD = {"grouped": (9, 0), "triton": (9, 0), "batched": (8, 0), "plain": (8, 0)}
 
 
-def costs(way: str, size: str = "small") -> dict[str, float]:
+def measure_costs(implementation: str, size: str = "small") -> dict[str, float]:
     """Launches, gigabytes moved by forward and backward, and what is kept by what x and pre-activations are."""
-    tokens, dim, hidden, experts, choices = SIZES.get(f"{size}, {way}", SIZES[size])
-    with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
+    tokens, dim, hidden, experts, choices = SIZES.get(f"{size}, {implementation}", SIZES[size])
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
         layer = MoE(dim, gate=TopKGating(dim, experts, choices), experts=GatedExperts(dim, experts, hidden))
         x = torch.empty(1, tokens, dim, requires_grad=True)
-        counts = count(lambda: layer(x), [x, *layer.parameters()])
+        counts = count_call(lambda: layer(x), [x, *layer.parameters()])
     floor = 2 * tokens * (dim + choices * 2 * hidden)
     return {
         "forward": counts.launches,
@@ -475,13 +475,13 @@ def costs(way: str, size: str = "small") -> dict[str, float]:
     }
 
 
-def costs_with_capacity(way: str) -> dict[str, float]:
+def measure_costs_with_capacity(implementation: str) -> dict[str, float]:
     """Of layers as they are by default, with a capacity, in training: launches of two levels; and what one level keeps,
     by what x and the pre-activations of all slots are."""
-    with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
         x = torch.empty(4, 1024, 512, requires_grad=True)
         layer, grid = MoE(512, 16), HeirarchicalMoE(512, (4, 4))
-        one, two = (count(lambda layer=layer: layer(x), [x, *layer.parameters()]) for layer in (layer, grid))
+        one, two = (count_call(lambda layer=layer: layer(x), [x, *layer.parameters()]) for layer in (layer, grid))
         slots = layer.gate(x).queued.numel() * int(1.25 * 1024 / 16)
     return {
         "forward": two.launches,
@@ -491,23 +491,23 @@ def costs_with_capacity(way: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def launches_of_decoding(way: str, tokens: int = 64) -> int:
+def count_decoding_launches(implementation: str, tokens: int = 64) -> int:
     """Launches of a layer of 128 experts, 8 of them chosen, on tokens of as many sequences in eval."""
-    with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
         layer = MoE(2048, gate=TopKGating(2048, 128, 8), experts=GatedExperts(2048, 128, 768)).eval()
         x = torch.empty(tokens, 1, 2048)
-        with Ledger() as ledger, ledger.of_kernels():
+        with Ledger() as ledger, ledger.count_kernels():
             layer(x)
         return ledger.launches.total()
 
 
-def launches_of_lora(way: str) -> tuple[str, int, int]:
+def count_lora_launches(implementation: str) -> tuple[str, int, int]:
     """Of a layer with low-rank parts of three weights, in training: the way, and how many launches more than the frozen
     layer forward and backward are, each."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other
     from mixture_of_experts.huggingface.lora.wrapper import AdaptedFFN
 
-    with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
         experts, rank = GatedExperts(512, 16, 1024), 16
         parts = {}
         for name, weight in zip(("w_in.0", "w_in.1", "w_out"), experts.requires_grad_(False).parameters(), strict=True):
@@ -516,30 +516,34 @@ def launches_of_lora(way: str) -> tuple[str, int, int]:
             parts[name] = (down, up)
         layer, forward = MoE(512, gate=TopKGating(512, 16, 2), experts=experts), experts.forward
         x = torch.empty(1, 4096, 512, requires_grad=True)
-        frozen = count(lambda: layer(x), [x])
+        frozen = count_call(lambda: layer(x), [x])
         experts.forward = lambda x, decision: forward(x, decision, ffn=AdaptedFFN(parts))  # as PEFT's wrapper calls it
-        counts = count(lambda: layer(x), [x, *(factor for part in parts.values() for factor in part[:2])])
+        counts = count_call(lambda: layer(x), [x, *(factor for part in parts.values() for factor in part[:2])])
         forward_more = counts.launches - frozen.launches
-        return ops.explain_call(layer, x).way, forward_more, counts.launches_both - frozen.launches_both - forward_more
+        return (
+            ops.explain_call(layer, x).implementation,
+            forward_more,
+            counts.launches_both - frozen.launches_both - forward_more,
+        )
 
 
-def launches_of_two_choices(outer: int) -> tuple[int, int]:
+def count_two_choice_launches(outer: int) -> tuple[int, int]:
     """Launches of what `Top2Gating` decides in training, product and losses included: forward, and backward."""
-    with on_gpu(torch.bfloat16):
+    with run_on_gpu(torch.bfloat16):
         gate, shape = Top2Gating(512, 16, outer_expert_dims=outer or ()), (outer, 4, 1024) if outer else (4, 1024)
         x = torch.empty(*shape, 512, requires_grad=True)
         tokens = gate.read(x, importance=torch.empty(shape) if outer else None)
 
         def decide() -> list[Tensor]:
-            assert top2_by_kernel.why_not(gate, tokens) is None
-            made = top2_by_kernel.choose(gate, tokens)
+            assert top2_by_kernel.unsupported_reason(gate, tokens) is None
+            made = top2_by_kernel.choose_by_kernel(gate, tokens)
             return [made.weight, *made.losses.values()]
 
-        counts = count(decide, [])
+        counts = count_call(decide, [])
         return counts.launches, counts.launches_both - counts.launches
 
 
-def kept_of_scores(router: str, autocast: bool) -> float:
+def measure_kept_scores(router: str, autocast: bool) -> float:
     """What a gate of many experts keeps beside its tokens, in units of a float32 for each token and expert."""
     tokens, dim, experts = 1024, 256, 512
     gates: dict[str, Callable[[], nn.Module]] = {
@@ -550,30 +554,30 @@ def kept_of_scores(router: str, autocast: bool) -> float:
         ),
         "expert choice": lambda: ExpertChoiceGating(dim, experts),
     }
-    with on_gpu(torch.float32 if autocast else torch.bfloat16), autocasting() if autocast else nullcontext():
+    with run_on_gpu(torch.float32 if autocast else torch.bfloat16), enable_autocast() if autocast else nullcontext():
         gate, x = gates[router](), torch.empty(1, tokens, dim, requires_grad=True)
 
         def decide() -> list[Tensor]:
             routing = gate(x)
             return [routing.weight, routing.z_loss]
 
-        return count(decide, [x, *gate.parameters(), *gate.buffers()]).kept / (4 * tokens * experts)
+        return count_call(decide, [x, *gate.parameters(), *gate.buffers()]).kept / (4 * tokens * experts)
 
 
-def check_trains(model: nn.Module, windows: Tensor, loss_of: Callable[..., Tensor]) -> None:
+def check_training(model: nn.Module, windows: Tensor, loss_of: Callable[..., Tensor]) -> None:
     """Under autocast a model has gradients of a loss, of what it returns, for all its parameters."""
-    with autocasting(), kernels_of_cuda():
+    with enable_autocast(), kernels_of_cuda():
         returned = model(windows)
     with kernels_of_cuda():
         loss_of(*returned).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def check_billion(code: str) -> int:
+def check_billion_example(code: str) -> int:
     """The README's layer of a billion parameters, at its real size; returns how many it has."""
     code = code.replace(".cuda()", "")  # it is made there: fake parameters cannot be moved
     names: dict[str, Any] = {}
-    with on_gpu(torch.float32):
+    with run_on_gpu(torch.float32):
         exec(code, names)
         assert names["out"].shape == (4, 1024, 512)
         assert names["out"].device.type == "cuda"
@@ -602,7 +606,7 @@ def check_example(compiled: bool) -> None:
         def loss_of(logits: Tensor, aux_loss: Tensor) -> Tensor:
             return nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten()) + aux_loss
 
-        check_trains(as_one_graph(model) if compiled else model, windows[:, :-1], loss_of)
+        check_training(compile_fullgraph(model) if compiled else model, windows[:, :-1], loss_of)
         make_optimizer(model, settings.learning_rate, settings.expert_rate).step()
 
 
@@ -617,4 +621,4 @@ def check_example_for_gpus() -> None:
         with torch.device("cuda"):
             model = train_gpu.LanguageModel(train_gpu.mixture, 64, 2, 32)
             windows = torch.zeros(2, 33, dtype=torch.int64)
-        check_trains(as_one_graph(model), windows, torch.add)
+        check_training(compile_fullgraph(model), windows, torch.add)

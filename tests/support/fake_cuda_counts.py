@@ -21,14 +21,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
+FREE_OPERATORS = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "alias",
+}
 
 #: where kernels start
 LAUNCHES = (
-    "mixture_of_experts.ops.triton.operators.launch",
-    "mixture_of_experts.kernels.top_k.launch",
-    "mixture_of_experts.kernels.queueing.launch",
-    "mixture_of_experts.kernels.top_2.launch",
+    "mixture_of_experts.ops.triton.operators.launch_kernel",
+    "mixture_of_experts.kernels.top_k.launch_kernel",
+    "mixture_of_experts.kernels.queueing.launch_kernel",
+    "mixture_of_experts.kernels.top_2.launch_kernel",
 )
 
 
@@ -52,7 +61,7 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (inside := implementation(func)) is not None:
+        if (inside := find_operator_name(func)) is not None:
             with self:
                 return inside(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -65,7 +74,7 @@ class Ledger(TorchDispatchMode):
         """A Triton kernel, in the place of `operators.launch`. Of what it gathers, as many rows as it reads."""
         self.add(kernel.fn.__name__, ())
         gathered = {"hidden_grads": "grad", "weight_grads": "x" if arguments.get("GATHER_X") else "y"}
-        gathered |= {"bias_grads": "y"} if arguments.get("token") is not None else {}
+        gathered |= {"bias_grads_kernel": "y"} if arguments.get("token") is not None else {}
         for name, tensor in arguments.items():
             if isinstance(tensor, Tensor):
                 size = num_bytes(tensor)
@@ -74,7 +83,7 @@ class Ledger(TorchDispatchMode):
                 self.moved[kernel.fn.__name__] += size
 
     @contextmanager
-    def of_kernels(self) -> Iterator[None]:
+    def count_kernels(self) -> Iterator[None]:
         """Where launches of kernels are counted, and none starts."""
         with pytest.MonkeyPatch.context() as patch:
             for where in LAUNCHES if importlib.util.find_spec("triton") else ():
@@ -83,14 +92,14 @@ class Ledger(TorchDispatchMode):
 
     def add(self, name: str, tensors: Any) -> None:
         self.launches[name] += 1
-        self.moved[name] += sum(map(num_bytes, distinct(tensors)))
+        self.moved[name] += sum(map(num_bytes, unique_tensors(tensors)))
 
     def remember(self, tensors: Any) -> None:
-        for tensor in distinct(tensors):
+        for tensor in unique_tensors(tensors):
             storage = tensor.untyped_storage()
             self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
 
-    def kept(self, known: Iterable[Tensor]) -> int:
+    def get_kept(self, known: Iterable[Tensor]) -> int:
         """Bytes alive of what was made under the ledger, `known` aside."""
         gc.collect()
         aside = {tensor.untyped_storage()._cdata for tensor in known}
@@ -98,7 +107,7 @@ class Ledger(TorchDispatchMode):
         return sum(size for key, size in alive if key not in aside)
 
 
-def implementation(func) -> Callable[..., Any] | None:
+def find_operator_name(func) -> Callable[..., Any] | None:
     """What an operator of this package does, which is what is counted."""
     if func.namespace != "mixture_of_experts":
         return None
@@ -108,7 +117,7 @@ def implementation(func) -> Callable[..., Any] | None:
     return operator._backend_fns.get("cuda") or operator._backend_fns.get(None)
 
 
-def distinct(tensors: Any) -> list[Tensor]:
+def unique_tensors(tensors: Any) -> list[Tensor]:
     return list({id(leaf): leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)}.values())
 
 
@@ -122,23 +131,23 @@ def num_bytes(tensor: Tensor) -> int:
 
 def is_free(func, args, result) -> bool:
     name = func._schema.name.split("::")[-1]
-    if name in FREE or func.is_view or not tree_leaves(result):
+    if name in FREE_OPERATORS or func.is_view or not tree_leaves(result):
         return True
-    made = distinct(result)
+    made = unique_tensors(result)
     if not made or all(tensor.numel() == 0 for tensor in made):
         return True
     if name in ("_to_copy", "clone", "contiguous"):
         return False
-    inputs = {t.untyped_storage()._cdata for t in distinct(args)}
+    inputs = {t.untyped_storage()._cdata for t in unique_tensors(args)}
     mutates = func._schema.is_mutable
     return not mutates and all(t.untyped_storage()._cdata in inputs for t in made)
 
 
-def count(call: Callable[[], Sequence[Tensor]], known: Iterable[Tensor]) -> Counts:
+def count_call(call: Callable[[], Sequence[Tensor]], known: Iterable[Tensor]) -> Counts:
     """Counts of `call`, which returns what is differentiated, and of the backward."""
-    with Ledger() as ledger, ledger.of_kernels():
+    with Ledger() as ledger, ledger.count_kernels():
         results = call()
         forward = ledger.launches.total()
-        kept = ledger.kept(known)
+        kept = ledger.get_kept(known)
         torch.autograd.backward(results, [torch.empty_like(result) for result in results])
     return Counts(forward, ledger.launches.total(), ledger.moved.total(), kept)

@@ -21,13 +21,19 @@ import transformers
 from torch import nn
 
 from mixture_of_experts.huggingface import from_pretrained, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from tests.support.transformers_families import build, inputs, other_classes, outputs, text_types
+from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
+from tests.support.transformers_families import (
+    build_model,
+    compute_outputs,
+    list_other_classes,
+    list_text_types,
+    make_inputs,
+)
 
-CLOSE = 1e-4  # largest difference of an output, in standard deviations of all of them
+TOLERANCE = 1e-4  # largest difference of an output, in standard deviations of all of them
 
 
-Kinds = Literal["upcycles", "refused", "wrong", "unbuilt"]
+ResultKind = Literal["upcycles", "refused", "wrong", "unbuilt"]
 
 
 class Result(NamedTuple):
@@ -40,7 +46,7 @@ class Result(NamedTuple):
         reason: of a refusal, or what was wrong.
     """
 
-    kind: Kinds
+    kind: ResultKind
     model: str = ""
     networks: tuple[str, ...] = ()
     reason: str = ""
@@ -49,9 +55,9 @@ class Result(NamedTuple):
 def try_family(model_type: str, model_class: Any = None) -> Result:
     """Build, compare and say how it went."""
     try:
-        model = build(model_type, model_class)
-        given = inputs(model)
-        dense = outputs(model, given)
+        model = build_model(model_type, model_class)
+        given = make_inputs(model)
+        dense = compute_outputs(model, given)
     except Exception as error:  # any of the rules does not fit
         return Result("unbuilt", reason=f"{type(error).__name__}: {error}"[:200])
     name = type(model).__name__
@@ -63,110 +69,116 @@ def try_family(model_type: str, model_class: Any = None) -> Result:
         found = upcycle(model, num_experts=4, k=2)
     except (ValueError, TypeError) as error:
         same = state.keys() == model.state_dict().keys()
-        return Result("refused" if same else "wrong", name, reason=short(error, name))
-    networks = tuple({stars(path): None for path in found})
-    wrong = [what for what, off in differences(model, trained, plain, given, dense).items() if off > CLOSE]
+        return Result("refused" if same else "wrong", name, reason=shorten_error(error, name))
+    networks = tuple({to_path_pattern(path): None for path in found})
+    wrong = [what for what, off in compare_family(model, trained, plain, given, dense).items() if off > TOLERANCE]
     return Result("wrong" if wrong else "upcycles", name, networks, ", ".join(wrong))
 
 
-def differences(model: Any, trained: Any, plain: Any, given: dict[str, Any], dense: torch.Tensor) -> dict[str, float]:
+def compare_family(
+    model: Any, trained: Any, plain: Any, given: dict[str, Any], dense: torch.Tensor
+) -> dict[str, float]:
     """How far an upcycled model is from the dense one: in evaluation, in training, and after save and load."""
     unit = dense.std()
     called = [0]
-    for feed_forward in feed_forwards(model):
+    for feed_forward in find_feed_forwards(model):
         feed_forward.moe.register_forward_hook(lambda *_: called.__setitem__(0, called[0] + 1))
-    found = outputs(model, given)
+    found = compute_outputs(model, given)
     far = {"evaluation": float((found - dense).abs().max() / unit), "not called": 0.0 if called[0] else 1.0}
 
     far["training"] = training_difference(copy.deepcopy(plain), trained, given)
-    if far["training"] > CLOSE:  # norms over a tiny batch make rounding large: as large, then, as the rounding is
-        far["training"] = training_difference(plain.double(), copy.deepcopy(plain), in_double(given))
+    if far["training"] > TOLERANCE:  # norms over a tiny batch make rounding large: as large, then, as the rounding is
+        far["training"] = training_difference(plain.double(), copy.deepcopy(plain), to_float64(given))
         plain.float()
-    if reloads(plain.eval(), given, dense):
-        far["loading"] = reload(model, given, found)
+    if check_reload(plain.eval(), given, dense):
+        far["loading"] = reload_model(model, given, found)
     return far
 
 
 def training_difference(dense: Any, swapped: Any, given: dict[str, Any]) -> float:
     """One expert draws the same dropout as the network."""
-    expected = seeded(dense.train(), given)
+    expected = seeded_outputs(dense.train(), given)
     upcycle(swapped.eval(), num_experts=1, k=1)
-    return float((seeded(swapped.train(), given) - expected).abs().max() / expected.std())
+    return float((seeded_outputs(swapped.train(), given) - expected).abs().max() / expected.std())
 
 
-def in_double(given: dict[str, Any]) -> dict[str, Any]:
+def to_float64(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value.double() if value.is_floating_point() else value for name, value in given.items()}
 
 
-def reloads(model: Any, given: dict[str, Any], dense: torch.Tensor) -> bool:
+def check_reload(model: Any, given: dict[str, Any], dense: torch.Tensor) -> bool:
     """Whether transformers itself loads what it saved of the dense model."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             model.save_pretrained(folder)
-            return torch.equal(outputs(type(model).from_pretrained(folder).eval(), given), dense)
+            return torch.equal(compute_outputs(type(model).from_pretrained(folder).eval(), given), dense)
         except Exception:  # any of their own
             return False
 
 
-def reload(model: Any, given: dict[str, Any], found: torch.Tensor) -> float:
+def reload_model(model: Any, given: dict[str, Any], found: torch.Tensor) -> float:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
             again = from_pretrained(folder, type(model)).eval()
         except (ValueError, RuntimeError):
             return float("inf")
-        return float((outputs(again, given) - found).abs().max())
+        return float((compute_outputs(again, given) - found).abs().max())
 
 
-def seeded(model: nn.Module, given: dict[str, Any]) -> torch.Tensor:
+def seeded_outputs(model: nn.Module, given: dict[str, Any]) -> torch.Tensor:
     transformers.set_seed(7)  # that of numpy too, which draws SpecAugment's masks
-    return outputs(model, given)
+    return compute_outputs(model, given)
 
 
-def stars(path: str) -> str:
+def to_path_pattern(path: str) -> str:
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", path)
 
 
-def short(error: Exception, name: str) -> str:
+def shorten_error(error: Exception, name: str) -> str:
     """The reason in an error's text."""
     text = str(error).split(". Say by")[0]
     return "none was found" if "its modules are" in text else text.split(f"{name}: ")[-1].replace("|", "or")
 
 
-def table(results: dict[str, Result], title: str) -> list[str]:
+def format_table(results: dict[str, Result], title: str) -> list[str]:
     """How many upcycle, and the exceptions: by reason where several share one, else in a table."""
-    kinds = {kind: {n: r for n, r in results.items() if r.kind == kind} for kind in get_args(Kinds)}
+    kinds = {kind: {n: r for n, r in results.items() if r.kind == kind} for kind in get_args(ResultKind)}
     tried = len(results) - len(kinds["unbuilt"])
     refused, wrong = len(kinds["refused"]), len(kinds["wrong"]) or "none"
     reasons = {n: r.reason for n, r in kinds["refused"].items()}
-    shared = {reason: [n for n in reasons if reasons[n] == reason] for reason in SHARED}
+    shared = {reason: [n for n in reasons if reasons[n] == reason] for reason in SHARED_REASONS}
     return [
         f"## {title}",
         "",
         f"{len(kinds['upcycles'])} of {tried} upcycle, {refused} are refused, {wrong} upcycle to other numbers.",
         "",
-        *(f"- {says}: {', '.join(shared[reason])}." for reason, says in SHARED.items() if shared[reason]),
+        *(f"- {says}: {', '.join(shared[reason])}." for reason, says in SHARED_REASONS.items() if shared[reason]),
         f"- No tiny model could be made by the rules of: {', '.join(kinds['unbuilt']) or 'none'}.",
         *("", "| family | why not |", "|---|---|"),
-        *(f"| {n} | {stars_as_code(parted(reason))} |" for n, reason in reasons.items() if reason not in SHARED),
+        *(
+            f"| {n} | {format_patterns(split_reason(reason))} |"
+            for n, reason in reasons.items()
+            if reason not in SHARED_REASONS
+        ),
         *(f"| {n} | equal, but not in: {r.reason} |" for n, r in kinds["wrong"].items()),
         "",
     ]
 
 
-SHARED = {
+SHARED_REASONS = {
     "its blocks have routers and experts already": "Their blocks have routers and experts already",
     "none was found": "No feed-forward network of two or three linear layers is found in",
 }
 
 
-def parted(reason: str) -> str:
+def split_reason(reason: str) -> str:
     """Of a reason for several networks, that of the first."""
     found = re.search(r"others cannot: (.*?)(;|$)", reason)
     return f"some networks can be replaced, others cannot: {found[1]}" if found else reason
 
 
-def stars_as_code(text: str) -> str:
+def format_patterns(text: str) -> str:
     """Paths with stars would be read as emphasis."""
     return re.sub(r"[\w.]*\*[\w.*]*", lambda match: f"`{match[0]}`", text)
 
@@ -180,8 +192,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    others = other_classes()
-    text = list(text_types())
+    others = list_other_classes()
+    text = list(list_text_types())
     known: dict[str, Result] = {}
     if arguments.results and arguments.results.exists():
         known = {name: Result(*values) for name, values in json.loads(arguments.results.read_text()).items()}
@@ -194,15 +206,16 @@ def main() -> None:
     if arguments.write:
         of_text = {name: result for name, result in known.items() if name not in others}
         of_others = {name: result for name, result in known.items() if name in others}
-        lines = [*HEAD, *table(of_text, "Text"), *table(of_others, "Pictures and sound")]
+        lines = [*TABLE_HEADER, *format_table(of_text, "Text"), *format_table(of_others, "Pictures and sound")]
         arguments.write.write_text("\n".join(lines).rstrip() + "\n")
 
 
-HEAD = [
+TABLE_HEADER = [
     "# Families that do not upcycle",
     "",
     f"The families of text, pictures and sound of transformers {transformers.__version__} upcycle, but for those named",
-    f"here: outputs are within {CLOSE} of the dense model's, in units of their deviation. That holds with four experts",
+    f"here: outputs are within {TOLERANCE} of the dense model's, in units of their deviation. That holds with four "
+    f"experts",
     "in evaluation, and with one expert and the same seed in training, with the dropout of the family's configuration.",
     "They are equal after saving and loading, where transformers can load the saved dense model. If a family is",
     "refused, the model is not changed.",

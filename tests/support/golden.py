@@ -14,12 +14,12 @@ FOLDER = Path(__file__).parents[1] / "golden"
 ATOL = {"combine": 3e-7, "loss": 3e-7, "gradient": 3e-6, "output": 4e-6}
 
 
-def names(*prefixes: str) -> list[str]:
+def list_cases(*prefixes: str) -> list[str]:
     """Names of the cases whose name starts with one of the prefixes."""
     return sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem.startswith(prefixes))
 
 
-class Case:
+class GoldenCase:
     """One recorded case: `case["inputs"]` is an array of it as a tensor, `case.hyper` its hyperparameters."""
 
     def __init__(self, name: str):
@@ -63,7 +63,7 @@ class Case:
         return self[key].transpose(0, 1)
 
 
-def check(got: Tensor, expected: Tensor, kind: str, what: str = "") -> None:
+def assert_matches(got: Tensor, expected: Tensor, kind: str, what: str = "") -> None:
     """Compare within the tolerance of the recorded cases.
 
     It is relative to the array's largest value where that is above 1: entries of these gradients reach 40, and the

@@ -24,23 +24,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, gating, ops
-from mixture_of_experts.around import (
+from mixture_of_experts.experts import ExpertList, RoutedExperts
+from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups
+from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SiTU, SquaredReLU
+from mixture_of_experts.ops.cpu.batch_invariant import sample_products
+from mixture_of_experts.quantize import quantize_experts
+from mixture_of_experts.recipes import SharedExpert
+from mixture_of_experts.support.batch_invariance import find_block_rows
+from mixture_of_experts.unstack import unstack
+from mixture_of_experts.wrappers import (
+    GatedSharedExpert,
     InputWeightedExperts,
     LatentExperts,
     NormedExperts,
     Scale,
     Shift,
-    TokenGated,
     ZeroComputationExperts,
 )
-from mixture_of_experts.experts import ExpertList, RoutedExperts
-from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups
-from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SiTU, SquaredReLU
-from mixture_of_experts.ops.cpu.batch_invariant import products
-from mixture_of_experts.quantize import quantize_experts
-from mixture_of_experts.recipes import SharedExpert
-from mixture_of_experts.support.same_bits import rows_of_block
-from mixture_of_experts.unstack import unstack
 
 TOKENS, IDS, STATE, E = 40, 50, 12, 8
 DIMS = (64, 36, 200)
@@ -124,7 +124,7 @@ class LinearExperts(RoutedExperts):
         self.weight = nn.Parameter(torch.randn(E, dim, dim) * dim**-0.5)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        return ops.grouped_product(rows, self.weight, num_tokens_per_expert)
+        return ops.grouped_matmul(rows, self.weight, num_tokens_per_expert)
 
 
 class SlotExperts(nn.Module):
@@ -227,7 +227,7 @@ ROUTERS["forced"] = forced
 def asks_for_blocks(p: int, q: int) -> bool:
     """Whether a row alone gets other bits from this CPU's products of float32, `p x q`. Where it does not, the fastest
     implementation keeps the bits too."""
-    return rows_of_block(products, (p, q), torch.empty(2, p, q, dtype=torch.float32)) > 1
+    return find_block_rows(sample_products, (p, q), torch.empty(2, p, q, dtype=torch.float32)) > 1
 
 
 def lora(dim: int, fast: bool) -> Any:
@@ -303,7 +303,7 @@ SHARED: dict[str, Make] = {
     "shared, bias": lambda d: SharedExpert(d, 33, nn.GELU, bias=True),
     "shared, clamped": lambda d: SharedExpert(d, 40, ClampedSwiGLU),
     "shared, SiTU": lambda d: SharedExpert(d, 40, SiTU),
-    "token gated": lambda d: TokenGated(SharedExpert(d, 24), nn.Linear(d, 1, bias=False)),
+    "token gated": lambda d: GatedSharedExpert(SharedExpert(d, 24), nn.Linear(d, 1, bias=False)),
     "sequential": lambda d: nn.Sequential(nn.LayerNorm(d), nn.Linear(d, 24), nn.Tanh(), nn.Linear(24, d), Scale(0.5)),
     "norm": lambda d: nn.RMSNorm(d),
     "softmax": lambda d: nn.Sequential(nn.Linear(d, d), nn.Softmax(dim=-1)),

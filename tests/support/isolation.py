@@ -66,7 +66,7 @@ def grouped_mm(x: Tensor, y: Tensor, *, offs: Tensor) -> Tensor:
 def compute_grouped_as_on_cuda(patch: pytest.MonkeyPatch) -> None:
     """The way "grouped" computes CPU tensors as it computes CUDA tensors on an H100."""
     patch.setattr(grouped, "run", lambda call: batched.run(call, grouped.GroupedProducts))
-    patch.setattr(grouped, "capability", lambda device: (9, 0))
+    patch.setattr(grouped, "get_device_capability", lambda device: (9, 0))
     patch.setattr(grouped.F, "grouped_mm", grouped_mm)
 
 

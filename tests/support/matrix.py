@@ -30,13 +30,13 @@ from . import configurations as matrix
 from .configurations import Bank, Configuration, Router
 
 
-def independent() -> contextlib.AbstractContextManager:
+def independent_examples() -> contextlib.AbstractContextManager:
     """Have hypothesis draw every configuration anew, not five like each other: the search for what goes wrong together
     is not the point where nothing goes wrong."""
     return mock.patch.object(ConjectureRunner, "generate_mutations_from")
 
 
-def of_seed(number: int, examples: int, *more: Phase) -> Callable[[Any], Any]:
+def seed_examples(number: int, examples: int, *more: Phase) -> Callable[[Any], Any]:
     """Have hypothesis call a function with so many examples of this seed, whatever the tests' profile says."""
     run = settings(
         max_examples=examples,
@@ -59,21 +59,21 @@ def run_seed(kind: str, number: int, count: int) -> dict[str, Any]:
     axes: collections.Counter = collections.Counter()
     mismatches, seen, start = [], set(), time.perf_counter()
 
-    @of_seed(number, count)
+    @seed_examples(number, count)
     @given(matrix.configurations((kind,)))
     def run(c: Configuration) -> None:
         if repr(c) in seen:
             return
         seen.add(repr(c))
         try:
-            outcome = matrix.check(c)
+            outcome = matrix.check_configuration(c)
         except Exception as error:  # a mismatch, or a crash of either side
             outcome = "mismatch"
             mismatches.append({"configuration": repr(c), "error": f"{type(error).__name__}: {error}"[:500]})
         found[outcome] += 1
         axes.update(c.axes())
 
-    with independent():
+    with independent_examples():
         run()
     return {
         "kind": kind,
@@ -87,18 +87,18 @@ def run_seed(kind: str, number: int, count: int) -> dict[str, Any]:
     }
 
 
-def lines_of(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines that are whole: the last one may not be, of a run that was killed."""
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
         if line.endswith("\n"):
             yield json.loads(line)
 
 
-def run_all(kind: str, configurations: int, path: Path, number: int = 0) -> None:
+def run_all_seeds(kind: str, configurations: int, path: Path, number: int = 0) -> None:
     """Seeds from `number` on, until there are so many configurations of this kind."""
     if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
         path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a line that a killed run did not end
-    lines = [line for line in lines_of(path) if line["kind"] == kind]
+    lines = [line for line in read_lines(path) if line["kind"] == kind]
     done, total = {line["seed"] for line in lines}, sum(line["configurations"] for line in lines)
     while total < configurations:
         if number not in done:
@@ -110,11 +110,11 @@ def run_all(kind: str, configurations: int, path: Path, number: int = 0) -> None
         number += 1
 
 
-def summary(paths: list[Path]) -> None:
+def print_summary(paths: list[Path]) -> None:
     """What is in the results, in Markdown."""
     kinds: dict[str, collections.Counter] = {}
     axes: collections.Counter = collections.Counter()
-    for line in (line for path in paths for line in lines_of(path)):
+    for line in (line for path in paths for line in read_lines(path)):
         totals = kinds.setdefault(line["kind"], collections.Counter())
         totals.update({name: line.get(name, 0) for name in ("configurations", *OUTCOMES)}, seeds=1)
         axes.update(line["axes"])
@@ -150,11 +150,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.configuration:
         names = {"Configuration": Configuration, "Router": Router, "Bank": Bank}
-        print(matrix.check(eval(given.configuration, names)))
+        print(matrix.check_configuration(eval(given.configuration, names)))
     if given.configurations:
-        run_all(given.kind, given.configurations, given.results[0], given.first_seed)
+        run_all_seeds(given.kind, given.configurations, given.results[0], given.first_seed)
     if given.summary:
-        summary(given.results)
+        print_summary(given.results)
 
 
 if __name__ == "__main__":

@@ -17,42 +17,42 @@ from torch.distributed.tensor import DTensor
 import mixture_of_experts
 from mixture_of_experts import MoE
 from mixture_of_experts.parallel import average_gradients, replicated_parameters
-from support.checkpoint_recipe import checkpoints, load_checkpoint, save_checkpoint
-from support.parallel_checks import make_mesh, spread
-from support.parallel_layers import DIM, EXPERTS, HIDDEN, Model, make, make_model
-from support.parallel_training import LAYOUTS, make_optimizer, train_together
-from support.parallel_workers import whole
-from support.published import OPTIONS
+from support.checkpoint_recipe import list_checkpoints, load_checkpoint, save_checkpoint
+from support.parallel_checks import make_mesh, parallelize_model
+from support.parallel_layers import DIM, EXPERTS, HIDDEN, Model, make_layer, make_model
+from support.parallel_training import LAYOUTS, make_optimizer, train_distributed
+from support.parallel_workers import gather_tensor
+from support.published_layers import OPTIONS
 
 PUBLISHED = Path(__file__).parents[1] / "published" / "cases.pt"
 EXTRA = {"step": 3, "name": "run", "nested": {"empty": [], "pair": (1, None)}}
-Numbers = dict[str, Tensor]
+State = dict[str, Tensor]
 
 
-def numbers_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Numbers:
+def read_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> State:
     """Everything that a checkpoint has to bring back, whole, by name: parameters, buffers, and the state of each."""
-    numbers = {name: whole(buffer) for name, buffer in model.named_buffers()}
+    numbers = {name: gather_tensor(buffer) for name, buffer in model.named_buffers()}
     settings = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        numbers[name] = whole(parameter.detach())
+        numbers[name] = gather_tensor(parameter.detach())
         for key, value in optimizer.state[parameter].items():
-            numbers[f"{name}.{key}"] = whole(value)
+            numbers[f"{name}.{key}"] = gather_tensor(value)
         numbers[f"{name}.lr"] = torch.tensor(settings[id(parameter)])
     return {name: value.clone() for name, value in numbers.items()}
 
 
-def save(folder: Path, layout: str, layers: tuple[str, ...], step: int = 3) -> Numbers:
+def save_training_state(folder: Path, layout: str, layers: tuple[str, ...], step: int = 3) -> State:
     """Train three steps in a layout, save, and tell what was saved."""
-    model, optimizer, _ = train_together(layout, steps=3, layers=layers)
+    model, optimizer, _ = train_distributed(layout, steps=3, layers=layers)
     for group in optimizer.param_groups:
         group["lr"] = 0.0123
     path = save_checkpoint(folder, model, optimizer, step=step, extra=EXTRA)
     assert path.name == f"step-{step:09d}"
-    assert checkpoints(folder)[-1] == path
-    return numbers_of(model, optimizer)
+    assert list_checkpoints(folder)[-1] == path
+    return read_state(model, optimizer)
 
 
-def load(folder: Path, layout: str | None, layers: tuple[str, ...], saved: Numbers) -> None:
+def load_training_state(folder: Path, layout: str | None, layers: tuple[str, ...], saved: State) -> None:
     """Load into a layout (None: one process) whose numbers are others, and find the saved ones."""
     model = make_model(layers=layers)
     for parameter in model.parameters():
@@ -62,7 +62,7 @@ def load(folder: Path, layout: str | None, layers: tuple[str, ...], saved: Numbe
     optimizer = make_optimizer(model)
     extra = load_checkpoint(folder, model, optimizer)
     assert extra == EXTRA
-    found = numbers_of(model, optimizer)
+    found = read_state(model, optimizer)
     assert found.keys() == saved.keys()
     for name, value in found.items():
         assert torch.equal(value, saved[name]), name
@@ -77,10 +77,10 @@ def save_after_a_kill(folder: Path, step: int) -> None:
     save_checkpoint(folder, model, optimizer, step=step, extra=EXTRA)
 
 
-def go_on(folder: Path, layout: str, steps: int) -> Numbers:
+def resume_training(folder: Path, layout: str, steps: int) -> State:
     """Load, train on, and tell where that led."""
-    model = train_together(layout, steps=steps, resume=folder)[0]
-    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    model = train_distributed(layout, steps=steps, resume=folder)[0]
+    return {name: gather_tensor(parameter.detach()) for name, parameter in model.named_parameters()}
 
 
 def save_and_die(folder: Path, steps: tuple[int, int]) -> str:
@@ -108,7 +108,7 @@ def save_and_die(folder: Path, steps: tuple[int, int]) -> str:
 
 def check_state_dict_of_one_process(layout: str) -> None:
     """`load_state_dict` as in one process; under FSDP2 `set_model_state_dict`, as for any model."""
-    state = other_numbers(make_model().state_dict())
+    state = perturb_state(make_model().state_dict())
     model: Model = make_model()
     LAYOUTS[layout](model)
     if "fsdp" in layout:
@@ -118,10 +118,10 @@ def check_state_dict_of_one_process(layout: str) -> None:
         assert not result.missing_keys
         assert not result.unexpected_keys
     for name, value in model.state_dict().items():
-        assert torch.equal(whole(value), state[name]), name
+        assert torch.equal(gather_tensor(value), state[name]), name
 
 
-def other_numbers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def perturb_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
         name: torch.randn(value.shape, generator=generator, dtype=value.dtype) if value.is_floating_point() else value
@@ -141,7 +141,7 @@ def check_published_checkpoint() -> None:
         if ("random" in name and kind == "HeirarchicalMoE") or name.startswith("moe_drops"):  # the latter has 3 experts
             continue
         layer = getattr(mixture_of_experts, kind)(6, num_experts, **{"activation": nn.ReLU, **options})
-        spread(layer.to(case["x"].dtype), make_mesh()).train(name.endswith("train"))
+        parallelize_model(layer.to(case["x"].dtype), make_mesh()).train(name.endswith("train"))
         layer.load_state_dict(case["state"])
         x = case["x"][rank : rank + 1].clone().requires_grad_()
         torch.manual_seed(1)
@@ -165,12 +165,12 @@ def compare_with_published(layer: nn.Module, out: Tensor, loss: Tensor, x: Tenso
     torch.testing.assert_close(loss / 2, case["loss"], **close)
     average_gradients(replicated_parameters(layer).values(), dist.group.WORLD)
     for name, parameter in layer.named_parameters():
-        torch.testing.assert_close(whole(parameter.grad), case["grads"][name], **close, msg=name)
+        torch.testing.assert_close(gather_tensor(parameter.grad), case["grads"][name], **close, msg=name)
 
 
-def save_own_part(folder: Path) -> None:
+def save_local_part(folder: Path) -> None:
     """What a rank has of a stack, as a DTensor and as a plain tensor."""
-    state = spread(make("top2"), make_mesh()).state_dict()
+    state = parallelize_model(make_layer("top2"), make_mesh()).state_dict()
     plain = {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
     torch.save([state, plain], folder / f"{dist.get_rank()}.pt")
 
@@ -179,11 +179,11 @@ def check_part_of_other_ranks(folder: Path, saved_by: int) -> None:
     """A part that a rank of other ranks saved is refused by name."""
     for state in torch.load(folder / f"{saved_by - 1 - dist.get_rank()}.pt", weights_only=True):
         with pytest.raises(RuntimeError, match=r"(?s)experts\.w1.*experts\.w2"):
-            spread(make("top2"), make_mesh()).load_state_dict(state)
+            parallelize_model(make_layer("top2"), make_mesh()).load_state_dict(state)
 
 
 def check_wrong_shape_is_named() -> None:
-    moe = spread(MoE(DIM, EXPERTS, HIDDEN), make_mesh())
+    moe = parallelize_model(MoE(DIM, EXPERTS, HIDDEN), make_mesh())
     state = MoE(DIM, EXPERTS, HIDDEN + 1).state_dict()
     with pytest.raises(RuntimeError, match=r"size mismatch for experts.w1: .*\[8, 8, 13\].*\[8, 8, 12\]"):
         moe.load_state_dict(state)
@@ -191,5 +191,5 @@ def check_wrong_shape_is_named() -> None:
 
 def save_without_changes(folder: Path, layout: str) -> None:
     """Train three steps and save."""
-    model, optimizer, _ = train_together(layout, steps=3)
+    model, optimizer, _ = train_distributed(layout, steps=3)
     save_checkpoint(folder, model, optimizer, step=3, extra={"step": 3})

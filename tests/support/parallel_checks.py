@@ -38,18 +38,18 @@ from support.parallel_layers import (
     HIDDEN,
     LENGTH,
     SIZES,
+    CustomExperts,
     Model,
-    OwnExperts,
-    batch,
-    make,
-    own_part,
-    replicated,
-    shared_expert,
-    top2,
+    local_part,
+    make_batch,
+    make_layer,
+    make_shared_expert,
+    make_top2,
+    replicate_layer,
 )
-from support.parallel_workers import this_rank, whole
+from support.parallel_workers import gather_tensor, get_rank
 
-CLOSE = dict(rtol=0, atol=1e-10)
+TOLERANCE = dict(rtol=0, atol=1e-10)
 
 
 def make_mesh(data_parallel: int = 1) -> DeviceMesh:
@@ -58,21 +58,21 @@ def make_mesh(data_parallel: int = 1) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "ep"))
 
 
-def spread(model: nn.Module, mesh: DeviceMesh, key: str = "", **options: Any) -> nn.Module:
+def parallelize_model(model: nn.Module, mesh: DeviceMesh, key: str = "", **options: Any) -> nn.Module:
     """The model with its layer at `key` spread over the mesh's "ep"; the batch is that of all ranks."""
     style = ExpertParallel(batch_group=dist.group.WORLD, **options)
     return parallelize_module(model, mesh["ep"], {key: style})
 
 
-def whole_gradient(parameter: Tensor, own: bool, mesh: DeviceMesh, gradient: str = "mean") -> Tensor:
+def gather_gradient(parameter: Tensor, own: bool, mesh: DeviceMesh, gradient: str = "mean") -> Tensor:
     """The gradient of a parameter over all ranks' losses, as DDP or FSDP2 would leave it."""
-    value, ranks = whole(parameter.grad).clone(), mesh["dp"].get_group() if own else dist.group.WORLD
+    value, ranks = gather_tensor(parameter.grad).clone(), mesh["dp"].get_group() if own else dist.group.WORLD
     dist.all_reduce(value, group=ranks)
     return value / dist.get_world_size(ranks) if gradient == "mean" else value
 
 
 @contextmanager
-def recorded_losses(model: nn.Module):
+def record_losses(model: nn.Module):
     """The named losses of every routing, with the z-loss."""
     losses: list[dict[str, Tensor]] = []
 
@@ -88,26 +88,26 @@ def recorded_losses(model: nn.Module):
 def check_exact(layer: str, data_parallel: int = 1, masked: bool = False, gradient: str = "mean") -> None:
     """Outputs, losses and all gradients are those of one process on the whole batch."""
     mesh, world = make_mesh(data_parallel), dist.get_world_size()
-    alone = make(layer)
-    together = spread(copy.deepcopy(alone), mesh, gradient=gradient, replicated=replicated(layer))
-    x, mask = batch(masked)
+    alone = make_layer(layer)
+    together = parallelize_model(copy.deepcopy(alone), mesh, gradient=gradient, replicated=replicate_layer(layer))
+    x, mask = make_batch(masked)
     cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) / x[..., 0].numel()
 
     x_alone = x.clone().requires_grad_()
-    with recorded_losses(alone) as losses_alone:
+    with record_losses(alone) as losses_alone:
         out_alone, aux_alone = alone(x_alone, mask)
     ((out_alone * cotangent).sum() + aux_alone).backward()
 
     # every rank's loss is its part of the mean over all tokens, times the number of ranks
-    x_own = own_part(x).clone().requires_grad_()
-    with recorded_losses(together) as losses_own:
-        out_own, aux_own = together(x_own, None if mask is None else own_part(mask))
-    share = (out_own * own_part(cotangent)).sum() * world + aux_own
+    x_own = local_part(x).clone().requires_grad_()
+    with record_losses(together) as losses_own:
+        out_own, aux_own = together(x_own, None if mask is None else local_part(mask))
+    share = (out_own * local_part(cotangent)).sum() * world + aux_own
     (share if gradient == "mean" else share / world).backward()
 
-    torch.testing.assert_close(out_own, own_part(out_alone), **CLOSE)
+    torch.testing.assert_close(out_own, local_part(out_alone), **TOLERANCE)
     scale = world if gradient == "mean" else 1
-    torch.testing.assert_close(x_own.grad / scale, own_part(x_alone.grad), **CLOSE)
+    torch.testing.assert_close(x_own.grad / scale, local_part(x_alone.grad), **TOLERANCE)
     check_same_losses(losses_own, losses_alone)
     check_same_gradients(together, alone, mesh, gradient)
     check_same_counts(together, alone)
@@ -122,7 +122,7 @@ def check_same_losses(own: list[dict[str, Tensor]], alone: list[dict[str, Tensor
             average = value.detach().clone()
             dist.all_reduce(average)
             average = average / dist.get_world_size()
-            torch.testing.assert_close(average, theirs[name].detach(), **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(average, theirs[name].detach(), **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def check_same_gradients(together: nn.Module, alone: nn.Module, mesh: DeviceMesh, gradient: str = "mean") -> None:
@@ -131,15 +131,15 @@ def check_same_gradients(together: nn.Module, alone: nn.Module, mesh: DeviceMesh
     seen = 0
     for name, parameter in together.named_parameters():
         assert parameter.grad is not None, name
-        found = whole_gradient(parameter, name in own, mesh, gradient)
-        torch.testing.assert_close(found, reference[name].grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        found = gather_gradient(parameter, name in own, mesh, gradient)
+        torch.testing.assert_close(found, reference[name].grad, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
         seen += 1
     assert seen == len(reference)
 
 
 def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
     """The expert bias, and the coefficient of ReLU routers, move as they do in one process."""
-    one = this_rank()
+    one = get_rank()
     for gate, reference in zip(together.modules(), alone.modules(), strict=False):
         if getattr(gate, "expert_bias", None) is not None:
             assert reference.expert_counts.sum() > 0
@@ -158,8 +158,8 @@ def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
 
 def check_unequal_sizes_are_tested() -> None:
     """The exact comparisons above do have a rank without tokens, and an expert without."""
-    moe = make("top-k, dropless")
-    routing = moe.gate(batch()[0])
+    moe = make_layer("top-k, dropless")
+    routing = moe.gate(make_batch()[0])
     assert 0 in SIZES[4]
     assert len(set(SIZES[2])) == 2
     assert routing.queued.sum(0)[3] == 0
@@ -173,7 +173,7 @@ def check_refusals() -> None:
     """What cannot be spread is refused with the reason, before anything is changed."""
     mesh = make_mesh()
     one_dimensional = mesh["ep"]
-    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"ffn": make("top2")}) for _ in range(2)])})
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"ffn": make_layer("top2")}) for _ in range(2)])})
     spreads, listed = ExpertParallel(), MoE(DIM, experts=[nn.Linear(DIM, DIM) for _ in range(EXPERTS)])
     for error, where, layer, plan in (
         (r"'layers.\*.fnn' matches no submodule .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
@@ -182,7 +182,7 @@ def check_refusals() -> None:
         ("6 experts cannot be divided among 4 ranks", one_dimensional, MoE(DIM, 6), spreads),
         ("2 outer experts cannot be divided among 4", one_dimensional, HeirarchicalMoE(DIM, (2, 4)), spreads),
         (r"no parameter .* \(8,\) experts", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
-        (r"replicated names \['w9'\]", one_dimensional, make("top2"), ExpertParallel(replicated=["w9"])),
+        (r"replicated names \['w9'\]", one_dimensional, make_layer("top2"), ExpertParallel(replicated=["w9"])),
         ("a list of modules cannot be spread .* stack its weights", one_dimensional, listed, spreads),
     ):
         with pytest.raises((ValueError, TypeError), match=error):
@@ -194,10 +194,10 @@ def check_refusals() -> None:
         parallelize_module(model, one_dimensional, {"layers.0.ffn": spreads})
 
 
-def check_what_is_spread() -> None:
+def check_sharded_parameters() -> None:
     """Names stay, stacks become DTensors of which a rank stores its part, the rest starts as on the first rank."""
     torch.manual_seed(dist.get_rank())
-    moe = top2(shared_expert=shared_expert())
+    moe = make_top2(shared_expert=make_shared_expert())
     names, mine = list(moe.state_dict()), copy.deepcopy(moe.state_dict())
     parallelize_module(moe, make_mesh()["ep"], ExpertParallel())
     assert list(moe.state_dict()) == names
@@ -206,7 +206,7 @@ def check_what_is_spread() -> None:
         start = mine[name].clone()
         dist.broadcast(start, 0)
         assert isinstance(value, DTensor) == name.startswith("experts."), name
-        assert torch.equal(whole(value), start), name
+        assert torch.equal(gather_tensor(value), start), name
     local = moe.experts.w1.to_local()
     assert local.shape == (2, DIM, HIDDEN)
     assert local.untyped_storage().nbytes() == local.nbytes
@@ -216,7 +216,7 @@ def check_what_is_spread() -> None:
 
 def check_source_rank_none() -> None:
     """With `src_data_rank=None` every rank's own parameters are right, and nothing of the whole is kept alive."""
-    moe = make("top2")
+    moe = make_layer("top2")
     mine = moe.experts.w1.detach().clone()
     parallelize_module(moe, make_mesh()["ep"], ExpertParallel(), src_data_rank=None)
     local = moe.experts.w1.to_local()
@@ -228,7 +228,7 @@ def check_meta_start() -> None:
     """A model built without memory gets weights on its own rank only, other ones on every rank."""
     with torch.device("meta"):
         moe = MoE(DIM, EXPERTS, 50)
-    spread(moe, make_mesh())
+    parallelize_model(moe, make_mesh())
     moe.to_empty(device="cpu")
     for module in moe.modules():
         if hasattr(module, "reset_parameters"):
@@ -251,9 +251,9 @@ def check_group_of_gates() -> None:
     before = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
     assert before[0] != before[1]
     for moe, options, expected in (
-        (make("two levels"), {}, mesh["ep"].get_group()),
-        (make("two levels"), {"batch_group": dist.group.WORLD}, dist.group.WORLD),
-        (make("two levels"), {"batch_group": mesh["dp"]}, mesh["dp"].get_group()),
+        (make_layer("two levels"), {}, mesh["ep"].get_group()),
+        (make_layer("two levels"), {"batch_group": dist.group.WORLD}, dist.group.WORLD),
+        (make_layer("two levels"), {"batch_group": mesh["dp"]}, mesh["dp"].get_group()),
     ):
         parallelize_module(moe, mesh["ep"], ExpertParallel(**options))
         assert moe.gate_outer.process_group is moe.gate_inner.process_group is expected
@@ -268,9 +268,9 @@ def check_copies() -> None:
     gate = TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD)
     assert copy.deepcopy(gate).process_group is dist.group.WORLD
     assert list(gate.state_dict()) == ["w_gating"]
-    moe = spread(make("top2"), make_mesh())
+    moe = parallelize_model(make_layer("top2"), make_mesh())
     twin = copy.deepcopy(moe)
-    out, same = moe(own_part(batch()[0]))[0], twin(own_part(batch()[0]))[0]
+    out, same = moe(local_part(make_batch()[0]))[0], twin(local_part(make_batch()[0]))[0]
     assert torch.equal(out, same)
     nn.init.zeros_(next(twin.experts.parameters()))
     assert next(moe.experts.parameters()).abs().sum() > 0
@@ -278,26 +278,26 @@ def check_copies() -> None:
 
 def check_replay() -> None:
     """A rank records its own sequences, as one process does; replayed, they overrule another router on all ranks."""
-    alone = make("top-k, dropless")
-    together, x = spread(copy.deepcopy(alone), make_mesh()), batch()[0]
+    alone = make_layer("top-k, dropless")
+    together, x = parallelize_model(copy.deepcopy(alone), make_mesh()), make_batch()[0]
     with record_routing(alone) as whole, record_routing(together) as own:
         alone(x)
-        together(own_part(x))
+        together(local_part(x))
     begin = sum(SIZES[dist.get_world_size()][: dist.get_rank()])
     for i, record in enumerate(own["gate"]):
         assert torch.equal(record, whole["gate"][begin + i])
     for moe in (alone, together):
         moe.gate.w_gating.data.neg_()
     with replay_routing(alone, whole), replay_routing(together, own):
-        wanted, got = alone(x)[0], together(own_part(x))[0]
-    torch.testing.assert_close(got, own_part(wanted), **CLOSE)
+        wanted, got = alone(x)[0], together(local_part(x))[0]
+    torch.testing.assert_close(got, local_part(wanted), **TOLERANCE)
     assert not torch.allclose(alone(x)[0], wanted)
 
 
 class ReadingGate(TopKGating):
     """Notes the dtypes of its side inputs."""
 
-    reads = (*TopKGating.reads, "ids", "features")
+    side_inputs = (*TopKGating.side_inputs, "ids", "features")
     seen: dict[str, torch.dtype]
 
     def decide(self, tokens):
@@ -307,7 +307,7 @@ class ReadingGate(TopKGating):
 
 def check_side_inputs_under_fsdp2() -> None:
     """Its mixed precision casts numbers with a point and no others, unless it is told not to."""
-    x, ids = own_part(batch()[0]).bfloat16(), torch.zeros(SIZES[2][dist.get_rank()], LENGTH, dtype=torch.int64)
+    x, ids = local_part(make_batch()[0]).bfloat16(), torch.zeros(SIZES[2][dist.get_rank()], LENGTH, dtype=torch.int64)
     for cast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         moe = MoE(DIM, gate=ReadingGate(DIM, EXPERTS))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
@@ -336,14 +336,14 @@ class Collectives(TorchDispatchMode):
 
 def check_one_rank_has_no_collective() -> None:
     for layer in ("top2", "top-k, dropless", "two levels"):
-        alone = make(layer)
+        alone = make_layer(layer)
         moe = parallelize_module(copy.deepcopy(alone), make_mesh()["ep"], ExpertParallel())
-        x, _ = batch()
+        x, _ = make_batch()
         with Collectives() as collectives:
             out, aux_loss = moe(x)
             (out.sum() + aux_loss).backward()
         assert collectives.names == []
-        torch.testing.assert_close(out, alone(x)[0], **CLOSE)
+        torch.testing.assert_close(out, alone(x)[0], **TOLERANCE)
 
 
 def check_number_of_collectives() -> None:
@@ -356,7 +356,7 @@ def check_number_of_collectives() -> None:
         ("top-k, dropless", {"static_shapes": True}, 5),
         ("top-k, dropless", {}, 5),
     ):
-        moe = spread(make(layer), make_mesh(), **options)
+        moe = parallelize_model(make_layer(layer), make_mesh(), **options)
         with Collectives() as collectives:
             out, aux_loss = moe(x)
             (out.sum() + aux_loss).backward()
@@ -373,10 +373,10 @@ def check_autocast_sends_half() -> None:
         sent.append(x.dtype)
         return channel(self, x, *args)
 
-    alone = make("top-k, dropless").float()
-    moe = spread(copy.deepcopy(alone), make_mesh())
-    x = own_part(batch()[0]).float().requires_grad_()
-    multiplies = mock.patch.object(private_torch, "multiplies", return_value=True)
+    alone = make_layer("top-k, dropless").float()
+    moe = parallelize_model(copy.deepcopy(alone), make_mesh())
+    x = local_part(make_batch()[0]).float().requires_grad_()
+    multiplies = mock.patch.object(private_torch, "has_native_matmul", return_value=True)
     with mock.patch.object(exchange.Channel, "transfer", record), multiplies:
         with torch.autocast("cpu", torch.bfloat16):
             out = moe(x)[0]
@@ -397,22 +397,22 @@ def check_norms() -> None:
     for norm_type in (1.0, 2.0, 3.5, float("inf")):
         alone = Model(layers=("top2", "top-k, dropless", "two levels"))
         together = copy.deepcopy(alone)
-        spread(together, mesh, "layers.*.ffn")
+        parallelize_model(together, mesh, "layers.*.ffn")
         fully_shard(together.layers[2].ffn.experts, mesh=mesh["dp"])
         generator = torch.Generator().manual_seed(7)
         gradients = {name: torch.randn(p.shape, generator=generator) for name, p in alone.named_parameters()}
         for name, parameter in alone.named_parameters():
             parameter.grad = gradients[name].clone()
         for name, parameter in together.named_parameters():
-            parameter.grad = sharded_like(gradients[name], parameter)
+            parameter.grad = shard_like(gradients[name], parameter)
         together.last.weight.grad = alone.last.weight.grad = None
         expected = nn.utils.clip_grad_norm_(alone.parameters(), 1.5, norm_type)
         found = clip_grad_norm_(together, 1.5, norm_type)
-        torch.testing.assert_close(found, expected, **CLOSE)
+        torch.testing.assert_close(found, expected, **TOLERANCE)
         reference = dict(alone.named_parameters())
         for name, parameter in together.named_parameters():
             if parameter.grad is not None:
-                torch.testing.assert_close(whole(parameter.grad), reference[name].grad, **CLOSE)
+                torch.testing.assert_close(gather_tensor(parameter.grad), reference[name].grad, **TOLERANCE)
     its = [p for p in together.parameters() if isinstance(p, DTensor) and dist.get_rank() == 1]
     for parameter in its:
         parameter.grad.to_local().zero_()  # type: ignore[union-attr]
@@ -427,7 +427,7 @@ def check_norms() -> None:
         clip_grad_norm_(together, 1.0, 0.0)
 
 
-def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return value.clone()
     # by way of one process' tensors, so that nothing here depends on how the placements were made
@@ -439,7 +439,7 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 def check_averages() -> None:
     """Means and sums over a group, of plain and sharded gradients; a missing one counts as 0."""
     mesh, rank = make_mesh(data_parallel=2), dist.get_rank()
-    model = spread(Model(), mesh, "layers.*.ffn")
+    model = parallelize_model(Model(), mesh, "layers.*.ffn")
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float(rank))
     if rank == 3:
@@ -508,7 +508,7 @@ def bytes_sent(factor: float | None, tokens: int, dim: int) -> float:
     return sent.item() / dist.get_world_size() / tokens
 
 
-class CountingExperts(OwnExperts):
+class CountingExperts(CustomExperts):
     """They assign a buffer anew, and have a method of a name that routed experts have too."""
 
     def __init__(self) -> None:
@@ -523,7 +523,7 @@ class CountingExperts(OwnExperts):
         return self.compute(x)
 
 
-class LookingExperts(OwnExperts):
+class RecordingExperts(CustomExperts):
     """They note what another thread would see of the layer while their forward runs, and what they are themselves."""
 
     layers: ClassVar[list[Any]] = []
@@ -536,20 +536,22 @@ class LookingExperts(OwnExperts):
         return super().forward(x)
 
 
-def check_the_same_bits_are_refused() -> None:
+def check_batch_invariance_is_rejected() -> None:
     with ops.use("batch_invariant"), pytest.raises(ValueError, match=r"batch_invariant.*spread over ranks"):
-        spread(make("top-k, dropless"), make_mesh())(torch.randn(2, LENGTH, DIM))
+        parallelize_model(make_layer("top-k, dropless"), make_mesh())(torch.randn(2, LENGTH, DIM))
 
 
-def check_a_call_is_not_seen() -> None:
+def check_no_leak_between_calls() -> None:
     """A stand-in holds this rank's experts: the layer itself stays spread, and gets what the forward set."""
-    moe = spread(top2(experts=LookingExperts()), make_mesh(), replicated=replicated("own experts"))
-    LookingExperts.layers, LookingExperts.seen = [moe], []
+    moe = parallelize_model(
+        make_top2(experts=RecordingExperts()), make_mesh(), replicated=replicate_layer("own experts")
+    )
+    RecordingExperts.layers, RecordingExperts.seen = [moe], []
     moe(torch.randn(2, LENGTH, DIM))
-    here = len(moe.experts.expert_parallel.experts)
-    assert LookingExperts.seen == [
+    here = len(moe.experts.sharding.local_expert_ids)
+    assert RecordingExperts.seen == [
         ("ParallelLookingExperts", EXPERTS, EXPERTS),
-        ("LookingExperts", here, here),
+        ("RecordingExperts", here, here),
     ]
     assert moe.experts.last == here
     assert type(moe.experts).__name__ == "ParallelLookingExperts"
@@ -559,13 +561,16 @@ def check_a_call_is_not_seen() -> None:
 def check_compiles() -> None:
     """With static shapes a layer is one graph, whose numbers are the same; what a forward sets stays there too."""
     x = torch.randn(2, LENGTH, DIM)
-    for made, names in ((make("top2"), ()), (top2(experts=CountingExperts()), replicated("own experts"))):
-        moe = spread(made, make_mesh(), static_shapes=True, replicated=names)
+    for made, names in (
+        (make_layer("top2"), ()),
+        (make_top2(experts=CountingExperts()), replicate_layer("own experts")),
+    ):
+        moe = parallelize_model(made, make_mesh(), static_shapes=True, replicated=names)
         compiled = torch.compile(moe, backend="eager", fullgraph=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own
-            torch.testing.assert_close(compiled(x)[0], moe(x)[0], **CLOSE)
+            torch.testing.assert_close(compiled(x)[0], moe(x)[0], **TOLERANCE)
         torch._dynamo.reset()
-    here = moe.experts.expert_parallel.experts
+    here = moe.experts.sharding.local_expert_ids
     assert moe.experts.load.unique().tolist() == [0, 2 * len(here)]
     assert moe.experts.load[here.start : here.stop].all()

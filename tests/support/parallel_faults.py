@@ -15,8 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mixture_of_experts import Experts, MoE, TopKGating
 from mixture_of_experts.parallel import ExpertParallel, parallelize_module
-from support.parallel_checks import spread
-from support.parallel_layers import DIM, EXPERTS, HIDDEN, OwnExperts, batch, make, own_part
+from support.parallel_checks import parallelize_model
+from support.parallel_layers import DIM, EXPERTS, HIDDEN, CustomExperts, local_part, make_batch, make_layer
 
 
 def make_mesh(data_parallel: int = 1) -> DeviceMesh:
@@ -28,12 +28,12 @@ def make_mesh(data_parallel: int = 1) -> DeviceMesh:
     return DeviceMesh.from_group(groups, "cpu", ranks, mesh_dim_names=("dp", "ep"))
 
 
-def odd_one() -> bool:
+def is_faulty_rank() -> bool:
     """The rank on which things go wrong."""
     return dist.get_rank() == 1
 
 
-def told(call) -> str:
+def catch_error(call) -> str:
     """The error that a call ends in, and the seconds until then."""
     start = time.perf_counter()
     try:
@@ -43,24 +43,24 @@ def told(call) -> str:
     return "no error"
 
 
-def ended(marker: Path) -> None:
+def wait_for_end(marker: Path) -> None:
     """Tell the odd rank that rank 0, which needs it, has ended."""
     if dist.get_rank() == 0:
         marker.touch()
 
 
-def live_on(marker: Path) -> None:
+def keep_running(marker: Path) -> None:
     """Stay until rank 0 has ended, so that only a timeout can have helped it."""
     start = time.perf_counter()
     while not marker.exists() and time.perf_counter() - start < 120:
         time.sleep(0.05)
 
 
-def tokens() -> Tensor:
-    return own_part(batch()[0]).requires_grad_()
+def make_tokens() -> Tensor:
+    return local_part(make_batch()[0]).requires_grad_()
 
 
-class Breaking(nn.Module):
+class FaultyExperts(nn.Module):
     """Experts that fail on one rank, in the forward or in the backward."""
 
     def __init__(self, where: str) -> None:
@@ -68,10 +68,10 @@ class Breaking(nn.Module):
         self.inner, self.where = Experts(DIM, EXPERTS, HIDDEN), where
 
     def forward(self, x: Tensor) -> Tensor:
-        if odd_one() and self.where == "forward":
+        if is_faulty_rank() and self.where == "forward":
             raise ZeroDivisionError("the experts of rank 1 broke")
         out = self.inner(x)
-        if odd_one() and self.where == "backward":
+        if is_faulty_rank() and self.where == "backward":
             out.register_hook(self._break)
         return out
 
@@ -80,56 +80,56 @@ class Breaking(nn.Module):
         raise ZeroDivisionError("the experts of rank 1 broke")
 
 
-def raising(marker: Path, where: str) -> str:
+def raise_on_one_rank(marker: Path, where: str) -> str:
     """One rank raises, in the forward or the backward, and lives on."""
-    moe = spread(MoE(DIM, EXPERTS, experts=Breaking(where)), make_mesh())
+    moe = parallelize_model(MoE(DIM, EXPERTS, experts=FaultyExperts(where)), make_mesh())
 
     def call() -> None:
-        out, aux_loss = moe(tokens())
+        out, aux_loss = moe(make_tokens())
         (out.sum() + aux_loss).backward()
 
-    result = told(call)
-    live_on(marker) if odd_one() else ended(marker)
+    result = catch_error(call)
+    keep_running(marker) if is_faulty_rank() else wait_for_end(marker)
     return result
 
 
-def ending(how: str) -> str:
+def exit_on_one_rank(how: str) -> str:
     """One rank does not come at all: its process group ends, or its process."""
-    moe = spread(make("top2"), make_mesh())
-    if not odd_one():
-        return told(lambda: moe(tokens()))
+    moe = parallelize_model(make_layer("top2"), make_mesh())
+    if not is_faulty_rank():
+        return catch_error(lambda: moe(make_tokens()))
     os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else dist.destroy_process_group()
     return "left"
 
 
-def stuck(marker: Path, where: str, data_parallel: int) -> str:
+def hang_one_rank(marker: Path, where: str, data_parallel: int) -> str:
     """One rank does not come in time, before the layer or in its experts."""
-    moe = spread(MoE(DIM, EXPERTS, HIDDEN), make_mesh(data_parallel))
-    if odd_one() and where == "experts":
-        moe.experts.act = Waiting(marker)  # not before: ranks compare their layers when they are set up
-    if odd_one() and where == "before":
-        live_on(marker)
+    moe = parallelize_model(MoE(DIM, EXPERTS, HIDDEN), make_mesh(data_parallel))
+    if is_faulty_rank() and where == "experts":
+        moe.experts.act = HangingExperts(marker)  # not before: ranks compare their layers when they are set up
+    if is_faulty_rank() and where == "before":
+        keep_running(marker)
         return "came late"
-    result = told(lambda: moe(tokens()))
-    ended(marker)
+    result = catch_error(lambda: moe(make_tokens()))
+    wait_for_end(marker)
     return result
 
 
-class Waiting(nn.Module):
+class HangingExperts(nn.Module):
     def __init__(self, marker: Path) -> None:
         super().__init__()
         self.marker = marker
 
     def forward(self, x: Tensor) -> Tensor:
-        live_on(self.marker)
+        keep_running(self.marker)
         return x
 
 
-def topk(**settings: Any) -> MoE:
+def make_gate(**settings: Any) -> MoE:
     return MoE(DIM, gate=TopKGating(DIM, EXPERTS, **settings), experts=Experts(DIM, EXPERTS, HIDDEN))
 
 
-class Tempered(TopKGating):
+class TemperatureGate(TopKGating):
     """A gate of one's own, with a setting that it shows."""
 
     def __init__(self, temperature: float) -> None:
@@ -140,7 +140,7 @@ class Tempered(TopKGating):
         return f"{super().extra_repr()}, temperature={self.temperature}"
 
 
-def different_layers(difference: str) -> str:
+def build_different_layers(difference: str) -> str:
     """The ranks build different layers."""
     made = {
         "number of experts": lambda: MoE(DIM, 2 * EXPERTS, HIDDEN),
@@ -153,58 +153,58 @@ def different_layers(difference: str) -> str:
         "z_loss_coef": lambda: MoE(DIM, EXPERTS, HIDDEN, z_loss_coef=0.1),
         "loss_coefs": lambda: MoE(DIM, EXPERTS, HIDDEN, loss_coefs={"balance_batch": 0.1}),
         "policy": lambda: MoE(DIM, EXPERTS, HIDDEN, second_policy_eval="all"),
-        "gate": lambda: topk(),
-        "k": lambda: topk(k=3),
-        "balance_over": lambda: topk(balance_over="batch"),
-        "capacity": lambda: topk(capacity_factor_eval=2.0),
-        "gate of one's own": lambda: MoE(DIM, gate=Tempered(0.5), experts=Experts(DIM, EXPERTS, HIDDEN)),
+        "gate": lambda: make_gate(),
+        "k": lambda: make_gate(k=3),
+        "balance_over": lambda: make_gate(balance_over="batch"),
+        "capacity": lambda: make_gate(capacity_factor_eval=2.0),
+        "gate of one's own": lambda: MoE(DIM, gate=TemperatureGate(0.5), experts=Experts(DIM, EXPERTS, HIDDEN)),
         "replicated": lambda: MoE(DIM, EXPERTS, HIDDEN),
     }
     usual = {
-        **dict.fromkeys(("k", "balance_over", "capacity"), topk),
-        "gate of one's own": lambda: MoE(DIM, gate=Tempered(2.0), experts=Experts(DIM, EXPERTS, HIDDEN)),
+        **dict.fromkeys(("k", "balance_over", "capacity"), make_gate),
+        "gate of one's own": lambda: MoE(DIM, gate=TemperatureGate(2.0), experts=Experts(DIM, EXPERTS, HIDDEN)),
     }
-    moe = made[difference]() if odd_one() else usual.get(difference, lambda: MoE(DIM, EXPERTS, HIDDEN))()
+    moe = made[difference]() if is_faulty_rank() else usual.get(difference, lambda: MoE(DIM, EXPERTS, HIDDEN))()
     options = {"gradient": {"gradient": "sum"}, "replicated": {"replicated": "w1"}}.get(difference, {})
-    options = options if odd_one() else {}
-    return told(lambda: parallelize_module(moe, make_mesh()["ep"], ExpertParallel(**options)))
+    options = options if is_faulty_rank() else {}
+    return catch_error(lambda: parallelize_module(moe, make_mesh()["ep"], ExpertParallel(**options)))
 
 
-def different_calls(difference: str) -> str:
+def call_differently(difference: str) -> str:
     """The ranks call one layer differently; every rank is told, at once."""
     gate = TopKGating(DIM, EXPERTS, capacity_factor_train=1.0)  # dropless in evaluation
-    experts = OwnExperts() if difference == "dtype" else Experts(DIM, EXPERTS, HIDDEN)
-    moe = spread(MoE(DIM, gate=gate, experts=experts), make_mesh())
-    x = tokens()
+    experts = CustomExperts() if difference == "dtype" else Experts(DIM, EXPERTS, HIDDEN)
+    moe = parallelize_model(MoE(DIM, gate=gate, experts=experts), make_mesh())
+    x = make_tokens()
     if difference == "mode with capacity":
         moe.gate.capacity_factor_eval = 1.0
-    if odd_one() and difference.startswith("mode"):
+    if is_faulty_rank() and difference.startswith("mode"):
         moe.eval()
-    if odd_one() and difference == "gradients":
+    if is_faulty_rank() and difference == "gradients":
         torch.set_grad_enabled(False)
-    if odd_one() and difference == "dtype":
+    if is_faulty_rank() and difference == "dtype":
         x = x.to(torch.float32)
     try:
-        return told(lambda: moe(x))
+        return catch_error(lambda: moe(x))
     finally:
         torch.set_grad_enabled(True)
 
 
-def one_cannot_be_set_up(problem: str) -> str:
+def fail_setup_on_one_rank(problem: str) -> str:
     """What is wrong with one rank's model alone: its plan names nothing, or its experts cannot be divided."""
     odd = MoE(DIM, EXPERTS + 1, HIDDEN) if problem == "experts" else MoE(DIM, EXPERTS, HIDDEN)
-    name = "mlp" if odd_one() and problem == "plan" else "ffn"
-    model = nn.ModuleDict({name: odd if odd_one() else MoE(DIM, EXPERTS, HIDDEN)})
-    return told(lambda: parallelize_module(model, make_mesh()["ep"], {"ffn": ExpertParallel()}))
+    name = "mlp" if is_faulty_rank() and problem == "plan" else "ffn"
+    model = nn.ModuleDict({name: odd if is_faulty_rank() else MoE(DIM, EXPERTS, HIDDEN)})
+    return catch_error(lambda: parallelize_module(model, make_mesh()["ep"], {"ffn": ExpertParallel()}))
 
 
-def one_never_sets_up(marker: Path, data_parallel: int, by_name: bool) -> str:
+def skip_setup_on_one_rank(marker: Path, data_parallel: int, by_name: bool) -> str:
     """One rank does not come to `parallelize_module`."""
     mesh = make_mesh(data_parallel)["ep"]
-    if odd_one():
-        live_on(marker)
+    if is_faulty_rank():
+        keep_running(marker)
         return "came late"
     plan = {"": ExpertParallel()} if by_name else ExpertParallel()
-    result = told(lambda: parallelize_module(MoE(DIM, EXPERTS, HIDDEN), mesh, plan))
-    ended(marker)
+    result = catch_error(lambda: parallelize_module(MoE(DIM, EXPERTS, HIDDEN), mesh, plan))
+    wait_for_end(marker)
     return result

@@ -25,16 +25,16 @@ from mixture_of_experts.parallel import (
     replicated_parameters,
 )
 from support.checkpoint_recipe import load_checkpoint
-from support.parallel_checks import make_mesh, spread
-from support.parallel_layers import BATCH, DIM, LAYERS_OF_MODEL, LENGTH, Model, make_model, own_part
-from support.parallel_workers import this_rank, whole
+from support.parallel_checks import make_mesh, parallelize_model
+from support.parallel_layers import BATCH, DIM, LAYERS_OF_MODEL, LENGTH, Model, local_part, make_model
+from support.parallel_workers import gather_tensor, get_rank
 
 STEPS, MAX_NORM = 12, 0.3
 KEY = "layers.*.ffn"
 AFTER_STEP = dict(rtol=0, atol=1e-9)
 
 
-def batches(step: int, pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
+def make_batches(step: int, pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets (b, n, d) of a step, `pieces` times."""
     generator = torch.Generator().manual_seed(100 + step)
     for _ in range(pieces):
@@ -56,12 +56,12 @@ def update_biases(model: nn.Module, group: dist.ProcessGroup | None) -> None:
 
 
 @cache
-def train_alone(pieces: int = 1, steps: int = STEPS) -> tuple[Model, torch.optim.AdamW, list[float]]:
+def train_single_process(pieces: int = 1, steps: int = STEPS) -> tuple[Model, torch.optim.AdamW, list[float]]:
     """The run that all others must equal: model, optimizer, norms of the gradients."""
     model, norms = make_model(), []
-    optimizer, alone = make_optimizer(model), this_rank()
+    optimizer, alone = make_optimizer(model), get_rank()
     for step in range(steps):
-        for x, target in batches(step, pieces):
+        for x, target in make_batches(step, pieces):
             out, aux_loss = model(x)
             (((out - target).square().mean() + aux_loss) / pieces).backward()
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
@@ -76,45 +76,45 @@ def train_alone(pieces: int = 1, steps: int = STEPS) -> tuple[Model, torch.optim
 Layout = Callable[[Model], tuple[nn.Module, Callable[[], None]]]
 
 
-def nothing() -> None:
+def no_wrapper() -> None:
     return None
 
 
 def expert_parallel_only(model: Model) -> tuple[nn.Module, Callable[[], None]]:
     mesh = make_mesh()
-    spread(model, mesh, KEY)
+    parallelize_model(model, mesh, KEY)
     return model, lambda: average_gradients(replicated_parameters(model).values(), mesh["ep"])
 
 
 def ddp(model: Model) -> tuple[nn.Module, Callable[[], None]]:
-    spread(model, make_mesh(), KEY)
-    return DistributedDataParallel(ignore_experts_in_ddp(model)), nothing
+    parallelize_model(model, make_mesh(), KEY)
+    return DistributedDataParallel(ignore_experts_in_ddp(model)), no_wrapper
 
 
 def ddp_replicas(model: Model) -> tuple[nn.Module, Callable[[], None]]:
     mesh = make_mesh(data_parallel=2)
-    spread(model, mesh, KEY)
+    parallelize_model(model, mesh, KEY)
     parallel = DistributedDataParallel(ignore_experts_in_ddp(model))
     return parallel, lambda: average_gradients(expert_parameters(model).values(), mesh["dp"])
 
 
 def fsdp(model: Model) -> tuple[Any, Callable[[], None]]:
     mesh = make_mesh()
-    spread(model, mesh, KEY)
+    parallelize_model(model, mesh, KEY)
     experts = set(expert_parameters(model).values())
     for layer in model.layers:
         fully_shard(layer, mesh=mesh["ep"], ignored_params=experts)
-    return fully_shard(model, mesh=mesh["ep"], ignored_params=experts), nothing
+    return fully_shard(model, mesh=mesh["ep"], ignored_params=experts), no_wrapper
 
 
 def fsdp_replicas(model: Model, **options) -> tuple[Any, Callable[[], None]]:
     mesh = make_mesh(data_parallel=2)
-    everyone = flat(mesh)
-    spread(model, mesh, KEY)
+    everyone = flatten_mesh(mesh)
+    parallelize_model(model, mesh, KEY)
     for layer in model.layers:
         fully_shard(layer.ffn.experts, mesh=mesh["dp"], **options)
         fully_shard(layer, mesh=everyone)
-    return fully_shard(model, mesh=everyone), nothing
+    return fully_shard(model, mesh=everyone), no_wrapper
 
 
 def fsdp_replicas_by_row(model: Model) -> tuple[nn.Module, Callable[[], None]]:
@@ -122,7 +122,7 @@ def fsdp_replicas_by_row(model: Model) -> tuple[nn.Module, Callable[[], None]]:
     return fsdp_replicas(model, shard_placement_fn=lambda parameter: Shard(1))
 
 
-def flat(mesh: DeviceMesh) -> DeviceMesh:
+def flatten_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp", "ep"]._flatten("batch")
 
 
@@ -131,7 +131,7 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def train_together(
+def train_distributed(
     layout: str,
     pieces: int = 1,
     recompute: bool = False,
@@ -146,12 +146,12 @@ def train_together(
     optimizer = make_optimizer(model, **optimizer_options)
     start = 0 if resume is None else load_checkpoint(resume, model, optimizer)["step"]
     for step in range(start, steps):
-        for piece, (x, target) in enumerate(batches(step, pieces)):
+        for piece, (x, target) in enumerate(make_batches(step, pieces)):
             last = piece == pieces - 1
             wait = isinstance(parallel, DistributedDataParallel) and not last
-            with parallel.no_sync() if wait else nullcontext():
-                out, aux_loss = parallel(own_part(x))
-                own_sum = (out - own_part(target)).square().sum()
+            with parallel.forbid_sync() if wait else nullcontext():
+                out, aux_loss = parallel(local_part(x))
+                own_sum = (out - local_part(target)).square().sum()
                 ((own_sum * dist.get_world_size() / x.numel() + aux_loss) / pieces).backward()
         before_clipping()
         norms.append(clip_grad_norm_(model.parameters(), MAX_NORM).item())
@@ -162,13 +162,15 @@ def train_together(
 
 
 def check_training(layout: str, pieces: int = 1, recompute: bool = False, **optimizer_options) -> None:
-    alone, _, norms_alone = train_alone(pieces)
-    together, _, norms = train_together(layout, pieces, recompute, **optimizer_options)
+    alone, _, norms_alone = train_single_process(pieces)
+    together, _, norms = train_distributed(layout, pieces, recompute, **optimizer_options)
     assert max(norms_alone) > MAX_NORM  # clipping does something
     torch.testing.assert_close(torch.tensor(norms), torch.tensor(norms_alone), **AFTER_STEP)
     reference, start = dict(alone.named_parameters()), dict(make_model().named_parameters())
     for name, parameter in together.named_parameters():
-        torch.testing.assert_close(whole(parameter), reference[name], **AFTER_STEP, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gather_tensor(parameter), reference[name], **AFTER_STEP, msg=lambda m, n=name: f"{n}: {m}"
+        )
         assert (reference[name] - start[name]).abs().max() > 1e-3  # and so does training
     for name, buffer in together.named_buffers():
         assert torch.equal(buffer, dict(alone.named_buffers())[name]), name

@@ -32,7 +32,7 @@ class RankError(AssertionError):
     """An error in a worker, with its traceback as text."""
 
 
-def this_rank() -> dist.ProcessGroup | None:
+def get_rank() -> dist.ProcessGroup | None:
     """A group of this process alone; None without processes. No other process takes part in making it."""
     if not dist.is_initialized():
         return None
@@ -41,7 +41,7 @@ def this_rank() -> dist.ProcessGroup | None:
     return group
 
 
-def whole(tensor: Any) -> Any:
+def gather_tensor(tensor: Any) -> Any:
     """All ranks' parts of a tensor, if it is a `DTensor`."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -58,7 +58,9 @@ class Workers:
 
     def _start(self, rank: int) -> None:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=work, args=(there, os.getpid(), self._stack_file(rank)), daemon=True)
+        process = self._context.Process(
+            target=run_worker, args=(there, os.getpid(), self._stack_file(rank)), daemon=True
+        )
         process.start()
         self._processes[rank], self._pipes[rank] = process, here
 
@@ -119,19 +121,19 @@ class Workers:
         self._folder.cleanup()
 
 
-def work(pipe: Any, parent: int, stack_file: Path) -> None:
+def run_worker(pipe: Any, parent: int, stack_file: Path) -> None:
     """A worker's life. A signal has the stacks of its threads written into the file, whatever it waits for."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     importlib.import_module("support.parallel_training")
-    gc.freeze()  # what is imported stays: `end_group` need not look at it
+    gc.freeze()  # what is imported stays: `destroy_group` need not look at it
     with stack_file.open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks)
         pipe.send("ready")
-        answer_all(pipe, parent)
+        serve_checks(pipe, parent)
 
 
-def answer_all(pipe: Any, parent: int) -> None:
+def serve_checks(pipe: Any, parent: int) -> None:
     """Do the checks that the pipe brings, until the parent is gone."""
     while os.getppid() == parent:
         if not pipe.poll(5):
@@ -140,10 +142,10 @@ def answer_all(pipe: Any, parent: int) -> None:
             check, rank, ranks, store, timeout, args, kwargs = pipe.recv()
         except EOFError:
             return
-        pipe.send(outcome(check, rank, ranks, store, timeout, args, kwargs))
+        pipe.send(run_check(check, rank, ranks, store, timeout, args, kwargs))
 
 
-def outcome(
+def run_check(
     check: Callable, rank: int, ranks: int, store: str, timeout: float, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
     """Result of the check, or its error as text.
@@ -151,7 +153,7 @@ def outcome(
     Its group lives until the next check: another rank may still be in a collective that this one has left. (Not after
     an error, so that the others need not wait for their timeouts.)
     """
-    end_group()
+    destroy_group()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     limit = timedelta(seconds=timeout)
@@ -161,11 +163,11 @@ def outcome(
         return check(*args, **kwargs)
     except BaseException:  # pytest's own are no `Exception`
         error = traceback.format_exc()
-        end_group()
+        destroy_group()
         return RankError(error)
 
 
-def end_group() -> None:
+def destroy_group() -> None:
     """End the group, and collect the cycles in which DDP and `fully_shard` leave it.
 
     Left to the collector, the threads of an old group end at any time, also while the next group begins.

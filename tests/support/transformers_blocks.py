@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mixture_of_experts.huggingface import from_transformers, to_transformers
-from mixture_of_experts.huggingface.blocks.convert import joined, read_block
+from mixture_of_experts.huggingface.blocks.convert import concatenate_pieces, read_block
 from mixture_of_experts.stats import track_routing
 
 MODELS = Path(transformers.__file__).parent / "models"
 DIM, TOKENS = 16, (2, 7)
 
 #: settings of configurations, where one has them: every block gets its groups, latent sizes, biases and shared experts
-SMALL: dict[str, Any] = dict(
+SMALL_SIZES: dict[str, Any] = dict(
     hidden_size=DIM, d_model=DIM, intermediate_size=12, moe_intermediate_size=12, d_ff=12, ffn_hidden_size=12,
     expert_ffn_hidden_size=12, moe_hidden_size=8, moe_latent_size=8, shared_expert_intermediate_size=20,
     shared_experts_intermediate_size=20, moe_shared_expert_intermediate_size=20, shared_intermediate_size=20,
@@ -47,7 +47,7 @@ SMALL: dict[str, Any] = dict(
     vocab_size=64,
 )  # fmt: skip
 #: what has to be given when the configuration is made, or to the block
-GIVEN: dict[str, dict[str, Any]] = {
+EXTRA_ARGUMENTS: dict[str, dict[str, Any]] = {
     "Dots3NoteVisionMoE": dict(
         hidden_size=DIM, num_attention_heads=2, adapter_in_dim=DIM, num_hidden_layers=2, moe_intermediate_size=12,
         pyramid_num_routed=[8, 8], num_experts_per_tok=3, router_scaling_factor=2.5,
@@ -58,7 +58,7 @@ GIVEN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 #: what is not converted, and why
-LEFT_OUT = {
+EXCLUDED_BLOCKS = {
     "JetMoeMoA": "experts of an attention layer, two calls with attention between them: no feed-forward network",
     "NllbMoeSparseMLP": (
         "transformers 5.24 reads the router's one-hot mask as ids of experts: it computes experts 0 and 1 alone, "
@@ -67,7 +67,7 @@ LEFT_OUT = {
 }
 
 
-class Found(NamedTuple):
+class FoundBlock(NamedTuple):
     """A class of blocks."""
 
     family: str
@@ -79,16 +79,16 @@ class Found(NamedTuple):
         return getattr(importlib.import_module(self.module), self.name)
 
 
-def find_blocks() -> Iterator[Found]:
+def find_blocks() -> Iterator[FoundBlock]:
     for file in sorted(MODELS.glob("*/modeling_*.py")):
         text, family = file.read_text(encoding="utf-8"), file.parent.name
         if "Experts" in text:
             for node in ast.parse(text).body:
-                if isinstance(node, ast.ClassDef) and makes_experts(node):
-                    yield Found(family, f"transformers.models.{family}.{file.stem}", node.name)
+                if isinstance(node, ast.ClassDef) and creates_experts(node):
+                    yield FoundBlock(family, f"transformers.models.{family}.{file.stem}", node.name)
 
 
-def makes_experts(node: ast.ClassDef) -> bool:
+def creates_experts(node: ast.ClassDef) -> bool:
     """Whether its constructor makes experts."""
     made = [
         ast.unparse(call.func)
@@ -103,7 +103,7 @@ def makes_experts(node: ast.ClassDef) -> bool:
 BLOCKS = {found.name: found for found in find_blocks()}
 
 
-def configurations(found: Found) -> Iterator[type[PreTrainedConfig]]:
+def list_configurations(found: FoundBlock) -> Iterator[type[PreTrainedConfig]]:
     """Of the annotation, else all of the family."""
     annotation = inspect.signature(found.kind.__init__).parameters["config"].annotation
     if isinstance(annotation, type) and issubclass(annotation, PreTrainedConfig):
@@ -115,26 +115,26 @@ def configurations(found: Found) -> Iterator[type[PreTrainedConfig]]:
             yield kind
 
 
-def shrink(config: Any) -> Any:
-    for name, value in SMALL.items():
+def shrink_config(config: Any) -> Any:
+    for name, value in SMALL_SIZES.items():
         with contextlib.suppress(Exception):  # some may not be set, or differ from layer to layer
             old = getattr(config, name)
             setattr(config, name, type(old)([value] * len(old)) if isinstance(old, list | tuple) else value)
-    for part in ("ffn_config", "text_config"):
+    for part in ("ffn_config", "find_text_config"):
         if getattr(config, part, None) is not None:
-            shrink(getattr(config, part))
+            shrink_config(getattr(config, part))
     config._experts_implementation = "eager"
     return config
 
 
-def make(name: str, layer_idx: int | None = None) -> nn.Module:
+def make_block(name: str, layer_idx: int | None = None) -> nn.Module:
     """A small block of random weights, as large as trained ones, and biases that matter."""
     found, failures = BLOCKS[name], []
-    for kind in configurations(found):
+    for kind in list_configurations(found):
         try:
-            config = shrink(kind(**GIVEN.get(name, {})))
+            config = shrink_config(kind(**EXTRA_ARGUMENTS.get(name, {})))
             if not hasattr(config, "num_experts_per_tok"):
-                config = getattr(config, "text_config", config)
+                config = getattr(config, "find_text_config", config)
             parameters = inspect.signature(found.kind.__init__).parameters
             layer_idx = (0 if found.family == "zaya" else 1) if layer_idx is None else layer_idx
             given: dict[str, Any] = dict(layer_idx=layer_idx, intermediate_size=12, ffn_dim=12)
@@ -142,12 +142,12 @@ def make(name: str, layer_idx: int | None = None) -> nn.Module:
         except Exception as error:
             failures.append(f"{kind.__name__}: {error}")
             continue
-        return randomize(block)
+        return randomize_weights(block)
     raise RuntimeError("; ".join(failures))
 
 
 @torch.no_grad()
-def randomize(block: nn.Module) -> nn.Module:
+def randomize_weights(block: nn.Module) -> nn.Module:
     for path, tensor in [*block.named_parameters(), *block.named_buffers()]:
         if tensor.is_floating_point():
             around = 1.0 if "norm" in path or "scale" in path else 0.0
@@ -155,7 +155,7 @@ def randomize(block: nn.Module) -> nn.Module:
     return block
 
 
-def run(block: Any, x: Tensor) -> Tensor:
+def run_block(block: Any, x: Tensor) -> Tensor:
     """What a `MoE` in its place returns for `(b, n, d)`."""
     if type(block).__name__.endswith("Layer") and hasattr(block, "router") and hasattr(block, "experts"):
         if not hasattr(block, "pre_feedforward_layernorm_2"):
@@ -168,7 +168,7 @@ def run(block: Any, x: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
 
 
-def unread(block: nn.Module) -> set[str]:
+def find_unused_parameters(block: nn.Module) -> set[str]:
     """Keys of what is no part of the block: of the rest of a layer that holds router and experts itself, and weights,
     or rows of them, that no forward reads."""
     if hasattr(block, "self_attn"):
@@ -179,7 +179,7 @@ def unread(block: nn.Module) -> set[str]:
     return set()
 
 
-class InModel(nn.Module):
+class BlockInModel(nn.Module):
     """A block alone, or what of a layer corresponds to one."""
 
     def __init__(self, block: nn.Module) -> None:
@@ -187,76 +187,76 @@ class InModel(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        return run(self.block, x)
+        return run_block(self.block, x)
 
 
 # ---- the table ----
 
 
-class Gap(NamedTuple):
+class Difference(NamedTuple):
     """The largest difference between a block and a layer of ours, relative to the largest number if that is above 1."""
 
     value: float
     where: str
 
 
-def grad(parameter: Tensor) -> Tensor:
+def get_grad(parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def gradients(block: nn.Module) -> dict[str, Tensor]:
+def compute_gradients(block: nn.Module) -> dict[str, Tensor]:
     """Those of a block's weights, by the names and in the layout of a layer of ours."""
     holder = copy.deepcopy(block)
     for weight, same in zip(block.parameters(), holder.parameters(), strict=True):
-        same.data = grad(weight)
-    return {name: joined(pieces) for name, pieces in read_block(holder).views().items()}
+        same.data = get_grad(weight)
+    return {name: concatenate_pieces(pieces) for name, pieces in read_block(holder).get_weight_views().items()}
 
 
-def compare(block: nn.Module, moe: nn.Module) -> Gap:
+def compare_block(block: nn.Module, moe: nn.Module) -> Difference:
     """Outputs, and the gradients of the input and of every weight."""
     x, cotangent = torch.randn(*TOKENS, DIM), torch.randn(*TOKENS, DIM)
     results: list[dict[str, Tensor]] = []
     for layer in (block, moe):
         torch.manual_seed(1)  # for what draws in training
         leaf = x.clone().requires_grad_()
-        out = run(layer, leaf)
+        out = run_block(layer, leaf)
         out.backward(cotangent)
         assert leaf.grad is not None
         results.append({"output": out.detach(), "input": leaf.grad})
-    theirs = gradients(block)
+    theirs = compute_gradients(block)
     results[0] |= {name: theirs[name] for name, p in moe.named_parameters() if p.requires_grad}
-    results[1] |= {name: grad(p) for name, p in moe.named_parameters() if p.requires_grad}
-    worst = Gap(0.0, "")
+    results[1] |= {name: get_grad(p) for name, p in moe.named_parameters() if p.requires_grad}
+    worst = Difference(0.0, "")
     for name, theirs in results[0].items():
         gap = (results[1][name] - theirs).abs().max() / theirs.abs().max().clamp(min=1.0)
-        worst = max(worst, Gap(gap.item(), name))
+        worst = max(worst, Difference(gap.item(), name))
     return worst
 
 
-def goes_in(name: str) -> None:
+def can_convert(name: str) -> None:
     for training in (False, True):
         torch.manual_seed(0)
-        block = make(name).train(training)
+        block = make_block(name).train(training)
         if name == "PhimoeSparseMoeBlock":  # in training it samples, but among experts that are equally good
             block.router.router_jitter_noise = 0.0 if training else 0.5
-        gap = compare(block, from_transformers(block))
+        gap = compare_block(block, from_transformers(block))
         assert gap.value < 1e-5, f"{gap.where} differs by {gap.value}"
 
 
-def comes_back(name: str) -> None:
+def can_convert_back(name: str) -> None:
     """Bit for bit, into a block of other weights, buffers too."""
-    block, other = make(name), make(name)
+    block, other = make_block(name), make_block(name)
     to_transformers(from_transformers(block), other)
     state = block.state_dict()
     left = [key for key, value in other.state_dict().items() if not torch.equal(value, state[key])]
-    assert set(left) <= unread(block), f"{left} did not come back"
+    assert set(left) <= find_unused_parameters(block), f"{left} did not come back"
 
 
 def is_tracked(name: str) -> None:
     """Every measure is that of the layer of ours on the same tokens."""
-    block, x = make(name).eval(), torch.randn(*TOKENS, DIM)
+    block, x = make_block(name).eval(), torch.randn(*TOKENS, DIM)
     moe = from_transformers(block, balance_over="group").eval()
-    model = InModel(block)
+    model = BlockInModel(block)
     with track_routing(model) as found, track_routing(moe) as expected:
         model(x)
         moe(x)
@@ -273,23 +273,23 @@ def is_tracked(name: str) -> None:
 
 def has_backend(name: str) -> None:
     """The experts, computed by this package inside of the block."""
-    block, x = make(name), torch.randn(*TOKENS, DIM)
+    block, x = make_block(name), torch.randn(*TOKENS, DIM)
     experts: Any = block.experts
     assert hasattr(experts, "has_gate"), "the experts have no such interface"
-    expected = run(block, x)
+    expected = run_block(block, x)
     experts.config._experts_implementation = "mixture_of_experts"
-    torch.testing.assert_close(run(block, x), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run_block(block, x), expected, atol=1e-5, rtol=1e-5)
 
 
 CHECKS = {
-    "from_transformers": goes_in,
-    "to_transformers": comes_back,
+    "from_transformers": can_convert,
+    "to_transformers": can_convert_back,
     "track_routing": is_tracked,
     "backend": has_backend,
 }
 
 
-def why_not(check: Callable[[str], None], name: str) -> str | None:
+def failure_reason(check: Callable[[str], None], name: str) -> str | None:
     try:
         check(name)
     except Exception as error:
@@ -297,24 +297,24 @@ def why_not(check: Callable[[str], None], name: str) -> str | None:
     return None
 
 
-def table() -> str:
+def format_table() -> str:
     """A row for each block with which something does not work, the totals, and why."""
     lines = ["| block | " + " | ".join(CHECKS) + " |", "|---" * (len(CHECKS) + 1) + "|"]
     totals, notes = dict.fromkeys(CHECKS, 0), []
     for name in sorted(BLOCKS):
         cells = []
         for column, check in CHECKS.items():
-            reason = why_not(check, name)
+            reason = failure_reason(check, name)
             cells.append("yes" if reason is None else "no")
             totals[column] += reason is None
             notes += [] if reason is None else [f"{name}, {column}: {reason}"]
         if "no" in cells:
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append(f"| of {len(BLOCKS)} | " + " | ".join(map(str, totals.values())) + " |")
-    reasons = [f"{name}: {reason}" for name, reason in LEFT_OUT.items()]
+    reasons = [f"{name}: {reason}" for name, reason in EXCLUDED_BLOCKS.items()]
     return "\n".join([*lines, "", *reasons, "", *notes])
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    print(table())
+    print(format_table())

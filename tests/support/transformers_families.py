@@ -63,12 +63,12 @@ MORE: dict[str, dict[str, Any]] = {
     "bailing_hybrid": dict(layer_types=MIXED),
     "bamba": dict(attn_layer_indices=[1]),
     "codegen": dict(rotary_dim=8),
-    "diffusion_gemma": dict(text_config=dict(top_k_experts=2)),
+    "diffusion_gemma": dict(find_text_config=dict(top_k_experts=2)),
     "dots1": dict(n_shared_experts=1),
     "dots3_note": dict(num_key_value_heads=HEADS),
     "dots3_note_text": dict(num_key_value_heads=HEADS),
     "falcon_h1": dict(mamba_d_ssm=64),
-    "gemma3n": dict(text_config=dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"])),
+    "gemma3n": dict(find_text_config=dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"])),
     "gemma3n_text": dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"]),
     "glm4v_moe_text": dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 0])),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
@@ -126,16 +126,16 @@ def model_class(model_type: str) -> Any:
     return None
 
 
-def fields(config_class: Any) -> set[str]:
+def config_fields(config_class: Any) -> set[str]:
     names = set(inspect.signature(config_class.__init__).parameters)
     if dataclasses.is_dataclass(config_class):
         names |= {field.name for field in dataclasses.fields(config_class)}
     return names
 
 
-def tiny(config_class: Any, **more: Any) -> dict[str, Any]:
+def make_tiny_config(config_class: Any, **more: Any) -> dict[str, Any]:
     """Arguments of a small configuration."""
-    names = fields(config_class)
+    names = config_fields(config_class)
     aliases = getattr(config_class, "attribute_map", {})
     many = {name for name in names if isinstance(getattr(config_class, name, None), list | tuple)}  # one for each stage
     settings = {name: size for name, size in SIZES.items() if name in names - many}
@@ -145,11 +145,11 @@ def tiny(config_class: Any, **more: Any) -> dict[str, Any]:
         settings["hidden_dim"] = HIDDEN
     for name, sub in getattr(config_class, "sub_configs", {}).items():
         if inspect.isclass(sub) and name in names and sub.__name__ != "AutoConfig":
-            settings[name] = tiny(sub)
+            settings[name] = make_tiny_config(sub)
         elif name in names:
             default = getattr(config_class(), name, None)
             if default is not None:
-                settings[name] = {**tiny(type(default)), "model_type": default.model_type}
+                settings[name] = {**make_tiny_config(type(default)), "model_type": default.model_type}
     if "kv_lora_rank" in names and "num_key_value_heads" in settings:
         settings["num_key_value_heads"] = HEADS
     for name, value in more.items():
@@ -160,19 +160,19 @@ def tiny(config_class: Any, **more: Any) -> dict[str, Any]:
     return settings
 
 
-def build(model_type: str, kind: Any = None, **more: Any) -> Any:
+def build_model(model_type: str, kind: Any = None, **more: Any) -> Any:
     kind = kind or model_class(model_type)
     config_class = kind.config_class
     if config_class is None:
         config_class = configuration_auto.CONFIG_MAPPING[model_type]
-    config = config_class(**tiny(config_class, **{**MORE.get(model_type, {}), **more}))
+    config = config_class(**make_tiny_config(config_class, **{**MORE.get(model_type, {}), **more}))
     torch.manual_seed(0)
     model = kind(config)
-    draw(model)
+    draw_weights(model)
     return model.eval()
 
 
-def draw(model: nn.Module) -> None:
+def draw_weights(model: nn.Module) -> None:
     """Weights as large as trained ones, biases too."""
     for parameter in model.parameters():
         if parameter.ndim == 1:
@@ -181,7 +181,7 @@ def draw(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
-def inputs(model: Any, b: int = 2, n: int = 12) -> dict[str, Tensor]:
+def make_inputs(model: Any, b: int = 2, n: int = 12) -> dict[str, Tensor]:
     """What a model of any kind takes."""
     generator = torch.Generator().manual_seed(1)
     parameters = inspect.signature(model.forward).parameters
@@ -216,22 +216,22 @@ def image_size(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def outputs(model: Any, given: dict[str, Tensor]) -> Tensor:
+def compute_outputs(model: Any, given: dict[str, Tensor]) -> Tensor:
     """All floating-point tensors that a model returns first, one after the other."""
     with torch.no_grad():
         out = model(**given)
-    return torch.cat([tensor.flatten().float() for tensor in tensors(out)])
+    return torch.cat([tensor.flatten().float() for tensor in find_tensors(out)])
 
 
-def tensors(out: Any) -> list[Tensor]:
+def find_tensors(out: Any) -> list[Tensor]:
     """Those of an output; not of a cache."""
     if isinstance(out, Tensor):
         return [out] if out.is_floating_point() else []
     values = out.to_tuple() if hasattr(out, "to_tuple") else out if isinstance(out, tuple) else ()
-    return [tensor for value in values for tensor in tensors(value)]
+    return [tensor for value in values for tensor in find_tensors(value)]
 
 
-def text_types() -> Iterator[str]:
+def list_text_types() -> Iterator[str]:
     """Model types with a class that is for text."""
     known = {name for task in TEXT for name in getattr(modeling_auto, TASKS[task])}
     for model_type in configuration_auto.CONFIG_MAPPING_NAMES:
@@ -248,7 +248,7 @@ OTHERS = {
 }
 
 
-def other_classes() -> dict[str, Any]:
+def list_other_classes() -> dict[str, Any]:
     """Classes for pictures and sound, by model type, that are for no text alone."""
     found: dict[str, Any] = {}
     text = {name for task in TEXT for name in getattr(modeling_auto, TASKS[task])}

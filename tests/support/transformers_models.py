@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixture_of_experts import TopKGating
 
 DIM, HIDDEN, LAYERS, VOCABULARY = 32, 48, 2, 64
-ONE_PLACE = partial(
+SINGLE_NETWORK = partial(
     TopKGating, k=2, capacity_factor_train=1.0, capacity_factor_eval=1.0, min_expert_capacity=1, priority="token"
 )
 SHORT, LONG = 4, 9
@@ -94,11 +94,11 @@ class Architecture:
         return inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
 
 
-def causal(name: str, settings: Mapping[str, Any], **more: Any) -> Architecture:
+def make_causal(name: str, settings: Mapping[str, Any], **more: Any) -> Architecture:
     return Architecture(f"{name}ForCausalLM", f"{name}Config", settings, **more)
 
 
-def t5(act: str) -> Architecture:
+def make_t5(act: str) -> Architecture:
     return Architecture(
         "T5ForConditionalGeneration",
         "T5Config",
@@ -111,27 +111,27 @@ def t5(act: str) -> Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture("GPT2LMHeadModel", "GPT2Config", GPT2, pattern="transformer.h.{}.mlp"),
-    "llama": causal("Llama", LLAMA),
-    "llama_bias": causal("Llama", dict(LLAMA, mlp_bias=True)),
-    "mistral": causal("Mistral", LLAMA),
-    "qwen2": causal("Qwen2", PHI),
-    "qwen3": causal("Qwen3", LLAMA),
-    "gemma": causal("Gemma", LLAMA),
-    "gemma2": causal("Gemma2", LLAMA),
+    "llama": make_causal("Llama", LLAMA),
+    "llama_bias": make_causal("Llama", dict(LLAMA, mlp_bias=True)),
+    "mistral": make_causal("Mistral", LLAMA),
+    "qwen2": make_causal("Qwen2", PHI),
+    "qwen3": make_causal("Qwen3", LLAMA),
+    "gemma": make_causal("Gemma", LLAMA),
+    "gemma2": make_causal("Gemma2", LLAMA),
     "gemma3": Architecture("Gemma3ForCausalLM", "Gemma3TextConfig", LLAMA),
-    "phi": causal("Phi", PHI),
-    "phi3": causal("Phi3", PHI),
-    "gpt_neox": causal("GPTNeoX", NEOX, pattern="gpt_neox.layers.{}.mlp"),
-    "opt": causal("OPT", OPT, pattern="model.decoder.layers.{}.fc2"),
-    "opt_without_bias": causal("OPT", dict(OPT, enable_bias=False), pattern="model.decoder.layers.{}.fc2"),
+    "phi": make_causal("Phi", PHI),
+    "phi3": make_causal("Phi3", PHI),
+    "gpt_neox": make_causal("GPTNeoX", NEOX, pattern="gpt_neox.layers.{}.mlp"),
+    "opt": make_causal("OPT", OPT, pattern="model.decoder.layers.{}.fc2"),
+    "opt_without_bias": make_causal("OPT", dict(OPT, enable_bias=False), pattern="model.decoder.layers.{}.fc2"),
     "bert": Architecture(
         "BertForMaskedLM", "BertConfig", BERT, kind="tokens", pattern="bert.encoder.layer.{}.output.dense"
     ),
     "roberta": Architecture(
         "RobertaForMaskedLM", "RobertaConfig", BERT, kind="tokens", pattern="roberta.encoder.layer.{}.output.dense"
     ),
-    "t5": t5("relu"),
-    "t5_gated": t5("gated-gelu"),
+    "t5": make_t5("relu"),
+    "t5_gated": make_t5("gated-gelu"),
     "vit": Architecture("ViTForImageClassification", "ViTConfig", VIT, kind="picture", pattern="vit.layers.{}.mlp"),
     "whisper": Architecture(
         "WhisperForConditionalGeneration",
@@ -145,7 +145,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 CAUSAL = [name for name, architecture in ARCHITECTURES.items() if architecture.kind == "causal"]
 
 
-def without_dropout(model: nn.Module) -> nn.Module:
+def disable_dropout(model: nn.Module) -> nn.Module:
     """The model, with every dropout in modules and in numbers on them set to 0."""
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -154,7 +154,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def pad(tokens: Tensor, to: int, side: str) -> tuple[Tensor, Tensor]:
+def pad_tokens(tokens: Tensor, to: int, side: str) -> tuple[Tensor, Tensor]:
     """Tokens `(1, n)` with random ones in the padding, and their mask."""
     filler = torch.randint(3, VOCABULARY, (1, to - tokens.shape[1]))
     parts = [(tokens, torch.ones_like(tokens)), (filler, torch.zeros_like(filler))]
@@ -162,8 +162,8 @@ def pad(tokens: Tensor, to: int, side: str) -> tuple[Tensor, Tensor]:
     return torch.cat([part for part, _ in parts], 1), torch.cat([mask for _, mask in parts], 1)
 
 
-def two_lengths(side: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+def make_two_lengths(side: str) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Two sequences, and both as one batch."""
     alone = [torch.randint(3, VOCABULARY, (1, n)) for n in (LONG, SHORT)]
-    padded, mask = zip(*(pad(tokens, LONG, side) for tokens in alone), strict=True)
+    padded, mask = zip(*(pad_tokens(tokens, LONG, side) for tokens in alone), strict=True)
     return alone, {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}

@@ -33,14 +33,14 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from mixture_of_experts import MoE
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
-from support.transformers_models import ARCHITECTURES, VOCABULARY, without_dropout
+from support.transformers_models import ARCHITECTURES, VOCABULARY, disable_dropout
 
 COEFFICIENT = 0.25
 Case = Callable[[nn.Module, int, bool, Path], None]
 
 
-def build(name: str = "llama") -> Any:
-    model = without_dropout(ARCHITECTURES[name].build()).train()
+def build_model(name: str = "llama") -> Any:
+    model = disable_dropout(ARCHITECTURES[name].build()).train()
     replace_ffn(model, num_experts=4, loss_coef=COEFFICIENT)
     model.probe = nn.Parameter(torch.zeros(()))
     for module in model.modules():
@@ -60,10 +60,10 @@ class Probe:
         return out + 0 * self.probe, loss + COEFFICIENT * self.probe  # DDP looks for parameters in outputs
 
 
-def factor(case: Case, accumulation: int, padding: bool, name: str = "llama") -> float:
+def measure_factor(case: Case, accumulation: int, padding: bool, name: str = "llama") -> float:
     """That of the first optimizer step."""
     torch.manual_seed(0)
-    model, found = build(name), []
+    model, found = build_model(name), []
     layers = sum(isinstance(module, MoE) for module in model.modules())
 
     def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -82,12 +82,12 @@ def factor(case: Case, accumulation: int, padding: bool, name: str = "llama") ->
 # What is trained on
 
 
-def texts(padding: bool, number: int = 16) -> list[str]:
+def make_texts(padding: bool, number: int = 16) -> list[str]:
     draw = random.Random(0)
     return [" ".join(f"w{draw.randrange(50)}" for _ in range(8 - i % 3 if padding else 8)) for i in range(number)]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
@@ -97,14 +97,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, **special)
 
 
-def rows(padding: bool, number: int = 16) -> list[dict[str, Tensor]]:
-    encoded = tokenizer()(texts(padding, number), padding=True, return_tensors="pt")
+def make_rows(padding: bool, number: int = 16) -> list[dict[str, Tensor]]:
+    encoded = make_tokenizer()(make_texts(padding, number), padding=True, return_tensors="pt")
     ids, mask = encoded["input_ids"], encoded["attention_mask"]
     labels = torch.where(mask.bool(), ids, -100)
     return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
 
 
-def settings(accumulation: int, folder: Path) -> dict[str, Any]:
+def make_settings(accumulation: int, folder: Path) -> dict[str, Any]:
     return dict(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -121,7 +121,7 @@ def settings(accumulation: int, folder: Path) -> dict[str, Any]:
     )
 
 
-def dataset(rows: list[dict[str, Any]]) -> Any:
+def make_dataset(rows: list[dict[str, Any]]) -> Any:
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
@@ -131,92 +131,94 @@ def dataset(rows: list[dict[str, Any]]) -> Any:
 # The trainers
 
 
-def trainer(model: nn.Module, accumulation: int, padding: bool, folder: Path, kind: type = Trainer, **more) -> None:
-    arguments = TrainingArguments(**settings(accumulation, folder), **more)
-    kind(model, arguments, train_dataset=rows(padding)).train()
+def run_trainer(model: nn.Module, accumulation: int, padding: bool, folder: Path, kind: type = Trainer, **more) -> None:
+    arguments = TrainingArguments(**make_settings(accumulation, folder), **more)
+    kind(model, arguments, train_dataset=make_rows(padding)).train()
 
 
-def label_smoothing(model: nn.Module, accumulation: int, padding: bool, folder: Path, kind: type = Trainer) -> None:
-    trainer(model, accumulation, padding, folder, kind, label_smoothing_factor=0.1)
+def run_label_smoothing(model: nn.Module, accumulation: int, padding: bool, folder: Path, kind: type = Trainer) -> None:
+    run_trainer(model, accumulation, padding, folder, kind, label_smoothing_factor=0.1)
 
 
-def label_smoothing_and_aux_loss(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+def run_label_smoothing_and_aux_loss(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
     class WithAuxLoss(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
             loss = loss + aux_loss(model) / self.current_gradient_accumulation_steps
             return (loss, out) if return_outputs else loss
 
-    label_smoothing(model, accumulation, padding, folder, WithAuxLoss)
+    run_label_smoothing(model, accumulation, padding, folder, WithAuxLoss)
 
 
-def of_trl(kind: str, data: list[dict[str, Any]], *models: Any, of: dict[str, Any], **more) -> None:
+def run_trl(kind: str, data: list[dict[str, Any]], *models: Any, of: dict[str, Any], **more) -> None:
     """Train with TRL's trainer of a kind, settings `of` all trainers and `more`."""
     import trl
 
     config = getattr(trl, f"{kind}Config")(**of, bf16=False, **more)
     made = getattr(trl, f"{kind}Trainer")
-    made(*models, args=config, train_dataset=dataset(data), processing_class=tokenizer()).train()
+    made(*models, args=config, train_dataset=make_dataset(data), processing_class=make_tokenizer()).train()
 
 
-def sft(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
-    data = [{"text": text} for text in texts(padding)]
-    of_trl("SFT", data, model, of=settings(accumulation, folder), **more)
+def run_sft(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    data = [{"text": text} for text in make_texts(padding)]
+    run_trl("SFT", data, model, of=make_settings(accumulation, folder), **more)
 
 
-def preferences(padding: bool) -> list[dict[str, str]]:
-    all_texts = texts(padding, 48)
+def make_preferences(padding: bool) -> list[dict[str, str]]:
+    all_texts = make_texts(padding, 48)
     parts = zip(all_texts[:16], all_texts[16:32], all_texts[32:], strict=True)
     return [{"prompt": a, "chosen": f" {b}", "rejected": f" {c}"} for a, b, c in parts]
 
 
-def dpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
-    of_trl("DPO", preferences(padding), model, copy.deepcopy(model), of=settings(accumulation, folder), **more)
+def run_dpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    run_trl(
+        "DPO", make_preferences(padding), model, copy.deepcopy(model), of=make_settings(accumulation, folder), **more
+    )
 
 
-def kto(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+def run_kto(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
     data = [
         {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
-        for i, row in enumerate(preferences(padding))
+        for i, row in enumerate(make_preferences(padding))
     ]
-    of_trl("KTO", data, model, copy.deepcopy(model), of=settings(accumulation, folder), **more)
+    run_trl("KTO", data, model, copy.deepcopy(model), of=make_settings(accumulation, folder), **more)
 
 
-def grpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+def run_grpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
     def reward(completions: list[str], **_: Any) -> list[float]:
         return [float(len(completion)) for completion in completions]
 
-    data = [{"prompt": text} for text in texts(padding)]
+    data = [{"prompt": text} for text in make_texts(padding)]
     own = dict(num_generations=2, max_completion_length=6, beta=0.0)
-    of_trl("GRPO", data, model, reward, of=settings(accumulation, folder), **own, **more)
+    run_trl("GRPO", data, model, reward, of=make_settings(accumulation, folder), **own, **more)
 
 
-def batches(padding: bool, accumulation: int) -> Iterator[dict[str, Tensor]]:
+def make_batches(padding: bool, accumulation: int) -> Iterator[dict[str, Tensor]]:
     """As many as a step takes, those of this process."""
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    given = rows(padding, 2 * accumulation * processes)[rank::processes]
+    given = make_rows(padding, 2 * accumulation * processes)[rank::processes]
     for i in range(0, len(given), 2):
         yield {name: torch.stack([row[name] for row in given[i : i + 2]]) for name in given[i]}
 
 
-def accelerated(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+def run_accelerate(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
-    for batch in batches(padding, accumulation):
+    for batch in make_batches(padding, accumulation):
         with accelerator.accumulate(prepared):
             accelerator.backward(prepared(**batch).loss)
             optimizer.step()
             optimizer.zero_grad()
 
 
-def own_loss(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+def run_custom_loss(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
     run: Any = model
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         run = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    for batch in batches(padding, accumulation):
+    for batch in make_batches(padding, accumulation):
         labels = batch.pop("labels")
         logits = run(**batch).logits[:, :-1].flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten()) + aux_loss(model)
@@ -224,7 +226,7 @@ def own_loss(model: nn.Module, accumulation: int, padding: bool, folder: Path) -
     optimizer.step()
 
 
-def lightning(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+def run_lightning(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
     import lightning as pl
 
     class Module(pl.LightningModule):
@@ -238,7 +240,7 @@ def lightning(model: nn.Module, accumulation: int, padding: bool, folder: Path) 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    data: Any = rows(padding)
+    data: Any = make_rows(padding)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     pl.Trainer(
@@ -253,31 +255,31 @@ def lightning(model: nn.Module, accumulation: int, padding: bool, folder: Path) 
 
 
 CASES: dict[str, tuple[Case, str | None]] = {
-    "`Trainer`": (trainer, None),
-    "`Trainer`, label smoothing": (label_smoothing, None),
-    "the same, `aux_loss(model)` added": (label_smoothing_and_aux_loss, None),
-    "TRL, SFT": (sft, "trl"),
-    "TRL, DPO": (dpo, "trl"),
-    "TRL, KTO": (kto, "trl"),
-    "TRL, GRPO": (grpo, "trl"),
-    "accelerate": (accelerated, None),
-    "Lightning": (lightning, "lightning"),
-    "a loss of your own, `+ aux_loss(model)`": (own_loss, None),
+    "`Trainer`": (run_trainer, None),
+    "`Trainer`, label smoothing": (run_label_smoothing, None),
+    "the same, `aux_loss(model)` added": (run_label_smoothing_and_aux_loss, None),
+    "TRL, SFT": (run_sft, "trl"),
+    "TRL, DPO": (run_dpo, "trl"),
+    "TRL, KTO": (run_kto, "trl"),
+    "TRL, GRPO": (run_grpo, "trl"),
+    "accelerate": (run_accelerate, None),
+    "Lightning": (run_lightning, "lightning"),
+    "a loss of your own, `+ aux_loss(model)`": (run_custom_loss, None),
 }
 
 
-def factors(names: list[str]) -> dict[str, list[float]]:
+def measure_factors(names: list[str]) -> dict[str, list[float]]:
     """Of each trainer: without accumulation, of four micro-batches, and of four with padding."""
     found = {}
     for name in names:
         case, package = CASES[name]
         if package is None or importlib.util.find_spec(package):
-            found[name] = [factor(case, *at) for at in ((1, False), (4, False), (4, True))]
+            found[name] = [measure_factor(case, *at) for at in ((1, False), (4, False), (4, True))]
     return found
 
 
 @contextmanager
-def one_of(processes: int) -> Iterator[None]:
+def join_processes(processes: int) -> Iterator[None]:
     """This process as one of several that were started."""
     if processes > 1:
         at, rank = f"file://{os.environ['RENDEZVOUS']}", int(os.environ["RANK"])
@@ -288,7 +290,7 @@ def one_of(processes: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def leave() -> None:
+def exit_process() -> None:
     """End one of two processes here. What still holds the group of processes would end while Python does. There torch
     2.13 was seen to wait for ever, in both, with no line of Python on a stack."""
     sys.stderr.flush()
@@ -343,11 +345,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.results:
-        with one_of(int(os.environ.get("WORLD_SIZE", 1))):
-            found = factors(arguments.names)
+        with join_processes(int(os.environ.get("WORLD_SIZE", 1))):
+            found = measure_factors(arguments.names)
         Path(arguments.results).write_text(json.dumps(found))
-        leave()
-    one = factors(arguments.names)
+        exit_process()
+    one = measure_factors(arguments.names)
     with tempfile.TemporaryDirectory() as folder:
         two = in_two_processes(arguments.names, Path(folder))
     print("| | 1 | 4 | 4, padding | two processes: 1 | 4 | 4, padding |")

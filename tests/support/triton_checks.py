@@ -43,18 +43,18 @@ from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU
 from mixture_of_experts.ops.network import Network
 from mixture_of_experts.ops.triton import operators, schedule, self_check
-from mixture_of_experts.ops.triton.form import Form
-from mixture_of_experts.ops.triton.forward_backward import backward, forward, operands
+from mixture_of_experts.ops.triton.forward_backward import make_operands, triton_backward, triton_forward
+from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 from mixture_of_experts.ops.triton.row_plan import plan_of, queued_choices, triton_few_plan, triton_plan
-from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
+from mixture_of_experts.ops.triton.schedule import BlockSizes, WeightBlockSizes
 from support import isolation
-from support.triton_memory import watched
+from support.triton_memory import watch_memory
 
-autograd.tables_to_save = Plan.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
-compute = partial(autograd.differentiable, forward, backward)
+autograd.select_tables_to_save = Plan.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
+compute = partial(autograd.run_differentiable, triton_forward, triton_backward)
 
 #: of clamped ones with a limit that many pre-activations pass
-ACTIVATIONS = self_check.ACTIVATIONS | {"clamped": lambda: ClampedSwiGLU(1.702, 1.0)}
+ACTIVATIONS = self_check.KERNEL_ACTIVATIONS | {"clamped": lambda: ClampedSwiGLU(1.702, 1.0)}
 #: relative norms of the errors; the interpreter truncates to bfloat16 where hardware rounds
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 
@@ -75,14 +75,14 @@ def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
         inner_gate.w_gating.data *= 300 if zeros else 1
         grouped = torch.cat([x[0], x.new_zeros(1, d)])[slots.token].view(2, 1, -1, d)
         mask = (slots.token < t).view(2, 1, -1)
-        return with_rows_of_nobody(compose(outer, slots, inner_gate(grouped, mask=mask)).without_gaps(), bool(zeros))
+        return add_unused_rows(compose(outer, slots, inner_gate(grouped, mask=mask)).without_gaps(), bool(zeros))
     gate = TopKGating(d, e, k, capacity_factor_train=1.0 if routing == "capacity" else None, priority="token")
     gate.w_gating.data *= 5
     mask = torch.rand(1, t) < 0.8 if routing == "masked" else None
     return decision_of(gate(x, mask=mask)).without_gaps()
 
 
-def with_rows_of_nobody(plan: Plan, wanted: bool) -> Plan:
+def add_unused_rows(plan: Plan, wanted: bool) -> Plan:
     assert plan.rows_per_expert is not None
     empty = plan.assignment[: int(plan.rows_per_expert.sum())] == plan.weight.shape[0]
     assert bool(empty.any()) == wanted
@@ -105,7 +105,7 @@ def make_network(
     return Network(w_in, draw(h, o), ACTIVATIONS[activation](), b_in, torch.randn(e, o) if bias else None, halves)
 
 
-def obvious(x: Tensor, where: Plan, network: Network) -> Tensor:
+def compute_reference(x: Tensor, where: Plan, network: Network) -> Tensor:
     """The network, one expert after the other."""
     assert where.rows_per_expert is not None
     out, start = x.new_zeros(x.shape[0], network.w_out.shape[-1]), 0
@@ -120,7 +120,7 @@ def obvious(x: Tensor, where: Plan, network: Network) -> Tensor:
     return out
 
 
-def relative(value: Tensor, wanted: Tensor) -> float:
+def relative_error(value: Tensor, wanted: Tensor) -> float:
     """Norm of the error by the norm of what is wanted (an error of 0 is 0 also beside zeros)."""
     error = (value.double() - wanted).norm()
     return float(error / wanted.norm()) if error else 0.0
@@ -145,16 +145,21 @@ def check_values(
     x, grad, network = torch.randn(t, d).to(dtype), torch.randn(t, o).to(dtype), network.map(lambda w: w.to(dtype))
     with pytest.MonkeyPatch.context() as patch:
         if kind is not None:
-            entries = schedule.HALF[9, 0] if kind == "half" else schedule.SINGLE[kind]
-            patch.setattr(schedule, "INTERPRETED", entries)
-        found = with_gradients(compute, x, where, network, grad)
+            entries = schedule.HALF_SCHEDULES[9, 0] if kind == "half" else schedule.FLOAT32_SCHEDULES[kind]
+            patch.setattr(schedule, "INTERPRETER_SCHEDULES", entries)
+        found = compute_with_gradients(compute, x, where, network, grad)
     double = where._replace(weight=where.weight.double())
-    wanted = with_gradients(obvious, x.double(), double, network.map(torch.Tensor.double), grad.double())
+    wanted = compute_with_gradients(
+        compute_reference, x.double(), double, network.map(torch.Tensor.double), grad.double()
+    )
     for name in wanted:
-        assert relative(found[name], wanted[name]) < TOLERANCE[dtype], (name, relative(found[name], wanted[name]))
+        assert relative_error(found[name], wanted[name]) < TOLERANCE[dtype], (
+            name,
+            relative_error(found[name], wanted[name]),
+        )
 
 
-def with_gradients(function: Any, x: Tensor, where: Plan, network: Network, grad: Tensor) -> dict[str, Tensor]:
+def compute_with_gradients(function: Any, x: Tensor, where: Plan, network: Network, grad: Tensor) -> dict[str, Tensor]:
     """The output, and the gradients of all there is, by name."""
     x, weight = x.detach().requires_grad_(), where.weight.detach().requires_grad_()
     network = network.map(lambda w: w.detach().requires_grad_())
@@ -168,8 +173,8 @@ def check_tiles(e: int, height: int) -> None:
     torch.manual_seed(e)
     counts = torch.randint(0, 3 * height, (e,)) * (torch.rand(e) < 0.6)
     rows = int(counts.sum()) + 5
-    with watched(operators):
-        tiles = operators.find_tiles(counts, rows, height)
+    with watch_memory(operators):
+        tiles = operators.launch_find_tiles(counts, rows, height)
     wanted, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         wanted += [(expert, start + i, min(start + i + height, start + count)) for i in range(0, count, height)]
@@ -177,69 +182,78 @@ def check_tiles(e: int, height: int) -> None:
     more = len(tiles.table) - len(wanted)
     assert more >= 0
     assert list(map(tuple, tiles.table.tolist())) == wanted + [(-1, 0, 0)] * more
-    assert tiles.ends.tolist() == counts.cumsum(0).tolist()
+    assert tiles.expert_ends.tolist() == counts.cumsum(0).tolist()
 
 
 def check_first_hour() -> None:
     """The pieces of the first hour that run the kernels, on a CPU in the place of a card."""
-    from benchmarks import blocks, card, decide, pieces
-    from support import no_card
+    from benchmarks import blocks, decisions, gpu_device, gpu_tasks
+    from support import cpu_device
 
-    device, entries = no_card.NoCard(), schedule.INTERPRETED
+    device, entries = cpu_device.CPUDevice(), schedule.INTERPRETER_SCHEDULES
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
             (self_check, "ROWS", 48),
             (self_check, "DIM", 16),
-            (pieces, "DTYPES", (torch.bfloat16,)),
-            (pieces, "MEANS", (4, 8)),
-            (pieces, "ASSIGNMENTS", (8,)),
-            (card, "ROUNDS", 1),
-            (card, "WARMUP", 1),
+            (gpu_tasks, "DTYPES", (torch.bfloat16,)),
+            (gpu_tasks, "MEANS", (4, 8)),
+            (gpu_tasks, "ASSIGNMENTS", (8,)),
+            (gpu_device, "ROUNDS", 1),
+            (gpu_device, "WARMUP", 1),
         ):
             patch.setattr(module, name, value)
-        patch.setattr(device, "shapes", lambda: [card.Shape(name, 40, 16, 16, 2, 1) for name in ("one", "two")])
-        found = no_card.results(pieces.check_kernels(device, pieces.default_kinds))
+        patch.setattr(device, "shapes", lambda: [gpu_device.Shape(name, 40, 16, 16, 2, 1) for name in ("one", "two")])
+        found = cpu_device.run_tasks(gpu_tasks.check_kernels(device, gpu_tasks.default_kinds))
         assert found == {"programs": [], **{name: "right" for name in found if name != "programs"}}
         assert len(found) == 1 + 2 * len(entries)  # training and decoding of one choice
-        assert len(list(pieces.all_kinds("interleaved", device))) == 3 * 2  # activations, sizes
+        assert len(list(gpu_tasks.all_kinds("interleaved", device))) == 3 * 2  # activations, sizes
 
         half = entries[1].down._replace(n=32)
         patch.setattr(
-            blocks, "candidates", lambda kernel, entry, *_: [getattr(entry, kernel), half][: 1 + (kernel == "down")]
+            blocks,
+            "list_candidates",
+            lambda kernel, entry, *_: [getattr(entry, kernel), half][: 1 + (kernel == "down")],
         )
         patch.setattr(
             device, "left_out", lambda kernel, grid, arguments: "no" if arguments.get("BLOCK_N") == 64 else None
         )
-        found = {f"kernels/{i}": no_card.results(pieces.kernels(device, i)) for i in (0, 1)}
+        found = {f"kernels/{i}": cpu_device.run_tasks(gpu_tasks.kernels(device, i)) for i in (0, 1)}
         profile = "\n".join(found["kernels/0"]["each kernel of a training step"])
-        assert all(f"{name} " in profile for name in ("find_tiles", "sum_rows", "rank_rows"))
+        assert all(f"{name} " in profile for name in ("find_tiles_kernel", "sum_rows_kernel", "rank_rows_kernel"))
         few, many = (found["kernels/0"][f"{rows} rows, tiles of 32"] for rows in (8, 20))
         assert set(few) == {"up", "down"}  # the forward alone, where low tiles decode
         assert set(many) == set(blocks.KERNELS)
         assert [time for _, time in many["up"]] == ["no"]
         assert [type(time) for _, time in many["down"]] == [str, float]
-        told = "\n".join(decide.lines(found, entries))
-        assert "- tiles of 32, down: (32, 16, 1, 1) ÷ (64, 16, 1, 1): which do not run" in told
-        assert "down=Blocks(n=32, c=16, warps=1, stages=1)" in told
+        described = "\n".join(decisions.lines(found, entries))
+        assert "- tiles of 32, down: (32, 16, 1, 1) ÷ (64, 16, 1, 1): which do not run" in described
+        assert "down=Blocks(n=32, c=16, warps=1, stages=1)" in described
 
-        found = no_card.results(pieces.small_kernels(device))
+        found = cpu_device.run_tasks(gpu_tasks.small_kernels(device))
         assert all(pair["kernels"] > 0 and pair["host of operators"] > 0 for pair in found.values()), found
-        wanted = {"top_k.py", "top_2.py", "rank_rows", "find_rows", "queueing.py"}
+        wanted = {"top_k.py", "top_2.py", "rank_rows_kernel", "find_rows_kernel", "queueing.py"}
         assert {name.split(":")[0] for name in found} == wanted
 
 
 #: kernels that multiply: the operand on the left, by the blocks of which they step along their sums
-LEFT = {"rows_by_weights": "x", "hidden_grads": "grad", "row_grads": "grad_pre", "weight_grads": "token"}
-KERNELS = ["find_rows", "rank_rows", "find_tiles", "sum_rows", "bias_grads", *LEFT]
+LEFT_OPERANDS = {"grouped_matmul_kernel": "x", "hidden_grads": "grad", "row_grads": "grad_pre", "weight_grads": "token"}
+KERNELS = [
+    "find_rows_kernel",
+    "rank_rows_kernel",
+    "find_tiles_kernel",
+    "sum_rows_kernel",
+    "bias_grads_kernel",
+    *LEFT_OPERANDS,
+]
 
 
-def spoil(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]) -> None:
+def inject_fault(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]) -> None:
     """Put a fault into what a launch has written."""
     out = next(arguments[key] for key in ("out", "grad_pre", "tiles", "row") if arguments.get(key) is not None)
     if fault == "slightly":
         out.mul_(1.2) if out.is_floating_point() else (out[:, 2] if out.ndim == 2 else out).sub_(1).clamp_(min=0)
         return
-    assert kernel in LEFT
+    assert kernel in LEFT_OPERANDS
     if kernel == "weight_grads":
         tile = out[0, : arguments["BLOCK_M"], : arguments["BLOCK_N"]]
     else:
@@ -253,12 +267,14 @@ def spoil(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]) -> No
         tile[1, 1] += tile[1, 1].abs() / 100
     else:
         assert fault == "a stale buffer"
-        others = [value for name, value in arguments.items() if isinstance(value, Tensor) and name != LEFT[kernel]]
-        right, left, c = [value.clone() for value in others], arguments[LEFT[kernel]], arguments["BLOCK_C"]
+        others = [
+            value for name, value in arguments.items() if isinstance(value, Tensor) and name != LEFT_OPERANDS[kernel]
+        ]
+        right, left, c = [value.clone() for value in others], arguments[LEFT_OPERANDS[kernel]], arguments["BLOCK_C"]
         stale = left.clone()
         steps, source = (stale.T, left.T) if left.ndim == 2 else (stale, left)
         steps[c : 2 * c] = source[:c]
-        launch(**arguments | {LEFT[kernel]: stale})
+        launch(**arguments | {LEFT_OPERANDS[kernel]: stale})
         spoiled = tile.clone()
         for value, saved in zip(others, right, strict=True):
             value.copy_(saved)
@@ -268,12 +284,14 @@ def spoil(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]) -> No
 def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: int) -> None:
     """Kernels that are right pass, with every entry of the schedule. Each that is planted wrong or raises is seen, and
     off is the way for the process, but for what was found right. A lack of memory is asked for once."""
-    form, entries = Form(layout, activation, 1.702, 7.0), schedule.INTERPRETED
-    kind = self_check.Kind(torch.device("cpu"), dtype, form, (True, True), (False, True), (0, 0, 16), choices, False)
-    launch, times = operators.launch, [0]
+    form, entries = NetworkSpec(layout, activation, 1.702, 7.0), schedule.INTERPRETER_SCHEDULES
+    kind = self_check.CallKind(
+        torch.device("cpu"), dtype, form, (True, True), (False, True), (0, 0, 16), choices, False
+    )
+    launch, times = operators.launch_kernel, [0]
 
     def judge(entry: int = 0) -> str | None:
-        return self_check.judge(kind, entries, entries[entry : entry + 1])
+        return self_check.check_entries(kind, entries, entries[entry : entry + 1])
 
     def planted(name: str, fault: str) -> Any:
         def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -284,79 +302,79 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             if is_it and fault == "raises":
                 raise RuntimeError("a compiler gives up")
             launch(kernel, grid, **arguments)
-            if is_it and (fault != "now and then" or times[0] == self_check.TIMES):
-                spoil(fault, name, partial(launch, kernel, grid), arguments)
+            if is_it and (fault != "now and then" or times[0] == self_check.NUM_REPEATS):
+                inject_fault(fault, name, partial(launch, kernel, grid), arguments)
 
         return wrong
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(self_check, "ROWS", 48)
-        patch.setattr(self_check, "DIM", 32)
-        patch.setattr(self_check.CHECK, "verdicts", {})
+        patch.setattr(self_check, "MIN_ROWS", 48)
+        patch.setattr(self_check, "MIN_DIM", 32)
+        patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
         assert judge(0) is None
         assert judge(1) is None
-        assert len(self_check.CHECK.verdicts) == 2
-        check_far(kind)
+        assert len(self_check.EXPERTS_SELF_CHECK.verdicts) == 2
+        check_far_pointers(kind)
         hardware = ("a vector", "a lost tile", "a stale buffer")
         for name, fault in (
             *((name, "slightly") for name in KERNELS),
             *(("row_grads", fault) for fault in ("raises", "now and then")),
-            *itertools.product(LEFT, hardware),
+            *itertools.product(LEFT_OPERANDS, hardware),
         ):
-            patch.setattr(self_check.CHECK, "verdicts", {(kind, entries[1]): None})
+            patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {(kind, entries[1]): None})
             times[0] = 0
-            patch.setattr(operators, "launch", planted(name, fault))
+            patch.setattr(operators, "launch_kernel", planted(name, fault))
             with pytest.warns(UserWarning, match="off in this process"):
                 wrong = judge()
             assert wrong is not None, (name, fault)
-            told = {"raises": "they raise RuntimeError", "now and then": "between two equal"}
-            assert told.get(fault, "differ") in wrong
-            patch.setattr(operators, "launch", launch)
+            described = {"raises": "they raise RuntimeError", "now and then": "between two equal"}
+            assert described.get(fault, "differ") in wrong
+            patch.setattr(operators, "launch_kernel", launch)
             assert judge(0) == wrong  # nothing is asked again
             assert judge(1) is None  # what was right serves on: a recomputation takes the way of its forward
-            self_check.CHECK.verdicts.pop((kind, entries[1]))
+            self_check.EXPERTS_SELF_CHECK.verdicts.pop((kind, entries[1]))
             assert judge(1) == wrong
-        patch.setattr(self_check.CHECK, "verdicts", {})
-        patch.setattr(operators, "launch", planted("row_grads", "memory"))
+        patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
+        patch.setattr(operators, "launch_kernel", planted("row_grads", "memory"))
         times[0] = 0
         with pytest.warns(UserWarning, match="off for calls of one kind.*ops.prepare"):
             assert "no memory" in str(judge())
         assert "no memory" in str(judge())
         assert times == [1]
-        patch.setattr(operators, "launch", launch)
+        patch.setattr(operators, "launch_kernel", launch)
         assert judge(1) is None
-        launching.forget_lack_of_memory()
+        launching.clear_out_of_memory_verdicts()
         assert judge(0) is None
-        for name, seen in (("rows_by_weights", True), ("row_grads", False)):  # decoding has no backward
-            patch.setattr(self_check.CHECK, "verdicts", {})
-            patch.setattr(operators, "launch", planted(name, "a vector"))
+        for name, seen in (("grouped_matmul_kernel", True), ("row_grads", False)):  # decoding has no backward
+            patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
+            patch.setattr(operators, "launch_kernel", planted(name, "a vector"))
             with pytest.warns(UserWarning, match="off in this process") if seen else nullcontext():
-                found = self_check.judge(kind._replace(decoding=True), entries, entries[:1])
+                found = self_check.check_entries(kind._replace(decoding=True), entries, entries[:1])
             assert (found is not None) == seen
 
 
-def check_far(kind: self_check.Kind) -> None:
+def check_far_pointers(kind: self_check.CallKind) -> None:
     """Kernels read weights, and write gradients of them, beyond what int32 can index, as they do elsewhere."""
-    entries = schedule.INTERPRETED
-    near = self_check.make_call(kind, *self_check.size_for(entries, entries[1]))
-    weights = [far_copy(weight) for weight in (*near.network.w_in, near.network.w_out)]
+    entries = schedule.INTERPRETER_SCHEDULES
+    near = self_check.make_call(kind, *self_check.find_call_size(entries, entries[1]))
+    weights = [copy_to_far_memory(weight) for weight in (*near.network.w_in, near.network.w_out)]
     far = near._replace(network=replace(near.network, w_in=tuple(weights[:-1]), w_out=weights[-1]))
-    found = self_check.by_kernels(far, kind)
-    assert all(torch.equal(value, found[name]) for name, value in self_check.by_kernels(near, kind).items())
-    given = operands(near.x, plan_of(near.decision), near.network)
-    tiles = operators.find_tiles(given.counts, given.token.shape[0], entries[1].rows)
+    found = self_check.compute_by_kernels(far, kind)
+    assert all(torch.equal(value, found[name]) for name, value in self_check.compute_by_kernels(near, kind).items())
+    given = make_operands(near.x, plan_of(near.decision), near.network)
+    tiles = operators.launch_find_tiles(given.counts, given.token.shape[0], entries[1].rows)
     grads = [torch.zeros_like(weight) for weight in given.w_in]
     y = [torch.randn(given.token.shape[0], grad.shape[-1]).to(grad.dtype) for grad in grads]
-    outs = grads, list(map(far_copy, grads))
+    outs = grads, list(map(copy_to_far_memory, grads))
     for out in outs:
         operators.launch_weight_grads(entries[1].weight_grads, tiles, given.token, given.x, y, out, of_inputs=True)
     assert all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
 
 
-def far_copy(tensor: Tensor) -> Tensor:
+def copy_to_far_memory(tensor: Tensor) -> Tensor:
     """A copy of `(e, ., .)` whose last matrix lies where int32 cannot index it."""
     between = -(-(1 << 31) // (len(tensor) - 1) // 64) * 64
-    memory = untouched(between * (len(tensor) - 1) + tensor[0].numel(), tensor.dtype)
+    memory = make_untouched_rows(between * (len(tensor) - 1) + tensor[0].numel(), tensor.dtype)
     return memory.as_strided(tensor.shape, (between, *tensor.stride()[1:])).copy_(tensor)
 
 
@@ -364,38 +382,42 @@ def check_lengths_of_the_self_check() -> None:
     """Low tiles are what they are taken for. With every entry of every card the check's sums take more steps than there
     are buffers. A vector of 16 bytes is seen in rows of its size, where the norm of the whole tensor hides 96 numbers.
     """
-    tables = [*schedule.HALF.values(), *schedule.SINGLE.values()]
-    for entries in schedule.HALF.values():
-        assert all(schedule.find_schedule(entries, mean).rows <= 32 for mean in range(schedule.LOW + 1))
+    tables = [*schedule.HALF_SCHEDULES.values(), *schedule.FLOAT32_SCHEDULES.values()]
+    for entries in schedule.HALF_SCHEDULES.values():
+        assert all(schedule.find_schedule(entries, mean).rows <= 32 for mean in range(schedule.MAX_LOW_MEAN_ROWS + 1))
     for entries, entry in ((table, entry) for table in tables for entry in table):
-        rows, experts = self_check.size_for(entries, entry)
+        rows, experts = self_check.find_call_size(entries, entry)
         assert schedule.find_schedule(entries, rows // experts) is entry
         assert experts >= 3
         for blocks in entry[2:]:
-            length = self_check.ROWS * self_check.BUSIEST if isinstance(blocks, WeightBlocks) else self_check.DIM
+            length = (
+                self_check.MIN_ROWS * self_check.BUSIEST_EXPERT_SHARE
+                if isinstance(blocks, WeightBlockSizes)
+                else self_check.MIN_DIM
+            )
             assert length >= (blocks.stages + 1) * blocks.c, entry
     torch.manual_seed(0)
-    wanted = torch.randn(8, self_check.DIM, self_check.DIM)
-    for dtype, tolerance in self_check.TOLERANCE.items():
+    wanted = torch.randn(8, self_check.MIN_DIM, self_check.MIN_DIM)
+    for dtype, tolerance in self_check.MAX_ROW_ERRORS.items():
         right, lost, turned, nan = (wanted.to(dtype, copy=True) for _ in range(4))
         lost[3, 5, 96 : 96 + 16 // dtype.itemsize] = 0
         turned[3, 5, :96] *= -1
         nan[0, 0, 0] = torch.nan
-        errors = [self_check.error_of_rows(found, wanted) for found in (right, lost, turned, nan)]
+        errors = [self_check.compute_max_row_error(found, wanted) for found in (right, lost, turned, nan)]
         assert errors[0] < tolerance / 5
         assert errors[1] > 2 * tolerance
-        assert relative(turned, wanted.double()) < self_check.TOLERANCE[torch.bfloat16] < errors[2]
+        assert relative_error(turned, wanted.double()) < self_check.MAX_ROW_ERRORS[torch.bfloat16] < errors[2]
         assert not errors[3] < tolerance
 
 
 def check_memory(*args: Any, **options: Any) -> None:
     """The same as `check_values`, every access to memory checked."""
-    with watched(operators):
+    with watch_memory(operators):
         check_values(*args, **options)
 
 
 @triton.jit
-def planted(x, out, READ_AT: tl.constexpr, WRITE_AT: tl.constexpr, STEP: tl.constexpr):
+def kernel_with_fault(x, out, READ_AT: tl.constexpr, WRITE_AT: tl.constexpr, STEP: tl.constexpr):
     """Copies 16 numbers in two programs, right with 0, 0 and 8."""
     line = tl.program_id(0) * STEP + tl.arange(0, 8)
     tl.store(out + line + WRITE_AT, tl.load(x + line + READ_AT))
@@ -406,7 +428,7 @@ def check_faults() -> None:
     x, out, column = torch.randn(16), torch.empty(16), torch.randn(16, 2)[:, 0]
 
     def launch(x: Tensor, out: Tensor, read_at: int, write_at: int, step: int) -> None:
-        operators.launch(planted, (2,), x=x, out=out, READ_AT=read_at, WRITE_AT=write_at, STEP=step)
+        operators.launch_kernel(kernel_with_fault, (2,), x=x, out=out, READ_AT=read_at, WRITE_AT=write_at, STEP=step)
 
     faults = [
         ("x has no such element", (x, out, 1, 0, 8)),
@@ -419,7 +441,7 @@ def check_faults() -> None:
         ("a place of out is written twice", (x, out, 0, 0, 7)),
         ("a place of out is written, and read as one of x", (x, x, 0, 0, 8)),
     ]
-    with watched(operators):
+    with watch_memory(operators):
         for message, arguments in faults:
             with pytest.raises(Exception, match=message):
                 launch(*arguments)
@@ -447,8 +469,8 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     wanted: Any = decision.without_gaps()
     a = len(decision.weight)
     rows = a if decision.routing is None else min(a, decision.num_slots)
-    with watched(operators):
-        found: Any = plan_of(decision, few=0)
+    with watch_memory(operators):
+        found: Any = plan_of(decision, max_compared=0)
     assert found.without_tensors() == wanted._replace(num_rows=rows).without_tensors()
     assert torch.equal(found.row, wanted.row.where(wanted.row < a, rows))
     assert torch.equal(found.weight, wanted.weight)
@@ -460,7 +482,7 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert (wanted.weight[found.assignment[held]] == 0).all()
     assert torch.equal(found.token[held], found.assignment[held] // k)
 
-    with watched(operators):
+    with watch_memory(operators):
         few: Any = plan_of(decision)  # rows of what is kept alone, by expert and in the order of tokens
     kept, expert = decided.kept.flatten().tolist(), decided.expert.flatten().tolist()
     order = sorted((i for i in range(a) if kept[i]), key=expert.__getitem__)
@@ -488,8 +510,8 @@ def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
     slots, decision = decide_twice(outer, inner, torch.rand(2, 45) < 0.7 if mask else None)
     wanted = decision.without_gaps()
     rows = min(decision.most_rows, decision.num_slots)
-    with watched(operators):
-        found = plan_of(decision, few=0)
+    with watch_memory(operators):
+        found = plan_of(decision, max_compared=0)
     used = int(wanted.rows_per_expert.sum())
     assert 0 < used <= rows
     assert (wanted.row.view(-1, 2)[slots.row == slots.num_rows] == wanted.num_rows).all()
@@ -508,15 +530,15 @@ class Unmasked(Top2Gating):
         return super().forward(x)
 
 
-def check_plan_with_slots_of_nobody() -> None:
+def check_plan_with_unused_slots() -> None:
     """Their rows have no token and no weight, and no place behind the last row."""
     torch.manual_seed(0)
     inner = Unmasked(8, 5, outer_expert_dims=(3,), second_policy_train="all", capacity_factor_train=None)
     for factor in (2.0, 8.0):  # with as many slots of level one as choices, and with more
         outer = Top2Gating(8, 3, second_policy_train="all", capacity_factor_train=factor)
         _, decision = decide_twice(outer, inner)
-        with watched(operators):
-            found = plan_of(decision, few=0)
+        with watch_memory(operators):
+            found = plan_of(decision, max_compared=0)
         assert (found.assignment == len(decision.weight)).any()
         if factor == 2:
             wanted = decision.without_gaps()
@@ -541,11 +563,11 @@ def check_queues(e: int, k: int, n: int) -> None:
     torch.manual_seed(e)
     expert, score = torch.randint(e, (2, 3, n * k)), torch.rand(2, 3, n).round(decimals=1)
     expert[1] = expert[1] % 2  # most experts have no queue, and some a long one
-    queued, queue_in_line = [], queueing.queue_in_line
+    queued, queue_in_line = [], queueing.queue_assignments
     for chosen, priority in itertools.product((None, torch.rand(expert.shape) < 0.6), queues.PRIORITIES):
-        with pytest.MonkeyPatch.context() as patch, watched(queueing), ops.use("triton"):
-            patch.setattr(queueing, "queue_in_line", lambda *args: queued.append(1) or queue_in_line(*args))
-            patch.setattr(queues.CHECK, "verdicts", {expert.device: None})
+        with pytest.MonkeyPatch.context() as patch, watch_memory(queueing), ops.use("triton"):
+            patch.setattr(queueing, "queue_assignments", lambda *args: queued.append(1) or queue_in_line(*args))
+            patch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {expert.device: None})
             found = queues.queue_up(expert, chosen, e, k, priority, score)
         with ops.use("batched"):
             wanted = queues.queue_up(expert, chosen, e, k, priority, score)
@@ -562,10 +584,10 @@ def check_queues(e: int, k: int, n: int) -> None:
                 assert torch.equal(got.position, wanted.position[group])
                 assert torch.equal(got.length, wanted.length[group])
     assert len(queued) == 6
-    assert not queues._kernels_serve(expert, queues.MOST_EXPERTS + 1)
+    assert not queues._kernels_serve(expert, queues.MAX_KERNEL_EXPERTS + 1)
 
 
-FEW_GATES = {
+TOPK_GATES = {
     "softmax": dict(k=3),
     "sigmoid, biased": dict(k=4, score="sigmoid", expert_bias=True, scale=2.5, eps=1e-3, bias=True),
     "of the chosen": dict(k=2, weigh="softmax", normalize=False, balance_over="batch"),
@@ -576,10 +598,10 @@ FEW_GATES = {
 
 
 @torch.no_grad()
-def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
+def check_topk_kernel(name: str, e: int, dtype: torch.dtype) -> None:
     """The kernel of gates decides what torch's operators decide: choices, weights, losses, ties, what is no number."""
     torch.manual_seed(e)
-    options = dict(FEW_GATES[name])
+    options = dict(TOPK_GATES[name])
     options |= dict(logits=RouterLogits(8, e, norm_eps=1e-6)) if "logits" in options else {}
     options["k"] = min(options["k"], e)
     gate = TopKGating(8, e, **options).to(dtype).eval()
@@ -588,17 +610,17 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
     if name == "of the unlikely":  # the bias chooses experts whose scores round to 0
         gate.w_gating.mul_(100)
         gate.expert_bias.mul_(100)
-    calls, choose = [], top_k.launch
+    calls, choose = [], top_k.launch_kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk_by_kernel.CHECK, "verdicts", {})
-        assert topk_by_kernel._why_wrong(gate, torch.zeros(1, 1, 8, dtype=dtype)) is None
-        patch.setattr(top_k, "launch", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
+        patch.setattr(topk_by_kernel.SELF_CHECK, "verdicts", {})
+        assert topk_by_kernel._self_check_failure(gate, torch.zeros(1, 1, 8, dtype=dtype)) is None
+        patch.setattr(top_k, "launch_kernel", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
         for b, n in ((1, 1), (3, 1), (2, topk_by_kernel.LONGEST), (1, 3), (1, topk_by_kernel.LONGEST + 1), (0, 1)):
             x = torch.randn(b, n, 8, dtype=dtype)
             for tokens in (x, torch.zeros_like(x), torch.where(torch.rand(b, n, 1) < 0.3, torch.nan, x)):
                 calls.clear()
                 # NaN is what nobody has written
-                with ops.use("triton"), watched(top_k, queueing) if tokens.isfinite().all() else nullcontext():
+                with ops.use("triton"), watch_memory(top_k, queueing) if tokens.isfinite().all() else nullcontext():
                     found = gate(tokens)
                 assert len(calls) == (n <= topk_by_kernel.LONGEST and b > 0)
                 with ops.use("plain"):
@@ -617,16 +639,16 @@ def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
     settings |= dict(capacity_factor_train=None, capacity_factor_eval=None, dtype=dtype)
     gate, other = Top2Gating(8, e, **settings), Top2Gating(8, e, **settings).eval()
     inner = Top2Gating(8, e, outer_expert_dims=3, **settings)
-    assert top2_by_kernel._fault(gate, torch.device("cpu"), masked=True) is None
+    assert top2_by_kernel._find_fault(gate, torch.device("cpu"), masked=True) is None
     for layer, shape in ((gate, (1, 1)), (gate, (2, 45)), (other, (3, 7)), (inner, (3, 2, 9))):
         x, mask = torch.randn(*shape, 8, dtype=dtype), torch.rand(shape) < 0.7
         importance = torch.randint(3, shape).to(dtype) / 2
         mask.view(-1, shape[-1])[0], importance.view(-1, shape[-1])[-1] = False, 0
         lost, both = torch.where(torch.rand(*shape, 1) < 0.3, torch.nan, x), dict(importance=importance, mask=mask)
         for tokens, masks in ((x, {}), (x, both), (torch.zeros_like(x), dict(importance=importance)), (lost, both)):
-            with watched(top_2) if tokens is not lost else nullcontext():
-                found = results_of_choices("triton", layer, tokens, masks, anew=layer is other)
-            wanted = results_of_choices("plain", layer, tokens, masks)
+            with watch_memory(top_2) if tokens is not lost else nullcontext():
+                found = compute_choices("triton", layer, tokens, masks, anew=layer is other)
+            wanted = compute_choices("plain", layer, tokens, masks)
             for name, want in wanted.items():
                 got, is_gradient = found[name], name.startswith("gradient")
                 assert (got.dtype, got.shape) == (want.dtype, want.shape), name
@@ -636,46 +658,50 @@ def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
                     torch.testing.assert_close(got, want, rtol=limit, atol=atol, equal_nan=True, msg=name)
 
 
-def results_of_choices(
-    way: Any, gate: Top2Gating, x: Tensor, masks: dict[str, Tensor], anew: bool = False
+def compute_choices(
+    implementation: Any, gate: Top2Gating, x: Tensor, masks: dict[str, Tensor], anew: bool = False
 ) -> dict[str, Tensor]:
     """What a gate tells, gradients of it, and gradients of those; with `anew` by what the backward computes anew."""
     torch.manual_seed(1)
-    launch, calls = top_2.launch, []
+    launch, calls = top_2.launch_kernel, []
     leaves, names = [x.detach().requires_grad_(), gate.w_gating], ("weight", "probs", "balance_loss", "z_loss")
-    with pytest.MonkeyPatch.context() as patch, ops.use(way):
-        patch.setattr(top2_by_kernel, "_why_wrong", lambda *_: None)
-        patch.setattr(top_2, "launch", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
+    with pytest.MonkeyPatch.context() as patch, ops.use(implementation):
+        patch.setattr(top2_by_kernel, "_self_check_failure", lambda *_: None)
+        patch.setattr(top_2, "launch_kernel", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
         if anew:  # as of many experts on a GPU
             for name, value in (("_on_gpu", lambda x: True), ("SMALL", 0.0), ("LEAST", 0)):
                 patch.setattr(recomputing, name, value)
-        told = gate(leaves[0], **masks)
-        total = sum((getattr(told, name) * getattr(told, name).detach().cos()).sum() for name in names)
+        described = gate(leaves[0], **masks)
+        total = sum((getattr(described, name) * getattr(described, name).detach().cos()).sum() for name in names)
         plain = torch.autograd.grad(total, leaves, retain_graph=True)
-        assert len(calls) == (2 + anew if way == "triton" else 0)
+        assert len(calls) == (2 + anew if implementation == "triton" else 0)
         first = torch.autograd.grad(total, leaves, create_graph=True)
         second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves, retain_graph=True)
         many = torch.autograd.grad(
-            told.weight, leaves, torch.stack(2 * [told.weight.detach().cos()]), is_grads_batched=True
+            described.weight, leaves, torch.stack(2 * [described.weight.detach().cos()]), is_grads_batched=True
         )
     fields = ("expert", "kept", "chosen", "importance", *names)
-    results = {name: getattr(told, name) for name in fields} | {"random": torch.rand(3)}
+    results = {name: getattr(described, name) for name in fields} | {"random": torch.rand(3)}
     grads = {f"gradient {i}": gradient for i, gradient in enumerate((*plain, *first, *second, *many))}
     return {name: value.detach() for name, value in (results | grads).items()}
 
 
 def check_wrong_two_choices(fault: str) -> None:
     """Kernels of `Top2Gating` that are planted wrong, or raise, are off for the process; without memory for a kind."""
-    gate, x, launch, calls = Top2Gating(8, 5), torch.randn(2, 9, 8), top_2.launch, []
+    gate, x, launch, calls = Top2Gating(8, 5), torch.randn(2, 9, 8), top_2.launch_kernel, []
 
     def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         calls.append(fault)
         if fault in ("raises", "memory"):
             raise RuntimeError("a compiler gives up") if fault == "raises" else torch.OutOfMemoryError("no memory")
         launch(kernel, grid, **arguments)
-        if (told := arguments.get(fault)) is not None:
-            told.copy_(
-                told * 1.01 if told.is_floating_point() else ~told if told.dtype == torch.bool else (told + 1) % 5
+        if (described := arguments.get(fault)) is not None:
+            described.copy_(
+                described * 1.01
+                if described.is_floating_point()
+                else ~described
+                if described.dtype == torch.bool
+                else (described + 1) % 5
             )
 
     def decide() -> Any:
@@ -685,8 +711,8 @@ def check_wrong_two_choices(fault: str) -> None:
     with ops.use("plain"):
         wanted = decide()
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(top2_by_kernel.CHECK, "verdicts", {})
-        patch.setattr(top_2, "launch", wrong)
+        patch.setattr(top2_by_kernel.SELF_CHECK, "verdicts", {})
+        patch.setattr(top_2, "launch_kernel", wrong)
         with pytest.warns(UserWarning, match="Top2Gating are off " + ("for" if fault == "memory" else "in")):
             found = decide()
         number, again = len(calls), decide()
@@ -707,18 +733,18 @@ def check_first_call_in_checkpoint(selective: bool) -> None:
     options = dict(context_fn=partial(create_selective_checkpoint_contexts, policy)) if selective else {}
     (wanted,) = torch.autograd.grad(gate(x).weight.square().sum(), x)
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(top2_by_kernel.CHECK, "verdicts", {})
+        patch.setattr(top2_by_kernel.SELF_CHECK, "verdicts", {})
         weight = checkpoint(lambda x: gate(x).weight, x, use_reentrant=False, **options)
-        assert list(top2_by_kernel.CHECK.verdicts.values()) == [None]
+        assert list(top2_by_kernel.SELF_CHECK.verdicts.values()) == [None]
         (found,) = torch.autograd.grad(weight.square().sum(), x)
-        top2_by_kernel.CHECK.verdicts.clear()
+        top2_by_kernel.SELF_CHECK.verdicts.clear()
         with disable_saved_tensors_hooks("no hooks"):
             gate(x)
-        assert list(top2_by_kernel.CHECK.verdicts.values()) == [None]
+        assert list(top2_by_kernel.SELF_CHECK.verdicts.values()) == [None]
     torch.testing.assert_close(found, wanted)
 
 
-def check_few_tokens(name: str) -> None:
+def check_small_batches(name: str) -> None:
     """A layer in inference on few tokens, by the kernels and by plain operators: masked, with capacity, two levels."""
     torch.manual_seed(0)
     layer = LAYERS[name]().eval()
@@ -728,31 +754,31 @@ def check_few_tokens(name: str) -> None:
         x, mask = torch.randn(*shape, 16), torch.rand(shape) < 0.8
         for masked in (None, mask):
             results: dict[Any, Any] = {}
-            for way in ("triton", "plain"):
+            for implementation in ("triton", "plain"):
                 torch.manual_seed(1)
-                with ops.use(way), torch.no_grad(), warnings.catch_warnings():
+                with ops.use(implementation), torch.no_grad(), warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
-                    results[way] = layer(x, mask=masked)
+                    results[implementation] = layer(x, mask=masked)
             torch.testing.assert_close(results["triton"], results["plain"], rtol=1e-4, atol=1e-5)
 
 
-def misaligned(tensor: Tensor) -> Tensor:
+def misalign(tensor: Tensor) -> Tensor:
     """A copy, one element behind the start of its memory."""
     return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
 
 
-def check_operands_as_they_come() -> None:
+def check_operand_layouts() -> None:
     """Operands that are not aligned, or whose rows are, and row weights in bfloat16 are computed as those in order."""
     torch.manual_seed(0)
     where, network = make_plan("top k", 24, 16, 4, 2), make_network("gated", "silu", 4, 16, 32, 16, bias=True)
     where = where._replace(weight=where.weight.to(torch.bfloat16).float())
     x, grad = torch.randn(24, 16), torch.randn(24, 16)
-    wanted = with_gradients(compute, x, where, network, grad)
-    narrow = with_gradients(compute, x, where._replace(weight=where.weight.to(torch.bfloat16)), network, grad)
+    wanted = compute_with_gradients(compute, x, where, network, grad)
+    narrow = compute_with_gradients(compute, x, where._replace(weight=where.weight.to(torch.bfloat16)), network, grad)
     rows_apart = network.map(lambda w: torch.cat([w, w[..., :3]], dim=-1)[..., : w.shape[-1]])
     for found in (
-        with_gradients(compute, misaligned(x), where, network.map(misaligned), misaligned(grad)),
-        with_gradients(compute, x, where._replace(weight=misaligned(where.weight)), rows_apart, grad),
+        compute_with_gradients(compute, misalign(x), where, network.map(misalign), misalign(grad)),
+        compute_with_gradients(compute, x, where._replace(weight=misalign(where.weight)), rows_apart, grad),
         narrow,
     ):
         for name, value in found.items():
@@ -760,11 +786,11 @@ def check_operands_as_they_come() -> None:
     assert narrow["gradient 1"].dtype == torch.bfloat16
 
 
-def check_nothing() -> None:
+def check_empty_inputs() -> None:
     """No tokens at all: outputs of no rows, gradients of weights that are zeros."""
     where = plan_of(decision_of(TopKGating(16, 4, 2)(torch.randn(1, 0, 16))))
     network = make_network("gated", "silu", 4, 16, 16, 16, bias=True)
-    found = with_gradients(compute, torch.randn(0, 16), where, network, torch.randn(0, 16))
+    found = compute_with_gradients(compute, torch.randn(0, 16), where, network, torch.randn(0, 16))
     assert found.pop("out").shape == (0, 16)
     assert not any(gradient.any() for gradient in found.values())
 
@@ -791,7 +817,7 @@ def check_operators() -> None:
     torch.manual_seed(0)
     network = make_network("interleaved", "clamped", 4, 16, 16, 16, bias=True)
     x = torch.randn(20, 16)
-    arguments = operands(x, make_plan("top k", 20, 16, 4, 2), network).flat()
+    arguments = make_operands(x, make_plan("top k", 20, 16, 4, 2), network).flatten()
     torch.use_deterministic_algorithms(False)  # fresh memory as it comes: NaN is not equal to itself
     _, pre = operators.triton_ffn(*arguments, True)
     torch.library.opcheck(operators.triton_ffn, (*arguments, True))
@@ -801,9 +827,9 @@ def check_operators() -> None:
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
     line = decision.expert.view(2, 20)
     order = torch.stack([torch.randperm(10), torch.randperm(10)])
-    torch.library.opcheck(queueing.queue_in_line, (line, line > 0, order, 4, 2, True))
+    torch.library.opcheck(queueing.queue_assignments, (line, line > 0, order, 4, 2, True))
     options = (3, False, False, True, 2.5, 1e-6, 0.5, 0.25)
-    torch.library.opcheck(top_k.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
+    torch.library.opcheck(top_k.choose_top_k, (torch.randn(2, 3, 5), torch.randn(5), *options))
     torch.use_deterministic_algorithms(True)
 
 
@@ -834,7 +860,7 @@ def check_layer(name: str) -> None:
             return [out, loss, *torch.autograd.grad(out.square().sum() + loss, leaves), *second]
 
     for got, wanted in zip(results("triton"), results("plain"), strict=True):
-        assert relative(got, wanted.double()) < 1e-4
+        assert relative_error(got, wanted.double()) < 1e-4
 
 
 def check_compiled() -> None:
@@ -852,18 +878,18 @@ def check_compiled() -> None:
         out, loss = layer(x)
         wanted = torch.autograd.grad(out.square().sum() + loss, [x, *layer.parameters()])
         for got, want in zip(found, wanted, strict=True):
-            assert relative(got, want.double()) < 1e-5
+            assert relative_error(got, want.double()) < 1e-5
         graphs.append(counter.frame_count)
     assert graphs == graphs[:1] * 3
 
 
 @triton.jit
-def only_rows(ends, expert):
+def select_rows(ends, expert):
     """In the place of `kernels.rows_of`: the rows of an expert behind which nobody computes those before it."""
     return tl.load(ends), tl.load(ends + 1)
 
 
-def untouched(rows: int, dtype: torch.dtype) -> Tensor:
+def make_untouched_rows(rows: int, dtype: torch.dtype) -> Tensor:
     """Numbers `(rows, 1)` that take memory where they are written."""
     no_reserve = 0x4000  # of Linux; Python has its name since 3.13
     memory = mmap.mmap(-1, rows * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
@@ -873,17 +899,17 @@ def untouched(rows: int, dtype: torch.dtype) -> Tensor:
 def check_last_rows() -> None:
     """The last rows that are not refused: nothing of them or behind them passes what int32 holds."""
     torch.manual_seed(0)
-    stop, number = operators.MOST_ROWS, 20
+    stop, number = operators.MAX_KERNEL_ROWS, 20
     first, d = stop - number, 16
-    token, far = untouched(stop, torch.int32), untouched(stop, torch.float32)
+    token, far = make_untouched_rows(stop, torch.int32), make_untouched_rows(stop, torch.float32)
     token[first:, 0], far[first:] = torch.arange(number) % 4, torch.randn(number, 1)
     x, rows, token = torch.randn(4, d), far[first:], token[:, 0]
     gathered, ends = x[token[first:]], torch.tensor([first, stop], dtype=torch.int32)
-    tiles = operators.Tiles(torch.tensor([[0, first, stop]], dtype=torch.int32), ends, 128)
-    blocks = WeightBlocks(16, 16, 64, 1, 1)  # the largest c there is
-    assert blocks.c == max(entry.weight_grads.c for entries in schedule.HALF.values() for entry in entries)
+    tiles = operators.TileTable(torch.tensor([[0, first, stop]], dtype=torch.int32), ends, 128)
+    blocks = WeightBlockSizes(16, 16, 64, 1, 1)  # the largest c there is
+    assert blocks.c == max(entry.weight_grads.c for entries in schedule.HALF_SCHEDULES.values() for entry in entries)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "rows_of", only_rows)
+        patch.setattr(kernels, "load_row_range", select_rows)
         for of_inputs, left, right in ((True, x, far), (False, far, x)):
             found = torch.empty(1, left.shape[1], right.shape[1])
             operators.launch_weight_grads(blocks, tiles, token, left, [right], [found], of_inputs=of_inputs)
@@ -892,8 +918,8 @@ def check_last_rows() -> None:
         found = torch.empty(1, 1)
         operators.launch_bias_grads(tiles, far, found)
         torch.testing.assert_close(found[0], rows.sum(0))
-    weight, out = torch.randn(1, d, 1), untouched(stop, torch.float32)
-    operators.launch_rows_by_weights(Blocks(16, 16, 1, 1), tiles, x, [weight], [], out, token=token)
+    weight, out = torch.randn(1, d, 1), make_untouched_rows(stop, torch.float32)
+    operators.launch_grouped_matmul(BlockSizes(16, 16, 1, 1), tiles, x, [weight], [], out, token=token)
     torch.testing.assert_close(out[first:], gathered @ weight[0])
 
 
@@ -901,7 +927,7 @@ def check_devices() -> None:
     """Tensors of two devices are refused, as torch's own operators refuse them, before a kernel is launched."""
     network = make_network("plain", "silu", 4, 16, 16, 16)
     network = replace(network, w_out=network.w_out.to("meta"))
-    arguments = operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network).flat()
+    arguments = make_operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network).flatten()
     for operator, given in (
         (operators.triton_ffn, (*arguments, True)),
         (operators.triton_ffn_backward, (torch.randn(20, 16), torch.empty(1, 40, 16), *arguments, *[True] * 3)),
@@ -916,6 +942,9 @@ def check_nan(activation: str) -> None:
     where, network = make_plan("top k", 20, 16, 4, 2), make_network("plain", activation, 4, 16, 16, 16)
     x, grad = torch.randn(20, 16), torch.randn(20, 16)
     x[3] = torch.nan
-    found, wanted = (with_gradients(way, x, where, network, grad) for way in (compute, obvious))
+    found, wanted = (
+        compute_with_gradients(implementation, x, where, network, grad)
+        for implementation in (compute, compute_reference)
+    )
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5, equal_nan=True)

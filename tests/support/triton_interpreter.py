@@ -11,7 +11,7 @@ import importlib.util
 import os
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Why there can be no interpreter here; None if there can."""
     if not importlib.util.find_spec("triton"):
         return "triton is not installed"
@@ -21,16 +21,16 @@ def why_not() -> str | None:
     return None
 
 
-def load() -> None:
+def load_interpreter() -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are made
-    mend()
+    patch_interpreter()
     import torch
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which fills fresh memory
 
 
-def mend() -> None:
+def patch_interpreter() -> None:
     """Let `tl.dot` multiply bfloat16 numbers: the interpreter multiplies their bits as integers (seen in Triton 3.7.1
     and 3.9.0). It also truncates float32 to bfloat16 where hardware rounds: allow twice the rounding."""
     import numpy as np

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 TENSOR_CORES = r"\b(?:mma\.sync\.aligned|wgmma\.mma_async\.sync\.aligned|tcgen05\.mma)\S*"
 SHAPE = r"m\d+n\d+k\d+"
 ATOMICS = r"\b(?:atom|red)\.\S+"
-MANY = 512  # rows of an expert for which tiles are the highest
-PRODUCTS = ("rows_by_weights", "hidden_grads", "row_grads", "weight_grads")
+MANY_ROWS = 512  # rows of an expert for which tiles are the highest
+PRODUCTS = ("grouped_matmul_kernel", "hidden_grads", "row_grads", "weight_grads")
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 
 
@@ -44,7 +44,7 @@ CARDS = {
     (12, 0): Multiprocessor(100, 99, 1536),
 }
 #: cards of their families
-OTHERS = {
+OTHER_CASES = {
     (8, 7): Multiprocessor(164, 163, 1536),
     (10, 3): Multiprocessor(228, 227, 2048),
     (11, 0): Multiprocessor(228, 227, 1536),
@@ -60,7 +60,7 @@ class Case(NamedTuple):
     layout: str = "gated"
     activation: str = "silu"
     bias: bool = False
-    mean_rows: int = MANY
+    mean_rows: int = MANY_ROWS
     tf32: bool = False
     transposed: bool = False  # weights stored `(e, h, d)` and `(e, o, h)`
     even: bool = True  # blocks fit into every size
@@ -106,17 +106,17 @@ class Code(NamedTuple):
             f"{self.waited} loads that are waited for": self.waited > 0,
             f"{self.buffers} blocks, not {under_way} of each": is_product
             and (len(self.buffers) < 2 or set(self.buffers) != {under_way}),
-            "one program a multiprocessor": self.kernel in alone_is_slow(case.capability)
-            and (case.dtype, case.mean_rows) == ("bfloat16", MANY)
+            "one program a multiprocessor": self.kernel in is_slow_alone(case.capability)
+            and (case.dtype, case.mean_rows) == ("bfloat16", MANY_ROWS)
             and self.programs < 2,
             "two weights in one program": self.kernel == "weight_grads" and len(self.buffers) != 2,
             f"{self.atomics} atomics": self.atomics > 0,
-            "weights of a tie may be more than 0.5": self.kernel == "choose_two" and self.divisions == 0,
+            "weights of a tie may be more than 0.5": self.kernel == "top_2_kernel" and self.divisions == 0,
         }
         return [fault for fault, found in faults.items() if found]
 
 
-def alone_is_slow(capability: tuple[int, int]) -> list[str]:
+def is_slow_alone(capability: tuple[int, int]) -> list[str]:
     """The kernels of which two programs run at once: `hidden_grads` has a long end, in which one leaves tensor cores
     idle; `weight_grads` has 128 registers on most cards, by the Triton that comes with torch."""
     import triton
@@ -125,9 +125,9 @@ def alone_is_slow(capability: tuple[int, int]) -> list[str]:
     return ["hidden_grads", *(["weight_grads"] if of_torch and capability[0] < 12 else [])]
 
 
-def check(case: Case, *only: str) -> list[Code]:
+def check_case(case: Case, *only: str) -> list[Code]:
     """Compile what a forward and a backward launch, or some kernels of it; an AssertionError names what is wrong."""
-    launches = [launch for launch in launches_of(case) if not only or launch[0].fn.__name__ in only]
+    launches = [launch for launch in list_launches(case) if not only or launch[0].fn.__name__ in only]
     codes = [compile_launch(kernel, arguments, case.capability) for kernel, arguments in launches]
     wrong = [(code, code.faults(case)) for code in codes if code.faults(case)]
     assert not wrong, (case, wrong)
@@ -138,7 +138,7 @@ def check_chosen(capability: tuple[int, int], wanted: dict[str, tuple[int, int, 
     """The programs of many rows are what the table's entries are chosen for: of each kernel, KB of shared memory at
     most, programs at once at least, and, where it is launched with the most columns, the widest instruction."""
     case, found = Case(capability), {}
-    for kernel, arguments in launches_of(case):
+    for kernel, arguments in list_launches(case):
         if kernel.fn.__name__ in wanted:
             code = compile_launch(kernel, arguments, capability)
             shared, programs, _ = wanted[code.kernel]
@@ -157,28 +157,28 @@ def check_candidates(capability: tuple[int, int], height: int, *only: str) -> di
     import torch
 
     from benchmarks import blocks
-    from mixture_of_experts.kernels.launching import family_of
+    from mixture_of_experts.kernels.launching import find_card_family
     from mixture_of_experts.ops.triton import operators, row_plan, schedule
-    from support.fake_cuda_checks import on_gpu
+    from support.fake_cuda_checks import run_on_gpu
 
-    case, found = Case(capability, mean_rows=MANY - 1), dict.fromkeys(blocks.KERNELS, 0)
-    (entry,) = (entry for entry in schedule.HALF[family_of(capability)] if entry.rows == height)
-    shared = 1024 * (CARDS | OTHERS)[capability].shared_of_one
-    for tried, changed in blocks.entries_around(entry, capability, shared):
+    case, found = Case(capability, mean_rows=MANY_ROWS - 1), dict.fromkeys(blocks.KERNELS, 0)
+    (entry,) = (entry for entry in schedule.HALF_SCHEDULES[find_card_family(capability)] if entry.rows == height)
+    shared = 1024 * (CARDS | OTHER_CASES)[capability].shared_of_one
+    for tried, changed in blocks.list_neighbouring_entries(entry, capability, shared):
         launches = {}
 
         def note(kernel: Any, grid: tuple[int, ...], launches=launches, changed=changed, **arguments: Any) -> None:
-            if (name := blocks.name_of(kernel, arguments)) in changed and name in (only or blocks.KERNELS):
-                described = {name: describe(value) for name, value in arguments.items()}
+            if (name := blocks.get_kernel_name(kernel, arguments)) in changed and name in (only or blocks.KERNELS):
+                described = {name: describe_argument(value) for name, value in arguments.items()}
                 launches[name, str(described)] = (kernel, described)
 
-        with on_gpu(torch.bfloat16, capability), blocks.launching(note, tried):
+        with run_on_gpu(torch.bfloat16, capability), blocks.force_schedule(note, tried):
             run_operators(case, operators, row_plan)
         for (name, _), (kernel, arguments) in launches.items():
             code, sizes = compile_launch(kernel, arguments, capability), getattr(tried, name)
             m, by_groups = getattr(sizes, "m", height), "m64" in str(code.tensor_cores) or capability[0] == 10
             assert not code.faults(case), (name, sizes, code, code.faults(case))
-            assert code.shared <= -(-blocks.shared_bytes(sizes, m, by_groups) // 1024) + 1, (name, sizes, code)
+            assert code.shared <= -(-blocks.count_shared_bytes(sizes, m, by_groups) // 1024) + 1, (name, sizes, code)
         found = {name: number + (name in changed) for name, number in found.items()}
     return found
 
@@ -187,43 +187,43 @@ def programs_over_lengths(number: int) -> dict[str, int]:
     """How many programs of each kernel would be compiled for so many mean rows of an expert."""
     found: dict[str, set] = {}
     for rows in range(1, number + 1):
-        for kernel, arguments in launches_of(Case((9, 0), mean_rows=5 * rows)):
-            found.setdefault(kernel.fn.__name__, set()).add(str(program(kernel, arguments)))
+        for kernel, arguments in list_launches(Case((9, 0), mean_rows=5 * rows)):
+            found.setdefault(kernel.fn.__name__, set()).add(str(build_program(kernel, arguments)))
     return {kernel: len(programs) for kernel, programs in found.items()}
 
 
-def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
+def list_launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The launches of a forward and a backward, each kind once."""
     import torch
 
     from mixture_of_experts.kernels import queueing, top_2, top_k
     from mixture_of_experts.ops.triton import operators, row_plan
-    from support.fake_cuda_checks import on_gpu
+    from support.fake_cuda_checks import run_on_gpu
 
     seen: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
     def note(kernel, grid, **arguments):
-        described = {name: describe(value) for name, value in arguments.items()}
+        described = {name: describe_argument(value) for name, value in arguments.items()}
         seen[kernel.fn.__name__, tuple(sorted(described.items(), key=str))] = (kernel, described)
 
-    modules, launch = (operators, top_k, queueing, top_2), operators.launch
+    modules, launch = (operators, top_k, queueing, top_2), operators.launch_kernel
     for module in modules:
-        module.launch = note
+        module.launch_kernel = note
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
-        with on_gpu(getattr(torch, case.dtype), case.capability):
+        with run_on_gpu(getattr(torch, case.dtype), case.capability):
             run_operators(case, operators, row_plan)
             logits, settings = (
                 torch.empty(64, 1, 128, dtype=torch.float32),
                 (8, not case.bias, not case.bias, True, 2.5, 1e-20, 1.0, 1.0),
             )
-            top_k.few_choices._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
+            top_k.choose_top_k._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
             line = torch.empty(4, 256, dtype=torch.int64)
-            queueing.queue_in_line._init_fn(line, line > 0, line if case.bias else None, 128, 1, case.bias)
+            queueing.queue_assignments._init_fn(line, line > 0, line if case.bias else None, 128, 1, case.bias)
             run_two_best(top_2, case)
     finally:
         for module in modules:
-            module.launch = launch
+            module.launch_kernel = launch
     return list(seen.values())
 
 
@@ -262,13 +262,13 @@ def run_two_best(top_2, case: Case) -> None:
     if case.bias:
         of_token, flag = torch.empty(2, 300, dtype=torch.float32), torch.empty(2, 300, dtype=torch.bool)
         grads, policy = [logits, of_token, logits[:, 0], of_token[0, 0]], "random"
-    expert, weight, _, _, probs, log_total, *_ = top_2.two_best._init_fn(
+    expert, weight, _, _, probs, log_total, *_ = top_2.choose_top_2._init_fn(
         logits, flag, flag, of_token, policy, 0.2, 1e-9
     )
-    top_2.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, [weight, *grads])
+    top_2.choose_top_2_grads._init_fn(probs, expert, log_total, flag, 1e-9, [weight, *grads])
 
 
-def describe(value: Any) -> Any:
+def describe_argument(value: Any) -> Any:
     """A tensor as its type and whether its first element is aligned to 16 bytes."""
     import torch
 
@@ -278,7 +278,7 @@ def describe(value: Any) -> Any:
     return value
 
 
-def program(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
+def build_program(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
     """What of a launch its program depends on: types, constants, divisibilities; and options of the compiler."""
     arguments = dict(arguments)
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
@@ -306,11 +306,11 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: tuple[int
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, attributes, options = program(kernel, arguments)
+    signature, constants, attributes, options = build_program(kernel, arguments)
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
-    registers, spilled = used(compiled.asm["cubin"])
+    registers, spilled = read_resource_usage(compiled.asm["cubin"])
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     found = re.findall(TENSOR_CORES, compiled.asm["ptx"])
     shapes = {shape[0] if (shape := re.findall(SHAPE, name)) else name for name in found}
@@ -321,8 +321,8 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: tuple[int
         registers,
         spilled,
         -(-shared // 1024),
-        programs_at_once((CARDS | OTHERS)[capability], registers, shared, warps),
-        *copied(compiled.asm["ttgir"]),
+        programs_at_once((CARDS | OTHER_CASES)[capability], registers, shared, warps),
+        *copy_source(compiled.asm["ttgir"]),
         tuple(sorted(shapes)),
         len(re.findall(ATOMICS, compiled.asm["ptx"])),
         compiled.asm["ptx"].count("div.rn.f32"),
@@ -336,7 +336,7 @@ def programs_at_once(card: Multiprocessor, registers: int, shared: int, warps: i
     return min(card.registers // (of_warp * warps), by_shared, card.threads // (32 * warps))
 
 
-def copied(text: str) -> tuple[tuple[int, ...], int]:
+def copy_source(text: str) -> tuple[tuple[int, ...], int]:
     """Of a program before it is PTX: the buffers of what its loops copy, and the blocks that they wait for."""
     buffers = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", text)
     waited, blocks = 0, []  # of the blocks of the text that are open: whether it is a loop, its loads, its products
@@ -352,7 +352,7 @@ def copied(text: str) -> tuple[tuple[int, ...], int]:
     return tuple(map(int, buffers)), waited
 
 
-def used(cubin: bytes) -> tuple[int, int]:
+def read_resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack and local memory, where spilled ones go."""
     import triton
 
@@ -366,7 +366,7 @@ def used(cubin: bytes) -> tuple[int, int]:
     return int(match[1]), int(match[2]) + int(match[3])
 
 
-def cases(capability: tuple[int, int]) -> Iterator[Case]:
+def list_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """Every entry of the schedule, with the networks that need the most registers."""
     gated = Case(capability, "bfloat16", "gated", "gelu", True)
     clamped = gated._replace(layout="interleaved", activation="clamped_swiglu")
@@ -375,7 +375,7 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     bfloat16 += (gated._replace(even=False),)
     float32 = [gated._replace(dtype="float32", even=even) for even in (True, False)]
     for case in (*bfloat16, gated._replace(dtype="float16"), *(one._replace(tf32=True) for one in float32), *float32):
-        for mean_rows in (8, 16, 40, MANY):
+        for mean_rows in (8, 16, 40, MANY_ROWS):
             yield case._replace(mean_rows=mean_rows)
 
 
@@ -386,14 +386,16 @@ def main() -> int:
         name = "sm_{}{}".format(*capability)
         if name not in wanted:
             continue
-        for case in cases(capability):
-            for kernel, arguments in launches_of(case):
+        for case in list_cases(capability):
+            for kernel, arguments in list_launches(case):
                 code = compile_launch(kernel, arguments, capability)
                 faults = code.faults(case)
                 failed += bool(faults)
                 kind = "tf32" if case.tf32 else case.dtype
-                told = [word for word, said in (("transposed", case.transposed), ("uneven", not case.even)) if said]
-                print(name, kind, case.layout, *told, case.mean_rows, *code, *faults, flush=True)
+                described = [
+                    word for word, said in (("transposed", case.transposed), ("uneven", not case.even)) if said
+                ]
+                print(name, kind, case.layout, *described, case.mean_rows, *code, *faults, flush=True)
         for height in (16, 32, 64, 128):
             print(name, "around tiles of", height, check_candidates(capability, height), flush=True)
     print(f"{failed} faults")
@@ -405,5 +407,5 @@ if __name__ == "__main__":
     sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])
     from support import fake_cuda
 
-    fake_cuda.load()
+    fake_cuda.load_fake_cuda()
     sys.exit(main())

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 MARGIN = 4096  # elements before a tensor and behind it
-NOBODY = -1
+NO_PROGRAM = -1
 
 
 class AccessError(Exception):
@@ -38,18 +38,18 @@ class Buffer:
         memory[MARGIN : MARGIN + length] = original.as_strided((length,), (1,))
         self.tensor = memory.as_strided(sizes, strides, MARGIN)
         self.start, self.item = memory.data_ptr(), memory.element_size()
-        self.mine = np.zeros(len(memory), bool)
-        self.mine[torch.arange(len(memory)).as_strided(sizes, strides, MARGIN).flatten().numpy()] = True
+        self.owned = np.zeros(len(memory), bool)
+        self.owned[torch.arange(len(memory)).as_strided(sizes, strides, MARGIN).flatten().numpy()] = True
         self.fresh = is_fresh(memory).numpy()
         self.read = np.zeros(len(memory), bool)
-        self.writer = np.full(len(memory), NOBODY)
+        self.writer = np.full(len(memory), NO_PROGRAM)
 
-    def places(self, addresses: np.ndarray) -> np.ndarray | None:
+    def element_indices(self, addresses: np.ndarray) -> np.ndarray | None:
         """The elements at these addresses; None if the first is elsewhere."""
         place, rest = np.divmod(addresses - self.start, self.item)
-        if not 0 <= place[0] < len(self.mine):
+        if not 0 <= place[0] < len(self.owned):
             return None
-        if rest.any() or (place < 0).any() or (place >= len(self.mine)).any() or not self.mine[place].all():
+        if rest.any() or (place < 0).any() or (place >= len(self.owned)).any() or not self.owned[place].all():
             raise AccessError(f"{self.name} has no such element")
         return place
 
@@ -60,26 +60,26 @@ class Buffer:
 
     def note_write(self, place: np.ndarray, program: int) -> None:
         before = self.writer[place]
-        if len(np.unique(place)) < len(place) or ((before != NOBODY) & (before != program)).any():
+        if len(np.unique(place)) < len(place) or ((before != NO_PROGRAM) & (before != program)).any():
             raise AccessError(f"a place of {self.name} is written twice")
         self.writer[place] = program
 
-    def originals(self, places: np.ndarray) -> np.ndarray:
+    def original_values(self, places: np.ndarray) -> np.ndarray:
         """Addresses in the tensor's own memory of those elements."""
         return self.original.data_ptr() + (places.nonzero()[0] - MARGIN) * self.item
 
 
-def finish(buffers: list[Buffer]) -> None:
+def check_all_written(buffers: list[Buffer]) -> None:
     """Hand back what was written, if nothing of it was read, and nothing written as another tensor's too."""
     for buffer in buffers:
-        written = buffer.originals(buffer.writer != NOBODY)
+        written = buffer.original_values(buffer.writer != NO_PROGRAM)
         for other in buffers:
-            if len(np.intersect1d(written, other.originals(other.read))):
+            if len(np.intersect1d(written, other.original_values(other.read))):
                 raise AccessError(f"a place of {buffer.name} is written, and read as one of {other.name}")
-            if other is not buffer and len(np.intersect1d(written, other.originals(other.writer != NOBODY))):
+            if other is not buffer and len(np.intersect1d(written, other.original_values(other.writer != NO_PROGRAM))):
                 raise AccessError(f"a place of {buffer.name} is written, and as one of {other.name}")
     for buffer in buffers:
-        if (buffer.writer != NOBODY).any():
+        if (buffer.writer != NO_PROGRAM).any():
             buffer.original.copy_(buffer.tensor)
 
 
@@ -91,7 +91,7 @@ def is_fresh(memory: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched(*modules: Any) -> Iterator[None]:
+def watch_memory(*modules: Any) -> Iterator[None]:
     """Where launches of these modules are checked; there must be no others."""
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -102,7 +102,7 @@ def watched(*modules: Any) -> Iterator[None]:
         if not len(addresses):
             return None
         for buffer in buffers:
-            if (place := buffer.places(addresses)) is not None:
+            if (place := buffer.element_indices(addresses)) is not None:
                 return buffer, place
         raise AccessError("this is no tensor of the launch")
 
@@ -121,7 +121,7 @@ def watched(*modules: Any) -> Iterator[None]:
         def checked_launch(kernel, grid, **arguments):
             buffers[:] = [Buffer(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
             launch(kernel, grid, **arguments | {buffer.name: buffer.tensor for buffer in buffers})
-            finish(buffers)
+            check_all_written(buffers)
 
         return checked_launch
 
@@ -129,5 +129,5 @@ def watched(*modules: Any) -> Iterator[None]:
         patch.setattr(builder, "create_masked_load", checked_load)
         patch.setattr(builder, "create_masked_store", checked_store)
         for module in modules:
-            patch.setattr(module, "launch", checked(module.launch))
+            patch.setattr(module, "launch_kernel", checked(module.launch_kernel))
         yield

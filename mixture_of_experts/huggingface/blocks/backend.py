@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mixture_of_experts.huggingface.private_transformers import applies_gate, splits_halves
-from mixture_of_experts.huggingface.replacement.adapters import OF_TORCH
+from mixture_of_experts.huggingface.private_transformers import apply_gating, has_default_gating
+from mixture_of_experts.huggingface.replacement.dense_ffn import TORCH_ACTIVATIONS
 from mixture_of_experts.ops import ClampedSwiGLU, moe_ffn
 
-NAME = "mixture_of_experts"
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS: dict[str, nn.Module] = {name: make() for name, make in OF_TORCH.items()}  # without parameters
+BACKEND_NAME = "mixture_of_experts"
+BACKEND_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
+    name: make() for name, make in TORCH_ACTIVATIONS.items()
+}  # without parameters
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -36,9 +38,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     name, down = "gate_up_proj" if self.has_gate else "up_proj", self.down_proj
     first = getattr(self, name)
     for weight in (first, down):
-        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in BACKEND_DTYPES:
             raise TypeError(
-                f"experts_implementation={NAME!r} computes plain weights of {', '.join(map(str, DTYPES))}, not "
+                f"experts_implementation={BACKEND_NAME!r} computes plain weights of "
+                f"{', '.join(map(str, BACKEND_DTYPES))}, not "
                 f"{type(weight).__name__} of {weight.dtype}: load the model with another experts_implementation"
             )
     if not self.is_transposed:
@@ -64,16 +67,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
     """The activation of a class of experts, one that `ops` knows if there is one, and the layout of gate and up, as
     arguments of `moe_ffn`."""
-    if not experts.has_gate or splits_halves(experts):
-        activation: Any = ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)
+    if not experts.has_gate or has_default_gating(experts):
+        activation: Any = BACKEND_ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)
         return activation, "concatenated" if experts.has_gate else None
     if type(experts).__name__ == "GptOssExperts":
         return ClampedSwiGLU(experts.alpha, experts.limit), "interleaved"
     gate_up = "concatenated" if experts.is_concatenated else "interleaved"
-    return OwnGating(experts, gate_up), gate_up
+    return CustomGating(experts, gate_up), gate_up
 
 
-class OwnGating(nn.Module):
+class CustomGating(nn.Module):
     """The gating of a class of experts as a function of gate and up.
 
     It is a module because `torch.compile` cannot read the signature of a function inside another function.
@@ -86,8 +89,8 @@ class OwnGating(nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.gate_up == "concatenated":
-            return applies_gate(self.experts, torch.cat([gate, up], dim=-1))
-        return applies_gate(self.experts, torch.stack([gate, up], dim=-1).flatten(-2))
+            return apply_gating(self.experts, torch.cat([gate, up], dim=-1))
+        return apply_gating(self.experts, torch.stack([gate, up], dim=-1).flatten(-2))
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(BACKEND_NAME, experts_forward)

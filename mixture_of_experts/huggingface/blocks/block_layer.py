@@ -11,30 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.around import (
+from mixture_of_experts.experts import Experts, GatedExperts
+from mixture_of_experts.gating import HashGating, RouterLogits, TopKGating
+from mixture_of_experts.gating.steps import LearnedScale
+from mixture_of_experts.huggingface.feed_forward import get_named_tensors
+from mixture_of_experts.huggingface.replacement.dense_ffn import read_activation, split_gate_up
+from mixture_of_experts.moe import MoE
+from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
+from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, Recipe
+from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute
+from mixture_of_experts.wrappers import (
+    GatedSharedExpert,
     InputWeightedExperts,
     LatentExperts,
     NormedExperts,
     Scale,
     Shift,
-    TokenGated,
     ZeroComputationExperts,
 )
-from mixture_of_experts.experts import Experts, GatedExperts
-from mixture_of_experts.gating import HashGating, RouterLogits, TopKGating
-from mixture_of_experts.gating.steps import LearnedScale
-from mixture_of_experts.huggingface.feed_forward import tensors_of
-from mixture_of_experts.huggingface.replacement.adapters import halves_of, read_activation
-from mixture_of_experts.moe import MoE
-from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
-from mixture_of_experts.recipes import KEEPS, Recipe
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find
 
 # one of our weights: views of the block's weights, to read or to write, which follow each other in its first dimension
-Pieces = list[Tensor]
+WeightViews = list[Tensor]
 
 
-class BlockLayer(BlockSettings):
+class ParsedBlock(BlockSettings):
     """A block as a layer.
 
     Attributes:
@@ -44,20 +44,20 @@ class BlockLayer(BlockSettings):
 
     def __init__(self, block: nn.Module, recipe: Recipe, balance_over: Any = "batch", **coefs: Any) -> None:
         super().__init__(block, recipe)
-        self.experts: Any = self.attribute("experts")
+        self.experts: Any = self.read_attribute("experts")
         with torch.device("meta"):  # draws no numbers for weights that are copied
             gate = self.make_gate(balance_over)
             self.stack: Any = self.make_stack()
-        experts, shared = self.enclosed(self.stack)
+        experts, shared = self.wrap_experts(self.stack)
         self.layer: MoE = MoE(gate.dim, gate.num_experts, gate=gate, experts=experts, shared_expert=shared, **coefs)
 
     # the layer
 
     def make_gate(self, balance_over: Any) -> Any:
-        e, settings, kind = self.num_experts, self.gate(), self.recipe.router
+        e, settings, kind = self.num_experts, self.gate_arguments(), self.recipe.gate_class
         if self.recipe.logits is not None:
-            settings["logits"] = RouterLogits(self.dim, e, **self.logits())
-        if self.network:
+            settings["logits"] = RouterLogits(self.dim, e, **self.logits_arguments())
+        if self.has_router_network:
             settings |= dict(state_dim=self.router.router_hidden_size, first=not self.router.use_eda)
             settings["logits"] = self.router.router_mlp
         if self.recipe.scales is not None:
@@ -70,96 +70,101 @@ class BlockLayer(BlockSettings):
 
     def make_stack(self) -> Any:
         """The stacked experts."""
-        weights = self.weights()
+        weights = self.get_expert_weights()
         e, (d, h) = sum(map(len, weights["w1"])), weights["w1"][0].shape[1:]
         kind: Any = GatedExperts if "w3" in weights else Experts
-        stack = kind(d, e, h, self.activation(), bias="b1" in weights)
+        stack = kind(d, e, h, self.make_expert_activation(), bias="b1" in weights)
         stack.is_transposed = True  # weights are (e, in, out): PEFT reads this
         return stack
 
-    def activation(self) -> Any:
+    def make_expert_activation(self) -> Any:
         """The activation of the stacked experts."""
         experts = self.experts
-        limit, alpha = find(experts, *KEEPS["limit"]), find(experts, *KEEPS["alpha"])
+        limit, alpha = (
+            find_attribute(experts, *BLOCK_ATTRIBUTES["limit"]),
+            find_attribute(experts, *BLOCK_ATTRIBUTES["alpha"]),
+        )
         if isinstance(experts, nn.ModuleDict):
             one: Any = next(iter(experts.values()))
             act = read_activation(one.act)
             return act if not one.dropout.p else nn.Sequential(act, copy.deepcopy(one.dropout))
         if alpha is not None:
             return ClampedSwiGLU(alpha, limit)
-        own = self.recipe.keeps.get("activation", "experts.act_fn")
-        act = find(self.module, own, "experts.mlp.activation_fn")
+        activation_path = self.recipe.block_attributes.get("activation", "experts.act_fn")
+        act = find_attribute(self.module, activation_path, "experts.mlp.activation_fn")
         act = nn.SiLU() if act is None else read_activation(act)
         if limit is not None:
             return ClampedGLU(act, limit, after=bool(self.recipe.experts.get("after")))
         return copy.deepcopy(act)
 
-    def enclosed(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
+    def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
         """The experts with what is around them, and the shared expert if it is not part of them."""
-        if (norm := find(self.experts, "post_expert_norm")) is not None:
+        if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
-        if self.recipe.weigh_input:
+        if self.recipe.apply_router_weight_on_input:
             experts = InputWeightedExperts(experts)
-        num_identity = find(self.experts, "zero_expert_num") or 0
+        num_identity = find_attribute(self.experts, "zero_expert_num") or 0
         if num_identity or self.recipe.zero:
             experts = ZeroComputationExperts(experts, num_identity=num_identity, num_zero=self.recipe.zero)
-        parts: dict[str, Any] = dict(before=self.in_turn("before", "before_norm"), after=self.in_turn("after"))
-        shared, last = self.shared_expert(), self.attribute("last")
+        parts: dict[str, Any] = dict(
+            before=self.chain_modules("before", "before_norm"), after=self.chain_modules("after")
+        )
+        shared, last = self.make_shared_expert(), self.read_attribute("last")
         if last is not None:
             parts |= dict(beside=shared, after=last)
             shared = None
         if any(part is not None for part in parts.values()):
             experts = LatentExperts(experts, **parts)
-        vector = find(self.module, *KEEPS["shift"])
+        vector = find_attribute(self.module, *BLOCK_ATTRIBUTES["shift"])
         if isinstance(vector, nn.Parameter):  # is added to what the experts return
             shift = Shift(len(vector))
             shift.bias = vector
             experts = LatentExperts(experts, after=shift)
         return experts, shared
 
-    def shared_expert(self) -> nn.Module | None:
-        shared, gate = self.attribute("shared"), self.attribute("shared_gate")
-        if shared is None or self.always:
+    def make_shared_expert(self) -> nn.Module | None:
+        shared, gate = self.read_attribute("shared"), self.read_attribute("shared_gate")
+        if shared is None or self.num_always_chosen:
             return None
-        shared = shared if gate is None else TokenGated(shared, gate)
-        return nn.Sequential(shared, Scale(0.5)) if self.averages else shared
+        shared = shared if gate is None else GatedSharedExpert(shared, gate)
+        return nn.Sequential(shared, Scale(0.5)) if self.averages_shared_expert else shared
 
-    def in_turn(self, *parts: str) -> nn.Module | None:
+    def chain_modules(self, *parts: str) -> nn.Module | None:
         """Modules that tokens pass one after the other; None if there is none that does anything."""
-        modules = [self.attribute(part) for part in parts]
+        modules = [self.read_attribute(part) for part in parts]
         modules = [module for module in modules if not isinstance(module, nn.Identity | None)]
         return nn.Sequential(*modules) if len(modules) > 1 else next(iter(modules), None)
 
     # the weights
 
-    def views(self) -> dict[str, Pieces]:
+    def get_weight_views(self) -> dict[str, WeightViews]:
         """The block's weights by this package's names and in its layout."""
-        block = {id(tensor) for tensor in tensors_of(self.module).values()}
-        found = {name: [tensor] for name, tensor in tensors_of(self.layer).items() if id(tensor) in block}
+        block = {id(tensor) for tensor in get_named_tensors(self.module).values()}
+        found = {name: [tensor] for name, tensor in get_named_tensors(self.layer).items() if id(tensor) in block}
         path = next(name for name, module in self.layer.named_modules() if module is self.stack)
-        found |= {f"{path}.{name}": pieces for name, pieces in self.weights().items()}
-        return found | {f"gate.{name}": pieces for name, pieces in self.router_weights().items()}
+        found |= {f"{path}.{name}": pieces for name, pieces in self.get_expert_weights().items()}
+        return found | {f"gate.{name}": pieces for name, pieces in self.get_router_weights().items()}
 
-    def router_weights(self) -> dict[str, Pieces]:
+    def get_router_weights(self) -> dict[str, WeightViews]:
         found: dict[str, Any] = {
-            "b_gating": self.bias,
+            "b_gating": self.router_bias,
             "experts_of_id": self.experts_of_id,
-            "weigh.scale": self.attribute("scales"),
-            "state_scale": find(self.router, "router_states_scale"),
+            "weigh.scale": self.read_attribute("scales"),
+            "state_scale": find_attribute(self.router, "router_states_scale"),
         }
-        if self.weight is not None:
-            found["w_gating" if self.recipe.logits is None else "logits.weight"] = self.weight.T
+        if self.router_weight is not None:
+            found["w_gating" if self.recipe.logits is None else "logits.weight"] = self.router_weight.T
         if "norm_eps" in (self.recipe.logits or {}):
-            found["logits.norm_weight"] = self.attribute("norm_weight")
-        if self.network:
+            found["logits.norm_weight"] = self.read_attribute("norm_weight")
+        if self.has_router_network:
             found |= {f"down.{name}": tensor for name, tensor in self.router.down_proj.named_parameters()}
-        pieces: dict[str, Pieces] = {name: [tensor] for name, tensor in found.items() if tensor is not None}
+        pieces: dict[str, WeightViews] = {name: [tensor] for name, tensor in found.items() if tensor is not None}
         if self.expert_bias is not None:
             bias = self.expert_bias.flatten()
-            pieces["expert_bias"] = [bias, bias.new_zeros(self.always)]
+            pieces["expert_bias"] = [bias, bias.new_zeros(self.num_always_chosen)]
         return pieces
 
-    def weights(self) -> dict[str, Pieces]:
+    def get_expert_weights(self) -> dict[str, WeightViews]:
         """The weights of the stacked experts, by name."""
         experts = self.experts
         if isinstance(experts, nn.ModuleDict):
@@ -172,29 +177,31 @@ class BlockLayer(BlockSettings):
             mlp = experts.mlp
             w1, w3, w2 = (weight.unflatten(0, (experts.num_experts, -1)) for weight in (mlp.w1, mlp.v1, mlp.w2))
             return {"w1": [w1.mT], "w3": [w3.mT], "w2": [w2]}
-        found = self.stacked()
-        if self.always:
+        found = self.get_stacked_weights()
+        if self.num_always_chosen:
             shared = self.module.shared_experts
             for name, theirs in (("w1", shared.gate_proj), ("w3", shared.up_proj), ("w2", shared.down_proj)):
                 found[name].append(theirs.mT)
         return found
 
-    def stacked(self) -> dict[str, Pieces]:
-        experts, keeps = self.experts, self.recipe.keeps
-        gate_up = find(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
+    def get_stacked_weights(self) -> dict[str, WeightViews]:
+        experts, keeps = self.experts, self.recipe.block_attributes
+        gate_up = find_attribute(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
         first = experts.up_proj if gate_up is None else gate_up
-        down = find(self.module, keeps.get("down", "experts.down_proj"))
+        down = find_attribute(self.module, keeps.get("down", "experts.down_proj"))
         first = first[: len(down)]  # some blocks have rows for experts that compute nothing
-        if not getattr(experts, "is_transposed", self.recipe.weigh_input):
+        if not getattr(experts, "is_transposed", self.recipe.apply_router_weight_on_input):
             first, down = first.mT, down.mT  # (e, in, out)
         firsts, found = {"w": first}, {"w2": [down]}
-        if find(experts, "has_bias"):
+        if find_attribute(experts, "has_bias"):
             firsts["b"] = experts.up_proj_bias if gate_up is None else experts.gate_up_proj_bias
             found["b2"] = [experts.down_proj_bias]
         for kind, both in firsts.items():
             if gate_up is None:
                 found[f"{kind}1"] = [both]
             else:
-                gate, up = halves_of(both, "gate_up" if getattr(experts, "is_concatenated", True) else "interleaved")
+                gate, up = split_gate_up(
+                    both, "gate_up" if getattr(experts, "is_concatenated", True) else "interleaved"
+                )
                 found |= {f"{kind}1": [gate], f"{kind}3": [up]}
         return found

@@ -1,6 +1,6 @@
 """Converts sparse blocks of `transformers` to `MoE` layers, and back: the same weights in another layout.
 
-A block's recipe in `recipes.MODELS`, and its attributes named in `recipes.KEEPS`, tell what it computes.
+A block's recipe in `recipes.MODELS`, and its attributes named in `recipes.BLOCK_ATTRIBUTES`, tell what it computes.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -13,33 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.around import with_inner
-from mixture_of_experts.huggingface.blocks.block_layer import BlockLayer, Pieces
-from mixture_of_experts.huggingface.feed_forward import tensors_of
-from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
+from mixture_of_experts.huggingface.blocks.block_layer import ParsedBlock, WeightViews
+from mixture_of_experts.huggingface.feed_forward import get_named_tensors
+from mixture_of_experts.huggingface.replacement.dense_ffn import check_not_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.recipes import BLOCKS, KEEPS
-from mixture_of_experts.support.private_peft import from_peft
-from mixture_of_experts.whole_model.block_settings import find, recipe_of
+from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, RECIPES_BY_BLOCK
+from mixture_of_experts.support.private_peft import is_peft_wrapper
+from mixture_of_experts.whole_model.block_settings import find_attribute, find_recipe
+from mixture_of_experts.wrappers import list_nested_experts
 
-COUNTS = "gate.expert_counts"  # which no block has
-COMPARED = (
+EXPERT_COUNTS_KEY = "gate.expert_counts"  # which no block has
+COMPARED_ATTRIBUTES = (
     "k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups", "group_score",
     "tolerance", "logits", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity",
 )  # fmt: skip
 
 
-def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
+def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
     """A `MoE` that computes what a block does, with copies of its weights; frozen ones are frozen."""
-    read = read_block(block, balance_over, **coefs)
+    block_layer = read_block(block, balance_over, **coefs)
     with torch.enable_grad():  # views tell what is frozen
-        views = read.views()
-    moe = copy.deepcopy(read.layer)
-    state = {name: joined(pieces) for name, pieces in views.items()}
+        views = block_layer.get_weight_views()
+    moe = copy.deepcopy(block_layer.layer)
+    state = {name: concatenate_pieces(pieces) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
         state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it moves by small steps
-        state[COUNTS] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
+        state[EXPERT_COUNTS_KEY] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
     moe.load_state_dict(state, assign=True)  # keeps the block's dtypes and device
     for name, parameter in moe.named_parameters():
         parameter.grad = None
@@ -48,11 +48,11 @@ def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
 
 
 @torch.no_grad()
-def to_block(moe: MoE, block: nn.Module) -> nn.Module:
+def copy_to_block(moe: MoE, block: nn.Module) -> nn.Module:
     """Copy the weights of a layer into a block that computes the same; return the block."""
-    check_alike(moe, block)
-    own = tensors_of(moe)
-    for name, pieces in read_block(block).views().items():
+    check_same_computation(moe, block)
+    own = get_named_tensors(moe)
+    for name, pieces in read_block(block).get_weight_views().items():
         for view, part in zip(pieces, own[name].split(list(map(len, pieces))), strict=True):
             view.copy_(part)
     return block
@@ -61,7 +61,7 @@ def to_block(moe: MoE, block: nn.Module) -> nn.Module:
 def refuse_adapted_or_quantized(module: nn.Module, name: str) -> None:
     """Refuse layers with adapters of PEFT or quantized experts, which no stock class holds."""
     for part in module.modules():
-        if from_peft(part):
+        if is_peft_wrapper(part):
             raise ValueError(f"{name} has adapters of PEFT, which no stock class has: merge_and_unload() them first")
         if isinstance(part, QuantizedExperts):
             raise ValueError(
@@ -70,56 +70,57 @@ def refuse_adapted_or_quantized(module: nn.Module, name: str) -> None:
             )
 
 
-def check_alike(moe: MoE, block: nn.Module) -> None:
+def check_same_computation(moe: MoE, block: nn.Module) -> None:
     """Raise ValueError if a layer computes something else than a block."""
     refuse_adapted_or_quantized(moe, "the layer")
-    if differ := differences(moe, block):
+    if differ := find_differences(moe, block):
         raise ValueError(f"the layer does not compute what a {type(block).__name__} does: {'; '.join(differ)}")
 
 
-def differences(moe: MoE, block: nn.Module) -> list[str]:
+def find_differences(moe: MoE, block: nn.Module) -> list[str]:
     """In what a layer computes something else than a block, in words."""
-    ours, theirs = told(moe), told(read_block(block).layer)
+    ours, theirs = describe_computation(moe), describe_computation(read_block(block).layer)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
     return [f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ]
 
 
-def told(moe: MoE) -> dict[str, str]:
+def describe_computation(moe: MoE) -> dict[str, str]:
     """What a layer computes, in words."""
-    gate, parts = moe.gate, with_inner(moe.experts)
-    weights = {name: tensor for name, tensor in tensors_of(moe).items() if name != COUNTS}
+    gate, parts = moe.gate, list_nested_experts(moe.experts)
+    weights = {name: tensor for name, tensor in get_named_tensors(moe).items() if name != EXPERT_COUNTS_KEY}
     return {
         "the gate is": type(gate).__name__,
-        **{f"the gate has {name}": repr(find(gate, name)) for name in COMPARED},
-        "the experts have the activation": repr(find(parts[-1], "act")),
+        **{f"the gate has {name}": repr(find_attribute(gate, name)) for name in COMPARED_ATTRIBUTES},
+        "the experts have the activation": repr(find_attribute(parts[-1], "act")),
         "the experts are": " around ".join(type(part).__name__ for part in parts),
         **{f"{name} has shape": str(tuple(tensor.shape)) for name, tensor in weights.items()},
     }
 
 
-def joined(pieces: Pieces) -> Tensor:
+def concatenate_pieces(pieces: WeightViews) -> Tensor:
     """The pieces as one tensor with memory of its own."""
     if len(pieces) > 1:
         return torch.cat([piece.detach() for piece in pieces])
     return pieces[0].detach().clone(memory_format=torch.contiguous_format)
 
 
-def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> BlockLayer:
+def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> ParsedBlock:
     """Read a block; raise ValueError if it is unknown, or does something that no layer does."""
-    name, recipe = type(block).__name__, recipe_of(block)
+    name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(
-            f"a {name} is not known: recipes.BLOCKS has the {len(BLOCKS)} known classes, such as DeepseekV3MoE, "
+            f"a {name} is not known: recipes.RECIPES_BY_BLOCK has the {len(RECIPES_BY_BLOCK)} known classes, such as "
+            f"DeepseekV3MoE, "
             "GptOssMLP and MixtralSparseMoeBlock"
         )
-    refuse_offloaded(block, f"a {name}")
-    if any(from_peft(module) for module in block.modules()):
+    check_not_offloaded(block, f"a {name}")
+    if any(is_peft_wrapper(module) for module in block.modules()):
         raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
-    for attribute in KEEPS["jitter"]:
-        for holder in (block, find(block, *KEEPS["router"])):
+    for attribute in BLOCK_ATTRIBUTES["jitter"]:
+        for holder in (block, find_attribute(block, *BLOCK_ATTRIBUTES["router"])):
             if getattr(holder, attribute, None):
                 raise ValueError(
                     f"{name} has {attribute}={getattr(holder, attribute)}, which disturbs what its experts read too, "
                     "as no gate does: set it to 0"
                 )
-    return BlockLayer(block, recipe, balance_over, **coefs)
+    return ParsedBlock(block, recipe, balance_over, **coefs)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
 
 from torch import nn
 
 from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_peft import missed_targets
-from mixture_of_experts.support.private_torch import wrapped_class
-
-Model = TypeVar("Model", bound=nn.Module)
+from mixture_of_experts.support.checks import ModelT, check_model
+from mixture_of_experts.support.private_peft import find_missed_targets
+from mixture_of_experts.support.private_torch import get_original_class
 
 
-def fast_lora(model: Model) -> Model:
+def fast_lora(model: ModelT) -> ModelT:
     """Compute LoRA on stacked experts inside the layer, instead of making `W + scaling B A` for all experts.
 
     PEFT wraps a stacked weight (`target_parameters`) and, at each forward, makes the whole stack anew. After this call
@@ -55,27 +52,29 @@ def fast_lora(model: Model) -> Model:
         from peft.tuners.lora import layer
     except ImportError as error:
         raise ImportError("LoRA on stacked experts needs PEFT: pip install 'peft>=0.21'") from error
-    from mixture_of_experts.huggingface.lora.wrapper import WEIGHTS, ParamWrapper
+    from mixture_of_experts.huggingface.lora.wrapper import NETWORK_TENSOR_NAMES, ParamWrapper
 
-    found, others = [], []
+    found, unsupported = [], []
     for module in model.modules():
         if not isinstance(module, layer.ParamWrapper):
             continue
         experts, weight = module.get_base_layer(), module.parameter_name
-        ours = wrapped_class(experts).forward in (StackedExperts.forward, QuantizedExperts.forward)
-        if ours and weight in WEIGHTS and type(module) in (layer.ParamWrapper, ParamWrapper):
+        ours = get_original_class(experts).forward in (StackedExperts.forward, QuantizedExperts.forward)
+        if ours and weight in NETWORK_TENSOR_NAMES and type(module) in (layer.ParamWrapper, ParamWrapper):
             found.append(module)
         else:
-            others.append(f"{weight} of {type(experts).__name__} in a {type(module).__name__}")
-    if left := missed_targets(model):
+            unsupported.append(f"{weight} of {type(experts).__name__} in a {type(module).__name__}")
+    if missing := find_missed_targets(model):
         raise ValueError(
-            f"{type(model).__name__} has no adapters for {', '.join(left)} of target_parameters: PEFT passed over it. "
+            f"{type(model).__name__} has no adapters for {', '.join(missing)} of target_parameters: PEFT passed over "
+            f"it. "
             "If experts are quantised, let it prepare the model within weights_shown(model); else look at the names"
         )
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(others)) or 'no stack'}, but fast_lora "
-            f"serves {', '.join(WEIGHTS)} of Experts and GatedExperts that have no forward of their own. Give PEFT's "
+            f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(unsupported)) or 'no stack'}, but fast_lora "
+            f"serves {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts that have no forward of their "
+            f"own. Give PEFT's "
             "LoraConfig target_parameters, such as ['experts.w1', 'experts.w3', 'experts.w2'], and prepare the model "
             "with it first; in a model of transformers that has experts of its own, from_transformers() before that "
             "makes them ours"
@@ -117,10 +116,12 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"{type(model).__name__} has no QuantizedExperts: PEFT finds the weights of other experts itself"
         )
-    with ExitStack() as shown:
+    with ExitStack() as stack:
         for experts in found:
             for name in ("w1", "w3", "w2"):
                 if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):  # that no context around shows
-                    experts.register_parameter(name, nn.Parameter(experts.like(name), requires_grad=False))
-                    shown.callback(experts._parameters.pop, name, None)
+                    experts.register_parameter(
+                        name, nn.Parameter(experts.placeholder_weight(name), requires_grad=False)
+                    )
+                    stack.callback(experts._parameters.pop, name, None)
         yield

@@ -13,53 +13,57 @@ from peft.tuners.lora import layer
 from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.huggingface.lora.network import AdaptedNetwork, LowRank
-from mixture_of_experts.huggingface.lora.ways import WAYS
+from mixture_of_experts.huggingface.lora.adapted_network import AdaptedNetwork, LowRankWeight
+from mixture_of_experts.huggingface.lora.implementations import LORA_IMPLEMENTATIONS
 from mixture_of_experts.ops import Network, routed_ffn
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.private_peft import goes_down_by_b
+from mixture_of_experts.support.private_peft import applies_b_first
 
-Factors = tuple[Tensor, Tensor]  # down `(e, p, k)` and up `(e, k, q)`, whose product is added to a weight
-WEIGHTS = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
+LowRankFactors = tuple[Tensor, Tensor]  # down `(e, p, k)` and up `(e, k, q)`, whose product is added to a weight
+NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
 
 
 class AdaptedFFN:
     """Computes tokens as `routed_ffn` does, by a network with parts of its weights."""
 
-    def __init__(self, parts: Mapping[str, Factors]) -> None:
-        self.parts = parts
+    def __init__(self, factors: Mapping[str, LowRankFactors]) -> None:
+        self.factors = factors
 
     def __call__(self, x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
         weights = network.tensors()
-        adapted = {name: LowRank(name, weights[name], *part) for name, part in self.parts.items()}
+        adapted = {name: LowRankWeight(name, weights[name], *part) for name, part in self.factors.items()}
         whole = AdaptedNetwork(**vars(network.with_tensors(weights | adapted)))
         if any(stored.requires_grad for stored in weights.values()):  # gradients of the sums are wanted
             return routed_ffn(x, decision, whole.merged(), training=training)
-        return routed_ffn(x, decision, whole, training=training, ways=WAYS)
+        return routed_ffn(x, decision, whole, training=training, implementations=LORA_IMPLEMENTATIONS)
 
 
 class ParamWrapper(layer.ParamWrapper):
     """PEFT's wrapper with a fast forward; PEFT knows it by this name. What it cannot serve, it leaves to PEFT, but of
     quantised experts, which have no weight that PEFT could add to: there it refuses."""
 
-    gives_parts = True  # to experts that are asked for their outputs; `quantize_experts` reads it
+    passes_factors = True  # to experts that are asked for their outputs; `quantize_experts` reads it
 
     def get_param(self) -> Tensor:
         experts = self.get_base_layer()
-        return experts.like(self.parameter_name) if isinstance(experts, QuantizedExperts) else super().get_param()
+        return (
+            experts.placeholder_weight(self.parameter_name)
+            if isinstance(experts, QuantizedExperts)
+            else super().get_param()
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
             return super().forward(x, *args, **kwargs)
-        served = self.num_experts > 1 and isinstance(args[0] if args else kwargs.get("decision"), Decision)
-        if not served:
+        is_supported = self.num_experts > 1 and isinstance(args[0] if args else kwargs.get("decision"), Decision)
+        if not is_supported:
             self.check_not_quantized("are computed for slots")
-        if self.merged or not served or kwargs.get("adapter_names"):
+        if self.merged or not is_supported or kwargs.get("adapter_names"):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         outer: AdaptedFFN = kwargs.pop("ffn", None) or AdaptedFFN({})
-        parts = {**outer.parts, WEIGHTS[self.parameter_name]: self.part(active)}
+        parts = {**outer.factors, NETWORK_TENSOR_NAMES[self.parameter_name]: self.combine_factors(active)}
         return self.base_layer(x, *args, ffn=AdaptedFFN(parts), **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
@@ -77,15 +81,15 @@ class ParamWrapper(layer.ParamWrapper):
                 "or load them into the model that is not quantised, and merge there"
             )
 
-    def part(self, adapters: list[str]) -> Factors:
+    def combine_factors(self, adapters: list[str]) -> LowRankFactors:
         """What active adapters together add to the weight."""
-        first, *others = map(self.part_of, adapters)
+        first, *others = map(self.read_factors, adapters)
         if not others:
             return first
         downs, ups = zip(first, *others, strict=True)
         return torch.cat(downs, -1), torch.cat(ups, -2)
 
-    def part_of(self, adapter: str) -> Factors:
+    def read_factors(self, adapter: str) -> LowRankFactors:
         """What an adapter adds to the weight.
 
         PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; which of them
@@ -97,5 +101,5 @@ class ParamWrapper(layer.ParamWrapper):
         a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
         # a copy of two dimensions, the fastest of the kind
         b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
-        down, up = (b, a) if goes_down_by_b(self) else (a.mT, b.mT)
+        down, up = (b, a) if applies_b_first(self) else (a.mT, b.mT)
         return down.to(dtype), up.to(dtype)

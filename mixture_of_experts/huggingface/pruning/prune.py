@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards, layers_by_path
-from mixture_of_experts.huggingface.pruning.cutting import (
-    check_number,
-    cut,
-    layer_of,
-    stack_of,
-    tensors_to_cut,
-    why_not_cut,
+from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, find_feed_forwards, find_layers
+from mixture_of_experts.huggingface.pruning.scoring import MEASURED_RULES, MeasuredRule, measure_scores
+from mixture_of_experts.huggingface.pruning.slicing import (
+    check_num_kept,
+    get_expert_stack,
+    get_layer,
+    iter_expert_tensors,
+    pruning_unsupported_reason,
+    slice_experts,
 )
-from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
-from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
-from mixture_of_experts.huggingface.router_config import reports_routers
-from mixture_of_experts.huggingface.saving.configuration import note
+from mixture_of_experts.huggingface.replacement.dense_ffn import check_not_on_meta
+from mixture_of_experts.huggingface.router_config import has_own_routers
+from mixture_of_experts.huggingface.saving.configuration import store_layers_in_config
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
 PruneRule = Literal["reap", "frequency", "random"]
-RULES = (*MEASURED, "random")
-NUMBER = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")  # of experts, in configurations
-Chosen = dict[str, list[int]]
+PRUNE_RULES = (*MEASURED_RULES, "random")
+NUM_EXPERTS_PATTERN = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")  # of experts, in configurations
+KeptExperts = dict[str, list[int]]
 
 
 def prune(
@@ -39,8 +39,8 @@ def prune(
     by: PruneRule | Mapping[str, Any] = "reap",
     *,
     calibration: Any = None,
-    gates: Gates | None = None,
-) -> Chosen:
+    gates: GateSelection | None = None,
+) -> KeptExperts:
     """Remove experts of a model's layers, in place; return the ids that each layer keeps, by the name of its gate.
 
     A router loses the columns of the experts that go, with its bias, the expert bias and its counts. Of expert groups
@@ -81,33 +81,35 @@ def prune(
         if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
             raise ValueError("by has names of gates, which tell all: leave gates and calibration out")
         gates = list(by)
-    elif check_choice("by", by, RULES) and keep is None:
+    elif check_choice("by", by, PRUNE_RULES) and keep is None:
         raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
-    sites = prunable(model, gates)
+    routers = find_prunable_routers(model, gates)
     if keep is not None:
-        for site in sites:
-            check_number(site, check_size("keep", keep))
+        for router in routers:
+            check_num_kept(router, check_size("keep", keep))
     if isinstance(by, Mapping):
-        given = {site: by[name] for site in sites for name in site.names if name in by}
+        scores_or_ids = {router: by[name] for router in routers for name in router.names if name in by}
     elif by == "random":
-        given = {site: torch.rand(site.num_experts) for site in sites}
+        scores_or_ids = {router: torch.rand(router.num_experts) for router in routers}
     else:
-        given = measure(model, sites, by, calibration)
-    kept = {site: ids_of(site, given[site], keep) for site in sites}
-    smaller = {site: ids for site, ids in kept.items() if len(ids) < site.num_experts}
+        scores_or_ids = measure_scores(model, routers, by, calibration)
+    kept = {router: select_expert_ids(router, scores_or_ids[router], keep) for router in routers}
+    smaller = {router: ids for router, ids in kept.items() if len(ids) < router.num_experts}
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    names, old, new = told_number(models, {layer_of(site): len(ids) for site, ids in smaller.items()})
-    for site, ids in smaller.items():
-        cut(site, ids)
-    if smaller and models and feed_forwards(models[0]):
-        note(models[0])
+    names, old, new = find_num_experts_settings(
+        models, {get_layer(router): len(ids) for router, ids in smaller.items()}
+    )
+    for router, ids in smaller.items():
+        slice_experts(router, ids)
+    if smaller and models and find_feed_forwards(models[0]):
+        store_layers_in_config(models[0])
         for holder in (*models, models[0].config.get_text_config()):
             vars(holder).update({name: new for name in names if vars(holder).get(name) == old})
-    return {site.name: ids for site, ids in kept.items()}
+    return {router.name: ids for router, ids in kept.items()}
 
 
 def expert_scores(
-    model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: Gates | None = None
+    model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: GateSelection | None = None
 ) -> dict[str, Tensor]:
     """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps the largest.
 
@@ -123,36 +125,37 @@ def expert_scores(
         >>> scores["gate"].shape
         torch.Size([4])
     """
-    check_choice("by", by, MEASURED)
-    sites = prunable(check_model("model", model), gates)
-    return {site.name: scores for site, scores in measure(model, sites, by, calibration).items()}
+    check_choice("by", by, MEASURED_RULES)
+    routers = find_prunable_routers(check_model("model", model), gates)
+    return {router.name: scores for router, scores in measure_scores(model, routers, by, calibration).items()}
 
 
-def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
+def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list[RouterHandle]:
     """The sites of gates that can be cut; TypeError if one of them cannot."""
-    sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
-    stacks = Counter(map(stack_of, sites))
+    routers = check_supported(find_routers(model, "prune", gates), "prune", pruning_unsupported_reason)
+    stacks = Counter(map(get_expert_stack, routers))
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    for site in sites:
-        weights = [id(getattr(module, name)) for module, name, _ in tensors_to_cut(site)]
-        if stacks[stack_of(site)] > 1 or any(holders[weight] > 1 for weight in weights):
+    for router in routers:
+        weights = [id(getattr(module, name)) for module, name, _ in iter_expert_tensors(router)]
+        if stacks[get_expert_stack(router)] > 1 or any(holders[weight] > 1 for weight in weights):
             raise TypeError(
-                f"prune cannot serve {site.name!r}: something else holds its experts, or weights of its router or "
+                f"prune cannot serve {router.name!r}: something else holds its experts, or weights of its router or "
                 "experts, too: untie them"
             )
-    refuse_meta(model, type(model).__name__)
-    return sites
+    check_not_on_meta(model, type(model).__name__)
+    return routers
 
 
-def ids_of(site: Site, given: Any, keep: int | None) -> list[int]:
+def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None) -> list[int]:
     """The ids that stay, equally many of each expert group, from scores or from ids; ValueError or TypeError if they
     are wrong."""
-    e, groups = site.num_experts, getattr(site.gate, "num_groups", None) or 1
+    e, groups = router.num_experts, getattr(router.gate, "num_groups", None) or 1
     wrong = (
-        f"by[{site.name!r}] must be scores ({e},), floating and finite, or different ids below {e}, got {given!r:.99}"
+        f"by[{router.name!r}] must be scores ({e},), floating and finite, or different ids below {e}, got "
+        f"{scores_or_ids!r:.99}"
     )
     try:
-        values = torch.as_tensor(given).detach().cpu()
+        values = torch.as_tensor(scores_or_ids).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(wrong) from error
     kept = torch.zeros(groups, e // groups, dtype=torch.bool)
@@ -168,18 +171,18 @@ def ids_of(site: Site, given: Any, keep: int | None) -> list[int]:
         if values.dtype == torch.bool or values.ndim != 1 or len({*ids}.intersection(range(e))) < len(ids):
             raise ValueError(wrong)
         if keep not in (None, len(ids)):
-            raise ValueError(f"keep={keep}, but by[{site.name!r}] has {len(ids)} ids: leave keep out")
-        check_number(site, len(ids))
+            raise ValueError(f"keep={keep}, but by[{router.name!r}] has {len(ids)} ids: leave keep out")
+        check_num_kept(router, len(ids))
         kept.view(-1)[ids] = True
         if len({*(counts := kept.sum(dim=-1).tolist())}) > 1:
-            raise ValueError(f"{site.name!r} keeps equally many experts of each of its groups, got {counts}: {ids}")
+            raise ValueError(f"{router.name!r} keeps equally many experts of each of its groups, got {counts}: {ids}")
     return kept.flatten().nonzero().flatten().tolist()
 
 
 # The configuration
 
 
-def told_number(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
+def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
     """The settings of a configuration that tell the number of experts in layers, and that number, before and after.
 
     Args:
@@ -190,10 +193,10 @@ def told_number(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tu
         ValueError: layers that were blocks would differ, and the configuration has one number for all; or none of its
             settings tells it.
     """
-    layers = [*layers_by_path(models[0]).values()] if models else []
+    layers = [*find_layers(models[0]).values()] if models else []
     blocks = [layer.moe for layer in layers if isinstance(layer, SparseFeedForward)]
     text = models[0].config.get_text_config() if layers else None
-    moes = blocks or ([] if reports_routers(text) else [layer.moe for layer in layers])
+    moes = blocks or ([] if has_own_routers(text) else [layer.moe for layer in layers])
     if not moes:
         return [], 0, 0
     old = moes[0].num_experts
@@ -203,7 +206,9 @@ def told_number(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tu
             f"the layers of {type(models[0]).__name__} were blocks, whose configuration has one number of experts "
             f"for all: keep equally many in each, got {[new, *differ]}"
         )
-    names = [name for name in vars(text) if NUMBER.search(name)] if blocks else ["num_experts"]  # as `announce` set it
+    names = (
+        [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]
+    )  # as `announce` set it
     if new < old and blocks and not any(vars(text)[name] == old for name in names):
         raise ValueError(f"no setting of {type(text).__name__} is known to tell the {old} experts of its blocks")
     return [*names, "num_experts"], old, new

@@ -12,54 +12,56 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.around import with_inner
 from mixture_of_experts.dispatch.decision import Decision, decision_of
 from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.huggingface.pruning.cutting import layer_of
-from mixture_of_experts.huggingface.replacement.adapters import evaluating
-from mixture_of_experts.support.attached import Attached
-from mixture_of_experts.support.private_torch import uncompiled
-from mixture_of_experts.whole_model.sites import Site
+from mixture_of_experts.huggingface.pruning.slicing import get_layer
+from mixture_of_experts.huggingface.replacement.dense_ffn import eval_mode
+from mixture_of_experts.support.attachments import Attachments
+from mixture_of_experts.support.private_torch import disable_compilation
+from mixture_of_experts.whole_model.router_discovery import RouterHandle
+from mixture_of_experts.wrappers import list_nested_experts
 
 MeasuredRule = Literal["reap", "frequency"]
-MEASURED = ("reap", "frequency")
+MEASURED_RULES = ("reap", "frequency")
 
 
-def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> dict[Site, Tensor]:
+def measure_scores(
+    model: nn.Module, routers: list[RouterHandle], by: str, calibration: Any
+) -> dict[RouterHandle, Tensor]:
     """The scores `(e,)` float64 of each site's experts."""
     several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | Mapping | str)
-    with Attached() as attached, evaluating(model), torch.no_grad(), uncompiled(model):
-        totals = {site: watch(attached, site, by) for site in sites}
+    with Attachments() as attached, eval_mode(model), torch.no_grad(), disable_compilation(model):
+        totals = {router: attach_score_hooks(attached, router, by) for router in routers}
         for batch in calibration if several else [calibration]:
-            run(model, batch)
-    if unused := [site.name for site, (counts, _) in totals.items() if not counts.any()]:
+            run_calibration_batch(model, batch)
+    if unused := [router.name for router, (counts, _) in totals.items() if not counts.any()]:
         raise ValueError(f"calibration has no tokens for {', '.join(unused)}: give batches that reach these gates")
-    return {site: sums / counts.clamp(min=1) if by == "reap" else counts for site, (counts, sums) in totals.items()}
+    return {router: sums / counts.clamp(min=1) if by == "reap" else counts for router, (counts, sums) in totals.items()}
 
 
-def watch(attached: Attached, site: Site, by: str) -> Tensor:
+def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> Tensor:
     """Sum up what a site's experts do in forwards, in the tensor that is returned; see `numbers_of`."""
-    total = torch.zeros(2, site.num_experts, dtype=torch.float64)
+    total = torch.zeros(2, router.num_experts, dtype=torch.float64)
     last: list[Routing] = []
 
     def decided(gate: nn.Module, args: object, routing: Routing) -> None:
         last[:] = [replace(routing, uncounted=None)]  # without padding
 
     def read(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        total.add_(numbers_of(experts, args[0], decision_of(*last), by).cpu())
+        total.add_(measure_call(experts, args[0], decision_of(*last), by).cpu())
 
-    attached.after(site.called, decided)
-    attached.before(computing(site), read)
+    attached.add_forward_hook(router.hook_target, decided)
+    attached.add_forward_pre_hook(find_computing_experts(router), read)
     return total
 
 
-def computing(site: Site) -> nn.Module:
+def find_computing_experts(router: RouterHandle) -> nn.Module:
     """The experts of a site that compute rows of tokens, inside modules around them."""
-    return next(e for e in with_inner(layer_of(site).experts) if getattr(e, "works_on", None) != "tokens")
+    return next(e for e in list_nested_experts(get_layer(router).experts) if getattr(e, "works_on", None) != "tokens")
 
 
-def numbers_of(experts: Any, x: Tensor, decision: Decision, by: str) -> Tensor:
+def measure_call(experts: Any, x: Tensor, decision: Decision, by: str) -> Tensor:
     """`(2, e)`: the tokens that each expert computes, and for "reap" the sum over them of weight times norm of its
     output."""
     plan = decision.without_gaps()
@@ -76,7 +78,7 @@ def numbers_of(experts: Any, x: Tensor, decision: Decision, by: str) -> Tensor:
     return numbers
 
 
-def run(model: nn.Module, batch: Any) -> None:
+def run_calibration_batch(model: nn.Module, batch: Any) -> None:
     """Call the model on a batch."""
     named, several = isinstance(batch, Mapping), isinstance(batch, tuple | list)
     parts = batch.values() if named else batch if several else [batch]

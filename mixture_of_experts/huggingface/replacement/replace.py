@@ -17,26 +17,31 @@ from torch import Tensor, nn
 
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
-from mixture_of_experts.huggingface.model_watch import is_masked, watch_model
-from mixture_of_experts.huggingface.private_transformers import forget_gguf, remove_capturing_hooks
-from mixture_of_experts.huggingface.replacement.adapters import (
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, find_feed_forwards
+from mixture_of_experts.huggingface.model_watch import uses_model_mask, watch_model
+from mixture_of_experts.huggingface.private_transformers import clear_gguf_quantizer, remove_capturing_hooks
+from mixture_of_experts.huggingface.replacement.dense_ffn import (
     Adapter,
-    Dense,
-    NetworkSite,
-    evaluating,
-    read_dense,
-    refuse_packed,
-    refuse_wrapped,
-    tried,
+    DenseFFN,
+    NetworkLocation,
+    call_or_none,
+    check_not_packed,
+    check_not_wrapped,
+    eval_mode,
+    read_dense_ffn,
 )
-from mixture_of_experts.huggingface.replacement.search import NUMBER, Miss, is_routed, search
-from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
-from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
-from mixture_of_experts.huggingface.router_config import announce
-from mixture_of_experts.huggingface.saving.configuration import note
+from mixture_of_experts.huggingface.replacement.network_search import (
+    PATH_NUMBER,
+    UnsupportedNetwork,
+    has_experts,
+    search_networks,
+)
+from mixture_of_experts.huggingface.replacement.torch_layers import disable_fused_path, find_torch_layers
+from mixture_of_experts.huggingface.replacement.weight_sums import get_constant_weight_sum
+from mixture_of_experts.huggingface.router_config import add_router_config
+from mixture_of_experts.huggingface.saving.configuration import store_layers_in_config
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
-from mixture_of_experts.huggingface.saving.names import keep_names_on_saving
+from mixture_of_experts.huggingface.saving.weight_names import keep_names_on_saving
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
@@ -44,7 +49,7 @@ from mixture_of_experts.support.private_torch import move_hooks
 
 #: the axis of the hidden units in weights of a network
 HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
-Layers = Iterable[str | int] | Callable[[str], bool] | None
+LayerSelection = Iterable[str | int] | Callable[[str], bool] | None
 
 
 def replace_ffn(
@@ -52,7 +57,7 @@ def replace_ffn(
     num_experts: int = 8,
     k: int = 2,
     *,
-    layers: Layers = None,
+    layers: LayerSelection = None,
     gate: GateFactory | None = None,
     hidden_dim: int | None = None,
     shared_expert: int | None = None,
@@ -107,12 +112,12 @@ def replace_ffn(
     check_size("num_experts", num_experts)
     check_optional_size("hidden_dim", hidden_dim)
     check_optional_size("shared_expert", shared_expert)
-    make_gate = gates_of_layers(gate, k, model)
+    make_gate = make_gate_factory(gate, k, model)
 
-    def build(place: NetworkSite, dense: Dense) -> MoE:
-        return make_moe(dense, num_experts, make_gate, hidden_dim or dense.hidden_dim, coefs, shared_expert)
+    def build(place: NetworkLocation, dense: DenseFFN) -> MoE:
+        return build_moe(dense, num_experts, make_gate, hidden_dim or dense.hidden_dim, coefs, shared_expert)
 
-    return swap(model, find(model, layers, adapters), build)
+    return replace_networks(model, find_networks(model, layers, adapters), build)
 
 
 def upcycle(
@@ -120,7 +125,7 @@ def upcycle(
     num_experts: int = 8,
     k: int = 2,
     *,
-    layers: Layers = None,
+    layers: LayerSelection = None,
     gate: GateFactory | None = None,
     granularity: int = 1,
     shared_expert: int | None = None,
@@ -175,78 +180,88 @@ def upcycle(
             f"num_experts={num_experts} must be a multiple of granularity={g}: an expert is a slice of a copy"
         )
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
-    make_gate = gates_of_layers(gate, k, model)
+    make_gate = make_gate_factory(gate, k, model)
 
-    def build(place: NetworkSite, dense: Dense) -> MoE:
+    def build(place: NetworkLocation, dense: DenseFFN) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
         if rest < 1 or rest % g:
             raise ValueError(
                 f"granularity={g} must divide the {rest} hidden units of a network that shared_expert={shared} leaves"
             )
-        moe: Any = make_moe(dense, num_experts, make_gate, rest // g, coefs, shared, drawn=False)
-        share_routers(moe.gate, g)
-        fill(moe.experts, dense, shared or 0, g, sum_of_weights(moe, g))
-        vary(moe.experts, noise, redraw)
-        fill_shared(moe.shared_expert, dense)
+        moe: Any = build_moe(dense, num_experts, make_gate, rest // g, coefs, shared, init_weights=False)
+        repeat_router_columns(moe.gate, g)
+        fill_experts(moe.experts, dense, shared or 0, g, get_constant_weight_sum(moe, g))
+        perturb_experts(moe.experts, noise, redraw)
+        fill_shared_expert(moe.shared_expert, dense)
         return moe
 
-    return swap(model, find(model, layers, adapters), build)
+    return replace_networks(model, find_networks(model, layers, adapters), build)
 
 
 # Finding
 
 
-def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
+def find_networks(
+    model: nn.Module, layers: LayerSelection, adapters: Mapping[str, Adapter] | None
+) -> list[NetworkLocation]:
     """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
-    refuse_wrapped(check_model("model", model))
-    refuse_packed(model)
+    check_not_wrapped(check_model("model", model))
+    check_not_packed(model)
     adapters = {} if adapters is None else adapters
     if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
         raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
-    known = layers_of_torch(model)
+    known = find_torch_layers(model)
     known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
-    refuse_chunks(model)
-    places, misses = search(model, known)
-    if not places:
-        raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
-    if layers is None and (misses or (misses := torn(model, places))):
-        some = ", ".join(dict.fromkeys(pattern(place.target) for place in places))
+    check_not_chunked(model)
+    locations, unsupported = search_networks(model, known)
+    if not locations:
+        raise ValueError(
+            f"no feed-forward network was found in {type(model).__name__}{explain_unsupported(model, unsupported)}"
+        )
+    if layers is None and (unsupported or (unsupported := find_inconsistent_modules(model, locations))):
+        some = ", ".join(dict.fromkeys(to_path_pattern(location.moe_path) for location in locations))
         raise ValueError(
             f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
-            f"{why(model, misses)}. Or name the networks that you want by layers="
+            f"{explain_unsupported(model, unsupported)}. Or name the networks that you want by layers="
         )
-    chosen = choose([place.target for place in places], layers)
-    return [place for place in places if place.target in chosen]
+    chosen = select_layers([location.moe_path for location in locations], layers)
+    return [location for location in locations if location.moe_path in chosen]
 
 
-def why(model: nn.Module, misses: Collection[Miss]) -> str:
+def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNetwork]) -> str:
     """Why networks of a model cannot be replaced, for an error."""
-    if misses:
-        said = "; ".join(dict.fromkeys(f"{pattern(miss.name)} of {miss.kind}: {miss.reason}" for miss in misses))
-    elif any(map(is_routed, model.modules())):
-        said = "its blocks have routers and experts already"
+    if unsupported:
+        reasons = "; ".join(
+            dict.fromkeys(
+                f"{to_path_pattern(network.name)} of {network.class_name}: {network.reason}" for network in unsupported
+            )
+        )
+    elif any(map(has_experts, model.modules())):
+        reasons = "its blocks have routers and experts already"
     else:
-        said = f"its modules are {', '.join(sorted({type(module).__name__ for module in model.modules()}))}"
-    return f": {said}. Tell by adapters={{class name: Adapter(...)}} where a network's parts are"
+        reasons = f"its modules are {', '.join(sorted({type(module).__name__ for module in model.modules()}))}"
+    return f": {reasons}. Tell by adapters={{class name: Adapter(...)}} where a network's parts are"
 
 
-def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
+def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]) -> list[UnsupportedNetwork]:
     """Modules in which no network was found, though modules of their class at the same place of a block have one."""
-    found = {(pattern(place.name), type(place.module)) for place in places}
-    names = {place.name for place in places}
+    found = {(to_path_pattern(location.name), type(location.module)) for location in locations}
+    names = {location.name for location in locations}
     return [
-        Miss(name, type(module).__name__, "it differs from others of its class")
+        UnsupportedNetwork(name, type(module).__name__, "it differs from others of its class")
         for name, module in model.named_modules()
-        if (pattern(name), type(module)) in found and name not in names and not any(map(is_routed, module.modules()))
+        if (to_path_pattern(name), type(module)) in found
+        and name not in names
+        and not any(map(has_experts, module.modules()))
     ]
 
 
-def pattern(name: str) -> str:
+def to_path_pattern(name: str) -> str:
     """A path with a star for each number."""
-    return NUMBER.sub("*", name)
+    return PATH_NUMBER.sub("*", name)
 
 
-def refuse_chunks(model: nn.Module) -> None:
+def check_not_chunked(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "chunk_size_feed_forward", 0):
             raise ValueError(
@@ -255,13 +270,13 @@ def refuse_chunks(model: nn.Module) -> None:
             )
 
 
-def choose(names: list[str], layers: Layers) -> Collection[str]:
+def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
     """The names that `layers` asks for, all of which must be there."""
     if layers is None:
         return names
-    asked: Any = layers
-    several = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1)
-    entries: list[Any] = list(asked) if several else [asked]
+    requested: Any = layers
+    is_sequence = isinstance(layers, Iterable) and not isinstance(layers, str) and getattr(layers, "ndim", 1)
+    entries: list[Any] = list(requested) if is_sequence else [requested]
     if callable(layers) and not isinstance(layers, nn.Module | type):
         entries = list(filter(layers, names))
     for entry in entries:
@@ -270,23 +285,23 @@ def choose(names: list[str], layers: Layers) -> Collection[str]:
                 "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a name, "
                 f"got {entry!r}: for all layers leave it out"
             )
-    chosen = [name for name in names if name in entries or number(name) in entries]
-    nothing = [entry for entry in entries if entry not in {*chosen, *map(number, chosen)}]
-    if nothing or not chosen:
-        raise ValueError(f"layers: {nothing or 'what is asked for'} is not there; there are {', '.join(names)}")
+    chosen = [name for name in names if name in entries or parse_block_number(name) in entries]
+    unmatched = [entry for entry in entries if entry not in {*chosen, *map(parse_block_number, chosen)}]
+    if unmatched or not chosen:
+        raise ValueError(f"layers: {unmatched or 'what is asked for'} is not there; there are {', '.join(names)}")
     return chosen
 
 
-def number(name: str) -> int | None:
+def parse_block_number(name: str) -> int | None:
     """The first number in a path, that of the block; None if there is none."""
-    match = NUMBER.search(name)
+    match = PATH_NUMBER.search(name)
     return None if match is None else int(match[0])
 
 
 # Building
 
 
-def gates_of_layers(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
+def make_gate_factory(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
     """A function that makes gates by `gate`, by default `TopKGating`, and checks that each layer gets a new one."""
     if gate is None:
         return lambda dim, num_experts: TopKGating(dim, num_experts, k)
@@ -307,27 +322,27 @@ def gates_of_layers(gate: GateFactory | None, k: int, model: nn.Module) -> GateF
     return make
 
 
-def make_moe(
-    dense: Dense,
+def build_moe(
+    dense: DenseFFN,
     num_experts: int,
     make_gate: GateFactory,
     hidden_dim: int,
     coefs: dict[str, Any],
     shared: int | None = None,
     *,
-    drawn: bool = True,
+    init_weights: bool = True,
 ) -> MoE:
     """A layer with the network's device and dtype, and experts of its kind; unless their weights are `drawn`, they have
     no memory."""
-    kind = GatedExperts if dense.gated else Experts
-    device, dtype, shared_expert = dense.like.device, dense.like.dtype, None
-    with device if drawn else torch.device("meta"):
+    kind = GatedExperts if dense.is_gated else Experts
+    device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
+    with device if init_weights else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
         experts.is_transposed = True  # weights are (e, in, out): PEFT reads this for LoRA
         if shared is not None:
             activation = copy.deepcopy(dense.activation)  # with a dropout of its own
             shared_expert = SharedExpert(
-                dense.dim, shared, activation, dense.gated, bias="b1" in dense.weights, dtype=dtype
+                dense.dim, shared, activation, dense.is_gated, bias="b1" in dense.weights, dtype=dtype
             )
     for name in experts._parameters.keys() - dense.weights.keys():
         experts.register_parameter(name, None)  # the network has no such bias
@@ -337,69 +352,74 @@ def make_moe(
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
-def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSite, Dense], MoE]) -> list[str]:
+def replace_networks(
+    model: nn.Module, locations: list[NetworkLocation], build: Callable[[NetworkLocation, DenseFFN], MoE]
+) -> list[str]:
     """Build all layers, then put them into the model, so that an error changes nothing; return their paths."""
     built = []
-    refuse_ties(model, places)
-    for place in places:
-        dense = read_dense(place.module, place.adapter)
-        if not place.adapter.slot:
-            refuse_unequal(place, dense)
-        stands_for = "" if place.adapter.slot else place.adapter.linears()["1"]
-        moe, masked = build(place, dense), is_masked(model, place.target)
-        feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, stands_for=stands_for)
-        feed_forward.to(dense.like)
-        built.append(feed_forward.train(place.module.training))
-    for place, feed_forward in zip(places, built, strict=True):
-        put(model, place, feed_forward)
-    names = [place.target for place in places]
-    leave_fused_path(model)
-    join(model, names)
+    check_not_tied(model, locations)
+    for location in locations:
+        dense = read_dense_ffn(location.module, location.adapter)
+        if not location.adapter.slot:
+            check_equivalent(location, dense)
+        stands_for = "" if location.adapter.slot else location.adapter.linears()["1"]
+        moe, masked = build(location, dense), uses_model_mask(model, location.moe_path)
+        feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, replaced_path=stands_for)
+        feed_forward.to(dense.reference_weight)
+        built.append(feed_forward.train(location.module.training))
+    for location, feed_forward in zip(locations, built, strict=True):
+        insert_layer(model, location, feed_forward)
+    names = [location.moe_path for location in locations]
+    disable_fused_path(model)
+    register_layers(model, names)
     return names
 
 
-def join(model: nn.Module, names: Sequence[str]) -> None:
+def register_layers(model: nn.Module, names: Sequence[str]) -> None:
     """Make layers a part of the model around: it brings their masks, adds their losses, saves their weights under their
     own names, and its configuration tells of them."""
     for module in model.modules():
-        forget_gguf(module)
+        clear_gguf_quantizer(module)
     watch_model(model, names)
-    announce(model, feed_forwards(model)[0].moe)
-    note(model)
+    add_router_config(model, find_feed_forwards(model)[0].moe)
+    store_layers_in_config(model)
     keep_names_on_saving(model)
 
 
 @torch.no_grad()
-def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
+def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
     """Refuse a module that does not compute, on random tokens, what the network read from it computes."""
-    if dense.like.is_meta:
+    if dense.reference_weight.is_meta:
         return
-    x = torch.randn(2, 3, dense.dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(dense.like)
+    x = torch.randn(2, 3, dense.dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
+        dense.reference_weight
+    )
     tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
-    with evaluating(place.module, dense.activation):  # an adapter may bring an activation
-        found, wanted = tried(lambda: place.module(x)), dense.compute(x)
+    with eval_mode(location.module, dense.activation):  # an adapter may bring an activation
+        found, wanted = call_or_none(lambda: location.module(x)), dense.compute(x)
     if found is None or found.shape != wanted.shape or not (found - wanted).norm() <= tolerance * wanted.norm():
         raise ValueError(
-            f"{place.name} is no feed-forward network of tokens alone, or its adapter is wrong: it returns something "
-            f"else than {place.adapter} does"
+            f"{location.name} is no feed-forward network of tokens alone, or its adapter is wrong: it returns "
+            f"something "
+            f"else than {location.adapter} does"
         )
 
 
-def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> None:
+def insert_layer(model: nn.Module, location: NetworkLocation, feed_forward: MoEFeedForward) -> None:
     """Put a layer into the model, and replace the network's other parts by identities."""
-    adapter = place.adapter
+    adapter = location.adapter
     if not adapter.slot:
-        put_everywhere(model, place.module, feed_forward)
+        replace_module(model, location.module, feed_forward)
         return
     if isinstance(dropout := adapter.hidden_dropout, str):
-        off: Any = 0.0 if isinstance(attrgetter(dropout)(place.module), float | int) else nn.Identity()
-        set_attribute(place.module, dropout, off)
+        off: Any = 0.0 if isinstance(attrgetter(dropout)(location.module), float | int) else nn.Identity()
+        set_attribute(location.module, dropout, off)
     for path in adapter.bypass:
-        set_attribute(place.module, path, One() if path == adapter.ones else nn.Identity())
-    set_attribute(place.module, adapter.down, feed_forward)
+        set_attribute(location.module, path, One() if path == adapter.ones else nn.Identity())
+    set_attribute(location.module, adapter.down, feed_forward)
 
 
-def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module at all paths of another one, with its hooks: a network that several layers share becomes one MoE."""
     remove_capturing_hooks(old)
     move_hooks(old, new)
@@ -407,15 +427,16 @@ def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         set_attribute(model, path, new)
 
 
-def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
+def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
     """Refuse networks that share weights with other modules: they would share none as experts."""
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    for place in places:
-        for path in place.adapter.linears().values():
-            weights = place.module.get_submodule(path).parameters(recurse=False)
+    for location in locations:
+        for path in location.adapter.linears().values():
+            weights = location.module.get_submodule(path).parameters(recurse=False)
             if any(holders[id(weight)] > 1 for weight in weights):
                 raise ValueError(
-                    f"{place.name}.{path} shares a weight with another module, and would share none as experts: give "
+                    f"{location.name}.{path} shares a weight with another module, and would share none as experts: "
+                    f"give "
                     "one of them a copy (its weight = nn.Parameter(weight.clone())), or leave both out by layers="
                 )
 
@@ -435,7 +456,7 @@ def set_attribute(module: nn.Module, path: str, value: Any) -> None:
 # Upcycling
 
 
-def share_routers(gate: Any, g: int) -> None:
+def repeat_router_columns(gate: Any, g: int) -> None:
     """Give the g slices of each copy equal router weights."""
     if g == 1:
         return
@@ -447,40 +468,40 @@ def share_routers(gate: Any, g: int) -> None:
 
 
 @torch.no_grad()
-def fill(experts: Any, dense: Dense, first: int, g: int, total: float) -> None:
+def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float) -> None:
     """Copy slice i mod g of the network's hidden units, from `first` on, to expert i. The last weights make up for the
     gate's weights, which add up to `total`. What is frozen in the network is frozen."""
     e, h = experts.num_experts, experts.hidden_dim
     for name, _ in list(experts.named_parameters(recurse=False)):  # not those of the activation, which is shared
-        stack = torch.stack([units(dense, name, first + i % g * h, h) for i in range(e)])
+        stack = torch.stack([select_hidden_units(dense, name, first + i % g * h, h) for i in range(e)])
         if name in ("w2", "b2"):  # every slice has b2
             stack *= (g if name == "w2" else 1) / total
         setattr(experts, name, nn.Parameter(stack, dense.weights[name].requires_grad))
 
 
 @torch.no_grad()
-def fill_shared(shared_expert: Any, dense: Dense) -> None:
+def fill_shared_expert(shared_expert: Any, dense: DenseFFN) -> None:
     """Copy the first hidden units of a network to a shared expert, without its last bias, which the experts have."""
     if shared_expert is None:
         return
-    names = ("gate_proj", "down_proj", "up_proj") if dense.gated else ("up_proj", "down_proj")
+    names = ("gate_proj", "down_proj", "up_proj") if dense.is_gated else ("up_proj", "down_proj")
     for number, name in enumerate(names, 1):
         layer, trains = getattr(shared_expert, name), dense.weights[f"w{number}"].requires_grad
         for kind, empty in list(layer.named_parameters()):
-            key, value = f"{kind[0]}{number}", dense.like.new_zeros(empty.shape)
+            key, value = f"{kind[0]}{number}", dense.reference_weight.new_zeros(empty.shape)
             if key in dense.weights and key != "b2":
-                value.copy_(units(dense, key, 0, shared_expert.hidden_dim).t())
+                value.copy_(select_hidden_units(dense, key, 0, shared_expert.hidden_dim).t())
             setattr(layer, kind, nn.Parameter(value, trains))
 
 
-def units(network: Dense, name: str, start: int, number: int) -> Tensor:
+def select_hidden_units(network: DenseFFN, name: str, start: int, number: int) -> Tensor:
     """The part of a weight or bias that belongs to some hidden units; all of `b2`, which belongs to none."""
     weight = network.weights[name]
     return weight.narrow(HIDDEN_AXIS[name], start, number) if name in HIDDEN_AXIS else weight
 
 
 @torch.no_grad()
-def vary(experts: Any, noise: float, redraw: float) -> None:
+def perturb_experts(experts: Any, noise: float, redraw: float) -> None:
     """Make copies differ, by noise on weights and by hidden units that are drawn again, equally many in each expert."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
     for weight in weights.values() if noise else ():

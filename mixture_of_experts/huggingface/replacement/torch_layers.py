@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from mixture_of_experts.huggingface.replacement.adapters import Adapter
-from mixture_of_experts.huggingface.replacement.search import Miss
-from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader
+from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
+from mixture_of_experts.huggingface.replacement.network_search import UnsupportedNetwork
+from mixture_of_experts.whole_model.model_tokens import TokenMetadata, TokensReader
 
-NETWORK = Adapter(
+TORCH_LAYER_ADAPTER = Adapter(
     up="linear1",
     down="linear2",
     activation="activation",
@@ -23,48 +23,48 @@ NETWORK = Adapter(
     slot=True,
     bypass=("linear1", "activation"),
 )
-KINDS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+TORCH_LAYER_CLASSES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
-def layers_of_torch(model: nn.Module) -> dict[str, Adapter | Miss]:
+def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwork]:
     """A model's layers of torch, by path; those whose sequences are not first cannot be replaced."""
-    found: dict[str, Adapter | Miss] = {}
-    own = [kind._ff_block for kind in KINDS]
+    found: dict[str, Adapter | UnsupportedNetwork] = {}
+    own = [kind._ff_block for kind in TORCH_LAYER_CLASSES]
     for name, module in model.named_modules():
         layer: Any = module
-        if getattr(type(layer), "_ff_block", None) not in own or not is_dense(layer):
+        if getattr(type(layer), "_ff_block", None) not in own or not has_dense_ffn(layer):
             continue  # code of its own, or replaced already
         if layer.self_attn.batch_first:
-            found[name] = NETWORK
+            found[name] = TORCH_LAYER_ADAPTER
         else:
             reason = "it reads tokens (n, b, d), and a router needs sequences first: make the layers with batch_first="
-            found[name] = Miss(name, type(module).__name__, f"{reason}True, and load the same weights")
+            found[name] = UnsupportedNetwork(name, type(module).__name__, f"{reason}True, and load the same weights")
     return found
 
 
 class LayerReader(TokensReader):
     """Reads which tokens of a layer of torch are real, from the layer's arguments."""
 
-    names: ClassVar[tuple[str, ...]] = ("src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask")
+    argument_names: ClassVar[tuple[str, ...]] = ("src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask")
 
-    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokensAround:
-        given = self.given(args, kwargs)
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMetadata:
+        given = self.pick_arguments(args, kwargs)
         x = given.get("src", given.get("tgt"))
         if x is None or x.is_nested or x.ndim not in (2, 3):
-            return TokensAround()
+            return TokenMetadata()
         shape = (1, x.shape[0]) if x.ndim == 2 else (x.shape[0], x.shape[1])
         padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))  # True, or -inf
-        return TokensAround(shape=shape, mask=None if padding is None else (padding == 0).view(shape))
+        return TokenMetadata(shape=shape, mask=None if padding is None else (padding == 0).view(shape))
 
 
-def leave_fused_path(model: nn.Module) -> None:
+def disable_fused_path(model: nn.Module) -> None:
     """Make encoder layers of torch whose network is replaced call their parts in eval too."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and not is_dense(module):
+        if isinstance(module, nn.TransformerEncoderLayer) and not has_dense_ffn(module):
             module.activation_relu_or_gelu = 0  # torch's sign that the operator does not know the activation
-        if isinstance(module, nn.TransformerEncoder) and not all(map(is_dense, module.layers)):
+        if isinstance(module, nn.TransformerEncoder) and not all(map(has_dense_ffn, module.layers)):
             module.use_nested_tensor = False
 
 
-def is_dense(layer: nn.Module) -> bool:
+def has_dense_ffn(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "linear1", None), nn.Linear)

@@ -23,66 +23,68 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from mixture_of_experts.huggingface.feed_forward import layers_by_path
-from mixture_of_experts.huggingface.saving.layer_settings import LayerRecord, entries_of
+from mixture_of_experts.huggingface.feed_forward import find_layers
+from mixture_of_experts.huggingface.saving.layer_settings import LayerRecord, describe_layers
 
-NAME = "mixture_of_experts"  # `model_type` and `quant_method`
-KEY = "mixture_of_experts"  # attribute of a model's configuration that has its layers with experts
-DENSE = "dense_config"
-UNSTACKED = {"class": "UnstackedExperts"}  # a form of experts
+MODEL_TYPE = "mixture_of_experts"  # `model_type` and `quant_method`
+LAYERS_KEY = "mixture_of_experts"  # attribute of a model's configuration that has its layers with experts
+DENSE_CONFIG_KEY = "dense_config"
+UNSTACKED_FORM = {"class": "UnstackedExperts"}  # a form of experts
 
 
 class ExpertsConfig(PreTrainedConfig):
     """Reads the saved configuration of a model with experts, and returns that of the dense model."""
 
-    model_type = NAME
+    model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        dense = config_dict.get(DENSE, {})
+        dense = config_dict.get(DENSE_CONFIG_KEY, {})
         name = dense.get("model_type")
         if name not in CONFIG_MAPPING:
             raise ValueError(
                 f"this configuration of a model with experts names no dense model that transformers knows: "
-                f"{DENSE}.model_type is {name!r}"
+                f"{DENSE_CONFIG_KEY}.model_type is {name!r}"
             )
-        return saves_experts(CONFIG_MAPPING[name]).from_dict(dense, **kwargs)
+        return make_config_class(CONFIG_MAPPING[name]).from_dict(dense, **kwargs)
 
 
-AutoConfig.register(NAME, ExpertsConfig)
+AutoConfig.register(MODEL_TYPE, ExpertsConfig)
 
 
-class SavesExperts:
+class ExpertsConfigMixin:
     """A mixin for the class of a model's configuration: the file that it writes tells of the experts."""
 
     def to_dict(self: Any) -> dict[str, Any]:
         found = super().to_dict()  # type: ignore[misc]
-        return {**found, KEY: layers_with_experts(self)} if KEY in found else found
+        return {**found, LAYERS_KEY: read_layer_entries(self)} if LAYERS_KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        if quantization_of(self).get("quant_method", NAME) != NAME:  # its file would not tell
+        if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # its file would not tell
             raise ValueError(
                 f"a model with experts that is quantised ({type(self.quantization_config).__name__}) cannot be saved: "
                 "save the model before it is quantised, and of this one adapters alone"
             )
-        layers = layers_with_experts(self)
-        if any("block" in layer and UNSTACKED in layer.get("forms", {}).values() for layer in layers):
+        layers = read_layer_entries(self)
+        if any("block" in layer and UNSTACKED_FORM in layer.get("forms", {}).values() for layer in layers):
             raise ValueError(
                 f"{type(self).__name__}: where layers were blocks, a class may load linear layers of experts into "
                 "stacks of its own: restack() the model before it is saved"
             )
-        records = vars(self).get(KEY)
+        records = vars(self).get(LAYERS_KEY)
         records = records if isinstance(records, dict) else {}
-        if untold := [f"{path} of {name}" for name, record in records.items() for path in record.untold()]:
+        undescribed = [f"{path} of {name}" for name, record in records.items() for path in record.find_undescribed()]
+        if undescribed:
             warnings.warn(
-                f"config.json cannot tell {', '.join(untold)}, which was changed after the layer was put in: set it "
+                f"config.json cannot tell {', '.join(undescribed)}, which was changed after the layer was put in: "
+                f"set it "
                 "again after loading",
                 stacklevel=2,
             )
         dense = self.to_diff_dict() if use_diff else self.to_dict()
-        dense["quantization_config"] = {"quant_method": NAME, "layers": layers}
-        dense.pop(KEY, None)
-        whole = {"model_type": NAME, "architectures": self.architectures, DENSE: dense}
+        dense["quantization_config"] = {"quant_method": MODEL_TYPE, "layers": layers}
+        dense.pop(LAYERS_KEY, None)
+        whole = {"model_type": MODEL_TYPE, "architectures": self.architectures, DENSE_CONFIG_KEY: dense}
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(self._encode_special_floats(whole), indent=2, sort_keys=True) + "\n")
 
@@ -91,33 +93,34 @@ class SavesExperts:
 
 
 @cache
-def saves_experts(plain: type[PreTrainedConfig]) -> Any:
-    """The class of a dense model's configuration with `SavesExperts`; its name stays, as transformers looks it up."""
-    if issubclass(plain, SavesExperts):
+def make_config_class(plain: type[PreTrainedConfig]) -> Any:
+    """The class of a dense model's configuration with `ExpertsConfigMixin`; its name stays, as transformers looks it
+    up."""
+    if issubclass(plain, ExpertsConfigMixin):
         return plain
-    return type(plain.__name__, (SavesExperts, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
+    return type(plain.__name__, (ExpertsConfigMixin, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
 
 
 def empty(plain: type[PreTrainedConfig]) -> Any:
     """An empty configuration, for copies and pickles: by its name pickle would find the dense class."""
-    return object.__new__(saves_experts(plain))
+    return object.__new__(make_config_class(plain))
 
 
-def layers_with_experts(config: Any) -> list[dict[str, Any]]:
+def read_layer_entries(config: Any) -> list[dict[str, Any]]:
     """The description of layers with experts in a configuration, of a model in memory or from a file; [] if none."""
-    found, read = getattr(config, KEY, None), quantization_of(config)
-    if found is None and read.get("quant_method") == NAME:
+    found, read = getattr(config, LAYERS_KEY, None), read_quantization(config)
+    if found is None and read.get("quant_method") == MODEL_TYPE:
         found = read.get("layers")
-    return entries_of(found) if isinstance(found, dict) else list(found or [])
+    return describe_layers(found) if isinstance(found, dict) else list(found or [])
 
 
-def quantization_of(config: Any) -> dict[str, Any]:
+def read_quantization(config: Any) -> dict[str, Any]:
     """The settings of a quantiser in a configuration; {} if there is none."""
     read = getattr(config, "quantization_config", None) or {}
     return read if isinstance(read, dict) else vars(read)
 
 
-def note(model: nn.Module) -> None:
+def store_layers_in_config(model: nn.Module) -> None:
     """Tell the model's configuration of the layers with experts.
 
     The model gets a configuration of its own, because other models may share the old one. A model without a head keeps
@@ -126,9 +129,9 @@ def note(model: nn.Module) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         for inner in model.children():
-            note(inner)
+            store_layers_in_config(inner)
         return
-    config, layers = model.config, layers_by_path(model)
+    config, layers = model.config, find_layers(model)
     if not layers:
         return
     for layer in layers.values():
@@ -140,18 +143,18 @@ def note(model: nn.Module) -> None:
         copies[id(config)] = config
     else:
         copy.deepcopy(config, copies)
-    own = copies[id(config)]
-    own.__class__ = saves_experts(type(own))
-    setattr(own, KEY, {name: layer.record for name, layer in layers.items()})
+    config_copy = copies[id(config)]
+    config_copy.__class__ = make_config_class(type(config_copy))
+    setattr(config_copy, LAYERS_KEY, {name: layer.record for name, layer in layers.items()})
     for module in model.modules():
         held = vars(module).get("config")
         if id(held) in copies:
             module.config = copies[id(held)]
 
 
-def forget(config: Any) -> None:
+def remove_layers_from_config(config: Any) -> None:
     """Remove all that tells of experts from a configuration in memory."""
-    if isinstance(config, SavesExperts):
+    if isinstance(config, ExpertsConfigMixin):
         config.__class__ = type(config).__bases__[1]
-        for name in (KEY, "quantization_config"):
+        for name in (LAYERS_KEY, "quantization_config"):
             vars(config).pop(name, None)

@@ -18,20 +18,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from mixture_of_experts.huggingface.blocks.sparse import find_blocks, put_layers
-from mixture_of_experts.huggingface.feed_forward import layers_by_path
-from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
-from mixture_of_experts.huggingface.replacement.replace import find, upcycle
-from mixture_of_experts.huggingface.router_config import take_over
-from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts, quantization_of
-from mixture_of_experts.huggingface.saving.export import plan_export
-from mixture_of_experts.huggingface.saving.loader import saved_class
-from mixture_of_experts.huggingface.saving.names import in_files
-from mixture_of_experts.huggingface.saving.shards import INDEX, lacks, read_weights
-from mixture_of_experts.ops.bits4 import PLAIN
+from mixture_of_experts.huggingface.blocks.model_conversion import find_sparse_blocks, replace_blocks
+from mixture_of_experts.huggingface.feed_forward import find_layers
+from mixture_of_experts.huggingface.private_transformers import convert_to_saved, load_partial_weights
+from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
+from mixture_of_experts.huggingface.router_config import override_router_coef
+from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
+from mixture_of_experts.huggingface.saving.exporting import plan_export
+from mixture_of_experts.huggingface.saving.loader import find_saved_class
+from mixture_of_experts.huggingface.saving.shards import INDEX_FILE, make_missing_error, read_weights
+from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names
+from mixture_of_experts.ops.int4 import PORTABLE_BLOCK
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
@@ -49,16 +49,16 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         FileExistsError: the target exists.
     """
     config = read_config(source)
-    if layers_with_experts(config):
+    if read_layer_entries(config):
         raise ValueError(f"{source} has experts already")
     model = read_model(source, config)
-    state, places = model.state_dict(), find(model, settings.pop("layers", None), settings.get("adapters"))
+    state, locations = model.state_dict(), find_networks(model, settings.pop("layers", None), settings.get("adapters"))
 
     def change(path: str) -> dict[str, Tensor]:
         upcycle(model, layers=[path], **settings)
         return model.get_submodule(path).state_dict(prefix=f"{path}.")
 
-    rewrite(model, state, [place.target for place in places], change, source, target, max_shard_size)
+    rewrite_folder(model, state, [location.moe_path for location in locations], change, source, target, max_shard_size)
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
@@ -74,9 +74,11 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
-    model = read_experts(source, "export")
+    model = read_experts_model(source, "export")
     plan = plan_export(model)
-    rewrite(plan.stock, model.state_dict(), plan.layers, plan.block, source, target, max_shard_size)
+    rewrite_folder(
+        plan.stock_model, model.state_dict(), plan.layers, plan.convert_layer, source, target, max_shard_size
+    )
 
 
 def quantize_folder(
@@ -85,7 +87,7 @@ def quantize_folder(
     """Quantise the experts of a saved model; write the folder that `save_pretrained` would write.
 
     A layer is in memory two or three times, and a file of the new folder twice. Nibbles are plain, as
-    `ops/bits4.py` says, whatever machine writes them.
+    `ops/int4.py` says, whatever machine writes them.
 
     Args:
         source: a folder that `save_pretrained` or another command wrote; or one of a stock model, whose sparse blocks
@@ -103,48 +105,48 @@ def quantize_folder(
         FileExistsError: the target exists.
     """
     config = read_config(source)
-    stock = not layers_with_experts(config)
+    stock = not read_layer_entries(config)
     if stock:
-        model, weights = empty_model(config), read_weights(source)
-        paths = find_blocks(model)
+        model, weights = make_empty_model(config), read_weights(source)
+        paths = find_sparse_blocks(model)
         blocks, state = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
-        load(model, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
+        load_weights(model, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
     else:
         model, weights = read_model(source, config), {}
-        paths = list(layers_by_path(model))
+        paths = list(find_layers(model))
     state = model.state_dict()
 
     def change(path: str) -> dict[str, Tensor]:
         if stock:
-            load(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
-            put_layers(model, {path: {"balance_over": "batch", "loss_coef": loss_coef}})
+            load_weights(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
+            replace_blocks(model, {path: {"balance_over": "batch", "loss_coef": loss_coef}})
         layer = model.get_submodule(path)
         if loss_coef is not None:
             layer.moe.loss_coef = loss_coef
-            take_over(model)
+            override_router_coef(model)
         quantize_experts(layer.requires_grad_(False), **settings)
         for module in layer.modules():
             if isinstance(module, QuantizedExperts):
-                module.rearrange(PLAIN)
+                module.repack(PORTABLE_BLOCK)
         return layer.state_dict(prefix=f"{path}.")
 
-    rewrite(model, state, paths, change, source, target, max_shard_size)
+    rewrite_folder(model, state, paths, change, source, target, max_shard_size)
 
 
-def load(stock: Any, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def load_weights(stock: Any, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
     """Load weights of a stock model, in the dtypes of their files."""
     found = {}
-    for name, tensor in own.items():
-        stored = {file: weights[file] for file in in_files(stock, {name: tensor}) if file in weights}
+    for name, tensor in tensors.items():
+        stored = {file: weights[file] for file in map_to_file_names(stock, {name: tensor}) if file in weights}
         for value in stored.values():
             tensor.data = tensor.data.to(value.dtype)
         if not stored and name not in stock.all_tied_weights_keys:
-            raise lacks(name)
+            raise make_missing_error(name)
         found |= stored
-    load_some(stock, found)
+    load_partial_weights(stock, found)
 
 
-def rewrite(
+def rewrite_folder(
     model: Any,
     state: Mapping[str, Tensor],
     paths: Collection[str],
@@ -165,16 +167,16 @@ def rewrite(
     place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
     with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as name:
         folder, changed = Path(name), tuple(f"{path}." for path in paths)
-        shards = Shards(folder, max_shard_size)
+        shards = ShardWriter(folder, max_shard_size)
         for path in tqdm(paths, desc="layers", unit="layer"):
-            shards.add(as_saved(model, change(path)))
+            shards.add_weights(convert_to_saved(model, change(path)))
             model.get_submodule(path).to("meta")
         kept = [name for name in model.state_dict() if not name.startswith(changed)]
         tied = model.all_tied_weights_keys
-        shards.add(as_saved(model, {name: state[name] for name in kept if name not in tied}))
+        shards.add_weights(convert_to_saved(model, {name: state[name] for name in kept if name not in tied}))
         shards.close()
         for file in source.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
+            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
                 shutil.copy2(file, folder / file.name)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
@@ -182,12 +184,12 @@ def rewrite(
         folder.rename(target)
 
 
-def read_experts(source: Path, verb: str) -> Any:
+def read_experts_model(source: Path, action: str) -> Any:
     """The model with experts of a folder, as `read_model` returns it."""
     config = read_config(source)
-    if not layers_with_experts(config):
+    if not read_layer_entries(config):
         raise ValueError(
-            f"{source} has no experts of this package: there is nothing to {verb}. A stock model gets them by "
+            f"{source} has no experts of this package: there is nothing to {action}. A stock model gets them by "
             "from_transformers or upcycle"
         )
     return read_model(source, config)
@@ -198,9 +200,9 @@ def read_model(source: Path, config: Any) -> Any:
     read."""
     weights = read_weights(source)
     settings: Any = dict(config=config, state_dict=dict(weights), dtype="auto", output_loading_info=True)
-    model, info = saved_class(config).from_pretrained(None, **settings)
+    model, info = find_saved_class(config).from_pretrained(None, **settings)
     for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
-        raise lacks(name)
+        raise make_missing_error(name)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in weights and weights[name].dtype != tensor.dtype:  # transformers gives all of them one
             tensor.data = weights[name]
@@ -213,20 +215,20 @@ def read_config(source: Path) -> Any:
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    method = quantization_of(config).get("quant_method", NAME)
-    if method != NAME:
+    method = read_quantization(config).get("quant_method", MODEL_TYPE)
+    if method != MODEL_TYPE:
         raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
     return config
 
 
-def empty_model(config: Any) -> Any:
+def make_empty_model(config: Any) -> Any:
     """The model that was saved, without memory for its weights."""
     with torch.device("meta"):
-        model: Any = saved_class(config)(config)
+        model: Any = find_saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
-class Shards:
+class ShardWriter:
     """Writes files of weights, each as soon as it is full."""
 
     folder: Path
@@ -234,31 +236,31 @@ class Shards:
 
     def __init__(self, folder: Path, max_size: int) -> None:
         self.folder, self.max_size = folder, max_size
-        self.waiting: dict[str, Tensor] = {}
-        self.files: list[list[str]] = []  # the names of their weights
+        self.pending: dict[str, Tensor] = {}
+        self.shard_names: list[list[str]] = []  # the names of their weights
         self.total_size: int = 0  # in bytes
 
-    def add(self, weights: Mapping[str, Tensor]) -> None:
+    def add_weights(self, weights: Mapping[str, Tensor]) -> None:
         for name, value in weights.items():
-            waits = sum(waiting.nbytes for waiting in self.waiting.values())
-            if self.waiting and waits + value.nbytes > self.max_size:
-                self.write()
-            self.waiting[name] = value.detach().contiguous()
+            waits = sum(waiting.nbytes for waiting in self.pending.values())
+            if self.pending and waits + value.nbytes > self.max_size:
+                self.write_shard()
+            self.pending[name] = value.detach().contiguous()
 
-    def write(self) -> None:
-        save_file(self.waiting, self.folder / f"part-{len(self.files)}.safetensors", metadata={"format": "pt"})
-        self.files.append(list(self.waiting))
-        self.total_size += sum(value.nbytes for value in self.waiting.values())
-        self.waiting = {}
+    def write_shard(self) -> None:
+        save_file(self.pending, self.folder / f"part-{len(self.shard_names)}.safetensors", metadata={"format": "pt"})
+        self.shard_names.append(list(self.pending))
+        self.total_size += sum(value.nbytes for value in self.pending.values())
+        self.pending = {}
 
     def close(self) -> None:
         """Write the last file, and name all files by their number."""
-        self.write()
-        n, weight_map = len(self.files), {}
-        for i, names in enumerate(self.files):
+        self.write_shard()
+        n, weight_map = len(self.shard_names), {}
+        for i, names in enumerate(self.shard_names):
             file = f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
             (self.folder / f"part-{i}.safetensors").rename(self.folder / file)
             weight_map |= dict.fromkeys(names, file)
         if n > 1:
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

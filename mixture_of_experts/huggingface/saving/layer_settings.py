@@ -18,24 +18,27 @@ from torch import nn
 from mixture_of_experts import gating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.recipes import arguments_of
+from mixture_of_experts.recipes import list_gate_arguments
+from mixture_of_experts.support.checked_module import CheckedModule
 from mixture_of_experts.support.checks import check_size
-from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
-from mixture_of_experts.support.settings import CheckedModule
-from mixture_of_experts.unstack import to_list
-from mixture_of_experts.whole_model.sites import places
+from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
+from mixture_of_experts.unstack import unstack_experts
+from mixture_of_experts.whole_model.router_discovery import iter_named_modules
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
-GATES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
-CALLED = {"num_gates": "num_experts"}  # arguments that a gate stores under another name
-PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if a gate has this part
+GATE_CLASSES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
+ATTRIBUTE_NAMES = {"num_gates": "num_experts"}  # arguments that a gate stores under another name
+OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if a gate has this part
 #: what an entry tells otherwise, or what a run makes and no file tells
-LEFT_OUT = ("self", "device", "dtype", "settings", "process_group", "forced", "loss_coef", "z_loss_coef")
-FIXED = {"ReLUGating": ("score", "normalize")}  # arguments that a gate gives to the class it derives from
-PLAIN = (bool, int, float, str, type(None))
+EXCLUDED_ARGUMENTS = ("self", "device", "dtype", "settings", "process_group", "forced", "loss_coef", "z_loss_coef")
+FIXED_ARGUMENTS = {"ReLUGating": ("score", "normalize")}  # arguments that a gate gives to the class it derives from
+JSON_TYPES = (bool, int, float, str, type(None))
 #: what makes experts in other forms than stacks, from stacked ones, by the name of their class
-FORMS: dict[str, Callable[..., nn.Module]] = {"QuantizedExperts": QuantizedExperts, "UnstackedExperts": to_list}
+EXPERT_FORMS: dict[str, Callable[..., nn.Module]] = {
+    "QuantizedExperts": QuantizedExperts,
+    "UnstackedExperts": unstack_experts,
+}
 
 
 class LayerRecord:
@@ -45,48 +48,61 @@ class LayerRecord:
 
     def __init__(self, layer: MoEFeedForward) -> None:
         #: what the loaded layer has by itself, if it is described
-        self.built: dict[str, Any] = {path: value for path, value in settings_of(layer).items() if plain(value)}
+        self.built: dict[str, Any] = {
+            path: value for path, value in read_layer_settings(layer).items() if is_json_value(value)
+        }
         self.layer = weakref.ref(layer)
-        self.read()
+        self.read_entry()
 
-    def belong_to(self, layer: MoEFeedForward) -> None:
+    def bind_layer(self, layer: MoEFeedForward) -> None:
         self.layer = self.layer or weakref.ref(layer)
 
-    def read(self) -> dict[str, Any]:
+    def read_entry(self) -> dict[str, Any]:
         """The entry of the layer as it is, or as it was when it was last read if it is gone."""
         layer = self.layer and self.layer()
         if layer is not None:
-            entry, now = describe_layer(layer), settings_of(layer)
-            told = "moe.gate." if entry.get("gate") else "-"
-            changed = {path: value for path, value in now.items() if plain(value) and not path.startswith(told)}
+            entry, now = describe_feed_forward(layer), read_layer_settings(layer)
+            described_prefix = "moe.gate." if entry.get("gate") else "-"
+            changed = {
+                path: value
+                for path, value in now.items()
+                if is_json_value(value) and not path.startswith(described_prefix)
+            }
             entry["changed"] = {p: value for p, value in changed.items() if self.built.get(p, value) != value}
             self.entry: dict[str, Any] = entry
         return self.entry
 
-    def untold(self) -> list[str]:
+    def find_undescribed(self) -> list[str]:
         """The settings that were changed since the layer was put in, to values that JSON does not know."""
         layer = self.layer and self.layer()
-        return [] if layer is None else [p for p, v in settings_of(layer).items() if p in self.built and not plain(v)]
+        return (
+            []
+            if layer is None
+            else [p for p, v in read_layer_settings(layer).items() if p in self.built and not is_json_value(v)]
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"built": self.built, "entry": self.read()}
+        return {"built": self.built, "entry": self.read_entry()}
 
 
-def entries_of(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
+def describe_layers(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
     """The description of layers by their paths; those of equal settings share an entry."""
     names: dict[str, list[str]] = {}
     for name, record in records.items():
-        names.setdefault(json.dumps(record.read(), sort_keys=True), []).append(name)
-    return [{"layers": alike, **json.loads(settings)} for settings, alike in names.items()]
+        names.setdefault(json.dumps(record.read_entry(), sort_keys=True), []).append(name)
+    return [{"layers": paths, **json.loads(settings)} for settings, paths in names.items()]
 
 
-def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
-    moe: Any = unwrapped(feed_forward.moe)
-    gate: Any = unwrapped(moe.gate)
+def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
+    moe: Any = unwrap_module(feed_forward.moe)
+    gate: Any = unwrap_module(moe.gate)
     forms = {
-        place.name: {"class": wrapped_class(place.module).__name__, **getattr(place.module, "settings", dict)()}
-        for place in places(feed_forward)
-        if wrapped_class(place.module).__name__ in FORMS
+        named_module.name: {
+            "class": get_original_class(named_module.module).__name__,
+            **getattr(named_module.module, "settings", dict)(),
+        }
+        for named_module in iter_named_modules(feed_forward)
+        if get_original_class(named_module.module).__name__ in EXPERT_FORMS
     }
     coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
     if isinstance(feed_forward, SparseFeedForward):  # the stock model of the configuration has the rest
@@ -94,10 +110,10 @@ def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
         return {"block": feed_forward.block, "balance_over": balance_over, "forms": forms, **coefs}
     return {
         "num_experts": moe.num_experts,
-        "hidden_dim": getattr(unwrapped(moe.experts), "hidden_dim", None),
-        "shared_expert": None if moe.shared_expert is None else unwrapped(moe.shared_expert).hidden_dim,
+        "hidden_dim": getattr(unwrap_module(moe.experts), "hidden_dim", None),
+        "shared_expert": None if moe.shared_expert is None else unwrap_module(moe.shared_expert).hidden_dim,
         "gate": describe_gate(gate),
-        "gate_class": wrapped_class(gate).__name__,
+        "gate_class": get_original_class(gate).__name__,
         "forms": forms,
         **coefs,
     }
@@ -105,40 +121,40 @@ def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
     """The class and the arguments of a gate, in types that JSON knows; None for a gate outside this package."""
-    kind = wrapped_class(gate)
-    if GATES.get(kind.__name__) is not kind:
+    kind = get_original_class(gate)
+    if GATE_CLASSES.get(kind.__name__) is not kind:
         return None
-    arguments = arguments_now(gate, kind)
-    return {"class": kind.__name__, "arguments": arguments} if all(map(plain, arguments.values())) else None
+    arguments = read_gate_arguments(gate, kind)
+    return {"class": kind.__name__, "arguments": arguments} if all(map(is_json_value, arguments.values())) else None
 
 
-def arguments_now(gate: nn.Module, kind: type) -> dict[str, Any]:
+def read_gate_arguments(gate: nn.Module, kind: type) -> dict[str, Any]:
     """The arguments that give a gate the settings that this gate of the class `kind` has now."""
     arguments = {}
-    for name in arguments_of(kind) or ():
-        if name in PARTS:
-            arguments[name] = getattr(gate, PARTS[name]) is not None
-        elif name not in (*LEFT_OUT, *FIXED.get(kind.__name__, ())):
-            arguments[name] = getattr(gate, CALLED.get(name, name))
+    for name in list_gate_arguments(kind) or ():
+        if name in OPTIONAL_TENSORS:
+            arguments[name] = getattr(gate, OPTIONAL_TENSORS[name]) is not None
+        elif name not in (*EXCLUDED_ARGUMENTS, *FIXED_ARGUMENTS.get(kind.__name__, ())):
+            arguments[name] = getattr(gate, ATTRIBUTE_NAMES.get(name, name))
     return arguments
 
 
-def plain(value: Any) -> bool:
+def is_json_value(value: Any) -> bool:
     """Whether JSON knows a value."""
-    return all(isinstance(item, PLAIN) for item in (value if isinstance(value, list | tuple) else [value]))
+    return all(isinstance(item, JSON_TYPES) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
-def settings_of(feed_forward: MoEFeedForward) -> dict[str, Any]:
+def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
     """The settings of a layer that can be set later, by path."""
     found = {}
-    for place in places(feed_forward):
-        path, module = place.name, place.module
+    for named_module in iter_named_modules(feed_forward):
+        path, module = named_module.name, named_module.module
         names = {"p"} if isinstance(module, nn.Dropout) else set()
         if isinstance(module, CheckedModule):
             names |= module._settings.keys()
             if path == "moe.gate":
-                names.update(arguments_of(wrapped_class(module)) or ())
-            names -= {*CALLED, *PARTS, *LEFT_OUT, *module.sizes}
+                names.update(list_gate_arguments(get_original_class(module)) or ())
+            names -= {*ATTRIBUTE_NAMES, *OPTIONAL_TENSORS, *EXCLUDED_ARGUMENTS, *module.shape_attributes}
         for name in sorted(name for name in names if hasattr(module, name)):
             found[f"{path}.{name}"] = getattr(module, name)
     return found
@@ -148,26 +164,26 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
     """Set the settings of a layer that a file describes as changed, through the checks that they have.
 
     Raises:
-        ValueError: one is no setting that `settings_of` knows, or has no such value.
+        ValueError: one is no setting that `read_layer_settings` knows, or has no such value.
     """
-    known = settings_of(layer)
+    known = read_layer_settings(layer)
     for path, value in changes.items():
-        if path not in known or not plain(value):
+        if path not in known or not is_json_value(value):
             raise ValueError(
                 f"config.json changes {path!r} to {value!r}, which is no setting of a layer with experts, or no value "
                 f"of one: this layer has {', '.join(known)}"
             )
     for path, value in changes.items():
         parent, _, name = path.rpartition(".")
-        with rejected({path: value}):
-            setattr(layer.get_submodule(parent), name, CHECKS.get(name, as_it_is)(name, value))
+        with naming_rejected_entries({path: value}):
+            setattr(layer.get_submodule(parent), name, SETTING_CHECKS.get(name, return_unchanged)(name, value))
     if of_gate := {path: value for path, value in changes.items() if path.startswith("moe.gate.")}:
-        with rejected(of_gate):
-            check_gate(unwrapped(layer.moe.gate))
+        with naming_rejected_entries(of_gate):
+            check_gate_settings(unwrap_module(layer.moe.gate))
 
 
 @contextmanager
-def rejected(changes: Mapping[str, Any]) -> Iterator[None]:
+def naming_rejected_entries(changes: Mapping[str, Any]) -> Iterator[None]:
     """Make the error of a check name the entries of the file."""
     try:
         yield
@@ -176,7 +192,7 @@ def rejected(changes: Mapping[str, Any]) -> Iterator[None]:
         raise ValueError(f"config.json changes {named}, which this layer does not take: {error}") from error
 
 
-def as_it_is(name: str, value: Any) -> Any:
+def return_unchanged(name: str, value: Any) -> Any:
     return value
 
 
@@ -188,18 +204,18 @@ def check_share(name: str, value: Any) -> float:
 
 
 #: checks of settings that modules store without one
-CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": check_share}
+SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": check_share}
 
 
-def check_gate(gate: nn.Module) -> None:
+def check_gate_settings(gate: nn.Module) -> None:
     """Raise as the constructor of a gate's class does, if it would not take the settings that the gate has."""
-    kind = wrapped_class(gate)
-    if GATES.get(kind.__name__) is kind:
-        arguments = arguments_now(gate, kind)
+    kind = get_original_class(gate)
+    if GATE_CLASSES.get(kind.__name__) is kind:
+        arguments = read_gate_arguments(gate, kind)
         with torch.device("meta"):
-            build_gate({"class": kind.__name__, "arguments": {n: v for n, v in arguments.items() if plain(v)}})
+            build_gate({"class": kind.__name__, "arguments": {n: v for n, v in arguments.items() if is_json_value(v)}})
 
 
 def build_gate(description: dict[str, Any]) -> nn.Module:
     arguments = {n: tuple(v) if isinstance(v, list) else v for n, v in description["arguments"].items()}
-    return GATES[description["class"]](**arguments)
+    return GATE_CLASSES[description["class"]](**arguments)

@@ -17,29 +17,29 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mixture_of_experts.huggingface.replacement.adapters import Adapter
-from mixture_of_experts.huggingface.saving.configuration import KEY, NAME, layers_with_experts
+from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
+from mixture_of_experts.huggingface.saving.configuration import LAYERS_KEY, MODEL_TYPE, read_layer_entries
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
-from mixture_of_experts.huggingface.saving.names import keep_names
-from mixture_of_experts.huggingface.saving.restore import finish_loading, put_experts
+from mixture_of_experts.huggingface.saving.restore import finish_loading, insert_experts
 from mixture_of_experts.huggingface.saving.shards import check_shards
+from mixture_of_experts.huggingface.saving.weight_names import make_load_conversions
 
-HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
 
 
-@register_quantization_config(NAME)
+@register_quantization_config(MODEL_TYPE)
 @dataclass
 class ExpertsLoaderConfig(QuantizationConfigMixin):
     """The description of layers with experts from a configuration file, and what `from_pretrained` was given."""
 
-    quant_method: Any = NAME
+    quant_method: Any = MODEL_TYPE
     layers: Any = ()
     gate: GateFactory | None = None
     adapters: Mapping[str, Adapter] | None = None
 
 
-@register_quantizer(NAME)
+@register_quantizer(MODEL_TYPE)
 class ExpertsLoader(HfQuantizer):
     """Puts layers with experts into a model that has no weights yet, and leaves no mark of a quantiser on it: trainers
     refuse quantised ones."""
@@ -51,11 +51,11 @@ class ExpertsLoader(HfQuantizer):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):  # whose configuration may be a copy
                 vars(module.config).pop("quantization_config", None)
-        given: Any = self.quantization_config
-        put_experts(model, given.layers, given.gate, given.adapters)
+        loader_config: Any = self.quantization_config
+        insert_experts(model, loader_config.layers, loader_config.gate, loader_config.adapters)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        return keep_names(model, weight_conversions)
+        return make_load_conversions(model, weight_conversions)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         finish_loading(model)
@@ -115,19 +115,22 @@ def from_pretrained(
     settings.setdefault("trust_remote_code", False)  # where it is None, transformers asks on standard input
     config = settings.pop("config", None)
     if config is None:
-        of_hub, trusted = {name: settings[name] for name in HUB if name in settings}, settings["trust_remote_code"]
+        of_hub, trusted = (
+            {name: settings[name] for name in HUB_ARGUMENTS if name in settings},
+            settings["trust_remote_code"],
+        )
         config = AutoConfig.from_pretrained(path, trust_remote_code=trusted, **of_hub)
     config = copy.deepcopy(config)
-    for name in [name for name in settings if hasattr(config, name) and name not in NOT_IN_CONFIG]:
+    for name in [name for name in settings if hasattr(config, name) and name not in NON_CONFIG_ARGUMENTS]:
         setattr(config, name, settings.pop(name))
-    layers = layers_with_experts(config)
+    layers = read_layer_entries(config)
     if not layers:
-        raise ValueError(f"{path} has no experts: its configuration has no {KEY!r}. Load it by its own class")
-    config.quantization_config = {"quant_method": NAME, "layers": layers, "gate": gate, "adapters": adapters}
-    return (model_class or saved_class(config)).from_pretrained(path, config=config, **settings)
+        raise ValueError(f"{path} has no experts: its configuration has no {LAYERS_KEY!r}. Load it by its own class")
+    config.quantization_config = {"quant_method": MODEL_TYPE, "layers": layers, "gate": gate, "adapters": adapters}
+    return (model_class or find_saved_class(config)).from_pretrained(path, config=config, **settings)
 
 
-def saved_class(config: Any) -> Any:
+def find_saved_class(config: Any) -> Any:
     """The class of `transformers` of the model that was saved with a configuration."""
     name = (config.architectures or ["?"])[0]
     found = getattr(transformers, name, None)

@@ -8,18 +8,28 @@ from typing import Any
 
 from torch import nn
 
-from mixture_of_experts.huggingface.blocks.sparse import put_layers
-from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
-from mixture_of_experts.huggingface.feed_forward import Replaced, layers_by_path
-from mixture_of_experts.huggingface.private_transformers import forget_conversions, save_own_names, was_loaded
-from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
-from mixture_of_experts.huggingface.replacement.replace import find, gates_of_layers, make_moe, set_attribute, swap
-from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, apply_changes, build_gate
+from mixture_of_experts.huggingface.blocks.model_conversion import replace_blocks
+from mixture_of_experts.huggingface.distributed.plans import set_gate_process_groups, update_parallel_plans
+from mixture_of_experts.huggingface.feed_forward import Replaced, find_layers
+from mixture_of_experts.huggingface.private_transformers import (
+    clear_weight_conversions,
+    use_own_names_on_save,
+    was_loaded,
+)
+from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter, DenseFFN, NetworkLocation
+from mixture_of_experts.huggingface.replacement.replace import (
+    build_moe,
+    find_networks,
+    make_gate_factory,
+    replace_networks,
+    set_attribute,
+)
+from mixture_of_experts.huggingface.saving.layer_settings import EXPERT_FORMS, GateFactory, apply_changes, build_gate
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 
 
-def put_experts(
+def insert_experts(
     model: nn.Module,
     layers: list[dict[str, Any]],
     gate: GateFactory | None = None,
@@ -40,30 +50,34 @@ def put_experts(
                 "describe: pass gate=, the function that was given to replace_ffn, to "
                 "mixture_of_experts.huggingface.from_pretrained"
             )
-        entries |= {place: entry for name in entry["layers"] if (place := find_place(model, name)) is not None}
+        entries |= {place: entry for name in entry["layers"] if (place := find_layer_path(model, name)) is not None}
     if not entries:
         raise ValueError(f"{type(model).__name__} has no place for any of {[entry['layers'] for entry in layers]}")
     if blocks := {place: entry for place, entry in entries.items() if "block" in entry}:
-        put_layers(model, blocks)
+        replace_blocks(model, blocks)
     if networks := [place for place, entry in entries.items() if "block" not in entry]:
-        own = None if gate is None else gates_of_layers(gate, 1, model)
-        swap(model, find(model, networks, adapters), partial(build_layer, entries, own))
+        gate_factory = None if gate is None else make_gate_factory(gate, 1, model)
+        replace_networks(
+            model, find_networks(model, networks, adapters), partial(build_described_layer, entries, gate_factory)
+        )
     for place, entry in entries.items():
         layer: Any = model.get_submodule(place)
         for path, form in entry.get("forms", {}).items():
             arguments = {"class": form} if isinstance(form, str) else dict(form)
-            make = FORMS[arguments.pop("class")]
+            make = EXPERT_FORMS[arguments.pop("class")]
             set_attribute(layer, path, make(layer.get_submodule(path), **arguments))
         apply_changes(layer, entry.get("changed", {}))
-    plan_experts(model)
+    update_parallel_plans(model)
 
 
-def build_layer(entries: Mapping[str, Any], gate: GateFactory | None, place: NetworkSite, dense: Dense) -> MoE:
+def build_described_layer(
+    entries: Mapping[str, Any], gate: GateFactory | None, location: NetworkLocation, dense: DenseFFN
+) -> MoE:
     """The layer for the place of a dense network, as its entry describes it."""
-    entry = entries[place.target]
+    entry = entries[location.moe_path]
     coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
     make_gate = gate or (lambda *sizes: build_gate(entry["gate"]))
-    return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
+    return build_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
 
 
 def finish_loading(model: Any) -> None:
@@ -71,9 +85,9 @@ def finish_loading(model: Any) -> None:
     that memory uninitialised. Arrange quantised weights for this machine, let gates balance over the ranks that have
     other tokens, and save weights under their own names, whatever names the files had."""
     model.name_or_path = model.config.name_or_path
-    forget_conversions(model)
-    save_own_names(model)
-    for path, layer in layers_by_path(model).items():
+    clear_weight_conversions(model)
+    use_own_names_on_save(model)
+    for path, layer in find_layers(model).items():
         state = layer.moe.state_dict(prefix=f"{path}.moe.", keep_vars=True)
         lacks = [name for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
         if lacks:
@@ -83,14 +97,14 @@ def finish_loading(model: Any) -> None:
             )
     for module in model.modules():
         if isinstance(module, QuantizedExperts):
-            module.rearrange()
+            module.repack()
         if isinstance(module, Replaced):
             for weight in module.buffers(recurse=False):
                 weight.zero_()  # it may be memory as it was found
-    share_batch(model)
+    set_gate_process_groups(model)
 
 
-def find_place(model: Any, name: str) -> str | None:
+def find_layer_path(model: Any, name: str) -> str | None:
     """The path of a described layer in this model: with a head, paths have one more name at their beginning.
 
     None if the model lacks this part: it may be the encoder alone of an encoder and decoder.

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 ONE_FILE = "model.safetensors"
-INDEX = f"{ONE_FILE}.index.json"
+INDEX_FILE = f"{ONE_FILE}.index.json"
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def name_unreadable_file(path: Path) -> Iterator[None]:
     """Turn any error into a ValueError that names the file."""
     try:
         yield
@@ -27,13 +27,13 @@ def readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def lacks(name: str) -> ValueError:
+def make_missing_error(name: str) -> ValueError:
     return ValueError(f"the files have no {name}: load the model by transformers and save it, which renames weights")
 
 
 def read_index(index: Path) -> dict[str, str]:
     """The `weight_map` of an index: the file of each weight. All files must lie in the folder of the index."""
-    with readable(index):
+    with name_unreadable_file(index):
         weight_map: dict[str, str] = {**json.loads(index.read_text())["weight_map"]}
         for file in sorted({*weight_map.values()}):
             if PureWindowsPath(file).name != file:
@@ -41,12 +41,12 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def check_names(file: Path, names: Collection[str], weight_map: Mapping[str, str]) -> None:
+def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[str, str]) -> None:
     """Raise ValueError if a file has weights that the index lacks, or lacks some that the index assigns to it."""
     if unknown := sorted(set(names) - weight_map.keys()):
         raise ValueError(f"{file} has {unknown[0]}, which its index lacks: fetch both again, or save the model anew")
     if missing := sorted(name for name in weight_map if weight_map[name] == file.name and name not in names):
-        raise lacks(missing[0])
+        raise make_missing_error(missing[0])
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -55,14 +55,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     As in `transformers`, an index counts only where the weights are not in one file. Weights are parts of the files, of
     which only what is used is read.
     """
-    index, weight_map, weights = folder / INDEX, None, {}
+    index, weight_map, weights = folder / INDEX_FILE, None, {}
     if index.exists() and not (folder / ONE_FILE).exists():
         weight_map = read_index(index)
     for name in [ONE_FILE] if weight_map is None else sorted({*weight_map.values()}):
-        with readable(folder / name):
+        with name_unreadable_file(folder / name):
             held = load_file(folder / name)
         if weight_map is not None:
-            check_names(folder / name, held, weight_map)
+            check_shard_names(folder / name, held, weight_map)
             held = {key: value for key, value in held.items() if weight_map[key] == name}
         weights |= held
     return weights
@@ -92,9 +92,9 @@ def check_shards(folder: str, files: Sequence[str]) -> None:
 
 def check_shard(path: Path, weight_map: Mapping[str, str]) -> None:
     """Raise ValueError if a file and its index disagree. Only the names of weights are read."""
-    with readable(path), safe_open(path, framework="pt") as file:
+    with name_unreadable_file(path), safe_open(path, framework="pt") as file:
         names = list(file.keys())
-    check_names(path, names, weight_map)
+    check_shard_names(path, names, weight_map)
     if strays := sorted(name for name in names if weight_map[name] != path.name):
         raise ValueError(
             f"{path} has {strays[0]}, which its index assigns to {weight_map[strays[0]]}: fetch the files again, or "

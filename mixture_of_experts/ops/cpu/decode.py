@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.ops.grouped import product_by_expert
+from mixture_of_experts.ops.grouped import multiply_by_expert
 from mixture_of_experts.ops.network import Call, Network
 
-OneByOne = Callable[[Tensor, Tensor], Tensor]
-MOST_ROWS = 32  # of a call
-MOST_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
-LEAST_NUMEL = 1 << 16  # of an expert's weight; of a smaller one a product is faster than sums
+RowProduct = Callable[[Tensor, Tensor], Tensor]
+MAX_DECODE_ROWS = 32  # of a call
+MAX_ROW_SUM_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
+MIN_ROW_SUM_NUMEL = 1 << 16  # of an expert's weight; of a smaller one a product is faster than sums
 #: CPUs and dtypes for which a product of one row is faster than a sum. Microseconds of sum and product for weights of
 #: 512 x 2048 and 2048 x 512 outside of the caches, one thread: AVX2 (Zen 3) 300 and 180, 330 and 315; AVX-512 (EPYC)
 #: 137 and 193, 189 and 225; in bfloat16 98 and 272, 91 and 209. `python -m experiments.cpu_constants --rows` measures
-PRODUCTS = {("DEFAULT", torch.float32), ("AVX2", torch.float32)}
+FAST_MATMUL_CPUS = {("DEFAULT_PROPERTIES", torch.float32), ("AVX2", torch.float32)}
 
 
 def run(call: Call) -> Tensor:
@@ -38,39 +38,43 @@ def run(call: Call) -> Tensor:
     """
     weights, kind = (*call.network.w_in, call.network.w_out), (torch.backends.cpu.get_cpu_capability(), call.x.dtype)
     by_sums = (
-        0 < call.x.shape[0] <= MOST_TOKENS
-        and kind not in PRODUCTS
-        and weights[-1].shape[-2:].numel() >= LEAST_NUMEL
+        0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS
+        and kind not in FAST_MATMUL_CPUS
+        and weights[-1].shape[-2:].numel() >= MIN_ROW_SUM_NUMEL
         and all(weight.is_contiguous() for weight in weights)
         and False not in call.decision.kept.tolist()
     )
-    return row_by_row(call) if by_sums else expert_by_expert(call)
+    return compute_row_by_row(call) if by_sums else compute_expert_by_expert(call)
 
 
-def row_by_row(call: Call) -> Tensor:
+def compute_row_by_row(call: Call) -> Tensor:
     """Compute a call of few tokens; return `(t, o)`."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     (t, d), k, expert = x.shape, decision.k, decision.expert
     rows = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d)
-    into, out_of = (Bags.of(expert, weight).sums for weight in (network.w_in[0], network.w_out))
-    y = outputs_of_rows(rows, network, expert, into, out_of)
+    into, out_of = (
+        GatherIndices.from_experts(expert, weight).multiply_rows for weight in (network.w_in[0], network.w_out)
+    )
+    y = compute_row_outputs(rows, network, expert, into, out_of)
     y = y * decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32)).unsqueeze(-1)
     return (y if k == 1 else y.view(t, k, -1).sum(dim=1)).to(x.dtype)
 
 
-def outputs_of_rows(rows: Tensor, network: Network, expert: Any, into: OneByOne, out_of: OneByOne) -> Tensor:
+def compute_row_outputs(
+    rows: Tensor, network: Network, expert: Any, multiply_in: RowProduct, multiply_out: RowProduct
+) -> Tensor:
     """The outputs `(r, o)` of rows `(r, d)`. `into` the hidden layer and `out_of` it lead products of rows `(r, p)`,
     each with its own expert's weight of `(e, p, q)`. Biases need the `expert` of each row, `(r,)`."""
-    pre = [into(rows, weight) for weight in network.w_in]
+    pre = [multiply_in(rows, weight) for weight in network.w_in]
     for part, bias in zip(pre, network.b_in, strict=True):
         if bias is not None:
             part.add_(bias.index_select(0, expert))
-    out = out_of(network.hidden(pre), network.w_out)
+    out = multiply_out(network.hidden(pre), network.w_out)
     return out if network.b_out is None else out.add_(network.b_out.index_select(0, expert))
 
 
-class Bags(NamedTuple):
+class GatherIndices(NamedTuple):
     """For each of r rows the p rows of its expert's weight, whose sum, times the row's numbers, is their product.
 
     Such a sum reads the weight once, from its beginning to its end. It takes 0.4 (bfloat16) to 0.7 (float32) of the
@@ -81,12 +85,12 @@ class Bags(NamedTuple):
         start: `(r parts,)`, where each sum begins in `place`.
     """
 
-    place: Tensor
-    start: Tensor
+    indices: Tensor
+    offsets: Tensor
     parts: int
 
     @staticmethod
-    def of(expert: Tensor, weight: Tensor) -> Bags:
+    def from_experts(expert: Tensor, weight: Tensor) -> GatherIndices:
         """The bags for rows of these experts `(r,)`, of a `weight` `(e, p, q)`."""
         (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
         parts = -(-torch.get_num_threads() // r)
@@ -95,17 +99,17 @@ class Bags(NamedTuple):
         place = place.add(expert if r == 1 else expert.view(r, 1, 1), alpha=p * parts)
         if parts > 1:
             place = place + torch.arange(parts, device=device).unsqueeze(-1)
-        return Bags(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
+        return GatherIndices(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
 
-    def sums(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, summed in float32 at least."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
-        sums = torch.embedding_bag(rows, self.place, self.start, False, 0, False, scale)[0]
+        sums = torch.embedding_bag(rows, self.indices, self.offsets, False, 0, False, scale)[0]
         return sums if self.parts == 1 else sums.view(len(x), -1)
 
 
-def expert_by_expert(call: Call) -> Tensor:
+def compute_expert_by_expert(call: Call) -> Tensor:
     """Compute a call, whose rows are sorted by expert; return `(t, o)`."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
@@ -119,9 +123,9 @@ def expert_by_expert(call: Call) -> Tensor:
     if any(bias is not None for bias in (*network.b_in, network.b_out)):
         of_row = torch.tensor([expert[a] for a in order], dtype=torch.int64, device=device)
 
-    product = partial(product_by_expert, used=used)
+    product = partial(multiply_by_expert, rows_per_expert=used)
     rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
-    y = outputs_of_rows(rows, network, of_row, product, product)
+    y = compute_row_outputs(rows, network, of_row, product, product)
     dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), decision.weight.dtype)
     y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=device).unsqueeze(-1)
     if token is None:

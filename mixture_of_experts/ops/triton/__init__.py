@@ -8,46 +8,57 @@ import math
 import torch
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import family_of, why_not_on
+from mixture_of_experts.kernels.launching import device_unsupported_reason, find_card_family
 from mixture_of_experts.ops import few_tokens
-from mixture_of_experts.ops.activations import why_unknown
+from mixture_of_experts.ops.activations import unknown_activation_reason
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton.form import form_of
-from mixture_of_experts.ops.triton.schedule import LOW, num_rows
-from mixture_of_experts.support.private_torch import exporting, in_transform, is_fake, statically_known_true
-from mixture_of_experts.support.tracing import capability
-from mixture_of_experts.support.ways import asked_for
+from mixture_of_experts.ops.triton.network_spec import get_network_spec
+from mixture_of_experts.ops.triton.schedule import MAX_LOW_MEAN_ROWS, count_plan_rows
+from mixture_of_experts.support.implementations import requested_implementation
+from mixture_of_experts.support.private_torch import (
+    is_exporting,
+    is_fake_tensor,
+    is_in_transform,
+    statically_known_true,
+)
+from mixture_of_experts.support.tracing import get_device_capability
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BY_DEFAULT = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
-FOR_DECODING = ((9, 0), (10, 0))  # families on which that product is one kernel, but a few tokens go without it
-MULTIPLE = 16  # sizes are multiples of this: loads that are not aligned are slow and take more registers
-WIDEST = 1 << 24  # up to this width, places in a tile of 128 rows fit into int32
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DEFAULT_FAMILIES = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
+DECODING_FAMILIES = ((9, 0), (10, 0))  # families on which that product is one kernel, but a few tokens go without it
+SIZE_MULTIPLE = 16  # sizes are multiples of this: loads that are not aligned are slow and take more registers
+MAX_WIDTH = 1 << 24  # up to this width, places in a tile of 128 rows fit into int32
 
 
-def why_not(call: Call) -> str | None:
+def unsupported_reason(call: Call) -> str | None:
     """Why the kernels do not compute a call, None if they do: they cannot, or nobody asks for them and another way may
     be as good."""
     x, network = call.x, call.network
-    if asked_for() != "triton" and (reason := _why_not_unasked(call)) is not None:
+    if requested_implementation() != "triton" and (reason := _not_default_reason(call)) is not None:
         return reason
-    if in_transform():
+    if is_in_transform():
         return "kernels do not run under transforms of torch.func"
-    if exporting():
+    if is_exporting():
         return "an exported graph has torch's own operators only"
     if call.decision.k is None:
         return "kernels compute token choice: experts that choose fill equal slots, which batched products compute"
-    return why_not_on(x.device) or _why_not_of(x.dtype, network) or _why_wrong(call)
+    return (
+        device_unsupported_reason(x.device)
+        or _unsupported_network_reason(x.dtype, network)
+        or _self_check_failure(call)
+    )
 
 
-def _why_not_unasked(call: Call) -> str | None:
+def _not_default_reason(call: Call) -> str | None:
     """Why the kernels serve a call only if the user asks for them; None where no other way is known to be as good."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
-    family = family_of(capability(x.device))
-    if family not in BY_DEFAULT and not (family in FOR_DECODING and _decodes(call)):
-        return "on compute capability {}.{} they are not taken unless they are asked for".format(*capability(x.device))
+    family = find_card_family(get_device_capability(x.device))
+    if family not in DEFAULT_FAMILIES and not (family in DECODING_FAMILIES and _is_decoding(call)):
+        return "on compute capability {}.{} they are not taken unless they are asked for".format(
+            *get_device_capability(x.device)
+        )
     if x.dtype == torch.float32:
         return "float32 is computed by torch's products unless they are asked for"
     return None
@@ -60,26 +71,26 @@ def run(call: Call) -> Tensor:
     return forward_backward.run(call)
 
 
-def _decodes(call: Call) -> bool:
+def _is_decoding(call: Call) -> bool:
     """Whether a call is one of decoding on low tiles: these are multiplied by `mma.sync` on all cards."""
-    low = LOW * call.network.w_out.shape[0]
-    return few_tokens.serves(call) and statically_known_true(num_rows(call.decision) <= low)
+    low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
+    return few_tokens.supports_call(call) and statically_known_true(count_plan_rows(call.decision) <= low)
 
 
-def _why_wrong(call: Call) -> str | None:
+def _self_check_failure(call: Call) -> str | None:
     """What a check of the kernels on this card found wrong; None if nothing. Fake tensors are not checked."""
     x, network = call.x, call.network
     compiling = torch.compiler.is_compiling()
-    if not x.is_cuda or (not compiling and is_fake(x)):
+    if not x.is_cuda or (not compiling and is_fake_tensor(x)):
         return None
     from mixture_of_experts.ops.triton import self_check
 
-    form, (d, _), (h, o) = form_of(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
+    form, (d, _), (h, o) = get_network_spec(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
     assert form is not None
     assert call.decision.k is not None
-    return self_check.why_wrong(
+    return self_check.run_self_check(
         # in a graph the number of tokens may be dynamic
-        None if compiling else num_rows(call.decision) // network.w_out.shape[0],
+        None if compiling else count_plan_rows(call.decision) // network.w_out.shape[0],
         x.device,
         x.dtype,
         tuple(form),
@@ -87,25 +98,25 @@ def _why_wrong(call: Call) -> str | None:
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
         call.decision.k,
-        few_tokens.serves(call),
+        few_tokens.supports_call(call),
     )
 
 
-def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
-    if dtype not in DTYPES:
+def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | None:
+    if dtype not in KERNEL_DTYPES:
         return f"kernels compute bfloat16, float16 and float32, not {dtype}"
-    if form_of(network) is None:
+    if get_network_spec(network) is None:
         return f"no kernel knows the activation {network.activation!r} of these experts"
     if network.dropout:
-        return network.why_not_written()
+        return network.unsupported_activation_reason()
     if len({bias is None for bias in network.b_in}) > 1:
         return "kernels take a bias for every input weight or for none"
     for weight in (*network.w_in, network.w_out):
         sizes = weight.shape[-2:]
         # from its first to its last element, at most
         span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
-        if any(size % MULTIPLE for size in sizes):
-            return f"kernels want sizes that are multiples of {MULTIPLE}, not {tuple(sizes)}"
-        if max(sizes) > WIDEST or max(math.prod(sizes), span) >= 1 << 31:
+        if any(size % SIZE_MULTIPLE for size in sizes):
+            return f"kernels want sizes that are multiples of {SIZE_MULTIPLE}, not {tuple(sizes)}"
+        if max(sizes) > MAX_WIDTH or max(math.prod(sizes), span) >= 1 << 31:
             return f"an expert's matrix {tuple(sizes)} is too large: kernels index it by int32"
-    return why_unknown(network.activation)
+    return unknown_activation_reason(network.activation)

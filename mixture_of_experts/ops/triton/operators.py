@@ -18,17 +18,24 @@ import triton
 from torch import Tensor
 
 from mixture_of_experts.kernels import ffn as kernels
-from mixture_of_experts.kernels.launching import launch
-from mixture_of_experts.ops.triton.form import Form
-from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, WeightBlocks, entries_for, find_schedule, precision
-from mixture_of_experts.support.private_torch import is_fake
+from mixture_of_experts.kernels.launching import launch_kernel
+from mixture_of_experts.ops.triton.network_spec import NetworkSpec
+from mixture_of_experts.ops.triton.schedule import (
+    BlockSizes,
+    Schedule,
+    WeightBlockSizes,
+    find_entries,
+    find_schedule,
+    get_input_precision,
+)
+from mixture_of_experts.support.private_torch import is_fake_tensor
 
-NO_ACTIVATION = Form("plain", "identity")
-MOST_ROWS = (1 << 31) - 256  # kernels count, in int32, up to two blocks of 128 rows after the last row
+NO_ACTIVATION = NetworkSpec("plain", "identity")
+MAX_KERNEL_ROWS = (1 << 31) - 256  # kernels count, in int32, up to two blocks of 128 rows after the last row
 
 
-class Operands(NamedTuple):
-    """The operands of both operators; `OPERANDS` is their schema for torch.
+class FFNOperands(NamedTuple):
+    """The operands of both operators; `OPERANDS_SCHEMA` is their schema for torch.
 
     Attributes:
         x: `(t, d)`.
@@ -48,103 +55,103 @@ class Operands(NamedTuple):
     assignment: Tensor
     row: Tensor
     counts: Tensor
-    choices: int
+    num_choices: int
     w_in: Sequence[Tensor]
     w_out: Tensor
     b_in: Sequence[Tensor]
     b_out: Sequence[Tensor]
-    form: Form
+    spec: NetworkSpec
 
-    def flat(self) -> list[Any]:
+    def flatten(self) -> list[Any]:
         """The arguments of an operator, which takes no tuples."""
-        return [*self[:-1], *self.form]
+        return [*self[:-1], *self.spec]
 
-    def differentiable(self) -> list[Tensor]:
+    def list_differentiable(self) -> list[Tensor]:
         """The tensors that have gradients."""
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
-    def in_order(self) -> Operands:
+    def align_tensors(self) -> FFNOperands:
         """Return the operands as the self-check has them: others would be read by programs that nobody has checked."""
-        w_in = [dense(weight) for weight in self.w_in]
+        w_in = [make_dense(weight) for weight in self.w_in]
         if len({weight.stride() for weight in w_in}) > 1:  # kernels read two by one set of strides
             w_in = [weight.contiguous() for weight in w_in]
-        b_in, b_out = ([aligned(bias) for bias in biases] for biases in (self.b_in, self.b_out))
-        tables, weights = map(aligned, self[:6]), (w_in, dense(self.w_out), b_in, b_out)
-        return Operands._make([*tables, self.choices, *weights, self.form])
+        b_in, b_out = ([align_tensor(bias) for bias in biases] for biases in (self.b_in, self.b_out))
+        tables, weights = map(align_tensor, self[:6]), (w_in, make_dense(self.w_out), b_in, b_out)
+        return FFNOperands._make([*tables, self.num_choices, *weights, self.spec])
 
 
-def dense(weight: Tensor) -> Tensor:
+def make_dense(weight: Tensor) -> Tensor:
     """Return the weight, copied if neither its rows nor its columns are contiguous, or loads would not be aligned."""
     inner, outer = sorted(weight.stride()[1:])
     regular = inner == 1 and outer % 16 == weight.stride(0) % 16 == 0
-    return aligned(weight, contiguous=not regular)
+    return align_tensor(weight, contiguous=not regular)
 
 
-def aligned(tensor: Tensor, contiguous: bool = True) -> Tensor:
+def align_tensor(tensor: Tensor, contiguous: bool = True) -> Tensor:
     """Return the tensor, copied if it does not begin at a multiple of 16 bytes; made contiguous, unless told not to."""
     tensor = tensor.contiguous() if contiguous else tensor
-    return tensor if is_fake(tensor) or tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return tensor if is_fake_tensor(tensor) or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-OPERANDS = (
+OPERANDS_SCHEMA = (
     "Tensor x, Tensor weight, Tensor token, Tensor assignment, Tensor row, Tensor counts, SymInt choices, "
     "Tensor[] w_in, Tensor w_out, Tensor[] b_in, Tensor[] b_out, str layout, str activation, float alpha, float limit"
 )
 
 
-def split(arguments: Sequence[Any], *others: Tensor) -> tuple[Operands, Sequence[Any]]:
+def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOperands, Sequence[Any]]:
     """Split the arguments of an operator, from its first operand on: operands, on one device with `others`, and the
     rest."""
-    form = Operands._fields.index("form")
-    end = form + len(Form._fields)
-    given = Operands._make([*arguments[:form], Form(*arguments[form:end])])
-    on_one_device(*given.differentiable(), *given[2:6], *others)
+    form = FFNOperands._fields.index("spec")
+    end = form + len(NetworkSpec._fields)
+    given = FFNOperands._make([*arguments[:form], NetworkSpec(*arguments[form:end])])
+    check_same_device(*given.list_differentiable(), *given[2:6], *others)
     return given, arguments[end:]
 
 
-class Tiles(NamedTuple):
+class TileTable(NamedTuple):
     """The tiles of the rows, of up to `height` rows each; see `kernels.find_tiles`."""
 
     table: Tensor
-    ends: Tensor
+    expert_ends: Tensor
     height: int
 
 
 @torch.library.custom_op(
     "mixture_of_experts::triton_ffn",
     mutates_args=(),
-    schema=f"({OPERANDS}, bool keep) -> (Tensor, Tensor)",
+    schema=f"({OPERANDS_SCHEMA}, bool keep) -> (Tensor, Tensor)",
 )
 def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
     """Return the outputs of the tokens `(t, o)`, and the products with each of w_in `(p, r, q)`.
 
     Without `keep` the products have no rows.
     """
-    given, (keep,) = split(arguments)
-    out, pre = empty_outputs(given, keep)
-    given = given.in_order()
+    given, (keep,) = split_arguments(arguments)
+    out, pre = allocate_outputs(given, keep)
+    given = given.align_tensors()
     rows, hidden_dim, out_dim = given.token.shape[0], *given.w_out.shape[1:]
     if rows == 0:
         return out.zero_(), pre
-    schedule, tiles = tile(given)
+    schedule, tiles = make_tiles(given)
     hidden, y = given.x.new_empty(rows, hidden_dim), given.x.new_empty(rows, out_dim)
     kept = list(pre) if keep else []
-    launch_rows_by_weights(schedule.up, tiles, given.x, given.w_in, given.b_in, hidden, given.form, given.token, kept)
-    launch_rows_by_weights(schedule.down, tiles, hidden, [given.w_out], given.b_out, y)
+    launch_grouped_matmul(schedule.up, tiles, given.x, given.w_in, given.b_in, hidden, given.spec, given.token, kept)
+    launch_grouped_matmul(schedule.down, tiles, hidden, [given.w_out], given.b_out, y)
     launch_sum_rows(given, y, out)
     return out, pre
 
 
 @triton_ffn.register_fake
 def _(*arguments):
-    given, (keep,) = split(arguments)
-    return empty_outputs(given, keep)
+    given, (keep,) = split_arguments(arguments)
+    return allocate_outputs(given, keep)
 
 
 @torch.library.custom_op(
     "mixture_of_experts::triton_ffn_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor pre, {OPERANDS}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
+    schema=f"(Tensor grad, Tensor pre, {OPERANDS_SCHEMA}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
 )
 def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
     """Return the gradients of x, weight, w_in, w_out, b_in and b_out. One that is not needed has no elements; that of
@@ -155,13 +162,13 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
         pre: the products that `triton_ffn` returned.
         arguments: the operands that it was given, and which gradients are needed.
     """
-    given, (need_x, need_in, need_out) = split(arguments, grad, pre)
-    grads = empty_grads(given, need_x, need_in, need_out)
-    given, grad = given.in_order(), aligned(grad)
+    given, (need_x, need_in, need_out) = split_arguments(arguments, grad, pre)
+    grads = allocate_grads(given, need_x, need_in, need_out)
+    given, grad = given.align_tensors(), align_tensor(grad)
     rows, token = given.token.shape[0], given.token
     if rows == 0:
-        return [gradient.zero_() for gradient in grads.differentiable()]
-    schedule, tiles = tile(given)
+        return [gradient.zero_() for gradient in grads.list_differentiable()]
+    schedule, tiles = make_tiles(given)
     hidden = given.x.new_empty(rows, given.w_out.shape[1]) if need_out else None
     grad_pre = torch.empty_like(pre)
     partial = launch_hidden_grads(schedule.hidden_grads, tiles, given, grad, pre, hidden, grad_pre)
@@ -179,13 +186,13 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
         grad_rows = given.x.new_empty(rows, given.x.shape[1])
         launch_row_grads(schedule.row_grads, tiles, grad_pre, given.w_in, grad_rows)
     launch_sum_rows(given, grad_rows, grads.x, partial=partial, grad_weight=grads.weight)
-    return grads.differentiable()
+    return grads.list_differentiable()
 
 
 @triton_ffn_backward.register_fake
 def _(grad, pre, *arguments):
-    given, needs = split(arguments, grad, pre)
-    return empty_grads(given, *needs).differentiable()
+    given, needs = split_arguments(arguments, grad, pre)
+    return allocate_grads(given, *needs).list_differentiable()
 
 
 @triton_ffn_backward.register_autograd
@@ -193,31 +200,31 @@ def _(ctx, *grads):
     raise RuntimeError("the Triton kernels have no second derivative: compute with ops.use('plain') to take one")
 
 
-def empty_outputs(given: Operands, keep: bool) -> tuple[Tensor, Tensor]:
+def allocate_outputs(operands: FFNOperands, keep: bool) -> tuple[Tensor, Tensor]:
     """Return memory for the outputs of tokens and for the products with the input weights."""
-    rows = given.token.shape[0] if keep else 0
-    pre = given.x.new_empty(len(given.w_in), rows, given.w_in[0].shape[-1])
-    return given.x.new_empty(given.x.shape[0], given.w_out.shape[-1]), pre
+    rows = operands.token.shape[0] if keep else 0
+    pre = operands.x.new_empty(len(operands.w_in), rows, operands.w_in[0].shape[-1])
+    return operands.x.new_empty(operands.x.shape[0], operands.w_out.shape[-1]), pre
 
 
-def empty_grads(given: Operands, need_x: bool, need_in: bool, need_out: bool) -> Operands:
+def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out: bool) -> FFNOperands:
     """Return the operands with memory for gradients in the place of what has them; one that is not needed has no
     elements. Gradients of two input weights have equal strides, which kernels count on."""
 
     def like(tensor: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(tensor) if needed else tensor.new_empty(0)
 
-    return given._replace(
-        x=given.x.new_empty(given.x.shape if need_x else 0),
-        weight=given.weight.new_empty(given.weight.shape),
-        w_in=[like(given.w_in[0], need_in) for _ in given.w_in],
-        w_out=like(given.w_out, need_out),
-        b_in=[like(given.b_in[0], need_in) for _ in given.b_in],
-        b_out=[like(bias, need_out) for bias in given.b_out],
+    return operands._replace(
+        x=operands.x.new_empty(operands.x.shape if need_x else 0),
+        weight=operands.weight.new_empty(operands.weight.shape),
+        w_in=[like(operands.w_in[0], need_in) for _ in operands.w_in],
+        w_out=like(operands.w_out, need_out),
+        b_in=[like(operands.b_in[0], need_in) for _ in operands.b_in],
+        b_out=[like(bias, need_out) for bias in operands.b_out],
     )
 
 
-def on_one_device(first: Tensor, *others: Tensor | None) -> None:
+def check_same_device(first: Tensor, *others: Tensor | None) -> None:
     """Check that all tensors are on one device: kernels would read any address, and fake tensors do not check them."""
     for tensor in others:
         if tensor is not None and tensor.device != first.device:
@@ -226,33 +233,35 @@ def on_one_device(first: Tensor, *others: Tensor | None) -> None:
             )
 
 
-def schedule_for(x: Tensor, mean_rows: int) -> Schedule:
+def get_schedule(x: Tensor, mean_rows: int) -> Schedule:
     """Return the entry of the table for these operands on this card."""
-    return find_schedule(entries_for(x.device, x.dtype), mean_rows)
+    return find_schedule(find_entries(x.device, x.dtype), mean_rows)
 
 
-def tile(given: Operands) -> tuple[Schedule, Tiles]:
+def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
     """Return the sizes of blocks for a call, and its tiles."""
-    rows = given.token.shape[0]
-    check_number(given.row.shape[0])
-    schedule = schedule_for(given.x, rows // given.w_out.shape[0])
-    return schedule, find_tiles(given.counts, rows, schedule.rows)
+    rows = operands.token.shape[0]
+    check_row_count(operands.row.shape[0])
+    schedule = get_schedule(operands.x, rows // operands.w_out.shape[0])
+    return schedule, launch_find_tiles(operands.counts, rows, schedule.rows)
 
 
-def check_number(number: int) -> None:
+def check_row_count(number: int) -> None:
     """Refuse more rows than kernels count in int32, with room for blocks that are not full."""
-    if number > MOST_ROWS:
-        raise ValueError(f"the kernels count at most {MOST_ROWS} rows, not {number}: call with fewer tokens at a time")
+    if number > MAX_KERNEL_ROWS:
+        raise ValueError(
+            f"the kernels count at most {MAX_KERNEL_ROWS} rows, not {number}: call with fewer tokens at a time"
+        )
 
 
-def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
+def launch_find_tiles(counts: Tensor, rows: int, height: int) -> TileTable:
     """Return the tiles, in a table of the largest possible number: each expert may have one that is not full."""
-    check_number(rows)
+    check_row_count(rows)
     experts = counts.shape[0]
-    number = most_tiles(rows, experts, height)
+    number = count_max_tiles(rows, experts, height)
     table, ends = (counts.new_empty(size, dtype=torch.int32) for size in ((number, 3), (experts,)))
-    launch(
-        kernels.find_tiles,
+    launch_kernel(
+        kernels.find_tiles_kernel,
         (triton.cdiv(number, 32),),
         counts=counts,
         tiles=table,
@@ -263,88 +272,90 @@ def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
         BLOCK=32,
         BLOCK_E=64,
     )
-    return Tiles(table, ends, height)
+    return TileTable(table, ends, height)
 
 
-def most_tiles(rows: int, experts: int, height: int) -> int:
+def count_max_tiles(rows: int, experts: int, height: int) -> int:
     """Return the largest possible number of tiles: every expert with a row may have one tile that is not full."""
     experts = min(rows, experts)
     return experts + (rows - experts) // height
 
 
-def launch_rows_by_weights(
-    blocks: Blocks,
-    tiles: Tiles,
+def launch_grouped_matmul(
+    blocks: BlockSizes,
+    tiles: TileTable,
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     out: Tensor,
-    form: Form = NO_ACTIVATION,
+    spec: NetworkSpec = NO_ACTIVATION,
     token: Tensor | None = None,
     pre: Sequence[Tensor] = (),
 ) -> None:
     """Launch *up*, which gathers tokens, or *down*."""
-    parts, biases, pre = map(form.parts, (weights, biases, pre))
+    parts, biases, pre = map(spec.split_parts, (weights, biases, pre))
     launch_product(
-        kernels.rows_by_weights,
+        kernels.grouped_matmul_kernel,
         tiles,
         blocks,
         parts[0],
         "ecn",
         columns=out.shape[1],
-        width=blocks.n if form.layout == "plain" else blocks.n // 2,
+        width=blocks.n if spec.layout == "plain" else blocks.n // 2,
         x=x,
         token=token,
         num_tokens=x.shape[0],
-        **pair("weight", parts),
-        **pair("bias", biases),
-        **strides("bias", biases, "en"),
-        **pair("pre", pre),
+        **make_pair_arguments("weight", parts),
+        **make_pair_arguments("bias", biases),
+        **make_stride_arguments("bias", biases, "en"),
+        **make_pair_arguments("pre", pre),
         pre_r=pre[0].stride(0) if pre else 0,
         out=out,
-        **form.constants(),
+        **spec.kernel_constants(),
     )
 
 
 def launch_hidden_grads(
-    blocks: Blocks,
-    tiles: Tiles,
-    given: Operands,
+    blocks: BlockSizes,
+    tiles: TileTable,
+    operands: FFNOperands,
     grad: Tensor,
     pre: Tensor,
     hidden: Tensor | None,
     grad_pre: Tensor,
 ) -> Tensor:
     """Write the gradients of the pre-activations; return `(r, blocks)`, parts of those of the rows' weights."""
-    hidden_dim = given.w_out.shape[1]
+    hidden_dim = operands.w_out.shape[1]
     partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
     launch_product(
         kernels.hidden_grads,
         tiles,
         blocks,
-        given.w_out,
+        operands.w_out,
         "enc",
         columns=hidden_dim,
         width=blocks.n,
         grad=grad,
-        token=given.token,
-        assignment=given.assignment,
-        row_weight=given.weight,
+        token=operands.token,
+        assignment=operands.assignment,
+        row_weight=operands.weight,
         num_tokens=grad.shape[0],
-        num_assignments=given.row.shape[0],
-        weight=given.w_out,
-        bias=next(iter(given.b_out), None),
-        **pair("pre", given.form.parts(pre)),
+        num_assignments=operands.row.shape[0],
+        weight=operands.w_out,
+        bias=next(iter(operands.b_out), None),
+        **make_pair_arguments("pre", operands.spec.split_parts(pre)),
         pre_r=pre.stride(1),
         hidden=hidden,
-        **pair("grad_pre", given.form.parts(grad_pre)),
+        **make_pair_arguments("grad_pre", operands.spec.split_parts(grad_pre)),
         partial=partial,
-        **given.form.constants(),
+        **operands.spec.kernel_constants(),
     )
     return partial
 
 
-def launch_row_grads(blocks: Blocks, tiles: Tiles, grad_pre: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
+def launch_row_grads(
+    blocks: BlockSizes, tiles: TileTable, grad_pre: Tensor, weights: Sequence[Tensor], out: Tensor
+) -> None:
     """Launch the gradients of the rows of tokens."""
     launch_product(
         kernels.row_grads,
@@ -354,16 +365,16 @@ def launch_row_grads(blocks: Blocks, tiles: Tiles, grad_pre: Tensor, weights: Se
         "enc",
         columns=out.shape[1],
         width=blocks.n,
-        **pair("grad_pre", grad_pre),
-        **pair("weight", weights),
+        **make_pair_arguments("grad_pre", grad_pre),
+        **make_pair_arguments("weight", weights),
         out=out,
     )
 
 
 def launch_product(
     kernel: Any,
-    tiles: Tiles,
-    blocks: Blocks,
+    tiles: TileTable,
+    blocks: BlockSizes,
     weight: Tensor,
     axes: str,
     /,
@@ -377,16 +388,16 @@ def launch_product(
     A program writes `width` of the `columns` of the result.
     """
     length = weight.shape[axes.index("c")]
-    launch(
+    launch_kernel(
         kernel,
         (tiles.table.shape[0] * triton.cdiv(columns, width),),
         tiles=tiles.table,
         num_tiles=tiles.table.shape[0],
         C=length,
         N=columns,
-        **strides("weight", [weight], axes),
+        **make_stride_arguments("weight", [weight], axes),
         **arguments,
-        PRECISION=precision(weight.dtype),
+        PRECISION=get_input_precision(weight.dtype),
         EVEN=length % blocks.c == 0,
         BLOCK_M=tiles.height,
         BLOCK_N=blocks.n,
@@ -397,8 +408,8 @@ def launch_product(
 
 
 def launch_weight_grads(
-    blocks: WeightBlocks,
-    tiles: Tiles,
+    blocks: WeightBlockSizes,
+    tiles: TileTable,
     token: Tensor,
     x: Tensor,
     y: Sequence[Tensor],
@@ -408,20 +419,20 @@ def launch_weight_grads(
 ) -> None:
     """Write `x^T y` of every expert. For input weights x is gathered, for output weights y."""
     experts, lines, columns = grads[0].shape
-    launch(
+    launch_kernel(
         kernels.weight_grads,
         (len(grads) * experts * triton.cdiv(lines, blocks.m) * triton.cdiv(columns, blocks.n),),
         x=x,
-        **pair("y", y),
+        **make_pair_arguments("y", y),
         token=token,
-        ends=tiles.ends,
-        **pair("out", grads),
+        ends=tiles.expert_ends,
+        **make_pair_arguments("out", grads),
         num_tokens=x.shape[0] if of_inputs else y[0].shape[0],
         M=lines,
         N=columns,
-        **strides("out", grads, "emn"),
+        **make_stride_arguments("out", grads, "emn"),
         GATHER_X=of_inputs,
-        PRECISION=precision(x.dtype),
+        PRECISION=get_input_precision(x.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
         BLOCK_C=blocks.c,
@@ -430,31 +441,33 @@ def launch_weight_grads(
     )
 
 
-def launch_bias_grads(tiles: Tiles, y: Tensor, out: Tensor, given: Operands | None = None) -> None:
+def launch_bias_grads(tiles: TileTable, y: Tensor, out: Tensor, operands: FFNOperands | None = None) -> None:
     """Launch the sums of each expert's rows: of y itself, or, with the operands `given`, of the weighted rows that they
     gather from y."""
     (experts, columns), block = out.shape, 64
-    token, weight, assignment = (None,) * 3 if given is None else (given.token, given.weight, given.assignment)
-    launch(
-        kernels.bias_grads,
+    token, weight, assignment = (
+        (None,) * 3 if operands is None else (operands.token, operands.weight, operands.assignment)
+    )
+    launch_kernel(
+        kernels.bias_grads_kernel,
         (experts * triton.cdiv(columns, block),),
         y=y,
         token=token,
         row_weight=weight,
         assignment=assignment,
-        ends=tiles.ends,
+        ends=tiles.expert_ends,
         out=out,
         num_tokens=y.shape[0],
         num_assignments=0 if weight is None else weight.shape[0],
         N=columns,
-        **strides("out", [out], "en"),
+        **make_stride_arguments("out", [out], "en"),
         BLOCK_N=block,
         BLOCK_C=32,
     )
 
 
 def launch_sum_rows(
-    given: Operands,
+    operands: FFNOperands,
     rows: Tensor | None,
     out: Tensor,
     *,
@@ -464,31 +477,31 @@ def launch_sum_rows(
     """Launch the sums of each token's rows: weighted in the forward; in the backward with gradients of the weights."""
     dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
-    launch(
-        kernels.sum_rows,
-        (given.x.shape[0], triton.cdiv(dim, block)),
+    launch_kernel(
+        kernels.sum_rows_kernel,
+        (operands.x.shape[0], triton.cdiv(dim, block)),
         rows=rows,
-        row_of=given.row,
-        weight=given.weight if partial is None else None,
+        row_of=operands.row,
+        weight=operands.weight if partial is None else None,
         out=out,
         partial=partial,
         grad_weight=grad_weight,
-        num_rows=given.token.shape[0],
+        num_rows=operands.token.shape[0],
         D=dim,
         blocks=0 if partial is None else partial.shape[1],
-        CHOICES=given.choices,
-        WIDTH=triton.next_power_of_2(given.choices),
+        CHOICES=operands.num_choices,
+        WIDTH=triton.next_power_of_2(operands.num_choices),
         BLOCK=block,
     )
 
 
-def pair(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
+def make_pair_arguments(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
     """Return two tensors, one or none as the arguments `name` and `name_up`."""
     first, second, *_ = *tensors, None, None
     return {name: first, f"{name}_up": second}
 
 
-def strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
+def make_stride_arguments(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
     """Return the strides of the first tensor, which all have, as the arguments `name_axis`; zeros without a tensor."""
     values = tensors[0].stride() if tensors else (0,) * len(axes)
     return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision, rows_of_queues
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.kernels import tables as kernels
-from mixture_of_experts.kernels.launching import contiguous
+from mixture_of_experts.kernels import permutation as kernels
+from mixture_of_experts.kernels.launching import make_contiguous
 from mixture_of_experts.ops.triton import operators
-from mixture_of_experts.ops.triton.schedule import FEW, compares, num_rows
+from mixture_of_experts.ops.triton.schedule import MAX_COMPARED_ASSIGNMENTS, count_plan_rows, uses_comparison
 
-BLOCK = 128  # assignments of a program
+ROW_TABLE_BLOCK = 128  # assignments of a program
 
 
-class Tables(NamedTuple):
+class RowTables(NamedTuple):
     """What the kernels write, by their names for it: `row` `(a,)`, `assignment` and `token` of each row, in int32, and
     the rows of each expert `(e,)`, as in a `Plan`."""
 
@@ -32,15 +32,15 @@ class Tables(NamedTuple):
     counts: Tensor
 
 
-def plan_of(decision: Decision, few: int = FEW) -> Plan:
+def plan_of(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Plan:
     """The plan with rows without gaps, as `decision.without_gaps()` makes it, with two differences.
 
     An assignment of weight 0 that holds a slot has a row with a token, though nobody reads the row. And there are no
     more rows than slots. Up to `few` assignments need no queues: each counts those before it.
     """
-    k, e, rows = decision.k, math.prod(decision.num_experts), num_rows(decision, few)
+    k, e, rows = decision.k, math.prod(decision.num_experts), count_plan_rows(decision, max_compared)
     assert k is not None
-    if compares(decision, few):
+    if uses_comparison(decision, max_compared):
         made = triton_few_plan(decision.expert, decision.kept, e, k)
     else:
         made = triton_plan(*queued_choices(decision), e, k, rows)
@@ -72,11 +72,11 @@ def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> t
     Its time grows with the square of a. Only kept assignments have a row.
     """
     number = expert.shape[0]
-    tables = empty_tables(number, number, num_experts, expert, kept)
-    operators.launch(
-        kernels.rank_rows,
+    tables = allocate_tables(number, number, num_experts, expert, kept)
+    operators.launch_kernel(
+        kernels.rank_rows_kernel,
         (triton.cdiv(max(number, num_experts), 32),),
-        **contiguous(expert=expert, kept=kept),
+        **make_contiguous(expert=expert, kept=kept),
         **tables._asdict(),
         num_assignments=number,
         num_experts=num_experts,
@@ -89,7 +89,7 @@ def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> t
 
 @triton_few_plan.register_fake
 def _(expert, kept, num_experts, k):
-    return empty_tables(expert.shape[0], expert.shape[0], num_experts, expert, kept)
+    return allocate_tables(expert.shape[0], expert.shape[0], num_experts, expert, kept)
 
 
 @torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
@@ -113,19 +113,19 @@ def triton_plan(
         expert, ..., experts_of_router: `queued_choices`.
         num_experts, k, num_rows: e, the choices of a token, and r, at least the sum of `length` and at most a.
     """
-    number = num_assignments(expert, slot, choices_of_gate)
-    operators.check_number(number)
-    tables = empty_tables(number, num_rows, num_experts, expert, position, chosen, kept, length, slot)
+    number = count_assignments(expert, slot, choices_of_gate)
+    operators.check_row_count(number)
+    tables = allocate_tables(number, num_rows, num_experts, expert, position, chosen, kept, length, slot)
     if slot is not None:  # a gate of one's own may fill slots without a token: their rows are nobody's
         tables.assignment.fill_(number)
         tables.token.fill_(number // k)
     if number == 0:
         tables.counts.zero_()
         return tables
-    operators.launch(
-        kernels.find_rows,
-        (triton.cdiv(number, BLOCK),),
-        **contiguous(expert=expert, position=position, chosen=chosen, kept=kept, length=length, slot=slot),
+    operators.launch_kernel(
+        kernels.find_rows_kernel,
+        (triton.cdiv(number, ROW_TABLE_BLOCK),),
+        **make_contiguous(expert=expert, position=position, chosen=chosen, kept=kept, length=length, slot=slot),
         stop=length.cumsum(0),
         **tables._asdict(),
         num_assignments=number,
@@ -138,7 +138,7 @@ def triton_plan(
         experts_of_router=experts_of_router,
         OF_GATE=choices_of_gate,
         CHOICES=k,
-        BLOCK=BLOCK,
+        BLOCK=ROW_TABLE_BLOCK,
         BLOCK_E=32,
     )
     return tables
@@ -146,17 +146,17 @@ def triton_plan(
 
 @triton_plan.register_fake
 def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_gate, experts_of_router, e, k, rows):
-    number = num_assignments(expert, slot, choices_of_gate)
-    return empty_tables(number, rows, e, expert, position, chosen, kept, length, slot)
+    number = count_assignments(expert, slot, choices_of_gate)
+    return allocate_tables(number, rows, e, expert, position, chosen, kept, length, slot)
 
 
-def num_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
+def count_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
     """Return a: for one level the gate's choices, for two levels `choices_of_gate` for each choice of level one."""
     return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
 
 
-def empty_tables(number: int, num_rows: int, num_experts: int, expert: Tensor, *others: Tensor | None) -> Tables:
+def allocate_tables(number: int, num_rows: int, num_experts: int, expert: Tensor, *others: Tensor | None) -> RowTables:
     """Return memory for the tables, on the device that all tensors are on."""
-    operators.on_one_device(expert, *others)
+    operators.check_same_device(expert, *others)
     row, assignment, token = (expert.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows))
-    return Tables(row, assignment, token, expert.new_empty(num_experts))
+    return RowTables(row, assignment, token, expert.new_empty(num_experts))

@@ -12,15 +12,15 @@ from typing import NamedTuple
 import torch
 
 from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.kernels.launching import family_of
+from mixture_of_experts.kernels.launching import find_card_family
 from mixture_of_experts.support.private_torch import statically_known_true
-from mixture_of_experts.support.tracing import capability, smallest
+from mixture_of_experts.support.tracing import get_device_capability, symbolic_min
 
-LOW = 16  # mean rows of an expert up to which tiles have 16 or 32 rows
-FEW = 2048  # assignments that the kernel of few compares with each other
+MAX_LOW_MEAN_ROWS = 16  # mean rows of an expert up to which tiles have 16 or 32 rows
+MAX_COMPARED_ASSIGNMENTS = 2048  # assignments that the kernel of few compares with each other
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """Blocks of a product of rows and weights: `n` columns of the weight; sums run over `c` at a time."""
 
     n: int
@@ -29,7 +29,7 @@ class Blocks(NamedTuple):
     stages: int
 
 
-class WeightBlocks(NamedTuple):
+class WeightBlockSizes(NamedTuple):
     """Blocks `(m, n)` of the gradient of a weight; sums run over `c` rows at a time."""
 
     m: int
@@ -45,110 +45,112 @@ class Schedule(NamedTuple):
 
     rows: int
     cost: float
-    up: Blocks
-    down: Blocks
-    hidden_grads: Blocks
-    row_grads: Blocks
-    weight_grads: WeightBlocks
+    up: BlockSizes
+    down: BlockSizes
+    hidden_grads: BlockSizes
+    row_grads: BlockSizes
+    weight_grads: WeightBlockSizes
 
 
-def _half(
-    weights: WeightBlocks, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
+def _make_half_entry(
+    weights: WeightBlockSizes, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
 ) -> Schedule:
     """An entry of bfloat16 or float16; `down` and `row_grads` are the columns of these kernels."""
-    blocks = Blocks(128, 64, warps, stages)
+    blocks = BlockSizes(128, 64, warps, stages)
     narrow = blocks._replace(n=64)
     return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
 
 
-def _low(weights: WeightBlocks, *costs: float) -> list[Schedule]:
+def _make_low_entries(weights: WeightBlockSizes, *costs: float) -> list[Schedule]:
     """Tiles of 16, 32 and 64 rows. They read weights more often: a program of m rows and 128 columns reads
     `1 / m + 1 / 128` elements for each multiplication, which costs more where products are faster."""
-    return [_half(weights, *entry) for entry in zip((16, 32, 64), costs, (4, 3, 3), strict=True)]
+    return [_make_half_entry(weights, *entry) for entry in zip((16, 32, 64), costs, (4, 3, 3), strict=True)]
 
 
-def _single(rows: int, cost: float, c: int, warps: int) -> Schedule:
+def _make_float32_entry(rows: int, cost: float, c: int, warps: int) -> Schedule:
     """An entry of float32. Its row_grads are narrow: on sm_100 two sums of 64 columns spill registers."""
-    blocks = Blocks(64, c, warps, 3)
-    return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlocks(64, 64, c, 8, 4))
+    blocks = BlockSizes(64, c, warps, 3)
+    return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlockSizes(64, 64, c, 8, 4))
 
 
-_MMA, _GROUPS = WeightBlocks(128, 128, 32, 8, 4), WeightBlocks(128, 128, 64, 8, 3)
-*_lower, _highest = _low(_MMA, 2.8, 1.6, 1.15)
+_MMA, _GROUPS = WeightBlockSizes(128, 128, 32, 8, 4), WeightBlockSizes(128, 128, 64, 8, 3)
+*_lower, _highest = _make_low_entries(_MMA, 2.8, 1.6, 1.15)
 # with 4 warps the clamped activation of weights that are stored transposed spills registers, by Triton 3.6 and 3.7
-_LOW_MMA = (*_lower, _highest._replace(up=Blocks(128, 64, 8, 3)))
-_LOW_GROUPS = _low(_GROUPS, 4.2, 2.3, 1.35)
-_SMALL = _half(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
+_LOW_MMA = (*_lower, _highest._replace(up=BlockSizes(128, 64, 8, 3)))
+_LOW_GROUPS = _make_low_entries(_GROUPS, 4.2, 2.3, 1.35)
+_SMALL = _make_half_entry(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
 
 #: entries of bfloat16 and float16, by the compute capability that stands for a family of cards
-HALF: dict[tuple[int, int], tuple[Schedule, ...]] = {
-    (8, 0): (*_LOW_MMA, _half(_MMA, 128, 1.0, stages=4, warps=8, row_grads=128)),  # 163 KB of shared memory
+HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
+    (8, 0): (*_LOW_MMA, _make_half_entry(_MMA, 128, 1.0, stages=4, warps=8, row_grads=128)),  # 163 KB of shared memory
     (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
     # 227 KB, groups of warps multiply
-    (9, 0): (*_LOW_GROUPS, _half(_GROUPS, 128, 1.0, stages=3, warps=8, down=256, row_grads=256)),
-    (10, 0): (*_LOW_GROUPS, _half(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
+    (9, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, down=256, row_grads=256)),
+    (10, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
     (12, 0): (*_LOW_MMA, _SMALL),
 }
 #: entries of float32, the same for all cards
-SINGLE: dict[str, tuple[Schedule, ...]] = {
+FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "tf32": (
-        _single(16, 4, 32, 4),
-        _single(32, 2, 32, 4)._replace(up=Blocks(64, 32, 8, 3)),  # with 4 warps it spills registers on sm_100
-        _single(64, 1.2, 32, 4),
-        _single(128, 1.0, 32, 8),
+        _make_float32_entry(16, 4, 32, 4),
+        _make_float32_entry(32, 2, 32, 4)._replace(
+            up=BlockSizes(64, 32, 8, 3)
+        ),  # with 4 warps it spills registers on sm_100
+        _make_float32_entry(64, 1.2, 32, 4),
+        _make_float32_entry(128, 1.0, 32, 8),
     ),
     # on sm_90 the hidden layer's gradients with 4 warps spill registers
     "ieee": (
-        _single(16, 2.0, 16, 4)._replace(hidden_grads=Blocks(64, 16, 8, 3)),
-        _single(64, 1.0, 16, 8),
+        _make_float32_entry(16, 2.0, 16, 4)._replace(hidden_grads=BlockSizes(64, 16, 8, 3)),
+        _make_float32_entry(64, 1.0, 16, 8),
     ),
 }
 
 
-def _alike(rows: int, cost: float, blocks: Blocks, weights: WeightBlocks) -> Schedule:
+def _make_uniform_entry(rows: int, cost: float, blocks: BlockSizes, weights: WeightBlockSizes) -> Schedule:
     return Schedule(rows, cost, blocks, blocks, blocks, blocks, weights)
 
 
 #: entries of Triton's interpreter: small, so that a call of a second has several tiles and blocks
-INTERPRETED: tuple[Schedule, ...] = (
-    _alike(16, 1.5, Blocks(32, 16, 1, 1), WeightBlocks(16, 32, 16, 1, 1)),
-    _alike(32, 1.0, Blocks(64, 16, 1, 1), WeightBlocks(32, 32, 32, 1, 1)),
+INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
+    _make_uniform_entry(16, 1.5, BlockSizes(32, 16, 1, 1), WeightBlockSizes(16, 32, 16, 1, 1)),
+    _make_uniform_entry(32, 1.0, BlockSizes(64, 16, 1, 1), WeightBlockSizes(32, 32, 32, 1, 1)),
 )
 
 
-def precision(dtype: torch.dtype) -> str:
+def get_input_precision(dtype: torch.dtype) -> str:
     """Return the precision of float32 products, "tf32" or "ieee", as torch's own switch says."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
-def entries_for(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
+def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
     """The entries for operands of this dtype on a card; on a CPU those of the interpreter."""
     if device.type == "cpu":
-        return INTERPRETED
-    family = family_of(capability(device))
+        return INTERPRETER_SCHEDULES
+    family = find_card_family(get_device_capability(device))
     assert family is not None
-    return HALF[family] if dtype.itemsize == 2 else SINGLE[precision(dtype)]
+    return HALF_SCHEDULES[family] if dtype.itemsize == 2 else FLOAT32_SCHEDULES[get_input_precision(dtype)]
 
 
-def compares(decision: Decision, few: int = FEW) -> bool:
+def uses_comparison(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> bool:
     """Whether the plan compares up to `few` assignments with each other, without queues."""
     number = decision.weight.shape[0]
-    return statically_known_true(number <= few) and statically_known_true(number == decision.most_rows)
+    return statically_known_true(number <= max_compared) and statically_known_true(number == decision.most_rows)
 
 
-def num_rows(decision: Decision, few: int = FEW) -> int:
+def count_plan_rows(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
     """The rows of a call's plan. By them the self-check and the launch find the same entry."""
-    if decision.routing is None or compares(decision, few):
+    if decision.routing is None or uses_comparison(decision, max_compared):
         return decision.most_rows
-    return smallest(decision.most_rows, decision.num_slots)
+    return symbolic_min(decision.most_rows, decision.num_slots)
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
     """The entry with the least estimated time for experts of `mean_rows` rows on average."""
-    return min(entries, key=lambda entry: entry.cost * rows_computed(mean_rows, entry.rows))
+    return min(entries, key=lambda entry: entry.cost * estimate_computed_rows(mean_rows, entry.rows))
 
 
-def rows_computed(mean_rows: int, height: int) -> float:
+def estimate_computed_rows(mean_rows: int, height: int) -> float:
     """The rows computed for an expert: whole tiles, the last of which is half empty on average."""
     return max(height, mean_rows + height / 2)

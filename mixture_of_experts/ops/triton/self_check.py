@@ -24,18 +24,18 @@ from mixture_of_experts.kernels.launching import SelfCheck
 from mixture_of_experts.ops import batched
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton.form import Form
-from mixture_of_experts.ops.triton.schedule import Schedule, entries_for, find_schedule
-from mixture_of_experts.support.private_torch import constant_in_graphs
+from mixture_of_experts.ops.triton.network_spec import NetworkSpec
+from mixture_of_experts.ops.triton.schedule import Schedule, find_entries, find_schedule
+from mixture_of_experts.support.private_torch import assume_constant_result
 
-ROWS, DIM = 512, 704  # least sizes of the made-up call; to DIM a kind's `sizes` are added
-BUSIEST = 0.6  # share of the rows of the first expert, so that sums over its rows are long
-TIMES = 3  # how often the kernels compute it
+MIN_ROWS, MIN_DIM = 512, 704  # least sizes of the made-up call; to DIM a kind's `sizes` are added
+BUSIEST_EXPERT_SHARE = 0.6  # share of the rows of the first expert, so that sums over its rows are long
+NUM_REPEATS = 3  # how often the kernels compute it
 #: largest difference of a row between the kernels and the batched way in float32, relative to its norm
-TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+MAX_ROW_ERRORS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 
 #: of the kernels, all that have no arguments
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+KERNEL_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, "tanh"),
     "silu": nn.SiLU,
@@ -45,7 +45,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class Kind(NamedTuple):
+class CallKind(NamedTuple):
     """What the kernels' programs depend on.
 
     Attributes:
@@ -61,19 +61,19 @@ class Kind(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    form: Form
+    spec: NetworkSpec
     biases: tuple[bool, bool]
     transposed: tuple[bool, bool]
     sizes: tuple[int, int, int]
-    choices: int
+    num_choices: int
     decoding: bool
 
 
-CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of the schedule
+EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of the schedule
 
 
-@constant_in_graphs  # a traced graph runs this function instead of tracing it
-def why_wrong(mean_rows: int | None, *kind_of_call: Any) -> str | None:
+@assume_constant_result  # a traced graph runs this function instead of tracing it
+def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
     """Check the kernels for a kind of calls whose experts have `mean_rows` rows on average (None: any number).
 
     The kind comes as plain tuples, the only ones that a graph hands on. Returns what is wrong with the kernels; None if
@@ -81,47 +81,49 @@ def why_wrong(mean_rows: int | None, *kind_of_call: Any) -> str | None:
     """
     if not torch.cuda.is_available():
         return None  # the call's tensors are fake
-    kind = Kind(*kind_of_call)
-    entries = entries_for(kind.device, kind.dtype)
+    kind = CallKind(*kind_of_call)
+    entries = find_entries(kind.device, kind.dtype)
     wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
-    return judge(kind._replace(form=Form(*kind.form)), entries, wanted)
+    return check_entries(kind._replace(spec=NetworkSpec(*kind.spec)), entries, wanted)
 
 
-def judge(kind: Kind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
+def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
     """Check the kernels with the `wanted` entries of the schedule. Returns what is wrong with them, or None."""
     for entry in wanted:
-        if wrong := CHECK.why_wrong(kind.device, (kind, entry), partial(fault, kind, entries, entry)):
+        if wrong := EXPERTS_SELF_CHECK.failure_reason(
+            kind.device, (kind, entry), partial(find_fault, kind, entries, entry)
+        ):
             return wrong
     return None
 
 
-def fault(kind: Kind, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
+def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
     """What is wrong with the kernels for one entry of the schedule; None if nothing."""
-    call = make_call(kind, *size_for(entries, entry))
-    said = f"on {kind.form.layout} experts of {kind.form.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
-    found = by_kernels(call, kind)
-    if not same_plans(call.decision):
+    call = make_call(kind, *find_call_size(entries, entry))
+    said = f"on {kind.spec.layout} experts of {kind.spec.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
+    found = compute_by_kernels(call, kind)
+    if not are_plans_equal(call.decision):
         return f"{said} plans of few and of many assignments differ"
-    wanted = by_operators(call)
+    wanted = compute_by_operators(call)
     for name, got in found.items():
-        error = error_of_rows(got, wanted[name.partition(", ")[0]])
-        if not error < TOLERANCE[kind.dtype]:
+        error = compute_max_row_error(got, wanted[name.partition(", ")[0]])
+        if not error < MAX_ROW_ERRORS[kind.dtype]:
             return f"{said} a row of {name} differs from the batched way's by {error:.1e} of its norm"
     del wanted
-    for _ in range(TIMES - 1):
-        for name, again in by_kernels(call, kind).items():
+    for _ in range(NUM_REPEATS - 1):
+        for name, again in compute_by_kernels(call, kind).items():
             if not torch.equal(again, found[name]):
                 return f"{said} {name} differs between two equal calls"
     return None
 
 
-def size_for(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
+def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
     """The fewest rows and experts, at least three, that are computed by an entry of the schedule."""
-    sizes = ((rows, e) for rows in (ROWS, 2 * ROWS) for e in range(3, rows // 8 + 1))
+    sizes = ((rows, e) for rows in (MIN_ROWS, 2 * MIN_ROWS) for e in range(3, rows // 8 + 1))
     return next(size for size in sizes if find_schedule(entries, size[0] // size[1]) is entry)
 
 
-def error_of_rows(got: Tensor, want: Tensor) -> float:
+def compute_max_row_error(got: Tensor, want: Tensor) -> float:
     """The largest error of a row of `(..., p, q)`, relative to its norm, or to the matrix's mean one if that is larger:
     a norm of the whole tensor would hide a few wrong numbers."""
     got, want = (tensor.double().unsqueeze(-1) if tensor.ndim == 1 else tensor.double() for tensor in (got, want))
@@ -131,7 +133,7 @@ def error_of_rows(got: Tensor, want: Tensor) -> float:
     return float(errors.max())
 
 
-def make_call(kind: Kind, rows: int, experts: int) -> Call:
+def make_call(kind: CallKind, rows: int, experts: int) -> Call:
     """A made-up call of numbers of unit scale, of which the first expert has most. Some choices have no expert, and the
     second expert has no tokens.
 
@@ -147,9 +149,9 @@ def make_call(kind: Kind, rows: int, experts: int) -> Call:
         drawn = drawn.to(kind.dtype)
         return drawn.mT.contiguous().mT if transposed else drawn
 
-    layout, name, *arguments = kind.form
-    activation = ACTIVATIONS[name]() if name in ACTIVATIONS else ClampedSwiGLU(*arguments)
-    d, h, o = (DIM + size for size in kind.sizes)
+    layout, name, *arguments = kind.spec
+    activation = KERNEL_ACTIVATIONS[name]() if name in KERNEL_ACTIVATIONS else ClampedSwiGLU(*arguments)
+    d, h, o = (MIN_DIM + size for size in kind.sizes)
     fused = layout in ("concatenated", "interleaved")
     width, number = (2 * h if fused else h), (2 if layout == "gated" else 1)
     step = 2.0 ** -round(math.log2(d) / 2)
@@ -162,16 +164,16 @@ def make_call(kind: Kind, rows: int, experts: int) -> Call:
         draw(experts, o).to(kind.dtype) if kind.biases[1] else None,
         layout if fused else None,  # type: ignore[arg-type]
     )
-    tokens = -(-rows // kind.choices)
-    expert = torch.randint(1, experts, (tokens, kind.choices), **options)
+    tokens = -(-rows // kind.num_choices)
+    expert = torch.randint(1, experts, (tokens, kind.num_choices), **options)
     expert[expert == 1] = experts - 1
-    expert[torch.rand(tokens, kind.choices, **options) < BUSIEST] = 0
+    expert[torch.rand(tokens, kind.num_choices, **options) < BUSIEST_EXPERT_SHARE] = 0
     expert[::17, 0] = -1
-    weights = torch.rand(tokens, kind.choices, **options) + 0.5
+    weights = torch.rand(tokens, kind.num_choices, **options) + 0.5
     return Call(draw(tokens, d).round().to(kind.dtype), decision_on(expert, weights, experts), network, True)
 
 
-def same_plans(decision: Decision) -> bool:
+def are_plans_equal(decision: Decision) -> bool:
     """Whether the kernel for many assignments makes the same plan as the one for few, by which `results` computes."""
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
@@ -179,30 +181,30 @@ def same_plans(decision: Decision) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def gradient_for(out: Tensor, dtype: torch.dtype) -> Tensor:
+def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
     """A gradient of the output, of numbers of `dtype`."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     return drawn.to(dtype).to(out.dtype)
 
 
-def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
+def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
     """Outputs in inference by the kernels, and, if not in decoding, those of training with their gradients: all of
     them, and those of the choices' weights alone. Each has programs of its own."""
-    from mixture_of_experts.ops.triton.forward_backward import backward, forward
+    from mixture_of_experts.ops.triton.forward_backward import triton_backward, triton_forward
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
     given, names = (call.x, plan_of(call.decision), call.network), list(call.network.tensors())
-    found = {"the output, in inference": forward(*given, save=False)[0]}
+    found = {"the output, in inference": triton_forward(*given, save=False)[0]}
     if kind.decoding:
         return found
-    found["the output"], saved = forward(*given, save=True)
-    grad = gradient_for(found["the output"], call.x.dtype)
-    grads: dict[str, Any] = {"weights, alone": backward(*given, saved, grad, ()).weight}
-    grads["x"], grads["weights"], network = backward(*given, saved, grad, {"x", *names})
+    found["the output"], saved = triton_forward(*given, save=True)
+    grad = draw_output_gradient(found["the output"], call.x.dtype)
+    grads: dict[str, Any] = {"weights, alone": triton_backward(*given, saved, grad, ()).weight}
+    grads["x"], grads["weights"], network = triton_backward(*given, saved, grad, {"x", *names})
     return found | {f"the gradient of {name}": value for name, value in (grads | network).items()}
 
 
-def by_operators(call: Call) -> dict[str, Tensor]:
+def compute_by_operators(call: Call) -> dict[str, Tensor]:
     """The same by the batched way in float32."""
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -212,5 +214,5 @@ def by_operators(call: Call) -> dict[str, Tensor]:
     sizes = dict(k=given.k, num_tokens=given.num_tokens, num_experts=given.num_experts)
     decision = Decision(given.expert, weight, given.kept, given.kept, **sizes)  # type: ignore[arg-type]
     out, leaves = batched.run(Call(x, decision, network, True)), {"x": x, "weights": weight, **network.tensors()}
-    grads = torch.autograd.grad(out, list(leaves.values()), gradient_for(out, call.x.dtype))
+    grads = torch.autograd.grad(out, list(leaves.values()), draw_output_gradient(out, call.x.dtype))
     return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}

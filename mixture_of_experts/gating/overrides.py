@@ -1,0 +1,135 @@
+"""Given choices, which somebody else made: how they are written, and how they join a gate's own.
+
+Axes: b groups, n tokens of a group, k choices of a token; outer experts stand before them: `...`.
+
+    0 and above    this expert computes the token
+    -1             no choice
+    -2 - i         expert i takes its share of the token's weight, but does not compute the token
+    LIVE           the gate chooses
+
+Forced choices, for benchmarks, are given ones that follow from shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional
+
+from mixture_of_experts.gating.choices import expert_twice
+from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.support.tracing import is_host_readable
+
+# Side inputs by which others choose for a gate, or say who does
+GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # a token's choices, and their weights
+COUNTED = "counted"  # the tokens that count, where all are computed
+STATE = "router_state"  # what the router of the layer before hands on
+KEEP_ROUTER_CHOICE = -(1 << 15)  # the least of int16
+
+
+def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`.
+
+    Args:
+        given: choices as they are written; None: the gate makes all.
+        own, made: its own experts, and which of them it chooses; None: all.
+
+    Returns:
+        The experts, from 0 to e - 1; and which of them are chosen, None if all are.
+    """
+    if overrides is None:
+        return own, made
+    live = overrides == KEEP_ROUTER_CHOICE
+    expert = torch.where(
+        live, own, torch.where(overrides < 0, torch.where(overrides < -1, -2 - overrides, 0), overrides)
+    )
+    return expert, torch.where(live, True if made is None else made, overrides != -1)
+
+
+def is_computed(given: Tensor) -> Tensor:
+    """Whether a given choice, if it is chosen, is computed: not if it takes its share of the weight alone."""
+    return (given >= -1) | (given == KEEP_ROUTER_CHOICE)
+
+
+def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
+    """The weights `(..., b, n, k)` with the values of given ones, except where these are NaN, and at padding
+    `(..., b, n, 1)`, for which nobody gave any."""
+    if given.shape != weight.shape or not given.is_floating_point():
+        raise ValueError(
+            f"{GIVEN_WEIGHTS} must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
+            f"{tuple(given.shape)}"
+        )
+    own = given.isnan() if padding is None else given.isnan() | padding
+    return torch.where(own, weight, given.to(weight.dtype) + (weight - weight.detach()))
+
+
+def check_overrides(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:
+    """Check that given choices `(..., k)` are such numbers, and that no token that is `active` `(...)` has an expert
+    twice. It reads values, so it does nothing on a GPU and in a graph."""
+    if not is_host_readable(given):
+        return
+    given = given if active is None else torch.where(active.unsqueeze(-1), given, -1)
+    wrong = given[(given >= num_experts) | (given < -1 - num_experts) & (given != KEEP_ROUTER_CHOICE)]
+    if wrong.numel():
+        raise ValueError(
+            f"given_experts has {int(wrong[0])}: give an expert, 0 to {num_experts - 1}; -1 for no choice; or -2 - i "
+            "if expert i takes its share of the weight without computing the token"
+        )
+    if (twice := expert_twice(given)) is not None:
+        raise ValueError(
+            f"given_experts has expert {twice} twice for a token: a token takes an expert once. Give -1 for a choice "
+            "that is not made"
+        )
+
+
+# Forced choices: timings then do not depend on what a router learned
+
+Forced = Literal["balanced", "random"]
+
+
+def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
+    """Experts in turn, one for each choice that is `chosen`. A rank starts where the one before it ends."""
+    *_, b, n, k = shape
+    if chosen is None:
+        chosen = torch.ones(*shape, dtype=torch.bool, device=device)
+    order = (chosen.flatten(-3).cumsum(dim=-1) - 1).view(*shape)
+    return (order + rank * b * n * k) % num_experts
+
+
+def random(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
+    """k different experts for each token, all equally likely."""
+    return torch.rand(*shape[:-1], num_experts, device=device).topk(shape[-1], dim=-1).indices
+
+
+FORCED: dict[str, Callable[..., Tensor]] = {"balanced": balanced, "random": random}
+
+
+def check_forced(name: str, how: Any) -> Forced | None:
+    return None if how is None else check_choice(name, how, tuple(FORCED))
+
+
+def forced_experts(
+    how: Forced,
+    shape: Sequence[Any],
+    num_experts: int,
+    device: Any,
+    chosen: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Forced experts `(..., b, n, k)` int64; -1 for choices beyond the number of experts.
+
+    Args:
+        how: "balanced" or "random".
+        shape: `(..., b, n, k)`.
+        chosen: `(..., b, n, k)` bool, the choices that are made; None if all are.
+        group: the ranks that share the batch.
+    """
+    *outer, k = shape
+    there = min(k, num_experts)  # of two choices and one expert, the second is none
+    chosen = None if chosen is None else chosen[..., :there]
+    expert = FORCED[how]((*outer, there), num_experts, chosen, device, 0 if group is None else dist.get_rank(group))
+    return expert if there == k else functional.pad(expert, (0, k - there), value=-1)

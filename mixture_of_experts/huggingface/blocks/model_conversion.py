@@ -1,0 +1,245 @@
+"""`from_transformers` and `to_transformers`: single sparse blocks, and whole models of them, there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mixture_of_experts.gating import get_side_inputs
+from mixture_of_experts.gating.overrides import STATE
+from mixture_of_experts.huggingface.blocks.convert import (
+    check_same_computation,
+    convert_to_layer,
+    copy_to_block,
+    read_block,
+)
+from mixture_of_experts.huggingface.feed_forward import (
+    MoEFeedForward,
+    SparseFeedForward,
+    find_layers,
+    get_named_tensors,
+)
+from mixture_of_experts.huggingface.model_watch import remove_model_watches, uses_model_mask
+from mixture_of_experts.huggingface.private_transformers import (
+    copy_output_capturing,
+    has_recorded_logits,
+    is_from_gguf,
+    save_stock_names,
+)
+from mixture_of_experts.huggingface.replacement.dense_ffn import (
+    check_not_offloaded,
+    check_not_on_meta,
+    check_not_packed,
+    check_not_wrapped,
+)
+from mixture_of_experts.huggingface.replacement.network_search import has_experts
+from mixture_of_experts.huggingface.replacement.replace import register_layers, replace_module
+from mixture_of_experts.huggingface.router_config import override_router_coef, restore_router_config
+from mixture_of_experts.huggingface.saving.configuration import remove_layers_from_config
+from mixture_of_experts.moe import MoE
+from mixture_of_experts.recipes import BLOCK_ATTRIBUTES
+from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.whole_model.block_settings import find_attribute, find_recipe
+
+LOSS_ARGUMENTS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
+
+
+def from_transformers(
+    block: nn.Module, *, loss_coef: float | None = None, z_loss_coef: float = 0.0, balance_over: Any = "batch"
+) -> Any:
+    """Return a `MoE` that computes what a sparse block of `transformers` does; or change all blocks of a model so.
+
+    `recipes.MODELS` lists the known blocks; docs/published_mixtures.md has their table, and what is left out. If a
+    layer itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input
+    and the addition of both networks.
+
+    Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. It trains
+    as before: the model adds its own auxiliary loss to its loss if `output_router_logits` is set, as an argument or in
+    its configuration, with the coefficient of its configuration, and returns router logits. With a `loss_coef` the
+    losses of the layers take its place, as after `replace_ffn`. Padding counts in nothing, and the model is
+    saved and loaded with its layers. Weights of layers are new tensors: make the optimizer afterwards.
+    `to_transformers` makes it a stock model again.
+
+    Args:
+        block: a block of a loaded model, such as `model.model.layers[0].mlp`, or a model.
+        loss_coef: coefficient of each layer's balancing loss, which takes the place of the model's own auxiliary loss.
+            None: there is no such loss, and the model keeps its own.
+        z_loss_coef: coefficient of each layer's z-loss.
+        balance_over: see `TopKGating`; the loss of `transformers` is over the batch.
+
+    Raises:
+        TypeError: `block` is no module.
+        ValueError: the block is not known; or it has jitter, which in `transformers` disturbs the experts' inputs too.
+            Or it is a wrapper or has adapters of PEFT. Of a model: any of its blocks is so, or its weights are
+            quantised; nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> from mixture_of_experts.huggingface import from_transformers
+        >>> model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+        >>> block, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
+        >>> moe = from_transformers(block)
+        >>> torch.testing.assert_close(moe(x)[0], block(x))
+        >>> type(from_transformers(model).model.layers[0].mlp.moe).__name__
+        'MoE'
+    """
+    settings = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, balance_over=balance_over)
+    check_not_wrapped(check_model("block", block))
+    if not isinstance(block, PreTrainedModel):
+        return convert_to_layer(block, **layer_settings(settings))
+    replace_blocks(block, dict.fromkeys(find_sparse_blocks(block), settings))
+    if loss_coef is not None:
+        override_router_coef(block)
+    block.name_or_path = block.config.name_or_path  # whose weights they are
+    return block
+
+
+def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
+    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same; return the block.
+
+    Without a block: make a model that `from_transformers` changed a stock model again, in place, and return it.
+    `from_transformers` and then this function give a block its own weights back, bit for bit.
+
+    Args:
+        moe: the layer, or the model.
+        block: a block with the layer's sizes and settings.
+
+    Raises:
+        TypeError: `moe` is no layer, or `block` no module.
+        ValueError: the block is not known, or computes something else; weights are on the meta device; or the model is
+            a wrapper, or has other layers too. Nothing is changed then.
+    """
+    check_not_wrapped(check_model("moe", moe))
+    if block is not None:
+        if not isinstance(moe, MoE):
+            raise TypeError(f"moe must be a MoE layer, got a {type(moe).__name__}: give its moe, or no block")
+        check_not_on_meta(moe, "moe")
+        check_not_on_meta(check_model("block", block), "block")
+        return copy_to_block(moe, block)
+    if not isinstance(moe, PreTrainedModel):
+        raise ValueError(f"without a block a model of transformers is changed, not a {type(moe).__name__}: give block=")
+    return restore_stock_blocks(moe)
+
+
+def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
+    """The paths of all sparse blocks of a model; ValueError if there is none, or one cannot become a layer."""
+    check_not_packed(model)
+    if getattr(model, "is_quantized", False) and not is_from_gguf(model):
+        raise ValueError(f"{type(model).__name__} is quantised: load it without quantization_config")
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{above}.") for above in found):
+            continue
+        if isinstance(module, MoEFeedForward):
+            found.append(name)  # for what is inside
+        elif find_recipe(module) is not None:
+            if hasattr(module, "self_attn"):  # Gemma 4
+                raise_not_convertible(model, name, "is a whole layer, which also holds router and experts")
+            read_block(module)
+            found.append(name)
+        elif has_experts(module) and name:
+            raise_not_convertible(model, name, "is of no class that is known")
+    found = [name for name in found if not isinstance(model.get_submodule(name), MoEFeedForward)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no sparse block: upcycle and replace_ffn are for dense models")
+    return found
+
+
+def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
+    kind = type(model.get_submodule(name)).__name__
+    raise ValueError(
+        f"{type(model).__name__} cannot be changed as a whole: {kind} at {name} {why}. Convert known blocks, which "
+        "recipes.RECIPES_BY_BLOCK has, one by one"
+    )
+
+
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
+def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put layers in the places of blocks, one after the other; `settings` has their coefficients, by path."""
+    for name, coefs in settings.items():
+        block = model.get_submodule(name)
+        moe = convert_to_layer(block, **layer_settings(coefs))
+        masked, path = uses_model_mask(model, name), find_router_path(block)
+        reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(
+            moe.gate
+        )  # logits of a state are not read
+        with next(moe.parameters()).device:
+            layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
+        replace_module(model, block, layer.train(block.training))
+    register_layers(model, list(settings))
+
+
+def layer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a layer among those given for it; without a `loss_coef` it has no balancing loss."""
+    settings = {name: given[name] for name in LOSS_ARGUMENTS if name in given}
+    return settings | ({"loss_coef": 0.0} if given.get("loss_coef") is None else {})
+
+
+def find_router_path(block: nn.Module) -> str:
+    """The path of the module that holds the router's matrix; "" if there is none."""
+    paths = [f"{router}.{weight}" for router in BLOCK_ATTRIBUTES["router"] for weight in BLOCK_ATTRIBUTES["weight"]]
+    return next((path.rpartition(".")[0] for path in paths if isinstance(find_attribute(block, path), Tensor)), "")
+
+
+# Back
+
+
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
+def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """Put stock blocks in the places of a model's layers, and remove all that `from_transformers` added."""
+    layers = find_layers(model)
+    others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
+    if not layers or others:
+        why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
+        raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
+    stock = make_meta_stock_model(model)
+    for name, layer in layers.items():
+        check_not_offloaded(layer, name)
+        check_same_computation(layer.moe, stock.get_submodule(name))
+    for name, layer in layers.items():
+        block = stock.get_submodule(name)
+        copy_to_block(layer.moe, materialize_block(block, layer.moe))
+        replace_module(model, layer, block.train(layer.training))
+    remove_model_watches(model)
+    restore_router_config(model)
+    for module in model.modules():
+        remove_layers_from_config(vars(module).get("config"))
+        save_stock_names(module)
+    return model
+
+
+def make_meta_stock_model(model: PreTrainedModel) -> Any:
+    """The stock model of a model's own configuration, without memory for its weights."""
+    config: Any = model.config
+    kind, held = type(config), dict(vars(config))
+    remove_layers_from_config(config)
+    try:
+        with torch.device("meta"):
+            stock = type(model)(config)
+    finally:
+        config.__class__ = kind
+        vars(config).update(held)
+    copy_output_capturing(stock, model)
+    return stock
+
+
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
+def materialize_block(block: nn.Module, moe: MoE) -> nn.Module:
+    """The block, from the meta device to that of a layer. Each weight gets the dtype of the layer's weight, and is
+    frozen if that is."""
+    own = get_named_tensors(moe)
+    block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
+    for weight in get_named_tensors(block).values():
+        weight.data.zero_()  # some have no place in a layer
+    for name, pieces in read_block(block).get_weight_views().items():
+        for piece in pieces:
+            weight = piece if piece._base is None else piece._base
+            weight.data = weight.data.to(own[name].dtype)
+            weight.requires_grad_(weight.requires_grad and own[name].requires_grad)
+    return block

@@ -1,0 +1,54 @@
+"""The exchange of this package for MoE models of `transformers`: `DistributedConfig(ep_implementation=NAME)`.
+
+The import registers it. Experts compute as their model's `experts_implementation` says.
+
+Axes: t tokens, k choices of a token, e experts of all ranks, l experts of one rank, r rows sorted by expert, d model
+dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+
+from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.dispatch.moving import combine, dispatch
+from mixture_of_experts.parallel.exchange import Channel, exchange_rows
+
+EP_IMPLEMENTATION_NAME = "mixture_of_experts"
+
+
+class ExchangeImplementation(EPImplementation):
+    """Sends each row to the rank of its expert, and weighs the results where the tokens are.
+
+    If the ranks' calls differ, every rank raises an error that names both.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts = experts
+        self.num_experts: int = self.num_local_experts * ep_mesh.size()  # type: ignore[assignment, operator]
+        shared_batch = tp_mesh if tp_mesh.size() > 1 else None
+        self.channel: Channel = Channel(ep_mesh.get_group(), shared_batch=shared_batch)
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids from e on are left out."""
+        plan = decision_on(top_k_index, top_k_weights, self.num_experts).without_gaps()
+        assert plan.rows_per_expert is not None
+        rows, training = dispatch(hidden_states, plan), self.experts.training
+        return combine(
+            exchange_rows(rows, plan.rows_per_expert, self.compute_local_experts, self.channel, training), plan
+        )
+
+    def compute_local_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Compute rows `(r, d)` by this rank's experts, with `(l,)` rows for each."""
+        if not rows.shape[0]:  # one row of zeros, so that the backward comes by here, where other ranks wait
+            nothing = rows.sum(dim=0, keepdim=True)
+            return self.experts_forward(nothing, counts.new_zeros(1, 1), nothing.new_ones(1, 1))[:0]
+        index = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=rows.shape[0])
+        return self.experts_forward(rows, index.unsqueeze(-1), rows.new_ones(rows.shape[0], 1))
+
+
+EPImplementationInterface.register(EP_IMPLEMENTATION_NAME, ExchangeImplementation)

@@ -1,0 +1,50 @@
+"""A style of `transformers` for experts of this package that are spread over ranks. The import registers it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+from mixture_of_experts.parallel.sharding import ExpertSharding
+from mixture_of_experts.parallel.style import check_divisible, find_sharded_names, shard_experts
+
+STYLE_NAME = "mixture_of_experts"
+
+
+class StyleName(str):
+    """A name in plans and in the registry of styles. It equals that of the style of `transformers`, by which its code
+    tells in three places which experts get tokens of other ranks; but a table finds what stands under this name."""
+
+    def __hash__(self) -> int:
+        return str.__hash__(self)
+
+    def __eq__(self, other: object) -> bool:
+        return other in (STYLE_NAME, "ep_dispatch_experts")
+
+
+EXPERTS_STYLE = StyleName(STYLE_NAME)
+
+
+class ShardedExpertsParallel(EpDispatchExpertsParallel):
+    """Spreads experts over the ranks of `ep`, and lets ranks of one `tp` group, who share a batch, send a part each."""
+
+    def install_forward(
+        self, module: nn.Module, ep_mesh: DeviceMesh, *, tp_mesh: DeviceMesh, ep_implementation: str = "auto"
+    ) -> nn.Module:
+        count: Any = getattr(module, "num_experts", None)
+        dims = count if isinstance(count, tuple) else (count,)
+        check_divisible(dims, ep_mesh)
+        # the sum of the ranks' losses: transformers divides by the number of batches
+        sharding = ExpertSharding(
+            ep_mesh, dims, "sum", static_shapes=False,
+            sharded_names=find_sharded_names(module, dims, ()), shared_batch=tp_mesh if tp_mesh.size() > 1 else None,
+        )  # fmt: skip
+        shard_experts(module, sharding, src_data_rank=None)
+        return module
+
+
+ALL_PARALLEL_STYLES.register(EXPERTS_STYLE, ShardedExpertsParallel())  # pyright: ignore[reportArgumentType]

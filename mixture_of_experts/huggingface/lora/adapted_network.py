@@ -1,0 +1,66 @@
+"""A network whose weights have low-rank parts, `w + down @ up` for each expert; only these are trained.
+
+Axes: e experts, p inner and q outer dimension of a weight, k rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.ops.network import Network
+
+
+class LowRankWeight(NamedTuple):
+    """A weight `(e, p, q)` and its low-rank part, down `(e, p, k)` and up `(e, k, q)`."""
+
+    name: str  # in `Network.tensors`
+    weight: Tensor
+    down: Tensor
+    up: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def mT(self) -> LowRankWeight:  # noqa: N802  (as of a tensor)
+        return LowRankWeight(self.name, self.weight.mT, self.up.mT, self.down.mT)
+
+
+class AdaptedNetwork(Network):
+    """The weights of all experts, some of them `LowRankWeight`. The names of such a part are "down." and "up." with the
+    name of its weight."""
+
+    def get_low_rank_weights(self) -> list[LowRankWeight]:
+        """The weights that have a part; those of `w_in` come first."""
+        return [weight for weight in (*self.w_in, self.w_out) if isinstance(weight, LowRankWeight)]
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = super().tensors()
+        for name, weight, down, up in self.get_low_rank_weights():
+            found |= {name: weight, f"down.{name}": down, f"up.{name}": up}
+        return found
+
+    def with_tensors(self, tensors: Mapping[str, Any]) -> AdaptedNetwork:
+        whole = dict(tensors)
+        for name, *_ in self.get_low_rank_weights():
+            parts: Any = map(tensors.get, (name, f"down.{name}", f"up.{name}"))
+            whole[name] = LowRankWeight(name, *parts)
+        return AdaptedNetwork(**vars(super().with_tensors(whole)))
+
+    def merged(self) -> Network:
+        """The network whose weights are the sums."""
+        sums = {name: torch.baddbmm(weight, down, up) for name, weight, down, up in self.get_low_rank_weights()}
+        return super().with_tensors(super().tensors() | sums)

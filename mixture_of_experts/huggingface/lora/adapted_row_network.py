@@ -1,0 +1,116 @@
+"""An adapted network on rows sorted by expert, and the gradients of its low-rank parts: the functions of `ops.rows`, by
+products that know such parts.
+
+Axes: r rows, e experts, p inner and q outer dimension of a weight, k rank.
+
+The stored weights are constants and get no gradient. A product with a low-rank part goes through rows of width k, x
+times down. These are saved beside the pre-activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mixture_of_experts.huggingface.lora.adapted_network import AdaptedNetwork, LowRankWeight
+from mixture_of_experts.ops import row_network
+from mixture_of_experts.ops.cpu.chunked import ChunkProducts
+
+
+def run_network(products: row_network.Products, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
+    """`ops.rows.run_network`; the rows times each down stand behind the pre-activations."""
+    adapted = AdaptedProducts(products)
+    pre = row_network.run_network(adapted, x, network, save)
+    return [*pre, *adapted.low_rank_activations.values()] if save else []
+
+
+def backpropagate_network(
+    products: row_network.Products,
+    x: Tensor,
+    network: AdaptedNetwork,
+    saved: Sequence[Tensor],
+    grad: Tensor,
+    scale: Tensor,
+    grad_scale: Tensor,
+    wanted: Collection[str],
+    memory: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """`ops.rows.backpropagate_network`, with the gradients of low-rank parts; `saved` is what `run_network`
+    returned."""
+    number, names = len(network.w_in), [weight.name for weight in network.get_low_rank_weights()]
+    adapted: Any = GradientProducts(products)
+    adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
+    adapted.saved = dict(zip(names, saved[number:], strict=True))
+    adapted.requested, adapted.out = wanted, memory
+    asked = ["x", *(name for name in names if name == "w_out")]
+    row_network.backpropagate_network(adapted, x, network, saved[:number], grad, scale, grad_scale, asked, {})
+    return adapted.grads
+
+
+class AdaptedProducts:
+    """`rows.Products` by weights of which some have low-rank parts."""
+
+    def __init__(self, products: Any) -> None:
+        self.products = products
+        self.gather: Any = products.gather
+        self.add_bias: Any = products.add_bias
+        self.activate: Any = products.activate
+        self.low_rank_activations: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
+
+    def project_down(self, x: Tensor, weight: LowRankWeight) -> Tensor:
+        """x times down `(r, k)`, once for each weight."""
+        if weight.name not in self.low_rank_activations:
+            self.low_rank_activations[weight.name] = self.products.by_weights(x, weight.down)
+        return self.low_rank_activations[weight.name]
+
+    def by_weights(self, x: Tensor, weight: Tensor | LowRankWeight) -> Tensor:
+        products = self.products
+        if isinstance(weight, Tensor):
+            return products.by_weights(x, weight)
+        thin, out = self.project_down(x, weight), products.by_weights(x, weight.weight)
+        if isinstance(products, ChunkProducts):
+            return products.by_weights(thin, weight.up, out, add=True)
+        return out.add_(products.by_weights(thin, weight.up))
+
+    def total(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
+        terms = []
+        for x, weight in pairs:
+            adapted = isinstance(weight, LowRankWeight)
+            terms += [(x, weight.weight), (self.project_down(x, weight), weight.up)] if adapted else [(x, weight)]
+        return self.products.total(terms)
+
+
+class GradientProducts(AdaptedProducts):
+    """The same in a backward, where it notes the gradients of the parts."""
+
+    x: Tensor  # (t, d), tokens
+    scale: Tensor  # (r, 1), weight of each row
+    saved: dict[str, Tensor]  # rows times each down, of the forward
+    requested: Collection[str]
+    out: Mapping[str, Tensor]
+    grads: dict[str, Tensor]
+
+    def by_rows(self, x: Tensor, y: Tensor, out: object) -> None:
+        """In the place of the gradient of `w_out`; the rows y are weighed."""
+        self.store_gradients("w_out", x, y, self.saved["w_out"])
+
+    def total(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
+        """Beside the gradients of tokens, those of the parts of `w_in`."""
+        total = super().total(pairs)
+        adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
+        tokens = self.gather(self.x) if adapted else self.x
+        for name, y in adapted.items():
+            self.store_gradients(name, tokens, y, self.saved[name] * self.scale)
+        return total
+
+    def store_gradients(self, name: str, x: Tensor, y: Tensor, low_rank_activation: Tensor) -> None:
+        """Note the gradients of the part of a weight: x is what it multiplies, y the gradient of the product, and thin
+        is x times down."""
+        for part, left, right in (
+            (f"down.{name}", x, self.low_rank_activations[name] * self.scale),
+            (f"up.{name}", low_rank_activation, y),
+        ):
+            if part in self.requested:
+                self.grads[part] = self.products.by_rows(left, right, self.out.get(part))

@@ -1,0 +1,209 @@
+"""Runs a module's forward once, with random numbers in the places of the results of its linear layers.
+
+What comes between two linear layers is computed on these numbers. So it is seen what a layer is given, and what this is
+computed from. All else is unknown: symbols (`torch.fx.Proxy`) that stand for any value. So a run needs neither inputs
+nor weights, and a module may be on the meta device. It runs on a copy; the module, torch and the process are not
+changed.
+
+Axes: d model dim, h hidden dim, w width of a layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy
+from torch.fx.node import map_aggregate
+from torch.fx.proxy import GraphAppendingTracer, TraceError
+from transformers.pytorch_utils import Conv1D
+
+
+class TracedTensor(Tensor):
+    """Numbers `(2, 3, w)` that are computed from the results of linear layers."""
+
+    sources: frozenset[str | float]  # paths of layers, and places of dropouts, that they are computed by
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        source = frozenset().union(*(numbers.sources for numbers in find_traced_tensors((args, kwargs))))
+        if func is F.dropout:
+            if (place := locate_dropout(kwargs)) is None:
+                return args[0]
+            func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}  # -2 shows where it stands
+        out = super().__torch_function__(func, types, args, kwargs)
+        for numbers in find_traced_tensors(out):
+            numbers.sources = source
+        written = isinstance(out, Tensor) and any(type(value) is Tensor and value.is_set_to(out) for value in args)
+        if written or out is None or isinstance(out, float):
+            raise TypeError(f"{func} writes numbers into another tensor or reads them: it is not known where they go")
+        return out
+
+
+class TracedSetting(float):
+    """A number that is an attribute of a module, with the path of the attribute."""
+
+    path: str
+
+
+class LinearChain(NamedTuple):
+    """Linear layers that may be a feed-forward network: the last one was given what is computed from the first ones."""
+
+    ups: list[str]  # paths of the first layers, in the order of their calls
+    down: str  # path of the last layer
+    hidden: TracedTensor  # what it was given
+    output: Node  # its result
+
+
+class BlockTracer(GraphAppendingTracer):
+    """A run of a module's forward, in training.
+
+    Args:
+        bypass: parts that are not run, by path. Such a part returns the number that stands here; for None it returns
+            what it is given, or random numbers if it has linear layers.
+    """
+
+    module: nn.Module
+    bypass: dict[str, float | None]
+    symbols: list[Proxy]  # the arguments that the forward needs
+    has_one_argument: bool
+    output: Any  # what the forward returns; `Node`s in the places of symbols
+
+    def __init__(self, module: nn.Module, bypass: dict[str, float | None] | None = None) -> None:
+        super().__init__(Graph())
+        self.module, self.bypass = module, bypass or {}
+        self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of the calls of each part
+        self.results: dict[str, TracedTensor] = {}  # of linear layers
+        self.other_parts: dict[str, nn.Module] = {}  # other layers that were given numbers
+        self.source_uses: list[
+            str | float
+        ] = []  # sources of numbers, once for each linear layer or symbol that reads them
+        self.chains: list[LinearChain] = []
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        self.symbols = [self.create_proxy("placeholder", name, (), {}) for name in needed]
+        self.has_one_argument = len(parameters) == 1
+        try:
+            with torch.device("cpu"):
+                self.output = self.create_arg(type(module).forward(self.copy_module(), *self.symbols))
+        except Exception:  # unknown code, run on symbols
+            self.chains.clear()
+
+    def copy_module(self) -> Any:
+        """A copy of the module in training mode, which shares all but modules and whose parts are run by `call`. Its
+        weights and buffers have arbitrary values."""
+        memo: dict[int, Any] = {}
+        for part in self.module.modules():
+            for name, value in vars(part).items():
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    memo[id(value)] = type(value)() if "hooks" in name else value
+        for tensor in (*self.module.parameters(), *self.module.buffers()):
+            memo[id(tensor)] = torch.full((), 0.37, dtype=torch.float32).expand(tensor.shape)
+        copied = copy.deepcopy(self.module, memo).train()
+        for path, part in copied.named_modules():
+            for name, value in vars(part).items():
+                if isinstance(value, float):
+                    vars(part)[name] = setting = TracedSetting(value)
+                    setting.path = f"{path}.{name}".removeprefix(".")
+            part.forward = partial(self.call_part, part, path)
+        return copied
+
+    def call_part(self, part: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        """The result of a part: numbers, or that of its forward; a symbol for what is neither needed nor can be run."""
+        self.calls[path].append(args)
+        given, before = find_traced_tensors((args, kwargs)), len(self.chains)
+        outer = any(map(is_linear_layer, part.modules()))
+        runs = outer or isinstance(part, nn.Dropout)
+        if path in self.bypass:
+            (x,) = args
+            return self.bypass[path] or (self.draw_result(path, 8) if outer else x)
+        if is_linear_layer(part):
+            return self.call_linear(part, path, *args, **kwargs)
+        if not runs and given and all(p.ndim < 2 for p in part.parameters()):  # others may mix tokens
+            runs, self.other_parts[path] = True, part
+        try:
+            if runs:
+                out = type(part).forward(part, *args, **kwargs)
+                for numbers in find_traced_tensors(out):
+                    numbers.sources |= {path}
+                return out
+        except Exception:  # unknown code
+            del self.chains[before:]
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def call_linear(self, layer: nn.Module, path: str, x: Any) -> Any:
+        """A symbol, if the layer can be the last of a network; else numbers."""
+        source = x.sources if isinstance(x, TracedTensor) else frozenset()
+        self.source_uses += source
+        ups = [up for up in self.results if up in source]
+        (h, d), widths = get_linear_sizes(layer), [get_linear_sizes(self.module.get_submodule(up)) for up in ups]
+        fits = d <= h and widths in ([(d, h)], [(d, 2 * h)], [(d, h)] * 2) and not x.equal(self.results[ups[0]])
+        if ups and (self.bypass or (fits and len(self.get_argument_ids(ups)) == 1)):
+            out = self.create_proxy("call_module", path, (), {})
+            self.chains.append(LinearChain(ups, path, x, out.node))
+            return out
+        return self.draw_result(path, d)
+
+    def get_argument_ids(self, paths: list[str]) -> set[int]:
+        """The identities of what parts are given in their last calls."""
+        return {id(x) for path in paths for x in self.calls[path][-1]}
+
+    def draw_result(self, path: str, width: int) -> Tensor:
+        """Random numbers for the result of a layer."""
+        generator = torch.Generator().manual_seed(len(self.results))
+        drawn = torch.randn(2, 3, width, generator=generator, dtype=torch.float32)
+        self.results[path] = numbers = drawn.as_subclass(TracedTensor)
+        numbers.sources = frozenset([path])
+        return numbers.clone()  # which an activation may write into
+
+    def proxy(self, node: Node) -> Proxy:
+        symbol: Any = Proxy(node, self)
+        symbol.dtype = torch.float32  # as that of numbers, so that no code casts them
+        return symbol
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """A condition on values, such as a check for infinities, is False."""
+        if len(self.graph.nodes) > 5000:
+            raise TraceError("a loop that ends by a value")
+        return False
+
+    def create_arg(self, a: Any) -> Any:
+        """What a symbol is computed from."""
+        if isinstance(a, TracedTensor):
+            self.source_uses += a.sources
+        if isinstance(a, TracedSetting):
+            self.source_uses.append(a.path)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return a  # any other object
+
+
+def find_traced_tensors(values: Any) -> list[TracedTensor]:
+    found: list[Any] = []
+    map_aggregate(values, found.append)
+    return [value for value in found if isinstance(value, TracedTensor)]
+
+
+def locate_dropout(settings: Any) -> str | float | None:
+    """The place of a dropout: the path of a number, or else the number itself; None if it drops nothing."""
+    p = settings["p"]
+    return getattr(p, "path", p) if p and settings["training"] else None
+
+
+def is_linear_layer(module: nn.Module) -> bool:
+    """Whether a module is a linear layer of any kind, also quantised or with adapters."""
+    return all(isinstance(size, int) for size in get_linear_sizes(module))
+
+
+def get_linear_sizes(linear: Any) -> tuple[Any, Any]:
+    """The numbers of inputs and outputs of a linear layer."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return getattr(linear, "in_features", None), getattr(linear, "out_features", None)

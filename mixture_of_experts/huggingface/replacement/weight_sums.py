@@ -1,0 +1,53 @@
+"""The sum of the weights that a gate gives the experts of a token, by which upcycled experts are scaled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mixture_of_experts.gating import get_side_inputs
+from mixture_of_experts.huggingface.replacement.dense_ffn import eval_mode
+from mixture_of_experts.moe import MoE
+
+
+@torch.no_grad()
+def get_constant_weight_sum(moe: MoE, g: int) -> float:
+    """The sum of the weights of a token's experts in eval; the same for all tokens, and for the g slices of a copy.
+
+    Raises:
+        ValueError: it is not the same for all, or the gate drops tokens in eval.
+    """
+    gate: Any = moe.gate
+    dense = "the upcycled model would not compute what the dense one does"
+    others = "or start with new experts by replace_ffn"
+    factor = getattr(gate, "capacity_factor_eval", None)
+    if factor is not None and factor * (gate.k if gate.capacity_per_choice else 1) < gate.num_experts:
+        raise ValueError(
+            f"{type(gate).__name__} with capacity_factor_eval={factor} drops choices in eval, so {dense}: give it "
+            f"capacity_factor_eval=None, {others}"
+        )
+    weight = next(gate.parameters(), torch.empty(0))
+    if weight.is_meta:
+        return 1.0
+    tokens = torch.randn(1024, 1, moe.dim, generator=torch.Generator().manual_seed(0)).to(weight)
+    ids = torch.arange(1024, device=weight.device).unsqueeze(-1) % getattr(gate, "num_ids", 1)
+    with eval_mode(gate):
+        routing = gate(tokens, **({"token_ids": ids} if "token_ids" in get_side_inputs(gate) else {}))
+    if routing.k is None:
+        raise ValueError(
+            f"in {type(gate).__name__} experts choose, so a token may have none: take a gate in which tokens choose, "
+            f"{others}"
+        )
+    cells = routing.combine_tensor().sum(dim=-1).double().view(1024, -1, g)  # tokens, copies, slices
+    totals = cells.sum(dim=1) * g
+    total = totals.mean().item()
+    if not total > 0 or (totals / total - 1).abs().max() > 1e-3:
+        raise ValueError(
+            f"the weights that {type(gate).__name__} gives the experts of a token do not add up to one number: from "
+            f"{totals.min().item():.3g} to {totals.max().item():.3g}. So {dense}. Take a gate that normalises them "
+            "and, in eval, drops none at random (TopKGating with normalize=True, Top2Gating with "
+            "second_policy_eval='all'); with granularity its number of choices must be a multiple of the granularity; "
+            f"{others}"
+        )
+    return total

@@ -1,0 +1,248 @@
+"""Exports a model with experts as the model of `transformers` that computes the same.
+
+`plan_export` decides everything without reading weights, so the model may also be one whose weights are in files.
+Weights are then converted layer by layer: each layer becomes one with the form of a sparse block, which takes them.
+
+Axes: e experts, d model dim, h hidden dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from mixture_of_experts.gating import TopKGating
+from mixture_of_experts.huggingface.blocks.convert import copy_to_block, find_differences, refuse_adapted_or_quantized
+from mixture_of_experts.huggingface.blocks.model_conversion import materialize_block
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, find_layers
+from mixture_of_experts.huggingface.private_transformers import clear_weight_conversions
+from mixture_of_experts.huggingface.replacement.dense_ffn import check_not_on_meta, check_not_wrapped
+from mixture_of_experts.huggingface.replacement.replace import parse_block_number
+from mixture_of_experts.huggingface.router_config import ROUTER_KEYS
+from mixture_of_experts.huggingface.saving.configuration import LAYERS_KEY
+from mixture_of_experts.moe import MoE
+from mixture_of_experts.recipes import SharedExpert
+from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.wrappers import GatedSharedExpert
+
+LayersByPath = Mapping[str, MoEFeedForward]
+
+
+class ExportTarget(NamedTuple):
+    """A family of `transformers` with experts, and what it can hold."""
+
+    prefix: str  # prefix of its classes
+    dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ only in experts
+    needs_all_layers: bool = False  # whether every layer has experts
+    has_shared_expert: bool = False  # whether each layer has a shared expert
+    has_sliding_window: bool = False  # whether it has the sliding attention of its sources
+    hidden_dim_key: str = "moe_intermediate_size"
+    settings: tuple[tuple[str, Any], ...] = ()  # further settings of its configuration
+
+
+EXPORT_TARGETS = (
+    ExportTarget(
+        "Mixtral",
+        ("Llama", "Mistral"),
+        needs_all_layers=True,
+        has_sliding_window=True,
+        hidden_dim_key="intermediate_size",
+    ),
+    ExportTarget("Qwen3Moe", ("Qwen3",)),
+    ExportTarget("Qwen2Moe", ("Qwen2",), has_shared_expert=True, settings=(("qkv_bias", True),)),
+    ExportTarget("Qwen2Moe", ("Llama", "Mistral"), has_shared_expert=True, settings=(("qkv_bias", False),)),
+)
+
+# settings of configurations that no computation depends on, or that are decided here
+IGNORED_SETTINGS = {
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "pretraining_tp",
+    "_name_or_path",
+    LAYERS_KEY,
+}
+IGNORED_SETTINGS |= {
+    *ROUTER_KEYS,
+    "quantization_config",
+    "mlp_bias",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+}
+
+
+class ExportPlan(NamedTuple):
+    """The exported model without memory for its weights, and the layers that become blocks, by path."""
+
+    stock_model: Any
+    layers: LayersByPath
+    target: ExportTarget
+
+    def convert_layer(self, path: str) -> dict[str, Tensor]:
+        """The weights of the block that computes what a layer does, by their names in the exported model."""
+        block, like = (
+            self.stock_model.get_submodule(path),
+            adapt_to_block(self.layers[path].moe, self.target.has_shared_expert),
+        )
+        copy_to_block(like, materialize_block(block, like))
+        state = block.state_dict(prefix=f"{path}.")
+        block.to("meta")
+        return state
+
+
+def export(model: nn.Module) -> Any:
+    """Return the same model in a class of `transformers` with experts, so that it runs without this package.
+
+    Llama and Mistral become Mixtral. They become Qwen2-MoE if only some layers have experts, if there is a shared
+    expert, or if weights are not normalised. Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. Settings for training
+    alone (coefficients of losses, jitter, `capacity_factor_train`) are left out. What a configuration holds beside the
+    settings of its class is carried over.
+
+    Args:
+        model: a model of `transformers` that `replace_ffn` or `upcycle` changed. It is not modified.
+
+    Returns:
+        A model with copies of the weights and the same dtype, device and mode. Its logits are equal up to rounding.
+
+    Raises:
+        ValueError: the model has something that no such class has; the error says what. Or it is a wrapper, or its
+            weights are not in memory.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mixture_of_experts.huggingface import export, upcycle
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).eval()
+        >>> names = upcycle(model, num_experts=4)
+        >>> tokens, exported = torch.randint(64, (2, 10)), export(model)
+        >>> type(exported).__name__
+        'MixtralForCausalLM'
+        >>> torch.testing.assert_close(exported(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+    """
+    plan, state = plan_export(check_model("model", model)), model.state_dict()
+    check_not_on_meta(model, type(model).__name__)
+    changed = tuple(f"{path}." for path in plan.layers)
+    exported = {name: value for name, value in state.items() if not name.startswith(changed)}
+    for path in plan.layers:
+        exported |= plan.convert_layer(path)
+    exported = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in exported.items()}
+    dtype = next(iter(state.values())).dtype
+    made = type(plan.stock_model).from_pretrained(
+        None, config=plan.stock_model.config, state_dict=exported, dtype=dtype
+    )
+    clear_weight_conversions(made)
+    if hasattr(model, "generation_config"):
+        made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(next(model.parameters()).device).train(model.training)
+
+
+def plan_export(model: Any) -> ExportPlan:
+    """Find the class for a model; ValueError if it lacks something that the model has. No weight is read."""
+    name = type(model).__name__
+    layers = find_layers(model)
+    if not layers:
+        raise ValueError(f"{name} has no layers with experts: there is nothing to export")
+    if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
+        raise ValueError(f"{name} has layers that were blocks: to_transformers makes a stock model of it")
+    refuse_adapted_or_quantized(model, name)
+    check_not_wrapped(model)
+    found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # such as LlamaForCausalLM
+    family, head = (name, "") if found is None else found.groups()
+    candidates = [target for target in EXPORT_TARGETS if family in target.dense_prefixes]
+    if not candidates:
+        known = ", ".join(sorted({source for target in EXPORT_TARGETS for source in target.dense_prefixes}))
+        raise ValueError(f"no class of transformers is a {name} with experts; there are classes for {known}")
+    reasons = []
+    for target in candidates:
+        stock = make_target_model(model, target, head, layers)
+        problems = dict.fromkeys(find_incompatibilities(model, target, layers, stock))
+        if not problems:
+            return ExportPlan(stock, layers, target)
+        reasons.append(f"{target.prefix}: {', '.join(problems)}")
+    raise ValueError(f"{name} has what has no counterpart in {'; '.join(reasons)}")
+
+
+def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPath, stock: Any) -> Iterator[str]:
+    """What the model has and the target has not, in words; equal layers give the same words."""
+    config = model.config
+    dense = [i for i in range(config.num_hidden_layers) if i not in map(parse_block_number, layers)]
+    if target.needs_all_layers and dense:
+        yield f"layers without experts ({', '.join(map(str, dense))})"
+    for path, layer in layers.items():
+        yield from find_differences(adapt_to_block(layer.moe, target.has_shared_expert), stock.get_submodule(path))
+    kept, defaults = select_carried_settings(config, target), type(config)().to_dict()
+    slides = target.has_sliding_window and "sliding_window" in defaults
+    if not slides and (getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))):
+        yield "sliding attention"
+    for name, default in defaults.items():  # a name that the dense class does not know is a note
+        if name not in kept and name not in IGNORED_SETTINGS and getattr(config, name) != default:
+            yield f"{name}={getattr(config, name)!r} of the configuration"
+    differ, paths = model.state_dict().keys() ^ stock.state_dict().keys(), tuple(f"{path}." for path in layers)
+    if differ := sorted(name for name in differ if not name.startswith(paths)):
+        yield f"weights that one of both lacks, such as {differ[0]}"
+
+
+def select_carried_settings(config: Any, target: ExportTarget) -> dict[str, Any]:
+    """The settings of a dense configuration that the target's configuration has too, and the notes in it: what neither
+    class knows."""
+    own, theirs = (kind().to_dict().keys() for kind in (type(config), getattr(transformers, f"{target.prefix}Config")))
+    settings = {name: value for name, value in config.to_dict().items() if name not in IGNORED_SETTINGS}
+    return {n: value for n, value in settings.items() if n == "head_dim" or (n in own) == (n in theirs)}
+
+
+def make_target_model(model: Any, target: ExportTarget, head: str, layers: LayersByPath) -> Any:
+    """A model of the target without memory for its weights, with the sizes of the model and of its first layer."""
+    moe: Any = next(iter(layers.values())).moe
+    settings = {
+        **select_carried_settings(model.config, target),
+        **dict(target.settings),
+        target.hidden_dim_key: getattr(moe.experts, "hidden_dim", 1),
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": getattr(moe.gate, "k", 1),
+        "norm_topk_prob": bool(getattr(moe.gate, "normalize", True)),
+    }
+    if not target.needs_all_layers:
+        sparse = set(map(parse_block_number, layers))
+        settings["mlp_only_layers"] = [i for i in range(model.config.num_hidden_layers) if i not in sparse]
+        settings |= {"decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None}
+    if target.has_shared_expert:
+        settings["shared_expert_intermediate_size"] = getattr(moe.shared_expert, "hidden_dim", 1)
+    config = getattr(transformers, f"{target.prefix}Config")(**settings)
+    config.dtype = model.config.dtype
+    model_class: Any = getattr(transformers, f"{target.prefix}{head}", None)
+    if model_class is None:
+        raise ValueError(f"transformers has no class {target.prefix}{head}")
+    with torch.device("meta"):
+        return model_class(config)
+
+
+@torch.no_grad()
+def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
+    """A layer with the form of a block, with a shared expert or without, that computes the same in eval. It shares
+    weights with `moe`."""
+    like = copy.copy(moe)
+    like._modules = dict(moe._modules)
+    if type(moe.gate) is TopKGating:
+        gate = like.gate = copy.copy(moe.gate)
+        gate.capacity_factor_train, gate.eps = None, 1e-20 if gate.eps <= 1e-9 else gate.eps
+        gate.min_expert_capacity = 4  # the default: it acts in training alone
+    if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
+        w = next(moe.experts.parameters(), next(moe.parameters()))  # quantised experts have none
+        factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
+        shared, gate = copy.deepcopy(moe.shared_expert), nn.Linear(moe.dim, 1, bias=False, **factory)
+        if shared is None:
+            shared = SharedExpert(moe.dim, 1, **factory)
+            for weight in shared.parameters():
+                weight.zero_()
+        gate.weight.zero_()
+        shared.down_proj.weight.mul_(2)  # the sigmoid of its gate is 1/2
+        like.shared_expert = GatedSharedExpert(shared, gate)
+    return like

@@ -1,0 +1,129 @@
+# type: ignore  (Triton's language, which type checkers take for Python)
+"""The kernels that find the row of each assignment: from queues, or for few assignments without them.
+
+Axes: a assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
+q = e b queues (every expert has one for each group), c choices of the gate that has these queues: for one level the
+assignments, for two levels the choices of level two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_assignments",
+        "num_rows",
+        "num_tokens",
+        "num_groups",
+        "num_queues",
+        "num_slots",
+        "num_experts",
+        "experts_of_router",
+    ]
+)
+def find_rows_kernel(
+    expert,  # (c,) int64: the expert of each choice of a gate
+    position,  # (c,) int64: its position in its queue
+    chosen,  # (c,) bool: the choices that queue
+    kept,  # (c,) bool: the choices that are computed
+    slot,  # (a / k2,) int64, for two levels: the gate's token for each choice of level one, s for none; else None
+    length,  # (q,) int64: the rows of each queue; a position beyond has no row
+    stop,  # (q,) int64: the row behind the last one of each queue
+    row,  # (a,) int32, written: the row of each assignment; r where it has none
+    assignment,  # (r,) int32, written: the assignment of each row; a past the last expert's
+    token,  # (r,) int32, written: the token of each row; t past the last expert's
+    counts,  # (e,) int64, written: the rows of each expert
+    num_assignments,
+    num_rows,
+    num_tokens,  # n, of a group of the gate
+    num_groups,
+    num_queues,
+    num_slots,  # s, the tokens of the gate
+    num_experts,
+    experts_of_router,
+    OF_GATE: tl.constexpr,  # k2, choices of each token of the gate
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,  # assignments of a program
+    BLOCK_E: tl.constexpr,
+):
+    """Find rows from queues: those of a queue stand behind those of the queues before it.
+
+    An assignment may hold a slot without being computed (its weight is 0). Its row has a token and is computed all the
+    same, but nobody reads it. Of two levels, a gate of one's own may fill slots that have no token, and so need more
+    than r rows: those from r on are left out.
+    """
+    number = num_assignments.to(tl.int64)
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists, own = index < number, index
+    has_place = exists
+    if slot is not None:
+        its_token = tl.load(slot + index // OF_GATE, mask=exists, other=0)
+        own = its_token * OF_GATE + index % OF_GATE
+        has_place = exists & (its_token < num_slots)
+    group = own // OF_GATE // num_tokens  # of all routers
+    its = group // num_groups * experts_of_router + tl.load(expert + own, mask=has_place, other=0)
+    its_queue = its * num_groups + group % num_groups
+    its_length = tl.load(length + its_queue, mask=has_place, other=0)
+    place = tl.load(position + own, mask=has_place, other=0)
+    holds = tl.load(chosen + own, mask=has_place, other=0).to(tl.int1) & (place < its_length)
+    is_kept = tl.load(kept + own, mask=has_place, other=0).to(tl.int1)
+    place = tl.minimum(place + tl.load(stop + its_queue, mask=has_place, other=0) - its_length, num_rows)
+    holds = holds & (place < num_rows)
+    used = tl.load(stop + num_queues - 1)
+
+    if tl.program_id(0) == 0:
+        for start in range(0, num_experts, BLOCK_E):
+            column = start + tl.arange(0, BLOCK_E)
+            there = column < num_experts
+            last = tl.load(stop + (column + 1).to(tl.int64) * num_groups - 1, mask=there, other=0)
+            before = tl.load(stop + column.to(tl.int64) * num_groups - 1, mask=there & (column > 0), other=0)
+            count = tl.minimum(last, num_rows) - tl.minimum(before, num_rows)
+            tl.store(counts + column, count, mask=there)
+
+    tl.store(row + index, tl.where(is_kept, place, num_rows).to(tl.int32), mask=exists)
+    tl.store(assignment + place, index.to(tl.int32), mask=exists & holds)
+    tl.store(token + place, (index // CHOICES).to(tl.int32), mask=exists & holds)
+    past, nobodys = (index >= used) & (index < num_rows), tl.zeros((BLOCK,), tl.int32)
+    tl.store(assignment + index, nobodys + number.to(tl.int32), mask=past)
+    tl.store(token + index, nobodys + (number // CHOICES).to(tl.int32), mask=past)
+
+
+@triton.jit(do_not_specialize=["num_assignments", "num_experts"])
+def rank_rows_kernel(
+    expert,  # (a,) int64: the expert of each assignment
+    kept,  # (a,) bool: those that are computed
+    row,  # this one and the next three are written, as in `find_rows_kernel`
+    assignment,
+    token,
+    counts,
+    num_assignments,
+    num_experts,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,  # assignments, or experts, of a program
+    BLOCK_A: tl.constexpr,
+):
+    """Find rows of few assignments: each counts the assignments of lower experts, and the earlier ones of its own.
+
+    Assignments that are not kept stand behind all experts, so that every place belongs to one assignment.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < num_assignments
+    is_kept = tl.load(kept + index, mask=exists, other=0).to(tl.int1)
+    own = tl.where(is_kept, tl.load(expert + index, mask=exists, other=0).to(tl.int32), num_experts)
+    place = tl.zeros((BLOCK,), tl.int32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, num_assignments, BLOCK_A):
+        other = start + tl.arange(0, BLOCK_A)
+        there = other < num_assignments
+        its = tl.load(expert + other, mask=there, other=0).to(tl.int32)
+        its = tl.where(tl.load(kept + other, mask=there, other=0).to(tl.int1), its, num_experts)[None, :]
+        before = (its < own[:, None]) | ((its == own[:, None]) & (other[None, :] < index[:, None]))
+        place += tl.sum((before & there[None, :]).to(tl.int32), 1)
+        count += tl.sum((its == index[:, None]).to(tl.int32), 1)
+    tl.store(row + index, tl.where(is_kept, place, num_assignments), mask=exists)
+    tl.store(assignment + place, tl.where(is_kept, index, num_assignments), mask=exists)
+    tl.store(token + place, tl.where(is_kept, index, num_assignments) // CHOICES, mask=exists)
+    tl.store(counts + index, count.to(tl.int64), mask=index < num_experts)

@@ -1,0 +1,200 @@
+"""A whole call, dispatch, experts and combine, in one function of autograd, for CPUs.
+
+Axes: t tokens, r rows (expert by expert, some of them padding), d model dim, o dim of the outputs.
+
+On a CPU fresh memory costs as much time as arithmetic: a new page takes about a microsecond. So rows are computed in
+chunks of experts, so small that the results between products stay in the caches, and that the next chunk gets the same
+memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.moving import sum_rows
+from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.ops import autograd, row_network
+from mixture_of_experts.ops.batched import SlotProducts
+from mixture_of_experts.ops.cpu.batches import MAX_CHUNK_BYTES, ExpertBatch, make_batches, make_chunks
+from mixture_of_experts.ops.matmul import matmul_into
+from mixture_of_experts.ops.network import Call, Network
+
+
+class RowBlocking(NamedTuple):
+    """How the rows of an expert are computed so that a row's bits do not depend on the others; see `batch_invariant`.
+
+    Attributes:
+        size: an expert has a multiple of so many rows.
+        activated: the most rows that an activation gets at a time, a multiple of `size`.
+        multiplied: the most rows of an expert in a product, a multiple of `size`.
+    """
+
+    size: int
+    activated: int
+    multiplied: int
+
+
+def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None = None) -> Tensor:
+    """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
+    x, network = call.x, call.network
+    h, o = network.w_out.shape[-2:]
+    dim = max(x.shape[-1], o)
+    row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
+    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
+    layout: Any = partial(ChunkProducts, chunks, blocks) if chunks else SlotProducts
+    pair = (
+        partial(row_network.forward_rows, layout, row_functions),
+        partial(row_network.backward_rows, layout, row_functions),
+    )
+    return autograd.run_differentiable(*pair, x, plan, network)
+
+
+def plan_chunks(
+    decision: Decision, row_work: int, row_bytes: int, row_multiple: int = 1
+) -> tuple[Plan, list[list[ExpertBatch]]]:
+    """The plan of a call, with rows of padding, and the chunks of these rows.
+
+    Args:
+        decision: the gates' decision.
+        row_work: multiplications of one row by one weight.
+        row_bytes: bytes of a row of tokens and of its pre-activations.
+        block: the number of rows of which those of an expert are a multiple.
+    """
+    threads = torch.get_num_threads()
+    most_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
+    queue, position, length = decision.queues()
+    counts = [-(-count // row_multiple) * row_multiple for count in decision.rows_per_expert(length).tolist()]
+    batches = make_batches(counts, row_work, threads, most_rows)
+    given = [0] * len(counts)  # rows of each expert, padding included
+    for batch in batches:
+        given[batch.experts] = [batch.rows_per_expert] * batch.num_experts
+    plan = decision.with_rows(queue, position, length, torch.tensor(given, device=queue.device), sum(given))
+    return plan, make_chunks(batches, most_rows)
+
+
+class ChunkProducts(row_network.Products):
+    """Rows in chunks of batches, with a product for each batch. Totals lie in the rows of all chunks.
+
+    Attributes:
+        blocks: how many rows are computed at a time; None for all.
+        tokens: `(r,)`, the token of each row, any token where it is empty.
+        empty: `(r,)`, the rows that are empty.
+        here, token, padding: of the chunk: its rows, the tokens of these, the empty ones among these.
+        chunk, sizes: its batches, and the rows of each.
+    """
+
+    blocks: RowBlocking | None
+    tokens: Tensor
+    empty: Tensor
+    here: slice
+    token: Tensor
+    padding: Tensor
+    chunk: list[ExpertBatch]
+    sizes: list[int]
+
+    def __init__(self, chunks: list[list[ExpertBatch]], blocks: RowBlocking | None, plan: Plan) -> None:
+        super().__init__(plan, chunks)
+        self.blocks = blocks
+        self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
+        self.empty = plan.token == plan.num_tokens
+
+    def enter(self, chunk: list[ExpertBatch]) -> None:
+        self.here = slice(chunk[0].start, chunk[-1].stop)
+        self.token, self.padding = self.tokens[self.here], self.empty[self.here].nonzero().squeeze(-1)
+        self.chunk, self.sizes = chunk, [batch.stop - batch.start for batch in chunk]
+
+    def part(self, values: Tensor) -> Tensor:
+        return values[self.here]
+
+    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
+        grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
+        assert self.plan.rows_per_expert is not None
+        if unused := [expert for expert, number in enumerate(self.plan.rows_per_expert.tolist()) if not number]:
+            for gradient in grads.values():
+                gradient[unused] = 0
+        return grads
+
+    def parts(self, rows: Tensor) -> list[Tensor]:
+        """The rows of each batch: `(m, p)` of one expert, `(number, m, p)` of several."""
+        split = zip(self.chunk, rows.split(self.sizes), strict=True)
+        return [
+            part if one.num_experts == 1 else part.view(one.num_experts, one.rows_per_expert, -1) for one, part in split
+        ]
+
+    def of_experts(self, stack: Tensor) -> list[Tensor]:
+        """The part of each batch in a stack `(e, ...)`: `(...)` of one expert, `(number, ...)` of several."""
+        return [
+            stack.select(0, one.experts.start) if one.num_experts == 1 else stack[one.experts] for one in self.chunk
+        ]
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
+
+    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+        """Rows x times the weights of their experts, `(r, q)`: written to `out`, or with `add` added to it."""
+        out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
+        for operands in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
+            for part, matrix, result in self.in_blocks(*operands):
+                matmul_into(part, matrix, result, accumulate=add)
+        return out
+
+    def in_blocks(self, rows: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The operands of a product of a batch; of several products, each of one expert, if it has too many rows."""
+        if self.blocks is None or rows.shape[-2] <= self.blocks.multiplied:
+            yield rows, weight, out
+            return
+        experts = [(rows, weight, out)] if rows.ndim == 2 else zip(rows, weight, out, strict=True)
+        for of_rows, matrix, results in experts:
+            parts = (each.split(self.blocks.multiplied) for each in (of_rows, results))
+            yield from ((part, matrix, result) for part, result in zip(*parts, strict=True))
+
+    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        if self.rows is None:
+            x, weight = pairs[0]
+            self.rows: Any = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
+            self.rows[-1:].zero_()
+        y = self.rows[self.here]
+        for i, (x, weight) in enumerate(pairs):
+            self.by_weights(x, weight, y, add=i > 0)
+        return y
+
+    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
+        for part, own in zip(self.parts(rows), self.of_experts(bias), strict=True):
+            part.add_(own.unsqueeze(-2))
+
+    def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
+        for part, other, result in zip(self.parts(x), self.parts(y), self.of_experts(out), strict=True):
+            matmul_into(part.mT, other, result)
+        return out
+
+    def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
+        self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
+        return out
+
+    def activate(self, method: Callable[..., None], *tensors: Any) -> None:
+        if self.blocks is None:
+            method(*tensors)
+            return
+        step = self.blocks.activated
+        for start in range(0, len(tensors[0][0]), step):
+            some = slice(start, start + step)
+            method(*[each[some] if isinstance(each, Tensor) else [part[some] for part in each] for each in tensors])
+
+    def collect(self) -> Tensor:
+        plan = self.plan
+        if plan.k is None:
+            return super().collect()
+        weight = plan.weight.detach().view(plan.num_tokens, plan.k)  # or `embedding_bag` prepares for a backward
+        row = plan.row.view(weight.shape)
+        if self.rows.dtype != weight.dtype:
+            return sum_rows(self.rows[:-1], weight, row, row, plan.k, plan.num_tokens)
+        return F.embedding_bag(row, self.rows, per_sample_weights=weight, mode="sum")

@@ -1,0 +1,134 @@
+"""Weights in 4 bits and two numbers of 16 bits for each group of inputs: two sevenths of bfloat16's bytes.
+
+Axes: e experts, r rows, p inner and q outer dimension of a weight, g inputs of a group, b outputs of a block.
+
+A number is `(level - 8) * step + zero`, of a level from 0 to 15 in four bits (a nibble). A group is g neighbouring
+inputs of one output; step and zero are its own, in bfloat16. Two nibbles are a byte, in *blocks* of b outputs
+`(q / b, p, b / 2)`: the lower nibble of byte j is that of output j, the upper one that of output `j + b / 2`. Each CPU
+has the b that its operator reads, 64 with AVX-512 and 32 with AVX2. `PLAIN` is for files: it is no CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixture_of_experts.support.private_torch import multiply_int4, pack_int4
+
+GROUP_SIZES = (32, 64, 128, 256)  # sizes that the operator knows
+MAX_DIRECT_ROWS = 32  # of an expert; for more, a product with the unpacked weight is as fast
+PORTABLE_BLOCK, MAX_BLOCK = (
+    2,
+    64,
+)  # outputs of a block; there are as many outputs as fill the widest, the last ones of zeros
+
+
+def pack_matrix(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
+    """Numbers `(p, q)`, in float32, rounded to the nearest levels and stored."""
+    levels, step, zero = round_to_nearest(weight.unflatten(0, (-1, group)))
+    return pack_levels(levels, step, zero, block)
+
+
+def pack_levels(levels: Tensor, step: Tensor, zero: Tensor, block: int) -> dict[str, Tensor]:
+    """Levels `(p / g, g, q)` as nibbles `(q / b, p, b / 2)`, and step and zero of each group, `(p / g, 1, q)` both, as
+    bytes `(p / g, q, 4)`, so that no cast of a model changes them."""
+    levels, step, zero = (F.pad(part, (0, -part.shape[-1] % MAX_BLOCK)) for part in (levels, step, zero))
+    groups = torch.cat([step, zero], dim=1).mT.bfloat16().contiguous().view(torch.uint8)
+    return {"packed": pack_nibbles(levels.to(torch.uint8).flatten(0, 1), block), "groups": groups}
+
+
+def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
+    """The levels of numbers `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
+
+    The levels lie evenly from the smallest number to the largest, or around 0, with the number that is farthest from it
+    at level 0. The group takes what errs less.
+    """
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    even, farthest = (high - low) / 15, torch.where(high > -low, high, low)
+    *between, error = round_to_levels(weight, even, low + 8 * even)
+    *around, other = round_to_levels(weight, farthest / -8, torch.zeros_like(low))
+    return (torch.where(other < error, new, old) for new, old in zip(around, between, strict=True))
+
+
+def round_to_levels(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+    """Levels of numbers, step and zero as they are stored, and the sum of squared errors of each group."""
+    step, zero = step.bfloat16().float(), zero.bfloat16().float()
+    step = torch.where(step == 0, 1, step)
+    levels = ((weight - zero) / step).round_().clamp_(-8, 7)
+    error = torch.addcmul(zero, levels, step).sub_(weight).square_().sum(dim=1, keepdim=True)
+    return levels.add_(8), step, zero, error
+
+
+def pack_nibbles(levels: Tensor, block: int) -> Tensor:
+    """Levels `(p, q)` as nibbles `(q / b, p, b / 2)`."""
+    lower, upper = levels.unflatten(1, (-1, 2, block // 2)).transpose(0, 1).unbind(2)
+    return (lower | (upper << 4)).contiguous()
+
+
+def unpack_nibbles(packed: Tensor, out: Tensor) -> Tensor:
+    """Write the levels to `out` `(p, q)`, of any dtype, and return it."""
+    for i, levels in enumerate((packed & 15, packed >> 4)):
+        out.view(-1, packed.shape[0], 2, packed.shape[2])[:, :, i].copy_(levels.transpose(0, 1))
+    return out
+
+
+def repack_nibbles(packed: Tensor, block: int) -> Tensor:
+    """Nibbles `(..., q / b, p, b / 2)` of one b as those of another."""
+    if 2 * packed.shape[-1] == block:
+        return packed
+    *dims, blocks, p, half = packed.shape
+    levels = packed.new_empty(p, blocks * 2 * half)
+    out = packed.new_empty(*dims, blocks * 2 * half // block, p, block // 2)
+    for matrix, other in zip(packed.flatten(0, -4), out.flatten(0, -4), strict=True):
+        other.copy_(pack_nibbles(unpack_nibbles(matrix, levels), block))
+    return out
+
+
+def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
+    """The numbers `(p, q)` in float32."""
+    step, zero = groups.view(torch.bfloat16).float().unbind(-1)
+    (count, q), p = step.shape, packed.shape[1]
+    weight = unpack_nibbles(packed, torch.empty(p, q, device=packed.device, dtype=torch.float32)).view(count, -1, q)
+    return weight.mul_(step.unsqueeze(1)).add_((zero - 8 * step).unsqueeze(1)).view(p, q)
+
+
+def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | None = None) -> Tensor:
+    """x `(r, p)` times one packed weight, or each row times that of its own expert among all: `(r, q)` in float32. The
+    operator rounds both to bfloat16, which is a fortieth of the error of 4 bits."""
+    if expert is None:
+        group = x.shape[1] // groups.shape[0]
+        return multiply_int4(x.bfloat16().contiguous(), packed, group, groups.view(torch.bfloat16)).float()
+    rows = zip(x.split(1), expert.tolist(), strict=True)
+    return torch.cat([multiply_rows(row, packed[e], groups[e]) for row, e in rows])
+
+
+def has_direct_matmul(packed: Tensor) -> bool:
+    """Whether an operator of torch multiplies with these nibbles as they are."""
+    return packed.is_cpu and PORTABLE_BLOCK != find_cpu_block() == 2 * packed.shape[-1]
+
+
+@cache
+def find_cpu_block() -> int:
+    """The b of this CPU's operator, if it computes what `unpack` does; else `PLAIN`. It is found out at the first
+    question."""
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
+    for block in (64, 32):
+        packed, groups = pack_matrix(weight, 64, block).values()
+        levels = unpack_nibbles(packed, torch.empty(64, 64, dtype=torch.int32, device="cpu"))
+        try:
+            if pack_int4(levels.mT).view(-1).equal(packed.view(-1)):
+                found = multiply_rows(x, packed, groups)
+                return (
+                    block
+                    if torch.allclose(found, unpack_matrix(packed, groups)[:3], rtol=1e-2, atol=1e-2)
+                    else PORTABLE_BLOCK
+                )
+        except (AttributeError, RuntimeError):
+            break
+    return PORTABLE_BLOCK

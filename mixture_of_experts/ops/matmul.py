@@ -1,0 +1,40 @@
+"""Batched products on a CPU, also in dtypes that it cannot multiply.
+
+Most CPUs multiply in float32 and float64 alone. There torch's products of 16 bits take ten to two hundred times as long
+as those of float32. So operands are cast to float32 and the result is rounded, which sums in float32 as torch does too.
+
+Axes: n matrices, m rows of a matrix, p inner and q outer dimension of a product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.support import private_torch
+
+MAX_CAST_NUMEL = (
+    1 << 20
+)  # most numbers of an operand or result that are in float32 at a time, so that they lie in the caches
+
+
+def matmul_into(x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """Write `x @ y`, of x `(n, m, p)` and y `(n, p, q)` or of one matrix each, to `out`; or `add` it."""
+    if private_torch.has_native_matmul(x.dtype):
+        if accumulate:
+            (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y)
+        else:
+            (torch.bmm if x.ndim == 3 else torch.mm)(x, y, out=out)
+        return
+    if x.ndim == 2:
+        x, y, out = x.unsqueeze(0), y.unsqueeze(0), out.unsqueeze(0)
+    (n, m, p), q = x.shape, y.shape[-1]
+    largest = max(1, m, p)
+    columns = min(q, max(1, MAX_CAST_NUMEL // largest))
+    matrices = max(1, MAX_CAST_NUMEL // (largest * columns))
+    for i in range(0, n, matrices):
+        some = slice(i, i + matrices)
+        rows = x[some].float()
+        for j in range(0, q, columns):
+            here, part = out[some, :, j : j + columns], y[some, :, j : j + columns].float()
+            here.copy_(torch.baddbmm(here.float(), rows, part) if accumulate else torch.bmm(rows, part))

@@ -1,0 +1,201 @@
+"""The network on rows sorted by expert, and its gradients, for the ways `cpu`, `grouped` and `batched`.
+
+Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a
+weight.
+
+Beside the input the forward saves only the pre-activations: the products with `w_in`. The backward gathers rows and
+computes the activation again. A row's weight multiplies rows of width d, not of width h. The weight's gradient is
+computed from the hidden layer, so no row of outputs is saved (as in SonicMoE, arXiv 2512.14080).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch.moving import sum_rows
+from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.ops.activations import KNOWN_ACTIVATIONS
+from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
+from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
+
+
+class Products:
+    """Base of the layouts of rows: products on the rows of a plan, each expert's by its own weight.
+
+    An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter` all methods mean the
+    rows of that chunk. By default there is one, of all rows. A layout writes:
+
+    - `gather(x)`: rows `(r, p)` of tokens `(t, p)`.
+    - `by_weights(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
+    - `total(pairs)`: the sum of `by_weights` over pairs (x, weight), kept in `rows` for `collect`.
+    - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
+    - `by_rows(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an expert
+      without rows. `out` is memory for it, where `gradients` gives any.
+    - `sums(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
+    - `collect()`: each token's weighted sum `(t, o)` of the totals; the base's is that of expert choice.
+    """
+
+    rows: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
+
+    def __init__(self, plan: Plan, chunks: Sequence[Any] = (None,)) -> None:
+        self.plan: Plan = plan
+        self.chunks: Sequence[Any] = chunks
+
+    def enter(self, chunk: Any) -> None:
+        """Go on to a chunk."""
+
+    def part(self, values: Tensor) -> Tensor:
+        """The rows of the chunk, of values for all rows."""
+        return values
+
+    def pack(self, pre: Tensor) -> Tensor:
+        """What the forward saves of pre-activations `(r, q)`."""
+        return pre
+
+    def unpack(self, pre: Tensor) -> Tensor:
+        """The pre-activations `(r, q)` again."""
+        return pre
+
+    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Memory for the wanted gradients of the network, by name; none by default."""
+        return {}
+
+    def activate(self, method: Callable[..., None], *tensors: Any) -> None:
+        """Call a method of a known activation, on rows `(r, h)` and lists of such."""
+        method(*tensors)
+
+    def collect(self) -> Tensor:
+        plan = self.plan
+        return sum_rows(self.rows[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
+
+
+def forward_rows(
+    layout: Callable[[Plan], Any], row_functions: Any, x: Tensor, plan: Plan, network: Network, save: bool
+) -> tuple[Tensor, SavedTensors]:
+    """The `forward` of `autograd.differentiable`, by the products of a layout. `on_rows` computes the rows: this
+    module, or another one with `run_network` and `backpropagate_network`."""
+    products, saved = layout(plan), []
+    for chunk in products.chunks:
+        products.enter(chunk)
+        saved += [products.pack(part) for part in row_functions.run_network(products, x, network, save)]
+    return products.collect(), saved
+
+
+def backward_rows(
+    layout: Callable[[Plan], Any],
+    row_functions: Any,
+    x: Tensor,
+    plan: Plan,
+    network: Network,
+    saved: SavedTensors,
+    grad: Tensor,
+    wanted: Collection[str],
+) -> FFNGradients:
+    """The `backward` of `autograd.differentiable`, by the products of a layout."""
+    products, scale, grad = layout(plan), plan.row_weight().unsqueeze(-1), grad.contiguous()
+    dtype = torch.promote_types(scale.dtype, torch.float32)
+    grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=scale.device)  # the last is nobody's
+    grads, of_rows = products.gradients(network, wanted), grad_scale[:-1]
+    each = len(saved) // len(products.chunks)  # tensors that a chunk saved
+    for i, chunk in enumerate(products.chunks):
+        products.enter(chunk)
+        pre = [products.unpack(part) for part in saved[i * each : (i + 1) * each]]
+        scales = products.part(scale), products.part(of_rows)
+        grads |= row_functions.backpropagate_network(products, x, network, pre, grad, *scales, wanted, grads)
+    grad_x = products.collect() if "x" in wanted else None
+    return FFNGradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
+
+
+def run_network(products: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
+    """Make the `total` of outputs; return the pre-activations, a tensor for each weight of `w_in`; none unless `save`:
+    then the hidden layer may overwrite them."""
+    tokens = products.gather(x)
+    pre = []
+    for w, b in zip(network.w_in, network.b_in, strict=True):
+        pre.append(products.by_weights(tokens, w))
+        if b is not None:
+            products.add_bias(pre[-1], b)
+    parts = network.projections(pre)
+    hidden = parts[0].new_empty(parts[0].shape) if save or network.gate_up else parts[0]
+    act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
+    products.activate(act.forward, parts, hidden)
+    y = products.total([(hidden, network.w_out)])
+    if network.b_out is not None:
+        products.add_bias(y, network.b_out)
+    return pre if save else []
+
+
+def backpropagate_network(
+    products: Any,
+    x: Tensor,
+    network: Network,
+    pre: Sequence[Tensor],
+    grad: Tensor,
+    scale: Tensor,
+    grad_scale: Tensor,
+    wanted: Collection[str],
+    memory: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Make the `total` of gradients of rows of tokens before their weight; return those of the network, by name.
+
+    Args:
+        products, x, network, pre: those of `run_network`, and the pre-activations that it returned.
+        grad: `(t, o)`, gradient of the tokens' outputs.
+        scale: `(r, 1)`, weight of each row.
+        grad_scale: `(r,)`, memory for the gradient of each row's weight.
+        wanted: which gradients are wanted: "x", and names of `Network.tensors`.
+        memory: for the gradients of the network, by name; empty if they are given none.
+    """
+    act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
+    grad_rows = products.gather(grad)
+    grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
+    hidden = torch.empty_like(grad_hidden)
+    # the gradient of the gate overwrites that of the hidden layer, unless gate and up share a tensor
+    others = [torch.empty_like(part) for part in (pre if network.gate_up else pre[1:])]
+    grad_pre = others if network.gate_up else [grad_hidden, *others]
+    parts, grad_parts = network.projections(pre), network.projections(grad_pre)
+    products.activate(act.recompute, parts, grad_hidden, grad_parts, hidden)
+
+    grads: dict[str, Tensor] = {}
+    if "b_out" in wanted:
+        grads["b_out"] = products.sums(scale, grad_rows, memory.get("b_out"))
+    biases = None
+    if network.b_out is not None:
+        biases = torch.zeros_like(grad_rows)
+        products.add_bias(biases, network.b_out)
+        biases = biases.mul_(grad_rows).sum(dim=-1, dtype=grad_scale.dtype)
+    if "w_out" in wanted:
+        grads["w_out"] = products.by_rows(hidden, grad_rows.mul_(scale), memory.get("w_out"))
+    torch.sum(hidden.mul_(grad_hidden), dim=-1, dtype=grad_scale.dtype, out=grad_scale)
+    if biases is not None:
+        grad_scale += biases
+    products.activate(act.backward, parts, grad_hidden, grad_parts)
+    del hidden, grad_rows
+
+    for name, part in zip(B_IN_NAMES, grad_pre, strict=False):
+        if name in wanted:
+            grads[name] = products.sums(scale, part, memory.get(name))
+    grads |= _compute_input_weight_gradients(products, x, scale, grad_pre, wanted, memory)
+    if "x" in wanted:
+        products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
+    return grads
+
+
+def _compute_input_weight_gradients(
+    products: Any,
+    x: Tensor,
+    scale: Tensor,
+    grad_pre: Sequence[Tensor],
+    wanted: Collection[str],
+    memory: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The wanted gradients of `w_in`, by name. It frees the rows of tokens when it returns."""
+    named = {name: part for name, part in zip(W_IN_NAMES, grad_pre, strict=False) if name in wanted}
+    if not named:
+        return {}
+    tokens = products.gather(x).mul_(scale)
+    return {name: products.by_rows(tokens, part, memory.get(name)) for name, part in named.items()}

@@ -1,0 +1,51 @@
+"""`Form`: what kernels know of a network beside its tensors. Imports no triton."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mixture_of_experts.ops.activations import KNOWN_ACTIVATIONS
+from mixture_of_experts.ops.network import Network
+
+
+class NetworkSpec(NamedTuple):
+    """The layout and the activation of a network.
+
+    Attributes:
+        layout: layout of the input weights: "plain", one `(e, d, h)`; "gated", two of these; "concatenated" or
+            "interleaved", one `(e, d, 2 h)`.
+        activation: name of the activation in `kernels/pointwise.py`.
+        alpha, limit: arguments of clamped SwiGLU.
+    """
+
+    layout: str
+    activation: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+    def kernel_constants(self) -> dict[str, Any]:
+        """What kernels are told of it."""
+        interleaved = self.layout == "interleaved"
+        return dict(ACTIVATION=self.activation, ALPHA=self.alpha, LIMIT=self.limit, INTERLEAVED=interleaved)
+
+    def split_parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """Input weights, input biases or pre-activations as kernels read them: concatenated columns of gate and up are
+        split into two tensors, interleaved ones stay one."""
+        if self.layout == "concatenated":
+            return [half for tensor in tensors for half in tensor.chunk(2, dim=-1)]
+        return list(tensors)
+
+
+def get_network_spec(network: Network) -> NetworkSpec | None:
+    """The form of a network; None if no kernel has its activation. A subclass of a known activation is unknown."""
+    activation: Any = network.activation
+    layout = network.gate_up or ("gated" if network.gated else "plain")
+    kernel = (
+        KNOWN_ACTIVATIONS[type(activation)](activation).kernel_name if type(activation) in KNOWN_ACTIVATIONS else None
+    )
+    if kernel == "clamped_swiglu":
+        return NetworkSpec(layout, kernel, activation.alpha, activation.limit) if network.gated else None
+    return None if kernel is None else NetworkSpec(layout, kernel)

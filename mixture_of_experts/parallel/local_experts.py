@@ -1,0 +1,97 @@
+"""Spread experts as if they were this rank's experts alone, on which their own, unchanged code runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mixture_of_experts.parallel.sharding import ExpertSharding
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """Returns x; its gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.factor, None
+
+
+@contextmanager
+def use_local_experts(experts: Any) -> Iterator[Any]:
+    """A context with a stand-in for spread experts: it is of their own class, holds this rank's part of each stack, and
+    tells the number of its experts. At the end the experts get the attributes and buffers that a forward set on it.
+
+    Other threads may read the experts, which stay as they are meanwhile, and what they set there stays. A graph cannot
+    hold another object, so it is traced on the experts themselves. `torch.func.functional_call` would exchange the
+    tensors alone, and call hooks, which run around the whole forward.
+    """
+    if torch.compiler.is_compiling():
+        with hold_local_shards(experts, experts.sharding):
+            yield experts
+        return
+    stand_ins: dict[Any, Any] = {module: object.__new__(type(module)) for module in experts.modules()}
+    for module, its in stand_ins.items():
+        parts = {name: stand_ins.get(part) for name, part in module._modules.items()}
+        own = dict(_parameters={**module._parameters}, _buffers={**module._buffers}, _modules=parts)
+        its.__dict__.update(module.__dict__, **own)
+    began = [({**its.__dict__}, {**its._buffers}) for its in stand_ins.values()]
+    here = stand_ins[experts]
+    here.__class__ = experts.local_class
+    with hold_local_shards(here, experts.sharding):
+        yield here
+    for (module, its), (attributes, buffers) in zip(stand_ins.items(), began, strict=True):
+        module.__dict__.update(find_changes(its.__dict__, attributes))
+        module._buffers.update(find_changes(its._buffers, buffers))
+
+
+def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in now.items() if name not in before or before[name] is not value}
+
+
+@contextmanager
+def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[None]:
+    """A context in which a module itself holds and tells this rank's part."""
+    changes = [(table, name, table[name], part) for table, name, part in iter_local_shards(experts, sharding)]
+    try:
+        for table, name, _, part in changes:
+            table[name] = part
+        yield
+    finally:
+        for table, name, whole, part in changes:
+            assigned, table[name] = table[name], whole
+            if assigned is not part:  # a buffer that a forward assigned anew
+                part.copy_(assigned.detach())
+
+
+def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """What a module holds of this rank's experts alone: the table in which it is, its name there, and the part."""
+    dims, local_dims = sharding.expert_dims, sharding.local_dims
+    for path, module in experts.named_modules():
+        for table in (module._parameters, module._buffers):
+            for name, whole in table.items():
+                if f"{path}.{name}".lstrip(".") in sharding.sharded_names:
+                    yield table, name, get_local_shard(whole, sharding)
+        for name in ("num_experts", "expert_dims"):
+            size = module.__dict__.get(name)
+            if size in (dims, math.prod(dims)):
+                yield module.__dict__, name, local_dims if size == dims else math.prod(local_dims)
+
+
+def get_local_shard(whole: Any, sharding: ExpertSharding) -> Tensor:
+    """This rank's part of a parameter, or of a buffer with an entry for each expert, which is whole on every rank."""
+    if isinstance(whole, DTensor):
+        part = whole.to_local()
+        return part if sharding.gradient_factor == 1 else _ScaleGradient.apply(part, sharding.gradient_factor)
+    each = sharding.local_dims[0]
+    return whole.narrow(0, sharding.mesh.get_local_rank() * each, each)

@@ -1,0 +1,122 @@
+"""Experts that are spread over ranks: a class made from the experts' own class, with the same two contracts.
+
+An `ExpertSharding` says which experts are here. In a forward tokens travel to their experts' ranks (`exchange.py`).
+There the experts' own, unchanged code computes them, as if the module held only this rank's experts.
+
+Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided), l experts of one rank, s slots of an
+expert, r rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.moving import combine, dispatch
+from mixture_of_experts.experts import RoutedExperts, StackedExperts
+from mixture_of_experts.ops.network import get_operand_dtype
+from mixture_of_experts.parallel.exchange import exchange_rows, exchange_slots
+from mixture_of_experts.parallel.local_experts import use_local_experts
+from mixture_of_experts.parallel.sharding import ExpertSharding
+from mixture_of_experts.support.batch_invariance import reject_batch_invariance
+from mixture_of_experts.support.checks import describe_shape
+
+SEVERAL_BATCHES = "experts that are spread over ranks compute the rows of several batches together"
+
+
+class ShardedExperts(nn.Module):
+    """The base that `make_sharded_class` puts before a class of experts, to spread them over ranks."""
+
+    sharding: ExpertSharding
+    local_class: type[nn.Module]
+
+    def variant_reason(self) -> str:
+        return SEVERAL_BATCHES
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
+
+        All ranks of the mesh must call it together. Rows travel if the call is dropless and the experts take rows, else
+        slots. This does not depend on the batch, which differs between ranks.
+        """
+        reject_batch_invariance(SEVERAL_BATCHES)
+        if decision is None:
+            return self._exchange_slots(x)
+        ragged = decision.dropless and getattr(self.local_class, "reads_decisions", False)
+        plan = decision.without_gaps() if ragged else decision.in_slots()
+        rows, sharding = dispatch(x, plan), self.sharding
+        if plan.rows_per_expert is not None:
+            rows = rows.to(self._dtype_of_tokens(x))
+            out = exchange_rows(rows, plan.rows_per_expert, self._compute, sharding.channel, self.training)
+        else:
+            slots = plan.num_rows // math.prod(sharding.expert_dims)
+            out = self._exchange_slots(rows.view(*sharding.expert_dims, slots, rows.shape[-1]))
+            out = out.flatten().view(plan.num_rows, out.shape[-1])
+        return combine(out, plan).to(x.dtype)
+
+    def _exchange_slots(self, x: Tensor) -> Tensor:
+        sharding = self.sharding
+        dims = sharding.expert_dims
+        if x.ndim != len(dims) + 2 or tuple(x.shape[: len(dims)]) != dims:
+            raise ValueError(f"{type(self).__name__} reads slots (*{dims}, s, d) of all experts, got {tuple(x.shape)}")
+        x = x.to(self._dtype_of_tokens(x))
+        return exchange_slots(x, dims, self._compute, sharding.channel, self.training, sharding.static_shapes)
+
+    def _dtype_of_tokens(self, x: Tensor) -> torch.dtype:
+        """The dtype in which tokens x and results travel: that in which stacked experts multiply, which under autocast
+        halves the bytes. What others return may differ between ranks."""
+        return get_operand_dtype(x.device.type, self.w2.dtype) if isinstance(self, StackedExperts) else x.dtype
+
+    def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
+        """Compute slots `(*l, s, d)`, or rows with their counts, by this rank's experts. Hooks on the experts run
+        around the whole forward, not here."""
+        local: Any = self.local_class
+        with use_local_experts(self) as here:
+            out = (local.compute if counts else local.forward)(here, x, *counts)
+        wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
+        if not isinstance(out, Tensor) or out.shape != wanted:
+            raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {describe_shape(out)}")
+        return out
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled: its experts are spread over ranks, and each has a part. Save a "
+            "checkpoint by torch.distributed.checkpoint, or the whole state by "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) on every rank"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExperts:
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a state dict; of whole stacks, saved by one process, take this rank's part."""
+        for name, parameter in self.named_parameters(remove_duplicate=False):
+            whole: Any = state_dict.get(prefix + name)
+            if not isinstance(parameter, DTensor) or type(whole) not in (Tensor, nn.Parameter):
+                continue
+            if whole.shape == parameter.shape:  # super() reports a wrong shape
+                mesh, placements = parameter.device_mesh, parameter.placements
+                state_dict[prefix + name] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        here = self.sharding.local_expert_ids
+        place = f"experts {here.start} to {here.stop - 1} of {math.prod(self.sharding.expert_dims)} here"
+        return ", ".join(part for part in (super().extra_repr(), place) if part)
+
+
+@cache
+def make_sharded_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return a subclass of `cls` whose experts are spread over ranks."""
+    members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    base = () if issubclass(cls, RoutedExperts) else (RoutedExperts,)
+    return type(f"Parallel{cls.__name__}", (ShardedExperts, cls, *base), members)  # type: ignore[return-value]

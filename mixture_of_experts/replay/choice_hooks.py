@@ -1,0 +1,122 @@
+"""Hooks around every place where a model chooses, and on the models around: what recording and replay share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.gating.overrides import GIVEN, GIVEN_WEIGHTS
+from mixture_of_experts.replay.sequences import RoutingPoint, SequenceWatch, is_recomputing
+from mixture_of_experts.replay.topk_mode import TopkMode
+from mixture_of_experts.support.attachments import Attachments
+from mixture_of_experts.whole_model.call_stack import ForwardCall, activate_calls
+from mixture_of_experts.whole_model.model_tokens import TokenMetadata
+
+
+class ChoiceHooks:
+    """Recording or replay. In a backward that runs a part again there is no call.
+
+    Attributes:
+        sites: where the model chooses.
+        replays: whether gates are given choices.
+        unread: where a recording keeps what gates chose in forwards that ended well; None in a replay.
+        give, supply_block_choices: see `Replay`.
+        after: `(site, call, output, kwargs)`, after a layer that was given choices, or a gate that made them.
+        on_block_choices: `(site, call, output, expert)`, after a block of transformers that chose experts `(..., k)`.
+    """
+
+    is_replay: ClassVar[bool] = False
+    pending_forwards: list[Any] | None = None
+    supply_choices: Callable[..., list[Tensor]]
+    supply_block_choices: Callable[..., Tensor]
+    on_choices: Callable[..., None]
+    on_block_choices: Callable[..., None]
+
+    def __init__(self, points: list[RoutingPoint]) -> None:
+        self.points: list[RoutingPoint] = points
+
+    def attach_hooks(self, hooks: Attachments) -> None:
+        """Set the hooks, for forwards of this thread."""
+        watches = {
+            point.router.enclosing_model: SequenceWatch(self, point.router.enclosing_model) for point in self.points
+        }
+        for point in self.points:
+            sequences = watches[point.router.enclosing_model]
+            if point.router.is_external:
+                hooks.set_attribute(
+                    point.hook_target,
+                    "forward",
+                    partial(self.forward_block, point, sequences, point.hook_target.forward),
+                )
+                continue
+            choosing_module = point.hook_target if self.is_replay else point.router.hook_target
+            hooks.add_forward_pre_hook(point.hook_target, partial(self.layer_pre_hook, point, sequences))
+            hooks.add_forward_hook(choosing_module, partial(self.layer_hook, point, sequences), with_kwargs=True)
+        for model, sequences in watches.items():
+            sequences.attach_to(model, hooks)
+        hooks.enter_context(activate_calls([(self, ForwardCall())]))
+
+    def layer_pre_hook(
+        self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any = None
+    ) -> Any:
+        """Forward pre-hook of a layer, or of a gate without one."""
+        if kwargs is None or ((call := sequences.current_call(point)) is None and not is_recomputing()):
+            return None  # the hook is being set or taken off; another thread
+        x, sizes, mask = point.read_inputs(args, kwargs)
+        if call is not None:
+            call.enter_gate(point, sizes, mask)
+        if not self.is_replay:
+            return None
+        if GIVEN in kwargs:
+            raise ValueError(f"{point.name!r} is given {GIVEN} by its caller: replay them, or give them, not both")
+        given = [
+            values.view(*x.shape[:-1], point.k) for values in self.supply_choices(point, call, sizes, mask, x.device)
+        ]
+        return args, {**kwargs, **dict(zip((GIVEN, GIVEN_WEIGHTS), given, strict=False))}
+
+    def layer_hook(
+        self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any, output: Any = None
+    ) -> None:
+        """Forward hook of what chooses."""
+        call = sequences.current_call(point)
+        if output is not None and call is not None and call.layer_path == point.layer_path:
+            self.on_choices(point, call, output, kwargs)
+
+    def forward_block(
+        self, point: RoutingPoint, sequences: SequenceWatch, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The forward of a block of `transformers`."""
+        call = sequences.current_call(point)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph: compile without fullgraph=True")
+        if call is None and not (self.is_replay and is_recomputing()):
+            return forward(*args, **kwargs)
+        hidden = (*args, *kwargs.values())[0]
+        if call is not None:
+            call.enter_gate(point, get_token_shape(point, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask)
+        given = self.supply_block_choices(point, call, hidden.device) if self.is_replay else None
+        with TopkMode(point, given) as calls:
+            output = forward(*args, **kwargs)
+        if calls.expert is None:
+            raise TypeError(
+                f"{type(point.hook_target).__name__} at {point.name!r} does not choose its {point.k} of "
+                f"{point.num_experts} "
+                "experts by torch.topk, so its choices can be neither recorded nor replayed: convert it by "
+                "from_transformers"
+            )
+        if call is not None:
+            self.on_block_choices(point, call, output, calls.expert)
+        return output
+
+
+def get_token_shape(point: RoutingPoint, tokens: TokenMetadata, num_tokens: int) -> tuple[int, int]:
+    """The sizes `(b, n)` of the tokens of a block, whose model tells of them."""
+    b, n = tokens.shape or (1, num_tokens)
+    if tokens.mask_unknown_reason is not None or b * n != num_tokens:
+        why = tokens.mask_unknown_reason or f"its model was given ({b}, {n})"
+        raise ValueError(f"{num_tokens} tokens of {point.name!r} cannot be told apart: {why}")
+    return b, n

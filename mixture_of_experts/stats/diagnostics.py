@@ -1,0 +1,83 @@
+"""What a reader of a gate's records should look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.stats.record import Record
+
+WARN_DROPPED_ABOVE = 0.1  # a note stands above this share of avoidable drops
+WARN_LOAD_ABOVE = 2.0  # and above this load of an expert in late steps, relative to a balanced load
+BIAS_REMEDY = "let balance_experts move its expert bias, or raise the rate if it does"
+WARN_LOAD_BELOW = 0.1  # and below this load
+MAX_LISTED_EXPERTS = 12  # most experts that a note names
+
+StepRows = tuple[int, Tensor]  # the number of a step, and the rows of its forwards
+
+
+def diagnose_gate(
+    steps: Sequence[StepRows], make_record: Callable[[Sequence[StepRows]], Record], has_bias: bool = False
+) -> Iterator[str]:
+    """The notes on a gate, to stand behind its name, from its steps and what makes one record of some of them. An
+    expert bias balances the gate in the place of a loss."""
+    if not steps:
+        return
+    total = make_record(steps)
+    if math.isnan(total.entropy):
+        first = next(number for number, rows in steps if math.isnan(make_record([(number, rows)]).entropy))
+        yield (
+            f" computed probabilities that are NaN, first in step {first}: its weights or its inputs are not finite. "
+            "Go back to a checkpoint from before that step"
+        )
+        return
+    late_steps = steps[-max(len(steps) // 4, 1) :]
+    late, number = make_record(late_steps), late_steps[-1][0] + 1 - late_steps[0][0]
+    when = "in the last step" if number == 1 else f"in the last {number} steps"
+    dead = total.load == 0
+    for idle, since in ((dead, "in any step"), ((late.load == 0) & ~dead, when)):
+        if idle.any():
+            yield f": {int(idle.sum())} of {idle.numel()} experts computed no token {since}: {format_expert_list(idle)}"
+    if (starved := find_starved_experts(late) & ~dead).any():
+        yield (
+            f": {int(starved.sum())} of {starved.numel()} experts were requested less than {WARN_LOAD_BELOW:g} times a "
+            f"balanced load {when}, a sign of a router that collapses: {format_expert_list(starved)}: raise "
+            f"loss_coef, or balance "
+            "by an expert bias"
+        )
+    if total.dropped - total.unavoidable > WARN_DROPPED_ABOVE:
+        yield (
+            f" dropped {total.dropped:.0%} of its choices; of a balanced load it would have dropped "
+            f"{total.unavoidable:.0%}. In a group the most requested expert has {total.imbalance:.1f} times its share: "
+            f"raise {'the rate of balance_experts' if has_bias else 'loss_coef'}, the capacity factor or group_size"
+        )
+    max_requested, mean = late.requested.max(), late.requested.to(torch.float64).mean()
+    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # what chance adds to a few choices is no sign
+        yield (
+            f": expert {format_expert_names(late.requested == max_requested)[0]} was requested "
+            f"{max_requested / mean:.1f} times a balanced load "
+            f"{when}: {BIAS_REMEDY if has_bias else 'raise loss_coef, or balance by an expert bias'}"
+        )
+
+
+def find_starved_experts(late: Record) -> Tensor:
+    """Bool of the load's shape: the experts that compute tokens, but far fewer than chance would leave them."""
+    mean = late.requested.to(torch.float64).mean()
+    few = (late.requested < WARN_LOAD_BELOW * mean) & (late.requested < mean - 5 * mean.sqrt())
+    return few & (late.load > 0)
+
+
+def format_expert_list(experts: Tensor) -> str:
+    """The names of the experts where a bool tensor is True, as a list that ends after `NAMED`."""
+    names = format_expert_names(experts)
+    return ", ".join(names[:MAX_LISTED_EXPERTS]) + (
+        f" and {len(names) - MAX_LISTED_EXPERTS} more" if len(names) > MAX_LISTED_EXPERTS else ""
+    )
+
+
+def format_expert_names(experts: Tensor) -> list[str]:
+    """The names of the experts where a bool tensor of the load's shape is True; "1.3" on a second level."""
+    return [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]

@@ -1,0 +1,79 @@
+"""The page of `RoutingStats.report`, which shows what the gates of a model did.
+
+The page is one file, with its pictures and its style (`report.html`). Names of gates are escaped where they enter.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+ALL_GOOD_HTML = (
+    "<li class=good>Every expert computes tokens, in late steps none is requested over twice a balanced load or less "
+    "than a tenth of it, and no gate drops much more than it has to.</li>"
+)
+SVG_SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report"}
+
+
+def render_page(
+    name: str,
+    cells: Sequence[Mapping[str, str]],
+    notes: Mapping[str, Iterable[str]],
+    overview: Mapping[str, Figure],
+    over_steps: Mapping[str, Figure],
+    left_out: str = "",
+) -> str:
+    """The page as HTML.
+
+    Args:
+        name: its title.
+        cells: lines of the table, by headers.
+        notes: those of each gate.
+        overview: pictures of all gates, by their titles.
+        over_steps: those of gates that are drawn.
+        left_out: what is not drawn, one sentence.
+    """
+    template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
+    places = {layer: number for number, layer in enumerate(over_steps)}
+    rows = [cells[0], *(row.values() for row in cells)]
+    items = [
+        f"<li>{link_gate(layer, places.get(layer))}{escape(note)}</li>"
+        for layer, gate_notes in notes.items()
+        for note in gate_notes
+    ]
+    return template.substitute(
+        name=escape(name),
+        date=date.today().isoformat(),
+        notes="".join(items) or ALL_GOOD_HTML,
+        overview="".join(render_figure(title, figure) for title, figure in overview.items()),
+        rows="".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows),
+        gates="".join(render_figure(layer, figure, places[layer]) for layer, figure in over_steps.items()),
+        left_out=f"<p>{escape(left_out)}</p>" if left_out else "",
+    )
+
+
+def link_gate(layer: str, place: int | None) -> str:
+    """The name of a gate, which leads to its picture if it has one."""
+    return f"<b>{escape(layer)}</b>" if place is None else f'<a href="#gate-{place}">{escape(layer)}</a>'
+
+
+def render_figure(title: str, figure: Figure, number: int | None = None) -> str:
+    """A picture under its title; notes lead to the one of the gate at a place."""
+    import matplotlib as mpl
+
+    file = io.BytesIO()
+    with mpl.rc_context(SVG_SETTINGS):
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    source = f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
+    image = f'<img alt="{escape(title)}" src="{source}" loading=lazy>'
+    anchor = "" if number is None else f' id="gate-{number}"'
+    return f"<figure{anchor}><figcaption>{escape(title)}</figcaption>{image}</figure>"

@@ -1,0 +1,189 @@
+"""The last forwards of each gate, a row of numbers for each, in a ring on the gate's device.
+
+A forward hook on each gate reduces its `Routing` to one short row, and writes it in place into a ring of the last rows.
+So memory is bounded, `torch.compile` can trace the hook, and there is no host sync until something is read. Activation
+checkpointing runs forwards again in a backward; they are not recorded, because no forward of the tracked model is under
+way then. The state of one forward lies in a `TrackedCall`, so threads do not mix.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.stats.diagnostics import StepRows
+from mixture_of_experts.stats.record import Record, count_measurements, make_record, measure_routing
+from mixture_of_experts.support.private_torch import assume_constant_result, get_backward_id
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
+from mixture_of_experts.whole_model.router_discovery import RouterHandle
+
+WRITE_LOCK = threading.Lock()
+MAX_LOSSES = 12  # columns of a row for losses, the z-loss among them
+INVALID_FORWARD = -1  # instead of the number of a row's forward: nothing was written yet, or the forward raised
+
+
+@dataclass(eq=False)
+class TrackedCall(ForwardCall):
+    """A forward, under way, of the tracked model."""
+
+    clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # as they were at its beginning
+
+
+@dataclass(eq=False)
+class ForwardCounter(ForwardWatch):
+    """Numbers the forwards of the tracked model. What one of them wrote before it raised does not count.
+
+    Args:
+        when: which forwards are recorded.
+    """
+
+    when: str
+    buffers: list[GateRingBuffer] = field(default_factory=list)
+    was_called: bool = False
+    thread_id: int = field(default_factory=threading.get_ident)  # of the context
+
+    def stop_recording(self) -> None:
+        """Stop recording. A compiled graph keeps its hooks, but it is guarded by `when`, and so traced again."""
+        self.when = "never"
+
+    def is_recorded(self, module: nn.Module) -> bool:
+        """Whether forwards in the current mode of `module` are recorded."""
+        return self.when in ("always", "training" if module.training else "eval")
+
+    def make_call(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
+        if not torch.compiler.is_compiling() and get_backward_id() != -1:
+            return None  # a recomputation
+        self.was_called = True
+        call = TrackedCall()
+        if self.is_recorded(module):
+            with hold_write_lock():
+                for ring in self.buffers:
+                    ring.clock[1].add_(1)
+                    call.clocks[ring] = ring.clock.clone()
+        return call
+
+    @torch.no_grad()
+    def on_failure(self, call: TrackedCall) -> None:
+        with hold_write_lock():
+            for ring, clock in call.clocks.items():
+                forwards = ring.numbers[:, 1]
+                forwards.masked_fill_(forwards == clock[1], INVALID_FORWARD)
+
+
+class PartForwards(ForwardWatch):
+    """Records a forward of a part of the tracked model that is called by itself, as `generate` calls `model.encoder`.
+
+    Within a forward of the tracked model the part belongs to that forward.
+    """
+
+    def __init__(self, forwards: ForwardCounter) -> None:
+        super().__init__()
+        self.forwards = forwards
+
+    def make_call(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
+        if call_stack.current_call(self.forwards) is not None:
+            return None
+        call = self.forwards.make_call(module, args, kwargs)
+        if call is not None:
+            call.keys = (self.forwards,)
+        return call
+
+    def on_failure(self, call: TrackedCall) -> None:
+        self.forwards.on_failure(call)
+
+
+def hold_write_lock() -> AbstractContextManager[Any]:
+    """A lock, so that one thread writes at a time. In a traced graph there is none."""
+    return nullcontext() if torch.compiler.is_compiling() else WRITE_LOCK
+
+
+@dataclass(eq=False)
+class GateRingBuffer:
+    """The last rows of one gate. A row has the losses and the statistics' numbers. It is float32, which counts up to 16
+    million choices of one forward exactly. The numbers of its step and forward are int64, for runs of any length."""
+
+    router: RouterHandle
+    counter: ForwardCounter
+    keep: int
+    loss_names: tuple[str, ...] = ()  # their names
+
+    def __post_init__(self) -> None:
+        router = self.router
+        self.name: str = router.name  # `torch.compile` reads it
+        self.load_shape: tuple[int, ...] = (*router.outer_expert_dims, router.num_experts)  # of the load
+        self.has_bias: bool = router.expert_bias is not None
+        # a traced graph cannot store names, but it calls a constant function, which no method is
+        self.store_loss_names: Any = assume_constant_result(lambda losses: self._store_loss_names(losses))
+        with torch.inference_mode(False), router.device:  # inference tensors cannot be written to outside of that mode
+            # one row more than `keep`: the oldest shows whether the step after it is complete
+            size = self.keep + 1
+            self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
+            self.numbers: Tensor = torch.full(
+                (size, 2), INVALID_FORWARD, dtype=torch.int64
+            )  # each row's step and forward
+            self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # numbers of the step and the forward
+            self.num_written: Tensor = torch.zeros(1, dtype=torch.int64)
+        self.counter.buffers.append(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The records on the CPU, without the model: a copy can be read, and does not record."""
+        state = {name: value for name, value in vars(self).items() if name not in ("router", "store_loss_names")}
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+    def _store_loss_names(self, losses: tuple[str, ...]) -> None:
+        if len(losses) > MAX_LOSSES:
+            raise ValueError(f"{self.name!r} has {len(losses)} losses, at most {MAX_LOSSES} can be recorded")
+        self.loss_names = losses
+
+    def write_row(self, gate: nn.Module, routing: Routing, importance: Tensor | None) -> None:
+        """Add the row of a forward. `torch.compile` traces this method, so it only changes tensors, in place."""
+        self.store_loss_names(tuple(routing.losses))
+        if not self.counter.is_recorded(gate):
+            return
+        call, compiling = call_stack.current_call(self.counter), torch.compiler.is_compiling()
+        if call is None:
+            if not self.counter.was_called and (compiling or threading.get_ident() == self.counter.thread_id):
+                raise RuntimeError(
+                    f"{self.name!r} ran, but not within a forward of the module given to track_routing: give it "
+                    "the module that you call"
+                )
+            return  # a recomputation in backward, or a forward that another thread had begun before
+        # a graph cannot read the tensors of `call`, which was made outside of it
+        clock = self.clock if compiling else call.clocks.get(self, self.clock)
+        with torch.no_grad():
+            losses = [value.float().reshape(1) for value in routing.losses.values()]
+            rest, numbers = self.rows.new_zeros(MAX_LOSSES - len(losses)), measure_routing(routing, importance)
+            row = torch.cat([*losses, rest, numbers])
+            with hold_write_lock():
+                place = self.num_written % (self.keep + 1)
+                self.rows.index_copy_(0, place, row.unsqueeze(0))
+                self.numbers.index_copy_(0, place, clock.unsqueeze(0))
+                self.num_written.add_(1)
+
+    def read_steps(self, by_steps: bool) -> list[StepRows]:
+        """The number and the rows `(forwards, width)`, float64 on the CPU, of every remembered step, or else of every
+        forward, oldest first."""
+        call_stack.current_call(self.counter)  # finds a forward of this thread that was interrupted
+        numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
+        written = numbers[:, 1] != INVALID_FORWARD
+        numbers, rows = numbers[written, 0 if by_steps else 1], rows[written]
+        rows = rows[numbers.argsort(stable=True)]  # rows of threads lie in any order
+        numbers, sizes = numbers.unique(return_counts=True)
+        steps = list(zip(numbers.tolist(), rows.split(sizes.tolist()), strict=True))
+        # once rows are overwritten, the oldest step may be incomplete
+        return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
+
+    def make_record(self, steps: Sequence[StepRows]) -> Record:
+        """One record of some steps, under the number of the first."""
+        rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
+        losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
+        named = dict(zip(self.loss_names, losses.tolist(), strict=False))
+        return make_record(self.name, steps[0][0] if steps else -1, named, rows[:, MAX_LOSSES:], self.load_shape)

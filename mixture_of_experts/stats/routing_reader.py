@@ -1,0 +1,129 @@
+"""Reads what the gates of a model decide in a forward, and routers of MoE models in `transformers` as if they were
+gates. Nothing of that package is imported.
+
+Most of those routers return `(logits, weights, experts)` of flattened tokens. If one returns less, its choices are
+computed again from its logits, by the recipe of its block in `recipes.MODELS`. The arguments of the model around tell
+which tokens are padding, and where sequences end.
+
+Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts import losses
+from mixture_of_experts.dispatch.queues import Length, queue_up
+from mixture_of_experts.dispatch.routing import Routing, check_routing
+from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.support.attachments import Attachments
+from mixture_of_experts.whole_model.block_settings import read_router_output
+from mixture_of_experts.whole_model.model_tokens import TokenWatch
+from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_routers
+
+
+class RouterOutputReader(TokenWatch):
+    """Reads the outputs of the routers in one model."""
+
+    def to_routing(self, router: RouterHandle, output: Any) -> Routing:
+        """What a router returned, as a `Routing`."""
+        block, tokens = router.block, self.current_tokens()
+        assert block is not None
+        logits, weight, expert = read_router_output(block, output)
+        (*shape, e), k = logits.shape, expert.shape[-1]
+        b, n = shape if len(shape) == 2 else (1, *shape)  # some routers return (b, n, e)
+        if tokens.shape is not None and math.prod(tokens.shape) == b * n:
+            b, n = tokens.shape
+        real = tokens.mask if tokens.mask is not None and tokens.mask.shape == (b, n) else None
+        logits, expert, weight = logits.float().view(b, n, e), expert.reshape(b, n, k).long(), weight.float()
+        probs = SCORES[block.score](logits)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+        chosen = expert < e  # larger ids are experts of other ranks
+        proxy, length = probs, n
+        if real is not None:
+            chosen, length = chosen & real.unsqueeze(-1), Length(real.sum(dim=-1))
+            proxy = torch.where(real.unsqueeze(-1), probs, 0.0)
+        expert = torch.where(chosen, expert, 0)
+        balance_loss = losses.load_balancing_loss_from_choices(expert, chosen, proxy.sum(dim=-2), length, k)
+        chosen, expert = chosen.flatten(-2), expert.flatten(-2)
+        kept, queues = chosen, None
+        if (capacity := block.capacity) is not None:
+            queues = queue_up(expert, chosen, e, k)
+            kept = chosen & (queues.position < capacity)
+        return Routing(
+            expert=expert,
+            kept=kept,
+            weight=torch.where(kept, weight.reshape(b, n * k), 0.0),
+            probs=probs,
+            losses={"balance": balance_loss, "z": losses.z_loss(logits, real)},
+            num_tokens=n,
+            num_experts=e,
+            capacity=capacity,
+            k=k,
+            chosen=chosen,
+            queues=queues,
+            real=real,
+        )
+
+
+def attach_gate_hooks(routers: Sequence[RouterHandle], on_routing: Callable[..., None], hooks: Attachments) -> None:
+    """Have hooks call `on_routing(router, gate, routing, importance)` after each forward of a gate."""
+    readers = {
+        router.enclosing_model: RouterOutputReader(router.enclosing_model) for router in routers if router.is_external
+    }
+    for router in routers:
+
+        def hook(gate: nn.Module, args: Any, kwargs: Any, output: Any = None, router: RouterHandle = router) -> None:
+            if output is None:
+                return  # the hook is being set or taken off
+            importance = None if router.is_external else kwargs.get("importance", args[1] if len(args) > 1 else None)
+            routing = readers[router.enclosing_model].to_routing(router, output) if router.is_external else output
+            on_routing(router, gate, check_routing(repr(router.name), routing), importance)
+
+        hooks.add_forward_hook(router.hook_target, hook, with_kwargs=True)
+    for reader in readers.values():  # routers in the same model share one
+        reader.attach_to(reader.model, hooks)
+
+
+@torch.no_grad()
+def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing]:
+    """Run one forward of a model without gradients, in its current mode, and return what each gate decided.
+
+    Args:
+        model: a model with gates, as for `track_routing`; not a compiled one, whose graph has no hooks.
+        args, kwargs: arguments of the model.
+
+    Returns:
+        The `Routing` of each gate, by its path in the model. A gate that ran more than once has that of its last call.
+        A router of transformers has one made from what it returned.
+
+    Raises:
+        ValueError: the model has no gate.
+        RuntimeError: no gate ran.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.stats import routing_of
+        >>> routing = routing_of(MoE(dim=8, num_experts=4), torch.randn(1, 5, 8))
+        >>> routing["gate"].probs.shape
+        torch.Size([1, 5, 4])
+    """
+    routers = find_routers(model, "routing_of")
+    found: dict[str, Routing] = {}
+    with Attachments() as hooks:
+        attach_gate_hooks(
+            routers, lambda router, gate, routing, importance: found.update({router.name: routing}), hooks
+        )
+        model(*args, **kwargs)
+    if not found:
+        raise RuntimeError(
+            f"no gate of the {type(model).__name__} ran: give routing_of the model's own arguments, and call it before "
+            "the model is compiled"
+        )
+    return {router.name: found[router.name] for router in routers if router.name in found}

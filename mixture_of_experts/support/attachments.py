@@ -1,0 +1,135 @@
+"""Hooks and settings that a context sets on modules, and takes off again.
+
+Copies and pickles of such a module, also those made while the context lasts, go without them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+ATTACHMENT_LOCK = threading.Lock()
+#: where a module keeps its hooks, by the ids of their handles
+HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+#: attributes that a module has while something is attached to it
+REPLACED_METHODS = ("__getstate__", "__deepcopy__")
+#: stands for an attribute that a module itself does not have
+MISSING = object()
+
+
+class Attachments(ExitStack):
+    """What a context sets on modules; `close()`, or the end of a `with` block, takes it off.
+
+    Other threads may run forwards of the modules. Torch then calls a hook that is just being set or taken off without
+    the keyword arguments that it asked for: hooks have defaults for them, and leave such a forward alone.
+    """
+
+    def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
+        """Set a forward pre-hook `(module, args, kwargs=None)`."""
+        self._register_handle(module, module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True))
+
+    def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any], **settings: bool) -> None:
+        """Set a forward hook, with the settings of `register_forward_hook`."""
+        self._register_handle(module, module.register_forward_hook(hook, **settings))
+
+    def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute. Of several contexts the last one holds, in whatever order they end."""
+        with ATTACHMENT_LOCK:
+            own, before = name in vars(module), getattr(module, name, MISSING)
+            setattr(module, name, value)  # it may refuse the value
+            before = before if own or name not in vars(module) else MISSING  # of the class
+            get_detached_state(module).attribute_values.setdefault(name, [(None, before)]).append((self, value))
+        self.callback(self._restore_attribute, module, name)
+
+    def _register_handle(self, module: nn.Module, handle: Any) -> None:
+        with ATTACHMENT_LOCK:
+            get_detached_state(module).hook_ids.add(handle.id)
+        self.callback(self._remove_handle, module, handle)
+
+    def _remove_handle(self, module: nn.Module, handle: Any) -> None:
+        handle.remove()
+        with ATTACHMENT_LOCK:
+            state = get_detached_state(module)
+            state.hook_ids.discard(handle.id)
+            state.remove_if_empty()
+
+    def _restore_attribute(self, module: nn.Module, name: str) -> None:
+        with ATTACHMENT_LOCK:
+            state = get_detached_state(module)
+            last, held = state.attribute_values[name][-1]
+            values = [(owner, value) for owner, value in state.attribute_values[name] if owner is not self]
+            if last is self and getattr(module, name, MISSING) is held:  # nobody has set another value since
+                if values[-1][1] is MISSING:
+                    delattr(module, name)
+                else:
+                    setattr(module, name, values[-1][1])
+            if len(values) > 1:
+                state.attribute_values[name] = values
+            else:
+                del state.attribute_values[name]
+            state.remove_if_empty()
+
+
+class DetachedState:
+    """The `__getstate__` of a module while something is attached to it: its state without what is attached.
+
+    Copying and pickling ask an object for its state. This is an attribute of the module itself, so its class is as it
+    was. A class that copies its objects itself, as that of a parametrized module, is given a stand-in with that state.
+    """
+
+    hook_ids: set[int]
+    attribute_values: dict[str, list[tuple[Attachments | None, Any]]]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.hook_ids = set()  # of hooks
+        self.attribute_values = {}  # of attributes: the module's own value, then those of contexts
+
+    def __call__(self) -> dict[str, Any]:
+        of_class = getattr(type(self.module), "__getstate__", None)  # before Python 3.11 not every class has it
+        return self.strip_attachments(self.module.__dict__ if of_class is None else of_class(self.module))
+
+    def strip_attachments(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state without what is attached."""
+        state = {name: value for name, value in state.items() if name not in REPLACED_METHODS}
+        for table in HOOK_TABLES:
+            if table in state:
+                kept = [(key, value) for key, value in state[table].items() if key not in self.hook_ids]
+                state[table] = type(state[table])(kept)
+        state |= {name: values[0][1] for name, values in self.attribute_values.items() if name in state}
+        return {name: value for name, value in state.items() if value is not MISSING}
+
+    def deepcopy(self, memo: dict[int, Any]) -> Any:
+        """The `__deepcopy__` of a module whose class has one."""
+        shadow = memo.get(id(self))
+        if shadow is None:
+            shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive
+            shadow.__dict__ = self.strip_attachments(self.module.__dict__)
+            memo[id(self.module)] = type(self.module).__deepcopy__(shadow, memo)  # type: ignore[attr-defined]
+        return memo[id(shadow)]  # within itself: the copy that is being made
+
+    def remove_if_empty(self) -> None:
+        if not self.hook_ids and not self.attribute_values:
+            for name in REPLACED_METHODS:
+                self.module.__dict__.pop(name, None)
+
+
+def get_detached_state(module: nn.Module) -> DetachedState:
+    state = module.__dict__.get("__getstate__")
+    if not isinstance(state, DetachedState):
+        state = module.__dict__["__getstate__"] = DetachedState(module)
+        if hasattr(type(module), "__deepcopy__"):
+            module.__dict__["__deepcopy__"] = state.deepcopy
+    return state

@@ -1,0 +1,91 @@
+"""Modules whose attributes are checked whenever they are set, at construction and afterwards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor, nn
+
+
+class _CheckedSetting(NamedTuple):
+    check: Callable[[str, Any], Any]
+
+
+def checked_setting(check: Callable[..., Any], **bounds: Any) -> Any:
+    """Declare an attribute of a `CheckedModule`: setting it stores what `check(name, value, **bounds)` returns."""
+    return _CheckedSetting(partial(check, **bounds))
+
+
+class CheckedModule(nn.Module):
+    """A module with settings, which are checked when they are set, and sizes, which never change."""
+
+    #: attributes that give parameters their shapes: they can be set only once
+    shape_attributes: ClassVar[tuple[str, ...]] = ()
+    _settings: ClassVar[dict[str, _CheckedSetting]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, _CheckedSetting)}
+        inherited = (base.__dict__.get("_settings", {}) for base in reversed(cls.__mro__[1:]))
+        cls._settings = {name: value for settings in (*inherited, own) for name, value in settings.items()}
+        for name in own:  # an attribute that is not set yet must raise AttributeError
+            delattr(cls, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settings:
+            self.__dict__[name] = self._settings[name].check(name, value)
+        elif isinstance(value, nn.Module | nn.Parameter) and hasattr(getattr(type(self), name, None), "__set__"):
+            object.__setattr__(self, name, value)  # torch would register the value and not call the property
+        elif name in self.shape_attributes and name in self.__dict__ and self.__dict__[name] != value:
+            raise ValueError(
+                f"{name} of {type(self).__name__} is {self.__dict__[name]!r} and cannot become {value!r}, as it gives "
+                "parameters their shapes: build a new module of that size"
+            )
+        else:
+            super().__setattr__(name, value)
+
+
+class FixedShapeModule(CheckedModule):
+    """A module whose parameters cannot be replaced by parameters of another shape.
+
+    To prune or add experts that way would leave the module's sizes wrong, from which capacity is computed. Casts,
+    sharding, parametrizations and loading still work: they keep shapes, or do not set attributes.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        old = self.__dict__.get("_parameters", {}).get(name)
+        if isinstance(old, Tensor) and isinstance(value, Tensor) and value.shape != old.shape:
+            raise ValueError(
+                f"{name} of {type(self).__name__} has shape {tuple(old.shape)}, got {tuple(value.shape)}: the module's "
+                "sizes go with it. For fewer or more experts build a new module of that size, copy the weights that "
+                "stay, and give both gate and experts to a new layer"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        """The arguments of the constructor and settings that are not the default. A module among them is a child."""
+        defaults: dict[str, Any] = {}
+        for cls in reversed(type(self).__mro__):  # a default is that of the first class with this argument
+            for name, parameter in inspect.signature(cls.__init__).parameters.items():
+                defaults.setdefault(name, parameter.default)
+        for name in self._settings:
+            defaults.setdefault(name, None)
+        shown = []
+        for name, default in defaults.items():
+            value = None if isinstance(getattr(type(self), name, None), property) else getattr(self, name, None)
+            value = True if isinstance(value, Tensor) else value  # the argument said whether it is there
+            if not (value is None or isinstance(value, nn.Module) or value == default):
+                shown.append(f"{name}={getattr(value, '__qualname__', None) or repr(value)}")
+        return ", ".join(shown)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "dim" not in state:  # a class of mixture-of-experts 0.2.3, of the same name
+            raise ValueError(
+                f"this {type(self).__name__} was pickled whole by another package, mixture-of-experts 0.2.3: load the "
+                "file with that one, save module.state_dict() and load it here with load_state_dict, as "
+                "docs/coming_from.md shows"
+            )
+        super().__setstate__(state)

@@ -1,0 +1,66 @@
+"""What subclasses, and attributes of an object, override of a class of this package.
+
+Shortcuts replace methods of a class. They serve every subclass that leaves these methods alone, such as the classes
+that FSDP2 and parametrizations make for a module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+PACKAGE = __name__.partition(".")[0]
+
+
+def find_overridden(module: Any, base: type, names: Collection[str]) -> str | None:
+    """The first of `names` that a module, or its class, does not have from `base`; None if it has them all from there.
+
+    Example:
+        >>> class Base:
+        ...     def decide(self): ...
+        >>> class Same(Base): ...
+        >>> class Other(Base):
+        ...     def decide(self): ...
+        >>> find_overridden(Same(), Base, ["decide"]), find_overridden(Other(), Base, ["decide"])
+        (None, 'decide')
+    """
+    kind, attributes = type(module), module.__dict__
+    for name in names:
+        if name in attributes or (kind is not base and getattr(kind, name) is not getattr(base, name)):
+            return name
+    return None
+
+
+def find_declaring_class(kind: type, name: str) -> type:
+    """The class that gives a class its attribute `name`."""
+    return next(base for base in kind.__mro__ if name in base.__dict__)
+
+
+def is_package_class(kind: type) -> bool:
+    """Whether this package defines a class."""
+    return kind.__module__.partition(".")[0] == PACKAGE
+
+
+def is_unchanged(module: nn.Module) -> bool:
+    """Whether a module is of a class of this package, or of a subclass that computes as that class does.
+
+    Methods that every `nn.Module` has are passed over: FSDP2 overrides `_apply`, and hooks of other libraries set a
+    `forward` on the module. Only a class with a `forward` of its own computes something else.
+    """
+    kind = type(module)
+    base = next((base for base in kind.__mro__ if is_package_class(base)), None)
+    if base is None or not list_members(base).isdisjoint(module.__dict__):
+        return False
+    return kind is base or all(getattr(kind, name) is getattr(base, name) for name in ("forward", *list_members(base)))
+
+
+@cache
+def list_members(kind: type) -> frozenset[str]:
+    """The names of the methods and properties that a class has and `nn.Module` has not."""
+    static = {name: inspect.getattr_static(kind, name) for name in set(dir(kind)) - set(dir(nn.Module))}
+    return frozenset(name for name, found in static.items() if isinstance(found, FunctionType | property))

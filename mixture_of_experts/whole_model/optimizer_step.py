@@ -1,0 +1,128 @@
+"""What is moved once after each step of an optimizer: the expert bias, the coefficient of ReLU routers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mixture_of_experts.gating.ranks import ranks_of_batch
+from mixture_of_experts.losses import global_sum, world_size
+from mixture_of_experts.support.checks import check_process_group
+from mixture_of_experts.support.private_peft import find_tensors_not_saved
+from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
+
+
+class OptimizerStepHook(ExitStack):
+    """Does something after each step of an optimizer, until `close()` or the end of a `with` block.
+
+    A subclass writes `after_step`, and calls `start` when all arguments are checked.
+
+    Args:
+        optimizer: bare or wrapped by accelerate.
+        group: the ranks that hold the gates; None: all, if there are several.
+    """
+
+    gates: tuple[str, ...]
+
+    def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.group: dist.ProcessGroup | None = check_process_group("group", group)
+        self._optimizer = unwrap_optimizer(optimizer)
+
+    def start(self, model: nn.Module, buffers: Mapping[str, Any]) -> None:
+        """Begin; `moved` is what moves, by the names of the gates."""
+        if unsaved := find_tensors_not_saved(model, buffers):
+            warnings.warn(
+                f"the model has adapters, and their files lack what moves in {', '.join(unsaved)}: name the gate in "
+                "LoraConfig(modules_to_save=['gate']), or merge the adapters in the end and save the whole model",
+                stacklevel=3,
+            )
+        self.gates = tuple(buffers)
+        self._model: nn.Module | None = model
+        self.callback(self._optimizer.register_step_post_hook(self._post_step_hook).remove)
+
+    def remove(self) -> None:
+        """End it."""
+        self.close()
+
+    def pop_all(self) -> ExitStack:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Return a stack that ends it instead of this object, so that it goes on after a `with` block."""
+        ending, handed = copy.copy(self), ExitStack()
+        super().__init__()  # nothing is left to undo here
+        handed.callback(ending.close)
+        return handed
+
+    def after_step(self, step_taken: Tensor | int) -> None:
+        """Move what is to move. `done` is 1, or 0 after a step that a fused optimizer skipped inside."""
+        raise NotImplementedError
+
+    def sum_over_ranks(self, counts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The counts of all gates, summed over the ranks in one collective."""
+        group = ranks_of_batch(self.group)
+        if not counts or world_size(group) == 1:
+            return counts
+        total = global_sum(torch.cat([part.flatten().to(counts[0].device) for part in counts]), group)
+        parts = zip(total.split([part.numel() for part in counts]), counts, strict=True)
+        return [part.view_as(own).to(own) for part, own in parts]
+
+    @torch.no_grad()
+    def _post_step_hook(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if self._model is not None:  # the first step
+            warn_stale_optimizer(optimizer, self._model)
+            self._model = None
+        skipped = getattr(optimizer, "found_inf", None)
+        self.after_step(1 if skipped is None else skipped == 0)
+
+
+def find_updatable_routers(
+    model: nn.Module,
+    feature: str,
+    gates: GateSelection | None,
+    unsupported_reason: Callable[[RouterHandle], str | None],
+    empty_message: str,
+) -> list[RouterHandle]:
+    """The sites of `gates`, by default all that an ability can serve. If there is none, the error says `none`."""
+    routers = find_routers(model, feature, gates)
+    if gates is None:
+        routers = [router for router in routers if unsupported_reason(router) is None]
+    if not routers:
+        raise ValueError(empty_message)
+    return check_supported(routers, feature, unsupported_reason)
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that is wrapped: accelerate's wrapper has no hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: the model is first"
+        )
+    return optimizer
+
+
+def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Warn if an optimizer steps without weights of a model that have gradients, but with others that have none."""
+    optimizer_weights = {weight for group in optimizer.param_groups for weight in group["params"]}
+    missing = [
+        name for name, weight in model.named_parameters() if weight.grad is not None and weight not in optimizer_weights
+    ]
+    if missing and any(weight.grad is None for weight in optimizer_weights.difference(model.parameters())):
+        warnings.warn(
+            f"the optimizer trains tensors that are no longer the model's, and not {missing[0]}: make it "
+            "after all that changes the model, such as upcycle(), prune() or unstack()",
+            stacklevel=4,
+        )
+
+
+def step_factor(step_taken: Tensor | int, like: Tensor) -> Tensor | int:
+    """`done` as a factor of the tensor `like`."""
+    return step_taken if isinstance(step_taken, int) else step_taken.to(device=like.device, dtype=like.dtype)

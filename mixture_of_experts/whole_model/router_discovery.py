@@ -1,0 +1,217 @@
+"""Finds where a model routes: its sites, which are gates of this package and routers of `transformers`.
+
+Every ability on a whole model takes its sites from here. What is wrapped around a module does not hide it:
+`torch.compile`, checkpoint wrappers, PEFT, DDP, FSDP2, parametrizations. Nothing of `transformers` is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.gating import Gate
+from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.recipes import BLOCK_ATTRIBUTES
+from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
+from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute, find_recipe
+from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
+
+GateSelection = Iterable["str | nn.Module"]  # names of sites; gates or layers
+
+
+class RouterLocation(NamedTuple):
+    """A place in which a gate stands."""
+
+    name: str  # its path, without wrappers
+    layer: nn.Module | None = None  # the layer, or block of transformers, that calls it; None if it stands alone
+
+
+@dataclass(frozen=True, eq=False)
+class RouterHandle:
+    """A gate of a model, or a router of `transformers`. A gate in two layers is one site that stands in two places."""
+
+    gate: nn.Module  #: what routes, without wrappers
+    hook_target: (
+        nn.Module
+    )  #: the outermost wrapper, or the gate itself: a hook on it runs once for each call of a layer
+    num_experts: int
+    enclosing_model: nn.Module  #: the nearest model of transformers that reads a mask, else the model
+    locations: tuple[RouterLocation, ...]
+    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
+    level_one: RouterHandle | None = None  #: for level two: the site of level one
+    block: BlockSettings | None = field(default=None, repr=False)  #: of a block of transformers, whose router it is
+
+    @property
+    def name(self) -> str:
+        return self.locations[0].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(location.name for location in self.locations))
+
+    @property
+    def is_external(self) -> bool:
+        """Whether it is a router of `transformers`, and no gate of this package."""
+        return self.block is not None
+
+    @property
+    def class_name(self) -> str:
+        """The name of the gate's class."""
+        return get_original_class(self.gate).__name__
+
+    @property
+    def k(self) -> int | None:
+        """Choices of a token; None if it is not known."""
+        k = find_attribute(self.gate, "k") if self.block is None else self.block.k
+        return k if isinstance(k, int) else None
+
+    @property
+    def expert_bias(self) -> Tensor | None:
+        """The bias that chooses experts and that counts of choices move; None if there is none."""
+        if self.block is not None:
+            return self.block.expert_bias
+        counts = find_attribute(self.gate, "expert_counts") is not None
+        return find_attribute(self.gate, "expert_bias") if counts else None
+
+    @property
+    def device(self) -> torch.device:
+        """That of the gate's parameters; if it has none, that of the model around."""
+        for module in (self.gate, self.enclosing_model):
+            for tensor in (*module.parameters(), *module.buffers()):
+                return tensor.device
+        return torch.get_default_device()
+
+
+def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = None) -> list[RouterHandle]:
+    """The sites of a model, in its order.
+
+    Args:
+        model: the model.
+        ability: the name of the function that asks, for errors.
+        gates: some of the sites: their names, gates, or layers around gates. By default all.
+
+    Raises:
+        ValueError: there is none, or `gates` has something that is no site.
+    """
+    routers = find_all_routers(model)
+    if not routers:
+        raise ValueError(f"{type(model).__name__} has no gate: give {feature} a model with MoE layers")
+    return routers if gates is None else select_routers(routers, feature, gates)
+
+
+def find_all_routers(model: nn.Module) -> list[RouterHandle]:
+    """All sites of a model, in its order; there may be none."""
+    found: dict[nn.Module, RouterHandle] = {}
+    for entry in iter_named_modules(check_model("model", model)):
+        for router in find_routers_in(entry, found):
+            found[router.gate] = merge_handles(found[router.gate], router) if router.gate in found else router
+    return list(found.values())
+
+
+def check_supported(
+    routers: list[RouterHandle], feature: str, unsupported_reason: Callable[[RouterHandle], str | None]
+) -> list[RouterHandle]:
+    """The same sites, all of which an ability serves; TypeError if it cannot serve one.
+
+    Args:
+        why_not: the reason why a site cannot be served; None if it can.
+    """
+    reasons = {router: reason for router in routers if (reason := unsupported_reason(router)) is not None}
+    if reasons:
+        unsupported = "; ".join(
+            f"{router.name!r} ({router.class_name}): {reason}" for router, reason in reasons.items()
+        )
+        supported = [router.name for router in routers if router not in reasons]
+        remedy = f". For the other gates alone pass gates={supported}" if supported else ""
+        raise TypeError(f"{feature} cannot serve {unsupported}{remedy}")
+    return routers
+
+
+def select_routers(routers: list[RouterHandle], feature: str, gates: GateSelection) -> list[RouterHandle]:
+    """The sites that `gates` names, in the model's order."""
+    if not isinstance(gates, str | nn.Module | Iterable):
+        raise TypeError(f"gates of {feature} must be names or modules of gates, in a list, got {gates!r}")
+    selectors = [gates] if isinstance(gates, str | nn.Module) else list(gates)
+    for selector in selectors:
+        if not any(matches_selector(router, selector) for router in routers):
+            what = f"this {type(selector).__name__}" if isinstance(selector, nn.Module) else repr(selector)
+            names = ", ".join(repr(name) for router in routers for name in router.names)
+            raise ValueError(f"gates of {feature} has {what}, which is no gate of the model: there are {names}")
+    if not selectors:
+        raise ValueError(f"gates of {feature} is empty: name some, or leave it out for all")
+    return [router for router in routers if any(matches_selector(router, selector) for selector in selectors)]
+
+
+def matches_selector(router: RouterHandle, selector: Any) -> bool:
+    if isinstance(selector, str):
+        return selector in router.names
+    modules = [router.gate, router.hook_target, *(location.layer for location in router.locations)]
+    return any(selector is module or (module is not None and selector is unwrap_module(module)) for module in modules)
+
+
+# Modules
+
+
+class NamedModule(NamedTuple):
+    """A module at one of its paths."""
+
+    name: str  # the path, without wrappers
+    outermost: nn.Module  # the outermost wrapper, or the module itself
+    module: nn.Module
+    ancestors: tuple[nn.Module, ...]  # the modules around it, outermost first
+
+    def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
+        """The site of what routes at a path below this module, "" for itself, in a layer."""
+        called = self.module.get_submodule(path) if path else self.outermost
+        location = RouterLocation(f"{self.name}.{path}".strip(".") or "gate", layer)
+        around = find_enclosing_model((*self.ancestors, self.outermost))
+        return RouterHandle(unwrap_module(called), called, num_experts, around, (location,), **more)
+
+
+def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
+    """Every module of a model, at every path. Wrappers and copies that do not compute are left out."""
+    pending = [NamedModule("", model, unwrap_module(model), ())]
+    while pending:
+        entry = pending.pop()
+        yield entry
+        above = (*entry.ancestors, entry.module)
+        for name, child in reversed(entry.module._modules.items()):
+            if child is not None and (module := unwrap_module(child)) not in above:
+                pending.append(NamedModule(f"{entry.name}.{name}".lstrip("."), child, module, above))
+
+
+# Sites
+
+
+def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) -> Iterator[RouterHandle]:
+    """The sites that a module shows: those of its parts, if it is a layer or a block, or its own."""
+    module: Any = entry.module
+    if isinstance(module, HeirarchicalMoE):
+        outer = module.num_experts_outer
+        yield entry.make_handle("gate_outer", outer, entry.outermost)
+        level_one = found[unwrap_module(module.gate_outer)]
+        yield entry.make_handle(
+            "gate_inner", module.num_experts_inner, entry.outermost, outer_expert_dims=(outer,), level_one=level_one
+        )
+    elif isinstance(module, MoE):
+        yield entry.make_handle("gate", module.num_experts, entry.outermost)
+    elif (recipe := find_recipe(module)) is not None:
+        block = BlockSettings(module, recipe)
+        path = next(name for name in BLOCK_ATTRIBUTES["router"] if isinstance(find_attribute(module, name), nn.Module))
+        yield entry.make_handle(path, block.num_logits, module, block=block)
+    elif isinstance(module, Gate) and module not in found:
+        yield entry.make_handle("", module.num_experts, None, outer_expert_dims=module.outer_expert_dims)
+
+
+def merge_handles(first: RouterHandle, second: RouterHandle) -> RouterHandle:
+    """One site of a gate that stands in several places."""
+    called = first.hook_target if first.hook_target is second.hook_target else first.gate
+    locations = [each for each in dict.fromkeys((*first.locations, *second.locations)) if each.layer is not None]
+    return replace(
+        second, hook_target=called, locations=tuple(locations) or first.locations, enclosing_model=first.enclosing_model
+    )

@@ -1,0 +1,335 @@
+"""Experts that wrap other experts: between two modules, beside identities, with weights on the inputs, with a norm.
+
+Axes: t tokens of a call, k choices, r rows sorted by expert, e experts, d model dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.dispatch.decision import Decision, decision_on, of_first_experts
+from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
+from mixture_of_experts.experts import RoutedExperts, run_experts
+from mixture_of_experts.support.batch_invariance import (
+    call_module_batch_invariant,
+    not_tokenwise_reason,
+    reject_batch_invariance,
+    variant_reason,
+)
+from mixture_of_experts.support.checks import check_number, check_size
+from mixture_of_experts.support.private_torch import get_wrapped_module, unwrap_module
+
+WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
+
+
+class ExpertsWrapper(RoutedExperts):
+    """Base of experts that wrap other experts, which `list_nested_experts` lists.
+
+    Args:
+        experts: the experts inside.
+
+    Raises:
+        ValueError: the wrapper works on rows, and the experts inside do more than `compute` rows.
+    """
+
+    #: what the wrapper works on: the tokens before and after all experts; the rows that experts read, or those that
+    #: they return; or the experts themselves, to which it adds others
+    works_on: ClassVar[WorksOn]
+
+    experts: Any
+    num_experts: Any
+    dim_out: int | None
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        on_rows = self.works_on in ("inputs", "outputs")
+        if on_rows and any(getattr(each, "works_on", "outputs") != "outputs" for each in list_nested_experts(experts)):
+            raise ValueError(
+                f"{type(self).__name__} stand on the rows that experts compute, which {type(experts).__name__} weigh "
+                "or go on with: put them inside, around the experts that compute, as in "
+                "InputWeightedExperts(NormedExperts(experts, norm))"
+            )
+        self.experts = experts
+        self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
+
+
+def list_nested_experts(experts: nn.Module) -> list[Any]:
+    """The experts, then those inside them, from the outermost to the innermost; of each what PEFT or FSDP2 wraps."""
+    found: list[Any] = [unwrap_module(experts)]
+    while isinstance(found[-1], ExpertsWrapper):
+        found.append(unwrap_module(found[-1].experts))
+    return found
+
+
+class LatentExperts(ExpertsWrapper):
+    """Experts between two modules: `after(experts(before(x)) + beside(x))`.
+
+    This makes latent experts, which compute in a narrower space that all of them share (arXiv 2601.18089).
+
+    Args:
+        experts: any experts, of the width that `before` returns.
+        before, after, beside: modules that map tokens `(t, d)`; None leaves the step out.
+        dim_out: width of the outputs; by default what `after`, without it the experts, tell (`nn.Linear` does), and
+            else the width of the inputs.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts import Experts, MoE, TopKGating
+        >>> latent = LatentExperts(Experts(4, 8), before=nn.Linear(16, 4), after=nn.Linear(4, 16))
+        >>> moe = MoE(dim=16, gate=TopKGating(16, 8), experts=latent)
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    works_on: ClassVar[WorksOn] = "tokens"
+    before: nn.Module | None
+    after: nn.Module | None
+    beside: nn.Module | None
+    dim_out: int | None
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        *,
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+        beside: nn.Module | None = None,
+        dim_out: int | None = None,
+    ) -> None:
+        super().__init__(experts)
+        self.before, self.after, self.beside = before, after, beside
+        told = self.dim_out if after is None else getattr(after, "out_features", None)
+        self.dim_out = told if dim_out is None else check_size("dim_out", dim_out)
+
+    def variant_reason(self) -> str | None:
+        parts = [part for part in (self.before, self.beside, self.after) if part is not None]
+        reasons = (variant_reason(self.experts), *map(not_tokenwise_reason, parts))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        inner = x if self.before is None else call_module_batch_invariant(self.before, x)
+        out = self.experts(inner) if decision is None else run_experts(self.experts, inner, decision)
+        if self.beside is not None:
+            out = out + call_module_batch_invariant(self.beside, x)
+        if self.after is not None:
+            out = call_module_batch_invariant(self.after, out)
+        return out if decision is None else torch.where(mask_routed_tokens(decision).unsqueeze(-1), out, 0)
+
+
+def mask_routed_tokens(decision: Decision) -> Tensor:
+    """`(t,)` bool, the tokens that are sent to an expert, whether it has room or not. Padding is not sent."""
+    if decision.k is not None:
+        return decision.chosen.view(-1, decision.k).any(dim=-1)
+    assert decision.token is not None
+    counts = torch.zeros(decision.num_tokens, dtype=torch.int64, device=decision.token.device)
+    return counts.scatter_add(0, decision.token, decision.chosen.to(torch.int64)) > 0
+
+
+class ZeroComputationExperts(ExpertsWrapper):
+    """Adds experts that cost nothing to experts that compute.
+
+    An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322; MoE++, arXiv 2410.07348). An
+    expert bias moved by `SignRule(shares=...)` balances the two kinds separately.
+
+    Args:
+        experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they have the ids from 0 to e - 1.
+        num_identity: number of experts that return the token; they have the next ids.
+        num_zero: number of experts that return zero, with the last ids.
+
+    Raises:
+        ValueError: the experts return another width than that of the token, which identities return.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import Experts, MoE, TopKGating
+        >>> experts = ZeroComputationExperts(Experts(dim=16, num_experts=4), num_identity=2)
+        >>> moe = MoE(dim=16, gate=TopKGating(16, 6, k=2), experts=experts)
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    works_on: ClassVar[WorksOn] = "experts"
+    num_identity: int
+    num_zero: int
+    num_inner_experts: int
+    num_experts: Any
+
+    def __init__(self, experts: RoutedExperts, *, num_identity: int = 0, num_zero: int = 0) -> None:
+        super().__init__(experts)
+        if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
+            raise TypeError(
+                f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: the "
+                "ids of the added experts follow theirs"
+            )
+        for name, number in {"num_identity": num_identity, "num_zero": num_zero}.items():
+            if check_number(name, number, at_least=0) != int(number):
+                raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
+            setattr(self, name, int(number))
+        self.num_inner_experts = self.num_experts
+        self.num_experts = self.num_inner_experts + self.num_identity + self.num_zero
+        self._check_widths(getattr(experts, "dim", None), self.dim_out)
+
+    def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
+        """Refuse outputs of another width than the tokens', which identities return."""
+        if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
+            raise ValueError(
+                f"the experts map width {dim} to {dim_out}, but {self.num_identity} of the added ones return the token "
+                f"of width {dim}: give them num_zero alone, or experts that keep the width"
+            )
+
+    def variant_reason(self) -> str | None:
+        return variant_reason(self.experts)
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        e, stop = self.num_inner_experts, self.num_inner_experts + self.num_identity
+        if decision is None:
+            out = self.experts(x[:e])
+            self._check_widths(x.shape[-1], out.shape[-1])
+            zeros = out.new_zeros(self.num_zero, *out.shape[1:])
+            return torch.cat([out, x[e:stop], zeros] if self.num_identity else [out, zeros])
+        out = self.experts(x, of_first_experts(decision, e))
+        self._check_widths(x.shape[-1], out.shape[-1])
+        if self.num_identity:
+            out = out + _sum_weights_of(decision, (decision.expert >= e) & (decision.expert < stop)) * x
+        return out.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"num_identity={self.num_identity}, num_zero={self.num_zero}"
+
+
+def _sum_weights_of(decision: Decision, selected: Tensor) -> Tensor:
+    """`(t, 1)`, the sum of the weights of those assignments of a token that are in `some` `(a,)`."""
+    weight = torch.where(decision.kept & selected, decision.weight, 0)
+    if decision.k is not None:
+        return weight.view(-1, decision.k).sum(dim=-1, keepdim=True)
+    assert decision.token is not None
+    return add_rows(weight.new_zeros(decision.num_tokens, 1), decision.token, weight.unsqueeze(-1))
+
+
+def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    """What experts compute for rows `(r, d)` sorted by expert. A wrapper of them is called with each row as a token:
+    only in its forward do adapters of PEFT change weights."""
+    if get_wrapped_module(experts) is None:
+        return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
+    row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
+    expert = torch.bucketize(row, num_tokens_per_expert.cumsum(0), right=True)
+    weight = torch.ones(expert.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
+    return experts(rows, decision_on(expert, weight, num_tokens_per_expert.shape[0]))
+
+
+class InputWeightedExperts(ExpertsWrapper):
+    """Multiplies what experts read by the weights of their assignments, instead of what they return (Llama 4).
+
+    Args:
+        experts: experts that have `compute`, such as `GatedExperts`.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import GatedExperts, MoE, TopKGating
+        >>> gate = TopKGating(16, 4, k=1, score="sigmoid")
+        >>> moe = MoE(dim=16, gate=gate, experts=InputWeightedExperts(GatedExperts(16, 4)))
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    works_on: ClassVar[WorksOn] = "inputs"
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        if decision is None:
+            return super().forward(x, decision)
+        reject_batch_invariance(f"{type(self).__name__} compute rows by themselves")
+        plan = decision.without_gaps()
+        assert plan.rows_per_expert is not None
+        rows = dispatch(x, plan) * plan.row_weight().unsqueeze(-1)
+        out = self.compute(rows.to(x.dtype), plan.rows_per_expert)
+        return combine(out, plan._replace(weight=(plan.weight != 0).to(plan.weight.dtype)))
+
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        return _compute_inner_rows(self.experts, rows, num_tokens_per_expert)
+
+
+class NormedExperts(ExpertsWrapper):
+    """Puts a norm on what experts return, before the weights of the assignments multiply it.
+
+    Args:
+        experts: experts that have `compute`, such as `GatedExperts`. `InputWeightedExperts` go around the norm.
+        norm: a module that maps rows `(r, d)`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts import Experts, MoE, TopKGating
+        >>> moe = MoE(dim=16, gate=TopKGating(16, 4), experts=NormedExperts(Experts(16, 4), nn.RMSNorm(16)))
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    works_on: ClassVar[WorksOn] = "outputs"
+    norm: nn.Module
+
+    def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
+        super().__init__(experts)
+        self.norm = norm
+
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        return self.norm(_compute_inner_rows(self.experts, rows, num_tokens_per_expert))
+
+
+class Scale(nn.Module):
+    """Multiplies by a number."""
+
+    by_token: ClassVar[bool] = True
+    factor: float
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = check_number("factor", factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor}"
+
+
+class Shift(nn.Module):
+    """Adds a learned vector `bias (d,)`."""
+
+    by_token: ClassVar[bool] = True
+    bias: nn.Parameter
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the vector to 0."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+class GatedSharedExpert(nn.Module):
+    """`sigmoid(gate(x)) * module(x)`, as the shared expert of Qwen2-MoE (arXiv 2407.10671).
+
+    Args:
+        module: maps `(..., d)` to the same shape.
+        gate: maps `(..., d)` to `(..., 1)`.
+    """
+
+    by_token: ClassVar[bool] = True
+    module: nn.Module
+    gate: nn.Module
+
+    def __init__(self, module: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.module, self.gate = module, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate(x)) * self.module(x)
