@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -39,6 +40,18 @@ LAYER_ORDER = [
     "huggingface",
     "verify",
 ]
+# Names that several modules define, because the modules implement one interface.
+SHARED_NAMES = {
+    "implementations of experts": "run unsupported_reason plan_of",
+    "implementations of gates": """
+        make_routing unsupported_reason REPLACED_METHODS MAX_EXPERTS SELF_CHECK choose_by_kernel _find_fault
+        _self_check_failure
+    """,
+    "classes that import the modules in which these names stand for them": "TopKGating Top2Gating",
+    "networks of rows, with and without adapters": "run_network backpropagate_network",
+    "formats of quantized weights": "MAX_DIRECT_ROWS pack_matrix unpack_matrix multiply_rows has_direct_matmul",
+    "commands": "main",
+}
 MAX_ROOT_FILES = 13  # of the root: each is a public import path, or a part of `moe`
 MAX_LAYERS = 13
 
@@ -116,6 +129,23 @@ def test_imports_run_one_way():
     modules = read_sources()
     assert "moe" in set(list_imports("", modules[""], modules))
     assert find_wrong_imports(modules) == []
+
+
+def list_definitions(text: str) -> set[str]:
+    """The names that a module defines itself: functions, classes and constants."""
+    found: set[str] = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {name.id for each in targets for name in ast.walk(each) if isinstance(name, ast.Name)}
+    return {name for name in found if name.strip("_") and not name.startswith("__")}
+
+
+def test_a_name_means_one_thing():
+    counts = Counter(name for text in read_sources().values() for name in list_definitions(text))
+    assert {name for name, count in counts.items() if count > 1} == set(" ".join(SHARED_NAMES.values()).split())
 
 
 def test_package_root_is_small():

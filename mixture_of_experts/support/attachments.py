@@ -24,7 +24,7 @@ HOOK_TABLES = (
 
 
 #: attributes that a module has while something is attached to it
-REPLACED_METHODS = ("__getstate__", "__deepcopy__")
+INSTANCE_OVERRIDES = ("__getstate__", "__deepcopy__")
 #: stands for an attribute that a module itself does not have
 MISSING = object()
 
@@ -103,7 +103,7 @@ class DetachedState:
 
     def strip_attachments(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state without what is attached."""
-        state = {name: value for name, value in state.items() if name not in REPLACED_METHODS}
+        state = {name: value for name, value in state.items() if name not in INSTANCE_OVERRIDES}
         for table in HOOK_TABLES:
             if table in state:
                 kept = [(key, value) for key, value in state[table].items() if key not in self.hook_ids]
@@ -122,7 +122,7 @@ class DetachedState:
 
     def remove_if_empty(self) -> None:
         if not self.hook_ids and not self.attribute_values:
-            for name in REPLACED_METHODS:
+            for name in INSTANCE_OVERRIDES:
                 self.module.__dict__.pop(name, None)
 
 

@@ -45,7 +45,7 @@ def unsupported_reason(call: Call) -> str | None:
     return (
         device_unsupported_reason(x.device)
         or _unsupported_network_reason(x.dtype, network)
-        or _self_check_failure(call)
+        or _experts_check_failure(call)
     )
 
 
@@ -77,7 +77,7 @@ def _is_decoding(call: Call) -> bool:
     return few_tokens.supports_call(call) and statically_known_true(count_plan_rows(call.decision) <= low)
 
 
-def _self_check_failure(call: Call) -> str | None:
+def _experts_check_failure(call: Call) -> str | None:
     """What a check of the kernels on this card found wrong; None if nothing. Fake tensors are not checked."""
     x, network = call.x, call.network
     compiling = torch.compiler.is_compiling()
