@@ -6,6 +6,7 @@ import contextlib
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 from types import SimpleNamespace
 from typing import Any
@@ -274,12 +275,12 @@ def test_rejects_mismatched_weights():
     expert, weight = {"gate": [torch.tensor([[0, 1]])]}, torch.rand(1, 2)
     for wrong, error, said in (
         ({"gate": [weight[:, :1]]}, ValueError, r"weights must have the shapes .*'gate': .*1, 2.* of the choices, got"),
-        ({"gate": [weight.long()]}, ValueError, r"weights\['gate'\] must be a list of tensors of floating point"),
+        ({"gate": [weight.long()]}, ValueError, r"weights\['gate'\] must be a list of dense tensors of floating point"),
         ({"gate": []}, ValueError, "weights must have the shapes"),
         ({"other": [weight]}, ValueError, "weights must have the shapes"),
         ([weight], TypeError, "weights must be a dict"),
-        ({"gate": None}, ValueError, r"weights\['gate'\] must be a list of tensors"),
-        ({"gate": weight.tolist()}, ValueError, r"weights\['gate'\] must be a list of tensors"),
+        ({"gate": None}, ValueError, r"weights\['gate'\] must be a list of dense tensors"),
+        ({"gate": weight.tolist()}, ValueError, r"weights\['gate'\] must be a list of dense tensors"),
     ):
         with pytest.raises(error, match=said):
             RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
@@ -424,8 +425,8 @@ ROW, REQUEST = torch.zeros(3, 2, dtype=torch.int64), [[[0, 1]]]
 NO_RECORDS = [
     ({}, "experts is empty"),
     ([ROW], "experts must be a dict of records by gate, got a list"),
-    ({"a": [ROW, ROW[0]]}, r"experts\['a'\] must be a list of tensors .* got tensor\(\[0, 0"),
-    *(({"a": [ROW.to(dtype)]}, r"experts\['a'\] must be a list of tensors of integers") for dtype in NO_INTEGERS),
+    ({"a": [ROW, ROW[0]]}, r"experts\['a'\] must be a list of dense tensors .* got tensor\(\[0, 0"),
+    *(({"a": [ROW.to(dtype)]}, r"experts\['a'\] must be a list of dense tensors of integers") for dtype in NO_INTEGERS),
 ]
 NO_REQUESTS = [
     ([], r"requests must be arrays \(tokens, layers, k\) of the same layers, got \[\] layers"),
@@ -434,7 +435,7 @@ NO_REQUESTS = [
     ([REQUEST, {"routed_experts": REQUEST}], "request 1 must be an array .* a dict"),
     ([REQUEST, [[[0, 1], [1]]]], "request 1 must be an array .* a list"),
     ([[1, 2]], "request 0 must be an array .* a list: .* out of range"),
-    ([[(1, 2)]], r"experts\['0'\] must be a list of tensors of integers \(tokens, k\), .* got tensor\(\[1\]\)"),
+    ([[(1, 2)]], r"experts\['0'\] must be a list of dense tensors of integers \(tokens, k\), .* got tensor\(\[1\]\)"),
     *(([torch.ones(1, 1, 2).to(dtype)], r"experts\['0'\] must be a list .* of integers") for dtype in NO_INTEGERS),
 ]
 
@@ -479,13 +480,44 @@ def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
         ({"weight": torch.zeros(2)}, "it has no 'format'"),
         ({"format": "other"}, "its format is 'other', wanted"),
         *(({name: of[name] for name in of if name != gone}, f"it has no '{gone}'") for gone in of),
-        (of | {"experts": {"gate": [ROW.float()]}}, "must be a list of tensors of integers"),
+        (of | {"experts": {"gate": [ROW.float()]}}, "must be a list of dense tensors of integers"),
         (of | {"weights": {"gate": [ROW[:1].float()]}}, "weights must have the shapes"),
+        (of | {"experts": {"gate": [ROW.to_sparse()]}}, "must be a list of dense tensors of integers"),
+        (of | {"experts": {"gate": [ROW.to("meta")]}}, "must be a list of dense tensors of integers"),
+        (of | {"num_experts": {"gate": "x"}}, r"num_experts\['gate'\] must be an integer of at least 1, got 'x'"),
+        (flip_bit(path, torch.tensor([[41, 42], [43, 44]])), "the checksum of .* is wrong"),
         (nn.Linear(2, 2), ""),  # which weights_only does not build
     ]:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(ValueError, match=f"records is not whole, or no file of RoutingRecords.save: .*{said}"):
             RoutingRecords.load(path)
+
+
+def flip_bit(path: Path, row: Tensor) -> bytes:
+    """A file of a record with another number in it: its zip archive is intact but for a checksum."""
+    RoutingRecords({"gate": [row]}).save(path)
+    content = path.read_bytes()
+    at = content.index(row.numpy().tobytes())
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    """A disk may be full: the file that was there stays, and nothing else is left."""
+    path, records = tmp_path / "records", RoutingRecords({"gate": [ROW]}, {"gate": 4})
+    records.save(path)
+
+    def fail(found, file):
+        Path(file).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(OSError, match="no space left"):
+            records.save(path)
+    assert RoutingRecords.load(path)["gate"][0].equal(ROW)
+    assert [file.name for file in tmp_path.iterdir()] == ["records"]
+    RoutingRecords({"gate": [ROW[:1]]}).save(path)
+    assert RoutingRecords.load(path)["gate"][0].equal(ROW[:1])
 
 
 class TwoLayers(nn.Module):
@@ -594,7 +626,7 @@ def test_weights_of_engines():
     assert not torch.allclose(free[0], out[0], atol=1e-2)
     with pytest.raises(ValueError, match=r"shapes .*\(4, 2\), \(4, 2\)\]} of the choices, got .*\[\(4, 2\)\]}"):
         RoutingRecords.from_requests(experts, weights=weights[:1])
-    with pytest.raises(ValueError, match=r"weights\['0'\] must be a list of tensors of floating point"):
+    with pytest.raises(ValueError, match=r"weights\['0'\] must be a list of dense tensors of floating point"):
         RoutingRecords.from_requests(experts, weights=experts)
 
 

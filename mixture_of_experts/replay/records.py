@@ -6,14 +6,18 @@ Axes: s tokens of a sequence, l gates, k choices of a token.
 from __future__ import annotations
 
 import threading
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from os import PathLike
+from contextlib import contextmanager
+from os import PathLike, getpid
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixture_of_experts.gating.overrides import KEEP_ROUTER_CHOICE
+from mixture_of_experts.support.checks import check_optional_size
 
 RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
@@ -61,7 +65,9 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         self._weights = (
             None if weights is None else check_records("weights", weights, "floating point", torch.is_floating_point)
         )
-        self._num_experts = dict(num_experts or {})
+        self._num_experts = {
+            name: check_optional_size(f"num_experts[{name!r}]", e) for name, e in (num_experts or {}).items()
+        }
         self._unread: list[dict[str, RecordedForward]] = []  # what a recording stored, by gate, for each forward
         if not self._experts:
             raise ValueError("experts is empty: give a list of records for each gate")
@@ -195,7 +201,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return records
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a file that `load` reads."""
+        """Write a file that `load` reads. An existing file is replaced once the new one is complete."""
         weights = None if self.weights is None else pack_records(self.weights)
         found = {
             "format": RECORDS_FORMAT,
@@ -203,17 +209,21 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             "num_experts": self._num_experts,
             "weights": weights,
         }
-        torch.save(found, path)
+        with replaced_when_complete(Path(path)) as unfinished:
+            torch.save(found, unfinished)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingRecords:
         """Read a file that `save` wrote; nothing in it is executed (`weights_only`).
 
         Raises:
-            ValueError: the file is of another kind, or not whole.
+            ValueError: the file is of another kind, incomplete or corrupt.
         """
         with open(path, "rb") as file:
             try:
+                if (member := zipfile.ZipFile(file).testzip()) is not None:  # torch does not compare checksums
+                    raise ValueError(f"the checksum of {member} is wrong")
+                file.seek(0)
                 found = torch.load(file, weights_only=True, map_location="cpu")
                 if found["format"] != RECORDS_FORMAT:
                     raise ValueError(f"its format is {found['format']!r}, wanted {RECORDS_FORMAT!r}")
@@ -223,6 +233,17 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
 
 
+@contextmanager
+def replaced_when_complete(path: Path) -> Iterator[Path]:
+    """A path to write to: the file there replaces that at `path` at the end, or is removed if an error is raised."""
+    unfinished = path.with_name(f".{path.name}.{getpid()}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
     """The tensors of each gate, one for each sequence, if they are such."""
     if not isinstance(given, Mapping):
@@ -230,8 +251,8 @@ def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], boo
     found = {gate: list(of) if isinstance(of, Iterable) else [of] for gate, of in given.items()}
     for gate, sequences in found.items():
         for record in sequences:
-            if not (isinstance(record, Tensor) and record.ndim == 2 and fits(record)):
-                wanted = f"a list of tensors of {kind} (tokens, k), one a sequence"
+            if not (isinstance(record, Tensor) and record.ndim == 2 and has_values(record) and fits(record)):
+                wanted = f"a list of dense tensors of {kind} (tokens, k), one a sequence"
                 raise ValueError(f"{name}[{gate!r}] must be {wanted}, got {record!r:.99}")
     return found
 
@@ -239,6 +260,11 @@ def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], boo
 def pack_records(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """The same records, of which those of a gate lie in one tensor: a file then has one for each gate."""
     return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
+
+
+def has_values(array: Tensor) -> bool:
+    """Whether a tensor is dense and has data."""
+    return array.layout is torch.strided and not array.is_meta
 
 
 def is_integer_tensor(array: Tensor) -> bool:
