@@ -149,7 +149,7 @@ def train_distributed(
         for piece, (x, target) in enumerate(make_batches(step, pieces)):
             last = piece == pieces - 1
             wait = isinstance(parallel, DistributedDataParallel) and not last
-            with parallel.forbid_sync() if wait else nullcontext():
+            with parallel.no_sync() if wait else nullcontext():
                 out, aux_loss = parallel(local_part(x))
                 own_sum = (out - local_part(target)).square().sum()
                 ((own_sum * dist.get_world_size() / x.numel() + aux_loss) / pieces).backward()
