@@ -17,7 +17,7 @@ from mixture_of_experts.support.batch_invariance import call_module_batch_invari
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
 from mixture_of_experts.support.private_torch import unsafe_view
 
-MAX_GROUP_SHRINKAGE = 16  # groups are refused if they are so many times shorter than was asked for
+MAX_GROUP_SHRINKAGE = 16  # groups more than this many times shorter than requested raise a ValueError
 
 
 def mask_and_group(
@@ -50,7 +50,7 @@ def group_side_inputs(
 
     Args:
         side: tensors `(..., n)` or `(..., n, anything)` by name, an entry for each token; None is left out.
-        reads: the names that the gates read.
+        names: the names that the gates read.
         mask: `(..., n)` or None.
         shape: `(..., n)` of the inputs.
         groups: `(b, n, d)`, the inputs in groups.

@@ -29,7 +29,7 @@ class Plan(NamedTuple):
         k: assignment i belongs to token i // k; None for expert choice.
         num_tokens, num_rows: t and r.
         num_experts: e, as a tuple (two numbers for two levels).
-        table: what the products of a way read beside these, as `ops/batched.py` says; or None.
+        table: what else the products of an implementation read, see `ops/batched.py`; or None.
     """
 
     row: Tensor

@@ -29,7 +29,7 @@ PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
 MAX_DENOMINATOR = 1 << 20  # of a capacity factor
 QUEUES_SELF_CHECK = SelfCheck("the Triton kernels of queues")
 MAX_KERNEL_EXPERTS = 1024  # of the kernels: their tables have a line for each
-MAX_TABLE_ENTRIES = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
+MAX_TABLE_ENTRIES = 4096  # up to here the implementation with the fewest operators is fastest, whatever it reads
 
 
 def bounded_ratio(factor: float) -> tuple[int, int]:
@@ -200,7 +200,7 @@ def _by_kernels(
 
 
 def _find_queue_fault(device: torch.device) -> str | None:
-    """What differs between the two ways on made-up assignments; None if nothing."""
+    """What differs between the two implementations on made-up assignments; None if nothing."""
     generator = torch.Generator(device).manual_seed(0)
     e, k, n = 37, 3, 90
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)

@@ -250,8 +250,9 @@ class TokenChoiceGate(Gate):
     #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: short ways to a `Routing`, by name, the fastest first: modules with `routing(gate, tokens)` and `why_not(gate,
-    #: tokens)`, which returns why it does not serve the call, or None. Where none serves, `decide` does
+    #: fast implementations by name, the fastest first: modules with `make_routing(gate, tokens)` and
+    #: `unsupported_reason(gate, tokens)`, which returns why the module does not support the call, or None. If none
+    #: supports it, `decide` is called
     implementations: ClassVar[Mapping[str, Any]] = {}
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)

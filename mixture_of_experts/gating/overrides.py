@@ -2,10 +2,10 @@
 
 Axes: b groups, n tokens of a group, k choices of a token; outer experts stand before them: `...`.
 
-    0 and above    this expert computes the token
-    -1             no choice
-    -2 - i         expert i takes its share of the token's weight, but does not compute the token
-    LIVE           the gate chooses
+    0 and above           this expert computes the token
+    -1                    no choice
+    -2 - i                expert i takes its share of the token's weight, but does not compute the token
+    KEEP_ROUTER_CHOICE    the gate chooses
 
 Forced choices, for benchmarks, are given ones that follow from shapes alone.
 """
@@ -32,10 +32,11 @@ KEEP_ROUTER_CHOICE = -(1 << 15)  # the least of int16
 
 
 def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`.
+    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are
+    `KEEP_ROUTER_CHOICE`.
 
     Args:
-        given: choices as they are written; None: the gate makes all.
+        overrides: given choices, encoded as above; None: the gate makes all choices.
         own, made: its own experts, and which of them it chooses; None: all.
 
     Returns:

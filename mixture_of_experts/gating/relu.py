@@ -147,5 +147,5 @@ class ReLUGating(TopKGating):
 
     def scale_l1(self, rate: float, excess: Tensor) -> None:
         """Multiply the coefficient by `rate` if `excess` is positive, divide it if `excess` is negative, and keep it
-        between `LEAST` and `MOST`."""
+        between `MIN_L1_COEF` and `MAX_L1_COEF`."""
         self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef)).clamp_(MIN_L1_COEF, MAX_L1_COEF)

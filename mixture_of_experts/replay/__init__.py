@@ -1,4 +1,4 @@
-"""Records what gates choose, and makes them choose it again: in another dtype, engine or batch, or a recomputation."""
+"""Records the routing decisions of gates and replays them: in another dtype, engine or batch, or in a recomputation."""
 
 from mixture_of_experts.replay.checkpointing import save_choices
 from mixture_of_experts.replay.recording import record_routing

@@ -1,4 +1,4 @@
-"""`save_choices`: activation checkpointing saves choices instead of computing them again."""
+"""`save_choices`: activation checkpointing that saves routing decisions instead of recomputing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-#: operators that make choices of numbers
+#: operators that turn numbers into discrete choices
 CHOICE_OPERATORS = {
     f"aten.{name}"
     for name in ("argmax", "argmin", "max", "multinomial", "sort", "topk", "lt", "le", "gt", "ge", "eq", "ne")
@@ -15,18 +15,18 @@ CHOICE_OPERATORS = {
 
 
 def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """A policy for selective activation checkpointing: save choices, compute everything else again.
+    """A policy for selective activation checkpointing that saves choices and recomputes everything else.
 
-    On some GPUs products differ from run to run. A token whose best scores are nearly equal may then choose other
-    experts in the recomputation than in the forward, and its gradient is wrong. This policy saves every discrete result
-    of floating-point numbers: argmax, top-k, sorting, comparisons. So it covers the gates of this package, with
-    policies and capacity, and the routers of `transformers`.
+    On some GPUs, matrix products differ from run to run. A token whose best scores are nearly equal may then choose
+    different experts in the recomputation than in the forward, and its gradient is wrong. This policy saves every
+    discrete result computed from floating-point numbers: argmax, top-k, sorting, comparisons. It therefore covers the
+    gates of this package, with policies and capacity, and the routers of `transformers`.
 
     Args:
-        context, operator, args, kwargs: the arguments that `torch.utils.checkpoint` gives a policy.
+        context, operator, args, kwargs: the arguments that `torch.utils.checkpoint` passes to a policy.
 
     Returns:
-        `MUST_SAVE` for such operators, else `PREFER_RECOMPUTE`.
+        `MUST_SAVE` for such operators, otherwise `PREFER_RECOMPUTE`.
 
     Example:
         >>> from functools import partial
@@ -39,7 +39,7 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
         >>> out, aux_loss = checkpoint(moe, x, use_reentrant=False, context_fn=contexts)
         >>> (out.sum() + aux_loss).backward()
 
-        For a model of `transformers` call `model.activation_checkpointing_enable(dict(use_reentrant=False,
+        For a `transformers` model, call `model.activation_checkpointing_enable(dict(use_reentrant=False,
         context_fn=contexts))`.
     """
     first = args[0] if args else None

@@ -1,4 +1,4 @@
-"""Hooks around every place where a model chooses, and on the models around: what recording and replay share."""
+"""Hooks on every routing point of a model and on the enclosing models, shared by recording and replay."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from mixture_of_experts.whole_model.model_tokens import TokenMetadata
 
 
 class ChoiceHooks:
-    """Recording or replay. In a backward that runs a part again there is no call.
+    """Base class of recording and replay. There is no current call while a backward recomputes a part of the model.
 
     Attributes:
-        sites: where the model chooses.
-        replays: whether gates are given choices.
-        unread: where a recording keeps what gates chose in forwards that ended well; None in a replay.
-        give, supply_block_choices: see `Replay`.
-        after: `(site, call, output, kwargs)`, after a layer that was given choices, or a gate that made them.
-        on_block_choices: `(site, call, output, expert)`, after a block of transformers that chose experts `(..., k)`.
+        points: the routing points of the model.
+        is_replay: whether choices are supplied to the gates.
+        pending_forwards: where a recording stores what gates chose in forwards that succeeded; None in a replay.
+        supply_choices, supply_block_choices: see `RoutingReplayer`.
+        on_choices: called with `(point, call, output, kwargs)` after a layer that received choices, or after a gate
+            that made them.
+        on_block_choices: called with `(point, call, output, expert)` after a block of transformers that chose experts
+            `(..., k)`.
     """
 
     is_replay: ClassVar[bool] = False
@@ -40,7 +42,7 @@ class ChoiceHooks:
         self.points: list[RoutingPoint] = points
 
     def attach_hooks(self, hooks: Attachments) -> None:
-        """Set the hooks, for forwards of this thread."""
+        """Attach the hooks, for forwards of this thread."""
         watches = {
             point.router.enclosing_model: SequenceWatch(self, point.router.enclosing_model) for point in self.points
         }
@@ -65,7 +67,7 @@ class ChoiceHooks:
     ) -> Any:
         """Forward pre-hook of a layer, or of a gate without one."""
         if kwargs is None or ((call := sequences.current_call(point)) is None and not is_recomputing()):
-            return None  # the hook is being set or taken off; another thread
+            return None  # the hook is being attached or removed, or another thread runs the layer
         x, sizes, mask = point.read_inputs(args, kwargs)
         if call is not None:
             call.enter_gate(point, sizes, mask)
@@ -81,7 +83,7 @@ class ChoiceHooks:
     def layer_hook(
         self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any, output: Any = None
     ) -> None:
-        """Forward hook of what chooses."""
+        """Forward hook of the module that chooses: in a replay the layer, in a recording the gate."""
         call = sequences.current_call(point)
         if output is not None and call is not None and call.layer_path == point.layer_path:
             self.on_choices(point, call, output, kwargs)
@@ -89,7 +91,7 @@ class ChoiceHooks:
     def forward_block(
         self, point: RoutingPoint, sequences: SequenceWatch, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """The forward of a block of `transformers`."""
+        """Replaces the forward of a block of `transformers`."""
         call = sequences.current_call(point)
         if torch.compiler.is_compiling():
             raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph: compile without fullgraph=True")
@@ -114,7 +116,7 @@ class ChoiceHooks:
 
 
 def get_token_shape(point: RoutingPoint, tokens: TokenMetadata, num_tokens: int) -> tuple[int, int]:
-    """The sizes `(b, n)` of the tokens of a block, whose model tells of them."""
+    """The shape `(b, n)` of the tokens of a block, from the arguments of its model."""
     b, n = tokens.shape or (1, num_tokens)
     if tokens.mask_unknown_reason is not None or b * n != num_tokens:
         why = tokens.mask_unknown_reason or f"its model was given ({b}, {n})"

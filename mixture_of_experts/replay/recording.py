@@ -1,4 +1,4 @@
-"""Recording: hooks store the choices of every real token of every sequence.
+"""Recording: hooks that store the choices of every real token of every sequence.
 
 Axes: b sequences, n tokens of a forward, k choices of a token.
 """
@@ -25,30 +25,29 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection
 def record_routing(
     model: nn.Module, *, gates: GateSelection | None = None, weights: bool = False
 ) -> Iterator[RoutingRecords]:
-    """Record the choices of every gate in `model`, while the context lasts, for `replay_routing`.
+    """Record the choices of every gate in `model` inside the context, for `replay_routing`.
 
-    It finds the gates that `track_routing` finds: gates of token choice of this package, and the routers of MoE models
-    in `transformers` that choose by `torch.topk`. Padding is left out, by the layer's mask or by the attention mask of
-    the model around.
+    It finds the same gates as `track_routing`. They must be token-choice gates of this package, or routers of MoE
+    models in `transformers` that choose with `torch.topk`. Padding is left out, based on the layer's mask or on the
+    attention mask of the enclosing model.
 
-    Each forward adds its sequences to the records, in the order of the batch. A forward that continues a cache
-    (`generate`) adds its tokens to the sequences of the forward before it. If the cache was cut, the record is cut too.
-    Beam search is refused, because it exchanges the sequences of the cache. Without a cache every step of a generation
-    adds its sequences anew, from their first token. Only forwards of this thread are recorded, each
-    once, also under activation checkpointing. Numbers stay on the device until they are read.
+    Each forward appends its sequences to the records, in batch order. A forward that continues a cache (`generate`)
+    appends its tokens to the sequences of the previous forward. If the cache was cropped, the record is cropped too.
+    Beam search raises an error, because it swaps the sequences of the cache. Without a cache, every generation step
+    adds its sequences anew, from their first token. Only forwards of this thread are recorded, each one once, also
+    under activation checkpointing. Data stays on the device until it is read.
 
     Args:
         model: the module that you call.
-        gates: the gates to record, by their names or as modules (gates, or layers around them); by default all.
-        weights: whether the weights of the choices are recorded too, and so replayed. Only for gates of this
-            package.
+        gates: the gates to record, by name or as modules (gates, or layers that contain them); by default all.
+        weights: whether to record, and thus replay, the weights of the choices too. Only for gates of this package.
 
     Raises:
         ValueError: the model has no gate.
-        TypeError: tokens make no k choices at a gate (expert choice), or its weights cannot be recorded; in a forward,
-            a block of `transformers` does not choose by `torch.topk`.
-        RuntimeError: in a forward, a gate runs twice, outside of `model`, or in a graph from before the context; or
-            beam search exchanged sequences; on reading, a forward continued sequences that were not recorded.
+        TypeError: tokens do not make k choices at a gate (expert choice), or its weights cannot be recorded; in a
+            forward, a block of `transformers` does not choose with `torch.topk`.
+        RuntimeError: in a forward, a gate runs twice, outside of `model`, or in a graph compiled before the context;
+            or beam search swapped sequences; on reading, a forward continued sequences that were not recorded.
 
     Example:
         >>> import torch
@@ -72,7 +71,7 @@ def record_routing(
 
 
 class RoutingRecorder(ChoiceHooks):
-    """Stores what gates choose for `records`, made by `record_routing`."""
+    """Stores the choices of gates in `records`; created by `record_routing`."""
 
     records_weights: bool
 
@@ -89,7 +88,7 @@ class RoutingRecorder(ChoiceHooks):
         if routing.weighed is not None:
             expert = torch.where(routing.weighed, expert, -1)
         expert, given = expert.unflatten(-1, (-1, point.k)), kwargs.get(GIVEN)
-        if given is not None:  # a choice that was given as not made is recorded as it was given
+        if given is not None:  # overrides that mean no choice, or no computation, are recorded unchanged
             expert = torch.where((given < 0) & (given != KEEP_ROUTER_CHOICE), given, expert)
         self.store_choices(point, call, *([expert, routing.weight.detach()] if self.records_weights else [expert]))
 
@@ -97,7 +96,7 @@ class RoutingRecorder(ChoiceHooks):
         self.store_choices(point, call, expert)
 
     def store_choices(self, point: RoutingPoint, call: SequenceCall, expert: Tensor, *weight: Tensor) -> None:
-        """Store what a gate chose in a forward, in as few bytes as its experts take."""
+        """Store what a gate chose in a forward, in the smallest of int16 and int32 that fits its experts."""
         sizes, mask = call.entered_gates[point.name]
         small = torch.int16 if point.num_experts < 1 << 14 else torch.int32
         values = [each.reshape(*sizes, point.k) for each in (expert.detach().to(small), *weight)]

@@ -1,4 +1,4 @@
-"""`RoutingRecords`: choices by gate, sequence and real token; selected, saved, and read from serving engines.
+"""`RoutingRecords`: choices by gate, sequence and real token. They can be selected, saved, and read from engines.
 
 Axes: s tokens of a sequence, l gates, k choices of a token.
 """
@@ -23,25 +23,25 @@ RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
 
 #: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
-#: real tokens, None if all are; how many of each sequence were read before, `(b,)` or one number for all
+#: real tokens, None if all are real; the number of earlier tokens of each sequence, `(b,)` or one number for all
 RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):
     """The experts of every real token of some sequences: a mapping from each gate of a model to a list of sequences.
 
-    A choice is a number: an expert; or -1, no choice; or -2 - i, which means that expert i takes its share of the
-    token's weight, but does not compute the token (capacity or a policy dropped it).
+    A choice is an integer: the index of an expert; -1 for no choice; or -2 - i, which means that expert i keeps its
+    share of the token's weight but does not compute the token (capacity or a policy dropped it).
 
     Args:
-        experts: for each gate, by name, a tensor of integers `(s, k)` for each sequence.
-        num_experts: for each gate, by name, its number of experts, if it is known.
-        weights: for each gate, by name, the weights `(s, k)` of these choices for each sequence; None: the choices
-            alone are known.
+        experts: for each gate name, one integer tensor `(s, k)` per sequence.
+        num_experts: for each gate name, the number of experts, if known.
+        weights: for each gate name, the weights `(s, k)` of these choices, one tensor per sequence; None if only the
+            choices are known.
 
     Raises:
-        ValueError: gates have records of different numbers of sequences, or a gate of different numbers of choices; a
-            record is no tensor of integers `(s, k)`; or the weights are not floating point of the same shapes.
+        ValueError: gates differ in the number of sequences, or sequences of a gate in the number of choices; a record
+            is not an integer tensor `(s, k)`; or the weights are not floating-point tensors of the same shapes.
 
     Example:
         >>> import torch
@@ -68,7 +68,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         self._num_experts = {
             name: check_optional_size(f"num_experts[{name!r}]", e) for name, e in (num_experts or {}).items()
         }
-        self._unread: list[dict[str, RecordedForward]] = []  # what a recording stored, by gate, for each forward
+        self._unread: list[dict[str, RecordedForward]] = []  # what a recording stored for each forward, by gate
         if not self._experts:
             raise ValueError("experts is empty: give a list of records for each gate")
         wanted, got = (
@@ -93,8 +93,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @property
     def weights(self) -> dict[str, list[Tensor]] | None:
-        """For each gate the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
-        if choices alone were recorded."""
+        """For each gate, the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
+        if only choices were recorded."""
         self._read_pending()
         return self._weights
 
@@ -114,7 +114,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return iter(self._experts)
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # tensors have no single ==
+        return self is other  # tensors compare elementwise, so records compare by identity
 
     def __hash__(self) -> int:
         return id(self)
@@ -130,7 +130,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
     def _read_pending(self) -> None:
-        """Take from its device what a recording has stored: of all gates, or, if it raises, of none."""
+        """Copy what a recording has stored from the device: for all gates or, if it raises, for none."""
         if not self._unread:
             return
         with READ_LOCK:  # another thread may read, and a recording may append
@@ -146,11 +146,11 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             del self._unread[: len(unread)]
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
-        """The records of some sequences, in the order that you give, for another batch.
+        """The records of some sequences, in the given order, for another batch.
 
         Args:
-            sequences: the numbers of the sequences, or a slice.
-            tokens: for each of these sequences how many tokens to take at most, from its beginning; by default all.
+            sequences: indices of the sequences, or a slice.
+            tokens: for each of these sequences, the maximum number of tokens to keep from its start; by default all.
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
@@ -169,21 +169,22 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @classmethod
     def from_requests(cls, requests: Sequence[Any], *, weights: Sequence[Any] | None = None) -> RoutingRecords:
-        """Make records from what a serving engine returns for each request.
+        """Create records from what a serving engine returns for each request.
 
-        vLLM (started with `enable_return_routed_experts`) returns an array `(s, l, k)` of integers
-        (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"), SGLang (`return_routed_experts`) base64 of
-        int32 (sgl-project/sglang#12162). The last token of a completion has no record: the engine never read it. A row
-        of nothing but -1 means that the engine did not record it: there the gate chooses.
+        vLLM (started with `enable_return_routed_experts`) returns an integer array `(s, l, k)`
+        (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"); SGLang (`return_routed_experts`) returns
+        base64-encoded int32 (sgl-project/sglang#12162). The last token of a completion has no record, because the
+        engine never processed it. A row in which every entry is -1 was not recorded by the engine: there the gate
+        chooses.
 
         Args:
-            requests: for each request an array or tensor `(s, l, k)`, or nested lists; l are the layers that have
-                gates, in the model's order.
-            weights: for each request the weights `(s, l, k)` of these choices, floating point, as experts' outputs are
-                multiplied by them. Where the gate chooses, it also weighs.
+            requests: for each request, an array or tensor `(s, l, k)`, or nested lists; l runs over the layers that
+                have gates, in the model's order.
+            weights: for each request, the floating-point weights `(s, l, k)` of these choices, by which the experts'
+                outputs are multiplied. Where the gate chooses, it also computes the weights.
 
         Raises:
-            ValueError: an array is of another kind; or requests or weights differ in shape.
+            ValueError: an array has another shape or dtype, or the shapes of requests or weights differ.
 
         Example:
             >>> completion = [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]  # two tokens, two layers, two choices
@@ -193,7 +194,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """
         gate_weights = None
         if weights is not None:
-            of_gates = parse_requests(weights).items()  # in float32, integers refused below
+            of_gates = parse_requests(weights).items()  # floats become float32; integers raise below
             gate_weights = {name: [a.float() if a.is_floating_point() else a for a in of] for name, of in of_gates}
         records = cls(parse_requests(requests), None, gate_weights)
         for sequences in records._experts.values():
@@ -214,7 +215,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingRecords:
-        """Read a file that `save` wrote; nothing in it is executed (`weights_only`).
+        """Read a file that `save` wrote. No code in it is executed (`weights_only`).
 
         Raises:
             ValueError: the file is of another kind, incomplete or corrupt.
@@ -228,7 +229,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 if found["format"] != RECORDS_FORMAT:
                     raise ValueError(f"its format is {found['format']!r}, wanted {RECORDS_FORMAT!r}")
                 return cls(found["experts"], found["num_experts"], found["weights"])
-            except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
+            except Exception as error:  # for a truncated file torch.load raises OSError, EOFError, TypeError and others
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
 
@@ -245,7 +246,7 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 
 def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
-    """The tensors of each gate, one for each sequence, if they are such."""
+    """Check that each gate has a list of tensors `(s, k)` of the required kind, and return these lists by gate."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must be a dict of records by gate, got a {type(given).__name__}")
     found = {gate: list(of) if isinstance(of, Iterable) else [of] for gate, of in given.items()}
@@ -258,7 +259,7 @@ def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], boo
 
 
 def pack_records(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """The same records, of which those of a gate lie in one tensor: a file then has one for each gate."""
+    """Copy the records so that those of a gate are views of one tensor; a file then stores one tensor per gate."""
     return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
 
 
@@ -268,15 +269,15 @@ def has_values(array: Tensor) -> bool:
 
 
 def is_integer_tensor(array: Tensor) -> bool:
-    """Whether an array has integers that int64 can hold."""
+    """Whether an array has an integer dtype whose values all fit in int64."""
     return not (array.is_floating_point() or array.is_complex() or array.dtype in (torch.bool, torch.uint64))
 
 
 def append_forwards(
     name: str, before: list[Tensor], forwards: Iterable[tuple[Tensor, Tensor | None, Tensor | int]]
 ) -> list[Tensor]:
-    """A gate's records, after forwards (values, mask, tokens read before) that begin sequences, or go on with the last
-    ones."""
+    """Append forwards (values, mask, number of earlier tokens) to a gate's records. A forward starts new sequences, or
+    continues the last ones."""
     records = list(before)
     for values, mask, seen in forwards:
         found = values.cpu()
@@ -291,22 +292,22 @@ def append_forwards(
                 f"{name!r}: a forward continues after {read} tokens of its sequences, {have} were recorded"
             )
         for place, row, number in zip(range(first, len(records)), rows, read, strict=True):
-            records[place] = torch.cat([records[place][:number], row])  # a cache may have been cut
+            records[place] = torch.cat([records[place][:number], row])  # a cache may have been cropped
     return records
 
 
 def starts_sequences(seen: Tensor | int) -> bool:
-    """Whether a forward that has read so many tokens before begins new sequences."""
+    """Whether a forward starts new sequences, given the number of earlier tokens."""
     return not isinstance(seen, Tensor) and seen == 0
 
 
 def previous_lengths(seen: Tensor | int, sequences: int) -> list[int]:
-    """The number of tokens that a forward has read before of each of its sequences."""
+    """The number of earlier tokens of each sequence of a forward."""
     return seen.tolist() if isinstance(seen, Tensor) else [seen] * sequences
 
 
 def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
-    """For each layer, by its number, the arrays `(s, k)` of all requests."""
+    """The arrays `(s, k)` of all requests for each layer, by layer number."""
     arrays = [parse_request(number, request) for number, request in enumerate(requests)]
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
@@ -325,7 +326,7 @@ def parse_request(number: int, request: Any) -> tuple[Tensor, ...]:
 
 
 def compact_choices(array: Tensor) -> Tensor:
-    """Choices `(s, k)` of an engine, int16 if they fit; the gate makes those of a row of nothing but -1."""
+    """Choices `(s, k)` of an engine, in int16 if they fit; in a row in which every entry is -1 the gate chooses."""
     wide = array.to(torch.int64)
     small = wide.to(torch.int16)
     return torch.where((wide == -1).all(dim=-1, keepdim=True), KEEP_ROUTER_CHOICE, small if small.equal(wide) else wide)

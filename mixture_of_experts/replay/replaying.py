@@ -1,4 +1,4 @@
-"""Replay: hooks give gates the choices of records; gates weigh them by their live scores.
+"""Replay: hooks pass recorded choices to gates, and gates weight them by their live scores.
 
 Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choices of a token.
 """
@@ -35,31 +35,31 @@ def replay_routing(
     beyond: BeyondMode = "error",
     gates: GateSelection | None = None,
 ) -> Iterator[None]:
-    """Have every gate in `model` choose what `records` say, while the context lasts.
+    """Make every gate in `model` choose the experts in `records` inside the context.
 
     A token's experts are those of the record. The gate computes their weights from live scores, with gradients, by its
-    own rule; a block of `transformers` does so by its own code. If the records hold weights, these are the weights, to
-    the bit; their gradient goes on to the live ones. Losses are those of the recorded choices. Records have
-    real tokens only, so padding may stand elsewhere, or be missing.
+    own rule; a block of `transformers` does so in its own code. If the records contain weights, these are used, bit for
+    bit, and their gradient is passed to the live weights. Losses are those of the recorded choices. Records contain
+    only real tokens, so padding may be placed elsewhere or be absent.
 
-    Each forward of this thread must have all sequences of the records, in their order; `records.select` makes records
-    of another batch. A forward that continues a cache has the tokens that follow. With activation checkpointing call
+    Each forward of this thread must have all sequences of the records, in their order; `records.select` creates records
+    for another batch. A forward that continues a cache has the tokens that follow. With activation checkpointing, call
     the backward inside the context too.
 
     Args:
         model: the module that you call.
-        records: records of this model or one like it. Gates are matched by name; if names differ, by order.
-        beyond: what happens to a token beyond the end of its sequence's record: "error", or "choose": its gate chooses.
-            The last token of a completion is such a one: no engine has read it.
+        records: records of this model or a similar one. Gates are matched by name or, if names differ, by order.
+        beyond: what happens to a token beyond the end of its sequence's record: "error" raises, "choose" lets its gate
+            choose. The last token of a completion is such a token, because no engine has processed it.
         gates: as in `record_routing`.
 
     Raises:
-        ValueError: on entering: gates, choices or experts of model and records differ in number, or a gate cannot take
-            choices; in a forward, before its first gate: numbers of sequences or tokens differ.
-        TypeError: tokens make no k choices at a gate (expert choice); in a forward, a block of `transformers` does not
-            choose by `torch.topk`.
-        RuntimeError: in a forward or a backward that cannot be replayed: under reentrant checkpointing, outside of
-            `model`, or in a backward after the context was left.
+        ValueError: on entering, model and records differ in the number of gates, choices or experts, or a gate does not
+            accept choices; in a forward, before its first gate, the numbers of sequences or tokens differ.
+        TypeError: tokens do not make k choices at a gate (expert choice); in a forward, a block of `transformers` does
+            not choose with `torch.topk`.
+        RuntimeError: a forward or backward cannot be replayed: under reentrant checkpointing, outside of `model`, or in
+            a backward after the context has exited.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ def replay_routing(
 
 
 class RoutingReplayer(ChoiceHooks):
-    """Gives the gates of a model their choices; made by `replay_routing`."""
+    """Supplies the gates of a model with recorded choices; created by `replay_routing`."""
 
     is_replay: ClassVar[bool] = True
     beyond: BeyondMode
@@ -107,12 +107,12 @@ class RoutingReplayer(ChoiceHooks):
         self.record_lengths: dict[str, list[int]] = {}  # of the sequences of each gate
         self.choice_tables: dict[
             str, list[Tensor]
-        ] = {}  # `(b, s + 1, k)`, its choices, and their weights if there are any
+        ] = {}  # of each gate: its choices `(b, s + 1, k)`, and their weights if recorded
         for point, layer in zip(points, names if set(layers) == set(names) else layers, strict=True):
             self.record_lengths[point.name] = records.lengths(layer)
             self.choice_tables[point.name] = build_choice_tables(point, layer, records)
-        self.recompute_choices: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
-        self.awaiting_backward: set[str] = set()  # blocks that no backward has run again yet
+        self.recompute_choices: dict[str, Tensor] = {}  # choices of blocks that a backward may recompute
+        self.awaiting_backward: set[str] = set()  # blocks that no backward has recomputed yet
 
     def close(self) -> None:
         self.is_closed = True
@@ -120,7 +120,7 @@ class RoutingReplayer(ChoiceHooks):
     def supply_choices(
         self, point: RoutingPoint, call: SequenceCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
     ) -> list[Tensor]:
-        """`(b, n, k)` int64, the choices for the tokens of a forward; and their weights, if the records hold them."""
+        """`(b, n, k)` int64, the choices for the tokens of a forward, and their weights if the records contain them."""
         tables, seen = self.choice_tables[point.name], 0 if call is None else call.num_seen
         if call is not None:
             self.check_forward(point, call, shape, mask)
@@ -136,7 +136,7 @@ class RoutingReplayer(ChoiceHooks):
         return [table.gather(1, inside) for table in tables]
 
     def supply_block_choices(self, point: RoutingPoint, call: SequenceCall | None, device: Any) -> Tensor:
-        """`(b n, k)` int64, the choices for the tokens of a block; those of its last forward if it runs again."""
+        """`(b n, k)` int64, the choices for the tokens of a block; those of its last forward in a recomputation."""
         if call is None:
             self.awaiting_backward.discard(point.name)
             return self.recompute_choices[point.name]
@@ -155,7 +155,7 @@ class RoutingReplayer(ChoiceHooks):
     def check_forward(
         self, point: RoutingPoint, call: SequenceCall, shape: tuple[int, int], mask: Tensor | None
     ) -> None:
-        """Check that a forward has as many sequences and tokens as the records; in a graph only sequences."""
+        """Check that a forward has as many sequences and tokens as the records; in a graph, only sequences."""
         lengths = self.record_lengths[point.name]
         if shape[0] != len(lengths):
             raise ValueError(
@@ -188,7 +188,7 @@ class RoutingReplayer(ChoiceHooks):
         call.checked_masks.append((mask, lengths))
 
     def on_choices(self, point: RoutingPoint, call: SequenceCall, output: Any, more: Any) -> None:
-        """Have a backward after the context raise an error: without hooks, recomputed gates would choose themselves."""
+        """Make a backward after the context raise, because without hooks recomputed gates would choose themselves."""
         if torch.compiler.is_compiling() or not is_in_activation_checkpoint():
             return
         for part in output if isinstance(output, tuple) else (getattr(output, "weight", output),):
@@ -206,8 +206,8 @@ class RoutingReplayer(ChoiceHooks):
 
 
 def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords) -> list[Tensor]:
-    """The choices `(b, s + 1, k)` of a gate, int64, and their weights if there are any, after a check that they fit.
-    Behind the end of a record stands what means "the gate's own"."""
+    """Check that the records fit a gate, and return its choices `(b, s + 1, k)`, int64, and their weights if recorded.
+    Entries past the end of a record are filled with `KEEP_ROUTER_CHOICE`; their weights are NaN."""
     prefix = f"{point.name!r}" + ("" if layer == point.name else f" (the records' {layer!r})")
     if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
         raise ValueError(
@@ -233,6 +233,6 @@ def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords
 
 
 def pad_records(records: list[Tensor], k: int, filler: float) -> Tensor:
-    """The record `(s, k)` of each sequence in one tensor `(b, s + 1, k)`."""
+    """Pad the records `(s, k)` of all sequences with `filler` to one tensor `(b, s + 1, k)`."""
     longest = torch.full((max([0, *map(len, records)]) + 1, k), filler)
     return pad_sequence([*records, longest], batch_first=True, padding_value=filler)[:-1]

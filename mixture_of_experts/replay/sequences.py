@@ -1,4 +1,4 @@
-"""Where a model chooses, in each layer, and of which sequences: the calls of the models around gates.
+"""Finds where a model chooses in each layer, and follows the calls of the enclosing models and their sequences.
 
 Axes: b sequences, n tokens of a forward, k choices of a token.
 """
@@ -38,13 +38,13 @@ LAYER_INPUTS, GATE_INPUTS = ("inputs", "mask"), ("x", "importance", "mask")
 
 
 class RoutingPoint(NamedTuple):
-    """A gate in one layer, and the module whose arguments tell of which tokens its choices are."""
+    """A gate in one layer, and the module whose arguments determine which tokens its choices are for."""
 
     name: str
     router: RouterHandle
     hook_target: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
     k: int
-    layer_path: str  # its path, which tells the places of a gate in several layers apart, in a graph too
+    layer_path: str  # its path; it identifies the location of a gate that is in several layers, in a graph too
 
     @property
     def num_experts(self) -> int:
@@ -53,7 +53,7 @@ class RoutingPoint(NamedTuple):
     def read_inputs(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-        """The inputs `(..., n, d)` of a layer or gate, the sizes `(b, n)` of their tokens, and their mask `(b, n)`."""
+        """The inputs `(..., n, d)` of a layer or gate, the shape `(b, n)` of their tokens, and their mask `(b, n)`."""
         names = GATE_INPUTS if self.hook_target is self.router.hook_target else LAYER_INPUTS
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, mask = given[names[0]], given.get("mask")
@@ -64,12 +64,12 @@ class RoutingPoint(NamedTuple):
 def find_routing_points(
     model: nn.Module, feature: str, gates: GateSelection | None, weights: bool
 ) -> list[RoutingPoint]:
-    """A site for each layer in which a gate of the model stands, in the model's order. Blocks that choose by a table of
-    token ids are left out, unless `gates` asks for them.
+    """Find a routing point for each layer that contains a gate, in the model's order. Blocks that choose by a table of
+    token ids are left out, unless `gates` selects them.
 
     Args:
-        model, ability, gates: see `find_routers`.
-        weights: whether the weights of choices have to be served too.
+        model, feature, gates: see `find_routers`.
+        weights: whether the weights of choices must be supported too.
     """
     routers = find_routers(model, feature, gates)
     if gates is None:
@@ -79,7 +79,7 @@ def find_routing_points(
         check_supported(routers, f"{feature} of weights", weight_replay_unsupported_reason)
     found = {}
     for router in routers:
-        for location in reversed(router.locations):  # a layer at two paths has the name of the first
+        for location in reversed(router.locations):  # a layer with two paths gets the name of the first
             called = router.hook_target if location.layer is None else location.layer
             path = location.name.rpartition(".")[0]
             found[router, location.layer] = RoutingPoint(location.name, router, called, router.k or 0, path)
@@ -92,7 +92,7 @@ def chooses_by_token_ids(router: RouterHandle) -> bool:
 
 
 def replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Why the choices of a site can be neither recorded nor replayed; None if they can."""
+    """Why the choices of a router can be neither recorded nor replayed; None if they can."""
     if chooses_by_token_ids(router):
         return "a table of token ids chooses there"
     if router.k is None or isinstance(router.gate, ExpertChoiceGating):
@@ -105,7 +105,7 @@ def replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Why the weights of a site can be neither recorded nor replayed; None if they can."""
+    """Why the weights of a router can be neither recorded nor replayed; None if they can."""
     if router.is_external:
         return "its own code computes the weights: convert the block by from_transformers"
     if any(isinstance(location.layer, HeirarchicalMoE) for location in router.locations):
@@ -118,18 +118,18 @@ def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 @dataclass(eq=False)
 class SequenceCall(ForwardCall):
-    """A forward, under way, of a model around gates."""
+    """A forward, in progress, of a model that contains gates."""
 
     tokens: TokenMetadata
     num_seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
-    cache: Any  # that of transformers, if it has one
-    entered_gates: dict[str, Any] = field(default_factory=dict)  # sizes `(b, n)` and mask of tokens, by gate
-    choices: dict[str, Any] = field(default_factory=dict)  # what gates chose, or were given
-    checked_masks: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
-    layer_path: str = ""  # path of the layer that runs
+    cache: Any  # the cache of transformers, if there is one
+    entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, by gate
+    choices: dict[str, Any] = field(default_factory=dict)  # what gates chose or received
+    checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that it fits
+    layer_path: str = ""  # path of the layer that is running
 
     def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
-        """A gate is called for tokens of such sizes `(b, n)` and mask."""
+        """Note that a gate is called for tokens of shape `sizes`, `(b, n)`, and this mask."""
         if point.name in self.entered_gates:
             raise RuntimeError(
                 f"{point.name!r} ran twice in one forward, but a record has room for one call: call it once"
@@ -138,10 +138,10 @@ class SequenceCall(ForwardCall):
 
 
 class SequenceWatch(ForwardWatch):
-    """Tells the sequences of the forward that is under way, for one model around gates.
+    """Keeps track of the sequences of the current forward of one model that contains gates.
 
     Args:
-        owner: the recording or replay, in its thread.
+        owner: the recorder or replayer; it is active in its own thread.
         model: the model.
     """
 
@@ -175,9 +175,9 @@ class SequenceWatch(ForwardWatch):
             self.owner.pending_forwards.append(call.choices)
 
     def check_no_beam_search(self, cache: Any) -> None:
-        """Refuse a cache whose sequences were exchanged since the last forward: others would go on with their records.
+        """Raise if the sequences of the cache were swapped since the last forward, which would mix up their records.
 
-        Whoever does so gives the cache other tensors of the same shape.
+        Such a swap replaces tensors of the cache by others of the same shape.
         """
         keys = get_cached_keys(cache)
         if keys is None or self.last_cache is None or self.last_cache[0]() is not cache:
@@ -190,7 +190,7 @@ class SequenceWatch(ForwardWatch):
             )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
-        """The forward that is under way; None in another thread, and in a recomputation by a backward."""
+        """The forward that is in progress; None in another thread, and while a backward recomputes."""
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(
@@ -200,12 +200,12 @@ class SequenceWatch(ForwardWatch):
 
 
 def get_cached_keys(cache: Any) -> Tensor | None:
-    """The keys in the first layer of a cache that has some; None if none has."""
+    """The keys of the first layer of a cache that has keys; None if no layer has."""
     cache = getattr(cache, "self_attention_cache", cache)
     found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
     return next((keys for keys in found if isinstance(keys, Tensor)), None)
 
 
 def is_recomputing() -> bool:
-    """Whether a backward runs a part of a forward again."""
+    """Whether a backward is recomputing a part of a forward."""
     return get_backward_id() != -1

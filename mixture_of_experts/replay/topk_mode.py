@@ -1,6 +1,6 @@
-"""Records or replaces the choices of blocks of `transformers`: their calls of `torch.topk`.
+"""Records or replaces the choices of blocks of `transformers` by intercepting their calls of `torch.topk`.
 
-So the block's own code computes weights from live scores. Nothing of `transformers` is imported.
+The block's own code thus computes the weights from live scores. `transformers` is not imported.
 
 Axes: t tokens, e experts, g expert groups, k choices of a token.
 """
@@ -19,11 +19,11 @@ from mixture_of_experts.support.private_torch import get_function_modes
 
 
 class TopkMode(TorchFunctionMode):
-    """Watches calls of `torch.topk` in a forward of a block.
+    """Intercepts calls of `torch.topk` in a forward of a block.
 
     Args:
-        site: the site of the block.
-        given: `(t, k)` int64, the choices that the block is to make; None: it chooses.
+        point: the routing point of the block.
+        choices: `(t, k)` int64, the choices that the block must make; None if it chooses itself.
 
     Attributes:
         expert: what the block chose; None until it does.
@@ -54,12 +54,12 @@ class TopkMode(TorchFunctionMode):
             given = given.view_as(found.indices)
             expert = torch.where(given == KEEP_ROUTER_CHOICE, found.indices, given)
             found = torch.return_types.topk((input.gather(-1, expert), expert))
-        for mode in (self, *get_function_modes()):  # a recording around a replay saw what the block itself would choose
+        for mode in (self, *get_function_modes()):  # an enclosing recording saw what the block itself would choose
             if isinstance(mode, TopkMode):
                 mode.expert = found.indices
         return found
 
     def mark_open_groups(self, choices: Tensor, groups: int) -> Tensor:
-        """`(t, g)` bool, the expert groups of the given experts: these groups are open, whatever their scores are."""
+        """`(t, g)` bool, the groups of the given experts, which are selected whatever their scores are."""
         group = torch.where(choices == KEEP_ROUTER_CHOICE, groups, choices // (self.point.num_experts // groups))
         return nn.functional.one_hot(group, groups + 1).any(dim=1)[:, :groups]

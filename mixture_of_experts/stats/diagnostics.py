@@ -1,4 +1,4 @@
-"""What a reader of a gate's records should look at."""
+"""Warnings about a gate, derived from its records."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mixture_of_experts.stats.record import Record
 
-WARN_DROPPED_ABOVE = 0.1  # a note stands above this share of avoidable drops
-WARN_LOAD_ABOVE = 2.0  # and above this load of an expert in late steps, relative to a balanced load
+WARN_DROPPED_ABOVE = 0.1  # share of avoidable drops above which there is a warning
+WARN_LOAD_ABOVE = 2.0  # the same for an expert's load in late steps, relative to a balanced load
 BIAS_REMEDY = "let balance_experts move its expert bias, or raise the rate if it does"
-WARN_LOAD_BELOW = 0.1  # and below this load
-MAX_LISTED_EXPERTS = 12  # most experts that a note names
+WARN_LOAD_BELOW = 0.1  # and there is a warning below this load
+MAX_LISTED_EXPERTS = 12  # a warning names at most this many experts
 
 StepRows = tuple[int, Tensor]  # the number of a step, and the rows of its forwards
 
@@ -22,8 +22,13 @@ StepRows = tuple[int, Tensor]  # the number of a step, and the rows of its forwa
 def diagnose_gate(
     steps: Sequence[StepRows], make_record: Callable[[Sequence[StepRows]], Record], has_bias: bool = False
 ) -> Iterator[str]:
-    """The notes on a gate, to stand behind its name, from its steps and what makes one record of some of them. An
-    expert bias balances the gate in the place of a loss."""
+    """Yield the warnings about a gate, each a phrase that follows the gate's name.
+
+    Args:
+        steps: the gate's steps.
+        make_record: a function that joins some of the steps into one record.
+        has_bias: whether an expert bias balances the gate instead of a loss.
+    """
     if not steps:
         return
     total = make_record(steps)
@@ -55,7 +60,7 @@ def diagnose_gate(
             f"raise {'the rate of balance_experts' if has_bias else 'loss_coef'}, the capacity factor or group_size"
         )
     max_requested, mean = late.requested.max(), late.requested.to(torch.float64).mean()
-    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # what chance adds to a few choices is no sign
+    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # more than chance explains for few choices
         yield (
             f": expert {format_expert_names(late.requested == max_requested)[0]} was requested "
             f"{max_requested / mean:.1f} times a balanced load "
@@ -64,14 +69,14 @@ def diagnose_gate(
 
 
 def find_starved_experts(late: Record) -> Tensor:
-    """Bool of the load's shape: the experts that compute tokens, but far fewer than chance would leave them."""
+    """Bool of the load's shape: the experts that compute tokens, but far fewer than chance would explain."""
     mean = late.requested.to(torch.float64).mean()
     few = (late.requested < WARN_LOAD_BELOW * mean) & (late.requested < mean - 5 * mean.sqrt())
     return few & (late.load > 0)
 
 
 def format_expert_list(experts: Tensor) -> str:
-    """The names of the experts where a bool tensor is True, as a list that ends after `NAMED`."""
+    """The names of the experts where a bool tensor is True, as a list of at most `MAX_LISTED_EXPERTS`."""
     names = format_expert_names(experts)
     return ", ".join(names[:MAX_LISTED_EXPERTS]) + (
         f" and {len(names) - MAX_LISTED_EXPERTS} more" if len(names) > MAX_LISTED_EXPERTS else ""
@@ -79,5 +84,5 @@ def format_expert_list(experts: Tensor) -> str:
 
 
 def format_expert_names(experts: Tensor) -> list[str]:
-    """The names of the experts where a bool tensor of the load's shape is True; "1.3" on a second level."""
+    """The names of the experts where a bool tensor of the load's shape is True; for example "1.3" on a second level."""
     return [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]

@@ -1,6 +1,7 @@
 """The page of `RoutingStats.report`, which shows what the gates of a model did.
 
-The page is one file, with its pictures and its style (`report.html`). Names of gates are escaped where they enter.
+The page is a single file that includes its figures and styles (the template is `report.html`). Gate names are escaped
+where they are inserted.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ def render_page(
     over_steps: Mapping[str, Figure],
     left_out: str = "",
 ) -> str:
-    """The page as HTML.
+    """Render the page as HTML.
 
     Args:
-        name: its title.
-        cells: lines of the table, by headers.
-        notes: those of each gate.
-        overview: pictures of all gates, by their titles.
-        over_steps: those of gates that are drawn.
-        left_out: what is not drawn, one sentence.
+        name: title of the page.
+        cells: rows of the table, each a dictionary from header to cell.
+        notes: the warnings about each gate.
+        overview: figures that show all gates, by title.
+        over_steps: figures of single gates over the steps, by gate; only the gates that are drawn.
+        left_out: one sentence about the gates that are not drawn.
     """
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
     places = {layer: number for number, layer in enumerate(over_steps)}
@@ -62,12 +63,12 @@ def render_page(
 
 
 def link_gate(layer: str, place: int | None) -> str:
-    """The name of a gate, which leads to its picture if it has one."""
+    """The name of a gate as HTML, linked to the gate's figure if there is one."""
     return f"<b>{escape(layer)}</b>" if place is None else f'<a href="#gate-{place}">{escape(layer)}</a>'
 
 
 def render_figure(title: str, figure: Figure, number: int | None = None) -> str:
-    """A picture under its title; notes lead to the one of the gate at a place."""
+    """A figure under its title, as HTML; with a `number` it gets the anchor that `link_gate` links to."""
     import matplotlib as mpl
 
     file = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Draws what the gates of a model do, by Matplotlib, the extra `plot`; it is imported only where something is drawn.
+"""Plots what the gates of a model do. Matplotlib (the extra `plot`) is imported only when something is drawn.
 
-Loads run from purple (too little) over white (balanced) to orange (too much). Colour-blind readers can tell all colours
-apart, also in print.
+The colormap of loads goes from purple (too little) through white (balanced) to orange (too much). It is
+colorblind-safe, also in print.
 
 Axes: e experts, outer-major on a second level; s steps.
 """
@@ -22,12 +22,12 @@ COLORBAR_TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanc
 MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD = (
     min(COLORBAR_TICKS),
     max(COLORBAR_TICKS),
-)  # relative loads at the ends of the colours
-MIN_NUMBER_WIDTH = 24  # points that a number in a cell takes
+)  # relative loads at the ends of the colormap
+MIN_NUMBER_WIDTH = 24  # points; narrower cells show no number
 
 
 def make_axes(width: float, height: float) -> Axes:
-    """Axes of a new figure of so many inches; ImportError if matplotlib is not installed."""
+    """Axes of a new figure, with its size in inches; raises ImportError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -43,14 +43,14 @@ def get_figure(ax: Axes) -> Figure:
 
 
 def make_load_colormap() -> dict[str, Any]:
-    """The colours of loads: white is balanced, half and double are equally far from it."""
+    """The colormap and norm of loads: white is balanced; half and double are equally far from it."""
     from matplotlib.colors import LogNorm
 
     return {"cmap": "PuOr_r", "norm": LogNorm(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD)}
 
 
 def add_colorbar(ax: Axes) -> Figure:
-    """The figure of axes, with the colours of loads beside them."""
+    """Add a colorbar of loads next to the axes and return their figure."""
     from matplotlib.cm import ScalarMappable
 
     bar = get_figure(ax).colorbar(ScalarMappable(**make_load_colormap()), ax=ax, pad=0.02, aspect=15)
@@ -60,9 +60,9 @@ def add_colorbar(ax: Axes) -> Figure:
 
 
 def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
-    """Draw a row for each gate, in which its experts fill the width, from their relative loads `(e,)`.
+    """Draw one row per gate from the relative loads `(e,)` of its experts, which share the width of the row.
 
-    Cells have numbers if there is room; a cross marks an expert without a token.
+    Cells show numbers if there is room; a cross marks an expert without tokens.
     """
     max_experts = max(map(len, loads.values()))
     for y, load in enumerate(loads.values()):
@@ -87,8 +87,8 @@ def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_steps(ax: Axes, edges: Sequence[float], loads: Tensor, num_inner: int) -> Figure:
-    """Draw one gate over its steps: relative loads `(e, s)` between the edges of the steps; a line stands between every
-    `inner` experts."""
+    """Draw one gate over its steps, from relative loads `(e, s)` and the edges of the steps. A line separates every
+    `num_inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(
         edges, y, loads.clamp(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD).numpy(), rasterized=True, **make_load_colormap()

@@ -1,7 +1,7 @@
 """`Record`: what a gate decided in one step or several, as numbers to read, log and print.
 
-A statistic is one attribute of `Record`: `numbers_of` measures a forward, `record_of` sums forwards up, and
-`format_cells` shows the sum.
+Each statistic is an attribute of `Record`: `measure_routing` measures a forward, `make_record` aggregates forwards, and
+`format_cells` formats the result.
 
 Axes: r forwards, w numbers of a forward, e experts (`(eo, ei)` on the second level of a hierarchy).
 """
@@ -20,30 +20,31 @@ from torch.nn.functional import pad
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.losses import count_expert_load
 
-NUM_SUMS = 8  # single numbers of a forward that are summed up
+NUM_SUMS = 8  # scalars of a forward that are summed over forwards
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one gate decided in one step, or in several. Masked tokens do not count; an empty mean is 0.
+    """What one gate decided in one step or in several. Masked tokens are not counted; the mean of nothing is 0.
 
     Attributes:
         layer: path of the gate in the model.
         step: number of the step, from 0; -1 for all steps together.
         forwards: number of forwards of the gate in this record.
         losses: the losses by name, without coefficients: "balance", "z" and others of the gate; means over forwards.
-        tokens: number of tokens that took part; on a second level, of choices that level one handed on.
-        groups: number of groups of tokens that requested any expert.
+        tokens: number of tokens that took part; on a second level, number of choices that the first level passed on.
+        groups: number of token groups that requested at least one expert.
         requested: number of choices of each expert before capacity, of the load's shape.
         choices_per_token: mean number of a token's choices before capacity; it varies for routers such as `TopPGating`.
-        imbalance: requests of a group's most requested expert over the group's mean, 1 if balanced; mean over groups.
-            If sequences crowd on different experts, `requested` looks balanced, but this number does not.
+        imbalance: requests for a group's most requested expert over the group's mean, 1 if balanced; mean over groups.
+            If each sequence crowds on different experts, `requested` looks balanced, but this number does not.
         worst_imbalance: imbalance of the worst group.
         load: `(e,)` int64, number of choices that each expert computes. For the second level of a hierarchy it is
             `(eo, ei)`, the load of the layer's experts.
         dropped: share of the requested choices that found no slot.
-        unavoidable: share of the requested choices beyond all slots of their group, which no load avoids. `Top2Gating`
-            at capacity factor 1.25 has 1.25 slots for the 2 choices of a token, so even a balanced load drops some.
+        unavoidable: share of the requested choices that exceed all slots of their group, so that any load drops them.
+            `Top2Gating` at capacity factor 1.25 has 1.25 slots for the 2 choices of a token, so even a balanced load
+            drops some.
         unseen: share of the tokens that no expert computes.
         entropy: mean entropy of a token's probabilities, in nats: 0 is certain, ln(e) uniform.
         confidence: mean of a token's largest probability.
@@ -68,25 +69,25 @@ class Record:
 
     @property
     def relative_load(self) -> Tensor:
-        """Load over mean load, float64 of the load's shape: 1 is balanced, 0 an expert without a token."""
+        """Load over mean load, float64 of the load's shape: 1 is balanced, 0 means an expert without tokens."""
         return relative(self.load)
 
     @property
     def relative_requested(self) -> Tensor:
         """Requested choices over their mean, float64 of the load's shape.
 
-        A collapse of the router shows here; capacity evens `load` out.
+        A router collapse shows up here, whereas capacity evens out `load`.
         """
         return relative(self.requested)
 
     @property
     def dead(self) -> list[Any]:
-        """Experts that computed no token: their numbers, or pairs (outer, inner)."""
+        """Experts that computed no token: their indices, or pairs (outer, inner)."""
         index = (self.load == 0).nonzero()
         return index.flatten().tolist() if self.load.ndim == 1 else index.tolist()
 
     def scalars(self) -> dict[str, float]:
-        """The single numbers, for a logger."""
+        """The scalars, for a logger."""
         return {
             **{name: value for name, value in vars(self).items() if isinstance(value, float)},
             "max_load": float(self.relative_load.max()),
@@ -96,7 +97,7 @@ class Record:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole record, in types that JSON knows; a number that is NaN or infinite is None."""
+        """The whole record in JSON-serializable types; NaN and infinity become None."""
         return to_json_value({**vars(self), "dead": self.dead})
 
 
@@ -109,7 +110,7 @@ def to_json_value(value: Any) -> Any:
 
 
 def format_cells(total: Record, steps: Sequence[Record]) -> dict[str, str]:
-    """A gate's line in the summary and in the report, by headers: all steps together, and the worst of them."""
+    """A gate's row in the summary and in the report, by header: totals over all steps, and the worst step."""
     first = {"gate": total.layer, "experts": "x".join(map(str, total.load.shape)), "forwards": f"{total.forwards}"}
     worst, at = max(((float(record.relative_requested.max()), -record.step) for record in steps), default=(0, 0))
     rest = {
@@ -139,7 +140,7 @@ def format_range(values: Tensor) -> str:
 
 
 def count_measurements(shape: Sequence[int]) -> int:
-    """How many numbers a forward has, w, from the shape of its load."""
+    """The number w of values that a forward has, from the shape of its load."""
     return 1 + NUM_SUMS + 2 * math.prod(shape)
 
 
@@ -154,7 +155,7 @@ def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
     imbalance = requested.amax(dim=-1).float() * e / group_requests.squeeze(-1).clamp(min=1)  # 0 without requests
     tokens = torch.ones_like(computed) if routing.real is None else routing.real
     tokens = tokens if importance is None else tokens & (importance > 0)
-    # -p log p in the memory of the clamped p takes a third of the time of torch.special.entr
+    # -p log p, computed in place in the clamped p, is 3x faster than torch.special.entr
     entropy = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1)
     sums = (
         tokens,
@@ -166,13 +167,13 @@ def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
         torch.where(tokens, entropy, 0.0),
         torch.where(tokens, probs.amax(dim=-1), 0.0),  # confidence
     )
-    worst = pad(imbalance.flatten(), (1, 0)).amax()  # there may be no group
+    worst = pad(imbalance.flatten(), (1, 0)).amax()  # the padding covers the case of no groups
     numbers = (worst, *(each.sum() for each in sums), requested.sum(dim=-2), load)
     return torch.cat([each.float().flatten() for each in numbers])
 
 
 def make_record(layer: str, step: int, losses: Mapping[str, float], numbers: Tensor, shape: Sequence[int]) -> Record:
-    """The record of some forwards, from their numbers `(r, w)` in float64 and the shape of the load."""
+    """Aggregate forwards into one record, from their numbers `(r, w)` in float64 and the shape of the load."""
     worst, sums, *counts = numbers.split([1, NUM_SUMS, math.prod(shape), math.prod(shape)], dim=1)
     tokens, groups, imbalance, dropped, unavoidable, unseen, entropy, confidence = sums.sum(dim=0).tolist()
     requested, load = (count.sum(dim=0).to(torch.int64).view(*shape) for count in counts)

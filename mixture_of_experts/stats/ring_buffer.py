@@ -1,9 +1,9 @@
-"""The last forwards of each gate, a row of numbers for each, in a ring on the gate's device.
+"""Keeps the last forwards of each gate, one row of numbers per forward, in a ring buffer on the gate's device.
 
-A forward hook on each gate reduces its `Routing` to one short row, and writes it in place into a ring of the last rows.
-So memory is bounded, `torch.compile` can trace the hook, and there is no host sync until something is read. Activation
-checkpointing runs forwards again in a backward; they are not recorded, because no forward of the tracked model is under
-way then. The state of one forward lies in a `TrackedCall`, so threads do not mix.
+A forward hook on each gate reduces its `Routing` to one short row and writes it in place into the ring buffer. This
+bounds the memory, lets `torch.compile` trace the hook, and needs no host sync until something is read. When activation
+checkpointing recomputes forwards in a backward, they are not recorded, because no forward of the tracked model is in
+progress then. The state of each forward is kept in its own `TrackedCall`, so threads do not interfere.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 WRITE_LOCK = threading.Lock()
-MAX_LOSSES = 12  # columns of a row for losses, the z-loss among them
-INVALID_FORWARD = -1  # instead of the number of a row's forward: nothing was written yet, or the forward raised
+MAX_LOSSES = 12  # number of columns for losses in a row, including the z-loss
+INVALID_FORWARD = -1  # replaces the forward number of a row that was not written yet, or whose forward raised
 
 
 @dataclass(eq=False)
 class TrackedCall(ForwardCall):
-    """A forward, under way, of the tracked model."""
+    """A forward of the tracked model that is in progress."""
 
-    clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # as they were at its beginning
+    clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # their values when it started
 
 
 @dataclass(eq=False)
 class ForwardCounter(ForwardWatch):
-    """Numbers the forwards of the tracked model. What one of them wrote before it raised does not count.
+    """Numbers the forwards of the tracked model. Rows that a forward wrote before it raised are discarded.
 
     Args:
-        when: which forwards are recorded.
+        when: which forwards to record, as in `track_routing`.
     """
 
     when: str
     buffers: list[GateRingBuffer] = field(default_factory=list)
     was_called: bool = False
-    thread_id: int = field(default_factory=threading.get_ident)  # of the context
+    thread_id: int = field(default_factory=threading.get_ident)  # of the thread that entered the context
 
     def stop_recording(self) -> None:
-        """Stop recording. A compiled graph keeps its hooks, but it is guarded by `when`, and so traced again."""
+        """Stop recording. A compiled graph keeps its hooks, but `when` is one of its guards, so it is recompiled."""
         self.when = "never"
 
     def is_recorded(self, module: nn.Module) -> bool:
@@ -81,7 +81,7 @@ class ForwardCounter(ForwardWatch):
 class PartForwards(ForwardWatch):
     """Records a forward of a part of the tracked model that is called by itself, as `generate` calls `model.encoder`.
 
-    Within a forward of the tracked model the part belongs to that forward.
+    Within a forward of the tracked model, the part's forward belongs to that forward.
     """
 
     def __init__(self, forwards: ForwardCounter) -> None:
@@ -101,40 +101,45 @@ class PartForwards(ForwardWatch):
 
 
 def hold_write_lock() -> AbstractContextManager[Any]:
-    """A lock, so that one thread writes at a time. In a traced graph there is none."""
+    """A context manager that lets only one thread write at a time; in a traced graph it does nothing."""
     return nullcontext() if torch.compiler.is_compiling() else WRITE_LOCK
 
 
 @dataclass(eq=False)
 class GateRingBuffer:
-    """The last rows of one gate. A row has the losses and the statistics' numbers. It is float32, which counts up to 16
-    million choices of one forward exactly. The numbers of its step and forward are int64, for runs of any length."""
+    """The last rows of one gate. A row holds the losses and the statistics in float32, which is exact up to 16 million
+    choices per forward. Its step number and forward number are int64, for runs of any length.
+
+    Attributes:
+        loss_names: names of the losses.
+        load_shape: shape of the load.
+    """
 
     router: RouterHandle
     counter: ForwardCounter
     keep: int
-    loss_names: tuple[str, ...] = ()  # their names
+    loss_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         router = self.router
-        self.name: str = router.name  # `torch.compile` reads it
-        self.load_shape: tuple[int, ...] = (*router.outer_expert_dims, router.num_experts)  # of the load
+        self.name: str = router.name  # an attribute because `torch.compile` reads it
+        self.load_shape: tuple[int, ...] = (*router.outer_expert_dims, router.num_experts)
         self.has_bias: bool = router.expert_bias is not None
-        # a traced graph cannot store names, but it calls a constant function, which no method is
+        # a traced graph cannot store names, but it can call a function with a constant result; a method cannot be one
         self.store_loss_names: Any = assume_constant_result(lambda losses: self._store_loss_names(losses))
         with torch.inference_mode(False), router.device:  # inference tensors cannot be written to outside of that mode
-            # one row more than `keep`: the oldest shows whether the step after it is complete
+            # one row more than `keep`: the oldest row shows whether the step after it is complete
             size = self.keep + 1
             self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
             self.numbers: Tensor = torch.full(
                 (size, 2), INVALID_FORWARD, dtype=torch.int64
             )  # each row's step and forward
-            self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # numbers of the step and the forward
+            self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # current step number and forward number
             self.num_written: Tensor = torch.zeros(1, dtype=torch.int64)
         self.counter.buffers.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The records on the CPU, without the model: a copy can be read, and does not record."""
+        """The records on the CPU, without the model: a copy can be read, but does not record."""
         state = {name: value for name, value in vars(self).items() if name not in ("router", "store_loss_names")}
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
@@ -155,8 +160,8 @@ class GateRingBuffer:
                     f"{self.name!r} ran, but not within a forward of the module given to track_routing: give it "
                     "the module that you call"
                 )
-            return  # a recomputation in backward, or a forward that another thread had begun before
-        # a graph cannot read the tensors of `call`, which was made outside of it
+            return  # a recomputation in backward, or a forward that another thread started before the context
+        # a graph cannot read the tensors of `call`, which was created outside of it
         clock = self.clock if compiling else call.clocks.get(self, self.clock)
         with torch.no_grad():
             losses = [value.float().reshape(1) for value in routing.losses.values()]
@@ -169,20 +174,20 @@ class GateRingBuffer:
                 self.num_written.add_(1)
 
     def read_steps(self, by_steps: bool) -> list[StepRows]:
-        """The number and the rows `(forwards, width)`, float64 on the CPU, of every remembered step, or else of every
-        forward, oldest first."""
-        call_stack.current_call(self.counter)  # finds a forward of this thread that was interrupted
+        """The number and the rows `(forwards, width)`, float64 on the CPU, of every remembered step, or of every
+        forward unless `by_steps`, oldest first."""
+        call_stack.current_call(self.counter)  # detects a forward of this thread that was interrupted
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD
         numbers, rows = numbers[written, 0 if by_steps else 1], rows[written]
-        rows = rows[numbers.argsort(stable=True)]  # rows of threads lie in any order
+        rows = rows[numbers.argsort(stable=True)]  # threads write their rows in any order
         numbers, sizes = numbers.unique(return_counts=True)
         steps = list(zip(numbers.tolist(), rows.split(sizes.tolist()), strict=True))
         # once rows are overwritten, the oldest step may be incomplete
         return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
 
     def make_record(self, steps: Sequence[StepRows]) -> Record:
-        """One record of some steps, under the number of the first."""
+        """Join some steps into one record, with the number of the first step."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
         losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
         named = dict(zip(self.loss_names, losses.tolist(), strict=False))

@@ -1,9 +1,9 @@
-"""Reads what the gates of a model decide in a forward, and routers of MoE models in `transformers` as if they were
-gates. Nothing of that package is imported.
+"""Reads the routing decisions of a model's gates in a forward, including the routers of MoE models in `transformers`.
+That package is not imported.
 
 Most of those routers return `(logits, weights, experts)` of flattened tokens. If one returns less, its choices are
-computed again from its logits, by the recipe of its block in `recipes.MODELS`. The arguments of the model around tell
-which tokens are padding, and where sequences end.
+recomputed from its logits, by the recipe of its block in `recipes.MODELS`. The arguments of the enclosing model
+determine which tokens are padding and where sequences end.
 
 Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
 """
@@ -31,7 +31,7 @@ class RouterOutputReader(TokenWatch):
     """Reads the outputs of the routers in one model."""
 
     def to_routing(self, router: RouterHandle, output: Any) -> Routing:
-        """What a router returned, as a `Routing`."""
+        """Convert what a router returned to a `Routing`."""
         block, tokens = router.block, self.current_tokens()
         assert block is not None
         logits, weight, expert = read_router_output(block, output)
@@ -72,7 +72,7 @@ class RouterOutputReader(TokenWatch):
 
 
 def attach_gate_hooks(routers: Sequence[RouterHandle], on_routing: Callable[..., None], hooks: Attachments) -> None:
-    """Have hooks call `on_routing(router, gate, routing, importance)` after each forward of a gate."""
+    """Attach hooks that call `on_routing(router, gate, routing, importance)` after each forward of a gate."""
     readers = {
         router.enclosing_model: RouterOutputReader(router.enclosing_model) for router in routers if router.is_external
     }
@@ -80,7 +80,7 @@ def attach_gate_hooks(routers: Sequence[RouterHandle], on_routing: Callable[...,
 
         def hook(gate: nn.Module, args: Any, kwargs: Any, output: Any = None, router: RouterHandle = router) -> None:
             if output is None:
-                return  # the hook is being set or taken off
+                return  # the hook is being attached or removed
             importance = None if router.is_external else kwargs.get("importance", args[1] if len(args) > 1 else None)
             routing = readers[router.enclosing_model].to_routing(router, output) if router.is_external else output
             on_routing(router, gate, check_routing(repr(router.name), routing), importance)
@@ -95,12 +95,12 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
     """Run one forward of a model without gradients, in its current mode, and return what each gate decided.
 
     Args:
-        model: a model with gates, as for `track_routing`; not a compiled one, whose graph has no hooks.
+        model: a model with gates, as for `track_routing`. It must not be compiled, because its graph has no hooks.
         args, kwargs: arguments of the model.
 
     Returns:
-        The `Routing` of each gate, by its path in the model. A gate that ran more than once has that of its last call.
-        A router of transformers has one made from what it returned.
+        The `Routing` of each gate, by its path in the model. For a gate that ran more than once it is that of
+        the last call. For a router of transformers it is built from what the router returned.
 
     Raises:
         ValueError: the model has no gate.

@@ -1,4 +1,4 @@
-"""`track_routing` records what the gates of a model decide, and `RoutingStats` tells it."""
+"""`track_routing` records the routing decisions of a model's gates; `RoutingStats` gives access to them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TrackingMode = Literal["always", "training", "eval"]
-MAX_DRAWN = 24  # gates of which a report has pictures: of 300 they took half a minute
+MAX_DRAWN = 24  # gates that a report draws at most: drawing 300 took half a minute
 NOTHING_RECORDED_ERROR = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
@@ -39,32 +39,32 @@ NOTHING_RECORDED_ERROR = (
 def track_routing(
     model: nn.Module, *, keep: int = 1000, when: TrackingMode = "always", gates: GateSelection | None = None
 ) -> Iterator[RoutingStats]:
-    """Record what every gate in `model` decides, while the context lasts.
+    """Record the decisions of every gate in `model` inside the context.
 
-    It finds the gates of `MoE` and `HeirarchicalMoE` layers, of any class, all other modules derived from `Gate`, and
-    the routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...); there the attention mask tells
-    which tokens are padding. You can read the records inside the context and after it.
+    The recorded gates are those of `MoE` and `HeirarchicalMoE` layers, whatever their class, all other modules derived
+    from `Gate`, and the routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...); for the latter,
+    the attention mask determines which tokens are padding. Records can be read inside the context and after it.
 
-    A step is one forward of `model`, or of a model of `transformers` within it that is called by itself, as `generate`
-    calls `model.encoder`. If you call `stats.step()` after each optimizer step, all forwards since the last
-    call are one step (gradient accumulation).
+    A step is one forward of `model`, or of a `transformers` model within it that is called separately, as `generate`
+    calls `model.encoder`. If you call `stats.step()` after each optimizer step, all forwards since the last call form
+    one step (gradient accumulation).
 
-    With activation checkpointing of either kind a forward is recorded once. With `torch.compile` enter the context
-    before the first compiled call. Each rank records its own tokens. Forwards of all threads are recorded, those
-    that had begun before the context are not. A forward that raises does not count.
+    With activation checkpointing, reentrant or not, a forward is recorded once. With `torch.compile`, enter the context
+    before the first compiled call. Each rank records its own tokens. Forwards of all threads are recorded, except those
+    that started before the context was entered. A forward that raises is not counted.
 
     Args:
         model: the module that you call; a forward of a gate counts only within a forward of this module.
-        keep: how many forwards of each gate are remembered, the last ones.
+        keep: how many forwards to keep for each gate; the oldest are discarded.
         when: which forwards to record: those in "training" mode, in "eval" mode, or "always".
-        gates: the gates to record, by their names or as modules (gates, or layers around them); by default all.
+        gates: the gates to record, by name or as modules (gates, or layers that contain them); by default all.
 
     Raises:
         ValueError: the model has no gate, or an argument is not allowed.
-        TypeError: in a forward: nobody can read what a router returns.
-        RuntimeError: in a forward: the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
-            called that is no model of `transformers` (in both cases track the module around it); on reading: nothing
-            was recorded.
+        TypeError: in a forward, a router returns something that cannot be read.
+        RuntimeError: in a forward, the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
+            called that is not a `transformers` model (in both cases, track the module that you call); on reading,
+            nothing was recorded.
 
     Example:
         >>> import torch
@@ -89,9 +89,9 @@ def track_routing(
 
 
 class RoutingStats:
-    """The records of `track_routing`. Reading them waits for the device; `step` and `layers` do not.
+    """The records of `track_routing`. Reading them synchronizes with the device; `step` and `layers` do not.
 
-    It can be pickled and copied: the copy has the records so far, on the CPU, and does not record.
+    It can be pickled and copied: a copy has the records so far, on the CPU, and does not record.
     """
 
     def __init__(self, routers: Sequence[RouterHandle], keep: int, when: TrackingMode) -> None:
@@ -106,9 +106,9 @@ class RoutingStats:
         return tuple(self._buffers)
 
     def step(self) -> None:
-        """End a step: all forwards since the last call, or since the beginning, are one step.
+        """End a step: all forwards since the last call, or since the start, form one step.
 
-        RuntimeError if no hook of a gate ran or was traced: nothing is recorded.
+        Raises a RuntimeError if no hook of a gate ran or was traced, because then nothing is recorded.
         """
         if not any(ring.loss_names for ring in self._buffers.values()):
             raise RuntimeError(NOTHING_RECORDED_ERROR)
@@ -133,22 +133,22 @@ class RoutingStats:
         return [self.last(layer) for layer in self.layers if self._read_steps(layer)]
 
     def total(self, layer: str) -> Record:
-        """All remembered steps of a gate as one record: an expert that is `dead` in it got no token in any of them."""
+        """All remembered steps of a gate as one record; an expert that is `dead` in it got no token in any step."""
         return replace(self._get_buffer(layer).make_record(self._read_steps(layer)), step=-1)
 
     def scalars(self) -> dict[str, float]:
-        """The scalar numbers of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
+        """The scalars of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
         return {f"{record.layer}/{name}": value for record in self.latest() for name, value in record.scalars().items()}
 
     def summary(self) -> str:
         """A table with one line for each gate, over all remembered steps.
 
-        "requested" and "load" are the least and the most of an expert, before and after capacity, relative to a
+        "requested" and "load" are the minimum and maximum over experts, before and after capacity, relative to a
         balanced load. "in a group" is the load of a group's most requested expert: the mean over groups, and the worst.
-        "worst step" is the most that any expert was requested in a step, and the step's number. Lines below warn of
-        dead experts, of each gate with over 10 % more drops than a balanced load would have, of one that asked an
-        expert for over twice, or less than a tenth, of a balanced load in the last quarter of the steps, and of one
-        whose probabilities are NaN.
+        "worst step" is the highest relative request for an expert in any step, and the step's number. Lines below the
+        table warn about dead experts, gates that drop over 10 % more choices than a balanced load would, gates that
+        requested an expert more than twice or less than a tenth as often as a balanced load in the last quarter of the
+        steps, and gates whose probabilities are NaN.
         """
         cells = [self._format_cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
@@ -159,9 +159,9 @@ class RoutingStats:
         return "\n".join([*(line.format(*row).rstrip() for row in rows), *warned])
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
-        """Write a file with one JSON object in each line: every remembered step of every gate, ordered by step.
+        """Write a JSON Lines file with every remembered step of every gate, ordered by step.
 
-        A number that is NaN or infinite is null.
+        NaN and infinity are written as null.
         """
         records = [record for layer in self.layers for record in self.records(layer)]
         records.sort(key=lambda record: record.step)
@@ -169,15 +169,15 @@ class RoutingStats:
             file.writelines(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records)
 
     def plot(self, layer: str | None = None, *, requested: bool = False, ax: Axes | None = None) -> Figure:
-        """Draw a heat map of the experts' load relative to a balanced one: of all gates, or of one gate over its steps.
+        """Draw a heat map of the experts' relative load (1 is balanced), for all gates or for one gate over its steps.
 
-        Without `layer` there is a row for each gate, in which its experts fill the width, over all remembered steps; a
-        cross marks an expert without a token. With `layer` there is a row for each expert and a column for each step.
+        Without `layer`, each gate has a row that its experts share, over all remembered steps; a cross marks an expert
+        without tokens. With `layer`, there is one row per expert and one column per step.
 
         Args:
             layer: one of `layers`.
-            requested: show the load that the router asked for, before capacity, instead of what the experts computed.
-            ax: axes to draw in; by default those of a new figure.
+            requested: show what the router requested, before capacity, instead of what the experts computed.
+            ax: axes to draw in; by default a new figure is created.
 
         Returns:
             The figure.
@@ -207,15 +207,15 @@ class RoutingStats:
         return plot_steps(ax, edges, over_steps, last.load.shape[-1])
 
     def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
-        """Write one HTML page that shows what was recorded. It needs no other file and no network.
+        """Write a self-contained HTML page that shows what was recorded.
 
         The page shows the load of every gate, before and after capacity, over all remembered steps; the table of
-        `summary`; and what each gate requested of its experts over the steps. Of more than 24 gates it draws 24, those
-        with notes first, and says so.
+        `summary`; and the requests for each gate's experts over the steps. With more than 24 gates, only 24 are drawn,
+        those with warnings first, and the page says so.
 
         Args:
-            path: path of the file; an existing file is replaced.
-            name: the title of the page, for example the run's name; the date stands below it.
+            path: path of the file; an existing file is overwritten.
+            name: the title of the page, for example the run's name; the date is shown below it.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -248,7 +248,7 @@ class RoutingStats:
             over_steps={layer: self.plot(layer, requested=True) for layer in drawn},
             left_out=left_out,
         )
-        text = html.encode("utf-8", "backslashreplace")  # before the file is opened: names may have surrogates
+        text = html.encode("utf-8", "backslashreplace")  # encode before opening the file: names may have surrogates
         with open(path, "wb") as file:
             file.write(text)
 
@@ -262,7 +262,7 @@ class RoutingStats:
         return self._buffers[layer]
 
     def _read_steps(self, layer: str) -> list[StepRows]:
-        """The remembered steps of a gate; RuntimeError if nothing was recorded of any gate."""
+        """The remembered steps of a gate; raises a RuntimeError if nothing was recorded for any gate."""
         ring = self._get_buffer(layer)
         if not any(int(each.num_written) for each in self._buffers.values()):
             raise RuntimeError(NOTHING_RECORDED_ERROR)
@@ -277,7 +277,8 @@ class RoutingStats:
 
 
 def gates_to_draw(layers: Sequence[str], notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """At most `MAX_DRAWN` gates in the model's order: those with notes first, then others from all over the model."""
+    """Select at most `MAX_DRAWN` gates: those with warnings first, then others spread evenly over the model. They are
+    returned in the model's order."""
     noted = [layer for layer in layers if notes[layer]][:MAX_DRAWN]
     others, room = [layer for layer in layers if not notes[layer]], MAX_DRAWN - len(noted)
     if room < len(others):

@@ -1,4 +1,4 @@
-"""Verifies any mixture layer: what is promised, a number, and a verdict, for each of thirty-one properties."""
+"""Verifies any mixture layer: a promise, a measured number and a verdict for each of thirty-one properties."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALL_PROPERTIES = [
     each for file in (batching, steps, states, precision) for each in vars(file).values() if isinstance(each, Property)
 ]
 
-#: what is promised, in one sentence, by the name of the property
+#: the promise of each property, in one sentence, by the property's name
 PROPERTIES = {each.name: each.promise for each in _ALL_PROPERTIES}
 
 
@@ -36,25 +36,26 @@ def verify(
     router: RunFunction | None = None,
     properties: Iterable[str] | None = None,
 ) -> Report:
-    """Measure what a mixture layer keeps. The module itself does not run: copies of it do.
+    """Measure which properties a mixture layer has. The module itself does not run, only copies of it.
 
-    Nothing but `module` has to be told. What is not told is not asked. Of `MoE` and `HeirarchicalMoE` all is known, and
-    of blocks that contain one gate of this package, or a router of transformers, the router.
+    Only `module` is required. Properties that need an argument are skipped without it. For `MoE` and `HeirarchicalMoE`
+    all arguments are inferred, and for blocks that contain one gate of this package, or a router of transformers, the
+    router is.
 
     Args:
-        module: maps `(b, n, d)` to the same shape, or to a tuple that begins with it. Make it small: what is verified
-            does not depend on its sizes.
-        dim: d; by default the one size of its weights with which it runs.
-        mask: the argument that takes a mask `(b, n)` bool, True where a token is real; or a function `(module, x,
+        module: maps `(b, n, d)` to the same shape, or to a tuple that begins with it. Use a small one, because the
+            properties do not depend on its sizes.
+        dim: d; by default the only size of its weights with which it runs.
+        mask: name of the argument for a mask `(b, n)` bool, True where a token is real; or a function `(module, x,
             mask)` that calls the module.
-        loss: where the auxiliary loss is in what the module returns, an index or a key; or a function `(module,
-            returned)` that reads it.
-        router: a function `(module, x)` that returns `(b, n, k)` integers, the experts of each token, -1 for no expert,
+        loss: index or key of the auxiliary loss in what the module returns; or a function `(module, returned)` that
+            reads it.
+        router: a function `(module, x)` that returns the experts of each token: `(b, n, k)` integers, -1 for no expert,
             or `(b, n, e)` bool.
         properties: names of the properties; by default all but "invariance" and "compile".
 
     Raises:
-        ValueError: an unknown property; the module cannot be copied, or its width is not found.
+        ValueError: a property is unknown, the module cannot be copied, or its width cannot be inferred.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -68,7 +69,7 @@ def verify(
         raise ValueError(f"no property is named {sorted(unknown)}: there are {sorted(PROPERTIES)}")
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with preserve_settings():  # a module that changes them spoils neither other measurements nor the caller
+        with preserve_settings():  # a module that changes them affects neither other measurements nor the caller
             trial = infer_arguments(Trial(module, dim or 0, mask, loss, router))
         findings = {}
         for each in _ALL_PROPERTIES:
@@ -82,17 +83,17 @@ def verify(
 
 
 def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
-    """Assert that a module has properties, in a test of your own.
+    """Assert that a module has properties. Use it in your own tests.
 
     Args:
         module: as in `verify`.
-        properties: names of properties; as in `verify` if none is given.
-        told: `dim`, `mask`, `loss` and `router`, as in `verify`.
+        properties: names of properties; if none are given, the default of `verify`.
+        arguments: `dim`, `mask`, `loss` and `router`, as in `verify`.
 
     Raises:
-        AssertionError: a property fails, does not apply or is not asked (without `properties`: one fails). A named
-            property has to be shown: where it does not apply, leave it out. The error says which property was not
-            shown and why, and has the report.
+        AssertionError: a named property does not hold: it fails, does not apply, or is not measured because its
+            argument is missing. Leave out properties that do not apply. Without `properties`, only failures raise. The
+            message names each such property and the reason, and includes the report.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -109,7 +110,7 @@ def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
 
 
 def phrase_of(verdict: str) -> str:
-    """A verdict within a sentence, with the remedy."""
+    """A verdict as a phrase for an error message, with the remedy."""
     return {
         "does not apply": "does not apply to this layer (leave it out)",
         "not asked": "was not measured",

@@ -1,6 +1,6 @@
-"""`python -m mixture_of_experts.verify FACTORY`: verify what `FACTORY`, "package.module:function", returns.
+"""`python -m mixture_of_experts.verify FACTORY`: verify the module that `FACTORY`, "package.module:function", returns.
 
-The function takes no argument. It returns a module, or a pair: the module, and a dictionary of arguments of `verify`.
+The function takes no arguments. It returns a module, or a pair of a module and a dictionary of arguments for `verify`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mixture_of_experts.verify import PROPERTIES, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Verify a module, print the report, and return its exit status; 2 for a module that cannot be verified."""
+    """Verify a module, print the report, and return the exit status; exits with 2 if the module cannot be verified."""
     parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.verify", description=__doc__)
     parser.add_argument("factory", help='"package.module:function", importable from here')
     parser.add_argument("--only", nargs="+", metavar="PROPERTY", help=f"of {', '.join(PROPERTIES)}")

@@ -1,4 +1,4 @@
-"""What else is in a batch changes nothing: padding, other sequences, later tokens; and batches at the edge of sizes."""
+"""Properties of batching: results are independent of padding, other sequences and later tokens; edge-case batches."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from mixture_of_experts.verify.trial import (
 
 LONG_CASE = Case(2, 1500, 6)
 SINGLE_TOKEN_CASES = (Case(64, 1, 0),)
-MAX_LOST_CHOICE_SHARE = 0.2  # of choices: an expert of few ReLU units may be silent
+MAX_LOST_CHOICE_SHARE = 0.2  # of the choices; an expert with few ReLU units may output zeros
 
 
 def select_tokens(outcome: Outcome, index: Any) -> Outcome:
-    """The same of some tokens or sequences."""
+    """Select some tokens or sequences from an outcome."""
     return {name: tensor[index] if name in TOKEN_TENSORS else tensor for name, tensor in outcome.items()}
 
 
 def mark_all_tokens(trial: Trial) -> Tensor:
-    """The index of all tokens, without their sequences."""
+    """A bool index that selects all tokens and flattens the sequences."""
     return torch.ones(trial.case[:2], dtype=torch.bool)
 
 
 def make_padded_batch(trial: Trial, number: float) -> tuple[Tensor, Tensor]:
-    """The tokens anywhere among padding, which is one number, beside a sequence of padding alone; and their mask."""
+    """The tokens scattered among padding with a constant value, plus a sequence of padding only; and the mask."""
     b, n, seed, _ = trial.case
     x, noise = trial.make_tokens(), torch.rand(b + 1, 2 * n + 8, generator=torch.Generator().manual_seed(seed))
     mask = (noise.argsort(dim=-1) < n).to(x.device)
@@ -83,7 +83,7 @@ def causal(trial: Trial) -> Deviations:
     n, wanted = trial.case.num_tokens, trial.forward()
     for t in (1, n // 2, n - 1):
         x, earlier = trial.make_tokens(), (slice(None), slice(t))
-        x[:, t:] = x[:, t - 1 : t]  # they ask for what an earlier one asks for
+        x[:, t:] = x[:, t - 1 : t]  # they request the same experts as an earlier token
         yield compare_outcomes(
             select_tokens(trial.forward(x), earlier),
             select_tokens(wanted, earlier),
@@ -108,7 +108,7 @@ def decoding(trial: Trial) -> Deviations:
     is_opt_in=True,
 )
 def invariance(trial: Trial) -> Deviations:
-    """Of outputs, and of the gradients of inputs by outputs alone; and of outputs without gradients."""
+    """Compares outputs of a forward without backward, and outputs and input gradients of a step from outputs alone."""
     x = trial.make_tokens()
     tokens = x.flatten(0, 1)
     count = len(tokens)
@@ -135,13 +135,13 @@ def invariance(trial: Trial) -> Deviations:
 def every_choice(trial: Trial) -> Deviations:
     module, alone = trial.copy_module(), trial.make_tokens().split(1)
     asked = torch.cat([trial.read_choices(module, token) for token in alone])[:, 0]
-    if asked.dtype != torch.bool:  # -1 is no expert
+    if asked.dtype != torch.bool:  # -1 means no expert
         asked = one_hot(asked + 1).sum(dim=1)[:, 1:]
     asked = asked.float()  # (t, e)
     reached = torch.stack(
         [find_reached_weights(trial.step(token, loss_from="output")) for token in alone]
     ).float()  # (t, w)
-    # (w) how many tokens choose the expert of these weights, which no others reach
+    # (w) how many tokens choose the expert that owns these weights: all tokens that reach them chose it
     choosing = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf).amin(dim=-1)
     own = choosing.isfinite() & reached.any(dim=0)
     if not own.any():
@@ -151,7 +151,7 @@ def every_choice(trial: Trial) -> Deviations:
 
 
 def find_reached_weights(outcome: Outcome) -> Tensor:
-    """`(w)` bool, which parameters have a gradient; of those with three axes or more, which parts along the first."""
+    """`(w)` bool, which parameters have a gradient; for those with three or more axes, which slices along the first."""
     grads = [tensor for name, tensor in outcome.items() if name.startswith("gradient")]
     return torch.cat([grad.reshape(len(grad) if grad.dim() > 2 else 1, -1).any(dim=-1) for grad in grads])
 
@@ -176,6 +176,6 @@ def extremes(trial: Trial) -> Deviations:
 @layer_property("strided tokens and gradients give the same", is_deterministic_only=True)
 def strides(trial: Trial) -> Deviations:
     x = trial.make_tokens()
-    strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # a view without sequences is possible
+    strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # (b, n) can still be flattened by a view
     for run in (trial.step, trial.forward):
         yield compare_outcomes(run(strided), run(x))

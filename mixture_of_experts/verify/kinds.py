@@ -1,4 +1,4 @@
-"""Which failures are expected of a kind of layer, because its definition implies them."""
+"""Failures that are expected for a kind of layer, because its definition implies them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CROSS_SEQUENCE_PROPERTIES = ("padding", "nan_padding", "order", "batch", "causal
 
 
 def expected_failures(module: nn.Module) -> dict[str, str]:
-    """The reasons why properties may fail without a fault, by the names of the properties."""
+    """The properties that may fail although there is no bug, by name, with the reasons."""
     found: dict[str, str] = {}
     for layer in module.modules():
         if isinstance(layer, MoE | HeirarchicalMoE) and layer.group_size is not None:
@@ -26,7 +26,7 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
 
 
 def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Properties that one router may not keep, with the reason."""
+    """Yield properties that one router may not have, with the reason."""
     gate = site.gate
     if site.block is not None:
         yield ("router_bfloat16", "router_autocast"), "routers of transformers compute in the dtype of their weights"

@@ -1,4 +1,4 @@
-"""Numbers: gradients against differences, and what lower precision changes."""
+"""Numerical properties: gradients compared to finite differences, and the effects of lower precision."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mixture_of_experts.verify.trial import (
     make_output_weights,
 )
 
-DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # of a difference, relative to the size of what moves
+DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # of finite differences, relative to the norm of the tensor that is varied
 CLOSE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 BATCH_CASES, MANY_TOKENS_CASES = (Case(4, 32, 0),), (Case(1 << 14, 1, 0),)
 MAX_CHANGED_SHARE = (
-    1e-4  # of tokens that choose otherwise: a router that rounds to bfloat16 turns one of a thousand or more
+    1e-4  # of tokens that choose differently: a router that rounds to bfloat16 changes one in a thousand or more
 )
 
 
@@ -44,7 +44,7 @@ def gradients(trial: Trial) -> Deviations:
         direction *= size / direction.norm()
         wanted, error = (grad * direction).sum().item(), float("inf")
         scale = max(grad.norm().item() * size, 1e-3 * largest, 1e-12)
-        for step in DIFFERENCE_STEPS:  # a choice that a step turns is no slope: a smaller one is taken
+        for step in DIFFERENCE_STEPS:  # a step that changes a choice says nothing: try a smaller one
             leaf += step * direction
             high = compute_objective(trial, module, x, weights)
             leaf -= 2 * step * direction
@@ -58,8 +58,8 @@ def gradients(trial: Trial) -> Deviations:
 
 @torch.no_grad()
 def randomize_zero_parameters(module: nn.Module, seed: int) -> None:
-    """Draw parameters that are all zero: at the zeros of a router all scores tie, so that any difference changes
-    choices, and other zeros hide the gradients that they multiply."""
+    """Randomize parameters that are all zero. With a zero router all scores tie, so any step changes choices; other
+    zeros hide the gradients that they multiply."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if not parameter.any():
@@ -67,7 +67,7 @@ def randomize_zero_parameters(module: nn.Module, seed: int) -> None:
 
 
 def compute_objective(trial: Trial, module: nn.Module, x: Tensor, weights: Tensor) -> float:
-    """What a step differentiates."""
+    """The scalar that a step differentiates."""
     outcome = trial.forward(x, module=copy.deepcopy(module))
     return (outcome["output"] * weights).sum().item() + float(outcome.get("loss", 0.0))
 
@@ -121,7 +121,7 @@ def measure_changed_choices(found: Tensor, wanted: Tensor) -> Deviation:
 
 
 def convert_module(trial: Trial, dtype: torch.dtype) -> nn.Module:
-    """The module in another dtype, in which it has to run."""
+    """The module in another dtype; raises `NotApplicableError` if it does not run in it."""
     module = trial.copy_module().to(dtype)
     try:
         trial.forward(trial.make_tokens(dtype=dtype), module=copy.deepcopy(module))
@@ -131,7 +131,7 @@ def convert_module(trial: Trial, dtype: torch.dtype) -> nn.Module:
 
 
 def convert_to_both_dtypes(trial: Trial) -> tuple[nn.Module, nn.Module]:
-    """The module in bfloat16, and in float64 with the same numbers."""
+    """The module in bfloat16, and in float64 with the same values."""
     low, exact = convert_module(trial, torch.bfloat16), convert_module(trial, torch.float64)
     exact.load_state_dict(low.state_dict())
     return low, exact

@@ -22,16 +22,16 @@ TRAINING_ONLY, EVAL_ONLY = (True,), (False,)
 
 @dataclass(frozen=True)
 class Property:
-    """What a mixture layer is to keep.
+    """A property that a mixture layer should have.
 
     Attributes:
-        measure: yields the gaps between what is and what is promised.
+        measure: yields the deviations from what is promised.
         promise: one sentence.
-        needs: what has to be told: "mask", "loss" or "router".
-        cases: from small to large: the first that fails is the smallest example.
-        modes: the modes in which it is promised, True for training.
+        needs: the argument of `verify` that is required: "mask", "loss" or "router"; empty if none is.
+        cases: from small to large, so that the first one that fails is the smallest example.
+        modes: the modes in which it must hold, True for training.
         is_deterministic_only: whether it is measured only in modes in which the module draws no random numbers.
-        limit: the largest gap that keeps the promise; None: that of rounding.
+        limit: the largest deviation with which the property holds; None means the rounding limit of the trial.
         is_opt_in: whether it is measured only if it is named.
     """
 
@@ -49,7 +49,7 @@ class Property:
         return self.measure.__name__
 
     def measure_module(self, trial: Trial) -> Finding:
-        """Measure a module."""
+        """Measure the property of a module, over all cases and modes."""
         finding, limit = partial(Finding, self.name, self.promise), trial.limit if self.limit is None else self.limit
         if self.needs and getattr(trial, self.needs) is None:
             return finding("not asked", detail=f"tell {self.needs}=")
@@ -77,5 +77,5 @@ class Property:
 
 
 def layer_property(promise: str, **settings: Any) -> Callable[[MeasureFunction], Property]:
-    """Make a property of the function that measures it."""
+    """A decorator that turns the function that measures a property into a `Property`."""
     return partial(Property, promise=promise, **settings)

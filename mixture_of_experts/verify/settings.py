@@ -1,4 +1,4 @@
-"""Settings of the process and of a thread that a forward must leave alone."""
+"""Process-wide and thread-local settings that a forward must not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def read_settings() -> dict[str, Any]:
-    """The settings, by their names."""
+    """The current settings, by name."""
     return {
         "the grad mode": torch.is_grad_enabled(),
         "the inference mode": torch.is_inference_mode_enabled(),
@@ -24,7 +24,7 @@ def read_settings() -> dict[str, Any]:
 
 @contextmanager
 def preserve_settings() -> Iterator[None]:
-    """Restore afterwards the settings that outlive a context; the grad mode is restored too."""
+    """On exit, restore the settings that would outlive a context, including the grad mode."""
     before, dtype = read_settings(), torch.get_default_dtype()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a module keeps: nothing of a call, and all of itself in copies."""
+"""Properties of state: a call leaves nothing behind, and copies are complete."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from mixture_of_experts.verify.trial import (
     compare_outcomes,
 )
 
-UNUSUAL_SEED = 20170123  # that no module seeds with
-MAX_PARTS = 8  # submodules at which a forward waits for another thread's
-PATIENCE = 10  # seconds for a forward in another thread
+UNUSUAL_SEED = 20170123  # a seed that no module uses
+MAX_PARTS = 8  # maximum number of submodules at which a forward waits for that of another thread
+PATIENCE = 10  # seconds to wait for a forward in another thread
 
 
 @layer_property("evaluation counts nothing, and moves no buffer", cases=SINGLE_CASE, modes=EVAL_ONLY, limit=0.0)
@@ -79,14 +79,14 @@ def threads(trial: Trial) -> Deviations:
 
 
 def run_two_threads(trial: Trial, path: str) -> list[Outcome]:
-    """A forward that stops at a part of the module, or at its end, until another thread's forward is over; and that."""
+    """Run a forward that pauses at a submodule, or at its end, while another thread runs one; return both outcomes."""
     module, other = trial.copy_module(), list[Future[Outcome]]()
     with ThreadPoolExecutor(1) as pool:
 
         def stop(*hooked: object) -> None:
             hook.remove()
             other.append(pool.submit(trial.forward, trial.make_tokens(1), module=module))
-            wait(other, PATIENCE)  # a module that locks others out may do so
+            wait(other, PATIENCE)  # a module may serialize its forwards with a lock
 
         part = module.get_submodule(path)
         hook = part.register_forward_pre_hook(stop) if path else part.register_forward_hook(stop)
@@ -110,7 +110,7 @@ def raised(trial: Trial) -> Deviations:
         hook = module.get_submodule(path).register_forward_pre_hook(raise_injected_error)
         try:
             trial.step(trial.make_tokens(1), module=module)
-            continue  # it does not call this one
+            continue  # the forward does not call this submodule
         except InjectedError:
             hook.remove()
         module.zero_grad()
@@ -118,7 +118,7 @@ def raised(trial: Trial) -> Deviations:
 
 
 class InjectedError(Exception):
-    """What a forward raises here."""
+    """Raised in a forward on purpose."""
 
 
 def raise_injected_error(module: nn.Module, inputs: object) -> None:
@@ -146,7 +146,7 @@ def save_load(trial: Trial) -> Deviations:
     module, used, empty = trial.copy_module().train(), trial.copy_module(), trial.copy_module().to("meta")
     trial.step(module=module)
     scale_weights(module, 1.5)
-    trial.forward(module=used)  # a packed copy of its weights would be old
+    trial.forward(module=used)  # packed copies of its weights, if any, are stale after loading
     empty.to_empty(device=trial.make_tokens().device)
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.detach().fill_(3)

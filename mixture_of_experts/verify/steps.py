@@ -1,4 +1,4 @@
-"""A step is right however it is made: its output, its auxiliary loss, the gradient of each, what it counts."""
+"""Properties of a training step: output, auxiliary loss, gradients and counts are correct however it is run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mixture_of_experts.verify.trial import RESULT_PREFIXES, Deviation, Deviatio
 
 
 def run_checkpointed(reentrant: bool, function: RunFunction, x: Tensor) -> Any:
-    """Run a function under activation checkpointing. The reentrant kind takes tuples of tensors only."""
+    """Run a function under activation checkpointing. The reentrant implementation only supports tuples of tensors."""
     keys: list[str] = []
 
     def flat(x: Tensor) -> Any:

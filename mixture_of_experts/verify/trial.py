@@ -1,4 +1,4 @@
-"""`Trial`: a module, and the tokens and the mode of one measurement; and what a step of it computed.
+"""`Trial`: a module with the tokens and the mode of one measurement, and functions that compare its outcomes.
 
 Axes: b sequences, n tokens of a sequence, d model dim, e experts, k choices of a token, w weights.
 """
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from mixture_of_experts import HeirarchicalMoE, MoE
 from mixture_of_experts.stats import routing_of
 
-#: what a step computed: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" of a buffer
+#: what a step computed: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" for buffers
 Outcome = dict[str, Tensor]
 TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome that have an entry for each token
-RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # what tensors begin with that are no moves of buffers
+RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # name prefixes of all tensors except the moves of buffers
 RunFunction = Callable[..., Any]  # calls a function with tokens: checkpointed, compiled, ...
-ROUNDING_LIMIT = 1e-4  # difference that is rounding, relative to the largest number of a tensor
+ROUNDING_LIMIT = 1e-4  # largest difference due to rounding, relative to the largest absolute value of a tensor
 
 
 class NotApplicableError(Exception):
-    """Says why a property means nothing for a module."""
+    """Raised with the reason why a property does not apply to a module."""
 
 
 class Deviation(NamedTuple):
-    """A difference, and where it is."""
+    """A difference, and where it occurs."""
 
     value: float
     where: str = ""
@@ -40,7 +40,7 @@ Deviations = Iterator[Deviation]
 
 
 class Case(NamedTuple):
-    """Sizes and seed of a batch. Tokens that are alike ask for the same experts."""
+    """Sizes and seed of a batch. Similar tokens request the same experts."""
 
     num_sequences: int
     num_tokens: int
@@ -59,12 +59,12 @@ DEFAULT_CASE = Case(2, 16, 0)
 
 @dataclass(frozen=True)
 class Trial:
-    """What one measurement is made of. The module itself never runs: fresh copies of it do.
+    """The configuration of one measurement. The module itself never runs, only fresh copies of it.
 
     Attributes:
         module, dim, mask, loss, router: as in `verify`.
         case, training: the tokens and the mode.
-        limit: the largest difference that is rounding.
+        limit: the largest difference that counts as rounding.
         deterministic_modes: the modes in which the module draws no random numbers, True for training.
     """
 
@@ -82,11 +82,11 @@ class Trial:
         return f"{self.case}, in {'training' if self.training else 'eval'}"
 
     def copy_module(self) -> nn.Module:
-        """A copy of the module, in the mode."""
+        """A copy of the module, in the mode of the trial."""
         return copy.deepcopy(self.module).train(self.training)
 
     def make_tokens(self, index: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Tokens `(b, n, d)`; others for another number."""
+        """Random tokens `(b, n, d)`; each `index` gives different ones."""
         b, n, seed, alike = self.case
         generator = torch.Generator().manual_seed(seed + 100 * index)
         x = torch.randn(b, n, self.dim, generator=generator, dtype=torch.float32)  # whatever the default dtype is
@@ -104,10 +104,10 @@ class Trial:
         run: RunFunction | None = None,
         seed: int = 0,
     ) -> Outcome:
-        """The output, in the shape of the tokens, and the loss if it is told; in eval without gradients.
+        """The output, in the shape of the tokens, and the loss if `loss` is set; in eval without gradients.
 
         Args:
-            x, module: tokens and a fresh module of this trial unless others are given.
+            x, module: tokens and module; by default those of this trial, with a fresh copy of the module.
             mask: `(b, n)` bool, True where a token is real.
         """
         x = self.make_tokens() if x is None else x
@@ -138,14 +138,14 @@ class Trial:
         loss_from: str = "both",
         scale: float = 1,
     ) -> Outcome:
-        """A forward, and the backward of the weighed output, plus the loss; or of "output" or "loss" alone. Gradients
-        are divided by `scale` again."""
+        """A forward, and the backward of the weighted output plus the loss, or of one of them (`loss_from`, "output" or
+        "loss"). The backward starts from `scale` times this sum, and gradients are divided by `scale` afterwards."""
         module = self.copy_module() if module is None else module
-        x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides stay
+        x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are kept
         found = self.forward(x, mask, module, run)
         total = (found["output"] * make_output_weights(x, mask)).sum() * (
             loss_from != "loss"
-        )  # a loss may reach x through it
+        )  # times 0, not omitted: a loss may reach x through the output
         if "loss" in found and loss_from != "output":
             total = total + found["loss"]
         if total.requires_grad:
@@ -156,7 +156,7 @@ class Trial:
         return {name: tensor.detach() for name, tensor in found.items()} | self.measure_buffer_changes(module)
 
     def measure_buffer_changes(self, module: nn.Module) -> Outcome:
-        """How far the buffers of a module are from those of the module that never ran."""
+        """The differences between the buffers of a module and those of the module that never ran."""
         found = {}
         for name, buffer in self.module.named_buffers():
             old, new = buffer.double(), module.get_buffer(name).double()
@@ -165,49 +165,49 @@ class Trial:
 
     @torch.no_grad()
     def read_choices(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The experts of each token: `(b, n, k)` integers in order, or `(b, n, e)` bool."""
+        """The experts of each token: `(b, n, k)` sorted integers, or `(b, n, e)` bool."""
         torch.manual_seed(0)
         choices = self.router(module, x).reshape(*x.shape[:2], -1)
         return choices if choices.dtype == torch.bool else choices.sort(dim=-1).values
 
     def is_random(self) -> bool:
         """Whether what a forward returns depends on random numbers."""
-        trials = [replace(self, case=case) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # many are near a tie
+        trials = [replace(self, case=case) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # with many near-ties
         return any(
             compare_outcomes(trial.forward(seed=1), trial.forward(seed=2)).value > ROUNDING_LIMIT / 10
             for trial in trials
         )
 
     def estimate_rounding(self) -> float:
-        """The second difference of the output along the inputs: large only of a module that computes in bfloat16."""
+        """The second difference of the output along the inputs; large only if the module computes in bfloat16."""
         a, b, c = (self.forward(self.make_tokens() * factor)["output"] for factor in (0.9999, 1, 1.0001))
         return compare_outcomes({"output": (a + c) / 2}, {"output": b}).value
 
 
 def infer_arguments(trial: Trial) -> Trial:
-    """A trial, and what can be found out about its module."""
+    """Complete a trial with the arguments that can be inferred from its module."""
     module = trial.module
     if isinstance(module, MoE | HeirarchicalMoE):
         loss = 1 if trial.loss is None else trial.loss
         trial = replace(trial, dim=trial.dim or module.dim, mask=trial.mask or "mask", loss=loss)
     trial = replace(trial, dim=trial.dim or infer_width(trial))
-    with suppress(ValueError):  # there is no gate that the package knows
+    with suppress(ValueError):  # the module has no gate that the package supports
         if trial.router is None and len(routing_of(trial.copy_module(), trial.make_tokens())) == 1:
             trial = replace(trial, router=read_gate_choices)
     steady = tuple(training for training in (True, False) if not replace(trial, training=training).is_random())
     return replace(
         trial, deterministic_modes=steady, limit=min(max(ROUNDING_LIMIT, 4 * trial.estimate_rounding()), 0.05)
-    )  # no module rounds more
+    )  # no module has larger rounding errors
 
 
 def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The weights of the outputs of tokens in what a step differentiates; they go with the tokens. None of padding."""
+    """The weights of outputs in the sum that a step differentiates. They depend on the token alone; 0 for padding."""
     weights = 1 + x.detach().flip(-1)
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
 
 
 def infer_width(trial: Trial) -> int:
-    """The one size of the weights with which the module runs."""
+    """The only size among those of the weights with which the module runs."""
     found = []
     for size in sorted({size for parameter in trial.module.parameters() for size in parameter.shape if size > 1}):
         with suppress(Exception):
@@ -219,7 +219,7 @@ def infer_width(trial: Trial) -> int:
 
 
 def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
-    """`(..., n * e)` bool, the experts that compute each token, by the one gate that the package knows in a module."""
+    """`(..., n * e)` bool, the experts that compute each token, read from the module's only supported gate."""
     (routing,) = routing_of(module, x).values()
     cell = routing.token * routing.num_experts + routing.expert
     none = torch.zeros_like(routing.probs).flatten(-2)
@@ -230,12 +230,13 @@ def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
 def compare_outcomes(
     found: Outcome, wanted: Outcome, names: str | tuple[str, ...] = "", context: str = ""
 ) -> Deviation:
-    """The largest difference of two outcomes, relative to the largest number of its tensor, or to a thousandth of the
-    largest gradient; infinite if one is NaN.
+    """The largest difference of two outcomes, relative to the largest absolute value of its tensor, but for gradients
+    at least to a thousandth of the largest one; infinite if a difference is NaN.
 
     Args:
-        of: compares only tensors whose names begin so.
-        how: added to where the gap is.
+        found, wanted: the two outcomes.
+        names: compares only tensors whose names begin with this prefix, or one of these.
+        context: appended to the place of the deviation.
     """
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.numel()}
     grads = [tensor.abs().max().item() for name, tensor in wanted.items() if "gradient" in name]
@@ -250,6 +251,6 @@ def compare_outcomes(
 
 
 def count_non_finite(outcome: Outcome, context: str) -> Deviation:
-    """How many tensors of an outcome are not finite, and which."""
+    """How many tensors of an outcome have non-finite values, and which."""
     wrong = [name for name, tensor in outcome.items() if not tensor.isfinite().all()]
     return Deviation(len(wrong), f"not finite: {', '.join(wrong)}{context}")

@@ -10,15 +10,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found about one property of a module.
+    """The result for one property of a module.
 
     Attributes:
-        name, promise: the property, and what it promises in one sentence.
+        name, promise: name of the property, and its promise in one sentence.
         verdict: "holds", "fails", "does not apply" or "not asked".
-        number: the largest number that was measured; None if there is none, or if it is not finite.
-        limit: the largest number with which the promise holds.
-        detail: where it fails, in the smallest example; or why it does not apply or was not asked.
-        expected: of one that fails, why this is expected of this kind of layer; empty if it may be a fault.
+        number: the largest measured number; None if there is none, or if it is not finite.
+        limit: the largest number with which the property holds.
+        detail: where it fails, in the smallest example; or why it does not apply or was not measured.
+        expected: why a failure is expected for this kind of layer; empty if it may be a bug.
     """
 
     name: str
@@ -32,11 +32,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found about one module. Printed, it is a table with a line for each property.
+    """The results for one module. Printing it shows a table with one line per property.
 
     Attributes:
-        module: what was verified.
-        findings: what was found, by the name of the property.
+        module: class name and width of the module.
+        findings: the results, by property name.
     """
 
     module: str
@@ -49,7 +49,7 @@ class Report:
 
     @property
     def expected(self) -> list[str]:
-        """The names of the properties that fail as expected of this kind of layer; the others may be faults."""
+        """The names of the properties whose failure is expected for this kind of layer; other failures may be bugs."""
         return [name for name in self.failed if self.findings[name].expected]
 
     def to_json(self) -> str:
