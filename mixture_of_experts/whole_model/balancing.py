@@ -54,7 +54,7 @@ def balance_experts(
     an optimizer that was constructed before the layers.
 
     Args:
-        model: the model, before DDP or `torch.compile` wrap it. DDP then does not synchronise the counts of the ranks.
+        model: the model, before DDP or `torch.compile` wrap it. DDP then does not synchronize the counts of the ranks.
         optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
         rule: how the bias moves. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
             "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves to the bias that
@@ -63,7 +63,7 @@ def balance_experts(
         rate: step size. Default: 1e-3 for the sign rules, and 1 (a full step) for "quantile". You may change
             `balancing.rate` later; 0 freezes the bias (as DeepSeek-V3 does at the end of training).
         group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
-            is initialised, independent of the gates' `process_group`. All of them must take the step.
+            is initialized, independent of the gates' `process_group`. All of them must take the step.
 
         gates: the gates to balance, as names or modules (gates, or the layers that contain them). Default: all that
             have an expert bias. `balancing.gates` lists their names.

@@ -35,7 +35,7 @@ def control_sparsity(
     `rate` if the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if they make
     fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step for a gradient scaler,
     the choices count in the next step. The coefficient stays between 1e-12 and 1000; if tokens still make too many
-    choices at 1000, a warning lists possible reasons. This is checked every 100 steps, which synchronises with the
+    choices at 1000, a warning lists possible reasons. This is checked every 100 steps, which synchronizes with the
     device.
 
     Args:
@@ -43,7 +43,7 @@ def control_sparsity(
         optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
         rate: the factor, above 1.
         group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
-            is initialised, independent of the gates' `process_group`.
+            is initialized, independent of the gates' `process_group`.
 
         gates: the gates to control, as names or modules (gates, or the layers that contain them). Default: every
             `ReLUGating`. `control.gates` lists their names.
