@@ -41,9 +41,9 @@ class RouterHandle:
         nn.Module
     )  #: the outermost wrapper, or the gate itself: a hook on it runs once for each call of a layer
     num_experts: int
-    enclosing_model: nn.Module  #: the nearest model of transformers that reads a mask, else the model
+    enclosing_model: nn.Module  #: the innermost model of transformers that reads a mask, else the model
     locations: tuple[RouterLocation, ...]
-    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
+    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
     level_one: RouterHandle | None = None  #: for level two: the router of level one
     block: BlockSettings | None = field(default=None, repr=False)  #: settings of the transformers block it routes for
 

@@ -200,7 +200,7 @@ def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | 
 
 def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
     """Check that a layer is a plain linear one, or GPT-2's `Conv1D`, which stores its weight as `(in, out)`. With
-    `slot`, only its class is checked here, so subclasses with a custom forward are rejected."""
+    `slot`, what it computes is not verified by running the module, so custom forwards are rejected too."""
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
     )
