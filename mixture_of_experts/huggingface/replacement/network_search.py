@@ -179,7 +179,7 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]
-    # layers between the linear ones, and modules whose only input is the tokens: the first linear layers and their parents
+    # layers between the linear ones, and modules with the tokens as only input: the first linear layers, their parents
     inner = [path for path in inner if path in trial.other_parts or len(trial.get_argument_ids([path, *ups])) == 1]
     bypass = [path for path in inner if not path.startswith(tuple(f"{outer}." for outer in inner))]
     reused = [path for path in (*bypass, down) if len(trial.calls[path]) > 1]
