@@ -80,9 +80,9 @@ def replace_ffn(
         num_experts: e, the number of experts.
         k: number of experts per token, for the default gate.
         layers: which networks to replace: block numbers, names (as returned), or a predicate on names. Default: all.
-        gate: a function `(dim, num_experts)` that constructs a new gate for each layer. Default: `TopKGating(dim,
-            num_experts, k)`, which drops no tokens. A gate that reads `token_ids` (`HashGating`) gets the model's
-            `input_ids`.
+        gate: a function `(dim, num_experts)` that constructs a new gate for each layer. Default:
+            `TopKGating(dim, num_experts, k)`, which drops no tokens. A gate that reads `token_ids` (`HashGating`) gets
+            the model's `input_ids`.
         hidden_dim: hidden dim of an expert. Default: that of the network.
         shared_expert: hidden dim of a new shared expert, which processes every token. Default: no shared expert.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
