@@ -1,4 +1,4 @@
-"""Mixtures of experts inside models of `transformers`: replace or upcycle feed-forward networks, train, save, load."""
+"""Mixtures of experts in `transformers` models: replace or upcycle feed-forward networks, train, save, load."""
 
 from mixture_of_experts.huggingface.blocks.backend import experts_forward
 from mixture_of_experts.huggingface.blocks.model_conversion import from_transformers, to_transformers

@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_gate(text: str) -> GateFactory:
-    """A gate such as `TopKGating(k=4, score="sigmoid")`, as a function that makes one for each layer."""
+    """A gate such as `TopKGating(k=4, score="sigmoid")`, as a function that constructs one for each layer."""
     try:
         call: Any = ast.parse(text, mode="eval").body
         settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -66,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=description,
             description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            argument_default=argparse.SUPPRESS,  # what has no default is left to the function
+            argument_default=argparse.SUPPRESS,  # unset options get the function's own defaults
         )
         command.set_defaults(run=run)
         add = command.add_argument
@@ -84,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def add_upcycle_options(add: Any) -> None:
-    """Add the settings of `upcycle`."""
+    """Add the options of `upcycle`."""
     add("--num-experts", type=int, default=8, help="experts of a layer")
     add("--k", type=int, default=2, help="experts of a token, for the default gate")
     add("--gate", type=parse_gate, help="such as 'TopKGating(k=4, score=\"sigmoid\")'")
@@ -98,7 +98,7 @@ def add_upcycle_options(add: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; after an error, printed to standard error, it is 1."""
+    """Run a command and return its exit status; it is 1 after an error, which is printed to standard error."""
     settings = vars(parse_arguments(arguments))
     run = settings.pop("run")
     try:

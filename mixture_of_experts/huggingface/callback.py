@@ -1,4 +1,4 @@
-"""Callbacks for a `Trainer`: one logs what the routers do, one moves the expert bias after each step."""
+"""Callbacks for a `Trainer`: one logs routing statistics, one updates the expert bias after each step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_ex
 
 
 class RoutingCallback(TrainerCallback):
-    """Adds to a Trainer's logs what the routers did in the last optimizer step, over all its micro-batches.
+    """Adds routing statistics of the last optimizer step, over all its micro-batches, to a Trainer's logs.
 
     `routing/balance` (1 is balanced), `routing/entropy` (in nats) and `routing/dropped` (the share of dropped choices)
-    are means over the layers whose gate ran in the last step in which one did; the others count in nothing.
-    `routing/max_load` is the largest load of an expert in any layer (1 is balanced), `routing/dead_experts` their
-    number in all layers. It works for models with `MoE` layers, and for the MoE models of `transformers`.
+    are means over the layers whose gate ran in the last step in which any gate did; other layers are ignored.
+    `routing/max_load` is the largest load of an expert in any layer (1 is balanced), `routing/dead_experts` the number
+    of dead experts in all layers. The callback supports models with `MoE` layers and the MoE models of `transformers`.
 
-    Give it to the Trainer by `log_routing`. A callback given to the Trainer's constructor runs after those that report,
-    so only `log_history` would have these values.
+    Use `log_routing` to add it to a Trainer. A callback passed to the Trainer's constructor runs after the reporting
+    callbacks, so these values would appear only in `log_history`.
 
     Args:
-        layers: whether every layer is logged by itself too, as `routing/<gate>/<name>`.
+        layers: whether each layer is also logged separately, as `routing/<gate>/<name>`.
     """
 
     def __init__(self, layers: bool = False) -> None:
@@ -43,13 +43,13 @@ class RoutingCallback(TrainerCallback):
             return
         try:
             self.stats.step()
-        except RuntimeError as error:  # no reason to end a training
+        except RuntimeError as error:  # not a reason to stop training
             warnings.warn(f"routing is not logged: {error}", stacklevel=2)
             self.on_train_end()
             self.stats = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.stats is None or logs is None or "loss" not in logs:  # an evaluation, or the end
+        if self.stats is None or logs is None or "loss" not in logs:  # an evaluation, or the end of training
             return
         latest = self.stats.latest()
         records = [record for record in latest if record.step == max(other.step for other in latest)]
@@ -66,21 +66,21 @@ class RoutingCallback(TrainerCallback):
 
 
 def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
-    """Make a Trainer log what the routers do, wherever it reports to. Call this before `trainer.train()`.
+    """Make a Trainer log routing statistics to all of its reporting integrations. Call this before `trainer.train()`.
 
     Args:
-        layers: whether every layer is logged by itself too.
+        layers: whether each layer is also logged separately.
 
     Returns:
-        The callback. You can read and draw its `stats`, also after the training.
+        The callback. Its `stats` can be read and plotted, also after training.
     """
     callback = RoutingCallback(layers)
-    trainer.callback_handler.callbacks.insert(0, callback)  # before the callbacks that report
+    trainer.callback_handler.callbacks.insert(0, callback)  # before the reporting callbacks
     return callback
 
 
 def summarize_records(records: list[Record]) -> dict[str, float]:
-    """The numbers of all layers together."""
+    """The statistics of all layers combined."""
     return {
         "routing/balance": fmean(record.losses.get("balance", 0.0) for record in records),
         "routing/entropy": fmean(record.entropy for record in records),
@@ -91,9 +91,9 @@ def summarize_records(records: list[Record]) -> dict[str, float]:
 
 
 class BalanceCallback(TrainerCallback):
-    """Moves the expert bias of every gate after each optimizer step of a Trainer, by `balance_experts`.
+    """Updates the expert bias of every gate after each optimizer step of a Trainer, using `balance_experts`.
 
-    Give it to the Trainer: `Trainer(..., callbacks=[BalanceCallback()])`.
+    Pass it to the Trainer: `Trainer(..., callbacks=[BalanceCallback()])`.
 
     Args:
         rule, rate: see `balance_experts`.

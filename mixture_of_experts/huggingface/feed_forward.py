@@ -25,21 +25,21 @@ from mixture_of_experts.whole_model.model_tokens import TokenMetadata
 
 
 class ModelCall(ForwardCall):
-    """A forward, under way, of the model around.
+    """A running forward of the enclosing model.
 
     Args:
         tokens: the tokens of the forward, as far as the model knows them.
-        around: the call of a larger model around this one.
+        enclosing_call: the call of a larger model that contains this one.
     """
 
-    config: Any = None  # the part of the model's configuration that tells of routers
-    label_share: Tensor | None = None  # of its labels in those of the batch, if a trainer tells their number
-    training = False  # whether the model trains
-    aux_loss_requested = False  # whether the caller asks for the auxiliary loss
-    aux_loss_declined = False  # whether the caller computes its own loss and wants none of these
-    aux_loss_added = False  # whether the loss that the model returned holds them
+    config: Any = None  # the part of the model's configuration that describes routers
+    label_share: Tensor | None = None  # share of its labels in those of the batch, if a trainer passes their number
+    training = False  # whether the model is in training mode, with gradients
+    aux_loss_requested = False  # whether the caller requests the auxiliary loss
+    aux_loss_declined = False  # whether the caller computes its own loss, without these losses
+    aux_loss_added = False  # whether the loss that the model returned includes them
     is_checkpointed = False  # whether activation checkpointing stores the call for a recomputation
-    is_recomputation = False  # whether this is such a recomputation
+    is_recomputation = False  # whether this call is such a recomputation
     returns_logits = False  # whether the model returns router logits, as stock models do
 
     def __init__(self, tokens: TokenMetadata | None = None, enclosing_call: ModelCall | None = None) -> None:
@@ -47,15 +47,15 @@ class ModelCall(ForwardCall):
         self.enclosing_call = enclosing_call
         self.grad_enabled: bool = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
-        #: what a backward reached: "outputs" of networks, their "losses"
+        #: what a backward reached: the "outputs" of networks, their "losses"
         self.reached: set[str] = set() if enclosing_call is None else enclosing_call.reached
 
 
 class Replaced(nn.Module):
-    """Takes the place of a linear layer of the dense network, so that no checkpoint is loaded into the wrong model.
+    """Stands in for a linear layer of the dense network, so that no checkpoint is loaded into the wrong model.
 
-    Under the layer's name a checkpoint of the changed model has a tensor of three dimensions. A class of `transformers`
-    without experts asks for a matrix, and fails, instead of starting from random feed-forward networks.
+    A checkpoint of the changed model has a three-dimensional tensor under the layer's name. A `transformers` class
+    without experts expects a matrix there and fails to load it, instead of starting from random feed-forward networks.
     """
 
     weight: Tensor
@@ -83,21 +83,22 @@ class Replaced(nn.Module):
 class MoEFeedForward(Replaced):
     """A `MoE` layer that replaces a feed-forward network: it maps tokens to tokens.
 
-    The forward of the model around gives it the padding mask, and token ids for a gate that reads them, and takes its
-    auxiliary loss (`model_watch.py`). Without such a forward it knows neither, and its loss is lost.
+    The forward of the enclosing model supplies the padding mask, and token ids for gates that read them, and collects
+    the auxiliary loss (`model_watch.py`). Outside of such a forward there is neither, and the loss is dropped.
 
     Args:
         moe: the layer.
-        dropout: the dropout after the layer, as the network had it.
-        masked: whether the mask of the model around is one of these tokens.
-        stands_for: path, below this module, of the linear layer for which a `Replaced` stands; "": the module itself.
+        dropout: the dropout after the layer, if the network had one.
+        masked: whether the mask of the enclosing model describes these tokens.
+        replaced_path: path, below this module, of the linear layer that a `Replaced` stands in for; "": the module
+            itself.
 
     Shape:
-        `(b, n, d)`, or flattened `(b n, d)`, to the same shape; if the caller gives side inputs, to (tokens, state of
+        `(b, n, d)`, or flattened `(b n, d)`, to the same shape; if the caller passes side inputs, to (tokens, state of
         the router).
     """
 
-    record: Any = None  #: what is told of the layer in `config.json`, a `LayerRecord`
+    record: Any = None  #: the description of the layer in `config.json`, a `LayerRecord`
 
     def __init__(
         self, moe: MoE, dropout: nn.Module | None = None, *, masked: bool = True, replaced_path: str = ""
@@ -114,7 +115,7 @@ class MoEFeedForward(Replaced):
         call = call_stack.current_call(self) or ModelCall()
         tokens, shape = x, call.tokens.shape
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
-            tokens = x.view(*shape, x.shape[-1])  # the router must see sequences, also if the model flattens them
+            tokens = x.view(*shape, x.shape[-1])  # the router needs sequences, even if the model flattens them
         side = self._get_mask_input(call, x) | self._get_token_ids_input(call, tokens)
         if side or tokens is not x:
             self._check_checkpointing(call)
@@ -126,11 +127,11 @@ class MoEFeedForward(Replaced):
         return (out, *state) if side_inputs else out
 
     def _collect_aux_loss(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
-        """Give the auxiliary loss to the call, and set the hooks that note whether gradients reach it."""
+        """Add the auxiliary loss to the call, and register hooks that record whether gradients reach it."""
         call.losses.append(aux_loss)
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
-        if call.grad_enabled or not call.keys:  # without gradients nothing can be lost
+        if call.grad_enabled or not call.keys:  # without gradients, no gradient can be missed
             check_not_reentrant(self.moe, call.is_checkpointed)
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not is_in_transform():
             reached = call.reached  # the hooks hold no tensors
@@ -138,7 +139,7 @@ class MoEFeedForward(Replaced):
             aux_loss.register_hook(lambda _: reached.add("losses"))
 
     def _get_token_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
-        """The ids of tokens `(b, n, d)` as side input, if the gate reads them; else {}."""
+        """The ids of tokens `(b, n, d)` as a side input if the gate reads them; {} otherwise."""
         if "token_ids" not in get_side_inputs(self.moe.gate):
             return {}
         ids = call.tokens.ids if self.masked else None
@@ -151,7 +152,7 @@ class MoEFeedForward(Replaced):
         return {"token_ids": ids}
 
     def _check_checkpointing(self, call: ModelCall) -> None:
-        """Refuse checkpointing that is not the model's own: its recomputation would not know mask and ids."""
+        """Raise for checkpointing that is not the model's own: its recomputation would lack mask and token ids."""
         if torch.compiler.is_compiling() or not self.training or not call.grad_enabled or call.is_checkpointed:
             return
         if is_in_activation_checkpoint(call.frame):
@@ -161,15 +162,15 @@ class MoEFeedForward(Replaced):
             )
 
     def _get_mask_input(self, call: ModelCall, x: Tensor) -> dict[str, Tensor]:
-        """The mask `(b, n)` of tokens `(b, n, d)` or `(b n, d)`, by the argument that tells the layer what to do with
-        padding; {} if all are real.
+        """The mask `(b, n)` of tokens `(b, n, d)` or `(b n, d)`, by the name of the side input that defines how the
+        layer handles padding; {} if all tokens are real.
 
-        Dense networks compute padding, and models read it: a loss predicts the first token after padding on the left.
-        So dropless gates compute it too, and count it nowhere.
+        Dense networks compute padding tokens, and models use their outputs: with left padding, the first token is
+        predicted from padding. So dropless gates compute them too, but exclude them from all statistics and losses.
         """
         mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        if self.masked and unknown is not None and (self.training or not dropless):  # else it has no effect on others
+        if self.masked and unknown is not None and (self.training or not dropless):  # else padding affects nothing
             raise ValueError(f"the router cannot know which tokens are padding: {unknown}")
         if mask is None or not self.masked:
             return {}
@@ -190,22 +191,22 @@ class MoEFeedForward(Replaced):
 
 
 class LogitsCall(ForwardCall):
-    """A call, under way, of a gate whose logits the model returns.
+    """A running call of a gate whose logits the model returns.
 
     Args:
-        x: the tokens, as the block's router would have them.
+        x: the tokens, in the form in which the block's router would get them.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        # a recomputation under activation checkpointing collects none, but must compute what the forward did
+        # a recomputation in activation checkpointing collects none, but must repeat the forward's computation
         found = collected_logits()
         self.collected: list[Tensor] = [] if found is None else found
 
 
 def collect_logits(gate: Any, args: object, output: object) -> None:
-    """Forward hook of a gate: add the logits `(t, e)` of all tokens to those that `transformers` collects. The gate's
-    own may be of groups, with more tokens or without padding."""
+    """Forward hook of a gate: adds the logits `(t, e)` of all tokens to those that `transformers` collects. The gate's
+    own logits may be grouped, with additional tokens or without padding."""
     call = call_stack.current_call(gate)
     if call is None:
         return
@@ -216,17 +217,17 @@ def collect_logits(gate: Any, args: object, output: object) -> None:
 
 
 class SparseFeedForward(MoEFeedForward):
-    """A `MoE` layer that replaces a sparse block of `transformers`, called as the block is.
+    """A `MoE` layer that replaces a sparse block of `transformers` and has the same call signature.
 
     Args:
         block: the class of the block.
         reports: whether the model can return the logits of the block's router (`output_router_logits`), from which it
-            computes its own auxiliary loss. The layer then adds its own to them.
-        others: as in `MoEFeedForward`.
+            computes its own auxiliary loss. The layer then contributes its own.
+        settings: the other arguments of `MoEFeedForward`.
 
     Shape:
-        As in `MoEFeedForward`; if the block returned router scores beside tokens, (tokens, None); if its router has a
-        state, which it took beside tokens, (tokens, state).
+        As in `MoEFeedForward`; but (tokens, None) if the block also returned router scores, and (tokens, state) if its
+        router has a state as an additional input.
     """
 
     reports: bool = False
@@ -242,7 +243,7 @@ class SparseFeedForward(MoEFeedForward):
         call = call_stack.current_call(self) if self.reports else None
         if call is None or not call.returns_logits:
             return self.as_block(x, prev_router_hidden_states)
-        if call.grad_enabled:  # the loss that the model computes from its logits would get no gradient
+        if call.grad_enabled:  # the model's loss of these logits would get no gradient
             check_not_reentrant(self.moe, call.is_checkpointed)
         gate = unwrap_module(self.moe.gate)
         set_first_hook(gate, "mixture_of_experts_logits", collect_logits)
@@ -252,14 +253,14 @@ class SparseFeedForward(MoEFeedForward):
     def as_block(self, x: Tensor, prev_router_hidden_states: Tensor | None) -> Any:
         if STATE in get_side_inputs(self.moe.gate):
             return super().forward(x, **{STATE: prev_router_hidden_states})
-        out = super().forward(x)  # a gate that reads token ids gets those of the model around
+        out = super().forward(x)  # a gate that reads token ids gets those of the enclosing model
         return (out, None) if self.block in BLOCKS_WITH_ROUTER_SCORES else out
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [self.block, super().extra_repr()]))
 
 
-#: blocks that return router scores too, which nobody reads
+#: blocks that also return router scores, which their models ignore
 BLOCKS_WITH_ROUTER_SCORES = ("GptOssMLP", "Llama4TextMoe", "OpenAIPrivacyFilterMLP")
 
 
@@ -284,10 +285,10 @@ def add_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
 
 
 def find_feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
-    """All `MoEFeedForward` modules of a model, wrapped or not, in the model's order.
+    """All `MoEFeedForward` modules of a model, wrapped or not, in model order.
 
-    Every forward calls this, in decoding for each token. So it passes over modules that have no parts, which takes a
-    third of the time of `model.modules()`.
+    This is called in every forward, so once per token in decoding. It skips modules without children, which makes it 3x
+    faster than `model.modules()`.
     """
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

@@ -1,4 +1,5 @@
-"""Routing replay for TRL's `GRPOTrainer`: it trains with the experts that a generation chose. TRL is not imported."""
+"""Routing replay for TRL's `GRPOTrainer`: training uses the experts that were chosen during generation. TRL is not
+imported."""
 
 from __future__ import annotations
 
@@ -19,30 +20,31 @@ TRAINER_METHODS = (
     "_get_per_token_logps_and_entropies",
 )
 GENERATION_ENGINE_FLAGS = ("use_vllm", "use_transformers_continuous_batching")
-SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and the number of a sequence in them
+SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and the index of a sequence in them
 
 
 class ReplayRouting:
-    """Makes a `GRPOTrainer` of TRL compute log-probabilities with the experts that a generation chose.
+    """Makes TRL's `GRPOTrainer` compute log-probabilities with the experts that were chosen during generation.
 
-    Write it before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
-    trainer generates; or the trainer's `rollout_func` returns those of an engine: beside TRL's own fields,
-    "routed_experts" is a list of what `RoutingRecords.from_requests` takes, or `RoutingRecords`, of prompt and
-    completion. They are replayed in every forward that computes log-probabilities of these completions: in
-    training, over all mini-batches and iterations, in the forward for old log-probabilities, and in evaluation. The
-    last token of a completion was never read, so there the gates choose. A reference model of its own chooses for
-    itself; with PEFT the model without its adapter is the reference: it takes the choices too, and weighs them itself.
+    Put this class before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
+    trainer generates; or the trainer's `rollout_func` returns those of an inference engine: in addition to TRL's own
+    fields, "routed_experts" is a list of the objects that `RoutingRecords.from_requests` accepts, or `RoutingRecords`,
+    for prompts and completions. The choices are replayed in every forward that computes log-probabilities of these
+    completions: in training, over all mini-batches and iterations, in the forward for old log-probabilities, and in
+    evaluation. The last token of a completion was never an input of the model, so the gates choose its experts. A
+    separate reference model makes its own choices. With PEFT, the model without its adapter is the reference: it
+    replays the choices too, with its own weights.
 
     Raises:
-        ValueError: when the trainer is made: it generates in another way (vLLM and continuous batching without
-            `rollout_func`, tools), or its model has no gate; in training: the generation has no cache, `rollout_func`
-            returns no choices, or not of these tokens, a prompt has images, or log-probabilities with gradients are
-            computed in chunks, or twice before a backward.
-        TypeError: when your class is made: it has this one after the trainer; when the trainer is made: it lacks a
-            method of TRL's that this class needs, or a gate has choices or weights that cannot be recorded.
+        ValueError: in the constructor: the trainer generates with an unsupported method (vLLM and continuous batching
+            without `rollout_func`, tools), or its model has no gate. In training: the generation has no cache;
+            `rollout_func` returns no choices, or choices of other tokens; a prompt has images; or log-probabilities
+            with gradients are computed in chunks, or twice before a backward.
+        TypeError: when the subclass is defined: it lists this class after the trainer. In the constructor: the trainer
+            lacks a TRL method that this class needs, or a gate has choices or weights that cannot be recorded.
     """
 
-    #: whether weights are recorded and replayed beside choices; set it in your class
+    #: whether weights are recorded and replayed in addition to choices; set it in your subclass
     replay_weights: bool = False
     model: Any
     ref_model: Any = None
@@ -72,9 +74,9 @@ class ReplayRouting:
                 "on an engine's choices: leave that out, and give a rollout_func that asks your engine, and returns "
                 'its choices as "routed_experts" beside the ids'
             )
-        self._recorded_sequences: list[SequenceReference] = []  # of the sequences whose log-probabilities come next
-        self._replay_stack = ExitStack()  # what lasts until a backward has ended
-        self._replay_is_active = False  # whether it has the replay of a forward
+        self._recorded_sequences: list[SequenceReference] = []  # of the next log-probabilities
+        self._replay_stack = ExitStack()  # contexts that stay active until a backward has ended
+        self._replay_is_active = False  # whether this stack holds the replay of a forward
         with self._record_generation():
             pass  # raises if it cannot record
         if self.rollout_func:
@@ -82,7 +84,7 @@ class ReplayRouting:
 
     @property
     def _trainer(self) -> Any:
-        """The trainer's own methods."""
+        """The trainer, for calls of its own methods."""
         return super()
 
     def _record_generation(self) -> Any:
@@ -100,10 +102,10 @@ class ReplayRouting:
         return generated
 
     def _run_rollout(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """What a rollout function returns, without the choices, which are kept for the log-probabilities."""
+        """The output of a rollout function without the choices, which are kept for the log-probabilities."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
-            return output  # the trainer says what is missing
+            return output  # the trainer's own error says what is missing
         given = output.pop("routed_experts", None)
         if given is None:
             raise ValueError(
@@ -132,7 +134,7 @@ class ReplayRouting:
         return {
             **batch,
             "routing": self._recorded_sequences,
-        }  # a list, which the trainer shuffles and splits with the rest
+        }  # a list, which the trainer shuffles and splits along with the other fields
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._recorded_sequences = inputs["routing"]
@@ -162,10 +164,10 @@ class ReplayRouting:
                 attention_mask[part],
                 [number for _, number in self._recorded_sequences[part]],
             )
-            # a generation goes on after the end of a sequence, until the longest one ends
+            # generation continues after the end of a sequence, until the longest one has ended
             records = self._recorded_sequences[0][0].select(numbers, mask.sum(dim=-1).tolist())
             records = RoutingRecords(records) if is_reference_model(model) else records
-            with ExitStack() as forward:  # a backward may run the model again
+            with ExitStack() as forward:  # a backward may rerun the model
                 replay = self._replay_stack if torch.is_grad_enabled() else forward
                 replay.enter_context(replay_routing(model, records, beyond="choose"))
                 found.append(logps_of(model, ids, mask, logits_to_keep, **kwargs))
@@ -177,7 +179,7 @@ class ReplayRouting:
         )
 
     def _check_single_forward(self, number: int, size: int) -> None:
-        """Refuse a second forward with gradients before a backward: which one that runs again would not be known."""
+        """Raise for a second forward with gradients before a backward: a recomputation could belong to either."""
         if size < number:
             raise ValueError(
                 f"log-probabilities of {number} sequences with gradients are computed in chunks of {size}, but "
@@ -192,13 +194,14 @@ class ReplayRouting:
         self._replay_stack.callback(setattr, self, "_replay_is_active", False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The trainer's; the replay lasts until the backward is over."""
+        """The trainer's step; the replay stays active until the backward has ended."""
         with self._replay_stack:
             return self._trainer.training_step(*args, **kwargs)
 
 
 def is_reference_model(model: torch.nn.Module) -> bool:
-    """Whether a model computes as its own reference: PEFT's adapters are off, or TRL's copy named "ref" is on."""
+    """Whether a model acts as its own reference: PEFT's adapters are disabled, or TRL's adapter copy "ref" is
+    active."""
     return any(
         getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())
         for each in model.modules()

@@ -1,8 +1,8 @@
-"""Brings mask and token ids from a model's arguments to its feed-forward networks, and their losses to its loss.
+"""Passes mask and token ids from a model's arguments to its feed-forward networks, and adds their losses to its loss.
 
-A watch keeps a `ModelCall` under way during a forward. It is set on the model that was changed, and on the nearest
-models around its networks (for example an encoder and a decoder). Activation checkpointing runs layers again after the
-forward: the function that it runs is wrapped, so that it has the call of that forward.
+A watch keeps a `ModelCall` active during a forward. It is attached to the model that was changed, and to the innermost
+models that contain its networks (for example an encoder and a decoder). Activation checkpointing runs layers again
+after the forward, so the checkpointed function is wrapped to run with the call of that forward.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from mixture_of_experts.whole_model.call_stack import ForwardWatch
 from mixture_of_experts.whole_model.model_tokens import TokenMetadata, TokensReader, find_enclosing_model
 from mixture_of_experts.whole_model.router_discovery import find_all_routers
 
-MODEL_WATCH_HOOK = "mixture_of_experts"  # of the hooks
+MODEL_WATCH_HOOK = "mixture_of_experts"  # name of the hooks
 
 
 def aux_loss(model: nn.Module) -> Tensor:
     """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward in this thread, in any mode.
 
-    Inside a forward it is the sum so far. Add it to a loss that you compute yourself. If a training forward with
-    gradients gets labels, `out.loss` holds it already.
+    Inside a forward it is the sum so far. Add it to a loss that you compute yourself. If labels are passed to a
+    training forward with gradients, `out.loss` already includes it.
 
     Args:
         model: a model that `replace_ffn` or `upcycle` changed, wrapped or not.
@@ -92,7 +92,7 @@ class LastCall(threading.local):
 
 
 def watch_model(model: nn.Module, names: Sequence[str]) -> None:
-    """Set watches on a model, which returns the losses, and on the models around the named modules."""
+    """Attach watches to a model, which returns the losses, and to the models that contain the named modules."""
     last = next(iter(find_last_calls(model)), None) or LastCall()
     readers = {find_padding_source(model, name) for name in names}
     for around in {model, *readers}:
@@ -123,28 +123,29 @@ def find_last_calls(model: nn.Module) -> list[LastCall]:
 
 
 def uses_model_mask(model: nn.Module, name: str) -> bool:
-    """Whether the mask of the model around a module is one of the module's tokens. For a model of sound it is not."""
+    """Whether the mask of the model that contains a module describes the module's tokens. In audio models it does
+    not."""
     return getattr(find_padding_source(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
 
 def find_padding_source(model: nn.Module, name: str) -> nn.Module:
-    """The module around a network whose arguments tell its padding: a layer of torch, or a model."""
+    """The module that contains a network and whose arguments describe its padding: a layer of torch, or a model."""
     path = name.split(".")[:-1]
     above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
     return above[-1] if isinstance(above[-1], TORCH_LAYER_CLASSES) else find_enclosing_model(above)
 
 
 class ModelWatch(ForwardWatch):
-    """Tells the feed-forward networks of a model of the tokens of each forward, and keeps its losses. It is a part of
-    the model, and of its copies.
+    """Provides the tokens of each forward to a model's feed-forward networks, and collects their losses. It is copied
+    together with the model.
 
     Args:
-        around: the module.
-        last: where the call of an outermost forward stays.
+        around: the watched module.
+        last: stores the call of the last outermost forward.
     """
 
-    reads: bool = False  # whether it reads the tokens; otherwise a model around does
-    adds: bool = False  # whether it adds the losses to that of the model
+    reads: bool = False  # whether it reads the tokens; otherwise an enclosing model does
+    adds: bool = False  # whether it adds the losses to the model's loss
     warned: bool = False
     adapted: bool = False  # whether the model has had a forward with adapters
 
@@ -169,7 +170,8 @@ class ModelWatch(ForwardWatch):
         return call
 
     def read_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokenMetadata:
-        """The tokens of a forward. What this module does not tell, a model around may tell of as many tokens."""
+        """The tokens of a forward. What this module's arguments lack is taken from an enclosing model with tokens of
+        the same shape."""
         outer = TokenMetadata() if around is None else around.tokens
         if not self.reads:
             own = self.reader.pick_arguments(args, kwargs).get("input_ids")
@@ -179,16 +181,16 @@ class ModelWatch(ForwardWatch):
         return tokens._replace(ids=outer.ids) if tokens.ids is None and has_same_shape else tokens
 
     def replace_arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that a model gets in the place of those that a trainer gave it; the call notes what they ask.
+        """The arguments that replace those of a trainer; the call records what they requested.
 
-        With gradient accumulation the `Trainer` gives each micro-batch the number of labels in the whole batch, and
-        takes the loss for its share of the batch's. The losses of some models are means over a micro-batch all the
-        same, and so is the auxiliary loss. So the model gets the number of its own labels, and its loss is multiplied
-        by their share.
+        With gradient accumulation the `Trainer` passes the number of labels in the whole batch with each micro-batch,
+        and interprets the loss as its share of the batch loss. Some models return means over the micro-batch
+        nevertheless, and the auxiliary loss is such a mean too. So the model gets the number of its own labels, and its
+        loss is multiplied by their share.
         """
         arguments, config = dict(kwargs), find_text_config(model)
         call.config, fused = config, bool(kwargs.get("fused_lm_head"))
-        # trainers of TRL call so; they ask for router logits unless their `router_aux_loss_coef` is 0
+        # TRL's trainers do this; they request router logits unless their `router_aux_loss_coef` is 0
         call.aux_loss_requested = bool(kwargs.get("output_router_logits"))
         call.aux_loss_declined = fused and not call.aux_loss_requested
         if get_unit_aux_loss_coef(config) is not None:  # there are no routers that could return logits
@@ -216,8 +218,8 @@ class ModelWatch(ForwardWatch):
         return changed
 
     def add_losses(self, call: ModelCall, output: Any) -> Any:
-        """The output with the auxiliary loss in the loss that it has in training. If the model was asked for router
-        logits, the output gets the `aux_loss` too. None if nothing changes."""
+        """The output, with the auxiliary loss added to its training loss. If router logits were requested from the
+        model, the output gets the `aux_loss` too. None if nothing changes."""
         aux = sum_losses(call.losses) if call.losses else None
         named = isinstance(output, MutableMapping)
         if aux is not None and call.aux_loss_requested and named:
@@ -241,7 +243,7 @@ class ModelWatch(ForwardWatch):
 
     def get_reported_loss(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
         """The `aux_loss` of an output, which a trainer multiplies by a coefficient. If the model's own routers have set
-        it, it has both."""
+        it, both are added."""
         if (unit := get_unit_aux_loss_coef(config)) is not None:
             return aux / unit
         if not (has_own_routers(config) and isinstance(theirs, Tensor)):
@@ -250,8 +252,8 @@ class ModelWatch(ForwardWatch):
         return theirs + aux.to(theirs.device) / coef if coef else theirs
 
     def warn_once(self, call: ModelCall, model: nn.Module) -> None:
-        """Warn, once each, of adapters without routers, and if the last backward reached the outputs of networks, but
-        not their auxiliary losses."""
+        """Warn, once each, if adapters lack routers, and if the last backward reached the outputs of networks but not
+        their auxiliary losses."""
         if not self.adapted and "peft_config" in vars(model):
             check_adapters_loaded(model)
             self.adapted = True
@@ -273,8 +275,8 @@ class ModelWatch(ForwardWatch):
 
 
 def check_adapters_loaded(model: nn.Module) -> None:
-    """Raise ValueError if PEFT passed over quantized experts that its adapters are for: it warns, and the model would
-    compute without them."""
+    """Raise ValueError if PEFT skipped quantized experts that its adapters target: PEFT only warns, and the model would
+    compute without the adapters."""
     quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
     if quantized and (missed := [name for name in find_missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
         raise ValueError(
@@ -284,7 +286,7 @@ def check_adapters_loaded(model: nn.Module) -> None:
 
 
 def warn_unsaved_routers(model: nn.Module) -> None:
-    """Warn of adapters of PEFT without the routers of a model that no folder has either."""
+    """Warn if PEFT adapters lack the routers of a model that was not saved to a folder either."""
     routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
     if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(
@@ -298,7 +300,7 @@ def warn_unsaved_routers(model: nn.Module) -> None:
 
 @torch.compiler.disable
 def wrap_checkpointing(model: nn.Module) -> None:
-    """Wrap the model's own checkpointing, so that layers that run again have their call."""
+    """Wrap the model's own checkpointing, so that recomputed layers have their call."""
     for module in model.modules():
         checkpoint = get_checkpoint_function(module)
         if checkpoint is not None and not isinstance(checkpoint, CheckpointWithCall) and find_feed_forwards(module):
@@ -306,7 +308,8 @@ def wrap_checkpointing(model: nn.Module) -> None:
 
 
 class CheckpointWithCall:
-    """Wraps the checkpointing function of one layer: what it runs, also again, has the calls that are under way now.
+    """Wraps the checkpointing function of one layer: what it runs, including recomputations, sees the calls that are
+    active now.
 
     A compiled model has a graph break here, because a graph cannot hold the calls.
     """
@@ -327,7 +330,7 @@ class CheckpointWithCall:
                 try:
                     return run(*args, **kwargs)
                 finally:
-                    for _, call in calls:  # recomputations need the tokens alone
+                    for _, call in calls:  # recomputations need only the tokens
                         call.is_recomputation, call.enclosing_call, call.losses = True, None, []
 
         return self.checkpoint(run_with_calls, *args, **kwargs)

@@ -1,6 +1,6 @@
-"""Every name of `transformers` and accelerate that this package uses and their documentation does not promise.
+"""Every undocumented name of `transformers` and accelerate that this package uses.
 
-`tests/huggingface/test_private_transformers.py` shows which of them a new version breaks.
+`tests/huggingface/test_private_transformers.py` shows which of them break in a new version.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 
 class FunctionRenaming(WeightRenaming):
-    """A renaming, while a model is loaded, by a function of a name. It is not used to save the model."""
+    """A renaming by a function of a name, applied when a model is loaded, but not when it is saved."""
 
     __slots__ = ("function",)
 
@@ -44,7 +44,8 @@ class FunctionRenaming(WeightRenaming):
 
 
 class NoConversions(list[Any]):
-    """The conversions of a model that saves its weights as its state dict has them: none. `stock` are its own ones."""
+    """The (empty) conversions of a model that saves its weights as they are in its state dict. `stock` holds its
+    original ones."""
 
     stock: list[Any] | None
 
@@ -69,29 +70,30 @@ def save_stock_names(model: nn.Module) -> None:
 
 
 def convert_to_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by the names, and in the forms, in which `save_pretrained` writes them."""
+    """Weights of a model by the names, and in the forms, that `save_pretrained` writes."""
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
 
 
 def map_to_published_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by the names, and in the forms, of its class's checkpoints, whatever it saves itself."""
+    """Weights of a model by the names, and in the forms, of its class's checkpoints, independent of how the model
+    itself is saved."""
     model = copy.copy(model)
     clear_weight_conversions(model)
     return convert_to_saved(model, weights)
 
 
 def clear_weight_conversions(model: nn.Module) -> None:
-    """Make a model that was given a state dict save its weights under the names of its class's checkpoints."""
+    """Make a model that loaded a state dict save its weights under the names of its class's checkpoints."""
     vars(model).pop("_weight_conversions", None)
 
 
 def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load some weights of a stock model, whose others stay as they are, by the names and in the forms of its class's
-    checkpoints."""
+    """Load some weights of a stock model, by the names and in the forms of its class's checkpoints. The other weights
+    stay unchanged."""
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
-    clear_weight_conversions(model)  # of these weights alone
+    clear_weight_conversions(model)  # for these weights only
     if found.unexpected_keys or found.conversion_errors:
         raise ValueError(f"{type(model).__name__} has no place for {found.unexpected_keys or found.conversion_errors}")
 
@@ -100,13 +102,13 @@ def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def apply_gating(experts: Any, gate_up: Tensor) -> Tensor:
-    """The gating of a class of experts, of gate and up `(t, 2 h)` as its weights lie."""
+    """Apply the gating of a class of experts to gate and up `(t, 2 h)`, in the layout of its weights."""
     return experts._apply_gate(gate_up)
 
 
 def has_default_gating(experts: Any) -> bool:
-    """Whether a class of experts left its gating to the interface, which splits gate and up into halves whatever
-    `is_concatenated` says."""
+    """Whether a class of experts uses the default gating of the interface, which splits gate and up into halves
+    regardless of `is_concatenated`."""
     return type(experts)._apply_gate is _default_apply_gate
 
 
@@ -123,21 +125,21 @@ def set_checkpoint_function(module: nn.Module, function: Any) -> None:
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Whether position i predicts label i + 1, by the rule of the `Trainer`."""
+    """Whether position i predicts label i + 1, according to the `Trainer`'s rule."""
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def remove_capturing_hooks(module: nn.Module) -> None:
-    """Remove the hooks by which a model returns what this module told: a module in its place has its own."""
+    """Remove the hooks that capture a module's outputs for the model to return: its replacement has its own."""
     for number, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__module__", None) == maybe_install_capturing_hooks.__module__:
             del module._forward_hooks[number]
 
 
 def copy_output_capturing(model: nn.Module, other: nn.Module) -> None:
-    """Set the hooks by which models return what their parts told where `other` has them. A model sets them once: blocks
-    that it gets later bring their own."""
+    """Register the hooks that capture outputs of submodules wherever `other` has them. A model registers them once, so
+    blocks that are added later need their own."""
     for name, module in other.named_modules():
         if getattr(module, "_output_capturing_hooks_installed", False):
             inner: Any = model.get_submodule(name)
@@ -159,7 +161,7 @@ def has_recorded_logits(model: nn.Module, block: nn.Module) -> bool:
 
 
 def collected_logits() -> list[Tensor] | None:
-    """The router logits that the forward under way has collected so far, for its output; None if it collects none."""
+    """The router logits that the running forward has collected for its output so far; None if it collects none."""
     collected: Any = _active_collector.get()
     return None if collected is None else collected.get("router_logits")
 
@@ -168,7 +170,7 @@ def collected_logits() -> list[Tensor] | None:
 
 
 def was_loaded(tensor: Tensor) -> bool:
-    """Whether a checkpoint had a parameter or buffer of a model that is being loaded."""
+    """Whether the checkpoint contained a parameter or buffer of a model that is being loaded."""
     return getattr(tensor, "_is_hf_initialized", False)
 
 
@@ -188,13 +190,14 @@ def is_packed_gguf(model: nn.Module) -> bool:
 
 
 def clear_gguf_quantizer(model: Any) -> None:
-    """Remove from a model whose weights were dequantized that it was loaded from GGUF: trainers and `save_pretrained`
-    refuse it as a quantized one."""
+    """Remove the mark of having been loaded from GGUF from a model whose weights were dequantized: trainers and
+    `save_pretrained` would reject it as quantized."""
     if is_from_gguf(model):
         model.hf_quantizer.remove_quantization_config(model)
 
 
 def get_data_mesh(model: Any) -> Any:
-    """The mesh ("dp_replicate", "fsdp") of the ranks that have other tokens; None without a `distributed_config`."""
+    """The mesh ("dp_replicate", "fsdp") of the ranks that have different tokens; None without a
+    `distributed_config`."""
     meshes = getattr(model, "_mesh_manager", None)
     return None if meshes is None else meshes.get_mesh(("dp_replicate", "fsdp"))

@@ -1,4 +1,5 @@
-"""What the configuration of a changed model says of routers, to trainers that ask models with routers for a loss."""
+"""The router settings in the configuration of a changed model, for trainers that request an auxiliary loss from MoE
+models."""
 
 from __future__ import annotations
 
@@ -7,19 +8,19 @@ from typing import Any
 
 from torch import nn
 
-#: setting with the coefficient that the first layer had when it came, or the blocks that became layers. Relative to it,
-#: or to 1 if there was none, `router_aux_loss_coef` is the factor of the loss, which a trainer may set: a file has both
+#: setting that stores the initial coefficient of the first layer, or of the blocks that became layers. Relative to it
+#: (1 if there was none), `router_aux_loss_coef`, which a trainer may set, is the factor of the loss: files contain both
 INITIAL_COEF_KEY = "router_aux_loss_coef_at_first"
-#: settings that `announce` adds to a configuration
+#: settings that `add_router_config` adds to a configuration
 ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef", INITIAL_COEF_KEY, "num_experts", "num_experts_per_tok")
 
 
 def add_router_config(model: nn.Module, moe: Any) -> None:
-    """Make the trainers of TRL ask a model with layers such as `moe` for the auxiliary loss, which its watch gives them
-    as `out.aux_loss`.
+    """Make the trainers of TRL request the auxiliary loss of a model with layers such as `moe`; its watch returns the
+    loss as `out.aux_loss`.
 
-    They compute losses from log-probabilities and ignore the model's own loss. They ask a model for the auxiliary loss
-    if its configuration says that it has routers.
+    They compute losses from log-probabilities and ignore the model's own loss. They request the auxiliary loss of a
+    model if its configuration says that it has routers.
     """
     config = find_text_config(model)
     if config is None or has_own_routers(config) or getattr(model, "base_model", model) is model:
@@ -31,7 +32,7 @@ def add_router_config(model: nn.Module, moe: Any) -> None:
 
 
 def override_router_coef(model: nn.Module) -> None:
-    """Let the losses of a model's layers stand for its own, whose routers are gone."""
+    """Make the losses of a model's layers replace the model's own auxiliary loss, whose routers were removed."""
     config = find_text_config(model)
     if config is not None and has_own_routers(config) and get_unit_aux_loss_coef(config) is None:
         setattr(config, INITIAL_COEF_KEY, getattr(config, "router_aux_loss_coef", None))
@@ -39,7 +40,7 @@ def override_router_coef(model: nn.Module) -> None:
 
 
 def restore_router_config(model: nn.Module) -> None:
-    """Undo `announce` and `override_router_coef`."""
+    """Undo `add_router_config` and `override_router_coef`."""
     config = find_text_config(model)
     if config is None or INITIAL_COEF_KEY not in vars(config):
         return
@@ -53,7 +54,7 @@ def restore_router_config(model: nn.Module) -> None:
 
 
 def find_text_config(model: nn.Module) -> Any:
-    """The part of a model's configuration in which routers are; None if it has no configuration."""
+    """The part of a model's configuration that describes routers; None if it has no configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
@@ -64,8 +65,8 @@ def has_own_routers(config: Any) -> bool:
 
 
 def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward is to return router logits, by an argument or the configuration. Where the losses of the layers
-    stand for the model's own, there are none."""
+    """Whether a forward must return router logits, according to an argument or the configuration. There are none if the
+    losses of the layers replace the model's own."""
     asked = kwargs.get("output_router_logits")
     if asked is not None and not asked:
         return False
@@ -75,12 +76,13 @@ def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 
 def get_aux_loss_factor(config: Any) -> float:
-    """The factor of the auxiliary loss: 1, or what follows from the `router_aux_loss_coef` that a trainer set."""
+    """The factor of the auxiliary loss: 1, or the value that follows from the `router_aux_loss_coef` that a trainer
+    set."""
     unit = get_unit_aux_loss_coef(config)
     return 1.0 if unit is None else (config.router_aux_loss_coef or 0.0) / unit
 
 
 def get_unit_aux_loss_coef(config: Any) -> float | None:
-    """The `router_aux_loss_coef` that is a factor of 1; None if layers and the setting have nothing to do with each
-    other."""
+    """The `router_aux_loss_coef` that corresponds to a factor of 1; None if the setting does not apply to the
+    layers."""
     return (getattr(config, INITIAL_COEF_KEY) or 1.0) if hasattr(config, INITIAL_COEF_KEY) else None

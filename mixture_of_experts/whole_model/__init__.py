@@ -1,1 +1,1 @@
-"""What acts on a whole model: its sites, the watch of its forwards, losses, balancing, forcing."""
+"""Functions on whole models: router discovery, monitoring of forwards, auxiliary losses, balancing, forced routing."""

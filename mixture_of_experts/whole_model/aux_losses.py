@@ -1,4 +1,4 @@
-"""Collects the auxiliary losses of layers that lie deep in a model, where the model does not return them."""
+"""Collects the auxiliary losses of layers deep inside a model that does not return them."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ REENTRANT_ERROR = (
 
 @contextmanager
 def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iterator[AuxLosses]:
-    """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model`, while the context lasts.
+    """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model` while the context is active.
 
-    It serves models whose blocks return the output of a layer and drop its loss. The context lies around one forward
-    or around the whole training. `take()` returns the sum for all training forwards since its last call; evaluation
-    forwards between them, and forwards that raised, do not count.
+    Use it for models whose blocks return the output of a layer and drop its loss. The context may enclose a single
+    forward or the whole training run. `take()` returns the sum over all training forwards since its last call;
+    evaluation forwards in between, and forwards that raised, are not counted.
 
-    Only forwards of the thread that entered the context are collected; another thread may enter one of its own. You may
-    enter it while other threads run the model. With `torch.compile` enter it before the first
-    compiled call and keep it for the whole training: one graph then serves all steps.
+    Only forwards of the thread that entered the context are collected; another thread may enter a context of its own.
+    The context may be entered while other threads run the model. With `torch.compile`, enter it before the first
+    compiled call and keep it active for the whole run, so that one graph serves all steps.
 
     Args:
         model: the module that you call.
-        gates: gates of the layers to collect from, by their names or as modules (gates, or layers around them); by
-            default all.
+        gates: gates of the layers to collect from, as names or modules (gates, or the layers that contain them).
+            Default: all.
 
     Raises:
-        ValueError: the model has no gate.
-        TypeError: a gate is in no such layer: a router of `transformers`, or a gate that stands alone.
-        RuntimeError: in a forward whose losses would be wrong: a layer is called, but not through `model`; a layer runs
-            under reentrant checkpointing (of another implementation than torch's: in its backward).
+        ValueError: `model` has no gate.
+        TypeError: a gate is not part of such a layer, because it is a router of `transformers` or a standalone gate.
+        RuntimeError: in a forward whose losses would be wrong: a layer is called without going through `model`, or a
+            layer runs under reentrant checkpointing. For checkpointing implementations other than torch's, the error is
+            raised in the backward.
 
     Example:
         >>> import torch
@@ -67,7 +68,7 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
 
 def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
-    """Why no auxiliary loss of a site can be collected; None if it can."""
+    """The reason why the auxiliary loss of a router cannot be collected; None if it can."""
     if router.is_external:
         return (
             "its block returns no auxiliary loss. Call the model with output_router_logits=True and its own loss has "
@@ -79,15 +80,15 @@ def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
 
 @dataclass(eq=False)
 class AuxCall(ForwardCall):
-    """A forward, under way, of the model that was given to `collect_aux`."""
+    """A running forward of the model that was passed to `collect_aux`."""
 
     training: bool
-    enclosing_call: AuxCall | None  # the forward of the same model within which this one runs
+    enclosing_call: AuxCall | None  # the forward of the same model that contains this one
     losses: list[Tensor] = field(default_factory=list)
 
 
 def sum_losses(losses: list[Tensor]) -> Tensor:
-    """The sum of losses, on the device of the first one."""
+    """The sum of the losses, on the device of the first one."""
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss.to(total.device)
@@ -102,10 +103,10 @@ class AuxLosses:
         self._evaluation: list[Tensor] = []  # of the last forward
 
     def take(self) -> Tensor:
-        """The sum, 0-dim, of the auxiliary losses of all layers, over all training forwards since the last call.
+        """The sum (0-dim) of the auxiliary losses of all layers over all training forwards since the last call.
 
-        A training forward runs in training mode with gradients enabled. Without one, the sum is that of the last
-        evaluation forward; without any forward, RuntimeError is raised.
+        A training forward runs in training mode with gradients enabled. If there was none, the sum for the last
+        evaluation forward is returned. If there was no forward at all, RuntimeError is raised.
         """
         losses = self._training or self._evaluation
         if not losses:
@@ -121,12 +122,12 @@ class AuxLosses:
 
 
 class AuxLossCollector(ForwardWatch):
-    """Collects losses of layers in forwards of the model, for `aux`."""
+    """Collects the losses of layers during forwards of the model into `aux`."""
 
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
         self.aux = aux
-        self.layers_without_grad: set[nn.Module] = set()  # layers that last ran so, in a forward with gradients
+        self.layers_without_grad: set[nn.Module] = set()  # whose last run in a training forward had no gradients
 
     def make_call(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
         return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current_call(self))
@@ -150,7 +151,7 @@ class AuxLossCollector(ForwardWatch):
                     raise RuntimeError(REENTRANT_ERROR.format(type(layer).__name__))
                 return
             if not layer.training or not torch.is_grad_enabled():
-                return  # a forward that does not train
+                return  # not a training forward
             raise RuntimeError(
                 f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give "
                 "collect_aux the module that you call"
@@ -168,10 +169,10 @@ class AuxLossCollector(ForwardWatch):
 
 
 def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None:
-    """Refuse reentrant checkpointing: gradients are off in its first run, so the loss would have none.
+    """Raise RuntimeError for reentrant checkpointing: gradients are off in its first run, so the loss would have none.
 
     Args:
-        checkpointed: whether the layer is known to run under activation checkpointing, of whatever implementation.
+        is_checkpointed: whether the layer is known to run under activation checkpointing, of any implementation.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not layer.training:
         return

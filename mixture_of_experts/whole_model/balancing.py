@@ -1,7 +1,7 @@
-"""Moves the expert bias of every gate in a model, once for each step of an optimizer.
+"""Updates the expert bias of every gate in a model once per optimizer step.
 
-A rule (`gating/bias_rules.py`) says what is counted, and how the counts move the bias. Gates of this package count by
-themselves. In blocks of `transformers` hooks count what the router returns. Nothing of `transformers` is imported.
+A rule (`gating/bias_rules.py`) defines what is counted and how the counts move the bias. Gates of this package do their
+own counting. In blocks of `transformers`, hooks count what the router returns. `transformers` is not imported.
 
 Axes: t tokens, k choices of a token, e experts.
 """
@@ -43,37 +43,38 @@ def balance_experts(
     group: dist.ProcessGroup | None = None,
     gates: GateSelection | None = None,
 ) -> ExpertBalancing:
-    """Move the expert bias of every gate in `model` once after each step of `optimizer`.
+    """Update the expert bias of every gate in `model` after each step of `optimizer`.
 
-    It finds every `TopKGating(expert_bias=True)`, and the blocks of `transformers` that have such a bias (DeepSeek-V3,
-    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...); there the attention mask tells which tokens are padding. A step counts the
-    choices of all real tokens, before capacity, in the training forwards whose backward ran since the last step. So all
-    micro-batches count, and each once, also under activation checkpointing. A step that a gradient scaler skips moves
-    nothing; its choices count in the next one. The bias is in the state dict; nothing else needs saving after a step.
-    It warns of adapters of PEFT whose files will lack the bias, and of an optimizer that was made before the layers.
+    This covers every `TopKGating(expert_bias=True)` and the blocks of `transformers` that have such a bias
+    (DeepSeek-V3, GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...), where padding is identified by the attention mask. A step
+    uses the choices of all real tokens, before capacity is applied, from the training forwards whose backward ran since
+    the last step. So all micro-batches count, and each exactly once, also under activation checkpointing. A step that a
+    gradient scaler skips moves nothing; its choices count in the next one. The bias is in the state dict, and there is
+    no other state to save after a step. A warning is issued for PEFT adapters whose files will lack the bias, and for
+    an optimizer that was constructed before the layers.
 
     Args:
-        model: before DDP or `torch.compile` wrap it; DDP then leaves each rank's counts alone.
-        optimizer: the optimizer whose steps count, bare or wrapped by accelerate.
+        model: the model, before DDP or `torch.compile` wrap it. DDP then does not synchronize the counts of the ranks.
+        optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
         rule: how the bias moves. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
-            "centred_sign" does so and then subtracts the mean of the bias. "quantile" moves to the bias that would have
-            balanced these tokens (Kimi K3, section 2.3.3), for scores between 0 and 1. An instance is taken too, such
-            as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a rule of your own.
-        rate: size of a step: by default 1e-3 for the sign rules, and 1, the whole way, for "quantile". You may change
-            `balancing.rate` later; 0 leaves the bias as it is (as DeepSeek-V3 does in the end).
-        group: the ranks that hold these gates, over which counts are summed; by default all ranks if
-            `torch.distributed` is initialised, whatever the gates' `process_group` is. All of them must step.
+            "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves to the bias that
+            would have balanced these tokens (Kimi K3, section 2.3.3), for scores between 0 and 1. You can also pass an
+            instance, such as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a custom rule.
+        rate: step size. Default: 1e-3 for the sign rules, and 1 (a full step) for "quantile". You may change
+            `balancing.rate` later; 0 freezes the bias (as DeepSeek-V3 does at the end of training).
+        group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
+            is initialized, independent of the gates' `process_group`. All of them must take the step.
 
-        gates: the gates to balance, by their names or as modules (gates, or layers around them); by default all that
-            have an expert bias. `balancing.gates` names them.
+        gates: the gates to balance, as names or modules (gates, or the layers that contain them). Default: all that
+            have an expert bias. `balancing.gates` lists their names.
 
     Returns:
-        An object whose `close()` ends the balancing, as does the end of a `with` block around it.
+        An object whose `close()` stops the balancing. It is also a context manager.
 
     Raises:
         TypeError: a gate of `gates` has no expert bias.
-        ValueError: no gate has an expert bias; an argument is not allowed; or "quantile" does not fit a gate, which
-            chooses experts in groups, by a function or by token ids, whose tokens make fewer than k choices, or which
+        ValueError: no gate has an expert bias; an argument is invalid; or "quantile" does not support a gate, because
+            it chooses experts in groups, by a function or by token ids, makes fewer than k choices for some tokens, or
             is a router of `transformers`.
 
     Example:
@@ -119,7 +120,7 @@ def balance_experts(
 
 
 class ExpertBalancing(OptimizerStepHook):
-    """Moves the bias of gates of a model after each step of an optimizer; `balance_experts` returns one.
+    """Updates the bias of a model's gates after each step of an optimizer; returned by `balance_experts`.
 
     Attributes:
         gates: the names of the gates.
@@ -146,9 +147,10 @@ class ExpertBalancing(OptimizerStepHook):
 
 
 class GateBiasUpdater:
-    """The bias of a gate of this package, which counts by `rule` until `hooks` are closed.
+    """Updates the bias of a gate of this package, which counts according to `rule` until `hooks` are closed.
 
-    Of several for one gate the last moves the bias. When it ends, the one before it that has not ended goes on.
+    If a gate has several, only the newest moves the bias. When it is closed, the newest one that is still open takes
+    over.
     """
 
     def __init__(self, gate: Any, rule: BiasRule, hooks: Attachments) -> None:
@@ -159,7 +161,7 @@ class GateBiasUpdater:
 
     @property
     def counts(self) -> Tensor | None:
-        """The gate's counts; None if others move the bias, or the gate's rule was set since."""
+        """The gate's counts; None if another updater moves the bias, or the gate's rule was changed in the meantime."""
         moves = self.gate.balanced_by is self and self.gate.bias_rule is self.rule
         return self.gate.bias_counts if moves else None
 
@@ -174,7 +176,7 @@ def ignore_counts_in_ddp(model: nn.Module) -> None:
 
 
 def find_rank_local_buffers(model: nn.Module) -> set[str]:
-    """The names of the buffers of gates that are this rank's own, `COUNTS`."""
+    """The names of the rank-local buffers of gates (`RANK_LOCAL_BUFFERS`)."""
     return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANK_LOCAL_BUFFERS}
 
 
@@ -182,13 +184,13 @@ def find_rank_local_buffers(model: nn.Module) -> set[str]:
 
 
 class BlockBiasUpdater:
-    """The bias of a block of `transformers`, which a hook on its router counts for until `hooks` are closed. Of several
-    for one block all count, and the last moves the bias."""
+    """Updates the bias of a block of `transformers`. A hook on its router counts until `hooks` are closed. If a block
+    has several, all of them count, and only the newest moves the bias."""
 
     def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:
         self.block: Any = router.block
         if rule.reads_scores:
-            settings = self.block.gate()  # those of the gate that a conversion would make
+            settings = self.block.gate()  # of the gate that a conversion would create
             select, num_groups = settings.get("select", "score"), settings.get("num_groups")
             check_scores(rule, repr(router.name), settings["k"], router.num_experts, select, num_groups)
             raise ValueError(
@@ -212,12 +214,12 @@ class BlockBiasUpdater:
 
     @property
     def bias(self) -> Any:
-        """The bias, which is another tensor once the model has moved."""
+        """The bias; moving the model replaces this tensor."""
         return self.block.expert_bias
 
     @property
     def flat_bias(self) -> Tensor:
-        """`(e,)` float32, the bias, whatever its own shape is."""
+        """`(e,)` float32, the bias, flattened from any shape."""
         return self.bias.detach().flatten().float()
 
     @property
@@ -228,7 +230,7 @@ class BlockBiasUpdater:
 
     @property
     def is_active(self) -> bool:
-        """Whether this is the last that counts for its block."""
+        """Whether this is the newest updater of its block."""
         hooks = self.hook_target._forward_hooks.values()
         counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBiasUpdater)]
         return counting[-1] is self
@@ -239,15 +241,15 @@ class BlockBiasUpdater:
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of a router. The choices `(t, k)` of real tokens are counted when the gradient of its weights is
-        computed."""
+        """Forward hook of a router. The choices `(t, k)` of real tokens are counted when the gradient of the router
+        weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
         _, weight, expert = read_router_output(self.block, output)
         real, mask = (
             ~weight.isnan().any(dim=-1),
             self.token_watch.current_tokens().mask,
-        )  # of NaN: a gradient scaler skips this step
+        )  # NaN weights: a gradient scaler will skip this step
         if mask is not None and mask.numel() == len(real):
             real = real & mask.flatten().to(real.device)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())

@@ -1,6 +1,6 @@
 """Reads sparse blocks of `transformers`: the settings of their routers, and what the routers return.
 
-`recipes.BLOCK_ATTRIBUTES` has the names of their attributes. Nothing of `transformers` is imported.
+`recipes.BLOCK_ATTRIBUTES` lists the names of their attributes. `transformers` is not imported.
 
 Axes: b sequences, n tokens of a sequence, t tokens, d model dim, e experts, k choices of a token.
 """
@@ -16,12 +16,13 @@ from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, O
 from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, RECIPES_BY_BLOCK, Recipe
 from mixture_of_experts.support.private_torch import get_original_class
 
-#: scores of routers, by the classes of transformers that compute them
+#: the score functions of routers, by the classes of transformers that compute them
 SCORE_NAMES = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
 
 
 def find_attribute(holder: Any, *names: str) -> Any:
-    """The first of these attributes of `holder` that is not None; a name may be a path. None if there is none."""
+    """The first of these attributes of `holder` that is not None; None if there is none. A name may be a dotted
+    path."""
     for name in names:
         found = holder
         for part in name.split("."):
@@ -32,14 +33,14 @@ def find_attribute(holder: Any, *names: str) -> Any:
 
 
 def find_recipe(block: nn.Module) -> Recipe | None:
-    """The recipe of a block of a known class that holds a router; None for anything else."""
+    """The recipe of a block that has a known class and holds a router; None for anything else."""
     kind = get_original_class(block)
     known = RECIPES_BY_BLOCK.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
     return known if known is not None and find_attribute(block, *BLOCK_ATTRIBUTES["router"]) is not None else None
 
 
 class BlockSettings:
-    """The settings of a block's router: the block's own, or where it has none, those of its recipe."""
+    """The settings of a block's router: taken from the block, or from its recipe where the block has none."""
 
     module: Any
     recipe: Recipe
@@ -47,11 +48,11 @@ class BlockSettings:
     def __init__(self, module: Any, recipe: Recipe) -> None:
         self.module, self.recipe = module, recipe
         self.router: Any = find_attribute(module, *BLOCK_ATTRIBUTES["router"])
-        self.has_router_network: bool = hasattr(self.router, "router_mlp")  # of a state, instead of one matrix
+        self.has_router_network: bool = hasattr(self.router, "router_mlp")  # a network instead of one matrix
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
     def read_attribute(self, role: str) -> Any:
-        """What the router, or else the block, holds under one of the names of `part`; None if neither does."""
+        """The attribute that fills `role`, of the router or else of the block; None if neither has it."""
         found = find_attribute(self.router, *BLOCK_ATTRIBUTES[role])
         return find_attribute(self.module, *BLOCK_ATTRIBUTES[role]) if found is None else found
 
@@ -65,12 +66,12 @@ class BlockSettings:
 
     @property
     def num_logits(self) -> int:
-        """Those of the router: shared experts have none."""
+        """The number of the router's logits; shared experts have none."""
         return self.num_experts - self.num_always_chosen
 
     @property
     def num_always_chosen(self) -> int:
-        """The number of shared experts that the router weighs; they have the last ids."""
+        """The number of shared experts that the router weights; they have the last ids."""
         return self.module.shared_experts.n_shared_experts if self.recipe.scales == "all" else 0
 
     @property
@@ -88,7 +89,7 @@ class BlockSettings:
 
     @property
     def capacity(self) -> int | None:
-        """Slots of an expert for each sequence, independent of its length; None if dropless."""
+        """Slots per expert and sequence, independent of the sequence length; None if dropless."""
         return find_attribute(self.router, "expert_capacity")
 
     @property
@@ -96,7 +97,7 @@ class BlockSettings:
         """The bias of the router's matrix; None if there is none, or the router's forward does not add it."""
         if self.has_router_network or hasattr(
             self.router, "get_topk_indices"
-        ):  # these hold a bias that they do not add
+        ):  # these have a bias that they do not add
             return None
         return find_attribute(
             self.router, *(path.removesuffix("weight") + "bias" for path in BLOCK_ATTRIBUTES["weight"])
@@ -110,12 +111,12 @@ class BlockSettings:
 
     @property
     def experts_of_id(self) -> Any:
-        """`(v, k)`, the experts of each token id, if ids choose experts; None otherwise."""
+        """`(v, k)`, the experts of each token id, if token ids choose the experts; None otherwise."""
         return self.read_attribute("experts_of_id")
 
     @property
     def scale(self) -> float:
-        """The router's scale times that of the block, which multiplies what the experts return."""
+        """The router's scale times that of the block, which multiplies the output of the experts."""
         product = 1.0
         for holder in (self.router, self.module):
             factor = find_attribute(holder, *BLOCK_ATTRIBUTES["scale"])
@@ -124,12 +125,12 @@ class BlockSettings:
 
     @property
     def averages_shared_expert(self) -> bool:
-        """Whether the block returns the mean of what experts and shared expert return."""
+        """Whether the block returns the mean of the outputs of the experts and the shared expert."""
         averages = find_attribute(self.module, "shared_expert_combination_strategy") == "average"
         return averages and find_attribute(self.module, *BLOCK_ATTRIBUTES["shared"]) is not None
 
     def gate_arguments(self) -> dict[str, Any]:
-        """Arguments for the gate, without modules."""
+        """Arguments of the gate, without modules."""
         if "tolerance" in self.recipe.gate:
             return dict(k=self.recipe.gate["k"], tolerance=float(self.read_attribute("tolerance")))
         excluded = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
@@ -160,7 +161,7 @@ class BlockSettings:
         return dict(num_groups=groups, top_groups=best, group_score=self.recipe.gate.get("group_score", "two_best"))
 
     def logits_arguments(self) -> dict[str, Any]:
-        """Arguments for `RouterLogits`."""
+        """Arguments of `RouterLogits`."""
         settings = dict(self.recipe.logits or {})
         if "norm_eps" in settings:
             return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)

@@ -1,10 +1,10 @@
-"""State of one forward: calls of a model that are under way, each known only to its own thread; and `Watch`, which
-tells when a forward begins and how it ends.
+"""The state of a forward: the running calls of a model, each visible only to its own thread; and `ForwardWatch`, which
+reports when a forward begins and how it ends.
 
-The losses, masks and statistics of a forward do not lie on modules or in the process. They lie in a `ForwardCall`, on
-a stack of the thread that runs the forward. Compiled graphs read it and are guarded by it. Activation checkpointing
-runs modules again in a backward, on a GPU in another thread. Such a run does not see the calls under way around the
-backward; `within` gives it calls of its own.
+The losses, masks and statistics of a forward are stored neither on modules nor globally, but in a `ForwardCall` on a
+stack of the thread that runs the forward. Compiled graphs read this stack and are guarded on it. Activation
+checkpointing runs modules again during a backward, which on a GPU happens in another thread. Such a recomputation does
+not see the calls that were running when the backward began; `activate_calls` provides it with its own.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from mixture_of_experts.support.private_torch import get_backward_id
 
 
 class ForwardCall:
-    """One forward of a module. Subclasses add what is known of it and what it collects. This class alone marks a thread
-    in which somebody collects or records, while no forward is under way."""
+    """One forward of a module. Subclasses add what is known about it and what it collects. An instance of this base
+    class marks a thread in which something is collected or recorded while no forward is running."""
 
-    keys: Sequence[Hashable] = ()  # `current` finds the call by any of them
-    replaced_arguments: tuple[Any, Any] | None = None  # arguments that the forward gets in the place of the caller's
-    watch: ForwardWatch | None = None  # what is told of the call's end
+    keys: Sequence[Hashable] = ()  # `current_call` finds the call by any of them
+    replaced_arguments: tuple[Any, Any] | None = None  # arguments that replace the caller's
+    watch: ForwardWatch | None = None  # notified when the call ends
     frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
-    backward_id: int | None = None  # the number of the backward in which it runs; None in a traced graph
+    backward_id: int | None = None  # the id of the backward in which it runs; None in a traced graph
 
 
 class CallStacks(threading.local):
-    """The calls of a thread that are under way, by key; the innermost stands last."""
+    """The running calls of a thread, by key, innermost last."""
 
     def __init__(self) -> None:
         self.calls: dict[Hashable, list[Any]] = {}
@@ -45,9 +45,9 @@ CALL_STACKS = CallStacks()
 
 
 def push_call(call: ForwardCall, *keys: Hashable) -> None:
-    """Make a call the current one of all its keys, until `end`.
+    """Make a call the current one for all its keys, until `pop_call`.
 
-    A hook calls this function: the call runs in the frame that called the hook.
+    This function is called by hooks: the call runs in the frame that called the hook.
     """
     call.keys = keys
     if not torch.compiler.is_compiling():
@@ -60,7 +60,7 @@ def push_call(call: ForwardCall, *keys: Hashable) -> None:
 
 
 def pop_call(key: Hashable) -> Any:
-    """End the innermost call of `key`, for all its keys, and return it; None if there is none."""
+    """End the innermost call of `key`, for all its keys, and return it. Return None if there is none."""
     calls = CALL_STACKS.calls.get(key)
     if not calls:
         return None
@@ -79,9 +79,9 @@ def remove_call(call: ForwardCall) -> None:
 
 
 def current_call(key: Hashable) -> Any:
-    """The innermost call of `key` that is under way in this thread; None if there is none.
+    """The innermost running call of `key` in this thread; None if there is none.
 
-    Inside a backward, calls that began outside of it do not count: what runs there is a recomputation.
+    Inside a backward, calls that began outside of it are ignored, because what runs there is a recomputation.
     """
     calls = active_calls(key)
     if not calls:
@@ -92,7 +92,7 @@ def current_call(key: Hashable) -> Any:
 
 @contextmanager
 def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[None]:
-    """Make each call the current one of its key, while the context lasts."""
+    """Make each call the current one for its key while the context is active."""
     for key, call in calls:
         push_call(call, key)
         call.frame = None
@@ -104,10 +104,10 @@ def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[No
 
 
 def active_calls(key: Hashable) -> list[Any] | None:
-    """The calls of `key` that are under way in this thread, the innermost last.
+    """The running calls of `key` in this thread, innermost last.
 
-    Calls that did not come to their end are removed: their frames are not on the stack. After a KeyboardInterrupt no
-    hook runs, so it is found here.
+    Interrupted calls, whose frames are no longer on the stack, are removed here, because no hook runs after a
+    KeyboardInterrupt.
     """
     calls = CALL_STACKS.calls.get(key)
     if torch.compiler.is_compiling():
@@ -130,15 +130,16 @@ def is_on_stack(frame: FrameType) -> bool:
 
 
 class ForwardWatch:
-    """Tells when a forward of a module begins, and how it ends.
+    """Reports when a forward of a module begins and how it ends.
 
-    Hooks on the module begin a call, which `current(watch)` returns until it ends. A forward that was compiled with
-    its hooks does the same in its graph. A call ends well, `ended`, or it does not, `lost`: the forward raised, or was
-    interrupted. What is only to count when the forward ended well waits in the call, or is taken back by `lost`.
+    Hooks on the module begin a call, which `current_call(watch)` returns until it ends. A forward that was compiled
+    with its hooks does the same in its graph. A call ends with `on_success`, or with `on_failure` if the forward raised
+    or was interrupted. Results that must count only for successful forwards are kept in the call until then, or undone
+    by `on_failure`.
 
     Attributes:
-        owner: forwards count only in a thread in which a call of `owner` is under way, and in no backward; None: all
-            count.
+        owner: if given, only forwards in a thread with a running call of `owner`, and outside of any backward, are
+            observed. None: all are.
     """
 
     owner: Hashable | None = None
@@ -147,28 +148,29 @@ class ForwardWatch:
         self.owner = owner
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
-        """The call of a forward that begins, which `current` finds by this watch and by its `keys`; None to leave it
-        alone."""
+        """The call of a forward that begins, which `current_call` finds by this watch and by the call's `keys`; None to
+        ignore the forward."""
         raise NotImplementedError
 
     def on_success(self, call: Any, output: Any) -> Any:
-        """The forward of a call ended well and returned `output`; what this returns, but None, takes its place."""
+        """Called when the forward of a call ended successfully with `output`. A return value other than None replaces
+        the output."""
 
     def on_failure(self, call: Any) -> None:
-        """The forward of a call raised, or was interrupted."""
+        """Called when the forward of a call raised or was interrupted."""
 
     def attach_to(self, module: nn.Module, hooks: Attachments, *, prepend: bool = True) -> None:
-        """Set the hooks on a module. They run around all hooks that it has, if this is called last; with `first=False`
-        a forward begins after the other pre-hooks."""
-        hooks.callback(current_call, self)  # an interrupted call is not kept beyond the hooks
+        """Register the hooks on a module. If this is called last, they enclose all of its other hooks; with
+        `prepend=False` a forward begins after the other pre-hooks."""
+        hooks.callback(current_call, self)  # do not keep an interrupted call after the hooks are removed
         hooks.add_forward_pre_hook(module, self.begin, prepend=prepend)
         hooks.add_forward_hook(module, self.end, always_call=True)
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs is None:
-            return None  # the hook is being set or taken off
+            return None  # the hook is being registered or removed
         if self.owner is not None and current_call(self.owner) is None:
-            return None  # in another thread, or in a backward
+            return None  # another thread, or a backward
         call = self.make_call(module, args, kwargs)
         if call is None:
             return None
@@ -177,14 +179,14 @@ class ForwardWatch:
         return call.replaced_arguments
 
     def end(self, module: nn.Module, args: object, output: Any) -> Any:
-        calls = active_calls(self)  # after an error this hook runs outside of the call's frame
+        calls = active_calls(self)  # after an error, this hook runs outside of the call's frame
         if not calls:
             return None
         if not torch.compiler.is_compiling():
             caller = sys._getframe(1)
-            resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a break of a compiled graph
+            resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a graph break
             if not (calls[-1].frame in (None, caller) or resumed):
                 return None
             if calls[-1].watch is not self:
-                return None  # `within` made it the current one: this forward failed before it began
+                return None  # made current by `activate_calls`: this forward failed before it began
         return self.on_success(pop_call(self), output)

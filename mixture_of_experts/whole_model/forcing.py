@@ -1,4 +1,4 @@
-"""Forced routing, for benchmarks: every gate of a model sends tokens to experts that no score chose."""
+"""Forced routing, for benchmarks: every gate of a model sends tokens to experts that were not chosen by scores."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 @contextmanager
 def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSelection | None = None) -> Iterator[None]:
-    """Make every gate in `model` send tokens to forced experts, while the context lasts.
+    """Make every gate in `model` send tokens to forced experts while the context is active.
 
-    The time and memory of a layer then depend on shapes alone. Every real token makes all k choices, at most one of
-    each expert; of `ReLUGating` those with positive logits. The gate computes their weights from the scores of the
-    forced experts, with gradients. In a block of `transformers` the forced experts get the weights of the router's own
-    choices, and padding is routed too.
+    The time and memory of a layer then depend only on shapes. Every real token makes all k choices, of different
+    experts (with `ReLUGating`, only those with positive logits count). The gate computes the weights from the scores of
+    the forced experts, with gradients. In a block of `transformers` the forced experts get the weights of the router's
+    own choices, and padding is routed too.
 
     Args:
-        model: a model whose gates read `given_experts`. For a single gate set its attribute `forced` instead.
-        how: "balanced" takes one expert after the other: all have equally many choices of real tokens, give or take
-            one. It starts with expert 0 in every call, so every step of decoding takes the same experts. "random" draws
-            k different experts for each token by torch's generator, as a router that is balanced on average.
-        gates: the gates to force, by their names or as modules (gates, or layers around them); by default all.
+        model: a model whose gates accept `given_experts`. For a single gate, set its attribute `forced` instead.
+        how: "balanced" cycles through the experts, so that their numbers of choices by real tokens differ by at most
+            one. It starts with expert 0 in every call, so every decoding step uses the same experts. "random" draws k
+            different experts for each token with torch's generator, like a router that is balanced on average.
+        gates: the gates to force, as names or modules (gates, or the layers that contain them). Default: all.
 
     Raises:
-        ValueError: `how` is another word, or the model has no gate.
-        TypeError: a gate cannot be forced: it does not read `given_experts`, or it is a router of `transformers` that
-            returns no experts. In a forward, such a router returns others than its recipe says.
+        ValueError: `how` has another value, or the model has no gate.
+        TypeError: a gate cannot be forced: it does not accept `given_experts`, or it is a router of `transformers` that
+            returns no experts. During a forward: such a router returns something other than its recipe describes.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
 
 def forcing_unsupported_reason(router: RouterHandle) -> str | None:
-    """Why a site cannot be forced; None if it can."""
+    """The reason why a router cannot be forced; None if it can."""
     if router.block is not None:
         returns = "experts" in router.block.recipe.returns
         return None if returns else "it does not return the experts of tokens: convert its block"

@@ -1,6 +1,7 @@
-"""Reads which tokens are real, and their ids, from the arguments of a model of `transformers` (not imported here).
+"""Reads which tokens are real, and their ids, from the arguments of a `transformers` model. `transformers` is not
+imported here.
 
-Axes: b sequences, n tokens of the forward, m tokens with those in the cache.
+Axes: b sequences, n tokens of the forward, m tokens including those in the cache.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 
 
 class TokenMetadata(NamedTuple):
-    """The tokens of a forward, as far as the model's arguments tell them."""
+    """The tokens of a forward, as far as the model's arguments describe them."""
 
     mask: Tensor | None = None  # (b, n) bool, True where a token is real; None if all are
-    shape: tuple[int, int] | None = None  # (b, n), where it can be told
-    mask_unknown_reason: str | None = None  # why the mask cannot be told
+    shape: tuple[int, int] | None = None  # (b, n), None if it is unknown
+    mask_unknown_reason: str | None = None  # why the mask is unknown
     ids: Tensor | None = None  # (b, n) integers, ids of the tokens; None if the model was given embeddings
 
 
 def find_enclosing_model(modules: Sequence[nn.Module]) -> nn.Module:
-    """Of modules within each other, outermost first, the nearest model of `transformers` that reads its tokens' mask;
-    if none does, the nearest one; if there is none, the outermost module."""
-    models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # all of transformers
+    """The model whose arguments describe the tokens, from nested modules, outermost first: the innermost model of
+    `transformers` that reads an attention mask for them; if there is none, the innermost model; without any model, the
+    outermost module."""
+    models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # only in transformers
     for model in models:
         if "attention_mask" in inspect.signature(model.forward).parameters:
             return model
-        if model.main_input_name != "input_ids":  # it reads pictures or sound: masks further out are of other tokens
+        if model.main_input_name != "input_ids":  # it reads images or audio: outer masks describe other tokens
             break
     return models[0] if models else modules[0]
 
 
 class TokensReader:
-    """Reads the tokens of a forward from the arguments of `model`, by their names in its `forward`."""
+    """Reads the tokens of a forward from the arguments of `model`, using the parameter names of its `forward`."""
 
     argument_names: ClassVar[tuple[str, ...]] = (
         "attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values",
@@ -56,20 +58,20 @@ class TokensReader:
         return read_token_metadata(self.pick_arguments(args, kwargs))
 
     def pick_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments named in `names`, by name."""
+        """The arguments listed in `argument_names`, by name."""
         arguments = {name: args[place] for name, place in self.positions.items() if place < len(args)}
         return arguments | {name: kwargs[name] for name in self.argument_names if name in kwargs}
 
 
 @dataclass(eq=False)
 class TokenCall(ForwardCall):
-    """A forward, under way, of a model around routers or experts."""
+    """A running forward of a model that contains routers or experts."""
 
     tokens: TokenMetadata
 
 
 class TokenWatch(ForwardWatch):
-    """Tells the tokens of the forward of `model` that is under way."""
+    """Provides the tokens of the running forward of `model`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -79,13 +81,13 @@ class TokenWatch(ForwardWatch):
         return TokenCall(self.reader(args, kwargs))
 
     def current_tokens(self) -> TokenMetadata:
-        """The tokens of the forward; nothing is known of them where none is under way."""
+        """The tokens of the running forward; all fields are unknown if there is none."""
         call = call_stack.current_call(self)
         return TokenMetadata() if call is None else call.tokens
 
 
 def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
-    """What these arguments of a model tell of its tokens."""
+    """What the arguments of a model say about its tokens."""
     tokens, embeds, mask = arguments.get("input_ids"), arguments.get("inputs_embeds"), get_attention_mask(arguments)
     shape = () if embeds is None else embeds.shape[:-1]
     shape = shape if tokens is None else tokens.shape
@@ -99,7 +101,7 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
         token_mask = mask[:, -n:].bool()
         is_decoding_step = (
             n == 1 and is_host_readable(token_mask) and bool(token_mask.all())
-        )  # a step of `generate`, whose tokens are all real
+        )  # a decoding step of `generate`: all tokens are real
         return metadata if is_decoding_step else metadata._replace(mask=token_mask)
     if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
         return metadata._replace(mask=mask_from_diagonal(mask, arguments))
@@ -114,13 +116,13 @@ def get_cache(arguments: Mapping[str, Any]) -> Any:
 
 
 def count_cached_tokens(arguments: Mapping[str, Any]) -> int:
-    """The number of tokens in the cache, padding among them."""
+    """The number of tokens in the cache, including padding."""
     cache = get_cache(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
-    """The number of real tokens in the cache, `(b,)` or one number for all sequences."""
+    """The number of real tokens in the cache, as `(b,)` or as one number for all sequences."""
     mask, cached = get_attention_mask(arguments), count_cached_tokens(arguments)
     if mask is None or not cached:
         return cached
@@ -130,8 +132,8 @@ def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
-    """The attention mask among a model's arguments; of one for each kind of layer, that of full attention, or the only
-    one."""
+    """The attention mask among a model's arguments. If there is one mask for each kind of layer, the one for full
+    attention, or the only one, is returned."""
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Mapping):
         return mask
@@ -139,7 +141,7 @@ def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def select_first_head(mask: Tensor) -> Tensor:
-    """A mask `(b, n, m)` from one `(b, n, m)` or `(b, heads, n, m)`."""
+    """A mask `(b, n, m)` from a mask `(b, n, m)` or `(b, heads, n, m)`."""
     return mask[:, 0] if mask.ndim == 4 else mask
 
 
@@ -149,8 +151,8 @@ def to_bool_mask(mask: Tensor) -> Tensor:
 
 
 def mask_from_diagonal(mask: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """`(b, n)` bool, True where a token is real, from a mask `(b, n, m)` or `(b, heads, n, m)`: a real token attends to
-    itself, padding does not. None for a single token: a decoded token is no padding."""
+    """`(b, n)` bool, True where a token is real, from a mask `(b, n, m)` or `(b, heads, n, m)`. Real tokens attend to
+    themselves, padding does not. None for a single token: a decoded token is never padding."""
     n = mask.shape[-2]
     if n == 1:
         return None

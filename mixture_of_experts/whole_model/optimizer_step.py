@@ -1,4 +1,4 @@
-"""What is moved once after each step of an optimizer: the expert bias, the coefficient of ReLU routers."""
+"""Common code for updates after each optimizer step (expert bias, coefficient of ReLU routers)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 
 class OptimizerStepHook(ExitStack):
-    """Does something after each step of an optimizer, until `close()` or the end of a `with` block.
+    """Runs an update after each step of an optimizer, until `close()` or the end of a `with` block.
 
-    A subclass writes `after_step`, and calls `start` when all arguments are checked.
+    Subclasses implement `after_step` and call `start` once all arguments are checked.
 
     Args:
-        optimizer: bare or wrapped by accelerate.
-        group: the ranks that hold the gates; None: all, if there are several.
+        optimizer: the optimizer, unwrapped or wrapped by accelerate.
+        group: the ranks that hold the gates. None: all ranks, if there are several.
     """
 
     gates: tuple[str, ...]
@@ -38,7 +38,7 @@ class OptimizerStepHook(ExitStack):
         self._optimizer = unwrap_optimizer(optimizer)
 
     def start(self, model: nn.Module, buffers: Mapping[str, Any]) -> None:
-        """Begin; `moved` is what moves, by the names of the gates."""
+        """Start updating; `buffers` are the updated tensors, by the names of their gates."""
         if unsaved := find_tensors_not_saved(model, buffers):
             warnings.warn(
                 f"the model has adapters, and their files lack what moves in {', '.join(unsaved)}: name the gate in "
@@ -50,18 +50,18 @@ class OptimizerStepHook(ExitStack):
         self.callback(self._optimizer.register_step_post_hook(self._post_step_hook).remove)
 
     def remove(self) -> None:
-        """End it."""
+        """Stop updating."""
         self.close()
 
     def pop_all(self) -> ExitStack:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a stack that ends it instead of this object, so that it goes on after a `with` block."""
+        """Return a stack that stops the updates in place of this object, so that they continue after a `with` block."""
         ending, handed = copy.copy(self), ExitStack()
-        super().__init__()  # nothing is left to undo here
+        super().__init__()  # this object has nothing left to undo
         handed.callback(ending.close)
         return handed
 
     def after_step(self, step_taken: Tensor | int) -> None:
-        """Move what is to move. `done` is 1, or 0 after a step that a fused optimizer skipped inside."""
+        """Apply the update. `step_taken` is 1, or 0 after a step that a fused optimizer skipped internally."""
         raise NotImplementedError
 
     def sum_over_ranks(self, counts: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -89,7 +89,8 @@ def find_updatable_routers(
     unsupported_reason: Callable[[RouterHandle], str | None],
     empty_message: str,
 ) -> list[RouterHandle]:
-    """The sites of `gates`, by default all that an ability can serve. If there is none, the error says `none`."""
+    """The routers selected by `gates`; by default, all that support the feature. If there are none, the error is
+    `empty_message`."""
     routers = find_routers(model, feature, gates)
     if gates is None:
         routers = [router for router in routers if unsupported_reason(router) is None]
@@ -99,7 +100,7 @@ def find_updatable_routers(
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that is wrapped: accelerate's wrapper has no hooks."""
+    """The wrapped optimizer: accelerate's wrapper has no hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     if not hasattr(optimizer, "register_step_post_hook"):
@@ -110,7 +111,7 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Warn if an optimizer steps without weights of a model that have gradients, but with others that have none."""
+    """Warn if an optimizer lacks weights of a model that have gradients, but holds others that have none."""
     optimizer_weights = {weight for group in optimizer.param_groups for weight in group["params"]}
     missing = [
         name for name, weight in model.named_parameters() if weight.grad is not None and weight not in optimizer_weights
@@ -124,5 +125,5 @@ def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def step_factor(step_taken: Tensor | int, like: Tensor) -> Tensor | int:
-    """`done` as a factor of the tensor `like`."""
+    """`step_taken` as a factor for the tensor `like`."""
     return step_taken if isinstance(step_taken, int) else step_taken.to(device=like.device, dtype=like.dtype)

@@ -1,7 +1,7 @@
-"""Finds where a model routes: its sites, which are gates of this package and routers of `transformers`.
+"""Finds the routers of a model: gates of this package and routers of `transformers`.
 
-Every ability on a whole model takes its sites from here. What is wrapped around a module does not hide it:
-`torch.compile`, checkpoint wrappers, PEFT, DDP, FSDP2, parametrizations. Nothing of `transformers` is imported.
+All features that act on whole models find their routers here. Modules are found inside wrappers too: `torch.compile`,
+checkpoint wrappers, PEFT, DDP, FSDP2, parametrizations. `transformers` is not imported.
 """
 
 from __future__ import annotations
@@ -21,30 +21,31 @@ from mixture_of_experts.support.private_torch import get_original_class, unwrap_
 from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute, find_recipe
 from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 
-GateSelection = Iterable["str | nn.Module"]  # names of sites; gates or layers
+GateSelection = Iterable["str | nn.Module"]  # names of routers; gates or layers
 
 
 class RouterLocation(NamedTuple):
-    """A place in which a gate stands."""
+    """A location of a gate in a model."""
 
     name: str  # its path, without wrappers
-    layer: nn.Module | None = None  # the layer, or block of transformers, that calls it; None if it stands alone
+    layer: nn.Module | None = None  # the layer, or transformers block, that calls it; None for a standalone gate
 
 
 @dataclass(frozen=True, eq=False)
 class RouterHandle:
-    """A gate of a model, or a router of `transformers`. A gate in two layers is one site that stands in two places."""
+    """A gate of a model, or a router of `transformers`. A gate that two layers share has one handle with two
+    locations."""
 
-    gate: nn.Module  #: what routes, without wrappers
+    gate: nn.Module  #: the routing module, without wrappers
     hook_target: (
         nn.Module
     )  #: the outermost wrapper, or the gate itself: a hook on it runs once for each call of a layer
     num_experts: int
-    enclosing_model: nn.Module  #: the nearest model of transformers that reads a mask, else the model
+    enclosing_model: nn.Module  #: the innermost model of transformers that reads a mask, else the model
     locations: tuple[RouterLocation, ...]
-    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
-    level_one: RouterHandle | None = None  #: for level two: the site of level one
-    block: BlockSettings | None = field(default=None, repr=False)  #: of a block of transformers, whose router it is
+    outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
+    level_one: RouterHandle | None = None  #: for level two: the router of level one
+    block: BlockSettings | None = field(default=None, repr=False)  #: settings of the transformers block it routes for
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ class RouterHandle:
 
     @property
     def is_external(self) -> bool:
-        """Whether it is a router of `transformers`, and no gate of this package."""
+        """Whether it is a router of `transformers` rather than a gate of this package."""
         return self.block is not None
 
     @property
@@ -66,13 +67,14 @@ class RouterHandle:
 
     @property
     def k(self) -> int | None:
-        """Choices of a token; None if it is not known."""
+        """The number of choices per token; None if it is unknown."""
         k = find_attribute(self.gate, "k") if self.block is None else self.block.k
         return k if isinstance(k, int) else None
 
     @property
     def expert_bias(self) -> Tensor | None:
-        """The bias that chooses experts and that counts of choices move; None if there is none."""
+        """The expert bias, if it affects the choice of experts and is updated from counts of choices; None
+        otherwise."""
         if self.block is not None:
             return self.block.expert_bias
         counts = find_attribute(self.gate, "expert_counts") is not None
@@ -80,7 +82,7 @@ class RouterHandle:
 
     @property
     def device(self) -> torch.device:
-        """That of the gate's parameters; if it has none, that of the model around."""
+        """The device of the gate's parameters or, if it has none, of the enclosing model."""
         for module in (self.gate, self.enclosing_model):
             for tensor in (*module.parameters(), *module.buffers()):
                 return tensor.device
@@ -88,15 +90,15 @@ class RouterHandle:
 
 
 def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = None) -> list[RouterHandle]:
-    """The sites of a model, in its order.
+    """The routers of a model, in the model's order.
 
     Args:
         model: the model.
-        ability: the name of the function that asks, for errors.
-        gates: some of the sites: their names, gates, or layers around gates. By default all.
+        feature: the name of the calling function, for errors.
+        gates: the routers to select: names, gates, or layers that contain gates. Default: all.
 
     Raises:
-        ValueError: there is none, or `gates` has something that is no site.
+        ValueError: the model has no router, or an element of `gates` is not one of its routers.
     """
     routers = find_all_routers(model)
     if not routers:
@@ -105,7 +107,7 @@ def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = N
 
 
 def find_all_routers(model: nn.Module) -> list[RouterHandle]:
-    """All sites of a model, in its order; there may be none."""
+    """All routers of a model, in the model's order; the list may be empty."""
     found: dict[nn.Module, RouterHandle] = {}
     for entry in iter_named_modules(check_model("model", model)):
         for router in find_routers_in(entry, found):
@@ -116,10 +118,10 @@ def find_all_routers(model: nn.Module) -> list[RouterHandle]:
 def check_supported(
     routers: list[RouterHandle], feature: str, unsupported_reason: Callable[[RouterHandle], str | None]
 ) -> list[RouterHandle]:
-    """The same sites, all of which an ability serves; TypeError if it cannot serve one.
+    """Return `routers` if a feature supports all of them; raise TypeError otherwise.
 
     Args:
-        why_not: the reason why a site cannot be served; None if it can.
+        unsupported_reason: returns the reason why a router is not supported; None if it is.
     """
     reasons = {router: reason for router in routers if (reason := unsupported_reason(router)) is not None}
     if reasons:
@@ -133,7 +135,7 @@ def check_supported(
 
 
 def select_routers(routers: list[RouterHandle], feature: str, gates: GateSelection) -> list[RouterHandle]:
-    """The sites that `gates` names, in the model's order."""
+    """The routers that `gates` selects, in the model's order."""
     if not isinstance(gates, str | nn.Module | Iterable):
         raise TypeError(f"gates of {feature} must be names or modules of gates, in a list, got {gates!r}")
     selectors = [gates] if isinstance(gates, str | nn.Module) else list(gates)
@@ -163,10 +165,10 @@ class NamedModule(NamedTuple):
     name: str  # the path, without wrappers
     outermost: nn.Module  # the outermost wrapper, or the module itself
     module: nn.Module
-    ancestors: tuple[nn.Module, ...]  # the modules around it, outermost first
+    ancestors: tuple[nn.Module, ...]  # the modules that contain it, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
-        """The site of what routes at a path below this module, "" for itself, in a layer."""
+        """The handle of the router at a path below this module ("" is the module itself), called by `layer`."""
         called = self.module.get_submodule(path) if path else self.outermost
         location = RouterLocation(f"{self.name}.{path}".strip(".") or "gate", layer)
         around = find_enclosing_model((*self.ancestors, self.outermost))
@@ -174,7 +176,7 @@ class NamedModule(NamedTuple):
 
 
 def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
-    """Every module of a model, at every path. Wrappers and copies that do not compute are left out."""
+    """Every module of a model, at every path. Wrappers, and copies that do not compute, are skipped."""
     pending = [NamedModule("", model, unwrap_module(model), ())]
     while pending:
         entry = pending.pop()
@@ -185,11 +187,11 @@ def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
                 pending.append(NamedModule(f"{entry.name}.{name}".lstrip("."), child, module, above))
 
 
-# Sites
+# Routers
 
 
 def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) -> Iterator[RouterHandle]:
-    """The sites that a module shows: those of its parts, if it is a layer or a block, or its own."""
+    """The routers that belong to a module: those of its parts if it is a layer or a block, or the module itself."""
     module: Any = entry.module
     if isinstance(module, HeirarchicalMoE):
         outer = module.num_experts_outer
@@ -209,7 +211,7 @@ def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) ->
 
 
 def merge_handles(first: RouterHandle, second: RouterHandle) -> RouterHandle:
-    """One site of a gate that stands in several places."""
+    """Merge the handles of a gate that has several locations."""
     called = first.hook_target if first.hook_target is second.hook_target else first.gate
     locations = [each for each in dict.fromkeys((*first.locations, *second.locations)) if each.layer is not None]
     return replace(

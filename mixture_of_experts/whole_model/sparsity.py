@@ -1,4 +1,4 @@
-"""Moves the coefficient that keeps ReLU routers sparse, once for each step of an optimizer."""
+"""Updates the coefficient that keeps ReLU routers sparse, once per optimizer step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixture_of_experts.whole_model.balancing import ignore_counts_in_ddp
 from mixture_of_experts.whole_model.optimizer_step import OptimizerStepHook, find_updatable_routers, step_factor
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle
 
-CHECK_INTERVAL = 100  # steps between two looks at numbers of the device
+CHECK_INTERVAL = 100  # steps between two reads of values from the device
 
 
 def control_sparsity(
@@ -29,30 +29,31 @@ def control_sparsity(
     group: dist.ProcessGroup | None = None,
     gates: GateSelection | None = None,
 ) -> SparsityControl:
-    """Move `l1_coef` of every `ReLUGating` in `model` once after each step of `optimizer`.
+    """Update `l1_coef` of every `ReLUGating` in `model` after each step of `optimizer`.
 
-    All gates move together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor `rate` if
-    the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if fewer. Every gate
-    counts against its own `mean_choices`. The choices of a step that a fused optimizer skips for a gradient scaler
-    count in the next step. The coefficient stays between 1e-12 and 1000; if tokens still make too many choices at 1000,
-    a warning says what may be the reason. Every hundredth step looks, and so waits for the device.
+    All gates are updated together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor
+    `rate` if the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if they make
+    fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step for a gradient scaler,
+    the choices count in the next step. The coefficient stays between 1e-12 and 1000; if tokens still make too many
+    choices at 1000, a warning lists possible reasons. This is checked every 100 steps, which synchronizes with the
+    device.
 
     Args:
-        model: before DDP or `torch.compile` wrap it.
-        optimizer: the optimizer whose steps count, bare or wrapped by accelerate.
+        model: the model, before DDP or `torch.compile` wrap it.
+        optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
         rate: the factor, above 1.
-        group: the ranks that hold these gates, over which counts are summed; by default all ranks if
-            `torch.distributed` is initialised, whatever the gates' `process_group` is.
+        group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
+            is initialized, independent of the gates' `process_group`.
 
-        gates: the gates to control, by their names or as modules (gates, or layers around them); by default every
-            `ReLUGating`. `control.gates` names them.
+        gates: the gates to control, as names or modules (gates, or the layers that contain them). Default: every
+            `ReLUGating`. `control.gates` lists their names.
 
     Returns:
-        An object whose `close()` ends the control, as does the end of a `with` block around it.
+        An object whose `close()` stops the control. It is also a context manager.
 
     Raises:
-        TypeError: a gate of `gates` is no `ReLUGating`.
-        ValueError: the model has no such gate, or an argument is not allowed.
+        TypeError: a gate of `gates` is not a `ReLUGating`.
+        ValueError: the model has no such gate, or an argument is invalid.
 
     Example:
         >>> import torch
@@ -77,7 +78,7 @@ def control_sparsity(
 
 
 class SparsityControl(OptimizerStepHook):
-    """Moves `l1_coef` of the ReLU routers of a model after each step of an optimizer; `control_sparsity` returns one.
+    """Updates `l1_coef` of a model's ReLU routers after each step of an optimizer; returned by `control_sparsity`.
 
     Attributes:
         gates: the names of the gates.
@@ -86,7 +87,7 @@ class SparsityControl(OptimizerStepHook):
 
     rate: float
     routers: list[Any]
-    num_steps: int = 0  # that were done
+    num_steps: int = 0  # steps so far
 
     def after_step(self, step_taken: Tensor | int) -> None:
         device = self.routers[0].l1_coef.device

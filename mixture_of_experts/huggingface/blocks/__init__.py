@@ -1,1 +1,1 @@
-"""Sparse blocks of `transformers`: read, converted, and computed by the ways of `ops`."""
+"""Sparse blocks of `transformers`: reading, converting, and computing them with the implementations of `ops`."""

@@ -1,6 +1,7 @@
-"""Computes the experts of MoE models in `transformers` by this package, as an `experts_implementation`.
+"""Computes the experts of `transformers` MoE models with this package, as an `experts_implementation`.
 
-The import registers a function in the interface of `transformers`. Only models that ask for it by name use it.
+Importing this module registers a function in the interface of `transformers`. Only models that select it by name use
+it.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
 """
@@ -27,13 +28,14 @@ BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute tokens `(t, d)` by the experts `(t, k)` that a router chose; return `(t, d)`. Ids from e on are left out.
+    """Compute tokens `(t, d)` with the experts `(t, k)` that a router chose; return `(t, d)`. Ids of e or above are
+    skipped.
 
-    It reads the flags of the interface: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`,
+    The flags of the interface are respected: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`,
     `has_post_expert_norm`, and a class's own `_apply_gate`.
 
     Raises:
-        TypeError: the weights are quantised or sharded.
+        TypeError: the weights are quantized or sharded.
     """
     name, down = "gate_up_proj" if self.has_gate else "up_proj", self.down_proj
     first = getattr(self, name)
@@ -65,7 +67,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
-    """The activation of a class of experts, one that `ops` knows if there is one, and the layout of gate and up, as
+    """The activation of a class of experts, if possible one that `ops` supports, and the layout of gate and up, as
     arguments of `moe_ffn`."""
     if not experts.has_gate or has_default_gating(experts):
         activation: Any = BACKEND_ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)

@@ -1,4 +1,4 @@
-"""Reads a sparse block of `transformers` as a layer, with the block's weights by the names of this package.
+"""Reads a sparse block of `transformers` as a layer, with the block's weights under the names of this package.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -30,7 +30,7 @@ from mixture_of_experts.wrappers import (
     ZeroComputationExperts,
 )
 
-# one of our weights: views of the block's weights, to read or to write, which follow each other in its first dimension
+# one of our weights as readable and writable views of the block's weights, to be concatenated along dimension 0
 WeightViews = list[Tensor]
 
 
@@ -38,14 +38,14 @@ class ParsedBlock(BlockSettings):
     """A block as a layer.
 
     Attributes:
-        layer: it has the block's sizes and settings, and its very modules, where these are parts of a layer as they
-            are. Other weights are on the meta device.
+        layer: a layer with the block's sizes and settings. It shares the block's modules where a layer can use them
+            unchanged. Other weights are on the meta device.
     """
 
     def __init__(self, block: nn.Module, recipe: Recipe, balance_over: Any = "batch", **coefs: Any) -> None:
         super().__init__(block, recipe)
         self.experts: Any = self.read_attribute("experts")
-        with torch.device("meta"):  # draws no numbers for weights that are copied
+        with torch.device("meta"):  # copied weights need no initialization
             gate = self.make_gate(balance_over)
             self.stack: Any = self.make_stack()
         experts, shared = self.wrap_experts(self.stack)
@@ -98,7 +98,7 @@ class ParsedBlock(BlockSettings):
         return copy.deepcopy(act)
 
     def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
-        """The experts with what is around them, and the shared expert if it is not part of them."""
+        """The experts with their wrappers, and the shared expert if it is not part of them."""
         if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
         if self.recipe.apply_router_weight_on_input:
@@ -116,7 +116,7 @@ class ParsedBlock(BlockSettings):
         if any(part is not None for part in parts.values()):
             experts = LatentExperts(experts, **parts)
         vector = find_attribute(self.module, *BLOCK_ATTRIBUTES["shift"])
-        if isinstance(vector, nn.Parameter):  # is added to what the experts return
+        if isinstance(vector, nn.Parameter):  # is added to the output of the experts
             shift = Shift(len(vector))
             shift.bias = vector
             experts = LatentExperts(experts, after=shift)
@@ -130,7 +130,7 @@ class ParsedBlock(BlockSettings):
         return nn.Sequential(shared, Scale(0.5)) if self.averages_shared_expert else shared
 
     def chain_modules(self, *parts: str) -> nn.Module | None:
-        """Modules that tokens pass one after the other; None if there is none that does anything."""
+        """The modules that tokens pass through in sequence; None if none of them has an effect."""
         modules = [self.read_attribute(part) for part in parts]
         modules = [module for module in modules if not isinstance(module, nn.Identity | None)]
         return nn.Sequential(*modules) if len(modules) > 1 else next(iter(modules), None)
@@ -138,7 +138,7 @@ class ParsedBlock(BlockSettings):
     # the weights
 
     def get_weight_views(self) -> dict[str, WeightViews]:
-        """The block's weights by this package's names and in its layout."""
+        """The block's weights under the names and in the layout of this package."""
         block = {id(tensor) for tensor in get_named_tensors(self.module).values()}
         found = {name: [tensor] for name, tensor in get_named_tensors(self.layer).items() if id(tensor) in block}
         path = next(name for name, module in self.layer.named_modules() if module is self.stack)
@@ -173,7 +173,7 @@ class ParsedBlock(BlockSettings):
                 "w1": [one.wi.weight.T[None] for one in networks],
                 "w2": [one.wo.weight.T[None] for one in networks],
             }
-        if hasattr(experts, "mlp"):  # weights are stacked in rows
+        if hasattr(experts, "mlp"):  # weights are stacked along rows
             mlp = experts.mlp
             w1, w3, w2 = (weight.unflatten(0, (experts.num_experts, -1)) for weight in (mlp.w1, mlp.v1, mlp.w2))
             return {"w1": [w1.mT], "w3": [w3.mT], "w2": [w2]}
@@ -189,7 +189,7 @@ class ParsedBlock(BlockSettings):
         gate_up = find_attribute(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
         first = experts.up_proj if gate_up is None else gate_up
         down = find_attribute(self.module, keeps.get("down", "experts.down_proj"))
-        first = first[: len(down)]  # some blocks have rows for experts that compute nothing
+        first = first[: len(down)]  # some blocks have rows for zero-computation experts
         if not getattr(experts, "is_transposed", self.recipe.apply_router_weight_on_input):
             first, down = first.mT, down.mT  # (e, in, out)
         firsts, found = {"w": first}, {"w2": [down]}

@@ -1,6 +1,6 @@
-"""Converts sparse blocks of `transformers` to `MoE` layers, and back: the same weights in another layout.
+"""Converts sparse blocks of `transformers` to `MoE` layers and back: the same weights in a different layout.
 
-A block's recipe in `recipes.MODELS`, and its attributes named in `recipes.BLOCK_ATTRIBUTES`, tell what it computes.
+A block's recipe in `recipes.MODELS`, and its attributes listed in `recipes.BLOCK_ATTRIBUTES`, define what it computes.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -23,7 +23,7 @@ from mixture_of_experts.support.private_peft import is_peft_wrapper
 from mixture_of_experts.whole_model.block_settings import find_attribute, find_recipe
 from mixture_of_experts.wrappers import list_nested_experts
 
-EXPERT_COUNTS_KEY = "gate.expert_counts"  # which no block has
+EXPERT_COUNTS_KEY = "gate.expert_counts"  # no block has it
 COMPARED_ATTRIBUTES = (
     "k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups", "group_score",
     "tolerance", "logits", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity",
@@ -31,14 +31,14 @@ COMPARED_ATTRIBUTES = (
 
 
 def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
-    """A `MoE` that computes what a block does, with copies of its weights; frozen ones are frozen."""
+    """A `MoE` that computes the same as a block, with copies of its weights. Frozen weights stay frozen."""
     block_layer = read_block(block, balance_over, **coefs)
-    with torch.enable_grad():  # views tell what is frozen
+    with torch.enable_grad():  # so that views show which weights are frozen
         views = block_layer.get_weight_views()
     moe = copy.deepcopy(block_layer.layer)
     state = {name: concatenate_pieces(pieces) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
-        state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it moves by small steps
+        state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it is updated in small steps
         state[EXPERT_COUNTS_KEY] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
     moe.load_state_dict(state, assign=True)  # keeps the block's dtypes and device
     for name, parameter in moe.named_parameters():
@@ -59,7 +59,7 @@ def copy_to_block(moe: MoE, block: nn.Module) -> nn.Module:
 
 
 def refuse_adapted_or_quantized(module: nn.Module, name: str) -> None:
-    """Refuse layers with adapters of PEFT or quantized experts, which no stock class holds."""
+    """Raise for layers with PEFT adapters or quantized experts, which no stock class supports."""
     for part in module.modules():
         if is_peft_wrapper(part):
             raise ValueError(f"{name} has adapters of PEFT, which no stock class has: merge_and_unload() them first")
@@ -71,14 +71,14 @@ def refuse_adapted_or_quantized(module: nn.Module, name: str) -> None:
 
 
 def check_same_computation(moe: MoE, block: nn.Module) -> None:
-    """Raise ValueError if a layer computes something else than a block."""
+    """Raise ValueError if a layer does not compute the same as a block."""
     refuse_adapted_or_quantized(moe, "the layer")
     if differ := find_differences(moe, block):
         raise ValueError(f"the layer does not compute what a {type(block).__name__} does: {'; '.join(differ)}")
 
 
 def find_differences(moe: MoE, block: nn.Module) -> list[str]:
-    """In what a layer computes something else than a block, in words."""
+    """The differences between what a layer and a block compute, in words."""
     ours, theirs = describe_computation(moe), describe_computation(read_block(block).layer)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
     return [f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ]
@@ -105,7 +105,7 @@ def concatenate_pieces(pieces: WeightViews) -> Tensor:
 
 
 def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> ParsedBlock:
-    """Read a block; raise ValueError if it is unknown, or does something that no layer does."""
+    """Read a block; raise ValueError if it is unknown, or computes something that no layer supports."""
     name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""`from_transformers` and `to_transformers`: single sparse blocks, and whole models of them, there and back."""
+"""`from_transformers` and `to_transformers`: conversion of sparse blocks, and of whole models with them, in both
+directions."""
 
 from __future__ import annotations
 
@@ -51,31 +52,31 @@ LOSS_ARGUMENTS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 def from_transformers(
     block: nn.Module, *, loss_coef: float | None = None, z_loss_coef: float = 0.0, balance_over: Any = "batch"
 ) -> Any:
-    """Return a `MoE` that computes what a sparse block of `transformers` does; or change all blocks of a model so.
+    """Convert a sparse block of `transformers` to a `MoE` that computes the same, or convert all blocks of a model.
 
-    `recipes.MODELS` lists the known blocks; docs/published_mixtures.md has their table, and what is left out. If a
-    layer itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input
-    and the addition of both networks.
+    `recipes.MODELS` lists the known blocks; docs/published_mixtures.md has a table of them, and lists what is not
+    supported. If a layer itself holds router and experts (Gemma 4), the `MoE` computes the part between the layer's
+    feed-forward input and the addition of both networks.
 
-    Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. It trains
-    as before: the model adds its own auxiliary loss to its loss if `output_router_logits` is set, as an argument or in
-    its configuration, with the coefficient of its configuration, and returns router logits. With a `loss_coef` the
-    losses of the layers take its place, as after `replace_ffn`. Padding counts in nothing, and the model is
-    saved and loaded with its layers. Weights of layers are new tensors: make the optimizer afterwards.
-    `to_transformers` makes it a stock model again.
+    If a model is passed, each of its sparse blocks is replaced by a layer in place, one at a time, and the model is
+    returned. It trains as before: the model adds its own auxiliary loss to its loss if `output_router_logits` is set,
+    as an argument or in its configuration, with the coefficient of its configuration, and returns router logits. With a
+    `loss_coef` the losses of the layers replace that loss, as after `replace_ffn`. Padding is ignored in all losses and
+    statistics, and the model is saved and loaded with its layers. Weights of layers are new tensors: construct the
+    optimizer afterwards. `to_transformers` converts the model back to a stock model.
 
     Args:
         block: a block of a loaded model, such as `model.model.layers[0].mlp`, or a model.
-        loss_coef: coefficient of each layer's balancing loss, which takes the place of the model's own auxiliary loss.
-            None: there is no such loss, and the model keeps its own.
+        loss_coef: coefficient of each layer's balancing loss, which replaces the model's own auxiliary loss. None:
+            layers have no such loss, and the model keeps its own.
         z_loss_coef: coefficient of each layer's z-loss.
-        balance_over: see `TopKGating`; the loss of `transformers` is over the batch.
+        balance_over: see `TopKGating`; `transformers` computes its loss over the batch.
 
     Raises:
-        TypeError: `block` is no module.
-        ValueError: the block is not known; or it has jitter, which in `transformers` disturbs the experts' inputs too.
-            Or it is a wrapper or has adapters of PEFT. Of a model: any of its blocks is so, or its weights are
-            quantised; nothing is changed then.
+        TypeError: `block` is not a module.
+        ValueError: the block is unknown; or it has jitter, which in `transformers` also perturbs the experts' inputs;
+            or it is a wrapper or has PEFT adapters. For a model: this holds for any of its blocks, or its weights are
+            quantized; the model is unchanged in this case.
 
     Example:
         >>> import torch
@@ -96,24 +97,24 @@ def from_transformers(
     replace_blocks(block, dict.fromkeys(find_sparse_blocks(block), settings))
     if loss_coef is not None:
         override_router_coef(block)
-    block.name_or_path = block.config.name_or_path  # whose weights they are
+    block.name_or_path = block.config.name_or_path  # the source of these weights
     return block
 
 
 def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same; return the block.
 
-    Without a block: make a model that `from_transformers` changed a stock model again, in place, and return it.
-    `from_transformers` and then this function give a block its own weights back, bit for bit.
+    Without a block: convert a model that `from_transformers` changed back to a stock model, in place, and return it.
+    Converting a block with `from_transformers` and back reproduces its weights bit for bit.
 
     Args:
         moe: the layer, or the model.
         block: a block with the layer's sizes and settings.
 
     Raises:
-        TypeError: `moe` is no layer, or `block` no module.
-        ValueError: the block is not known, or computes something else; weights are on the meta device; or the model is
-            a wrapper, or has other layers too. Nothing is changed then.
+        TypeError: `moe` is not a layer, or `block` is not a module.
+        ValueError: the block is unknown, or computes something different; weights are on the meta device; or the model
+            is a wrapper, or also has other layers. Nothing is changed in this case.
     """
     check_not_wrapped(check_model("moe", moe))
     if block is not None:
@@ -128,7 +129,7 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
 
 
 def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
-    """The paths of all sparse blocks of a model; ValueError if there is none, or one cannot become a layer."""
+    """The paths of all sparse blocks of a model; ValueError if there are none, or one cannot be converted."""
     check_not_packed(model)
     if getattr(model, "is_quantized", False) and not is_from_gguf(model):
         raise ValueError(f"{type(model).__name__} is quantised: load it without quantization_config")
@@ -137,7 +138,7 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
         if any(name.startswith(f"{above}.") for above in found):
             continue
         if isinstance(module, MoEFeedForward):
-            found.append(name)  # for what is inside
+            found.append(name)  # excludes what is inside
         elif find_recipe(module) is not None:
             if hasattr(module, "self_attn"):  # Gemma 4
                 raise_not_convertible(model, name, "is a whole layer, which also holds router and experts")
@@ -159,16 +160,16 @@ def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
     )
 
 
-@torch.inference_mode(False)  # what is made in that mode cannot be trained
+@torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put layers in the places of blocks, one after the other; `settings` has their coefficients, by path."""
+    """Replace blocks by layers, one at a time; `settings` has the layers' coefficients, by path."""
     for name, coefs in settings.items():
         block = model.get_submodule(name)
         moe = convert_to_layer(block, **layer_settings(coefs))
         masked, path = uses_model_mask(model, name), find_router_path(block)
         reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(
             moe.gate
-        )  # logits of a state are not read
+        )  # logits of a router with a state are not reported
         with next(moe.parameters()).device:
             layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
         replace_module(model, block, layer.train(block.training))
@@ -176,7 +177,7 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
 
 
 def layer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a layer among those given for it; without a `loss_coef` it has no balancing loss."""
+    """The settings of a layer, from the arguments for it; without a `loss_coef` it has no balancing loss."""
     settings = {name: given[name] for name in LOSS_ARGUMENTS if name in given}
     return settings | ({"loss_coef": 0.0} if given.get("loss_coef") is None else {})
 
@@ -190,9 +191,9 @@ def find_router_path(block: nn.Module) -> str:
 # Back
 
 
-@torch.inference_mode(False)  # what is made in that mode cannot be trained
+@torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
-    """Put stock blocks in the places of a model's layers, and remove all that `from_transformers` added."""
+    """Replace a model's layers by stock blocks, and remove everything that `from_transformers` added."""
     layers = find_layers(model)
     others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
     if not layers or others:
@@ -215,7 +216,7 @@ def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def make_meta_stock_model(model: PreTrainedModel) -> Any:
-    """The stock model of a model's own configuration, without memory for its weights."""
+    """The stock model of a model's own configuration, on the meta device."""
     config: Any = model.config
     kind, held = type(config), dict(vars(config))
     remove_layers_from_config(config)
@@ -229,14 +230,14 @@ def make_meta_stock_model(model: PreTrainedModel) -> Any:
     return stock
 
 
-@torch.inference_mode(False)  # what is made in that mode cannot be trained
+@torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def materialize_block(block: nn.Module, moe: MoE) -> nn.Module:
-    """The block, from the meta device to that of a layer. Each weight gets the dtype of the layer's weight, and is
-    frozen if that is."""
+    """Move a block from the meta device to the device of a layer. Each weight gets the dtype of the layer's weight, and
+    is frozen if that is frozen."""
     own = get_named_tensors(moe)
     block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
     for weight in get_named_tensors(block).values():
-        weight.data.zero_()  # some have no place in a layer
+        weight.data.zero_()  # some weights have no counterpart in a layer
     for name, pieces in read_block(block).get_weight_views().items():
         for piece in pieces:
             weight = piece if piece._base is None else piece._base

@@ -1,6 +1,7 @@
-"""The exchange of this package for MoE models of `transformers`: `DistributedConfig(ep_implementation=NAME)`.
+"""The exchange of this package for MoE models of `transformers`:
+`DistributedConfig(ep_implementation=EP_IMPLEMENTATION_NAME)`.
 
-The import registers it. Experts compute as their model's `experts_implementation` says.
+Importing this module registers it. Experts are computed by their model's `experts_implementation`.
 
 Axes: t tokens, k choices of a token, e experts of all ranks, l experts of one rank, r rows sorted by expert, d model
 dim.
@@ -21,9 +22,9 @@ EP_IMPLEMENTATION_NAME = "mixture_of_experts"
 
 
 class ExchangeImplementation(EPImplementation):
-    """Sends each row to the rank of its expert, and weighs the results where the tokens are.
+    """Sends each row to the rank of its expert, and applies the router weights on the rank of the tokens.
 
-    If the ranks' calls differ, every rank raises an error that names both.
+    If the calls of the ranks differ, every rank raises an error that describes both.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
@@ -34,7 +35,7 @@ class ExchangeImplementation(EPImplementation):
         self.channel: Channel = Channel(ep_mesh.get_group(), shared_batch=shared_batch)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids from e on are left out."""
+        """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids of e or above are skipped."""
         plan = decision_on(top_k_index, top_k_weights, self.num_experts).without_gaps()
         assert plan.rows_per_expert is not None
         rows, training = dispatch(hidden_states, plan), self.experts.training
@@ -43,8 +44,8 @@ class ExchangeImplementation(EPImplementation):
         )
 
     def compute_local_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Compute rows `(r, d)` by this rank's experts, with `(l,)` rows for each."""
-        if not rows.shape[0]:  # one row of zeros, so that the backward comes by here, where other ranks wait
+        """Compute rows `(r, d)` with this rank's experts; `counts` `(l,)` are the row counts of the experts."""
+        if not rows.shape[0]:  # a row of zeros, so that the backward runs here too: other ranks wait for it
             nothing = rows.sum(dim=0, keepdim=True)
             return self.experts_forward(nothing, counts.new_zeros(1, 1), nothing.new_ones(1, 1))[:0]
         index = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=rows.shape[0])

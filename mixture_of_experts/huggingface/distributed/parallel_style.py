@@ -1,4 +1,4 @@
-"""A style of `transformers` for experts of this package that are spread over ranks. The import registers it."""
+"""A parallel style of `transformers` for sharded experts of this package. Importing this module registers it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ STYLE_NAME = "mixture_of_experts"
 
 
 class StyleName(str):
-    """A name in plans and in the registry of styles. It equals that of the style of `transformers`, by which its code
-    tells in three places which experts get tokens of other ranks; but a table finds what stands under this name."""
+    """A style name in plans and in the registry of styles. It compares equal to the name of the `transformers` style,
+    because `transformers` uses that comparison in three places to detect experts that get tokens of other ranks; but
+    its hash differs, so that a dict lookup finds the entry of this name."""
 
     def __hash__(self) -> int:
         return str.__hash__(self)
@@ -30,7 +31,7 @@ EXPERTS_STYLE = StyleName(STYLE_NAME)
 
 
 class ShardedExpertsParallel(EpDispatchExpertsParallel):
-    """Spreads experts over the ranks of `ep`, and lets ranks of one `tp` group, who share a batch, send a part each."""
+    """Shards experts over the `ep` ranks. Ranks of one `tp` group share a batch, and each sends a part of it."""
 
     def install_forward(
         self, module: nn.Module, ep_mesh: DeviceMesh, *, tp_mesh: DeviceMesh, ep_implementation: str = "auto"

@@ -1,4 +1,4 @@
-"""LoRA of PEFT on stacked experts, computed inside the layer."""
+"""PEFT's LoRA on stacked experts, computed inside the layer."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from mixture_of_experts.support.private_torch import get_original_class
 
 
 def fast_lora(model: ModelT) -> ModelT:
-    """Compute LoRA on stacked experts inside the layer, instead of making `W + scaling B A` for all experts.
+    """Compute LoRA on stacked experts inside the layer, without materializing `W + scaling B A` for all experts.
 
-    PEFT wraps a stacked weight (`target_parameters`) and, at each forward, makes the whole stack anew. After this call
+    PEFT wraps a stacked weight (`target_parameters`) and, in each forward, recomputes the whole stack. After this call
     `Experts` and `GatedExperts` multiply an expert's rows by its factors. Parameters, their names, saving, loading,
-    merging and the choice of adapters stay PEFT's own; outputs and gradients are equal up to rounding. No gradient of
-    a frozen stack is computed. These stay as PEFT does them: weights that are trained beside their adapters, biases,
-    slots without a decision, and everything that is not stacked experts of this package. If adapters are added to
-    other weights later, call `fast_lora` again.
+    merging and the selection of adapters remain PEFT's own; outputs and gradients are equal up to rounding. The
+    gradient of a frozen stack is not computed. PEFT's own computation is still used for weights that are trained along
+    with their adapters, biases, slots without a decision, and everything other than stacked experts of this package. If
+    adapters are added to other weights later, call `fast_lora` again.
 
     Args:
         model: a model that PEFT has prepared, by `get_peft_model` or `inject_adapter_in_model`. It is changed in place,
-            on any device, also meta. Call it before the model is wrapped in `torch.compile`, DDP or FSDP2.
+            on any device, including meta. Call `fast_lora` before the model is wrapped in `torch.compile`, DDP or
+            FSDP2.
 
     Returns:
         The model.
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError: `model` is no module.
-        ValueError: no weight of stacked experts of this package has adapters, or PEFT passed over some of
+        TypeError: `model` is not a module.
+        ValueError: no weight of stacked experts of this package has adapters, or PEFT skipped some of
             `target_parameters`.
 
     Example:
@@ -86,11 +87,13 @@ def fast_lora(model: ModelT) -> ModelT:
 
 @contextmanager
 def weights_shown(model: nn.Module) -> Iterator[None]:
-    """Within this context PEFT finds the weights of `QuantizedExperts`, to put LoRA beside them or to load it.
+    """Make the weights of `QuantizedExperts` visible to PEFT while the context is active, so that it can add or load
+    LoRA.
 
-    PEFT looks for parameters, and quantised weights are none. Here they appear under their names, "w1", "w3" and "w2",
-    with their shapes, without numbers and without memory. Call `fast_lora` afterwards: only with it such experts
-    compute. Outside of this context PEFT passes over them, and the first forward of a model of `transformers` raises.
+    PEFT looks for parameters, and quantized weights are not parameters. In this context they appear under their names,
+    "w1", "w3" and "w2", with their shapes, but without values or memory. Call `fast_lora` afterwards, because adapted
+    quantized experts only work with it. Outside of this context PEFT skips them, and the first forward of a
+    `transformers` model raises an error.
 
     Args:
         model: a model with `QuantizedExperts`, or one that PEFT has prepared, for another adapter.
@@ -119,7 +122,7 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for experts in found:
             for name in ("w1", "w3", "w2"):
-                if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):  # that no context around shows
+                if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):  # not shown by an outer context
                     experts.register_parameter(
                         name, nn.Parameter(experts.placeholder_weight(name), requires_grad=False)
                     )

@@ -1,4 +1,4 @@
-"""A network whose weights have low-rank parts, `w + down @ up` for each expert; only these are trained.
+"""A network whose weights have low-rank parts, `w + down @ up` for each expert; only the parts are trained.
 
 Axes: e experts, p inner and q outer dimension of a weight, k rank.
 """
@@ -35,16 +35,16 @@ class LowRankWeight(NamedTuple):
         return self.weight.device
 
     @property
-    def mT(self) -> LowRankWeight:  # noqa: N802  (as of a tensor)
+    def mT(self) -> LowRankWeight:  # noqa: N802  (the name of the tensor attribute)
         return LowRankWeight(self.name, self.weight.mT, self.up.mT, self.down.mT)
 
 
 class AdaptedNetwork(Network):
-    """The weights of all experts, some of them `LowRankWeight`. The names of such a part are "down." and "up." with the
-    name of its weight."""
+    """The weights of all experts, some of which are a `LowRankWeight`. The tensors of a low-rank part are named "down."
+    and "up." followed by the name of its weight."""
 
     def get_low_rank_weights(self) -> list[LowRankWeight]:
-        """The weights that have a part; those of `w_in` come first."""
+        """The weights that have a low-rank part; those of `w_in` come first."""
         return [weight for weight in (*self.w_in, self.w_out) if isinstance(weight, LowRankWeight)]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -61,6 +61,6 @@ class AdaptedNetwork(Network):
         return AdaptedNetwork(**vars(super().with_tensors(whole)))
 
     def merged(self) -> Network:
-        """The network whose weights are the sums."""
+        """The network with the low-rank parts added to its weights."""
         sums = {name: torch.baddbmm(weight, down, up) for name, weight, down, up in self.get_low_rank_weights()}
         return super().with_tensors(super().tensors() | sums)

@@ -1,10 +1,10 @@
-"""An adapted network on rows sorted by expert, and the gradients of its low-rank parts: the functions of `ops.rows`, by
-products that know such parts.
+"""An adapted network on rows sorted by expert, and the gradients of its low-rank parts: the functions of
+`ops.row_network`, with products that support such parts.
 
 Axes: r rows, e experts, p inner and q outer dimension of a weight, k rank.
 
-The stored weights are constants and get no gradient. A product with a low-rank part goes through rows of width k, x
-times down. These are saved beside the pre-activations.
+The stored weights are constants and get no gradient. A product with a low-rank part computes rows of width k, x times
+down. These are saved along with the pre-activations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mixture_of_experts.ops.cpu.chunked import ChunkProducts
 
 
 def run_network(products: row_network.Products, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
-    """`ops.rows.run_network`; the rows times each down stand behind the pre-activations."""
+    """`ops.row_network.run_network`; the rows times each down follow the pre-activations."""
     adapted = AdaptedProducts(products)
     pre = row_network.run_network(adapted, x, network, save)
     return [*pre, *adapted.low_rank_activations.values()] if save else []
@@ -37,7 +37,7 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """`ops.rows.backpropagate_network`, with the gradients of low-rank parts; `saved` is what `run_network`
+    """`ops.row_network.backpropagate_network`, with the gradients of low-rank parts; `saved` is what `run_network`
     returned."""
     number, names = len(network.w_in), [weight.name for weight in network.get_low_rank_weights()]
     adapted: Any = GradientProducts(products)
@@ -50,7 +50,7 @@ def backpropagate_network(
 
 
 class AdaptedProducts:
-    """`rows.Products` by weights of which some have low-rank parts."""
+    """`row_network.Products` with weights, some of which have low-rank parts."""
 
     def __init__(self, products: Any) -> None:
         self.products = products
@@ -60,7 +60,7 @@ class AdaptedProducts:
         self.low_rank_activations: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
 
     def project_down(self, x: Tensor, weight: LowRankWeight) -> Tensor:
-        """x times down `(r, k)`, once for each weight."""
+        """x times down, `(r, k)`, computed once for each weight."""
         if weight.name not in self.low_rank_activations:
             self.low_rank_activations[weight.name] = self.products.by_weights(x, weight.down)
         return self.low_rank_activations[weight.name]
@@ -83,7 +83,7 @@ class AdaptedProducts:
 
 
 class GradientProducts(AdaptedProducts):
-    """The same in a backward, where it notes the gradients of the parts."""
+    """`AdaptedProducts` for a backward, which stores the gradients of the low-rank parts."""
 
     x: Tensor  # (t, d), tokens
     scale: Tensor  # (r, 1), weight of each row
@@ -93,11 +93,11 @@ class GradientProducts(AdaptedProducts):
     grads: dict[str, Tensor]
 
     def by_rows(self, x: Tensor, y: Tensor, out: object) -> None:
-        """In the place of the gradient of `w_out`; the rows y are weighed."""
+        """Store the gradients of the parts of `w_out`, in place of its own; the rows y are weighted."""
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
     def total(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
-        """Beside the gradients of tokens, those of the parts of `w_in`."""
+        """Compute the gradients of tokens, and store those of the parts of `w_in`."""
         total = super().total(pairs)
         adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
         tokens = self.gather(self.x) if adapted else self.x
@@ -106,8 +106,8 @@ class GradientProducts(AdaptedProducts):
         return total
 
     def store_gradients(self, name: str, x: Tensor, y: Tensor, low_rank_activation: Tensor) -> None:
-        """Note the gradients of the part of a weight: x is what it multiplies, y the gradient of the product, and thin
-        is x times down."""
+        """Store the gradients of the low-rank part of a weight: x is its input, y the gradient of the product, and
+        `low_rank_activation` is x times down."""
         for part, left, right in (
             (f"down.{name}", x, self.low_rank_activations[name] * self.scale),
             (f"up.{name}", low_rank_activation, y),

@@ -1,4 +1,4 @@
-"""The ways of `ops` for adapted networks: each computes low-rank parts on rows, and none sums weights."""
+"""The implementations of `ops` for adapted networks: all compute low-rank parts on rows, and none sums weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mixture_of_experts.ops.network import Call
 
 
 class LoraImplementation(NamedTuple):
-    """A way to compute a call: the two functions that a module of `ops` has, too."""
+    """An implementation that computes a call, with the two functions that modules of `ops` also have."""
 
     unsupported_reason: Callable[[Call], str | None]
     run: Callable[[Call], Tensor]
 
 
 def grouped_unsupported_reason(call: Call) -> str | None:
-    """Why there is no grouped operator for a weight or a part of one."""
+    """The reason why there is no grouped operator for a weight or its low-rank part; None if there is one."""
     weights = [tensor for tensor in call.network.tensors().values() if tensor.ndim == 3]
     return next((reason for weight in weights if (reason := grouped.no_operator_reason(call.x, weight))), None)
 
@@ -34,7 +34,7 @@ def run_grouped(call: Call) -> Tensor:
 
 
 def run_with_operators(call: Call, product: plain.ProductFunction = plain.expert_product) -> Tensor:
-    """Compute a call in operators that autograd differentiates; return `(t, o)`."""
+    """Compute a call with operators that autograd differentiates; return `(t, o)`."""
 
     def multiply(x: Tensor, weight: Any, num_tokens_per_expert: Tensor | None) -> Tensor:
         if isinstance(weight, Tensor):

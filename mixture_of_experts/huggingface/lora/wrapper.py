@@ -1,4 +1,4 @@
-"""PEFT's wrapper of a stacked weight, which hands its factors to the experts instead of adding their product.
+"""PEFT's wrapper of a stacked weight, which passes its factors to the experts instead of adding their product.
 
 Axes: e experts, p inner and q outer dimension of a weight, k rank.
 """
@@ -24,7 +24,7 @@ NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names 
 
 
 class AdaptedFFN:
-    """Computes tokens as `routed_ffn` does, by a network with parts of its weights."""
+    """Computes tokens like `routed_ffn`, with a network whose weights have low-rank parts."""
 
     def __init__(self, factors: Mapping[str, LowRankFactors]) -> None:
         self.factors = factors
@@ -33,16 +33,16 @@ class AdaptedFFN:
         weights = network.tensors()
         adapted = {name: LowRankWeight(name, weights[name], *part) for name, part in self.factors.items()}
         whole = AdaptedNetwork(**vars(network.with_tensors(weights | adapted)))
-        if any(stored.requires_grad for stored in weights.values()):  # gradients of the sums are wanted
+        if any(stored.requires_grad for stored in weights.values()):  # gradients of the sums are required
             return routed_ffn(x, decision, whole.merged(), training=training)
         return routed_ffn(x, decision, whole, training=training, implementations=LORA_IMPLEMENTATIONS)
 
 
 class ParamWrapper(layer.ParamWrapper):
-    """PEFT's wrapper with a fast forward; PEFT knows it by this name. What it cannot serve, it leaves to PEFT, but of
-    quantised experts, which have no weight that PEFT could add to: there it refuses."""
+    """PEFT's wrapper with a fast forward; the class name is the one that PEFT expects. Unsupported cases are left to
+    PEFT, except for quantized experts, which have no weight that PEFT could add to: there an error is raised."""
 
-    passes_factors = True  # to experts that are asked for their outputs; `quantize_experts` reads it
+    passes_factors = True  # to the experts, in calls for their outputs; read by `quantize_experts`
 
     def get_param(self) -> Tensor:
         experts = self.get_base_layer()
@@ -82,7 +82,7 @@ class ParamWrapper(layer.ParamWrapper):
             )
 
     def combine_factors(self, adapters: list[str]) -> LowRankFactors:
-        """What active adapters together add to the weight."""
+        """The sum of what the active adapters add to the weight."""
         first, *others = map(self.read_factors, adapters)
         if not others:
             return first
@@ -90,16 +90,16 @@ class ParamWrapper(layer.ParamWrapper):
         return torch.cat(downs, -1), torch.cat(ups, -2)
 
     def read_factors(self, adapter: str) -> LowRankFactors:
-        """What an adapter adds to the weight.
+        """The factors that an adapter adds to the weight.
 
-        PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; which of them
-        the weight's inner dimension has depends on `is_transposed` of the experts.
+        PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; `is_transposed`
+        of the experts determines which of them has the weight's inner dimension.
         """
         a: Tensor = self.lora_A[adapter].weight * self.scaling[adapter]  # type: ignore[operator]
         b: Tensor = self.lora_B[adapter].weight  # type: ignore[assignment]
         e, dtype = self.num_experts, self.get_param().dtype
         a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
-        # a copy of two dimensions, the fastest of the kind
+        # a two-dimensional copy is the fastest
         b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
         down, up = (b, a) if applies_b_first(self) else (a.mT, b.mT)
         return down.to(dtype), up.to(dtype)

@@ -1,1 +1,1 @@
-"""Removes experts of layers, by what they do on a text."""
+"""Removes experts of layers, based on what they contribute on calibration data."""

@@ -1,4 +1,4 @@
-"""`prune`: fewer experts in the layers of a model; and `expert_scores`, by which it chooses."""
+"""`prune`, which removes experts from the layers of a model, and `expert_scores`, the scores that it uses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 PruneRule = Literal["reap", "frequency", "random"]
 PRUNE_RULES = (*MEASURED_RULES, "random")
-NUM_EXPERTS_PATTERN = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")  # of experts, in configurations
+NUM_EXPERTS_PATTERN = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")  # names of settings
 KeptExperts = dict[str, list[int]]
 
 
@@ -41,28 +41,31 @@ def prune(
     calibration: Any = None,
     gates: GateSelection | None = None,
 ) -> KeptExperts:
-    """Remove experts of a model's layers, in place; return the ids that each layer keeps, by the name of its gate.
+    """Remove experts of a model's layers in place; return the ids that each layer keeps, by the name of its gate.
 
-    A router loses the columns of the experts that go, with its bias, the expert bias and its counts. Of expert groups
-    each keeps equally many. The order of the others stays, and so do k and all settings. The configuration follows, so
-    that the model saves, loads and exports as before. Parameters are new tensors: make the optimizer afterwards.
+    The router's columns for the removed experts are dropped, along with their entries in its bias, the expert bias and
+    its counts. All expert groups keep the same number of experts. The order of the remaining experts, k and all
+    settings stay the same. The configuration is updated, so that the model saves, loads and exports as before.
+    Parameters are new tensors: construct the optimizer afterwards.
 
     Args:
-        model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed. An
-            optimizer or wrapper (DDP, FSDP2) comes afterwards.
+        model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed.
+            Construct the optimizer and wrappers (DDP, FSDP2) afterwards.
         keep: number of experts that each layer keeps, at least k.
-        by: which ones. "reap": of the largest mean of router weight times norm of the expert's output, over the tokens
-            that it computes (arXiv 2510.13999, equation 9). "frequency": of the most tokens. "random": any, by torch's
-            generator. Or by names of gates: scores `(e,)`, floating, as `expert_scores` returns; or the ids to keep,
-            without `keep`. Layers that it does not name stay as they are.
-        calibration: for "reap" and "frequency" ("random" needs none): batches of a text, tensors or dicts or tuples of
-            what the model reads, on its device. Padding does not count.
-        gates: the gates whose layers are pruned, by their names or as modules; by default all.
+        by: which experts to keep. "reap": those with the largest mean of router weight times norm of the expert's
+            output, over the tokens that they compute (arXiv 2510.13999, equation 9). "frequency": those with the most
+            tokens. "random": a random choice by torch's generator. Alternatively a mapping from names of gates to
+            scores `(e,)`, floating, as returned by `expert_scores`, or to the ids to keep, in which case `keep` is not
+            needed. Layers that the mapping does not name are not changed.
+        calibration: for "reap" and "frequency" ("random" needs none): batches of data: tensors, or dicts or tuples of
+            the model's inputs, on its device. Padding is ignored.
+        gates: the gates whose layers are pruned, as names or modules. Default: all.
 
     Raises:
-        TypeError: a gate is none that can be cut (the error names it and says why), or an argument has a wrong type.
-        ValueError: a number or id is not allowed, the calibration has no tokens, or the model's weights are not in
-            memory. Nothing is changed then.
+        TypeError: a router's experts cannot be pruned (the error names it and the reason), or an argument has a wrong
+            type.
+        ValueError: a number or id is invalid, the calibration has no tokens, or the model's weights are not in memory.
+            The model is unchanged in this case.
 
     Example:
         >>> import torch
@@ -111,7 +114,7 @@ def prune(
 def expert_scores(
     model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: GateSelection | None = None
 ) -> dict[str, Tensor]:
-    """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps the largest.
+    """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps those with the largest scores.
 
     Args:
         model, calibration, gates: as in `prune`. The model is not changed.
@@ -131,7 +134,7 @@ def expert_scores(
 
 
 def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list[RouterHandle]:
-    """The sites of gates that can be cut; TypeError if one of them cannot."""
+    """The routers whose experts can be pruned; TypeError if one of them does not support it."""
     routers = check_supported(find_routers(model, "prune", gates), "prune", pruning_unsupported_reason)
     stacks = Counter(map(get_expert_stack, routers))
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
@@ -147,8 +150,8 @@ def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list
 
 
 def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None) -> list[int]:
-    """The ids that stay, equally many of each expert group, from scores or from ids; ValueError or TypeError if they
-    are wrong."""
+    """The ids to keep, the same number in each expert group, from scores or from ids; ValueError or TypeError if these
+    are invalid."""
     e, groups = router.num_experts, getattr(router.gate, "num_groups", None) or 1
     wrong = (
         f"by[{router.name!r}] must be scores ({e},), floating and finite, or different ids below {e}, got "
@@ -164,7 +167,7 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
             raise ValueError(wrong)
         if keep is None:
             raise ValueError("scores need keep=, the number of experts that each layer keeps")
-        order = values.view_as(kept).argsort(dim=-1, descending=True, stable=True)  # of equals the first
+        order = values.view_as(kept).argsort(dim=-1, descending=True, stable=True)  # ties go to the lowest id
         kept.scatter_(1, order[:, : keep // groups], True)
     else:
         ids = values.flatten().tolist()
@@ -183,15 +186,16 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 
 
 def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
-    """The settings of a configuration that tell the number of experts in layers, and that number, before and after.
+    """The settings of a configuration that hold the number of experts in layers, and that number before and after
+    pruning.
 
     Args:
-        models: the models of transformers in a model, the outermost first.
-        numbers: the experts that are left, of each layer that loses some.
+        models: the models of transformers in a model, outermost first.
+        numbers: the number of remaining experts of each pruned layer.
 
     Raises:
-        ValueError: layers that were blocks would differ, and the configuration has one number for all; or none of its
-            settings tells it.
+        ValueError: layers that were blocks would differ, but the configuration has a single number; or none of its
+            settings holds it.
     """
     layers = [*find_layers(models[0]).values()] if models else []
     blocks = [layer.moe for layer in layers if isinstance(layer, SparseFeedForward)]
@@ -208,7 +212,7 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
         )
     names = (
         [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]
-    )  # as `announce` set it
+    )  # set by `add_router_config`
     if new < old and blocks and not any(vars(text)[name] == old for name in names):
         raise ValueError(f"no setting of {type(text).__name__} is known to tell the {old} experts of its blocks")
     return [*names, "num_experts"], old, new

@@ -1,4 +1,4 @@
-"""Scores experts by what they do in forwards on a text.
+"""Scores experts by what they compute in forwards on calibration data.
 
 Axes: r rows, e experts.
 """
@@ -29,7 +29,7 @@ MEASURED_RULES = ("reap", "frequency")
 def measure_scores(
     model: nn.Module, routers: list[RouterHandle], by: str, calibration: Any
 ) -> dict[RouterHandle, Tensor]:
-    """The scores `(e,)` float64 of each site's experts."""
+    """The scores `(e,)`, float64, of each router's experts."""
     several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | Mapping | str)
     with Attachments() as attached, eval_mode(model), torch.no_grad(), disable_compilation(model):
         totals = {router: attach_score_hooks(attached, router, by) for router in routers}
@@ -41,7 +41,8 @@ def measure_scores(
 
 
 def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> Tensor:
-    """Sum up what a site's experts do in forwards, in the tensor that is returned; see `numbers_of`."""
+    """Register hooks that accumulate the statistics of a router's experts in the returned tensor; see
+    `measure_call`."""
     total = torch.zeros(2, router.num_experts, dtype=torch.float64)
     last: list[Routing] = []
 
@@ -57,13 +58,13 @@ def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> 
 
 
 def find_computing_experts(router: RouterHandle) -> nn.Module:
-    """The experts of a site that compute rows of tokens, inside modules around them."""
+    """The experts of a router that compute rows of tokens, without the modules that wrap them."""
     return next(e for e in list_nested_experts(get_layer(router).experts) if getattr(e, "works_on", None) != "tokens")
 
 
 def measure_call(experts: Any, x: Tensor, decision: Decision, by: str) -> Tensor:
-    """`(2, e)`: the tokens that each expert computes, and for "reap" the sum over them of weight times norm of its
-    output."""
+    """`(2, e)`: the number of tokens that each expert computes, and for "reap" the sum of weight times norm of its
+    output over these tokens."""
     plan = decision.without_gaps()
     counts = plan.rows_per_expert
     assert counts is not None
@@ -79,7 +80,7 @@ def measure_call(experts: Any, x: Tensor, decision: Decision, by: str) -> Tensor
 
 
 def run_calibration_batch(model: nn.Module, batch: Any) -> None:
-    """Call the model on a batch."""
+    """Run the model on a batch."""
     named, several = isinstance(batch, Mapping), isinstance(batch, tuple | list)
     parts = batch.values() if named else batch if several else [batch]
     if not any(isinstance(part, Tensor) for part in parts):

@@ -1,4 +1,4 @@
-"""Cuts a layer down to some of its experts, in place: its gate, its experts, and what both know of their number.
+"""Reduces a layer to a subset of its experts, in place: its gate, its experts, and their stored numbers of experts.
 
 Axes: e experts, d model dim.
 """
@@ -23,28 +23,28 @@ from mixture_of_experts.support.subclassing import is_unchanged
 from mixture_of_experts.whole_model.router_discovery import RouterHandle
 from mixture_of_experts.wrappers import list_nested_experts
 
-#: the axis of the experts in the tensors of a gate, and those of its tensors that have none
+#: the expert axis of a gate's tensors, and the tensors without one
 GATE_EXPERT_AXES: dict[str, int] = {"expert_histogram": -2}
 GATE_EXPERT_AXES |= dict.fromkeys(("w_gating", "w_noise", "b_gating", "expert_bias", "expert_counts"), -1)
 GATE_EXPERT_AXES |= dict.fromkeys(("logits.weight", "logits.bias", "weigh.scale"), -1)
 GATE_TENSORS_WITHOUT_EXPERTS = ("logits.norm_weight", "l1_coef", "choice_counts")
 STACK_EXPERT_AXES: dict[str, int] = dict.fromkeys(("w1", "w2", "w3", "b1", "b2", "b3"), 0)
-#: modules and functions of this package in a gate that know no number of experts, or are cut
+#: modules and functions in a gate that do not depend on the number of experts, or that can be sliced
 SUPPORTED_GATE_PARTS = (RouterLogits, LearnedScale, NormalizeBy)
 
 
 def get_layer(router: RouterHandle) -> Any:
-    """The layer in which a gate stands."""
+    """The layer that contains a gate."""
     return unwrap_module(router.locations[0].layer)  # type: ignore[arg-type]
 
 
 def get_expert_stack(router: RouterHandle) -> Any:
-    """The experts of a gate, without what is around them."""
+    """The experts of a gate, without wrappers."""
     return list_nested_experts(get_layer(router).experts)[-1]
 
 
 def pruning_unsupported_reason(router: RouterHandle) -> str | None:
-    """Why the experts of a site cannot be fewer, whichever stay; None if they can."""
+    """The reason why a router's experts cannot be pruned, whichever are kept; None if they can."""
     if router.is_external:
         return "it is no gate of this package: make its block a layer by from_transformers"
     layers = {location.layer for location in router.locations}
@@ -90,14 +90,14 @@ def experts_pruning_unsupported_reason(experts: nn.Module) -> str | None:
 
 
 def check_num_kept(router: RouterHandle, number: int) -> None:
-    """Raise ValueError if the layer of a gate cannot have so few experts, or has not so many."""
+    """Raise ValueError if the layer of a gate has fewer experts than this, or does not work with so few."""
     gate: Any = router.gate
     k, groups = getattr(gate, "k", 1), getattr(gate, "num_groups", None) or 1
-    minimum = k + isinstance(gate, NoisyTopKGating)  # experts with which the gate works
+    minimum = k + isinstance(gate, NoisyTopKGating)  # the smallest number with which the gate works
     prefix = f"prune cannot leave {number} of {router.num_experts} experts to {router.name!r}"
     if not minimum <= number <= router.num_experts:
         raise ValueError(f"{prefix}: keep from {minimum}, because of its k, to {router.num_experts}")
-    minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # of a group
+    minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # experts of a group
     if number % groups or (groups > 1 and (gate.top_groups * number // groups < k or number // groups < minimum)):
         raise ValueError(
             f"{prefix}: its num_groups={groups} keep equally many, two at least if their two best score them, and "
@@ -106,7 +106,7 @@ def check_num_kept(router: RouterHandle, number: int) -> None:
 
 
 def iter_expert_tensors(router: RouterHandle) -> Iterator[tuple[nn.Module, str, int]]:
-    """Each tensor with an axis of experts: its module, its name there, and the axis."""
+    """Iterate over the tensors with an expert axis, as (module, name in it, axis)."""
     for module, axes in ((router.gate, GATE_EXPERT_AXES), (get_expert_stack(router), STACK_EXPERT_AXES)):
         for name, tensor in get_named_tensors(module).items():
             if name in axes and tensor.shape[axes[name]] == router.num_experts:
@@ -114,10 +114,10 @@ def iter_expert_tensors(router: RouterHandle) -> Iterator[tuple[nn.Module, str, 
                 yield module.get_submodule(path), leaf, axes[name]
 
 
-@torch.inference_mode(False)  # what is made in that mode cannot be trained
+@torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 @torch.no_grad()
 def slice_experts(router: RouterHandle, ids: list[int]) -> None:
-    """Keep these experts alone, in place."""
+    """Keep only these experts, in place."""
     for module, name, axis in list(iter_expert_tensors(router)):
         old = getattr(module, name)
         new = old.detach().index_select(axis, torch.tensor(ids, device=old.device))
@@ -133,5 +133,5 @@ def slice_experts(router: RouterHandle, ids: list[int]) -> None:
         parts.append(vars(stack).get("empty", stack))  # of `UnstackedExperts`
     for part in parts:
         for name, size in (("num_experts", len(ids)), ("expert_dims", (len(ids),))):
-            if name in vars(part):  # a size, which a module otherwise sets once
+            if name in vars(part):  # a size, which modules otherwise set only once
                 vars(part)[name] = size

@@ -1,1 +1,1 @@
-"""Finds feed-forward networks in a model, and puts mixtures of experts in their place."""
+"""Finds feed-forward networks in a model and replaces them by mixtures of experts."""

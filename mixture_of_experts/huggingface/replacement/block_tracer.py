@@ -1,9 +1,9 @@
-"""Runs a module's forward once, with random numbers in the places of the results of its linear layers.
+"""Traces a module's forward: runs it once, with random numbers in place of the results of its linear layers.
 
-What comes between two linear layers is computed on these numbers. So it is seen what a layer is given, and what this is
-computed from. All else is unknown: symbols (`torch.fx.Proxy`) that stand for any value. So a run needs neither inputs
-nor weights, and a module may be on the meta device. It runs on a copy; the module, torch and the process are not
-changed.
+Everything between two linear layers is computed on these numbers, which shows the inputs of each layer and what they
+are computed from. Everything else is unknown, and represented by symbols (`torch.fx.Proxy`) that stand for any value.
+So a run needs neither inputs nor weights, and a module may be on the meta device. It runs on a copy, without side
+effects on the module, torch or the process.
 
 Axes: d model dim, h hidden dim, w width of a layer.
 """
@@ -26,9 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 
 class TracedTensor(Tensor):
-    """Numbers `(2, 3, w)` that are computed from the results of linear layers."""
+    """Random numbers `(2, 3, w)`, or values computed from them, for results of linear layers."""
 
-    sources: frozenset[str | float]  # paths of layers, and places of dropouts, that they are computed by
+    sources: frozenset[str | float]  # paths of layers, and locations of dropouts, that computed them
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,7 +36,7 @@ class TracedTensor(Tensor):
         if func is F.dropout:
             if (place := locate_dropout(kwargs)) is None:
                 return args[0]
-            func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}  # -2 shows where it stands
+            func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}  # -2 marks its location
         out = super().__torch_function__(func, types, args, kwargs)
         for numbers in find_traced_tensors(out):
             numbers.sources = source
@@ -47,40 +47,40 @@ class TracedTensor(Tensor):
 
 
 class TracedSetting(float):
-    """A number that is an attribute of a module, with the path of the attribute."""
+    """A float attribute of a module, with the path of the attribute."""
 
     path: str
 
 
 class LinearChain(NamedTuple):
-    """Linear layers that may be a feed-forward network: the last one was given what is computed from the first ones."""
+    """Linear layers that may form a feed-forward network: the input of the last one is computed from the first ones."""
 
     ups: list[str]  # paths of the first layers, in the order of their calls
     down: str  # path of the last layer
-    hidden: TracedTensor  # what it was given
+    hidden: TracedTensor  # the input of the last layer
     output: Node  # its result
 
 
 class BlockTracer(GraphAppendingTracer):
-    """A run of a module's forward, in training.
+    """A traced run of a module's forward in training mode.
 
     Args:
-        bypass: parts that are not run, by path. Such a part returns the number that stands here; for None it returns
-            what it is given, or random numbers if it has linear layers.
+        bypass: submodules that are not run, by path. Such a submodule returns the given number; if that is None, it
+            returns its input, or random numbers if it has linear layers.
     """
 
     module: nn.Module
     bypass: dict[str, float | None]
     symbols: list[Proxy]  # the arguments that the forward needs
     has_one_argument: bool
-    output: Any  # what the forward returns; `Node`s in the places of symbols
+    output: Any  # what the forward returns, with `Node`s in place of symbols
 
     def __init__(self, module: nn.Module, bypass: dict[str, float | None] | None = None) -> None:
         super().__init__(Graph())
         self.module, self.bypass = module, bypass or {}
-        self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of the calls of each part
+        self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of all calls of each submodule
         self.results: dict[str, TracedTensor] = {}  # of linear layers
-        self.other_parts: dict[str, nn.Module] = {}  # other layers that were given numbers
+        self.other_parts: dict[str, nn.Module] = {}  # other layers whose input was numbers
         self.source_uses: list[
             str | float
         ] = []  # sources of numbers, once for each linear layer or symbol that reads them
@@ -96,8 +96,8 @@ class BlockTracer(GraphAppendingTracer):
             self.chains.clear()
 
     def copy_module(self) -> Any:
-        """A copy of the module in training mode, which shares all but modules and whose parts are run by `call`. Its
-        weights and buffers have arbitrary values."""
+        """A copy of the module in training mode, which shares everything except modules and whose submodules are run by
+        `call_part`. Its weights and buffers have arbitrary values."""
         memo: dict[int, Any] = {}
         for part in self.module.modules():
             for name, value in vars(part).items():
@@ -115,7 +115,8 @@ class BlockTracer(GraphAppendingTracer):
         return copied
 
     def call_part(self, part: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        """The result of a part: numbers, or that of its forward; a symbol for what is neither needed nor can be run."""
+        """The result of a submodule: random numbers, or the result of its forward; or a symbol, if the submodule is not
+        needed or cannot be run."""
         self.calls[path].append(args)
         given, before = find_traced_tensors((args, kwargs)), len(self.chains)
         outer = any(map(is_linear_layer, part.modules()))
@@ -138,7 +139,7 @@ class BlockTracer(GraphAppendingTracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def call_linear(self, layer: nn.Module, path: str, x: Any) -> Any:
-        """A symbol, if the layer can be the last of a network; else numbers."""
+        """A symbol, if the layer can be the last of a network; random numbers otherwise."""
         source = x.sources if isinstance(x, TracedTensor) else frozenset()
         self.source_uses += source
         ups = [up for up in self.results if up in source]
@@ -151,7 +152,7 @@ class BlockTracer(GraphAppendingTracer):
         return self.draw_result(path, d)
 
     def get_argument_ids(self, paths: list[str]) -> set[int]:
-        """The identities of what parts are given in their last calls."""
+        """The ids (`id()`) of the arguments of submodules in their last calls."""
         return {id(x) for path in paths for x in self.calls[path][-1]}
 
     def draw_result(self, path: str, width: int) -> Tensor:
@@ -160,21 +161,21 @@ class BlockTracer(GraphAppendingTracer):
         drawn = torch.randn(2, 3, width, generator=generator, dtype=torch.float32)
         self.results[path] = numbers = drawn.as_subclass(TracedTensor)
         numbers.sources = frozenset([path])
-        return numbers.clone()  # which an activation may write into
+        return numbers.clone()  # which in-place activations may overwrite
 
     def proxy(self, node: Node) -> Proxy:
         symbol: Any = Proxy(node, self)
-        symbol.dtype = torch.float32  # as that of numbers, so that no code casts them
+        symbol.dtype = torch.float32  # like the numbers, so that no code casts them
         return symbol
 
     def to_bool(self, obj: Proxy) -> bool:
-        """A condition on values, such as a check for infinities, is False."""
+        """Conditions on values, such as checks for infinities, are False."""
         if len(self.graph.nodes) > 5000:
             raise TraceError("a loop that ends by a value")
         return False
 
     def create_arg(self, a: Any) -> Any:
-        """What a symbol is computed from."""
+        """An operand of a symbol."""
         if isinstance(a, TracedTensor):
             self.source_uses += a.sources
         if isinstance(a, TracedSetting):
@@ -192,18 +193,18 @@ def find_traced_tensors(values: Any) -> list[TracedTensor]:
 
 
 def locate_dropout(settings: Any) -> str | float | None:
-    """The place of a dropout: the path of a number, or else the number itself; None if it drops nothing."""
+    """The location of a dropout: the path of its rate, or the rate itself if it has none; None if it drops nothing."""
     p = settings["p"]
     return getattr(p, "path", p) if p and settings["training"] else None
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of any kind, also quantised or with adapters."""
+    """Whether a module is a linear layer of any kind, including quantized layers and layers with adapters."""
     return all(isinstance(size, int) for size in get_linear_sizes(module))
 
 
 def get_linear_sizes(linear: Any) -> tuple[Any, Any]:
-    """The numbers of inputs and outputs of a linear layer."""
+    """The numbers of input and output features of a linear layer."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return getattr(linear, "in_features", None), getattr(linear, "out_features", None)

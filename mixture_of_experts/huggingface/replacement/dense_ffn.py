@@ -1,4 +1,4 @@
-"""Adapters tell where the parts of a feed-forward network are; `read_dense_ffn` reads a network by one.
+"""Adapters locate the parts of a feed-forward network; `read_dense_ffn` reads a network with an adapter.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -29,19 +29,19 @@ class Adapter:
     """The parts of a feed-forward network, as paths below its module.
 
     Args:
-        up: the first linear layer; in a gated network the one whose result does not go through the activation.
+        up: the first linear layer; in a gated network, the one whose output is not passed through the activation.
         down: the last linear layer.
-        gate: the linear layer of a gated network whose result goes through the activation. It is the same path as `up`
-            if one layer computes both.
-        activation: the path of the activation, a module or a function; or the module itself.
-        hidden_dropout: dropout between activation and `down`: the path of a module or of a number, or the number.
-        output_dropout: dropout after `down`, in the same form.
-        slot: whether the module does other things too, and calls the parts one by one. Then the MoE replaces `down`,
-            and identities replace `hidden_dropout` and the parts that `bypass` names. Otherwise the MoE replaces the
+        gate: the linear layer of a gated network whose output is passed through the activation. Equal to `up` if one
+            layer computes both.
+        activation: the path of the activation (a module or a function), or the module itself.
+        hidden_dropout: dropout between activation and `down`: the path of a module or of a rate, or the rate itself.
+        output_dropout: dropout after `down`, in the same format.
+        slot: whether the module also does other things, and calls the parts one by one. If so, the MoE replaces `down`,
+            and identities replace `hidden_dropout` and the parts listed in `bypass`. Otherwise the MoE replaces the
             whole module.
         bypass: with `slot`: paths of parts that become identities.
         ones: with `slot`: the path of a part that returns 1 instead, because the model multiplies by its result.
-        halves: how the results of one layer for `gate` and `up` are ordered.
+        halves: how the outputs for `gate` and `up` are ordered if one layer computes both.
     """
 
     up: str
@@ -56,7 +56,7 @@ class Adapter:
     halves: GateUpOrder = "gate_up"
 
     def linears(self) -> dict[str, str]:
-        """The paths of the linear layers, by their number in experts: "1", "2", "3"."""
+        """The paths of the linear layers, by their number in the names of expert weights: "1", "2", "3"."""
         paths = {"1": self.gate or self.up, "2": self.down}
         return paths if self.gate is None else {**paths, "3": self.up}
 
@@ -70,17 +70,17 @@ class NetworkLocation(NamedTuple):
 
     @property
     def moe_path(self) -> str:
-        """The path at which the MoE will stand."""
+        """The path of the future MoE."""
         return f"{self.name}.{self.adapter.down}".removeprefix(".") if self.adapter.slot else self.name
 
 
 @dataclass(frozen=True)
 class DenseFFN:
-    """A dense feed-forward network: `act(x w1 + b1) w2 + b2`, gated `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
+    """A dense feed-forward network: `act(x w1 + b1) w2 + b2`, or gated, `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
 
     Args:
-        weights: views of the network's own, by the names in experts: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3
-            `(h,)`, b2 `(d,)`. They require gradients where the network's own do.
+        weights: views of the network's weights, by their names in experts: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3 `(h,)`,
+            b2 `(d,)`. They require gradients where the network's weights do.
     """
 
     weights: dict[str, Tensor]
@@ -89,7 +89,7 @@ class DenseFFN:
 
     @property
     def reference_weight(self) -> Tensor:
-        """A weight, of the network's dtype and device."""
+        """A weight that has the network's dtype and device."""
         return self.weights["w1"]
 
     @property
@@ -115,12 +115,12 @@ class DenseFFN:
         return F.linear(x, self.weights[f"w{number}"].T, self.weights.get(f"b{number}"))
 
 
-@torch.enable_grad()  # views tell what is frozen
+@torch.enable_grad()  # so that views show which weights are frozen
 def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
-    """Read a network by its adapter.
+    """Read a network with its adapter.
 
     Raises:
-        TypeError: a part is no plain linear layer, for example quantised or under a LoRA adapter.
+        TypeError: a part is not a plain linear layer; for example, it is quantized or has a LoRA adapter.
         ValueError: weights are not in memory.
     """
     weights: dict[str, Tensor] = {}
@@ -141,12 +141,12 @@ def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     )
     dropout = read_dropout(module, adapter.hidden_dropout)
     if dropout is not None:
-        activation = nn.Sequential(activation, dropout)  # also in a gated network: dropout multiplies
+        activation = nn.Sequential(activation, dropout)  # also correct in a gated network, because dropout multiplies
     return DenseFFN(weights, activation, read_dropout(module, adapter.output_dropout))
 
 
 def check_not_offloaded(module: nn.Module, name: str) -> None:
-    """Refuse weights that a `device_map` left on disk or in another memory: the modules hold none of them."""
+    """Raise for weights that a `device_map` left on disk or in another memory: the modules do not hold them."""
     if any(map(is_offloaded, module.modules())):
         raise ValueError(
             f"the weights of {name} are not in memory, because of the model's device_map: load the model without it, "
@@ -155,7 +155,7 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
 
 
 def check_not_on_meta(module: nn.Module, name: str) -> None:
-    """Refuse weights that are not in memory."""
+    """Raise for weights that are not in memory."""
     check_not_offloaded(module, name)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
@@ -165,7 +165,7 @@ def check_not_on_meta(module: nn.Module, name: str) -> None:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Refuse a wrapper around a model, which is not what loads, saves and returns a loss."""
+    """Raise for a wrapper of a model: the model inside is what loads, saves and returns a loss."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
             f"{type(model).__name__} is a wrapper: change the model in it (PEFT's get_base_model(), _orig_mod of "
@@ -174,7 +174,7 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 
 def check_not_packed(model: nn.Module) -> None:
-    """Refuse a model whose weights are packed as in a GGUF file."""
+    """Raise for a model whose weights are packed as in a GGUF file."""
     if any(map(is_packed_gguf, model.modules())):
         raise ValueError(
             f"{type(model).__name__} holds weights packed as in its GGUF file: load it with quantization_config="
@@ -191,7 +191,7 @@ def split_gate_up(tensor: Tensor, order: GateUpOrder) -> tuple[Tensor, Tensor]:
 
 
 def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
-    """The dropout as a module, from the path of a module or of a number, or from a number; None if it drops nothing."""
+    """The dropout as a module, from the path of a module or rate, or from a rate; None if it drops nothing."""
     found = attrgetter(dropout)(module) if isinstance(dropout, str) else dropout
     if found is None or getattr(found, "p", found) == 0:
         return None
@@ -199,8 +199,8 @@ def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | 
 
 
 def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
-    """Check that a layer is a plain linear one, or GPT-2's `Conv1D`, which stores its weight as `(in, out)`. In a slot
-    it is taken at its word, so there it has no forward of its own."""
+    """Check that a layer is a plain linear one, or GPT-2's `Conv1D`, which stores its weight as `(in, out)`. With
+    `slot`, what it computes is not verified by running the module, so custom forwards are rejected too."""
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
     )
@@ -222,7 +222,7 @@ def call_or_none(compute: Callable[[], Any]) -> Tensor | None:
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, of modules and what is in them, while the context lasts."""
+    """Put modules and their submodules into evaluation mode while the context is active."""
     modes = {part: part.training for module in modules for part in module.modules()}
     try:
         for module in modules:
@@ -233,7 +233,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-#: torch's modules for activations of `transformers`: experts have fast ways for them
+#: torch's modules for activations of `transformers`: experts have fast implementations for them
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),
@@ -243,6 +243,6 @@ TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def read_activation(activation: Any) -> nn.Module:
-    """The module of torch that computes an activation; the activation itself if there is none."""
+    """The torch module that computes an activation; the activation itself if there is none."""
     make = TORCH_ACTIVATIONS.get(type(activation).__name__)
     return make_activation(activation) if make is None else make()

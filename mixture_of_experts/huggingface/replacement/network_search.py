@@ -1,9 +1,9 @@
 """Finds feed-forward networks by their structure, in models of unknown classes.
 
-A network is two linear layers with an activation between them, or three layers, two of which are multiplied. Both ends
-are as wide as the residual stream, the middle is no narrower, and all lie inside a numbered block. A trial of the block
-(`trial.py`) shows what its last layer is given when the first ones return random numbers. Which activation makes that
-of the numbers, and of those of which layer, is found by trying.
+A network consists of two linear layers with an activation between them, or of three layers, where the outputs of two
+are multiplied. Both ends have the width of the residual stream, the middle is no narrower, and all layers are inside a
+numbered block. A trace of the block (`block_tracer.py`) shows the input of the last layer when the first ones return
+random numbers. The activation that computes this input, and the layer that it is applied to, are found by trial.
 
 Axes: d model dim, h hidden dim.
 """
@@ -35,7 +35,7 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import (
 )
 from mixture_of_experts.ops.activations import SquaredReLU
 
-#: parts of the paths or class names of modules that are not the feed-forward network of a block, or are experts
+#: parts of paths or class names of modules that are experts, or not the feed-forward network of a block
 EXCLUDED_NAMES = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )
@@ -54,10 +54,10 @@ class UnsupportedNetwork(NamedTuple):
 def search_networks(
     model: nn.Module, known_networks: Mapping[str, Adapter | UnsupportedNetwork]
 ) -> tuple[list[NetworkLocation], list[UnsupportedNetwork]]:
-    """The networks of a model that can be replaced, and those that cannot.
+    """The networks of a model that can be replaced, and those that are not supported.
 
     Args:
-        given: what is known already of the networks of some modules, by their paths.
+        known_networks: what is already known about the networks of some modules, by their paths.
     """
     names = {module: name for name, module in model.named_modules()}
     excluded = [
@@ -69,7 +69,7 @@ def search_networks(
     found: list[NetworkLocation] = []
     unsupported: list[UnsupportedNetwork] = []
     seen = set[nn.Module]()
-    for module, name in reversed(names.items()):  # each after the modules inside it
+    for module, name in reversed(names.items()):  # every module after its submodules
         known = known_networks.get(name)
         if isinstance(known, Adapter):
             found.append(NetworkLocation(name, module, known))
@@ -97,7 +97,7 @@ def search_networks(
 
 
 def matches_residual_width(block: nn.Module, parts: list[nn.Module]) -> bool:
-    """Whether a network is as wide as a norm, or a result of another layer, of its block."""
+    """Whether the width of a network equals that of a norm, or of another layer's output, in its block."""
     others = set(block.modules()).difference(parts)
     widths = {len(p) for other in others for p in other.parameters(recurse=False) if 0 < p.ndim < 3}
     return not widths or get_linear_sizes(parts[-1])[1] in widths
@@ -109,11 +109,11 @@ def has_experts(module: nn.Module) -> bool:
 
 
 class UnsupportedNetworkError(Exception):
-    """Says why a network cannot be replaced."""
+    """Raised with the reason why a network cannot be replaced."""
 
 
 def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
-    """The adapter that tells where a network's parts are.
+    """The adapter that locates a network's parts.
 
     Raises:
         UnsupportedNetworkError: the network cannot be replaced.
@@ -124,8 +124,8 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     found = match_adapter(trial, chain)
     if getattr(out, "target", None) is F.dropout:
         found, out = replace(found, output_dropout=locate_dropout(out.kwargs)), out.args[0]
-    # the module does nothing else, if its output is this network's, its tokens are the only argument, and it has no
-    # other linear layers, which it may call in evaluation
+    # the module does nothing else if its output is this network's, its only argument is the tokens, and it has no
+    # other linear layers (which it might call in eval)
     alone = sum(map(is_linear_layer, trial.module.modules())) == len(ups) + 1
     if (
         alone
@@ -138,7 +138,7 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
 
 
 def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
-    """The first adapter that makes of the first layers' results what the last layer was given.
+    """The first adapter that reproduces the input of the last layer from the results of the first layers.
 
     Raises:
         UnsupportedNetworkError: there is none.
@@ -146,7 +146,7 @@ def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     hidden = chain.hidden
     known = (nn.SiLU(), nn.GELU("tanh"), nn.GELU(), nn.ReLU(), SquaredReLU(), nn.Tanh())
     own: dict[nn.Module, Any] = {part: path for path, part in trial.other_parts.items() if path in hidden.sources}
-    dropout = next(iter(hidden.sources.difference(trial.calls)), None)  # of two, the numbers are not equal
+    dropout = next(iter(hidden.sources.difference(trial.calls)), None)  # with two of them, no candidate matches
     for activation in (*known, *(own or (nn.Sigmoid(), nn.Identity()))):
         for adapter, b, a in list_candidates(trial, chain):
             if reproduces_hidden(activation, b, a, hidden if dropout is None else hidden / -2):
@@ -155,7 +155,7 @@ def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
 
 
 def list_candidates(trial: BlockTracer, chain: LinearChain) -> list[tuple[Adapter, Tensor, Any]]:
-    """The forms in which a may multiply the activation of b: adapter, b and a."""
+    """The candidates for a product of a and the activation of b, as (adapter, b, a)."""
     first, last, down = chain.ups[0], chain.ups[-1], chain.down
     one, two = trial.results[first], trial.results[last]
     if first != last:
@@ -166,7 +166,7 @@ def list_candidates(trial: BlockTracer, chain: LinearChain) -> list[tuple[Adapte
 
 
 def reproduces_hidden(activation: nn.Module, b: Tensor, a: Any, wanted: Tensor) -> bool:
-    """Whether the activation of b, of each number by itself, times a is what is wanted."""
+    """Whether the elementwise activation of b, times a, equals `wanted`."""
     made = call_or_none(lambda: type(activation).forward(activation, b.reshape(-1, 1)).view(b.shape) * a)
     return made is not None and made.shape == wanted.shape and torch.allclose(made, wanted, atol=2e-6, rtol=2e-5)
 
@@ -175,11 +175,11 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
     """The adapter of a network in a module that does other things too: its parts are bypassed.
 
     Raises:
-        UnsupportedNetworkError: tokens do not reach its last layer then, or something else would change.
+        UnsupportedNetworkError: tokens would then not reach its last layer, or something else would change.
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]
-    # layers between the linear ones, and what is given the tokens alone: the first linear layers, and what holds them
+    # layers between the linear ones, and modules with the tokens as only input: the first linear layers, their parents
     inner = [path for path in inner if path in trial.other_parts or len(trial.get_argument_ids([path, *ups])) == 1]
     bypass = [path for path in inner if not path.startswith(tuple(f"{outer}." for outer in inner))]
     reused = [path for path in (*bypass, down) if len(trial.calls[path]) > 1]
@@ -192,7 +192,7 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
         raise UnsupportedNetworkError(
             f"what is between its linear layers is part of the code of {type(trial.module).__name__}"
         )
-    output_dropout = None  # the same one, if it serves after the last layer too: then the mixture must have it
+    output_dropout = None  # set if the dropout is also used after the last layer, because then the MoE must include it
     if bypassed[0].hidden_dropout is not None:
         after = [locate_dropout(node.kwargs) for node in chain.output.users if node.target is F.dropout].count(dropout)
         if not isinstance(dropout, str) or trial.source_uses.count(dropout) > 1 + after:

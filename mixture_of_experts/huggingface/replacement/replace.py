@@ -1,4 +1,4 @@
-"""Replaces feed-forward networks of a loaded model by mixtures of experts, new ones or copies of the networks.
+"""Replaces feed-forward networks of a loaded model by mixtures of experts, which are new or copies of the networks.
 
 Axes: d model dim, h hidden dim, e experts, g slices of a network.
 """
@@ -68,35 +68,35 @@ def replace_ffn(
 ) -> list[str]:
     """Replace a model's feed-forward networks by `MoE` layers with new experts. The model is changed.
 
-    The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual paths and return
-    types of the model stay. Padding counts in nothing. The loss of a training forward with labels holds the auxiliary
-    loss (`aux_loss`). Weights of layers are new tensors: make the optimizer afterwards. Save the model and load it
-    before it gets adapters of PEFT, whose files do not hold routers.
+    The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual connections and
+    return types of the model are unchanged. Padding is ignored in all losses and statistics. The loss of a training
+    forward with labels includes the auxiliary loss (`aux_loss`). Weights of layers are new tensors: construct the
+    optimizer afterwards. Before adding PEFT adapters, whose files do not include routers, save the model and load it
+    again.
 
     Args:
-        model: a model of `transformers`; give the one that you train, so that its loss is found, before it is wrapped
+        model: a model of `transformers`. Pass the model that you train, so that its loss is found, before it is wrapped
             (PEFT, `torch.compile`, DDP).
-        num_experts: e, number of experts.
-        k: choices of a token, for the default gate.
-        layers: which networks to replace, by default all: numbers of blocks, names (as returned), or a function of a
-            name.
-        gate: a function `(dim, num_experts)` that makes a new gate for each layer; by default
-            `TopKGating(dim, num_experts, k)`, which drops no token. A gate that reads `token_ids` (`HashGating`) gets
+        num_experts: e, the number of experts.
+        k: number of experts per token, for the default gate.
+        layers: which networks to replace: block numbers, names (as returned), or a predicate on names. Default: all.
+        gate: a function `(dim, num_experts)` that constructs a new gate for each layer. Default:
+            `TopKGating(dim, num_experts, k)`, which drops no tokens. A gate that reads `token_ids` (`HashGating`) gets
             the model's `input_ids`.
-        hidden_dim: hidden dim of an expert; by default that of the network.
-        shared_expert: hidden dim of a new shared expert, a network for every token; by default there is none.
+        hidden_dim: hidden dim of an expert. Default: that of the network.
+        shared_expert: hidden dim of a new shared expert, which processes every token. Default: no shared expert.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
-        adapters: adapters for networks that are not found, by the names of their classes.
+        adapters: adapters for networks that are not found automatically, by class name.
 
     Returns:
         The paths of the new layers.
 
     Raises:
-        ValueError: no network, or none of `layers`, was found (the error says what there is); the model is a wrapper; a
-            network shares weights with another one; `gate` returned one gate for two layers; or a size is not a whole
-            number of at least 1.
-        TypeError: a network's linear layers are not plain ones; `gate` is no function of two sizes that returns a gate;
-            or `layers` holds something else than numbers and names.
+        ValueError: no network, or none of `layers`, was found (the error lists what there is); the model is a wrapper;
+            a network shares weights with another module; `gate` returned the same gate for two layers; or a size is not
+            a positive integer.
+        TypeError: a network's linear layers are not plain; `gate` is not a function of two sizes that returns a gate;
+            or `layers` contains something other than numbers and names.
 
     Example:
         >>> import torch
@@ -138,27 +138,28 @@ def upcycle(
 ) -> list[str]:
     """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
 
-    Until it is trained, the model computes the same as before, up to rounding; `noise` and `redraw` change that. For
-    this a gate's weights must add up to the same number for every token, and it must drop none in eval. Frozen weights
-    (`requires_grad=False`) are frozen in the experts too; routers train. The optimizer and adapters come afterwards, as
-    in `replace_ffn`.
+    Before training, the model computes the same as before, up to rounding, unless `noise` or `redraw` are used. This
+    requires that a gate's weights have the same sum for every token, and that it drops no tokens in eval. Frozen
+    weights (`requires_grad=False`) are also frozen in the experts; routers are trainable. The optimizer and adapters
+    must be created afterwards, as in `replace_ffn`.
 
     With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
-    are the slices of copy i. They start with equal router weights, so that a token chooses them together. So
+    are the slices of copy i. They start with equal router weights, so that tokens choose them together. Therefore
     `num_experts` and the gate's number of choices must be multiples of g.
 
     Args:
         granularity: g, as above.
-        shared_expert: number of hidden units, the first ones of the network, that become a shared expert, a network for
-            every token; experts are copies of the others.
-        noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
-        redraw: share of each expert's hidden units whose weights are drawn again, from a normal distribution with the
-            mean and deviation of the weights (arXiv 2502.19261).
-        the others: as in `replace_ffn`.
+        shared_expert: number of hidden units that become a shared expert, which processes every token. These are the
+            first units of the network; experts are copies of the others.
+        noise: standard deviation of the Gaussian noise added to the experts' weights, relative to that of each weight
+            tensor.
+        redraw: fraction of each expert's hidden units whose weights are redrawn from a normal distribution with the
+            mean and standard deviation of the weights (arXiv 2502.19261).
+        others: as in `replace_ffn`.
 
     Raises:
-        ValueError, TypeError: as in `replace_ffn`; also if the gate's weights add up to different numbers (k = 1
-            without normalising) or it drops tokens in eval, or if sizes do not divide.
+        ValueError, TypeError: as in `replace_ffn`; also if the sum of the gate's weights varies (k = 1 without
+            normalization), if it drops tokens in eval, or if sizes are not divisible.
 
     Example:
         >>> import torch
@@ -204,7 +205,7 @@ def upcycle(
 def find_networks(
     model: nn.Module, layers: LayerSelection, adapters: Mapping[str, Adapter] | None
 ) -> list[NetworkLocation]:
-    """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
+    """The networks of a model that have an adapter or are found by structure, restricted to `layers`."""
     check_not_wrapped(check_model("model", model))
     check_not_packed(model)
     adapters = {} if adapters is None else adapters
@@ -229,7 +230,7 @@ def find_networks(
 
 
 def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNetwork]) -> str:
-    """Why networks of a model cannot be replaced, for an error."""
+    """The reasons why networks of a model cannot be replaced, for an error message."""
     if unsupported:
         reasons = "; ".join(
             dict.fromkeys(
@@ -244,7 +245,8 @@ def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNet
 
 
 def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]) -> list[UnsupportedNetwork]:
-    """Modules in which no network was found, though modules of their class at the same place of a block have one."""
+    """Modules in which no network was found, although modules of the same class at the same location in a block have
+    one."""
     found = {(to_path_pattern(location.name), type(location.module)) for location in locations}
     names = {location.name for location in locations}
     return [
@@ -257,7 +259,7 @@ def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]
 
 
 def to_path_pattern(name: str) -> str:
-    """A path with a star for each number."""
+    """A path in which each number is replaced by a star."""
     return PATH_NUMBER.sub("*", name)
 
 
@@ -271,7 +273,7 @@ def check_not_chunked(model: nn.Module) -> None:
 
 
 def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
-    """The names that `layers` asks for, all of which must be there."""
+    """The names that `layers` selects, all of which must exist."""
     if layers is None:
         return names
     requested: Any = layers
@@ -293,7 +295,7 @@ def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
 
 
 def parse_block_number(name: str) -> int | None:
-    """The first number in a path, that of the block; None if there is none."""
+    """The first number in a path, which is that of the block; None if there is none."""
     match = PATH_NUMBER.search(name)
     return None if match is None else int(match[0])
 
@@ -302,7 +304,7 @@ def parse_block_number(name: str) -> int | None:
 
 
 def make_gate_factory(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
-    """A function that makes gates by `gate`, by default `TopKGating`, and checks that each layer gets a new one."""
+    """A function that creates gates with `gate` (default: `TopKGating`) and checks that each layer gets a new one."""
     if gate is None:
         return lambda dim, num_experts: TopKGating(dim, num_experts, k)
     wanted = "gate must be a function that makes a new gate for each layer, as lambda d, e: TopKGating(d, e, k=2) does"
@@ -332,15 +334,15 @@ def build_moe(
     *,
     init_weights: bool = True,
 ) -> MoE:
-    """A layer with the network's device and dtype, and experts of its kind; unless their weights are `drawn`, they have
-    no memory."""
+    """A layer with the network's device and dtype, and matching experts. Without `init_weights`, the experts are on the
+    meta device."""
     kind = GatedExperts if dense.is_gated else Experts
     device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
     with device if init_weights else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
-        experts.is_transposed = True  # weights are (e, in, out): PEFT reads this for LoRA
+        experts.is_transposed = True  # weights are (e, in, out); PEFT reads this for LoRA
         if shared is not None:
-            activation = copy.deepcopy(dense.activation)  # with a dropout of its own
+            activation = copy.deepcopy(dense.activation)  # with its own dropout
             shared_expert = SharedExpert(
                 dense.dim, shared, activation, dense.is_gated, bias="b1" in dense.weights, dtype=dtype
             )
@@ -351,11 +353,11 @@ def build_moe(
         return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=shared_expert, **coefs)
 
 
-@torch.inference_mode(False)  # what is made in that mode cannot be trained
+@torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def replace_networks(
     model: nn.Module, locations: list[NetworkLocation], build: Callable[[NetworkLocation, DenseFFN], MoE]
 ) -> list[str]:
-    """Build all layers, then put them into the model, so that an error changes nothing; return their paths."""
+    """Build all layers, then insert them into the model, so that errors leave it unchanged; return their paths."""
     built = []
     check_not_tied(model, locations)
     for location in locations:
@@ -376,8 +378,8 @@ def replace_networks(
 
 
 def register_layers(model: nn.Module, names: Sequence[str]) -> None:
-    """Make layers a part of the model around: it brings their masks, adds their losses, saves their weights under their
-    own names, and its configuration tells of them."""
+    """Register layers with the enclosing model, which then supplies their masks, adds their losses, saves their weights
+    under their own names, and describes them in its configuration."""
     for module in model.modules():
         clear_gguf_quantizer(module)
     watch_model(model, names)
@@ -388,14 +390,14 @@ def register_layers(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
-    """Refuse a module that does not compute, on random tokens, what the network read from it computes."""
+    """Raise if a module does not compute, on random tokens, the same as the network that was read from it."""
     if dense.reference_weight.is_meta:
         return
     x = torch.randn(2, 3, dense.dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
         dense.reference_weight
     )
     tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 3e-2
-    with eval_mode(location.module, dense.activation):  # an adapter may bring an activation
+    with eval_mode(location.module, dense.activation):  # an adapter may supply the activation module
         found, wanted = call_or_none(lambda: location.module(x)), dense.compute(x)
     if found is None or found.shape != wanted.shape or not (found - wanted).norm() <= tolerance * wanted.norm():
         raise ValueError(
@@ -406,7 +408,7 @@ def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
 
 
 def insert_layer(model: nn.Module, location: NetworkLocation, feed_forward: MoEFeedForward) -> None:
-    """Put a layer into the model, and replace the network's other parts by identities."""
+    """Insert a layer into the model, and replace the network's other parts by identities."""
     adapter = location.adapter
     if not adapter.slot:
         replace_module(model, location.module, feed_forward)
@@ -420,7 +422,7 @@ def insert_layer(model: nn.Module, location: NetworkLocation, feed_forward: MoEF
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module at all paths of another one, with its hooks: a network that several layers share becomes one MoE."""
+    """Replace a module at all of its paths, keeping its hooks: a network that several layers share becomes one MoE."""
     remove_capturing_hooks(old)
     move_hooks(old, new)
     for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
@@ -428,7 +430,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
-    """Refuse networks that share weights with other modules: they would share none as experts."""
+    """Raise for networks that share weights with other modules, because experts would not share them."""
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for location in locations:
         for path in location.adapter.linears().values():
@@ -442,7 +444,7 @@ def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
 
 
 class One(nn.Module):
-    """Returns 1, in the place of a factor."""
+    """Returns 1, in place of a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())
@@ -457,7 +459,7 @@ def set_attribute(module: nn.Module, path: str, value: Any) -> None:
 
 
 def repeat_router_columns(gate: Any, g: int) -> None:
-    """Give the g slices of each copy equal router weights."""
+    """Make the router weights of the g slices of each copy equal."""
     if g == 1:
         return
     with torch.no_grad():
@@ -469,10 +471,10 @@ def repeat_router_columns(gate: Any, g: int) -> None:
 
 @torch.no_grad()
 def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float) -> None:
-    """Copy slice i mod g of the network's hidden units, from `first` on, to expert i. The last weights make up for the
-    gate's weights, which add up to `total`. What is frozen in the network is frozen."""
+    """Copy slice i mod g of the network's hidden units, from `first` on, to expert i. The weights of the last layer are
+    scaled to compensate for the gate's weights, whose sum is `total`. Frozen weights stay frozen."""
     e, h = experts.num_experts, experts.hidden_dim
-    for name, _ in list(experts.named_parameters(recurse=False)):  # not those of the activation, which is shared
+    for name, _ in list(experts.named_parameters(recurse=False)):  # excludes the shared activation
         stack = torch.stack([select_hidden_units(dense, name, first + i % g * h, h) for i in range(e)])
         if name in ("w2", "b2"):  # every slice has b2
             stack *= (g if name == "w2" else 1) / total
@@ -481,7 +483,7 @@ def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float
 
 @torch.no_grad()
 def fill_shared_expert(shared_expert: Any, dense: DenseFFN) -> None:
-    """Copy the first hidden units of a network to a shared expert, without its last bias, which the experts have."""
+    """Copy the first hidden units of a network to a shared expert, without its last bias, which is in the experts."""
     if shared_expert is None:
         return
     names = ("gate_proj", "down_proj", "up_proj") if dense.is_gated else ("up_proj", "down_proj")
@@ -495,14 +497,16 @@ def fill_shared_expert(shared_expert: Any, dense: DenseFFN) -> None:
 
 
 def select_hidden_units(network: DenseFFN, name: str, start: int, number: int) -> Tensor:
-    """The part of a weight or bias that belongs to some hidden units; all of `b2`, which belongs to none."""
+    """The part of a weight or bias that belongs to a range of hidden units; `b2` belongs to none and is returned
+    whole."""
     weight = network.weights[name]
     return weight.narrow(HIDDEN_AXIS[name], start, number) if name in HIDDEN_AXIS else weight
 
 
 @torch.no_grad()
 def perturb_experts(experts: Any, noise: float, redraw: float) -> None:
-    """Make copies differ, by noise on weights and by hidden units that are drawn again, equally many in each expert."""
+    """Make copies differ, by adding noise to weights and by redrawing the same number of hidden units in each
+    expert."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
     for weight in weights.values() if noise else ():
         weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())

@@ -1,6 +1,6 @@
 """`nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`: their networks, their padding, and their fused path.
 
-In eval without gradients an encoder layer computes itself by one operator, which reads the weights of `linear1` and
+In eval without gradients, an encoder layer runs a single fused operator, which reads the weights of `linear1` and
 `linear2`. `nn.TransformerEncoder` reads those of its first layer before it removes padding for that operator.
 """
 
@@ -27,13 +27,13 @@ TORCH_LAYER_CLASSES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwork]:
-    """A model's layers of torch, by path; those whose sequences are not first cannot be replaced."""
+    """The torch layers of a model, by path; those without `batch_first` cannot be replaced."""
     found: dict[str, Adapter | UnsupportedNetwork] = {}
     own = [kind._ff_block for kind in TORCH_LAYER_CLASSES]
     for name, module in model.named_modules():
         layer: Any = module
         if getattr(type(layer), "_ff_block", None) not in own or not has_dense_ffn(layer):
-            continue  # code of its own, or replaced already
+            continue  # custom code, or already replaced
         if layer.self_attn.batch_first:
             found[name] = TORCH_LAYER_ADAPTER
         else:
@@ -58,10 +58,11 @@ class LayerReader(TokensReader):
 
 
 def disable_fused_path(model: nn.Module) -> None:
-    """Make encoder layers of torch whose network is replaced call their parts in eval too."""
+    """Disable the fused operator of torch's encoder layers whose network is replaced, so that they call their parts in
+    eval too."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not has_dense_ffn(module):
-            module.activation_relu_or_gelu = 0  # torch's sign that the operator does not know the activation
+            module.activation_relu_or_gelu = 0  # torch's marker for an activation that the operator does not support
         if isinstance(module, nn.TransformerEncoder) and not all(map(has_dense_ffn, module.layers)):
             module.use_nested_tensor = False
 

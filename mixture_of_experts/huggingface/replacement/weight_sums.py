@@ -1,4 +1,4 @@
-"""The sum of the weights that a gate gives the experts of a token, by which upcycled experts are scaled."""
+"""The sum of the router weights of a token, which determines the scale of upcycled experts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from mixture_of_experts.moe import MoE
 
 @torch.no_grad()
 def get_constant_weight_sum(moe: MoE, g: int) -> float:
-    """The sum of the weights of a token's experts in eval; the same for all tokens, and for the g slices of a copy.
+    """The sum of a token's router weights in eval, which must be the same for all tokens and for the g slices of a
+    copy.
 
     Raises:
-        ValueError: it is not the same for all, or the gate drops tokens in eval.
+        ValueError: the sum varies, or the gate drops tokens in eval.
     """
     gate: Any = moe.gate
     dense = "the upcycled model would not compute what the dense one does"

@@ -1,1 +1,1 @@
-"""Saves models with layers, loads them, and makes stock models of `transformers` of them."""
+"""Saves and loads models with layers, and exports them as stock models of `transformers`."""

@@ -5,9 +5,9 @@
      "dense_config": {"model_type": "llama", ..., "quantization_config": {"quant_method": "mixture_of_experts",
                                                                          "layers": [...]}}}
 
-Without this package `AutoConfig`, and so every Auto class, refuses this model type. With it they get the dense
-configuration, with `ExpertsLoader` as quantiser. A model's own class finds `dense_config` by itself: it looks for a
-part with its own `model_type`.
+Without this package, `AutoConfig`, and so every Auto class, rejects this model type. With it, they get the dense
+configuration, with `ExpertsLoader` as the quantizer. A model's own class finds `dense_config` without help: it looks
+for a sub-configuration with its own `model_type`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from mixture_of_experts.huggingface.feed_forward import find_layers
 from mixture_of_experts.huggingface.saving.layer_settings import LayerRecord, describe_layers
 
 MODEL_TYPE = "mixture_of_experts"  # `model_type` and `quant_method`
-LAYERS_KEY = "mixture_of_experts"  # attribute of a model's configuration that has its layers with experts
+LAYERS_KEY = "mixture_of_experts"  # attribute of a model's configuration that lists its layers with experts
 DENSE_CONFIG_KEY = "dense_config"
-UNSTACKED_FORM = {"class": "UnstackedExperts"}  # a form of experts
+UNSTACKED_FORM = {"class": "UnstackedExperts"}  # one of the forms of experts
 
 
 class ExpertsConfig(PreTrainedConfig):
-    """Reads the saved configuration of a model with experts, and returns that of the dense model."""
+    """Reads the saved configuration of a model with experts, and returns the configuration of the dense model."""
 
     model_type = MODEL_TYPE
 
@@ -53,14 +53,14 @@ AutoConfig.register(MODEL_TYPE, ExpertsConfig)
 
 
 class ExpertsConfigMixin:
-    """A mixin for the class of a model's configuration: the file that it writes tells of the experts."""
+    """A mixin for the class of a model's configuration: the file that it writes describes the experts."""
 
     def to_dict(self: Any) -> dict[str, Any]:
         found = super().to_dict()  # type: ignore[misc]
         return {**found, LAYERS_KEY: read_layer_entries(self)} if LAYERS_KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # its file would not tell
+        if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # its file would lack the layers
             raise ValueError(
                 f"a model with experts that is quantised ({type(self.quantization_config).__name__}) cannot be saved: "
                 "save the model before it is quantised, and of this one adapters alone"
@@ -94,20 +94,20 @@ class ExpertsConfigMixin:
 
 @cache
 def make_config_class(plain: type[PreTrainedConfig]) -> Any:
-    """The class of a dense model's configuration with `ExpertsConfigMixin`; its name stays, as transformers looks it
-    up."""
+    """The class of a dense model's configuration with `ExpertsConfigMixin`; its name is unchanged, because transformers
+    looks it up."""
     if issubclass(plain, ExpertsConfigMixin):
         return plain
     return type(plain.__name__, (ExpertsConfigMixin, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
 
 
 def empty(plain: type[PreTrainedConfig]) -> Any:
-    """An empty configuration, for copies and pickles: by its name pickle would find the dense class."""
+    """An empty configuration, for copies and pickles: given only the class name, pickle would find the dense class."""
     return object.__new__(make_config_class(plain))
 
 
 def read_layer_entries(config: Any) -> list[dict[str, Any]]:
-    """The description of layers with experts in a configuration, of a model in memory or from a file; [] if none."""
+    """The descriptions of layers with experts in a configuration, of a model in memory or from a file; [] if none."""
     found, read = getattr(config, LAYERS_KEY, None), read_quantization(config)
     if found is None and read.get("quant_method") == MODEL_TYPE:
         found = read.get("layers")
@@ -115,17 +115,17 @@ def read_layer_entries(config: Any) -> list[dict[str, Any]]:
 
 
 def read_quantization(config: Any) -> dict[str, Any]:
-    """The settings of a quantiser in a configuration; {} if there is none."""
+    """The quantizer settings in a configuration; {} if there are none."""
     read = getattr(config, "quantization_config", None) or {}
     return read if isinstance(read, dict) else vars(read)
 
 
 def store_layers_in_config(model: nn.Module) -> None:
-    """Tell the model's configuration of the layers with experts.
+    """Add the layers with experts to the model's configuration.
 
-    The model gets a configuration of its own, because other models may share the old one. A model without a head keeps
-    the old one: it may be part of a model with a head, which must know of the experts too. In a module that is no model
-    of `transformers` the models that have such layers are told.
+    The model gets a separate configuration, because other models may share the old one. A model without a head keeps
+    the old one: it may be part of a model with a head, whose configuration must describe the experts too. If the module
+    is not a `transformers` model, this is applied to the models in it that have such layers.
     """
     if not isinstance(model, PreTrainedModel):
         for inner in model.children():
@@ -137,7 +137,7 @@ def store_layers_in_config(model: nn.Module) -> None:
     for layer in layers.values():
         if layer.record is None or layer.record.layer() is not layer:
             layer.record = LayerRecord(layer)
-    model.name_or_path = ""  # PEFT would write into adapters' files that they belong to that folder
+    model.name_or_path = ""  # PEFT would record that folder as the base model of adapters
     copies: dict[int, Any] = {}
     if model.base_model is model:
         copies[id(config)] = config
@@ -153,7 +153,7 @@ def store_layers_in_config(model: nn.Module) -> None:
 
 
 def remove_layers_from_config(config: Any) -> None:
-    """Remove all that tells of experts from a configuration in memory."""
+    """Remove everything that describes experts from a configuration in memory."""
     if isinstance(config, ExpertsConfigMixin):
         config.__class__ = type(config).__bases__[1]
         for name in (LAYERS_KEY, "quantization_config"):

@@ -1,7 +1,8 @@
-"""Exports a model with experts as the model of `transformers` that computes the same.
+"""Exports a model with experts as an equivalent model of `transformers`.
 
-`plan_export` decides everything without reading weights, so the model may also be one whose weights are in files.
-Weights are then converted layer by layer: each layer becomes one with the form of a sparse block, which takes them.
+`plan_export` makes all decisions without reading weights, so it also works for models whose weights are in files.
+Weights are then converted layer by layer: each layer is brought into the form of a sparse block, into which its weights
+are copied.
 
 Axes: e experts, d model dim, h hidden dim.
 """
@@ -35,13 +36,13 @@ LayersByPath = Mapping[str, MoEFeedForward]
 
 
 class ExportTarget(NamedTuple):
-    """A family of `transformers` with experts, and what it can hold."""
+    """A family of `transformers` models with experts, and what it supports."""
 
     prefix: str  # prefix of its classes
     dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ only in experts
-    needs_all_layers: bool = False  # whether every layer has experts
+    needs_all_layers: bool = False  # whether every layer must have experts
     has_shared_expert: bool = False  # whether each layer has a shared expert
-    has_sliding_window: bool = False  # whether it has the sliding attention of its sources
+    has_sliding_window: bool = False  # whether it supports the sliding-window attention of the dense families
     hidden_dim_key: str = "moe_intermediate_size"
     settings: tuple[tuple[str, Any], ...] = ()  # further settings of its configuration
 
@@ -59,7 +60,7 @@ EXPORT_TARGETS = (
     ExportTarget("Qwen2Moe", ("Llama", "Mistral"), has_shared_expert=True, settings=(("qkv_bias", False),)),
 )
 
-# settings of configurations that no computation depends on, or that are decided here
+# settings that do not affect the computation, or that are handled here
 IGNORED_SETTINGS = {
     "model_type",
     "architectures",
@@ -79,14 +80,14 @@ IGNORED_SETTINGS |= {
 
 
 class ExportPlan(NamedTuple):
-    """The exported model without memory for its weights, and the layers that become blocks, by path."""
+    """The exported model, on the meta device, and the layers that become blocks, by path."""
 
     stock_model: Any
     layers: LayersByPath
     target: ExportTarget
 
     def convert_layer(self, path: str) -> dict[str, Tensor]:
-        """The weights of the block that computes what a layer does, by their names in the exported model."""
+        """The weights of the block that is equivalent to a layer, by their names in the exported model."""
         block, like = (
             self.stock_model.get_submodule(path),
             adapt_to_block(self.layers[path].moe, self.target.has_shared_expert),
@@ -98,12 +99,12 @@ class ExportPlan(NamedTuple):
 
 
 def export(model: nn.Module) -> Any:
-    """Return the same model in a class of `transformers` with experts, so that it runs without this package.
+    """Return an equivalent model of a `transformers` class with experts, which runs without this package.
 
-    Llama and Mistral become Mixtral. They become Qwen2-MoE if only some layers have experts, if there is a shared
-    expert, or if weights are not normalised. Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. Settings for training
-    alone (coefficients of losses, jitter, `capacity_factor_train`) are left out. What a configuration holds beside the
-    settings of its class is carried over.
+    Llama and Mistral become Mixtral, or Qwen2-MoE if only some layers have experts, if there is a shared expert, or if
+    router weights are not normalized. Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. Settings that only affect
+    training (loss coefficients, jitter, `capacity_factor_train`) are dropped. Additional entries of the configuration,
+    which are not settings of its class, are preserved.
 
     Args:
         model: a model of `transformers` that `replace_ffn` or `upcycle` changed. It is not modified.
@@ -112,8 +113,8 @@ def export(model: nn.Module) -> Any:
         A model with copies of the weights and the same dtype, device and mode. Its logits are equal up to rounding.
 
     Raises:
-        ValueError: the model has something that no such class has; the error says what. Or it is a wrapper, or its
-            weights are not in memory.
+        ValueError: the model has a property that no such class supports (the error names it), is a wrapper, or has
+            weights that are not in memory.
 
     Example:
         >>> import torch
@@ -145,7 +146,7 @@ def export(model: nn.Module) -> Any:
 
 
 def plan_export(model: Any) -> ExportPlan:
-    """Find the class for a model; ValueError if it lacks something that the model has. No weight is read."""
+    """Find the class for a model; ValueError if it does not support a property of the model. No weights are read."""
     name = type(model).__name__
     layers = find_layers(model)
     if not layers:
@@ -171,7 +172,7 @@ def plan_export(model: Any) -> ExportPlan:
 
 
 def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPath, stock: Any) -> Iterator[str]:
-    """What the model has and the target has not, in words; equal layers give the same words."""
+    """The properties of the model that the target does not support, in words; equal layers yield equal texts."""
     config = model.config
     dense = [i for i in range(config.num_hidden_layers) if i not in map(parse_block_number, layers)]
     if target.needs_all_layers and dense:
@@ -182,7 +183,7 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
     slides = target.has_sliding_window and "sliding_window" in defaults
     if not slides and (getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))):
         yield "sliding attention"
-    for name, default in defaults.items():  # a name that the dense class does not know is a note
+    for name, default in defaults.items():  # names that the dense class does not know are additional entries
         if name not in kept and name not in IGNORED_SETTINGS and getattr(config, name) != default:
             yield f"{name}={getattr(config, name)!r} of the configuration"
     differ, paths = model.state_dict().keys() ^ stock.state_dict().keys(), tuple(f"{path}." for path in layers)
@@ -191,15 +192,15 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
 
 
 def select_carried_settings(config: Any, target: ExportTarget) -> dict[str, Any]:
-    """The settings of a dense configuration that the target's configuration has too, and the notes in it: what neither
-    class knows."""
+    """The settings of a dense configuration that the target's configuration also has, and the additional entries that
+    neither class knows."""
     own, theirs = (kind().to_dict().keys() for kind in (type(config), getattr(transformers, f"{target.prefix}Config")))
     settings = {name: value for name, value in config.to_dict().items() if name not in IGNORED_SETTINGS}
     return {n: value for n, value in settings.items() if n == "head_dim" or (n in own) == (n in theirs)}
 
 
 def make_target_model(model: Any, target: ExportTarget, head: str, layers: LayersByPath) -> Any:
-    """A model of the target without memory for its weights, with the sizes of the model and of its first layer."""
+    """A model of the target, on the meta device, with the sizes of the model and of its first layer."""
     moe: Any = next(iter(layers.values())).moe
     settings = {
         **select_carried_settings(model.config, target),
@@ -226,16 +227,16 @@ def make_target_model(model: Any, target: ExportTarget, head: str, layers: Layer
 
 @torch.no_grad()
 def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
-    """A layer with the form of a block, with a shared expert or without, that computes the same in eval. It shares
-    weights with `moe`."""
+    """A layer in the form of a block, with or without a shared expert, that computes the same as `moe` in eval and
+    shares its weights."""
     like = copy.copy(moe)
     like._modules = dict(moe._modules)
     if type(moe.gate) is TopKGating:
         gate = like.gate = copy.copy(moe.gate)
         gate.capacity_factor_train, gate.eps = None, 1e-20 if gate.eps <= 1e-9 else gate.eps
-        gate.min_expert_capacity = 4  # the default: it acts in training alone
+        gate.min_expert_capacity = 4  # the default: it only matters in training
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
-        w = next(moe.experts.parameters(), next(moe.parameters()))  # quantised experts have none
+        w = next(moe.experts.parameters(), next(moe.parameters()))  # quantized experts have none
         factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
         shared, gate = copy.deepcopy(moe.shared_expert), nn.Linear(moe.dim, 1, bias=False, **factory)
         if shared is None:

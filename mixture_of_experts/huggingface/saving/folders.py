@@ -1,6 +1,6 @@
 """Changes saved models file by file, with at most one layer and one shard in memory.
 
-A folder is written under another name beside its target, and renamed when it is finished.
+A folder is written under a temporary name in the parent folder of its target, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".g
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
-    """Upcycle a saved dense model; write the folder that `save_pretrained` would write.
+    """Upcycle a saved dense model and write the folder that `save_pretrained` would write.
 
     Args:
         source: a folder with `config.json` and safetensors.
         target: a new folder.
-        max_shard_size: most bytes of a file of weights.
+        max_shard_size: maximum size of a weight file, in bytes.
         settings: arguments of `upcycle`.
 
     Raises:
@@ -62,12 +62,12 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
-    """Export a saved model with experts; weights get the names of the exported class's own checkpoints.
+    """Export a saved model with experts; weights get the names used in the exported class's own checkpoints.
 
     Args:
         source: a folder that `save_pretrained` or `upcycle_folder` wrote.
         target: a new folder.
-        max_shard_size: most bytes of a file of weights.
+        max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
         ValueError: as in `export`; or the files lack some of the model's weights.
@@ -84,22 +84,22 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
 def quantize_folder(
     source: Path, target: Path, *, max_shard_size: int = 10**9, loss_coef: float | None = None, **settings: Any
 ) -> None:
-    """Quantise the experts of a saved model; write the folder that `save_pretrained` would write.
+    """Quantize the experts of a saved model and write the folder that `save_pretrained` would write.
 
-    A layer is in memory two or three times, and a file of the new folder twice. Nibbles are plain, as
-    `ops/int4.py` says, whatever machine writes them.
+    Two or three copies of a layer and two copies of an output file are in memory at a time. Nibbles are stored in the
+    plain layout of `ops/int4.py`, independent of the machine that writes them.
 
     Args:
-        source: a folder that `save_pretrained` or another command wrote; or one of a stock model, whose sparse blocks
-            become layers as by `from_transformers`.
+        source: a folder that `save_pretrained` or another command wrote; or a folder of a stock model, whose sparse
+            blocks are converted to layers as by `from_transformers`.
         target: a new folder.
-        max_shard_size: most bytes of a file of weights.
-        loss_coef: coefficient of each layer's balancing loss; by default that of the folder, and for a stock model as
-            in `from_transformers`.
+        max_shard_size: maximum size of a weight file, in bytes.
+        loss_coef: coefficient of each layer's balancing loss. Default: the one saved in the folder, or as in
+            `from_transformers` for a stock model.
         settings: arguments of `quantize_experts`.
 
     Raises:
-        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is quantised already, or
+        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is already quantized, or
             the files lack some of its weights.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
@@ -134,7 +134,7 @@ def quantize_folder(
 
 
 def load_weights(stock: Any, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Load weights of a stock model, in the dtypes of their files."""
+    """Load weights of a stock model in the dtypes of their files."""
     found = {}
     for name, tensor in tensors.items():
         stored = {file: weights[file] for file in map_to_file_names(stock, {name: tensor}) if file in weights}
@@ -155,11 +155,11 @@ def rewrite_folder(
     target: Path,
     max_shard_size: int,
 ) -> None:
-    """Write a folder beside the target, which is renamed to it at the end; after an error it is removed.
+    """Write a folder next to the target and rename it to the target at the end; it is removed after an error.
 
-    It has the layers at some paths as `change` returns them; all other weights of the changed model as they are in
-    `state`; and copies of the source's other files: tokenizer and so on. A killed process leaves
-    `.NAME.xxxx.unfinished`, without a `config.json`.
+    It contains the layers at `paths` as returned by `change`, all other weights of the changed model as they are in
+    `state`, and copies of the source's other files (tokenizer etc.). A killed process leaves `.NAME.xxxx.unfinished`
+    behind, without a `config.json`.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists: give another name, or remove it")
@@ -180,12 +180,12 @@ def rewrite_folder(
                 shutil.copy2(file, folder / file.name)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        folder.chmod(0o755)  # it is made for its owner alone
+        folder.chmod(0o755)  # temporary folders are private to their owner
         folder.rename(target)
 
 
 def read_experts_model(source: Path, action: str) -> Any:
-    """The model with experts of a folder, as `read_model` returns it."""
+    """The model with experts in a folder, as returned by `read_model`."""
     config = read_config(source)
     if not read_layer_entries(config):
         raise ValueError(
@@ -196,22 +196,22 @@ def read_experts_model(source: Path, action: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """The model of a folder, in the dtypes of its files. Its weights are parts of them, of which only what is used is
-    read."""
+    """The model in a folder, in the dtypes of its files. Its weights are views of the files, of which only used parts
+    are read."""
     weights = read_weights(source)
     settings: Any = dict(config=config, state_dict=dict(weights), dtype="auto", output_loading_info=True)
     model, info = find_saved_class(config).from_pretrained(None, **settings)
     for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
         raise make_missing_error(name)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in weights and weights[name].dtype != tensor.dtype:  # transformers gives all of them one
+        if name in weights and weights[name].dtype != tensor.dtype:  # transformers uses a single dtype for all
             tensor.data = weights[name]
     return model
 
 
 def read_config(source: Path) -> Any:
-    """The configuration of a folder whose model is not quantised otherwise; no name on the hub is looked up, and no
-    code of the folder runs."""
+    """The configuration in a folder, whose model must not be quantized by another library. The hub is not accessed, and
+    no code in the folder runs."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
@@ -222,14 +222,14 @@ def read_config(source: Path) -> Any:
 
 
 def make_empty_model(config: Any) -> Any:
-    """The model that was saved, without memory for its weights."""
+    """The model that was saved, on the meta device."""
     with torch.device("meta"):
         model: Any = find_saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
 class ShardWriter:
-    """Writes files of weights, each as soon as it is full."""
+    """Writes weights to files, each as soon as it is full."""
 
     folder: Path
     max_size: int
@@ -237,7 +237,7 @@ class ShardWriter:
     def __init__(self, folder: Path, max_size: int) -> None:
         self.folder, self.max_size = folder, max_size
         self.pending: dict[str, Tensor] = {}
-        self.shard_names: list[list[str]] = []  # the names of their weights
+        self.shard_names: list[list[str]] = []  # names of the weights in each file
         self.total_size: int = 0  # in bytes
 
     def add_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -254,7 +254,7 @@ class ShardWriter:
         self.pending = {}
 
     def close(self) -> None:
-        """Write the last file, and name all files by their number."""
+        """Write the last file, and rename all files with their final numbers."""
         self.write_shard()
         n, weight_map = len(self.shard_names), {}
         for i, names in enumerate(self.shard_names):

@@ -1,7 +1,7 @@
 """Describes a model's layers with experts, so that they can be built before weights are loaded.
 
-The description is a list of entries: the names of some layers, and the settings that they share. It is read from the
-layers when it is asked for, so that it tells of settings that were changed since a layer was put in.
+The description is a list of entries, each with the names of some layers and the settings that they share. It is read
+from the layers on demand, so that it includes settings that were changed after a layer was inserted.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
 GATE_CLASSES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
 ATTRIBUTE_NAMES = {"num_gates": "num_experts"}  # arguments that a gate stores under another name
-OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if a gate has this part
-#: what an entry tells otherwise, or what a run makes and no file tells
+OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if this tensor exists
+#: described elsewhere in an entry, or specific to a run and not saved
 EXCLUDED_ARGUMENTS = ("self", "device", "dtype", "settings", "process_group", "forced", "loss_coef", "z_loss_coef")
-FIXED_ARGUMENTS = {"ReLUGating": ("score", "normalize")}  # arguments that a gate gives to the class it derives from
+FIXED_ARGUMENTS = {"ReLUGating": ("score", "normalize")}  # arguments that a gate passes to its base class
 JSON_TYPES = (bool, int, float, str, type(None))
-#: what makes experts in other forms than stacks, from stacked ones, by the name of their class
+#: functions that convert stacked experts to other forms, by class name
 EXPERT_FORMS: dict[str, Callable[..., nn.Module]] = {
     "QuantizedExperts": QuantizedExperts,
     "UnstackedExperts": unstack_experts,
@@ -42,12 +42,13 @@ EXPERT_FORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 class LayerRecord:
-    """What is told of a layer. A copy of it belongs to the copy of the layer, or tells how the layer was."""
+    """The description of a layer. Its copy belongs to the copy of the layer, or describes the state of the original
+    layer."""
 
     layer: Callable[[], MoEFeedForward | None] | None = None
 
     def __init__(self, layer: MoEFeedForward) -> None:
-        #: what the loaded layer has by itself, if it is described
+        #: settings that a layer has right after it was built from its description
         self.built: dict[str, Any] = {
             path: value for path, value in read_layer_settings(layer).items() if is_json_value(value)
         }
@@ -58,7 +59,7 @@ class LayerRecord:
         self.layer = self.layer or weakref.ref(layer)
 
     def read_entry(self) -> dict[str, Any]:
-        """The entry of the layer as it is, or as it was when it was last read if it is gone."""
+        """The current entry of the layer; if the layer no longer exists, the entry that was last read."""
         layer = self.layer and self.layer()
         if layer is not None:
             entry, now = describe_feed_forward(layer), read_layer_settings(layer)
@@ -73,7 +74,7 @@ class LayerRecord:
         return self.entry
 
     def find_undescribed(self) -> list[str]:
-        """The settings that were changed since the layer was put in, to values that JSON does not know."""
+        """The settings that were changed, after the layer was inserted, to values that JSON cannot represent."""
         layer = self.layer and self.layer()
         return (
             []
@@ -86,7 +87,7 @@ class LayerRecord:
 
 
 def describe_layers(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
-    """The description of layers by their paths; those of equal settings share an entry."""
+    """The description of layers, given by path; layers with equal settings share an entry."""
     names: dict[str, list[str]] = {}
     for name, record in records.items():
         names.setdefault(json.dumps(record.read_entry(), sort_keys=True), []).append(name)
@@ -120,7 +121,7 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
-    """The class and the arguments of a gate, in types that JSON knows; None for a gate outside this package."""
+    """The class and the arguments of a gate, in types that JSON can represent; None for a custom gate."""
     kind = get_original_class(gate)
     if GATE_CLASSES.get(kind.__name__) is not kind:
         return None
@@ -129,7 +130,7 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
 
 
 def read_gate_arguments(gate: nn.Module, kind: type) -> dict[str, Any]:
-    """The arguments that give a gate the settings that this gate of the class `kind` has now."""
+    """The constructor arguments for the current settings of a gate of class `kind`."""
     arguments = {}
     for name in list_gate_arguments(kind) or ():
         if name in OPTIONAL_TENSORS:
@@ -140,12 +141,12 @@ def read_gate_arguments(gate: nn.Module, kind: type) -> dict[str, Any]:
 
 
 def is_json_value(value: Any) -> bool:
-    """Whether JSON knows a value."""
+    """Whether JSON can represent a value."""
     return all(isinstance(item, JSON_TYPES) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
 def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
-    """The settings of a layer that can be set later, by path."""
+    """The settings of a layer that can be changed later, by path."""
     found = {}
     for named_module in iter_named_modules(feed_forward):
         path, module = named_module.name, named_module.module
@@ -161,10 +162,10 @@ def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
-    """Set the settings of a layer that a file describes as changed, through the checks that they have.
+    """Set the settings of a layer that a file describes as changed, using their checks.
 
     Raises:
-        ValueError: one is no setting that `read_layer_settings` knows, or has no such value.
+        ValueError: one is not a setting in `read_layer_settings`, or its value is invalid.
     """
     known = read_layer_settings(layer)
     for path, value in changes.items():
@@ -184,7 +185,7 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
 
 @contextmanager
 def naming_rejected_entries(changes: Mapping[str, Any]) -> Iterator[None]:
-    """Make the error of a check name the entries of the file."""
+    """Make errors of checks name the entries of the file."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -203,12 +204,12 @@ def check_share(name: str, value: Any) -> float:
     return value
 
 
-#: checks of settings that modules store without one
+#: checks of settings that modules store unchecked
 SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": check_share}
 
 
 def check_gate_settings(gate: nn.Module) -> None:
-    """Raise as the constructor of a gate's class does, if it would not take the settings that the gate has."""
+    """Raise the error of the constructor of a gate's class if it would reject the gate's current settings."""
     kind = get_original_class(gate)
     if GATE_CLASSES.get(kind.__name__) is kind:
         arguments = read_gate_arguments(gate, kind)

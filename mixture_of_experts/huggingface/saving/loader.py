@@ -1,6 +1,6 @@
-"""Loads saved models with experts, by `from_pretrained` of `transformers` itself.
+"""Loads saved models with experts through `from_pretrained` of `transformers`.
 
-It uses the interface for quantised models, which may change a model before weights are loaded. Nothing is quantised.
+It uses the quantizer interface, which can change a model before weights are loaded. Nothing is quantized.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from mixture_of_experts.huggingface.saving.shards import check_shards
 from mixture_of_experts.huggingface.saving.weight_names import make_load_conversions
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
+NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a configuration would store them as settings
 
 
 @register_quantization_config(MODEL_TYPE)
 @dataclass
 class ExpertsLoaderConfig(QuantizationConfigMixin):
-    """The description of layers with experts from a configuration file, and what `from_pretrained` was given."""
+    """The description of layers with experts from a configuration file, and the arguments of `from_pretrained`."""
 
     quant_method: Any = MODEL_TYPE
     layers: Any = ()
@@ -41,15 +41,15 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
 
 @register_quantizer(MODEL_TYPE)
 class ExpertsLoader(HfQuantizer):
-    """Puts layers with experts into a model that has no weights yet, and leaves no mark of a quantiser on it: trainers
-    refuse quantised ones."""
+    """Inserts layers with experts into a model that has no weights yet. The model is not marked as quantized, because
+    trainers reject quantized models."""
 
     def preprocess_model(
         self, model: Any, *args: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         check_shards(model.config.name_or_path, checkpoint_files or ())
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):  # whose configuration may be a copy
+            if isinstance(module, PreTrainedModel):  # its configuration may be a copy
                 vars(module.config).pop("quantization_config", None)
         loader_config: Any = self.quantization_config
         insert_experts(model, loader_config.layers, loader_config.gate, loader_config.adapters)
@@ -79,21 +79,21 @@ def from_pretrained(
 ) -> Any:
     """Load a model that `replace_ffn` or `upcycle` changed and `save_pretrained` wrote.
 
-    Auto classes and the model's own class load it too, once this package is imported. This function also takes a gate
-    of your own, and adapters.
+    Once this package is imported, Auto classes and the model's own class load it too. This function also accepts a
+    custom gate, and adapters.
 
     Args:
         path: the folder, or a name on the hub.
-        model_class: a class of `transformers` or one of its `AutoModel...`; by default the class that was saved.
-        gate: the function that was given to `replace_ffn`. It is needed only for gates that are not of this package;
-            `config.json` describes the others.
-        adapters: those that were given to `replace_ffn`.
+        model_class: a class of `transformers` or one of its `AutoModel...` classes. Default: the class that was saved.
+        gate: the function that was passed to `replace_ffn`. Only needed for custom gates; those of this package are
+            described in `config.json`.
+        adapters: the adapters that were passed to `replace_ffn`.
         settings: arguments of the class's own `from_pretrained`, and settings of the configuration (`num_labels=3`).
-            `trust_remote_code` is False by default, so that code in the folder does not run and there is no prompt.
+            `trust_remote_code` is False by default, so that code in the folder is not run and there is no prompt.
 
     Raises:
-        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers
-            do not have; or files of weights are outside of the folder or disagree with their index.
+        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers do
+            not have; or weight files are outside of the folder or do not match their index.
 
     Example:
         >>> import tempfile
@@ -112,7 +112,7 @@ def from_pretrained(
         raise ValueError(
             "quantization_config cannot be given: load the model, then quantise it, as torchao's quantize_"
         )
-    settings.setdefault("trust_remote_code", False)  # where it is None, transformers asks on standard input
+    settings.setdefault("trust_remote_code", False)  # with None, transformers prompts on standard input
     config = settings.pop("config", None)
     if config is None:
         of_hub, trusted = (
@@ -131,7 +131,7 @@ def from_pretrained(
 
 
 def find_saved_class(config: Any) -> Any:
-    """The class of `transformers` of the model that was saved with a configuration."""
+    """The `transformers` class of the model that was saved with a configuration."""
     name = (config.architectures or ["?"])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):

@@ -1,4 +1,4 @@
-"""Builds layers with experts in a dense model, from the description in its configuration."""
+"""Builds layers with experts in a dense model from the description in its configuration."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def insert_experts(
     gate: GateFactory | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
-    """Change a dense model so that the weights of a model with experts fit. Its own weights are lost.
+    """Change a dense model so that the weights of a model with experts can be loaded. Its own weights are lost.
 
     Raises:
-        ValueError: a gate is not described, and no `gate` is given; there is no place for any of the layers; or a
-            layer does not have a setting that is described as changed, or not with this value.
-        TypeError, ValueError: `gate` makes no new gate for each layer.
+        ValueError: a gate is not described, and no `gate` is given; none of the layers has a location in this model; or
+            a setting that is described as changed does not exist in the layer, or has an invalid value.
+        TypeError, ValueError: `gate` does not create a new gate for each layer.
     """
     entries: dict[str, dict[str, Any]] = {}
     for entry in layers:
@@ -73,7 +73,7 @@ def insert_experts(
 def build_described_layer(
     entries: Mapping[str, Any], gate: GateFactory | None, location: NetworkLocation, dense: DenseFFN
 ) -> MoE:
-    """The layer for the place of a dense network, as its entry describes it."""
+    """The layer for the location of a dense network, as described by its entry."""
     entry = entries[location.moe_path]
     coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
     make_gate = gate or (lambda *sizes: build_gate(entry["gate"]))
@@ -81,9 +81,10 @@ def build_described_layer(
 
 
 def finish_loading(model: Any) -> None:
-    """Refuse a checkpoint that lacks weights of layers, but for what a `device_map` left on disk: transformers leaves
-    that memory uninitialised. Arrange quantised weights for this machine, let gates balance over the ranks that have
-    other tokens, and save weights under their own names, whatever names the files had."""
+    """Finish a model whose weights were loaded. Raises for a checkpoint that lacks weights of layers, which
+    transformers leaves uninitialized, except for weights that a `device_map` left on disk. Arranges quantized weights
+    for this machine, lets gates balance over the ranks that have different tokens, and makes the model save weights
+    under its own names, whatever the names in the files were."""
     model.name_or_path = model.config.name_or_path
     clear_weight_conversions(model)
     use_own_names_on_save(model)
@@ -100,14 +101,14 @@ def finish_loading(model: Any) -> None:
             module.repack()
         if isinstance(module, Replaced):
             for weight in module.buffers(recurse=False):
-                weight.zero_()  # it may be memory as it was found
+                weight.zero_()  # it may be uninitialized memory
     set_gate_process_groups(model)
 
 
 def find_layer_path(model: Any, name: str) -> str | None:
-    """The path of a described layer in this model: with a head, paths have one more name at their beginning.
+    """The path of a described layer in this model: with a head, paths have an additional first component.
 
-    None if the model lacks this part: it may be the encoder alone of an encoder and decoder.
+    None if the model lacks this part; for example, it may be only the encoder of an encoder-decoder model.
     """
     paths, head = dict(model.named_modules()), f"{model.base_model_prefix}."
     return next((path for path in (name, head + name, name.removeprefix(head)) if path in paths), None)

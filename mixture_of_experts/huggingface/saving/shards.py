@@ -1,4 +1,4 @@
-"""The files of a checkpoint: what an index says of them, which must lie in the folder and have what it says."""
+"""The files of a checkpoint and their index: files must be in the folder and must contain what the index lists."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_missing_error(name: str) -> ValueError:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index: the file of each weight. All files must lie in the folder of the index."""
+    """The `weight_map` of an index: the file of each weight. All files must be in the folder of the index."""
     with name_unreadable_file(index):
         weight_map: dict[str, str] = {**json.loads(index.read_text())["weight_map"]}
         for file in sorted({*weight_map.values()}):
@@ -42,7 +42,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[str, str]) -> None:
-    """Raise ValueError if a file has weights that the index lacks, or lacks some that the index assigns to it."""
+    """Raise ValueError if a file has weights that the index lacks, or lacks weights that the index assigns to it."""
     if unknown := sorted(set(names) - weight_map.keys()):
         raise ValueError(f"{file} has {unknown[0]}, which its index lacks: fetch both again, or save the model anew")
     if missing := sorted(name for name in weight_map if weight_map[name] == file.name and name not in names):
@@ -50,10 +50,10 @@ def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[st
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in the files of a folder, by name, each from the file that the index assigns to it.
+    """The weights in the files of a folder, by name, each read from the file that the index assigns to it.
 
-    As in `transformers`, an index counts only where the weights are not in one file. Weights are parts of the files, of
-    which only what is used is read.
+    As in `transformers`, an index is ignored if the weights are in a single file. Weights are views of the files, of
+    which only used parts are read.
     """
     index, weight_map, weights = folder / INDEX_FILE, None, {}
     if index.exists() and not (folder / ONE_FILE).exists():
@@ -69,13 +69,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_shards(folder: str, files: Sequence[str]) -> None:
-    """Check the files that `transformers` is going to read, of a local folder or fetched from the hub.
+    """Check the files that `transformers` is going to read, from a local folder or fetched from the hub.
 
-    It resolves their names without a check, and where two of them have a weight, it takes that of the last file,
-    whatever the index says.
+    `transformers` resolves their names without checks, and if two files contain the same weight, it uses that of the
+    last file, whatever the index says.
 
     Raises:
-        ValueError: a file is outside of the folder; or the files and their index disagree.
+        ValueError: a file is outside of the folder, or the files do not match their index.
     """
     paths = [Path(file) for file in files]
     if Path(folder).is_dir():
@@ -85,13 +85,13 @@ def check_shards(folder: str, files: Sequence[str]) -> None:
     names = {path.name for path in paths}
     for index in sorted(paths[0].parent.glob("*.safetensors.index.json")) if paths else []:
         weight_map = read_index(index)
-        if {*weight_map.values()} == names:  # the index that transformers read
+        if {*weight_map.values()} == names:  # the index that transformers reads
             for path in paths:
                 check_shard(path, weight_map)
 
 
 def check_shard(path: Path, weight_map: Mapping[str, str]) -> None:
-    """Raise ValueError if a file and its index disagree. Only the names of weights are read."""
+    """Raise ValueError if a file does not match its index. Only the names of weights are read."""
     with name_unreadable_file(path), safe_open(path, framework="pt") as file:
         names = list(file.keys())
     check_shard_names(path, names, weight_map)
