@@ -58,7 +58,7 @@ def copy_to_block(moe: MoE, block: nn.Module) -> nn.Module:
     return block
 
 
-def refuse_adapted_or_quantized(module: nn.Module, name: str) -> None:
+def check_plain_weights(module: nn.Module, name: str) -> None:
     """Raise for layers with PEFT adapters or quantized experts, which no stock class supports."""
     for part in module.modules():
         if is_peft_wrapper(part):
@@ -72,7 +72,7 @@ def refuse_adapted_or_quantized(module: nn.Module, name: str) -> None:
 
 def check_same_computation(moe: MoE, block: nn.Module) -> None:
     """Raise ValueError if a layer does not compute the same as a block."""
-    refuse_adapted_or_quantized(moe, "the layer")
+    check_plain_weights(moe, "the layer")
     if differ := find_differences(moe, block):
         raise ValueError(f"the layer does not compute what a {type(block).__name__} does: {'; '.join(differ)}")
 

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.blocks.convert import copy_to_block, find_differences, refuse_adapted_or_quantized
+from mixture_of_experts.huggingface.blocks.convert import copy_to_block, find_differences, check_plain_weights
 from mixture_of_experts.huggingface.blocks.model_conversion import materialize_block
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, find_layers
 from mixture_of_experts.huggingface.private_transformers import clear_weight_conversions
@@ -153,7 +153,7 @@ def plan_export(model: Any) -> ExportPlan:
         raise ValueError(f"{name} has no layers with experts: there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
         raise ValueError(f"{name} has layers that were blocks: to_transformers makes a stock model of it")
-    refuse_adapted_or_quantized(model, name)
+    check_plain_weights(model, name)
     check_not_wrapped(model)
     found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # such as LlamaForCausalLM
     family, head = (name, "") if found is None else found.groups()
