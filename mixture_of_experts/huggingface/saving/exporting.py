@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.blocks.convert import copy_to_block, find_differences, check_plain_weights
+from mixture_of_experts.huggingface.blocks.convert import check_plain_weights, copy_to_block, find_differences
 from mixture_of_experts.huggingface.blocks.model_conversion import materialize_block
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, find_layers
 from mixture_of_experts.huggingface.private_transformers import clear_weight_conversions
