@@ -316,8 +316,7 @@ def module_for_function(activation: ActivationLike) -> Any:
 
 
 def unknown_activation_reason(activation: ActivationLike) -> str | None:
-    """Why an implementation cannot compute the activation itself but must call the module or function; None if it can.
-    """
+    """Why an implementation cannot compute the activation itself and must call the user's; None if it can."""
     if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"

@@ -55,8 +55,7 @@ class Network:
         return len(self.w_in) == 2 or self.gate_up is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights and biases that are not None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out".
-        """
+        """All weights and biases except None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
         names = (*W_IN_NAMES[: len(self.w_in)], "w_out", *B_IN_NAMES[: len(self.b_in)], "b_out")
         there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
         return {name: tensor for name, tensor in there if tensor is not None}

@@ -175,8 +175,7 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
 
 
 def are_plans_equal(decision: Decision) -> bool:
-    """Whether the kernel for many assignments makes the same plan as the one for few, which the self-check's call uses.
-    """
+    """Whether the kernel for many assignments makes the same plan as the one for few, which the checked call uses."""
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
     one, other = (plan_of(decision, few).tensors() for few in (0, decision.weight.shape[0]))
