@@ -557,7 +557,7 @@ nemotron_h: RecipeFunction = _register_recipe(
     dict(k=6, scale=2.5, **SIGMOID_ROUTER),
     experts=dict(activation="relu2", gated=False),
     shared=2.0,
-    loss_coef=1e-4,  # report of Nemotron 3 Nano: the standard loss beside the bias
+    loss_coef=1e-4,  # report of Nemotron 3 Nano: the standard loss in addition to the bias
     blocks="NemotronHMoE",
     published=PublishedModel("Nemotron-3-Nano-30B-A3B", 128, 3.2, 31.6),
 )
