@@ -1,4 +1,4 @@
-"""Arguments of the layers' constructors: makes what is missing, and checks that gates, experts and layer agree."""
+"""Arguments of the layers' constructors: fills in defaults, and checks that gates, experts and layer agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mixture_of_experts.support.private_torch import unwrap_module
 
 
 def as_experts(experts: Any) -> nn.Module | None:
-    """One module for all experts: the module that was given, or an `ExpertList` of a plain list of modules."""
+    """One module for all experts: the module itself, or an `ExpertList` of a plain list of modules."""
     if experts is None or (isinstance(experts, nn.Module) and has_forward(experts)):
         return experts
     if isinstance(experts, list | tuple | nn.ModuleList):
@@ -67,18 +67,18 @@ def resolve_expert_grid(
 
 
 def reject_gate_arguments(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse arguments that describe the default gate when a gate is given."""
+    """Raise an error for arguments that describe the default gate if a gate is passed."""
     reject_unused_arguments(name, {key: value for key, value in settings.items() if value != TOP2_SETTINGS[key]})
 
 
 def reject_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
-    """Refuse arguments that describe the default experts when experts are given."""
+    """Raise an error for arguments that describe the default experts if experts are passed."""
     given = {} if hidden_dim is None else {"hidden_dim": hidden_dim}
     reject_unused_arguments("experts", given if activation is nn.GELU else {**given, "activation": activation})
 
 
 def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that describe a part which is given itself: they would do nothing."""
+    """Raise an error for arguments that describe a part which is passed itself: they would have no effect."""
     if arguments:
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(f"{part} is given, so {written} would do nothing: set it on the given {part} instead")
@@ -88,7 +88,7 @@ K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other 
 
 
 def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
-    """Refuse an argument that no layer has, but a router: the error says where it goes."""
+    """Raise an error for an argument that belongs to a router, not to a layer: the error says where to pass it."""
     parameters = inspect.signature(layer.__init__).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -104,9 +104,9 @@ def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
 
 
 def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
-    """Refuse a given gate of one level whose priority is not the layer's: both levels need the same.
+    """Raise an error for a gate of one level whose priority differs from the layer's: both levels need the same.
 
-    The priority of a dropless gate is not compared: it decides nothing.
+    The priority of a dropless gate is not compared, because it has no effect.
     """
     own = getattr(gate, "priority", priority)
     drops = any(getattr(gate, f"capacity_factor_{mode}", None) is not None for mode in ("train", "eval"))
@@ -120,7 +120,7 @@ def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -
 def check_gate(
     name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), is_level: bool = False
 ) -> None:
-    """Check that a gate can be called and has the layer's sizes, and that a level's gate is one of token choice."""
+    """Check that a gate can be called and has the layer's sizes, and that the gate of a level uses token choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
     given = ["mask", "importance"] if outer else ["mask"]
@@ -150,13 +150,13 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
         return False
-    except ValueError:  # a forward without a signature may take anything
+    except ValueError:  # a forward without a signature may accept anything
         return True
     return True
 
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
-    """Check that the experts have the layer's sizes, as far as they tell their own."""
+    """Check that the experts have the layer's sizes, as far as they have attributes for them."""
     experts = unwrap_module(experts)  # PEFT's wrapper of a bias has num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts

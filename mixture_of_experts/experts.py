@@ -48,16 +48,16 @@ from mixture_of_experts.support.subclassing import find_declaring_class, is_pack
 from mixture_of_experts.support.tracing import has_data, is_host_readable
 
 DIM_OUT_HINT = ": experts whose outputs have another width than tokens tell it by dim_out"
-MAX_SLOTS_PER_CHOICE = 4  # slots for each choice from which on a call is warned of
+MAX_SLOTS_PER_CHOICE = 4  # slots for each choice; calls with more get a warning
 
 
 class RoutedExperts(nn.Module):
-    """Base of experts that read the tokens of a whole call and the gates' `Decision`.
+    """Base class of experts that read the tokens of a whole call and the gates' `Decision`.
 
-    A subclass writes `compute`, which maps rows sorted by expert to as many rows. There is no padding between them, and
-    results of rows behind the last expert's are not read. Outputs of another width need an attribute `dim_out`. The
-    base does the rest: dispatch, combine, capacity and levels. A subclass whose `forward` has no argument `decision`
-    reads slots instead, as any other module.
+    A subclass implements `compute`, which maps rows sorted by expert to the same number of rows. There is no padding
+    between them, and results of rows after the last expert's are not read. Outputs of another width need an attribute
+    `dim_out`. The base class does the rest: dispatch, combine, capacity and levels. A subclass whose `forward` has no
+    argument `decision` reads slots instead, like any other module.
 
     Example:
         >>> import torch
@@ -89,7 +89,7 @@ class RoutedExperts(nn.Module):
         cls.allocates_outputs = is_package_class(find_declaring_class(cls, "forward"))
 
     def variant_reason(self) -> str | None:
-        """Why a token may get other bits in another batch, under `ops.use("batch_invariant")`; None if it does not."""
+        """Why a token's output may have other bits in another batch under `ops.use("batch_invariant")`; None if not."""
         return f"{type(self).__name__} compute rows by themselves: take Experts or GatedExperts"
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
@@ -112,10 +112,10 @@ class RoutedExperts(nn.Module):
         return out
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Compute every expert on its own rows; return as many rows.
+        """Compute every expert on its own rows; return the same number of rows.
 
         Args:
-            rows: `(r, d)`, sorted by expert. There may be more than the experts' rows; results of those are not read.
+            rows: `(r, d)`, sorted by expert. There may be rows after the experts' own; their results are not read.
             num_tokens_per_expert: `(e,)` int64, number of rows of each expert; outer-major for a grid of experts.
         """
         raise NotImplementedError(
@@ -124,10 +124,10 @@ class RoutedExperts(nn.Module):
 
 
 def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
-    """Map the tokens `(t, d)` of a call to tokens `(t, o)`, by experts of either contract."""
+    """Map the tokens `(t, d)` of a call to tokens `(t, o)`, with experts of either contract."""
     inner: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
-    )  # some of PEFT's hide attributes
+    )  # some wrappers of PEFT hide attributes
     dim_out = getattr(inner, "dim_out", None)
     if not reads_decisions(experts):
         reject_batch_invariance(f"{type(experts).__name__} compute slots")
@@ -138,7 +138,7 @@ def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
 
 
 def binds_decision(forward: Callable) -> bool:
-    """Whether a forward `(self, x, ...)` takes `decision` as its second argument, by name or by `*args`."""
+    """Whether a forward `(self, x, ...)` accepts `decision` as its second argument, by name or with `*args`."""
     of_self, *parameters = inspect.signature(forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in (of_self, *parameters)):
         return True
@@ -151,7 +151,7 @@ def binds_decision(forward: Callable) -> bool:
 
 
 def reads_decisions(experts: nn.Module) -> bool:
-    """Whether a module, or the module that it wraps, takes tokens and a decision."""
+    """Whether a module, or the module that it wraps, accepts tokens and a decision."""
     while not isinstance(experts, RoutedExperts):
         wrapped = get_wrapped_module(experts)
         if wrapped is None or not binds_decision(type(experts).forward):  # an unknown wrapper, which reads slots
@@ -161,7 +161,7 @@ def reads_decisions(experts: nn.Module) -> bool:
 
 
 def check_slot_inputs(experts: Any, x: Tensor, decision: Any) -> None:
-    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no decision came with them."""
+    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no decision is passed."""
     wanted = (*experts.expert_dims, "s", experts.dim)
     fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
     if decision is not None or not fits:
@@ -189,8 +189,8 @@ def run_experts_on_slots(
 
 
 def plan_dropless_slots(decision: Decision) -> Plan:
-    """The plan of a dropless call in slots. Each expert has as many as the fullest one needs, where numbers may be read
-    without a wait; else as many as there are tokens, with a warning if most of them must stay empty."""
+    """The plan of a dropless call in slots. If values can be read without a sync, each expert has as many slots as the
+    fullest one needs; else as many as there are tokens, with a warning if most of them must stay empty."""
     queue, position, length = decision.queues()
     needed, t = decision.rows_per_expert(length), decision.num_tokens
     if is_host_readable(needed):
@@ -207,14 +207,15 @@ def plan_dropless_slots(decision: Decision) -> Plan:
 
 
 def _check_dropout(name: str, value: Any) -> float:
-    """Return the share, which is below 1; 0 as an integer, as a float would be an input of graphs of dynamic sizes."""
+    """Return the rate, below 1; 0 as an integer, because a float would be an input of graphs with dynamic sizes."""
     return check_number(name, value, at_least=0.0, below=1.0) or 0
 
 
 class StackedExperts(FixedShapeModule, RoutedExperts):
-    """Base of experts with stacked weights: initialisation, checks of shapes, and both contracts.
+    """Base class of experts with stacked weights: initialization, checks of shapes, and both contracts.
 
-    Tokens with a decision go to `ops.routed_ffn`, which moves and computes them by the fastest way.
+    Tokens with a decision are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
+    implementation.
     """
 
     dim: int
@@ -250,7 +251,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         self.expert_dims = check_sizes("num_experts", num_experts)
         h = self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
         self.act = make_activation(activation)
-        if self.act is not activation:  # PyTorch's classes of activations with parameters make float32 ones
+        if self.act is not activation:  # PyTorch's activation classes create float32 parameters
             self.act.to(device=device, dtype=dtype)
         self.dropout = dropout
         if takes_gate_and_up(self.act) and not self.gated:
@@ -269,7 +270,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
     def forward(
         self, x: Tensor, decision: Decision | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
     ) -> Tensor:
-        """Map as `RoutedExperts` does; a wrapper may give another `ffn`, which computes tokens with a decision."""
+        """Map as `RoutedExperts` does; a wrapper may pass another `ffn`, which computes tokens with a decision."""
         network = self._build_network()
         if isinstance(decision, Decision):
             return ffn(x, decision, network, training=self.training)
@@ -288,7 +289,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         return feed_forward(rows, network, num_tokens_per_expert, grouped_matmul)
 
     def _build_network(self) -> Network:
-        """The weights, with one dimension for all experts, also of a grid."""
+        """The weights, with one dimension for all experts, even for a grid."""
         numbers = ("1", "3") if self.gated else ("1",)
         w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
         dropout = self.dropout if self.training else 0.0
@@ -299,7 +300,8 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         return network.map(lambda tensor: tensor.flatten(0, last))
 
     def reset_parameters(self) -> None:
-        """Draw the weights of each expert, uniform of standard deviation 1 / sqrt(fan in); set biases to 0."""
+        """Draw the weights of each expert from a uniform distribution with standard deviation 1 / sqrt(fan in); set
+        biases to 0."""
         init_expert_weights(self)
 
     def extra_repr(self) -> str:
@@ -310,7 +312,8 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
 
 
 def init_expert_weights(module: nn.Module) -> None:
-    """Draw weights `(..., d, h)`, uniform of standard deviation 1 / sqrt(fan in); set biases, `b1` and so on, to 0."""
+    """Draw weights `(..., d, h)` from a uniform distribution with standard deviation 1 / sqrt(fan in); set biases (`b1`
+    and so on) to 0."""
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("b"):
             nn.init.zeros_(parameter)
@@ -422,9 +425,9 @@ def check_expert_modules(experts: Any) -> list[nn.Module]:
 class ExpertList(RoutedExperts, nn.ModuleList):
     """A list of modules that map `(n, d)` to `(n, d)`, as experts.
 
-    With limited capacity a module gets all slots of its expert; empty slots are zeros. Dropless, it gets just its own
-    rows; to learn their numbers costs one host sync. Where numbers cannot be read (a traced graph, transforms of
-    `torch.func`, the meta device) it uses slots.
+    With limited capacity, a module gets all slots of its expert; empty slots are zeros. In dropless calls it gets only
+    its own rows; reading the row counts costs one host sync. Where values cannot be read (a traced graph, transforms
+    of `torch.func`, the meta device), it uses slots.
 
     Args:
         experts: the modules, one for each expert; outer-major for a grid of experts.
@@ -452,7 +455,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
-            return self._run_on_slots(x.clone())  # experts may write into what they get
+            return self._run_on_slots(x.clone())  # experts may write into their input
         if decision.dropless and has_data(x):
             return super().forward(x, decision)
         return run_experts_on_slots(self._run_on_slots, x, decision, self.dim_out)
@@ -477,10 +480,10 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         except RuntimeError:
             check_devices(name, x, expert.parameters())  # hooks may move weights during a call, so not before it
             raise
-        check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta without a word
+        check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta tensors silently
         return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), DIM_OUT_HINT)
 
 
 def unsafe_view_each(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The parts, none of them a view for autograd, which forbids to write into one of several views: experts may."""
+    """The parts, none of them a view for autograd: experts may write into them, which is an error for such views."""
     return [unsafe_view(part, part.shape) for part in parts]

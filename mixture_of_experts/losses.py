@@ -2,7 +2,7 @@
 
 Axes: b groups (with outer experts before it: `...`), n tokens of a group, e experts.
 
-Every loss is one `mean`, a total over a count, so that it stays exact over several ranks. An empty mean is 0.
+Every loss is one `mean`, a total divided by a count, so that it is exact over several ranks. An empty mean is 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
     """`total / (count * each)`, 0 where nothing was counted.
 
     On each of several ranks it is `local total * number of ranks / (global count * each)`. Its average over the ranks,
-    and that of its gradients, is exact for the whole batch, also if the ranks' shares of it are unequal.
+    and that of its gradients, is exact for the whole batch, even if the ranks' shares of it are unequal.
     """
     alone = world_size(group) == 1
     if not isinstance(count, Tensor):
@@ -99,7 +99,7 @@ def load_balancing_loss_from_choices(
 
 
 def _mean_of_products(products: Tensor, length: Length | int, factor: float, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean over groups of the sum of `products` `(..., b, any)` divided by the squared length and by `each`."""
+    """The mean over groups of the sum of `products` `(..., b, any)` divided by the squared length and by `factor`."""
     if isinstance(length, Length):
         return _mean_over_groups(products, length.tokens(products.dtype), factor, group)
     groups = math.prod(products.shape[:-1]) * symbolic_min(length, 1)
@@ -121,8 +121,8 @@ def load_balancing_loss_over_batch(
     """The loss of `load_balancing_loss` with f and P over all tokens of the call (arXiv 2501.11873: global-batch
     balance).
 
-    f is the mean over all ranks of `group`; it carries no gradient. With outer experts (`...`) the loss is computed for
-    each of them, and averaged over those that have a token. Arguments as in `load_balancing_loss`.
+    f is the mean over all ranks of `group` and carries no gradient. With outer experts (`...`), the loss is computed
+    for each of them and averaged over those that have a token. Arguments are as in `load_balancing_loss`.
     """
     if isinstance(length, Length):
         tokens = length.sum().tokens(proxy.dtype)
@@ -157,14 +157,14 @@ def logsumexp_from_expert(logit: Tensor, prob: Tensor) -> Tensor:
 def z_loss_from_expert(
     logit: Tensor, prob: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """`z_loss` by `logsumexp_from_expert`, from one expert of each token; arguments as in both."""
+    """`z_loss` using `logsumexp_from_expert`, from one expert of each token; arguments are as in both."""
     if counted is None and not torch.is_grad_enabled():  # fewer launches
         return mean(F.mse_loss(logit, prob.log(), reduction="sum"), math.prod(logit.shape), group)
     return token_mean(logsumexp_from_expert(logit, prob).square(), counted, group)
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean of `values` where `counted`, a bool tensor of the same shape; None: of all."""
+    """Mean of `values` where `counted`, a bool tensor of the same shape, is True; of all values if it is None."""
     if counted is None:
         return mean(values.sum(), math.prod(values.shape), group)
     return mean(torch.where(counted, values, 0.0).sum(), counted.sum(), group)
@@ -173,7 +173,7 @@ def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.Proces
 def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Squared coefficient of variation over experts (arXiv 1701.06538, equations 7 and 11): variance / mean^2.
 
-    The variance is that of a population; its gradient is 0 at perfect balance, where that of a deviation is not finite.
+    It uses the population variance, whose gradient is 0 at perfect balance, where that of the deviation is not finite.
 
     Args:
         values: `(..., e)` importance or load of each expert, summed over the call.

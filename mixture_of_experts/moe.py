@@ -2,8 +2,8 @@
 
 Axes: b groups, n tokens of a group, t = b n tokens of the call, d model dim, e experts, c capacity, s slots or r rows.
 
-A gate tells which experts compute which token (`Routing`). Tokens are dispatched to rows, experts compute the rows, and
-the results are combined.
+A gate decides which experts compute which token (`Routing`). Tokens are dispatched to rows, experts compute the rows,
+and the results are combined.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from mixture_of_experts.support.checks import check_coefs, check_dtype, check_nu
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: losses whose coefficients are arguments of their own
+#: losses whose coefficients have dedicated arguments
 LOSS_COEF_ARGUMENTS = {"balance": "loss_coef", "z": "z_loss_coef"}
 
 
 class MoEBase(CheckedModule):
-    """Base of both layers: settings, checks of parts, the auxiliary loss."""
+    """Base class of both layers: settings, checks of parts, the auxiliary loss."""
 
     dim: int
     shared_expert: nn.Module | None
@@ -101,7 +101,7 @@ class MoEBase(CheckedModule):
         super().__setattr__(name, value)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
-        """The losses of all levels times their coefficients, 0-dim. A loss without a coefficient takes no part."""
+        """The sum of the losses of all levels times their coefficients, 0-dim. Other losses are ignored."""
         loss = self.loss_coef * sum((routing.balance_loss for routing in levels[1:]), levels[0].balance_loss)
         for name, coef in (("z", self.z_loss_coef), *self.loss_coefs.items()):
             if coef:
@@ -117,7 +117,7 @@ class MoEBase(CheckedModule):
         return loss
 
     def requested_losses(self, gate: nn.Module) -> dict[str, Any]:
-        """The keyword argument that asks the gate for losses which it computes only on request; {} for none."""
+        """The keyword argument that requests losses which the gate computes only on request; {} for none."""
         if not self.loss_coefs:
             return {}
         offers = get_optional_losses(gate)
@@ -125,7 +125,7 @@ class MoEBase(CheckedModule):
         return {"losses": names} if names else {}
 
     def reset_parameters(self) -> None:
-        """Draw all weights of gates, experts and shared expert, each by its own `reset_parameters`."""
+        """Draw all weights of gates, experts and shared expert, each with its own `reset_parameters`."""
         for module in self.modules():
             if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -140,8 +140,8 @@ class MoEBase(CheckedModule):
 class MoE(MoEBase):
     """Sparsely gated mixture of experts (Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668).
 
-    It takes the place of a transformer's feed-forward layer. A few of the experts compute each token, so parameters
-    grow with the number of experts and computation does not.
+    It replaces a transformer's feed-forward layer. Each token is computed by a few of the experts, so parameters grow
+    with the number of experts and computation does not.
 
     Args:
         dim: d, model dimension.
@@ -149,34 +149,37 @@ class MoE(MoEBase):
         hidden_dim: hidden dimension of an expert; 4 d by default.
         activation: of the experts: a class such as `nn.GELU`, a module or a function.
         second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: which second choices
-            are sent; see `Top2Gating`.
-        capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e; None drops no token.
-        loss_coef: coefficient of the balancing loss in `aux_loss`.
+            are made; see `Top2Gating`.
+        capacity_factor_train, capacity_factor_eval: expert capacity, the slots of an expert, in units of n / e; with
+            None no token is dropped.
+        loss_coef: coefficient of the load-balancing loss in `aux_loss`.
         experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that map `(s, d)` to the same.
-        min_expert_capacity: least number of slots of an expert for each group.
+        min_expert_capacity: minimum number of slots of an expert for each group.
         second_place_loss: whether second choices are balanced too.
-        priority: who gets the slots when an expert overflows: "choice", "token" (causal) or "score".
+        priority: which choices get the slots when an expert overflows: "choice", "token" (causal) or "score".
         gate: a gate, such as `TopKGating(...)`, instead of the `Top2Gating` that the arguments above describe.
         group_size: tokens that share an expert's capacity; by default a group is one sequence.
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
         loss_coefs: coefficients of further losses in `aux_loss`, by their names in `Routing.losses`: a loss that your
-            gate reports, a part of the balancing loss, or any of `gating.BALANCE_LOSSES`, which are computed only if
-            they are named here: `{"balance_batch": 1e-2}`. The coefficients of "balance" and "z" are `loss_coef` and
+            gate reports, a part of the load-balancing loss, or any of `gating.BALANCE_LOSSES`, which are computed only
+            if they are named here: `{"balance_batch": 1e-2}`. The coefficients of "balance" and "z" are `loss_coef` and
             `z_loss_coef`.
         shared_expert: a module that maps `(..., n, d)` to the same shape; its output is added for every token. It reads
             the inputs themselves: one that writes in place (`nn.ReLU(inplace=True)`) overwrites them.
-        device, dtype: of the weights that the layer makes, as in `torch.nn`.
+        device, dtype: of the weights that the layer creates, as in `torch.nn`.
 
     Shape:
         Inputs `(..., n, d)` and a mask `(..., n)` bool. Returns `out`, of the inputs' shape and dtype, and a 0-dim
         `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus the losses of `loss_coefs`.
-        Side inputs `(..., n)` or `(..., n, anything)` have an entry for each token and are given by keyword, under a
+        Side inputs `(..., n)` or `(..., n, anything)` have an entry for each token and are passed by keyword, under a
         name that the gate reads: `router_input` `(..., n, d)` is what a gate reads instead of the inputs. One that is
-        None is left out. A call with `router_state`, None in the first layer, returns the state of its router third,
-        `(..., n, anything)`: `out, aux_loss, state = moe(x, router_state=state)`; see `gating.DepthAveragedGating`.
+        None is ignored. A call with `router_state` (None in the first layer) returns the state of its router as a third
+        result, `(..., n, anything)`: `out, aux_loss, state = moe(x, router_state=state)`; see
+        `gating.DepthAveragedGating`.
 
     Raises:
-        ValueError, TypeError: a wrong argument, before anything is changed; the error says what is allowed.
+        ValueError, TypeError: an argument is invalid. It is raised before anything is changed; the error says what is
+            allowed.
 
     Example:
         >>> import torch
@@ -250,14 +253,15 @@ class HeirarchicalMoE(MoEBase):
 
     Args:
         num_experts: `(eo, ei)`, outer and inner; by default the numbers of the gates or `experts`, else (4, 4).
-        gate_outer, gate_inner: gates of token choice for level one and two, instead of `Top2Gating`; `gate_inner` has
+        gate_outer, gate_inner: gates with token choice for level one and two, instead of `Top2Gating`; `gate_inner` has
             `outer_expert_dims=(eo,)`.
         capacity_factor_second_level: capacity factor of level two, in training and eval; by default level one's.
-        the others: as in `MoE`; gating arguments hold for both levels. `experts` maps `(eo, ei, s, d)` to the same
+        the others: as in `MoE`; gating arguments apply to both levels. `experts` maps `(eo, ei, s, d)` to the same
             shape, or is a list of eo * ei modules, outer-major.
 
     Shape:
-        As in `MoE`; the balancing loss is the sum of both levels' losses. Side inputs reach the gates that read them.
+        As in `MoE`; the load-balancing loss is the sum of both levels' losses. Side inputs are passed to the gates that
+        read them.
         `given_experts` `(..., n, k)` are the choices of level one, and `given_experts_inner` `(..., n, k, k2)` those
         of level two for each choice of level one.
 
@@ -275,7 +279,7 @@ class HeirarchicalMoE(MoEBase):
     num_experts_inner: int
 
     num_experts: tuple[int, int]
-    gate_outer: Any  # a gate of token choice, or a module around one
+    gate_outer: Any  # a gate with token choice, or a module that wraps one
 
     def __init__(
         self,
@@ -359,7 +363,8 @@ HierarchicalMoE = HeirarchicalMoE
 
 
 class OutputOnly(nn.Module):
-    """A layer that returns its output alone, for places that take one tensor: `nn.Sequential`, a list of experts.
+    """A layer that returns only its output, for use where a single tensor is expected: `nn.Sequential`, a list of
+    experts.
 
     `collect_aux` collects the auxiliary loss. Without it nothing balances the experts, unless the layer's gate has an
     expert bias.
@@ -368,7 +373,7 @@ class OutputOnly(nn.Module):
         moe: a `MoE` or a `HeirarchicalMoE`.
 
     Shape:
-        As in `MoE`, but for the loss; mask and side inputs are handed on.
+        As in `MoE`, without the loss; mask and side inputs are passed on.
 
     Example:
         >>> import torch

@@ -1,10 +1,10 @@
-"""Frozen experts in 8 or 4 bits a number: a half or two sevenths of bfloat16's bytes.
+"""Frozen experts quantized to 8 or 4 bits per weight: half or two sevenths of bfloat16's bytes.
 
 Axes: e experts, t tokens, k choices, r rows (sorted by expert, or a token's choices in order), p inner and q outer
 dimension of a weight, d model dim, o dim of the outputs.
 
-A weight `(p, q)` is first divided by the largest number of each output channel, its scale `(q,)`. How the rest is
-stored, `ops/int8.py` and `ops/int4.py` say.
+A weight `(p, q)` is first divided by the largest magnitude of each output channel, its scale `(q,)`. `ops/int8.py` and
+`ops/int4.py` describe how the rest is stored.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from mixture_of_experts.support.checks import ModelT
 from mixture_of_experts.support.tracing import disable_autocast, is_host_readable
 from mixture_of_experts.unstack import get_plain_weights, replace_modules
 
-RoundedLevels = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of 4 bits
+RoundedLevels = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of a 4-bit weight
 RoundingFunction = Callable[[str, int, Tensor], RoundedLevels | None]  # of a stack's name, an expert's index and weight
 
-MAX_SCALE = 65280  # number that bfloat16 and float16 hold
-MAX_UNSORTED_TOKENS, MAX_UNSORTED_ROWS = 4, 32  # that are computed without sorting them by expert
-MAX_UNPACKED_NUMEL = 1 << 21  # most numbers of a weight that are unpacked at a time
+MAX_SCALE = 65280  # representable in bfloat16 and float16
+MAX_UNSORTED_TOKENS, MAX_UNSORTED_ROWS = 4, 32  # limits for a computation without sorting by expert
+MAX_UNPACKED_NUMEL = 1 << 21  # maximum number of elements of a weight that are unpacked at a time
 
 
 def quantize_experts(
@@ -46,28 +46,30 @@ def quantize_experts(
 ) -> ModelT:
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
 
-    Their weights are rounded and cannot be trained. Gradients reach tokens, routers and all else, also LoRA on these
-    weights, if PEFT and `mixture_of_experts.huggingface.fast_lora` prepared the model before. Hooks on the forward and
-    backward of experts stay.
+    Their weights are rounded and cannot be trained. Gradients still reach tokens, routers and everything else, also
+    LoRA adapters on these weights if the model was prepared with PEFT and `mixture_of_experts.huggingface.fast_lora`
+    first. Hooks on the forward and backward of experts are kept.
 
     Args:
         model: a model with `MoE` layers anywhere in it, whose experts are frozen.
-        bits: of a number. Each is rounded to the nearest of 256 or 16 levels; 4 bits err 12 times as much.
+        bits: bits per weight. Each weight is rounded to the nearest of 256 or 16 levels; the error with 4 bits is 12x
+            as large.
         group: with 4 bits, how many inputs of an output share a step and a zero point: 32, 64, 128 or 256, which must
-            divide the sizes of the experts. Fewer err less, and take more memory: 32 take 5 bits a number, 64 4.5.
-        rounding: with 4 bits, a function that chooses the numbers of each matrix: `levels, step, zero = rounding(name,
-            expert, weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a
-            copy of its weight in float32, the inputs in groups: `(n, group, outputs)`. A number becomes
-            `(level - 8) * step + zero`. Levels `(n, group, outputs)` are whole, from 0 to 15; step and zero
-            `(n, 1, outputs)` are stored in bfloat16. For a matrix for which it returns None, the nearest are taken.
+            divide the sizes of the experts. Smaller groups have a smaller error and take more memory: groups of 32 take
+            5 bits per weight, groups of 64 take 4.5.
+        rounding: with 4 bits, a function that rounds each matrix: `levels, step, zero = rounding(name, expert,
+            weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a copy of
+            its weight in float32 with the inputs in groups: `(n, group, outputs)`. A weight becomes
+            `(level - 8) * step + zero`. Levels `(n, group, outputs)` are integers from 0 to 15; step and zero
+            `(n, 1, outputs)` are stored in bfloat16. If it returns None for a matrix, the nearest levels are used.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
-            finite, compiled, have hooks on their state dict, or are in a wrapper that computes with their weights, as
-            PEFT's without `fast_lora`; `group` does not divide their sizes; an argument is none of those above; or
-            `rounding` returns something else.
-        TypeError: weights are no plain parameters, for example spread over processes; or experts have a `forward` or
-            `compute` of their own, by their class or set on the module.
+            finite, compiled, have hooks on their state dict, or are in a wrapper that computes with their weights, such
+            as PEFT's without `fast_lora`; `group` does not divide their sizes; an argument is invalid; or `rounding`
+            returns an invalid result.
+        TypeError: weights are not plain parameters, for example sharded over processes; or experts have their own
+            `forward` or `compute`, in their class or set on the module.
 
     Example:
         >>> import torch
@@ -96,7 +98,7 @@ def quantize_experts(
 def quantize_stacked_experts(
     experts: StackedExperts, name: str, bits: int, group: int, rounding: RoundingFunction | None
 ) -> QuantizedExperts:
-    """The experts in few bits, after a check that their weights are plain, frozen and in memory, and fit."""
+    """Quantize experts, after checking that their weights are plain, frozen, in memory and of suitable sizes."""
     for key, weight in get_plain_weights(experts, name).items():
         if weight.requires_grad:
             raise ValueError(
@@ -118,7 +120,7 @@ def quantize_stacked_experts(
 def call_rounding(
     rounding: RoundingFunction, stack: str, key: str, expert: int, weight: Tensor
 ) -> RoundedLevels | None:
-    """What a function of the user's returns for a matrix, after a check that it can be stored."""
+    """The result of a user's rounding function for a matrix, after checking that it can be stored."""
     found, of = rounding(f"{stack}.{key}", expert, weight), f"rounding of {stack}.{key}, expert {expert},"
     if found is None:
         return None
@@ -140,27 +142,29 @@ def call_rounding(
 
 
 class QuantizedExperts(RoutedExperts):
-    """Frozen experts with weights in 8 or 4 bits, which `quantize_experts` makes of `Experts` and `GatedExperts`.
+    """Frozen experts with 8-bit or 4-bit weights, made by `quantize_experts` from `Experts` and `GatedExperts`.
 
-    A number is divided by the scale of its output channel. In 8 bits it is then one of 256 that lie evenly between the
-    smallest and the largest of its row, of those that one input channel of an expert is multiplied by. In 4 bits it is
-    one of 16 that lie evenly among those of its group, neighbouring inputs of one output. The experts that have tokens
-    are unpacked one after the other, in parts, never the whole stack. On a CPU, few rows are multiplied with the bytes
-    directly; in 4 bits they are rounded to bfloat16 for that. On a GPU every product waits for the numbers of rows.
+    A weight is divided by the scale of its output channel. With 8 bits it is then rounded to one of 256 levels, evenly
+    spaced from the smallest to the largest weight of its row (the weights of one input channel of an expert). With 4
+    bits it is rounded to one of 16 evenly spaced levels of its group (neighbouring inputs of one output). Experts that
+    have tokens are unpacked one after the other, in parts, never the whole stack. On a CPU, small numbers of rows are
+    multiplied with the packed bytes directly; with 4 bits they are rounded to bfloat16 for that. On a GPU every product
+    waits for the row counts.
 
     Attributes:
-        w1_packed, w3_packed, w2_packed: uint8 buffers; w3 only if gated. In 8 bits `(*e, p, q + 8)`, each row with its
-            step and smallest number. In 4 bits `(*e, q / b, p, b / 2)`, two numbers a byte, in blocks of b outputs.
-        w1_groups, w3_groups, w2_groups: in 4 bits, uint8 buffers `(*e, p / group, q, 4)`: the step and the zero point
+        w1_packed, w3_packed, w2_packed: uint8 buffers; w3 only if gated. With 8 bits `(*e, p, q + 8)`, each row with
+            its step and smallest weight. With 4 bits `(*e, q / b, p, b / 2)`, two weights per byte, in blocks of b
+            outputs.
+        w1_groups, w3_groups, w2_groups: with 4 bits, uint8 buffers `(*e, p / group, q, 4)`: the step and the zero point
             of each group, in bfloat16.
-        w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, of numbers that every dtype of 16 bits holds without rounding.
-            They are 1 where `rounding` chose.
+        w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, with values that both bfloat16 and float16 represent exactly.
+            They are 1 for matrices that `rounding` rounded.
         b1, b3, b2: biases `(*e, q)` as buffers, or None.
 
     Args:
-        experts: the experts whose settings and weights it takes.
+        experts: the experts from which settings and weights are taken.
         bits, group: as in `quantize_experts`.
-        block: b; by default that of this machine's operator, which has to read the bytes as they are.
+        block: b; by default that of this machine's operator, which reads the bytes without unpacking.
         rounding: as in `quantize_experts`; the name is "w1", "w3" or "w2".
     """
 
@@ -200,14 +204,14 @@ class QuantizedExperts(RoutedExperts):
         return 4 if "w1_groups" in self._buffers else 8
 
     def settings(self) -> dict[str, int]:
-        """The arguments that make such experts, beside experts."""
+        """The constructor arguments other than `experts`."""
         if self.bits == 8:
             return {}
         packed, groups = self.get_buffer("w1_packed"), self.get_buffer("w1_groups")
         return {"bits": 4, "group": self.dim // groups.shape[-3], "block": 2 * packed.shape[-1]}
 
     def repack(self, block: int | None = None) -> None:
-        """Put numbers of 4 bits in other blocks; by default in those of this machine's operator, if they are on a CPU:
+        """Repack 4-bit weights in other blocks; by default in those of this machine's operator, if they are on a CPU:
         they may come from another machine."""
         for name, value in self.named_buffers(recurse=False):
             if self.bits == 4 and name.endswith("_packed") and (block or value.is_cpu):
@@ -215,7 +219,7 @@ class QuantizedExperts(RoutedExperts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(f"{prefix}w1_packed")
-        if given is not None and given.ndim == len(self.expert_dims) + 3:  # in 4 bits
+        if given is not None and given.ndim == len(self.expert_dims) + 3:  # with 4 bits
             self.repack(2 * given.shape[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.repack()
@@ -224,7 +228,7 @@ class QuantizedExperts(RoutedExperts):
         return f"experts in {self.bits} bits compute rows by themselves: take those that are not quantised"
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
-        """Map as `RoutedExperts` does; adapters may give `ffn`, whose `factors` are added to weights."""
+        """Map as `RoutedExperts` does; adapters may pass `ffn`, whose `factors` are added to weights."""
         reject_batch_invariance(self.variant_reason())
         if not isinstance(decision, Decision):
             check_slot_inputs(self, x, decision)
@@ -238,7 +242,7 @@ class QuantizedExperts(RoutedExperts):
         dtype = get_operand_dtype(rows.device.type, rows.dtype)
 
         def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
-            x, (stored, added) = x.to(dtype), weight  # in autocast an activation may return another dtype
+            x, (stored, added) = x.to(dtype), weight  # under autocast an activation may return another dtype
             with disable_autocast(x.device):
                 out = _PackedMatmul.apply(x, *stored, counts, False)
                 if added is not None:
@@ -250,7 +254,7 @@ class QuantizedExperts(RoutedExperts):
         return feed_forward(rows, network, num_tokens_per_expert, product).to(rows.dtype)
 
     def _is_few_rows_call(self, x: Tensor, decision: Decision) -> bool:
-        """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
+        """Whether a call has so few tokens that each of its rows is multiplied with the packed bytes."""
         inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
         form = int8 if self.bits == 8 else int4
         # a traced graph must not compare lengths
@@ -262,21 +266,21 @@ class QuantizedExperts(RoutedExperts):
         return few and False not in decision.kept.tolist()
 
     def _compute_row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
-        """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. It adds in float32."""
+        """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. Sums are in float32."""
         (t, d), k, expert = x.shape, decision.k, decision.expert
         assert k is not None
 
         def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
             return multiply_few_rows(x.squeeze(1), *weight[0], expert=expert).unsqueeze(1)
 
-        rows = x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)  # each is the one slot of an expert
+        rows = x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)  # each is the only slot of an expert
         with disable_autocast(x.device):
             y = feed_forward(rows, self._build_network(lambda bias: bias.index_select(0, expert)), None, product)
             return torch.bmm(decision.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
 
     def _build_network(self, bias_of: Callable[[Tensor], Tensor], parts: Any = None) -> Network:
-        """The network, with biases as a function returns them. Its weights are pairs of what is stored, (packed,
-        groups, scale), and an adapter's factors in `parts`, or None."""
+        """The network, with biases as returned by `bias_of`. Its weights are pairs of the stored tensors (packed,
+        groups, scale) and an adapter's factors from `parts`, or None."""
         last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
 
         def layer(number: int, name: str) -> Any:
@@ -290,8 +294,8 @@ class QuantizedExperts(RoutedExperts):
         return Network(w_in, w_out, self.act, b_in, b_out, dropout=dropout)
 
     def placeholder_weight(self, name: str) -> Tensor:
-        """A tensor of the shape `(*e, p, q)`, dtype and device of a weight, "w1", "w3" or "w2", without its numbers and
-        without memory for them."""
+        """A tensor with the shape `(*e, p, q)`, dtype and device of a weight ("w1", "w3" or "w2"), without its values
+        and without memory for them."""
         packed, scale = self.get_buffer(f"{name}_packed"), self.get_buffer(f"{name}_scale")
         nothing = torch.full((), torch.nan, dtype=scale.dtype, device=scale.device)
         return nothing.expand(*self.expert_dims, packed.shape[-2], scale.shape[-1])
@@ -308,15 +312,15 @@ def pack_stack(
     block: int | None = None,
     rounding: Callable[..., RoundedLevels | None] | None = None,
 ) -> dict[str, Tensor]:
-    """What is stored of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs,
-    which is 1 where `choose` gave the numbers of a matrix."""
+    """The stored tensors of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs,
+    which is 1 for matrices that `rounding` rounded."""
     if weight.ndim > 2:
         flat = weight.flatten(0, -3)
-        some = flat[:1] if weight.is_meta else flat  # of matrices without numbers one stands for all
+        some = flat[:1] if weight.is_meta else flat  # on the meta device one matrix represents all
         made = [pack_stack(one, bits, group, block, rounding and partial(rounding, i)) for i, one in enumerate(some)]
         made *= len(flat) // len(some)
         return {name: torch.stack([each[name] for each in made]).unflatten(0, weight.shape[:-2]) for name in made[0]}
-    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # or a cast would round it
+    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # else a cast would round it
     scale = scale.clamp_(max=MAX_SCALE).to(weight.dtype)
     if given := rounding and rounding(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
         return {**int4.pack_levels(*given, block or int4.find_cpu_block()), "scale": torch.ones_like(scale)}
@@ -328,8 +332,8 @@ def pack_stack(
 
 
 def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The numbers of one weight `(p, q)` without its scale, in float32, in parts that end where groups end: some
-    inputs, and their numbers."""
+    """The values of one weight `(p, q)` without its scale, in float32, in parts that end where groups end: a slice of
+    the inputs, and their values."""
     p, q, most = packed.shape[-2], scale.shape[-1], max(int4.GROUP_SIZES)
     size = most * max(1, MAX_UNPACKED_NUMEL // q // most)
     for start in range(0, p, size):
@@ -343,8 +347,8 @@ def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Itera
 
 
 def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, transposed: bool) -> Tensor:
-    """x `(r, p)` times one packed weight with its scale `(q,)`: `(r, q)`; with `back`, x `(r, q)` times its transpose:
-    `(r, p)`."""
+    """x `(r, p)` times one packed weight with its scale `(q,)`: `(r, q)`; if `transposed`, x `(r, q)` times the
+    transpose: `(r, p)`."""
     form = int8 if groups is None else int4
     if (
         not transposed
@@ -355,7 +359,7 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
         return multiply_few_rows(x, packed, groups, scale)
     wide = x.is_cpu and not private_torch.has_native_matmul(x.dtype)
     rows, dtype = x.float() if wide else x, torch.float64 if x.dtype == torch.float64 else torch.float32
-    scaled = rows.dtype == torch.float16  # products without the scale would leave its range
+    scaled = rows.dtype == torch.float16  # products without the scale would overflow
     rows = rows * scale.to(rows.dtype) if transposed and not scaled else rows
     out = rows.new_zeros(x.shape[0], output_width(packed, scale, transposed), dtype=dtype)
     for inputs, weight in iter_unpacked(packed, groups, scale):
@@ -370,8 +374,8 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
 def multiply_few_rows(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None
 ) -> Tensor:
-    """x `(r, p)` times one packed weight, or each row times that of its own expert among all, by torch's operator, in
-    float32: `(r, q)`."""
+    """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack, with torch's
+    operator, in float32: `(r, q)`."""
     out = int8.multiply_rows(x, packed, expert) if groups is None else int4.multiply_rows(x, packed, groups, expert)
     return out[:, : scale.shape[-1]] * (scale if expert is None else scale.index_select(0, expert))
 
@@ -381,8 +385,8 @@ def rows_by_packed(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, transposed: bool
 ) -> Tensor:
     """Rows `(r, p)` sorted by expert times the packed weights of their experts, with a scale `(e, q)`: `(r, q)`. With
-    `back` the gradient of those, from that of the products: rows `(r, q)` to `(r, p)`. 0 for rows past the last
-    expert's."""
+    `transposed`, the gradient of the rows from that of the products: `(r, q)` to `(r, p)`. It is 0 for rows past the
+    last expert's."""
     out, start = x.new_zeros(x.shape[0], output_width(packed, scale, transposed)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
@@ -402,7 +406,7 @@ def _(x: Tensor, packed: Tensor, groups: Any, scale: Tensor, num_tokens_per_expe
 
 
 class _PackedMatmul(torch.autograd.Function):
-    """`rows_by_packed` with derivatives of any order, also in transforms of torch.func, which ask for such a class."""
+    """`rows_by_packed` with derivatives of any order, also in transforms of torch.func, which require such a class."""
 
     generate_vmap_rule = True
 

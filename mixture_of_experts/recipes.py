@@ -1,4 +1,4 @@
-"""Published models as recipes of one table: the settings of router and experts, and where their blocks keep them::
+"""Published models as recipes of one table: the settings of router and experts, and where their blocks store them::
 
     recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
     recipes.MODELS["mixtral"]                                 # its recipe
@@ -40,12 +40,12 @@ from mixture_of_experts.wrappers import GatedSharedExpert, InputWeightedExperts,
 
 
 class PublishedModel(NamedTuple):
-    """A published model: what its paper or model card says.
+    """A published model, according to its paper or model card.
 
     Attributes:
-        name: of the model.
-        experts: the number of experts of a layer, shared ones not counted.
-        active, total: parameters that compute a token, and all of them, in billions; None if not published.
+        name: name of the model.
+        num_experts: the number of experts of a layer, without shared ones.
+        active, total: parameters that compute a token, and all parameters, in billions; None if not published.
     """
 
     name: str
@@ -60,28 +60,28 @@ class Recipe:
 
     Attributes:
         paper: number of its paper on arXiv.
-        says: what its layers do, the docstring of the function with its name.
-        gate: arguments of the gate, as published. What a block of `transformers` holds itself takes precedence.
-        router: the class of the gate.
+        summary: description of its layers, the docstring of the function with its name.
+        gate: arguments of the gate, as published. Settings stored in a block of `transformers` take precedence.
+        gate_class: the class of the gate.
         logits: arguments of `RouterLogits`, if the router is more than a matrix. A `multiplier` may be "1/sqrt(d)".
-        scales: learned numbers that multiply the normalised weights: "expert", one for each expert, or "all", one.
+        scales: learned scales that multiply the normalized weights: "expert", one for each expert, or "all", one.
         experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias"; for a clamped activation also
             "limit", "alpha" and "after".
-        apply_router_weight_on_input: whether weights multiply what the experts read.
+        apply_router_weight_on_input: whether weights multiply the experts' inputs.
         latent: width of latent experts, which have a norm after them, as a share of d; 0: there are none.
         identity: number of experts that return the token, as a share of those that compute.
         zero: number of experts that return zero.
         shared: width of the shared expert, in hidden widths of an expert; 0: there is none.
         shared_gate: whether a learned gate of each token multiplies the shared expert's output.
         layer: arguments of `MoE`, the coefficients of losses; those of expert groups only if the gate has such groups.
-        router_aux_loss_coef: coefficient of a loss over all layers, as in transformers, and their number; `loss_coef`
-            is coefficient * k / layers. The coefficient is that of the model's published configuration, or the default
-            of its class in transformers.
+        router_aux_loss_coef: coefficient of a loss over all layers, as in transformers, and the number of layers;
+            `loss_coef` is coefficient * k / layers. The coefficient is that of the model's published configuration, or
+            the default of its class in transformers.
         blocks: classes of `transformers` that compute this.
-        keeps: where these blocks keep "gate_up", "down" and "activation", if they keep them somewhere of their own. The
-            names of all other parts stand in `BLOCK_ATTRIBUTES`.
-        returns: what the router of these blocks returns, in order: "logits" or "probs", "weights", "experts", or None
-            for another value. Values behind the last one may be anything.
+        block_attributes: where these blocks store "gate_up", "down" and "activation", if not under the usual names.
+            The names of all other parts are in `BLOCK_ATTRIBUTES`.
+        returns: the results of the router of these blocks, in order: "logits" or "probs", "weights", "experts", or None
+            for another value. More values may follow.
         published: a model that has these layers, if its sizes are known.
     """
 
@@ -106,7 +106,7 @@ class Recipe:
     published: PublishedModel | None = None
 
 
-#: attributes in which blocks of `transformers`, or their routers, keep settings, weights and modules
+#: attributes in which blocks of `transformers`, or their routers, store settings, weights and modules
 BLOCK_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     part: tuple(names.split())
     for part, names in {
@@ -152,7 +152,7 @@ RECIPE_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-#: arguments of `MoE` that a recipe hands on
+#: arguments of `MoE` that a recipe passes on
 LAYER_ARGUMENTS = ("loss_coef", "z_loss_coef", "loss_coefs", "group_size", "shared_expert")
 
 
@@ -214,24 +214,25 @@ def build(
     dtype: torch.dtype | None = None,
     **changes: Any,
 ) -> MoE:
-    """Return a layer that is made as a recipe says.
+    """Build a layer according to a recipe.
 
     Args:
-        recipe: one of `MODELS`, or a recipe of your own.
+        recipe: one of `MODELS`, or a custom recipe.
         dim, num_experts: d and e, the number of experts that compute.
         hidden_dim: h, hidden width of an expert; 4 d by default.
-        layers: number of such layers in your model, by which a coefficient of one loss over all layers is divided; by
-            default the published number. Recipes whose papers give coefficients for each layer do not take it.
+        layers: number of such layers in your model, by which the coefficient of a loss over all layers is divided; by
+            default the published number. Recipes whose papers give coefficients for each layer do not accept it.
         latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089); by default that of
             the recipe, or d.
-        activation: of the networks that this makes, instead of the recipe's; as in `MoE`.
-        gate, experts: instead of those that the recipe describes; as in `MoE`.
+        activation: activation of the networks that are built, instead of the recipe's; as in `MoE`.
+        gate, experts: replacements for those that the recipe describes; as in `MoE`.
         device, dtype: of the weights.
         changes: arguments that replace the recipe's: of `MoE` (`loss_coef`, `z_loss_coef`, `loss_coefs`, `group_size`,
             `shared_expert`), and of the gate (`k`, `capacity_factor_train` and all others).
 
     Raises:
-        ValueError: the published k chooses all of so few experts, or more; or an argument would do nothing.
+        ValueError: `num_experts` is at most the published k, so that all experts would be chosen; or an argument would
+            have no effect.
 
     Example:
         >>> import torch
@@ -268,7 +269,7 @@ def build(
 
 
 def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str, Any]) -> None:
-    """Refuse so few experts that the published number of choices takes them all. One that is asked for may do so."""
+    """Raise ValueError if the published k would choose all experts. An explicit k may choose all."""
     k, total = recipe.gate.get("k"), e + spare
     may_be_all = k == 1 or recipe.gate_class in (TopPGating, ReLUGating)  # tokens make fewer choices than k
     if k is None or "k" in changes or total > k or (total == k and may_be_all):
@@ -290,7 +291,7 @@ def _make_experts(
     activation: Any,
     factory: dict[str, Any],
 ) -> nn.Module:
-    """The experts of a recipe: `e` that compute, those beside them, and what is around them."""
+    """The experts of a recipe: `e` that compute, zero-computation experts in addition, and their wrappers."""
     if latent_dim is None and recipe.latent:
         latent_dim = round(recipe.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
@@ -308,7 +309,8 @@ def _make_experts(
 
 
 def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_coef: bool) -> dict[str, Any]:
-    """The coefficients of a recipe's losses for a model of so many `layers`; `given`: the balancing loss has one."""
+    """The coefficients of a recipe's losses for a model with `layers` such layers. With `has_loss_coef`, that of the
+    load-balancing loss is passed by the caller."""
     coefs = dict(recipe.layer)
     if "loss_coefs" in coefs and not getattr(gate, "num_groups", None):
         coefs["loss_coefs"] = {n: coef for n, coef in coefs["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
@@ -322,7 +324,7 @@ def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_c
             )
     if recipe.router_aux_loss_coef is not None and not has_loss_coef:
         coef, published = recipe.router_aux_loss_coef
-        k = getattr(gate, "k", None) or 1  # a gate without k takes means of its own
+        k = getattr(gate, "k", None) or 1  # a gate without k computes its own means
         coefs["loss_coef"] = coef * k / (published if layers is None else layers)
     return coefs
 
@@ -369,7 +371,7 @@ def make_recipe_activation(recipe: Recipe) -> nn.Module:
 
 
 class RecipeFunction(Protocol):
-    """Returns a layer that is made as one of `MODELS` says, by `build`, whose other arguments it takes too."""
+    """Builds a layer according to one of `MODELS`, with `build`, whose other arguments it accepts too."""
 
     def __call__(self, dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE: ...
 
@@ -386,7 +388,7 @@ def _register_recipe(
     blocks: str = "",
     **fields: Any,
 ) -> RecipeFunction:
-    """Write the `Recipe` of these fields into `MODELS`, with arguments of `MoE` as its `layer`; return its function."""
+    """Add a `Recipe` with these fields to `MODELS`, with arguments of `MoE` as its `layer`; return its function."""
     layer = {key: fields.pop(key) for key in LAYER_ARGUMENTS if key in fields}
     recipe = MODELS[name] = Recipe(paper, summary, gate or {}, layer=layer, blocks=tuple(blocks.split()), **fields)
 
@@ -555,7 +557,7 @@ nemotron_h: RecipeFunction = _register_recipe(
     dict(k=6, scale=2.5, **SIGMOID_ROUTER),
     experts=dict(activation="relu2", gated=False),
     shared=2.0,
-    loss_coef=1e-4,  # report of Nemotron 3 Nano: the standard loss beside the bias
+    loss_coef=1e-4,  # report of Nemotron 3 Nano: the standard loss in addition to the bias
     blocks="NemotronHMoE",
     published=PublishedModel("Nemotron-3-Nano-30B-A3B", 128, 3.2, 31.6),
 )

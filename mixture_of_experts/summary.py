@@ -19,11 +19,11 @@ from mixture_of_experts.support.private_torch import get_original_class, unwrap_
 from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers, iter_named_modules
 from mixture_of_experts.wrappers import ExpertsWrapper
 
-ActiveShares = dict[Any, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
+ActiveShares = dict[Any, dict[nn.Module, float]]  # by layer: the share, 0 to 1, of each of its modules a token uses
 
 
 class ActiveModules(NamedTuple):
-    """What a token uses of a model."""
+    """The parts of a model that a token uses."""
 
     active_shares: ActiveShares
     variable_k_layers: set[nn.Module]  # layers in which scores decide how many experts
@@ -38,9 +38,9 @@ class Cost(NamedTuple):
         active: number of parameters that a token uses: k / e of the experts' parameters, and all others. If layers
             share experts, k is the largest.
         flops: operations of one token's forward: two for each weight of each matrix that multiplies the token. A
-            backward takes twice as many. Products of tokens with tokens (attention) and convolutions are left out.
-        at_most: whether `active` and `flops` are the most that a token can use, because scores decide how many of its
-            k choices are made (`TopPGating`, the second choice of `Top2Gating`).
+            backward takes twice as many. Products of tokens with tokens (attention) and convolutions are not counted.
+        at_most: whether `active` and `flops` are upper bounds, because scores decide how many of a token's k choices
+            are made (`TopPGating`, the second choice of `Top2Gating`).
     """
 
     parameters: int
@@ -53,8 +53,8 @@ class Summary(NamedTuple):
     """The counts that `summary` returns; `print` it for a table.
 
     Attributes:
-        model: those of the whole model.
-        layers: those of each MoE layer, by its path.
+        model: counts of the whole model.
+        layers: counts of each MoE layer, by its path.
     """
 
     model: Cost
@@ -85,18 +85,18 @@ class Summary(NamedTuple):
 def summary(model: nn.Module) -> Summary:
     """Count the parameters of a model, those that a token uses, and a token's floating-point operations.
 
-    Every layer counts once. A token uses k experts, or as many as the gate says in `expected_choices`: `ReLUGating`
-    counts `mean_choices`, to which `control_sparsity` holds it, and `ExpertChoiceGating` its capacity factor. Of two
-    levels, a token's first choice at level one makes k choices at level two, and its other choices make one each. A
-    capacity may leave a token fewer. The numbers follow from the layers' sizes, not from the way that computes them.
-    On the meta device you can count a model of any size.
+    Every layer counts once. A token uses k experts, or the gate's `expected_choices`: `ReLUGating` counts
+    `mean_choices`, which `control_sparsity` maintains, and `ExpertChoiceGating` its capacity factor. With two levels, a
+    token's first choice at level one makes k choices at level two, and its other choices make one each. A limited
+    capacity may leave a token fewer. The counts follow from the layers' sizes, not from the implementation that
+    computes them. On the meta device, models of any size can be counted.
 
     Args:
         model: a model with any number of `MoE` and `HeirarchicalMoE` layers, and of sparse blocks of `transformers`.
 
     Raises:
-        ValueError: a gate does not say how many experts a token chooses: it has no `k`.
-        TypeError: a block of `transformers` is not known, so nobody can tell what a token uses of it.
+        ValueError: the number of experts that a token chooses is unknown: a gate has no `k`.
+        TypeError: a block of `transformers` is unknown, and so are the parts of it that a token uses.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -123,7 +123,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
-    """Refuse blocks of `transformers` with experts of which no share is known."""
+    """Raise TypeError for blocks of `transformers` with experts whose active share is unknown."""
     known = {part for parts in shares.values() for part in parts}
     for place in iter_named_modules(model):
         experts = getattr(place.module, "experts", None)
@@ -136,7 +136,7 @@ def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
 
 
 def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, float]:
-    """The part, 0 to 1, of a layer's experts, and of the gates of a second level, that a token uses by its choices."""
+    """The share, 0 to 1, of a layer's experts, and of the gates of a second level, that a token uses."""
     number, e = choices_per_token(site), site.num_experts
     if site.level_one is None:
         return {layer.experts: number / e}
@@ -146,7 +146,7 @@ def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, flo
 
 
 def choices_per_token(site: RouterHandle) -> float:
-    """The most experts that a gate chooses for a token, or their mean, if the gate knows it."""
+    """The maximum number of experts that a gate chooses for a token, or their mean if the gate knows it."""
     expected = getattr(site.gate, "expected_choices", None)
     number = site.k if expected is None else expected
     if number is None:
@@ -171,11 +171,11 @@ def compute_cost(model: nn.Module, active_modules: ActiveModules) -> Cost:
 
 
 def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tuple[nn.Module, float]]:
-    """Every module of each layer once, with the part of it, 0 to 1, that a token uses."""
+    """Every module of each layer once, with the share of it, 0 to 1, that a token uses."""
     seen: set[tuple[nn.Module | None, nn.Module]] = set()
     todo: list[tuple[nn.Module, float, nn.Module | None, float]] = [(model, 1.0, None, 1.0)]
     while todo:
-        module, part, layer, of_layer = todo.pop()  # the layer around it, and the part that is used of that
+        module, part, layer, of_layer = todo.pop()  # the layer that contains it, and that layer's share
         if (layer, module) in seen:
             continue
         seen.add((layer, module))
@@ -185,13 +185,13 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
         for child, computes in list_children(module):
             share = shares.get(layer, {}).get(child)
             if isinstance(module, ExpertsWrapper) and child is not module.experts:
-                share = 1.0  # every token passes what is beside the experts inside
+                share = 1.0  # every token uses what the wrapper adds to its experts
             below = part if share is None else of_layer * share
             todo.append((child, below if computes else 0.0, layer, of_layer))
 
 
 def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module itself, and in the places of quantised weights tensors of their sizes; by name."""
+    """The parameters of a module itself, by name, with tensors of the same sizes in place of quantized weights."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if isinstance(module, QuantizedExperts):
         names = [name.removesuffix("_packed") for name in module._buffers if name.endswith("_packed")]

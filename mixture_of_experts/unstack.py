@@ -1,6 +1,6 @@
-"""Makes plain linear layers of stacked experts, and stacks them again.
+"""Converts stacked experts to plain linear layers, and back.
 
-Quantisers, adapters and optimizers look for `nn.Linear` or for matrices, and silently skip a tensor `(e, d, h)`.
+Quantizers, adapters and optimizers look for `nn.Linear` or for matrices, and silently skip a tensor `(e, d, h)`.
 
 Axes: e experts, d model dim, h hidden dim, o dim of the outputs.
 """
@@ -25,7 +25,7 @@ from mixture_of_experts.support.private_torch import move_hooks, replacement_pro
 class FeedForward(nn.Module):
     """One expert of linear layers: `w2(act(w1(x)))`, gated `w2(act(w1(x)) * w3(x))` or `w2(act(w1(x), w3(x)))`.
 
-    In training `dropout` drops that share of what `w2` reads.
+    In training, elements of the input of `w2` are dropped with probability `dropout`.
 
     Shape:
         `(n, d)` to `(n, o)`.
@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
 
 
 class UnstackedExperts(ExpertList):
-    """Experts of linear layers, which `unstack` makes of stacked ones.
+    """Experts of linear layers, which `unstack` makes from stacked ones.
 
     Args:
         experts: one module for each expert, outer-major for a grid.
@@ -59,23 +59,23 @@ class UnstackedExperts(ExpertList):
     def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
         super().__init__(experts, dim_out=empty.dim_out)
         self.hidden_dim: int = empty.hidden_dim
-        self.__dict__["empty"] = empty  # no submodule: it has nothing to save, to train or to move
+        self.__dict__["empty"] = empty  # not a submodule: it has nothing to save, train or move
 
 
 def unstack(model: ModelT) -> ModelT:
     """Replace all stacked experts of a model by plain linear layers; change the model and return it.
 
-    The model computes the same up to rounding, one expert after the other. Weights are copies: make the optimizer
-    afterwards. Hooks on the forward and backward of experts stay. `restack` stacks them again.
+    The model computes the same up to rounding, one expert after the other. Weights are copies: create the optimizer
+    afterwards. Hooks on the forward and backward of experts are kept. `restack` stacks the experts again.
 
     Args:
         model: a model with `MoE` layers anywhere in it.
 
     Raises:
-        ValueError: the model has no stacked experts, or is itself one; or experts alone are compiled, have adapters of
-            PEFT, or hooks on their state dict.
-        TypeError: weights are no plain parameters, for example spread over processes; or experts have a `forward` or
-            `compute` of their own, by their class or set on the module.
+        ValueError: the model has no stacked experts, or is itself one; or experts are compiled separately, have
+            adapters of PEFT, or hooks on their state dict.
+        TypeError: weights are not plain parameters, for example sharded over processes; or experts have their own
+            `forward` or `compute`, in their class or set on the module.
 
     Example:
         >>> import torch
@@ -95,17 +95,17 @@ def unstack(model: ModelT) -> ModelT:
 
 
 def restack(model: ModelT) -> ModelT:
-    """Stack all experts that `unstack` made linear layers of; change the model and return it.
+    """Stack all experts that `unstack` converted to linear layers; change the model and return it.
 
     Raises:
-        ValueError: the model has no experts that `unstack` made, or is itself one; or experts alone are compiled, or
-            have hooks on their state dict.
-        TypeError: a layer is no plain `nn.Linear`: it was quantised, or has adapters that are not merged.
+        ValueError: the model has no experts that `unstack` made, or is itself one; or experts are compiled separately,
+            or have hooks on their state dict.
+        TypeError: a layer is not a plain `nn.Linear`: it was quantized, or has adapters that are not merged.
     """
     return replace_modules(model, UnstackedExperts, restack_experts, "experts that unstack() made")
 
 
-@torch.inference_mode(False)  # what is made in that mode cannot be trained
+@torch.inference_mode(False)  # parameters made in that mode cannot be trained
 def replace_modules(
     model: ModelT,
     module_class: type[nn.Module],
@@ -113,8 +113,8 @@ def replace_modules(
     description: str,
     allow_adapters: bool = False,
 ) -> ModelT:
-    """Replace every module of a kind by `make(module, path)`, also under adapters of `fast_lora`, if it may be
-    `adapted`. All are made before the first is replaced."""
+    """Replace every module of a class by `make(module, path)`, also under adapters of `fast_lora` if `allow_adapters`.
+    All are made before the first is replaced."""
     found = {}
     for name, module in check_model("model", model).named_modules():
         parts = module._modules
@@ -147,8 +147,8 @@ def replace_modules(
 
 
 def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> None:
-    """Raise an error if something of a module would be lost in an exchange: a method of its own, by its class or set on
-    itself, or what belongs to its weights."""
+    """Raise an error if replacing a module would lose something: a custom method, in its class or set on the module, or
+    what belongs to its weights."""
     for method in ("forward", "compute"):
         if method in vars(module) or getattr(type(module), method) is not getattr(kind, method):
             raise TypeError(
@@ -159,7 +159,7 @@ def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> N
 
 
 def get_plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The stacked weights and biases of experts, after a check that they are plain parameters."""
+    """The stacked weights and biases of experts, after checking that they are plain parameters."""
     weights = dict(experts.named_parameters(recurse=False))
     for key, weight in weights.items():
         if type(weight) is not nn.Parameter:

@@ -1,4 +1,4 @@
-"""Experts that wrap other experts: between two modules, beside identities, with weights on the inputs, with a norm.
+"""Experts that wrap other experts: between two modules, with identity experts, with weighted inputs, with a norm.
 
 Axes: t tokens of a call, k choices, r rows sorted by expert, e experts, d model dim.
 """
@@ -26,13 +26,13 @@ WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
 
 
 class ExpertsWrapper(RoutedExperts):
-    """Base of experts that wrap other experts, which `list_nested_experts` lists.
+    """Base class of experts that wrap other experts, which `list_nested_experts` lists.
 
     Args:
-        experts: the experts inside.
+        experts: the wrapped experts.
 
     Raises:
-        ValueError: the wrapper works on rows, and the experts inside do more than `compute` rows.
+        ValueError: the wrapper works on rows, and the wrapped experts do more than `compute` rows.
     """
 
     #: what the wrapper works on: the tokens before and after all experts; the rows that experts read, or those that
@@ -57,7 +57,7 @@ class ExpertsWrapper(RoutedExperts):
 
 
 def list_nested_experts(experts: nn.Module) -> list[Any]:
-    """The experts, then those inside them, from the outermost to the innermost; of each what PEFT or FSDP2 wraps."""
+    """The experts and those nested in them, from the outermost to the innermost, without wrappers of PEFT or FSDP2."""
     found: list[Any] = [unwrap_module(experts)]
     while isinstance(found[-1], ExpertsWrapper):
         found.append(unwrap_module(found[-1].experts))
@@ -72,8 +72,8 @@ class LatentExperts(ExpertsWrapper):
     Args:
         experts: any experts, of the width that `before` returns.
         before, after, beside: modules that map tokens `(t, d)`; None leaves the step out.
-        dim_out: width of the outputs; by default what `after`, without it the experts, tell (`nn.Linear` does), and
-            else the width of the inputs.
+        dim_out: width of the outputs; by default that which `after` (without it, the experts) has as an attribute, as
+            `nn.Linear` does, or else the width of the inputs.
 
     Example:
         >>> import torch
@@ -121,7 +121,7 @@ class LatentExperts(ExpertsWrapper):
 
 
 def mask_routed_tokens(decision: Decision) -> Tensor:
-    """`(t,)` bool, the tokens that are sent to an expert, whether it has room or not. Padding is not sent."""
+    """`(t,)` bool, the tokens that are sent to an expert, whether it has capacity or not. Padding is not sent."""
     if decision.k is not None:
         return decision.chosen.view(-1, decision.k).any(dim=-1)
     assert decision.token is not None
@@ -130,10 +130,10 @@ def mask_routed_tokens(decision: Decision) -> Tensor:
 
 
 class ZeroComputationExperts(ExpertsWrapper):
-    """Adds experts that cost nothing to experts that compute.
+    """Adds zero-computation experts to experts that compute.
 
     An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322; MoE++, arXiv 2410.07348). An
-    expert bias moved by `SignRule(shares=...)` balances the two kinds separately.
+    expert bias updated by `SignRule(shares=...)` balances the two kinds separately.
 
     Args:
         experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they have the ids from 0 to e - 1.
@@ -141,7 +141,7 @@ class ZeroComputationExperts(ExpertsWrapper):
         num_zero: number of experts that return zero, with the last ids.
 
     Raises:
-        ValueError: the experts return another width than that of the token, which identities return.
+        ValueError: the experts' outputs have another width than the token, which identity experts return.
 
     Example:
         >>> import torch
@@ -174,7 +174,7 @@ class ZeroComputationExperts(ExpertsWrapper):
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
-        """Refuse outputs of another width than the tokens', which identities return."""
+        """Raise ValueError for outputs of another width than the tokens', which identity experts return."""
         if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
             raise ValueError(
                 f"the experts map width {dim} to {dim_out}, but {self.num_identity} of the added ones return the token "
@@ -202,7 +202,7 @@ class ZeroComputationExperts(ExpertsWrapper):
 
 
 def _sum_weights_of(decision: Decision, selected: Tensor) -> Tensor:
-    """`(t, 1)`, the sum of the weights of those assignments of a token that are in `some` `(a,)`."""
+    """`(t, 1)`, the sum of the weights of those assignments of a token that are `selected` `(a,)`."""
     weight = torch.where(decision.kept & selected, decision.weight, 0)
     if decision.k is not None:
         return weight.view(-1, decision.k).sum(dim=-1, keepdim=True)
@@ -211,8 +211,8 @@ def _sum_weights_of(decision: Decision, selected: Tensor) -> Tensor:
 
 
 def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """What experts compute for rows `(r, d)` sorted by expert. A wrapper of them is called with each row as a token:
-    only in its forward do adapters of PEFT change weights."""
+    """The results of experts for rows `(r, d)` sorted by expert. If they have a wrapper, it is called with each row as
+    a token, because adapters of PEFT change weights only in its forward."""
     if get_wrapped_module(experts) is None:
         return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
     row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
@@ -222,7 +222,7 @@ def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert:
 
 
 class InputWeightedExperts(ExpertsWrapper):
-    """Multiplies what experts read by the weights of their assignments, instead of what they return (Llama 4).
+    """Multiplies the experts' inputs, instead of their outputs, by the weights of the assignments (Llama 4).
 
     Args:
         experts: experts that have `compute`, such as `GatedExperts`.
@@ -253,10 +253,11 @@ class InputWeightedExperts(ExpertsWrapper):
 
 
 class NormedExperts(ExpertsWrapper):
-    """Puts a norm on what experts return, before the weights of the assignments multiply it.
+    """Applies a norm to the experts' outputs, before they are multiplied by the weights of the assignments.
 
     Args:
-        experts: experts that have `compute`, such as `GatedExperts`. `InputWeightedExperts` go around the norm.
+        experts: experts that have `compute`, such as `GatedExperts`. `InputWeightedExperts` must wrap the norm, not be
+            wrapped by it.
         norm: a module that maps rows `(r, d)`.
 
     Example:
@@ -316,7 +317,7 @@ class Shift(nn.Module):
 
 
 class GatedSharedExpert(nn.Module):
-    """`sigmoid(gate(x)) * module(x)`, as the shared expert of Qwen2-MoE (arXiv 2407.10671).
+    """`sigmoid(gate(x)) * module(x)`, like the shared expert of Qwen2-MoE (arXiv 2407.10671).
 
     Args:
         module: maps `(..., d)` to the same shape.

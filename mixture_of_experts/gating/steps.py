@@ -159,4 +159,4 @@ class LearnedScale(nn.Module):
 
 
 #: steps that read each token by itself; functions are unknown
-KNOWN_STEPS = {AlwaysChosen, OpenGroups, NormalizeBy, LearnedScale}
+KNOWN_STEPS: set[type] = {AlwaysChosen, OpenGroups, NormalizeBy, LearnedScale}

@@ -1,1 +1,1 @@
-"""Triton kernels, and how they are launched: tensors in, tensors out."""
+"""Triton kernels and their launchers: tensors in, tensors out."""

@@ -1,15 +1,15 @@
-# type: ignore  (a language of its own: type checkers take it for Python)
+# type: ignore  (Triton's language, which type checkers take for Python)
 """Kernels of a routed feed-forward network: tiles, products of rows and weights, sums of a token's rows.
 
 Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
 o output dim. In a product m are rows, n columns of the result, and c what is summed over.
 
-A tile is up to BLOCK_M rows of one expert; a table says where each tile is. The grid has the largest possible number of
-tiles, and programs of tiles that are not needed (expert -1) return at once. No two programs write to one place, and
-every sum has a fixed order, so all runs give the same bits. Strides between rows and between experts are int64. Offsets
-within a tile and within an expert's matrix are int32 (matrices of 2^31 elements are refused before). For a row or
-column past the end a place inside is read, and nothing is stored; past the end of a sum zeros are read. Rows after the
-last expert's are neither written nor read.
+A tile is up to BLOCK_M rows of one expert; a table locates the tiles. The grid has the largest possible number of
+tiles, and programs of tiles that are not needed (expert -1) return at once. No two programs write to the same location,
+and every sum has a fixed order, so all runs are bitwise identical. Strides between rows and between experts are int64.
+Offsets within a tile and within an expert's matrix are int32 (matrices of 2^31 elements are rejected before the
+launch). For a row or column past the end, a location inside is read and nothing is stored; past the end of a sum, zeros
+are read. Rows after the last expert's are neither written nor read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mixture_of_experts.kernels.pointwise import (
 @triton.jit(do_not_specialize=["num_tiles", "num_experts"])
 def find_tiles_kernel(
     counts,  # (e,) int64
-    tiles,  # (tiles, 3) int32: out, of each its expert (-1: it is not needed), first row, and the row after its last
+    tiles,  # (tiles, 3) int32: out, the expert (-1: not needed), first row, and row after the last one of each tile
     ends,  # (e,) int32: out, the row after each expert's last
     num_tiles,
     num_experts,
@@ -36,7 +36,7 @@ def find_tiles_kernel(
     BLOCK: tl.constexpr,  # tiles of a program
     BLOCK_E: tl.constexpr,
 ):
-    """Write the table of tiles. A tile belongs to the first expert whose tiles, summed up, end after it."""
+    """Write the table of tiles. A tile belongs to the first expert whose cumulative number of tiles exceeds it."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.zeros((BLOCK,), tl.int32)
     first_tile = tl.zeros((BLOCK,), tl.int32)
@@ -80,10 +80,10 @@ def swizzle_program(program, blocks_m, blocks_n):
 
 @triton.jit
 def locate_tile(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
-    """What a program computes: some rows of an expert (-1: nobody's) and a block of columns.
+    """What a program computes: some rows of an expert (-1: none) and a block of columns.
 
-    Returns the expert, its first row here, the rows from there on, which of them exist (the others are read at the
-    first), and the number of the block.
+    Returns the expert, its first row here, the rows from there on, which of them exist (for the others the first row is
+    read), and the index of the block.
     """
     tile, block = swizzle_program(tl.program_id(0), num_tiles, blocks_n)
     place = tiles + 3 * tile
@@ -113,7 +113,7 @@ def load_row_weights(row_weight, assignment, row, exists, num_assignments):
 
 @triton.jit
 def load_block(block, inside, EVEN: tl.constexpr):
-    """Read a block; zeros for what lies outside (with EVEN nothing does)."""
+    """Read a block, with zeros for elements outside (with EVEN there are none)."""
     return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
 
 
@@ -130,8 +130,8 @@ def accumulate_products(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + left @ right, `length` summed over in blocks of BLOCK_C; `step` from one row of the right to the next. If
-    `right_up` is not None, acc_up + left @ right_up too, with the left operand read once."""
+    """acc + left @ right, summed over `length` in blocks of BLOCK_C; `step` is the stride from one row of `right` to
+    the next. If `right_up` is not None, also acc_up + left @ right_up, with the left operand read once."""
     for start in range(0, length, BLOCK_C):
         inside = start + tl.arange(0, BLOCK_C) < length
         a = load_block(left, inside[None, :], EVEN)
@@ -150,7 +150,7 @@ def accumulate_products(
 
 @triton.jit
 def split_columns(block, INTERLEAVED: tl.constexpr):
-    """Return two blocks of half the columns: every second one, or those on the left and those on the right."""
+    """Return two blocks of half the columns each: alternating columns, or the left and the right half."""
     if INTERLEAVED:
         parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
     else:
@@ -166,7 +166,7 @@ def grouped_matmul_kernel(
     weight_up,  # the second weight of gated experts, or None
     bias,  # (e, n) or (e, 2 n) in any strides, or None
     bias_up,
-    pre,  # (r, n) or (r, 2 n), rows `pre_r` apart: the products, kept for the backward; or None
+    pre,  # (r, n) or (r, 2 n), rows `pre_r` apart: the products, saved for the backward; or None
     pre_up,
     out,  # (r, n)
     tiles,
@@ -235,13 +235,13 @@ def grouped_matmul_kernel(
 
 @triton.jit
 def add_column_bias(acc, bias, place):
-    """Return acc plus the bias, a number for each column, if there is one."""
+    """Return acc plus the bias of each column, if there is one."""
     return acc if bias is None else acc + tl.load(bias + place).to(tl.float32)[None, :]
 
 
 @triton.jit
 def store_block(acc, out, place, stored):
-    """Store sums, if there is a tensor for them."""
+    """Store sums if there is a tensor for them."""
     if out is not None:
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
 
@@ -280,8 +280,8 @@ def hidden_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of the pre-activations. That of a row's weight is `grad . (hidden w + bias)`, and the first part of it
-    `(grad w^T) . hidden`: no row of outputs is kept for it."""
+    """Gradients of the pre-activations. The gradient of a row's weight is `grad . (hidden w + bias)`. Its first part
+    is computed as `(grad w^T) . hidden`, so that no row of outputs has to be saved."""
     TWO: tl.constexpr = pre_up is not None
     blocks = tl.cdiv(N, BLOCK_N)
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, blocks, BLOCK_M)
@@ -310,13 +310,13 @@ def hidden_grads(
         grad_pre_up += first * pre_r
     if hidden is not None:
         hidden += first * N
-    # in slices, or the registers do not hold it
+    # in slices: the whole does not fit into the registers
     dtype: tl.constexpr = grad_pre.dtype.element_ty
     width: tl.constexpr = BLOCK_N // 4
     left_half, right_half = split_columns(acc, False)
     parts = split_columns(left_half, False) + split_columns(right_half, False)
     for i in tl.static_range(4):
-        grad_hidden = parts[i]  # of rows of weight 1
+        grad_hidden = parts[i]  # for rows of weight 1
         start = block * BLOCK_N + i * width
         column = start + tl.arange(0, width)
         stored = exists[:, None] & (column < N)[None, :]
@@ -365,8 +365,8 @@ def row_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of rows of tokens. Two loops: two products into one sum within one loop are miscompiled on Blackwell
-    (https://github.com/triton-lang/triton/issues/10821)."""
+    """Gradients of rows of tokens. It uses two loops because two products into one sum within one loop are miscompiled
+    on Blackwell (https://github.com/triton-lang/triton/issues/10821)."""
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
@@ -412,8 +412,9 @@ def weight_grads(
 ):
     """Compute `x^T y` over the rows of each expert; zeros for an expert without rows.
 
-    x is read as it is multiplied, `(m, c)`, and the rows to gather are read a turn ahead: so both operands are copied
-    asynchronously, with as many blocks under way as the schedule says. Of two weights, each has every second program.
+    x is read in the layout in which it is multiplied, `(m, c)`, and the indices of gathered rows are read one iteration
+    ahead. So both operands are copied asynchronously, with as many blocks in flight as the schedule has stages. With
+    two weights, the programs alternate between them.
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -448,7 +449,7 @@ def weight_grads(
 @triton.jit(do_not_specialize=["num_tokens", "num_assignments"])
 def bias_grads_kernel(
     y,  # (t or r, n)
-    token,  # (r,) int32: which rows of y are read, each times its weight; None reads those of the expert
+    token,  # (r,) int32: which rows of y are read, each times its weight; None: the expert's own rows
     row_weight,  # (a,) float32
     assignment,  # (r,) int32
     ends,  # (e,) int32: the row after each expert's last
@@ -483,7 +484,7 @@ def bias_grads_kernel(
 
 @triton.jit
 def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
-    """Return acc plus the weighted row of assignment `index`; a row of `num_rows` means none: it adds 0."""
+    """Return acc plus the weighted row of assignment `index`; the row `num_rows` means none and adds 0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
     row = tl.minimum(row, num_rows - 1)
@@ -508,7 +509,7 @@ def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.c
 def sum_rows_kernel(
     rows,  # (r, d), or None
     row_of,  # (a,) int32: the rows of a token, one after the other
-    weight,  # (a,) float32; None sums without
+    weight,  # (a,) float32; None: the sum is not weighted
     out,  # (t, d)
     partial,  # (r, blocks) float32: parts of the gradient of each row's weight; or None
     grad_weight,  # (a,): out, of each assignment
@@ -519,7 +520,7 @@ def sum_rows_kernel(
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK: tl.constexpr,
 ):
-    """Sum each token's rows, in float32 and in order; and write the gradients of their weights."""
+    """Sum each token's rows, in float32 and in order, and write the gradients of their weights."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if rows is not None:

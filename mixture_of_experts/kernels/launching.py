@@ -1,4 +1,4 @@
-"""What all kernels of Triton share: where they may start, how they do, and their self-checks."""
+"""Utilities of all Triton kernels: on which devices they run, how they are launched, and their self-checks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.tracing import get_device_capability
 
 OUT_OF_MEMORY = "there is no memory to check them"
-_SELF_CHECKS: list[SelfCheck] = []  # all there are
+_SELF_CHECKS: list[SelfCheck] = []  # all instances
 
 
 def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
-    """The compute capability for which kernels on a card are scheduled: one of the same instructions, and of no more
-    shared memory. None for a card that no kernel is written for."""
+    """The compute capability for which kernels on a card are scheduled: one with the same instructions and no more
+    shared memory. None for a card that the kernels do not support."""
     if capability[0] == 8:
         return (8, 0) if capability[1] in (0, 7) else (8, 6)
     return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(capability[0])
@@ -49,8 +49,8 @@ def device_unsupported_reason(device: torch.device) -> str | None:
 def can_launch_kernels(device: torch.device) -> bool:
     """Whether routers may launch kernels on a device.
 
-    They may where kernels run: on a GPU, unless another way is asked for; on a CPU, if "triton" is asked for. A traced
-    graph has torch's operators, which compilers fuse.
+    They may where kernels run: on a GPU, unless another implementation is requested; on a CPU, if "triton" is
+    requested. A traced graph uses torch's operators, which compilers fuse.
     """
     way = requested_implementation()
     if way not in ("auto", "triton") or is_in_transform() or torch.compiler.is_compiling():
@@ -64,7 +64,7 @@ def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Start a kernel. All kernels start here."""
+    """Launch a kernel. All kernels are launched here."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
         kernel[grid](**arguments, enable_fp_fusion=True)
@@ -72,9 +72,9 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @contextmanager
 def isolate_from_modes(device: torch.device) -> Iterator[None]:
-    """A context for checks: gradients are taken in full, whatever modes the caller has set, and numbers may be read.
+    """A context for checks: gradients are computed and values can be read, whatever modes the caller has set.
 
-    Activation checkpointing does not see what runs in it: a recomputation does not check again.
+    It is invisible to activation checkpointing, because a recomputation does not check again.
     """
     mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
     try:
@@ -94,15 +94,15 @@ def isolate_from_modes(device: torch.device) -> Iterator[None]:
 
 
 class SelfCheck:
-    """Checks, before kernels serve a first call of each kind, that they compute what they should on a device.
+    """Checks, before the first call of each kind, that kernels compute what they should on a device.
 
-    A kernel that differs from torch's operators, or raises, turns off all kinds of this check that were not yet found
-    right, with a warning: a compiler that was wrong once is not trusted again. A kind that was found right still
-    serves, since a recomputation has to take the way of its forward. So a lack of memory is kept as a verdict too, but
-    on one kind alone.
+    A kernel whose results differ from those of torch's operators, or that raises, disables all kinds of this check that
+    have not passed yet, with a warning: a compiler that was wrong once is not trusted again. Kinds that have passed
+    stay enabled, because a recomputation must use the same implementation as its forward. For the same reason, running
+    out of memory is stored as a verdict too, but for one kind only.
 
     Args:
-        kernels: their name in the warning.
+        kernels: name of the kernels in the warning.
     """
 
     def __init__(self, kernels: str) -> None:
@@ -111,17 +111,17 @@ class SelfCheck:
         _SELF_CHECKS.append(self)
 
     def failure_reason(self, device: torch.device, kind: Hashable, find_fault: Callable[[], str | None]) -> str | None:
-        """Check the kernels for a kind of calls. Returns what is wrong with them, or None if they are right.
+        """Check the kernels for a kind of calls. Returns what is wrong with them, or None if they are correct.
 
         Args:
             device: the device of the call.
             kind: what programs depend on; each kind is checked once.
-            fault: a function that computes such a call and returns what is wrong, or None.
+            find_fault: a function that computes such a call and returns what is wrong, or None.
         """
         verdicts = self.verdicts
         if kind in verdicts:
             return verdicts[kind]
-        # of a list: other threads may add verdicts meanwhile
+        # iterate over a list: other threads may add verdicts meanwhile
         if wrong := next((said for said in list(verdicts.values()) if said not in (None, OUT_OF_MEMORY)), None):
             return wrong
         if device.type == "cuda" and is_capturing_graph(device):
@@ -151,12 +151,12 @@ class SelfCheck:
 
 
 def clear_out_of_memory_verdicts() -> None:
-    """Let kinds of calls be checked anew that could not be checked for want of memory."""
+    """Forget the verdicts of kinds that could not be checked for lack of memory, so that they are checked again."""
     for check in _SELF_CHECKS:
         check.verdicts = {kind: verdict for kind, verdict in list(check.verdicts.items()) if verdict != OUT_OF_MEMORY}
 
 
 def is_capturing_graph(device: torch.device) -> bool:
-    """Whether the current stream of a CUDA device is captured into a graph."""
+    """Whether the current stream of a CUDA device is being captured into a graph."""
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

@@ -1,9 +1,9 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""The kernels that find the row of each assignment: from queues, or for few assignments without them.
+"""The kernels that find the row of each assignment: from queues or, for small numbers of assignments, without them.
 
 Axes: a assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
-q = e b queues (every expert has one for each group), c choices of the gate that has these queues: for one level the
-assignments, for two levels the choices of level two.
+q = e b queues (every expert has one for each group), c choices of the gate that has these queues: with one level the
+assignments, with two levels the choices of level two.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def find_rows_kernel(
     chosen,  # (c,) bool: the choices that queue
     kept,  # (c,) bool: the choices that are computed
     slot,  # (a / k2,) int64, for two levels: the gate's token for each choice of level one, s for none; else None
-    length,  # (q,) int64: the rows of each queue; a position beyond has no row
-    stop,  # (q,) int64: the row behind the last one of each queue
+    length,  # (q,) int64: the rows of each queue; a position past them has no row
+    stop,  # (q,) int64: the row after the last one of each queue
     row,  # (a,) int32, written: the row of each assignment; r where it has none
     assignment,  # (r,) int32, written: the assignment of each row; a past the last expert's
     token,  # (r,) int32, written: the token of each row; t past the last expert's
@@ -49,11 +49,11 @@ def find_rows_kernel(
     BLOCK: tl.constexpr,  # assignments of a program
     BLOCK_E: tl.constexpr,
 ):
-    """Find rows from queues: those of a queue stand behind those of the queues before it.
+    """Find rows from queues: those of a queue follow those of the queues before it.
 
-    An assignment may hold a slot without being computed (its weight is 0). Its row has a token and is computed all the
-    same, but nobody reads it. Of two levels, a gate of one's own may fill slots that have no token, and so need more
-    than r rows: those from r on are left out.
+    An assignment of weight 0 may occupy a slot although its result is not used. Its row has a token and is computed all
+    the same, but it is never read. With two levels, a custom gate may fill slots that have no token, and so need more
+    than r rows: those from r on are omitted.
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -107,7 +107,7 @@ def rank_rows_kernel(
 ):
     """Find rows of few assignments: each counts the assignments of lower experts, and the earlier ones of its own.
 
-    Assignments that are not kept stand behind all experts, so that every place belongs to one assignment.
+    Assignments that are not kept are placed after all experts, so that every position belongs to one assignment.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_assignments

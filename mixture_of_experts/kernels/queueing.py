@@ -3,7 +3,7 @@
 
 Axes: r groups of all routers, n tokens of a group, k choices of a token, a assignments of a group (n k), e experts.
 
-The assignments of a group stand in one line, in the order in which they queue, and the line is cut into blocks.
+The assignments of a group form one line, in the order in which they queue, and the line is split into blocks.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ QUEUE_BLOCK = 64  # assignments of a program
 def load_queue_block(
     expert,  # (r, a) int64: the expert of each assignment, token by token
     chosen,  # (r, a) bool: the assignments that queue; None if all do
-    order,  # (r, n) int64: the tokens in the order in which they queue; None if in their own
+    order,  # (r, n) int64: the tokens in the order in which they queue; None if in their own order
     length,
     num_experts,
     num_blocks,
     CHOICES: tl.constexpr,
-    BY_CHOICE: tl.constexpr,  # all first choices stand before all second ones
+    BY_CHOICE: tl.constexpr,  # all first choices come before all second ones
     BLOCK: tl.constexpr,
 ):
-    """Return a program's row and block of the line; and for the assignments of the block where they are stored, whether
-    they exist, and their experts (e where an assignment does not queue)."""
+    """Return a program's row and block of the line and, for the assignments of the block, where they are stored,
+    whether they exist, and their experts (e if an assignment does not queue)."""
     row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     index = block * BLOCK + tl.arange(0, BLOCK)
     exists = index < length * CHOICES
@@ -80,7 +80,7 @@ def rank_queue_kernel(
     order,
     total,  # (r, e, blocks) int64: each expert's assignments up to the end of a block
     position,  # (r, a) int64: the result, the position of each assignment in its queue
-    queued,  # (r, e) int64: the result too, the length of each queue
+    queued,  # (r, e) int64: also a result, the length of each queue
     length,
     num_experts,
     num_blocks,
@@ -116,7 +116,7 @@ def queue_assignments(
         chosen: `(r, a)` bool; None if all assignments queue.
         order: `(r, n)` int64, the tokens in the order in which they queue; None if in their own order.
         num_experts, k: e and k.
-        by_choice: whether all first choices stand before all second ones, or all choices of a token before those of
+        by_choice: whether all first choices come before all second ones, or all choices of a token before those of
             the next.
     """
     position, queued = allocate_queues(expert, num_experts)

@@ -1,8 +1,8 @@
-# type: ignore  (a language of its own: type checkers take it for Python)
-"""The kernels of `Top2Gating`: two choices of every token with their weights and what losses sum, and their gradient.
+# type: ignore  (Triton's language, which type checkers take for Python)
+"""The kernels of `Top2Gating`: two choices of every token, their weights, the sums of losses, and their gradient.
 Operators of torch launch them.
 
-Axes: g groups (outer experts stand before it: `...`), n tokens of a group, e experts, p programs of a group.
+Axes: g groups (preceded by outer experts: `...`), n tokens of a group, e experts, p programs of a group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
-MAX_NUMEL_AT_ONCE = 1024  # numbers of tokens and experts that a program has in registers at once
+MAX_NUMEL_AT_ONCE = 1024  # elements (tokens x experts) that a program has in registers at once
 GRAD_NAMES = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
 MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens of a program, and of those that it has at once
 
@@ -24,17 +24,17 @@ MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens of a program, and
 @triton.jit(do_not_specialize=["length", "programs"])
 def top_2_kernel(
     logits,  # (g, n, e) float32
-    full,  # (g, n) bool, the tokens that make a first choice, and count; None: all
+    full,  # (g, n) bool, the tokens that make a first choice and are counted; None: all
     active,  # (g, n) bool, the tokens that make a second one; None with `full`
     uniform,  # (g, n) float32, between 0 and 1, for the policy "random"; or None
-    expert,  # (g, n, 2) int64: out, as all that follow; the lowest index on a tie
+    expert,  # (g, n, 2) int64: out, like all that follow; ties go to the lowest index
     weight,  # (g, n, 2) float32
     chosen,  # (g, n, 2) bool, the choices that are made
-    primary,  # (g, n, 2) bool, those of more than half the weight
+    primary,  # (g, n, 2) bool, those with more than half of the weight
     probs,  # (g, n, e) float32
     log_total,  # (g, n) float32, the logits' logsumexp
-    sums,  # (2, g, p, e) float32: of the tokens that count, first choices of each expert and probabilities
-    totals,  # (g, p, 2) float32: the sum of the squares of their `log_total`, and their number
+    sums,  # (2, g, p, e) float32: over the counted tokens, the first choices and the probabilities of each expert
+    totals,  # (g, p, 2) float32: the sum of their squared `log_total`, and their number
     length,  # n
     programs,  # p
     num_experts,
@@ -74,9 +74,9 @@ def top_2_kernel(
         p_1 = tl.sum(tl.where(is_best, prob, 0.0), 1)
         p_2 = tl.sum(tl.where(column == second[:, None], prob, 0.0), 1)
         p_1, p_2 = tl.where(is_full, p_1, 0.0), tl.where(same, 0.0, p_2)
-        # rounded as IEEE says: the weights of a tie are 0.5 and not more, which a division by `/` does not promise
+        # IEEE rounding: the weights of a tie are exactly 0.5, which a division by `/` does not guarantee
         weights = tl.div_rn(tl.join(p_1, p_2), (p_1 + p_2 + eps)[:, None])
-        weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # 0 by a sum of NaN too
+        weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # 0 also if the sum is NaN
 
         if POLICY == "none":
             sent = is_first
@@ -88,7 +88,7 @@ def top_2_kernel(
         else:
             tl.static_assert(POLICY == "all")
             sent = choice < 2
-        if BLOCK_E == 1:  # after the only expert there is no second one
+        if BLOCK_E == 1:  # with a single expert there is no second one
             sent = sent & (weights != 0)
         if full is not None:
             is_active = tl.load(active + token, mask=is_token, other=False)
@@ -120,7 +120,7 @@ def top_2_grads_kernel(
     expert,  # (t, 2) int64
     log_total,  # (t,) float32
     full,  # (t,) bool; None: all
-    grad_weight,  # (t, 2) float32; None, as the others: 0
+    grad_weight,  # (t, 2) float32; here and below, None means 0
     grad_probs,  # (t, e) float32
     grad_log_total,  # (t,) float32
     grad_proxy,  # (g, e) float32
@@ -133,7 +133,7 @@ def top_2_grads_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Write the gradient of the logits, which `grads_by_operators` computes by torch's operators."""
+    """Write the gradient of the logits, which `grads_by_operators` computes with torch's operators."""
     column = tl.arange(0, BLOCK_E)[None, :]
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
@@ -182,7 +182,7 @@ def choose_top_2(
     """Return `expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of `top_2_kernel`.
 
     Args:
-        logits: `(..., g, n, e)` float32, of one token at least.
+        logits: `(..., g, n, e)` float32, with at least one token.
         full, active: `(..., g, n)` bool, both or neither.
         uniform: `(..., g, n)` float32 for the policy "random".
         policy, threshold, eps: settings of the gate.
@@ -213,7 +213,7 @@ def _(logits, *settings):
 
 
 def get_launch_sizes(num_experts: int) -> tuple[int, int, int]:
-    """Tokens that a program has at once, all its tokens, and the least power of 2 that is enough for the experts."""
+    """Tokens that a program has at once, all its tokens, and the smallest power of 2 that holds the experts."""
     block = triton.next_power_of_2(num_experts)
     rows = min(MAX_NUMEL_AT_ONCE // block, MAX_TOKENS_AT_ONCE)
     return rows, max(rows, MIN_TOKENS_PER_PROGRAM), block
@@ -245,9 +245,10 @@ def choose_top_2_grads(
     eps: float,
     grads: list[Tensor | None],
 ) -> Tensor:
-    """Return the gradient of the logits `(..., g, n, e)`, from what `two_best` told and from `grads` of it; None is 0.
+    """Return the gradient of the logits `(..., g, n, e)`, from the results of `choose_top_2` and their `grads`.
 
-    These are of weight, probs and log_total, and of sums over programs: the proxy `(..., g, e)` and the squares `()`.
+    These are the gradients of weight, probs and log_total, and of sums over programs: the proxy `(..., g, e)` and the
+    squares `()`. None means 0.
     """
     n, e = probs.shape[-2:]
     rows, _, block = get_launch_sizes(e)

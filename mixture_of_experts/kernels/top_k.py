@@ -19,16 +19,16 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 def top_k_kernel(
     logits,  # (t, e) float32
     bias,  # (e,) float32, added to the scores for choosing only; or None
-    expert,  # (t, k) int64, and below: results, best choice first; on a tie the lowest index first
+    expert,  # (t, k) int64: a result, like those below; best choice first, ties in order of the index
     weight,  # (t, k) float32
     probs,  # (t, e) float32
-    losses,  # (b, 2) float32: what a group adds to the balancing loss and to the z-loss
+    losses,  # (b, 2) float32: a group's terms of the balancing loss and of the z-loss
     length,  # n
     num_experts,
     balance_scale,
     z_scale,
     SOFTMAX: tl.constexpr,  # scores are a softmax, else sigmoids
-    OF_CHOSEN: tl.constexpr,  # weights are a softmax over the logits of the chosen, else their scores
+    OF_CHOSEN: tl.constexpr,  # weights are a softmax over the logits of the chosen experts, else their scores
     NORMALIZE: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
@@ -97,13 +97,13 @@ def choose_top_k(
     balance_scale: float,
     z_scale: float,
 ) -> list[Tensor]:
-    """Return experts and weights `(b, n, k)`, probabilities `(b, n, e)` and terms `(b, 2)` of losses; see `choose`.
+    """Return experts and weights `(b, n, k)`, probabilities `(b, n, e)` and loss terms `(b, 2)`; see `top_k_kernel`.
 
     Args:
         logits: `(b, n, e)` float32.
         bias: `(e,)` float32, or None.
         k, softmax, of_chosen, normalize, scale, eps: settings of the gate.
-        balance_scale, z_scale: what the terms are multiplied by.
+        balance_scale, z_scale: factors of the two loss terms.
     """
     b, n, e = logits.shape
     found = allocate_top_k(logits, k)
@@ -135,7 +135,7 @@ def _(logits, bias, k, *settings):
 
 
 def allocate_top_k(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """Return memory for the results of `choose`, by their names there."""
+    """Return memory for the results of `top_k_kernel`, by their names there."""
     b, n, e = logits.shape
     return dict(
         expert=logits.new_empty(b, n, k, dtype=torch.int64),

@@ -1,11 +1,12 @@
-"""Routed feed-forward networks: chooses the way that computes a call.
+"""Routed feed-forward networks: selects the implementation that computes a call.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
 
-A way is a module with two functions: `why_not(call)` returns None, or why it cannot compute the call, and `run(call)`
-computes it. Ways are tried in the order of `WAYS`. `why_not` does not look at values, the number of tokens or the grad
-mode, so that a recomputation takes the same way as its forward. (Decoding in eval has a way of its own on some cards,
-and is a branch inside others.)
+An implementation is a module with two functions: `unsupported_reason(call)` returns None, or the reason why it cannot
+compute the call, and `run(call)` computes it. Implementations are tried in the order of `IMPLEMENTATIONS`.
+`unsupported_reason` does not depend on values, the number of tokens or the grad mode, so that a recomputation uses the
+same implementation as its forward. (Decoding in eval mode has its own implementation on some cards, and is a branch
+inside the implementation on others.)
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ __all__ = [
     "use",
 ]
 
-# the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
+# the fastest implementation comes first; "plain" handles every call, so one listed after it is only selected by `use`
 IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
 IMPLEMENTATIONS |= {BATCH_INVARIANT: batch_invariant}
 check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTATIONS))
@@ -73,20 +74,21 @@ check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTAT
 def use(
     implementation: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "batch_invariant"],
 ) -> Iterator[None]:
-    """Compute every call of `routed_ffn` and `moe_ffn` by one way, while the context lasts.
+    """Context manager that computes every call of `routed_ffn` and `moe_ffn` with one implementation.
 
-    "auto" takes the fastest way for each call. "batch_invariant" gives each token of a dropless layer, on a CPU, the
-    same bits alone and in any batch, router and shared expert included; a layer with a part that is not known to keep
-    them raises before anything is computed. The context holds for all threads of the process (a backward on a GPU has
-    its own). If several are open, the last one entered holds.
+    "auto" selects the fastest implementation for each call. "batch_invariant" makes the output of each token of a
+    dropless layer on a CPU bitwise identical alone and in any batch, router and shared expert included; a layer with a
+    part that is not known to be batch-invariant raises before anything is computed. The context applies to all threads
+    of the process (a backward on a GPU has its own thread). If several contexts are open, the last one entered applies.
     Activation checkpointing must recompute in the same context, so keep the backward inside. The environment variable
-    `MIXTURE_OF_EXPERTS_KERNELS` sets a way for the whole process. With another name than these two, experts that no way
-    computes are unchanged.
+    `MIXTURE_OF_EXPERTS_KERNELS` sets an implementation for the whole process. With any name other than these two,
+    experts that none of the implementations computes, such as a list of modules, are unchanged.
 
     Raises:
-        ValueError: the name is unknown; or, at a call, this way cannot compute it: the error says why.
-        RuntimeError: at a call: for "batch_invariant", this CPU's products of the experts' sizes have other bits for
-            every number of rows that is tried. For "triton", a second derivative is taken, or the tokens and a weight
+        ValueError: the name is unknown; or, at a call, this implementation does not support it: the error gives the
+            reason.
+        RuntimeError: at a call: for "batch_invariant", products of the experts' sizes on this CPU have different bits
+            for every block size that is tried. For "triton", a second derivative is taken, or the tokens and a weight
             are on two GPUs.
 
     Example:
@@ -105,10 +107,11 @@ def use(
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
-    """Call a layer without gradients; return which way computed its experts and its gates, and why no faster one did.
+    """Call a layer without gradients; return which implementations computed its experts and gates, and why no faster
+    ones did.
 
-    The call is a normal one in the layer's mode: hooks run, and buffers may change. The state of random generators is
-    restored.
+    The call is a normal one in the layer's current mode: hooks run, and buffers may change. The state of random
+    generators is restored.
 
     Args:
         layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`; the first such call is explained.
@@ -134,20 +137,22 @@ def prepare(
 ) -> dict[tuple[int, int], Explanation]:
     """Compile and check the kernels that a layer launches, before training or serving.
 
-    Triton compiles a program when it is launched first, and the kernels check themselves then. Both take seconds, in
-    each process. So this function calls the layer on random tokens of each given shape, in its experts' dtype, in its
-    mode and under the caller's autocast: in training forward and backward, in eval without gradients. Gradients,
-    buffers and random generators stay as they are, but hooks run: call it before the layer is wrapped or watched. It
-    checks again what there was no memory to check. One call serves all layers of equal settings.
+    Triton compiles a program at its first launch, and the kernels run their self-checks then. Both take seconds in each
+    process. This function therefore calls the layer on random tokens of each given shape, in the dtype of its experts,
+    in its current mode and under the caller's autocast: forward and backward in training mode, without gradients in
+    eval mode. Gradients, buffers and random generators are left unchanged, but hooks run: call it before the layer is
+    wrapped or monitored. Self-checks that ran out of memory before are repeated. One call is enough for all layers with
+    equal settings.
 
     Args:
         layer: a `MoE`, a `HeirarchicalMoE`, or another module of inputs `(sequences, tokens, layer.dim)` with
             parameters.
-        tokens: number of tokens of a sequence; or several.
-        sequences: number of sequences; or several. Each is combined with each number of tokens.
+        tokens: number of tokens of a sequence, or several such numbers.
+        sequences: number of sequences, or several such numbers. Each is combined with each number of tokens.
 
     Returns:
-        For each `(sequences, tokens)` the way that computed the experts, as `explain_call` tells it.
+        For each `(sequences, tokens)` the `Explanation` of the implementation that computed the experts, as
+        `explain_call` returns it.
 
     Example:
         >>> from mixture_of_experts import MoE
@@ -193,14 +198,15 @@ def routed_ffn(
     training: bool = False,
     implementations: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Compute tokens by the experts of a decision; return each token's weighted sum of their outputs, `(t, o)`.
+    """Compute tokens with the experts of a decision; return each token's weighted sum of their outputs, `(t, o)`.
 
     Args:
         x: `(t, d)`.
         decision: the gates' decision on these tokens.
         network: the experts' weights.
         training: the experts' mode.
-        ways: other ways by the names of the usual ones, for another kind of network; the last one takes every call.
+        implementations: replacements for `IMPLEMENTATIONS` under the same names, for another kind of network; the last
+            one must handle every call.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
@@ -225,24 +231,26 @@ def moe_ffn(
     b3: Tensor | None = None,
     training: bool = False,
 ) -> Tensor:
-    """Compute feed-forward experts on tokens that you routed: `sum_k weight_k * expert_k(x)`.
+    """Compute feed-forward experts on tokens that you have routed yourself: `sum_k weight_k * expert_k(x)`.
 
-    Experts compute `act(x w1) w2`, or gated `(act(x w1) * (x w3)) w2`. No choice is dropped. The result is
-    differentiable in x, weight, and all weights and biases.
+    Experts compute `act(x w1) w2` or, if gated, `(act(x w1) * (x w3)) w2`. No choice is dropped. The result is
+    differentiable with respect to `x`, `weight`, and all weights and biases.
 
     Args:
         x: `(t, d)`.
-        expert: `(t, k)` integers, the experts of each token. Ids below 0 or from e on are left out. A token may have an
-            expert twice.
+        expert: `(t, k)` integers, the experts of each token. Ids below 0 or at least e are ignored. A token may choose
+            the same expert twice.
         weight: `(t, k)`, weight of each choice; the sum over choices is taken in float32 at least.
         w1: `(e, d, h)`; with `gate_up` `(e, d, 2 h)`. Any strides are allowed: a transposed view costs nothing.
         w2: `(e, h, o)`; o may differ from d.
         w3: `(e, d, h)`, for gated experts with separate weights.
         activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts also a function
             `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. A module's parameters are trained.
-        gate_up: w1 holds gate and up projection: "concatenated" (gate, then up) or "interleaved" (columns in turn).
+        gate_up: how w1 holds gate and up projection: "concatenated" (gate, then up) or "interleaved" (alternating
+            columns).
         b1, b2, b3: biases of `w1`, `w2`, `w3`: `(e, h)` (`(e, 2 h)` with `gate_up`), `(e, o)`, `(e, h)`.
-        training: False allows a faster computation of few tokens without gradients (decoding), equal up to rounding.
+        training: False allows a faster computation of small numbers of tokens without gradients (decoding), with the
+            same result up to rounding.
 
     Returns:
         `(t, o)` in the dtype of x.

@@ -1,4 +1,4 @@
-"""Activations of experts: modules made from what a user gives, and known ones that write into given memory.
+"""Activations of experts: modules made from a user's argument, and known ones that write into preallocated memory.
 
 Axes: r rows, h hidden dim.
 
@@ -28,7 +28,7 @@ class ClampedSwiGLU(nn.Module):
 
     Args:
         alpha: steepness of the sigmoid.
-        limit: bound of the clamps: gate to at most `limit`, up to between -limit and limit.
+        limit: clamping bound: gate is clamped to at most `limit`, up to the range from -limit to limit.
 
     Shape:
         gate and up `(..., h)`; returns `(..., h)`.
@@ -62,7 +62,7 @@ class ClampedGLU(nn.Module):
 
     Args:
         activation: activation of the gate; a class, a module or a function.
-        limit: bound of the clamps: gate to at most `limit`, up to between -limit and limit.
+        limit: clamping bound: gate is clamped to at most `limit`, up to the range from -limit to limit.
         after: whether gate is clamped after the activation instead of before it.
 
     Shape:
@@ -164,7 +164,7 @@ def make_activation(activation: ActivationLike) -> nn.Module:
     if not callable(activation):
         raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
     if (known := module_for_function(activation)) is not activation:
-        return type(known)()  # a new one: hooks on it must not run in other layers
+        return type(known)()  # a new instance: hooks on it must not run in other layers
     made = (
         activation()
         if isinstance(activation, type) or _accepts_num_arguments(activation, 0)
@@ -193,16 +193,16 @@ def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tenso
     return activation(parts[0]) * parts[1]
 
 
-@assume_constant_result  # a graph could not read signatures
+@assume_constant_result  # a traced graph cannot read signatures
 def _needs_two_arguments(function: Callable, leading_arguments: int) -> bool:
-    """Whether a function can be called with two arguments but not with one, beside `more` arguments."""
+    """Whether a function can be called with two arguments but not with one, in addition to `leading_arguments`."""
     return not _accepts_num_arguments(function, 1 + leading_arguments) and _accepts_num_arguments(
         function, 2 + leading_arguments
     )
 
 
 def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
-    """Whether a function can be called with so many arguments; False for a builtin without signature."""
+    """Whether a function can be called with `num_arguments` arguments; False for a builtin without a signature."""
     try:
         inspect.signature(function).bind(*range(num_arguments))
     except (TypeError, ValueError):
@@ -211,7 +211,7 @@ def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
 
 
 class KnownActivation(NamedTuple):
-    """An activation of one tensor that writes its result and its gradient into given memory, also in place.
+    """An activation of one tensor that writes its result and its gradient into preallocated memory, also in place.
 
     `forward`, `recompute` and `backward` compute the hidden layer and its gradients from the pre-activations `pre`: one
     tensor, or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden layer. `backward` may
@@ -220,7 +220,7 @@ class KnownActivation(NamedTuple):
     Attributes:
         write: `write(h, out)` writes the activation of h.
         write_grad: `write_grad(grad, h, out)` writes its gradient.
-        kernel: the activation's name in `kernels/pointwise.py`; None if it has none.
+        kernel_name: the activation's name in `kernels/pointwise.py`; None if it has none.
     """
 
     write: Callable[[Tensor, Tensor], object]
@@ -247,7 +247,7 @@ class KnownActivation(NamedTuple):
 
 
 class KnownClampedSwiGLU(NamedTuple):
-    """Clamped SwiGLU, a function of gate and up, with the methods of `Known`."""
+    """Clamped SwiGLU, a function of gate and up, with the methods of `KnownActivation`."""
 
     act: ClampedSwiGLU
     kernel_name = "clamped_swiglu"
@@ -316,7 +316,7 @@ def module_for_function(activation: ActivationLike) -> Any:
 
 
 def unknown_activation_reason(activation: ActivationLike) -> str | None:
-    """Why a way cannot compute the activation itself, but must call the module or function; None if it can."""
+    """Why an implementation cannot compute the activation itself and must call the user's; None if it can."""
     if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"

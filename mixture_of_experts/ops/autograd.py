@@ -1,9 +1,9 @@
-"""A whole call as one function of autograd, for the ways that compute their own gradients.
+"""A whole call as one `torch.autograd.Function`, for the implementations that compute their own gradients.
 
 Axes: t tokens, a assignments, d model dim, o dim of the outputs.
 
-It saves tensors where hooks on saved tensors see them, and turns autocast off. Second derivatives, and many gradients
-at once, are computed by the definition, `plain.py`.
+It saves tensors where saved-tensor hooks see them, and turns autocast off. Second derivatives and batched gradients are
+computed by the definition, `plain.py`.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class FFNGradients(NamedTuple):
     network: dict[str, Tensor]
 
 
-# A way's own computation of outputs and gradients. `forward(x, plan, network, save)` returns outputs `(t, o)` of tokens
-# x `(t, d)`, and what the backward needs; nothing unless `save`. `backward(x, plan, network, saved, grad, wanted)` gets
-# that and `grad` `(t, o)`, the gradient of the outputs; `wanted` has "x" and names of `Network.tensors`. The gradient
-# of the assignments' weights is always computed.
+# An implementation's own computation of outputs and gradients. `forward(x, plan, network, save)` returns the outputs
+# `(t, o)` of tokens x `(t, d)`, and the tensors that the backward needs (none unless `save`).
+# `backward(x, plan, network, saved, grad, wanted)` receives these and `grad` `(t, o)`, the gradient of the outputs;
+# `wanted` contains "x" and names of `Network.tensors`. The gradient of the assignments' weights is always computed.
 ForwardFunction = Callable[[Tensor, Plan, Network, bool], tuple[Tensor, SavedTensors]]
 BackwardFunction = Callable[[Tensor, Plan, Network, SavedTensors, Tensor, Collection[str]], FFNGradients]
 
@@ -48,8 +48,8 @@ BackwardFunction = Callable[[Tensor, Plan, Network, SavedTensors, Tensor, Collec
 def run_differentiable(
     forward: ForwardFunction, backward: BackwardFunction, x: Tensor, plan: Plan, network: Network
 ) -> Tensor:
-    """Outputs `(t, o)` of tokens x `(t, d)` by a way's own computation of outputs and gradients, differentiable in x,
-    `plan.weight` and all tensors of the network."""
+    """Outputs `(t, o)` of tokens x `(t, d)` by an implementation's own `forward` and `backward`, differentiable with
+    respect to `x`, `plan.weight` and all tensors of the network."""
     weights = network.tensors().values()
     with disable_autocast(x.device):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights)):
@@ -89,7 +89,7 @@ class _RoutedFFN(torch.autograd.Function):
         x = next(tensors)
         plan: Plan = ctx.plan.from_saved({name: next(tensors) for name in ctx.tables})
         network: Network = ctx.network.with_tensors({name: next(tensors) for name in ctx.names})
-        if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # second derivatives, or many gradients at once
+        if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # second derivatives, or batched gradients
             return *4 * [None], *plain.compute_gradients(x, plan, network, grad)
         need_x, need_weight, *needs = ctx.needs_input_grad[4:]
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}

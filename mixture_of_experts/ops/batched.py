@@ -1,12 +1,12 @@
-"""A whole call, dispatch, experts and combine, in one function of autograd and torch's operators, for any GPU.
+"""A whole call (dispatch, experts and combine) in one `torch.autograd.Function` of torch's operators, for any GPU.
 
 Axes: t tokens, k choices, r rows (expert by expert), e experts, s slots of an expert, d model dim, h hidden dim,
 o dim of the outputs, p inner and q outer dimension of a weight.
 
 One gather and one sum serve all choices.
 
-The layout of rows and the products on them are a class: `SlotProducts`, `BlockProducts`, or another one given to `run`.
-Its `arrange` makes the plan of a decision, with a table that its products read.
+The layout of rows and the products on them are a class: `SlotProducts`, `BlockProducts`, or another one passed to
+`run`. Its `arrange` makes the plan of a decision, with a table that its products read.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mixture_of_experts.support.private_torch import is_exporting, is_in_transfo
 from mixture_of_experts.support.tracing import symbolic_max
 
 BIAS_GRAD_COLUMNS = (
-    8  # columns by which a bias's gradient is written as a product: grouped products want multiples of 8
+    8  # columns with which a bias's gradient is written as a product: grouped products require multiples of 8
 )
 
 
 class SlotProducts(row_network.Products):
-    """Rows in slots: every expert has equally many, and empty ones are zeros."""
+    """Rows in slots: every expert has the same number of slots, and empty ones are zeros."""
 
     num_batches: int
     empty: Tensor
@@ -98,9 +98,9 @@ class BlockProducts(SlotProducts):
     """Rows in blocks of equal size, each with rows of one expert and a copy of its weight; the plan's table has the
     expert of each block.
 
-    It needs no host sync: there are always as many blocks as any numbers of rows can need. A block has about as many
-    rows as the average expert, so there are at most about 2 e blocks. It saves the pre-activations of assignments, not
-    those of all rows.
+    It needs no host sync: the number of blocks is always the largest that any row counts can need. A block has about as
+    many rows as the average expert, so there are at most about 2 e blocks. Only the pre-activations of assignments are
+    saved, not those of all rows.
     """
 
     num_experts: int
@@ -129,8 +129,8 @@ class BlockProducts(SlotProducts):
         return add_rows(zeros, self.expert, products)
 
     def pack(self, pre: Tensor) -> Tensor:
-        """The pre-activations of assignments, and zeros, which `unpack` reads for an empty row: with those of any
-        assignment, a token that is not finite would reach the gradients of experts that do not compute it."""
+        """The pre-activations of assignments, and a row of zeros, which `unpack` reads for empty rows. If it read an
+        assignment's there, a token that is not finite would reach the gradients of experts that do not compute it."""
         row = self.plan.row.clamp(max=self.plan.num_rows - 1)
         packed = pre.new_empty(row.shape[0] + 1, pre.shape[-1])
         torch.index_select(pre, 0, row, out=packed[:-1])
@@ -145,7 +145,7 @@ class BlockProducts(SlotProducts):
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why this way cannot compute the call: no known activation, an export, a transform. None if it can."""
+    """Why this implementation cannot compute the call: no known activation, an export, a transform. None if it can."""
     if is_exporting():
         return "an exported graph has torch's own operators only"
     if is_in_transform():
@@ -159,7 +159,8 @@ def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
 
 
 def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, row_functions: Any = row_network) -> Tensor:
-    """`run` for any number of tokens. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
+    """`run` for any number of tokens. `row_functions` computes the rows: `ops.row_network`, or a module with the same
+    functions."""
     if not call.decision.prefers_rows() or call.x.shape[0] == 0:
         products = SlotProducts
     plan = products.arrange(call.decision)

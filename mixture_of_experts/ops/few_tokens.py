@@ -1,10 +1,11 @@
-"""A few tokens in inference, as in decoding on a GPU, in torch's operators and without a plan.
+"""A few tokens in inference, as in decoding on a GPU, with torch's operators and without a plan.
 
 Axes: t tokens, k choices, e experts, d model dim, o dim of the outputs.
 
-With so few rows, launches and the bytes of weights take the time. Each choice gets a copy of its expert's weights. If
-that would move more bytes than all weights have, every expert computes all tokens, and results that no token chose are
-left out. This serves only eval mode without gradients, because a recomputation must take the way of its forward.
+With so few rows, kernel launches and the bytes of weights dominate the time. Each choice gets a copy of its expert's
+weights. If that would move more bytes than all weights have, every expert computes all tokens, and results that no
+token chose are ignored. This applies only to eval mode without gradients, because a recomputation must use the same
+implementation as its forward.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ COPY_COST = 3  # a copied weight is read, written and read again
 
 
 def should_copy_weights(call: Call) -> bool:
-    """Whether copies for every choice move fewer bytes than all weights are."""
+    """Whether copies for every choice move fewer bytes than all weights have."""
     return COPY_COST * call.decision.weight.shape[0] < call.network.w_out.shape[0]
 
 
 def supports_call(call: Call) -> bool:
-    """Whether a call is one of token choice of few tokens, in eval and without gradients."""
+    """Whether a call has token choice and few tokens, in eval mode and without gradients."""
     tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
     if not (call.is_inference() and statically_known_true(tokens <= MAX_INFERENCE_TOKENS)):
         return False

@@ -1,9 +1,9 @@
-"""Grouped products: one operator multiplies every expert's rows by its own weight, without padding.
+"""Grouped matrix products: one operator multiplies every expert's rows by its own weight, without padding.
 
 Axes: e experts, r rows (sorted by expert), p inner and q outer dimension of a weight.
 
-On CUDA the operator is torch's own. On a CPU it is one of this package, so that a compiled graph can hold a loop over
-numbers of rows that are in a tensor.
+On CUDA the operator is torch's own. On a CPU it is defined by this package, so that a compiled graph can contain a loop
+over row counts that are in a tensor.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mixture_of_experts.support.tracing import get_device_capability
 AMD_ARCHITECTURES = ("gfx942", "gfx950")
 IS_AMD_GROUPED_GEMM_ENABLED = (
     os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
-)  # without it torch takes a loop on AMD's GPUs
+)  # without it torch runs a loop on AMD's GPUs
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why there is no operator for the operands of the call."""
+    """Why there is no operator for the operands of the call; None if there is one."""
     for weight in (*call.network.w_in, call.network.w_out):
         if (reason := no_operator_reason(call.x, weight)) is not None:
             return reason
@@ -48,11 +48,11 @@ def run(call: Call) -> Tensor:
 
 
 class GroupedProducts(batched.SlotProducts):
-    """Rows without gaps, by torch's grouped product on CUDA; the plan's table has the end of each expert's rows.
+    """Rows without gaps, with torch's grouped product on CUDA; the plan's table has the end of each expert's rows.
 
-    Rows past the last expert's may hold anything. Only the last row is read, by assignments without a row, times 0: no
-    expert fills it, so it is finite. With a token's row in its place, one that is not finite would reach other tokens,
-    because 0 * inf is NaN.
+    Rows past the last expert's may hold any values. Only the last row is read, by assignments without a row, times 0:
+    no expert fills it, so it is finite. If these assignments read a token's row instead, one that is not finite would
+    reach other tokens, because 0 * inf is NaN.
     """
 
     ends: Tensor
@@ -70,8 +70,8 @@ class GroupedProducts(batched.SlotProducts):
         assert plan.rows_per_expert is not None
         Products.__init__(self, plan)
         self.ends, self.num_tokens_per_expert = plan.table, plan.rows_per_expert
-        # The row of a slot that a choice of weight 0 holds reads the last token, times 0. If that token is not finite,
-        # so is the gradient of this expert's weights. To write zeros instead would be a pass over all rows.
+        # The row of a slot that is occupied by a choice of weight 0 reads the last token, times 0. If that token is not
+        # finite, neither is the gradient of this expert's weights. Writing zeros instead would be a pass over all rows.
         self.token = plan.token.clamp(max=plan.num_tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class GroupedProducts(batched.SlotProducts):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The total; the plan's spare row is 0, so that no row has to be added."""
+        """The total; the plan's spare row is set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
         self.rows: Any = self.by_weights(x, weight)
         for x, weight in others:
@@ -104,12 +104,12 @@ def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: T
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
-    # on Blackwell the result of an expert without rows is undefined (pytorch/pytorch#172439); of AMD's nothing is known
+    # on Blackwell the result of an expert without rows is undefined (pytorch/pytorch#172439); on AMD it is unknown
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
 def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Why torch's grouped product is no single kernel, but a loop with a host sync; None if it is one."""
+    """Why torch's grouped product is not a single kernel but a loop with a host sync; None if it is a single kernel."""
     if torch.version.hip is not None:
         card = torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
         if card not in AMD_ARCHITECTURES or not IS_AMD_GROUPED_GEMM_ENABLED:
@@ -127,12 +127,13 @@ def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """Multiply each expert's rows by its own weight, by a grouped operator where there is one.
+    """Multiply each expert's rows by its own weight, with a grouped operator if there is one.
 
     Arguments and result are those of `plain.expert_product`.
 
     Raises:
-        ValueError: shapes do not fit; on a CPU, also counts that are negative or add up to more rows than there are.
+        ValueError: shapes do not match; on a CPU, also if counts are negative or add up to more than the number of
+            rows.
     """
     check_operands(x, weight, num_tokens_per_expert)
     if num_tokens_per_expert is None or no_operator_reason(x, weight, num_tokens_per_expert) is not None:
@@ -141,7 +142,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None) -> None:
-    """Check that the shapes of a grouped product's operands fit."""
+    """Check that the shapes of a grouped product's operands match."""
     check_tensors(x=x, weight=weight)
     counts, (e, p, _) = num_tokens_per_expert, weight.shape if weight.ndim == 3 else (0, 0, 0)
     rows = f"(e, s, {p}) with e={e}" if counts is None else f"(r, {p})"
@@ -157,7 +158,7 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
-    """The counts as numbers; ValueError if the rows do not have as many."""
+    """The counts as integers; raises ValueError if they are negative or exceed the number of rows."""
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
@@ -178,7 +179,7 @@ def no_operator_reason(*operands: Tensor) -> str | None:
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Each expert's rows times its weight; or `x^T y` over each expert's rows. Each is part of the other's gradient."""
+    """Each expert's rows times its weight, or `x^T y` over each expert's rows. Each is part of the other's gradient."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, is_outer: bool) -> Tensor:
@@ -255,18 +256,18 @@ def _(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 
 def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
-    """2 r p q, of x `(r, p)` and a weight `(..., p, q)` or rows `(r, q)`."""
+    """2 r p q, for x `(r, p)` and a weight `(..., p, q)` or rows `(r, q)`."""
     return 2 * x.shape[0] * x.shape[1] * y.shape[-1]
 
 
 def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
     """`(r, q)`, rows x sorted by expert times their experts' weights; 0 for rows past the last expert's.
 
-    A product of few rows runs on one thread. So two experts with equally many rows are one batched product, on two
-    threads: any two weights of a stack are a slice with a step.
+    A product of few rows runs on one thread. So two consecutive experts with the same number of rows are computed as
+    one batched product, on two threads: any two weights of a stack are a slice with a step.
 
     Args:
-        used: (expert, number of rows) for each expert that has rows, in ascending order.
+        rows_per_expert: (expert, number of rows) for each expert that has rows, in ascending order.
     """
     out = x.new_empty(x.shape[0], weight.shape[-1])
     pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # else torch copies the slice

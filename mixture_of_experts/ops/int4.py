@@ -1,11 +1,11 @@
-"""Weights in 4 bits and two numbers of 16 bits for each group of inputs: two sevenths of bfloat16's bytes.
+"""4-bit weights with two 16-bit numbers for each group of inputs: two sevenths of bfloat16's bytes.
 
 Axes: e experts, r rows, p inner and q outer dimension of a weight, g inputs of a group, b outputs of a block.
 
-A number is `(level - 8) * step + zero`, of a level from 0 to 15 in four bits (a nibble). A group is g neighbouring
-inputs of one output; step and zero are its own, in bfloat16. Two nibbles are a byte, in *blocks* of b outputs
-`(q / b, p, b / 2)`: the lower nibble of byte j is that of output j, the upper one that of output `j + b / 2`. Each CPU
-has the b that its operator reads, 64 with AVX-512 and 32 with AVX2. `PLAIN` is for files: it is no CPU's.
+A weight is `(level - 8) * step + zero`, where the level is an integer from 0 to 15 in four bits (a nibble). A group is
+g neighbouring inputs of one output and has its own step and zero, in bfloat16. Two nibbles form a byte, in *blocks* of
+b outputs `(q / b, p, b / 2)`: the lower nibble of byte j belongs to output j, the upper one to output `j + b / 2`. The
+operator of each CPU reads one b, 64 with AVX-512 and 32 with AVX2. `PORTABLE_BLOCK` is for files: no CPU reads it.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from torch import Tensor
 
 from mixture_of_experts.support.private_torch import multiply_int4, pack_int4
 
-GROUP_SIZES = (32, 64, 128, 256)  # sizes that the operator knows
-MAX_DIRECT_ROWS = 32  # of an expert; for more, a product with the unpacked weight is as fast
+GROUP_SIZES = (32, 64, 128, 256)  # sizes that the operator supports
+MAX_DIRECT_ROWS = 32  # of an expert; with more, a product with the unpacked weight is as fast
 PORTABLE_BLOCK, MAX_BLOCK = (
     2,
     64,
-)  # outputs of a block; there are as many outputs as fill the widest, the last ones of zeros
+)  # outputs of a block; outputs are padded with zeros to a multiple of the largest block
 
 
 def pack_matrix(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
-    """Numbers `(p, q)`, in float32, rounded to the nearest levels and stored."""
+    """Weights `(p, q)`, in float32, rounded to the nearest levels and packed."""
     levels, step, zero = round_to_nearest(weight.unflatten(0, (-1, group)))
     return pack_levels(levels, step, zero, block)
 
 
 def pack_levels(levels: Tensor, step: Tensor, zero: Tensor, block: int) -> dict[str, Tensor]:
-    """Levels `(p / g, g, q)` as nibbles `(q / b, p, b / 2)`, and step and zero of each group, `(p / g, 1, q)` both, as
-    bytes `(p / g, q, 4)`, so that no cast of a model changes them."""
+    """Levels `(p / g, g, q)` as nibbles `(q / b, p, b / 2)`, and step and zero of each group, both `(p / g, 1, q)`, as
+    bytes `(p / g, q, 4)`, so that casting a model does not change them."""
     levels, step, zero = (F.pad(part, (0, -part.shape[-1] % MAX_BLOCK)) for part in (levels, step, zero))
     groups = torch.cat([step, zero], dim=1).mT.bfloat16().contiguous().view(torch.uint8)
     return {"packed": pack_nibbles(levels.to(torch.uint8).flatten(0, 1), block), "groups": groups}
 
 
 def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
-    """The levels of numbers `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
+    """The levels of weights `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
 
-    The levels lie evenly from the smallest number to the largest, or around 0, with the number that is farthest from it
-    at level 0. The group takes what errs less.
+    The levels are either evenly spaced from the smallest weight to the largest, or centered on 0, with the weight
+    farthest from 0 at level 0. Each group uses the option with the smaller error.
     """
     low, high = weight.aminmax(dim=1, keepdim=True)
     even, farthest = (high - low) / 15, torch.where(high > -low, high, low)
@@ -56,7 +56,7 @@ def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
 
 
 def round_to_levels(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-    """Levels of numbers, step and zero as they are stored, and the sum of squared errors of each group."""
+    """Levels of weights, step and zero as they are stored, and the sum of squared errors of each group."""
     step, zero = step.bfloat16().float(), zero.bfloat16().float()
     step = torch.where(step == 0, 1, step)
     levels = ((weight - zero) / step).round_().clamp_(-8, 7)
@@ -78,7 +78,7 @@ def unpack_nibbles(packed: Tensor, out: Tensor) -> Tensor:
 
 
 def repack_nibbles(packed: Tensor, block: int) -> Tensor:
-    """Nibbles `(..., q / b, p, b / 2)` of one b as those of another."""
+    """Convert nibbles `(..., q / b, p, b / 2)` from one b to another."""
     if 2 * packed.shape[-1] == block:
         return packed
     *dims, blocks, p, half = packed.shape
@@ -90,7 +90,7 @@ def repack_nibbles(packed: Tensor, block: int) -> Tensor:
 
 
 def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
-    """The numbers `(p, q)` in float32."""
+    """The weights `(p, q)` in float32."""
     step, zero = groups.view(torch.bfloat16).float().unbind(-1)
     (count, q), p = step.shape, packed.shape[1]
     weight = unpack_nibbles(packed, torch.empty(p, q, device=packed.device, dtype=torch.float32)).view(count, -1, q)
@@ -98,8 +98,8 @@ def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | None = None) -> Tensor:
-    """x `(r, p)` times one packed weight, or each row times that of its own expert among all: `(r, q)` in float32. The
-    operator rounds both to bfloat16, which is a fortieth of the error of 4 bits."""
+    """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack: `(r, q)` in
+    float32. The operator rounds both operands to bfloat16, an error of a fortieth of that of 4 bits."""
     if expert is None:
         group = x.shape[1] // groups.shape[0]
         return multiply_int4(x.bfloat16().contiguous(), packed, group, groups.view(torch.bfloat16)).float()
@@ -108,14 +108,14 @@ def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | No
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Whether an operator of torch multiplies with these nibbles as they are."""
+    """Whether an operator of torch multiplies with these nibbles without unpacking."""
     return packed.is_cpu and PORTABLE_BLOCK != find_cpu_block() == 2 * packed.shape[-1]
 
 
 @cache
 def find_cpu_block() -> int:
-    """The b of this CPU's operator, if it computes what `unpack` does; else `PLAIN`. It is found out at the first
-    question."""
+    """The b of this CPU's operator if its results match `unpack_matrix`, else `PORTABLE_BLOCK`. It is determined at the
+    first call."""
     here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
     for block in (64, 32):

@@ -1,10 +1,10 @@
-"""Weights in 8 bits: half of bfloat16's bytes, a quarter of float32's.
+"""8-bit weights: half of bfloat16's bytes, a quarter of float32's.
 
 Axes: e experts, r rows, p inner and q outer dimension of a weight.
 
-A weight is packed as torch packs embedding tables of 8 bits, in `(p, q + 8)` bytes. Each of its p rows has q counts of
-steps, 0 to 255, then the size of a step and the smallest number, both in float32. The sum over rows of such a table,
-each times a number, is the product of one row of tokens, and torch's operator reads the bytes as they are.
+A weight is packed as torch packs 8-bit embedding tables, in `(p, q + 8)` bytes. Each of its p rows has q levels, 0 to
+255, then the size of a step and the smallest number, both in float32. The weighted sum of the rows of such a table is
+the product of one token with the weight, and torch's operator reads the bytes without unpacking them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from mixture_of_experts.support.private_torch import sum_packed_rows, unpack_rows
 
-ROW_PARAMETER_BYTES = 8  # bytes of a packed row behind its steps
-#: of an expert; for more, a product with the unpacked weight is faster. A layer of 8 experts with 12 rows each takes
-#: 0.64 to 0.86 of its time if 16 are few, with AVX-512 (EPYC, one thread), but 1.08 to 1.14 if held to AVX2.
-#: `torch._weight_int8pack_mm` takes 138 microseconds for one row and a cold weight of 2048 x 768 where this takes 106,
-#: with AVX2 154 and 250 (Zen 3: 290 and 410). But it reads transposed weights, which would be kept beside these
+ROW_PARAMETER_BYTES = 8  # bytes of a packed row after its levels
+#: of an expert; with more, a product with the unpacked weight is faster. With a limit of 16, a layer of 8 experts with
+#: 12 rows each takes 0.64x to 0.86x as long with AVX-512 (EPYC, one thread), but 1.08x to 1.14x when held to AVX2.
+#: `torch._weight_int8pack_mm` takes 138 microseconds for one row and a cold weight of 2048 x 768 where this takes 106;
+#: with AVX2 154 and 250 (Zen 3: 290 and 410). But it reads transposed weights, which would have to be stored as well
 MAX_DIRECT_ROWS = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def pack_matrix(weight: Tensor) -> dict[str, Tensor]:
-    """Numbers `(p, q)`, in float32, in bytes `(p, q + 8)`."""
+    """Weights `(p, q)`, in float32, packed into bytes `(p, q + 8)`."""
     low, high = weight.aminmax(dim=-1, keepdim=True)
     step = (high - low) / 255
     levels = ((weight - low) / torch.where(step == 0, 1, step)).round_().clamp_(0, 255)
@@ -34,24 +34,24 @@ def pack_matrix(weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack_matrix(packed: Tensor) -> Tensor:
-    """The numbers `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
+    """The weights `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
     if packed.ndim == 2 and has_direct_matmul(packed):
         return unpack_rows(packed)
     extra = packed[..., -ROW_PARAMETER_BYTES:].clone(
         memory_format=torch.contiguous_format
-    )  # with strides of its own, for a view
+    )  # contiguous, as required by `view`
     step, low = extra.view(torch.float32).split(1, dim=-1)
     return packed[..., :-ROW_PARAMETER_BYTES].float().mul_(step).add_(low)
 
 
 def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Tensor:
-    """x `(r, p)` times one packed weight, or each row times that of its own expert among all, in float32: `(r, q)`. If
-    there are more threads than rows, a product is the sum of parts of it."""
+    """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack, in float32:
+    `(r, q)`. If there are more threads than rows, a product is split into parts that are summed."""
     (r, p), threads = x.shape, torch.get_num_threads()
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1
     start = torch.arange(0, r * p, p // parts, device=x.device)
-    row = torch.arange(p, device=x.device)  # where the rows of the experts' weights lie among those of all
+    row = torch.arange(p, device=x.device)  # indices of the rows of the experts' weights in the whole stack
     row = row.repeat(r) if expert is None else row.add(expert.unsqueeze(1), alpha=p).view(-1)
     x = x.float().contiguous().view(-1)  # `reshape` may keep strides, which the operator ignores
     sums = sum_packed_rows(packed.view(-1, packed.shape[-1]), row, start, x)
@@ -59,14 +59,14 @@ def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Te
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Whether an operator of torch multiplies with these bytes as they are."""
+    """Whether an operator of torch multiplies with these bytes without unpacking."""
     return packed.is_cpu and has_packed_row_operators()
 
 
 @cache
 def has_packed_row_operators() -> bool:
-    """Whether torch has the operators for packed rows on a CPU, and they compute what `unpack` does. It is found out at
-    the first question."""
+    """Whether torch has the operators for packed rows on a CPU and their results match `unpack_matrix`. It is
+    determined at the first call."""
     here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5
     packed = torch.stack([pack_matrix(matrix)["packed"] for matrix in weight])

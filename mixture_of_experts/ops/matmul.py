@@ -1,7 +1,7 @@
-"""Batched products on a CPU, also in dtypes that it cannot multiply.
+"""Batched matrix products on a CPU, also in dtypes for which it has no native products.
 
-Most CPUs multiply in float32 and float64 alone. There torch's products of 16 bits take ten to two hundred times as long
-as those of float32. So operands are cast to float32 and the result is rounded, which sums in float32 as torch does too.
+Most CPUs multiply in float32 and float64 only. There torch's half-precision products take 10x to 200x as long as those
+of float32. So operands are cast to float32 and the result is rounded; sums are in float32, as in torch's own products.
 
 Axes: n matrices, m rows of a matrix, p inner and q outer dimension of a product.
 """
@@ -15,11 +15,11 @@ from mixture_of_experts.support import private_torch
 
 MAX_CAST_NUMEL = (
     1 << 20
-)  # most numbers of an operand or result that are in float32 at a time, so that they lie in the caches
+)  # maximum number of elements of an operand or result that are in float32 at a time, so that they stay in the caches
 
 
 def matmul_into(x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """Write `x @ y`, of x `(n, m, p)` and y `(n, p, q)` or of one matrix each, to `out`; or `add` it."""
+    """Write `x @ y`, for x `(n, m, p)` and y `(n, p, q)` or one matrix each, to `out`; with `accumulate`, add it."""
     if private_torch.has_native_matmul(x.dtype):
         if accumulate:
             (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y)

@@ -1,4 +1,4 @@
-"""What every way reads: `Network`, the weights of all experts, and `Call`; and the cast of operands to one dtype.
+"""The inputs of every implementation, `Network` (the weights of all experts) and `Call`; casts operands to one dtype.
 
 Axes: t tokens, e experts, d model dim, h hidden dim, o dim of the outputs.
 """
@@ -26,7 +26,7 @@ W_IN_NAMES, B_IN_NAMES = (
 
 @dataclass(frozen=True)
 class Network:
-    """The weights of all experts as they are stored: `act(x w_in) w_out`, gated or not, with biases or without.
+    """The weights of all experts as they are stored: `act(x w_in) w_out`, gated or not, with or without biases.
 
     Attributes:
         w_in: one weight `(e, d, h)`; or two, gate and up projection; or one weight `(e, d, 2 h)` that holds both.
@@ -35,7 +35,7 @@ class Network:
         b_in: for each weight `(e, d, q)` of `w_in` a bias `(e, q)` or None; no biases by default.
         b_out: `(e, o)` or None.
         gate_up: how one weight holds gate and up projection, "concatenated" or "interleaved"; None if it does not.
-        dropout: share of the hidden layer's numbers that are set to 0, at random; the others are scaled up.
+        dropout: probability with which elements of the hidden layer are set to 0; the others are scaled up.
     """
 
     w_in: tuple[Tensor, ...]
@@ -55,7 +55,7 @@ class Network:
         return len(self.w_in) == 2 or self.gate_up is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights and biases but None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
+        """All weights and biases except None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
         names = (*W_IN_NAMES[: len(self.w_in)], "w_out", *B_IN_NAMES[: len(self.b_in)], "b_out")
         there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
         return {name: tensor for name, tensor in there if tensor is not None}
@@ -71,7 +71,7 @@ class Network:
         return self.with_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def merged(self) -> Network:
-        """A network of the same outputs whose weights are plain tensors: itself, unless a subclass stores others."""
+        """A network with the same outputs whose weights are plain tensors: itself, unless a subclass stores others."""
         return self
 
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -86,7 +86,7 @@ class Network:
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
     def unsupported_activation_reason(self) -> str | None:
-        """Why a way cannot write the hidden layer and its gradient itself; None if it can."""
+        """Why an implementation cannot write the hidden layer and its gradient itself; None if it can."""
         if self.dropout:
             return "dropout draws random numbers for the hidden layer, which only torch's operators do"
         return unknown_activation_reason(self.activation)
@@ -94,7 +94,8 @@ class Network:
 
 def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which weights of a dtype are multiplied: autocast's if it is on (it does not cast for grouped
-    products), else their own. A CPU without products of autocast's dtype would only be slower in it."""
+    products), else their own. On a CPU without native products in autocast's dtype it is their own too, because the
+    other would only be slower."""
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
     narrow = torch.get_autocast_dtype(device)
@@ -102,7 +103,7 @@ def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
-    """Tokens and weights in one dtype."""
+    """Cast tokens and weights to one dtype."""
     dtype = network.w_out.dtype if x.dtype == torch.float64 else get_operand_dtype(x.device.type, network.w_out.dtype)
     if all(tensor.dtype == dtype for tensor in network.tensors().values()):
         return x.to(dtype), network
@@ -116,8 +117,8 @@ class Call(NamedTuple):
         x: `(t, d)`, tokens.
         decision: the gates' decision on these tokens.
         network: the experts' weights.
-        training: the experts' mode. The choice of a way depends on this, not on the grad mode, since a recomputation
-            must take the same way as its forward.
+        training: the experts' mode. The selection of an implementation depends on this, not on the grad mode, because a
+            recomputation must use the same implementation as its forward.
     """
 
     x: Tensor
@@ -126,5 +127,5 @@ class Call(NamedTuple):
     training: bool
 
     def is_inference(self) -> bool:
-        """Whether it is a call of token choice, in eval and without gradients."""
+        """Whether it is a call with token choice, in eval mode and without gradients."""
         return not (self.training or torch.is_grad_enabled() or self.decision.k is None)

@@ -3,7 +3,7 @@
 Axes: t tokens, r rows (sorted by expert), e experts, s slots of an expert, p inner and q outer dimension of a weight.
 
 It runs on any device and in any dtype, in compiled and exported graphs and under `vmap`. It has derivatives of any
-order, in reverse mode. Every other way is compared with it.
+order, in reverse mode. It is the reference for every other implementation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ProductFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def unsupported_reason(call: Call) -> None:
-    """None: this way computes every call."""
+    """None: this implementation computes every call."""
 
 
 def run(call: Call) -> Tensor:
@@ -33,12 +33,12 @@ def run(call: Call) -> Tensor:
 
 
 def plan_of(decision: Decision) -> Plan:
-    """The plan of rows without gaps if these are surely fewer than slots, else the plan of slots."""
+    """The plan of rows without gaps if these are certain to be fewer than slots, else the plan of slots."""
     return decision.without_gaps() if decision.prefers_rows() else decision.in_slots()
 
 
 def run_plan(x: Tensor, plan: Plan, network: Network, product: ProductFunction | None = None) -> Tensor:
-    """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots as the plan says, by `product`."""
+    """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots according to the plan, using `product`."""
     rows, num_tokens_per_expert = dispatch(x, plan), plan.rows_per_expert
     if num_tokens_per_expert is None:
         experts = math.prod(plan.num_experts)
@@ -63,20 +63,21 @@ def feed_forward(
 
 def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
     """The rows of a block, about as many as the average expert has, and the number of blocks, at most about 2 e."""
-    size = symbolic_max(2, rows // experts)  # a size of 1 would be static in torch's graphs
+    size = symbolic_max(2, rows // experts)  # torch's graphs would treat a size of 1 as static
     return size, symbolic_min(rows, rows // size + experts)
 
 
 def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
     """Multiply every expert's rows by its own weight, without a host sync.
 
-    Rows are laid out in blocks of equal size, each with rows of one expert. There are as many blocks as any load can
-    need, so no shape depends on how many rows an expert has.
+    Rows are laid out in blocks of equal size, each with rows of one expert. The number of blocks is the largest that
+    any load can need, so no shape depends on how many rows an expert has.
 
     Args:
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
         weight: `(e, p, q)`, of the same dtype.
-        num_tokens_per_expert: `(e,)` int64, number of rows of each expert, if x is rows; rows past their sum give 0.
+        num_tokens_per_expert: `(e,)` int64, number of rows of each expert, if x is rows. The result is 0 for rows past
+            their sum.
 
     Returns:
         `(e, s, q)` or `(r, q)`.
@@ -87,11 +88,11 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     size, number = choose_block_sizes(rows, weight.shape[0])
     stop, row = num_tokens_per_expert.cumsum(0), torch.arange(rows, device=device)
     blocks = (num_tokens_per_expert + size - 1) // size  # of each expert
-    first = stop - num_tokens_per_expert  # row of each expert, and its place in the blocks
+    first = stop - num_tokens_per_expert  # first row of each expert, and its position in the blocks
     first_place = (blocks.cumsum(0) - blocks) * size
     places = number * size
     place = torch.where(row < stop[-1], row + (first_place - first)[_find_range(stop, row)], places)
-    row_at = torch.full((places + 1,), rows, device=device).scatter(0, place, row)[:places]  # the last is nobody's
+    row_at = torch.full((places + 1,), rows, device=device).scatter(0, place, row)[:places]  # the last one is unused
     expert = _find_range(blocks.cumsum(0), torch.arange(number, device=device))
 
     in_blocks = _take_rows(append(x, 0), row_at).unflatten(0, (number, size))
@@ -106,8 +107,8 @@ def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor
 
 
 def compute_gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, of the assignments' weights and of all tensors of the network, by operators that vmap and second
-    derivatives go through, for ways whose own gradients allow neither."""
+    """Gradients of x, of the assignments' weights and of all tensors of the network, with operators that support vmap
+    and second derivatives, for implementations whose own gradients support neither."""
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         named = dict(zip(tensors, weights, strict=True))
@@ -125,13 +126,13 @@ def expand_bias(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -
 
 
 def _find_range(ends: Tensor, index: Tensor) -> Tensor:
-    """The number of the range that holds each index, if range i ends before `ends[i]`; the last one beyond all ranges.
+    """The range that contains each index, where range i ends before `ends[i]`; the last one if no range contains it.
 
-    It compares, as ONNX has no searchsorted.
+    It uses comparisons because ONNX has no searchsorted.
     """
     return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
 
 
 def _take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """`values[index]`; its gradient adds in the same order on every run."""
+    """`values[index]`, with a gradient that is summed in the same order on every run."""
     return values[index] if values.is_cuda else values.index_select(0, index)

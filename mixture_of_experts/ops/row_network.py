@@ -1,10 +1,10 @@
-"""The network on rows sorted by expert, and its gradients, for the ways `cpu`, `grouped` and `batched`.
+"""The network on rows sorted by expert, and its gradients, for the implementations `cpu`, `grouped` and `batched`.
 
 Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a
 weight.
 
-Beside the input the forward saves only the pre-activations: the products with `w_in`. The backward gathers rows and
-computes the activation again. A row's weight multiplies rows of width d, not of width h. The weight's gradient is
+In addition to the input, the forward saves only the pre-activations: the products with `w_in`. The backward gathers
+rows and recomputes the activation. A row's weight multiplies rows of width d, not of width h. The weight's gradient is
 computed from the hidden layer, so no row of outputs is saved (as in SonicMoE, arXiv 2512.14080).
 """
 
@@ -24,19 +24,19 @@ from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 
 
 class Products:
-    """Base of the layouts of rows: products on the rows of a plan, each expert's by its own weight.
+    """Base class of row layouts: products on the rows of a plan, where each expert's rows are multiplied by its weight.
 
-    An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter` all methods mean the
-    rows of that chunk. By default there is one, of all rows. A layout writes:
+    An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter`, all methods refer to
+    the rows of that chunk. By default there is one chunk, with all rows. A layout implements:
 
     - `gather(x)`: rows `(r, p)` of tokens `(t, p)`.
     - `by_weights(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
-    - `total(pairs)`: the sum of `by_weights` over pairs (x, weight), kept in `rows` for `collect`.
+    - `total(pairs)`: the sum of `by_weights` over pairs (x, weight), stored in `rows` for `collect`.
     - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
     - `by_rows(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an expert
-      without rows. `out` is memory for it, where `gradients` gives any.
+      without rows. `out` is memory for it, if `gradients` returns any.
     - `sums(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
-    - `collect()`: each token's weighted sum `(t, o)` of the totals; the base's is that of expert choice.
+    - `collect()`: each token's weighted sum `(t, o)` of the totals; that of the base class is for expert choice.
     """
 
     rows: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
@@ -46,18 +46,18 @@ class Products:
         self.chunks: Sequence[Any] = chunks
 
     def enter(self, chunk: Any) -> None:
-        """Go on to a chunk."""
+        """Move on to a chunk."""
 
     def part(self, values: Tensor) -> Tensor:
-        """The rows of the chunk, of values for all rows."""
+        """The rows of the chunk, from values for all rows."""
         return values
 
     def pack(self, pre: Tensor) -> Tensor:
-        """What the forward saves of pre-activations `(r, q)`."""
+        """The form in which the forward saves pre-activations `(r, q)`."""
         return pre
 
     def unpack(self, pre: Tensor) -> Tensor:
-        """The pre-activations `(r, q)` again."""
+        """The pre-activations `(r, q)` from their saved form."""
         return pre
 
     def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ class Products:
         return {}
 
     def activate(self, method: Callable[..., None], *tensors: Any) -> None:
-        """Call a method of a known activation, on rows `(r, h)` and lists of such."""
+        """Call a method of a known activation, on rows `(r, h)` and lists of them."""
         method(*tensors)
 
     def collect(self) -> Tensor:
@@ -76,7 +76,7 @@ class Products:
 def forward_rows(
     layout: Callable[[Plan], Any], row_functions: Any, x: Tensor, plan: Plan, network: Network, save: bool
 ) -> tuple[Tensor, SavedTensors]:
-    """The `forward` of `autograd.differentiable`, by the products of a layout. `on_rows` computes the rows: this
+    """The `forward` of `run_differentiable`, using the products of a layout. `row_functions` computes the rows: this
     module, or another one with `run_network` and `backpropagate_network`."""
     products, saved = layout(plan), []
     for chunk in products.chunks:
@@ -95,10 +95,10 @@ def backward_rows(
     grad: Tensor,
     wanted: Collection[str],
 ) -> FFNGradients:
-    """The `backward` of `autograd.differentiable`, by the products of a layout."""
+    """The `backward` of `run_differentiable`, using the products of a layout."""
     products, scale, grad = layout(plan), plan.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
-    grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=scale.device)  # the last is nobody's
+    grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=scale.device)  # the last one is unused
     grads, of_rows = products.gradients(network, wanted), grad_scale[:-1]
     each = len(saved) // len(products.chunks)  # tensors that a chunk saved
     for i, chunk in enumerate(products.chunks):
@@ -111,8 +111,8 @@ def backward_rows(
 
 
 def run_network(products: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
-    """Make the `total` of outputs; return the pre-activations, a tensor for each weight of `w_in`; none unless `save`:
-    then the hidden layer may overwrite them."""
+    """Compute the `total` of outputs; return the pre-activations, a tensor for each weight of `w_in`. Without `save` it
+    returns none, so that the hidden layer may overwrite them."""
     tokens = products.gather(x)
     pre = []
     for w, b in zip(network.w_in, network.b_in, strict=True):
@@ -140,7 +140,8 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Make the `total` of gradients of rows of tokens before their weight; return those of the network, by name.
+    """Compute the `total` of the gradients of token rows, before their weighting; return the gradients of the network,
+    by name.
 
     Args:
         products, x, network, pre: those of `run_network`, and the pre-activations that it returned.
@@ -148,7 +149,7 @@ def backpropagate_network(
         scale: `(r, 1)`, weight of each row.
         grad_scale: `(r,)`, memory for the gradient of each row's weight.
         wanted: which gradients are wanted: "x", and names of `Network.tensors`.
-        memory: for the gradients of the network, by name; empty if they are given none.
+        memory: memory for the gradients of the network, by name; empty if none is preallocated.
     """
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
     grad_rows = products.gather(grad)
@@ -193,7 +194,7 @@ def _compute_input_weight_gradients(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The wanted gradients of `w_in`, by name. It frees the rows of tokens when it returns."""
+    """The wanted gradients of `w_in`, by name. The rows of tokens are freed when it returns."""
     named = {name: part for name, part in zip(W_IN_NAMES, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}

@@ -1,4 +1,4 @@
-"""Expert parallelism on PyTorch's own distributed stack; docs/many_gpus.md shows how to use it."""
+"""Expert parallelism on PyTorch's own distributed stack; see docs/many_gpus.md."""
 
 from mixture_of_experts.parallel.gradients import (
     average_gradients,

@@ -1,4 +1,4 @@
-"""Compares the ranks' layers when they are set up."""
+"""Compares the ranks' layers during setup."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mixture_of_experts.support.collective_errors import collective_error
 
-MAX_REPORTED_DIFFERENCES = 3  # differences that an error names
+MAX_REPORTED_DIFFERENCES = 3  # differences that an error lists
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
-    """Raise on every rank if `describe` raises on one rank, or returns different things on two. One collective.
+    """Raise on every rank if `describe` raises on any rank or returns different values on two. One collective.
 
     Args:
-        describe: returns everything in which the ranks must agree, by name.
+        describe: returns everything on which the ranks must agree, by name.
         mesh: the ranks, 1-D.
     """
     description, problem = {}, None

@@ -1,4 +1,4 @@
-"""Ranks that bring the same tokens, as under tensor parallelism, each send a part of the rows: none is computed twice.
+"""Ranks with the same tokens, as under tensor parallelism, each send a part of the rows, so none is computed twice.
 
 Axes: r rows sorted by expert, e experts, s slots of an expert.
 """
@@ -14,8 +14,8 @@ from torch.nn import functional
 
 
 def take_local_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's part of rows or slots x `(..., r, d)`, which are the same on all ranks; parts are equally long, with
-    zeros at the end. In the backward every rank gets the gradient of all."""
+    """This rank's part of rows or slots x `(..., r, d)`, the same on all ranks. Parts have equal lengths, with
+    zeros at the end. In the backward every rank gets the whole gradient."""
     if missing := -x.shape[-2] % mesh.size():
         x = functional.pad(x, (0, 0, 0, missing))
     whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
@@ -28,21 +28,21 @@ def gather_parts(part: Tensor, size: int, mesh: DeviceMesh) -> Tensor:
 
 
 def count_local_part(counts: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
-    """How many rows of each expert `(e,)` are in this rank's part, which is `length` rows long."""
+    """The number of rows of each expert `(e,)` in this rank's part, which is `length` rows long."""
     begin = mesh.get_local_rank() * length
     ends = counts.cumsum(0).clamp(begin, begin + length)
     return ends.diff(prepend=ends.new_full((1,), begin))
 
 
 def fingerprint_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Two integers that a rank tells of its batch: which ranks share it, and a sum that follows from the counts."""
+    """The fingerprint of a rank's batch, two integers: which ranks share it, and a checksum of the counts."""
     first = dist.get_process_group_ranks(mesh.get_group())[0]
     factors = torch.arange(1, len(counts) + 1, device=counts.device) ** 3 % 1000003
     return torch.stack([counts.new_tensor(first + 1), (counts * factors).sum()])
 
 
 def check_fingerprints(fingerprints: list[list[int]]) -> None:
-    """Compare what the ranks told: those that share a batch must have chosen the same. A 0 stands for no batch."""
+    """Compare the ranks' fingerprints: those that share a batch must have made the same choices. 0 means no batch."""
     chosen: dict[int, int] = {}
     for batch, choices in fingerprints:
         if batch and chosen.setdefault(batch, choices) != choices:

@@ -3,8 +3,8 @@
 Axes: p ranks of the group, e experts of all ranks, l = e / p experts of one rank, s slots of an expert on one rank,
 r rows of one rank sorted by expert, d model dim, o dim of the outputs.
 
-Rank q owns experts `q l` to `(q + 1) l - 1`, so the rows for a rank are one block. Results travel in the dtype in which
-the tokens came: what experts return may differ between ranks.
+Rank q owns experts `q l` to `(q + 1) l - 1`, so the rows for a rank are one block. Results are sent back in the dtype
+in which the tokens came, because the experts' output dtype may differ between ranks.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Channel(NamedTuple):
     """The connection of the ranks of a group.
 
     Attributes:
-        shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
-        batch: `(2,)` int64, what this rank tells of a shared batch (`fingerprint_choices`); None if it shares none.
+        shared_batch: 1-D mesh of ranks with the same tokens, of which each sends a part; None: no ranks share tokens.
+        fingerprint: `(2,)` int64, `fingerprint_choices` of this rank's shared batch; None if it does not share one.
     """
 
     group: dist.ProcessGroup
@@ -54,7 +54,7 @@ class Channel(NamedTuple):
         return self.group.size()
 
     def transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send each rank a block of the rows x `(sum(send), ...)`; return the blocks that the ranks sent, in order."""
+        """Send each rank a block of the rows x `(sum(send), ...)`; return the received blocks, in order of ranks."""
         try:
             return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
@@ -63,13 +63,13 @@ class Channel(NamedTuple):
     def compute_remotely(
         self, compute: Callable[[Tensor], Tensor], x: Tensor, send: list[int], receive: list[int]
     ) -> Tensor:
-        """Send rows x, compute those that came, and send the results back; the gradients travel likewise."""
+        """Send rows x, compute those received, and send the results back; gradients are exchanged in the same way."""
         result = compute(_AllToAll.apply(x, send, receive, self))
         return _AllToAll.apply(result.to(x.dtype), receive, send, self)
 
 
 class _AllToAll(torch.autograd.Function):
-    """`transfer`, whose gradient travels back to where the rows came from."""
+    """`transfer`, whose gradient is sent back to where the rows came from."""
 
     @staticmethod
     def forward(ctx, x: Tensor, send: list[int], receive: list[int], channel: Channel) -> Tensor:
@@ -82,7 +82,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _PermuteRows(torch.autograd.Function):
-    """Puts rows into another order; its gradient is a gather too."""
+    """Permutes rows; its gradient is a gather too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ def exchange_slots(
         compute: maps the slots of this rank's experts from every rank, `(*l, s', d)`, to `(*l, s', o)`.
         channel: the connection to the other ranks.
         training: the layer's mode.
-        equal: whether the calls and s are sure to be the same on all ranks. If not, the ranks tell each other, which
-            costs a host sync.
+        static_shapes: whether the calls and s are certain to be the same on all ranks. If not, the ranks exchange them,
+            which costs a host sync.
     """
     if channel.size == 1:
         return compute(x)
@@ -175,13 +175,13 @@ def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def exchange_counts(
     form: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
 ) -> tuple[list[int], list[int], Tensor]:
-    """Tell the ranks of a call on x, and how many rows each expert gets, `(e,)`. One host sync.
+    """Exchange descriptions of the call on x, and the number of rows of each expert, `(e,)`. One host sync.
 
-    All ranks see all calls, so if they differ, every rank raises ValueError.
+    All ranks see all calls, so every rank raises ValueError if they differ.
 
     Returns:
-        The rows that go to each rank and that come from each, `(p)`; and the rows that come from each rank for each
-        expert of this one, `(p, l)`.
+        The numbers of rows to send to each rank and to receive from each, `(p)`; and the number of rows from each rank
+        for each expert of this one, `(p, l)`.
     """
     ranks = channel.size
     sent = counts.view(ranks, -1)

@@ -1,5 +1,5 @@
-"""Norms and averages of gradients of parameters that are whole (the same on every rank), and of DTensors, of which each
-rank has a part."""
+"""Norms and averages of gradients, for parameters that are whole (the same on every rank) and for DTensors, of which
+each rank has a part."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters, by name, of which every rank has its own part. DDP must ignore them."""
+    """The parameters, by name, of which every rank has a different part. DDP must ignore them."""
     own = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -31,13 +31,13 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters, by name, that are not in `expert_parameters`: whole on every rank, or sharded by FSDP2."""
+    """All parameters, by name, except `expert_parameters`: whole on every rank, or sharded by FSDP2."""
     own = expert_parameters(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
-    """Make `DistributedDataParallel(model)` ignore what is a rank's own; call this first. Returns the model.
+    """Make `DistributedDataParallel(model)` ignore rank-specific tensors; call this before it. Returns the model.
 
     These are the experts, and the counts of gates with an expert bias: DDP would overwrite the counts in every forward
     with those of the first rank.
@@ -50,9 +50,9 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
     """Replace gradients by their mean, or their sum, over the ranks of a group.
 
-    Call it once before each optimizer step: for whole parameters under expert parallelism alone, and for the experts of
-    data-parallel replicas beside DDP. If some ranks have no gradient of a parameter, it counts as 0 there; if no rank
-    has one, it stays None. Frozen parameters are skipped.
+    Call it once before each optimizer step: for whole parameters if expert parallelism is used alone, and for the
+    experts of data-parallel replicas if it is combined with DDP. If some ranks have no gradient of a parameter, it
+    counts as 0 there; if no rank has one, it stays None. Frozen parameters are skipped.
 
     Args:
         parameters: the same parameters on all ranks.
@@ -87,18 +87,18 @@ def clip_grad_norm_(
 
     Args:
         parameters: the model, or its parameters: whole ones and DTensors of any meshes, the same on all ranks.
-        max_norm: the largest norm.
+        max_norm: the maximum norm.
         norm_type: p of the norm, above 0, or inf.
         error_if_nonfinite: whether a norm that is infinite or NaN raises RuntimeError.
 
     Returns:
-        The total norm before scaling, 0-dim: the same as `torch.nn.utils.clip_grad_norm_` returns in one process.
+        The total norm before scaling, 0-dim: the same as `torch.nn.utils.clip_grad_norm_` returns in a single process.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
-    by_mesh: dict[Any, list[Tensor]] = {}  # of which torch's own functions take one at a time
+    by_mesh: dict[Any, list[Tensor]] = {}  # torch's own functions accept one mesh at a time
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is not None or isinstance(parameter, DTensor):  # other ranks may have a gradient
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
@@ -114,7 +114,7 @@ def clip_grad_norm_(
 
 
 def _to_local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor; without autograd both share memory."""
+    """This rank's part of a tensor; without autograd, it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

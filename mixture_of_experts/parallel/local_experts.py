@@ -1,4 +1,4 @@
-"""Spread experts as if they were this rank's experts alone, on which their own, unchanged code runs."""
+"""Presents sharded experts as this rank's local experts only, on which their own, unchanged code runs."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class _ScaleGradient(torch.autograd.Function):
 
 @contextmanager
 def use_local_experts(experts: Any) -> Iterator[Any]:
-    """A context with a stand-in for spread experts: it is of their own class, holds this rank's part of each stack, and
-    tells the number of its experts. At the end the experts get the attributes and buffers that a forward set on it.
+    """A context with a stand-in for sharded experts: it has their original class, holds this rank's part of each stack,
+    and reports the local number of experts. At the end, attributes and buffers that a forward set on it are copied to
+    the experts.
 
-    Other threads may read the experts, which stay as they are meanwhile, and what they set there stays. A graph cannot
-    hold another object, so it is traced on the experts themselves. `torch.func.functional_call` would exchange the
-    tensors alone, and call hooks, which run around the whole forward.
+    Other threads may read the experts, which are unchanged meanwhile, and attributes that they set there are kept. A
+    graph cannot hold another object, so it is traced on the experts themselves. `torch.func.functional_call` would only
+    replace the tensors, and would call hooks, which must run around the whole forward.
     """
     if torch.compiler.is_compiling():
         with hold_local_shards(experts, experts.sharding):
@@ -61,7 +62,7 @@ def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[None]:
-    """A context in which a module itself holds and tells this rank's part."""
+    """A context in which a module itself holds this rank's part and reports its size."""
     changes = [(table, name, table[name], part) for table, name, part in iter_local_shards(experts, sharding)]
     try:
         for table, name, _, part in changes:
@@ -70,12 +71,13 @@ def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
     finally:
         for table, name, whole, part in changes:
             assigned, table[name] = table[name], whole
-            if assigned is not part:  # a buffer that a forward assigned anew
+            if assigned is not part:  # a buffer that a forward reassigned
                 part.copy_(assigned.detach())
 
 
 def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """What a module holds of this rank's experts alone: the table in which it is, its name there, and the part."""
+    """The tensors that a module holds for this rank's experts: the table that contains each, its name there, and the
+    local shard."""
     dims, local_dims = sharding.expert_dims, sharding.local_dims
     for path, module in experts.named_modules():
         for table in (module._parameters, module._buffers):
@@ -89,7 +91,7 @@ def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
 
 
 def get_local_shard(whole: Any, sharding: ExpertSharding) -> Tensor:
-    """This rank's part of a parameter, or of a buffer with an entry for each expert, which is whole on every rank."""
+    """This rank's part of a parameter, or of a buffer with an entry for each expert, which every rank stores whole."""
     if isinstance(whole, DTensor):
         part = whole.to_local()
         return part if sharding.gradient_factor == 1 else _ScaleGradient.apply(part, sharding.gradient_factor)

@@ -29,10 +29,10 @@ def parallelize_module(
         module: the model; it is changed in place.
         device_mesh: 1-D.
         parallelize_plan: a style, or styles by the names of submodules (`layers.*.ffn`).
-        src_data_rank: the rank of the mesh whose parameters all ranks take; None: each rank keeps its own.
+        src_data_rank: the rank of the mesh whose parameters all ranks get; None: each rank keeps its own.
 
     Raises:
-        ValueError: a key matches nothing, or a layer cannot be spread; the error names it.
+        ValueError: a key matches nothing, or a layer cannot be sharded; the error names it.
     """
     plan = parallelize_plan if isinstance(parallelize_plan, dict) else {"": parallelize_plan}
     check_mesh(device_mesh)
@@ -44,7 +44,7 @@ def parallelize_module(
 
 
 def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
-    """Everything in which the ranks' models must agree; raises for a wrong plan, or a layer that cannot be spread."""
+    """Everything on which the ranks' models must agree; raises for a wrong plan, or a layer that cannot be sharded."""
     description: dict[str, Any] = {}
     sharded_by: dict[Any, str] = {}  # experts
     for key, style in plan.items():

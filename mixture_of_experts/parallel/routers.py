@@ -1,4 +1,4 @@
-"""Routers under FSDP2: units of their own, so that mixed precision leaves their weights as they are."""
+"""Routers under FSDP2: they become separate units, so that mixed precision does not cast their weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mixture_of_experts.gating import Gate
 
 
 def shard_routers(model: nn.Module, **options: Any) -> None:
-    """Apply `fully_shard` to every gate of a model, before it is applied to what is around them.
+    """Apply `fully_shard` to every gate of a model, before it is applied to the modules that contain them.
 
-    Where a gate is part of a larger unit, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` casts its weights too: in
-    a router of 64 experts, 8 of which are chosen, 0.9 % of the tokens then choose another set. A gate that is a unit of
-    its own keeps them in their dtype.
+    If a gate is part of a larger unit, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` casts its weights too: with a
+    router of 64 experts, 8 of which are chosen, 0.9 % of the tokens then choose a different set. A gate that is a
+    separate unit keeps its weights in their dtype.
 
     Args:
         model: a model with layers of this package anywhere in it.

@@ -1,7 +1,7 @@
-"""Experts that are spread over ranks: a class made from the experts' own class, with the same two contracts.
+"""Experts that are sharded over ranks: a class made from the experts' own class, with the same two contracts.
 
-An `ExpertSharding` says which experts are here. In a forward tokens travel to their experts' ranks (`exchange.py`).
-There the experts' own, unchanged code computes them, as if the module held only this rank's experts.
+An `ExpertSharding` describes which experts are local. In a forward, tokens are sent to the ranks of their experts
+(`exchange.py`). There the experts' own, unchanged code computes them, as if the module held only this rank's experts.
 
 Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided), l experts of one rank, s slots of an
 expert, r rows.
@@ -32,7 +32,7 @@ SEVERAL_BATCHES = "experts that are spread over ranks compute the rows of severa
 
 
 class ShardedExperts(nn.Module):
-    """The base that `make_sharded_class` puts before a class of experts, to spread them over ranks."""
+    """The base class that `make_sharded_class` puts before a class of experts, to shard them over ranks."""
 
     sharding: ExpertSharding
     local_class: type[nn.Module]
@@ -43,8 +43,8 @@ class ShardedExperts(nn.Module):
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
 
-        All ranks of the mesh must call it together. Rows travel if the call is dropless and the experts take rows, else
-        slots. This does not depend on the batch, which differs between ranks.
+        All ranks of the mesh must call it together. Rows are exchanged if the call is dropless and the experts accept
+        rows, else slots. This does not depend on the batch, which differs between ranks.
         """
         reject_batch_invariance(SEVERAL_BATCHES)
         if decision is None:
@@ -70,12 +70,12 @@ class ShardedExperts(nn.Module):
         return exchange_slots(x, dims, self._compute, sharding.channel, self.training, sharding.static_shapes)
 
     def _dtype_of_tokens(self, x: Tensor) -> torch.dtype:
-        """The dtype in which tokens x and results travel: that in which stacked experts multiply, which under autocast
-        halves the bytes. What others return may differ between ranks."""
+        """The dtype in which tokens x and results are exchanged: that in which stacked experts multiply, which halves
+        the bytes under autocast. The output dtype of other experts may differ between ranks."""
         return get_operand_dtype(x.device.type, self.w2.dtype) if isinstance(self, StackedExperts) else x.dtype
 
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
-        """Compute slots `(*l, s, d)`, or rows with their counts, by this rank's experts. Hooks on the experts run
+        """Compute slots `(*l, s, d)`, or rows with their counts, with this rank's experts. Hooks on the experts run
         around the whole forward, not here."""
         local: Any = self.local_class
         with use_local_experts(self) as here:
@@ -98,7 +98,7 @@ class ShardedExperts(nn.Module):
         return twin
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict; of whole stacks, saved by one process, take this rank's part."""
+        """Load a state dict; this rank's part is taken from whole stacks, as saved by a single process."""
         for name, parameter in self.named_parameters(remove_duplicate=False):
             whole: Any = state_dict.get(prefix + name)
             if not isinstance(parameter, DTensor) or type(whole) not in (Tensor, nn.Parameter):
@@ -116,7 +116,7 @@ class ShardedExperts(nn.Module):
 
 @cache
 def make_sharded_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of `cls` whose experts are spread over ranks."""
+    """Return a subclass of `cls` whose experts are sharded over ranks."""
     members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     base = () if issubclass(cls, RoutedExperts) else (RoutedExperts,)
     return type(f"Parallel{cls.__name__}", (ShardedExperts, cls, *base), members)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""How the experts of one layer are spread over ranks.
+"""How the experts of one layer are sharded over ranks.
 
 Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided).
 """
@@ -18,15 +18,15 @@ GradientReduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class ExpertSharding:
-    """How the experts of one layer are spread over ranks.
+    """How the experts of one layer are sharded over ranks.
 
     Attributes:
         mesh: 1-D, the ranks that share the experts.
-        dims: `*e`, number of experts of all ranks.
+        expert_dims: `*e`, number of experts of all ranks.
         gradient: whether an expert's gradient is that of the "mean" or of the "sum" of the ranks' losses.
-        static_shapes: whether all ranks always have equally many slots.
-        stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part.
-        shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
+        static_shapes: whether all ranks always have the same number of slots.
+        sharded_names: names of the parameters that are sharded, and of the buffers of which experts see the local part.
+        shared_batch: 1-D mesh of ranks with the same tokens, of which each sends a part; None: no ranks share tokens.
     """
 
     mesh: DeviceMesh
@@ -43,13 +43,13 @@ class ExpertSharding:
 
     @property
     def local_expert_ids(self) -> range:
-        """The indices of this rank's experts, flat and outer-major."""
+        """The flat indices of this rank's experts, outer-major."""
         each, rank = math.prod(self.local_dims), self.mesh.get_local_rank()
         return range(rank * each, (rank + 1) * each)
 
     @property
     def gradient_factor(self) -> float:
-        """The factor of an expert's gradient, which itself is the sum over the losses of all ranks."""
+        """The factor for an expert's gradient, which is computed as the sum over the losses of all ranks."""
         return 1 / self.mesh.size() if self.gradient == "mean" else 1.0
 
     @property
@@ -57,4 +57,4 @@ class ExpertSharding:
         return Channel(self.mesh.get_group(), self.shared_batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSharding:
-        return self  # a copied layer lies on the same ranks
+        return self  # a copied layer is sharded over the same ranks

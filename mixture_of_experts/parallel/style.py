@@ -1,4 +1,4 @@
-"""`ExpertParallel`: how `parallelize_module` spreads the experts of a layer over the ranks of a mesh."""
+"""`ExpertParallel`: the parallel style that shards the experts of a layer over the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from mixture_of_experts.parallel.sharded_experts import ShardedExperts, make_sha
 from mixture_of_experts.parallel.sharding import ExpertSharding, GradientReduction
 from mixture_of_experts.support.checks import check_choice, check_sizes
 
-RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # what differs between ranks in what modules print
+RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # rank-specific parts of a module's repr
 
 
 class ExpertParallel(ParallelStyle):
-    """Spread the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
+    """Shard the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
 
     Stacked expert parameters become DTensors, sharded on the expert dimension (the outer one of two). Their names in
-    the state dict stay. Everything else in the layer stays whole on every rank: gates, shared experts, the modules
-    around latent experts. It takes the values of the rank `src_data_rank`, by default the first; if that is None, it
-    keeps its own. For latent experts (`LatentExperts`) tokens travel in the narrow width.
+    the state dict do not change. Everything else in the layer stays whole on every rank: gates, shared experts, the
+    projections of latent experts. It gets the values of the rank `src_data_rank`, by default the first; if that is
+    None, every rank keeps its own. With latent experts (`LatentExperts`), tokens are exchanged in the latent width.
 
     Args:
         gradient: every rank calls backward on its own loss; an expert's gradient is that of the "mean" of these losses,
             or of their "sum". "mean" is right if other gradients are averaged, as by DDP and FSDP2.
-        static_shapes: whether every rank always brings batches of the same shape. With limited capacity this saves the
+        static_shapes: whether every rank always has batches of the same shape. With limited capacity this saves the
             exchange of sizes and its host sync; dropless routing needs both.
         batch_group: the ranks that share the batch, a process group or 1-D mesh. Gates compute losses over it. By
-            default gates without a group get that of the mesh. Beside data parallelism give the group of both.
+            default, gates without a group get that of the mesh. In combination with data parallelism, pass the group
+            that spans both.
         replicated: names of the experts' parameters and buffers that only look like stacks over experts, such as a bias
             `(d,)` that all experts share if d = e.
 
@@ -68,13 +69,13 @@ class ExpertParallel(ParallelStyle):
         self.replicated: frozenset[str] = frozenset([replicated] if isinstance(replicated, str) else replicated)
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
-        """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""
+        """How the experts of a layer will be sharded, without changing the layer; raises if they cannot be sharded."""
         dims, experts = check_layer(module, mesh)
         stacked = find_sharded_names(experts, dims, self.replicated)
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Spread one layer; called by `parallelize_module`."""
+        """Shard one layer; called by `parallelize_module`."""
         check_mesh(device_mesh)
         check_ranks_agree(lambda: describe_sharded_layer(module, self.sharding(module, device_mesh)), device_mesh)
         shard_experts(find_experts_to_shard(module)[1], self.sharding(module, device_mesh), self.src_data_rank)
@@ -110,7 +111,7 @@ def check_mesh(mesh: DeviceMesh) -> None:
 
 
 def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], nn.Module]:
-    """The layer's number of experts as a tuple, and the experts; raises if they cannot be spread over the mesh."""
+    """The layer's number of experts as a tuple, and the experts; raises if they cannot be sharded over the mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
             f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: let the plan's key name "
@@ -142,7 +143,7 @@ def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
 
 
 def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
-    """The path and the module of the experts to spread: inside latent experts the inner ones, of narrow tokens."""
+    """The path and the module of the experts to shard: for latent experts the inner ones, which get narrow tokens."""
     path, experts = "experts", layer.get_submodule("experts")
     while getattr(experts, "works_on", None) == "tokens":
         path, experts = f"{path}.experts", experts.get_submodule("experts")
@@ -150,7 +151,7 @@ def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
 
 
 def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
-    """Everything in which the ranks' layers must agree: shapes and dtypes of tensors, and what modules print."""
+    """Everything on which the ranks' layers must agree: shapes and dtypes of tensors, and the modules' repr."""
     description: dict[str, Any] = {"number of experts": sharding.expert_dims}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -178,7 +179,7 @@ def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Co
 
 
 def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
-    """Keep this rank's part of the stacks, and give the experts the class that exchanges tokens with other ranks."""
+    """Keep this rank's part of the stacks, and set the experts' class to one that exchanges tokens with other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
     for name in sorted(sharding.sharded_names):  # in the same order on all ranks
         path, _, own_name = name.rpartition(".")
@@ -186,7 +187,7 @@ def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: i
         whole = parameters.get(own_name)
         if whole is None:  # a buffer, which stays whole
             continue
-        if whole not in made:  # one with two names stays one
+        if whole not in made:  # a tensor with two names stays one tensor
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank).to_local()
             # not a view, which would keep the whole stack alive
             sharded = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)

@@ -1,6 +1,6 @@
-"""Hooks and settings that a context sets on modules, and takes off again.
+"""Hooks and settings that a context sets on modules and removes at its end.
 
-Copies and pickles of such a module, also those made while the context lasts, go without them.
+Copies and pickles of such a module do not contain them, even if made while the context is open.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 ATTACHMENT_LOCK = threading.Lock()
-#: where a module keeps its hooks, by the ids of their handles
+#: attributes in which a module stores its hooks, by the ids of their handles
 HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -25,15 +25,15 @@ HOOK_TABLES = (
 
 #: attributes that a module has while something is attached to it
 INSTANCE_OVERRIDES = ("__getstate__", "__deepcopy__")
-#: stands for an attribute that a module itself does not have
+#: marks an attribute that a module itself does not have
 MISSING = object()
 
 
 class Attachments(ExitStack):
-    """What a context sets on modules; `close()`, or the end of a `with` block, takes it off.
+    """What a context sets on modules; `close()`, or the end of a `with` block, removes it.
 
-    Other threads may run forwards of the modules. Torch then calls a hook that is just being set or taken off without
-    the keyword arguments that it asked for: hooks have defaults for them, and leave such a forward alone.
+    Other threads may run forwards of the modules. Torch may call a hook that is just being set or removed without the
+    keyword arguments that it requested: hooks have defaults for them, and do nothing in such a forward.
     """
 
     def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
@@ -45,10 +45,10 @@ class Attachments(ExitStack):
         self._register_handle(module, module.register_forward_hook(hook, **settings))
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute. Of several contexts the last one holds, in whatever order they end."""
+        """Set an attribute. With several contexts, the last one entered applies, in whatever order they end."""
         with ATTACHMENT_LOCK:
             own, before = name in vars(module), getattr(module, name, MISSING)
-            setattr(module, name, value)  # it may refuse the value
+            setattr(module, name, value)  # it may reject the value
             before = before if own or name not in vars(module) else MISSING  # of the class
             get_detached_state(module).attribute_values.setdefault(name, [(None, before)]).append((self, value))
         self.callback(self._restore_attribute, module, name)
@@ -70,7 +70,7 @@ class Attachments(ExitStack):
             state = get_detached_state(module)
             last, held = state.attribute_values[name][-1]
             values = [(owner, value) for owner, value in state.attribute_values[name] if owner is not self]
-            if last is self and getattr(module, name, MISSING) is held:  # nobody has set another value since
+            if last is self and getattr(module, name, MISSING) is held:  # no other value has been set since
                 if values[-1][1] is MISSING:
                     delattr(module, name)
                 else:
@@ -85,8 +85,9 @@ class Attachments(ExitStack):
 class DetachedState:
     """The `__getstate__` of a module while something is attached to it: its state without what is attached.
 
-    Copying and pickling ask an object for its state. This is an attribute of the module itself, so its class is as it
-    was. A class that copies its objects itself, as that of a parametrized module, is given a stand-in with that state.
+    Copying and pickling ask an object for its state. This is an attribute of the module itself, so its class is
+    unchanged. If a class has its own `__deepcopy__`, as that of a parametrized module, it is called with a stand-in
+    that has this state.
     """
 
     hook_ids: set[int]
@@ -102,7 +103,7 @@ class DetachedState:
         return self.strip_attachments(self.module.__dict__ if of_class is None else of_class(self.module))
 
     def strip_attachments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A state without what is attached."""
+        """Return a state without what is attached."""
         state = {name: value for name, value in state.items() if name not in INSTANCE_OVERRIDES}
         for table in HOOK_TABLES:
             if table in state:
@@ -118,7 +119,7 @@ class DetachedState:
             shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive
             shadow.__dict__ = self.strip_attachments(self.module.__dict__)
             memo[id(self.module)] = type(self.module).__deepcopy__(shadow, memo)  # type: ignore[attr-defined]
-        return memo[id(shadow)]  # within itself: the copy that is being made
+        return memo[id(shadow)]  # within a recursive copy: the copy that is being made
 
     def remove_if_empty(self) -> None:
         if not self.hook_ids and not self.attribute_values:

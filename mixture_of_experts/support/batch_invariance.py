@@ -1,14 +1,15 @@
-"""The same bits in any batch: products on a CPU whose rows do not depend on the other rows.
+"""Batch invariance: products on a CPU whose rows do not depend on the other rows, bit by bit.
 
-Libraries choose how to sum by the number of rows: a row alone rounds differently from the same row among others. So
-rows are multiplied in blocks, of a size for which several blocks have the same bits as each one alone, and at most
-`MAX_ROWS` at a time. The size is sampled with the function that runs, on operands of the same dtypes, shapes and
-strides, on as many threads. Torch computes functions of single numbers, such as `sigmoid`, in vectors, and rounds the
-numbers that fill no vector differently. If a tensor has `GRAIN_SIZE` numbers or more, threads share it, and each part
-can end in such numbers. So these functions get whole vectors, and fewer numbers than `GRAIN_SIZE`.
+Libraries choose the order of summation by the number of rows: a row alone rounds differently from the same row among
+others. So rows are multiplied in blocks, with a size for which several blocks have the same bits as each one alone, and
+at most `MAX_ROWS` at a time. The size is found by sampling the function that runs, with operands of the same dtypes,
+shapes and strides, on the same number of threads. Torch computes elementwise functions, such as `sigmoid`, in vectors,
+and rounds the elements that do not fill a vector differently. A tensor with `GRAIN_SIZE` elements or more is split
+among threads, and each part can end in such elements. So these functions get whole vectors, and fewer elements than
+`GRAIN_SIZE`.
 
-`ops.use("batch_invariant")` asks for all of this. What is not on a list here, and does not answer
-`variant_reason`, raises.
+`ops.use("batch_invariant")` enables all of this. A module raises unless it is listed here or its class implements
+`variant_reason`.
 
 Axes: t tokens, p inner and q outer dimension of a product, r rows.
 """
@@ -35,14 +36,14 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.subclassing import is_package_class
 
 BATCH_INVARIANT = "batch_invariant"
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # of a block, tried in this order
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows of a block, tried in this order
 MAX_ROWS = 3 * BLOCK_SIZES[-1]  # of a product: no more are sampled
-MIN_COLUMNS = 16  # of fewer, a row's place decides
-VECTOR_NUMEL = 64  # numbers, a multiple of those in the vectors of every dtype
-GRAIN_SIZE = 32768  # numbers of a tensor from which on torch's threads share it
+MIN_COLUMNS = 16  # with fewer, the bits depend on a row's position
+VECTOR_NUMEL = 64  # a multiple of the vector length of every dtype
+GRAIN_SIZE = 32768  # number of elements from which on torch splits a tensor among threads
 
-#: modules of torch that map each row by itself; containers among them only call the modules inside
-TOKENWISE_MODULES = {
+#: modules of torch that map each row independently; containers among them only call the modules inside
+TOKENWISE_MODULES: set[type] = {
     nn.Linear,
     nn.RMSNorm,
     nn.LayerNorm,
@@ -55,7 +56,7 @@ TOKENWISE_MODULES = {
     nn.Dropout,
 }
 TOKENWISE_MODULES |= {nn.Sequential, nn.ModuleDict, nn.ParameterDict}
-#: such modules of other libraries, by the beginning of their module's name and the end of their class's
+#: such classes of other libraries, by the prefix of their module's name and the suffix of the class name
 EXTERNAL_TOKENWISE_CLASSES = (
     ("transformers.models.", "MLP"),
     ("transformers.models.", "RMSNorm"),
@@ -64,16 +65,16 @@ EXTERNAL_TOKENWISE_CLASSES = (
     ("peft.tuners._buffer_dict", "BufferDict"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper"),
 )
-#: attributes of a class that compute no outputs, or follow from others
+#: attributes of a class that do not compute outputs, or follow from others
 IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_decisions", "allocates_outputs"}
 
-#: computes a product of rows x `(..., r, p)` with operands, and what belongs to it, such as its gradient by rows y
+#: computes a product of rows x `(..., r, p)` with operands, and what belongs to it, such as its gradient from rows y
 #: `(..., r, q)`: `compute(x, y, *operands)` returns tensors `(v, ..., r, anything)`, v results that must be equal
 SampledFunction = Callable[..., list[Tensor]]
 
 
 class OperandLayout(NamedTuple):
-    """What the bits of a product depend on besides the numbers of an operand."""
+    """What the bits of a product depend on in addition to the values of an operand."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -81,17 +82,17 @@ class OperandLayout(NamedTuple):
 
 
 def reject_batch_invariance(what: str) -> None:
-    """Raise ValueError if the same bits are asked for, of products that are not made in blocks."""
+    """Raise ValueError if batch invariance is requested, for products that are not computed in blocks."""
     if requested_implementation() == BATCH_INVARIANT:
         raise ValueError(f"{BATCH_INVARIANT!r} was asked for, and {what}: ask for 'auto'")
 
 
-# Which modules keep the bits
+# Which modules are batch-invariant
 
 
 def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
-    """Raise ValueError if the same bits are asked for, and a part of a layer is not known to keep them: gates and
-    experts answer `variant_reason`, a `shared_expert` has to consist of known modules."""
+    """Raise ValueError if batch invariance is requested and a part of a layer is not known to be invariant: gates and
+    experts implement `variant_reason`, a `shared_expert` must consist of known modules."""
     if requested_implementation() != BATCH_INVARIANT:
         return
     if torch.compiler.is_compiling() or is_in_transform():
@@ -107,7 +108,7 @@ def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
 
 
 def raise_not_invariant(name: str, reason: str) -> None:
-    """Raise ValueError for a part of a layer that is not known to keep the bits; the reason ends with a remedy."""
+    """Raise ValueError for a part of a layer that is not known to be invariant; the reason ends with a remedy."""
     raise ValueError(
         f"{BATCH_INVARIANT!r} was asked for, and the part {name} is not known to keep a token's bits: {reason}; or ask "
         "for 'auto'"
@@ -115,7 +116,7 @@ def raise_not_invariant(name: str, reason: str) -> None:
 
 
 def variant_reason(module: nn.Module) -> str | None:
-    """Why a gate or experts, whatever wraps them, may give a token other bits in another batch; None if they do not."""
+    """Why the bits of a gate's or experts' results, wrapped or not, may depend on the batch; None if they do not."""
     inner: Any = unwrap_module(module)
     if not callable(getattr(inner, "variant_reason", None)):
         return f"{type(inner).__name__} is an unknown module: take one of this package"
@@ -125,7 +126,7 @@ def variant_reason(module: nn.Module) -> str | None:
 
 
 def find_overridden_attribute(module: nn.Module) -> str | None:
-    """The attribute by which a class outside of this package changes one of its classes; None if none does."""
+    """The attribute with which a class outside of this package changes one of its classes; None if there is none."""
     kinds = get_original_class(module).__mro__
     ours = next(kind for kind in kinds if is_package_class(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
@@ -133,7 +134,7 @@ def find_overridden_attribute(module: nn.Module) -> str | None:
 
 
 def not_tokenwise_reason(module: nn.Module) -> str | None:
-    """Why a module may not map each token by itself, in bits that blocks keep; None if all that it consists of does."""
+    """Why a module may not map each token independently, with bits that blocks preserve; None if all its parts do."""
     for part in module.modules():
         kind = get_original_class(part)
         where, name = kind.__module__, kind.__name__
@@ -145,11 +146,11 @@ def not_tokenwise_reason(module: nn.Module) -> str | None:
     return None
 
 
-# Sizes of blocks
+# Block sizes
 
 
 def get_layout(tensor: Tensor) -> OperandLayout:
-    """The layout of a matrix or a vector; of a stack of matrices that of the first two."""
+    """The layout of a matrix or a vector; for a stack of matrices that of the first two."""
     stack = [min(2, n) for n in tensor.shape[:-2]]
     return OperandLayout(tensor.dtype, (*stack, *tensor.shape[len(stack) :]), tensor.stride())
 
@@ -157,8 +158,8 @@ def get_layout(tensor: Tensor) -> OperandLayout:
 def find_block_rows(
     compute: SampledFunction, sizes: Sequence[int], *operands: Tensor | None, dtype: torch.dtype | None = None
 ) -> int:
-    """The least number of rows in `SIZES` for which `compute` keeps the bits of a row x `(..., p)` in `dtype`, by
-    default that of the first operand, with these operands; `sizes` are p and q. RuntimeError if there is none."""
+    """The smallest of `BLOCK_SIZES` for which `compute` preserves the bits of a row x `(..., p)` in `dtype`, by default
+    that of the first operand, with these operands; `sizes` are p and q. Raises RuntimeError if there is none."""
     p, q = sizes
     layouts = tuple([None if operand is None else get_layout(operand) for operand in operands])
     narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -176,8 +177,8 @@ def _sample_block_rows(
     q: int,
     layouts: tuple[OperandLayout | None, ...],
 ) -> int:
-    """`find_block_rows`, of random numbers whose sums cancel out, so that only rounding is left: after rounding to
-    16 bits the order of other sums is seldom seen. This samples, it does not prove."""
+    """`find_block_rows`, with random numbers whose sums cancel out, so that only rounding is left: with other numbers,
+    rounding to 16 bits usually hides the order of summation. This samples, it does not prove."""
     assert layouts[0] is not None
     generator, stack = torch.Generator().manual_seed(0), layouts[0].shape[:-2]
 
@@ -205,15 +206,15 @@ def _sample_block_rows(
 def make_sums_cancel(
     x: Tensor, y: Tensor, weight: Tensor | None, *others: Tensor | None, order: torch.Generator
 ) -> None:
-    """Change numbers so that the sums of x `(..., r, p)` times the weight `(..., p, q)`, or `(..., q, p)`, and of y
-    `(..., r, q)` times its transpose, have pairs of terms that cancel out. Half of y, and of other operands, is 0, as
-    they are added to such sums and would hide them."""
+    """Change the values so that the sums of x `(..., r, p)` times the weight `(..., p, q)`, or `(..., q, p)`, and of y
+    `(..., r, q)` times its transpose, have pairs of terms that cancel out. Half of y, and of other operands, is set to
+    0, because they are added to such sums and would hide them."""
     assert weight is not None
     matrix = weight if weight.shape[-2:] == (x.shape[-1], y.shape[-1]) else weight.mT
     for rows, dim in ((x, -2), (y, -1)):
         half, places = rows.shape[-1] // 2, torch.randperm(rows.shape[-1], generator=order, device="cpu")
         first, second = places[:half], places[half : 2 * half]
-        rows.mul_(8)  # so that float16 has numbers as small as what is left
+        rows.mul_(8)  # so that float16 can represent the small remainders
         rows[..., second] = -rows[..., first]
         rows[..., places[2 * half :]] = 0
         for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # a stack may repeat one in memory
@@ -227,8 +228,8 @@ def make_sums_cancel(
 
 @contextmanager
 def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
-    """A context for the sampling, with autocast to `narrow` or without. Modes do not see it, nor do hooks on saved
-    tensors: those of activation checkpointing count what a forward saves, and a recomputation samples nothing."""
+    """A context for sampling, with autocast to `narrow` or without autocast. It is invisible to modes and saved-tensor
+    hooks: those of activation checkpointing count what a forward saves, and a recomputation does not sample again."""
     same: Any = lambda tensor: tensor  # noqa: E731
     autocast = torch.autocast("cpu", narrow or torch.bfloat16, enabled=narrow is not None, cache_enabled=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(same, same)
@@ -237,8 +238,8 @@ def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
 
 
 def iter_pieces(size: int) -> Iterator[tuple[int, int, int]]:
-    """Numbers of rows, multiples of `size`, the rows where they start, and how many rows come before them in memory, a
-    multiple of `size` too; the fewest rows, which differ most, first."""
+    """Row counts (multiples of `size`), the rows where they start, and how many rows come before them in memory (also a
+    multiple of `size`); the smallest counts, which differ most, come first."""
     numbers = {*(size * many for many in (1, 2, 3, 4, 5, 7)), MAX_ROWS // 2 // size * size, MAX_ROWS}
     for number in sorted(number for number in numbers if number <= MAX_ROWS):
         starts = {0, MAX_ROWS - number} if number > 3 * size else {0, 1, 3, MAX_ROWS - number}
@@ -256,7 +257,7 @@ def is_bitwise_equal(
     start: int,
     before: int,
 ) -> bool:
-    """Whether rows have the bits that they have in `whole`, in memory with other rows before them."""
+    """Whether rows have the same bits as in `whole`, when stored in memory with other rows before them."""
     some = slice(start, start + number)
     rows, grads = (copy_at_offset(part[..., some, :], before * part.shape[-1]) for part in (x, y))
     results = zip(compute(rows, grads, *operands), whole, strict=True)
@@ -270,7 +271,7 @@ def copy_at_offset(tensor: Tensor, offset: int) -> Tensor:
 
 
 def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """A `Compute` of a differentiable function: its result, without gradients and with them, and the gradient of x."""
+    """A `SampledFunction` for a differentiable function: its result without and with grad, and the gradient of x."""
     alone = function(x)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -280,19 +281,19 @@ def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Te
 
 
 def compute_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The `Compute` of `nn.Linear`."""
+    """The `SampledFunction` of `nn.Linear`."""
     return compute_with_gradient(lambda x: F.linear(x, weight, bias), x, y)
 
 
 def round_up_to_vectors(size: int, *widths: int) -> int:
-    """The least multiple of `size`, a power of two up to 64, for which so many rows of any of these widths fill whole
-    vectors. It divides `MAX_ROWS`."""
+    """The smallest multiple of `size`, a power of two up to 64, for which this many rows of any of these widths fill
+    whole vectors. It divides `MAX_ROWS`."""
     return max([size * VECTOR_NUMEL // math.gcd(VECTOR_NUMEL, size * width) for width in widths], default=size)
 
 
 def find_max_rows(block: int, width: int) -> int:
-    """The most rows `(r, width)` that a function of single numbers may get at a time, a multiple of `block`. ValueError
-    if one block is too many."""
+    """The maximum number of rows `(r, width)` that an elementwise function may get at a time, a multiple of `block`.
+    Raises ValueError if one block is too large."""
     if torch.get_num_threads() == 1:
         return block << 40
     if block * width >= GRAIN_SIZE:
@@ -303,14 +304,14 @@ def find_max_rows(block: int, width: int) -> int:
     return (GRAIN_SIZE - 1) // (block * width) * block
 
 
-# What runs in blocks
+# Computations in blocks
 
 
 def multiply_batch_invariant(
     product: Callable[..., Tensor], compute: SampledFunction, x: Tensor, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`product(x, weight, dtype)` `(..., t, q)`, a product in `dtype` of tokens `(..., t, p)`, as `compute` samples it;
-    with zeros for tokens that a block lacks, and for columns that a vector lacks."""
+    """`product(x, weight, dtype)` `(..., t, q)`, a product in `dtype` of tokens `(..., t, p)`, in blocks that are
+    sampled with `compute`; padded with zeros to whole blocks of tokens and whole vectors of columns."""
     t, q = x.shape[-2], weight.shape[-1]
     weight = F.pad(weight, (0, -q % MIN_COLUMNS))
     size = find_block_rows(compute, weight.shape[-2:], weight, dtype=x.dtype)
@@ -319,8 +320,8 @@ def multiply_batch_invariant(
 
 
 def call_module_batch_invariant(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, of a module that maps tokens `(..., p)` to `(..., q)` each by itself; in blocks if they are asked
-    for."""
+    """`module(x)`, for a module that maps tokens `(..., p)` to `(..., q)` independently; in blocks if batch invariance
+    is requested."""
     if requested_implementation() != BATCH_INVARIANT:
         return module(x)
     if (reason := not_tokenwise_reason(module)) is not None:
@@ -336,7 +337,7 @@ def call_module_batch_invariant(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def apply_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, of every number by itself; of whole vectors if the same bits are asked for."""
+    """`function(x)`, for an elementwise function; in whole vectors if batch invariance is requested."""
     if requested_implementation() != BATCH_INVARIANT:
         return function(x)
     padded = F.pad(x.flatten(), (0, -x.numel() % VECTOR_NUMEL))

@@ -22,7 +22,7 @@ def checked_setting(check: Callable[..., Any], **bounds: Any) -> Any:
 class CheckedModule(nn.Module):
     """A module with settings, which are checked when they are set, and sizes, which never change."""
 
-    #: attributes that give parameters their shapes: they can be set only once
+    #: attributes that determine the shapes of parameters: they can be set only once
     shape_attributes: ClassVar[tuple[str, ...]] = ()
     _settings: ClassVar[dict[str, _CheckedSetting]] = {}
 
@@ -51,8 +51,8 @@ class CheckedModule(nn.Module):
 class FixedShapeModule(CheckedModule):
     """A module whose parameters cannot be replaced by parameters of another shape.
 
-    To prune or add experts that way would leave the module's sizes wrong, from which capacity is computed. Casts,
-    sharding, parametrizations and loading still work: they keep shapes, or do not set attributes.
+    Pruning or adding experts by replacing parameters would leave the module's sizes, from which capacity is computed,
+    wrong. Casts, sharding, parametrizations and loading still work: they keep shapes, or do not set attributes.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -66,9 +66,9 @@ class FixedShapeModule(CheckedModule):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """The arguments of the constructor and settings that are not the default. A module among them is a child."""
+        """Constructor arguments and settings that differ from their defaults. Modules among them appear as children."""
         defaults: dict[str, Any] = {}
-        for cls in reversed(type(self).__mro__):  # a default is that of the first class with this argument
+        for cls in reversed(type(self).__mro__):  # a default comes from the first class with this argument
             for name, parameter in inspect.signature(cls.__init__).parameters.items():
                 defaults.setdefault(name, parameter.default)
         for name in self._settings:
@@ -76,7 +76,7 @@ class FixedShapeModule(CheckedModule):
         shown = []
         for name, default in defaults.items():
             value = None if isinstance(getattr(type(self), name, None), property) else getattr(self, name, None)
-            value = True if isinstance(value, Tensor) else value  # the argument said whether it is there
+            value = True if isinstance(value, Tensor) else value  # the argument was a flag for its presence
             if not (value is None or isinstance(value, nn.Module) or value == default):
                 shown.append(f"{name}={getattr(value, '__qualname__', None) or repr(value)}")
         return ", ".join(shown)

@@ -1,4 +1,4 @@
-"""Checks of arguments. Each returns a right value; for a wrong one its error says what is allowed and what to do."""
+"""Checks of arguments. Each returns the value if it is valid; else its error states what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def check_process_group(name: str, value: Any) -> Any:
 
 
 def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str, float]:
-    """A dict of coefficients by name, without the names `elsewhere`, whose coefficients have other places."""
+    """A dict of coefficients by name, without the names in `dedicated`, whose coefficients have their own arguments."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
     for key in value:
@@ -157,7 +157,7 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
 
 
 def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
-    """An integer tensor of numbers of tokens, one for each group."""
+    """An integer tensor of token counts, one for each group."""
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
             f"length must be integers of shape {tuple(shape)}, the tokens of each group, got {lengths.dtype} of shape "
@@ -167,7 +167,7 @@ def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_result(name: str, result: Any, shape: tuple[int, ...], remedy: str = "") -> Tensor:
-    """What a module returned: a tensor of this shape."""
+    """The result of a module: a tensor of this shape."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
     raise ValueError(f"{name} must return the shape {tuple(shape)}, got {describe_shape(result)}{remedy}")

@@ -1,4 +1,4 @@
-"""The error of a rank that waited for others in vain."""
+"""The error of a rank whose collective failed because other ranks did not join."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch.distributed as dist
 
 
 def collective_error(what: str, error: Exception, group: dist.ProcessGroup) -> RuntimeError:
-    """Return the error to raise on a rank that waited in vain.
+    """Return the error to raise on a rank whose collective failed.
 
     Args:
         what: what this rank could not do.
         error: the error of the collective.
-        group: the ranks that were waited for.
+        group: the ranks that should have joined.
     """
     return RuntimeError(
         f"{what}, on rank {group.rank()} of {group.size()}: {error}\nAnother rank has raised, is stuck or ran other "

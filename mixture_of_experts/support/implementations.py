@@ -1,6 +1,6 @@
-"""Ways to compute a call: the one that the user asks for, or the first that serves it; and who is told which.
+"""Selects the implementation of a call: the requested one, or the first that supports it; reports it to listeners.
 
-The way that the user asks for is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
+The requested implementation is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
 later.
 """
 
@@ -18,18 +18,18 @@ ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 # read once: a compiled graph can be guarded by a variable, but not by the environment
 INITIAL_IMPLEMENTATION: str = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _requested = INITIAL_IMPLEMENTATION
-_open_contexts: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one holds
+_open_contexts: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one applies
 _REQUEST_LOCK = threading.Lock()
 
 
 def requested_implementation() -> str:
-    """The name of the way that the user asks for, or "auto"."""
+    """The name of the implementation that the user requests, or "auto"."""
     return _requested
 
 
 def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> None:
-    """Note contexts of `use` that open and close. Each takes out its own entry: those of several threads may end in any
-    order."""
+    """Register contexts of `use` that open, and remove those that close. Each removes its own entry: those of several
+    threads may end in any order."""
     global _requested
     with _REQUEST_LOCK:
         _open_contexts.update(opened)
@@ -40,13 +40,13 @@ def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> N
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which way computed a call, and why no faster one did.
+    """Which implementation computed a call, and why no faster one did.
 
     Attributes:
-        way: name of the way; "module" for experts that no way computes: modules on slots, a `compute` of your own, or
-            experts on other ranks.
-        reasons: for each faster way, why it was not taken.
-        gates: the same of each gate, in the order in which they decided; "operators" is a gate's `decide`.
+        implementation: its name; "module" for experts that none of the implementations computes: modules on slots, a
+            custom `compute`, or experts on other ranks.
+        reasons: for each faster implementation, why it was not selected.
+        gates: the same for each gate, in the order in which they decided; "operators" is a gate's `decide`.
     """
 
     implementation: str
@@ -61,7 +61,7 @@ class Explanation:
 
 
 class ListenerStack(threading.local):
-    """The lists, of each thread, to which the way of every call is added; the innermost comes last."""
+    """The lists of each thread to which the implementation of every call is appended; the innermost comes last."""
 
     def __init__(self) -> None:
         self.lists: list[list[tuple[str, Explanation]]] = []
@@ -72,7 +72,7 @@ LISTENERS = ListenerStack()
 
 @contextmanager
 def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
-    """The ways taken in this context, in a list: "gate" or "experts", and which."""
+    """A list of the implementations selected in this context: pairs of "gate" or "experts", and the `Explanation`."""
     explanations: list[tuple[str, Explanation]] = []
     LISTENERS.lists.append(explanations)
     try:
@@ -82,11 +82,11 @@ def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
 
 
 def select_implementation(part: str, implementations: Mapping[str, Any], *call: Any, requested: str = "auto") -> str:
-    """The name of the first way whose `why_not(*call)` is None, else "operators"; it is told as that of `part`: of a
-    "gate", or of "experts". If another way than "auto" is `asked` for, only that one is tried.
+    """The name of the first implementation whose `unsupported_reason(*call)` is None, else "operators". Listeners get
+    it as that of `part`: "gate" or "experts". If `requested` is not "auto", only that implementation is tried.
 
     Raises:
-        ValueError: the way that is asked for cannot compute the call.
+        ValueError: the requested implementation cannot compute the call.
     """
     taken, reasons = "operators", {}
     for name in implementations if requested == "auto" else [name for name in implementations if name == requested]:

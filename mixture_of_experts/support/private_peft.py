@@ -1,6 +1,6 @@
-"""What this package uses of PEFT's wrappers and does not find in its documentation. PEFT is not imported.
+"""Undocumented properties of PEFT's wrappers that this package relies on. PEFT is not imported.
 
-`tests/huggingface/test_private_peft.py` shows what of it a new version breaks.
+`tests/huggingface/test_private_peft.py` shows which of them a new version breaks.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 def is_peft_wrapper(module: nn.Module) -> bool:
-    """Whether the module is a wrapper of PEFT: of one of its classes, or of a class that inherits from one."""
+    """Whether the module is a wrapper of PEFT: an instance of one of its classes, or of a subclass."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module that computes inside a wrapper of PEFT; None if the module is no wrapper."""
+    """The module that computes inside a wrapper of PEFT; None if the module is not a wrapper."""
     children: Any = module._modules
     if not ("modules_to_save" in children or "base_layer" in children) or not is_peft_wrapper(module):
         return None
@@ -25,13 +25,13 @@ def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def get_active_copy(wrapper: Any) -> nn.Module:
-    """What computes in the wrapper of a module that is saved: the copy of the active adapter, or the original."""
+    """The module that computes in the wrapper of a saved module: the copy of the active adapter, or the original."""
     active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)  # it may have no copy here
     return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
 
 
 def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The modules directly in a module, and whether they compute: of PEFT's copies of a saved module only one does."""
+    """The direct children of a module, and whether they compute: only one of PEFT's copies of a saved module does."""
     children: Any = module._modules
     if "modules_to_save" not in children or not is_peft_wrapper(module):
         return [(child, True) for child in module.children()]
@@ -41,8 +41,8 @@ def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
 
 
 def find_tensors_not_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those tensors of a model that no file of its adapters will have; [] if it has none. Beside their own
-    weights these files have what `modules_to_save` names, whole."""
+    """The names of those tensors of a model that no file of its adapters will contain; [] if it has no adapters. In
+    addition to their own weights, these files contain the modules in `modules_to_save`, whole."""
     held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
     return [n for n, t in tensors.items() if t not in held] if any(map(is_peft_wrapper, model.modules())) else []
 
@@ -60,5 +60,5 @@ def find_missed_targets(model: nn.Module) -> list[str]:
 
 
 def applies_b_first(wrapper: Any) -> bool:
-    """Whether tokens meet B of a stacked weight first and A then; else A first."""
+    """Whether tokens are multiplied by B of a stacked weight first and then by A; else by A first."""
     return wrapper._did_swap_in_out_features

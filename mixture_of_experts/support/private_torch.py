@@ -1,6 +1,6 @@
-"""Every private module, class and function of torch that this package uses: torch does not promise to keep them.
+"""Every private module, class and function of torch that this package uses: torch may change them at any time.
 
-Attributes of `nn.Module`, such as `_modules`, stand where they are used.
+Private attributes of `nn.Module`, such as `_modules`, are used directly elsewhere.
 They are tested on torch 2.10 to 2.13, and most of them on 2.15. `tests/test_private_torch.py` shows which of them a new
 version breaks.
 """
@@ -43,19 +43,19 @@ def is_exporting() -> bool:
 
 
 def is_in_transform() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. Its tensors' numbers cannot
-    be read."""
+    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. The values of its tensors
+    cannot be read."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_in_forward_mode() -> bool:
     """Whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed, outside of a
-    traced graph. Functions of autograd that write a backward alone raise then."""
+    traced graph. A `torch.autograd.Function` that only defines a backward raises then."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor may stand for many at once: in a transform, or as a batch of gradients (`is_grads_batched`)."""
+    """Whether a tensor may represent a batch of tensors: in a transform, or as gradients with `is_grads_batched`."""
     if torch.compiler.is_compiling():
         return False
     many = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,7 +69,7 @@ def assume_constant_result(function: FunctionT) -> FunctionT:
 
 
 def unsafe_view(x: Tensor, shape: Any) -> Tensor:
-    """Reshape a tensor that nobody else holds; the result is no view for autograd.
+    """Reshape a tensor that has no other references; for autograd, the result is not a view.
 
     The caller may then write `out += x`, which fails on a view after expert choice. FSDP2 warns of modules that return
     views, because its hooks on views are lost. torch's own products of more than two dimensions end with this operator.
@@ -78,7 +78,7 @@ def unsafe_view(x: Tensor, shape: Any) -> Tensor:
 
 
 def is_fake_tensor(tensor: Tensor) -> bool:
-    """Whether the tensor is a stand-in without numbers, as tracers and memory estimates use them."""
+    """Whether the tensor is a fake tensor without data, as tracers and memory estimates use."""
     from torch._subclasses import fake_tensor
 
     return fake_tensor.is_fake(tensor)
@@ -95,9 +95,10 @@ def disable_dispatch_modes() -> AbstractContextManager[Any]:
 
 
 def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
-    """Tell the FLOP counters that are entered in this thread how many an operator takes, if they do not know.
+    """Register the FLOP formula of an operator with the counters that are active in this thread, if they have none.
 
-    `register_flop_formula` would tell all, but the import of its module imports Triton: a sixth of the time of torch's.
+    torch's `register_flop_formula` would register it for all counters, but importing its module imports Triton, which
+    takes a sixth of the time of importing torch.
     """
     if torch.compiler.is_compiling():
         return
@@ -113,12 +114,12 @@ def get_function_modes() -> list[Any]:
 
 
 def are_saved_tensor_hooks_enabled() -> bool:
-    """Whether hooks on saved tensors may be set; where they are disabled there are none."""
+    """Whether saved-tensor hooks may be set; where they are disabled, there are none."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of `value` over the ranks of a process group, as an operator that graphs can hold."""
+    """The sum of `value` over the ranks of a process group, as an operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
     return wait_tensor(all_reduce(value, "sum", group))
@@ -142,7 +143,7 @@ WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def get_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper of torch or PEFT, the one that computes; None if the module is no wrapper."""
+    """The module that computes inside a wrapper of torch or PEFT; None if the module is not a wrapper."""
     children: Any = module._modules
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return children["module"]
@@ -152,14 +153,14 @@ def get_wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:
-    """The module without what is wrapped around it."""
+    """The module without its wrappers."""
     while (inner := get_wrapped_module(module)) is not None:
         module = inner
     return module
 
 
 def get_original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before FSDP2 or parametrizations made a class of their own for it."""
+    """The class of a module before FSDP2 or parametrizations replaced it by a generated class."""
     kind = type(module)
     while True:
         first, *rest = kind.__bases__
@@ -173,8 +174,8 @@ def get_original_class(module: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def disable_compilation(model: nn.Module) -> Iterator[None]:
-    """A context in which a model's modules run as they were before `torch.compile`, so that hooks are called. Another
-    model is not touched; `torch.compiler.set_stance` would hold in the whole process."""
+    """A context in which a model's modules run as they were before `torch.compile`, so that hooks are called. Other
+    models are not affected; `torch.compiler.set_stance` would apply to the whole process."""
     compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
         own, forward = vars(module), module.forward
@@ -195,9 +196,9 @@ def disable_compilation(model: nn.Module) -> Iterator[None]:
 
 
 def register_named_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    """Set a forward pre-hook `(module, args, kwargs)`, and a forward hook that is called after an error too, under a
-    name of their own. Torch numbers hooks in each process anew: a new one would replace one that came with a pickled
-    module under the same number."""
+    """Set a forward pre-hook `(module, args, kwargs)`, and a forward hook that is also called after an error, under a
+    fixed name. Torch numbers hooks starting from 0 in each process: a new one would replace one that came with a
+    pickled module under the same number."""
     hooks: Any = module
     hooks._forward_pre_hooks[name], hooks._forward_hooks[name] = before, after
     hooks._forward_pre_hooks_with_kwargs[name] = hooks._forward_hooks_always_called[name] = True
@@ -215,8 +216,8 @@ STATE_HOOKS = (
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Make the hooks on the forward and backward of a module those of the module that replaces it. Their handles then
-    remove them from that one, so both have the same tables."""
+    """Move the hooks on the forward and backward of a module to the module that replaces it. Both share the same
+    tables, so that the hooks' handles remove them from the new one."""
     for table in CALL_HOOKS:
         hooks = getattr(old, table)
         hooks.update(getattr(new, table))
@@ -225,7 +226,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def replacement_problem(module: nn.Module) -> str | None:
-    """What of a module another one could not have in its place, in words; None if nothing: `move_hooks` moves hooks on
+    """What would be lost if another module replaced this one, in words; None if nothing: `move_hooks` moves hooks on
     its forward and backward."""
     if any(getattr(module, table) for table in STATE_HOOKS):
         return "has hooks on its state dict, which are for the names and shapes of its weights: remove them before"
@@ -235,8 +236,8 @@ def replacement_problem(module: nn.Module) -> str | None:
 
 
 def set_first_hook(module: nn.Module, name: str, after: Callable[..., Any]) -> None:
-    """Set a forward hook under a name of its own, unless it is set: it runs before all others, also before FSDP2 shards
-    the module's parameters again."""
+    """Set a forward hook under a fixed name, unless it is already set: it runs before all others, also before FSDP2
+    reshards the module's parameters."""
     hooks: Any = module._forward_hooks
     if name not in hooks:
         hooks[name] = after
@@ -250,19 +251,19 @@ def has_hooks(module: object) -> bool:
 
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows between the ranks of a process group: differentiable, as an operator that graphs can hold."""
+    """Exchange rows between the ranks of a process group: differentiable, as an operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
     return wait_tensor(all_to_all_single(x, receive, send, group))
 
 
 def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Sums `(s, q)` of rows of a table of 8 bits `(n, q + 8)` on a CPU, each times a number, in float32.
+    """Weighted sums `(s, q)` of rows of an 8-bit table `(n, q + 8)` on a CPU, in float32.
 
     Args:
-        place: `(m,)` int64, the rows in the order of the sums.
-        start: `(s,)` int64, where each sum begins in `place`.
-        factor: `(m,)` float32. The operator reads its memory as if it had no strides: one number after the other.
+        indices: `(m,)` int64, the rows in the order of the sums.
+        offsets: `(s,)` int64, where each sum begins in `indices`.
+        weights: `(m,)` float32. The operator ignores strides: it must be contiguous.
     """
     assert weights.is_contiguous()
     rows = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
@@ -270,7 +271,7 @@ def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: T
 
 
 def unpack_rows(packed: Tensor) -> Tensor:
-    """The numbers `(n, q)` of a table of 8 bits `(n, q + 8)` on a CPU, in float32."""
+    """The values `(n, q)` of an 8-bit table `(n, q + 8)` on a CPU, in float32."""
     return torch.ops.quantized.embedding_bag_byte_unpack(packed)
 
 
@@ -284,8 +285,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tenso
 
     Args:
         packed: what `pack_int4` returns, in any shape.
-        group: neighbouring inputs that have step and zero in common.
-        numbers: step and zero `(p / group, q, 2)`.
+        group: number of neighbouring inputs that share step and zero.
+        scales_and_zeros: step and zero `(p / group, q, 2)`.
     """
     packed = packed.view(scales_and_zeros.shape[1], -1)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales_and_zeros)
@@ -293,8 +294,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tenso
 
 @assume_constant_result
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Whether a CPU has products of this dtype, so that torch computes them as fast as those of float32. Of others than
-    x86 nothing is known, so they are taken to have all."""
+    """Whether the CPU has native products of this dtype, so that torch computes them as fast as those of float32. CPUs
+    other than x86 are assumed to have all."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
         return True
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -305,21 +306,21 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Make `DistributedDataParallel(model)` ignore parameters and buffers of these names, beside those it ignores."""
+    """Make `DistributedDataParallel(model)` ignore these parameters and buffers, in addition to those it ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
 def is_in_ddp() -> bool:
-    """Whether the forward of a `DistributedDataParallel` is running. A graph that calls this is traced again in
-    another one, because of the guard that `id` installs."""
+    """Whether the forward of a `DistributedDataParallel` is running. A graph that calls this is retraced in another
+    one, because of the guard that `id` installs."""
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
     return ddp is not None and id(ddp) != 0
 
 
 def exclude_from_ddp_broadcast(endings: Collection[str]) -> list[str]:
-    """Make the `DistributedDataParallel` whose forward is running leave buffers alone whose last name is one of
-    `endings`: before its next forwards it then no longer copies them from the first rank.
+    """Exclude buffers from the broadcasts of the `DistributedDataParallel` whose forward is running: it no longer
+    copies those whose last name is one of `endings` from the first rank before its next forwards.
 
     Returns:
         The names of those buffers that it keeps copying: all ranks must exclude the same buffers, but where parameters

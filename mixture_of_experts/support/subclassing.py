@@ -1,7 +1,7 @@
-"""What subclasses, and attributes of an object, override of a class of this package.
+"""Finds what subclasses, and attributes of an object, override in a class of this package.
 
-Shortcuts replace methods of a class. They serve every subclass that leaves these methods alone, such as the classes
-that FSDP2 and parametrizations make for a module.
+Shortcuts replace methods of a class. They apply to every subclass that does not override these methods, such as the
+classes that FSDP2 and parametrizations make for a module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def find_overridden(module: Any, base: type, names: Collection[str]) -> str | None:
-    """The first of `names` that a module, or its class, does not have from `base`; None if it has them all from there.
+    """The first of `names` that a module or its class does not inherit from `base`; None if it inherits all of them.
 
     Example:
         >>> class Base:
@@ -37,7 +37,7 @@ def find_overridden(module: Any, base: type, names: Collection[str]) -> str | No
 
 
 def find_declaring_class(kind: type, name: str) -> type:
-    """The class that gives a class its attribute `name`."""
+    """The class from which a class gets its attribute `name`."""
     return next(base for base in kind.__mro__ if name in base.__dict__)
 
 
@@ -47,10 +47,10 @@ def is_package_class(kind: type) -> bool:
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Whether a module is of a class of this package, or of a subclass that computes as that class does.
+    """Whether a module's class belongs to this package, or is a subclass that computes the same as such a class.
 
-    Methods that every `nn.Module` has are passed over: FSDP2 overrides `_apply`, and hooks of other libraries set a
-    `forward` on the module. Only a class with a `forward` of its own computes something else.
+    Methods that every `nn.Module` has are ignored: FSDP2 overrides `_apply`, and hooks of other libraries set a
+    `forward` on the module. Only a class with its own `forward` computes something else.
     """
     kind = type(module)
     base = next((base for base in kind.__mro__ if is_package_class(base)), None)
@@ -61,6 +61,6 @@ def is_unchanged(module: nn.Module) -> bool:
 
 @cache
 def list_members(kind: type) -> frozenset[str]:
-    """The names of the methods and properties that a class has and `nn.Module` has not."""
+    """The names of the methods and properties that a class has and `nn.Module` does not have."""
     static = {name: inspect.getattr_static(kind, name) for name in set(dir(kind)) - set(dir(nn.Module))}
     return frozenset(name for name, found in static.items() if isinstance(found, FunctionType | property))

@@ -1,4 +1,4 @@
-"""Questions to torch about tracing and recomputation: symbolic sizes, exporters, transforms, checkpointing."""
+"""Queries about tracing and recomputation: symbolic sizes, exporters, transforms, checkpointing."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ def is_exporting_to_onnx() -> bool:
 
 
 def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
-    """`values + times * others` in one operator; in two where a graph is exported: ONNX takes no dynamic `alpha`."""
+    """`values + times * others` in one operator; in two if a graph is exported: ONNX has no dynamic `alpha`."""
     return values + others * times if is_exporting() else torch.add(values, others, alpha=times)
 
 
 def is_host_readable(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor can be read without a wait: it is on a CPU, and no graph or transform is made."""
+    """Whether the values of a tensor can be read without a sync: it is on a CPU, outside of traces and transforms."""
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor can be read at all, if only after a wait for a GPU."""
+    """Whether the values of a tensor can be read at all, possibly after waiting for a GPU."""
     return not (torch.compiler.is_compiling() or is_in_transform() or tensor.is_meta)
 
 
@@ -61,7 +61,7 @@ def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
 
 
 def get_device_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, read in a way that is a constant to a traced graph."""
+    """Compute capability of a CUDA device, as a constant of a traced graph."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 

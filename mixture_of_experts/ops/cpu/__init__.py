@@ -1,4 +1,4 @@
-"""The way for CPUs: a whole call in one autograd.Function, and a shorter computation of few rows in decoding."""
+"""The implementation for CPUs: a whole call in one autograd.Function, and a shorter computation for decoding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mixture_of_experts.support.private_torch import is_in_transform
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why this way cannot compute a call; None for plain CPU tensors, readable numbers and a known activation."""
+    """Why this implementation cannot compute a call; None for plain readable CPU tensors and a known activation."""
     if call.x.device.type != "cpu":
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():

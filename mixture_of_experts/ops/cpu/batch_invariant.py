@@ -1,4 +1,5 @@
-"""The way for CPUs that gives each token the same bits in any batch: `fused`, with the rows of an expert in blocks."""
+"""The batch-invariant implementation for CPUs: `chunked`, with the rows of an expert in blocks, so that the output of a
+token has the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from mixture_of_experts.support.batch_invariance import (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why the bits of a token depend on the other tokens of a call, or are not known not to; None if they do not."""
+    """Why the bits of a token's output depend, or may depend, on the other tokens of a call; None if they do not."""
     if (reason := cpu.unsupported_reason(call)) is not None:
         return reason
     if call.decision.k is None:
@@ -41,8 +42,8 @@ def run(call: Call) -> Tensor:
 
 
 def sample_products(x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
-    """What `fused` computes of rows x `(n, r, p)` and weights `(n, p, q)`: products of several experts and of each, and
-    sums of them and y `(n, r, q)`, written to memory with the offset of y."""
+    """What `chunked` computes from rows x `(n, r, p)` and weights `(n, p, q)`: products of several experts together and
+    of each alone, and these added to y `(n, r, q)`, written to memory with the offset of y."""
     outs = [copy_at_offset(y, int(y.storage_offset())) for _ in range(4)]
     for add, (together, alone) in enumerate((outs[:2], outs[2:])):
         matmul_into(x, weight, together, accumulate=bool(add))

@@ -1,7 +1,7 @@
 """Batches: experts that a CPU computes as one product. Chunks: batches that are computed together; the next chunk uses
 the same memory.
 
-A batched product has one number of rows for all its experts, so experts with fewer rows are padded.
+A batched product has the same number of rows for all its experts, so experts with fewer rows are padded.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 # `python -m experiments.cpu_constants` times steps with other values of these
-PADDING_WORK = 1 << 18  # so many multiplications of padding take as long as one more product
-THREADED_PADDING_FACTOR = 32  # factor of PADDING with several threads, which share one expert's product badly
-MAX_PADDING_ROWS = 32  # most empty rows of a batch of small products: they are moved and activated too
-FREE_PADDING_ROWS = 2  # rows of padding for each expert that cost nothing beside reading its weights
-MAX_CHUNK_BYTES = 4 << 20  # most bytes of a thread's chunk (tokens and pre-activations), so that it stays in the caches
+PADDING_WORK = 1 << 18  # this many multiplications of padding take as long as one more product
+THREADED_PADDING_FACTOR = 32  # factor of PADDING_WORK with several threads, which split one expert's product badly
+MAX_PADDING_ROWS = 32  # maximum padding of a batch of small products: empty rows are moved and activated too
+FREE_PADDING_ROWS = 2  # padding rows per expert whose cost is negligible compared to reading its weights
+MAX_CHUNK_BYTES = 4 << 20  # maximum size of a thread's chunk (tokens, pre-activations), so that it stays in the caches
 
 
 class ExpertBatch(NamedTuple):
     """Neighbouring experts computed as one product, each with as many rows as the fullest of them."""
 
     experts: slice
-    num_experts: int  # of experts
+    num_experts: int
     rows_per_expert: int  # rows of each expert
     start: int  # the first row
     stop: int
@@ -32,8 +32,9 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
     Args:
         counts: number of rows of each expert.
         row_work: multiplications of one row by one weight.
-        threads: number of threads. A batched product gives whole experts to threads, so multiples of it are best.
-        most_rows: most rows of a batch of several experts.
+        threads: number of threads. A batched product assigns whole experts to threads, so batches of a multiple of
+            `threads` experts are best.
+        max_rows: maximum number of rows of a batch of several experts.
     """
     batches: list[ExpertBatch] = []
     free = min(MAX_PADDING_ROWS, PADDING_WORK * (1 if threads == 1 else THREADED_PADDING_FACTOR) // row_work)
@@ -59,7 +60,7 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
 
 def make_chunks(batches: list[ExpertBatch], max_rows: int) -> list[list[ExpertBatch]]:
-    """Put consecutive batches into chunks of at most `most_rows` rows; a larger batch is a chunk of its own."""
+    """Put consecutive batches into chunks of at most `max_rows` rows; a larger batch is a chunk of its own."""
     chunks: list[list[ExpertBatch]] = []
     for batch in batches:
         if chunks and batch.stop - chunks[-1][0].start <= max_rows:

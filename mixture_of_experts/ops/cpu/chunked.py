@@ -1,10 +1,10 @@
-"""A whole call, dispatch, experts and combine, in one function of autograd, for CPUs.
+"""A whole call (dispatch, experts and combine) in one `torch.autograd.Function`, for CPUs.
 
 Axes: t tokens, r rows (expert by expert, some of them padding), d model dim, o dim of the outputs.
 
-On a CPU fresh memory costs as much time as arithmetic: a new page takes about a microsecond. So rows are computed in
-chunks of experts, so small that the results between products stay in the caches, and that the next chunk gets the same
-memory.
+On a CPU, fresh memory costs as much time as arithmetic: a new page takes about a microsecond. So rows are computed in
+chunks of experts that are small enough for intermediate results to stay in the caches, and for the next chunk to reuse
+the same memory.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mixture_of_experts.ops.network import Call, Network
 
 
 class RowBlocking(NamedTuple):
-    """How the rows of an expert are computed so that a row's bits do not depend on the others; see `batch_invariant`.
+    """How the rows of an expert are blocked so that a row's bits do not depend on the others; see `batch_invariant`.
 
     Attributes:
-        size: an expert has a multiple of so many rows.
-        activated: the most rows that an activation gets at a time, a multiple of `size`.
-        multiplied: the most rows of an expert in a product, a multiple of `size`.
+        size: the number of rows of an expert is a multiple of this.
+        activated: maximum number of rows that an activation gets at a time, a multiple of `size`.
+        multiplied: maximum number of rows of an expert in a product, a multiple of `size`.
     """
 
     size: int
@@ -42,7 +42,8 @@ class RowBlocking(NamedTuple):
 
 
 def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None = None) -> Tensor:
-    """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
+    """Compute a call; return `(t, o)`. `row_functions` computes the rows: `ops.row_network`, or a module with the same
+    functions."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
@@ -59,13 +60,13 @@ def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None
 def plan_chunks(
     decision: Decision, row_work: int, row_bytes: int, row_multiple: int = 1
 ) -> tuple[Plan, list[list[ExpertBatch]]]:
-    """The plan of a call, with rows of padding, and the chunks of these rows.
+    """The plan of a call, with padding rows, and the chunks of these rows.
 
     Args:
         decision: the gates' decision.
         row_work: multiplications of one row by one weight.
         row_bytes: bytes of a row of tokens and of its pre-activations.
-        block: the number of rows of which those of an expert are a multiple.
+        row_multiple: the number of rows of each expert is padded to a multiple of this.
     """
     threads = torch.get_num_threads()
     most_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
@@ -80,14 +81,14 @@ def plan_chunks(
 
 
 class ChunkProducts(row_network.Products):
-    """Rows in chunks of batches, with a product for each batch. Totals lie in the rows of all chunks.
+    """Rows in chunks of batches, with a product for each batch. Totals are stored for the rows of all chunks.
 
     Attributes:
         blocks: how many rows are computed at a time; None for all.
-        tokens: `(r,)`, the token of each row, any token where it is empty.
-        empty: `(r,)`, the rows that are empty.
-        here, token, padding: of the chunk: its rows, the tokens of these, the empty ones among these.
-        chunk, sizes: its batches, and the rows of each.
+        tokens: `(r,)`, the token of each row; any token for an empty row.
+        empty: `(r,)`, whether each row is empty.
+        here, token, padding: the rows of the current chunk, their tokens, and the empty ones among them.
+        chunk, sizes: the batches of the current chunk, and the number of rows of each.
     """
 
     blocks: RowBlocking | None
@@ -122,14 +123,14 @@ class ChunkProducts(row_network.Products):
         return grads
 
     def parts(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each batch: `(m, p)` of one expert, `(number, m, p)` of several."""
+        """The rows of each batch: `(m, p)` for one expert, `(num_experts, m, p)` for several."""
         split = zip(self.chunk, rows.split(self.sizes), strict=True)
         return [
             part if one.num_experts == 1 else part.view(one.num_experts, one.rows_per_expert, -1) for one, part in split
         ]
 
     def of_experts(self, stack: Tensor) -> list[Tensor]:
-        """The part of each batch in a stack `(e, ...)`: `(...)` of one expert, `(number, ...)` of several."""
+        """The part of each batch in a stack `(e, ...)`: `(...)` for one expert, `(num_experts, ...)` for several."""
         return [
             stack.select(0, one.experts.start) if one.num_experts == 1 else stack[one.experts] for one in self.chunk
         ]
@@ -138,7 +139,7 @@ class ChunkProducts(row_network.Products):
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-        """Rows x times the weights of their experts, `(r, q)`: written to `out`, or with `add` added to it."""
+        """Rows x times the weights of their experts, `(r, q)`: written to `out`, or added to it if `add`."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for operands in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
             for part, matrix, result in self.in_blocks(*operands):
@@ -146,7 +147,7 @@ class ChunkProducts(row_network.Products):
         return out
 
     def in_blocks(self, rows: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The operands of a product of a batch; of several products, each of one expert, if it has too many rows."""
+        """The operands of the product of a batch, or of several products of one expert each if it has too many rows."""
         if self.blocks is None or rows.shape[-2] <= self.blocks.multiplied:
             yield rows, weight, out
             return
@@ -193,7 +194,7 @@ class ChunkProducts(row_network.Products):
         plan = self.plan
         if plan.k is None:
             return super().collect()
-        weight = plan.weight.detach().view(plan.num_tokens, plan.k)  # or `embedding_bag` prepares for a backward
+        weight = plan.weight.detach().view(plan.num_tokens, plan.k)  # else `embedding_bag` prepares a backward
         row = plan.row.view(weight.shape)
         if self.rows.dtype != weight.dtype:
             return sum_rows(self.rows[:-1], weight, row, row, plan.k, plan.num_tokens)

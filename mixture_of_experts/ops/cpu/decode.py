@@ -1,11 +1,11 @@
-"""Few rows in inference on a CPU, as in decoding: the chosen experts' products, with few other operators.
+"""Small numbers of rows in inference on a CPU, as in decoding: the chosen experts' products, with few other operators.
 
 Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
 o dim of the outputs.
 
-The products of one token take less time than making the tables of a `Plan`, so there is no plan. Each row of a few
-tokens is computed by itself. More tokens are computed expert by expert, by tables that are Python lists. It is for eval
-mode without gradients only: in training a recomputation must give the same bits as its forward.
+The products of one token take less time than building the tables of a `Plan`, so there is no plan. For a few tokens,
+each row is computed separately. More tokens are computed expert by expert, with tables that are Python lists. It is for
+eval mode without gradients only: in training, a recomputation must produce the same bits as its forward.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from mixture_of_experts.ops.network import Call, Network
 
 RowProduct = Callable[[Tensor, Tensor], Tensor]
 MAX_DECODE_ROWS = 32  # of a call
-MAX_ROW_SUM_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
-MIN_ROW_SUM_NUMEL = 1 << 16  # of an expert's weight; of a smaller one a product is faster than sums
+MAX_ROW_SUM_TOKENS = 4  # with more rows that share an expert, one product is faster than sums
+MIN_ROW_SUM_NUMEL = 1 << 16  # of an expert's weight; for a smaller one a product is faster than sums
 #: CPUs and dtypes for which a product of one row is faster than a sum. Microseconds of sum and product for weights of
 #: 512 x 2048 and 2048 x 512 outside of the caches, one thread: AVX2 (Zen 3) 300 and 180, 330 and 315; AVX-512 (EPYC)
-#: 137 and 193, 189 and 225; in bfloat16 98 and 272, 91 and 209. `python -m experiments.cpu_constants --rows` measures
+#: 137 and 193, 189 and 225; in bfloat16 98 and 272, 91 and 209 (`python -m experiments.cpu_constants --rows`)
 FAST_MATMUL_CPUS = {("DEFAULT_PROPERTIES", torch.float32), ("AVX2", torch.float32)}
 
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least.
 
-    Each row of a few tokens may be computed by itself, if all choices are kept.
+    For a few tokens, each row may be computed separately, if all choices are kept.
     """
     weights, kind = (*call.network.w_in, call.network.w_out), (torch.backends.cpu.get_cpu_capability(), call.x.dtype)
     by_sums = (
@@ -64,8 +64,9 @@ def compute_row_by_row(call: Call) -> Tensor:
 def compute_row_outputs(
     rows: Tensor, network: Network, expert: Any, multiply_in: RowProduct, multiply_out: RowProduct
 ) -> Tensor:
-    """The outputs `(r, o)` of rows `(r, d)`. `into` the hidden layer and `out_of` it lead products of rows `(r, p)`,
-    each with its own expert's weight of `(e, p, q)`. Biases need the `expert` of each row, `(r,)`."""
+    """The outputs `(r, o)` of rows `(r, d)`. `multiply_in` and `multiply_out` compute the products into and out of the
+    hidden layer: rows `(r, p)`, each times its own expert's weight in `(e, p, q)`. Biases need the `expert` of each
+    row, `(r,)`."""
     pre = [multiply_in(rows, weight) for weight in network.w_in]
     for part, bias in zip(pre, network.b_in, strict=True):
         if bias is not None:
@@ -75,14 +76,14 @@ def compute_row_outputs(
 
 
 class GatherIndices(NamedTuple):
-    """For each of r rows the p rows of its expert's weight, whose sum, times the row's numbers, is their product.
+    """For each of r rows, the indices of the p rows of its expert's weight, whose weighted sum is the product.
 
-    Such a sum reads the weight once, from its beginning to its end. It takes 0.4 (bfloat16) to 0.7 (float32) of the
-    time of torch's product of one row. If there are more threads than rows, a weight's rows are cut into parts.
+    Such a sum reads the weight once, from beginning to end. It takes 0.4x (bfloat16) to 0.7x (float32) as long as
+    torch's product of one row. If there are more threads than rows, a weight's rows are split into parts.
 
     Attributes:
-        place: `(r parts p,)`, where the rows lie in the list of the rows of all weights.
-        start: `(r parts,)`, where each sum begins in `place`.
+        indices: `(r parts p,)`, indices of the rows in the list of the rows of all weights.
+        offsets: `(r parts,)`, where each sum begins in `indices`.
     """
 
     indices: Tensor
@@ -91,7 +92,7 @@ class GatherIndices(NamedTuple):
 
     @staticmethod
     def from_experts(expert: Tensor, weight: Tensor) -> GatherIndices:
-        """The bags for rows of these experts `(r,)`, of a `weight` `(e, p, q)`."""
+        """The indices for rows of these experts `(r,)` in a `weight` `(e, p, q)`."""
         (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
         parts = -(-torch.get_num_threads() // r)
         parts = parts if q % parts == 0 else 1
@@ -102,7 +103,7 @@ class GatherIndices(NamedTuple):
         return GatherIndices(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
 
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, summed in float32 at least."""
+        """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, accumulated in at least float32."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
         sums = torch.embedding_bag(rows, self.indices, self.offsets, False, 0, False, scale)[0]
@@ -110,7 +111,7 @@ class GatherIndices(NamedTuple):
 
 
 def compute_expert_by_expert(call: Call) -> Tensor:
-    """Compute a call, whose rows are sorted by expert; return `(t, o)`."""
+    """Compute a call with its rows sorted by expert; return `(t, o)`."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     expert, weight, kept = decision.expert.tolist(), decision.weight.tolist(), decision.kept.tolist()

@@ -1,5 +1,5 @@
-"""The way by Triton kernels, for NVIDIA GPUs. It is tested without a GPU, and checks itself on each card at first use;
-it has not been timed on one."""
+"""The implementation with Triton kernels, for NVIDIA GPUs. It is tested without a GPU, and checks itself on each card
+at first use; it has not been timed on one."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from mixture_of_experts.support.tracing import get_device_capability
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 DEFAULT_FAMILIES = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
-DECODING_FAMILIES = ((9, 0), (10, 0))  # families on which that product is one kernel, but a few tokens go without it
-SIZE_MULTIPLE = 16  # sizes are multiples of this: loads that are not aligned are slow and take more registers
-MAX_WIDTH = 1 << 24  # up to this width, places in a tile of 128 rows fit into int32
+DECODING_FAMILIES = ((9, 0), (10, 0))  # families on which it is one kernel, but which a few tokens do not use
+SIZE_MULTIPLE = 16  # sizes must be multiples of this: unaligned loads are slow and take more registers
+MAX_WIDTH = 1 << 24  # up to this width, offsets in a tile of 128 rows fit into int32
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why the kernels do not compute a call, None if they do: they cannot, or nobody asks for them and another way may
-    be as good."""
+    """Why the kernels do not compute a call: they cannot, or they are not requested and another implementation may be
+    as good. None if they do."""
     x, network = call.x, call.network
     if requested_implementation() != "triton" and (reason := _not_default_reason(call)) is not None:
         return reason
@@ -50,7 +50,7 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _not_default_reason(call: Call) -> str | None:
-    """Why the kernels serve a call only if the user asks for them; None where no other way is known to be as good."""
+    """Why the kernels compute a call only on request; None if no other implementation is known to be as good."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
@@ -72,13 +72,13 @@ def run(call: Call) -> Tensor:
 
 
 def _is_decoding(call: Call) -> bool:
-    """Whether a call is one of decoding on low tiles: these are multiplied by `mma.sync` on all cards."""
+    """Whether a call is a decoding call on low tiles, which are multiplied by `mma.sync` on all cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
     return few_tokens.supports_call(call) and statically_known_true(count_plan_rows(call.decision) <= low)
 
 
 def _experts_check_failure(call: Call) -> str | None:
-    """What a check of the kernels on this card found wrong; None if nothing. Fake tensors are not checked."""
+    """What the self-check of the kernels on this card found wrong; None if nothing. Fake tensors are not checked."""
     x, network = call.x, call.network
     compiling = torch.compiler.is_compiling()
     if not x.is_cuda or (not compiling and is_fake_tensor(x)):
@@ -113,7 +113,7 @@ def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | N
         return "kernels take a bias for every input weight or for none"
     for weight in (*network.w_in, network.w_out):
         sizes = weight.shape[-2:]
-        # from its first to its last element, at most
+        # upper bound of the distance from its first to its last element
         span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
         if any(size % SIZE_MULTIPLE for size in sizes):
             return f"kernels want sizes that are multiples of {SIZE_MULTIPLE}, not {tuple(sizes)}"

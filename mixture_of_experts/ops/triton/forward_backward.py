@@ -1,4 +1,4 @@
-"""A routed feed-forward network and its gradient by the kernels. It saves only tokens and pre-activations."""
+"""A routed feed-forward network and its gradient with the kernels. It saves only tokens and pre-activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixture_of_experts.ops.triton.row_plan import plan_of
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`. With a capacity too it uses rows without gaps, so empty slots cost nothing."""
+    """Compute a call; return `(t, o)`. Even with a capacity it uses rows without gaps, so empty slots cost nothing."""
     return autograd.run_differentiable(triton_forward, triton_backward, call.x, plan_of(call.decision), call.network)
 
 
@@ -33,7 +33,7 @@ def make_operands(x: Tensor, plan: Plan, network: Network) -> FFNOperands:
 
 
 def triton_forward(x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, SavedTensors]:
-    """The `forward` of `autograd.differentiable`."""
+    """The `forward` of `run_differentiable`."""
     out, pre = triton_ffn(*make_operands(x, plan, network).flatten(), save)
     return out, [pre]
 
@@ -41,7 +41,7 @@ def triton_forward(x: Tensor, plan: Plan, network: Network, save: bool) -> tuple
 def triton_backward(
     x: Tensor, plan: Plan, network: Network, saved: SavedTensors, grad: Tensor, wanted: Collection[str]
 ) -> FFNGradients:
-    """The `backward` of `autograd.differentiable`."""
+    """The `backward` of `run_differentiable`."""
     (pre,) = saved
     need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
     need_out = "w_out" in wanted or "b_out" in wanted

@@ -1,4 +1,4 @@
-"""`Form`: what kernels know of a network beside its tensors. Imports no triton."""
+"""`NetworkSpec`: what kernels need to know of a network in addition to its tensors. Does not import triton."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class NetworkSpec(NamedTuple):
     limit: float = 0.0
 
     def kernel_constants(self) -> dict[str, Any]:
-        """What kernels are told of it."""
+        """The compile-time arguments of the kernels."""
         interleaved = self.layout == "interleaved"
         return dict(ACTIVATION=self.activation, ALPHA=self.alpha, LIMIT=self.limit, INTERLEAVED=interleaved)
 
@@ -40,7 +40,7 @@ class NetworkSpec(NamedTuple):
 
 
 def get_network_spec(network: Network) -> NetworkSpec | None:
-    """The form of a network; None if no kernel has its activation. A subclass of a known activation is unknown."""
+    """The spec of a network; None if no kernel has its activation. A subclass of a known activation is unknown."""
     activation: Any = network.activation
     layout = network.gate_up or ("gated" if network.gated else "plain")
     kernel = (

@@ -3,9 +3,9 @@
 Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
 o output dim, p input weights of an expert (1, or 2 of gated experts).
 
-They are operators so that `torch.compile` sees one call of known shapes, and not the launches in it. The places and the
-number of tiles stay inside, so one graph serves every number of tokens. Their height is part of a program: it changes
-with the mean number of rows.
+They are operators so that `torch.compile` sees one call with known shapes, and not the launches in it. The positions
+and the number of tiles stay inside, so one graph serves every number of tokens. The height of tiles is a constant of
+the compiled program: it changes with the mean number of rows.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class FFNOperands(NamedTuple):
         weight: `(a,)` float32, of each assignment.
         token, assignment: `(r,)` int32, of each row.
         row: `(a,)` int32, of each assignment; r where it has none.
-        counts: `(e,)` int64, the rows of each expert.
-        choices: k, the assignments of each token.
-        w_in, w_out: `(e, d, h)` or as the form's layout says, and `(e, h, o)`, in any strides, of x's dtype.
+        counts: `(e,)` int64, the number of rows of each expert.
+        num_choices: k, the assignments of each token.
+        w_in, w_out: `(e, d, h)`, or as described by `spec.layout`, and `(e, h, o)`, with any strides, in x's dtype.
         b_in, b_out: `(e, h)` for each of w_in, or none; one `(e, o)`, or none.
-        form: layout and activation.
+        spec: layout and activation.
     """
 
     x: Tensor
@@ -63,7 +63,7 @@ class FFNOperands(NamedTuple):
     spec: NetworkSpec
 
     def flatten(self) -> list[Any]:
-        """The arguments of an operator, which takes no tuples."""
+        """The arguments of an operator, which does not accept tuples."""
         return [*self[:-1], *self.spec]
 
     def list_differentiable(self) -> list[Tensor]:
@@ -71,9 +71,9 @@ class FFNOperands(NamedTuple):
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
     def align_tensors(self) -> FFNOperands:
-        """Return the operands as the self-check has them: others would be read by programs that nobody has checked."""
+        """Return the operands aligned as in the self-check: others would be read by programs that were not checked."""
         w_in = [make_dense(weight) for weight in self.w_in]
-        if len({weight.stride() for weight in w_in}) > 1:  # kernels read two by one set of strides
+        if len({weight.stride() for weight in w_in}) > 1:  # kernels read both with one set of strides
             w_in = [weight.contiguous() for weight in w_in]
         b_in, b_out = ([align_tensor(bias) for bias in biases] for biases in (self.b_in, self.b_out))
         tables, weights = map(align_tensor, self[:6]), (w_in, make_dense(self.w_out), b_in, b_out)
@@ -81,14 +81,14 @@ class FFNOperands(NamedTuple):
 
 
 def make_dense(weight: Tensor) -> Tensor:
-    """Return the weight, copied if neither its rows nor its columns are contiguous, or loads would not be aligned."""
+    """Return the weight, copied if neither its rows nor its columns are contiguous: loads would not be aligned."""
     inner, outer = sorted(weight.stride()[1:])
     regular = inner == 1 and outer % 16 == weight.stride(0) % 16 == 0
     return align_tensor(weight, contiguous=not regular)
 
 
 def align_tensor(tensor: Tensor, contiguous: bool = True) -> Tensor:
-    """Return the tensor, copied if it does not begin at a multiple of 16 bytes; made contiguous, unless told not to."""
+    """Return the tensor, copied if it does not begin at a multiple of 16 bytes; made contiguous if `contiguous`."""
     tensor = tensor.contiguous() if contiguous else tensor
     return tensor if is_fake_tensor(tensor) or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -100,8 +100,7 @@ OPERANDS_SCHEMA = (
 
 
 def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOperands, Sequence[Any]]:
-    """Split the arguments of an operator, from its first operand on: operands, on one device with `others`, and the
-    rest."""
+    """Split the arguments of an operator into operands, checked to be on one device with `others`, and the rest."""
     form = FFNOperands._fields.index("spec")
     end = form + len(NetworkSpec._fields)
     given = FFNOperands._make([*arguments[:form], NetworkSpec(*arguments[form:end])])
@@ -110,7 +109,7 @@ def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOpera
 
 
 class TileTable(NamedTuple):
-    """The tiles of the rows, of up to `height` rows each; see `kernels.find_tiles`."""
+    """The tiles of the rows, of up to `height` rows each; see `find_tiles_kernel`."""
 
     table: Tensor
     expert_ends: Tensor
@@ -160,7 +159,7 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
     Args:
         grad: `(t, o)` gradient of the tokens' outputs.
         pre: the products that `triton_ffn` returned.
-        arguments: the operands that it was given, and which gradients are needed.
+        arguments: the operands of `triton_ffn`, and which gradients are needed.
     """
     given, (need_x, need_in, need_out) = split_arguments(arguments, grad, pre)
     grads = allocate_grads(given, need_x, need_in, need_out)
@@ -176,7 +175,7 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
         launch_weight_grads(schedule.weight_grads, tiles, token, hidden, [grad], [grads.w_out], of_inputs=False)
         for bias in grads.b_out:
             launch_bias_grads(tiles, grad, bias, given)
-    del hidden  # its memory serves the rows of x
+    del hidden  # its memory is reused for the rows of x
     if need_in:
         launch_weight_grads(schedule.weight_grads, tiles, token, given.x, list(grad_pre), grads.w_in, of_inputs=True)
         for part, bias in zip(grad_pre, grads.b_in, strict=False):
@@ -208,8 +207,8 @@ def allocate_outputs(operands: FFNOperands, keep: bool) -> tuple[Tensor, Tensor]
 
 
 def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out: bool) -> FFNOperands:
-    """Return the operands with memory for gradients in the place of what has them; one that is not needed has no
-    elements. Gradients of two input weights have equal strides, which kernels count on."""
+    """Return the operands with differentiable tensors replaced by memory for their gradients; one that is not needed
+    has no elements. Gradients of two input weights have equal strides, which kernels rely on."""
 
     def like(tensor: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(tensor) if needed else tensor.new_empty(0)
@@ -234,7 +233,7 @@ def check_same_device(first: Tensor, *others: Tensor | None) -> None:
 
 
 def get_schedule(x: Tensor, mean_rows: int) -> Schedule:
-    """Return the entry of the table for these operands on this card."""
+    """Return the entry of the schedule for these operands on this card."""
     return find_schedule(find_entries(x.device, x.dtype), mean_rows)
 
 
@@ -247,7 +246,7 @@ def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
 
 
 def check_row_count(number: int) -> None:
-    """Refuse more rows than kernels count in int32, with room for blocks that are not full."""
+    """Raise an error if there are more rows than kernels count in int32, with room for blocks that are not full."""
     if number > MAX_KERNEL_ROWS:
         raise ValueError(
             f"the kernels count at most {MAX_KERNEL_ROWS} rows, not {number}: call with fewer tokens at a time"
@@ -292,7 +291,7 @@ def launch_grouped_matmul(
     token: Tensor | None = None,
     pre: Sequence[Tensor] = (),
 ) -> None:
-    """Launch *up*, which gathers tokens, or *down*."""
+    """Launch *up*, which gathers tokens, or *down*, which does not."""
     parts, biases, pre = map(spec.split_parts, (weights, biases, pre))
     launch_product(
         kernels.grouped_matmul_kernel,
@@ -324,7 +323,7 @@ def launch_hidden_grads(
     hidden: Tensor | None,
     grad_pre: Tensor,
 ) -> Tensor:
-    """Write the gradients of the pre-activations; return `(r, blocks)`, parts of those of the rows' weights."""
+    """Write the gradients of the pre-activations; return `(r, blocks)`, partial sums of those of the rows' weights."""
     hidden_dim = operands.w_out.shape[1]
     partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
     launch_product(
@@ -442,8 +441,7 @@ def launch_weight_grads(
 
 
 def launch_bias_grads(tiles: TileTable, y: Tensor, out: Tensor, operands: FFNOperands | None = None) -> None:
-    """Launch the sums of each expert's rows: of y itself, or, with the operands `given`, of the weighted rows that they
-    gather from y."""
+    """Launch the sums of each expert's rows: of y itself or, with `operands`, of the weighted rows gathered from y."""
     (experts, columns), block = out.shape, 64
     token, weight, assignment = (
         (None,) * 3 if operands is None else (operands.token, operands.weight, operands.assignment)
@@ -474,7 +472,7 @@ def launch_sum_rows(
     partial: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Launch the sums of each token's rows: weighted in the forward; in the backward with gradients of the weights."""
+    """Launch the sums of each token's rows: weighted in the forward; with gradients of the weights in the backward."""
     dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch_kernel(
@@ -502,6 +500,6 @@ def make_pair_arguments(name: str, tensors: Iterable[Tensor]) -> dict[str, Tenso
 
 
 def make_stride_arguments(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
-    """Return the strides of the first tensor, which all have, as the arguments `name_axis`; zeros without a tensor."""
+    """Return the strides of the first tensor, shared by all, as the arguments `name_axis`; zeros without a tensor."""
     values = tensors[0].stride() if tensors else (0,) * len(axes)
     return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}

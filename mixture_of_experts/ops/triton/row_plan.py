@@ -1,4 +1,4 @@
-"""The plan of a call of token choice by one kernel.
+"""The plan of a call with token choice, made by one kernel.
 
 Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
 """
@@ -23,8 +23,8 @@ ROW_TABLE_BLOCK = 128  # assignments of a program
 
 
 class RowTables(NamedTuple):
-    """What the kernels write, by their names for it: `row` `(a,)`, `assignment` and `token` of each row, in int32, and
-    the rows of each expert `(e,)`, as in a `Plan`."""
+    """The outputs of the kernels, under their names there: `row` `(a,)`, and `assignment` and `token` of each row, in
+    int32, and the number of rows of each expert `(e,)`, as in a `Plan`."""
 
     row: Tensor
     assignment: Tensor
@@ -35,8 +35,8 @@ class RowTables(NamedTuple):
 def plan_of(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Plan:
     """The plan with rows without gaps, as `decision.without_gaps()` makes it, with two differences.
 
-    An assignment of weight 0 that holds a slot has a row with a token, though nobody reads the row. And there are no
-    more rows than slots. Up to `few` assignments need no queues: each counts those before it.
+    An assignment of weight 0 that occupies a slot has a row with a token, although the row is never read. And there are
+    no more rows than slots. Up to `max_compared` assignments need no queues: each counts those before it.
     """
     k, e, rows = decision.k, math.prod(decision.num_experts), count_plan_rows(decision, max_compared)
     assert k is not None
@@ -50,9 +50,9 @@ def plan_of(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) ->
 
 
 def queued_choices(decision: Decision) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
-    """The choices that queue, of two levels those of level two: their experts, positions, which of them queue and which
-    are kept `(a,)`; the rows that each queue needs `(e b,)`; `Decision.slot`; and tokens of a group, choices of a token
-    and experts of one router."""
+    """The choices that queue (with two levels those of level two): their experts, positions, which of them queue and
+    which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Decision.slot`; and the number of tokens of a
+    group, choices of a token and experts of one router."""
     routing, k = decision.routing, decision.k
     assert k is not None
     if routing is None:  # all tokens are one group
@@ -67,7 +67,7 @@ def queued_choices(decision: Decision) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
 def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `Tables` of few assignments, from `expert` `(a,)` int64 and `kept` `(a,)` bool.
+    """Return `RowTables` of few assignments, from `expert` `(a,)` int64 and `kept` `(a,)` bool.
 
     Its time grows with the square of a. Only kept assignments have a row.
     """
@@ -107,7 +107,7 @@ def triton_plan(
     k: int,
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `Tables`.
+    """Return `RowTables`.
 
     Args:
         expert, ..., experts_of_router: `queued_choices`.
@@ -116,7 +116,7 @@ def triton_plan(
     number = count_assignments(expert, slot, choices_of_gate)
     operators.check_row_count(number)
     tables = allocate_tables(number, num_rows, num_experts, expert, position, chosen, kept, length, slot)
-    if slot is not None:  # a gate of one's own may fill slots without a token: their rows are nobody's
+    if slot is not None:  # a custom gate may fill slots without a token: their rows are unused
         tables.assignment.fill_(number)
         tables.token.fill_(number // k)
     if number == 0:
@@ -151,7 +151,7 @@ def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_
 
 
 def count_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
-    """Return a: for one level the gate's choices, for two levels `choices_of_gate` for each choice of level one."""
+    """Return a: with one level the gate's choices, with two levels `choices_of_gate` for each choice of level one."""
     return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
 
 

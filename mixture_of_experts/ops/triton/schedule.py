@@ -1,4 +1,4 @@
-"""Sizes of blocks, warps and stages of every kernel: a table for each class of cards, by the height of tiles.
+"""Block sizes, warps and stages of every kernel: a table for each class of cards, by the height of tiles.
 
 `tests/support/triton_machine_code.py` compiles every entry ahead of time for the cards of its class. It checks that
 shared memory suffices, no registers spill, operands are copied asynchronously in all stages, and products use tensor
@@ -17,7 +17,7 @@ from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import get_device_capability, symbolic_min
 
 MAX_LOW_MEAN_ROWS = 16  # mean rows of an expert up to which tiles have 16 or 32 rows
-MAX_COMPARED_ASSIGNMENTS = 2048  # assignments that the kernel of few compares with each other
+MAX_COMPARED_ASSIGNMENTS = 2048  # up to this many assignments, a kernel compares them with each other
 
 
 class BlockSizes(NamedTuple):
@@ -41,7 +41,7 @@ class WeightBlockSizes(NamedTuple):
 
 class Schedule(NamedTuple):
     """Sizes for one call: `rows` of a tile, and the blocks of each kernel. `cost` is the estimated time of a row in a
-    full tile, relative to the highest tiles. For gated experts with two weights half of `n` are columns of each."""
+    full tile, relative to the highest tiles. For gated experts with two weights, half of `n` are columns of each."""
 
     rows: int
     cost: float
@@ -55,7 +55,7 @@ class Schedule(NamedTuple):
 def _make_half_entry(
     weights: WeightBlockSizes, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
 ) -> Schedule:
-    """An entry of bfloat16 or float16; `down` and `row_grads` are the columns of these kernels."""
+    """An entry for bfloat16 or float16; `down` and `row_grads` are the columns of these kernels."""
     blocks = BlockSizes(128, 64, warps, stages)
     narrow = blocks._replace(n=64)
     return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
@@ -68,19 +68,19 @@ def _make_low_entries(weights: WeightBlockSizes, *costs: float) -> list[Schedule
 
 
 def _make_float32_entry(rows: int, cost: float, c: int, warps: int) -> Schedule:
-    """An entry of float32. Its row_grads are narrow: on sm_100 two sums of 64 columns spill registers."""
+    """An entry for float32. Its row_grads are narrow: on sm_100 two sums of 64 columns spill registers."""
     blocks = BlockSizes(64, c, warps, 3)
     return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlockSizes(64, 64, c, 8, 4))
 
 
 _MMA, _GROUPS = WeightBlockSizes(128, 128, 32, 8, 4), WeightBlockSizes(128, 128, 64, 8, 3)
 *_lower, _highest = _make_low_entries(_MMA, 2.8, 1.6, 1.15)
-# with 4 warps the clamped activation of weights that are stored transposed spills registers, by Triton 3.6 and 3.7
+# with 4 warps the clamped activation of weights that are stored transposed spills registers, with Triton 3.6 and 3.7
 _LOW_MMA = (*_lower, _highest._replace(up=BlockSizes(128, 64, 8, 3)))
 _LOW_GROUPS = _make_low_entries(_GROUPS, 4.2, 2.3, 1.35)
 _SMALL = _make_half_entry(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
 
-#: entries of bfloat16 and float16, by the compute capability that stands for a family of cards
+#: entries for bfloat16 and float16, by the compute capability that represents a family of cards
 HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
     (8, 0): (*_LOW_MMA, _make_half_entry(_MMA, 128, 1.0, stages=4, warps=8, row_grads=128)),  # 163 KB of shared memory
     (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
@@ -89,7 +89,7 @@ HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
     (10, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
     (12, 0): (*_LOW_MMA, _SMALL),
 }
-#: entries of float32, the same for all cards
+#: entries for float32, the same for all cards
 FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "tf32": (
         _make_float32_entry(16, 4, 32, 4),
@@ -111,7 +111,7 @@ def _make_uniform_entry(rows: int, cost: float, blocks: BlockSizes, weights: Wei
     return Schedule(rows, cost, blocks, blocks, blocks, blocks, weights)
 
 
-#: entries of Triton's interpreter: small, so that a call of a second has several tiles and blocks
+#: entries for Triton's interpreter: small, so that a call that takes a second has several tiles and blocks
 INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
     _make_uniform_entry(16, 1.5, BlockSizes(32, 16, 1, 1), WeightBlockSizes(16, 32, 16, 1, 1)),
     _make_uniform_entry(32, 1.0, BlockSizes(64, 16, 1, 1), WeightBlockSizes(32, 32, 32, 1, 1)),
@@ -119,7 +119,7 @@ INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
 
 
 def get_input_precision(dtype: torch.dtype) -> str:
-    """Return the precision of float32 products, "tf32" or "ieee", as torch's own switch says."""
+    """Return the precision of float32 products, "tf32" or "ieee", according to torch's own setting."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
@@ -134,20 +134,20 @@ def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ..
 
 
 def uses_comparison(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> bool:
-    """Whether the plan compares up to `few` assignments with each other, without queues."""
+    """Whether the plan compares assignments, at most `max_compared`, with each other, without queues."""
     number = decision.weight.shape[0]
     return statically_known_true(number <= max_compared) and statically_known_true(number == decision.most_rows)
 
 
 def count_plan_rows(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
-    """The rows of a call's plan. By them the self-check and the launch find the same entry."""
+    """The number of rows of a call's plan, from which the self-check and the launch find the same entry."""
     if decision.routing is None or uses_comparison(decision, max_compared):
         return decision.most_rows
     return symbolic_min(decision.most_rows, decision.num_slots)
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
-    """The entry with the least estimated time for experts of `mean_rows` rows on average."""
+    """The entry with the least estimated time for experts with `mean_rows` rows on average."""
     return min(entries, key=lambda entry: entry.cost * estimate_computed_rows(mean_rows, entry.rows))
 
 

@@ -1,12 +1,13 @@
-"""Checks on this card that the kernels compute what they should, before they serve a first call.
+"""Checks on this card that the kernels compute what they should, before their first use.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 
-A `Kind` describes what the kernels' programs depend on. For each kind and each entry of the schedule, kernels compute
-outputs and all gradients of made-up tokens, three times. Every row of each is compared with that of the batched way in
-float32, and all times have to have equal bits. The sums are long enough that each buffer of a pipeline is used several
-times. If anything differs, or raises, the Triton way is off for the process, with a warning. An illegal access ends the
-CUDA context, and a kernel that hangs hangs here: these a process cannot survive, and the check does not see them.
+A `CallKind` describes what the kernels' programs depend on. For each kind and each entry of the schedule, the kernels
+compute outputs and all gradients of generated tokens, three times. Every row of each is compared with that of the
+batched implementation in float32, and all repetitions must have equal bits. The sums are long enough that each buffer
+of a pipeline is used several times. If anything differs or raises, the Triton implementation is disabled for the
+process, with a warning. The check does not catch what a process cannot survive: an illegal access ends the CUDA
+context, and a kernel that hangs, hangs here.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 from mixture_of_experts.ops.triton.schedule import Schedule, find_entries, find_schedule
 from mixture_of_experts.support.private_torch import assume_constant_result
 
-MIN_ROWS, MIN_DIM = 512, 704  # least sizes of the made-up call; to DIM a kind's `sizes` are added
-BUSIEST_EXPERT_SHARE = 0.6  # share of the rows of the first expert, so that sums over its rows are long
+MIN_ROWS, MIN_DIM = 512, 704  # minimum sizes of the generated call; a kind's `sizes` are added to MIN_DIM
+BUSIEST_EXPERT_SHARE = 0.6  # share of rows of the first expert, so that sums over its rows are long
 NUM_REPEATS = 3  # how often the kernels compute it
-#: largest difference of a row between the kernels and the batched way in float32, relative to its norm
+#: largest difference of a row between the kernels and the batched implementation in float32, relative to its norm
 MAX_ROW_ERRORS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 
-#: of the kernels, all that have no arguments
+#: all activations of the kernels that have no arguments
 KERNEL_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, "tanh"),
@@ -51,11 +52,11 @@ class CallKind(NamedTuple):
     Attributes:
         device: the GPU.
         dtype: dtype of x and weights.
-        form: form of the network.
-        biases: whether there are input biases, and output biases.
-        transposed: whether the input weights, and the output weights, are stored transposed.
-        sizes: d, h and o modulo 64, which say whether blocks fit into them.
-        choices: k.
+        spec: layout and activation of the network.
+        biases: whether there are input biases, and whether there are output biases.
+        transposed: whether the input weights, and whether the output weights, are stored transposed.
+        sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
+        num_choices: k.
         decoding: whether only the forward is launched.
     """
 
@@ -76,8 +77,8 @@ EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and
 def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
     """Check the kernels for a kind of calls whose experts have `mean_rows` rows on average (None: any number).
 
-    The kind comes as plain tuples, the only ones that a graph hands on. Returns what is wrong with the kernels; None if
-    nothing is.
+    The kind is passed as plain tuples, the only ones that a graph supports. Returns what is wrong with the kernels, or
+    None.
     """
     if not torch.cuda.is_available():
         return None  # the call's tensors are fake
@@ -118,14 +119,14 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -
 
 
 def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
-    """The fewest rows and experts, at least three, that are computed by an entry of the schedule."""
+    """The smallest numbers of rows and experts (at least three) that use an entry of the schedule."""
     sizes = ((rows, e) for rows in (MIN_ROWS, 2 * MIN_ROWS) for e in range(3, rows // 8 + 1))
     return next(size for size in sizes if find_schedule(entries, size[0] // size[1]) is entry)
 
 
 def compute_max_row_error(got: Tensor, want: Tensor) -> float:
-    """The largest error of a row of `(..., p, q)`, relative to its norm, or to the matrix's mean one if that is larger:
-    a norm of the whole tensor would hide a few wrong numbers."""
+    """The largest error of a row of `(..., p, q)`, relative to its norm or, if that is larger, to the mean norm of the
+    matrix's rows: the norm of the whole tensor would hide a few wrong numbers."""
     got, want = (tensor.double().unsqueeze(-1) if tensor.ndim == 1 else tensor.double() for tensor in (got, want))
     norms = want.norm(dim=-1)
     mean = norms.square().mean(dim=-1, keepdim=True).sqrt()
@@ -134,11 +135,11 @@ def compute_max_row_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_call(kind: CallKind, rows: int, experts: int) -> Call:
-    """A made-up call of numbers of unit scale, of which the first expert has most. Some choices have no expert, and the
+    """A generated call with values of unit scale. The first expert has most rows, some choices have no expert, and the
     second expert has no tokens.
 
     Tokens, input weights and their biases are small integers times a power of two. So the pre-activations are exact in
-    every dtype and order of summing, and no rounding moves them over a kink of the activation.
+    every dtype and order of summation, and rounding does not move them across a kink of the activation.
     """
     options: Any = dict(generator=torch.Generator(kind.device).manual_seed(0), device=kind.device)
 
@@ -174,7 +175,7 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
 
 
 def are_plans_equal(decision: Decision) -> bool:
-    """Whether the kernel for many assignments makes the same plan as the one for few, by which `results` computes."""
+    """Whether the kernel for many assignments makes the same plan as the one for few, which the checked call uses."""
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
     one, other = (plan_of(decision, few).tensors() for few in (0, decision.weight.shape[0]))
@@ -182,14 +183,14 @@ def are_plans_equal(decision: Decision) -> bool:
 
 
 def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient of the output, of numbers of `dtype`."""
+    """A random gradient of the output, with values that `dtype` represents."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     return drawn.to(dtype).to(out.dtype)
 
 
 def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
-    """Outputs in inference by the kernels, and, if not in decoding, those of training with their gradients: all of
-    them, and those of the choices' weights alone. Each has programs of its own."""
+    """Outputs of the kernels in inference and, unless the kind is decoding, in training with their gradients: all of
+    them, and those of the choices' weights alone. Each of these uses different programs."""
     from mixture_of_experts.ops.triton.forward_backward import triton_backward, triton_forward
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
@@ -205,7 +206,7 @@ def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
 
 
 def compute_by_operators(call: Call) -> dict[str, Tensor]:
-    """The same by the batched way in float32."""
+    """The same results with the batched implementation in float32."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
