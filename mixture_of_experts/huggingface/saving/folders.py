@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -167,7 +169,7 @@ def rewrite_folder(
     place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
     with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as name:
         folder, changed = Path(name), tuple(f"{path}." for path in paths)
-        shards = ShardWriter(folder, max_shard_size)
+        shards = ShardWriter(folder, max_shard_size, target)
         for path in tqdm(paths, desc="layers", unit="layer"):
             shards.add_weights(convert_to_saved(model, change(path)))
             model.get_submodule(path).to("meta")
@@ -177,11 +179,25 @@ def rewrite_folder(
         shards.close()
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
-                shutil.copy2(file, folder / file.name)
+                with naming_unwritable_file(target / file.name):
+                    shutil.copy2(file, folder / file.name)
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
+        with naming_unwritable_file(target / "config.json"):
+            model.config.save_pretrained(folder)
         folder.chmod(0o755)  # it is made for its owner alone
         folder.rename(target)
+
+
+@contextmanager
+def naming_unwritable_file(path: Path) -> Iterator[None]:
+    """Make the error of a write, such as that of a full disk, name the file of the target and the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has no OSError
+        raise OSError(
+            f"cannot write {path} ({error}): free disk space, or choose a target on another disk; nothing is left of "
+            "this one"
+        ) from error
 
 
 def read_experts_model(source: Path, action: str) -> Any:
@@ -229,13 +245,14 @@ def make_empty_model(config: Any) -> Any:
 
 
 class ShardWriter:
-    """Writes files of weights, each as soon as it is full."""
+    """Writes files of weights, each as soon as it is full. Errors name the target, which the folder is renamed to."""
 
     folder: Path
     max_size: int
+    target: Path
 
-    def __init__(self, folder: Path, max_size: int) -> None:
-        self.folder, self.max_size = folder, max_size
+    def __init__(self, folder: Path, max_size: int, target: Path) -> None:
+        self.folder, self.max_size, self.target = folder, max_size, target
         self.pending: dict[str, Tensor] = {}
         self.shard_names: list[list[str]] = []  # the names of their weights
         self.total_size: int = 0  # in bytes
@@ -248,7 +265,9 @@ class ShardWriter:
             self.pending[name] = value.detach().contiguous()
 
     def write_shard(self) -> None:
-        save_file(self.pending, self.folder / f"part-{len(self.shard_names)}.safetensors", metadata={"format": "pt"})
+        file = f"part-{len(self.shard_names)}.safetensors"
+        with naming_unwritable_file(self.target / file):
+            save_file(self.pending, self.folder / file, metadata={"format": "pt"})
         self.shard_names.append(list(self.pending))
         self.total_size += sum(value.nbytes for value in self.pending.values())
         self.pending = {}
@@ -263,4 +282,5 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, file)
         if n > 1:
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            with naming_unwritable_file(self.target / INDEX_FILE):
+                (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,111 @@
+"""The commands on folders end with one line that names what is wrong and what to do, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.transformers_families import build_model as build_sparse
+from support.transformers_models import ARCHITECTURES
+from torch import Tensor
+
+from mixture_of_experts.huggingface import upcycle
+from mixture_of_experts.huggingface.__main__ import main
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")
+
+
+def save_dense(folder: Path) -> None:
+    ARCHITECTURES["llama"].build().save_pretrained(folder)
+
+
+def save_mixture(folder: Path) -> None:
+    model = ARCHITECTURES["llama"].build(intermediate_size=64)
+    upcycle(model, num_experts=4)
+    model.save_pretrained(folder)
+
+
+def save_stock(folder: Path) -> None:
+    build_sparse("mixtral").save_pretrained(folder)
+
+
+#: a command, and what saves a folder for it
+COMMANDS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "upcycle": ("upcycle", save_dense),
+    "export": ("export", save_mixture),
+    "quantize": ("quantize", save_mixture),
+    "quantize a stock model": ("quantize", save_stock),
+}
+each_command = pytest.mark.parametrize("case", COMMANDS)
+
+
+def run_command(command: str, folder: Path, *options: str) -> int:
+    return main([command, str(folder / "in"), str(folder / "out"), *options])
+
+
+def read_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The last line of standard error, which is the error; progress bars and reports of transformers precede it."""
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.rstrip("\n").rpartition("\n")[2].rpartition("\r")[2]
+
+
+def rewrite_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    (file,) = folder.glob("*.safetensors")
+    held = {name: value.clone() for name, value in load_file(file).items()}
+    change(held)
+    save_file(held, file, metadata={"format": "pt"})
+
+
+# ---- a full disk ----
+
+
+@contextmanager
+def limited_file_size(size: int) -> Iterator[None]:
+    """Make the system refuse to write more bytes than these into a file, as a full disk does."""
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+
+
+@each_command
+def test_full_disk_while_weights_are_written(case, tmp_path, capsys):
+    command, save = COMMANDS[case]
+    save(tmp_path / "in")
+    with limited_file_size(10_000):
+        assert run_command(command, tmp_path) == 1
+    error = read_error(capsys)
+    assert error.startswith(f"error: cannot write {tmp_path / 'out'}")
+    assert "free disk space, or choose a target on another disk" in error
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors.index.json"])
+def test_full_disk_while_other_files_are_written(file, tmp_path, capsys, monkeypatch):
+    """The file is the only one that exceeds the limit."""
+    save_dense(tmp_path / "in")
+    large, size = " " * 500_000, "1GB"
+    if file == "tokenizer.json":
+        (tmp_path / "in" / file).write_text(large)
+    elif file == "config.json":
+        config = json.loads((tmp_path / "in" / file).read_text())
+        (tmp_path / "in" / file).write_text(json.dumps({**config, "notes": large}))
+    else:  # a small model has a small index
+        size = "1KB"
+        monkeypatch.setattr("mixture_of_experts.huggingface.saving.folders.json.dumps", lambda *_, **__: large)
+    with limited_file_size(400_000):
+        assert run_command("upcycle", tmp_path, "--num-experts", "2", "--max-shard-size", size) == 1
+    error = read_error(capsys)
+    assert error.startswith(f"error: cannot write {tmp_path / 'out'}")
+    assert file in error
+    assert os.listdir(tmp_path) == ["in"]
