@@ -16,7 +16,7 @@ from support.transformers_families import build_model as build_sparse
 from support.transformers_models import ARCHITECTURES
 from torch import Tensor
 
-from mixture_of_experts.huggingface import upcycle
+from mixture_of_experts.huggingface import from_pretrained, upcycle
 from mixture_of_experts.huggingface.__main__ import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")
@@ -109,3 +109,57 @@ def test_full_disk_while_other_files_are_written(file, tmp_path, capsys, monkeyp
     assert error.startswith(f"error: cannot write {tmp_path / 'out'}")
     assert file in error
     assert os.listdir(tmp_path) == ["in"]
+
+
+# ---- config.json ----
+
+
+def change_entry(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the description of the first layers with experts."""
+    path = folder / "config.json"
+    held = json.loads(path.read_text())
+    change(held["dense_config"]["quantization_config"]["layers"][0])
+    path.write_text(json.dumps(held))
+
+
+@pytest.mark.parametrize(
+    ("path", "form"),
+    [
+        ("moe.experts", "NoSuchExperts"),
+        ("moe.experts", {"class": "NoSuchExperts", "bits": 4}),
+        ("moe.experts", {"bits": 4}),
+        ("moe.experts", {"class": ["QuantizedExperts"]}),
+        ("moe.experts", 5),
+        ("moe.experts", None),
+        ("moe.experts", {"class": "QuantizedExperts", "bots": 4}),
+        ("moe.experts", {"class": "QuantizedExperts", "bits": 4, "group": "x"}),
+        ("moe.experts", {"class": "QuantizedExperts", "bits": 4, "group": 48}),
+        ("moe.nothing", "QuantizedExperts"),
+        ("moe.gate", "QuantizedExperts"),
+    ],
+)
+def test_a_form_that_no_experts_have_is_rejected(path, form, tmp_path, capsys):
+    save_mixture(tmp_path / "in")
+    change_entry(tmp_path / "in", lambda entry: entry.update(forms={path: form}))
+    assert run_command("quantize", tmp_path) == 1
+    error = read_error(capsys)
+    assert error.startswith(f"error: config.json gives {path!r} the form {form!r}")
+    assert "QuantizedExperts, UnstackedExperts" in error
+    assert "save the model anew" in error
+    assert os.listdir(tmp_path) == ["in"]
+    with pytest.raises(ValueError, match=r"config\.json gives"):
+        from_pretrained(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("class", "NoSuchGating"), ("class", ["TopKGating"]), ("arguments", {"kay": 2})]
+)
+def test_a_gate_that_does_not_exist_is_rejected(key, value, tmp_path, capsys):
+    save_mixture(tmp_path / "in")
+    change_entry(tmp_path / "in", lambda entry: entry["gate"].update({key: value}))
+    assert run_command("export", tmp_path) == 1
+    error = read_error(capsys)
+    assert error.startswith("error: config.json describes the gate {")
+    assert repr(value) in error
+    assert "TopKGating" in error
+    assert "save the model anew" in error
