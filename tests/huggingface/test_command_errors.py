@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from support.transformers_families import build_model as build_sparse
 from support.transformers_models import ARCHITECTURES
@@ -163,3 +164,61 @@ def test_a_gate_that_does_not_exist_is_rejected(key, value, tmp_path, capsys):
     assert repr(value) in error
     assert "TopKGating" in error
     assert "save the model anew" in error
+
+
+# ---- weights ----
+
+#: a weight outside of layers with experts, and one of them
+SHAPED = {
+    "upcycle": ("model.norm.weight", "model.layers.0.mlp.up_proj.weight"),
+    "export": ("model.norm.weight", "model.layers.0.mlp.moe.experts.w1"),
+    "quantize": ("model.norm.weight", "model.layers.0.mlp.moe.gate.w_gating"),
+    "quantize a stock model": ("model.norm.weight", "model.layers.0.block_sparse_moe.experts.1.w1.weight"),
+}
+#: what the error names: for experts that cannot be stacked, the stack
+NAMED = {"model.layers.0.block_sparse_moe.experts.1.w1.weight": "model.layers.0.mlp.experts.gate_up_proj"}
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["other", "experts"])
+@each_command
+def test_weights_of_wrong_shapes_are_rejected(case, place, tmp_path, capsys):
+    command, save = COMMANDS[case]
+    save(tmp_path / "in")
+    name = SHAPED[case][place]
+    rewrite_weights(tmp_path / "in", lambda held: held.update({name: held[name][..., 1:].clone()}))
+    assert run_command(command, tmp_path) == 1
+    error = read_error(capsys)
+    assert error.startswith("error: ")
+    assert "config.json" in error
+    assert "shape" in error
+    assert NAMED.get(name, name) in error
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.extra.weight", "model.layers.7.mlp.up_proj.weight"])
+@each_command
+def test_weights_without_a_place_are_rejected(case, name, tmp_path, capsys):
+    """They were left out of the new folder, with exit status 0."""
+    command, save = COMMANDS[case]
+    save(tmp_path / "in")
+    rewrite_weights(tmp_path / "in", lambda held: held.update({name: torch.zeros(2)}))
+    assert run_command(command, tmp_path) == 1
+    error = read_error(capsys)
+    assert f"has no place for {name}" in error
+    assert "load the model by transformers and save it" in error
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_weights_that_a_class_ignores_are_left_out(tmp_path):
+    """As in GPT-2 on the hub: the masks of its attention."""
+    ARCHITECTURES["gpt2"].build().save_pretrained(tmp_path / "in")
+    rewrite_weights(tmp_path / "in", lambda held: held.update({"transformer.h.0.attn.bias": torch.zeros(2)}))
+    assert run_command("upcycle", tmp_path, "--num-experts", "2") == 0
+
+
+def test_tied_weights_may_be_in_files(tmp_path):
+    """`lm_head.weight` next to the embedding that it is tied to."""
+    build_sparse("mixtral", tie_word_embeddings=True).save_pretrained(tmp_path / "in")
+    embedding = "model.embed_tokens.weight"
+    rewrite_weights(tmp_path / "in", lambda held: held.update({"lm_head.weight": held[embedding].clone()}))
+    assert run_command("quantize", tmp_path) == 0

@@ -22,14 +22,25 @@ from transformers import AutoConfig
 
 from mixture_of_experts.huggingface.blocks.model_conversion import find_sparse_blocks, replace_blocks
 from mixture_of_experts.huggingface.feed_forward import find_layers
-from mixture_of_experts.huggingface.private_transformers import convert_to_saved, load_partial_weights
+from mixture_of_experts.huggingface.private_transformers import (
+    convert_to_saved,
+    find_unexpected_names,
+    load_partial_weights,
+    make_shape_error,
+)
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
 from mixture_of_experts.huggingface.router_config import override_router_coef
 from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 from mixture_of_experts.huggingface.saving.loader import find_saved_class
-from mixture_of_experts.huggingface.saving.shards import INDEX_FILE, make_missing_error, read_weights
-from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names
+from mixture_of_experts.huggingface.saving.restore import insert_experts
+from mixture_of_experts.huggingface.saving.shards import (
+    INDEX_FILE,
+    check_all_used,
+    make_missing_error,
+    read_weights,
+)
+from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names, own_names
 from mixture_of_experts.ops.int4 import PORTABLE_BLOCK
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
@@ -46,9 +57,11 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         settings: arguments of `upcycle`.
 
     Raises:
-        ValueError, TypeError: as in `upcycle`; or the model has experts already, or the files lack some of its weights.
+        ValueError, TypeError: as in `upcycle`; or the model has experts already, or its weights and those of the
+            files differ in names or shapes.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
     """
     config = read_config(source)
     if read_layer_entries(config):
@@ -72,9 +85,10 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         max_shard_size: most bytes of a file of weights.
 
     Raises:
-        ValueError: as in `export`; or the files lack some of the model's weights.
+        ValueError: as in `export`; or the model's weights and those of the files differ in names or shapes.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
     """
     model = read_experts_model(source, "export")
     plan = plan_export(model)
@@ -102,9 +116,10 @@ def quantize_folder(
 
     Raises:
         ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is quantised already, or
-            the files lack some of its weights.
+            its weights and those of the files differ in names or shapes.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
     """
     config = read_config(source)
     stock = not read_layer_entries(config)
@@ -112,6 +127,7 @@ def quantize_folder(
         model, weights = make_empty_model(config), read_weights(source)
         paths = find_sparse_blocks(model)
         blocks, state = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
+        check_all_used(source, find_unexpected_names(model, weights.keys() - map_to_file_names(model, state)))
         load_weights(model, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
     else:
         model, weights = read_model(source, config), {}
@@ -160,7 +176,7 @@ def rewrite_folder(
     """Write a folder beside the target, which is renamed to it at the end; after an error it is removed.
 
     It has the layers at some paths as `change` returns them; all other weights of the changed model as they are in
-    `state`; and copies of the source's other files: tokenizer and so on. A killed process leaves
+    `state`; and copies of the source's other files: tokenizer and so on. A process that SIGKILL ends leaves
     `.NAME.xxxx.unfinished`, without a `config.json`.
     """
     if target.exists():
@@ -216,13 +232,30 @@ def read_model(source: Path, config: Any) -> Any:
     read."""
     weights = read_weights(source)
     settings: Any = dict(config=config, state_dict=dict(weights), dtype="auto", output_loading_info=True)
-    model, info = find_saved_class(config).from_pretrained(None, **settings)
+    try:
+        model, info = find_saved_class(config).from_pretrained(None, **settings)
+    except RuntimeError as error:
+        raise find_wrong_shape(config, weights) or ValueError(
+            f"the weights of {source} do not fit its config.json: fetch both again, or correct config.json ({error})"
+        ) from error
+    check_all_used(source, info["unexpected_keys"])
     for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
         raise make_missing_error(name)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in weights and weights[name].dtype != tensor.dtype:  # transformers gives all of them one
             tensor.data = weights[name]
     return model
+
+
+def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError | None:
+    """The error for a weight that has another shape in the files than in the model: that of transformers names none."""
+    model = make_empty_model(config)
+    if entries := read_layer_entries(config):
+        insert_experts(model, entries)
+    for name, value in own_names(model, model.state_dict()).items():
+        if name in weights and weights[name].shape != value.shape:
+            return make_shape_error(name, weights[name].shape, value.shape)
+    return None
 
 
 def read_config(source: Path) -> Any:
