@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.transformers_families import build_model as build_sparse
 from support.transformers_models import ARCHITECTURES
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixture_of_experts.huggingface import from_pretrained, upcycle
 from mixture_of_experts.huggingface.__main__ import main
@@ -222,3 +227,38 @@ def test_tied_weights_may_be_in_files(tmp_path):
     embedding = "model.embed_tokens.weight"
     rewrite_weights(tmp_path / "in", lambda held: held.update({"lm_head.weight": held[embedding].clone()}))
     assert run_command("quantize", tmp_path) == 0
+
+
+# ---- signals ----
+
+
+def test_terminated_command_cleans_up(tmp_path):
+    """SIGTERM while shards are written: exit status 143, and no folder is left."""
+    sizes = dict(vocab_size=64, hidden_size=256, intermediate_size=256, num_attention_heads=4)
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=16, **sizes)).save_pretrained(tmp_path / "in")
+    words = ["upcycle", str(tmp_path / "in"), str(tmp_path / "out"), "--max-shard-size", "2MB"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mixture_of_experts.huggingface", *words], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not list(tmp_path.glob(".out.*.unfinished/part-2.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in error
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_signal_handler_is_restored(succeeds, tmp_path):
+    save_dense(tmp_path / "in")
+    if not succeeds:
+        (tmp_path / "out").mkdir()
+    before = signal.signal(signal.SIGTERM, handler := lambda *_: None)
+    try:
+        assert run_command("upcycle", tmp_path, "--num-experts", "2") == 1 - succeeds
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
