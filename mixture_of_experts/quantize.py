@@ -59,7 +59,8 @@ def quantize_experts(
             expert, weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a
             copy of its weight in float32, the inputs in groups: `(n, group, outputs)`. A number becomes
             `(level - 8) * step + zero`. Levels `(n, group, outputs)` are whole, from 0 to 15; step and zero
-            `(n, 1, outputs)` are stored in bfloat16. For a matrix for which it returns None, the nearest are taken.
+            `(n, 1, outputs)` are stored in bfloat16, and must give finite numbers for all levels. For a matrix for
+            which it returns None, the nearest are taken.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
@@ -136,6 +137,13 @@ def call_rounding(
     for name, part in (("step", step), ("zero", zero)):
         if not part.bfloat16().isfinite().all():
             raise ValueError(f"{of} must return {name} finite in bfloat16, got {part.min()} to {part.max()}")
+    step, zero = (part.bfloat16().float() for part in (step, zero))
+    for level in (0, 15):  # the other numbers lie between; products as in `int4.unpack_matrix`, which may overflow
+        if not (level * step + (zero - 8 * step)).isfinite().all():
+            raise ValueError(
+                f"{of} must return step and zero whose numbers are finite for all levels from 0 to 15, got steps of "
+                f"{step.min()} to {step.max()} and zeros of {zero.min()} to {zero.max()}: make the steps smaller"
+            )
     return found
 
 
