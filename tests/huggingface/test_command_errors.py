@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from support.transformers_families import build_model as build_sparse
 from support.transformers_models import ARCHITECTURES
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from mixture_of_experts.huggingface import from_pretrained, upcycle
 from mixture_of_experts.huggingface.__main__ import main
@@ -227,6 +228,51 @@ def test_tied_weights_may_be_in_files(tmp_path):
     embedding = "model.embed_tokens.weight"
     rewrite_weights(tmp_path / "in", lambda held: held.update({"lm_head.weight": held[embedding].clone()}))
     assert run_command("quantize", tmp_path) == 0
+
+
+def to_integers(held: dict[str, Tensor], name: str, dtype: torch.dtype) -> None:
+    held[name] = (held[name] * 100).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.uint8, torch.bool])
+@pytest.mark.parametrize("place", [0, 1], ids=["other", "experts"])
+@each_command
+def test_integers_for_floating_point_weights_are_rejected(case, place, dtype, tmp_path, capsys):
+    """They were cast, and gave finite, wrong logits."""
+    command, save = COMMANDS[case]
+    save(tmp_path / "in")
+    name = SHAPED[case][place]
+    rewrite_weights(tmp_path / "in", lambda held: to_integers(held, name, dtype))
+    assert run_command(command, tmp_path) == 1
+    error = read_error(capsys)
+    assert f"{name} has the dtype {dtype} in the files" in error
+    assert "save the model anew" in error
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "20KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("name", ["moe.gate.w_gating", "moe.experts.w2"])
+def test_loading_rejects_integers_for_floating_point_weights(name, max_shard_size, tmp_path):
+    model, name = ARCHITECTURES["llama"].build(intermediate_size=64), f"model.layers.0.mlp.{name}"
+    upcycle(model, num_experts=4)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    for file in tmp_path.glob("*.safetensors"):
+        held = load_file(file)
+        if name in held:
+            to_integers(held, name, torch.int64)
+            save_file(held, file, metadata={"format": "pt"})
+    loaders = (from_pretrained, AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained)
+    for load, settings in itertools.product(loaders, ({}, {"dtype": torch.bfloat16})):
+        with pytest.raises(ValueError, match=rf"{name} has the dtype torch.int64 in the files"):
+            load(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_loading_takes_the_bytes_of_quantized_experts(bits, tmp_path):
+    save_mixture(tmp_path / "in")
+    assert run_command("quantize", tmp_path, "--bits", str(bits), "--group", "32") == 0
+    names = [name for name, value in from_pretrained(tmp_path / "out").state_dict().items() if "packed" in name]
+    assert names
 
 
 # ---- signals ----

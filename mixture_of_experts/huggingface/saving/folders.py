@@ -37,6 +37,7 @@ from mixture_of_experts.huggingface.saving.restore import insert_experts
 from mixture_of_experts.huggingface.saving.shards import (
     INDEX_FILE,
     check_all_used,
+    check_float,
     make_missing_error,
     read_weights,
 )
@@ -156,7 +157,9 @@ def load_weights(stock: Any, tensors: Mapping[str, Tensor], weights: Mapping[str
     found = {}
     for name, tensor in tensors.items():
         stored = {file: weights[file] for file in map_to_file_names(stock, {name: tensor}) if file in weights}
-        for value in stored.values():
+        for file, value in stored.items():
+            if tensor.is_floating_point():
+                check_float(file, value)
             tensor.data = tensor.data.to(value.dtype)
         if not stored and name not in stock.all_tied_weights_keys:
             raise make_missing_error(name)
@@ -241,7 +244,11 @@ def read_model(source: Path, config: Any) -> Any:
     check_all_used(source, info["unexpected_keys"])
     for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
         raise make_missing_error(name)
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in own_names(model, state).items():
+        if name in weights and tensor.is_floating_point():
+            check_float(name, weights[name])
+    for name, tensor in state.items():
         if name in weights and weights[name].dtype != tensor.dtype:  # transformers gives all of them one
             tensor.data = weights[name]
     return model
