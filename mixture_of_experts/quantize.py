@@ -55,13 +55,13 @@ def quantize_experts(
         bits: bits per weight. Each weight is rounded to the nearest of 256 or 16 levels; the error with 4 bits is 12x
             as large.
         group: with 4 bits, how many inputs of an output share a step and a zero point: 32, 64, 128 or 256, which must
-            divide the sizes of the experts. Smaller groups have a smaller error and take more memory: groups of 32 take
-            5 bits per weight, groups of 64 take 4.5.
-        rounding: with 4 bits, a function that rounds each matrix: `levels, step, zero = rounding(name, expert,
-            weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a copy of
-            its weight in float32 with the inputs in groups: `(n, group, outputs)`. A weight becomes
-            `(level - 8) * step + zero`. Levels `(n, group, outputs)` are integers from 0 to 15; step and zero
-            `(n, 1, outputs)` are stored in bfloat16. If it returns None for a matrix, the nearest levels are used.
+            divide the sizes of the experts. Fewer err less, and take more memory: 32 take 5 bits a number, 64 4.5.
+        rounding: with 4 bits, a function that chooses the numbers of each matrix: `levels, step, zero = rounding(name,
+            expert, weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a
+            copy of its weight in float32, the inputs in groups: `(n, group, outputs)`. A number becomes
+            `(level - 8) * step + zero`. Levels `(n, group, outputs)` are whole, from 0 to 15; step and zero
+            `(n, 1, outputs)` are stored in bfloat16, and must give finite numbers for all levels. For a matrix for
+            which it returns None, the nearest are taken.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
@@ -138,6 +138,13 @@ def call_rounding(
     for name, part in (("step", step), ("zero", zero)):
         if not part.bfloat16().isfinite().all():
             raise ValueError(f"{of} must return {name} finite in bfloat16, got {part.min()} to {part.max()}")
+    step, zero = (part.bfloat16().float() for part in (step, zero))
+    for level in (0, 15):  # the other numbers lie between; products as in `int4.unpack_matrix`, which may overflow
+        if not (level * step + (zero - 8 * step)).isfinite().all():
+            raise ValueError(
+                f"{of} must return step and zero whose numbers are finite for all levels from 0 to 15, got steps of "
+                f"{step.min()} to {step.max()} and zeros of {zero.min()} to {zero.max()}: make the steps smaller"
+            )
     return found
 
 

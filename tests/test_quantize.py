@@ -17,7 +17,7 @@ from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopK
 from mixture_of_experts.dispatch.decision import decision_on
 from mixture_of_experts.ops import ClampedSwiGLU, int4, int8
 from mixture_of_experts.parallel.style import find_sharded_names
-from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+from mixture_of_experts.quantize import QuantizedExperts, iter_unpacked, quantize_experts
 from mixture_of_experts.summary import summary
 from mixture_of_experts.unstack import unstack
 
@@ -415,6 +415,20 @@ def test_a_function_chooses_the_numbers(name, dtype):
     assert all(value.equal(buffer) for value, buffer in zip(kept.buffers(), nearest.buffers(), strict=True))
 
 
+def test_accepts_large_finite_roundings():
+    """Levels, steps and zeros at the edge of what float32 holds are unpacked to finite numbers."""
+    layer = make_frozen_layer("gated")
+
+    def choose(stack, expert, weight):
+        n, _, q = weight.shape
+        levels = torch.arange(16.0).repeat(GROUP // 16).view(1, GROUP, 1).expand(n, GROUP, q)
+        return levels, torch.full((n, 1, q), 2e37), torch.full((n, 1, q), -1e38)
+
+    experts: Any = quantize_experts(layer, 4, group=GROUP, rounding=choose).experts
+    for _, numbers in iter_unpacked(experts.w1_packed[0], experts.w1_groups[0], experts.w1_scale[0]):
+        assert numbers.isfinite().all()
+
+
 def test_rejects_wrong_gate_function_results():
     """A wrong answer for the last of all matrices changes nothing."""
     model = nn.ModuleList([make_frozen_layer("gated"), make_frozen_layer("gated")])
@@ -439,6 +453,13 @@ def test_rejects_wrong_gate_function_results():
         ((levels * torch.nan, step, step), "whole levels from 0 to 15, got nan to nan"),
         ((levels, step * torch.nan, step), "step finite in bfloat16, got nan to nan"),
         ((levels, step, step.double() * 1e39), r"zero finite in bfloat16, got 1e\+39 to 1e\+39"),
+        ((levels, step * 3e38, step), r"step and zero .* finite for all levels from 0 to 15"),
+        ((levels - 7, step * -3e38, step), r"step and zero .* finite for all levels from 0 to 15"),
+        (
+            (levels - 7, step * 3e37, step),
+            r"step and zero .* finite for all levels from 0 to 15",
+        ),  # 15 * step overflows
+        ((levels, step * 2e37, step * 3e38), r"step and zero .* finite for all levels from 0 to 15"),
     ):
         with pytest.raises(ValueError, match=of + error):
             quantize_experts(model, 4, group=GROUP, rounding=partial(choose, answer=answer))

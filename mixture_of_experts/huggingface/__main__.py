@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,12 +100,34 @@ def add_upcycle_options(add: Any) -> None:
     add("--z-loss-coef", type=float, default=0.0, help="coefficient of the z-loss")
 
 
+@contextmanager
+def exiting_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM raise SystemExit with the usual status, 143, so that the unfinished folder is removed."""
+    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
+        yield
+        return
+
+    def exit_once(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the removal
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, exit_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; it is 1 after an error, which is printed to standard error."""
+    """Run a command and return its exit status; after an error, printed to standard error, it is 1.
+
+    SIGTERM raises SystemExit while the command runs.
+    """
     settings = vars(parse_arguments(arguments))
     run = settings.pop("run")
     try:
-        run(**settings)
+        with exiting_on_sigterm():
+            run(**settings)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,8 +95,29 @@ def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
     clear_weight_conversions(model)  # for these weights only
-    if found.unexpected_keys or found.conversion_errors:
-        raise ValueError(f"{type(model).__name__} has no place for {found.unexpected_keys or found.conversion_errors}")
+    if found.unexpected_keys:
+        raise ValueError(f"{type(model).__name__} has no place for {', '.join(sorted(found.unexpected_keys))}")
+    for name, stored, expected in sorted(found.mismatched_keys):
+        raise make_shape_error(name, stored, expected)
+    for name in sorted(found.conversion_errors):  # such as experts that differ in shape and cannot be stacked
+        raise ValueError(
+            f"the files have weights for {name} that do not fit the shapes that config.json describes: fetch both "
+            "again, or correct config.json"
+        )
+
+
+def make_shape_error(name: str, stored: Sequence[int], expected: Sequence[int]) -> ValueError:
+    return ValueError(
+        f"{name} has shape {tuple(stored)} in the files and {tuple(expected)} by config.json: fetch both again, or "
+        "correct config.json"
+    )
+
+
+def find_unexpected_names(model: Any, names: Collection[str]) -> set[str]:
+    """Those names of weights, which a model does not have, that transformers does not ignore either."""
+    found: Any = SimpleNamespace(missing_keys=set(), unexpected_keys={*names})
+    model._adjust_missing_and_unexpected_keys(found)
+    return found.unexpected_keys
 
 
 # Experts

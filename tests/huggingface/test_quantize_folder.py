@@ -138,7 +138,7 @@ def write_stock(folder: Path, layers: int) -> float:
     with torch.device("meta"):
         model: Any = MixtralForCausalLM(config)
     folder.mkdir()
-    shards = folders.ShardWriter(folder, 10**7)
+    shards = folders.ShardWriter(folder, 10**7, folder)
     for name, weight in model.state_dict().items():
         value = torch.empty(weight.shape, dtype=torch.bfloat16).normal_(std=weight.shape[-1] ** -0.5)
         shards.add_weights(convert_to_saved(model, {name: value}))

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -20,14 +22,26 @@ from transformers import AutoConfig
 
 from mixture_of_experts.huggingface.blocks.model_conversion import find_sparse_blocks, replace_blocks
 from mixture_of_experts.huggingface.feed_forward import find_layers
-from mixture_of_experts.huggingface.private_transformers import convert_to_saved, load_partial_weights
+from mixture_of_experts.huggingface.private_transformers import (
+    convert_to_saved,
+    find_unexpected_names,
+    load_partial_weights,
+    make_shape_error,
+)
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
 from mixture_of_experts.huggingface.router_config import override_router_coef
 from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 from mixture_of_experts.huggingface.saving.loader import find_saved_class
-from mixture_of_experts.huggingface.saving.shards import INDEX_FILE, make_missing_error, read_weights
-from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names
+from mixture_of_experts.huggingface.saving.restore import insert_experts
+from mixture_of_experts.huggingface.saving.shards import (
+    INDEX_FILE,
+    check_all_used,
+    check_float,
+    make_missing_error,
+    read_weights,
+)
+from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names, own_names
 from mixture_of_experts.ops.int4 import PORTABLE_BLOCK
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
@@ -44,9 +58,11 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         settings: arguments of `upcycle`.
 
     Raises:
-        ValueError, TypeError: as in `upcycle`; or the model has experts already, or the files lack some of its weights.
+        ValueError, TypeError: as in `upcycle`; or the model has experts already, or its weights and those of the
+            files differ in names or shapes.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
     """
     config = read_config(source)
     if read_layer_entries(config):
@@ -70,9 +86,10 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
-        ValueError: as in `export`; or the files lack some of the model's weights.
+        ValueError: as in `export`; or the model's weights and those of the files differ in names or shapes.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
     """
     model = read_experts_model(source, "export")
     plan = plan_export(model)
@@ -100,9 +117,10 @@ def quantize_folder(
 
     Raises:
         ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is already quantized, or
-            the files lack some of its weights.
+            its weights and those of the files differ in names or shapes.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
     """
     config = read_config(source)
     stock = not read_layer_entries(config)
@@ -110,6 +128,7 @@ def quantize_folder(
         model, weights = make_empty_model(config), read_weights(source)
         paths = find_sparse_blocks(model)
         blocks, state = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
+        check_all_used(source, find_unexpected_names(model, weights.keys() - map_to_file_names(model, state)))
         load_weights(model, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
     else:
         model, weights = read_model(source, config), {}
@@ -138,7 +157,9 @@ def load_weights(stock: Any, tensors: Mapping[str, Tensor], weights: Mapping[str
     found = {}
     for name, tensor in tensors.items():
         stored = {file: weights[file] for file in map_to_file_names(stock, {name: tensor}) if file in weights}
-        for value in stored.values():
+        for file, value in stored.items():
+            if tensor.is_floating_point():
+                check_float(file, value)
             tensor.data = tensor.data.to(value.dtype)
         if not stored and name not in stock.all_tied_weights_keys:
             raise make_missing_error(name)
@@ -158,8 +179,8 @@ def rewrite_folder(
     """Write a folder next to the target and rename it to the target at the end; it is removed after an error.
 
     It contains the layers at `paths` as returned by `change`, all other weights of the changed model as they are in
-    `state`, and copies of the source's other files (tokenizer etc.). A killed process leaves `.NAME.xxxx.unfinished`
-    behind, without a `config.json`.
+    `state`, and copies of the source's other files (tokenizer etc.). A process that is ended by SIGKILL leaves
+    `.NAME.xxxx.unfinished` behind, without a `config.json`.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists: give another name, or remove it")
@@ -167,7 +188,7 @@ def rewrite_folder(
     place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
     with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as name:
         folder, changed = Path(name), tuple(f"{path}." for path in paths)
-        shards = ShardWriter(folder, max_shard_size)
+        shards = ShardWriter(folder, max_shard_size, target)
         for path in tqdm(paths, desc="layers", unit="layer"):
             shards.add_weights(convert_to_saved(model, change(path)))
             model.get_submodule(path).to("meta")
@@ -177,11 +198,25 @@ def rewrite_folder(
         shards.close()
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
-                shutil.copy2(file, folder / file.name)
+                with naming_unwritable_file(target / file.name):
+                    shutil.copy2(file, folder / file.name)
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
+        with naming_unwritable_file(target / "config.json"):
+            model.config.save_pretrained(folder)
         folder.chmod(0o755)  # temporary folders are private to their owner
         folder.rename(target)
+
+
+@contextmanager
+def naming_unwritable_file(path: Path) -> Iterator[None]:
+    """Make the error of a write, such as that of a full disk, name the file of the target and the remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has no OSError
+        raise OSError(
+            f"cannot write {path} ({error}): free disk space, or choose a target on another disk; nothing is left of "
+            "this one"
+        ) from error
 
 
 def read_experts_model(source: Path, action: str) -> Any:
@@ -200,13 +235,34 @@ def read_model(source: Path, config: Any) -> Any:
     are read."""
     weights = read_weights(source)
     settings: Any = dict(config=config, state_dict=dict(weights), dtype="auto", output_loading_info=True)
-    model, info = find_saved_class(config).from_pretrained(None, **settings)
+    try:
+        model, info = find_saved_class(config).from_pretrained(None, **settings)
+    except RuntimeError as error:
+        raise find_wrong_shape(config, weights) or ValueError(
+            f"the weights of {source} do not fit its config.json: fetch both again, or correct config.json ({error})"
+        ) from error
+    check_all_used(source, info["unexpected_keys"])
     for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
         raise make_missing_error(name)
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    state = model.state_dict(keep_vars=True)
+    for name, tensor in own_names(model, state).items():
+        if name in weights and tensor.is_floating_point():
+            check_float(name, weights[name])
+    for name, tensor in state.items():
         if name in weights and weights[name].dtype != tensor.dtype:  # transformers uses a single dtype for all
             tensor.data = weights[name]
     return model
+
+
+def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError | None:
+    """The error for a weight that has another shape in the files than in the model: that of transformers names none."""
+    model = make_empty_model(config)
+    if entries := read_layer_entries(config):
+        insert_experts(model, entries)
+    for name, value in own_names(model, model.state_dict()).items():
+        if name in weights and weights[name].shape != value.shape:
+            return make_shape_error(name, weights[name].shape, value.shape)
+    return None
 
 
 def read_config(source: Path) -> Any:
@@ -229,13 +285,14 @@ def make_empty_model(config: Any) -> Any:
 
 
 class ShardWriter:
-    """Writes weights to files, each as soon as it is full."""
+    """Writes weights to files, each as soon as it is full. Errors name the target, which the folder is renamed to."""
 
     folder: Path
     max_size: int
+    target: Path
 
-    def __init__(self, folder: Path, max_size: int) -> None:
-        self.folder, self.max_size = folder, max_size
+    def __init__(self, folder: Path, max_size: int, target: Path) -> None:
+        self.folder, self.max_size, self.target = folder, max_size, target
         self.pending: dict[str, Tensor] = {}
         self.shard_names: list[list[str]] = []  # names of the weights in each file
         self.total_size: int = 0  # in bytes
@@ -248,7 +305,9 @@ class ShardWriter:
             self.pending[name] = value.detach().contiguous()
 
     def write_shard(self) -> None:
-        save_file(self.pending, self.folder / f"part-{len(self.shard_names)}.safetensors", metadata={"format": "pt"})
+        file = f"part-{len(self.shard_names)}.safetensors"
+        with naming_unwritable_file(self.target / file):
+            save_file(self.pending, self.folder / file, metadata={"format": "pt"})
         self.shard_names.append(list(self.pending))
         self.total_size += sum(value.nbytes for value in self.pending.values())
         self.pending = {}
@@ -263,4 +322,5 @@ class ShardWriter:
             weight_map |= dict.fromkeys(names, file)
         if n > 1:
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-            (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+            with naming_unwritable_file(self.target / INDEX_FILE):
+                (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -21,7 +21,7 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
 from mixture_of_experts.huggingface.saving.configuration import LAYERS_KEY, MODEL_TYPE, read_layer_entries
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
 from mixture_of_experts.huggingface.saving.restore import finish_loading, insert_experts
-from mixture_of_experts.huggingface.saving.shards import check_shards
+from mixture_of_experts.huggingface.saving.shards import check_float, check_shards
 from mixture_of_experts.huggingface.saving.weight_names import make_load_conversions
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -53,12 +53,17 @@ class ExpertsLoader(HfQuantizer):
                 vars(module.config).pop("quantization_config", None)
         loader_config: Any = self.quantization_config
         insert_experts(model, loader_config.layers, loader_config.gate, loader_config.adapters)
+        state = model.state_dict()
+        self.float_names = {name for name in state if state[name].is_floating_point()}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         return make_load_conversions(model, weight_conversions)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         finish_loading(model)
+        for name, value in model.state_dict().items():  # integers are loaded as they are in the files
+            if name in self.float_names:
+                check_float(name, value)
         del model.hf_quantizer
 
     def is_serializable(self) -> bool:
@@ -92,8 +97,9 @@ def from_pretrained(
             `trust_remote_code` is False by default, so that code in the folder is not run and there is no prompt.
 
     Raises:
-        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers do
-            not have; or weight files are outside of the folder or do not match their index.
+        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers
+            do not have; or files of weights are outside of the folder, disagree with their index, or have integers for
+            floating-point weights.
 
     Example:
         >>> import tempfile

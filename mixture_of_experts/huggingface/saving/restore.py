@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.huggingface.blocks.model_conversion import replace_blocks
 from mixture_of_experts.huggingface.distributed.plans import set_gate_process_groups, update_parallel_plans
 from mixture_of_experts.huggingface.feed_forward import Replaced, find_layers
@@ -24,7 +26,13 @@ from mixture_of_experts.huggingface.replacement.replace import (
     replace_networks,
     set_attribute,
 )
-from mixture_of_experts.huggingface.saving.layer_settings import EXPERT_FORMS, GateFactory, apply_changes, build_gate
+from mixture_of_experts.huggingface.saving.layer_settings import (
+    EXPERT_FORMS,
+    GATE_CLASSES,
+    GateFactory,
+    apply_changes,
+    build_gate,
+)
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 
@@ -38,8 +46,9 @@ def insert_experts(
     """Change a dense model so that the weights of a model with experts can be loaded. Its own weights are lost.
 
     Raises:
-        ValueError: a gate is not described, and no `gate` is given; none of the layers has a location in this model; or
-            a setting that is described as changed does not exist in the layer, or has an invalid value.
+        ValueError: a gate is not described, and no `gate` is given; none of the layers has a location in this model; or a
+            layer does not have a setting that is described as changed, or not with this value; or a gate or a form of
+            experts does not exist.
         TypeError, ValueError: `gate` does not create a new gate for each layer.
     """
     entries: dict[str, dict[str, Any]] = {}
@@ -63,9 +72,8 @@ def insert_experts(
     for place, entry in entries.items():
         layer: Any = model.get_submodule(place)
         for path, form in entry.get("forms", {}).items():
-            arguments = {"class": form} if isinstance(form, str) else dict(form)
-            make = EXPERT_FORMS[arguments.pop("class")]
-            set_attribute(layer, path, make(layer.get_submodule(path), **arguments))
+            with naming_rejected_description(f"gives {path!r} the form {form!r}", EXPERT_FORMS):
+                apply_form(layer, path, form)
         apply_changes(layer, entry.get("changed", {}))
     update_parallel_plans(model)
 
@@ -76,8 +84,34 @@ def build_described_layer(
     """The layer for the location of a dense network, as described by its entry."""
     entry = entries[location.moe_path]
     coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
-    make_gate = gate or (lambda *sizes: build_gate(entry["gate"]))
-    return build_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, entry.get("shared_expert"))
+
+    def build_described_gate(*sizes: int) -> nn.Module:
+        with naming_rejected_description(f"describes the gate {entry['gate']!r}", GATE_CLASSES):
+            return build_gate(entry["gate"])
+
+    sizes = entry["num_experts"], gate or build_described_gate, entry["hidden_dim"]
+    return build_moe(dense, *sizes, coefs, entry.get("shared_expert"))
+
+
+def apply_form(layer: Any, path: str, form: Any) -> None:
+    """Replace stacked experts of a layer by those of the form that is described, a class alone or with arguments."""
+    arguments = {"class": form} if isinstance(form, str) else dict(form)
+    make, stacked = EXPERT_FORMS[arguments.pop("class")], layer.get_submodule(path)
+    if not isinstance(stacked, StackedExperts):
+        raise TypeError(f"{path} is a {type(stacked).__name__}, not stacked experts")
+    set_attribute(layer, path, make(stacked, **arguments))
+
+
+@contextmanager
+def naming_rejected_description(description: str, classes: Iterable[str]) -> Iterator[None]:
+    """Turn an error of building what config.json describes into a ValueError that names the entry and the classes."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"config.json {description}, which cannot be built ({type(error).__name__}: {error}): the classes are "
+            f"{', '.join(classes)}; correct this entry, or save the model anew"
+        ) from error
 
 
 def finish_loading(model: Any) -> None:

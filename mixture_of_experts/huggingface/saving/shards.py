@@ -31,6 +31,25 @@ def make_missing_error(name: str) -> ValueError:
     return ValueError(f"the files have no {name}: load the model by transformers and save it, which renames weights")
 
 
+def check_float(name: str, stored: Tensor) -> None:
+    """Raise ValueError if what is stored for a floating-point weight is not floating-point."""
+    if not stored.is_floating_point():
+        raise ValueError(
+            f"{name} has the dtype {stored.dtype} in the files, where the model has floating-point numbers: convert "
+            "the weight as its publisher describes, or save the model anew"
+        )
+
+
+def check_all_used(folder: Path, unexpected: Collection[str]) -> None:
+    """Raise ValueError if the files of a folder have weights that its model does not have."""
+    if names := sorted(unexpected):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"the model of {folder / 'config.json'} has no place for {names[0]}{more}, which the files have: correct "
+            "config.json, or load the model by transformers and save it, which leaves them out"
+        )
+
+
 def read_index(index: Path) -> dict[str, str]:
     """The `weight_map` of an index: the file of each weight. All files must be in the folder of the index."""
     with name_unreadable_file(index):
