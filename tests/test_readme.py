@@ -154,6 +154,18 @@ def test_choices_of_older_weights_are_those_of_a_copy():
     assert changed[-1]
 
 
+def test_saturated_logits_of_the_custom_sigmoid_router_are_finite():
+    """The sigmoids of all experts underflow to 0 in float32."""
+    (block,) = (block for block in BLOCKS if "class SigmoidGating" in block.code)
+    names = block.run()
+    moe, x = names["moe"], torch.ones(1, 3, 8)
+    moe.gate.w_gating.data.fill_(-30.0)  # logits of -240
+    out, aux_loss = moe(x)
+    (out.square().mean() + aux_loss).backward()
+    gradient = moe.gate.w_gating.grad
+    assert all(tensor.isfinite().all() for tensor in (out, aux_loss, gradient))
+
+
 def test_every_python_block_is_found():
     """A fence that the pattern above misses would be a block that nobody runs."""
     fences = sum(file.read_text(encoding="utf-8").count("```python") for file in DOCUMENTS)
