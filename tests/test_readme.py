@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import os
 import re
@@ -20,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import mixture_of_experts
 from mixture_of_experts import HeirarchicalMoE, MoE
+from mixture_of_experts.gating.base import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -164,6 +166,13 @@ def test_saturated_logits_of_the_custom_sigmoid_router_are_finite():
     (out.square().mean() + aux_loss).backward()
     gradient = moe.gate.w_gating.grad
     assert all(tensor.isfinite().all() for tensor in (out, aux_loss, gradient))
+
+
+def test_page_names_every_attribute_of_tokens():
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    properties = {name for name, value in vars(Tokens).items() if isinstance(value, property)}
+    expected = {field.name for field in dataclasses.fields(Tokens)} | properties - {"computed_padding"}
+    assert sorted(re.findall(r"^\| `tokens\.(\w+)` \|", text, re.MULTILINE)) == sorted(expected)
 
 
 def test_every_python_block_is_found():
