@@ -168,6 +168,14 @@ def test_saturated_logits_of_the_custom_sigmoid_router_are_finite():
     assert all(tensor.isfinite().all() for tensor in (out, aux_loss, gradient))
 
 
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_every_rank_has_a_gpu_of_its_own(file: Path):
+    """Where code starts a group of several processes, it first sets the device."""
+    for code in re.findall(r"^```py(?:thon)?\n(.*?)^```$", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for start in re.finditer(r"^ *dist\.init_process_group\((?!.*HashStore)", code, re.MULTILINE):
+            assert 'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))' in code[: start.start()]
+
+
 def test_page_names_every_attribute_of_tokens():
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     properties = {name for name, value in vars(Tokens).items() if isinstance(value, property)}
