@@ -9,6 +9,7 @@ import os
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -76,6 +77,8 @@ def skip_reason(block: Block) -> str | None:
     """Why a block cannot run on this machine."""
     if ("transformers" in block.code or "from peft" in block.code) and find_spec("transformers") is None:
         return "the extra 'hf' is not installed"
+    if "import lightning" in block.code and find_spec("lightning") is None:
+        return "lightning is not installed"
     if block.mark == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA device"
     if block.mark == "large" and os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < LARGE:
@@ -83,9 +86,17 @@ def skip_reason(block: Block) -> str | None:
     return None
 
 
+def ignore_lightning_warnings(test: Callable[..., None]) -> Callable[..., None]:
+    """Ignore warnings about an interface of torch that Lightning uses, and about loaders without workers."""
+    for ignored in ("ignore:.*LeafSpec:FutureWarning", "ignore:.*does not have many workers:UserWarning"):
+        test = pytest.mark.filterwarnings(ignored)(test)
+    return test
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # likewise
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's, of stacks
+@ignore_lightning_warnings
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.name}:{block.line}")
 def test_python_block_runs(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -181,6 +192,20 @@ def test_page_names_every_attribute_of_tokens():
     properties = {name for name, value in vars(Tokens).items() if isinstance(value, property)}
     expected = {field.name for field in dataclasses.fields(Tokens)} | properties - {"computed_padding"}
     assert sorted(re.findall(r"^\| `tokens\.(\w+)` \|", text, re.MULTILINE)) == sorted(expected)
+
+
+@ignore_lightning_warnings
+def test_tracking_a_lightning_module_raises():
+    """Its trainer calls `training_step`; the page says what to track instead."""
+    lightning = pytest.importorskip("lightning")
+    (block,) = (block for block in BLOCKS if "class Mixture(lightning" in block.code)
+    names = block.run()
+    trainer = lightning.Trainer(max_steps=1, logger=False, enable_checkpointing=False)
+    with (
+        names["track_routing"](names["module"]),
+        pytest.raises(RuntimeError, match=r"'model.gate' ran, but not within a forward of the module"),
+    ):
+        trainer.fit(names["module"], names["batches"])
 
 
 def test_every_python_block_is_found():
