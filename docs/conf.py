@@ -15,6 +15,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 from mixture_of_experts import __version__
+from mixture_of_experts.moe import MoEBase
 
 project, author, version, release = "mixture_of_experts", "the mixture_of_experts authors", __version__, __version__
 project_copyright = f"{author}, MIT licence"
@@ -34,6 +35,7 @@ toc_object_entries_show_parents = "hide"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+del MoEBase.__new__  # autodoc would show its (*args, **kwargs) instead of the arguments of `__init__`
 autodoc_mock_imports = [name for name in ("transformers", "triton") if find_spec(name) is None]
 python_display_short_literal_types = True
 python_maximum_signature_line_length = 88

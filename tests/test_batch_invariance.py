@@ -31,6 +31,7 @@ from mixture_of_experts.verify import verify
 from mixture_of_experts.wrappers import InputWeightedExperts, LatentExperts
 
 DROPLESS = dict(capacity_factor_train=None, capacity_factor_eval=None)
+FAST = ("one choice", "odd", "relu")  # sampling block sizes takes seconds for each kind of layer
 SUPPORTED = {
     "qwen3": lambda: recipes.qwen3(64, 16, 32),
     "deepseek_v3": lambda: recipes.deepseek_v3(64, 16, 32),
@@ -61,7 +62,9 @@ def find_verdict(layer, threads=1):
     return found.verdict
 
 
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SUPPORTED]
+)
 def test_the_bits_of_a_token_are_the_same(name):
     """And by the fastest way they are not, unless this CPU's products have equal bits anyhow."""
     layer = SUPPORTED[name]()
@@ -108,6 +111,7 @@ def test_a_linear_layer_in_bfloat16(width, bias):
     assert other_bits(layer.bfloat16().eval()) == 0
 
 
+@pytest.mark.slow
 def test_random_layers_keep_the_bits_or_raise():
     found, lines = invariance.attack(60)
     assert not lines, "\n".join(lines)
@@ -189,6 +193,7 @@ def test_routers_that_draw_in_training_keep_the_bits_in_eval(name):
     assert other_bits(layer.eval()) == 0
 
 
+@pytest.mark.slow
 def test_threads_do_not_share_a_function_of_single_numbers():
     """A batch of so many numbers that threads would: each part would end in numbers that stand in no vector."""
     layer, x = MoE(200, gate=TopKGating(200, 8, score="sigmoid")).eval(), torch.randn(1, 300, 200)

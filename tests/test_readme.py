@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import os
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import mixture_of_experts
 from mixture_of_experts import HeirarchicalMoE, MoE
+from mixture_of_experts.gating.base import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -74,6 +77,8 @@ def skip_reason(block: Block) -> str | None:
     """Why a block cannot run on this machine."""
     if ("transformers" in block.code or "from peft" in block.code) and find_spec("transformers") is None:
         return "the extra 'hf' is not installed"
+    if "import lightning" in block.code and find_spec("lightning") is None:
+        return "lightning is not installed"
     if block.mark == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA device"
     if block.mark == "large" and os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < LARGE:
@@ -81,9 +86,17 @@ def skip_reason(block: Block) -> str | None:
     return None
 
 
+def ignore_lightning_warnings(test: Callable[..., None]) -> Callable[..., None]:
+    """Ignore warnings about an interface of torch that Lightning uses, and about loaders without workers."""
+    for ignored in ("ignore:.*LeafSpec:FutureWarning", "ignore:.*does not have many workers:UserWarning"):
+        test = pytest.mark.filterwarnings(ignored)(test)
+    return test
+
+
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # likewise
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's, of stacks
+@ignore_lightning_warnings
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.name}:{block.line}")
 def test_python_block_runs(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -152,6 +165,47 @@ def test_choices_of_older_weights_are_those_of_a_copy():
         changed.append(not torch.equal(now.expert, was.expert))
     assert len(changed) == 6
     assert changed[-1]
+
+
+def test_saturated_logits_of_the_custom_sigmoid_router_are_finite():
+    """The sigmoids of all experts underflow to 0 in float32."""
+    (block,) = (block for block in BLOCKS if "class SigmoidGating" in block.code)
+    names = block.run()
+    moe, x = names["moe"], torch.ones(1, 3, 8)
+    moe.gate.w_gating.data.fill_(-30.0)  # logits of -240
+    out, aux_loss = moe(x)
+    (out.square().mean() + aux_loss).backward()
+    gradient = moe.gate.w_gating.grad
+    assert all(tensor.isfinite().all() for tensor in (out, aux_loss, gradient))
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_every_rank_has_a_gpu_of_its_own(file: Path):
+    """Where code starts a group of several processes, it first sets the device."""
+    for code in re.findall(r"^```py(?:thon)?\n(.*?)^```$", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for start in re.finditer(r"^ *dist\.init_process_group\((?!.*HashStore)", code, re.MULTILINE):
+            assert 'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))' in code[: start.start()]
+
+
+def test_page_names_every_attribute_of_tokens():
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    properties = {name for name, value in vars(Tokens).items() if isinstance(value, property)}
+    expected = {field.name for field in dataclasses.fields(Tokens)} | properties - {"computed_padding"}
+    assert sorted(re.findall(r"^\| `tokens\.(\w+)` \|", text, re.MULTILINE)) == sorted(expected)
+
+
+@ignore_lightning_warnings
+def test_tracking_a_lightning_module_raises():
+    """Its trainer calls `training_step`; the page says what to track instead."""
+    lightning = pytest.importorskip("lightning")
+    (block,) = (block for block in BLOCKS if "class Mixture(lightning" in block.code)
+    names = block.run()
+    trainer = lightning.Trainer(max_steps=1, logger=False, enable_checkpointing=False)
+    with (
+        names["track_routing"](names["module"]),
+        pytest.raises(RuntimeError, match=r"'model.gate' ran, but not within a forward of the module"),
+    ):
+        trainer.fit(names["module"], names["batches"])
 
 
 def test_every_python_block_is_found():

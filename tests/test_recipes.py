@@ -164,6 +164,10 @@ def test_losses_of_top2(e):
     assert compute_losses(with_second, collapsed) == pytest.approx(
         {"balance": 1.5 * e, "first_place": e, "second_place": e / 2, "total": 1.5 * e, "z": 30.0**2}, rel=1e-3
     )
+    saturated = average_over_ranks(200.0, 100.0, *[0.0] * (e - 2))  # the first choice leaves no probability
+    assert compute_losses(with_second, saturated) == pytest.approx(
+        {"balance": e, "first_place": e, "second_place": 0.0, "total": e, "z": 200.0**2}, rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(("k", "factor", "share"), [(1, None, 1.0), (2, None, 0.5), (2, 1.0, 0.5), (2, 2.0, 0.25)])

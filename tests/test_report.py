@@ -174,6 +174,7 @@ def test_a_name_with_a_surrogate(tmp_path: Path):
     assert "run \\udc80" in extract_text(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_of_many_gates_it_draws_some(tmp_path: Path):
     """Those with notes first; the table has all, and the page says what is left out."""
     model = Stack(*(MoE(DIM, gate=TopKGating(DIM, 4, k=1)) for _ in range(40)))

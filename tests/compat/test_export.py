@@ -87,6 +87,21 @@ def test_one_token_a_sequence(capacity):
         assert_programs_agree(program, layer, make_arguments(path, batch, 1))
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_named_size_of_a_dropless_layer_needs_the_other_size_to_be_open(dim):
+    """The page of compatibility says so: drop its row when torch accepts a named size alone."""
+    path = LayerVariant("MoE", "Experts", "dropless", "plain")
+    layer, args = path.build(policy="all").eval(), make_arguments(path, 2, 16)
+    named = {dim: Dim("size", min=2, max=1024)}
+    with pytest.raises(torch._dynamo.exc.UserError, match="Constraints violated"):
+        torch.export.export(layer, args, dynamic_shapes=(named,))
+    for accepted in ({dim: Dim.DYNAMIC}, {1 - dim: Dim.DYNAMIC, **named}):
+        program = torch.export.export(layer, args, dynamic_shapes=(accepted,)).module()
+        shape = [2, 16]
+        shape[dim] = 24
+        assert_programs_agree(program, layer, make_arguments(path, *shape))
+
+
 class Doubled(RoutedExperts):
     num_experts = NUM_EXPERTS
 

@@ -234,6 +234,7 @@ def test_a_resumed_run_of_blocks_is_the_run(tmp_path):
     assert not torch.equal(whole.model.layers[0].mlp.moe.experts.w1, converted().model.layers[0].mlp.moe.experts.w1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_best_model_is_loaded_whole(tmp_path):
     """Here the first one, of which the last step's model has no weight."""

@@ -457,7 +457,7 @@ def check_averages() -> None:
 
 def run_recipe(code: str, port: int, folder: Path) -> float:
     """A program as a reader would run it with torchrun, in a folder of its own; the last norm of its gradients."""
-    place = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    place = {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.destroy_process_group()
     torch.set_default_dtype(torch.float32)

@@ -46,8 +46,8 @@ def insert_experts(
     """Change a dense model so that the weights of a model with experts can be loaded. Its own weights are lost.
 
     Raises:
-        ValueError: a gate is not described, and no `gate` is given; none of the layers has a location in this model; or a
-            layer does not have a setting that is described as changed, or not with this value; or a gate or a form of
+        ValueError: a gate is not described, and no `gate` is given; none of the layers has a location in this model; or
+            a layer does not have a setting that is described as changed, or not with this value; or a gate or a form of
             experts does not exist.
         TypeError, ValueError: `gate` does not create a new gate for each layer.
     """
