@@ -44,7 +44,7 @@ from mixture_of_experts.support.checks import (
     describe_shape,
 )
 from mixture_of_experts.support.private_torch import get_wrapped_module, unsafe_view, unwrap_module
-from mixture_of_experts.support.subclassing import find_declaring_class, is_package_class
+from mixture_of_experts.support.subclassing import is_package_class
 from mixture_of_experts.support.tracing import has_data, is_host_readable
 
 DIM_OUT_HINT = ": experts whose outputs have another width than tokens tell it by dim_out"
@@ -86,7 +86,7 @@ class RoutedExperts(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.reads_decisions = binds_decision(cls.forward)
-        cls.allocates_outputs = is_package_class(find_declaring_class(cls, "forward"))
+        cls.allocates_outputs = is_package_class(next(base for base in cls.__mro__ if "forward" in base.__dict__))
 
     def variant_reason(self) -> str | None:
         """Why a token's output may have other bits in another batch under `ops.use("batch_invariant")`; None if not."""

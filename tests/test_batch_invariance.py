@@ -321,3 +321,11 @@ def test_cpu_without_block_support_is_reported():
 
     with pytest.raises(RuntimeError, match=r"17 x 23.*another number of threads"):
         batch_invariance.find_block_rows(planted, (17, 23), torch.randn(17, 23))
+
+
+def test_methods_set_on_a_module_raise():
+    layer = MoE(16, gate=TopKGating(16, 4)).eval()
+    decide = layer.gate.decide
+    layer.gate.decide = lambda tokens: decide(tokens)
+    with ops.use("batch_invariant"), pytest.raises(ValueError, match="has 'decide' of its own"):
+        layer(torch.randn(1, 3, 16))

@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -249,3 +250,17 @@ def test_no_literal_names_a_module_of_the_package():
     of_others.add("huggingface/private_transformers.py")
     assert found.keys() == of_others | {"support/subclassing.py"}
     assert not [line for lines in found.values() for line in lines if "mixture_of_experts" in line]
+
+
+def test_a_subclass_that_declares_its_implementations_anew():
+    """It is compared with the class of this package, not with itself."""
+
+    class Anew(TopKGating):
+        implementations: ClassVar = {**TopKGating.implementations}
+
+        def decide(self, tokens):
+            choices = super().decide(tokens)
+            return choices._replace(weight=torch.full_like(choices.weight, 7.0))
+
+    with torch.no_grad():
+        assert Anew(8, 4).eval()(torch.randn(1, 1, 8)).weight.tolist() == [[7.0, 7.0]]

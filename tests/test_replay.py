@@ -516,7 +516,12 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
             records.save(path)
     assert RoutingRecords.load(path)["gate"][0].equal(ROW)
     assert [file.name for file in tmp_path.iterdir()] == ["records"]
-    RoutingRecords({"gate": [ROW[:1]]}).save(path)
+    path.chmod(0o600)
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    RoutingRecords({"gate": [ROW[:1]]}).save(link)  # the file that it leads to is replaced, not the link
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
     assert RoutingRecords.load(path)["gate"][0].equal(ROW[:1])
 
 

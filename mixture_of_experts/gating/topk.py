@@ -372,7 +372,9 @@ class TopKGating(TokenChoiceGate):
         made = ForwardChoices(expert.flatten(-3, -2), chosen, scores, counted, bias)
         weight = count_in_backward(weight, self._bias_rule.count(made), counts)
         if torch.is_grad_enabled():
-            self._steps_without_update.training_forward(next(self.parameters(), None))
+            self._steps_without_update.training_forward(
+                next((weight for weight in self.parameters() if weight.requires_grad), None)
+            )
         return weight
 
     @torch.no_grad()

@@ -236,6 +236,8 @@ class SparseFeedForward(MoEFeedForward):
         super().__init__(moe, **settings)
         self.block = block
         self.reports = reports
+        if reports:  # not only when logits are first wanted, which may be in a graph that is traced
+            set_first_hook(unwrap_module(moe.gate), "mixture_of_experts_logits", collect_logits)
 
     def forward(
         self, x: Tensor, prev_router_hidden_states: Tensor | None = None, input_ids: Tensor | None = None

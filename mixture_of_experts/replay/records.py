@@ -5,13 +5,15 @@ Axes: s tokens of a sequence, l gates, k choices of a token.
 
 from __future__ import annotations
 
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike, getpid
+from os import PathLike
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -236,10 +238,17 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
 @contextmanager
 def replaced_when_complete(path: Path) -> Iterator[Path]:
-    """A path to write to: the file there replaces that at `path` at the end, or is removed if an error is raised."""
-    unfinished = path.with_name(f".{path.name}.{getpid()}.unfinished")
+    """A path to write to: the file there replaces that at `path` at the end, or is removed if an error is raised. Links
+    are followed, the mode of an existing file stays, and what is no file, such as a pipe, is written to."""
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    unfinished = path.with_name(f".{uuid4().hex}.unfinished")
     try:
         yield unfinished
+        if path.exists():
+            shutil.copymode(path, unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from mixture_of_experts.support.private_torch import (
     is_in_transform,
     unwrap_module,
 )
-from mixture_of_experts.support.subclassing import is_package_class
+from mixture_of_experts.support.subclassing import is_package_class, list_members
 
 BATCH_INVARIANT = "batch_invariant"
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows of a block, tried in this order
@@ -126,10 +126,12 @@ def variant_reason(module: nn.Module) -> str | None:
 
 
 def find_overridden_attribute(module: nn.Module) -> str | None:
-    """The attribute with which a class outside of this package changes one of its classes; None if there is none."""
+    """The attribute with which a class outside of this package, or the module itself, changes a class of the package;
+    None if there is none."""
     kinds = get_original_class(module).__mro__
     ours = next(kind for kind in kinds if is_package_class(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
+    changes += list_members(ours).intersection(vars(module))
     return next((name for name in changes if hasattr(ours, name) and name not in IGNORED_ATTRIBUTES), None)
 
 

@@ -37,8 +37,8 @@ def find_overridden(module: Any, base: type, names: Collection[str]) -> str | No
 
 
 def find_declaring_class(kind: type, name: str) -> type:
-    """The class from which a class gets its attribute `name`."""
-    return next(base for base in kind.__mro__ if name in base.__dict__)
+    """The class of this package from which a class gets its attribute `name`, whether or not it declares it anew."""
+    return next(base for base in kind.__mro__ if name in base.__dict__ and is_package_class(base))
 
 
 def is_package_class(kind: type) -> bool:
