@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from support.compat_table import Table, limit_examples  # noqa: F401  (a fixture is found where it is named)
+from support.compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
 from support.parallel_workers import Workers
 
 collect_ignore = ["guards", "support"]  # commands and helpers, which have no tests

@@ -130,6 +130,6 @@ class Table:
 
 
 @pytest.fixture
-def limit_examples(request: pytest.FixtureRequest):
+def limit(request: pytest.FixtureRequest):
     """`limit(reason)`: the test has shown that this does not work, and why."""
     return lambda reason: request.node.user_properties.append(("limit", reason))
