@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from support import versions
 from support.parallel_workers import Workers, get_rank
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
@@ -437,6 +438,8 @@ BY_HAND = [
 @pytest.mark.parametrize(("kind", "how"), BY_HAND)
 def test_counts_are_a_ranks_own_in_ddp(kind: str, how: str, workers: Workers):
     """DDP copies the buffers of the first rank before each synchronised forward."""
+    if "compiled" in how and versions.TORCH < (2, 13):
+        pytest.skip("gates in graphs of an earlier torch leave DDP as it is, and warn")
     workers.run(run_by_hand, 2, kind, how)
 
 

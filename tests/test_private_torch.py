@@ -297,7 +297,7 @@ def test_the_ddp_whose_forward_runs(one_process):
     ddp._assign_modules_buffers()
     assert not ddp.named_module_buffers
     assert not ddp.will_sync_module_buffers()
-    assert private_torch.exclude_from_ddp_broadcast(("counts",)) == []  # no forward is running
+    assert private_torch.exclude_from_ddp_broadcast(("counts",), False) == []  # no forward is running
 
 
 def test_ddp_ignores_counts(tmp_path):

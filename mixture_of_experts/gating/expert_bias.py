@@ -81,7 +81,8 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
         total: the buffer, of that shape.
     """
     if is_in_ddp():  # a graph is traced again in another DDP
-        keep_rank_counts()  # also without gradients: reentrant checkpointing enables them in the backward only
+        # also without gradients: reentrant checkpointing enables them in the backward only
+        keep_rank_counts(torch.compiler.is_compiling())
     if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward in which to count
         return weight
     anchor = None if weight.requires_grad else ANCHOR
@@ -89,10 +90,10 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
 
 
 @assume_constant_result  # runs while a graph is traced
-def keep_rank_counts() -> None:
+def keep_rank_counts(traced: bool) -> None:
     """Keep `DistributedDataParallel`, if one is running, from replacing each rank's counts with those of the first rank
     before the next forward. Before the first one all counts are 0."""
-    if copied := exclude_from_ddp_broadcast(RANK_LOCAL_BUFFERS):
+    if copied := exclude_from_ddp_broadcast(RANK_LOCAL_BUFFERS, traced):
         warnings.warn(
             f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so the counts of the "
             "other ranks are lost if gradients are accumulated over several forwards: before you wrap the model, call "

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
+from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch
 
 from mixture_of_experts.support import private_peft
@@ -318,19 +319,20 @@ def is_in_ddp() -> bool:
     return ddp is not None and id(ddp) != 0
 
 
-def exclude_from_ddp_broadcast(endings: Collection[str]) -> list[str]:
+def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[str]:
     """Exclude buffers from the broadcasts of the `DistributedDataParallel` whose forward is running: it no longer
     copies those whose last name is one of `endings` from the first rank before its next forwards.
 
     Returns:
         The names of those buffers that it keeps copying: all ranks must exclude the same buffers, but where parameters
-        may be unused or ranks have different numbers of inputs, a rank may not reach the call of this function.
+        may be unused or ranks have different numbers of inputs, a rank may not reach the call of this function. Nor may
+        it if a graph is `traced`, before torch 2.13: a graph made outside of DDP is not traced again on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:
         return []
     names = [name for name in ddp.named_module_buffers if name.rpartition(".")[2] in endings]
-    if ddp.find_unused_parameters or ddp._join_config.enable:
+    if ddp.find_unused_parameters or ddp._join_config.enable or (traced and TorchVersion(torch.__version__) < (2, 13)):
         return names
     ddp.parameters_to_ignore = {*ddp.parameters_to_ignore, *names}
     ddp._assign_modules_buffers()  # DDP fails on a list that is empty only once it copies
