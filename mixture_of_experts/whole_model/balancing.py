@@ -190,7 +190,7 @@ class BlockBiasUpdater:
     def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:
         self.block: Any = router.block
         if rule.reads_scores:
-            settings = self.block.gate()  # of the gate that a conversion would create
+            settings = self.block.gate_arguments()  # of the gate that a conversion would create
             select, num_groups = settings.get("select", "score"), settings.get("num_groups")
             check_scores(rule, repr(router.name), settings["k"], router.num_experts, select, num_groups)
             raise ValueError(
