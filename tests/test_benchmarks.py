@@ -223,7 +223,7 @@ CHILD = f"""
 import os, subprocess, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from benchmarks import kept
+from benchmarks import results_file
 
 def tasks():
     yield "one", lambda: 1
@@ -232,7 +232,7 @@ def tasks():
     yield "hang", lambda: subprocess.run(["sleep", "600"])
     yield "last", lambda: 2
 
-kept.keep(tasks(), Path(sys.argv[4]) / "no-card.tests.jsonl", {cpu_device.MACHINE})
+results_file.run_tasks(tasks(), Path(sys.argv[4]) / "no-card.tests.jsonl", {cpu_device.MACHINE})
 """
 
 
@@ -301,7 +301,7 @@ def test_precompiled_kernels_are_launched(tmp_path: Path, monkeypatch: pytest.Mo
     entry, device = schedule.HALF_SCHEDULES[9, 0][0], cpu_device.CPUDevice()
     step = blocks.make_step(replace(shrink_case(0), d=64, h=64), 8, device, training=True)
     launches = blocks.record_launches(step, entry)
-    assert {launch.kernel for launch in launches} >= {"find_tiles", "sum_rows", "weight_grads"}
+    assert {launch.kernel for launch in launches} >= {"find_tiles_kernel", "sum_rows_kernel", "weight_grads"}
     assert blocks.compile_all(launches, (9, 0)) == []
     programs = set(tmp_path.rglob("*.cubin"))
     assert len(programs) == len({str(launch) for launch in launches})

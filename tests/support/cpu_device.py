@@ -30,7 +30,7 @@ class CPUDevice(gpu_device.Device):
     def describe(self) -> dict[str, Any]:
         return MACHINE
 
-    def shared(self) -> int:
+    def get_shared_memory(self) -> int:
         return 227 << 10
 
     def shapes(self) -> list[gpu_device.Shape]:
@@ -47,13 +47,13 @@ class CPUDevice(gpu_device.Device):
     def card_seconds(self, step: Callable[[], Any], host: float) -> float:
         return self.host_seconds(step)
 
-    def graph_of(self, call: Callable[[], Any]) -> Callable[[], Any]:
+    def capture_graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
         return call
 
     def compile(self, launches: list[Any]) -> list[str]:
         return []
 
-    def left_out(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> str | None:
+    def exclusion_reason(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> str | None:
         return None
 
 

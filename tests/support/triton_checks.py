@@ -215,7 +215,7 @@ def check_first_hour() -> None:
             lambda kernel, entry, *_: [getattr(entry, kernel), half][: 1 + (kernel == "down")],
         )
         patch.setattr(
-            device, "left_out", lambda kernel, grid, arguments: "no" if arguments.get("BLOCK_N") == 64 else None
+            device, "exclusion_reason", lambda kernel, grid, arguments: "no" if arguments.get("BLOCK_N") == 64 else None
         )
         found = {f"kernels/{i}": cpu_device.run_tasks(gpu_tasks.kernels(device, i)) for i in (0, 1)}
         profile = "\n".join(found["kernels/0"]["each kernel of a training step"])
