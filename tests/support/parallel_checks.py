@@ -367,7 +367,7 @@ def check_number_of_collectives() -> None:
 def check_autocast_sends_half() -> None:
     """Under autocast stacked experts get their tokens in bfloat16; results are those of one process."""
     sent = []
-    channel = exchange.exchange.Channel.transfer
+    channel = exchange.Channel.transfer
 
     def record(self, x: Tensor, *args: Any) -> Tensor:
         sent.append(x.dtype)
