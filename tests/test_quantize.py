@@ -562,7 +562,7 @@ with FakeTensorMode():
     from mixture_of_experts import quantize
     moe = MoE(8, 4)
     moe.requires_grad_(False)
-assert quantize.bits8.has_packed_row_operators.cache_info().currsize ==
-quantize.bits4.find_cpu_block.cache_info().currsize == 0
+assert quantize.int8.has_packed_row_operators.cache_info().currsize == 0
+assert quantize.int4.find_cpu_block.cache_info().currsize == 0
 """
     subprocess.run([sys.executable, "-c", code], check=True)

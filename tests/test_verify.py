@@ -216,5 +216,5 @@ def test_compiled():
 def test_a_block_of_transformers():
     """All its sequences are one group; its router computes in the dtype of the weights."""
     blocks = pytest.importorskip("tests.support.transformers_blocks", reason="needs transformers")
-    report = verify(blocks.BlockInModel(blocks.make("MixtralSparseMoeBlock")), dim=blocks.DIM)
+    report = verify(blocks.BlockInModel(blocks.make_block("MixtralSparseMoeBlock")), dim=blocks.DIM)
     assert report.failed == ["router_bfloat16", "router_autocast"], str(report)

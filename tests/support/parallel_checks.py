@@ -550,11 +550,11 @@ def check_no_leak_between_calls() -> None:
     moe(torch.randn(2, LENGTH, DIM))
     here = len(moe.experts.sharding.local_expert_ids)
     assert RecordingExperts.seen == [
-        ("ParallelLookingExperts", EXPERTS, EXPERTS),
+        ("ParallelRecordingExperts", EXPERTS, EXPERTS),
         ("RecordingExperts", here, here),
     ]
     assert moe.experts.last == here
-    assert type(moe.experts).__name__ == "ParallelLookingExperts"
+    assert type(moe.experts).__name__ == "ParallelRecordingExperts"
     assert moe.experts.num_experts == len(moe.experts.inner.w1) == EXPERTS
 
 

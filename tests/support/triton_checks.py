@@ -669,7 +669,7 @@ def compute_choices(
         patch.setattr(top2_by_kernel, "_self_check_failure", lambda *_: None)
         patch.setattr(top_2, "launch_kernel", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
         if anew:  # as of many experts on a GPU
-            for name, value in (("_on_gpu", lambda x: True), ("SMALL", 0.0), ("LEAST", 0)):
+            for name, value in (("_on_gpu", lambda x: True), ("MAX_SAVED_SHARE", 0.0), ("MIN_ROUTER_WEIGHTS", 0)):
                 patch.setattr(recomputing, name, value)
         described = gate(leaves[0], **masks)
         total = sum((getattr(described, name) * getattr(described, name).detach().cos()).sum() for name in names)
