@@ -193,8 +193,8 @@ def check_first_hour() -> None:
     device, entries = cpu_device.CPUDevice(), schedule.INTERPRETER_SCHEDULES
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
-            (self_check, "ROWS", 48),
-            (self_check, "DIM", 16),
+            (self_check, "MIN_ROWS", 48),
+            (self_check, "MIN_DIM", 16),
             (gpu_tasks, "DTYPES", (torch.bfloat16,)),
             (gpu_tasks, "MEANS", (4, 8)),
             (gpu_tasks, "ASSIGNMENTS", (8,)),
