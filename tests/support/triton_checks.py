@@ -227,7 +227,7 @@ def check_first_hour() -> None:
         assert [type(time) for _, time in many["down"]] == [str, float]
         described = "\n".join(decisions.lines(found, entries))
         assert "- tiles of 32, down: (32, 16, 1, 1) ÷ (64, 16, 1, 1): which do not run" in described
-        assert "down=Blocks(n=32, c=16, warps=1, stages=1)" in described
+        assert "down=BlockSizes(n=32, c=16, warps=1, stages=1)" in described
 
         found = cpu_device.run_tasks(gpu_tasks.small_kernels(device))
         assert all(pair["kernels"] > 0 and pair["host of operators"] > 0 for pair in found.values()), found
