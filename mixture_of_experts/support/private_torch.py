@@ -332,7 +332,7 @@ def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[s
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:
         return []
     names = [name for name in ddp.named_module_buffers if name.rpartition(".")[2] in endings]
-    if ddp.find_unused_parameters or ddp._join_config.enable or (traced and TorchVersion(torch.__version__) < (2, 13)):
+    if ddp.find_unused_parameters or ddp._join_config.enable or (traced and TorchVersion(torch.__version__) < "2.13"):
         return names
     ddp.parameters_to_ignore = {*ddp.parameters_to_ignore, *names}
     ddp._assign_modules_buffers()  # DDP fails on a list that is empty only once it copies
