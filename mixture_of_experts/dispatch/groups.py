@@ -55,11 +55,11 @@ def group_side_inputs(
         shape: `(..., n)` of the inputs.
         groups: `(b, n, d)`, the inputs in groups.
     """
+    if unknown := [repr(name) for name in side if name not in names]:
+        known = f"it reads {', '.join(sorted(names))}" if names else "it reads none"
+        raise TypeError(f"the gate reads no side input {', '.join(unknown)}: {known}. Masks are `mask=`")
     grouped = {}
     for name, value in side.items():
-        if name not in names:
-            known = f"it reads {', '.join(sorted(names))}" if names else "it reads none"
-            raise TypeError(f"the gate reads no side input {name!r}: {known}. Masks are `mask=`")
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.shape[: len(shape)] != tuple(shape):

@@ -144,9 +144,9 @@ def reads_side_input(c: Configuration, level: int) -> set[str]:
 def find_side_input_error(c: Configuration) -> str | None:
     """Side inputs that no gate reads, or that one needs."""
     known = set().union(*(reads_side_input(c, level) for level in range(len(c.routers))))
-    for name in c.side:
-        if name not in known:
-            return f"the gate reads no side input '{name}'"
+    if unknown := set(c.side) - known:
+        named = "".join(f"(?=.*'{name}')" for name in sorted(unknown))  # in the order of the call
+        return f"the gate reads no side input {named}[^:]*: it reads"
     for level, router in enumerate(c.routers):
         if router.kind == "hash" and not {"token_ids", GIVEN_INNER if level else GIVEN_EXPERTS} & set(c.side):
             return "HashGating reads token ids"
