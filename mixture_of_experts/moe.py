@@ -2,8 +2,8 @@
 
 Axes: b groups, n tokens of a group, t = b n tokens of the call, d model dim, e experts, c capacity, s slots or r rows.
 
-A gate decides which experts compute which token (`Routing`). Tokens are dispatched to rows, experts compute the rows,
-and the results are combined.
+A gate decides which experts compute which token (`Routing`). Experts receive the tokens and the call's `Assignments`:
+they dispatch tokens to rows, compute the rows, and combine the results.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from mixture_of_experts.arguments import (
     resolve_expert_grid,
     resolve_num_experts,
 )
-from mixture_of_experts.dispatch.decision import compose, decision_of, plan_slots_of
+from mixture_of_experts.dispatch.assignments import join_groups
 from mixture_of_experts.dispatch.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared, ungroup_state
+from mixture_of_experts.dispatch.permutation import permute_to_slots
 from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, get_optional_losses, get_side_inputs
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
-from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
+from mixture_of_experts.gating.levels import join_levels, check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
 from mixture_of_experts.ops.activations import ActivationLike
@@ -239,7 +240,7 @@ class MoE(MoEBase):
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         read = group_side_inputs(side, get_side_inputs(self.gate), mask, inputs.shape[:-1], groups) if side else {}
         routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **read))
-        out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
+        out = run_experts(self.experts, groups.flatten(0, 1), join_groups(routing))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
         return (*results, ungroup_state(routing.state, x)) if STATE in side else results
 
@@ -249,7 +250,8 @@ class HeirarchicalMoE(MoEBase):
 
     Level one sends a token to outer experts, each of which is a row of inner experts. Level two, with weights of its
     own for each outer expert, sends the token on to inner experts. A token's weight is the product of both levels'
-    weights. Tokens move once.
+    weights. Level two reads the tokens in the slots of level one; experts read them from the inputs, so no token passes
+    through both.
 
     Args:
         num_experts: `(eo, ei)`, outer and inner; by default the numbers of the gates or `experts`, else (4, 4).
@@ -350,11 +352,11 @@ class HeirarchicalMoE(MoEBase):
             side_outer, side_inner = ({name: read[name] for name in read if name in its} for its in reads)
         side_outer |= self.requested_losses(self.gate_outer)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
-        slots = plan_slots_of(outer)
-        level_two = second_level(groups, outer, slots, self.group_size, side_inner)
+        outer_slots = permute_to_slots(join_groups(outer, in_slots=True))
+        level_two = second_level(groups, outer, outer_slots, self.group_size, side_inner)
         inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
-        check_slots_have_tokens(self.gate_inner, inner, slots)
-        out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
+        check_slots_have_tokens(self.gate_inner, inner, outer_slots)
+        out = run_experts(self.experts, groups.flatten(0, 1), join_levels(outer, outer_slots, inner))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
         return (*results, ungroup_state(outer.state, x)) if STATE in side else results
 

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import combine, dispatch
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import permute_without_gaps
+from mixture_of_experts.dispatch.permute import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slot_inputs
 from mixture_of_experts.ops import int4, int8
 from mixture_of_experts.ops.grouped import grouped_matmul
@@ -234,16 +235,18 @@ class QuantizedExperts(RoutedExperts):
     def variant_reason(self) -> str:
         return f"experts in {self.bits} bits compute rows by themselves: take those that are not quantised"
 
-    def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
+    def forward(self, x: Tensor, assignments: Assignments | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may pass `ffn`, whose `factors` are added to weights."""
         reject_batch_invariance(self.variant_reason())
-        if not isinstance(decision, Decision):
-            check_slot_inputs(self, x, decision)
+        if not isinstance(assignments, Assignments):
+            check_slot_inputs(self, x, assignments)
             return super().forward(x)
-        if ffn is None and self._is_few_rows_call(x, decision):
-            return self._compute_row_by_row(x, decision)
-        plan: Any = decision.without_gaps()
-        return combine(self.compute(dispatch(x, plan), plan.rows_per_expert, ffn and ffn.factors), plan)
+        if ffn is None and self._is_few_rows_call(x, assignments):
+            return self._compute_row_by_row(x, assignments)
+        permutation: Any = permute_without_gaps(assignments)
+        return combine(
+            self.compute(dispatch(x, permutation), permutation.rows_per_expert, ffn and ffn.factors), permutation
+        )
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
         dtype = get_operand_dtype(rows.device.type, rows.dtype)
@@ -260,21 +263,21 @@ class QuantizedExperts(RoutedExperts):
         network = self._build_network(lambda bias: bias.to(dtype), parts)
         return feed_forward(rows, network, num_tokens_per_expert, product).to(rows.dtype)
 
-    def _is_few_rows_call(self, x: Tensor, decision: Decision) -> bool:
+    def _is_few_rows_call(self, x: Tensor, assignments: Assignments) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the packed bytes."""
-        inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
+        inference = not (self.training or torch.is_grad_enabled() or assignments.k is None)
         form = int8 if self.bits == 8 else int4
         # a traced graph must not compare lengths
         if not (inference and is_host_readable(x) and form.has_direct_matmul(self.get_buffer("w1_packed"))):
             return False
         # it computes in float32, where weights of an activation may have another dtype
         fits = x.dtype == torch.float32 or (x.dtype != torch.float64 and next(self.act.parameters(), None) is None)
-        few = fits and 0 < x.shape[0] <= MAX_UNSORTED_TOKENS and decision.expert.shape[0] <= MAX_UNSORTED_ROWS
-        return few and False not in decision.kept.tolist()
+        few = fits and 0 < x.shape[0] <= MAX_UNSORTED_TOKENS and assignments.expert.shape[0] <= MAX_UNSORTED_ROWS
+        return few and False not in assignments.kept.tolist()
 
-    def _compute_row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
+    def _compute_row_by_row(self, x: Tensor, assignments: Assignments) -> Tensor:
         """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. Sums are in float32."""
-        (t, d), k, expert = x.shape, decision.k, decision.expert
+        (t, d), k, expert = x.shape, assignments.k, assignments.expert
         assert k is not None
 
         def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
@@ -283,7 +286,7 @@ class QuantizedExperts(RoutedExperts):
         rows = x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)  # each is the only slot of an expert
         with disable_autocast(x.device):
             y = feed_forward(rows, self._build_network(lambda bias: bias.index_select(0, expert)), None, product)
-            return torch.bmm(decision.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
+            return torch.bmm(assignments.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
 
     def _build_network(self, bias_of: Callable[[Tensor], Tensor], parts: Any = None) -> Network:
         """The network, with biases as returned by `bias_of`. Its weights are pairs of the stored tensors (packed,

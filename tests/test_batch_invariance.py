@@ -233,8 +233,8 @@ class Rescored(TopKGating):
 
 
 class MyExperts(GatedExperts):
-    def forward(self, x, decision=None, **others):
-        return super().forward(x, decision, **others)
+    def forward(self, x, assignments=None, **others):
+        return super().forward(x, assignments, **others)
 
 
 def shared(module):

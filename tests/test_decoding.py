@@ -1,4 +1,4 @@
-"""A few rows in inference are computed without a plan: what comes out is that of the plan."""
+"""A few rows in inference are computed without a permutation: what comes out is that of the permutation."""
 
 import copy
 import itertools
@@ -42,7 +42,7 @@ def check_few_rows(layer, x, mask=None, few=True, **tolerance):
             out = run_layer(layer, x, mask)
         assert len(taken) == few
         for each, call in taken:
-            assert each == (name if len(call.x) and call.decision.kept.all() else "compute_expert_by_expert")
+            assert each == (name if len(call.x) and call.assignments.kept.all() else "compute_expert_by_expert")
         torch.testing.assert_close(out, planned, **tolerance)
     return planned
 
@@ -193,7 +193,7 @@ def test_few_tokens_skip_unchosen_experts(per_copy, monkeypatch):
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])
 @pytest.mark.parametrize("mapped", ["gate", "experts", "all", "inputs"])
 def test_few_rows_of_an_ensemble(experts, mapped):
-    """Numbers cannot be read under vmap, whatever is mapped: there the plan serves few rows too."""
+    """Numbers cannot be read under vmap, whatever is mapped: there the permutation serves few rows too."""
     layers = [MoE(DIM, NUM_EXPERTS, experts=experts(DIM, NUM_EXPERTS, 16), second_policy_eval="all") for _ in range(3)]
     stacked, _ = torch.func.stack_module_state([layer.eval() for layer in layers])
     own = layers[0].state_dict()

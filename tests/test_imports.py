@@ -42,7 +42,7 @@ LAYER_ORDER = [
 ]
 # Names that several modules define, because the modules implement one interface.
 SHARED_NAMES = {
-    "implementations of experts": "run unsupported_reason plan_of",
+    "implementations of experts": "run unsupported_reason",
     "implementations of gates": """
         make_routing unsupported_reason REPLACED_METHODS MAX_EXPERTS SELF_CHECK choose_by_kernel _find_fault
         _self_check_failure

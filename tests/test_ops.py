@@ -450,10 +450,10 @@ def test_forward_arguments_are_replaced(kind):
 
 
 def test_rejects_misplaced_decide_at_class_creation():
-    with pytest.raises(TypeError, match="must take decision as its second argument"):
+    with pytest.raises(TypeError, match="must take assignments as its second argument"):
 
         class Wrong(Experts):
-            def forward(self, x, *, decision=None):
+            def forward(self, x, *, assignments=None):
                 return x
 
 
@@ -498,13 +498,13 @@ def test_rows_and_counts_go_to_compute():
 def test_wrong_output_width_raises(kind):
     """5 of 8 columns are an error that names both, unless dim_out tells of them."""
 
-    experts = type("Narrow", (RoutedExperts,), {"num_experts": E, kind: lambda self, x, decision: x[:, :5]})()
+    experts = type("Narrow", (RoutedExperts,), {"num_experts": E, kind: lambda self, x, assignments: x[:, :5]})()
     layer = MoE(D, E, experts=experts)
     with pytest.raises(ValueError, match=rf"must return the shape \(12, {D}\).*got \(12, 5\)"):
         layer(torch.randn(2, 6, D))
     experts.dim_out = 5
     assert layer(torch.randn(2, 6, D))[0].shape == (2, 6, 5)
-    setattr(type(experts), kind, lambda self, x, decision: x[1:, :5])
+    setattr(type(experts), kind, lambda self, x, assignments: x[1:, :5])
     with pytest.raises(ValueError, match=r"must return .*(12|24).*got \((11|23), 5\)"):
         layer(torch.randn(2, 6, D))
 
@@ -514,7 +514,7 @@ def test_identity_experts_keep_inputs(compiled):
     class Same(RoutedExperts):
         num_experts = E
 
-        def forward(self, x, decision):
+        def forward(self, x, assignments):
             return x
 
     layer, x = MoE(D, E, experts=Same()), torch.randn(2, 6, D)
@@ -551,7 +551,7 @@ def test_dropless_slots_are_as_many_as_the_fullest_expert_needs(tokens, monkeypa
         out, aux_loss = moe(leaf)
         found[readable] = (out, *torch.autograd.grad(out.square().sum() + aux_loss, [leaf, *moe.parameters()]))
     torch.testing.assert_close(found[True], found[False])
-    fullest = int(moe.gate(x).queued.sum(0).max())
+    fullest = int(moe.gate(x).queue_length.sum(0).max())
     assert moe.experts.shapes == [(E, fullest, D), (E, 2 * tokens, D)]
 
 

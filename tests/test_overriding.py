@@ -230,7 +230,7 @@ def test_experts_whose_outputs_may_be_their_inputs():
         pass
 
     class Passed(RoutedExperts):
-        def forward(self, x, decision=None):
+        def forward(self, x, assignments=None):
             return x
 
     class Inherits(Passed):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, quantize
-from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.ops import ClampedSwiGLU, int4, int8
 from mixture_of_experts.parallel.style import find_sharded_names
 from mixture_of_experts.quantize import QuantizedExperts, iter_unpacked, quantize_experts
@@ -546,8 +546,8 @@ def test_compiled(bits):
     lengths = torch.compile(small.experts.forward, fullgraph=True, backend=counter, dynamic=True)
     with torch.no_grad():
         for tokens in (9, 3, 30):  # few tokens are no case of their own in a graph
-            decision = decision_on(torch.arange(2 * tokens).view(tokens, 2) % 6, torch.ones(tokens, 2), 6)
-            lengths(torch.randn(tokens, DIM), decision)
+            assignments = assign_experts(torch.arange(2 * tokens).view(tokens, 2) % 6, torch.ones(tokens, 2), 6)
+            lengths(torch.randn(tokens, DIM), assignments)
     assert counter.frame_count == 1
 
 

@@ -29,7 +29,7 @@ class Choices(NamedTuple):
     score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
     primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
     sent: Tensor | None = None  #: (..., b, n, k) bool, those of the chosen that go to their expert; None if all do
-    masked: bool = False  #: whether `sent` leaves out already what masks and importance do not allow
+    is_masked: bool = False  #: whether `sent` excludes what masks and importance do not allow
     state: Tensor | None = None  #: (..., b, n, anything), what the router hands to that of the next layer
 
 

@@ -105,7 +105,7 @@ class NoisyTopKGating(TokenChoiceGate):
         """The squared coefficients of variation of importance and of load, each summed over the call."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
-            _, value = self.counted(tokens, None, value)
+            _, value = self.select_counted(tokens, None, value)
             parts[name] = losses.cv_squared(value.sum(dim=(-3, -2)), self.process_group)
         return parts
 

@@ -25,7 +25,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 TopKGating = Any  # which imports this
 MAX_EXPERTS = 64  # of more, operators are faster
 #: what the operators compute by, and numbers do not call
-REPLACED_METHODS = (*topk_by_kernel.REPLACED_METHODS, "route", "_restricted", "capacity", "named_losses")
+REPLACED_METHODS = (*topk_by_kernel.REPLACED_METHODS, "route", "_restrict_choices", "capacity", "named_losses")
 MIN_TOTAL = 1e-9  # of weights that are normalised
 
 
@@ -94,7 +94,7 @@ def _make_routing(gate: TopKGating, x: Tensor) -> Routing | None:
         num_experts=e,
         capacity=None,
         k=k,
-        chosen=kept,
+        sent=kept,
         losses={
             "balance": torch.tensor(e / gate.choices_at_balance * share, **like),
             "z": torch.tensor(log_total**2, **like),

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision, decision_on
+from mixture_of_experts.dispatch.assignments import Assignments, assign_experts
 from mixture_of_experts.kernels.launching import clear_out_of_memory_verdicts
 from mixture_of_experts.ops import batched, cpu, grouped, plain, triton
 from mixture_of_experts.ops.activations import (
@@ -192,17 +192,17 @@ def _summarize_explanations(explanations: Sequence[tuple[str, Explanation]]) -> 
 
 def routed_ffn(
     x: Tensor,
-    decision: Decision,
+    assignments: Assignments,
     network: Network,
     *,
     training: bool = False,
     implementations: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Compute tokens with the experts of a decision; return each token's weighted sum of their outputs, `(t, o)`.
+    """Compute tokens with the experts of a assignments; return each token's weighted sum of their outputs, `(t, o)`.
 
     Args:
         x: `(t, d)`.
-        decision: the gates' decision on these tokens.
+        assignments: the gates' assignments on these tokens.
         network: the experts' weights.
         training: the experts' mode.
         implementations: replacements for `IMPLEMENTATIONS` under the same names, for another kind of network; the last
@@ -211,7 +211,7 @@ def routed_ffn(
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
     x, network = cast_operands(x, network)
-    call = Call(x, decision, network, training)
+    call = Call(x, assignments, network, training)
     way = select_implementation("experts", implementations, call, requested=requested_implementation())
     return implementations[way].run(call).to(dtype)
 
@@ -279,8 +279,8 @@ def moe_ffn(
     _check_moe_ffn_arguments(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
     if w3 is None and b3 is not None:
         raise ValueError("b3 is the bias of w3, which is not given")
-    decision = decision_on(expert.to(torch.int64), weight, w2.shape[0])
-    return routed_ffn(x, decision, Network(w_in, w2, activation, b_in, b2, gate_up), training=training)
+    assignments = assign_experts(expert.to(torch.int64), weight, w2.shape[0])
+    return routed_ffn(x, assignments, Network(w_in, w2, activation, b_in, b2, gate_up), training=training)
 
 
 def _check_moe_ffn_arguments(

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import Permutation, permute_without_gaps
 from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.matmul import matmul_into
 from mixture_of_experts.ops.network import Call
@@ -44,11 +44,12 @@ def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
         return batched.run(call, GroupedProducts)
-    return plain.run_plan(call.x, plain.plan_of(call.decision), call.network, grouped_matmul)
+    return plain.run_permuted(call.x, plain.choose_permutation(call.assignments), call.network, grouped_matmul)
 
 
 class GroupedProducts(batched.SlotProducts):
-    """Rows without gaps, with torch's grouped product on CUDA; the plan's table has the end of each expert's rows.
+    """Rows without gaps, with torch's grouped product on CUDA; the permutation's table has the end of each expert's
+    rows.
 
     Rows past the last expert's may hold any values. Only the last row is read, by assignments without a row, times 0:
     no expert fills it, so it is finite. If these assignments read a token's row instead, one that is not finite would
@@ -60,19 +61,19 @@ class GroupedProducts(batched.SlotProducts):
     token: Tensor
 
     @staticmethod
-    def arrange(decision: Decision) -> Plan:
-        plan = decision.without_gaps(spare=1)
-        assert plan.rows_per_expert is not None
-        return plan._replace(table=plan.rows_per_expert.cumsum(0, dtype=torch.int32))
+    def arrange(assignments: Assignments) -> Permutation:
+        permutation = permute_without_gaps(assignments, spare=1)
+        assert permutation.rows_per_expert is not None
+        return permutation._replace(table=permutation.rows_per_expert.cumsum(0, dtype=torch.int32))
 
-    def __init__(self, plan: Plan) -> None:
-        assert plan.table is not None
-        assert plan.rows_per_expert is not None
-        Products.__init__(self, plan)
-        self.ends, self.num_tokens_per_expert = plan.table, plan.rows_per_expert
+    def __init__(self, permutation: Permutation) -> None:
+        assert permutation.table is not None
+        assert permutation.rows_per_expert is not None
+        Products.__init__(self, permutation)
+        self.ends, self.num_tokens_per_expert = permutation.table, permutation.rows_per_expert
         # The row of a slot that is occupied by a choice of weight 0 reads the last token, times 0. If that token is not
         # finite, neither is the gradient of this expert's weights. Writing zeros instead would be a pass over all rows.
-        self.token = plan.token.clamp(max=plan.num_tokens - 1)
+        self.token = permutation.token.clamp(max=permutation.num_tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
@@ -81,7 +82,7 @@ class GroupedProducts(batched.SlotProducts):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The total; the plan's spare row is set to 0, so that no row has to be appended."""
+        """The total; the permutation's spare row is set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
         self.rows: Any = self.by_weights(x, weight)
         for x, weight in others:
@@ -90,13 +91,13 @@ class GroupedProducts(batched.SlotProducts):
         return self.rows
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.plan.num_rows)
+        rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.permutation.num_rows)
 
     def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
         return grouped_outer_product_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
     def of_assignments(self) -> Tensor:
-        return self.rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
+        return self.rows.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:

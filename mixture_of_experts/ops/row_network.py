@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.moving import sum_rows
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.permutation import Permutation
+from mixture_of_experts.dispatch.permute import sum_rows
 from mixture_of_experts.ops.activations import KNOWN_ACTIVATIONS
 from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
 from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 
 
 class Products:
-    """Base class of row layouts: products on the rows of a plan, where each expert's rows are multiplied by its weight.
+    """Base class of row layouts: products on the rows of a permutation, where each expert's rows are multiplied by its
+    weight.
 
     An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter`, all methods refer to
     the rows of that chunk. By default there is one chunk, with all rows. A layout implements:
@@ -41,8 +42,8 @@ class Products:
 
     rows: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
 
-    def __init__(self, plan: Plan, chunks: Sequence[Any] = (None,)) -> None:
-        self.plan: Plan = plan
+    def __init__(self, permutation: Permutation, chunks: Sequence[Any] = (None,)) -> None:
+        self.permutation: Permutation = permutation
         self.chunks: Sequence[Any] = chunks
 
     def enter(self, chunk: Any) -> None:
@@ -69,16 +70,28 @@ class Products:
         method(*tensors)
 
     def collect(self) -> Tensor:
-        plan = self.plan
-        return sum_rows(self.rows[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
+        permutation = self.permutation
+        return sum_rows(
+            self.rows[: permutation.num_rows],
+            permutation.row_weight(),
+            permutation.token,
+            permutation.row,
+            None,
+            permutation.num_tokens,
+        )
 
 
 def forward_rows(
-    layout: Callable[[Plan], Any], row_functions: Any, x: Tensor, plan: Plan, network: Network, save: bool
+    layout: Callable[[Permutation], Any],
+    row_functions: Any,
+    x: Tensor,
+    permutation: Permutation,
+    network: Network,
+    save: bool,
 ) -> tuple[Tensor, SavedTensors]:
     """The `forward` of `run_differentiable`, using the products of a layout. `row_functions` computes the rows: this
     module, or another one with `run_network` and `backpropagate_network`."""
-    products, saved = layout(plan), []
+    products, saved = layout(permutation), []
     for chunk in products.chunks:
         products.enter(chunk)
         saved += [products.pack(part) for part in row_functions.run_network(products, x, network, save)]
@@ -86,19 +99,19 @@ def forward_rows(
 
 
 def backward_rows(
-    layout: Callable[[Plan], Any],
+    layout: Callable[[Permutation], Any],
     row_functions: Any,
     x: Tensor,
-    plan: Plan,
+    permutation: Permutation,
     network: Network,
     saved: SavedTensors,
     grad: Tensor,
     wanted: Collection[str],
 ) -> FFNGradients:
     """The `backward` of `run_differentiable`, using the products of a layout."""
-    products, scale, grad = layout(plan), plan.row_weight().unsqueeze(-1), grad.contiguous()
+    products, scale, grad = layout(permutation), permutation.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
-    grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=scale.device)  # the last one is unused
+    grad_scale = torch.zeros(permutation.num_rows + 1, dtype=dtype, device=scale.device)  # the last one is unused
     grads, of_rows = products.gradients(network, wanted), grad_scale[:-1]
     each = len(saved) // len(products.chunks)  # tensors that a chunk saved
     for i, chunk in enumerate(products.chunks):
@@ -107,7 +120,7 @@ def backward_rows(
         scales = products.part(scale), products.part(of_rows)
         grads |= row_functions.backpropagate_network(products, x, network, pre, grad, *scales, wanted, grads)
     grad_x = products.collect() if "x" in wanted else None
-    return FFNGradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
+    return FFNGradients(grad_x, grad_scale.index_select(0, permutation.row).to(permutation.weight.dtype), grads)
 
 
 def run_network(products: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:

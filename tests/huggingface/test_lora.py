@@ -301,8 +301,8 @@ def make_adapted(module: nn.Module, **targets: Any) -> nn.Module:
 
 
 class Own(GatedExperts):
-    def forward(self, x, decision=None):
-        return super().forward(x, decision)
+    def forward(self, x, assignments=None):
+        return super().forward(x, assignments)
 
 
 def test_skipped_target_parameters_raise():

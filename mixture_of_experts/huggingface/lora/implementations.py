@@ -44,7 +44,7 @@ def run_with_operators(call: Call, product: plain.ProductFunction = plain.expert
             low_rank_activation, weight.up, num_tokens_per_expert
         )
 
-    return plain.run_plan(call.x, plain.plan_of(call.decision), call.network, multiply)
+    return plain.run_permuted(call.x, plain.choose_permutation(call.assignments), call.network, multiply)
 
 
 LORA_IMPLEMENTATIONS = {

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import sum_rows
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import Permutation, permute_with_padding
+from mixture_of_experts.dispatch.permute import sum_rows
 from mixture_of_experts.ops import autograd, row_network
 from mixture_of_experts.ops.batched import SlotProducts
 from mixture_of_experts.ops.cpu.batches import MAX_CHUNK_BYTES, ExpertBatch, make_batches, make_chunks
@@ -48,36 +48,39 @@ def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
-    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
+    permutation, chunks = permute_to_chunks(call.assignments, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
     layout: Any = partial(ChunkProducts, chunks, blocks) if chunks else SlotProducts
     pair = (
         partial(row_network.forward_rows, layout, row_functions),
         partial(row_network.backward_rows, layout, row_functions),
     )
-    return autograd.run_differentiable(*pair, x, plan, network)
+    return autograd.run_differentiable(*pair, x, permutation, network)
 
 
-def plan_chunks(
-    decision: Decision, row_work: int, row_bytes: int, row_multiple: int = 1
-) -> tuple[Plan, list[list[ExpertBatch]]]:
-    """The plan of a call, with padding rows, and the chunks of these rows.
+def permute_to_chunks(
+    assignments: Assignments, row_work: int, row_bytes: int, row_multiple: int = 1
+) -> tuple[Permutation, list[list[ExpertBatch]]]:
+    """The permutation of a call, with padding rows, and the chunks of these rows.
 
     Args:
-        decision: the gates' decision.
+        assignments: the gates' assignments.
         row_work: multiplications of one row by one weight.
         row_bytes: bytes of a row of tokens and of its pre-activations.
         row_multiple: the number of rows of each expert is padded to a multiple of this.
     """
-    threads = torch.get_num_threads()
-    most_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
-    queue, position, length = decision.queues()
-    counts = [-(-count // row_multiple) * row_multiple for count in decision.rows_per_expert(length).tolist()]
-    batches = make_batches(counts, row_work, threads, most_rows)
-    given = [0] * len(counts)  # rows of each expert, padding included
-    for batch in batches:
-        given[batch.experts] = [batch.rows_per_expert] * batch.num_experts
-    plan = decision.with_rows(queue, position, length, torch.tensor(given, device=queue.device), sum(given))
-    return plan, make_chunks(batches, most_rows)
+    threads, chunks = torch.get_num_threads(), []
+    max_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
+
+    def pad(needed: Tensor) -> tuple[Tensor, int]:
+        counts = [-(-count // row_multiple) * row_multiple for count in needed.tolist()]
+        batches = make_batches(counts, row_work, threads, max_rows)
+        padded = [0] * len(counts)
+        for batch in batches:
+            padded[batch.experts] = [batch.rows_per_expert] * batch.num_experts
+        chunks.extend(make_chunks(batches, max_rows))
+        return torch.tensor(padded, device=needed.device), sum(padded)
+
+    return permute_with_padding(assignments, pad), chunks
 
 
 class ChunkProducts(row_network.Products):
@@ -100,11 +103,11 @@ class ChunkProducts(row_network.Products):
     chunk: list[ExpertBatch]
     sizes: list[int]
 
-    def __init__(self, chunks: list[list[ExpertBatch]], blocks: RowBlocking | None, plan: Plan) -> None:
-        super().__init__(plan, chunks)
+    def __init__(self, chunks: list[list[ExpertBatch]], blocks: RowBlocking | None, permutation: Permutation) -> None:
+        super().__init__(permutation, chunks)
         self.blocks = blocks
-        self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
-        self.empty = plan.token == plan.num_tokens
+        self.tokens = permutation.token.clamp(max=permutation.num_tokens - 1)
+        self.empty = permutation.token == permutation.num_tokens
 
     def enter(self, chunk: list[ExpertBatch]) -> None:
         self.here = slice(chunk[0].start, chunk[-1].stop)
@@ -116,8 +119,8 @@ class ChunkProducts(row_network.Products):
 
     def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
         grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
-        assert self.plan.rows_per_expert is not None
-        if unused := [expert for expert, number in enumerate(self.plan.rows_per_expert.tolist()) if not number]:
+        assert self.permutation.rows_per_expert is not None
+        if unused := [expert for expert, number in enumerate(self.permutation.rows_per_expert.tolist()) if not number]:
             for gradient in grads.values():
                 gradient[unused] = 0
         return grads
@@ -159,7 +162,7 @@ class ChunkProducts(row_network.Products):
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         if self.rows is None:
             x, weight = pairs[0]
-            self.rows: Any = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
+            self.rows: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
             self.rows[-1:].zero_()
         y = self.rows[self.here]
         for i, (x, weight) in enumerate(pairs):
@@ -191,11 +194,13 @@ class ChunkProducts(row_network.Products):
             method(*[each[some] if isinstance(each, Tensor) else [part[some] for part in each] for each in tensors])
 
     def collect(self) -> Tensor:
-        plan = self.plan
-        if plan.k is None:
+        permutation = self.permutation
+        if permutation.k is None:
             return super().collect()
-        weight = plan.weight.detach().view(plan.num_tokens, plan.k)  # else `embedding_bag` prepares a backward
-        row = plan.row.view(weight.shape)
+        weight = permutation.weight.detach().view(
+            permutation.num_tokens, permutation.k
+        )  # else `embedding_bag` prepares a backward
+        row = permutation.row.view(weight.shape)
         if self.rows.dtype != weight.dtype:
-            return sum_rows(self.rows[:-1], weight, row, row, plan.k, plan.num_tokens)
+            return sum_rows(self.rows[:-1], weight, row, row, permutation.k, permutation.num_tokens)
         return F.embedding_bag(row, self.rows, per_sample_weights=weight, mode="sum")

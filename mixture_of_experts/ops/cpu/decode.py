@@ -3,9 +3,10 @@
 Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
 o dim of the outputs.
 
-The products of one token take less time than building the tables of a `Plan`, so there is no plan. For a few tokens,
-each row is computed separately. More tokens are computed expert by expert, with tables that are Python lists. It is for
-eval mode without gradients only: in training, a recomputation must produce the same bits as its forward.
+The products of one token take less time than building the tables of a `Permutation`, so there is no permutation. For a
+few tokens, each row is computed separately. More tokens are computed expert by expert, with tables that are Python
+lists. It is for eval mode without gradients only: in training, a recomputation must produce the same bits as its
+forward.
 """
 
 from __future__ import annotations
@@ -42,22 +43,22 @@ def run(call: Call) -> Tensor:
         and kind not in FAST_MATMUL_CPUS
         and weights[-1].shape[-2:].numel() >= MIN_ROW_SUM_NUMEL
         and all(weight.is_contiguous() for weight in weights)
-        and False not in call.decision.kept.tolist()
+        and False not in call.assignments.kept.tolist()
     )
     return compute_row_by_row(call) if by_sums else compute_expert_by_expert(call)
 
 
 def compute_row_by_row(call: Call) -> Tensor:
     """Compute a call of few tokens; return `(t, o)`."""
-    x, network, decision = call.x, call.network, call.decision
-    assert decision.k is not None
-    (t, d), k, expert = x.shape, decision.k, decision.expert
+    x, network, assignments = call.x, call.network, call.assignments
+    assert assignments.k is not None
+    (t, d), k, expert = x.shape, assignments.k, assignments.expert
     rows = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d)
     into, out_of = (
         GatherIndices.from_experts(expert, weight).multiply_rows for weight in (network.w_in[0], network.w_out)
     )
     y = compute_row_outputs(rows, network, expert, into, out_of)
-    y = y * decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32)).unsqueeze(-1)
+    y = y * assignments.weight.to(torch.promote_types(assignments.weight.dtype, torch.float32)).unsqueeze(-1)
     return (y if k == 1 else y.view(t, k, -1).sum(dim=1)).to(x.dtype)
 
 
@@ -112,11 +113,11 @@ class GatherIndices(NamedTuple):
 
 def compute_expert_by_expert(call: Call) -> Tensor:
     """Compute a call with its rows sorted by expert; return `(t, o)`."""
-    x, network, decision = call.x, call.network, call.decision
-    assert decision.k is not None
-    expert, weight, kept = decision.expert.tolist(), decision.weight.tolist(), decision.kept.tolist()
+    x, network, assignments = call.x, call.network, call.assignments
+    assert assignments.k is not None
+    expert, weight, kept = assignments.expert.tolist(), assignments.weight.tolist(), assignments.kept.tolist()
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
-    used, k, device = list(Counter(expert[a] for a in order).items()), decision.k, x.device
+    used, k, device = list(Counter(expert[a] for a in order).items()), assignments.k, x.device
     token = None  # token of each row; None for a single token
     if x.shape[0] != 1:
         token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
@@ -127,7 +128,7 @@ def compute_expert_by_expert(call: Call) -> Tensor:
     product = partial(multiply_by_expert, rows_per_expert=used)
     rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
     y = compute_row_outputs(rows, network, of_row, product, product)
-    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), decision.weight.dtype)
+    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), assignments.weight.dtype)
     y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=device).unsqueeze(-1)
     if token is None:
         return y.sum(dim=0, keepdim=True).to(x.dtype)
