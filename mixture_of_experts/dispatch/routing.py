@@ -1,7 +1,7 @@
 """`Routing`, which every gate returns, and its dense views.
 
 Axes: b groups (a sequence each, unless the layer has a `group_size`; outer experts stand before it: `...`),
-n tokens of a group, e experts, c capacity, k choices of a token, a assignments of a group (n * k for token choice).
+n tokens of a group, e experts, c capacity, k choices of a token, assignments of a group (n * k for token choice).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Routing:
 
     Attributes:
         expert: `(..., b, a)` int64, expert of each assignment.
-        kept: `(..., b, a)` bool, the assignments that the expert computes.
+        kept: `(..., b, a)` bool, the assignments that the expert computes, without computed padding.
         weight: `(..., b, a)` float32 (float64 in a float64 module), weight of the expert's output; 0 where not kept.
         probs: `(..., b, n, e)` the router's probabilities (normalised scores).
         num_tokens, num_experts: n and e.
@@ -152,8 +152,8 @@ class Routing:
 
     @property
     def importance(self) -> Tensor:
-        """`(..., b, a)`, importance of each assignment in a second level: 1 for a token's first choice, 0.5 for its
-        others, 0 if not kept. Expert choice raises ValueError."""
+        """`(..., b, a)`, importance of each assignment in a second level: 1 for a primary one, 0.5 for others,
+        0 if not kept. Expert choice raises ValueError."""
         if self.k is None:
             raise ValueError("expert choice has no importance for a second level: its tokens have no first choice")
         primary = self.primary
@@ -190,7 +190,7 @@ def occupied(combine: Tensor) -> Tensor:
     return (combine != 0).to(combine.dtype)
 
 
-#: fields under their names in exported programs, which earlier versions wrote too
+#: fields under their names in exported programs, as earlier versions wrote them, in which "chosen" was what is now sent
 EXPORTED_NAMES = {"sent": "chosen", "mask": "real", "padding_weight": "uncounted", "chosen": "weighed"}
 register_dataclass(Routing, "mixture_of_experts.Routing", EXPORTED_NAMES)
 

@@ -198,7 +198,7 @@ def routed_ffn(
     training: bool = False,
     implementations: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Compute tokens with the experts of a assignments; return each token's weighted sum of their outputs, `(t, o)`.
+    """Compute tokens with the experts of assignments; return each token's weighted sum of their outputs, `(t, o)`.
 
     Args:
         x: `(t, d)`.
