@@ -1,7 +1,7 @@
 """`Routing`, which every gate returns, and its dense views.
 
 Axes: b groups (a sequence each, unless the layer has a `group_size`; outer experts stand before it: `...`),
-n tokens of a group, e experts, c capacity, k choices of a token, assignments of a group (n * k for token choice).
+n tokens of a group, e experts, c capacity, k choices of a token, a assignments of a group (n * k for token choice).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
 """Kernels of a routed feed-forward network: tiles, products of rows and weights, sums of a token's rows.
 
-Axes: t tokens, k choices, assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
+Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
 o output dim. In a product m are rows, n columns of the result, and c what is summed over.
 
 A tile is up to BLOCK_M rows of one expert; a table locates the tiles. The grid has the largest possible number of

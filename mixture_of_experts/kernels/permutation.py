@@ -1,7 +1,7 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
 """The kernels that find the row of each assignment: from queues or, for small numbers of assignments, without them.
 
-Axes: assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
+Axes: a assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
 q = e b queues (every expert has one for each group), c choices of the gate that has these queues: with one level the
 assignments, with two levels the choices of level two.
 """

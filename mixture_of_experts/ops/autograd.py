@@ -1,6 +1,6 @@
 """A whole call as one `torch.autograd.Function`, for the implementations that compute their own gradients.
 
-Axes: t tokens, assignments, d model dim, o dim of the outputs.
+Axes: t tokens, a assignments, d model dim, o dim of the outputs.
 
 It saves tensors where saved-tensor hooks see them, and turns autocast off. Second derivatives and batched gradients are
 computed by the definition, `plain.py`.

@@ -1,6 +1,6 @@
 """Small numbers of rows in inference on a CPU, as in decoding: the chosen experts' products, with few other operators.
 
-Axes: t tokens, k choices, assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
+Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
 o dim of the outputs.
 
 The products of one token take less time than building the tables of a `Permutation`, so there is no permutation. For a

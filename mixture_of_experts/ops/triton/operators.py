@@ -1,6 +1,6 @@
 """The routed feed-forward network and its gradients as two operators of torch, which launch the kernels.
 
-Axes: t tokens, k choices, assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
+Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
 o output dim, p input weights of an expert (1, or 2 of gated experts).
 
 They are operators so that `torch.compile` sees one call with known shapes, and not the launches in it. The positions

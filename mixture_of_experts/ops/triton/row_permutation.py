@@ -1,6 +1,6 @@
 """The permutation of a call with token choice, made by one kernel.
 
-Axes: assignments of the call (t tokens, k choices), e experts, b groups.
+Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
 """
 
 from __future__ import annotations
