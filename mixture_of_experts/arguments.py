@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from mixture_of_experts.dispatch.queues import Priority
+from mixture_of_experts.dispatch.segments import SEGMENT_IDS
 from mixture_of_experts.experts import ExpertList, StackedExperts
+from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
 from mixture_of_experts.support.private_peft import is_peft_wrapper
 from mixture_of_experts.support.private_torch import unwrap_module
+from mixture_of_experts.wrappers import reads_slots
 
 
 def as_experts(experts: Any) -> nn.Module | None:
@@ -167,3 +170,32 @@ def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) ->
         raise ValueError(f"experts has num_experts={got}, the layer num_experts={count}: give both the same")
     if isinstance(experts, StackedExperts) and experts.dim != dim:
         raise ValueError(f"experts has dim={experts.dim}, the layer dim={dim}: give both the same")
+
+
+def check_packed_call(
+    side: Mapping[str, Any], group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module
+) -> None:
+    """Check that a layer supports packed rows, if the call has `segment_ids`: groups are then documents."""
+    if side.get(SEGMENT_IDS) is None:
+        return
+    if (reason := find_packing_fault(group_size, gates, experts)) is not None:
+        raise ValueError(
+            f"{SEGMENT_IDS} makes each document of a packed row a group, but {reason}; or pass each document as a row "
+            "of its own, padded, with mask="
+        )
+
+
+def find_packing_fault(group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module) -> str | None:
+    """Why a layer does not support packed rows, with the remedy; None if it does."""
+    if group_size is not None:
+        return f"group_size={group_size} makes other groups of the tokens: set it to None"
+    if len(gates) > 1:
+        return "a layer of two levels does not take them: use MoE"
+    if SEGMENT_IDS not in get_side_inputs(gates[0]):
+        return f"its gate, a {type(gates[0]).__name__}, does not read them: use a TokenChoiceGate such as TopKGating"
+    if getattr(unwrap_module(gates[0]), "capacity_factor", None) is not None and reads_slots(experts):
+        return (
+            f"its experts, {type(experts).__name__}, read slots, of which documents with a limited capacity have none: "
+            "set the gate's capacity factors to None, or derive the experts from RoutedExperts"
+        )
+    return None

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import Length
+from mixture_of_experts.dispatch.segments import Segments
 from mixture_of_experts.support.collective_errors import collective_error
 from mixture_of_experts.support.private_torch import all_reduce_sum, statically_known_true
 from mixture_of_experts.support.tracing import symbolic_max, symbolic_min
@@ -130,6 +131,26 @@ def load_balancing_loss_over_batch(
         tokens = proxy.new_full(proxy.shape[:-2], length * proxy.shape[-2])
     load, tokens = global_sum(load.sum(dim=-2).to(proxy.dtype), group), global_sum(tokens, group)
     return _mean_over_groups(load * proxy.sum(dim=-2), tokens, k / (load.shape[-1] * world_size(group)))
+
+
+def load_balancing_loss_over_documents(
+    load: Tensor, probs: Tensor, segments: Segments, k: float = 1, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The loss of `load_balancing_loss` for packed rows, with the documents as groups.
+
+    `sum_e load_e P_e` is summed over the tokens, of which each has its document's load. Sums of probabilities by
+    document would depend on the order of the additions, which is not the same on every run on a GPU.
+
+    Args:
+        load: `(b n, e)` number of choices that each expert got in each document; carries no gradient.
+        probs: `(b n, e)` probabilities of the tokens, 0 for those that do not count.
+        segments: the documents.
+        k, group: as in `load_balancing_loss`.
+    """
+    load = load.detach().to(probs.dtype).index_select(0, segments.document.flatten())
+    length = segments.length.to(probs.dtype).clamp(min=1).square()
+    per_token = (load * probs).sum(dim=-1) / segments.of_tokens(length).flatten()
+    return mean(per_token.sum(), segments.num_documents, group, k / load.shape[-1])
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

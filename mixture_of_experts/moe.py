@@ -19,6 +19,7 @@ from mixture_of_experts.arguments import (
     as_experts,
     check_experts,
     check_gate,
+    check_packed_call,
     check_same_priority,
     check_shared_expert,
     reject_expert_arguments,
@@ -175,9 +176,10 @@ class MoE(MoEBase):
         `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus the losses of `loss_coefs`.
         Side inputs `(..., n)` or `(..., n, anything)` have an entry for each token and are passed by keyword, under a
         name that the gate reads: `router_input` `(..., n, d)` is what a gate reads instead of the inputs. One that is
-        None is ignored. A call with `router_state` (None in the first layer) returns the state of its router as a third
-        result, `(..., n, anything)`: `out, aux_loss, state = moe(x, router_state=state)`; see
-        `gating.DepthAveragedGating`.
+        None is ignored. `segment_ids` `(..., n)` are integers, for packed sequences: the tokens of a row with equal ids
+        are a document, which is a group of its own, for gates of token choice without `group_size`. A call with
+        `router_state` (None in the first layer) returns the state of its router as a third result, `(..., n,
+        anything)`: `out, aux_loss, state = moe(x, router_state=state)`; see `gating.DepthAveragedGating`.
 
     Raises:
         ValueError, TypeError: an argument is invalid. It is raised before anything is changed; the error says what is
@@ -238,6 +240,8 @@ class MoE(MoEBase):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         check_batch_invariant(inputs, gate=self.gate, experts=self.experts, shared_expert=self.shared_expert)
+        if side:
+            check_packed_call(side, self.group_size, [self.gate], self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         read = group_side_inputs(side, get_side_inputs(self.gate), mask, inputs.shape[:-1], groups) if side else {}
         routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **read))
@@ -345,6 +349,8 @@ class HeirarchicalMoE(MoEBase):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         check_batch_invariant(inputs, gate_outer=self.gate_outer, gate_inner=self.gate_inner, experts=self.experts)
+        if side:
+            check_packed_call(side, self.group_size, [self.gate_outer, self.gate_inner], self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         outer_arguments, inner_side = {}, {}
         if side:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.assignments import Assignments, assign_experts, keep_first_experts
 from mixture_of_experts.dispatch.permutation import permute_without_gaps
 from mixture_of_experts.dispatch.rows import add_rows, combine, dispatch
-from mixture_of_experts.experts import RoutedExperts, run_experts
+from mixture_of_experts.experts import RoutedExperts, reads_assignments, run_experts
 from mixture_of_experts.support.batch_invariance import (
     call_module_batch_invariant,
     not_tokenwise_reason,
@@ -63,6 +63,16 @@ def list_nested_experts(experts: nn.Module) -> list[Any]:
     while isinstance(found[-1], ExpertsWrapper):
         found.append(unwrap_module(found[-1].experts))
     return found
+
+
+def reads_slots(experts: nn.Module) -> bool:
+    """Whether experts, or experts nested in them, compute slots where a capacity is limited, and not rows. Sharded
+    experts read assignments, but exchange what the class of their experts reads."""
+    nested = [experts, *list_nested_experts(experts)]
+    classes = [getattr(each, "local_class", each) for each in nested]
+    return not all(map(reads_assignments, nested)) or not all(
+        getattr(each, "reads_assignments", True) for each in classes
+    )
 
 
 class LatentExperts(ExpertsWrapper):

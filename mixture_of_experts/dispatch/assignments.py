@@ -37,7 +37,8 @@ class Assignments:
         token: `(a,)` int64, token of each assignment in expert choice; None otherwise.
         num_tokens: t.
         expert_dims: e, or for two levels the numbers of outer and inner experts.
-        dropless: whether experts compute every assignment that a gate sends.
+        dropless: whether no capacity gives the assignments slots: experts compute every assignment that a gate sends,
+            or, in packed rows, those that each document's capacity leaves.
         routing: of the gate whose slots the assignments occupy, that of level two for two levels; None if there are no
             slots: then assignments queue at their experts in the order of tokens.
         slot_of_outer_choice: `(t k1,)` int64, for two levels: the slot of each choice of level one, which is a token of
@@ -156,7 +157,9 @@ def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignment
 
 
 def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
-    """The assignments of one gate. They occupy slots if the capacity is limited; with `in_slots` also if it is not."""
+    """The assignments of one gate. They occupy slots if the capacity is limited, but not in packed rows, of which each
+    document has a capacity; with `in_slots` also if it is not limited."""
+    dropless = routing.capacity is None or routing.segments is not None
     weight, kept, sent, token = routing.weight, routing.kept, routing.sent, routing.token_index
     if routing.padding_weight is not None:
         computed = routing.padding_weight != 0
@@ -172,8 +175,8 @@ def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
         token=token,
         num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
         expert_dims=(routing.num_experts,),
-        dropless=routing.capacity is None,
-        routing=routing if in_slots or routing.capacity is not None else None,
+        dropless=dropless,
+        routing=None if dropless and not in_slots else routing,
     )
 
 

@@ -6,6 +6,7 @@ of a group (n * k).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mixture_of_experts.kernels.launching import SelfCheck, can_launch_kernels
 from mixture_of_experts.support.private_torch import (
@@ -126,15 +128,54 @@ def queue_up(
     Returns:
         Queues with positions `(..., a)` and lengths `(..., e)`.
     """
-    order = None
-    if priority == "score":
-        assert score is not None
-        order = stable_order(score, descending=True)
+    order = order_of_priority(priority, score)
     # with one token all orders are the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
     if can_launch_kernels(expert.device) and _kernels_serve(expert, num_experts):
         return _by_kernels(expert, sent, order, num_experts, k, not in_order)
     return _by_operators(expert, sent, order, num_experts, k, in_order)
+
+
+def find_positions_in_documents(
+    expert: Tensor,
+    sent: Tensor | None,
+    document: Tensor,
+    num_experts: int,
+    k: int,
+    priority: Priority = "choice",
+    score: Tensor | None = None,
+) -> Tensor:
+    """`(b, a)` int64, the position of each assignment in its queue, if each document has a queue at each expert.
+
+    There may be as many queues as tokens times experts, so there is no table of them.
+
+    Args:
+        document: `(b, n)` int64, number of each token's document; at most b n.
+        expert, sent, num_experts, k, priority, score: as in `queue_up`.
+    """
+    queue = expert if sent is None else torch.where(sent, expert, num_experts)
+    queue = document.repeat_interleave(k, dim=-1) * (num_experts + 1) + queue
+    (position,) = _place_in_order(
+        lambda queue: (find_places_in_runs(queue),), queue, order_of_priority(priority, score), k, priority == "token"
+    )
+    return position
+
+
+def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None:
+    """`(..., n)` int64, the order of the tokens with priority "score"; None for other priorities."""
+    if priority != "score":
+        return None
+    assert score is not None
+    return stable_order(score, descending=True)
+
+
+def find_places_in_runs(queue: Tensor) -> Tensor:
+    """The place `(..., a)` of each assignment among those with the same number in `queue`."""
+    ordered, order = queue.sort(dim=-1, stable=True)
+    index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
+    starts = pad(ordered[..., 1:] != ordered[..., :-1], (1, 0))
+    first = torch.where(starts, index, 0).cummax(dim=-1).values
+    return torch.empty_like(order).scatter(-1, order, index - first)
 
 
 def _by_operators(
@@ -145,16 +186,24 @@ def _by_operators(
     Assignments that do not queue stand in one queue more, behind the others.
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
+    return Queues(*_place_in_order(partial(_places, num_experts=num_experts), queue, order, k, in_order))
+
+
+def _place_in_order(
+    places: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
+) -> tuple[Tensor, ...]:
+    """What `places` returns for assignments in the order in which they are served, with the positions `(..., a)` in the
+    order in which they are stored."""
     if in_order:
-        return Queues(*_places(queue, num_experts))
+        return places(queue)
     queue = rearrange(queue, "... (n k) -> ... k n", k=k)
     if order is None:
-        position, length = _places(queue.flatten(-2), num_experts)
-        return Queues(rearrange(position, "... (k n) -> ... (n k)", k=k), length)
+        position, *rest = places(queue.flatten(-2))
+        return rearrange(position, "... (k n) -> ... (n k)", k=k), *rest
     order = order.unsqueeze(-2).expand_as(queue)
-    position, length = _places(queue.gather(-1, order).flatten(-2), num_experts)
+    position, *rest = places(queue.gather(-1, order).flatten(-2))
     position = torch.empty_like(order).scatter(-1, order, position.view_as(order))
-    return Queues(rearrange(position, "... k n -> ... (n k)"), length)
+    return rearrange(position, "... k n -> ... (n k)"), *rest
 
 
 def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

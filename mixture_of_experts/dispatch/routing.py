@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import Queues, queue_up
+from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments
 from mixture_of_experts.support.private_torch import register_dataclass
 
 
@@ -60,7 +61,8 @@ class Routing:
         queues: positions and lengths of the queues of each group before capacity; None if dropless (`find_queues` then
             computes them).
         token_index: `(..., b, a)` int64, token of each assignment in expert choice; None otherwise.
-        limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
+        limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise. With
+            `segments` it is that of each document, `(b n,)`.
         mask: `(..., b, n)` bool, the tokens that are not padding; None if all are.
         losses: every loss by name, 0-dim, without coefficients: "balance" and "z", which are 0 where a gate reports
             none, and a gate's own, such as the parts of its balancing loss.
@@ -70,6 +72,8 @@ class Routing:
             None if there is none.
         chosen: `(..., b, a)` bool, the assignments that share their token's weight; None if all do.
         state: `(..., b, n, anything)`, passed to the router of the next layer; None for most routers.
+        segments: the documents of packed rows, each of which is a group; None if each row is a group. With a limited
+            capacity there are then no slots: `kept` says what each document's capacity leaves.
 
     Example:
         >>> import torch
@@ -98,6 +102,7 @@ class Routing:
     padding_weight: Tensor | None = None
     chosen: Tensor | None = None
     state: Tensor | None = None
+    segments: Segments | None = None
 
     def __post_init__(self) -> None:
         if missing := [name for name in ("balance", "z") if name not in self.losses]:
@@ -137,7 +142,12 @@ class Routing:
 
     @property
     def queue_length(self) -> Tensor:
-        """`(..., b, e)` int64, length of each expert's queue before capacity."""
+        """`(..., b, e)` int64, length of each expert's queue before capacity; `(b n, e)` for packed rows, by
+        document."""
+        if self.segments is not None:
+            choices = (*self.segments.document.shape, self.k or 1)
+            expert, sent = self.expert.view(choices), self.sent.view(choices)
+            return self.segments.count_experts(expert, sent, self.num_experts)
         if self.queues is not None:
             return self.queues.length
         none = self.expert.new_zeros(*self.expert.shape[:-1], self.num_experts)
@@ -147,6 +157,11 @@ class Routing:
         """The queues of each group; for a dropless gate they are computed here, in the order of tokens."""
         if self.queues is not None:
             return self.queues
+        if self.segments is not None and self.capacity is not None:
+            raise ValueError(
+                f"a Routing of packed rows ({SEGMENT_IDS}) with a limited capacity has no slots, and so no dense "
+                "tensors: read its expert, kept and weight, or pass each document as a row of its own, with mask="
+            )
         assert self.k is not None
         return queue_up(self.expert, self.sent, self.num_experts, self.k, "token")
 

@@ -25,8 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import Length
+from mixture_of_experts.dispatch.segments import Segments
 from mixture_of_experts.gating.choices import top_choices
-from mixture_of_experts.losses import count_expert_load, load_balancing_loss, load_balancing_loss_over_batch
+from mixture_of_experts.losses import (
+    count_expert_load,
+    load_balancing_loss,
+    load_balancing_loss_over_batch,
+    load_balancing_loss_over_documents,
+)
 
 BalanceOver = Literal["group", "batch"]
 
@@ -39,7 +45,8 @@ class BalanceInputs:
         expert: `(..., b, n, k)` int64, the choices.
         chosen: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that are made; None if all are.
         probs: `(..., b, n, e)` normalised scores, 0 for a token that does not count.
-        load, proxy: `(..., b, e)`, the number of choices of each expert and the sum of its probabilities.
+        load, proxy: `(..., b, e)`, the number of choices of each expert and the sum of its probabilities; in packed
+            rows `(b n, e)`, load by document and probabilities by token.
         length: number of real tokens of each group `(..., b)`; n if all have that many.
         k: choices of a token, by which f is divided.
         num_groups, top_groups: numbers of expert groups, and of those that a token may choose from.
@@ -56,10 +63,43 @@ class BalanceInputs:
     num_groups: int = 1
     top_groups: int = 1
     process_group: dist.ProcessGroup | None = None
+    segments: Segments | None = None
 
     def loss(self, over: BalanceOver = "group") -> Tensor:
         """`e / k * sum_e f_e P_e`, with f and P of these tokens; 0-dim."""
-        return BALANCE_OVER[over](self.load, self.proxy, self.length, self.k, self.process_group)
+        return balancing_loss(over, self.load, self.proxy, self.length, self.segments, self.k, self.process_group)
+
+
+def balancing_loss(
+    over: BalanceOver,
+    load: Tensor,
+    proxy: Tensor,
+    length: Length | int,
+    segments: Segments | None,
+    k: float,
+    group: dist.ProcessGroup | None,
+) -> Tensor:
+    """The balancing loss over groups of tokens or over the batch, 0-dim; arguments are as in `BalanceInputs`."""
+    if segments is not None and over == "group":
+        return load_balancing_loss_over_documents(load, proxy, segments, k, group)
+    return BALANCE_OVER[over](load, proxy, length, k, group)
+
+
+def count_load(expert: Tensor, chosen: Tensor | None, num_experts: int, segments: Segments | None) -> Tensor:
+    """`(..., b, e)` how often each expert is among the choices `(..., b, n, k)`; `(b n, e)` by document."""
+    if segments is None:
+        return count_expert_load(expert, chosen, num_experts)
+    return segments.count_experts(expert, chosen, num_experts)
+
+
+def sum_counts(counts: Tensor, segments: Segments | None) -> Tensor:
+    """`(..., b, e)` the sums of whole numbers `(..., b, n, e)` over the tokens; `(b n, e)` by document."""
+    return counts.sum(dim=-2) if segments is None else segments.sum_counts(counts)
+
+
+def sum_probs(probs: Tensor, segments: Segments | None) -> Tensor:
+    """The `proxy` of `BalanceInputs`, from probabilities `(..., b, n, e)`."""
+    return probs.sum(dim=-2) if segments is None else probs.flatten(0, 1)
 
 
 #: the tokens whose f and P a gate's own balancing loss takes, and the loss over them
@@ -75,7 +115,7 @@ def over_score(inputs: BalanceInputs) -> Tensor:
     e = inputs.probs.shape[-1]
     k = min(inputs.expert.shape[-1], e)  # `Top2Gating` makes two choices of a single expert, the second with weight 0
     chosen = None if inputs.chosen is None else inputs.chosen[..., :k]
-    return replace(inputs, load=count_expert_load(top_choices(inputs.probs, k), chosen, e)).loss()
+    return replace(inputs, load=count_load(top_choices(inputs.probs, k), chosen, e, inputs.segments)).loss()
 
 
 def over_devices(inputs: BalanceInputs) -> Tensor:
@@ -93,7 +133,7 @@ def over_communication(inputs: BalanceInputs) -> Tensor:
     sent = (inputs.expert // size).unsqueeze(-1) == groups
     if inputs.chosen is not None:
         sent = sent & inputs.chosen.unsqueeze(-1)
-    load = sent.any(dim=-2).sum(dim=-2)  # (..., b, n, k, g) to (..., b, g)
+    load = sum_counts(sent.any(dim=-2), inputs.segments)  # (..., b, n, k, g) to (..., b, g)
     proxy = of_expert_groups(inputs.proxy, inputs.num_groups)
     return replace(inputs, load=load, proxy=proxy, k=inputs.top_groups).loss()
 

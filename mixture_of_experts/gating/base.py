@@ -18,16 +18,22 @@ from mixture_of_experts.dispatch.queues import (
     PRIORITIES,
     Length,
     Priority,
+    Queues,
     expert_capacity,
+    find_positions_in_documents,
     queue_up,
 )
 from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments, check_segment_ids, find_segments
 from mixture_of_experts.gating.balance_losses import (
     BALANCE_LOSSES,
     BALANCE_OVER,
     OF_EXPERT_GROUPS,
     BalanceInputs,
     BalanceOver,
+    balancing_loss,
+    count_load,
+    sum_probs,
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.choices import Choices, both, check_choices, check_experts_of_tokens
@@ -77,6 +83,9 @@ class Tokens:
     length: Length | int  # (..., b) number of tokens, for capacity and balance losses; n if all groups have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
     losses: Collection[str] = ()  # names of the losses that are requested in addition to the gate's own
+    segments: Segments | None = (
+        None  # documents of packed rows, each a group: `length` is theirs; None: rows are groups
+    )
 
     @property
     def num_tokens(self) -> int:
@@ -197,12 +206,25 @@ class Gate(FixedShapeModule):
             check_mask(mask, x.shape[:-1])
             x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
             makes_all_choices, makes_any_choice = both(makes_all_choices, mask), both(makes_any_choice, mask)
+        segments = None
+        if (ids := side.pop(SEGMENT_IDS, None)) is not None:
+            segments = self._find_segments(ids, x, mask, length)
+            length = Length(segments.length)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
         if isinstance(length, Tensor):
             length = Length(check_lengths(length, x.shape[:-2]))
         known = x.shape[-2] if length is None else length
-        return Tokens(x, mask, makes_all_choices, makes_any_choice, known, side, losses)
+        return Tokens(x, mask, makes_all_choices, makes_any_choice, known, side, losses, segments)
+
+    def _find_segments(self, ids: Tensor, x: Tensor, mask: Tensor | None, length: Length | Tensor | None) -> Segments:
+        if self.outer_expert_dims or length is not None:
+            what = f"outer_expert_dims={self.outer_expert_dims}" if self.outer_expert_dims else "length="
+            raise ValueError(
+                f"{SEGMENT_IDS} is for gates of one level, whose groups are then documents with lengths of their own, "
+                f"got {what}: pass each document as a row of its own, with mask="
+            )
+        return find_segments(check_segment_ids(ids, x.shape[:-1]), mask)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:
@@ -250,8 +272,9 @@ class TokenChoiceGate(Gate):
 
     #: `counted` `(..., n)` bool, instead of a mask, for a dropless gate: tokens where it is False are padding whose
     #: choices are computed, without gradient for the router, but appear in no loss, statistic or count.
-    #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
-    side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS)
+    #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own.
+    #: `segment_ids` `(..., n)` integers: in packed rows, the tokens of a row with equal ids are a group, a document
+    side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     #: fast implementations by name, the fastest first: modules with `make_routing(gate, tokens)` and
     #: `unsupported_reason(gate, tokens)`, which returns why the module does not support the call, or None. If none
@@ -386,13 +409,16 @@ class TokenChoiceGate(Gate):
                 `queues.Length`. By default it is the number of real tokens.
             losses: names in `optional_losses` of losses to report beside those of `decide`. Losses of expert groups are
                 left out if the gate has no such groups.
-            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `side_inputs`.
+            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `side_inputs`, such as
+                `segment_ids` `(b, n)`, the documents of packed rows: each is then a group, with a length of its own.
         """
         tokens = self.read(x, importance, mask, length, side, losses)
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
         if tokens.num_tokens == 1 and not self.training:
             warn_of_decoding(self)
+        if tokens.segments is not None:
+            return self.decide_and_route(tokens)
         way = select_implementation("gate", self.implementations, self, tokens)
         return (
             self.implementations[way].make_routing(self, tokens)
@@ -437,9 +463,20 @@ class TokenChoiceGate(Gate):
         if not known:
             return {}
         chosen, probs = self.select_counted(tokens, choices.chosen, choices.probs)
-        load, proxy = losses.count_expert_load(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
-        k, group = self.choices_at_balance, self.process_group
-        inputs = BalanceInputs(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
+        load = count_load(choices.expert, chosen, self.num_experts, tokens.segments)
+        inputs = BalanceInputs(
+            choices.expert,
+            chosen,
+            probs,
+            load,
+            sum_probs(probs, tokens.segments),
+            tokens.length,
+            self.choices_at_balance,
+            groups,
+            top_groups,
+            self.process_group,
+            tokens.segments,
+        )
         return {name: BALANCE_LOSSES[name](inputs) for name in known}
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
@@ -470,6 +507,12 @@ class TokenChoiceGate(Gate):
             counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
             proxy, length, k: as in `losses.load_balancing_loss`.
         """
+        if self.balance_over == "group" and isinstance(length, Length) and length.parts.shape != proxy.shape[:-1]:
+            raise ValueError(
+                f"balance takes sums of {tuple(proxy.shape[:-1])} groups, got the lengths of "
+                f"{tuple(length.parts.shape)}, as in packed rows ({SEGMENT_IDS}): call balance_loss(tokens, probs, "
+                "expert), which sums over documents"
+            )
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
@@ -490,8 +533,18 @@ class TokenChoiceGate(Gate):
             k: choices that a token makes: the loss is divided by it, to be 1.0 at balance.
         """
         chosen, probs = self.select_counted(tokens, chosen, probs)
+        return self._balance_of_tokens(tokens, expert, chosen, probs, k)
+
+    def _balance_of_tokens(
+        self, tokens: Tokens, expert: Tensor, counted: Tensor | None, proxy: Tensor, k: float = 1
+    ) -> Tensor:
+        """The loss of `balance`, with a proxy `(..., b, n, e)` of each token, 0 for those that do not count."""
+        if tokens.segments is not None:
+            load = count_load(expert, counted, self.num_experts, tokens.segments)
+            settings = tokens.length, tokens.segments, k, self.process_group
+            return balancing_loss(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
         alone = statically_known_true(tokens.num_tokens == 1)  # decoding: saves a launch
-        return self.balance(expert, chosen, probs.squeeze(-2) if alone else probs.sum(dim=-2), tokens.length, k)
+        return self.balance(expert, counted, proxy.squeeze(-2) if alone else proxy.sum(dim=-2), tokens.length, k)
 
     def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
         """The choices that count, `(..., b, n, k)` or `(..., b, n, 1)` bool, None if all do; and the probabilities, 0
@@ -541,10 +594,9 @@ class TokenChoiceGate(Gate):
         if capacity is None:  # a choice of weight 0 does not queue
             sent = kept
         else:  # it holds a slot
-            queues = queue_up(expert, sent, self.num_experts, self.k, self.priority, self._priority_score(choices))
-            if limit is not None or not statically_known_true(expert.shape[-1] <= capacity):  # not all have a slot
-                kept = kept & (queues.position < (capacity if limit is None else limit.unsqueeze(-1)))
-                is_weight_final = False
+            queues, has_slot = self._find_slots(tokens, choices, expert, sent, capacity, limit)
+            if has_slot is not None:
+                kept, is_weight_final = kept & has_slot, False
             sent = torch.ones_like(kept) if sent is None else sent
         return Routing(
             expert=expert,
@@ -564,7 +616,28 @@ class TokenChoiceGate(Gate):
             chosen=chosen,
             padding_weight=padding_weight,
             state=choices.state,
+            segments=tokens.segments,
         )
+
+    def _find_slots(
+        self,
+        tokens: Tokens,
+        choices: Choices,
+        expert: Tensor,
+        sent: Tensor | None,
+        capacity: int,
+        limit: Tensor | None,
+    ) -> tuple[Queues | None, Tensor | None]:
+        """The queues, None in packed rows; and the assignments `(..., b, a)` bool within the capacity, None if all."""
+        order: Any = self.num_experts, self.k, self.priority, self._priority_score(choices)
+        if (segments := tokens.segments) is not None:
+            assert limit is not None
+            position = find_positions_in_documents(expert, sent, segments.document, *order)
+            return None, position < segments.of_assignments(limit, self.k)
+        queues = queue_up(expert, sent, *order)
+        if limit is None and statically_known_true(expert.shape[-1] <= capacity):
+            return queues, None
+        return queues, queues.position < (capacity if limit is None else limit.unsqueeze(-1))
 
     def _priority_score(self, choices: Choices) -> Tensor | None:
         """`(..., b, n)`, the score by which tokens queue with priority "score"; None for other priorities."""

@@ -18,6 +18,7 @@ from mixture_of_experts.dispatch.permutation import Permutation
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.dispatch.rows import dispatch
+from mixture_of_experts.dispatch.segments import SEGMENT_IDS
 from mixture_of_experts.gating.overrides import COUNTED, GIVEN, GIVEN_WEIGHTS
 from mixture_of_experts.support.subclassing import is_unchanged
 from mixture_of_experts.support.tracing import is_host_readable
@@ -27,9 +28,10 @@ GIVEN_INNER = "given_experts_inner"
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of side inputs for the gates of level one and two, by what each gate reads. Given choices have another
-    name at each level; `counted` and `given_weights` are for layers of one level."""
-    own = {name for name in inner if name not in (GIVEN, COUNTED, GIVEN_WEIGHTS)}
-    return set(outer) - {COUNTED, GIVEN_WEIGHTS}, own | ({GIVEN_INNER} if GIVEN in inner else set())
+    name at each level; `counted`, `given_weights` and `segment_ids` are for layers of one level."""
+    of_one_level = {COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS}
+    own = {name for name in inner if name not in {GIVEN, *of_one_level}}
+    return set(outer) - of_one_level, own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 
 def second_level(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
+from mixture_of_experts.gating.balance_losses import BalanceOver, balancing_loss, sum_counts, sum_probs
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.expert_bias import count_in_backward
@@ -122,8 +122,9 @@ class ReLUGating(TopKGating):
     ) -> Tensor:
         chosen, score = self.select_counted(tokens, score > 0, score)
         assert chosen is not None
-        load, proxy = chosen.sum(dim=-2), score.sum(dim=-2)
-        norm = BALANCE_OVER[self.balance_over](load, proxy, tokens.length, self.mean_choices, self.process_group)
+        load, proxy = sum_counts(chosen, tokens.segments), sum_probs(score, tokens.segments)
+        settings = tokens.length, tokens.segments, self.mean_choices, self.process_group
+        norm = balancing_loss(self.balance_over, load, proxy, *settings)
         return self.l1_coef.to(norm.dtype) * norm
 
     @torch.no_grad()

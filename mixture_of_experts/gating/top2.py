@@ -241,7 +241,7 @@ class Top2Gating(TokenChoiceGate):
         active = None if active is None else active.unsqueeze(-1)
         if second is not None:
             active = second if active is None else second & active
-        second_place = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
+        second_place = 0.5 * self._balance_of_tokens(tokens, expert_2, active, proxy)
         return {"first_place": first_place, "second_place": second_place}
 
 

@@ -31,7 +31,8 @@ def record_routing(
     models in `transformers` that choose with `torch.topk`. Padding is left out, based on the layer's mask or on the
     attention mask of the enclosing model.
 
-    Each forward appends its sequences to the records, in batch order. A forward that continues a cache (`generate`)
+    Each forward appends its sequences to the records, in batch order. Documents of packed rows (`segment_ids`) are
+    sequences, in the order of their first tokens. A forward that continues a cache (`generate`)
     appends its tokens to the sequences of the previous forward. If the cache was cropped, the record is cropped too.
     Beam search raises an error, because it swaps the sequences of the cache. Without a cache, every generation step
     adds its sequences anew, from their first token. Only forwards of this thread are recorded, each one once, also

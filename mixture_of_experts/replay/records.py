@@ -25,7 +25,8 @@ RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
 
 #: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
-#: real tokens, None if all are real; the number of earlier tokens of each sequence, `(b,)` or one number for all
+#: real tokens, None if all are real, or in packed rows the sequence of each token, int64, -1 for padding; the number of
+#: earlier tokens of each sequence, `(b,)` or one number for all
 RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
@@ -290,7 +291,7 @@ def append_forwards(
     records = list(before)
     for values, mask, seen in forwards:
         found = values.cpu()
-        rows = list(found) if mask is None else [*map(Tensor.__getitem__, found, mask.cpu())]
+        rows = split_sequences(found, None if mask is None else mask.cpu())
         if starts_sequences(seen):
             records += rows
             continue
@@ -303,6 +304,15 @@ def append_forwards(
         for place, row, number in zip(range(first, len(records)), rows, read, strict=True):
             records[place] = torch.cat([records[place][:number], row])  # a cache may have been cropped
     return records
+
+
+def split_sequences(values: Tensor, mask: Tensor | None) -> list[Tensor]:
+    """The values `(s, k)` of each sequence, from those `(b, n, k)` of a forward and its mask `(b, n)`; or, for packed
+    rows, the sequence of each token, as in `RecordedForward`."""
+    if mask is None or mask.dtype == torch.bool:
+        return list(values) if mask is None else [*map(Tensor.__getitem__, values, mask)]
+    real, sequence = values[mask >= 0], mask[mask >= 0]
+    return list(real[sequence.argsort(stable=True)].split(sequence.bincount().tolist()))
 
 
 def starts_sequences(seen: Tensor | int) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mixture_of_experts.dispatch.queues import find_places_in_runs
 from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.overrides import GIVEN, KEEP_ROUTER_CHOICE, check_overrides
 from mixture_of_experts.replay.choice_hooks import ChoiceHooks
@@ -120,18 +121,23 @@ class RoutingReplayer(ChoiceHooks):
     def supply_choices(
         self, point: RoutingPoint, call: SequenceCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
     ) -> list[Tensor]:
-        """`(b, n, k)` int64, the choices for the tokens of a forward, and their weights if the records contain them."""
+        """`(b, n, k)` int64, the choices for the tokens of a forward, and their weights if the records contain them.
+        `mask` is as `RoutingPoint.read_inputs` returns it."""
         tables, seen = self.choice_tables[point.name], 0 if call is None else call.num_seen
         if call is not None:
             self.check_forward(point, call, shape, mask)
             call.choices[point.name] = None
+        if tables[0].device != device:
+            tables[:] = [table.to(device) for table in tables]
+        if mask is not None and mask.dtype != torch.bool:  # packed rows
+            mask = mask.to(device)
+            place = find_places_in_runs(mask.flatten()).view(shape).clamp(max=tables[0].shape[1] - 1)
+            return [table[mask.clamp(min=0), place] for table in tables]
         if mask is None:
             index = torch.arange(shape[1], device=device).expand(shape)
         else:
             index = mask.to(device).cumsum(dim=-1) - 1
         index = index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen)
-        if tables[0].device != device:
-            tables[:] = [table.to(device) for table in tables]
         inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, point.k)
         return [table.gather(1, inside) for table in tables]
 
@@ -157,11 +163,9 @@ class RoutingReplayer(ChoiceHooks):
     ) -> None:
         """Check that a forward has as many sequences and tokens as the records; in a graph, only sequences."""
         lengths = self.record_lengths[point.name]
-        if shape[0] != len(lengths):
-            raise ValueError(
-                f"a forward of {shape[0]} sequences came to {point.name!r}, the records have {len(lengths)}: "
-                "records.select(...) takes the sequences of a batch"
-            )
+        packed = None if mask is None or mask.dtype == torch.bool else mask  # the sequence of each token
+        if packed is None:
+            self.check_number_of_sequences(point, shape[0], lengths)
         if torch.compiler.is_compiling():
             return
         if (
@@ -175,9 +179,13 @@ class RoutingReplayer(ChoiceHooks):
             )
         if any(found is mask and fit == lengths for found, fit in call.checked_masks):
             return
-        real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
+        if packed is not None:
+            real = packed[packed >= 0].bincount().tolist()
+            self.check_number_of_sequences(point, len(real), lengths)
+        else:
+            real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
         for i, (length, new, read) in enumerate(
-            zip(lengths, real, previous_lengths(call.num_seen, shape[0]), strict=True)
+            zip(lengths, real, previous_lengths(call.num_seen, len(real)), strict=True)
         ):
             short = new + read < length and call.cache is None
             if short or (new + read > length and self.beyond == "error"):
@@ -186,6 +194,13 @@ class RoutingReplayer(ChoiceHooks):
                     f"sequence {i} has {new + read} real tokens at {point.name!r}, its record has {length}: {remedy}"
                 )
         call.checked_masks.append((mask, lengths))
+
+    def check_number_of_sequences(self, point: RoutingPoint, number: int, lengths: list[int]) -> None:
+        if number != len(lengths):
+            raise ValueError(
+                f"a forward of {number} sequences came to {point.name!r}, the records have {len(lengths)}: "
+                "records.select(...) takes the sequences of a batch"
+            )
 
     def on_choices(self, point: RoutingPoint, call: SequenceCall, output: Any, more: Any) -> None:
         """Make a backward after the context raise, because without hooks recomputed gates would choose themselves."""

@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.dispatch.segments import SEGMENT_IDS, check_segment_ids, find_segments
 from mixture_of_experts.gating import ExpertChoiceGating, get_side_inputs
 from mixture_of_experts.gating.overrides import COUNTED, GIVEN_WEIGHTS
 from mixture_of_experts.moe import HeirarchicalMoE
+from mixture_of_experts.replay.records import starts_sequences
 from mixture_of_experts.support.private_torch import get_backward_id
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
@@ -53,12 +56,16 @@ class RoutingPoint(NamedTuple):
     def read_inputs(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-        """The inputs `(..., n, d)` of a layer or gate, the shape `(b, n)` of their tokens, and their mask `(b, n)`."""
+        """The inputs `(..., n, d)` of a layer or gate, the shape `(b, n)` of their tokens, and their mask `(b, n)`; for
+        packed rows, instead of a mask, the sequence of each token, as `number_documents` returns it."""
         names = GATE_INPUTS if self.hook_target is self.router.hook_target else LAYER_INPUTS
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, mask = given[names[0]], given.get("mask")
         sizes, mask = (math.prod(x.shape[:-2]), x.shape[-2]), given.get(COUNTED) if mask is None else mask
-        return x, sizes, None if mask is None else mask.reshape(sizes)
+        mask = None if mask is None else mask.reshape(sizes)
+        if (ids := given.get(SEGMENT_IDS)) is not None:
+            mask = number_documents(check_segment_ids(ids, x.shape[:-1]).reshape(sizes), mask)
+        return x, sizes, mask
 
 
 def find_routing_points(
@@ -113,6 +120,23 @@ def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
     return None if GIVEN_WEIGHTS in get_side_inputs(router.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
 
 
+def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """`(b, n)` int64, the sequence of each token of packed rows: documents are numbered in the order of their first
+    tokens, through all rows; -1 for padding.
+
+    Args:
+        ids: `(b, n)` integers, equal for the tokens of a row that are a document.
+        mask: `(b, n)` bool, the tokens that are not padding; None if all are.
+    """
+    document = find_segments(ids, mask).document.flatten()
+    real = torch.ones_like(document, dtype=torch.bool) if mask is None else mask.to(document.device).flatten()
+    t = document.shape[0]
+    index = torch.where(real, torch.arange(t, device=ids.device), t)
+    first = torch.full_like(document, t).scatter_reduce(0, document, index, "amin")
+    number = first.argsort(stable=True).argsort(stable=True)
+    return torch.where(real, number[document], -1).view(ids.shape)
+
+
 # Calls
 
 
@@ -133,6 +157,11 @@ class SequenceCall(ForwardCall):
         if point.name in self.entered_gates:
             raise RuntimeError(
                 f"{point.name!r} ran twice in one forward, but a record has room for one call: call it once"
+            )
+        if mask is not None and mask.dtype != torch.bool and not starts_sequences(self.num_seen):
+            raise ValueError(
+                f"{point.name!r} got {SEGMENT_IDS} in a forward that continues a cache, whose sequences are rows: "
+                "record and replay packed rows without a cache (use_cache=False)"
             )
         self.layer_path, self.entered_gates[point.name] = point.layer_path, (sizes, mask)
 
