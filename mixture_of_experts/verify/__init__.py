@@ -1,4 +1,4 @@
-"""Verifies any mixture layer: a promise, a measured number and a verdict for each of thirty-one properties."""
+"""Verifies any mixture layer: a promise, a measured number and a verdict for each of thirty-two properties."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def verify(
     mask: str | RunFunction | None = None,
     loss: int | str | RunFunction | None = None,
     router: RunFunction | None = None,
+    segment_ids: str | RunFunction | None = None,
     properties: Iterable[str] | None = None,
 ) -> Report:
     """Measure which properties a mixture layer has. The module itself does not run, only copies of it.
@@ -52,6 +53,8 @@ def verify(
             reads it.
         router: a function `(module, x)` that returns the experts of each token: `(b, n, k)` integers, -1 for no expert,
             or `(b, n, e)` bool.
+        segment_ids: name of the argument for the documents `(b, n)` of packed rows, integers, or a function `(module,
+            x, segment_ids)` that calls the module.
         properties: names of the properties; by default all but "invariance" and "compile".
 
     Raises:
@@ -70,7 +73,7 @@ def verify(
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with preserve_settings():  # a module that changes them affects neither other measurements nor the caller
-            trial = infer_arguments(Trial(module, dim or 0, mask, loss, router))
+            trial = infer_arguments(Trial(module, dim or 0, mask, loss, router, segment_ids))
         findings = {}
         for each in _ALL_PROPERTIES:
             if each.name in names:
@@ -88,7 +91,7 @@ def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
     Args:
         module: as in `verify`.
         properties: names of properties; if none are given, the default of `verify`.
-        arguments: `dim`, `mask`, `loss` and `router`, as in `verify`.
+        arguments: `dim`, `mask`, `loss`, `router` and `segment_ids`, as in `verify`.
 
     Raises:
         AssertionError: a named property does not hold: it fails, does not apply, or is not measured because its

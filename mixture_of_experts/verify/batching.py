@@ -20,6 +20,7 @@ from mixture_of_experts.verify.trial import (
     Trial,
     compare_outcomes,
     count_non_finite,
+    packing_unsupported_reason,
 )
 
 LONG_CASE = Case(2, 1500, 6)
@@ -63,6 +64,23 @@ def padding(trial: Trial) -> Deviations:
 def nan_padding(trial: Trial) -> Deviations:
     (x, mask), (zeros, _) = make_padded_batch(trial, float("nan")), make_padded_batch(trial, 0.0)
     yield compare_outcomes(select_tokens(trial.step(x, mask), mask), select_tokens(trial.step(zeros, mask), mask))
+
+
+@layer_property(
+    "documents packed into a row get the outputs, losses and gradients that they get as rows of their own",
+    needs="segment_ids",
+    cases=CASES,
+    is_deterministic_only=True,
+)
+def packing(trial: Trial) -> Deviations:
+    if (reason := packing_unsupported_reason(trial.module)) is not None:
+        raise NotApplicableError(reason)
+    x, (b, n, seed, _) = trial.make_tokens(), trial.case
+    ids = torch.randperm(b * n, generator=torch.Generator().manual_seed(seed)) // n
+    place = ids.argsort(stable=True)  # of the documents' tokens, one document after the other
+    packed, ids = x.flatten(0, 1)[place.argsort()].unsqueeze(0), ids.unsqueeze(0).to(x.device)
+    found = select_tokens(trial.step(packed, segment_ids=ids), (0, place))
+    yield compare_outcomes(found, select_tokens(trial.step(), mark_all_tokens(trial)), context=f", {b} in a row")
 
 
 @layer_property("sequences in another order give the same", cases=(*CASES[2:], LONG_CASE), is_deterministic_only=True)

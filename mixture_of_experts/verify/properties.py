@@ -27,7 +27,7 @@ class Property:
     Attributes:
         measure: yields the deviations from what is promised.
         promise: one sentence.
-        needs: the argument of `verify` that is required: "mask", "loss" or "router"; empty if none is.
+        needs: the argument of `verify` that is required: "mask", "loss", "router" or "segment_ids"; empty if none is.
         cases: from small to large, so that the first one that fails is the smallest example.
         modes: the modes in which it must hold, True for training.
         is_deterministic_only: whether it is measured only in modes in which the module draws no random numbers.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import HeirarchicalMoE, MoE
+from mixture_of_experts.arguments import find_packing_fault
+from mixture_of_experts.dispatch.segments import SEGMENT_IDS
 from mixture_of_experts.stats import routing_of
 
 #: what a step computed: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" for buffers
@@ -62,7 +64,7 @@ class Trial:
     """The configuration of one measurement. The module itself never runs, only fresh copies of it.
 
     Attributes:
-        module, dim, mask, loss, router: as in `verify`.
+        module, dim, mask, loss, router, segment_ids: as in `verify`.
         case, training: the tokens and the mode.
         limit: the largest difference that counts as rounding.
         deterministic_modes: the modes in which the module draws no random numbers, True for training.
@@ -73,6 +75,7 @@ class Trial:
     mask: Any = None
     loss: Any = None
     router: Any = None
+    segment_ids: Any = None
     case: Case = DEFAULT_CASE
     training: bool = False
     limit: float = ROUNDING_LIMIT
@@ -103,20 +106,24 @@ class Trial:
         module: nn.Module | None = None,
         run: RunFunction | None = None,
         seed: int = 0,
+        segment_ids: Tensor | None = None,
     ) -> Outcome:
         """The output, in the shape of the tokens, and the loss if `loss` is set; in eval without gradients.
 
         Args:
             x, module: tokens and module; by default those of this trial, with a fresh copy of the module.
             mask: `(b, n)` bool, True where a token is real.
+            segment_ids: `(b, n)` int64, the documents of packed rows.
         """
         x = self.make_tokens() if x is None else x
         module = self.copy_module() if module is None else module
 
         def call(x: Tensor) -> Any:
-            if mask is None or self.mask is None:
-                return module(x)
-            return module(x, **{self.mask: mask}) if isinstance(self.mask, str) else self.mask(module, x, mask)
+            for argument, value in ((self.segment_ids, segment_ids), (self.mask, mask)):
+                if argument is not None and value is not None:
+                    named = isinstance(argument, str)
+                    return module(x, **{argument: value}) if named else argument(module, x, value)
+            return module(x)
 
         torch.manual_seed(seed)
         with torch.set_grad_enabled(module.training or x.requires_grad):
@@ -137,12 +144,13 @@ class Trial:
         run: RunFunction | None = None,
         loss_from: str = "both",
         scale: float = 1,
+        segment_ids: Tensor | None = None,
     ) -> Outcome:
         """A forward, and the backward of the weighted output plus the loss, or of one of them (`loss_from`, "output" or
         "loss"). The backward starts from `scale` times this sum, and gradients are divided by `scale` afterwards."""
         module = self.copy_module() if module is None else module
         x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are kept
-        found = self.forward(x, mask, module, run)
+        found = self.forward(x, mask, module, run, segment_ids=segment_ids)
         total = (found["output"] * make_output_weights(x, mask)).sum() * (
             loss_from != "loss"
         )  # times 0, not omitted: a loss may reach x through the output
@@ -189,7 +197,8 @@ def infer_arguments(trial: Trial) -> Trial:
     module = trial.module
     if isinstance(module, MoE | HeirarchicalMoE):
         loss = 1 if trial.loss is None else trial.loss
-        trial = replace(trial, dim=trial.dim or module.dim, mask=trial.mask or "mask", loss=loss)
+        of_layer = {"mask": trial.mask or "mask", "segment_ids": trial.segment_ids or SEGMENT_IDS}
+        trial = replace(trial, dim=trial.dim or module.dim, loss=loss, **of_layer)
     trial = replace(trial, dim=trial.dim or infer_width(trial))
     with suppress(ValueError):  # the module has no gate that the package supports
         if trial.router is None and len(routing_of(trial.copy_module(), trial.make_tokens())) == 1:
@@ -204,6 +213,14 @@ def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The weights of outputs in the sum that a step differentiates. They depend on the token alone; 0 for padding."""
     weights = 1 + x.detach().flip(-1)
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
+
+
+def packing_unsupported_reason(module: nn.Module) -> str | None:
+    """Why a layer of this package cannot compute packed rows; None if it can, or is another module."""
+    if not isinstance(module, MoE | HeirarchicalMoE):
+        return None
+    gates = [getattr(module, name) for name in module.gate_names]
+    return find_packing_fault(module.group_size, gates, module.experts)
 
 
 def infer_width(trial: Trial) -> int:

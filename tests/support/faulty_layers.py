@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DESCRIPTION: dict[str, Any] = {"mask": "mask", "loss": 1, "router": lambda module, x: module.router(x.flatten(0, 1))[2]}
+DESCRIPTION: dict[str, Any] = {
+    "mask": "mask",
+    "loss": 1,
+    "router": lambda module, x: module.router(x.flatten(0, 1))[2],
+    "segment_ids": lambda module, x, ids: module.pack(x, ids),
+}
 K = 2
 
 
@@ -84,6 +89,10 @@ class ReferenceMixture(nn.Module):
         self.count_choices(chosen, out)
         return self.finish_output(out), self.compute_loss(chosen, probs, flat)
 
+    def pack(self, inputs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute packed rows `(b, n, d)`, in which tokens with equal ids are a document."""
+        return self.forward(inputs)
+
     def mask_inputs(self, inputs: Tensor, real: Tensor) -> Tensor:
         return torch.where(real.unsqueeze(-1), inputs, 0.0)
 
@@ -124,6 +133,14 @@ class CountsPadding(ReferenceMixture, breaks=("padding",)):
         if mask is not None and self.training:
             self.counts[0] += (~mask).sum()
         return super().forward(inputs, mask)
+
+
+class QueueOfPackedRows(ReferenceMixture, breaks=("packing",)):
+    """Megatron #5696: the capacity is that of a row, whatever documents are in it."""
+
+    def pack(self, inputs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        place = torch.arange(inputs.shape[1]).expand(ids.shape)
+        return super().forward(inputs, place < 1 + inputs.shape[1] // 2)
 
 
 class LossOfPadding(ReferenceMixture, breaks=("padding",)):
@@ -232,7 +249,7 @@ class RouterUnderAutocast(ReferenceMixture, breaks=("router_autocast",)):
         guards = False
 
 
-class SharedCapacity(ReferenceMixture, breaks=("order", "batch", "causal", "decoding")):
+class SharedCapacity(ReferenceMixture, breaks=("order", "batch", "causal", "decoding", "packing")):
     """All sequences of a batch queue for the same slots."""
 
     def keep_choices(self, chosen: Tensor, real: Tensor) -> Tensor:
@@ -240,7 +257,7 @@ class SharedCapacity(ReferenceMixture, breaks=("order", "batch", "causal", "deco
         return chosen * (chosen.cumsum(dim=0) <= capacity)
 
 
-class TooFewSlots(ReferenceMixture, breaks=("decoding",)):
+class TooFewSlots(ReferenceMixture, breaks=("decoding", "packing")):
     """A capacity for one choice of each token, where it makes two."""
 
     def keep_choices(self, chosen: Tensor, real: Tensor) -> Tensor:
@@ -249,7 +266,7 @@ class TooFewSlots(ReferenceMixture, breaks=("decoding",)):
         return (by_sequence * (by_sequence.cumsum(dim=1) <= capacity)).view_as(chosen)
 
 
-class LooksAhead(ReferenceMixture, breaks=("causal", "decoding")):
+class LooksAhead(ReferenceMixture, breaks=("causal", "decoding", "packing")):
     """Weights relative to the largest of the sequence."""
 
     def weigh_choices(self, weights: Tensor, shape: torch.Size) -> Tensor:
