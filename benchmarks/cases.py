@@ -21,6 +21,7 @@ GROUPS = {
     "decode": "Decoding, one token a call",
     "experts": "Training, few to many experts",
     "compiled": "Under torch.compile",
+    "packed": "Training, eight packed documents",
     "choose": "Training, other choices, dropless, dtype",
 }
 HALVES = ("ordinary", "huge")  # ordinary pages; THP_MEM_ALLOC_ENABLE=1
@@ -120,7 +121,7 @@ class Case:
             words.insert(0, {"dropless": "dropless", "bf16": "bfloat16"}.get(changed, f"top {self.k}"))
         if self.h != 4 * self.d:
             words.append(f"hidden width {self.h}")
-        if self.factor is None and prefix in ("decode", "zipf"):
+        if self.factor is None and prefix in ("decode", "zipf", "packed"):
             words.append("SwiGLU, dropless" if self.gated else "dropless")
         if self.fill is not None:
             words.append(f"slots {self.fill:.0%} full")
@@ -305,6 +306,19 @@ def choices() -> list[Case]:
     return cases
 
 
+def packed() -> list[Case]:
+    """Eight documents in one row, by `segment_ids`, against the same row as one document."""
+    base = Case("", "train", 1, 4096, 256, 256, 128, k=8, gated=True)
+    dropless, limited = (Figure("layer packed", "layer", most, most) for most in (1.05, 1.15))
+    small = {"e": 8, "k": 2, "h": 1024}
+    return [
+        replace(base, name="packed/dropless-4096-d256-e128-k8", factor=None, figures=(dropless,)),
+        replace(base, name="packed/capacity-4096-d256-e128-k8", figures=(limited,)),
+        replace(base, name="packed/dropless-4096-d256-e8-k2", factor=None, figures=(dropless,), **small),
+        replace(base, name="packed/capacity-4096-d256-e8-k2", figures=(limited,), **small),
+    ]
+
+
 def smoke_test_cases() -> list[Case]:
     """Seconds only, for the smoke test: run when `--only` names them."""
     figures = (Figure("layer", "products"), Figure("layer", "0.2.3"), Figure("layer", "0.2.3", quantity="memory"))
@@ -322,6 +336,7 @@ def list_cases() -> list[Case]:
         hierarchical,
         compiled,
         choices,
+        packed,
     )
     return [case for group in groups for case in group()] + smoke_test_cases()
 

@@ -160,6 +160,19 @@ def layer(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     return make_module_contestant("layer", case, inputs, module, module, note=note)
 
 
+def packed(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """The layer on rows of eight documents of unequal lengths. With a capacity other choices are dropped."""
+    module = load_layer(case, weights, inputs)
+    cuts = torch.randperm(case.n - 1, generator=torch.Generator().manual_seed(0))[:7] + 1
+    ids = (torch.arange(case.n).unsqueeze(-1) >= cuts).sum(dim=-1).expand(case.b, case.n).contiguous()
+    made = make_module_contestant(
+        "layer packed", case, inputs, module, lambda x: module(x, segment_ids=ids), note="the layer with segment_ids"
+    )
+    if case.factor is not None:
+        made.output = None
+    return made
+
+
 def make_variant(name: str, **changed):
     """A builder for the layer on the same case with something changed."""
 

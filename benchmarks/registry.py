@@ -124,6 +124,7 @@ BUILDERS: dict[str, Builder] = {
     "layer dropless": contestants.make_variant("layer dropless", factor=None),
     "layer bfloat16": contestants.make_variant("layer bfloat16", dtype="bfloat16"),
     "layer compiled": contestants.compiled,
+    "layer packed": contestants.packed,
     "products": baselines.products,
     "router + products": baselines.router_and_products,
     "roofline": baselines.roofline,
