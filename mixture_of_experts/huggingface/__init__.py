@@ -7,6 +7,7 @@ from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.grpo import ReplayRouting
 from mixture_of_experts.huggingface.lora import fast_lora, weights_shown
 from mixture_of_experts.huggingface.model_watch import aux_loss
+from mixture_of_experts.huggingface.prefetching import prefetch_experts
 from mixture_of_experts.huggingface.pruning.prune import expert_scores, prune
 from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
 from mixture_of_experts.huggingface.replacement.replace import replace_ffn, upcycle
@@ -28,6 +29,7 @@ __all__ = [
     "from_pretrained",
     "from_transformers",
     "log_routing",
+    "prefetch_experts",
     "prune",
     "replace_ffn",
     "to_transformers",

@@ -119,7 +119,7 @@ def rewrite_folder(
         folder, changed = Path(name), tuple(f"{path}." for path in paths)
         shards = ShardWriter(folder, max_shard_size, target)
         for path in tqdm(paths, desc="layers", unit="layer"):
-            shards.add_weights(convert_to_saved(model, change(path)))
+            shards.add_layer(convert_to_saved(model, change(path)))
             model.get_submodule(path).to("meta")
         tied = model.all_tied_weights_keys
         kept = [name for name in model.state_dict() if not name.startswith(changed) and name not in tied]
@@ -243,6 +243,14 @@ class ShardWriter:
                 self.write_shard()
             self.pending[name] = value.detach().contiguous()
 
+    def add_layer(self, weights: Mapping[str, Tensor]) -> None:
+        """Add the weights of a layer. If the next layer might not fit into the file, write it now, so that its weights
+        do not wait in memory while that layer is computed."""
+        self.add_weights(weights)
+        size = sum(value.nbytes for value in weights.values())
+        if size + sum(waiting.nbytes for waiting in self.pending.values()) > self.max_size:
+            self.write_shard()
+
     def write_shard(self) -> None:
         file = f"part-{len(self.shard_names)}.safetensors"
         with naming_unwritable_file(self.target / file):
@@ -253,7 +261,8 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the last file, and rename all files with their final numbers."""
-        self.write_shard()
+        if self.pending:
+            self.write_shard()
         n, weight_map = len(self.shard_names), {}
         for i, names in enumerate(self.shard_names):
             file = f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
