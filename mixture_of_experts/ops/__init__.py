@@ -2,11 +2,10 @@
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
 
-An implementation is a module with two functions: `unsupported_reason(call)` returns None, or the reason why it cannot
-compute the call, and `run(call)` computes it. Implementations are tried in the order of `IMPLEMENTATIONS`.
-`unsupported_reason` does not depend on values, the number of tokens or the grad mode, so that a recomputation uses the
-same implementation as its forward. (Decoding in eval mode has its own implementation on some cards, and is a branch
-inside the implementation on others.)
+An implementation has `unsupported_reason(call)` and `run(call)`, as `support/implementations.py` describes; the call is
+a `Call`. Implementations are tried in the order of `IMPLEMENTATIONS`. `unsupported_reason` does not depend on values,
+the number of tokens or the grad mode, so that a recomputation uses the same implementation as its forward. (Decoding in
+eval mode has its own implementation on some cards, and is a branch inside the implementation on others.)
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from mixture_of_experts.support.implementations import (
     Explanation,
     collect_explanations,
     requested_implementation,
-    select_implementation,
+    run_first_supported,
     update_requests,
 )
 
@@ -212,8 +211,7 @@ def routed_ffn(
     check_devices("the experts' weights", x, (network.w_out,))
     x, network = cast_operands(x, network)
     call = Call(x, assignments, network, training)
-    way = select_implementation("experts", implementations, call, requested=requested_implementation())
-    return implementations[way].run(call).to(dtype)
+    return run_first_supported("experts", implementations, call, requested=requested_implementation()).to(dtype)
 
 
 def moe_ffn(
