@@ -34,7 +34,7 @@ from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, get_optional_losses, get_side_inputs
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
-from mixture_of_experts.gating.levels import join_levels, check_slots_have_tokens, second_level, side_inputs_of_levels
+from mixture_of_experts.gating.levels import check_slots_have_tokens, join_levels, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
 from mixture_of_experts.ops.activations import ActivationLike

@@ -4,7 +4,8 @@ Axes: t tokens of the call, k choices, a assignments (t k for token choice), e e
 for each group, q = e b queues.
 
 A gate returns a `Routing`, by groups. Experts receive `Assignments`: `join_groups` makes them from one gate's routing,
-`join_levels` of `gating/levels.py` from those of two levels, and `assign_experts` from experts and weights that a caller has chosen.
+`join_levels` of `gating/levels.py` from those of two levels, and `assign_experts` from experts and weights that a
+caller has chosen.
 """
 
 from __future__ import annotations

@@ -432,8 +432,8 @@ class TokenChoiceGate(Gate):
         chosen, probs = self.select_counted(tokens, choices.chosen, choices.probs)
         load, proxy = losses.count_expert_load(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
         k, group = self.choices_at_balance, self.process_group
-        counted = BalanceInputs(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
-        return {name: BALANCE_LOSSES[name](counted) for name in known}
+        inputs = BalanceInputs(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
+        return {name: BALANCE_LOSSES[name](inputs) for name in known}
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none. None if

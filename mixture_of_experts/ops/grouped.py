@@ -21,7 +21,7 @@ from mixture_of_experts.dispatch.permutation import Permutation, permute_without
 from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.matmul import matmul_into
 from mixture_of_experts.ops.network import Call
-from mixture_of_experts.ops.row_network import Products
+from mixture_of_experts.ops.row_network import RowLayout
 from mixture_of_experts.support.checks import check_tensors
 from mixture_of_experts.support.private_torch import is_exporting, is_functorch_wrapped, register_flop_formula
 from mixture_of_experts.support.tracing import get_device_capability
@@ -43,11 +43,11 @@ def unsupported_reason(call: Call) -> str | None:
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
-        return batched.run(call, GroupedProducts)
+        return batched.run(call, GroupedLayout)
     return plain.run_permuted(call.x, plain.choose_permutation(call.assignments), call.network, grouped_matmul)
 
 
-class GroupedProducts(batched.SlotProducts):
+class GroupedLayout(batched.SlotLayout):
     """Rows without gaps, with torch's grouped product on CUDA; the permutation's table has the end of each expert's
     rows.
 
@@ -69,35 +69,35 @@ class GroupedProducts(batched.SlotProducts):
     def __init__(self, permutation: Permutation) -> None:
         assert permutation.table is not None
         assert permutation.rows_per_expert is not None
-        Products.__init__(self, permutation)
+        RowLayout.__init__(self, permutation)
         self.ends, self.num_tokens_per_expert = permutation.table, permutation.rows_per_expert
         # The row of a slot that is occupied by a choice of weight 0 reads the last token, times 0. If that token is not
         # finite, neither is the gradient of this expert's weights. Writing zeros instead would be a pass over all rows.
         self.token = permutation.token.clamp(max=permutation.num_tokens - 1)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_rows(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
 
-    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(x, weight, offs=self.ends)
 
-    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The total; the permutation's spare row is set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
-        self.rows: Any = self.by_weights(x, weight)
+        self.totals: Any = self.multiply_rows(x, weight)
         for x, weight in others:
-            self.rows += self.by_weights(x, weight)
-        self.rows[-1:].zero_()
-        return self.rows
+            self.totals += self.multiply_rows(x, weight)
+        self.totals[-1:].zero_()
+        return self.totals
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.permutation.num_rows)
 
-    def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
         return grouped_outer_product_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
-    def of_assignments(self) -> Tensor:
-        return self.rows.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
+    def gather_totals(self) -> Tensor:
+        return self.totals.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:

@@ -45,7 +45,12 @@ from mixture_of_experts.ops.network import Network
 from mixture_of_experts.ops.triton import operators, schedule, self_check
 from mixture_of_experts.ops.triton.forward_backward import make_operands, triton_backward, triton_forward
 from mixture_of_experts.ops.triton.network_spec import NetworkSpec
-from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel, queued_choices, triton_few_plan, triton_plan
+from mixture_of_experts.ops.triton.row_permutation import (
+    permute_by_kernel,
+    queued_choices,
+    triton_few_plan,
+    triton_plan,
+)
 from mixture_of_experts.ops.triton.schedule import BlockSizes, WeightBlockSizes
 from support import isolation
 from support.triton_memory import watch_memory

@@ -23,7 +23,7 @@ def grouped_unsupported_reason(call: Call) -> str | None:
 def run_grouped(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
-        return batched.run_rows(call, grouped.GroupedProducts, adapted_row_network)
+        return batched.run_rows(call, grouped.GroupedLayout, adapted_row_network)
     return run_with_operators(call, grouped.grouped_matmul)
 
 
