@@ -10,7 +10,6 @@ A weight `(p, q)` is first divided by the largest magnitude of each output chann
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -276,17 +275,17 @@ class QuantizedExperts(RoutedExperts):
 
 def row_by_row_unsupported_reason(call: Call) -> str | None:
     """Why the rows of a call are not multiplied one by one with the packed bytes; None if they are."""
-    weights: Any = (*call.network.w_in, call.network.w_out)
-    (packed, groups, _), _ = weights[0]
+    network: Any = call.network
+    (packed, groups, _), _ = network.w_in[0]
     if not call.is_inference():
         return "it is for eval mode without gradients, and for token choice"
-    if any(factors for _, factors in weights):
+    if any(factors for _, factors in (*network.w_in, network.w_out)):
         return "adapters are multiplied expert by expert"
     if not is_host_readable(call.x):  # a traced graph must not compare lengths
         return "it reads which choices are kept, so it takes plain tensors on a CPU, outside of graphs and transforms"
     if not (int8 if groups is None else int4).has_direct_matmul(packed):
         return "torch has no operator on this machine that multiplies with these bytes"
-    has_weights = next(call.network.activation.parameters(), None) is not None
+    has_weights = next(network.activation.parameters(), None) is not None
     if call.x.dtype == torch.float64 or (call.x.dtype != torch.float32 and has_weights):
         return f"it computes in float32, and there are {call.x.dtype} tokens or weights of the activation"
     if call.assignments.expert.shape[0] > decode.MAX_DECODE_ROWS or not decode.has_few_kept_tokens(call):
@@ -316,8 +315,7 @@ def run_expert_by_expert(call: Call) -> Tensor:
 def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: Tensor) -> Tensor:
     """Map rows `(r, d)`, sorted by expert, to `(r, o)`. The weights of experts with many rows are unpacked."""
     dtype = get_operand_dtype(rows.device.type, rows.dtype)
-    *b_in, b_out = (bias if bias is None else bias.to(dtype) for bias in (*network.b_in, network.b_out))
-    network = replace(network, b_in=tuple(b_in), b_out=b_out)
+    network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
 
     def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
         x, (stored, factors) = x.to(dtype), weight  # under autocast an activation may return another dtype

@@ -34,9 +34,9 @@ def check_few_rows(layer, x, mask=None, few=True, **tolerance):
             for each in ROWS:
                 implementation = getattr(decode, each)
 
-                def record_call(call, each=each, implementation=implementation, taken=taken):
+                def record_call(call, *products, each=each, implementation=implementation, taken=taken):
                     taken.append((each, call))
-                    return implementation(call)
+                    return implementation(call, *products)
 
                 patch.setattr(decode, each, record_call)
             out = run_layer(layer, x, mask)
@@ -94,7 +94,7 @@ def test_single_rows_use_matmul_when_faster(monkeypatch, capability, dtype):
         monkeypatch.setattr(
             decode,
             name,
-            lambda call, name=name, implementation=implementation: taken.append(name) or implementation(call),
+            lambda *call, name=name, implementation=implementation: taken.append(name) or implementation(*call),
         )
     with torch.no_grad():
         torch.testing.assert_close(run_layer(layer, x), expected)
@@ -145,7 +145,7 @@ def test_rows_are_shared_among_threads(t, k, h, o, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(decode, "MIN_ROW_SUM_NUMEL", 0)
     taken, implementation = [], decode.compute_row_by_row
-    monkeypatch.setattr(decode, "compute_row_by_row", lambda call: taken.append(call) or implementation(call))
+    monkeypatch.setattr(decode, "compute_row_by_row", lambda *call: taken.append(call) or implementation(*call))
     expert, weight, x = torch.randint(4, (t, k)), torch.rand(t, k), torch.randn(t, 7)
     for strides in (False, True):
         w1, w3, w2 = (torch.randn(4, *size) for size in ((7, h), (7, h), (h, o)))

@@ -81,7 +81,7 @@ def use(
     of the process (a backward on a GPU has its own thread). If several contexts are open, the last one entered applies.
     Activation checkpointing must recompute in the same context, so keep the backward inside. The environment variable
     `MIXTURE_OF_EXPERTS_KERNELS` sets an implementation for the whole process. With any name other than these two,
-    experts that none of the implementations computes, such as a list of modules, are unchanged.
+    experts that none of the implementations computes, such as a list of modules or quantized experts, are unchanged.
 
     Raises:
         ValueError: the name is unknown; or, at a call, this implementation does not support it: the error gives the
@@ -195,7 +195,7 @@ def routed_ffn(
     network: Network,
     *,
     training: bool = False,
-    implementations: Mapping[str, Any] | None = None,
+    implementations: Mapping[str, Any] = IMPLEMENTATIONS,
 ) -> Tensor:
     """Compute tokens with the experts of a assignments; return each token's weighted sum of their outputs, `(t, o)`.
 
@@ -204,10 +204,10 @@ def routed_ffn(
         assignments: the gates' assignments on these tokens.
         network: the experts' weights.
         training: the experts' mode.
-        implementations: replacements for `IMPLEMENTATIONS` under the same names, for another kind of network; the last
-            one must handle every call.
+        implementations: the table of implementations, the fastest first; one with the same names for another kind of
+            network. The last one must support every call.
     """
-    dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
+    dtype = x.dtype
     check_devices("the experts' weights", x, (network.w_out,))
     x, network = cast_operands(x, network)
     call = Call(x, assignments, network, training)

@@ -47,8 +47,9 @@ class Explanation:
     """Which implementation computed a call, and why no faster one did.
 
     Attributes:
-        implementation: its name; "module" for experts that none of the implementations computes: modules on slots, a
-            custom `compute`, or experts on other ranks.
+        implementation: its name, one of those of `use`, or "row_by_row" or "expert_by_expert" for quantized experts;
+            "module" for experts that none of the implementations computes: modules on slots, a custom `compute`, or
+            experts on other ranks.
         reasons: for each faster implementation, why it was not selected.
         gates: the same for each gate, in the order in which they decided; "operators" is a gate's `decide`.
     """
@@ -101,8 +102,9 @@ def run_first_supported(part: str, implementations: Mapping[str, Any], *call: An
         ValueError: the requested implementation, or none of them, can compute the call.
     """
     reasons: dict[str, str] = {}
-    for name in implementations if requested == "auto" else [name for name in implementations if name == requested]:
-        implementation = implementations[name]
+    for name, implementation in implementations.items():
+        if requested not in ("auto", name):
+            continue
         reason = implementation.unsupported_reason(*call)
         if reason is None:
             if LISTENERS.lists:

@@ -14,12 +14,6 @@ from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.implementations import Implementation
 
 
-def grouped_unsupported_reason(call: Call) -> str | None:
-    """The reason why there is no grouped operator for a weight or its low-rank part; None if there is one."""
-    weights = [tensor for tensor in call.network.tensors().values() if tensor.ndim == 3]
-    return next((reason for weight in weights if (reason := grouped.no_operator_reason(call.x, weight))), None)
-
-
 def run_grouped(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
@@ -51,7 +45,7 @@ def run_on_cpu(call: Call) -> Tensor:
 
 LORA_IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.unsupported_reason, run_on_cpu),
-    "grouped": Implementation(grouped_unsupported_reason, run_grouped),
+    "grouped": Implementation(grouped.unsupported_reason, run_grouped),
     "batched": Implementation(batched.unsupported_reason, partial(batched.run_rows, row_functions=adapted_row_network)),
     "plain": Implementation(plain.unsupported_reason, run_with_operators),
 }
