@@ -25,7 +25,7 @@ from mixture_of_experts.dispatch.permutation import (
     permute_with_padding,
     permute_without_gaps,
 )
-from mixture_of_experts.dispatch.permute import combine, dispatch
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.ops import routed_ffn
 from mixture_of_experts.ops.activations import (
     ActivationLike,
@@ -98,7 +98,7 @@ class RoutedExperts(nn.Module):
         return f"{type(self).__name__} compute rows by themselves: take Experts or GatedExperts"
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
-        """Map tokens `(t, d)` with a assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s,
+        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s,
         o)`."""
         if assignments is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
@@ -131,16 +131,16 @@ class RoutedExperts(nn.Module):
 
 def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, with experts of either contract."""
-    inner: Any = (
+    unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
     )  # some wrappers of PEFT hide attributes
-    dim_out = getattr(inner, "dim_out", None)
+    dim_out = getattr(unwrapped, "dim_out", None)
     if not reads_assignments(experts):
         reject_batch_invariance(f"{type(experts).__name__} compute slots")
         return run_experts_on_slots(experts, x, assignments, dim_out)
     wanted = (x.shape[0], dim_out or x.shape[1])
     out = check_result(type(experts).__name__, experts(x, assignments), wanted, DIM_OUT_HINT)
-    return out if inner.allocates_outputs else out.clone()  # which may share memory with x
+    return out if unwrapped.allocates_outputs else out.clone()  # which may share memory with x
 
 
 def binds_assignments(forward: Callable) -> bool:
@@ -159,7 +159,7 @@ def binds_assignments(forward: Callable) -> bool:
 
 
 def reads_assignments(experts: nn.Module) -> bool:
-    """Whether a module, or the module that it wraps, accepts tokens and a assignments."""
+    """Whether a module, or the module that it wraps, accepts tokens and assignments."""
     while not isinstance(experts, RoutedExperts):
         wrapped = get_wrapped_module(experts)
         if wrapped is None or not binds_assignments(type(experts).forward):  # an unknown wrapper, which reads slots
@@ -191,7 +191,7 @@ def run_experts_on_slots(
     permutation = permute_dropless_slots(assignments) if assignments.routing is None else permute_to_slots(assignments)
     slots = dispatch(x, permutation)
     slots = slots.view(
-        *permutation.num_experts, permutation.num_rows // math.prod(permutation.num_experts), slots.shape[-1]
+        *permutation.expert_dims, permutation.num_rows // math.prod(permutation.expert_dims), slots.shape[-1]
     )
     out = check_result("experts", compute(slots), (*slots.shape[:-1], dim_out or slots.shape[-1]), DIM_OUT_HINT)
     # not `flatten(0, -2)`, which asks whether a dynamic length is 1
@@ -201,7 +201,7 @@ def run_experts_on_slots(
 def permute_dropless_slots(assignments: Assignments) -> Permutation:
     """The permutation of a dropless call in slots. If values can be read without a sync, each expert has as many slots
     as the fullest one needs; else as many as there are tokens, with a warning if most of them must stay empty."""
-    t, e = assignments.num_tokens, math.prod(assignments.num_experts)
+    t, e = assignments.num_tokens, math.prod(assignments.expert_dims)
     if is_host_readable(assignments.kept):
 
         def pad_to_fullest(needed: Tensor) -> tuple[Tensor, int]:
@@ -227,7 +227,7 @@ def _check_dropout(name: str, value: Any) -> float:
 class StackedExperts(FixedShapeModule, RoutedExperts):
     """Base class of experts with stacked weights: initialization, checks of shapes, and both contracts.
 
-    Tokens with a assignments are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
+    Tokens with assignments are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
     implementation.
     """
 
@@ -283,7 +283,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
     def forward(
         self, x: Tensor, assignments: Assignments | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
     ) -> Tensor:
-        """Map as `RoutedExperts` does; a wrapper may pass another `ffn`, which computes tokens with a assignments."""
+        """Map as `RoutedExperts` does; a wrapper may pass another `ffn`, which computes tokens with assignments."""
         network = self._build_network()
         if isinstance(assignments, Assignments):
             return ffn(x, assignments, network, training=self.training)
@@ -298,6 +298,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         return None if reason is None else f"{reason}: take one of the package's own, without hooks"
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        """Compute rows that a wrapper or another rank has sorted by expert; `forward` does not call it."""
         rows, network = cast_operands(rows, self._build_network())
         return feed_forward(rows, network, num_tokens_per_expert, grouped_matmul)
 
@@ -350,7 +351,7 @@ class Experts(StackedExperts):
         device, dtype: of the parameters.
 
     Shape:
-        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a assignments to `(t, o)`. `w1` is `(*e, d, h)`,
+        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` is `(*e, d, h)`,
         `w2` is `(*e, h, o)`.
 
     Example:
@@ -393,7 +394,7 @@ class GatedExperts(StackedExperts):
         device, dtype: of the parameters.
 
     Shape:
-        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a assignments to `(t, o)`. `w1` and `w3` are
+        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` and `w3` are
         `(*e, d, h)`, `w2` is `(*e, h, o)`.
 
     Example:

@@ -2,8 +2,9 @@
 
 Axes: b groups, n tokens of a group, t = b n tokens of the call, d model dim, e experts, c capacity, s slots or r rows.
 
-A gate decides which experts compute which token (`Routing`). Experts receive the tokens and the call's `Assignments`:
-they dispatch tokens to rows, compute the rows, and combine the results.
+A gate decides which experts compute which token (`Routing`). Experts receive the tokens and the call's `Assignments`.
+Stacked experts compute them with an implementation of `ops`, which chooses its own layout of rows; other experts get
+rows or slots from `dispatch`.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class MoE(MoEBase):
         second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: which second choices
             are made; see `Top2Gating`.
         capacity_factor_train, capacity_factor_eval: expert capacity, the slots of an expert, in units of n / e; with
-            None no token is dropped.
+            None no token is dropped. They are those of the default gate: a `gate` has its own.
         loss_coef: coefficient of the load-balancing loss in `aux_loss`.
         experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that map `(s, d)` to the same.
         min_expert_capacity: minimum number of slots of an expert for each group.
@@ -345,18 +346,18 @@ class HeirarchicalMoE(MoEBase):
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         check_batch_invariant(inputs, gate_outer=self.gate_outer, gate_inner=self.gate_inner, experts=self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        side_outer, side_inner = {}, {}
+        outer_arguments, inner_side = {}, {}
         if side:
             reads = side_inputs_of_levels(get_side_inputs(self.gate_outer), get_side_inputs(self.gate_inner))
             read = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
-            side_outer, side_inner = ({name: read[name] for name in read if name in its} for its in reads)
-        side_outer |= self.requested_losses(self.gate_outer)
-        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
-        outer_slots = permute_to_slots(join_groups(outer, in_slots=True))
-        level_two = second_level(groups, outer, outer_slots, self.group_size, side_inner)
+            outer_arguments, inner_side = ({name: read[name] for name in read if name in its} for its in reads)
+        outer_arguments |= self.requested_losses(self.gate_outer)
+        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **outer_arguments))
+        outer_permutation = permute_to_slots(join_groups(outer, in_slots=True))
+        level_two = second_level(groups, outer, outer_permutation, self.group_size, inner_side)
         inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
-        check_slots_have_tokens(self.gate_inner, inner, outer_slots)
-        out = run_experts(self.experts, groups.flatten(0, 1), join_levels(outer, outer_slots, inner))
+        check_slots_have_tokens(self.gate_inner, inner, outer_permutation)
+        out = run_experts(self.experts, groups.flatten(0, 1), join_levels(outer, outer_permutation, inner))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
         return (*results, ungroup_state(outer.state, x)) if STATE in side else results
 

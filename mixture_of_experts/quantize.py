@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.dispatch.permutation import permute_without_gaps
-from mixture_of_experts.dispatch.permute import combine, dispatch
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slot_inputs
 from mixture_of_experts.ops import int4, int8, plain
 from mixture_of_experts.ops.cpu import decode

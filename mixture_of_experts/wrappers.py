@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.assignments import Assignments, assign_experts, keep_first_experts
 from mixture_of_experts.dispatch.permutation import permute_without_gaps
-from mixture_of_experts.dispatch.permute import add_rows, combine, dispatch
+from mixture_of_experts.dispatch.rows import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
 from mixture_of_experts.support.batch_invariance import (
     call_module_batch_invariant,

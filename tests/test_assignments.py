@@ -43,7 +43,7 @@ def check_permutation(assignments: Assignments, permutation: Permutation, expert
     """Each kept assignment has a row of its own, among those of its expert; the other rows are empty."""
     rows, total, kept = permutation.row.tolist(), permutation.num_rows, assignments.kept.tolist()
     ends = None if permutation.rows_per_expert is None else permutation.rows_per_expert.cumsum(0).tolist()
-    num_experts = math.prod(permutation.num_experts)
+    num_experts = math.prod(permutation.expert_dims)
     row_weight, seen = permutation.row_weight().tolist(), {}
     for a, row in enumerate(rows):
         if not kept[a]:
@@ -76,7 +76,7 @@ def check(assignments: Assignments, expert: list[int], token: list[int]) -> None
     assert permute_to_slots(assignments).num_rows == assignments.num_slots
     without_gaps = permute_without_gaps(assignments)
     check_permutation(assignments, without_gaps, expert, token)
-    wanted = [0] * math.prod(assignments.num_experts)
+    wanted = [0] * math.prod(assignments.expert_dims)
     for one, kept in zip(expert, assignments.kept.tolist(), strict=True):
         wanted[one] += kept
     seen = []
@@ -121,7 +121,7 @@ def test_loss_of_given_choices():
     assert assignments.kept.tolist() == [True, True, False, True, False, True, False, False]
     assert assignments.weight.tolist() == [1.0, 2.0, 0.0, 4.0, 0.0, 6.0, 0.0, 0.0]
     assert assignments.expert.tolist() == [0, 3, 0, 2, 0, 1, 0, 0]
-    assert (assignments.k, assignments.num_tokens, assignments.num_experts) == (2, 4, (4,))
+    assert (assignments.k, assignments.num_tokens, assignments.expert_dims) == (2, 4, (4,))
     assert assignments.dropless
     assert assignments.prefers_rows()
     assert assignments.sent is assignments.kept
@@ -156,7 +156,7 @@ def test_two_levels_of_choices(name, inner_factor):
                 kept.append(there)
     assert assignments.kept.tolist() == kept
     assert assignments.weight.tolist() == weight
-    assert (assignments.k, assignments.num_experts) == (2 * outer.k, (E, 3))
+    assert (assignments.k, assignments.expert_dims) == (2 * outer.k, (E, 3))
     assert assignments.dropless is (inner_factor is None)
     assert assignments.max_rows == min(inner.expert.numel(), len(kept))
     check(assignments, expert, token)

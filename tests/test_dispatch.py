@@ -10,7 +10,7 @@ from torch import Tensor
 from mixture_of_experts import ExpertChoiceGating, Top2Gating, TopKGating
 from mixture_of_experts.dispatch.assignments import join_groups
 from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_without_gaps
-from mixture_of_experts.dispatch.permute import add_rows, combine, dispatch, read_rows, sum_rows
+from mixture_of_experts.dispatch.rows import add_rows, combine, dispatch, read_rows, sum_rows
 
 B, N, D, E = 2, 5, 3, 4
 GATES = {

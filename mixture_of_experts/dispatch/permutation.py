@@ -6,9 +6,11 @@ expert for each group.
 A row is a token's vector as the input or output of one expert. Rows are sorted by expert, in one of three layouts, each
 with a function that makes its permutation:
 
-    permute_to_slots        all slots (e, b, c), equally many for each expert; some are empty
-    permute_without_gaps    the kept assignments alone
-    permute_with_padding    as many rows for each expert as the caller wants; some are empty
+    permute_to_slots        all slots (e, b, c), equally many for each expert; some are empty. For experts that read
+                            slots, and for batched products of a call that has few of them
+    permute_without_gaps    the kept assignments alone. For grouped products, and for experts with a `compute`
+    permute_with_padding    as many rows for each expert as the caller wants; some are empty. For batched products on a
+                            CPU, with or without a capacity, and of blocks
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class Permutation(NamedTuple):
         rows_per_expert: `(e,)` int64 rows of each expert, padding included; None for slots.
         k: assignment i belongs to token i // k; None for expert choice.
         num_tokens, num_rows: t and r.
-        num_experts: e, as a tuple (two numbers for two levels).
+        expert_dims: e, or for two levels the numbers of outer and inner experts.
         table: another tensor that the products of an implementation read, see `ops/batched.py`; or None.
     """
 
@@ -47,7 +49,7 @@ class Permutation(NamedTuple):
     k: int | None
     num_tokens: int
     num_rows: int
-    num_experts: tuple[int, ...]
+    expert_dims: tuple[int, ...]
     table: Tensor | None = None
 
     def row_weight(self) -> Tensor:
@@ -91,7 +93,7 @@ def permute_to_slots(assignments: Assignments) -> Permutation:
 def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutation:
     """The permutation whose rows are the kept assignments, for grouped products. There may be unused rows after them,
     of which the last `spare` are never used: experts may fill all others."""
-    queue, position, length = assignments.find_queues()
+    queue, position, length = assignments.locate()
     row = (length.cumsum(0) - length).gather(0, queue) + position
     return _permute(assignments, row, assignments.max_rows + spare, _join_queues(assignments, length))
 
@@ -104,7 +106,7 @@ def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple
         pad: maps the number of rows that each expert needs, `(e,)` int64, to the number that it gets, `(e,)` int64, and
             the number of all rows, at least their sum.
     """
-    queue, position, length = assignments.find_queues()
+    queue, position, length = assignments.locate()
     rows_per_expert, num_rows = pad(_join_queues(assignments, length))
     start = rows_per_expert.cumsum(0) - rows_per_expert
     by_expert = length.view(start.shape[0], -1)
@@ -117,7 +119,7 @@ def _join_queues(assignments: Assignments, length: Tensor) -> Tensor:
     """`(e,)` int64, the rows that each expert needs, from those that its queues need, `(e b,)`."""
     if statically_known_true(assignments.queues_per_expert == 1):
         return length
-    return length.view(math.prod(assignments.num_experts), -1).sum(dim=-1)
+    return length.view(math.prod(assignments.expert_dims), -1).sum(dim=-1)
 
 
 def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expert: Tensor | None) -> Permutation:
@@ -130,7 +132,7 @@ def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expe
         token = find_tokens(assignment, assignments.k or 1)
     else:
         token = append(assignments.token, assignments.num_tokens)[assignment]
-    sizes = (assignments.k, assignments.num_tokens, num_rows, assignments.num_experts)
+    sizes = (assignments.k, assignments.num_tokens, num_rows, assignments.expert_dims)
     return Permutation(row, assignment, assignments.weight, token, rows_per_expert, *sizes)
 
 

@@ -50,7 +50,7 @@ class Routing:
 
     Attributes:
         expert: `(..., b, a)` int64, expert of each assignment.
-        kept: `(..., b, a)` bool, the assignments that the expert computes.
+        kept: `(..., b, a)` bool, the assignments that the expert computes, without computed padding.
         weight: `(..., b, a)` float32 (float64 in a float64 module), weight of the expert's output; 0 where not kept.
         probs: `(..., b, n, e)` the router's probabilities (normalised scores).
         num_tokens, num_experts: n and e.
@@ -152,8 +152,8 @@ class Routing:
 
     @property
     def importance(self) -> Tensor:
-        """`(..., b, a)`, importance of each assignment in a second level: 1 for a token's first choice, 0.5 for its
-        others, 0 if not kept. Expert choice raises ValueError."""
+        """`(..., b, a)`, importance of each assignment in a second level: 1 for a primary one, 0.5 for others,
+        0 if not kept. Expert choice raises ValueError."""
         if self.k is None:
             raise ValueError("expert choice has no importance for a second level: its tokens have no first choice")
         primary = self.primary
@@ -190,7 +190,7 @@ def occupied(combine: Tensor) -> Tensor:
     return (combine != 0).to(combine.dtype)
 
 
-#: fields under their names in exported programs, which earlier versions wrote too
+#: fields under their names in exported programs, as earlier versions wrote them, in which "chosen" was what is now sent
 EXPORTED_NAMES = {"sent": "chosen", "mask": "real", "padding_weight": "uncounted", "chosen": "weighed"}
 register_dataclass(Routing, "mixture_of_experts.Routing", EXPORTED_NAMES)
 

@@ -70,8 +70,10 @@ class Tokens:
 
     x: Tensor  # (..., b, n, d); masked tokens are zeros
     mask: Tensor | None  # (..., b, n) bool, tokens that are not padding; None if all are
-    all_choices: Tensor | None  # (..., b, n) bool, tokens of importance 1, which make k choices; None if all do
-    any_choice: Tensor | None  # (..., b, n) bool, of importance above 0, which make their top choice; None if all do
+    makes_all_choices: Tensor | None  # (..., b, n) bool, tokens of importance 1, which make k choices; None if all do
+    makes_any_choice: (
+        Tensor | None
+    )  # (..., b, n) bool, of importance above 0, which make their top choice; None if all do
     length: Length | int  # (..., b) number of tokens, for capacity and balance losses; n if all groups have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
     losses: Collection[str] = ()  # names of the losses that are requested in addition to the gate's own
@@ -83,12 +85,12 @@ class Tokens:
     @property
     def counted(self) -> Tensor | None:
         """`(..., b, n)` bool, the tokens that count in losses: those that make all choices; None if all do."""
-        return self.mask if self.all_choices is None else self.all_choices
+        return self.mask if self.makes_all_choices is None else self.makes_all_choices
 
     @property
     def computed_padding(self) -> Tensor | None:
         """`(..., b, n, 1)` bool, padding that makes its choices but counts nowhere; None if there is none."""
-        return None if self.mask is None or self.all_choices is not None else ~self.mask.unsqueeze(-1)
+        return None if self.mask is None or self.makes_all_choices is not None else ~self.mask.unsqueeze(-1)
 
 
 class Gate(FixedShapeModule):
@@ -184,23 +186,23 @@ class Gate(FixedShapeModule):
         if x.ndim != 3 + len(outer) or tuple(x.shape[: len(outer)]) != outer:
             wanted = ", ".join([*map(str, outer), "b", "n", str(self.dim)])
             raise ValueError(f"a gate reads x of shape ({wanted}), got {tuple(x.shape)}: add or flatten leading axes")
-        all_choices = any_choice = None
+        makes_all_choices = makes_any_choice = None
         if importance is not None:
             check_importance(importance, x.shape[:-1])
-            all_choices, any_choice = importance == 1, importance > 0
+            makes_all_choices, makes_any_choice = importance == 1, importance > 0
         if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed
             self._check_counted(counted, x, importance, mask)
             mask = counted
         elif mask is not None:
             check_mask(mask, x.shape[:-1])
             x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
-            all_choices, any_choice = both(all_choices, mask), both(any_choice, mask)
+            makes_all_choices, makes_any_choice = both(makes_all_choices, mask), both(makes_any_choice, mask)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
         if isinstance(length, Tensor):
             length = Length(check_lengths(length, x.shape[:-2]))
         known = x.shape[-2] if length is None else length
-        return Tokens(x, mask, all_choices, any_choice, known, side, losses)
+        return Tokens(x, mask, makes_all_choices, makes_any_choice, known, side, losses)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:
@@ -351,13 +353,15 @@ class TokenChoiceGate(Gate):
         if (padding := tokens.computed_padding) is not None:  # nobody gave any for it
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
-            check_overrides(given, self.num_experts, tokens.counted if tokens.any_choice is None else tokens.any_choice)
+            check_overrides(
+                given, self.num_experts, tokens.counted if tokens.makes_any_choice is None else tokens.makes_any_choice
+            )
         return given
 
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. A gate of your own writes this method.
 
-        Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.counted`, as
+        Choices that a token may not make are left out afterwards. A loss counts only the tokens of `tokens.counted`, as
         `balance_loss`, `z_loss` and `token_mean` of this class do. Losses are returned whatever their coefficient in
         the layer is: statistics show them. Side inputs that it reads are named in `side_inputs`. A gate that others may
         choose for calls `apply_overrides`.
@@ -437,11 +441,11 @@ class TokenChoiceGate(Gate):
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none. None if
-        all make all."""
-        if tokens.all_choices is None or tokens.any_choice is None:
+        all make all. The top choice is choice 0, but for `Top2Gating`, whose choice 1 it is for such tokens."""
+        if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
-        rest = tokens.all_choices.unsqueeze(-1).expand(*tokens.all_choices.shape, self.k - 1)
-        return torch.cat([tokens.any_choice.unsqueeze(-1), rest], dim=-1)
+        rest = tokens.makes_all_choices.unsqueeze(-1).expand(*tokens.makes_all_choices.shape, self.k - 1)
+        return torch.cat([tokens.makes_any_choice.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
         """Slots of an expert, None if dropless; and each group's own limit `(..., b)`, None if none is masked."""
@@ -528,20 +532,21 @@ class TokenChoiceGate(Gate):
         kept = has_weight if sent is None else sent & has_weight
         if not (tracing or is_unchanged(self)):
             check_experts_of_tokens(name, choices.expert, kept.view_as(choices.expert), self.num_experts)
-        expert, all_sent = choices.expert.flatten(-2), sent is None
-        (capacity, limit), queues = self.capacity(tokens), None
+        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # 0 where not kept
+        queues = None
+        capacity, limit = self.capacity(tokens)
         if capacity is None:  # a choice of weight 0 does not queue
             sent = kept
         else:  # it holds a slot
             queues = queue_up(expert, sent, self.num_experts, self.k, self.priority, self._priority_score(choices))
             if limit is not None or not statically_known_true(expert.shape[-1] <= capacity):  # not all have a slot
                 kept = kept & (queues.position < (capacity if limit is None else limit.unsqueeze(-1)))
-                all_sent = False
+                is_weight_final = False
             sent = torch.ones_like(kept) if sent is None else sent
         return Routing(
             expert=expert,
             kept=kept,
-            weight=weight if all_sent else torch.where(kept, weight, 0.0),
+            weight=weight if is_weight_final else torch.where(kept, weight, 0.0),
             probs=probs,
             num_tokens=tokens.num_tokens,
             num_experts=self.num_experts,
@@ -562,7 +567,7 @@ class TokenChoiceGate(Gate):
         """`(..., b, n)`, the score by which tokens queue with priority "score"; None for other priorities."""
         if self.priority != "score":
             return None
-        return choices.probs.detach().amax(dim=-1) if choices.score is None else choices.score
+        return choices.probs.detach().amax(dim=-1) if choices.priority_score is None else choices.priority_score
 
     def _restrict_choices(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """The choices that are sent, None if all are; the weights; and the weights of the choices of computed padding,

@@ -99,7 +99,7 @@ class NoisyTopKGating(TokenChoiceGate):
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
         found = {"balance": parts["importance"] + parts["load"], **parts, "z": self.z_loss(tokens, clean)}
-        return Choices(expert, weight, probs, found, chosen=chosen, score=score)
+        return Choices(expert, weight, probs, found, chosen=chosen, priority_score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """The squared coefficients of variation of importance and of load, each summed over the call."""

@@ -49,7 +49,7 @@ def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
         return f"a {type(gate).__name__} has a {method} of its own"
     if gate.num_experts > MAX_EXPERTS:
         return f"they are for at most {MAX_EXPERTS} experts"
-    if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.all_choices:
+    if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.makes_all_choices:
         return "they know neither a loss of second choices nor given experts nor tokens that choose but do not count"
     if math.prod(tokens.x.shape[:-1]) == 0:
         return "there is no token"
@@ -65,7 +65,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
     """The gate's choices, by the kernels."""
     (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
     uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
-    settings = tokens.all_choices, tokens.any_choice, uniform, policy, threshold, gate.eps
+    settings = tokens.makes_all_choices, tokens.makes_any_choice, uniform, policy, threshold, gate.eps
 
     def decided(x: Tensor, weight: Tensor) -> Decided:
         return Decided(*_TwoBest.apply(router_logits(x, weight), *settings))
@@ -73,9 +73,9 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
     found = recomputed(decided, tokens.x, gate.w_gating)
     balance = losses.load_balancing_loss(found.load, found.proxy, tokens.length, group=gate.process_group)
     z_loss = losses.mean(
-        found.squares, math.prod(shape) if tokens.all_choices is None else found.number, gate.process_group
+        found.squares, math.prod(shape) if tokens.makes_all_choices is None else found.number, gate.process_group
     )
-    all_made = policy == "all" and tokens.all_choices is None and gate.num_experts > 1
+    all_made = policy == "all" and tokens.makes_all_choices is None and gate.num_experts > 1
     return Choices(
         found.expert,
         found.weight,
@@ -169,7 +169,7 @@ def grads_by_operators(
 
 def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
     """What the kernels compute on this device otherwise than torch's operators, on made-up tokens of such a gate."""
-    device, masked = tokens.x.device, tokens.all_choices is not None
+    device, masked = tokens.x.device, tokens.makes_all_choices is not None
     kind = device, gate.num_experts, gate.second[0], masked, gate.eps
     return SELF_CHECK.failure_reason(device, kind, partial(_find_fault, gate, device, masked))
 

@@ -233,7 +233,7 @@ class TopKGating(TokenChoiceGate):
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         parts = {"balance": balance, "z": z_loss}
-        return Choices(expert, weight, probs, parts, chosen=chosen, score=top)
+        return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best

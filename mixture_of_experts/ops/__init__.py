@@ -195,19 +195,19 @@ def routed_ffn(
     network: Network,
     *,
     training: bool = False,
-    implementations: Mapping[str, Any] = IMPLEMENTATIONS,
+    implementations: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Compute tokens with the experts of a assignments; return each token's weighted sum of their outputs, `(t, o)`.
+    """Compute tokens with the experts of assignments; return each token's weighted sum of their outputs, `(t, o)`.
 
     Args:
         x: `(t, d)`.
         assignments: the gates' assignments on these tokens.
         network: the experts' weights.
         training: the experts' mode.
-        implementations: the table of implementations, the fastest first; one with the same names for another kind of
-            network. The last one must support every call.
+        implementations: replacements for `IMPLEMENTATIONS` under the same names, for another kind of network; the last
+            one must support every call.
     """
-    dtype = x.dtype
+    dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
     x, network = cast_operands(x, network)
     call = Call(x, assignments, network, training)

@@ -67,8 +67,8 @@ class _RoutedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        forward: ForwardFunction,
-        backward: BackwardFunction,
+        compute_forward: ForwardFunction,
+        compute_backward: BackwardFunction,
         permutation: Permutation,
         network: Network,
         x: Tensor,
@@ -80,10 +80,10 @@ class _RoutedFFN(torch.autograd.Function):
             permutation._replace(weight=weight),
             network.with_tensors(dict(zip(names, weights, strict=True))),
         )
-        out, saved = forward(x, permutation, network, True)
+        out, saved = compute_forward(x, permutation, network, True)
         tables = select_tables_to_save(permutation)
-        ctx.computed_backward, ctx.permutation, ctx.network = (
-            backward,
+        ctx.compute_backward, ctx.permutation, ctx.network = (
+            compute_backward,
             permutation.without_tensors(),
             network.with_tensors({}),
         )
@@ -102,6 +102,6 @@ class _RoutedFFN(torch.autograd.Function):
         need_x, need_weight, *needs = ctx.needs_input_grad[4:]
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}
         with disable_autocast(x.device):
-            grads = ctx.computed_backward(x, permutation, network, list(tensors), grad, wanted)
+            grads = ctx.compute_backward(x, permutation, network, list(tensors), grad, wanted)
         of_weights = [grads.network[name] if name in wanted else None for name in ctx.names]
         return *4 * [None], grads.x if need_x else None, grads.weight if need_weight else None, *of_weights

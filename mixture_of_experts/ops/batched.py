@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_with_padding
-from mixture_of_experts.dispatch.permute import add_rows
+from mixture_of_experts.dispatch.rows import add_rows
 from mixture_of_experts.ops import autograd, few_tokens, plain, row_network
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.private_torch import is_exporting, is_in_transform
@@ -45,7 +45,7 @@ class SlotLayout(row_network.RowLayout):
 
     def __init__(self, permutation: Permutation) -> None:
         super().__init__(permutation)
-        self.num_batches = math.prod(permutation.num_experts)
+        self.num_batches = math.prod(permutation.expert_dims)
         self.empty = (permutation.token == permutation.num_tokens).unsqueeze(-1)
         self.token = permutation.token.clamp(max=symbolic_max(permutation.num_tokens - 1, 0))
 
@@ -59,13 +59,13 @@ class SlotLayout(row_network.RowLayout):
 
     def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         (x, weight), *others = pairs
-        self.totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
-        self.totals[-1:].zero_()
-        out = self.view_batches(self.totals)
+        self.row_totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
+        self.row_totals[-1:].zero_()
+        out = self.view_batches(self.row_totals)
         torch.bmm(self.view_batches(x), self.select_weights(weight), out=out)
         for x, weight in others:
             out.baddbmm_(self.view_batches(x), self.select_weights(weight))
-        return self.totals
+        return self.row_totals
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         self.view_batches(rows).add_(self.select_weights(bias).unsqueeze(1))
@@ -85,7 +85,7 @@ class SlotLayout(row_network.RowLayout):
 
     def gather_totals(self) -> Tensor:
         """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
-        return self.totals.index_select(0, self.permutation.row)
+        return self.row_totals.index_select(0, self.permutation.row)
 
     def view_batches(self, rows: Tensor) -> Tensor:
         return rows[: self.permutation.num_rows].view(self.num_batches, -1, rows.shape[-1])
@@ -109,7 +109,7 @@ class BlockLayout(SlotLayout):
 
     @staticmethod
     def arrange(assignments: Assignments) -> Permutation:
-        num_experts = math.prod(assignments.num_experts)
+        num_experts = math.prod(assignments.expert_dims)
         size, number = plain.choose_block_sizes(assignments.max_rows, num_experts)
         permutation = permute_with_padding(
             assignments, lambda needed: ((needed + (size - 1)) // size * size, number * size)

@@ -84,11 +84,11 @@ class GroupedLayout(batched.SlotLayout):
     def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The total; the permutation's spare row is set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
-        self.totals: Any = self.multiply_rows(x, weight)
+        self.row_totals: Any = self.multiply_rows(x, weight)
         for x, weight in others:
-            self.totals += self.multiply_rows(x, weight)
-        self.totals[-1:].zero_()
-        return self.totals
+            self.row_totals += self.multiply_rows(x, weight)
+        self.row_totals[-1:].zero_()
+        return self.row_totals
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.permutation.num_rows)
@@ -97,7 +97,7 @@ class GroupedLayout(batched.SlotLayout):
         return grouped_outer_product_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
     def gather_totals(self) -> Tensor:
-        return self.totals.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
+        return self.row_totals.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.assignments import Assignments, append
 from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_without_gaps
-from mixture_of_experts.dispatch.permute import combine, dispatch
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.support.tracing import symbolic_max, symbolic_min
 
@@ -44,7 +44,7 @@ def run_permuted(
     """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots according to the permutation, using `product`."""
     rows, num_tokens_per_expert = dispatch(x, permutation), permutation.rows_per_expert
     if num_tokens_per_expert is None:
-        experts = math.prod(permutation.num_experts)
+        experts = math.prod(permutation.expert_dims)
         rows = rows.view(experts, permutation.num_rows // experts, rows.shape[-1])
     out = feed_forward(rows, network, num_tokens_per_expert, product)
     return combine(out.flatten().view(permutation.num_rows, out.shape[-1]), permutation)

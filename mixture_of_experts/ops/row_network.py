@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.permutation import Permutation
-from mixture_of_experts.dispatch.permute import sum_rows
+from mixture_of_experts.dispatch.rows import sum_rows
 from mixture_of_experts.ops.activations import KNOWN_ACTIVATIONS
 from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
 from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
@@ -32,7 +32,8 @@ class RowLayout:
 
     - `gather_rows(x)`: rows `(r, p)` of tokens `(t, p)`.
     - `multiply_rows(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
-    - `sum_products(pairs)`: the sum of `multiply_rows` over pairs (x, weight), stored in `totals` for `combine_rows`.
+    - `sum_products(pairs)`: the sum of `multiply_rows` over pairs (x, weight), stored in `row_totals` for
+    `combine_rows`.
     - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
     - `outer_products(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an
       expert without rows. `out` is memory for it, if `gradients` returns any.
@@ -40,7 +41,7 @@ class RowLayout:
     - `combine_rows()`: each token's weighted sum `(t, o)` of the totals; that of the base class is for expert choice.
     """
 
-    totals: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
+    row_totals: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
 
     def __init__(self, permutation: Permutation, chunks: Sequence[Any] = (None,)) -> None:
         self.permutation: Permutation = permutation
@@ -72,7 +73,7 @@ class RowLayout:
     def combine_rows(self) -> Tensor:
         permutation = self.permutation
         return sum_rows(
-            self.totals[: permutation.num_rows],
+            self.row_totals[: permutation.num_rows],
             permutation.row_weight(),
             permutation.token,
             permutation.row,
@@ -126,10 +127,10 @@ def backward_rows(
 def run_network(layout: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
     """Compute the totals of outputs; return the pre-activations, a tensor for each weight of `w_in`. Without `save` it
     returns none, so that the hidden layer may overwrite them."""
-    tokens = layout.gather_rows(x)
+    rows = layout.gather_rows(x)
     pre = []
     for w, b in zip(network.w_in, network.b_in, strict=True):
-        pre.append(layout.multiply_rows(tokens, w))
+        pre.append(layout.multiply_rows(rows, w))
         if b is not None:
             layout.add_bias(pre[-1], b)
     parts = network.projections(pre)
@@ -211,5 +212,5 @@ def _compute_input_weight_gradients(
     named = {name: part for name, part in zip(W_IN_NAMES, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}
-    tokens = layout.gather_rows(x).mul_(scale)
-    return {name: layout.outer_products(tokens, part, memory.get(name)) for name, part in named.items()}
+    rows = layout.gather_rows(x).mul_(scale)
+    return {name: layout.outer_products(rows, part, memory.get(name)) for name, part in named.items()}

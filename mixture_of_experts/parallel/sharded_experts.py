@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.dispatch.permutation import permute_to_slots, permute_without_gaps
-from mixture_of_experts.dispatch.permute import combine, dispatch
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.ops.network import get_operand_dtype
 from mixture_of_experts.parallel.exchange import exchange_rows, exchange_slots
@@ -42,7 +42,7 @@ class ShardedExperts(nn.Module):
         return SEVERAL_BATCHES
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
-        """Map tokens `(t, d)` with a assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
+        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
 
         All ranks of the mesh must call it together. Rows are exchanged if the call is dropless and the experts accept
         rows, else slots. This does not depend on the batch, which differs between ranks.

@@ -16,7 +16,7 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.dispatch.permutation import permute_without_gaps
-from mixture_of_experts.dispatch.permute import combine, dispatch
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.parallel.exchange import Channel, exchange_rows
 
 EP_IMPLEMENTATION_NAME = "mixture_of_experts"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.assignments import Assignments, join_groups
 from mixture_of_experts.dispatch.permutation import permute_without_gaps
-from mixture_of_experts.dispatch.permute import dispatch
 from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.dispatch.rows import dispatch
 from mixture_of_experts.huggingface.pruning.slicing import get_layer
 from mixture_of_experts.huggingface.replacement.dense_ffn import eval_mode
 from mixture_of_experts.support.attachments import Attachments

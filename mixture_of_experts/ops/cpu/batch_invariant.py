@@ -27,7 +27,7 @@ def unsupported_reason(call: Call) -> str | None:
         return "experts choose tokens, so a token's experts depend on the other tokens"
     if not call.assignments.dropless:
         return "a limited capacity drops a token's choice because of other tokens: set the capacity factors to None"
-    if call.assignments.outer_slot is not None:
+    if call.assignments.slot_of_outer_choice is not None:
         return "of two levels the first may drop tokens: take one level"
     return None
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.dispatch.permutation import Permutation, permute_with_padding
-from mixture_of_experts.dispatch.permute import sum_rows
+from mixture_of_experts.dispatch.rows import sum_rows
 from mixture_of_experts.ops import autograd, row_network
 from mixture_of_experts.ops.batched import SlotLayout
 from mixture_of_experts.ops.cpu.batches import MAX_CHUNK_BYTES, ExpertBatch, make_batches, make_chunks
@@ -49,7 +49,7 @@ def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     permutation, chunks = permute_to_chunks(call.assignments, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
-    layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout
+    layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout  # without chunks there are no rows
     pair = (
         partial(row_network.forward_rows, layout, row_functions),
         partial(row_network.backward_rows, layout, row_functions),
@@ -72,6 +72,7 @@ def permute_to_chunks(
     max_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
 
     def pad(needed: Tensor) -> tuple[Tensor, int]:
+        """Pad each expert's rows to those of its batch; add the chunks to `chunks`."""
         counts = [-(-count // row_multiple) * row_multiple for count in needed.tolist()]
         batches = make_batches(counts, row_work, threads, max_rows)
         padded = [0] * len(counts)
@@ -88,14 +89,14 @@ class ChunkLayout(row_network.RowLayout):
 
     Attributes:
         blocks: how many rows are computed at a time; None for all.
-        tokens: `(r,)`, the token of each row; any token for an empty row.
+        token_of_row: `(r,)`, the token of each row; any token for an empty row.
         empty: `(r,)`, whether each row is empty.
         here, token, padding: the rows of the current chunk, their tokens, and the empty ones among them.
         chunk, sizes: the batches of the current chunk, and the number of rows of each.
     """
 
     blocks: RowBlocking | None
-    tokens: Tensor
+    token_of_row: Tensor
     empty: Tensor
     here: slice
     token: Tensor
@@ -106,12 +107,12 @@ class ChunkLayout(row_network.RowLayout):
     def __init__(self, chunks: list[list[ExpertBatch]], blocks: RowBlocking | None, permutation: Permutation) -> None:
         super().__init__(permutation, chunks)
         self.blocks = blocks
-        self.tokens = permutation.token.clamp(max=permutation.num_tokens - 1)
+        self.token_of_row = permutation.token.clamp(max=permutation.num_tokens - 1)
         self.empty = permutation.token == permutation.num_tokens
 
     def enter_chunk(self, chunk: list[ExpertBatch]) -> None:
         self.here = slice(chunk[0].start, chunk[-1].stop)
-        self.token, self.padding = self.tokens[self.here], self.empty[self.here].nonzero().squeeze(-1)
+        self.token, self.padding = self.token_of_row[self.here], self.empty[self.here].nonzero().squeeze(-1)
         self.chunk, self.sizes = chunk, [batch.stop - batch.start for batch in chunk]
 
     def select_chunk(self, values: Tensor) -> Tensor:
@@ -160,11 +161,11 @@ class ChunkLayout(row_network.RowLayout):
             yield from ((part, matrix, result) for part, result in zip(*parts, strict=True))
 
     def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        if self.totals is None:
+        if self.row_totals is None:
             x, weight = pairs[0]
-            self.totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
-            self.totals[-1:].zero_()
-        y = self.totals[self.here]
+            self.row_totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
+            self.row_totals[-1:].zero_()
+        y = self.row_totals[self.here]
         for i, (x, weight) in enumerate(pairs):
             self.multiply_rows(x, weight, y, add=i > 0)
         return y
@@ -203,6 +204,6 @@ class ChunkLayout(row_network.RowLayout):
             permutation.num_tokens, permutation.k
         )  # else `embedding_bag` prepares a backward
         row = permutation.row.view(weight.shape)
-        if self.totals.dtype != weight.dtype:
-            return sum_rows(self.totals[:-1], weight, row, row, permutation.k, permutation.num_tokens)
-        return F.embedding_bag(row, self.totals, per_sample_weights=weight, mode="sum")
+        if self.row_totals.dtype != weight.dtype:
+            return sum_rows(self.row_totals[:-1], weight, row, row, permutation.k, permutation.num_tokens)
+        return F.embedding_bag(row, self.row_totals, per_sample_weights=weight, mode="sum")

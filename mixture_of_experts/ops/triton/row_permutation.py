@@ -38,14 +38,14 @@ def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED
     An assignment of weight 0 that occupies a slot has a row with a token, although the row is never read. And there are
     no more rows than slots. Up to `max_compared` assignments need no queues: each counts those before it.
     """
-    k, e, rows = assignments.k, math.prod(assignments.num_experts), count_permuted_rows(assignments, max_compared)
+    k, e, rows = assignments.k, math.prod(assignments.expert_dims), count_permuted_rows(assignments, max_compared)
     assert k is not None
     if uses_comparison(assignments, max_compared):
         made = triton_few_plan(assignments.expert, assignments.kept, e, k)
     else:
         made = triton_plan(*queued_choices(assignments), e, k, rows)
     row, assignment, token, rows_per_expert = made
-    sizes = (k, assignments.num_tokens, rows, assignments.num_experts)
+    sizes = (k, assignments.num_tokens, rows, assignments.expert_dims)
     return Permutation(row, assignment, assignments.weight, token, rows_per_expert, *sizes)
 
 
@@ -58,13 +58,13 @@ def queued_choices(
     routing, k = assignments.routing, assignments.k
     assert k is not None
     if routing is None:  # all tokens are one group
-        queue, position, length = assignments.find_queues()
-        sizes = (assignments.num_tokens, k, math.prod(assignments.num_experts))
+        queue, position, length = assignments.locate()
+        sizes = (assignments.num_tokens, k, math.prod(assignments.expert_dims))
         return queue, position, assignments.kept, assignments.kept, length, None, *sizes
     assert routing.k is not None
     flat = (values.flatten() for values in (routing.expert, routing.position, routing.sent, routing.kept))
     sizes = (routing.num_tokens, routing.k, routing.num_experts)
-    return *flat, count_queue_rows(routing), assignments.outer_slot, *sizes  # type: ignore[return-value]
+    return *flat, count_queue_rows(routing), assignments.slot_of_outer_choice, *sizes  # type: ignore[return-value]
 
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())

@@ -213,7 +213,7 @@ def compute_by_operators(call: Call) -> dict[str, Tensor]:
         return tensor.detach().float().requires_grad_()
 
     given, x, weight, network = call.assignments, leaf(call.x), leaf(call.assignments.weight), call.network.map(leaf)
-    sizes = dict(k=given.k, num_tokens=given.num_tokens, num_experts=given.num_experts)
+    sizes = dict(k=given.k, num_tokens=given.num_tokens, expert_dims=given.expert_dims)
     assignments = Assignments(given.expert, weight, given.kept, given.kept, **sizes)  # type: ignore[arg-type]
     out, leaves = batched.run(Call(x, assignments, network, True)), {"x": x, "weights": weight, **network.tensors()}
     grads = torch.autograd.grad(out, list(leaves.values()), draw_output_gradient(out, call.x.dtype))

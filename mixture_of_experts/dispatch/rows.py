@@ -3,7 +3,8 @@
 Axes: t tokens of the whole call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
 Both directions, forward and backward, are gathers by the tables of a `Permutation`. No two writes meet, so every run
-gives the same bits. On a CPU, plain feed-forward experts move tokens chunk by chunk by themselves (`ops/cpu`).
+gives the same bits. Experts that `ops` computes do not call these functions: most implementations
+gather and combine by themselves.
 """
 
 from __future__ import annotations
