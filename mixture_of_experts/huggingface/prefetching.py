@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.huggingface.feed_forward import get_named_tensors
 from mixture_of_experts.quantize import QuantizedExperts
@@ -89,10 +89,11 @@ def find_mapped_stacks(model: nn.Module) -> dict[Any, list[str]]:
 
 def prefetch_chosen(names: list[str], advise: Callable[..., int], experts: Any, args: Any, kwargs: Any = None) -> None:
     """Forward pre-hook of experts: ask the system to read the weights of the chosen ones."""
-    decision = args[1] if len(args) > 1 else (kwargs or {}).get("decision")
-    if not isinstance(decision, Decision) or not is_host_readable(args[0]):
+    found = (given for given in (*args, *(kwargs or {}).values()) if isinstance(given, Assignments))
+    assignments = next(found, None)
+    if assignments is None or not is_host_readable(assignments.weight):
         return
-    chosen = {*decision.expert[decision.kept].tolist()}
+    chosen = {*assignments.expert[assignments.kept].tolist()}
     for name in names:
         weight = getattr(experts, name)
         weight = weight.flatten(0, len(experts.expert_dims) - 1)

@@ -105,7 +105,7 @@ def read(file: Path) -> str:
 
 
 @contextmanager
-def limit_memory(size: int) -> Iterator[Callable[[], None]]:
+def limit_memory(size: int) -> Iterator[Callable[[], object]]:
     """A cgroup of this process's own that has no more memory than that. It yields a function that puts the process that
     calls it there, such as a `preexec_fn`. Pages of files that it reads count, and are dropped when memory is short."""
     found = find_memory_cgroup()
@@ -114,7 +114,7 @@ def limit_memory(size: int) -> Iterator[Callable[[], None]]:
     folder.mkdir()
     try:
         (folder / file).write_text(str(size))
-        yield lambda: (folder / "cgroup.procs").write_text(str(os.getpid())) and None
+        yield lambda: (folder / "cgroup.procs").write_text(str(os.getpid()))
     finally:
         folder.rmdir()
 
