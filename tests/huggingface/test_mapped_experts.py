@@ -84,8 +84,9 @@ def test_runs_within_a_limit(name, folder, measured):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIMITS)
 def test_bytes_read_for_a_token_are_those_of_the_chosen_experts(name, measured):
-    """And those of attention and embeddings, which the first token reads and which are not measured."""
-    assert measured(name).megabytes <= 1.1 * measured(name).chosen_megabytes, measured(name)
+    """Of the experts' files: what comes into the page cache. Tokens may choose experts that are there."""
+    found = measured(name)
+    assert 0 < found.cached_megabytes <= 1.1 * found.chosen_megabytes, found
 
 
 def load_mapped(folder: Path, bits: int | None = None) -> Any:

@@ -10,7 +10,9 @@ folder is removed at the end. `measure` does one such run, in a process of its o
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -39,8 +41,9 @@ class Measured(NamedTuple):
     trained: float  # after two steps of LoRA
     tokens: list[int]
     loss: float  # of the last step
-    milliseconds: float  # per generated token, without the first
-    megabytes: float  # read from disk per generated token, without the first
+    milliseconds: float  # per generated token
+    megabytes: float  # that the process read from disk per generated token, programs included
+    cached_megabytes: float  # of experts that came into the page cache per generated token
     chosen_megabytes: float  # of the experts that a token chooses
     prompt_seconds: float
     step_seconds: float
@@ -142,16 +145,32 @@ def anonymous() -> float:
     return read_megabytes("/proc/self/smaps_rollup", "Anonymous", 1024)
 
 
-def generate(model: Any, number: int, cold: Path | None) -> tuple[list[int], float, float]:
-    """Greedy tokens after a prompt of one, milliseconds and megabytes read for each but the first."""
+def count_cached(tensors: list[Any]) -> float:
+    """Megabytes of the pages of mapped tensors that are in the page cache."""
+    libc, total = ctypes.CDLL(None), 0
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    for tensor in tensors:
+        start = tensor.data_ptr() - tensor.data_ptr() % mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        pages = bytearray(-(-length // mmap.PAGESIZE))
+        failed = libc.mincore(start, length, (ctypes.c_char * len(pages)).from_buffer(pages))
+        assert not failed
+        total += sum(page & 1 for page in pages) * mmap.PAGESIZE
+    return total / 1e6
+
+
+def generate(model: Any, number: int, folder: Path, experts: list[Any]) -> tuple[list[int], list[float]]:
+    """Greedy tokens after a prompt of one, and for each of them milliseconds, and megabytes read and cached. Attention
+    and embeddings were read before."""
     prompt = torch.tensor([[5]])
     model.generate(prompt, max_new_tokens=1)
-    if cold is not None:
-        drop_from_page_cache(cold)
-    start, before = time.perf_counter(), read_megabytes("/proc/self/io", "read_bytes", 1)
+    drop_from_page_cache(folder)
+    cached, before = count_cached(experts), read_megabytes("/proc/self/io", "read_bytes", 1)
+    start = time.perf_counter()
     tokens = model.generate(prompt, max_new_tokens=number, min_new_tokens=number, do_sample=False)[0].tolist()
     seconds = time.perf_counter() - start
-    return tokens, 1e3 * seconds / number, (read_megabytes("/proc/self/io", "read_bytes", 1) - before) / number
+    read = read_megabytes("/proc/self/io", "read_bytes", 1) - before
+    return tokens, [1e3 * seconds / number, read / number, (count_cached(experts) - cached) / number]
 
 
 def run_model(
@@ -168,8 +187,10 @@ def run_model(
     start = anonymous()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
     marks = [anonymous() - start]
+    layers = find_feed_forwards(model)
+    experts = [tensor for layer in layers for tensor in (*layer.moe.experts.parameters(), *layer.moe.experts.buffers())]
     with prefetch_experts(model) if prefetch else nullcontext():
-        found, milliseconds, megabytes = generate(model, tokens, folder)
+        found, times = generate(model, tokens, folder, experts)
     marks.append(anonymous() - start)
     ids = torch.arange(prompt).mul(7).remainder(200).add(10).unsqueeze(0)
     clock = time.perf_counter()
@@ -178,9 +199,8 @@ def run_model(
     prompt_seconds = time.perf_counter() - clock
     marks.append(anonymous() - start)
 
-    moe = find_feed_forwards(model)[0].moe
-    tensors = [*moe.experts.parameters(), *moe.experts.buffers()]
-    chosen = sum(t.nbytes for t in tensors) * moe.gate.k / moe.num_experts * len(find_feed_forwards(model)) / 1e6
+    moe = layers[0].moe
+    chosen = sum(tensor.nbytes for tensor in experts) * moe.gate.k / moe.num_experts / 1e6
     targets: Any = dict(target_modules=["q_proj", "v_proj"] if lora == "attention" else [])
     targets["target_parameters"] = EXPERTS if lora == "experts" else None
     hidden = isinstance(moe.experts, QuantizedExperts) and lora == "experts"
@@ -197,7 +217,7 @@ def run_model(
         optimizer.zero_grad()
     step_seconds = (time.perf_counter() - clock) / 2
     marks.append(anonymous() - start)
-    times = (milliseconds, megabytes, chosen, prompt_seconds, step_seconds)
+    times += [chosen, prompt_seconds, step_seconds]
     return Measured(*[round(mark, 1) for mark in marks], found, loss.item(), *[round(each, 3) for each in times])
 
 
