@@ -85,7 +85,7 @@ def test_runs_within_a_limit(name, folder, measured):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LIMITS)
 def test_bytes_read_for_a_token_are_those_of_the_chosen_experts(name, measured):
-    """Of the experts' files: what comes into the page cache, in whole pages. Tokens may choose experts that are there."""
+    """What comes into the page cache, in whole pages. Tokens may choose experts that are there."""
     found, tensors = measured(name), {"32": 3, "16": 3, "8": 6, "4": 9}[name]
     parts = 6 * 2 * tensors  # of layers and choices
     assert 0 < found.cached_megabytes <= found.chosen_megabytes + 2 * parts * mmap.PAGESIZE / 1e6, found
