@@ -127,7 +127,7 @@ def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, with experts of either contract."""
     inner: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
-    )  # some wrappers of PEFT hide attributes
+    )  # some adapters hide attributes
     dim_out = getattr(inner, "dim_out", None)
     if not reads_decisions(experts):
         reject_batch_invariance(f"{type(experts).__name__} compute slots")

@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 
 # A room is a file or a folder of the package's root; "" is the root itself. A room imports from those before it.
 LAYER_ORDER = [
+    "providers",
     "support",
     "kernels",
     "dispatch",
@@ -37,8 +38,8 @@ LAYER_ORDER = [
     "stats",
     "parallel",
     "replay",
-    "huggingface",
     "verify",
+    "huggingface",  # the others ask `providers`
 ]
 # Names that several modules define, because the modules implement one interface.
 SHARED_NAMES = {

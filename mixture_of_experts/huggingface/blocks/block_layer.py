@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import HashGating, RouterLogits, TopKGating
 from mixture_of_experts.gating.steps import LearnedScale
+from mixture_of_experts.huggingface.blocks.block_classes import BLOCK_ATTRIBUTES
+from mixture_of_experts.huggingface.blocks.block_settings import BlockSettings, find_attribute
 from mixture_of_experts.huggingface.feed_forward import get_named_tensors
 from mixture_of_experts.huggingface.replacement.dense_ffn import read_activation, split_gate_up
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
-from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, Recipe
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute
 from mixture_of_experts.wrappers import (
     GatedSharedExpert,
     InputWeightedExperts,
@@ -42,9 +42,9 @@ class ParsedBlock(BlockSettings):
             unchanged. Other weights are on the meta device.
     """
 
-    def __init__(self, block: nn.Module, recipe: Recipe, balance_over: Any = "batch", **coefs: Any) -> None:
+    def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:
         super().__init__(block, recipe)
-        self.experts: Any = self.read_attribute("experts")
+        self.block_experts: Any = self.read_attribute("experts")
         with torch.device("meta"):  # copied weights need no initialization
             gate = self.make_gate(balance_over)
             self.stack: Any = self.make_stack()
@@ -54,7 +54,7 @@ class ParsedBlock(BlockSettings):
     # the layer
 
     def make_gate(self, balance_over: Any) -> Any:
-        e, settings, kind = self.num_experts, self.gate_arguments(), self.recipe.gate_class
+        e, settings, kind = self.num_weighted_experts, self.gate_arguments(), self.recipe.gate_class
         if self.recipe.logits is not None:
             settings["logits"] = RouterLogits(self.dim, e, **self.logits_arguments())
         if self.has_router_network:
@@ -79,7 +79,7 @@ class ParsedBlock(BlockSettings):
 
     def make_expert_activation(self) -> Any:
         """The activation of the stacked experts."""
-        experts = self.experts
+        experts = self.block_experts
         limit, alpha = (
             find_attribute(experts, *BLOCK_ATTRIBUTES["limit"]),
             find_attribute(experts, *BLOCK_ATTRIBUTES["alpha"]),
@@ -90,7 +90,7 @@ class ParsedBlock(BlockSettings):
             return act if not one.dropout.p else nn.Sequential(act, copy.deepcopy(one.dropout))
         if alpha is not None:
             return ClampedSwiGLU(alpha, limit)
-        activation_path = self.recipe.block_attributes.get("activation", "experts.act_fn")
+        activation_path = self.expert_attributes.get("activation", "experts.act_fn")
         act = find_attribute(self.module, activation_path, "experts.mlp.activation_fn")
         act = nn.SiLU() if act is None else read_activation(act)
         if limit is not None:
@@ -99,11 +99,11 @@ class ParsedBlock(BlockSettings):
 
     def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
         """The experts with their wrappers, and the shared expert if it is not part of them."""
-        if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
+        if (norm := find_attribute(self.block_experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
         if self.recipe.apply_router_weight_on_input:
             experts = InputWeightedExperts(experts)
-        num_identity = find_attribute(self.experts, "zero_expert_num") or 0
+        num_identity = find_attribute(self.block_experts, "zero_expert_num") or 0
         if num_identity or self.recipe.zero:
             experts = ZeroComputationExperts(experts, num_identity=num_identity, num_zero=self.recipe.zero)
         parts: dict[str, Any] = dict(
@@ -166,7 +166,7 @@ class ParsedBlock(BlockSettings):
 
     def get_expert_weights(self) -> dict[str, WeightViews]:
         """The weights of the stacked experts, by name."""
-        experts = self.experts
+        experts = self.block_experts
         if isinstance(experts, nn.ModuleDict):
             networks: Any = experts.values()
             return {
@@ -185,7 +185,7 @@ class ParsedBlock(BlockSettings):
         return found
 
     def get_stacked_weights(self) -> dict[str, WeightViews]:
-        experts, keeps = self.experts, self.recipe.block_attributes
+        experts, keeps = self.block_experts, self.expert_attributes
         gate_up = find_attribute(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
         first = experts.up_proj if gate_up is None else gate_up
         down = find_attribute(self.module, keeps.get("down", "experts.down_proj"))
