@@ -167,6 +167,7 @@ def test_package_root_is_small():
         ("gating.topk", "from ..stats.records import Record", "gating.topk imports stats.records"),
         ("", "from mixture_of_experts import parallel", "the root imports parallel"),
         ("stats", "from mixture_of_experts.replay import record_routing", "stats imports replay"),
+        ("verify", "from mixture_of_experts.huggingface import upcycle", "verify imports huggingface"),
         ("newroom", "", "newroom has no place in the order"),
     ],
 )
