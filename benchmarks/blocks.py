@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_device import Device, Shape
 from benchmarks.results_file import describe_exception
-from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import self_check
 from mixture_of_experts.ops.triton.schedule import Schedule, WeightBlockSizes
@@ -100,8 +100,8 @@ def make_step(shape: Shape, mean_rows: int, device: Device, training: bool) -> C
     sizes = [(shape.e, shape.d, shape.h)] * 2 + [(shape.e, shape.h, shape.d)]
     w1, w3, w2 = (torch.randn(size, **options).mul_(size[1] ** -0.5).requires_grad_(training) for size in sizes)
     expert = torch.rand(t, shape.e, device=device.name).topk(shape.k).indices
-    decision = decision_on(expert, torch.full(expert.shape, 1 / shape.k, device=device.name), shape.e)
-    call = Call(x.requires_grad_(training), decision, Network((w1, w3), w2, nn.SiLU(), (None, None)), training)
+    assignments = assign_experts(expert, torch.full(expert.shape, 1 / shape.k, device=device.name), shape.e)
+    call = Call(x.requires_grad_(training), assignments, Network((w1, w3), w2, nn.SiLU(), (None, None)), training)
     leaves = [x, w1, w3, w2]
 
     def step() -> Any:

@@ -21,7 +21,7 @@ from benchmarks import blocks, gpu
 from benchmarks.gpu_device import Device, Shape
 from benchmarks.results_file import Tasks
 from mixture_of_experts import Top2Gating, TopKGating, ops
-from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.dispatch.queues import queue_up
 from mixture_of_experts.ops.triton import schedule, self_check
 from mixture_of_experts.ops.triton.network_spec import NetworkSpec
@@ -94,7 +94,7 @@ def check_kernels(device: Device, kinds: Callable[[Device], Iterator[tuple[str, 
     def launches(kind: CallKind, entries: Any, entry: Any) -> list[blocks.Launch]:
         call = self_check.make_call(kind, *self_check.find_call_size(entries, entry))
         return blocks.record_launches(
-            lambda: (self_check.compute_by_kernels(call, kind), self_check.are_plans_equal(call.decision))
+            lambda: (self_check.compute_by_kernels(call, kind), self_check.are_permutations_equal(call.assignments))
         )
 
     checks = {
@@ -224,15 +224,19 @@ def gates(device: Device, shape: Shape, tokens: int, training: bool = True) -> t
 
 
 def plans(device: Device, shape: Shape, number: int, kernel: str) -> tuple[Callable[[], Any], ...]:
-    """The plan of some assignments: without queues and with them, with queues and by torch; or the queues alone."""
-    from mixture_of_experts.ops.triton.row_plan import plan_of
+    """The permutation of some assignments: without queues and with them, with queues and by torch; or the queues
+    alone."""
+    from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
     expert = torch.randint(shape.e, (number // shape.k, shape.k), device=device.name)
-    decision = decision_on(expert, torch.ones(expert.shape, device=device.name), shape.e)
+    assignments = assign_experts(expert, torch.ones(expert.shape, device=device.name), shape.e)
     queues = partial(queue_up, expert.flatten(), None, shape.e, shape.k, "token")
-    by_queues = run_by_implementation("triton", partial(plan_of, decision, 0))
+    by_queues = run_by_implementation("triton", partial(permute_by_kernel, assignments, 0))
     return {
-        "rank_rows_kernel": (run_by_implementation("triton", partial(plan_of, decision, number)), by_queues),
-        "find_rows_kernel": (by_queues, run_by_implementation("batched", decision.without_gaps)),
+        "rank_rows_kernel": (
+            run_by_implementation("triton", partial(permute_by_kernel, assignments, number)),
+            by_queues,
+        ),
+        "find_rows_kernel": (by_queues, run_by_implementation("batched", assignments.without_gaps)),
         "queueing.py": (run_by_implementation("triton", queues), run_by_implementation("batched", queues)),
     }[kernel]

@@ -172,7 +172,7 @@ def draw_padding() -> Figure:
     mask = torch.tensor([[word != "pad" for word in words]])
     routing = route(words, factor=None, mask=mask)
     choices, left, step = [c for c in choices_of(routing) if mask[0, c.token]], 12.0, 11.0
-    assert int(routing.chosen.sum()) == len(choices) == 2 * int(mask.sum())
+    assert int(routing.sent.sum()) == len(choices) == 2 * int(mask.sum())
     figure, ax = canvas(35)
     for text, y in (("tokens", 31.5), ("mask", 25.5), ("experts", 16.6), ("output", 5.0)):
         say(ax, 10.4, y, text, ha="right", weight="bold", fontsize=10.5)
@@ -201,7 +201,7 @@ def draw_balance() -> Figure:
         with torch.no_grad():
             gate.w_gating.copy_(torch.eye(e))
             routing = gate(strength * favour + torch.randn(1, 4096, e))
-        load = (routing.queued[0] / (4096 * k / e)).tolist()
+        load = (routing.queue_length[0] / (4096 * k / e)).tolist()
         ax.bar(range(1, e + 1), load, color=HUES[0], width=0.8)
         ax.axhline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
         ax.set_title(f"{title}: loss {routing.balance_loss.item():.2f}", fontsize=11, color=INK)

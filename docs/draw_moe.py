@@ -69,7 +69,7 @@ def route() -> tuple[torch.Tensor, list[Choice], int]:
 
 def choices_of(routing: Routing) -> list[Choice]:
     """What a gate that sends two choices a token decided of its only group."""
-    fields = (routing.token, routing.expert, routing.slot, routing.kept, routing.weight)
+    fields = (routing.token, routing.expert, routing.position, routing.kept, routing.weight)
     choices = []
     for token, expert, slot, kept, weight in zip(*(f[0].tolist() for f in fields), strict=True):
         rank = int(expert != routing.probs[0, token].argmax())

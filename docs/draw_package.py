@@ -51,13 +51,13 @@ def draw_package() -> Figure:
 
 # Of a token's way: what is there, of which shape, and the function that makes the next of it
 WAY = (
-    ("inputs", "(..., n, d)", "mask_and_group", GREY),
-    ("groups", "(b, n, d)", "the gate: decide(tokens)", GREY),
-    ("Choices", "expert, weight, probs: k of a token", "queue_up, capacity", ORANGE),
-    ("Routing", "assignments of each group, losses", "decision_of (of two levels: compose)", PINK),
-    ("Decision", "assignments of the call, (t k,)", "routed_ffn selects by unsupported_reason(call)", PINK),
-    ("Call", "tokens, Decision, Network", "the implementation lays out rows, and gathers", GREEN),
-    ("Plan, rows", "(r, d), sorted by expert or in slots", "the experts' products", GREEN),
+    ("inputs", "(..., n, d)", "mask_and_group, Gate.read", GREY),
+    ("Tokens", "groups (b, n, d), mask", "the gate: decide(tokens)", ORANGE),
+    ("Choices", "expert, weight, probs: k of a token", "route: masks, capacity, queue_up", ORANGE),
+    ("Routing", "assignments of each group, losses", "join_groups; join_levels for two levels", PINK),
+    ("Assignments", "assignments of the call, (t k,)", "routed_ffn selects by unsupported_reason(call)", PINK),
+    ("Call", "tokens, Assignments, Network", "the implementation lays out rows, and gathers", GREEN),
+    ("Permutation, rows", "(r, d), sorted by expert", "the experts' products", GREEN),
     ("rows", "(r, d)", "combine: each token's weighted sum", GREEN),
     ("outputs of tokens", "(t, d)", "ungroup_and_add_shared", GREY),
     ("out, aux_loss", "(..., n, d), a scalar", "", BLUE),

@@ -4,7 +4,7 @@ Axes: e experts (one or two dimensions, `*e`), t tokens, s slots of an expert, r
 h hidden dim, o dim of the outputs.
 
 1. *Slots*, for any module: `experts(slots)` maps `(*e, s, d)` to the same shape.
-2. *Tokens*, for `RoutedExperts`: `experts(x, decision)` maps the tokens `(t, d)` of a whole call to tokens `(t, o)`.
+2. *Tokens*, for `RoutedExperts`: `experts(x, assignments)` maps the tokens `(t, d)` of a whole call to tokens `(t, o)`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import combine, dispatch
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import (
+    Permutation,
+    permute_to_slots,
+    permute_with_padding,
+    permute_without_gaps,
+)
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.ops import routed_ffn
 from mixture_of_experts.ops.activations import (
     ActivationLike,
@@ -52,12 +57,12 @@ MAX_SLOTS_PER_CHOICE = 4  # slots for each choice; calls with more get a warning
 
 
 class RoutedExperts(nn.Module):
-    """Base class of experts that read the tokens of a whole call and the gates' `Decision`.
+    """Base class of experts that read the tokens of a whole call and the gates' `Assignments`.
 
     A subclass implements `compute`, which maps rows sorted by expert to the same number of rows. There is no padding
     between them, and results of rows after the last expert's are not read. Outputs of another width need an attribute
     `dim_out`. The base class does the rest: dispatch, combine, capacity and levels. A subclass whose `forward` has no
-    argument `decision` reads slots instead, like any other module.
+    argument `assignments` reads slots instead, like any other module.
 
     Example:
         >>> import torch
@@ -77,7 +82,7 @@ class RoutedExperts(nn.Module):
         torch.Size([2, 10, 16])
     """
 
-    reads_decisions: ClassVar[bool] = True
+    reads_assignments: ClassVar[bool] = True
     allocates_outputs: ClassVar[bool] = (
         True  #: whether outputs never share memory with the tokens: true of this package's
     )
@@ -85,24 +90,25 @@ class RoutedExperts(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.reads_decisions = binds_decision(cls.forward)
+        cls.reads_assignments = binds_assignments(cls.forward)
         cls.allocates_outputs = is_package_class(next(base for base in cls.__mro__ if "forward" in base.__dict__))
 
     def variant_reason(self) -> str | None:
         """Why a token's output may have other bits in another batch under `ops.use("batch_invariant")`; None if not."""
         return f"{type(self).__name__} compute rows by themselves: take Experts or GatedExperts"
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`."""
-        if decision is None:
+    def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
+        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s,
+        o)`."""
+        if assignments is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
             return unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
         reject_batch_invariance(f"{type(self).__name__} compute rows by themselves")
-        plan = decision.without_gaps()
-        assert plan.rows_per_expert is not None
-        rows = dispatch(x, plan)
-        return combine(self._compute_rows(rows, plan.rows_per_expert), plan)
+        permutation = permute_without_gaps(assignments)
+        assert permutation.rows_per_expert is not None
+        rows = dispatch(x, permutation)
+        return combine(self._compute_rows(rows, permutation.rows_per_expert), permutation)
 
     def _compute_rows(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         out = self.compute(rows, num_tokens_per_expert)
@@ -123,52 +129,54 @@ class RoutedExperts(nn.Module):
         )
 
 
-def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
+def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, with experts of either contract."""
-    inner: Any = (
+    unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
     )  # some adapters hide attributes
-    dim_out = getattr(inner, "dim_out", None)
-    if not reads_decisions(experts):
+    dim_out = getattr(unwrapped, "dim_out", None)
+    if not reads_assignments(experts):
         reject_batch_invariance(f"{type(experts).__name__} compute slots")
-        return run_experts_on_slots(experts, x, decision, dim_out)
+        return run_experts_on_slots(experts, x, assignments, dim_out)
     wanted = (x.shape[0], dim_out or x.shape[1])
-    out = check_result(type(experts).__name__, experts(x, decision), wanted, DIM_OUT_HINT)
-    return out if inner.allocates_outputs else out.clone()  # which may share memory with x
+    out = check_result(type(experts).__name__, experts(x, assignments), wanted, DIM_OUT_HINT)
+    return out if unwrapped.allocates_outputs else out.clone()  # which may share memory with x
 
 
-def binds_decision(forward: Callable) -> bool:
-    """Whether a forward `(self, x, ...)` accepts `decision` as its second argument, by name or with `*args`."""
+def binds_assignments(forward: Callable) -> bool:
+    """Whether a forward `(self, x, ...)` accepts `assignments` as its second argument, by name or with `*args`."""
     of_self, *parameters = inspect.signature(forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in (of_self, *parameters)):
         return True
     second = parameters[1] if len(parameters) > 1 else None
-    if second is not None and second.name == "decision" and second.kind is not second.KEYWORD_ONLY:
+    if second is not None and second.name == "assignments" and second.kind is not second.KEYWORD_ONLY:
         return True
-    if any(parameter.name == "decision" for parameter in parameters):
-        raise TypeError(f"{forward.__qualname__} must take decision as its second argument: forward(self, x, decision)")
+    if any(parameter.name == "assignments" for parameter in parameters):
+        raise TypeError(
+            f"{forward.__qualname__} must take assignments as its second argument: forward(self, x, assignments)"
+        )
     return False
 
 
-def reads_decisions(experts: nn.Module) -> bool:
-    """Whether a module, or the module that it wraps, accepts tokens and a decision."""
+def reads_assignments(experts: nn.Module) -> bool:
+    """Whether a module, or the module that it wraps, accepts tokens and assignments."""
     while not isinstance(experts, RoutedExperts):
         wrapped = get_wrapped_module(experts)
-        if wrapped is None or not binds_decision(type(experts).forward):  # an unknown wrapper, which reads slots
+        if wrapped is None or not binds_assignments(type(experts).forward):  # an unknown wrapper, which reads slots
             return False
         experts = wrapped
-    return experts.reads_decisions
+    return experts.reads_assignments
 
 
-def check_slot_inputs(experts: Any, x: Tensor, decision: Any) -> None:
-    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no decision is passed."""
+def check_slot_inputs(experts: Any, x: Tensor, assignments: Any) -> None:
+    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no assignments is passed."""
     wanted = (*experts.expert_dims, "s", experts.dim)
     fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
-    if decision is not None or not fits:
+    if assignments is not None or not fits:
         rest = (
             ""
-            if decision is None
-            else f" and {type(decision).__name__} (rows and num_tokens_per_expert go to `compute`)"
+            if assignments is None
+            else f" and {type(assignments).__name__} (rows and num_tokens_per_expert go to `compute`)"
         )
         raise ValueError(
             f"{type(experts).__name__} of {experts.num_experts} experts reads slots of shape "
@@ -177,33 +185,38 @@ def check_slot_inputs(experts: Any, x: Tensor, decision: Any) -> None:
 
 
 def run_experts_on_slots(
-    compute: Callable[[Tensor], Tensor], x: Tensor, decision: Decision, dim_out: int | None = None
+    compute: Callable[[Tensor], Tensor], x: Tensor, assignments: Assignments, dim_out: int | None = None
 ) -> Tensor:
     """Dispatch tokens to slots (an empty slot is zeros), compute them, and combine the results."""
-    plan = plan_dropless_slots(decision) if decision.routing is None else decision.in_slots()
-    slots = dispatch(x, plan)
-    slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
+    permutation = permute_dropless_slots(assignments) if assignments.routing is None else permute_to_slots(assignments)
+    slots = dispatch(x, permutation)
+    slots = slots.view(
+        *permutation.expert_dims, permutation.num_rows // math.prod(permutation.expert_dims), slots.shape[-1]
+    )
     out = check_result("experts", compute(slots), (*slots.shape[:-1], dim_out or slots.shape[-1]), DIM_OUT_HINT)
     # not `flatten(0, -2)`, which asks whether a dynamic length is 1
-    return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
+    return combine(out.flatten().view(permutation.num_rows, out.shape[-1]), permutation)
 
 
-def plan_dropless_slots(decision: Decision) -> Plan:
-    """The plan of a dropless call in slots. If values can be read without a sync, each expert has as many slots as the
-    fullest one needs; else as many as there are tokens, with a warning if most of them must stay empty."""
-    queue, position, length = decision.queues()
-    needed, t = decision.rows_per_expert(length), decision.num_tokens
-    if is_host_readable(needed):
-        width = max(int(needed.max()), min(t, 1))
-        return decision.with_rows(queue, position, length, torch.full_like(needed, width), len(needed) * width)
-    if has_data(needed) and len(needed) * t > MAX_SLOTS_PER_CHOICE * decision.weight.shape[0]:
+def permute_dropless_slots(assignments: Assignments) -> Permutation:
+    """The permutation of a dropless call in slots. If values can be read without a sync, each expert has as many slots
+    as the fullest one needs; else as many as there are tokens, with a warning if most of them must stay empty."""
+    t, e = assignments.num_tokens, math.prod(assignments.expert_dims)
+    if is_host_readable(assignments.kept):
+
+        def pad_to_fullest(needed: Tensor) -> tuple[Tensor, int]:
+            width = max(int(needed.max()), min(t, 1))
+            return torch.full_like(needed, width), e * width
+
+        return permute_with_padding(assignments, pad_to_fullest)
+    if has_data(assignments.kept) and e * t > MAX_SLOTS_PER_CHOICE * assignments.weight.shape[0]:
         warnings.warn(
-            f"experts that read slots get {len(needed)} x {t} of them for {decision.weight.shape[0]} choices, since "
-            "the gate drops none: set its capacity_factor_train and capacity_factor_eval (2.0: twice an even share), "
-            "or derive the experts from RoutedExperts",
+            f"experts that read slots get {e} x {t} of them for {assignments.weight.shape[0]} choices, because the "
+            "gate drops none: set its capacity_factor_train and capacity_factor_eval (2.0: twice an even share), or "
+            "derive the experts from RoutedExperts",
             stacklevel=2,
         )
-    return decision.in_slots()
+    return permute_to_slots(assignments)
 
 
 def _check_dropout(name: str, value: Any) -> float:
@@ -214,7 +227,7 @@ def _check_dropout(name: str, value: Any) -> float:
 class StackedExperts(FixedShapeModule, RoutedExperts):
     """Base class of experts with stacked weights: initialization, checks of shapes, and both contracts.
 
-    Tokens with a decision are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
+    Tokens with assignments are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
     implementation.
     """
 
@@ -268,13 +281,13 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         self.reset_parameters()
 
     def forward(
-        self, x: Tensor, decision: Decision | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
+        self, x: Tensor, assignments: Assignments | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
     ) -> Tensor:
-        """Map as `RoutedExperts` does; a wrapper may pass another `ffn`, which computes tokens with a decision."""
+        """Map as `RoutedExperts` does; a wrapper may pass another `ffn`, which computes tokens with assignments."""
         network = self._build_network()
-        if isinstance(decision, Decision):
-            return ffn(x, decision, network, training=self.training)
-        check_slot_inputs(self, x, decision)
+        if isinstance(assignments, Assignments):
+            return ffn(x, assignments, network, training=self.training)
+        check_slot_inputs(self, x, assignments)
         out = feed_forward(*cast_operands(x.flatten(0, -3), network))
         return unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -285,6 +298,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         return None if reason is None else f"{reason}: take one of the package's own, without hooks"
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        """Compute rows that a wrapper or another rank has sorted by expert; `forward` does not call it."""
         rows, network = cast_operands(rows, self._build_network())
         return feed_forward(rows, network, num_tokens_per_expert, grouped_matmul)
 
@@ -337,8 +351,8 @@ class Experts(StackedExperts):
         device, dtype: of the parameters.
 
     Shape:
-        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a decision to `(t, o)`. `w1` is `(*e, d, h)`, `w2`
-        is `(*e, h, o)`.
+        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` is `(*e, d, h)`,
+        `w2` is `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -380,7 +394,7 @@ class GatedExperts(StackedExperts):
         device, dtype: of the parameters.
 
     Shape:
-        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a decision to `(t, o)`. `w1` and `w3` are
+        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` and `w3` are
         `(*e, d, h)`, `w2` is `(*e, h, o)`.
 
     Example:
@@ -453,12 +467,12 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     def num_experts(self) -> int:
         return len(self)
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        if decision is None:
+    def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
+        if assignments is None:
             return self._run_on_slots(x.clone())  # experts may write into their input
-        if decision.dropless and has_data(x):
-            return super().forward(x, decision)
-        return run_experts_on_slots(self._run_on_slots, x, decision, self.dim_out)
+        if assignments.dropless and has_data(x):
+            return super().forward(x, assignments)
+        return run_experts_on_slots(self._run_on_slots, x, assignments, self.dim_out)
 
     def _run_on_slots(self, x: Tensor) -> Tensor:
         slots = x.flatten(0, -3)

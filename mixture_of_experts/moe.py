@@ -2,8 +2,9 @@
 
 Axes: b groups, n tokens of a group, t = b n tokens of the call, d model dim, e experts, c capacity, s slots or r rows.
 
-A gate decides which experts compute which token (`Routing`). Tokens are dispatched to rows, experts compute the rows,
-and the results are combined.
+A gate decides which experts compute which token (`Routing`). Experts receive the tokens and the call's `Assignments`.
+Stacked experts compute them with an implementation of `ops`, which chooses its own layout of rows; other experts get
+rows or slots from `dispatch`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,15 @@ from mixture_of_experts.arguments import (
     resolve_expert_grid,
     resolve_num_experts,
 )
-from mixture_of_experts.dispatch.decision import compose, decision_of, plan_slots_of
+from mixture_of_experts.dispatch.assignments import join_groups
 from mixture_of_experts.dispatch.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared, ungroup_state
+from mixture_of_experts.dispatch.permutation import permute_to_slots
 from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, get_optional_losses, get_side_inputs
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
-from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
+from mixture_of_experts.gating.levels import check_slots_have_tokens, join_levels, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
 from mixture_of_experts.ops.activations import ActivationLike
@@ -151,7 +153,7 @@ class MoE(MoEBase):
         second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: which second choices
             are made; see `Top2Gating`.
         capacity_factor_train, capacity_factor_eval: expert capacity, the slots of an expert, in units of n / e; with
-            None no token is dropped.
+            None no token is dropped. They are those of the default gate: a `gate` has its own.
         loss_coef: coefficient of the load-balancing loss in `aux_loss`.
         experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that map `(s, d)` to the same.
         min_expert_capacity: minimum number of slots of an expert for each group.
@@ -239,7 +241,7 @@ class MoE(MoEBase):
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         read = group_side_inputs(side, get_side_inputs(self.gate), mask, inputs.shape[:-1], groups) if side else {}
         routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **read))
-        out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
+        out = run_experts(self.experts, groups.flatten(0, 1), join_groups(routing))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
         return (*results, ungroup_state(routing.state, x)) if STATE in side else results
 
@@ -249,7 +251,8 @@ class HeirarchicalMoE(MoEBase):
 
     Level one sends a token to outer experts, each of which is a row of inner experts. Level two, with weights of its
     own for each outer expert, sends the token on to inner experts. A token's weight is the product of both levels'
-    weights. Tokens move once.
+    weights. Level two reads the tokens in the slots of level one; experts read them from the inputs, so no token passes
+    through both.
 
     Args:
         num_experts: `(eo, ei)`, outer and inner; by default the numbers of the gates or `experts`, else (4, 4).
@@ -343,18 +346,18 @@ class HeirarchicalMoE(MoEBase):
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         check_batch_invariant(inputs, gate_outer=self.gate_outer, gate_inner=self.gate_inner, experts=self.experts)
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        side_outer, side_inner = {}, {}
+        outer_arguments, inner_side = {}, {}
         if side:
             reads = side_inputs_of_levels(get_side_inputs(self.gate_outer), get_side_inputs(self.gate_inner))
             read = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
-            side_outer, side_inner = ({name: read[name] for name in read if name in its} for its in reads)
-        side_outer |= self.requested_losses(self.gate_outer)
-        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
-        slots = plan_slots_of(outer)
-        level_two = second_level(groups, outer, slots, self.group_size, side_inner)
+            outer_arguments, inner_side = ({name: read[name] for name in read if name in its} for its in reads)
+        outer_arguments |= self.requested_losses(self.gate_outer)
+        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **outer_arguments))
+        outer_permutation = permute_to_slots(join_groups(outer, in_slots=True))
+        level_two = second_level(groups, outer, outer_permutation, self.group_size, inner_side)
         inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
-        check_slots_have_tokens(self.gate_inner, inner, slots)
-        out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
+        check_slots_have_tokens(self.gate_inner, inner, outer_permutation)
+        out = run_experts(self.experts, groups.flatten(0, 1), join_levels(outer, outer_permutation, inner))
         results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
         return (*results, ungroup_state(outer.state, x)) if STATE in side else results
 

@@ -10,8 +10,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision, decision_on, of_first_experts
-from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
+from mixture_of_experts.dispatch.assignments import Assignments, assign_experts, keep_first_experts
+from mixture_of_experts.dispatch.permutation import permute_without_gaps
+from mixture_of_experts.dispatch.rows import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
 from mixture_of_experts.support.batch_invariance import (
     call_module_batch_invariant,
@@ -110,23 +111,23 @@ class LatentExperts(ExpertsWrapper):
         reasons = (variant_reason(self.experts), *map(not_tokenwise_reason, parts))
         return next((reason for reason in reasons if reason is not None), None)
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+    def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
         inner = x if self.before is None else call_module_batch_invariant(self.before, x)
-        out = self.experts(inner) if decision is None else run_experts(self.experts, inner, decision)
+        out = self.experts(inner) if assignments is None else run_experts(self.experts, inner, assignments)
         if self.beside is not None:
             out = out + call_module_batch_invariant(self.beside, x)
         if self.after is not None:
             out = call_module_batch_invariant(self.after, out)
-        return out if decision is None else torch.where(mask_routed_tokens(decision).unsqueeze(-1), out, 0)
+        return out if assignments is None else torch.where(mask_routed_tokens(assignments).unsqueeze(-1), out, 0)
 
 
-def mask_routed_tokens(decision: Decision) -> Tensor:
+def mask_routed_tokens(assignments: Assignments) -> Tensor:
     """`(t,)` bool, the tokens that are sent to an expert, whether it has capacity or not. Padding is not sent."""
-    if decision.k is not None:
-        return decision.chosen.view(-1, decision.k).any(dim=-1)
-    assert decision.token is not None
-    counts = torch.zeros(decision.num_tokens, dtype=torch.int64, device=decision.token.device)
-    return counts.scatter_add(0, decision.token, decision.chosen.to(torch.int64)) > 0
+    if assignments.k is not None:
+        return assignments.sent.view(-1, assignments.k).any(dim=-1)
+    assert assignments.token is not None
+    counts = torch.zeros(assignments.num_tokens, dtype=torch.int64, device=assignments.token.device)
+    return counts.scatter_add(0, assignments.token, assignments.sent.to(torch.int64)) > 0
 
 
 class ZeroComputationExperts(ExpertsWrapper):
@@ -184,30 +185,30 @@ class ZeroComputationExperts(ExpertsWrapper):
     def variant_reason(self) -> str | None:
         return variant_reason(self.experts)
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+    def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
         e, stop = self.num_inner_experts, self.num_inner_experts + self.num_identity
-        if decision is None:
+        if assignments is None:
             out = self.experts(x[:e])
             self._check_widths(x.shape[-1], out.shape[-1])
             zeros = out.new_zeros(self.num_zero, *out.shape[1:])
             return torch.cat([out, x[e:stop], zeros] if self.num_identity else [out, zeros])
-        out = self.experts(x, of_first_experts(decision, e))
+        out = self.experts(x, keep_first_experts(assignments, e))
         self._check_widths(x.shape[-1], out.shape[-1])
         if self.num_identity:
-            out = out + _sum_weights_of(decision, (decision.expert >= e) & (decision.expert < stop)) * x
+            out = out + _sum_weights_of(assignments, (assignments.expert >= e) & (assignments.expert < stop)) * x
         return out.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"num_identity={self.num_identity}, num_zero={self.num_zero}"
 
 
-def _sum_weights_of(decision: Decision, selected: Tensor) -> Tensor:
+def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
     """`(t, 1)`, the sum of the weights of those assignments of a token that are `selected` `(a,)`."""
-    weight = torch.where(decision.kept & selected, decision.weight, 0)
-    if decision.k is not None:
-        return weight.view(-1, decision.k).sum(dim=-1, keepdim=True)
-    assert decision.token is not None
-    return add_rows(weight.new_zeros(decision.num_tokens, 1), decision.token, weight.unsqueeze(-1))
+    weight = torch.where(assignments.kept & selected, assignments.weight, 0)
+    if assignments.k is not None:
+        return weight.view(-1, assignments.k).sum(dim=-1, keepdim=True)
+    assert assignments.token is not None
+    return add_rows(weight.new_zeros(assignments.num_tokens, 1), assignments.token, weight.unsqueeze(-1))
 
 
 def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -218,7 +219,7 @@ def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert:
     row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
     expert = torch.bucketize(row, num_tokens_per_expert.cumsum(0), right=True)
     weight = torch.ones(expert.shape, dtype=torch.promote_types(rows.dtype, torch.float32), device=rows.device)
-    return experts(rows, decision_on(expert, weight, num_tokens_per_expert.shape[0]))
+    return experts(rows, assign_experts(expert, weight, num_tokens_per_expert.shape[0]))
 
 
 class InputWeightedExperts(ExpertsWrapper):
@@ -238,15 +239,15 @@ class InputWeightedExperts(ExpertsWrapper):
 
     works_on: ClassVar[WorksOn] = "inputs"
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        if decision is None:
-            return super().forward(x, decision)
+    def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
+        if assignments is None:
+            return super().forward(x, assignments)
         reject_batch_invariance(f"{type(self).__name__} compute rows by themselves")
-        plan = decision.without_gaps()
-        assert plan.rows_per_expert is not None
-        rows = dispatch(x, plan) * plan.row_weight().unsqueeze(-1)
-        out = self.compute(rows.to(x.dtype), plan.rows_per_expert)
-        return combine(out, plan._replace(weight=(plan.weight != 0).to(plan.weight.dtype)))
+        permutation = permute_without_gaps(assignments)
+        assert permutation.rows_per_expert is not None
+        rows = dispatch(x, permutation) * permutation.row_weight().unsqueeze(-1)
+        out = self.compute(rows.to(x.dtype), permutation.rows_per_expert)
+        return combine(out, permutation._replace(weight=(permutation.weight != 0).to(permutation.weight.dtype)))
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         return _compute_inner_rows(self.experts, rows, num_tokens_per_expert)

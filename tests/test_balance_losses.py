@@ -135,7 +135,7 @@ def test_any_gate_of_token_choice_reports_them(make):
     """Of the choices that are made: without second ones, a Top-2 gate has half of its load."""
     gate, x = make().float(), torch.randn(2, 9, 6)
     routing = gate(x, losses=["balance_batch"])
-    made = routing.expert[routing.chosen] if isinstance(gate, Top2Gating) else routing.expert
+    made = routing.expert[routing.sent] if isinstance(gate, Top2Gating) else routing.expert
     f = made.flatten().bincount(minlength=E) / (18 * gate.k)
     torch.testing.assert_close(routing.losses["balance_batch"], E * (f * routing.probs.mean((0, 1))).sum())
 

@@ -1,6 +1,6 @@
 """The way `batch_invariant`: a token's output and its gradient have the same bits alone and in any batch.
 
-Products of other sizes than those of this module are compared by `find_block_rows` itself, when they are made first.
+RowLayout of other sizes than those of this module are compared by `find_block_rows` itself, when they are made first.
 `python -m tests.support.invariance` compares as many random layers as one likes.
 """
 
@@ -157,7 +157,7 @@ def test_every_product_of_experts_is_one_that_was_sampled(monkeypatch):
     monkeypatch.setattr(batch_invariant, "matmul_into", noting(sampled))
     monkeypatch.setattr(chunked, "matmul_into", noting(run))
     monkeypatch.setattr(
-        chunked.ChunkProducts, "by_rows", lambda self, x, y, out: out
+        chunked.ChunkLayout, "outer_products", lambda self, x, y, out: out
     )  # sums over tokens have no blocks
     batch_invariance._sample_block_rows.cache_clear()
     layer = MoE(24, gate=TopKGating(24, 3), experts=GatedExperts(24, 3, 40))
@@ -233,8 +233,8 @@ class Rescored(TopKGating):
 
 
 class MyExperts(GatedExperts):
-    def forward(self, x, decision=None, **others):
-        return super().forward(x, decision, **others)
+    def forward(self, x, assignments=None, **others):
+        return super().forward(x, assignments, **others)
 
 
 def shared(module):

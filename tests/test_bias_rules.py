@@ -327,7 +327,7 @@ def test_custom_rule():
     of.bias_rule = LoadRule()
     routing = of(torch.randn(2, 8, 6))
     routing.weight.sum().backward()
-    load = routing.queued.sum(0)
+    load = routing.queue_length.sum(0)
     of.update_bias(0.1)
     torch.testing.assert_close(of.expert_bias, 0.1 * (0.25 - load / load.sum()))
 

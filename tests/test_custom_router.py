@@ -95,8 +95,8 @@ def test_missing_mask_raises(gate, factor):
     gate, mask = gate(capacity_factor_train=factor), torch.tensor([[True, False, True, False, False]])
     routing = gate(torch.randn(1, 5, DIM), mask=mask)
     assert routing.kept.view(5, 3).all(dim=1).tolist() == mask[0].tolist()
-    assert routing.chosen.equal(routing.kept)
-    assert routing.queued.tolist() == [[2, 2, 2]]
+    assert routing.sent.equal(routing.kept)
+    assert routing.queue_length.tolist() == [[2, 2, 2]]
     if factor is not None:
         assert routing.limit.tolist() == [4]  # the least: the real length, 2, would give int(3 * 2 / 3)
 
@@ -211,8 +211,8 @@ def test_chosen_equals_queued(factor):
             return made._replace(weight=made.weight * (made.expert != 1))
 
     routing = WithZero(capacity_factor_train=factor)(torch.randn(1, 4, DIM))
-    queued = torch.zeros(1, 3, dtype=torch.int64).scatter_add(-1, routing.expert, routing.chosen.long())
-    assert queued.equal(routing.queued)
+    queued = torch.zeros(1, 3, dtype=torch.int64).scatter_add(-1, routing.expert, routing.sent.long())
+    assert queued.equal(routing.queue_length)
     assert queued.tolist() == [[4, 0 if factor is None else 4, 4]]
     assert routing.kept.equal(routing.weight != 0)
 

@@ -1,4 +1,4 @@
-"""A few rows in inference are computed without a plan: what comes out is that of the plan."""
+"""A few rows in inference are computed without a permutation: what comes out is that of the permutation."""
 
 import copy
 import itertools
@@ -34,15 +34,15 @@ def check_few_rows(layer, x, mask=None, few=True, **tolerance):
             for each in ROWS:
                 implementation = getattr(decode, each)
 
-                def record_call(call, each=each, implementation=implementation, taken=taken):
+                def record_call(call, *products, each=each, implementation=implementation, taken=taken):
                     taken.append((each, call))
-                    return implementation(call)
+                    return implementation(call, *products)
 
                 patch.setattr(decode, each, record_call)
             out = run_layer(layer, x, mask)
         assert len(taken) == few
         for each, call in taken:
-            assert each == (name if len(call.x) and call.decision.kept.all() else "compute_expert_by_expert")
+            assert each == (name if len(call.x) and call.assignments.kept.all() else "compute_expert_by_expert")
         torch.testing.assert_close(out, planned, **tolerance)
     return planned
 
@@ -94,7 +94,7 @@ def test_single_rows_use_matmul_when_faster(monkeypatch, capability, dtype):
         monkeypatch.setattr(
             decode,
             name,
-            lambda call, name=name, implementation=implementation: taken.append(name) or implementation(call),
+            lambda *call, name=name, implementation=implementation: taken.append(name) or implementation(*call),
         )
     with torch.no_grad():
         torch.testing.assert_close(run_layer(layer, x), expected)
@@ -145,7 +145,7 @@ def test_rows_are_shared_among_threads(t, k, h, o, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(decode, "MIN_ROW_SUM_NUMEL", 0)
     taken, implementation = [], decode.compute_row_by_row
-    monkeypatch.setattr(decode, "compute_row_by_row", lambda call: taken.append(call) or implementation(call))
+    monkeypatch.setattr(decode, "compute_row_by_row", lambda *call: taken.append(call) or implementation(*call))
     expert, weight, x = torch.randint(4, (t, k)), torch.rand(t, k), torch.randn(t, 7)
     for strides in (False, True):
         w1, w3, w2 = (torch.randn(4, *size) for size in ((7, h), (7, h), (h, o)))
@@ -193,7 +193,7 @@ def test_few_tokens_skip_unchosen_experts(per_copy, monkeypatch):
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])
 @pytest.mark.parametrize("mapped", ["gate", "experts", "all", "inputs"])
 def test_few_rows_of_an_ensemble(experts, mapped):
-    """Numbers cannot be read under vmap, whatever is mapped: there the plan serves few rows too."""
+    """Numbers cannot be read under vmap, whatever is mapped: there the permutation serves few rows too."""
     layers = [MoE(DIM, NUM_EXPERTS, experts=experts(DIM, NUM_EXPERTS, 16), second_policy_eval="all") for _ in range(3)]
     stacked, _ = torch.func.stack_module_state([layer.eval() for layer in layers])
     own = layers[0].state_dict()

@@ -8,9 +8,9 @@ from support import strategies as make
 from torch import Tensor
 
 from mixture_of_experts import ExpertChoiceGating, Top2Gating, TopKGating
-from mixture_of_experts.dispatch.decision import decision_of
-from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch, read_rows, sum_rows
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import join_groups
+from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_without_gaps
+from mixture_of_experts.dispatch.rows import add_rows, combine, dispatch, read_rows, sum_rows
 
 B, N, D, E = 2, 5, 3, 4
 GATES = {
@@ -21,13 +21,13 @@ GATES = {
 }
 
 
-def make_plan(name: str, gaps: bool) -> Plan:
+def build_permutation(name: str, gaps: bool) -> Permutation:
     gate = GATES[name]().double().eval()
     gate.w_gating.data.copy_(make.normal(make.make_generator(1), D, E))
     mask = torch.tensor([[True] * 5, [True, False, True, False, False]])
-    decision = decision_of(gate(make.normal(make.make_generator(2), B, N, D), mask=mask))
-    plan = decision.in_slots() if gaps else decision.without_gaps()
-    return plan._replace(weight=plan.weight.detach().requires_grad_())
+    assignments = join_groups(gate(make.normal(make.make_generator(2), B, N, D), mask=mask))
+    permutation = permute_to_slots(assignments) if gaps else permute_without_gaps(assignments)
+    return permutation._replace(weight=permutation.weight.detach().requires_grad_())
 
 
 def compute_derivatives(out: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -45,15 +45,15 @@ def compute_derivatives(out: Tensor, leaves: dict[str, Tensor]) -> dict[str, Ten
 @pytest.mark.parametrize("name", GATES)
 def test_equal_matrices(name, gaps):
     """Rows that stand for nothing may hold anything: they reach neither outputs nor gradients."""
-    plan = make_plan(name, gaps)
-    a, t, r = len(plan.row), plan.num_tokens, plan.num_rows
-    token = [plan.token[plan.row[i]].item() if plan.row[i] < r else 0 for i in range(a)]
+    permutation = build_permutation(name, gaps)
+    a, t, r = len(permutation.row), permutation.num_tokens, permutation.num_rows
+    token = [permutation.token[permutation.row[i]].item() if permutation.row[i] < r else 0 for i in range(a)]
     placed = torch.zeros(a, r, t, dtype=torch.float64)  # assignment a: token t in row r
     for i in range(a):
-        if plan.row[i] < r:
-            placed[i, plan.row[i], token[i]] = 1
+        if permutation.row[i] < r:
+            placed[i, permutation.row[i], token[i]] = 1
     x = make.normal(make.make_generator(5), t, D).requires_grad_()
-    found, expected = dispatch(x, plan), placed.sum(0) @ x
+    found, expected = dispatch(x, permutation), placed.sum(0) @ x
     make.assert_same(found, expected, "rows")
     wanted = compute_derivatives(expected.tanh(), {"x": x})
     for what, value in compute_derivatives(found.tanh(), {"x": x}).items():
@@ -62,10 +62,10 @@ def test_equal_matrices(name, gaps):
     rows = make.normal(make.make_generator(6), r, 2).requires_grad_()
     empty = (placed.sum((0, 2)) == 0).unsqueeze(-1)
     assert bool(empty.any()) is (gaps or r > int(placed.sum()))
-    found = combine(torch.where(empty, torch.nan, rows), plan)
-    expected = torch.einsum("art,a,rd->td", placed, plan.weight, rows)
+    found = combine(torch.where(empty, torch.nan, rows), permutation)
+    expected = torch.einsum("art,a,rd->td", placed, permutation.weight, rows)
     make.assert_same(found, expected, "outputs")
-    leaves = {"rows": rows, "weight": plan.weight}
+    leaves = {"rows": rows, "weight": permutation.weight}
     wanted = compute_derivatives(expected.tanh(), leaves)
     for what, value in compute_derivatives(found.tanh(), leaves).items():
         make.assert_same(value, wanted[what], what)

@@ -27,7 +27,7 @@ def make_tokens(seed: int = 1) -> Tensor:
 def count_load(moe: MoE, *inputs: Tensor) -> Tensor:
     """What should be counted, found without counting: the choices before capacity."""
     with torch.no_grad():
-        return torch.stack([moe.gate(x).queued.sum(dim=0) for x in inputs]).sum(dim=0)
+        return torch.stack([moe.gate(x).queue_length.sum(dim=0) for x in inputs]).sum(dim=0)
 
 
 def run_step(moe: nn.Module, x: Tensor) -> None:

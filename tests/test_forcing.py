@@ -29,7 +29,7 @@ GIVEN = [name for name, make in ROUTERS.items() if "given_experts" in get_side_i
 
 def count_made_choices(routing) -> list[list[list[int]]]:
     """The experts of each token of each group, of choices that are made."""
-    rows = zip(routing.token, routing.expert, routing.chosen, strict=True)
+    rows = zip(routing.token, routing.expert, routing.sent, strict=True)
     tokens = range(routing.num_tokens)
     return [[expert[(token == i) & chosen].tolist() for i in tokens] for token, expert, chosen in rows]
 
@@ -43,7 +43,7 @@ def test_toy_example():
         assert "forced='balanced'" in repr(gate)
         routing = gate(x, mask=mask)
         assert count_made_choices(routing) == [[[0, 1], [2, 0], [], [1, 2]]]
-        assert torch.equal(routing.real, mask)
+        assert torch.equal(routing.mask, mask)
         assert count_made_choices(gate(x)) == [[[0, 1], [2, 0], [1, 2], [0, 1]]]
     probs = (x[0, 3] @ gate.w_gating).softmax(-1)[[1, 2]]
     torch.testing.assert_close(routing.weight[0, 6:], probs / probs.sum())
@@ -76,7 +76,7 @@ def test_forcing_is_uniform(how):
     with force_routing(gate, how):
         first, second = gate(x), gate(x)
     assert torch.equal(first.expert, second.expert) == (how == "balanced")
-    assert first.queued.sum(0).sub(1000).abs().max() < 120  # five deviations of what is drawn
+    assert first.queue_length.sum(0).sub(1000).abs().max() < 120  # five deviations of what is drawn
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])
@@ -91,8 +91,8 @@ def test_two_levels(factor):
     moe.gate_inner.register_forward_hook(lambda *arguments: routings.append(arguments[-1]))
     with force_routing(moe):
         out, _ = moe(torch.randn(2, 6, DIM), mask=torch.arange(6) < torch.tensor([[6], [4]]))
-    load = routings[0].chosen.new_zeros(2, 3, dtype=torch.int64)
-    load.scatter_add_(1, routings[0].expert.flatten(1), routings[0].chosen.flatten(1).long())
+    load = routings[0].sent.new_zeros(2, 3, dtype=torch.int64)
+    load.scatter_add_(1, routings[0].expert.flatten(1), routings[0].sent.flatten(1).long())
     assert (load.amax(1) - load.amin(1) <= 1).all()
     assert load.sum() == 10 * 2 + 10  # every token has a full choice and one of importance below 1
     assert out.any()

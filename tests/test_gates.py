@@ -13,7 +13,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
-from mixture_of_experts.dispatch.decision import plan_slots_of
+from mixture_of_experts.dispatch.assignments import join_groups
+from mixture_of_experts.dispatch.permutation import permute_to_slots
 from mixture_of_experts.gating import Choices, ReLUGating, SparseMixerGating, TokenChoiceGate, get_optional_losses
 from mixture_of_experts.gating.levels import second_level, side_inputs_of_levels
 
@@ -31,8 +32,8 @@ def test_single_expert_has_no_second_choice(policy, priority):
     x[1, 50] = torch.nan
     routing = gate(x)
     assert routing.capacity == 100
-    assert routing.queued.tolist() == [[100], [100]]
-    assert routing.chosen.equal(routing.kept)
+    assert routing.queue_length.tolist() == [[100], [100]]
+    assert routing.sent.equal(routing.kept)
     assert routing.kept.view(2, 100, 2).all(dim=1).tolist() == [[True, False]] * 2
 
 
@@ -105,14 +106,14 @@ def test_a_mask_and_importance_together():
     """Both choices at importance 1, the top one between 0 and 1, none at 0, and none in the padding."""
     importance, mask = torch.tensor([[1.0, 0.5, 0.0, 1.0, 0.5]]), torch.tensor([[True, True, True, False, False]])
     routing = TopKGating(DIM, 4)(torch.randn(1, 5, DIM), importance=importance, mask=mask)
-    assert routing.chosen.view(5, 2).tolist() == [[True, True], [True, False], *[[False, False]] * 3]
+    assert routing.sent.view(5, 2).tolist() == [[True, True], [True, False], *[[False, False]] * 3]
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_dropless_a_choice_of_no_weight_is_none(masked):
     gate = TopKGating(DIM, 4, weigh=lambda logits, score, expert: torch.tensor([0.5, 0.0]).expand(expert.shape))
     routing = gate(torch.randn(1, 2, DIM), mask=torch.tensor([[True, False]]) if masked else None)
-    assert routing.kept.tolist() == routing.chosen.tolist() == [[True, False, not masked, False]]
+    assert routing.kept.tolist() == routing.sent.tolist() == [[True, False, not masked, False]]
 
 
 # ---- two levels; test_matrix.py has layers of both ----
@@ -121,7 +122,7 @@ def test_dropless_a_choice_of_no_weight_is_none(masked):
 def test_expert_choice_hands_on_nothing():
     outer = ExpertChoiceGating(DIM, 4)(torch.randn(2, 6, DIM))
     with pytest.raises(ValueError, match="router of token choice"):
-        second_level(torch.randn(2, 6, DIM), outer, plan_slots_of(outer), None, {})
+        second_level(torch.randn(2, 6, DIM), outer, permute_to_slots(join_groups(outer, in_slots=True)), None, {})
 
 
 def test_each_level_has_its_own_given_experts():
@@ -132,7 +133,11 @@ def test_each_level_has_its_own_given_experts():
     for shape in ((2, 6, 3, 2), (2, 6, 2)):
         with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of level two\)"):
             second_level(
-                torch.randn(2, 6, DIM), outer, plan_slots_of(outer), None, {"given_experts_inner": torch.zeros(shape)}
+                torch.randn(2, 6, DIM),
+                outer,
+                permute_to_slots(join_groups(outer, in_slots=True)),
+                None,
+                {"given_experts_inner": torch.zeros(shape)},
             )
 
 
@@ -179,7 +184,7 @@ class GivenGate(TokenChoiceGate):
         ({"probs": torch.ones(1, 4, 2)}, r"probs of shape \(1, 4, 2\), wanted \(1, 4, 3\): groups, tokens, experts"),
         ({"probs": torch.ones(4, 3)}, r"probs of shape \(4, 3\)"),
         ({"chosen": torch.ones(1, 4, dtype=torch.bool)}, r"chosen of shape \(1, 4\), wanted \(1, 4, 2\)"),
-        ({"score": torch.ones(1, 4, 1)}, r"score of shape \(1, 4, 1\), wanted \(1, 4\): groups, tokens$"),
+        ({"priority_score": torch.ones(1, 4, 1)}, r"priority_score of shape \(1, 4, 1\), wanted \(1, 4\): groups, tokens$"),
         ({"primary": torch.ones(4, 2, dtype=torch.bool)}, r"primary of shape"),
         ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as \(1,\), wanted a tensor of no dimensions"),
         ({"losses": {"mine": 0.5}}, r"loss 'mine' as a float"),

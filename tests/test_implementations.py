@@ -7,7 +7,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, Top2Gating, TopKGating, ops
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.permutation import Permutation
 from mixture_of_experts.ops import ClampedSwiGLU, autograd
 from mixture_of_experts.ops.cpu import batches
 
@@ -147,7 +147,7 @@ def test_plans_of_saved_tensors(implementation, gate, monkeypatch):
         [],
     )
     monkeypatch.setattr(
-        autograd, "select_tables_to_save", lambda plan: saved.append(plan.tensors_to_save()) or saved[-1]
+        autograd, "select_tables_to_save", lambda permutation: saved.append(permutation.tensors_to_save()) or saved[-1]
     )
     for got, want in zip(
         (*compute_results(layer, implementation, x, mask), *compute_second_derivatives(layer, implementation, x, mask)),
@@ -182,7 +182,7 @@ def test_frozen_inputs_get_no_gradient(implementation, frozen):
 @pytest.mark.parametrize("gate", ["dropless", "capacity"])
 def test_batched_is_one_graph_for_all_lengths(gate, monkeypatch):
     """What a GPU takes unasked, forward and backward, saved as there."""
-    monkeypatch.setattr(autograd, "select_tables_to_save", Plan.tensors_to_save)
+    monkeypatch.setattr(autograd, "select_tables_to_save", Permutation.tensors_to_save)
     layer = perturb_layer(MoE(DIM, gate=GATES[gate](), experts=EXPERTS["gated, biases"](num_experts=E)))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)

@@ -117,9 +117,9 @@ def test_slot_assignment_by_priority(kind, data):
         "score": lambda token, order: (order, -top[token], token),
     }[router.arguments["priority"]]
     for expert in range(routing.num_experts):
-        asking = [i for i in range(n * routing.k) if routing.chosen[0, i] and routing.expert[0, i] == expert]
+        asking = [i for i in range(n * routing.k) if routing.sent[0, i] and routing.expert[0, i] == expert]
         place = {i: comes_first(*divmod(i, routing.k)) for i in asking}
-        slots = {i: routing.slot[0, i].item() for i in asking}
+        slots = {i: routing.position[0, i].item() for i in asking}
         served = [i for i in asking if slots[i] < routing.capacity]
         assert sorted(slots[i] for i in served) == list(range(min(len(asking), routing.capacity)))
         refused = [place[i] for i in asking if i not in served]

@@ -54,7 +54,7 @@ def test_a_token_makes_no_choice_of_minus_infinity(name, mode):
     ranked = gate._ranked(logits, score)  # who is closed is the function's to say
     left = (ranked != -torch.inf).sum(-1).clamp(max=k)
     assert left.min() < k
-    chosen, kept = routing.chosen.view(2, 20, k), routing.kept.view(2, 20, k)
+    chosen, kept = routing.sent.view(2, 20, k), routing.kept.view(2, 20, k)
     assert torch.equal(chosen, torch.arange(k) < left.unsqueeze(-1))
     expert, weight = routing.expert.view(2, 20, k), routing.weight.view(2, 20, k)
     assert (ranked.gather(-1, expert)[chosen] != -torch.inf).all()
@@ -62,7 +62,7 @@ def test_a_token_makes_no_choice_of_minus_infinity(name, mode):
         made = [e for e, is_made in zip(row, there, strict=True) if is_made]
         assert len(set(made)) == len(made)
     assert not weight[~kept].any()
-    assert torch.equal(routing.queued.sum(), chosen.sum())
+    assert torch.equal(routing.queue_length.sum(), chosen.sum())
     if gate.capacity_factor is None:
         torch.testing.assert_close(weight.sum(-1), (left > 0).float())
     load = torch.stack([expert[b][chosen[b]].bincount(minlength=5) for b in range(2)])
@@ -111,7 +111,7 @@ def test_a_level_of_two_makes_fewer_choices():
     torch.testing.assert_close(out[mask], x[mask])
     assert not out[~mask].any()
     for routing in seen:
-        number = routing.chosen.unflatten(-1, (-1, routing.k)).sum(-1)
+        number = routing.sent.unflatten(-1, (-1, routing.k)).sum(-1)
         assert ((number > 0) & (number < routing.k)).any()
 
 

@@ -17,7 +17,7 @@ from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMo
 from mixture_of_experts import experts as experts_module
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.ops import ClampedSwiGLU, grouped_matmul, moe_ffn
-from mixture_of_experts.support.implementations import LISTENERS
+from mixture_of_experts.support.implementations import LISTENERS, collect_explanations
 
 T, D, H, OUT, E, K = 11, 6, 10, 5, 4, 2
 
@@ -216,6 +216,16 @@ def test_explain_call_describes_the_gate():
     assert "Own has a decide" in ops.explain_call(MoE(D, E, gate=own).eval(), token).gates[0].reasons["numbers"]
     both = nn.Sequential(OutputOnly(layer), OutputOnly(layer))
     assert len(ops.explain_call(both, token).gates) == 1
+
+
+def test_a_table_without_an_implementation_for_the_call():
+    """The error has each reason and the remedy, and nothing is reported."""
+    own = {name: part for name, part in TopKGating.implementations.items() if name != "operators"}
+    gate = type("Own", (TopKGating,), {"implementations": own})(D, E)
+    message = "no implementation of the gate supports this call .*'numbers': 'it is for eval mode .*TokenChoiceGate"
+    with collect_explanations() as explanations, pytest.raises(ValueError, match=message):
+        gate(torch.randn(1, 1, D))
+    assert explanations == []
 
 
 def test_explain_call_has_no_side_effects():
@@ -450,10 +460,10 @@ def test_forward_arguments_are_replaced(kind):
 
 
 def test_rejects_misplaced_decide_at_class_creation():
-    with pytest.raises(TypeError, match="must take decision as its second argument"):
+    with pytest.raises(TypeError, match="must take assignments as its second argument"):
 
         class Wrong(Experts):
-            def forward(self, x, *, decision=None):
+            def forward(self, x, *, assignments=None):
                 return x
 
 
@@ -498,13 +508,13 @@ def test_rows_and_counts_go_to_compute():
 def test_wrong_output_width_raises(kind):
     """5 of 8 columns are an error that names both, unless dim_out tells of them."""
 
-    experts = type("Narrow", (RoutedExperts,), {"num_experts": E, kind: lambda self, x, decision: x[:, :5]})()
+    experts = type("Narrow", (RoutedExperts,), {"num_experts": E, kind: lambda self, x, assignments: x[:, :5]})()
     layer = MoE(D, E, experts=experts)
     with pytest.raises(ValueError, match=rf"must return the shape \(12, {D}\).*got \(12, 5\)"):
         layer(torch.randn(2, 6, D))
     experts.dim_out = 5
     assert layer(torch.randn(2, 6, D))[0].shape == (2, 6, 5)
-    setattr(type(experts), kind, lambda self, x, decision: x[1:, :5])
+    setattr(type(experts), kind, lambda self, x, assignments: x[1:, :5])
     with pytest.raises(ValueError, match=r"must return .*(12|24).*got \((11|23), 5\)"):
         layer(torch.randn(2, 6, D))
 
@@ -514,7 +524,7 @@ def test_identity_experts_keep_inputs(compiled):
     class Same(RoutedExperts):
         num_experts = E
 
-        def forward(self, x, decision):
+        def forward(self, x, assignments):
             return x
 
     layer, x = MoE(D, E, experts=Same()), torch.randn(2, 6, D)
@@ -551,7 +561,7 @@ def test_dropless_slots_are_as_many_as_the_fullest_expert_needs(tokens, monkeypa
         out, aux_loss = moe(leaf)
         found[readable] = (out, *torch.autograd.grad(out.square().sum() + aux_loss, [leaf, *moe.parameters()]))
     torch.testing.assert_close(found[True], found[False])
-    fullest = int(moe.gate(x).queued.sum(0).max())
+    fullest = int(moe.gate(x).queue_length.sum(0).max())
     assert moe.experts.shapes == [(E, fullest, D), (E, 2 * tokens, D)]
 
 

@@ -49,7 +49,7 @@ def test_flops_are_counted(padding, monkeypatch):
     monkeypatch.setattr(batches, "FREE_PADDING_ROWS", 0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 2), experts=Experts(8, 4, 16))
     x = torch.randn(2, 32, 8, requires_grad=True)
-    counts = layer.gate(x).queued.sum(dim=0).tolist()
+    counts = layer.gate(x).queue_length.sum(dim=0).tolist()
     with FlopCounterMode(display=False) as counter:
         layer(x)[0].sum().backward()
     rows = 4 * max(counts) if padding else 2 * 64

@@ -82,7 +82,7 @@ def test_recipe_routing_matches_its_row(name):
         assert (routing.expert.flatten().bincount() == 2 * routing.capacity).all()
     else:
         assert routing.capacity is None
-        assert routing.kept.equal(routing.chosen)
+        assert routing.kept.equal(routing.sent)
         assert routing.kept.all() != (name in ("dynamic_moe", "ReMoE"))
     if total is not None:
         weight = routing.weight.unflatten(-1, (32, choices)).sum(dim=-1)

@@ -33,17 +33,17 @@ def summarize_package(routing: Routing) -> DecisionSummary:
     for i in routing.kept[0].nonzero().flatten().tolist():
         expert = int(routing.expert[0, i])
         key = int(routing.token[0, i]), expert if routing.k is None else i % routing.k
-        choices[key], weights[key] = (expert, int(routing.slot[0, i])), pytest.approx(routing.weight[0, i].item())
+        choices[key], weights[key] = (expert, int(routing.position[0, i])), pytest.approx(routing.weight[0, i].item())
     losses = {name: loss.item() for name, loss in routing.losses.items()}
     return DecisionSummary(choices, weights, routing.balance_loss.item(), routing.z_loss.item(), losses)
 
 
-def summarize_reference(decision: reference.ReferenceDecision) -> DecisionSummary:
-    kept = {(c.token.position, c.order): c for c in decision.choices if c.kept and c.group.index == (0,)}
+def summarize_reference(assignments: reference.ReferenceDecision) -> DecisionSummary:
+    kept = {(c.token.position, c.order): c for c in assignments.choices if c.kept and c.group.index == (0,)}
     choices = {key: (c.expert, c.slot) for key, c in kept.items()}
     weights = {key: pytest.approx(c.weight.item()) for key, c in kept.items()}
-    losses = {name: loss.item() for name, loss in decision.losses.items()}
-    return DecisionSummary(choices, weights, decision.balance_loss.item(), decision.z_loss.item(), losses)
+    losses = {name: loss.item() for name, loss in assignments.losses.items()}
+    return DecisionSummary(choices, weights, assignments.balance_loss.item(), assignments.z_loss.item(), losses)
 
 
 def build_gate(kind: str, w_gating: Tensor, weights: dict[str, Tensor] | None = None, **arguments):

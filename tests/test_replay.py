@@ -129,7 +129,7 @@ def test_losses_by_name_are_replayed(name, masked):
         wanted = run_model(model, x, mask, seed=1)
     with replay_routing(model, records):
         again = run_model(model, x, mask, seed=1)
-    assert name == "top-2, random" or any((routing.chosen & ~routing.kept).any() for routing in seen)
+    assert name == "top-2, random" or any((routing.sent & ~routing.kept).any() for routing in seen)
     first, second = seen[: len(gates)], seen[len(gates) :]
     for one, other in zip(first, second, strict=True):
         torch.testing.assert_close(one.losses, other.losses)

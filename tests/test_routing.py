@@ -14,7 +14,7 @@ def make_routing(**more) -> Routing:
     expert = torch.tensor([[[0, 1, 1, 0]]]).expand(3, 1, 4)
     weight = torch.tensor([[[0.75, 0.25, 0.5, 0.0]]]).expand(3, 1, 4)
     given = dict(expert=expert, kept=weight != 0, weight=weight, probs=torch.ones(3, 1, 2, 2) / 2, num_tokens=2)
-    given |= dict(num_experts=2, capacity=None, k=2, chosen=weight != 0)
+    given |= dict(num_experts=2, capacity=None, k=2, sent=weight != 0)
     return Routing(**{**given, "losses": {"balance": torch.tensor(1.0), "z": torch.tensor(2.0)}, **more})
 
 
@@ -60,18 +60,18 @@ def test_tokens_queues_and_importance_with_outer_experts():
     routing = make_routing()
     for _ in range(2):
         assert routing.token.tolist() == [[[0, 0, 1, 1]]] * 3
-        assert routing.queued.tolist() == [[[1, 2]]] * 3
+        assert routing.queue_length.tolist() == [[[1, 2]]] * 3
         assert routing.importance.tolist() == [[[1.0, 0.5, 1.0, 0.0]]] * 3
-        assert routing.slots_held(routing.group_queues()).tolist() == [[[1, 2]]] * 3
-        assert routing.slot[..., :3].tolist() == [[[0, 0, 1]]] * 3
-        routing = make_routing(queues=routing.group_queues())
+        assert routing.count_occupied_slots().tolist() == [[[1, 2]]] * 3
+        assert routing.position[..., :3].tolist() == [[[0, 0, 1]]] * 3
+        routing = make_routing(queues=routing.find_queues())
     chosen = make_routing(primary=torch.tensor([[[False, True, True, False]]]).expand(3, 1, 4))
     assert chosen.importance.tolist() == [[[0.5, 1.0, 1.0, 0.0]]] * 3
     small = make_routing(capacity=1)
-    assert (routing.slots, small.slots) == (2, 1)
-    assert small.slots_held(routing.group_queues()).tolist() == [[[1, 1]]] * 3
+    assert (routing.slots_per_queue, small.slots_per_queue) == (2, 1)
+    assert small.count_occupied_slots().tolist() == [[[1, 1]]] * 3
     limited = make_routing(capacity=2, limit=torch.tensor([[1], [2], [0]]))
-    assert limited.slots_held(routing.group_queues()).tolist() == [[[1, 1]], [[1, 2]], [[0, 0]]]
+    assert limited.count_occupied_slots().tolist() == [[[1, 1]], [[1, 2]], [[0, 0]]]
 
 
 def test_dense_views():

@@ -48,7 +48,7 @@ def run_both(gate, x, **arguments) -> tuple[Routing, Routing]:
 def check_equal(found: Routing, wanted: Routing) -> None:
     """Choices and probabilities to the bit; weights and losses up to rounding."""
     torch.testing.assert_close(vars(found), vars(wanted), rtol=1e-6, atol=1e-6)
-    for name in ("expert", "kept", "chosen", "probs"):
+    for name in ("expert", "kept", "sent", "probs"):
         assert torch.equal(getattr(found, name), getattr(wanted, name))
 
 

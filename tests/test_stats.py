@@ -62,7 +62,7 @@ class OneExpert(nn.Module):
             num_experts=3,
             capacity=None,
             k=1,
-            chosen=kept,
+            sent=kept,
         )
 
 
@@ -123,9 +123,9 @@ def compute_reference_numbers(routing: Routing, real: Tensor) -> dict[str, objec
         limit = limit if routing.limit is None else int(routing.limit[g])
         asked = [0] * e
         for i in range(routing.expert.shape[-1]):
-            if routing.chosen[g, i]:
+            if routing.sent[g, i]:
                 asked[int(routing.expert[g, i])] += 1
-                lost += int(routing.slot[g, i]) >= limit
+                lost += int(routing.position[g, i]) >= limit
         requested = [sum(both) for both in zip(requested, asked, strict=True)]
         if routing.capacity is not None:
             beyond += max(0, sum(asked) - e * limit)

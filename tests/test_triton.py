@@ -15,7 +15,7 @@ from support.spawned_checks import Checks, spawn_checks
 from torch import Tensor, nn
 
 from mixture_of_experts import ops
-from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import schedule, unsupported_reason
@@ -122,7 +122,7 @@ class ShiftedSwiGLU(ops.ClampedSwiGLU):
 def test_rejects_bad_arguments(monkeypatch, reason: str, d: int, h: int, activation: nn.Module, dtype: torch.dtype):
     """By name; of tensors only shapes and strides are read."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    one, nothing = torch.empty(1, dtype=dtype), decision_on(torch.zeros(0, 2).long(), torch.empty(0, 2), 2)
+    one, nothing = torch.empty(1, dtype=dtype), assign_experts(torch.zeros(0, 2).long(), torch.empty(0, 2), 2)
     w_in = [one.expand(2, d, h)] * (1 + isinstance(activation, ops.ClampedSwiGLU))
     network = Network(tuple(w_in), one.expand(2, h, 16), activation, (None,) * len(w_in))
     with ops.use("triton"):
@@ -218,7 +218,7 @@ def test_every_access_to_memory(run_check: Checks, layout: str, options: dict):
 @pytest.mark.parametrize("experts", [*(pytest.param(e, marks=slow) for e in (1, 5, 257)), 64])
 def test_plans(run_check: Checks, experts: int, routing: str):
     for groups in (1, 3):
-        run_check("check_plan", experts, groups, routing)
+        run_check("check_permutation", experts, groups, routing)
 
 
 @pytest.mark.parametrize(("limited", "mask"), [(True, False), pytest.param(False, True, marks=slow)])

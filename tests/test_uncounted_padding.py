@@ -83,20 +83,20 @@ def test_padding_never_trains_a_router(name):
 
 @pytest.mark.parametrize("name", DROPLESS)
 def test_routing_equals_masked_routing(name):
-    """But for ids, probabilities and states at padding, which nothing reads, and the field `uncounted`."""
+    """But for ids, probabilities and states at padding, which nothing reads, and the field `padding_weight`."""
     gate, x = make_layer(name).gate.eval(), make_tokens()
     torch.manual_seed(0)
     wanted = gate(x, mask=MASK)
     torch.manual_seed(0)
     found = gate(x, counted=MASK)
-    assert wanted.uncounted is None
-    assert not found.uncounted.requires_grad
-    assert not found.uncounted.unflatten(-1, (-1, gate.k))[MASK].any()
+    assert wanted.padding_weight is None
+    assert not found.padding_weight.requires_grad
+    assert not found.padding_weight.unflatten(-1, (-1, gate.k))[MASK].any()
     for field in fields(wanted):
         one, other = getattr(found, field.name), getattr(wanted, field.name)
-        if field.name in ("expert", "probs", "primary", "weighed", "state") and isinstance(other, Tensor):
+        if field.name in ("expert", "probs", "primary", "chosen", "state") and isinstance(other, Tensor):
             one, other = (part.reshape(*MASK.shape, -1)[MASK] for part in (one, other))
-        if isinstance(other, Tensor) and field.name != "uncounted":
+        if isinstance(other, Tensor) and field.name != "padding_weight":
             assert_close(one, other)
     assert found.losses.keys() == wanted.losses.keys()
     with track_routing(gate) as tracked:

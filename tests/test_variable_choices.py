@@ -84,7 +84,7 @@ def test_choices_stop_where_the_sum_reaches_p(k: int):
     torch.nn.init.normal_(gate.w_gating, std=0.3)
     x = torch.randn(1, 33, DIM, dtype=torch.float64)
     with LargestTensor() as largest:
-        chosen = gate(x).chosen.view(33, k)
+        chosen = gate(x).sent.view(33, k)
     probs = (x[0] @ gate.w_gating.detach()).softmax(dim=-1).sort(dim=-1, descending=True).values
     for token in range(33):
         assert chosen[token].tolist() == [float(probs[token, :i].sum()) < 0.9 for i in range(k)]
@@ -132,7 +132,7 @@ def test_the_bound_leaves_the_largest_and_the_loss_counts_all():
     best = a.weight.view(18, E).topk(2).values
     torch.testing.assert_close(b.weight.view(18, 2), best)
     assert torch.equal(a.balance_loss, b.balance_loss)
-    assert (a.chosen.view(18, E).sum(-1) > 2).any()
+    assert (a.sent.view(18, E).sum(-1) > 2).any()
 
 
 def set_loss_coef(coef: float = 1e-8) -> MoE:
@@ -287,7 +287,7 @@ def test_levels_capacity_and_statistics(kind: str, factor: float | None):
     (out.square().sum() + aux_loss).backward()
     assert all(p.grad is not None for p in moe.parameters())
     record = stats.last("gate_outer")
-    assert record.choices_per_token == record.scalars()["choices_per_token"] == int(seen[0].chosen.sum()) / 24
+    assert record.choices_per_token == record.scalars()["choices_per_token"] == int(seen[0].sent.sum()) / 24
     assert 0 < record.choices_per_token < 2
     if factor is not None:
-        assert not torch.equal(seen[0].chosen, seen[0].kept)
+        assert not torch.equal(seen[0].sent, seen[0].kept)

@@ -105,7 +105,7 @@ torch.export.register_dataclass(Queues, serialized_type_name="mixture_of_experts
 
 def queue_up(
     expert: Tensor,
-    chosen: Tensor | None,
+    sent: Tensor | None,
     num_experts: int,
     k: int,
     priority: Priority = "choice",
@@ -115,7 +115,7 @@ def queue_up(
 
     Args:
         expert: `(..., a)` int64, expert of each assignment: token by token, and of a token the best choice first.
-        chosen: `(..., a)` bool, the assignments that queue at all; None if all do.
+        sent: `(..., a)` bool, the assignments that queue at all; None if all do.
         num_experts: e.
         k: choices of a token; a is n k.
         priority: "choice" queues all first choices before all second ones (GShard), "token" all choices of a token
@@ -133,18 +133,18 @@ def queue_up(
     # with one token all orders are the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
     if can_launch_kernels(expert.device) and _kernels_serve(expert, num_experts):
-        return _by_kernels(expert, chosen, order, num_experts, k, not in_order)
-    return _by_operators(expert, chosen, order, num_experts, k, in_order)
+        return _by_kernels(expert, sent, order, num_experts, k, not in_order)
+    return _by_operators(expert, sent, order, num_experts, k, in_order)
 
 
 def _by_operators(
-    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
+    expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
 ) -> Queues:
     """Queues of assignments in the order in which they are stored, or with all first choices before all second ones.
 
     Assignments that do not queue stand in one queue more, behind the others.
     """
-    queue = expert if chosen is None else torch.where(chosen, expert, num_experts)
+    queue = expert if sent is None else torch.where(sent, expert, num_experts)
     if in_order:
         return Queues(*_places(queue, num_experts))
     queue = rearrange(queue, "... (n k) -> ... k n", k=k)

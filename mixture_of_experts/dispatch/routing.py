@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import Queues, queue_up
+from mixture_of_experts.support.private_torch import register_dataclass
 
 
 # compared and hashed by identity: tensors have no single answer to ==
@@ -20,36 +21,55 @@ from mixture_of_experts.dispatch.queues import Queues, queue_up
 class Routing:
     """What a gate decided: which token goes to which slot of which expert, with which weight.
 
-    It moves no data. Losses and statistics read it, and a `Decision` is made from it to move tokens. Unpack it for the
-    dense tensors of the papers and the balancing loss: `dispatch, combine, loss = routing`.
+    It moves no data. Losses and statistics read it, and a `Assignments` is made from it to move tokens. Unpack it for
+    the dense tensors of the papers and the balancing loss: `dispatch, combine, loss = routing`.
 
     An assignment is one choice of one token (in expert choice: one token of one expert).
 
+    An assignment passes three stages. `decide` returns the first two, a capacity may drop the rest:
+
+        chosen    shares the token's weight
+        sent      of the chosen, queues at its expert
+        kept      of the sent, is computed: it has a slot, and a weight other than 0
+
+    =============================  ======  ====  ====  ============================================
+    choice of a token              chosen  sent  kept  where it comes from
+    =============================  ======  ====  ====  ============================================
+    computed                       yes     yes   yes
+    dropped                        yes     yes   no    its expert's queue is longer than the capacity
+    of weight 0, with a capacity   yes     yes   no    it holds a slot in which nothing is computed
+    of weight 0, dropless          yes     no    no
+    weighed without computation    yes     no    no    `Choices.sent`; `given_experts` of -2 - i
+    not made                       no      no    no    `Choices.chosen`; `given_experts` of -1
+    of a token that is left out    any     no    no    mask; importance
+    of computed padding            any     no    no    `counted=`; its weight is `padding_weight`
+    =============================  ======  ====  ====  ============================================
+
+    `chosen` is what `decide` returned: masks and importance change only the two others. Experts compute what is kept,
+    and computed padding. Statistics read `sent` and `kept`, records `chosen` and `kept`.
+
     Attributes:
         expert: `(..., b, a)` int64, expert of each assignment.
-        kept: `(..., b, a)` bool, True where the expert computes this token.
+        kept: `(..., b, a)` bool, the assignments that the expert computes, without computed padding.
         weight: `(..., b, a)` float32 (float64 in a float64 module), weight of the expert's output; 0 where not kept.
         probs: `(..., b, n, e)` the router's probabilities (normalised scores).
         num_tokens, num_experts: n and e.
         capacity: c, slots of an expert for each group; None if dropless.
         k: choices of a token: assignment i belongs to token i // k; None for expert choice.
-        chosen: `(..., b, a)` bool, the assignments that queue. One that is not kept is dropped by capacity or has a
-            weight of 0. With a capacity the latter holds a slot in which nothing is computed; dropless it does not
-            queue.
-        queues: position of each assignment in its expert's queue of this group, and the lengths `(..., b, e)` of the
-            queues before capacity; None if dropless (`group_queues` then computes them).
+        sent: `(..., b, a)` bool, the assignments that queue at their expert.
+        queues: positions and lengths of the queues of each group before capacity; None if dropless (`find_queues` then
+            computes them).
         token_index: `(..., b, a)` int64, token of each assignment in expert choice; None otherwise.
         limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
-        real: `(..., b, n)` bool, the tokens that are not masked; None if none is masked.
+        mask: `(..., b, n)` bool, the tokens that are not padding; None if all are.
         losses: every loss by name, 0-dim, without coefficients: "balance" and "z", which are 0 where a gate reports
             none, and a gate's own, such as the parts of its balancing loss.
         primary: `(..., b, a)` bool, the assignments that count as first choices in a second level; None: the first
             assignment of each token.
-        uncounted: `(..., b, a)`, without gradient: the weights of padding that is computed (`counted=`), 0 at real
-            tokens; None if there is none. These assignments are not `kept`: experts compute them, and nothing else
-            knows of them.
-        weighed: `(..., b, a)` bool, the assignments that share their token's weight, computed or not; None if all do.
-        state: `(..., b, n, anything)`, what the router hands to that of the next layer; None for most routers.
+        padding_weight: `(..., b, a)`, without gradient: the weights of padding that is computed, 0 at other tokens;
+            None if there is none.
+        chosen: `(..., b, a)` bool, the assignments that share their token's weight; None if all do.
+        state: `(..., b, n, anything)`, passed to the router of the next layer; None for most routers.
 
     Example:
         >>> import torch
@@ -68,15 +88,15 @@ class Routing:
     num_experts: int
     capacity: int | None
     k: int | None
-    chosen: Tensor
+    sent: Tensor
     queues: Queues | None = None
     token_index: Tensor | None = None
     limit: Tensor | None = None
-    real: Tensor | None = None
+    mask: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     primary: Tensor | None = None
-    uncounted: Tensor | None = None
-    weighed: Tensor | None = None
+    padding_weight: Tensor | None = None
+    chosen: Tensor | None = None
     state: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -110,30 +130,30 @@ class Routing:
         return token.expand_as(self.expert)
 
     @property
-    def slot(self) -> Tensor:
-        """`(..., b, a)` int64, position of each assignment in its expert's queue of this group; any number where not
-        `kept`."""
-        return self.group_queues().position
+    def position(self) -> Tensor:
+        """`(..., b, a)` int64, position of each assignment in its expert's queue of this group, and so its slot; any
+        number where not `kept`."""
+        return self.find_queues().position
 
     @property
-    def queued(self) -> Tensor:
+    def queue_length(self) -> Tensor:
         """`(..., b, e)` int64, length of each expert's queue before capacity."""
         if self.queues is not None:
             return self.queues.length
         none = self.expert.new_zeros(*self.expert.shape[:-1], self.num_experts)
-        return none.scatter_add(-1, self.expert, self.chosen.to(none.dtype))
+        return none.scatter_add(-1, self.expert, self.sent.to(none.dtype))
 
-    def group_queues(self) -> Queues:
+    def find_queues(self) -> Queues:
         """The queues of each group; for a dropless gate they are computed here, in the order of tokens."""
         if self.queues is not None:
             return self.queues
         assert self.k is not None
-        return queue_up(self.expert, self.chosen, self.num_experts, self.k, "token")
+        return queue_up(self.expert, self.sent, self.num_experts, self.k, "token")
 
     @property
     def importance(self) -> Tensor:
-        """`(..., b, a)`, importance of each assignment in a second level: 1 for a token's first choice, 0.5 for its
-        others, 0 if not kept. Expert choice raises ValueError."""
+        """`(..., b, a)`, importance of each assignment in a second level: 1 for a primary one, 0.5 for others,
+        0 if not kept. Expert choice raises ValueError."""
         if self.k is None:
             raise ValueError("expert choice has no importance for a second level: its tokens have no first choice")
         primary = self.primary
@@ -142,19 +162,20 @@ class Routing:
         return (self.kept.to(self.weight.dtype) + (self.kept & primary)) * 0.5
 
     @property
-    def slots(self) -> int:
+    def slots_per_queue(self) -> int:
         """Slots of an expert for each group: the capacity, or n if dropless."""
         return self.num_tokens if self.capacity is None else self.capacity
 
-    def slots_held(self, queues: Queues) -> Tensor:
-        """`(..., b, e)` int64, the occupied slots of each of these queues: its length, cut off at the capacity."""
-        held = queues.length if self.capacity is None else queues.length.clamp(max=self.capacity)
-        return held if self.limit is None else torch.minimum(held, self.limit.unsqueeze(-1))
+    def count_occupied_slots(self) -> Tensor:
+        """`(..., b, e)` int64, the occupied slots of each queue: its length, limited by the capacity."""
+        length = self.find_queues().length
+        occupied = length if self.capacity is None else length.clamp(max=self.capacity)
+        return occupied if self.limit is None else torch.minimum(occupied, self.limit.unsqueeze(-1))
 
     def combine_tensor(self) -> Tensor:
         """The papers' combine tensor `(..., b, n, e, c)`: the weight of slot c of expert e for token n."""
-        n, e, c = self.num_tokens, self.num_experts, self.slots
-        cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.slot, 0)
+        n, e, c = self.num_tokens, self.num_experts, self.slots_per_queue
+        cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.position, 0)
         dense = self.weight.new_zeros(*self.weight.shape[:-1], n * e * c)
         # an assignment that is not kept adds its weight, 0, to cell 0
         return dense.scatter_add(-1, cell, self.weight).unflatten(-1, (n, e, c))
@@ -169,7 +190,9 @@ def occupied(combine: Tensor) -> Tensor:
     return (combine != 0).to(combine.dtype)
 
 
-torch.export.register_dataclass(Routing, serialized_type_name="mixture_of_experts.Routing")
+#: fields under their names in exported programs, as earlier versions wrote them, in which "chosen" was what is now sent
+EXPORTED_NAMES = {"sent": "chosen", "mask": "real", "padding_weight": "uncounted", "chosen": "weighed"}
+register_dataclass(Routing, "mixture_of_experts.Routing", EXPORTED_NAMES)
 
 
 def check_routing(name: str, routing: object) -> Routing:

@@ -32,7 +32,7 @@ BalanceOver = Literal["group", "batch"]
 
 
 @dataclass(frozen=True)
-class Counted:
+class BalanceInputs:
     """Choices and probabilities of the tokens that count in a loss.
 
     Attributes:
@@ -69,33 +69,33 @@ BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
 }
 
 
-def over_score(counted: Counted) -> Tensor:
+def over_score(inputs: BalanceInputs) -> Tensor:
     """The complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): f counts the experts
     of the k largest scores, among all experts and without their bias; P is of scores normalised over all experts."""
-    e = counted.probs.shape[-1]
-    k = min(counted.expert.shape[-1], e)  # `Top2Gating` makes two choices of a single expert, the second with weight 0
-    chosen = None if counted.chosen is None else counted.chosen[..., :k]
-    return replace(counted, load=count_expert_load(top_choices(counted.probs, k), chosen, e)).loss()
+    e = inputs.probs.shape[-1]
+    k = min(inputs.expert.shape[-1], e)  # `Top2Gating` makes two choices of a single expert, the second with weight 0
+    chosen = None if inputs.chosen is None else inputs.chosen[..., :k]
+    return replace(inputs, load=count_expert_load(top_choices(inputs.probs, k), chosen, e)).loss()
 
 
-def over_devices(counted: Counted) -> Tensor:
+def over_devices(inputs: BalanceInputs) -> Tensor:
     """The device-level loss of DeepSeek-V2 (arXiv 2405.04434, equations 26 to 28). An expert group takes the place of a
     device: f is the mean over its experts, P the sum."""
-    load, proxy = (of_expert_groups(values, counted.num_groups) for values in (counted.load, counted.proxy))
-    return replace(counted, load=load, proxy=proxy).loss()
+    load, proxy = (of_expert_groups(values, inputs.num_groups) for values in (inputs.load, inputs.proxy))
+    return replace(inputs, load=load, proxy=proxy).loss()
 
 
-def over_communication(counted: Counted) -> Tensor:
+def over_communication(inputs: BalanceInputs) -> Tensor:
     """The communication loss of DeepSeek-V2 (arXiv 2405.04434, equations 29 to 31): f counts each token that an expert
     group receives once, and is divided by `top_groups`."""
-    size = counted.probs.shape[-1] // counted.num_groups
-    groups = torch.arange(counted.num_groups, device=counted.expert.device)
-    sent = (counted.expert // size).unsqueeze(-1) == groups
-    if counted.chosen is not None:
-        sent = sent & counted.chosen.unsqueeze(-1)
+    size = inputs.probs.shape[-1] // inputs.num_groups
+    groups = torch.arange(inputs.num_groups, device=inputs.expert.device)
+    sent = (inputs.expert // size).unsqueeze(-1) == groups
+    if inputs.chosen is not None:
+        sent = sent & inputs.chosen.unsqueeze(-1)
     load = sent.any(dim=-2).sum(dim=-2)  # (..., b, n, k, g) to (..., b, g)
-    proxy = of_expert_groups(counted.proxy, counted.num_groups)
-    return replace(counted, load=load, proxy=proxy, k=counted.top_groups).loss()
+    proxy = of_expert_groups(inputs.proxy, inputs.num_groups)
+    return replace(inputs, load=load, proxy=proxy, k=inputs.top_groups).loss()
 
 
 def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
@@ -104,9 +104,9 @@ def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
 
 
 #: the losses by name
-BALANCE_LOSSES: Mapping[str, Callable[[Counted], Tensor]] = {
-    "balance_group": partial(Counted.loss, over="group"),
-    "balance_batch": partial(Counted.loss, over="batch"),
+BALANCE_LOSSES: Mapping[str, Callable[[BalanceInputs], Tensor]] = {
+    "balance_group": partial(BalanceInputs.loss, over="group"),
+    "balance_batch": partial(BalanceInputs.loss, over="batch"),
     "balance_score": over_score,
     "balance_device": over_devices,
     "balance_communication": over_communication,

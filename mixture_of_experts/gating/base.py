@@ -26,8 +26,8 @@ from mixture_of_experts.gating.balance_losses import (
     BALANCE_LOSSES,
     BALANCE_OVER,
     OF_EXPERT_GROUPS,
+    BalanceInputs,
     BalanceOver,
-    Counted,
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.choices import Choices, both, check_choices, check_experts_of_tokens
@@ -58,22 +58,25 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.support.implementations import select_implementation
+from mixture_of_experts.support.implementations import Implementation, run_first_supported
 from mixture_of_experts.support.private_torch import statically_known_true, unsafe_view, unwrap_module
 from mixture_of_experts.support.subclassing import is_unchanged
 
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
 class Tokens:
-    """The tokens that a gate decides on, and what is known of them."""
+    """The tokens that a gate decides on: what it reads, and how many choices each token makes by mask and
+    importance."""
 
     x: Tensor  # (..., b, n, d); masked tokens are zeros
-    real: Tensor | None  # (..., b, n) bool, tokens that are no padding; None if all are real
-    full: Tensor | None  # (..., b, n) bool, importance 1: they make k choices; None if all do
-    active: Tensor | None  # (..., b, n) bool, importance above 0: they make at least one choice; None if all do
-    length: Length | int  # (..., b) number of real tokens, for capacity and balance losses; n if all have that many
+    mask: Tensor | None  # (..., b, n) bool, tokens that are not padding; None if all are
+    makes_all_choices: Tensor | None  # (..., b, n) bool, tokens of importance 1, which make k choices; None if all do
+    makes_any_choice: (
+        Tensor | None
+    )  # (..., b, n) bool, of importance above 0, which make their top choice; None if all do
+    length: Length | int  # (..., b) number of tokens, for capacity and balance losses; n if all groups have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
-    losses: Collection[str] = ()  # names of the losses that are asked for beside the gate's own
+    losses: Collection[str] = ()  # names of the losses that are requested in addition to the gate's own
 
     @property
     def num_tokens(self) -> int:
@@ -81,13 +84,13 @@ class Tokens:
 
     @property
     def counted(self) -> Tensor | None:
-        """`(..., b, n)` bool, the tokens that count in losses: full ones that are real; None if all do."""
-        return self.real if self.full is None else self.full
+        """`(..., b, n)` bool, the tokens that count in losses: those that make all choices; None if all do."""
+        return self.mask if self.makes_all_choices is None else self.makes_all_choices
 
     @property
     def computed_padding(self) -> Tensor | None:
         """`(..., b, n, 1)` bool, padding that makes its choices but counts nowhere; None if there is none."""
-        return None if self.real is None or self.full is not None else ~self.real.unsqueeze(-1)
+        return None if self.mask is None or self.makes_all_choices is not None else ~self.mask.unsqueeze(-1)
 
 
 class Gate(FixedShapeModule):
@@ -183,23 +186,23 @@ class Gate(FixedShapeModule):
         if x.ndim != 3 + len(outer) or tuple(x.shape[: len(outer)]) != outer:
             wanted = ", ".join([*map(str, outer), "b", "n", str(self.dim)])
             raise ValueError(f"a gate reads x of shape ({wanted}), got {tuple(x.shape)}: add or flatten leading axes")
-        full = active = None
+        makes_all_choices = makes_any_choice = None
         if importance is not None:
             check_importance(importance, x.shape[:-1])
-            full, active = importance == 1, importance > 0
+            makes_all_choices, makes_any_choice = importance == 1, importance > 0
         if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed
             self._check_counted(counted, x, importance, mask)
             mask = counted
         elif mask is not None:
             check_mask(mask, x.shape[:-1])
             x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
-            full, active = both(full, mask), both(active, mask)
+            makes_all_choices, makes_any_choice = both(makes_all_choices, mask), both(makes_any_choice, mask)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
         if isinstance(length, Tensor):
             length = Length(check_lengths(length, x.shape[:-2]))
         known = x.shape[-2] if length is None else length
-        return Tokens(x, mask, full, active, known, side, losses)
+        return Tokens(x, mask, makes_all_choices, makes_any_choice, known, side, losses)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:
@@ -250,10 +253,12 @@ class TokenChoiceGate(Gate):
     #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: fast implementations by name, the fastest first: modules with `make_routing(gate, tokens)` and
-    #: `unsupported_reason(gate, tokens)`, which returns why the module does not support the call, or None. If none
-    #: supports it, `decide` is called
-    implementations: ClassVar[Mapping[str, Any]] = {}
+    #: implementations by name, the fastest first: modules with `unsupported_reason(gate, tokens)`, which returns None
+    #: or why it does not support the call, and `run(gate, tokens)`, which returns the `Routing`. The last one,
+    #: "operators", calls `decide`
+    implementations: ClassVar[Mapping[str, Any]] = {
+        "operators": Implementation(lambda gate, tokens: None, lambda gate, tokens: gate.decide_and_route(tokens))
+    }
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
@@ -348,13 +353,15 @@ class TokenChoiceGate(Gate):
         if (padding := tokens.computed_padding) is not None:  # nobody gave any for it
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
-            check_overrides(given, self.num_experts, tokens.counted if tokens.active is None else tokens.active)
+            check_overrides(
+                given, self.num_experts, tokens.counted if tokens.makes_any_choice is None else tokens.makes_any_choice
+            )
         return given
 
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. A gate of your own writes this method.
 
-        Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.counted`, as
+        Choices that a token may not make are left out afterwards. A loss counts only the tokens of `tokens.counted`, as
         `balance_loss`, `z_loss` and `token_mean` of this class do. Losses are returned whatever their coefficient in
         the layer is: statistics show them. Side inputs that it reads are named in `side_inputs`. A gate that others may
         choose for calls `apply_overrides`.
@@ -388,12 +395,7 @@ class TokenChoiceGate(Gate):
             tokens = self._force(self.forced, tokens)
         if tokens.num_tokens == 1 and not self.training:
             warn_of_decoding(self)
-        way = select_implementation("gate", self.implementations, self, tokens)
-        return (
-            self.implementations[way].make_routing(self, tokens)
-            if way in self.implementations
-            else self.decide_and_route(tokens)
-        )
+        return run_first_supported("gate", self.implementations, self, tokens)
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
         """Return the `Routing` of what `decide` returns; an error for anything else than `Choices`, or if it reads a
@@ -431,19 +433,19 @@ class TokenChoiceGate(Gate):
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
             return {}
-        chosen, probs = self.counted(tokens, choices.chosen, choices.probs)
+        chosen, probs = self.select_counted(tokens, choices.chosen, choices.probs)
         load, proxy = losses.count_expert_load(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
         k, group = self.choices_at_balance, self.process_group
-        counted = Counted(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
-        return {name: BALANCE_LOSSES[name](counted) for name in known}
+        inputs = BalanceInputs(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
+        return {name: BALANCE_LOSSES[name](inputs) for name in known}
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none. None if
-        all make all."""
-        if tokens.full is None or tokens.active is None:
+        all make all. The top choice is choice 0, but for `Top2Gating`, whose choice 1 it is for such tokens."""
+        if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
-        rest = tokens.full.unsqueeze(-1).expand(*tokens.full.shape, self.k - 1)
-        return torch.cat([tokens.active.unsqueeze(-1), rest], dim=-1)
+        rest = tokens.makes_all_choices.unsqueeze(-1).expand(*tokens.makes_all_choices.shape, self.k - 1)
+        return torch.cat([tokens.makes_any_choice.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
         """Slots of an expert, None if dropless; and each group's own limit `(..., b)`, None if none is masked."""
@@ -484,11 +486,11 @@ class TokenChoiceGate(Gate):
             chosen: `(..., b, n, k)` bool, the choices that are made; None if all are.
             k: choices that a token makes: the loss is divided by it, to be 1.0 at balance.
         """
-        chosen, probs = self.counted(tokens, chosen, probs)
+        chosen, probs = self.select_counted(tokens, chosen, probs)
         alone = statically_known_true(tokens.num_tokens == 1)  # decoding: saves a launch
         return self.balance(expert, chosen, probs.squeeze(-2) if alone else probs.sum(dim=-2), tokens.length, k)
 
-    def counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
+    def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
         """The choices that count, `(..., b, n, k)` or `(..., b, n, 1)` bool, None if all do; and the probabilities, 0
         for tokens that do not count."""
         if tokens.counted is None:
@@ -518,66 +520,71 @@ class TokenChoiceGate(Gate):
         if tokens.losses:
             named = self.named_losses(tokens.losses, tokens, choices)
             choices = choices._replace(losses={**choices.losses, **named})
-        tracing, name, probs, score = torch.compiler.is_compiling(), type(self).__name__, choices.probs, choices.score
+        tracing, name, probs = torch.compiler.is_compiling(), type(self).__name__, choices.probs
         if not tracing:
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
-        chosen, weight, uncounted = self._restricted(tokens, choices)
+        sent, weight, padding_weight = self._restrict_choices(tokens, choices)
         flat = (*probs.shape[:-2], tokens.num_tokens * self.k)
-        expert, weight = choices.expert.flatten(-2), unsafe_view(weight.contiguous(), flat)
-        optional = (chosen, choices.primary, choices.chosen, uncounted)
-        chosen, primary, weighed, uncounted = (None if v is None else v.flatten(-2) for v in optional)
-        # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
-        kept = weight != 0 if chosen is None else chosen & (weight != 0)
+        weight = unsafe_view(weight.contiguous(), flat)
+        flags = (sent, choices.primary, choices.chosen, padding_weight)
+        sent, primary, chosen, padding_weight = (None if flag is None else flag.flatten(-2) for flag in flags)
+        has_weight = weight != 0  # a choice of weight 0 is not computed
+        kept = has_weight if sent is None else sent & has_weight
         if not (tracing or is_unchanged(self)):
             check_experts_of_tokens(name, choices.expert, kept.view_as(choices.expert), self.num_experts)
+        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # 0 where not kept
+        queues = None
         capacity, limit = self.capacity(tokens)
-        zero_where_not_kept, queues = chosen is None, None  # dropless needs no queues
-        if capacity is None:
-            chosen = kept
-        else:
-            if self.priority == "score" and score is None:
-                score = probs.detach().amax(dim=-1)
-            queues = queue_up(expert, chosen, self.num_experts, self.k, self.priority, score)
+        if capacity is None:  # a choice of weight 0 does not queue
+            sent = kept
+        else:  # it holds a slot
+            queues = queue_up(expert, sent, self.num_experts, self.k, self.priority, self._priority_score(choices))
             if limit is not None or not statically_known_true(expert.shape[-1] <= capacity):  # not all have a slot
                 kept = kept & (queues.position < (capacity if limit is None else limit.unsqueeze(-1)))
-                zero_where_not_kept = False
-            chosen = torch.ones_like(kept) if chosen is None else chosen
+                is_weight_final = False
+            sent = torch.ones_like(kept) if sent is None else sent
         return Routing(
             expert=expert,
             kept=kept,
-            weight=weight if zero_where_not_kept else torch.where(kept, weight, 0.0),
+            weight=weight if is_weight_final else torch.where(kept, weight, 0.0),
             probs=probs,
             num_tokens=tokens.num_tokens,
             num_experts=self.num_experts,
             capacity=capacity,
             k=self.k,
-            chosen=chosen,
+            sent=sent,
             queues=queues,
             limit=limit,
-            real=tokens.real,
+            mask=tokens.mask,
             losses=choices.losses,
             primary=primary,
-            weighed=weighed,
-            uncounted=uncounted,
+            chosen=chosen,
+            padding_weight=padding_weight,
             state=choices.state,
         )
 
-    def _restricted(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The choices that are chosen and computed, of tokens that count; None if all are. The weights. And, of padding
-        that chooses, the weights of its choices, without gradient; None if there is none. Each is `(..., b, n, k)`."""
-        chosen = both(choices.chosen, choices.sent)
-        if not choices.masked:
-            chosen = both(chosen, self.allowed(tokens))
-        weight, uncounted, padding = choices.weight, None, tokens.computed_padding
-        if (given := tokens.side.get(GIVEN)) is not None:  # nobody gave any for padding
+    def _priority_score(self, choices: Choices) -> Tensor | None:
+        """`(..., b, n)`, the score by which tokens queue with priority "score"; None for other priorities."""
+        if self.priority != "score":
+            return None
+        return choices.probs.detach().amax(dim=-1) if choices.priority_score is None else choices.priority_score
+
+    def _restrict_choices(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The choices that are sent, None if all are; the weights; and the weights of the choices of computed padding,
+        without gradient, None if there is none. Each is `(..., b, n, k)`."""
+        sent = both(choices.chosen, choices.sent)
+        if not choices.is_masked:
+            sent = both(sent, self.allowed(tokens))
+        weight, padding_weight, padding = choices.weight, None, tokens.computed_padding
+        if (given := tokens.side.get(GIVEN)) is not None:  # none are given for padding
             computed = is_computed(given)
-            chosen = both(chosen, computed if padding is None else computed | padding)
+            sent = both(sent, computed if padding is None else computed | padding)
         if (weights := tokens.side.get(GIVEN_WEIGHTS)) is not None:
             weight = override_weights(weights, weight, padding)
         if padding is not None:
-            uncounted = torch.where(both(chosen, padding), weight.detach(), 0.0)  # type: ignore[arg-type]
-            chosen = both(chosen, ~padding.expand_as(weight))
-        return chosen, weight, uncounted
+            padding_weight = torch.where(both(sent, padding), weight.detach(), 0.0)  # type: ignore[arg-type]
+            sent = both(sent, ~padding.expand_as(weight))
+        return sent, weight, padding_weight
 
 
 def get_side_inputs(gate: nn.Module) -> tuple[str, ...]:

@@ -18,18 +18,19 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 
 class Choices(NamedTuple):
-    """The choices of all tokens, before masks, priorities and capacity."""
+    """The choices of all tokens, before priorities and capacity. `TokenChoiceGate.route` applies mask and importance,
+    which a gate may read too."""
 
-    expert: Tensor  #: (..., b, n, k) int64, a token's best choice first, no expert twice
+    expert: Tensor  #: (..., b, n, k) int64, a token's best choice first, no expert twice among those made
     weight: Tensor  #: (..., b, n, k), multiplies the experts' outputs; a choice of weight 0 is not computed
     probs: Tensor  #: (..., b, n, e) the router's probabilities (normalised scores)
     #: every loss by name, 0-dim: "balance" is what the layer's loss_coef weighs, "z" what its z_loss_coef weighs
     losses: dict[str, Tensor]
     chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that share the token's weight; None if all do
-    score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
+    priority_score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
     primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
     sent: Tensor | None = None  #: (..., b, n, k) bool, those of the chosen that go to their expert; None if all do
-    masked: bool = False  #: whether `sent` leaves out already what masks and importance do not allow
+    is_masked: bool = False  #: whether `sent` excludes what masks and importance do not allow
     state: Tensor | None = None  #: (..., b, n, anything), what the router hands to that of the next layer
 
 
@@ -42,7 +43,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
         ("probs", of_experts, "floating point"),
         ("chosen", of_choices, "bool"),
         ("sent", of_choices, "bool"),
-        ("score", tuple(shape), "floating point"),
+        ("priority_score", tuple(shape), "floating point"),
         ("primary", of_choices, "bool"),
     ):
         value = getattr(choices, name)
@@ -51,7 +52,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
         if value.shape != wanted:
             raise ValueError(
                 f"{gate} gave {name} of shape {tuple(value.shape)}, wanted {wanted}: groups, tokens"
-                f"{dict(score='', probs=', experts').get(name, f', k={k} choices')}"
+                f"{dict(priority_score='', probs=', experts').get(name, f', k={k} choices')}"
             )
         got = "floating point" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         if got != kind:

@@ -106,12 +106,12 @@ class ExpertChoiceGating(Gate):
             num_experts=e,
             capacity=capacity,
             k=None,
-            chosen=chosen.flatten(-2),
+            sent=chosen.flatten(-2),
             queues=Queues(slot.flatten(-2), chosen.sum(dim=-1)),
             token_index=token.flatten(-2),
             limit=limit,
-            real=tokens.real,
-            losses={"z": token_mean(log_total.square(), tokens.real, self.process_group)},
+            mask=tokens.mask,
+            losses={"z": token_mean(log_total.square(), tokens.mask, self.process_group)},
         )
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""Makes the arguments of level two's gate from the routing of level one.
+"""Two levels: the arguments of level two's gate from the routing of level one, and the assignments of both.
 
-Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of an outer expert for each group.
+Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of an outer expert for each group,
+k1, k2 choices of a token at each level.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.dispatch.assignments import Assignments, append, gather_choices
 from mixture_of_experts.dispatch.groups import group_shape
-from mixture_of_experts.dispatch.moving import dispatch
-from mixture_of_experts.dispatch.plan import Plan, append
+from mixture_of_experts.dispatch.permutation import Permutation
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.dispatch.rows import dispatch
 from mixture_of_experts.gating.overrides import COUNTED, GIVEN, GIVEN_WEIGHTS
 from mixture_of_experts.support.subclassing import is_unchanged
 from mixture_of_experts.support.tracing import is_host_readable
@@ -31,7 +33,7 @@ def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[s
 
 
 def second_level(
-    groups: Tensor, outer: Routing, slots: Plan, group_size: int | None, side: Mapping[str, Tensor]
+    groups: Tensor, outer: Routing, outer_permutation: Permutation, group_size: int | None, side: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
@@ -42,7 +44,7 @@ def second_level(
     Args:
         groups: `(b, n, d)`.
         outer: the routing of level one.
-        slots: `plan_slots_of(outer)`.
+        outer_permutation: `permute_to_slots(join_groups(outer, in_slots=True))`.
         group_size: group size of level two, if it has groups of its own.
         side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0. `given_experts_inner`
             `(b, n, k, k2)` is for each choice of a token.
@@ -50,52 +52,80 @@ def second_level(
     if outer.k is None:
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
     b, n, _ = groups.shape
-    eo, c = outer.num_experts, outer.slots
-    importance = append(outer.importance.flatten(), 0)[slots.assignment]
+    eo, c = outer.num_experts, outer.slots_per_queue
+    importance = append(outer.importance.flatten(), 0)[outer_permutation.assignment]
     shape, mask, more = (eo, b, c), None, {}
     if outer.capacity is None:
         mask = (importance > 0).view(shape)
-        real = outer.expert.new_full((b,), n) if outer.real is None else outer.real.sum(dim=-1)
+        real = outer.expert.new_full((b,), n) if outer.mask is None else outer.mask.sum(dim=-1)
         more["length"] = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
     else:
-        if outer.limit is not None:  # real are the slots below the capacity that a group's real length gives
+        if outer.limit is not None:  # slots below the capacity that a group's own length gives
             mask = (torch.arange(c, device=importance.device) < outer.limit.unsqueeze(-1)).expand(shape)
         if group_size is not None:
             shape = (eo, *group_shape(b * c, group_size))
             mask = None if mask is None else mask.reshape(shape)
-    of_slots = {"x": dispatch(groups.flatten(0, 1), slots), "importance": importance}
-    of_slots |= _side_of_slots(side, outer.k, slots)
+    of_slots = {"x": dispatch(groups.flatten(0, 1), outer_permutation), "importance": importance}
+    of_slots |= _side_of_slots(side, outer.k, outer_permutation)
     return {name: value.view(*shape, *value.shape[1:]) for name, value in of_slots.items()} | {"mask": mask, **more}
 
 
-def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> None:
+def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) -> Assignments:
+    """The assignments of two levels: each token has the choices of all its slots, in order, and their weights are the
+    products of both levels' weights. So experts read tokens from the inputs, not from the slots of level one.
+
+    Args:
+        outer: the routing of level one.
+        outer_permutation: its permutation to slots, which are the tokens of level two.
+        inner: the routing of level two, with one router for each expert of level one.
+    """
+    if outer_permutation.k is None or inner.k is None:
+        raise ValueError("only routers of token choice can be composed: expert choice makes no list of k choices")
+    slot = outer_permutation.row
+    weight = outer_permutation.weight.unsqueeze(-1) * gather_choices(inner.weight, inner, slot).view(-1, inner.k)
+    kept = gather_choices(inner.kept, inner, slot)
+    return Assignments(
+        expert=None,  # it follows from the slots
+        weight=weight.flatten(),
+        kept=kept,
+        sent=kept,
+        k=outer_permutation.k * inner.k,
+        num_tokens=outer_permutation.num_tokens,
+        expert_dims=(outer.num_experts, inner.num_experts),
+        dropless=inner.capacity is None,
+        routing=inner,
+        slot_of_outer_choice=slot,
+    )
+
+
+def check_slots_have_tokens(gate: nn.Module, inner: Routing, outer_permutation: Permutation) -> None:
     """Check that a gate of level two chooses no expert for an empty slot, unless it is a gate of this package.
 
     It reads values, so it does nothing on a GPU and in a graph.
     """
     if (
         inner.k is None
-        or not (is_host_readable(inner.chosen) and is_host_readable(slots.assignment))
+        or not (is_host_readable(inner.sent) and is_host_readable(outer_permutation.assignment))
         or is_unchanged(gate)
     ):
         return
-    empty = slots.assignment == slots.row.shape[0]
-    if (chosen := inner.chosen.reshape(slots.num_rows, inner.k).any(dim=-1) & empty).any():
+    empty = outer_permutation.assignment == outer_permutation.row.shape[0]
+    if (sent := inner.sent.reshape(outer_permutation.num_rows, inner.k).any(dim=-1) & empty).any():
         raise ValueError(
-            f"gate_inner, a {type(gate).__name__}, chose experts for {int(chosen.sum())} slots of level one that no "
+            f"gate_inner, a {type(gate).__name__}, chose experts for {int(sent.sum())} slots of level one that no "
             "token has: choose none where importance is 0 (TokenChoiceGate.route leaves them out)"
         )
 
 
-def _side_of_slots(side: Mapping[str, Tensor], k: int, slots: Plan) -> dict[str, Tensor]:
+def _side_of_slots(side: Mapping[str, Tensor], k: int, outer_permutation: Permutation) -> dict[str, Tensor]:
     """The side inputs of slots `(r, ...)`, from those of tokens `(b, n, ...)`, and `given_experts` `(r, k2)` from those
     of choices `(b, n, k, k2)`. An empty slot has zeros, and -1 as a given expert."""
     found = {}
     for name, value in side.items():
         if name != GIVEN_INNER:
-            found[name] = append(value.flatten(0, 1), 0)[slots.token]
+            found[name] = append(value.flatten(0, 1), 0)[outer_permutation.token]
         elif value.ndim == 4 and value.shape[2] == k:
-            found[GIVEN] = append(value.flatten(0, 2), -1)[slots.assignment]
+            found[GIVEN] = append(value.flatten(0, 2), -1)[outer_permutation.assignment]
         else:
             got = tuple(value.shape[1:])
             raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {got}")

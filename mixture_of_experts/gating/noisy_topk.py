@@ -99,13 +99,13 @@ class NoisyTopKGating(TokenChoiceGate):
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
         found = {"balance": parts["importance"] + parts["load"], **parts, "z": self.z_loss(tokens, clean)}
-        return Choices(expert, weight, probs, found, chosen=chosen, score=score)
+        return Choices(expert, weight, probs, found, chosen=chosen, priority_score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """The squared coefficients of variation of importance and of load, each summed over the call."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
-            _, value = self.counted(tokens, None, value)
+            _, value = self.select_counted(tokens, None, value)
             parts[name] = losses.cv_squared(value.sum(dim=(-3, -2)), self.process_group)
         return parts
 

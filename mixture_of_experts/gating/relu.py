@@ -120,7 +120,7 @@ class ReLUGating(TopKGating):
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
     ) -> Tensor:
-        chosen, score = self.counted(tokens, score > 0, score)
+        chosen, score = self.select_counted(tokens, score > 0, score)
         assert chosen is not None
         load, proxy = chosen.sum(dim=-2), score.sum(dim=-2)
         norm = BALANCE_OVER[self.balance_over](load, proxy, tokens.length, self.mean_choices, self.process_group)

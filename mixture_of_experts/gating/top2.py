@@ -60,7 +60,7 @@ class Top2Gating(TokenChoiceGate):
     """
 
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, "given_experts")
-    implementations: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel}
+    implementations: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel, **TokenChoiceGate.implementations}
     w_gating: nn.Parameter
     capacity_per_choice = False
     eps: float = checked_setting(check_number, above=0.0)
@@ -142,7 +142,7 @@ class Top2Gating(TokenChoiceGate):
         # the second choice is among the experts that the first one leaves; without a first choice among all
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
-        expert_2 = self._without_first(fixed, expert_1, tokens.full).argmax(dim=-1, keepdim=True)
+        expert_2 = self._without_first(fixed, expert_1, tokens.makes_all_choices).argmax(dim=-1, keepdim=True)
         expert, chosen = self.apply_overrides(tokens, torch.cat([expert_1, expert_2], dim=-1))
         if chosen is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
@@ -152,7 +152,7 @@ class Top2Gating(TokenChoiceGate):
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         if chosen is not None:
             p_1, p_2 = torch.where(chosen[..., :1], p_1, 0.0), torch.where(chosen[..., 1:], p_2, 0.0)
-        weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
+        weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.makes_all_choices)
         if self.second_place_loss:
             parts = {"balance": parts["first_place"] + parts["second_place"], **parts}
         if chosen is None:
@@ -172,25 +172,27 @@ class Top2Gating(TokenChoiceGate):
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, 2)` bool: a token of importance 1 makes both choices, between 0 and 1 the second, 0 none."""
-        if tokens.full is None or tokens.active is None:
+        if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
-        return torch.stack([tokens.full, tokens.active], dim=-1)
+        return torch.stack([tokens.makes_all_choices, tokens.makes_any_choice], dim=-1)
 
-    def _without_first(self, probs: Tensor, expert_1: Tensor, full: Tensor | None) -> Tensor:
+    def _without_first(self, probs: Tensor, expert_1: Tensor, makes_both: Tensor | None) -> Tensor:
         """The probabilities, with 0 at the first choice of tokens that make one."""
-        if full is None:
+        if makes_both is None:
             return probs.scatter(-1, expert_1, 0.0)
-        return torch.where(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, full[..., None]), 0.0, probs)
+        return torch.where(
+            torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, makes_both[..., None]), 0.0, probs
+        )
 
-    def _weights(self, p_1: Tensor, p_2: Tensor, same: Tensor, full: Tensor | None) -> Tensor:
+    def _weights(self, p_1: Tensor, p_2: Tensor, same: Tensor, makes_both: Tensor | None) -> Tensor:
         """`(..., b, n, 2)`, the normalised weights; 0 for a first choice that is not made.
 
         `same` is True where both choices are one expert, because all other probabilities are exactly 0. There the
         second choice has a weight of 0.
         """
-        if full is not None:
-            full = full.unsqueeze(-1)
-            p_1, same = torch.where(full, p_1, 0.0), same & full
+        if makes_both is not None:
+            makes_both = makes_both.unsqueeze(-1)
+            p_1, same = torch.where(makes_both, p_1, 0.0), same & makes_both
         p_2 = p_2.masked_fill(same, 0.0)
         weight = torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
         if self.num_experts > 1:  # where a token of NaN makes two choices
@@ -231,11 +233,11 @@ class Top2Gating(TokenChoiceGate):
         first_place = self.balance_loss(tokens, probs, expert_1, first)
         if not self.second_place_loss:
             return {"balance": first_place}
-        rest = self._without_first(probs, expert_1, tokens.full)
+        rest = self._without_first(probs, expert_1, tokens.makes_all_choices)
         proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
-        if tokens.real is not None:
-            proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
-        active = tokens.counted if tokens.active is None else tokens.active
+        if tokens.mask is not None:
+            proxy = torch.where(tokens.mask.unsqueeze(-1), proxy, 0.0)
+        active = tokens.counted if tokens.makes_any_choice is None else tokens.makes_any_choice
         active = None if active is None else active.unsqueeze(-1)
         if second is not None:
             active = second if active is None else second & active

@@ -34,7 +34,7 @@ MAX_EXPERTS = 1024
 #: what the operators compute by, and the kernels do not call
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
-    *("balance_loss", "balance", "counted", "token_mean"),
+    *("balance_loss", "balance", "select_counted", "token_mean"),
 )
 
 SELF_CHECK = SelfCheck("the Triton kernels of Top2Gating")
@@ -49,14 +49,14 @@ def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
         return f"a {type(gate).__name__} has a {method} of its own"
     if gate.num_experts > MAX_EXPERTS:
         return f"they are for at most {MAX_EXPERTS} experts"
-    if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.full:
+    if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.makes_all_choices:
         return "they know neither a loss of second choices nor given experts nor tokens that choose but do not count"
     if math.prod(tokens.x.shape[:-1]) == 0:
         return "there is no token"
     return None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens)
 
 
-def make_routing(gate: Top2Gating, tokens: Tokens) -> Routing:
+def run(gate: Top2Gating, tokens: Tokens) -> Routing:
     """The `Routing` of a call, by the kernels."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 
@@ -65,15 +65,17 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
     """The gate's choices, by the kernels."""
     (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
     uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
-    settings = tokens.full, tokens.active, uniform, policy, threshold, gate.eps
+    settings = tokens.makes_all_choices, tokens.makes_any_choice, uniform, policy, threshold, gate.eps
 
     def decided(x: Tensor, weight: Tensor) -> Decided:
         return Decided(*_TwoBest.apply(router_logits(x, weight), *settings))
 
     found = recomputed(decided, tokens.x, gate.w_gating)
     balance = losses.load_balancing_loss(found.load, found.proxy, tokens.length, group=gate.process_group)
-    z_loss = losses.mean(found.squares, math.prod(shape) if tokens.full is None else found.number, gate.process_group)
-    all_made = policy == "all" and tokens.full is None and gate.num_experts > 1
+    z_loss = losses.mean(
+        found.squares, math.prod(shape) if tokens.makes_all_choices is None else found.number, gate.process_group
+    )
+    all_made = policy == "all" and tokens.makes_all_choices is None and gate.num_experts > 1
     return Choices(
         found.expert,
         found.weight,
@@ -81,7 +83,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
         {"balance": balance, "z": z_loss},
         sent=None if all_made else found.chosen,
         primary=found.primary,
-        masked=True,
+        is_masked=True,
     )
 
 
@@ -167,7 +169,7 @@ def grads_by_operators(
 
 def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
     """What the kernels compute on this device otherwise than torch's operators, on made-up tokens of such a gate."""
-    device, masked = tokens.x.device, tokens.full is not None
+    device, masked = tokens.x.device, tokens.makes_all_choices is not None
     kind = device, gate.num_experts, gate.second[0], masked, gate.eps
     return SELF_CHECK.failure_reason(device, kind, partial(_find_fault, gate, device, masked))
 
@@ -187,7 +189,7 @@ def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | N
         of_values = sum((value * value.detach().cos()).sum() for value in (found.weight, found.probs))
         total = of_values + groups * length * torch.stack([*found.losses.values()]).sum()
         (grad,) = torch.autograd.grad(total, [tokens.x])
-        sent = found.sent if found.masked else both(both(found.chosen, found.sent), gate.allowed(tokens))
+        sent = found.sent if found.is_masked else both(both(found.chosen, found.sent), gate.allowed(tokens))
         flags = {"choices": sent, "first choices": found.primary}
         parts = {name: flag.float() for name, flag in flags.items() if flag is not None}
         parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}

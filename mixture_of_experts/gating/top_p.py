@@ -41,7 +41,7 @@ class TopPGating(TopKGating):
         >>> probs = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]])
         >>> gate.w_gating.data.copy_(probs.log()).shape
         torch.Size([2, 4])
-        >>> gate(torch.eye(2).unsqueeze(0)).chosen.view(2, 3)
+        >>> gate(torch.eye(2).unsqueeze(0)).sent.view(2, 3)
         tensor([[ True, False, False],
                 [ True,  True, False]])
     """

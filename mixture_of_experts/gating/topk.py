@@ -113,7 +113,11 @@ class TopKGating(TokenChoiceGate):
     #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them. An
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
-    implementations: ClassVar[Mapping[str, Any]] = {"numbers": topk_by_numbers, "kernel": topk_by_kernel}
+    implementations: ClassVar[Mapping[str, Any]] = {
+        "numbers": topk_by_numbers,
+        "kernel": topk_by_kernel,
+        **TokenChoiceGate.implementations,
+    }
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None
@@ -229,7 +233,7 @@ class TopKGating(TokenChoiceGate):
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         parts = {"balance": balance, "z": z_loss}
-        return Choices(expert, weight, probs, parts, chosen=chosen, score=top)
+        return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best

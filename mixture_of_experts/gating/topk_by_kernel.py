@@ -32,7 +32,7 @@ NO_KERNEL = "kernels of gates serve plain tensors on NVIDIA GPUs"
 #: what the operators compute by, and neither kernel nor numbers call
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
-    *("_weigh", "_normalized", "allowed", "balance_loss", "balance", "counted", "token_mean"),
+    *("_weigh", "_normalized", "allowed", "balance_loss", "balance", "select_counted", "token_mean"),
 )
 
 SELF_CHECK = SelfCheck("the Triton kernels of gates")
@@ -51,7 +51,7 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
     return unknown_settings_reason(gate) or (None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens.x))
 
 
-def make_routing(gate: TopKGating, tokens: Tokens) -> Routing:
+def run(gate: TopKGating, tokens: Tokens) -> Routing:
     """The `Routing` of a call, by the kernel."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 

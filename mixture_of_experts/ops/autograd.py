@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.permutation import Permutation
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.network import Network
 from mixture_of_experts.support.private_torch import is_functorch_wrapped
@@ -37,48 +37,56 @@ class FFNGradients(NamedTuple):
     network: dict[str, Tensor]
 
 
-# An implementation's own computation of outputs and gradients. `forward(x, plan, network, save)` returns the outputs
-# `(t, o)` of tokens x `(t, d)`, and the tensors that the backward needs (none unless `save`).
-# `backward(x, plan, network, saved, grad, wanted)` receives these and `grad` `(t, o)`, the gradient of the outputs;
-# `wanted` contains "x" and names of `Network.tensors`. The gradient of the assignments' weights is always computed.
-ForwardFunction = Callable[[Tensor, Plan, Network, bool], tuple[Tensor, SavedTensors]]
-BackwardFunction = Callable[[Tensor, Plan, Network, SavedTensors, Tensor, Collection[str]], FFNGradients]
+# An implementation's own computation of outputs and gradients. `forward(x, permutation, network, save)` returns the
+# outputs `(t, o)` of tokens x `(t, d)`, and the tensors that the backward needs (none unless `save`).
+# `backward(x, permutation, network, saved, grad, wanted)` receives these and `grad` `(t, o)`, the gradient of the
+# outputs; `wanted` contains "x" and names of `Network.tensors`. The gradient of the assignments' weights is always
+# computed.
+ForwardFunction = Callable[[Tensor, Permutation, Network, bool], tuple[Tensor, SavedTensors]]
+BackwardFunction = Callable[[Tensor, Permutation, Network, SavedTensors, Tensor, Collection[str]], FFNGradients]
 
 
 def run_differentiable(
-    forward: ForwardFunction, backward: BackwardFunction, x: Tensor, plan: Plan, network: Network
+    forward: ForwardFunction, backward: BackwardFunction, x: Tensor, permutation: Permutation, network: Network
 ) -> Tensor:
     """Outputs `(t, o)` of tokens x `(t, d)` by an implementation's own `forward` and `backward`, differentiable with
-    respect to `x`, `plan.weight` and all tensors of the network."""
+    respect to `x`, `permutation.weight` and all tensors of the network."""
     weights = network.tensors().values()
     with disable_autocast(x.device):
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights)):
-            return _RoutedFFN.apply(forward, backward, plan, network, x, plan.weight, *weights)
-        return forward(x, plan, network, False)[0]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, permutation.weight, *weights)):
+            return _RoutedFFN.apply(forward, backward, permutation, network, x, permutation.weight, *weights)
+        return forward(x, permutation, network, False)[0]
 
 
-def select_tables_to_save(plan: Plan) -> dict[str, Tensor]:
-    """The tensors of a plan to save, by name; on a CPU all of them, as packing them takes too long there."""
-    return plan.tensors() if plan.row.device.type == "cpu" else plan.tensors_to_save()
+def select_tables_to_save(permutation: Permutation) -> dict[str, Tensor]:
+    """The tensors of a permutation to save, by name; on a CPU all of them, as packing them takes too long there."""
+    return permutation.tensors() if permutation.row.device.type == "cpu" else permutation.tensors_to_save()
 
 
 class _RoutedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        forward: ForwardFunction,
-        backward: BackwardFunction,
-        plan: Plan,
+        compute_forward: ForwardFunction,
+        compute_backward: BackwardFunction,
+        permutation: Permutation,
         network: Network,
         x: Tensor,
         weight: Tensor,
         *weights: Tensor,
     ) -> Tensor:
         names = list(network.tensors())
-        plan, network = plan._replace(weight=weight), network.with_tensors(dict(zip(names, weights, strict=True)))
-        out, saved = forward(x, plan, network, True)
-        tables = select_tables_to_save(plan)
-        ctx.computed_backward, ctx.plan, ctx.network = backward, plan.without_tensors(), network.with_tensors({})
+        permutation, network = (
+            permutation._replace(weight=weight),
+            network.with_tensors(dict(zip(names, weights, strict=True))),
+        )
+        out, saved = compute_forward(x, permutation, network, True)
+        tables = select_tables_to_save(permutation)
+        ctx.compute_backward, ctx.permutation, ctx.network = (
+            compute_backward,
+            permutation.without_tensors(),
+            network.with_tensors({}),
+        )
         ctx.tables, ctx.names = list(tables), names
         ctx.save_for_backward(x, *tables.values(), *weights, *saved)
         return out
@@ -87,13 +95,13 @@ class _RoutedFFN(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         tensors = iter(ctx.saved_tensors)
         x = next(tensors)
-        plan: Plan = ctx.plan.from_saved({name: next(tensors) for name in ctx.tables})
+        permutation: Permutation = ctx.permutation.from_saved({name: next(tensors) for name in ctx.tables})
         network: Network = ctx.network.with_tensors({name: next(tensors) for name in ctx.names})
         if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # second derivatives, or batched gradients
-            return *4 * [None], *plain.compute_gradients(x, plan, network, grad)
+            return *4 * [None], *plain.compute_gradients(x, permutation, network, grad)
         need_x, need_weight, *needs = ctx.needs_input_grad[4:]
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}
         with disable_autocast(x.device):
-            grads = ctx.computed_backward(x, plan, network, list(tensors), grad, wanted)
+            grads = ctx.compute_backward(x, permutation, network, list(tensors), grad, wanted)
         of_weights = [grads.network[name] if name in wanted else None for name in ctx.names]
         return *4 * [None], grads.x if need_x else None, grads.weight if need_weight else None, *of_weights

@@ -5,8 +5,8 @@ o dim of the outputs, p inner and q outer dimension of a weight.
 
 One gather and one sum serve all choices.
 
-The layout of rows and the products on them are a class: `SlotProducts`, `BlockProducts`, or another one passed to
-`run`. Its `arrange` makes the plan of a decision, with a table that its products read.
+The layout of rows and the products on them are a class: `SlotLayout`, `BlockLayout`, or another one passed to
+`run`. Its `arrange` makes the permutation of assignments, with a table that its products read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import add_rows
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_with_padding
+from mixture_of_experts.dispatch.rows import add_rows
 from mixture_of_experts.ops import autograd, few_tokens, plain, row_network
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.support.private_torch import is_exporting, is_in_transform
@@ -32,7 +32,7 @@ BIAS_GRAD_COLUMNS = (
 )
 
 
-class SlotProducts(row_network.Products):
+class SlotLayout(row_network.RowLayout):
     """Rows in slots: every expert has the same number of slots, and empty ones are zeros."""
 
     num_batches: int
@@ -40,63 +40,63 @@ class SlotProducts(row_network.Products):
     token: Tensor
 
     @staticmethod
-    def arrange(decision: Decision) -> Plan:
-        return decision.in_slots()
+    def arrange(assignments: Assignments) -> Permutation:
+        return permute_to_slots(assignments)
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        self.num_batches = math.prod(plan.num_experts)
-        self.empty = (plan.token == plan.num_tokens).unsqueeze(-1)
-        self.token = plan.token.clamp(max=symbolic_max(plan.num_tokens - 1, 0))
+    def __init__(self, permutation: Permutation) -> None:
+        super().__init__(permutation)
+        self.num_batches = math.prod(permutation.expert_dims)
+        self.empty = (permutation.token == permutation.num_tokens).unsqueeze(-1)
+        self.token = permutation.token.clamp(max=symbolic_max(permutation.num_tokens - 1, 0))
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_rows(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:
-            return x.new_zeros(self.plan.num_rows, x.shape[1])
+            return x.new_zeros(self.permutation.num_rows, x.shape[1])
         return x.index_select(0, self.token).masked_fill_(self.empty, 0)
 
-    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.bmm(self.batches(x), self.of_batches(weight)).flatten(0, 1)
+    def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        return torch.bmm(self.view_batches(x), self.select_weights(weight)).flatten(0, 1)
 
-    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         (x, weight), *others = pairs
-        self.rows: Any = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
-        self.rows[-1:].zero_()
-        out = self.batches(self.rows)
-        torch.bmm(self.batches(x), self.of_batches(weight), out=out)
+        self.row_totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
+        self.row_totals[-1:].zero_()
+        out = self.view_batches(self.row_totals)
+        torch.bmm(self.view_batches(x), self.select_weights(weight), out=out)
         for x, weight in others:
-            out.baddbmm_(self.batches(x), self.of_batches(weight))
-        return self.rows
+            out.baddbmm_(self.view_batches(x), self.select_weights(weight))
+        return self.row_totals
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        self.batches(rows).add_(self.of_batches(bias).unsqueeze(1))
+        self.view_batches(rows).add_(self.select_weights(bias).unsqueeze(1))
 
-    def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
-        return torch.bmm(self.batches(x).mT, self.batches(y))
+    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+        return torch.bmm(self.view_batches(x).mT, self.view_batches(y))
 
-    def sums(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
-        return self.by_rows(scale.to(rows.dtype).expand(-1, BIAS_GRAD_COLUMNS).contiguous(), rows)[:, 0]
+    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
+        return self.outer_products(scale.to(rows.dtype).expand(-1, BIAS_GRAD_COLUMNS).contiguous(), rows)[:, 0]
 
-    def collect(self) -> Tensor:
-        plan = self.plan
-        if plan.k is None:
-            return super().collect()
-        terms = self.of_assignments().mul_(plan.weight.unsqueeze(-1))
-        return terms.view(plan.num_tokens, plan.k, terms.shape[-1]).sum(dim=1)
+    def combine_rows(self) -> Tensor:
+        permutation = self.permutation
+        if permutation.k is None:
+            return super().combine_rows()
+        terms = self.gather_totals().mul_(permutation.weight.unsqueeze(-1))
+        return terms.view(permutation.num_tokens, permutation.k, terms.shape[-1]).sum(dim=1)
 
-    def of_assignments(self) -> Tensor:
+    def gather_totals(self) -> Tensor:
         """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
-        return self.rows.index_select(0, self.plan.row)
+        return self.row_totals.index_select(0, self.permutation.row)
 
-    def batches(self, rows: Tensor) -> Tensor:
-        return rows[: self.plan.num_rows].view(self.num_batches, -1, rows.shape[-1])
+    def view_batches(self, rows: Tensor) -> Tensor:
+        return rows[: self.permutation.num_rows].view(self.num_batches, -1, rows.shape[-1])
 
-    def of_batches(self, weight: Tensor) -> Tensor:
+    def select_weights(self, weight: Tensor) -> Tensor:
         return weight
 
 
-class BlockProducts(SlotProducts):
-    """Rows in blocks of equal size, each with rows of one expert and a copy of its weight; the plan's table has the
-    expert of each block.
+class BlockLayout(SlotLayout):
+    """Rows in blocks of equal size, each with rows of one expert and a copy of its weight; the permutation's table has
+    the expert of each block.
 
     It needs no host sync: the number of blocks is always the largest that any row counts can need. A block has about as
     many rows as the average expert, so there are at most about 2 e blocks. Only the pre-activations of assignments are
@@ -108,39 +108,44 @@ class BlockProducts(SlotProducts):
     expert: Tensor
 
     @staticmethod
-    def arrange(decision: Decision) -> Plan:
-        queue, position, length = decision.queues()
-        needed = decision.rows_per_expert(length)
-        size, number = plain.choose_block_sizes(decision.most_rows, needed.shape[0])
-        rows_per_expert = (needed + (size - 1)) // size * size  # in whole blocks
-        first = torch.arange(0, number * size, size, device=needed.device)
-        expert = torch.searchsorted(rows_per_expert.cumsum(0), first, right=True)
-        plan = decision.with_rows(queue, position, length, rows_per_expert, number * size)
-        return plan._replace(table=expert.clamp_(max=needed.shape[0] - 1))
+    def arrange(assignments: Assignments) -> Permutation:
+        num_experts = math.prod(assignments.expert_dims)
+        size, number = plain.choose_block_sizes(assignments.max_rows, num_experts)
+        permutation = permute_with_padding(
+            assignments, lambda needed: ((needed + (size - 1)) // size * size, number * size)
+        )
+        assert permutation.rows_per_expert is not None
+        first = torch.arange(0, number * size, size, device=permutation.row.device)
+        expert = torch.searchsorted(permutation.rows_per_expert.cumsum(0), first, right=True)
+        return permutation._replace(table=expert.clamp_(max=num_experts - 1))
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan)
-        assert plan.table is not None
-        self.num_experts, self.num_batches, self.expert = self.num_batches, plan.table.shape[0], plan.table
+    def __init__(self, permutation: Permutation) -> None:
+        super().__init__(permutation)
+        assert permutation.table is not None
+        self.num_experts, self.num_batches, self.expert = (
+            self.num_batches,
+            permutation.table.shape[0],
+            permutation.table,
+        )
 
-    def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
-        products = super().by_rows(x, y)
+    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+        products = super().outer_products(x, y)
         zeros = products.new_zeros(self.num_experts, *products.shape[1:])
         return add_rows(zeros, self.expert, products)
 
     def pack(self, pre: Tensor) -> Tensor:
         """The pre-activations of assignments, and a row of zeros, which `unpack` reads for empty rows. If it read an
         assignment's there, a token that is not finite would reach the gradients of experts that do not compute it."""
-        row = self.plan.row.clamp(max=self.plan.num_rows - 1)
+        row = self.permutation.row.clamp(max=self.permutation.num_rows - 1)
         packed = pre.new_empty(row.shape[0] + 1, pre.shape[-1])
         torch.index_select(pre, 0, row, out=packed[:-1])
         packed[-1:].zero_()
         return packed
 
     def unpack(self, pre: Tensor) -> Tensor:
-        return pre.index_select(0, self.plan.assignment)
+        return pre.index_select(0, self.permutation.assignment)
 
-    def of_batches(self, weight: Tensor) -> Tensor:
+    def select_weights(self, weight: Tensor) -> Tensor:
         return weight.index_select(0, self.expert)
 
 
@@ -153,19 +158,19 @@ def unsupported_reason(call: Call) -> str | None:
     return call.network.unsupported_activation_reason()
 
 
-def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
-    """Compute a call; return `(t, o)`. `products` computes calls that prefer rows without gaps to slots."""
-    return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, products)
+def run(call: Call, layout: type[SlotLayout] = BlockLayout) -> Tensor:
+    """Compute a call; return `(t, o)`. `layout` is that of calls that prefer rows without gaps to slots."""
+    return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, layout)
 
 
-def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, row_functions: Any = row_network) -> Tensor:
+def run_rows(call: Call, layout: type[SlotLayout] = BlockLayout, row_functions: Any = row_network) -> Tensor:
     """`run` for any number of tokens. `row_functions` computes the rows: `ops.row_network`, or a module with the same
     functions."""
-    if not call.decision.prefers_rows() or call.x.shape[0] == 0:
-        products = SlotProducts
-    plan = products.arrange(call.decision)
+    if not call.assignments.prefers_rows() or call.x.shape[0] == 0:
+        layout = SlotLayout
+    permutation = layout.arrange(call.assignments)
     pair = (
-        partial(row_network.forward_rows, products, row_functions),
-        partial(row_network.backward_rows, products, row_functions),
+        partial(row_network.forward_rows, layout, row_functions),
+        partial(row_network.backward_rows, layout, row_functions),
     )
-    return autograd.run_differentiable(*pair, call.x, plan, call.network)
+    return autograd.run_differentiable(*pair, call.x, permutation, call.network)

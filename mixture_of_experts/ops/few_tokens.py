@@ -1,4 +1,4 @@
-"""A few tokens in inference, as in decoding on a GPU, with torch's operators and without a plan.
+"""A few tokens in inference, as in decoding on a GPU, with torch's operators and without a permutation.
 
 Axes: t tokens, k choices, e experts, d model dim, o dim of the outputs.
 
@@ -25,7 +25,7 @@ COPY_COST = 3  # a copied weight is read, written and read again
 
 def should_copy_weights(call: Call) -> bool:
     """Whether copies for every choice move fewer bytes than all weights have."""
-    return COPY_COST * call.decision.weight.shape[0] < call.network.w_out.shape[0]
+    return COPY_COST * call.assignments.weight.shape[0] < call.network.w_out.shape[0]
 
 
 def supports_call(call: Call) -> bool:
@@ -38,18 +38,18 @@ def supports_call(call: Call) -> bool:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least."""
-    x, network, decision = call.x, call.network, call.decision
-    assert decision.k is not None
-    (t, d), experts, k = x.shape, network.w_out.shape[0], decision.k
-    weight = decision.weight.view(t, k).to(torch.promote_types(decision.weight.dtype, torch.float32))
+    x, network, assignments = call.x, call.network, call.assignments
+    assert assignments.k is not None
+    (t, d), experts, k = x.shape, network.w_out.shape[0], assignments.k
+    weight = assignments.weight.view(t, k).to(torch.promote_types(assignments.weight.dtype, torch.float32))
     with disable_autocast(x.device):
         if should_copy_weights(call):
-            chosen = network.map(lambda weights: weights.index_select(0, decision.expert))
+            chosen = network.map(lambda weights: weights.index_select(0, assignments.expert))
             rows = x.unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)
             y = plain.feed_forward(rows, chosen).view(t, k, network.w_out.shape[-1])
-            unused = decision.kept.logical_not().view(t, k)
+            unused = assignments.kept.logical_not().view(t, k)
         else:
             y = plain.feed_forward(x.expand(experts, t, d), network).transpose(0, 1)
-            weight = weight.new_zeros(t, experts).scatter_add(1, decision.expert.view(t, k), weight)
+            weight = weight.new_zeros(t, experts).scatter_add(1, assignments.expert.view(t, k), weight)
             unused = weight == 0
         return (y * weight.unsqueeze(-1)).masked_fill(unused.unsqueeze(-1), 0).sum(dim=1).to(x.dtype)

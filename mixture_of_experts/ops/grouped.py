@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import Permutation, permute_without_gaps
 from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.matmul import matmul_into
 from mixture_of_experts.ops.network import Call
-from mixture_of_experts.ops.row_network import Products
+from mixture_of_experts.ops.row_network import RowLayout
 from mixture_of_experts.support.checks import check_tensors
 from mixture_of_experts.support.private_torch import is_exporting, is_functorch_wrapped, register_flop_formula
 from mixture_of_experts.support.tracing import get_device_capability
@@ -33,9 +33,9 @@ IS_AMD_GROUPED_GEMM_ENABLED = (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why there is no operator for the operands of the call; None if there is one."""
-    for weight in (*call.network.w_in, call.network.w_out):
-        if (reason := no_operator_reason(call.x, weight)) is not None:
+    """Why there is no operator for a weight, or the low-rank part of one; None if there is one for all."""
+    for tensor in call.network.tensors().values():
+        if tensor.ndim == 3 and (reason := no_operator_reason(call.x, tensor)):
             return reason
     return None
 
@@ -43,12 +43,13 @@ def unsupported_reason(call: Call) -> str | None:
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
-        return batched.run(call, GroupedProducts)
-    return plain.run_plan(call.x, plain.plan_of(call.decision), call.network, grouped_matmul)
+        return batched.run(call, GroupedLayout)
+    return plain.run_permuted(call.x, plain.choose_permutation(call.assignments), call.network, grouped_matmul)
 
 
-class GroupedProducts(batched.SlotProducts):
-    """Rows without gaps, with torch's grouped product on CUDA; the plan's table has the end of each expert's rows.
+class GroupedLayout(batched.SlotLayout):
+    """Rows without gaps, with torch's grouped product on CUDA; the permutation's table has the end of each expert's
+    rows.
 
     Rows past the last expert's may hold any values. Only the last row is read, by assignments without a row, times 0:
     no expert fills it, so it is finite. If these assignments read a token's row instead, one that is not finite would
@@ -60,43 +61,43 @@ class GroupedProducts(batched.SlotProducts):
     token: Tensor
 
     @staticmethod
-    def arrange(decision: Decision) -> Plan:
-        plan = decision.without_gaps(spare=1)
-        assert plan.rows_per_expert is not None
-        return plan._replace(table=plan.rows_per_expert.cumsum(0, dtype=torch.int32))
+    def arrange(assignments: Assignments) -> Permutation:
+        permutation = permute_without_gaps(assignments, spare=1)
+        assert permutation.rows_per_expert is not None
+        return permutation._replace(table=permutation.rows_per_expert.cumsum(0, dtype=torch.int32))
 
-    def __init__(self, plan: Plan) -> None:
-        assert plan.table is not None
-        assert plan.rows_per_expert is not None
-        Products.__init__(self, plan)
-        self.ends, self.num_tokens_per_expert = plan.table, plan.rows_per_expert
+    def __init__(self, permutation: Permutation) -> None:
+        assert permutation.table is not None
+        assert permutation.rows_per_expert is not None
+        RowLayout.__init__(self, permutation)
+        self.ends, self.num_tokens_per_expert = permutation.table, permutation.rows_per_expert
         # The row of a slot that is occupied by a choice of weight 0 reads the last token, times 0. If that token is not
         # finite, neither is the gradient of this expert's weights. Writing zeros instead would be a pass over all rows.
-        self.token = plan.token.clamp(max=plan.num_tokens - 1)
+        self.token = permutation.token.clamp(max=permutation.num_tokens - 1)
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_rows(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
 
-    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
+    def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(x, weight, offs=self.ends)
 
-    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The total; the plan's spare row is set to 0, so that no row has to be appended."""
+    def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The total; the permutation's spare row is set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
-        self.rows: Any = self.by_weights(x, weight)
+        self.row_totals: Any = self.multiply_rows(x, weight)
         for x, weight in others:
-            self.rows += self.by_weights(x, weight)
-        self.rows[-1:].zero_()
-        return self.rows
+            self.row_totals += self.multiply_rows(x, weight)
+        self.row_totals[-1:].zero_()
+        return self.row_totals
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.plan.num_rows)
+        rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.permutation.num_rows)
 
-    def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
         return grouped_outer_product_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
-    def of_assignments(self) -> Tensor:
-        return self.rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
+    def gather_totals(self) -> Tensor:
+        return self.row_totals.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.ops.activations import ActivationLike, compute_hidden, unknown_activation_reason
 from mixture_of_experts.support import private_torch
 
@@ -115,17 +115,17 @@ class Call(NamedTuple):
 
     Attributes:
         x: `(t, d)`, tokens.
-        decision: the gates' decision on these tokens.
+        assignments: the gates' assignments on these tokens.
         network: the experts' weights.
         training: the experts' mode. The selection of an implementation depends on this, not on the grad mode, because a
             recomputation must use the same implementation as its forward.
     """
 
     x: Tensor
-    decision: Decision
+    assignments: Assignments
     network: Network
     training: bool
 
     def is_inference(self) -> bool:
         """Whether it is a call with token choice, in eval mode and without gradients."""
-        return not (self.training or torch.is_grad_enabled() or self.decision.k is None)
+        return not (self.training or torch.is_grad_enabled() or self.assignments.k is None)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import combine, dispatch
-from mixture_of_experts.dispatch.plan import Plan, append
+from mixture_of_experts.dispatch.assignments import Assignments, append
+from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_without_gaps
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.support.tracing import symbolic_max, symbolic_min
 
@@ -29,22 +29,25 @@ def unsupported_reason(call: Call) -> None:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    return run_plan(call.x, plan_of(call.decision), call.network)
+    return run_permuted(call.x, choose_permutation(call.assignments), call.network)
 
 
-def plan_of(decision: Decision) -> Plan:
-    """The plan of rows without gaps if these are certain to be fewer than slots, else the plan of slots."""
-    return decision.without_gaps() if decision.prefers_rows() else decision.in_slots()
+def choose_permutation(assignments: Assignments) -> Permutation:
+    """The permutation of rows without gaps if these are certain to be fewer than slots, else the permutation of
+    slots."""
+    return permute_without_gaps(assignments) if assignments.prefers_rows() else permute_to_slots(assignments)
 
 
-def run_plan(x: Tensor, plan: Plan, network: Network, product: ProductFunction | None = None) -> Tensor:
-    """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots according to the plan, using `product`."""
-    rows, num_tokens_per_expert = dispatch(x, plan), plan.rows_per_expert
+def run_permuted(
+    x: Tensor, permutation: Permutation, network: Network, product: ProductFunction | None = None
+) -> Tensor:
+    """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots according to the permutation, using `product`."""
+    rows, num_tokens_per_expert = dispatch(x, permutation), permutation.rows_per_expert
     if num_tokens_per_expert is None:
-        experts = math.prod(plan.num_experts)
-        rows = rows.view(experts, plan.num_rows // experts, rows.shape[-1])
+        experts = math.prod(permutation.expert_dims)
+        rows = rows.view(experts, permutation.num_rows // experts, rows.shape[-1])
     out = feed_forward(rows, network, num_tokens_per_expert, product)
-    return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
+    return combine(out.flatten().view(permutation.num_rows, out.shape[-1]), permutation)
 
 
 def feed_forward(
@@ -106,16 +109,16 @@ def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor
     return torch.func.vjp(lambda weight: expert_product(x, weight, num_tokens_per_expert), weight)[1](y)[0]
 
 
-def compute_gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
+def compute_gradients(x: Tensor, permutation: Permutation, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
     """Gradients of x, of the assignments' weights and of all tensors of the network, with operators that support vmap
     and second derivatives, for implementations whose own gradients support neither."""
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         named = dict(zip(tensors, weights, strict=True))
-        return run_plan(x, plan._replace(weight=weight), network.with_tensors(named).merged())
+        return run_permuted(x, permutation._replace(weight=weight), network.with_tensors(named).merged())
 
     tensors = network.tensors()
-    return torch.func.vjp(function, x, plan.weight, *tensors.values())[1](grad)
+    return torch.func.vjp(function, x, permutation.weight, *tensors.values())[1](grad)
 
 
 def expand_bias(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -> Tensor:

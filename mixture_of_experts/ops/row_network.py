@@ -16,39 +16,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.moving import sum_rows
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.permutation import Permutation
+from mixture_of_experts.dispatch.rows import sum_rows
 from mixture_of_experts.ops.activations import KNOWN_ACTIVATIONS
 from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
 from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 
 
-class Products:
-    """Base class of row layouts: products on the rows of a plan, where each expert's rows are multiplied by its weight.
+class RowLayout:
+    """Base class of row layouts: products on the rows of a permutation, where each expert's rows are multiplied by its
+    weight.
 
-    An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter`, all methods refer to
-    the rows of that chunk. By default there is one chunk, with all rows. A layout implements:
+    An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter_chunk`, all methods
+    refer to the rows of that chunk. By default there is one chunk, with all rows. A layout implements:
 
-    - `gather(x)`: rows `(r, p)` of tokens `(t, p)`.
-    - `by_weights(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
-    - `total(pairs)`: the sum of `by_weights` over pairs (x, weight), stored in `rows` for `collect`.
+    - `gather_rows(x)`: rows `(r, p)` of tokens `(t, p)`.
+    - `multiply_rows(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
+    - `sum_products(pairs)`: the sum of `multiply_rows` over pairs (x, weight), stored in `row_totals` for
+    `combine_rows`.
     - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
-    - `by_rows(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an expert
-      without rows. `out` is memory for it, if `gradients` returns any.
-    - `sums(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
-    - `collect()`: each token's weighted sum `(t, o)` of the totals; that of the base class is for expert choice.
+    - `outer_products(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an
+      expert without rows. `out` is memory for it, if `gradients` returns any.
+    - `sum_scaled_rows(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
+    - `combine_rows()`: each token's weighted sum `(t, o)` of the totals; that of the base class is for expert choice.
     """
 
-    rows: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
+    row_totals: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
 
-    def __init__(self, plan: Plan, chunks: Sequence[Any] = (None,)) -> None:
-        self.plan: Plan = plan
+    def __init__(self, permutation: Permutation, chunks: Sequence[Any] = (None,)) -> None:
+        self.permutation: Permutation = permutation
         self.chunks: Sequence[Any] = chunks
 
-    def enter(self, chunk: Any) -> None:
+    def enter_chunk(self, chunk: Any) -> None:
         """Move on to a chunk."""
 
-    def part(self, values: Tensor) -> Tensor:
+    def select_chunk(self, values: Tensor) -> Tensor:
         """The rows of the chunk, from values for all rows."""
         return values
 
@@ -68,69 +70,81 @@ class Products:
         """Call a method of a known activation, on rows `(r, h)` and lists of them."""
         method(*tensors)
 
-    def collect(self) -> Tensor:
-        plan = self.plan
-        return sum_rows(self.rows[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
+    def combine_rows(self) -> Tensor:
+        permutation = self.permutation
+        return sum_rows(
+            self.row_totals[: permutation.num_rows],
+            permutation.row_weight(),
+            permutation.token,
+            permutation.row,
+            None,
+            permutation.num_tokens,
+        )
 
 
 def forward_rows(
-    layout: Callable[[Plan], Any], row_functions: Any, x: Tensor, plan: Plan, network: Network, save: bool
+    make_layout: Callable[[Permutation], Any],
+    row_functions: Any,
+    x: Tensor,
+    permutation: Permutation,
+    network: Network,
+    save: bool,
 ) -> tuple[Tensor, SavedTensors]:
     """The `forward` of `run_differentiable`, using the products of a layout. `row_functions` computes the rows: this
     module, or another one with `run_network` and `backpropagate_network`."""
-    products, saved = layout(plan), []
-    for chunk in products.chunks:
-        products.enter(chunk)
-        saved += [products.pack(part) for part in row_functions.run_network(products, x, network, save)]
-    return products.collect(), saved
+    layout, saved = make_layout(permutation), []
+    for chunk in layout.chunks:
+        layout.enter_chunk(chunk)
+        saved += [layout.pack(part) for part in row_functions.run_network(layout, x, network, save)]
+    return layout.combine_rows(), saved
 
 
 def backward_rows(
-    layout: Callable[[Plan], Any],
+    make_layout: Callable[[Permutation], Any],
     row_functions: Any,
     x: Tensor,
-    plan: Plan,
+    permutation: Permutation,
     network: Network,
     saved: SavedTensors,
     grad: Tensor,
     wanted: Collection[str],
 ) -> FFNGradients:
     """The `backward` of `run_differentiable`, using the products of a layout."""
-    products, scale, grad = layout(plan), plan.row_weight().unsqueeze(-1), grad.contiguous()
+    layout, scale, grad = make_layout(permutation), permutation.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
-    grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=scale.device)  # the last one is unused
-    grads, of_rows = products.gradients(network, wanted), grad_scale[:-1]
-    each = len(saved) // len(products.chunks)  # tensors that a chunk saved
-    for i, chunk in enumerate(products.chunks):
-        products.enter(chunk)
-        pre = [products.unpack(part) for part in saved[i * each : (i + 1) * each]]
-        scales = products.part(scale), products.part(of_rows)
-        grads |= row_functions.backpropagate_network(products, x, network, pre, grad, *scales, wanted, grads)
-    grad_x = products.collect() if "x" in wanted else None
-    return FFNGradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
+    grad_scale = torch.zeros(permutation.num_rows + 1, dtype=dtype, device=scale.device)  # the last one is unused
+    grads, of_rows = layout.gradients(network, wanted), grad_scale[:-1]
+    each = len(saved) // len(layout.chunks)  # tensors that a chunk saved
+    for i, chunk in enumerate(layout.chunks):
+        layout.enter_chunk(chunk)
+        pre = [layout.unpack(part) for part in saved[i * each : (i + 1) * each]]
+        scales = layout.select_chunk(scale), layout.select_chunk(of_rows)
+        grads |= row_functions.backpropagate_network(layout, x, network, pre, grad, *scales, wanted, grads)
+    grad_x = layout.combine_rows() if "x" in wanted else None
+    return FFNGradients(grad_x, grad_scale.index_select(0, permutation.row).to(permutation.weight.dtype), grads)
 
 
-def run_network(products: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
-    """Compute the `total` of outputs; return the pre-activations, a tensor for each weight of `w_in`. Without `save` it
+def run_network(layout: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
+    """Compute the totals of outputs; return the pre-activations, a tensor for each weight of `w_in`. Without `save` it
     returns none, so that the hidden layer may overwrite them."""
-    tokens = products.gather(x)
+    rows = layout.gather_rows(x)
     pre = []
     for w, b in zip(network.w_in, network.b_in, strict=True):
-        pre.append(products.by_weights(tokens, w))
+        pre.append(layout.multiply_rows(rows, w))
         if b is not None:
-            products.add_bias(pre[-1], b)
+            layout.add_bias(pre[-1], b)
     parts = network.projections(pre)
     hidden = parts[0].new_empty(parts[0].shape) if save or network.gate_up else parts[0]
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
-    products.activate(act.forward, parts, hidden)
-    y = products.total([(hidden, network.w_out)])
+    layout.activate(act.forward, parts, hidden)
+    y = layout.sum_products([(hidden, network.w_out)])
     if network.b_out is not None:
-        products.add_bias(y, network.b_out)
+        layout.add_bias(y, network.b_out)
     return pre if save else []
 
 
 def backpropagate_network(
-    products: Any,
+    layout: Any,
     x: Tensor,
     network: Network,
     pre: Sequence[Tensor],
@@ -140,11 +154,11 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Compute the `total` of the gradients of token rows, before their weighting; return the gradients of the network,
+    """Compute the totals of the gradients of token rows, before their weighting; return the gradients of the network,
     by name.
 
     Args:
-        products, x, network, pre: those of `run_network`, and the pre-activations that it returned.
+        layout, x, network, pre: those of `run_network`, and the pre-activations that it returned.
         grad: `(t, o)`, gradient of the tokens' outputs.
         scale: `(r, 1)`, weight of each row.
         grad_scale: `(r,)`, memory for the gradient of each row's weight.
@@ -152,42 +166,42 @@ def backpropagate_network(
         memory: memory for the gradients of the network, by name; empty if none is preallocated.
     """
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
-    grad_rows = products.gather(grad)
-    grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
+    grad_rows = layout.gather_rows(grad)
+    grad_hidden = layout.multiply_rows(grad_rows, network.w_out.mT)
     hidden = torch.empty_like(grad_hidden)
     # the gradient of the gate overwrites that of the hidden layer, unless gate and up share a tensor
     others = [torch.empty_like(part) for part in (pre if network.gate_up else pre[1:])]
     grad_pre = others if network.gate_up else [grad_hidden, *others]
     parts, grad_parts = network.projections(pre), network.projections(grad_pre)
-    products.activate(act.recompute, parts, grad_hidden, grad_parts, hidden)
+    layout.activate(act.recompute, parts, grad_hidden, grad_parts, hidden)
 
     grads: dict[str, Tensor] = {}
     if "b_out" in wanted:
-        grads["b_out"] = products.sums(scale, grad_rows, memory.get("b_out"))
+        grads["b_out"] = layout.sum_scaled_rows(scale, grad_rows, memory.get("b_out"))
     biases = None
     if network.b_out is not None:
         biases = torch.zeros_like(grad_rows)
-        products.add_bias(biases, network.b_out)
+        layout.add_bias(biases, network.b_out)
         biases = biases.mul_(grad_rows).sum(dim=-1, dtype=grad_scale.dtype)
     if "w_out" in wanted:
-        grads["w_out"] = products.by_rows(hidden, grad_rows.mul_(scale), memory.get("w_out"))
+        grads["w_out"] = layout.outer_products(hidden, grad_rows.mul_(scale), memory.get("w_out"))
     torch.sum(hidden.mul_(grad_hidden), dim=-1, dtype=grad_scale.dtype, out=grad_scale)
     if biases is not None:
         grad_scale += biases
-    products.activate(act.backward, parts, grad_hidden, grad_parts)
+    layout.activate(act.backward, parts, grad_hidden, grad_parts)
     del hidden, grad_rows
 
     for name, part in zip(B_IN_NAMES, grad_pre, strict=False):
         if name in wanted:
-            grads[name] = products.sums(scale, part, memory.get(name))
-    grads |= _compute_input_weight_gradients(products, x, scale, grad_pre, wanted, memory)
+            grads[name] = layout.sum_scaled_rows(scale, part, memory.get(name))
+    grads |= _compute_input_weight_gradients(layout, x, scale, grad_pre, wanted, memory)
     if "x" in wanted:
-        products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
+        layout.sum_products([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
     return grads
 
 
 def _compute_input_weight_gradients(
-    products: Any,
+    layout: Any,
     x: Tensor,
     scale: Tensor,
     grad_pre: Sequence[Tensor],
@@ -198,5 +212,5 @@ def _compute_input_weight_gradients(
     named = {name: part for name, part in zip(W_IN_NAMES, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}
-    tokens = products.gather(x).mul_(scale)
-    return {name: products.by_rows(tokens, part, memory.get(name)) for name, part in named.items()}
+    rows = layout.gather_rows(x).mul_(scale)
+    return {name: layout.outer_products(rows, part, memory.get(name)) for name, part in named.items()}

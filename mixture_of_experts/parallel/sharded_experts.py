@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import combine, dispatch
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import permute_to_slots, permute_without_gaps
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.ops.network import get_operand_dtype
 from mixture_of_experts.parallel.exchange import exchange_rows, exchange_slots
@@ -40,26 +41,26 @@ class ShardedExperts(nn.Module):
     def variant_reason(self) -> str:
         return SEVERAL_BATCHES
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
+    def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
+        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
 
         All ranks of the mesh must call it together. Rows are exchanged if the call is dropless and the experts accept
         rows, else slots. This does not depend on the batch, which differs between ranks.
         """
         reject_batch_invariance(SEVERAL_BATCHES)
-        if decision is None:
+        if assignments is None:
             return self._exchange_slots(x)
-        ragged = decision.dropless and getattr(self.local_class, "reads_decisions", False)
-        plan = decision.without_gaps() if ragged else decision.in_slots()
-        rows, sharding = dispatch(x, plan), self.sharding
-        if plan.rows_per_expert is not None:
+        ragged = assignments.dropless and getattr(self.local_class, "reads_assignments", False)
+        permutation = permute_without_gaps(assignments) if ragged else permute_to_slots(assignments)
+        rows, sharding = dispatch(x, permutation), self.sharding
+        if permutation.rows_per_expert is not None:
             rows = rows.to(self._dtype_of_tokens(x))
-            out = exchange_rows(rows, plan.rows_per_expert, self._compute, sharding.channel, self.training)
+            out = exchange_rows(rows, permutation.rows_per_expert, self._compute, sharding.channel, self.training)
         else:
-            slots = plan.num_rows // math.prod(sharding.expert_dims)
+            slots = permutation.num_rows // math.prod(sharding.expert_dims)
             out = self._exchange_slots(rows.view(*sharding.expert_dims, slots, rows.shape[-1]))
-            out = out.flatten().view(plan.num_rows, out.shape[-1])
-        return combine(out, plan).to(x.dtype)
+            out = out.flatten().view(permutation.num_rows, out.shape[-1])
+        return combine(out, permutation).to(x.dtype)
 
     def _exchange_slots(self, x: Tensor) -> Tensor:
         sharding = self.sharding

@@ -85,8 +85,8 @@ class RoutingRecorder(ChoiceHooks):
 
     def on_choices(self, point: RoutingPoint, call: SequenceCall, routing: Any, kwargs: Any) -> None:
         expert = torch.where(routing.kept, routing.expert, -2 - routing.expert)
-        if routing.weighed is not None:
-            expert = torch.where(routing.weighed, expert, -1)
+        if routing.chosen is not None:
+            expert = torch.where(routing.chosen, expert, -1)
         expert, given = expert.unflatten(-1, (-1, point.k)), kwargs.get(GIVEN)
         if given is not None:  # overrides that mean no choice, or no computation, are recorded unchanged
             expert = torch.where((given < 0) & (given != KEEP_ROUTER_CHOICE), given, expert)

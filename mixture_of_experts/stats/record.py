@@ -148,12 +148,12 @@ def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
     """The numbers of one forward, `(w,)` float32, on its device and without a host sync: the largest imbalance, the
     sums, and the requests and the load of each expert. A token takes part if it is real and makes a choice."""
     e, computed, probs = routing.num_experts, get_computed_mask(routing), routing.probs.detach().float()
-    requested, load = routing.queued, count_expert_load(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
+    requested, load = routing.queue_length, count_expert_load(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
     group_requests = requested.sum(dim=-1, keepdim=True)
     limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
     limit = group_requests if limit is None else limit
     imbalance = requested.amax(dim=-1).float() * e / group_requests.squeeze(-1).clamp(min=1)  # 0 without requests
-    tokens = torch.ones_like(computed) if routing.real is None else routing.real
+    tokens = torch.ones_like(computed) if routing.mask is None else routing.mask
     tokens = tokens if importance is None else tokens & (importance > 0)
     # -p log p, computed in place in the clamped p, is 3x faster than torch.special.entr
     entropy = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1)

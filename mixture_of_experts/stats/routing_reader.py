@@ -64,9 +64,9 @@ class RouterOutputReader(TokenWatch):
             num_experts=e,
             capacity=capacity,
             k=k,
-            chosen=chosen,
+            sent=chosen,
             queues=queues,
-            real=real,
+            mask=real,
         )
 
 

@@ -59,7 +59,7 @@ TOKENWISE_MODULES: set[type] = {
 TOKENWISE_MODULES |= {nn.Sequential, nn.ModuleDict, nn.ParameterDict}
 CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
 #: attributes of a class that do not compute outputs, or follow from others
-IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_decisions", "allocates_outputs"}
+IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_assignments", "allocates_outputs"}
 
 #: computes a product of rows x `(..., r, p)` with operands, and what belongs to it, such as its gradient from rows y
 #: `(..., r, q)`: `compute(x, y, *operands)` returns tensors `(v, ..., r, anything)`, v results that must be equal

@@ -7,8 +7,10 @@ version breaks.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import platform
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, TypeVar
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
-from torch.utils import _python_dispatch
+from torch.utils import _python_dispatch, _pytree
 
 from mixture_of_experts.providers import ask_providers, load_bundled_providers
 from mixture_of_experts.support.attachments import HOOK_TABLES
@@ -110,6 +112,45 @@ def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
     for mode in modes:
         if type(mode).__name__ == "_FlopCounterMode":
             mode.counter.flop_registry.setdefault(operator, formula)
+
+
+def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) -> None:
+    """Register a dataclass as a pytree, as `torch.export.register_dataclass` does, with other names of its fields in
+    exported programs.
+
+    Args:
+        cls: the dataclass.
+        name: the name of its type in exported programs.
+        exported_names: the name of a field in exported programs, for those that differ.
+    """
+    fields = [field.name for field in dataclasses.fields(cls)]
+    field_names = {exported_names.get(field, field): field for field in fields}
+
+    def flatten(value: Any) -> tuple[list[Any], list[list[str]]]:
+        present = [field for field in fields if getattr(value, field) is not None]
+        missing = [field for field in fields if getattr(value, field) is None]
+        return [getattr(value, field) for field in present], [present, missing]
+
+    def flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        values, context = flatten(value)
+        return [(_pytree.GetAttrKey(name), part) for name, part in zip(context[0], values, strict=True)], context
+
+    def unflatten(values: Iterable[Any], context: list[list[str]]) -> Any:
+        present, missing = context
+        return cls(**dict(zip(present, values, strict=True)), **dict.fromkeys(missing))
+
+    def rename(context: Any, names: Mapping[str, str]) -> list[list[str]]:
+        return [[names.get(name, name) for name in part] for part in context]
+
+    _pytree.register_pytree_node(
+        cls,
+        flatten,
+        unflatten,
+        serialized_type_name=name,
+        to_dumpable_context=lambda context: json.dumps(rename(context, exported_names)),
+        from_dumpable_context=lambda text: rename(json.loads(text), field_names),
+        flatten_with_keys_fn=flatten_with_keys,
+    )
 
 
 def get_function_modes() -> list[Any]:

@@ -347,8 +347,8 @@ def list_choices(decisions: list[reference.ReferenceDecision]) -> list[tuple]:
     """What was decided, without what it weighs."""
     return [
         (level, *c.group.index, c.token.position, c.order, c.expert, c.slot, c.kept, bool(c.weight == 0))
-        for level, decision in enumerate(decisions)
-        for c in decision.choices
+        for level, assignments in enumerate(decisions)
+        for c in assignments.choices
     ]
 
 

@@ -27,7 +27,7 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.gating import top2_by_kernel
 from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops import grouped as grouped_way
@@ -326,7 +326,7 @@ def check_programs_of_operands() -> None:
     def programs(call: Call) -> set[str]:
         with collect_entries() as found:
             self_check.compute_by_kernels(call, kind)
-            self_check.are_plans_equal(call.decision)
+            self_check.are_permutations_equal(call.assignments)
         return found
 
     def moved(tensor: Tensor) -> Tensor:
@@ -337,7 +337,7 @@ def check_programs_of_operands() -> None:
     judged = self_check.make_call(kind, 512, 3)
     wanted = programs(judged)
     assert len(wanted) > 10
-    narrow = decision_on(torch.zeros(256, 2).long(), torch.ones(256, 2, dtype=torch.bfloat16), 3)
+    narrow = assign_experts(torch.zeros(256, 2).long(), torch.ones(256, 2, dtype=torch.bfloat16), 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_check, "MIN_DIM", 1024)  # 16 blocks of hidden_grads
         large = self_check.make_call(kind, 16 * 512, 16)
@@ -345,7 +345,7 @@ def check_programs_of_operands() -> None:
     for name, call in {
         "not aligned": judged._replace(x=moved(judged.x), network=judged.network.map(moved)),
         "rows not aligned": judged._replace(network=apart),
-        "row weights in bfloat16": judged._replace(decision=narrow),
+        "row weights in bfloat16": judged._replace(assignments=narrow),
         "sizes that are multiples of 16": large,
     }.items():
         assert programs(call) == wanted, (name, programs(call) ^ wanted)
@@ -482,7 +482,7 @@ def measure_costs_with_capacity(implementation: str) -> dict[str, float]:
         x = torch.empty(4, 1024, 512, requires_grad=True)
         layer, grid = MoE(512, 16), HeirarchicalMoE(512, (4, 4))
         one, two = (count_call(lambda layer=layer: layer(x), [x, *layer.parameters()]) for layer in (layer, grid))
-        slots = layer.gate(x).queued.numel() * int(1.25 * 1024 / 16)
+        slots = layer.gate(x).queue_length.numel() * int(1.25 * 1024 / 16)
     return {
         "forward": two.launches,
         "forward and backward": two.launches_both,
@@ -517,7 +517,9 @@ def count_lora_launches(implementation: str) -> tuple[str, int, int]:
         layer, forward = MoE(512, gate=TopKGating(512, 16, 2), experts=experts), experts.forward
         x = torch.empty(1, 4096, 512, requires_grad=True)
         frozen = count_call(lambda: layer(x), [x])
-        experts.forward = lambda x, decision: forward(x, decision, ffn=AdaptedFFN(parts))  # as PEFT's wrapper calls it
+        experts.forward = lambda x, assignments: forward(
+            x, assignments, ffn=AdaptedFFN(parts)
+        )  # as PEFT's wrapper calls it
         counts = count_call(lambda: layer(x), [x, *(factor for part in parts.values() for factor in part[:2])])
         forward_more = counts.launches - frozen.launches
         return (

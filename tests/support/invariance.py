@@ -141,8 +141,8 @@ class SlotExperts(nn.Module):
 class MeanExperts(GatedExperts):
     """A subclass of stacked experts whose outputs depend on the other tokens of the call."""
 
-    def forward(self, x: Tensor, decision: Any = None, **others: Any) -> Tensor:
-        return super().forward(x - x.mean(dim=0), decision, **others)
+    def forward(self, x: Tensor, assignments: Any = None, **others: Any) -> Tensor:
+        return super().forward(x - x.mean(dim=0), assignments, **others)
 
 
 def topk(**settings: Any) -> Make:

@@ -65,27 +65,27 @@ def grouped_mm(x: Tensor, y: Tensor, *, offs: Tensor) -> Tensor:
 
 def compute_grouped_as_on_cuda(patch: pytest.MonkeyPatch) -> None:
     """The way "grouped" computes CPU tensors as it computes CUDA tensors on an H100."""
-    patch.setattr(grouped, "run", lambda call: batched.run(call, grouped.GroupedProducts))
+    patch.setattr(grouped, "run", lambda call: batched.run(call, grouped.GroupedLayout))
     patch.setattr(grouped, "get_device_capability", lambda device: (9, 0))
     patch.setattr(grouped.F, "grouped_mm", grouped_mm)
 
 
 class Results:
-    """Outputs and gradients of a call; `of_tokens` have an entry for each token, `of_experts` for each expert."""
+    """Outputs and gradients of a call; `of_tokens` have an entry for each token, `select_experts` for each expert."""
 
     def __init__(self, layer: nn.Module, way: str, x: Tensor, grad: Tensor, side: dict[str, Tensor]) -> None:
         x, side = x.clone().requires_grad_(layer.training), dict(side)
         router_input = side["router_input"] = side["router_input"].clone().requires_grad_(layer.training)
         with ops.use(way), torch.set_grad_enabled(layer.training):  # type: ignore[arg-type]
             out, _ = layer(x, **side)
-            self.of_tokens, self.of_experts = {"outputs": out.detach().flatten(0, 1)}, {}
+            self.of_tokens, self.select_experts = {"outputs": out.detach().flatten(0, 1)}, {}
             if layer.training:
                 named: dict[str, Any] = dict(layer.experts.named_parameters())  # type: ignore[union-attr]
                 leaves = [x, router_input, *named.values()]
                 grad_x, grad_router_input, *grads = torch.autograd.grad(out, leaves, grad)
                 self.of_tokens |= {"x": grad_x.flatten(0, 1), "router_input": grad_router_input.flatten(0, 1)}
                 experts = layer.experts.num_experts if isinstance(layer, MoE) else 4
-                self.of_experts = {name: grad.reshape(experts, -1) for name, grad in zip(named, grads, strict=True)}
+                self.select_experts = {name: grad.reshape(experts, -1) for name, grad in zip(named, grads, strict=True)}
 
 
 def check_isolated(
@@ -118,9 +118,9 @@ def check_isolated(
             assert torch.equal(values[others], healthy.of_tokens[name][others]), (name, bad)
         if layer.training and by_router:
             wanted = Results(layer, "plain", **operands, side=side)
-            for name, values in found.of_experts.items():
-                finite, of_definition = (v.isfinite().all(dim=-1) for v in (values, wanted.of_experts[name]))
+            for name, values in found.select_experts.items():
+                finite, of_definition = (v.isfinite().all(dim=-1) for v in (values, wanted.select_experts[name]))
                 assert torch.equal(finite, of_definition), (name, bad)
-                assert torch.equal(values[finite], healthy.of_experts[name][finite]), (name, bad)
+                assert torch.equal(values[finite], healthy.select_experts[name][finite]), (name, bad)
                 seen |= set(finite.tolist())
     assert seen == ({True, False} if layer.training and by_router else set())

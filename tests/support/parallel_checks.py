@@ -162,7 +162,7 @@ def check_unequal_sizes_are_tested() -> None:
     routing = moe.gate(make_batch()[0])
     assert 0 in SIZES[4]
     assert len(set(SIZES[2])) == 2
-    assert routing.queued.sum(0)[3] == 0
+    assert routing.queue_length.sum(0)[3] == 0
     assert moe.num_experts == EXPERTS
 
 

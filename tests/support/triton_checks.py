@@ -32,10 +32,10 @@ from mixture_of_experts import (
     ops,
 )
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.decision import compose, decision_of, plan_slots_of, rows_of_queues
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import count_queue_rows, join_groups
+from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_without_gaps
 from mixture_of_experts.gating import Choices, recomputing, top2_by_kernel, topk_by_kernel
-from mixture_of_experts.gating.levels import second_level
+from mixture_of_experts.gating.levels import join_levels, second_level
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.kernels import ffn as kernels
 from mixture_of_experts.kernels import launching, queueing, top_2, top_k
@@ -45,12 +45,17 @@ from mixture_of_experts.ops.network import Network
 from mixture_of_experts.ops.triton import operators, schedule, self_check
 from mixture_of_experts.ops.triton.forward_backward import make_operands, triton_backward, triton_forward
 from mixture_of_experts.ops.triton.network_spec import NetworkSpec
-from mixture_of_experts.ops.triton.row_plan import plan_of, queued_choices, triton_few_plan, triton_plan
+from mixture_of_experts.ops.triton.row_permutation import (
+    permute_by_kernel,
+    queued_choices,
+    triton_few_plan,
+    triton_plan,
+)
 from mixture_of_experts.ops.triton.schedule import BlockSizes, WeightBlockSizes
 from support import isolation
 from support.triton_memory import watch_memory
 
-autograd.select_tables_to_save = Plan.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
+autograd.select_tables_to_save = Permutation.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
 compute = partial(autograd.run_differentiable, triton_forward, triton_backward)
 
 #: of clamped ones with a limit that many pre-activations pass
@@ -60,7 +65,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 
 
 @torch.no_grad()
-def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
+def build_permutation(routing: str, t: int, d: int, e: int, k: int) -> Permutation:
     """Rows without gaps of tokens that some gate routed; some experts are empty, one has much.
 
     With "zeros" some choices that hold a row have a weight of 0, so that it is nobody's.
@@ -69,24 +74,26 @@ def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
     routing, _, zeros = routing.partition(", ")
     if routing == "two levels":
         outer = Top2Gating(d, 2, capacity_factor_train=None)(x)
-        slots = plan_slots_of(outer)
+        slots = permute_to_slots(join_groups(outer, in_slots=True))
         factor = 1.0 if zeros else None
         inner_gate = TopKGating(d, e // 2, 2, outer_expert_dims=(2,), capacity_factor_train=factor)
         inner_gate.w_gating.data *= 300 if zeros else 1
         grouped = torch.cat([x[0], x.new_zeros(1, d)])[slots.token].view(2, 1, -1, d)
         mask = (slots.token < t).view(2, 1, -1)
-        return add_unused_rows(compose(outer, slots, inner_gate(grouped, mask=mask)).without_gaps(), bool(zeros))
+        return add_unused_rows(
+            permute_without_gaps(join_levels(outer, slots, inner_gate(grouped, mask=mask))), bool(zeros)
+        )
     gate = TopKGating(d, e, k, capacity_factor_train=1.0 if routing == "capacity" else None, priority="token")
     gate.w_gating.data *= 5
     mask = torch.rand(1, t) < 0.8 if routing == "masked" else None
-    return decision_of(gate(x, mask=mask)).without_gaps()
+    return permute_without_gaps(join_groups(gate(x, mask=mask)))
 
 
-def add_unused_rows(plan: Plan, wanted: bool) -> Plan:
-    assert plan.rows_per_expert is not None
-    empty = plan.assignment[: int(plan.rows_per_expert.sum())] == plan.weight.shape[0]
+def add_unused_rows(permutation: Permutation, wanted: bool) -> Permutation:
+    assert permutation.rows_per_expert is not None
+    empty = permutation.assignment[: int(permutation.rows_per_expert.sum())] == permutation.weight.shape[0]
     assert bool(empty.any()) == wanted
-    return plan
+    return permutation
 
 
 def make_network(
@@ -105,7 +112,7 @@ def make_network(
     return Network(w_in, draw(h, o), ACTIVATIONS[activation](), b_in, torch.randn(e, o) if bias else None, halves)
 
 
-def compute_reference(x: Tensor, where: Plan, network: Network) -> Tensor:
+def compute_reference(x: Tensor, where: Permutation, network: Network) -> Tensor:
     """The network, one expert after the other."""
     assert where.rows_per_expert is not None
     out, start = x.new_zeros(x.shape[0], network.w_out.shape[-1]), 0
@@ -140,7 +147,7 @@ def check_values(
     """Outputs and all gradients. `sizes`: t, d, h, o, e, k; `kind`: of the schedule's entries, not the small ones."""
     torch.manual_seed(0)
     t, d, h, o, e, k = sizes
-    where = make_plan(routing, t, d, e, k)
+    where = build_permutation(routing, t, d, e, k)
     network = make_network(layout, activation, e, d, h, o, bias=bias, transposed=transposed)
     x, grad, network = torch.randn(t, d).to(dtype), torch.randn(t, o).to(dtype), network.map(lambda w: w.to(dtype))
     with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +166,9 @@ def check_values(
         )
 
 
-def compute_with_gradients(function: Any, x: Tensor, where: Plan, network: Network, grad: Tensor) -> dict[str, Tensor]:
+def compute_with_gradients(
+    function: Any, x: Tensor, where: Permutation, network: Network, grad: Tensor
+) -> dict[str, Tensor]:
     """The output, and the gradients of all there is, by name."""
     x, weight = x.detach().requires_grad_(), where.weight.detach().requires_grad_()
     network = network.map(lambda w: w.detach().requires_grad_())
@@ -361,7 +370,7 @@ def check_far_pointers(kind: self_check.CallKind) -> None:
     far = near._replace(network=replace(near.network, w_in=tuple(weights[:-1]), w_out=weights[-1]))
     found = self_check.compute_by_kernels(far, kind)
     assert all(torch.equal(value, found[name]) for name, value in self_check.compute_by_kernels(near, kind).items())
-    given = make_operands(near.x, plan_of(near.decision), near.network)
+    given = make_operands(near.x, permute_by_kernel(near.assignments), near.network)
     tiles = operators.launch_find_tiles(given.counts, given.token.shape[0], entries[1].rows)
     grads = [torch.zeros_like(weight) for weight in given.w_in]
     y = [torch.randn(given.token.shape[0], grad.shape[-1]).to(grad.dtype) for grad in grads]
@@ -450,8 +459,9 @@ def check_faults() -> None:
 
 
 @torch.no_grad()
-def check_plan(e: int, groups: int, routing: str) -> None:
-    """The kernel's plan is that of torch's operators; a row of a weight of 0, which holds its slot, has a token too."""
+def check_permutation(e: int, groups: int, routing: str) -> None:
+    """The kernel's permutation is that of torch's operators; a row of a weight of 0, which holds its slot, has a token
+    too."""
     torch.manual_seed(e)
     k = min(3, e)
     gate = TopKGating(8, e, k, capacity_factor_train=0.7 if "capacity" in routing else None, priority="choice")
@@ -464,13 +474,13 @@ def check_plan(e: int, groups: int, routing: str) -> None:
         expert, weight = decided.expert.view(groups, 90, k), weight.view(groups, 90, k)
         decided = gate.route(gate.read(x), Choices(expert, weight, decided.probs, decided.losses))
     if routing == "dropless, zeros":  # as a gate of one's own may say it
-        decided = replace(decided, chosen=torch.ones_like(decided.kept))
-    decision = decision_of(decided)
-    wanted: Any = decision.without_gaps()
-    a = len(decision.weight)
-    rows = a if decision.routing is None else min(a, decision.num_slots)
+        decided = replace(decided, sent=torch.ones_like(decided.kept))
+    assignments = join_groups(decided)
+    wanted: Any = permute_without_gaps(assignments)
+    a = len(assignments.weight)
+    rows = a if assignments.routing is None else min(a, assignments.num_slots)
     with watch_memory(operators):
-        found: Any = plan_of(decision, max_compared=0)
+        found: Any = permute_by_kernel(assignments, max_compared=0)
     assert found.without_tensors() == wanted._replace(num_rows=rows).without_tensors()
     assert torch.equal(found.row, wanted.row.where(wanted.row < a, rows))
     assert torch.equal(found.weight, wanted.weight)
@@ -483,7 +493,7 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert torch.equal(found.token[held], found.assignment[held] // k)
 
     with watch_memory(operators):
-        few: Any = plan_of(decision)  # rows of what is kept alone, by expert and in the order of tokens
+        few: Any = permute_by_kernel(assignments)  # rows of what is kept alone, by expert and in the order of tokens
     kept, expert = decided.kept.flatten().tolist(), decided.expert.flatten().tolist()
     order = sorted((i for i in range(a) if kept[i]), key=expert.__getitem__)
     assert few.without_tensors() == wanted.without_tensors()
@@ -494,12 +504,12 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert few.rows_per_expert.tolist() == [sum(expert[i] == j for i in order) for j in range(e)]
 
 
-def decide_twice(outer: Top2Gating, inner: Top2Gating, mask: Tensor | None = None) -> tuple[Plan, Any]:
-    """The slots of level one, and the decision of two levels."""
+def decide_twice(outer: Top2Gating, inner: Top2Gating, mask: Tensor | None = None) -> tuple[Permutation, Any]:
+    """The slots of level one, and the assignments of two levels."""
     groups = torch.randn(2, 45, 8)
     decided = outer(groups, mask=mask)
-    slots = plan_slots_of(decided)
-    return slots, compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+    slots = permute_to_slots(join_groups(decided, in_slots=True))
+    return slots, join_levels(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
 
 
 def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
@@ -507,16 +517,16 @@ def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
     torch.manual_seed(0)
     factors = dict(capacity_factor_train=0.7 if limited else None, second_policy_train="all")
     outer, inner = Top2Gating(8, 3, **factors), Top2Gating(8, 5, outer_expert_dims=(3,), **factors)
-    slots, decision = decide_twice(outer, inner, torch.rand(2, 45) < 0.7 if mask else None)
-    wanted = decision.without_gaps()
-    rows = min(decision.most_rows, decision.num_slots)
+    slots, assignments = decide_twice(outer, inner, torch.rand(2, 45) < 0.7 if mask else None)
+    wanted = permute_without_gaps(assignments)
+    rows = min(assignments.max_rows, assignments.num_slots)
     with watch_memory(operators):
-        found = plan_of(decision, max_compared=0)
+        found = permute_by_kernel(assignments, max_compared=0)
     used = int(wanted.rows_per_expert.sum())
     assert 0 < used <= rows
     assert (wanted.row.view(-1, 2)[slots.row == slots.num_rows] == wanted.num_rows).all()
     assert (slots.row == slots.num_rows).any()
-    assert torch.equal(found.row, wanted.row.where(decision.kept, rows))
+    assert torch.equal(found.row, wanted.row.where(assignments.kept, rows))
     assert torch.equal(found.rows_per_expert, wanted.rows_per_expert)
     for got, want in ((found.assignment, wanted.assignment), (found.token, wanted.token)):
         assert torch.equal(got[:used], want[:used])
@@ -536,17 +546,17 @@ def check_plan_with_unused_slots() -> None:
     inner = Unmasked(8, 5, outer_expert_dims=(3,), second_policy_train="all", capacity_factor_train=None)
     for factor in (2.0, 8.0):  # with as many slots of level one as choices, and with more
         outer = Top2Gating(8, 3, second_policy_train="all", capacity_factor_train=factor)
-        _, decision = decide_twice(outer, inner)
+        _, assignments = decide_twice(outer, inner)
         with watch_memory(operators):
-            found = plan_of(decision, max_compared=0)
-        assert (found.assignment == len(decision.weight)).any()
+            found = permute_by_kernel(assignments, max_compared=0)
+        assert (found.assignment == len(assignments.weight)).any()
         if factor == 2:
-            wanted = decision.without_gaps()
+            wanted = permute_without_gaps(assignments)
             assert torch.equal(found.assignment, wanted.assignment[: found.num_rows])
             assert torch.equal(found.token, wanted.token[: found.num_rows])
-            assert torch.equal(found.row, wanted.row.where(decision.kept, found.num_rows))
+            assert torch.equal(found.row, wanted.row.where(assignments.kept, found.num_rows))
         else:
-            assert rows_of_queues(decision.routing).sum() > found.num_rows
+            assert count_queue_rows(assignments.routing).sum() > found.num_rows
             assert int(found.rows_per_expert.sum()) == found.num_rows >= found.row.max()
 
 
@@ -626,7 +636,7 @@ def check_topk_kernel(name: str, e: int, dtype: torch.dtype) -> None:
                 with ops.use("plain"):
                     wanted = gate(tokens)
                 assert len(calls) <= 1
-                for field in ("expert", "kept", "chosen", "weight", "probs", "balance_loss", "z_loss"):
+                for field in ("expert", "kept", "sent", "weight", "probs", "balance_loss", "z_loss"):
                     got, want = getattr(found, field), getattr(wanted, field)
                     assert (got.dtype, got.shape) == (want.dtype, want.shape), field
                     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=field)
@@ -680,7 +690,7 @@ def compute_choices(
         many = torch.autograd.grad(
             described.weight, leaves, torch.stack(2 * [described.weight.detach().cos()]), is_grads_batched=True
         )
-    fields = ("expert", "kept", "chosen", "importance", *names)
+    fields = ("expert", "kept", "sent", "importance", *names)
     results = {name: getattr(described, name) for name in fields} | {"random": torch.rand(3)}
     grads = {f"gradient {i}": gradient for i, gradient in enumerate((*plain, *first, *second, *many))}
     return {name: value.detach() for name, value in (results | grads).items()}
@@ -770,7 +780,7 @@ def misalign(tensor: Tensor) -> Tensor:
 def check_operand_layouts() -> None:
     """Operands that are not aligned, or whose rows are, and row weights in bfloat16 are computed as those in order."""
     torch.manual_seed(0)
-    where, network = make_plan("top k", 24, 16, 4, 2), make_network("gated", "silu", 4, 16, 32, 16, bias=True)
+    where, network = build_permutation("top k", 24, 16, 4, 2), make_network("gated", "silu", 4, 16, 32, 16, bias=True)
     where = where._replace(weight=where.weight.to(torch.bfloat16).float())
     x, grad = torch.randn(24, 16), torch.randn(24, 16)
     wanted = compute_with_gradients(compute, x, where, network, grad)
@@ -788,7 +798,7 @@ def check_operand_layouts() -> None:
 
 def check_empty_inputs() -> None:
     """No tokens at all: outputs of no rows, gradients of weights that are zeros."""
-    where = plan_of(decision_of(TopKGating(16, 4, 2)(torch.randn(1, 0, 16))))
+    where = permute_by_kernel(join_groups(TopKGating(16, 4, 2)(torch.randn(1, 0, 16))))
     network = make_network("gated", "silu", 4, 16, 16, 16, bias=True)
     found = compute_with_gradients(compute, torch.randn(0, 16), where, network, torch.randn(0, 16))
     assert found.pop("out").shape == (0, 16)
@@ -798,7 +808,7 @@ def check_empty_inputs() -> None:
 def check_frozen() -> None:
     """Gradients that nobody asks for are not computed, and the others do not change."""
     torch.manual_seed(0)
-    where = make_plan("top k", 24, 16, 4, 2)
+    where = build_permutation("top k", 24, 16, 4, 2)
     tensors = {"x": torch.randn(24, 16), "w_in": torch.randn(4, 16, 16), "w_out": torch.randn(4, 16, 16)}
     grad = torch.randn(24, 16)
     gradients = {}
@@ -817,15 +827,15 @@ def check_operators() -> None:
     torch.manual_seed(0)
     network = make_network("interleaved", "clamped", 4, 16, 16, 16, bias=True)
     x = torch.randn(20, 16)
-    arguments = make_operands(x, make_plan("top k", 20, 16, 4, 2), network).flatten()
+    arguments = make_operands(x, build_permutation("top k", 20, 16, 4, 2), network).flatten()
     torch.use_deterministic_algorithms(False)  # fresh memory as it comes: NaN is not equal to itself
     _, pre = operators.triton_ffn(*arguments, True)
     torch.library.opcheck(operators.triton_ffn, (*arguments, True))
     torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, True, True, False))
-    decision = decision_of(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
-    torch.library.opcheck(triton_plan, (*queued_choices(decision), 4, 2, 40))
-    torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
-    line = decision.expert.view(2, 20)
+    assignments = join_groups(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
+    torch.library.opcheck(triton_plan, (*queued_choices(assignments), 4, 2, 40))
+    torch.library.opcheck(triton_few_plan, (assignments.expert, assignments.kept, 4, 2))
+    line = assignments.expert.view(2, 20)
     order = torch.stack([torch.randperm(10), torch.randperm(10)])
     torch.library.opcheck(queueing.queue_assignments, (line, line > 0, order, 4, 2, True))
     options = (3, False, False, True, 2.5, 1e-6, 0.5, 0.25)
@@ -927,7 +937,7 @@ def check_devices() -> None:
     """Tensors of two devices are refused, as torch's own operators refuse them, before a kernel is launched."""
     network = make_network("plain", "silu", 4, 16, 16, 16)
     network = replace(network, w_out=network.w_out.to("meta"))
-    arguments = make_operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network).flatten()
+    arguments = make_operands(torch.randn(20, 16), build_permutation("top k", 20, 16, 4, 2), network).flatten()
     for operator, given in (
         (operators.triton_ffn, (*arguments, True)),
         (operators.triton_ffn_backward, (torch.randn(20, 16), torch.empty(1, 40, 16), *arguments, *[True] * 3)),
@@ -939,7 +949,7 @@ def check_devices() -> None:
 def check_nan(activation: str) -> None:
     """What is no number stays none in outputs and gradients, and what torch gives a number there is one."""
     torch.manual_seed(0)
-    where, network = make_plan("top k", 20, 16, 4, 2), make_network("plain", activation, 4, 16, 16, 16)
+    where, network = build_permutation("top k", 20, 16, 4, 2), make_network("plain", activation, 4, 16, 16, 16)
     x, grad = torch.randn(20, 16), torch.randn(20, 16)
     x[3] = torch.nan
     found, wanted = (

@@ -158,7 +158,7 @@ def check_candidates(capability: tuple[int, int], height: int, *only: str) -> di
 
     from benchmarks import blocks
     from mixture_of_experts.kernels.launching import find_card_family
-    from mixture_of_experts.ops.triton import operators, row_plan, schedule
+    from mixture_of_experts.ops.triton import operators, row_permutation, schedule
     from support.fake_cuda_checks import run_on_gpu
 
     case, found = Case(capability, mean_rows=MANY_ROWS - 1), dict.fromkeys(blocks.KERNELS, 0)
@@ -173,7 +173,7 @@ def check_candidates(capability: tuple[int, int], height: int, *only: str) -> di
                 launches[name, str(described)] = (kernel, described)
 
         with run_on_gpu(torch.bfloat16, capability), blocks.force_schedule(note, tried):
-            run_operators(case, operators, row_plan)
+            run_operators(case, operators, row_permutation)
         for (name, _), (kernel, arguments) in launches.items():
             code, sizes = compile_launch(kernel, arguments, capability), getattr(tried, name)
             m, by_groups = getattr(sizes, "m", height), "m64" in str(code.tensor_cores) or capability[0] == 10
@@ -197,7 +197,7 @@ def list_launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     import torch
 
     from mixture_of_experts.kernels import queueing, top_2, top_k
-    from mixture_of_experts.ops.triton import operators, row_plan
+    from mixture_of_experts.ops.triton import operators, row_permutation
     from support.fake_cuda_checks import run_on_gpu
 
     seen: dict[Any, tuple[Any, dict[str, Any]]] = {}
@@ -212,7 +212,7 @@ def list_launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with run_on_gpu(getattr(torch, case.dtype), case.capability):
-            run_operators(case, operators, row_plan)
+            run_operators(case, operators, row_permutation)
             logits, settings = (
                 torch.empty(64, 1, 128, dtype=torch.float32),
                 (8, not case.bias, not case.bias, True, 2.5, 1e-20, 1.0, 1.0),
@@ -227,7 +227,7 @@ def list_launches(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     return list(seen.values())
 
 
-def run_operators(case: Case, operators, row_plan) -> None:
+def run_operators(case: Case, operators, row_permutation) -> None:
     import torch
 
     e, (d, h, o) = 8, (1024, 512, 2048) if case.even else (1008, 528, 2032)
@@ -245,9 +245,9 @@ def run_operators(case: Case, operators, row_plan) -> None:
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
     length = torch.empty(e, dtype=torch.int64)
-    row_plan.triton_plan._init_fn(index, index, flag, flag, length, None, r // 2, 2, e, e, 2, r)
-    row_plan.triton_plan._init_fn(index, index, flag, flag, length, index, r // 4, 2, e // 4, e, 4, r)
-    row_plan.triton_few_plan._init_fn(index, flag, e, 2)
+    row_permutation.triton_plan._init_fn(index, index, flag, flag, length, None, r // 2, 2, e, e, 2, r)
+    row_permutation.triton_plan._init_fn(index, index, flag, flag, length, index, r // 4, 2, e // 4, e, 4, r)
+    row_permutation.triton_few_plan._init_fn(index, flag, e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from mixture_of_experts.dispatch.decision import decision_on
-from mixture_of_experts.dispatch.moving import combine, dispatch
+from mixture_of_experts.dispatch.assignments import assign_experts
+from mixture_of_experts.dispatch.permutation import permute_without_gaps
+from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.parallel.exchange import Channel, exchange_rows
 
 EP_IMPLEMENTATION_NAME = "mixture_of_experts"
@@ -36,11 +37,12 @@ class ExchangeImplementation(EPImplementation):
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids of e or above are skipped."""
-        plan = decision_on(top_k_index, top_k_weights, self.num_experts).without_gaps()
-        assert plan.rows_per_expert is not None
-        rows, training = dispatch(hidden_states, plan), self.experts.training
+        permutation = permute_without_gaps(assign_experts(top_k_index, top_k_weights, self.num_experts))
+        assert permutation.rows_per_expert is not None
+        rows, training = dispatch(hidden_states, permutation), self.experts.training
         return combine(
-            exchange_rows(rows, plan.rows_per_expert, self.compute_local_experts, self.channel, training), plan
+            exchange_rows(rows, permutation.rows_per_expert, self.compute_local_experts, self.channel, training),
+            permutation,
         )
 
     def compute_local_experts(self, rows: Tensor, counts: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ def fast_lora(model: ModelT) -> ModelT:
     `Experts` and `GatedExperts` multiply an expert's rows by its factors. Parameters, their names, saving, loading,
     merging and the selection of adapters remain PEFT's own; outputs and gradients are equal up to rounding. The
     gradient of a frozen stack is not computed. PEFT's own computation is still used for weights that are trained along
-    with their adapters, biases, slots without a decision, and everything other than stacked experts of this package. If
-    adapters are added to other weights later, call `fast_lora` again.
+    with their adapters, biases, slots without assignments, and everything other than stacked experts of this package.
+    If adapters are added to other weights later, call `fast_lora` again.
 
     Args:
         model: a model that PEFT has prepared, by `get_peft_model` or `inject_adapter_in_model`. It is changed in place,

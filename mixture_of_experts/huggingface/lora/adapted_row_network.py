@@ -16,18 +16,18 @@ from torch import Tensor
 
 from mixture_of_experts.huggingface.lora.adapted_network import AdaptedNetwork, LowRankWeight
 from mixture_of_experts.ops import row_network
-from mixture_of_experts.ops.cpu.chunked import ChunkProducts
+from mixture_of_experts.ops.cpu.chunked import ChunkLayout
 
 
-def run_network(products: row_network.Products, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
+def run_network(layout: row_network.RowLayout, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
     """`ops.row_network.run_network`; the rows times each down follow the pre-activations."""
-    adapted = AdaptedProducts(products)
+    adapted = AdaptedLayout(layout)
     pre = row_network.run_network(adapted, x, network, save)
     return [*pre, *adapted.low_rank_activations.values()] if save else []
 
 
 def backpropagate_network(
-    products: row_network.Products,
+    layout: row_network.RowLayout,
     x: Tensor,
     network: AdaptedNetwork,
     saved: Sequence[Tensor],
@@ -40,7 +40,7 @@ def backpropagate_network(
     """`ops.row_network.backpropagate_network`, with the gradients of low-rank parts; `saved` is what `run_network`
     returned."""
     number, names = len(network.w_in), [weight.name for weight in network.get_low_rank_weights()]
-    adapted: Any = GradientProducts(products)
+    adapted: Any = GradientLayout(layout)
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
     adapted.saved = dict(zip(names, saved[number:], strict=True))
     adapted.requested, adapted.out = wanted, memory
@@ -49,41 +49,41 @@ def backpropagate_network(
     return adapted.grads
 
 
-class AdaptedProducts:
-    """`row_network.Products` with weights, some of which have low-rank parts."""
+class AdaptedLayout:
+    """`row_network.RowLayout` with weights, some of which have low-rank parts."""
 
-    def __init__(self, products: Any) -> None:
-        self.products = products
-        self.gather: Any = products.gather
-        self.add_bias: Any = products.add_bias
-        self.activate: Any = products.activate
+    def __init__(self, layout: Any) -> None:
+        self.layout = layout
+        self.gather_rows: Any = layout.gather_rows
+        self.add_bias: Any = layout.add_bias
+        self.activate: Any = layout.activate
         self.low_rank_activations: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
 
     def project_down(self, x: Tensor, weight: LowRankWeight) -> Tensor:
         """x times down, `(r, k)`, computed once for each weight."""
         if weight.name not in self.low_rank_activations:
-            self.low_rank_activations[weight.name] = self.products.by_weights(x, weight.down)
+            self.low_rank_activations[weight.name] = self.layout.multiply_rows(x, weight.down)
         return self.low_rank_activations[weight.name]
 
-    def by_weights(self, x: Tensor, weight: Tensor | LowRankWeight) -> Tensor:
-        products = self.products
+    def multiply_rows(self, x: Tensor, weight: Tensor | LowRankWeight) -> Tensor:
+        layout = self.layout
         if isinstance(weight, Tensor):
-            return products.by_weights(x, weight)
-        thin, out = self.project_down(x, weight), products.by_weights(x, weight.weight)
-        if isinstance(products, ChunkProducts):
-            return products.by_weights(thin, weight.up, out, add=True)
-        return out.add_(products.by_weights(thin, weight.up))
+            return layout.multiply_rows(x, weight)
+        thin, out = self.project_down(x, weight), layout.multiply_rows(x, weight.weight)
+        if isinstance(layout, ChunkLayout):
+            return layout.multiply_rows(thin, weight.up, out, add=True)
+        return out.add_(layout.multiply_rows(thin, weight.up))
 
-    def total(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
+    def sum_products(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
         terms = []
         for x, weight in pairs:
             adapted = isinstance(weight, LowRankWeight)
             terms += [(x, weight.weight), (self.project_down(x, weight), weight.up)] if adapted else [(x, weight)]
-        return self.products.total(terms)
+        return self.layout.sum_products(terms)
 
 
-class GradientProducts(AdaptedProducts):
-    """`AdaptedProducts` for a backward, which stores the gradients of the low-rank parts."""
+class GradientLayout(AdaptedLayout):
+    """`AdaptedLayout` for a backward, which stores the gradients of the low-rank parts."""
 
     x: Tensor  # (t, d), tokens
     scale: Tensor  # (r, 1), weight of each row
@@ -92,15 +92,15 @@ class GradientProducts(AdaptedProducts):
     out: Mapping[str, Tensor]
     grads: dict[str, Tensor]
 
-    def by_rows(self, x: Tensor, y: Tensor, out: object) -> None:
+    def outer_products(self, x: Tensor, y: Tensor, out: object) -> None:
         """Store the gradients of the parts of `w_out`, in place of its own; the rows y are weighted."""
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
-    def total(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
+    def sum_products(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
         """Compute the gradients of tokens, and store those of the parts of `w_in`."""
-        total = super().total(pairs)
+        total = super().sum_products(pairs)
         adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
-        tokens = self.gather(self.x) if adapted else self.x
+        tokens = self.gather_rows(self.x) if adapted else self.x
         for name, y in adapted.items():
             self.store_gradients(name, tokens, y, self.saved[name] * self.scale)
         return total
@@ -113,4 +113,4 @@ class GradientProducts(AdaptedProducts):
             (f"up.{name}", low_rank_activation, y),
         ):
             if part in self.requested:
-                self.grads[part] = self.products.by_rows(left, right, self.out.get(part))
+                self.grads[part] = self.layout.outer_products(left, right, self.out.get(part))

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.lora import layer
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.huggingface.lora.adapted_network import AdaptedNetwork, LowRankWeight
 from mixture_of_experts.huggingface.lora.implementations import LORA_IMPLEMENTATIONS
 from mixture_of_experts.huggingface.private_peft import applies_b_first
@@ -29,13 +29,13 @@ class AdaptedFFN:
     def __init__(self, factors: Mapping[str, LowRankFactors]) -> None:
         self.factors = factors
 
-    def __call__(self, x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, assignments: Assignments, network: Network, *, training: bool = False) -> Tensor:
         weights = network.tensors()
         adapted = {name: LowRankWeight(name, weights[name], *part) for name, part in self.factors.items()}
         whole = AdaptedNetwork(**vars(network.with_tensors(weights | adapted)))
         if any(stored.requires_grad for stored in weights.values()):  # gradients of the sums are required
-            return routed_ffn(x, decision, whole.merged(), training=training)
-        return routed_ffn(x, decision, whole, training=training, implementations=LORA_IMPLEMENTATIONS)
+            return routed_ffn(x, assignments, whole.merged(), training=training)
+        return routed_ffn(x, assignments, whole, training=training, implementations=LORA_IMPLEMENTATIONS)
 
 
 class ParamWrapper(layer.ParamWrapper):
@@ -56,7 +56,7 @@ class ParamWrapper(layer.ParamWrapper):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or not active:
             return super().forward(x, *args, **kwargs)
-        is_supported = self.num_experts > 1 and isinstance(args[0] if args else kwargs.get("decision"), Decision)
+        is_supported = self.num_experts > 1 and isinstance(args[0] if args else kwargs.get("assignments"), Assignments)
         if not is_supported:
             self.check_not_quantized("are computed for slots")
         if self.merged or not is_supported or kwargs.get("adapter_names"):

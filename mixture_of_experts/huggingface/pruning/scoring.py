@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision, decision_of
-from mixture_of_experts.dispatch.moving import dispatch
+from mixture_of_experts.dispatch.assignments import Assignments, join_groups
+from mixture_of_experts.dispatch.permutation import permute_without_gaps
 from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.dispatch.rows import dispatch
 from mixture_of_experts.huggingface.pruning.slicing import get_layer
 from mixture_of_experts.huggingface.replacement.dense_ffn import eval_mode
 from mixture_of_experts.support.attachments import Attachments
@@ -47,10 +48,10 @@ def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> 
     last: list[Routing] = []
 
     def decided(gate: nn.Module, args: object, routing: Routing) -> None:
-        last[:] = [replace(routing, uncounted=None)]  # without padding
+        last[:] = [replace(routing, padding_weight=None)]  # without padding
 
     def read(experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        total.add_(measure_call(experts, args[0], decision_of(*last), by).cpu())
+        total.add_(measure_call(experts, args[0], join_groups(*last), by).cpu())
 
     attached.add_forward_hook(router.hook_target, decided)
     attached.add_forward_pre_hook(find_computing_experts(router), read)
@@ -62,15 +63,15 @@ def find_computing_experts(router: RouterHandle) -> nn.Module:
     return next(e for e in list_nested_experts(get_layer(router).experts) if getattr(e, "works_on", None) != "tokens")
 
 
-def measure_call(experts: Any, x: Tensor, decision: Decision, by: str) -> Tensor:
+def measure_call(experts: Any, x: Tensor, assignments: Assignments, by: str) -> Tensor:
     """`(2, e)`: the number of tokens that each expert computes, and for "reap" the sum of weight times norm of its
     output over these tokens."""
-    plan = decision.without_gaps()
-    counts = plan.rows_per_expert
+    permutation = permute_without_gaps(assignments)
+    counts = permutation.rows_per_expert
     assert counts is not None
     numbers = torch.stack([counts, torch.zeros_like(counts)]).double()
     if by == "reap":
-        rows, weight = dispatch(x, plan), plan.row_weight()
+        rows, weight = dispatch(x, permutation), permutation.row_weight()
         if getattr(experts, "works_on", None) == "inputs":
             rows, weight = (rows * weight.unsqueeze(-1)).to(x.dtype), torch.ones_like(weight)
         expert = torch.arange(len(counts), device=x.device).repeat_interleave(counts)

@@ -26,5 +26,5 @@ def unsupported_reason(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    few = call.is_inference() and call.decision.weight.numel() <= decode.MAX_DECODE_ROWS
+    few = call.is_inference() and call.assignments.weight.numel() <= decode.MAX_DECODE_ROWS
     return decode.run(call) if few else chunked.run(call)

@@ -23,11 +23,11 @@ def unsupported_reason(call: Call) -> str | None:
     """Why the bits of a token's output depend, or may depend, on the other tokens of a call; None if they do not."""
     if (reason := cpu.unsupported_reason(call)) is not None:
         return reason
-    if call.decision.k is None:
+    if call.assignments.k is None:
         return "experts choose tokens, so a token's experts depend on the other tokens"
-    if not call.decision.dropless:
+    if not call.assignments.dropless:
         return "a limited capacity drops a token's choice because of other tokens: set the capacity factors to None"
-    if call.decision.slot is not None:
+    if call.assignments.slot_of_outer_choice is not None:
         return "of two levels the first may drop tokens: take one level"
     return None
 

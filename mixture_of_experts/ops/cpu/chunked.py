@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
-from mixture_of_experts.dispatch.moving import sum_rows
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.dispatch.permutation import Permutation, permute_with_padding
+from mixture_of_experts.dispatch.rows import sum_rows
 from mixture_of_experts.ops import autograd, row_network
-from mixture_of_experts.ops.batched import SlotProducts
+from mixture_of_experts.ops.batched import SlotLayout
 from mixture_of_experts.ops.cpu.batches import MAX_CHUNK_BYTES, ExpertBatch, make_batches, make_chunks
 from mixture_of_experts.ops.matmul import matmul_into
 from mixture_of_experts.ops.network import Call, Network
@@ -48,51 +48,55 @@ def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
-    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
-    layout: Any = partial(ChunkProducts, chunks, blocks) if chunks else SlotProducts
+    permutation, chunks = permute_to_chunks(call.assignments, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
+    layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout  # without chunks there are no rows
     pair = (
         partial(row_network.forward_rows, layout, row_functions),
         partial(row_network.backward_rows, layout, row_functions),
     )
-    return autograd.run_differentiable(*pair, x, plan, network)
+    return autograd.run_differentiable(*pair, x, permutation, network)
 
 
-def plan_chunks(
-    decision: Decision, row_work: int, row_bytes: int, row_multiple: int = 1
-) -> tuple[Plan, list[list[ExpertBatch]]]:
-    """The plan of a call, with padding rows, and the chunks of these rows.
+def permute_to_chunks(
+    assignments: Assignments, row_work: int, row_bytes: int, row_multiple: int = 1
+) -> tuple[Permutation, list[list[ExpertBatch]]]:
+    """The permutation of a call, with padding rows, and the chunks of these rows.
 
     Args:
-        decision: the gates' decision.
+        assignments: the gates' assignments.
         row_work: multiplications of one row by one weight.
         row_bytes: bytes of a row of tokens and of its pre-activations.
         row_multiple: the number of rows of each expert is padded to a multiple of this.
     """
-    threads = torch.get_num_threads()
-    most_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
-    queue, position, length = decision.queues()
-    counts = [-(-count // row_multiple) * row_multiple for count in decision.rows_per_expert(length).tolist()]
-    batches = make_batches(counts, row_work, threads, most_rows)
-    given = [0] * len(counts)  # rows of each expert, padding included
-    for batch in batches:
-        given[batch.experts] = [batch.rows_per_expert] * batch.num_experts
-    plan = decision.with_rows(queue, position, length, torch.tensor(given, device=queue.device), sum(given))
-    return plan, make_chunks(batches, most_rows)
+    threads, chunks = torch.get_num_threads(), []
+    max_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
+
+    def pad(needed: Tensor) -> tuple[Tensor, int]:
+        """Pad each expert's rows to those of its batch; add the chunks to `chunks`."""
+        counts = [-(-count // row_multiple) * row_multiple for count in needed.tolist()]
+        batches = make_batches(counts, row_work, threads, max_rows)
+        padded = [0] * len(counts)
+        for batch in batches:
+            padded[batch.experts] = [batch.rows_per_expert] * batch.num_experts
+        chunks.extend(make_chunks(batches, max_rows))
+        return torch.tensor(padded, device=needed.device), sum(padded)
+
+    return permute_with_padding(assignments, pad), chunks
 
 
-class ChunkProducts(row_network.Products):
+class ChunkLayout(row_network.RowLayout):
     """Rows in chunks of batches, with a product for each batch. Totals are stored for the rows of all chunks.
 
     Attributes:
         blocks: how many rows are computed at a time; None for all.
-        tokens: `(r,)`, the token of each row; any token for an empty row.
+        token_of_row: `(r,)`, the token of each row; any token for an empty row.
         empty: `(r,)`, whether each row is empty.
         here, token, padding: the rows of the current chunk, their tokens, and the empty ones among them.
         chunk, sizes: the batches of the current chunk, and the number of rows of each.
     """
 
     blocks: RowBlocking | None
-    tokens: Tensor
+    token_of_row: Tensor
     empty: Tensor
     here: slice
     token: Tensor
@@ -100,53 +104,53 @@ class ChunkProducts(row_network.Products):
     chunk: list[ExpertBatch]
     sizes: list[int]
 
-    def __init__(self, chunks: list[list[ExpertBatch]], blocks: RowBlocking | None, plan: Plan) -> None:
-        super().__init__(plan, chunks)
+    def __init__(self, chunks: list[list[ExpertBatch]], blocks: RowBlocking | None, permutation: Permutation) -> None:
+        super().__init__(permutation, chunks)
         self.blocks = blocks
-        self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
-        self.empty = plan.token == plan.num_tokens
+        self.token_of_row = permutation.token.clamp(max=permutation.num_tokens - 1)
+        self.empty = permutation.token == permutation.num_tokens
 
-    def enter(self, chunk: list[ExpertBatch]) -> None:
+    def enter_chunk(self, chunk: list[ExpertBatch]) -> None:
         self.here = slice(chunk[0].start, chunk[-1].stop)
-        self.token, self.padding = self.tokens[self.here], self.empty[self.here].nonzero().squeeze(-1)
+        self.token, self.padding = self.token_of_row[self.here], self.empty[self.here].nonzero().squeeze(-1)
         self.chunk, self.sizes = chunk, [batch.stop - batch.start for batch in chunk]
 
-    def part(self, values: Tensor) -> Tensor:
+    def select_chunk(self, values: Tensor) -> Tensor:
         return values[self.here]
 
     def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
         grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
-        assert self.plan.rows_per_expert is not None
-        if unused := [expert for expert, number in enumerate(self.plan.rows_per_expert.tolist()) if not number]:
+        assert self.permutation.rows_per_expert is not None
+        if unused := [expert for expert, number in enumerate(self.permutation.rows_per_expert.tolist()) if not number]:
             for gradient in grads.values():
                 gradient[unused] = 0
         return grads
 
-    def parts(self, rows: Tensor) -> list[Tensor]:
+    def split_batches(self, rows: Tensor) -> list[Tensor]:
         """The rows of each batch: `(m, p)` for one expert, `(num_experts, m, p)` for several."""
         split = zip(self.chunk, rows.split(self.sizes), strict=True)
         return [
             part if one.num_experts == 1 else part.view(one.num_experts, one.rows_per_expert, -1) for one, part in split
         ]
 
-    def of_experts(self, stack: Tensor) -> list[Tensor]:
+    def select_experts(self, stack: Tensor) -> list[Tensor]:
         """The part of each batch in a stack `(e, ...)`: `(...)` for one expert, `(num_experts, ...)` for several."""
         return [
             stack.select(0, one.experts.start) if one.num_experts == 1 else stack[one.experts] for one in self.chunk
         ]
 
-    def gather(self, x: Tensor) -> Tensor:
+    def gather_rows(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
-    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+    def multiply_rows(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
         """Rows x times the weights of their experts, `(r, q)`: written to `out`, or added to it if `add`."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
-        for operands in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
-            for part, matrix, result in self.in_blocks(*operands):
+        for operands in zip(self.split_batches(x), self.select_experts(weight), self.split_batches(out), strict=True):
+            for part, matrix, result in self.split_blocks(*operands):
                 matmul_into(part, matrix, result, accumulate=add)
         return out
 
-    def in_blocks(self, rows: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def split_blocks(self, rows: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The operands of the product of a batch, or of several products of one expert each if it has too many rows."""
         if self.blocks is None or rows.shape[-2] <= self.blocks.multiplied:
             yield rows, weight, out
@@ -156,29 +160,31 @@ class ChunkProducts(row_network.Products):
             parts = (each.split(self.blocks.multiplied) for each in (of_rows, results))
             yield from ((part, matrix, result) for part, result in zip(*parts, strict=True))
 
-    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        if self.rows is None:
+    def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        if self.row_totals is None:
             x, weight = pairs[0]
-            self.rows: Any = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
-            self.rows[-1:].zero_()
-        y = self.rows[self.here]
+            self.row_totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
+            self.row_totals[-1:].zero_()
+        y = self.row_totals[self.here]
         for i, (x, weight) in enumerate(pairs):
-            self.by_weights(x, weight, y, add=i > 0)
+            self.multiply_rows(x, weight, y, add=i > 0)
         return y
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        for part, own in zip(self.parts(rows), self.of_experts(bias), strict=True):
+        for part, own in zip(self.split_batches(rows), self.select_experts(bias), strict=True):
             part.add_(own.unsqueeze(-2))
 
-    def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+    def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         assert out is not None
-        for part, other, result in zip(self.parts(x), self.parts(y), self.of_experts(out), strict=True):
+        for part, other, result in zip(
+            self.split_batches(x), self.split_batches(y), self.select_experts(out), strict=True
+        ):
             matmul_into(part.mT, other, result)
         return out
 
-    def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         assert out is not None
-        self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
+        self.outer_products(scale.to(rows.dtype), rows, out.unsqueeze(1))
         return out
 
     def activate(self, method: Callable[..., None], *tensors: Any) -> None:
@@ -190,12 +196,14 @@ class ChunkProducts(row_network.Products):
             some = slice(start, start + step)
             method(*[each[some] if isinstance(each, Tensor) else [part[some] for part in each] for each in tensors])
 
-    def collect(self) -> Tensor:
-        plan = self.plan
-        if plan.k is None:
-            return super().collect()
-        weight = plan.weight.detach().view(plan.num_tokens, plan.k)  # else `embedding_bag` prepares a backward
-        row = plan.row.view(weight.shape)
-        if self.rows.dtype != weight.dtype:
-            return sum_rows(self.rows[:-1], weight, row, row, plan.k, plan.num_tokens)
-        return F.embedding_bag(row, self.rows, per_sample_weights=weight, mode="sum")
+    def combine_rows(self) -> Tensor:
+        permutation = self.permutation
+        if permutation.k is None:
+            return super().combine_rows()
+        weight = permutation.weight.detach().view(
+            permutation.num_tokens, permutation.k
+        )  # else `embedding_bag` prepares a backward
+        row = permutation.row.view(weight.shape)
+        if self.row_totals.dtype != weight.dtype:
+            return sum_rows(self.row_totals[:-1], weight, row, row, permutation.k, permutation.num_tokens)
+        return F.embedding_bag(row, self.row_totals, per_sample_weights=weight, mode="sum")

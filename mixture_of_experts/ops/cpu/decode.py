@@ -3,9 +3,10 @@
 Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
 o dim of the outputs.
 
-The products of one token take less time than building the tables of a `Plan`, so there is no plan. For a few tokens,
-each row is computed separately. More tokens are computed expert by expert, with tables that are Python lists. It is for
-eval mode without gradients only: in training, a recomputation must produce the same bits as its forward.
+The products of one token take less time than building the tables of a `Permutation`, so there is no permutation. For a
+few tokens, each row is computed separately. More tokens are computed expert by expert, with tables that are Python
+lists. Products are parameters, so that quantized and adapted weights are decoded here, too. It is for eval mode without
+gradients only: in training, a recomputation must produce the same bits as its forward.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 from mixture_of_experts.ops.grouped import multiply_by_expert
 from mixture_of_experts.ops.network import Call, Network
 
-RowProduct = Callable[[Tensor, Tensor], Tensor]
+RowProduct = Callable[[Tensor, Any], Tensor]  # rows `(r, p)`, each times its own expert's weight in `(e, p, q)`
 MAX_DECODE_ROWS = 32  # of a call
 MAX_ROW_SUM_TOKENS = 4  # with more rows that share an expert, one product is faster than sums
 MIN_ROW_SUM_NUMEL = 1 << 16  # of an expert's weight; for a smaller one a product is faster than sums
@@ -32,32 +33,36 @@ FAST_MATMUL_CPUS = {("DEFAULT_PROPERTIES", torch.float32), ("AVX2", torch.float3
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least.
+    """Compute a call with plain weights; return `(t, o)`. The sum over a token's choices is taken in float32 at least.
 
     For a few tokens, each row may be computed separately, if all choices are kept.
     """
     weights, kind = (*call.network.w_in, call.network.w_out), (torch.backends.cpu.get_cpu_capability(), call.x.dtype)
     by_sums = (
-        0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS
-        and kind not in FAST_MATMUL_CPUS
+        kind not in FAST_MATMUL_CPUS
         and weights[-1].shape[-2:].numel() >= MIN_ROW_SUM_NUMEL
         and all(weight.is_contiguous() for weight in weights)
-        and False not in call.decision.kept.tolist()
+        and has_few_kept_tokens(call)
     )
-    return compute_row_by_row(call) if by_sums else compute_expert_by_expert(call)
+    if not by_sums:
+        return compute_expert_by_expert(call)
+    into, out_of = (GatherIndices.from_experts(call.assignments.expert, weights[i]).multiply_rows for i in (0, -1))
+    return compute_row_by_row(call, into, out_of)
 
 
-def compute_row_by_row(call: Call) -> Tensor:
-    """Compute a call of few tokens; return `(t, o)`."""
-    x, network, decision = call.x, call.network, call.decision
-    assert decision.k is not None
-    (t, d), k, expert = x.shape, decision.k, decision.expert
+def has_few_kept_tokens(call: Call) -> bool:
+    """Whether a call has so few tokens that each row may be computed separately, and all choices are kept."""
+    return 0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS and False not in call.assignments.kept.tolist()
+
+
+def compute_row_by_row(call: Call, multiply_in: RowProduct, multiply_out: RowProduct) -> Tensor:
+    """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`."""
+    x, network, assignments = call.x, call.network, call.assignments
+    assert assignments.k is not None
+    (t, d), k, expert = x.shape, assignments.k, assignments.expert
     rows = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d)
-    into, out_of = (
-        GatherIndices.from_experts(expert, weight).multiply_rows for weight in (network.w_in[0], network.w_out)
-    )
-    y = compute_row_outputs(rows, network, expert, into, out_of)
-    y = y * decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32)).unsqueeze(-1)
+    y = compute_row_outputs(rows, network, expert, multiply_in, multiply_out)
+    y = y * assignments.weight.to(torch.promote_types(assignments.weight.dtype, torch.float32)).unsqueeze(-1)
     return (y if k == 1 else y.view(t, k, -1).sum(dim=1)).to(x.dtype)
 
 
@@ -65,8 +70,7 @@ def compute_row_outputs(
     rows: Tensor, network: Network, expert: Any, multiply_in: RowProduct, multiply_out: RowProduct
 ) -> Tensor:
     """The outputs `(r, o)` of rows `(r, d)`. `multiply_in` and `multiply_out` compute the products into and out of the
-    hidden layer: rows `(r, p)`, each times its own expert's weight in `(e, p, q)`. Biases need the `expert` of each
-    row, `(r,)`."""
+    hidden layer. Biases need the `expert` of each row, `(r,)`."""
     pre = [multiply_in(rows, weight) for weight in network.w_in]
     for part, bias in zip(pre, network.b_in, strict=True):
         if bias is not None:
@@ -110,13 +114,14 @@ class GatherIndices(NamedTuple):
         return sums if self.parts == 1 else sums.view(len(x), -1)
 
 
-def compute_expert_by_expert(call: Call) -> Tensor:
-    """Compute a call with its rows sorted by expert; return `(t, o)`."""
-    x, network, decision = call.x, call.network, call.decision
-    assert decision.k is not None
-    expert, weight, kept = decision.expert.tolist(), decision.weight.tolist(), decision.kept.tolist()
+def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multiply_by_expert) -> Tensor:
+    """Compute a call with its rows sorted by expert; return `(t, o)`. `multiply` has the arguments of
+    `multiply_by_expert`."""
+    x, network, assignments = call.x, call.network, call.assignments
+    assert assignments.k is not None
+    expert, weight, kept = assignments.expert.tolist(), assignments.weight.tolist(), assignments.kept.tolist()
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
-    used, k, device = list(Counter(expert[a] for a in order).items()), decision.k, x.device
+    used, k, device = list(Counter(expert[a] for a in order).items()), assignments.k, x.device
     token = None  # token of each row; None for a single token
     if x.shape[0] != 1:
         token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
@@ -124,10 +129,10 @@ def compute_expert_by_expert(call: Call) -> Tensor:
     if any(bias is not None for bias in (*network.b_in, network.b_out)):
         of_row = torch.tensor([expert[a] for a in order], dtype=torch.int64, device=device)
 
-    product = partial(multiply_by_expert, rows_per_expert=used)
+    product = partial(multiply, rows_per_expert=used)
     rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
     y = compute_row_outputs(rows, network, of_row, product, product)
-    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), decision.weight.dtype)
+    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), assignments.weight.dtype)
     y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=device).unsqueeze(-1)
     if token is None:
         return y.sum(dim=0, keepdim=True).to(x.dtype)

@@ -13,7 +13,7 @@ from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.activations import unknown_activation_reason
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.network_spec import get_network_spec
-from mixture_of_experts.ops.triton.schedule import MAX_LOW_MEAN_ROWS, count_plan_rows
+from mixture_of_experts.ops.triton.schedule import MAX_LOW_MEAN_ROWS, count_permuted_rows
 from mixture_of_experts.support.implementations import requested_implementation
 from mixture_of_experts.support.private_torch import (
     is_exporting,
@@ -40,7 +40,7 @@ def unsupported_reason(call: Call) -> str | None:
         return "kernels do not run under transforms of torch.func"
     if is_exporting():
         return "an exported graph has torch's own operators only"
-    if call.decision.k is None:
+    if call.assignments.k is None:
         return "kernels compute token choice: experts that choose fill equal slots, which batched products compute"
     return (
         device_unsupported_reason(x.device)
@@ -74,7 +74,7 @@ def run(call: Call) -> Tensor:
 def _is_decoding(call: Call) -> bool:
     """Whether a call is a decoding call on low tiles, which are multiplied by `mma.sync` on all cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
-    return few_tokens.supports_call(call) and statically_known_true(count_plan_rows(call.decision) <= low)
+    return few_tokens.supports_call(call) and statically_known_true(count_permuted_rows(call.assignments) <= low)
 
 
 def _experts_check_failure(call: Call) -> str | None:
@@ -87,17 +87,17 @@ def _experts_check_failure(call: Call) -> str | None:
 
     form, (d, _), (h, o) = get_network_spec(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
     assert form is not None
-    assert call.decision.k is not None
+    assert call.assignments.k is not None
     return self_check.run_self_check(
         # in a graph the number of tokens may be dynamic
-        None if compiling else count_plan_rows(call.decision) // network.w_out.shape[0],
+        None if compiling else count_permuted_rows(call.assignments) // network.w_out.shape[0],
         x.device,
         x.dtype,
         tuple(form),
         (network.b_in[0] is not None, network.b_out is not None),
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
-        call.decision.k,
+        call.assignments.k,
         few_tokens.supports_call(call),
     )
 

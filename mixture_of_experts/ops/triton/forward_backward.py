@@ -7,44 +7,52 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.permutation import Permutation
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.network_spec import get_network_spec
 from mixture_of_experts.ops.triton.operators import FFNOperands, triton_ffn, triton_ffn_backward
-from mixture_of_experts.ops.triton.row_plan import plan_of
+from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`. Even with a capacity it uses rows without gaps, so empty slots cost nothing."""
-    return autograd.run_differentiable(triton_forward, triton_backward, call.x, plan_of(call.decision), call.network)
+    return autograd.run_differentiable(
+        triton_forward, triton_backward, call.x, permute_by_kernel(call.assignments), call.network
+    )
 
 
-def make_operands(x: Tensor, plan: Plan, network: Network) -> FFNOperands:
-    form, rows, k = get_network_spec(network), plan.rows_per_expert, plan.k
+def make_operands(x: Tensor, permutation: Permutation, network: Network) -> FFNOperands:
+    form, rows, k = get_network_spec(network), permutation.rows_per_expert, permutation.k
     assert form is not None
     assert rows is not None
     assert k is not None
-    token, assignment, row = (table.to(torch.int32) for table in (plan.token, plan.assignment, plan.row))
-    tables = (plan.weight.to(torch.float32), token, assignment, row, rows, k)
+    token, assignment, row = (
+        table.to(torch.int32) for table in (permutation.token, permutation.assignment, permutation.row)
+    )
+    tables = (permutation.weight.to(torch.float32), token, assignment, row, rows, k)
     b_in, b_out = ([bias for bias in biases if bias is not None] for biases in (network.b_in, (network.b_out,)))
     return FFNOperands(x, *tables, list(network.w_in), network.w_out, b_in, b_out, form)
 
 
-def triton_forward(x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, SavedTensors]:
+def triton_forward(x: Tensor, permutation: Permutation, network: Network, save: bool) -> tuple[Tensor, SavedTensors]:
     """The `forward` of `run_differentiable`."""
-    out, pre = triton_ffn(*make_operands(x, plan, network).flatten(), save)
+    out, pre = triton_ffn(*make_operands(x, permutation, network).flatten(), save)
     return out, [pre]
 
 
 def triton_backward(
-    x: Tensor, plan: Plan, network: Network, saved: SavedTensors, grad: Tensor, wanted: Collection[str]
+    x: Tensor, permutation: Permutation, network: Network, saved: SavedTensors, grad: Tensor, wanted: Collection[str]
 ) -> FFNGradients:
     """The `backward` of `run_differentiable`."""
     (pre,) = saved
     need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
     need_out = "w_out" in wanted or "b_out" in wanted
     needs = "x" in wanted, need_in, need_out
-    grad_x, grad_weight, *grads = triton_ffn_backward(grad, pre, *make_operands(x, plan, network).flatten(), *needs)
-    return FFNGradients(grad_x, grad_weight.to(plan.weight.dtype), dict(zip(network.tensors(), grads, strict=True)))
+    grad_x, grad_weight, *grads = triton_ffn_backward(
+        grad, pre, *make_operands(x, permutation, network).flatten(), *needs
+    )
+    return FFNGradients(
+        grad_x, grad_weight.to(permutation.weight.dtype), dict(zip(network.tensors(), grads, strict=True))
+    )

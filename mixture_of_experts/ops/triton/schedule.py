@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.kernels.launching import find_card_family
 from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import get_device_capability, symbolic_min
@@ -133,17 +133,17 @@ def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ..
     return HALF_SCHEDULES[family] if dtype.itemsize == 2 else FLOAT32_SCHEDULES[get_input_precision(dtype)]
 
 
-def uses_comparison(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> bool:
-    """Whether the plan compares assignments, at most `max_compared`, with each other, without queues."""
-    number = decision.weight.shape[0]
-    return statically_known_true(number <= max_compared) and statically_known_true(number == decision.most_rows)
+def uses_comparison(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> bool:
+    """Whether the permutation compares assignments, at most `max_compared`, with each other, without queues."""
+    number = assignments.weight.shape[0]
+    return statically_known_true(number <= max_compared) and statically_known_true(number == assignments.max_rows)
 
 
-def count_plan_rows(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
-    """The number of rows of a call's plan, from which the self-check and the launch find the same entry."""
-    if decision.routing is None or uses_comparison(decision, max_compared):
-        return decision.most_rows
-    return symbolic_min(decision.most_rows, decision.num_slots)
+def count_permuted_rows(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
+    """The number of rows of a call's permutation, from which the self-check and the launch find the same entry."""
+    if assignments.routing is None or uses_comparison(assignments, max_compared):
+        return assignments.max_rows
+    return symbolic_min(assignments.max_rows, assignments.num_slots)
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:

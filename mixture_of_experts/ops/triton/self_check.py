@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch.decision import Decision, decision_on
+from mixture_of_experts.dispatch.assignments import Assignments, assign_experts
 from mixture_of_experts.kernels.launching import SelfCheck
 from mixture_of_experts.ops import batched
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
@@ -103,7 +103,7 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -
     call = make_call(kind, *find_call_size(entries, entry))
     said = f"on {kind.spec.layout} experts of {kind.spec.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
     found = compute_by_kernels(call, kind)
-    if not are_plans_equal(call.decision):
+    if not are_permutations_equal(call.assignments):
         return f"{said} plans of few and of many assignments differ"
     wanted = compute_by_operators(call)
     for name, got in found.items():
@@ -171,14 +171,15 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
     expert[torch.rand(tokens, kind.num_choices, **options) < BUSIEST_EXPERT_SHARE] = 0
     expert[::17, 0] = -1
     weights = torch.rand(tokens, kind.num_choices, **options) + 0.5
-    return Call(draw(tokens, d).round().to(kind.dtype), decision_on(expert, weights, experts), network, True)
+    return Call(draw(tokens, d).round().to(kind.dtype), assign_experts(expert, weights, experts), network, True)
 
 
-def are_plans_equal(decision: Decision) -> bool:
-    """Whether the kernel for many assignments makes the same plan as the one for few, which the checked call uses."""
-    from mixture_of_experts.ops.triton.row_plan import plan_of
+def are_permutations_equal(assignments: Assignments) -> bool:
+    """Whether the kernel for many assignments makes the same permutation as the one for few, which the checked call
+    uses."""
+    from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
-    one, other = (plan_of(decision, few).tensors() for few in (0, decision.weight.shape[0]))
+    one, other = (permute_by_kernel(assignments, few).tensors() for few in (0, assignments.weight.shape[0]))
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -192,9 +193,9 @@ def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
     """Outputs of the kernels in inference and, unless the kind is decoding, in training with their gradients: all of
     them, and those of the choices' weights alone. Each of these uses different programs."""
     from mixture_of_experts.ops.triton.forward_backward import triton_backward, triton_forward
-    from mixture_of_experts.ops.triton.row_plan import plan_of
+    from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
-    given, names = (call.x, plan_of(call.decision), call.network), list(call.network.tensors())
+    given, names = (call.x, permute_by_kernel(call.assignments), call.network), list(call.network.tensors())
     found = {"the output, in inference": triton_forward(*given, save=False)[0]}
     if kind.decoding:
         return found
@@ -211,9 +212,9 @@ def compute_by_operators(call: Call) -> dict[str, Tensor]:
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
 
-    given, x, weight, network = call.decision, leaf(call.x), leaf(call.decision.weight), call.network.map(leaf)
-    sizes = dict(k=given.k, num_tokens=given.num_tokens, num_experts=given.num_experts)
-    decision = Decision(given.expert, weight, given.kept, given.kept, **sizes)  # type: ignore[arg-type]
-    out, leaves = batched.run(Call(x, decision, network, True)), {"x": x, "weights": weight, **network.tensors()}
+    given, x, weight, network = call.assignments, leaf(call.x), leaf(call.assignments.weight), call.network.map(leaf)
+    sizes = dict(k=given.k, num_tokens=given.num_tokens, expert_dims=given.expert_dims)
+    assignments = Assignments(given.expert, weight, given.kept, given.kept, **sizes)  # type: ignore[arg-type]
+    out, leaves = batched.run(Call(x, assignments, network, True)), {"x": x, "weights": weight, **network.tensors()}
     grads = torch.autograd.grad(out, list(leaves.values()), draw_output_gradient(out, call.x.dtype))
     return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}

@@ -2,8 +2,9 @@
 
 Axes: t tokens of the whole call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
-Both directions, forward and backward, are gathers by the tables of a `Plan`. No two writes meet, so every run gives the
-same bits. On a CPU, plain feed-forward experts move tokens chunk by chunk by themselves (`ops/cpu`).
+Both directions, forward and backward, are gathers by the tables of a `Permutation`. No two writes meet, so every run
+gives the same bits. Experts that `ops` computes do not call these functions: most implementations
+gather and combine by themselves.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.plan import Plan, append
+from mixture_of_experts.dispatch.assignments import append
+from mixture_of_experts.dispatch.permutation import Permutation
 
 
-def dispatch(x: Tensor, plan: Plan) -> Tensor:
+def dispatch(x: Tensor, permutation: Permutation) -> Tensor:
     """Return the rows `(r, d)` of tokens `(t, d)`; empty rows are zeros."""
-    return _Dispatch.apply(x, plan.token, plan.row, plan.k)
+    return _Dispatch.apply(x, permutation.token, permutation.row, permutation.k)
 
 
-def combine(rows: Tensor, plan: Plan) -> Tensor:
+def combine(rows: Tensor, permutation: Permutation) -> Tensor:
     """Return each token's weighted sum `(t, d)` of rows `(r, d)`, taken in float32 and cast once."""
     # with one choice a token both are one tensor, and a graph takes no tensor twice
-    assignment = None if plan.token is plan.assignment else plan.assignment
-    return _Combine.apply(rows, plan.weight, plan.token, plan.row, assignment, plan.k, plan.num_tokens)
+    assignment = None if permutation.token is permutation.assignment else permutation.assignment
+    return _Combine.apply(
+        rows, permutation.weight, permutation.token, permutation.row, assignment, permutation.k, permutation.num_tokens
+    )
 
 
 class _Dispatch(torch.autograd.Function):

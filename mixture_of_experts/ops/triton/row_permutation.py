@@ -1,4 +1,4 @@
-"""The plan of a call with token choice, made by one kernel.
+"""The permutation of a call with token choice, made by one kernel.
 
 Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
 """
@@ -12,19 +12,19 @@ import torch
 import triton
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision, rows_of_queues
-from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.dispatch.assignments import Assignments, count_queue_rows
+from mixture_of_experts.dispatch.permutation import Permutation
 from mixture_of_experts.kernels import permutation as kernels
 from mixture_of_experts.kernels.launching import make_contiguous
 from mixture_of_experts.ops.triton import operators
-from mixture_of_experts.ops.triton.schedule import MAX_COMPARED_ASSIGNMENTS, count_plan_rows, uses_comparison
+from mixture_of_experts.ops.triton.schedule import MAX_COMPARED_ASSIGNMENTS, count_permuted_rows, uses_comparison
 
 ROW_TABLE_BLOCK = 128  # assignments of a program
 
 
 class RowTables(NamedTuple):
     """The outputs of the kernels, under their names there: `row` `(a,)`, and `assignment` and `token` of each row, in
-    int32, and the number of rows of each expert `(e,)`, as in a `Plan`."""
+    int32, and the number of rows of each expert `(e,)`, as in a `Permutation`."""
 
     row: Tensor
     assignment: Tensor
@@ -32,37 +32,39 @@ class RowTables(NamedTuple):
     counts: Tensor
 
 
-def plan_of(decision: Decision, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Plan:
-    """The plan with rows without gaps, as `decision.without_gaps()` makes it, with two differences.
+def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Permutation:
+    """The permutation with rows without gaps, as `permute_without_gaps(assignments)` makes it, with two differences.
 
     An assignment of weight 0 that occupies a slot has a row with a token, although the row is never read. And there are
     no more rows than slots. Up to `max_compared` assignments need no queues: each counts those before it.
     """
-    k, e, rows = decision.k, math.prod(decision.num_experts), count_plan_rows(decision, max_compared)
+    k, e, rows = assignments.k, math.prod(assignments.expert_dims), count_permuted_rows(assignments, max_compared)
     assert k is not None
-    if uses_comparison(decision, max_compared):
-        made = triton_few_plan(decision.expert, decision.kept, e, k)
+    if uses_comparison(assignments, max_compared):
+        made = triton_few_plan(assignments.expert, assignments.kept, e, k)
     else:
-        made = triton_plan(*queued_choices(decision), e, k, rows)
+        made = triton_plan(*queued_choices(assignments), e, k, rows)
     row, assignment, token, rows_per_expert = made
-    sizes = (k, decision.num_tokens, rows, decision.num_experts)
-    return Plan(row, assignment, decision.weight, token, rows_per_expert, *sizes)
+    sizes = (k, assignments.num_tokens, rows, assignments.expert_dims)
+    return Permutation(row, assignment, assignments.weight, token, rows_per_expert, *sizes)
 
 
-def queued_choices(decision: Decision) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
+def queued_choices(
+    assignments: Assignments,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
     """The choices that queue (with two levels those of level two): their experts, positions, which of them queue and
-    which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Decision.slot`; and the number of tokens of a
+    which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Assignments.slot`; and the number of tokens of a
     group, choices of a token and experts of one router."""
-    routing, k = decision.routing, decision.k
+    routing, k = assignments.routing, assignments.k
     assert k is not None
     if routing is None:  # all tokens are one group
-        queue, position, length = decision.queues()
-        sizes = (decision.num_tokens, k, math.prod(decision.num_experts))
-        return queue, position, decision.kept, decision.kept, length, None, *sizes
+        queue, position, length = assignments.locate()
+        sizes = (assignments.num_tokens, k, math.prod(assignments.expert_dims))
+        return queue, position, assignments.kept, assignments.kept, length, None, *sizes
     assert routing.k is not None
-    flat = (values.flatten() for values in (routing.expert, routing.slot, routing.chosen, routing.kept))
+    flat = (values.flatten() for values in (routing.expert, routing.position, routing.sent, routing.kept))
     sizes = (routing.num_tokens, routing.k, routing.num_experts)
-    return *flat, rows_of_queues(routing), decision.slot, *sizes  # type: ignore[return-value]
+    return *flat, count_queue_rows(routing), assignments.slot_of_outer_choice, *sizes  # type: ignore[return-value]
 
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())

@@ -1,0 +1,203 @@
+"""`Assignments`: which expert computes which token of a call, whatever groups and levels the gates decided by.
+
+Axes: t tokens of the call, k choices, a assignments (t k for token choice), e experts, b groups, c slots of an expert
+for each group. There are e b queues, one for each expert and group.
+
+A gate returns a `Routing`, by groups. Experts receive `Assignments`: `join_groups` makes them from one gate's routing,
+`join_levels` of `gating/levels.py` from those of two levels, and `assign_experts` from experts and weights that a
+caller has chosen.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch.queues import queue_up
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.support.private_torch import is_exporting, statically_known_true
+from mixture_of_experts.support.tracing import add_scaled, symbolic_min
+
+
+class Assignments:
+    """The assignments of a call: which expert computes which token, with which weight.
+
+    The class is neither a pytree nor a dataclass, because FSDP2's mixed precision casts every tensor that it finds in
+    the arguments of experts, and the weights must stay in float32.
+
+    Attributes:
+        stored_expert: `(a,)` int64, expert of each assignment, any number where it is not kept; None for two levels,
+            where it follows from the slots.
+        weight: `(a,)`, weight of each assignment; 0 where it is not kept.
+        kept: `(a,)` bool, the assignments that experts compute: those kept in the routing, and computed padding.
+        sent: `(a,)` bool, the assignments that queue at an expert; a limited capacity keeps some of them.
+        k: choices of a token: assignment i belongs to token i // k; None for expert choice.
+        token: `(a,)` int64, token of each assignment in expert choice; None otherwise.
+        num_tokens: t.
+        expert_dims: e, or for two levels the numbers of outer and inner experts.
+        dropless: whether experts compute every assignment that a gate sends.
+        routing: of the gate whose slots the assignments occupy, that of level two for two levels; None if there are no
+            slots: then assignments queue at their experts in the order of tokens.
+        slot_of_outer_choice: `(t k1,)` int64, for two levels: the slot of each choice of level one, which is a token of
+            level two; the number of slots for a choice without one. None for one level.
+    """
+
+    stored_expert: Tensor | None
+    weight: Tensor
+    kept: Tensor
+    sent: Tensor
+    k: int | None
+    token: Tensor | None
+    num_tokens: int
+    expert_dims: tuple[int, ...]
+    dropless: bool
+    routing: Routing | None
+    slot_of_outer_choice: Tensor | None
+
+    def __init__(
+        self,
+        expert: Tensor | None,
+        weight: Tensor,
+        kept: Tensor,
+        sent: Tensor,
+        *,
+        k: int | None,
+        token: Tensor | None = None,
+        num_tokens: int,
+        expert_dims: tuple[int, ...],
+        dropless: bool = True,
+        routing: Routing | None = None,
+        slot_of_outer_choice: Tensor | None = None,
+    ) -> None:
+        self.stored_expert, self.weight, self.kept, self.sent = expert, weight, kept, sent
+        self.k, self.token, self.num_tokens, self.expert_dims = k, token, num_tokens, expert_dims
+        self.dropless, self.routing, self.slot_of_outer_choice = dropless, routing, slot_of_outer_choice
+
+    @property
+    def expert(self) -> Tensor:
+        """`(a,)` int64, expert of each assignment, outer-major for two levels; any number where it is not kept."""
+        return self.locate()[0] // self.queues_per_expert if self.stored_expert is None else self.stored_expert
+
+    @property
+    def queues_per_expert(self) -> int:
+        """The queues of an expert: queue i b + g is that of expert i and group g."""
+        return 1 if self.routing is None else self.routing.expert.shape[-2]
+
+    @property
+    def slots_per_queue(self) -> int:
+        """The slots of a queue; as many as tokens if nothing limits them."""
+        return self.num_tokens if self.routing is None else self.routing.slots_per_queue
+
+    @property
+    def num_slots(self) -> int:
+        """The number of slots of all experts."""
+        return math.prod(self.expert_dims) * self.queues_per_expert * self.slots_per_queue
+
+    @property
+    def max_rows(self) -> int:
+        """An upper bound on the number of kept assignments; at most a."""
+        if self.slot_of_outer_choice is None or self.routing is None:
+            return self.weight.shape[0]
+        # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
+        return symbolic_min(math.prod(self.routing.expert.shape), self.weight.shape[0])
+
+    def locate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where each assignment is: its queue `(a,)` and its position `(a,)` there, any numbers where it is not kept;
+        and the number of rows that each queue needs, `(e b,)`."""
+        if self.routing is None:
+            assert self.stored_expert is not None
+            expert, k = self.stored_expert, self.k or 1  # in the order in which they are stored
+            queues = queue_up(expert, self.kept, math.prod(self.expert_dims), k, "token")
+            return expert, queues.position, queues.length
+        length = count_queue_rows(self.routing)
+        if self.slot_of_outer_choice is None:
+            return find_queue(self.routing), self.routing.position.flatten(), length
+        slot = self.find_slots()
+        queue = (slot // self.slots_per_queue).clamp(0, length.shape[0] - 1)
+        return queue, add_scaled(slot, queue, -self.slots_per_queue), length
+
+    def find_slots(self) -> Tensor:
+        """`(a,)` int64, the slot of each assignment among those of all experts; any number where it is not kept."""
+        if self.routing is None:
+            queue, position, _ = self.locate()
+        else:
+            queue, position = find_queue(self.routing), self.routing.position.flatten()
+        slot = add_scaled(position, queue, self.slots_per_queue)
+        return (
+            slot if self.slot_of_outer_choice is None else gather_choices(slot, self.routing, self.slot_of_outer_choice)
+        )
+
+    def prefers_rows(self) -> bool:
+        """Whether rows without gaps are a better layout than slots: in dropless calls, or if they are surely fewer."""
+        if self.dropless:
+            return True
+        if is_exporting() or self.k is None:
+            return False
+        # in a traced graph the answer must not depend on a dynamic length
+        return statically_known_true(self.weight.shape[0] < self.num_slots)
+
+
+def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignments:
+    """The assignments of given experts and weights `(t, k)`; a choice of an id outside of 0 to e - 1 is not made."""
+    kept = (expert >= 0) & (expert < num_experts)
+    (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
+    kept = kept.flatten()
+    return Assignments(expert.flatten(), weight.flatten(), kept, kept, k=k, num_tokens=t, expert_dims=(num_experts,))
+
+
+def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignments:
+    """The assignments to the first `num_experts` experts; the others are not kept."""
+    kept = assignments.kept & (assignments.expert < num_experts)
+    expert, weight = torch.where(kept, assignments.expert, 0), torch.where(kept, assignments.weight, 0)
+    k, token, t = assignments.k, assignments.token, assignments.num_tokens
+    return Assignments(expert, weight, kept, kept, k=k, token=token, num_tokens=t, expert_dims=(num_experts,))
+
+
+def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
+    """The assignments of one gate. They occupy slots if the capacity is limited; with `in_slots` also if it is not."""
+    weight, kept, sent, token = routing.weight, routing.kept, routing.sent, routing.token_index
+    if routing.padding_weight is not None:
+        computed = routing.padding_weight != 0
+        weight, kept, sent = weight + routing.padding_weight, kept | computed, sent | computed
+    if token is not None:  # from indices in groups to those in the call
+        token = (token + torch.arange(token.shape[0], device=token.device).unsqueeze(-1) * routing.num_tokens).flatten()
+    return Assignments(
+        routing.expert.flatten(),
+        weight.flatten(),
+        kept.flatten(),
+        sent.flatten(),
+        k=routing.k,
+        token=token,
+        num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
+        expert_dims=(routing.num_experts,),
+        dropless=routing.capacity is None,
+        routing=routing if in_slots or routing.capacity is not None else None,
+    )
+
+
+def gather_choices(values: Tensor, inner: Routing | None, slot_of_outer_choice: Tensor) -> Tensor:
+    """Values of the choices of level two, `(t k1 k2,)`, by the slot of each choice of level one; 0 without a slot."""
+    k = 1 if inner is None else inner.k or 1
+    return append(values.reshape(-1, k), 0)[slot_of_outer_choice].flatten()
+
+
+def find_queue(routing: Routing) -> Tensor:
+    """`(a,)` int64, the queue of each assignment of a gate: `(router e + expert) b + group`."""
+    *outer, b, a = routing.expert.shape
+    e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
+    first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
+    if outer:
+        first = add_scaled(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
+    return add_scaled(first, routing.expert.reshape(routers, b, a), b).flatten()
+
+
+def count_queue_rows(routing: Routing) -> Tensor:
+    """`(e b,)` int64, the number of rows that each queue of a gate needs: its occupied slots."""
+    return routing.count_occupied_slots().transpose(-2, -1).flatten()
+
+
+def append(values: Tensor, last: int) -> Tensor:
+    """Return `values` with one more entry, which an index that means "none" reads."""
+    return torch.cat([values, values.new_full((1, *values.shape[1:]), last)])

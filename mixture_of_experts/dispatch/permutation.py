@@ -1,0 +1,141 @@
+"""`Permutation`: the rows that experts compute, and which assignment each of them belongs to.
+
+Axes: t tokens of the call, k choices, a assignments (t k for token choice), r rows, e experts, b groups, c slots of an
+expert for each group.
+
+A row is a token's vector as the input or output of one expert. Rows are sorted by expert, in one of three layouts, each
+with a function that makes its permutation:
+
+    permute_to_slots        all slots (e, b, c), equally many for each expert; some are empty. For experts that read
+                            slots, and for batched products of a call that has few of them
+    permute_without_gaps    the kept assignments alone. For grouped products, and for experts with a `compute`
+    permute_with_padding    as many rows for each expert as the caller wants; some are empty. For batched products on a
+                            CPU, with or without a capacity, and of blocks
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch.assignments import Assignments, append
+from mixture_of_experts.support.private_torch import statically_known_true
+
+
+class Permutation(NamedTuple):
+    """Which row belongs to which assignment.
+
+    Attributes:
+        row: `(a,)` integers, row of each assignment; `num_rows` for an assignment without a row.
+        assignment: `(r,)` integers, assignment of each row; a where the row is empty.
+        weight: `(a,)` weight of each assignment, 0 where it has no row.
+        token: `(r,)` integers, token of each row; t where the row is empty.
+        rows_per_expert: `(e,)` int64 rows of each expert, padding included; None for slots.
+        k: assignment i belongs to token i // k; None for expert choice.
+        num_tokens, num_rows: t and r.
+        expert_dims: e, or for two levels the numbers of outer and inner experts.
+        table: another tensor that the products of an implementation read, see `ops/batched.py`; or None.
+    """
+
+    row: Tensor
+    assignment: Tensor
+    weight: Tensor
+    token: Tensor
+    rows_per_expert: Tensor | None
+    k: int | None
+    num_tokens: int
+    num_rows: int
+    expert_dims: tuple[int, ...]
+    table: Tensor | None = None
+
+    def row_weight(self) -> Tensor:
+        """`(r,)` the weight of each row, 0 where it is empty."""
+        weight = self.weight.new_zeros(self.num_rows + 1).scatter(0, self.row, self.weight)
+        return weight[: self.num_rows]  # those without a row all write to the last entry
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the permutation, by the names of their attributes."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
+
+    def tensors_to_save(self) -> dict[str, Tensor]:
+        """What a backward needs to restore the permutation with `from_saved`, in fewer bytes than `tensors`.
+
+        Tokens are left out if they follow from the assignments. Tables are int32, unless there are 2^31 assignments.
+        """
+        tensors = self.tensors()
+        if statically_known_true(self.row.shape[0] < 1 << 31):
+            tensors["assignment"] = self.assignment.to(torch.int32)
+        if self.k is not None:
+            del tensors["token"]
+        return tensors
+
+    def without_tensors(self) -> Permutation:
+        """The permutation with its numbers, but without its tensors."""
+        return self._replace(**dict.fromkeys(self.tensors()))
+
+    def from_saved(self, tensors: Mapping[str, Tensor]) -> Permutation:
+        """Return the permutation with the numbers of this one and the saved tensors."""
+        permutation = self._replace(**tensors)
+        if permutation.token is not None or permutation.k is None:
+            return permutation
+        return permutation._replace(token=find_tokens(permutation.assignment, permutation.k))
+
+
+def permute_to_slots(assignments: Assignments) -> Permutation:
+    """The permutation whose rows are all slots, `(e, b, c)`; experts that read slots need it."""
+    return _permute(assignments, assignments.find_slots(), assignments.num_slots, None)
+
+
+def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutation:
+    """The permutation whose rows are the kept assignments, for grouped products. There may be unused rows after them,
+    of which the last `spare` are never used: experts may fill all others."""
+    queue, position, length = assignments.locate()
+    row = (length.cumsum(0) - length).gather(0, queue) + position
+    return _permute(assignments, row, assignments.max_rows + spare, _join_queues(assignments, length))
+
+
+def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple[Tensor, int]]) -> Permutation:
+    """The permutation that gives each expert a number of rows of the caller's choice, for batched products.
+
+    Args:
+        assignments: the assignments of a call.
+        pad: maps the number of rows that each expert needs, `(e,)` int64, to the number that it gets, `(e,)` int64, and
+            the number of all rows, at least their sum.
+    """
+    queue, position, length = assignments.locate()
+    rows_per_expert, num_rows = pad(_join_queues(assignments, length))
+    start = rows_per_expert.cumsum(0) - rows_per_expert
+    by_expert = length.view(start.shape[0], -1)
+    if not statically_known_true(by_expert.shape[1] == 1):
+        start = (start.unsqueeze(-1) + by_expert.cumsum(dim=-1) - by_expert).flatten()
+    return _permute(assignments, start.gather(0, queue) + position, num_rows, rows_per_expert)
+
+
+def _join_queues(assignments: Assignments, length: Tensor) -> Tensor:
+    """`(e,)` int64, the rows that each expert needs, from those that its queues need, `(e b,)`."""
+    if statically_known_true(assignments.queues_per_expert == 1):
+        return length
+    return length.view(math.prod(assignments.expert_dims), -1).sum(dim=-1)
+
+
+def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expert: Tensor | None) -> Permutation:
+    """The permutation in which kept assignments have these rows."""
+    row = torch.where(assignments.kept, row, num_rows)
+    number = row.shape[0]
+    empty = row.new_full((num_rows + 1,), number)
+    assignment = empty.scatter(0, row, torch.arange(number, device=row.device))[:num_rows]  # the last one is unused
+    if assignments.token is None:
+        token = find_tokens(assignment, assignments.k or 1)
+    else:
+        token = append(assignments.token, assignments.num_tokens)[assignment]
+    sizes = (assignments.k, assignments.num_tokens, num_rows, assignments.expert_dims)
+    return Permutation(row, assignment, assignments.weight, token, rows_per_expert, *sizes)
+
+
+def find_tokens(assignment: Tensor, k: int) -> Tensor:
+    """The tokens of assignments, if every token has k of them."""
+    return assignment if k == 1 else assignment // k
