@@ -26,10 +26,7 @@ RowProduct = Callable[[Tensor, Any], Tensor]  # rows `(r, p)`, each times its ow
 MAX_DECODE_ROWS = 32  # of a call
 MAX_ROW_SUM_TOKENS = 4  # with more rows that share an expert, one product is faster than sums
 MIN_ROW_SUM_NUMEL = 1 << 16  # of an expert's weight; for a smaller one a product is faster than sums
-#: CPUs and dtypes for which a product of one row is faster than a sum. Microseconds of sum and product for weights of
-#: 512 x 2048 and 2048 x 512 outside of the caches, one thread: AVX2 (Zen 3) 300 and 180, 330 and 315; AVX-512 (EPYC)
-#: 137 and 193, 189 and 225; in bfloat16 98 and 272, 91 and 209 (`python -m experiments.cpu_constants --rows`)
-FAST_MATMUL_CPUS = {("DEFAULT_PROPERTIES", torch.float32), ("AVX2", torch.float32)}
+ROW_SUM_DTYPES = (torch.bfloat16, torch.float16)  # see `prefers_row_sums`
 
 
 def run(call: Call) -> Tensor:
@@ -37,17 +34,27 @@ def run(call: Call) -> Tensor:
 
     For a few tokens, each row may be computed separately, if all choices are kept.
     """
-    weights, kind = (*call.network.w_in, call.network.w_out), (torch.backends.cpu.get_cpu_capability(), call.x.dtype)
-    by_sums = (
-        kind not in FAST_MATMUL_CPUS
-        and weights[-1].shape[-2:].numel() >= MIN_ROW_SUM_NUMEL
-        and all(weight.is_contiguous() for weight in weights)
-        and has_few_kept_tokens(call)
-    )
-    if not by_sums:
+    if not (prefers_row_sums(call.network) and has_few_kept_tokens(call)):
         return compute_expert_by_expert(call)
-    into, out_of = (GatherIndices.from_experts(call.assignments.expert, weights[i]).multiply_rows for i in (0, -1))
+    network, expert = call.network, call.assignments.expert
+    into, out_of = (GatherIndices.from_experts(expert, w).multiply_rows for w in (network.w_in[0], network.w_out))
     return compute_row_by_row(call, into, out_of)
+
+
+def prefers_row_sums(network: Network) -> bool:
+    """Whether the product of one row is taken as a weighted sum of the weight's rows: in 16 bits.
+
+    It depends on dtype and shape alone, so that every machine computes the same bits, and is the choice whose worst
+    case is better over the CPUs that were measured. On five of them, one thread, weights outside of the caches, a sum
+    takes 0.7x to 1.7x as long as a product in float32, and 0.05x to 1.0x in bfloat16
+    (`python -m experiments.cpu_constants --rows`).
+    """
+    weights = (*network.w_in, network.w_out)
+    return (
+        network.w_out.dtype in ROW_SUM_DTYPES
+        and network.w_out.shape[-2:].numel() >= MIN_ROW_SUM_NUMEL
+        and all(weight.is_contiguous() for weight in weights)
+    )
 
 
 def has_few_kept_tokens(call: Call) -> bool:
@@ -82,8 +89,8 @@ def compute_row_outputs(
 class GatherIndices(NamedTuple):
     """For each of r rows, the indices of the p rows of its expert's weight, whose weighted sum is the product.
 
-    Such a sum reads the weight once, from beginning to end. It takes 0.4x (bfloat16) to 0.7x (float32) as long as
-    torch's product of one row. If there are more threads than rows, a weight's rows are split into parts.
+    Such a sum reads the weight once, from beginning to end. If there are more threads than rows, a weight's rows are
+    split into parts.
 
     Attributes:
         indices: `(r parts p,)`, indices of the rows in the list of the rows of all weights.
