@@ -42,7 +42,7 @@ class ExternalRouter:
             "experts", or None for another value. More values may follow. Without "experts", the experts with the
             largest logits are the choices.
         score: the function that computes probabilities from logits: "softmax", "sigmoid" or "sqrt_softplus".
-        experts: path of the experts below the block.
+        experts_path: path of the experts below the block.
         expert_bias: a tensor that affects which experts are chosen, and that `balance_experts` updates; None if there
             is none. If the model may move, read it in a property.
         capacity: slots per expert and sequence; None if dropless.
@@ -58,7 +58,7 @@ class ExternalRouter:
     k: Any
     returns: tuple[str | None, ...] = ("logits", "weights", "experts")
     score: Any = "softmax"
-    experts: Any = "experts"
+    experts_path: str = "experts"
     expert_bias: Any = None
     capacity: Any = None
     group_sizes: Any = (None, None)

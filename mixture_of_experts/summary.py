@@ -118,7 +118,9 @@ def summary(model: nn.Module) -> Summary:
             if getattr(site.gate, "expected_choices", 0) is None:
                 used.variable_k_layers.add(layer)
             if site.external is not None:
-                used.external_modules.update(site.gate.modules(), layer.get_submodule(site.external.experts).modules())
+                used.external_modules.update(
+                    site.gate.modules(), layer.get_submodule(site.external.experts_path).modules()
+                )
     reject_unknown_blocks(model, used.active_shares)
     return Summary(compute_cost(model, used), {path: compute_cost(layer, used) for layer, path in paths.items()})
 
@@ -139,7 +141,7 @@ def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, flo
     """The share, 0 to 1, of a layer's experts, and of the gates of a second level, that a token uses."""
     number, e = choices_per_token(site), site.num_experts
     if site.level_one is None:
-        experts = layer.experts if site.external is None else layer.get_submodule(site.external.experts)
+        experts = layer.experts if site.external is None else layer.get_submodule(site.external.experts_path)
         return {experts: number / e}
     outer, eo = choices_per_token(site.level_one), site.level_one.num_experts
     served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one

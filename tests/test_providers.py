@@ -217,7 +217,9 @@ class AcmeRouterSettings(ExternalRouter):
     """Reads the bias whenever it is needed."""
 
     def __init__(self, block: AcmeBlock) -> None:
-        settings: dict[str, Any] = dict(returns=("logits", "experts", "weights"), score="sigmoid", experts="networks")
+        settings: dict[str, Any] = dict(
+            returns=("logits", "experts", "weights"), score="sigmoid", experts_path="networks"
+        )
         super().__init__("router", num_experts=E, k=K, **settings)
         self.block = block
 

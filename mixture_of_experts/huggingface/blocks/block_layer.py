@@ -44,7 +44,7 @@ class ParsedBlock(BlockSettings):
 
     def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:
         super().__init__(block, recipe)
-        self.block_experts: Any = self.read_attribute("experts")
+        self.experts: Any = self.read_attribute("experts")
         with torch.device("meta"):  # copied weights need no initialization
             gate = self.make_gate(balance_over)
             self.stack: Any = self.make_stack()
@@ -79,7 +79,7 @@ class ParsedBlock(BlockSettings):
 
     def make_expert_activation(self) -> Any:
         """The activation of the stacked experts."""
-        experts = self.block_experts
+        experts = self.experts
         limit, alpha = (
             find_attribute(experts, *BLOCK_ATTRIBUTES["limit"]),
             find_attribute(experts, *BLOCK_ATTRIBUTES["alpha"]),
@@ -99,11 +99,11 @@ class ParsedBlock(BlockSettings):
 
     def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
         """The experts with their wrappers, and the shared expert if it is not part of them."""
-        if (norm := find_attribute(self.block_experts, "post_expert_norm")) is not None:
+        if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
         if self.recipe.apply_router_weight_on_input:
             experts = InputWeightedExperts(experts)
-        num_identity = find_attribute(self.block_experts, "zero_expert_num") or 0
+        num_identity = find_attribute(self.experts, "zero_expert_num") or 0
         if num_identity or self.recipe.zero:
             experts = ZeroComputationExperts(experts, num_identity=num_identity, num_zero=self.recipe.zero)
         parts: dict[str, Any] = dict(
@@ -166,7 +166,7 @@ class ParsedBlock(BlockSettings):
 
     def get_expert_weights(self) -> dict[str, WeightViews]:
         """The weights of the stacked experts, by name."""
-        experts = self.block_experts
+        experts = self.experts
         if isinstance(experts, nn.ModuleDict):
             networks: Any = experts.values()
             return {
@@ -184,13 +184,18 @@ class ParsedBlock(BlockSettings):
                 found[name].append(theirs.mT)
         return found
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether stacked weights are `(e, in, out)`."""
+        return bool(getattr(self.experts, "is_transposed", self.recipe.apply_router_weight_on_input))
+
     def get_stacked_weights(self) -> dict[str, WeightViews]:
-        experts, keeps = self.block_experts, self.expert_attributes
+        experts, keeps = self.experts, self.expert_attributes
         gate_up = find_attribute(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
         first = experts.up_proj if gate_up is None else gate_up
         down = find_attribute(self.module, keeps.get("down", "experts.down_proj"))
         first = first[: len(down)]  # some blocks have rows for zero-computation experts
-        if not getattr(experts, "is_transposed", self.recipe.apply_router_weight_on_input):
+        if not self.is_transposed:
             first, down = first.mT, down.mT  # (e, in, out)
         firsts, found = {"w": first}, {"w2": [down]}
         if find_attribute(experts, "has_bias"):
