@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.overrides import STATE
+from mixture_of_experts.huggingface.blocks.block_classes import BLOCK_ATTRIBUTES
+from mixture_of_experts.huggingface.blocks.block_settings import find_attribute, find_recipe
 from mixture_of_experts.huggingface.blocks.convert import (
     check_same_computation,
     convert_to_layer,
@@ -43,9 +45,7 @@ from mixture_of_experts.huggingface.replacement.replace import register_layers, 
 from mixture_of_experts.huggingface.router_config import override_router_coef, restore_router_config
 from mixture_of_experts.huggingface.saving.configuration import remove_layers_from_config
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.recipes import BLOCK_ATTRIBUTES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.whole_model.block_settings import find_attribute, find_recipe
 
 LOSS_ARGUMENTS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 
@@ -55,9 +55,9 @@ def from_transformers(
 ) -> Any:
     """Convert a sparse block of `transformers` to a `MoE` that computes the same, or convert all blocks of a model.
 
-    `recipes.MODELS` lists the known blocks; docs/published_mixtures.md has a table of them, and lists what is not
-    supported. If a layer itself holds router and experts (Gemma 4), the `MoE` computes the part between the layer's
-    feed-forward input and the addition of both networks.
+    docs/published_mixtures.md has a table of the known blocks, and lists what is not supported. If a layer itself holds
+    router and experts (Gemma 4), the `MoE` computes the part between the layer's feed-forward input and the addition of
+    both networks.
 
     If a model is passed, each of its sparse blocks is replaced by a layer in place, one at a time, and the model is
     returned. It trains as before: the model adds its own auxiliary loss to its loss if `output_router_logits` is set,
@@ -157,7 +157,7 @@ def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
         f"{type(model).__name__} cannot be changed as a whole: {kind} at {name} {why}. Convert known blocks, which "
-        "recipes.RECIPES_BY_BLOCK has, one by one"
+        "huggingface.blocks.block_classes has, one by one"
     )
 
 
