@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import find_layers
+from mixture_of_experts.huggingface.private_peft import get_active_copy, is_peft_wrapper, strip_wrappers
 from mixture_of_experts.huggingface.saving.folders import read_experts_model, rewrite_folder
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.private_peft import get_active_copy, is_peft_wrapper
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -69,7 +69,7 @@ def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     adapters added."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path, module in model.named_modules():
-        name = path.replace(".base_layer", "")
+        name = strip_wrappers(path)
         if not is_peft_wrapper(module):
             continue
         if "modules_to_save" in module._modules:
