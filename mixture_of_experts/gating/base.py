@@ -64,7 +64,7 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.support.implementations import select_implementation
+from mixture_of_experts.support.implementations import Implementation, run_first_supported
 from mixture_of_experts.support.private_torch import statically_known_true, unsafe_view, unwrap_module
 from mixture_of_experts.support.subclassing import is_unchanged
 
@@ -276,10 +276,12 @@ class TokenChoiceGate(Gate):
     #: `segment_ids` `(..., n)` integers: in packed rows, the tokens of a row with equal ids are a group, a document
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: fast implementations by name, the fastest first: modules with `make_routing(gate, tokens)` and
-    #: `unsupported_reason(gate, tokens)`, which returns why the module does not support the call, or None. If none
-    #: supports it, `decide` is called
-    implementations: ClassVar[Mapping[str, Any]] = {}
+    #: implementations by name, the fastest first: modules with `unsupported_reason(gate, tokens)`, which returns None
+    #: or why it does not support the call, and `run(gate, tokens)`, which returns the `Routing`. The last one,
+    #: "operators", calls `decide`
+    implementations: ClassVar[Mapping[str, Any]] = {
+        "operators": Implementation(lambda gate, tokens: None, lambda gate, tokens: gate.decide_and_route(tokens))
+    }
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
@@ -419,12 +421,7 @@ class TokenChoiceGate(Gate):
             warn_of_decoding(self)
         if tokens.segments is not None:
             return self.decide_and_route(tokens)
-        way = select_implementation("gate", self.implementations, self, tokens)
-        return (
-            self.implementations[way].make_routing(self, tokens)
-            if way in self.implementations
-            else self.decide_and_route(tokens)
-        )
+        return run_first_supported("gate", self.implementations, self, tokens)
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
         """Return the `Routing` of what `decide` returns; an error for anything else than `Choices`, or if it reads a

@@ -11,12 +11,16 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, find_feed_forwards
+from mixture_of_experts.huggingface.lora.loading import check_adapter_names
+from mixture_of_experts.huggingface.model_arguments import ArgumentsReader
+from mixture_of_experts.huggingface.private_peft import find_missed_targets, find_tensors_not_saved
 from mixture_of_experts.huggingface.private_transformers import (
     get_checkpoint_function,
     predicts_next_token,
@@ -30,15 +34,15 @@ from mixture_of_experts.huggingface.router_config import (
     has_own_routers,
     requests_router_logits,
 )
+from mixture_of_experts.providers import TokenMetadata
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.attachments import HOOK_TABLES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_peft import find_missed_targets, find_tensors_not_saved
 from mixture_of_experts.support.private_torch import register_named_hooks
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.aux_losses import sum_losses
 from mixture_of_experts.whole_model.call_stack import ForwardWatch
-from mixture_of_experts.whole_model.model_tokens import TokenMetadata, TokensReader, find_enclosing_model
+from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 from mixture_of_experts.whole_model.router_discovery import find_all_routers
 
 MODEL_WATCH_HOOK = "mixture_of_experts"  # name of the hooks
@@ -101,11 +105,12 @@ def watch_model(model: nn.Module, names: Sequence[str]) -> None:
             register_named_hooks(around, MODEL_WATCH_HOOK, watch.begin, watch.end)
         get_watch(around).reads |= around in readers
     get_watch(model).adds = True
+    model._load_state_dict_pre_hooks[MODEL_WATCH_HOOK] = partial(check_adapter_names, model)  # pyright: ignore
 
 
 def remove_model_watches(model: nn.Module) -> None:
     for module in model.modules():
-        for table in HOOK_TABLES:
+        for table in (*HOOK_TABLES, "_load_state_dict_pre_hooks"):
             getattr(module, table).pop(MODEL_WATCH_HOOK, None)
         if isinstance(checkpoint := get_checkpoint_function(module), CheckpointWithCall):
             set_checkpoint_function(module, checkpoint.checkpoint)
@@ -150,8 +155,8 @@ class ModelWatch(ForwardWatch):
     adapted: bool = False  # whether the model has had a forward with adapters
 
     def __init__(self, around: nn.Module, last: LastCall) -> None:
-        self.reader: TokensReader = (
-            LayerReader(around) if isinstance(around, TORCH_LAYER_CLASSES) else TokensReader(around)
+        self.reader: ArgumentsReader = (
+            LayerReader(around) if isinstance(around, TORCH_LAYER_CLASSES) else ArgumentsReader(around)
         )
         self.last = last
 

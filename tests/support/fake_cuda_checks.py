@@ -326,7 +326,7 @@ def check_programs_of_operands() -> None:
     def programs(call: Call) -> set[str]:
         with collect_entries() as found:
             self_check.compute_by_kernels(call, kind)
-            self_check.are_plans_equal(call.assignments)
+            self_check.are_permutations_equal(call.assignments)
         return found
 
     def moved(tensor: Tensor) -> Tensor:

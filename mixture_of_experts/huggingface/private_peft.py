@@ -1,0 +1,114 @@
+"""Undocumented properties of PEFT's wrappers that this package relies on. PEFT is not imported.
+
+`tests/huggingface/test_private_peft.py` shows which of them a new version breaks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def is_peft_wrapper(module: nn.Module) -> bool:
+    """Whether the module is a wrapper of PEFT: an instance of one of its classes, or of a subclass."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
+    """The module that computes inside a wrapper of PEFT; None if the module is not a wrapper."""
+    children: Any = module._modules
+    if not ("modules_to_save" in children or "base_layer" in children) or not is_peft_wrapper(module):
+        return None
+    return get_active_copy(module) if "modules_to_save" in children else children["base_layer"]
+
+
+def get_active_copy(wrapper: Any) -> nn.Module:
+    """The module that computes in the wrapper of a saved module: the copy of the active adapter, or the original."""
+    active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)  # it may have no copy here
+    return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
+
+
+def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
+    """PEFT's copies of a saved module, and whether they compute: only one does. None if the module is no wrapper of
+    them."""
+    children: Any = module._modules
+    if "modules_to_save" not in children or not is_peft_wrapper(module):
+        return None
+    computes = get_active_copy(module)
+    copies = (children["original_module"], *children["modules_to_save"].values())
+    return [(copy, copy is computes) for copy in copies]
+
+
+def find_tensors_not_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors of a model that no file of its adapters will contain; [] if it has no adapters. In
+    addition to their own weights, these files contain the modules in `modules_to_save`, whole."""
+    held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
+    return [n for n, t in tensors.items() if t not in held] if any(map(is_peft_wrapper, model.modules())) else []
+
+
+def find_missed_targets(model: nn.Module) -> list[str]:
+    """The `target_parameters` of a model's adapters for which PEFT found no parameter."""
+    adapted = [
+        f".{name}.{parameter}".replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if isinstance(parameter := getattr(module, "parameter_name", None), str) and is_peft_wrapper(module)
+    ]
+    configs = getattr(model, "peft_config", {}).values()
+    asked = {target for config in configs for target in getattr(config, "target_parameters", None) or ()}
+    return sorted(target for target in asked if not any(name.endswith(f".{target}") for name in adapted))
+
+
+def applies_b_first(wrapper: Any) -> bool:
+    """Whether tokens are multiplied by B of a stacked weight first and then by A; else by A first."""
+    return wrapper._did_swap_in_out_features
+
+
+def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """The factors `(e, p, k)` and `(e, k, q)` whose product an adapter adds to a stacked weight `(e, p, q)`.
+
+    PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; `is_transposed` of
+    the experts determines which of them has the dimension p.
+    """
+    a: Tensor = wrapper.lora_A[adapter].weight * wrapper.scaling[adapter]
+    b: Tensor = wrapper.lora_B[adapter].weight
+    e = wrapper.num_experts
+    a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
+    # a two-dimensional copy is the fastest
+    b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
+    return (b, a) if applies_b_first(wrapper) else (a.mT, b.mT)
+
+
+def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor) -> None:
+    """Set A and B of a stacked weight, so that with a scaling of 1 `read_stack_factors` returns these factors."""
+    b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)  # (e, width of B, k), (e, k, width of A)
+    wrapper.lora_A[adapter].weight = nn.Parameter(a.flatten(0, 1).contiguous())
+    wrapper.lora_B[adapter].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1).contiguous())
+
+
+def is_plain_lora(wrapper: Any, adapter: str) -> bool:
+    """Whether an adapter consists of A, B and a scaling alone: without DoRA, other variants and biases."""
+    has_variant = adapter in wrapper.lora_variant or wrapper.use_dora.get(adapter, False)
+    return not has_variant and not wrapper.lora_bias.get(adapter, False)
+
+
+def strip_wrappers(name: str) -> str:
+    """The path, without PEFT's wrappers, of a module in a model that PEFT has prepared."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def find_renamed_weights(model: Any, names: Iterable[str], adapter: str) -> dict[str, str]:
+    """The own names of weights of an adapter, by the names that PEFT looks for when it loads the adapter, where these
+    are none of the model's. PEFT applies the conversions of the model's class to the names in the file, which lack the
+    name of the adapter."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    stored = {re.sub(rf"(\.lora_[AB])\.{re.escape(adapter)}\.", r"\1.", name): name for name in names}
+    own = [*stored.values()]
+    numbers = {f"base_model.model.{name}": torch.full((1, 1), i) for i, name in enumerate(stored)}
+    converted = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], numbers, adapter)
+    found = {name.removeprefix("base_model.model."): own[int(i)] for name, i in converted.items() if i.numel() == 1}
+    return {name: original for name, original in found.items() if name not in stored}
