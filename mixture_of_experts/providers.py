@@ -94,6 +94,7 @@ class TokenMetadata(NamedTuple):
     shape: tuple[int, int] | None = None  # (b, n), None if it is unknown
     mask_unknown_reason: str | None = None  # why the mask is unknown
     ids: Tensor | None = None  # (b, n) integers, ids of the tokens; None if the model was given embeddings
+    segment_ids: Tensor | None = None  # (b, n) integers, the documents of packed rows; None if rows are not packed
 
 
 class TokensReader:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.arguments import find_packing_fault
+from mixture_of_experts.dispatch.segments import SEGMENT_IDS
 from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.gating.overrides import STATE
@@ -117,6 +119,7 @@ class MoEFeedForward(Replaced):
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
             tokens = x.view(*shape, x.shape[-1])  # the router needs sequences, even if the model flattens them
         side = self._get_mask_input(call, x) | self._get_token_ids_input(call, tokens)
+        side |= self._get_segment_ids_input(call, tokens)
         if side or tokens is not x:
             self._check_checkpointing(call)
         out, aux_loss, *state = self.moe(tokens, **side, **side_inputs)
@@ -150,6 +153,15 @@ class MoEFeedForward(Replaced):
                 f"{got}: call the model with input_ids"
             )
         return {"token_ids": ids}
+
+    def _get_segment_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
+        """The documents of packed rows of tokens `(b, n, d)`; {} if there are none, or the layer does not support them:
+        a row is then one group."""
+        ids = call.tokens.segment_ids if self.masked else None
+        if ids is None or ids.shape != tokens.shape[:-1]:
+            return {}
+        fault = find_packing_fault(self.moe.group_size, [self.moe.gate], self.moe.experts)
+        return {SEGMENT_IDS: ids} if fault is None else {}
 
     def _check_checkpointing(self, call: ModelCall) -> None:
         """Raise for checkpointing that is not the model's own: its recomputation would lack mask and token ids."""

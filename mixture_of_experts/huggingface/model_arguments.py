@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.providers import TokenMetadata, TokensReader
+from mixture_of_experts.support.private_torch import is_exporting
 from mixture_of_experts.support.tracing import is_host_readable
 
 
@@ -34,6 +35,7 @@ class ArgumentsReader(TokensReader):
 
     argument_names: ClassVar[tuple[str, ...]] = (
         "attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values",
+        "position_ids", "cu_seq_lens_q", "seq_idx",
     )  # fmt: skip
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,7 +73,7 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
     b, n = shape
     metadata = TokenMetadata(shape=(b, n), ids=tokens)
     if mask is None:
-        return metadata
+        return metadata._replace(segment_ids=find_documents(arguments, (b, n)))
     if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
         token_mask = mask[:, -n:].bool()
         is_decoding_step = (
@@ -83,6 +85,27 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
     return metadata._replace(
         mask_unknown_reason=f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens"
     )
+
+
+def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
+    """`(b, n)` int64, the documents of packed rows, as attention in `transformers` tells them apart: by `seq_idx`, by
+    cumulative lengths of one row, or by positions that do not go on; only without a mask and a cache. None if rows are
+    not packed, as far as values can be read."""
+    b, n = shape
+    if arguments.get("attention_mask") is not None or get_cache(arguments) is not None or is_exporting():
+        return None
+    lengths, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
+    documents = arguments.get("seq_idx")
+    if documents is None and lengths is not None and b == 1:
+        documents = torch.searchsorted(lengths, torch.arange(n, device=lengths.device), right=True).unsqueeze(0)
+    elif documents is None and positions is not None and positions.ndim == 2:
+        starts = positions.diff(prepend=positions[:, :1] - 1, dim=-1) != 1
+        documents = starts.cumsum(dim=-1)
+    if documents is None or documents.ndim != 2 or documents.shape[1] != n or documents.shape[0] not in (1, b):
+        return None
+    if is_host_readable(documents) and bool((documents == documents[:, :1]).all()):
+        return None
+    return documents.expand(b, n)
 
 
 def get_cache(arguments: Mapping[str, Any]) -> Any:

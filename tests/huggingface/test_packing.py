@@ -1,0 +1,171 @@
+"""Packed rows in models of transformers: documents are recognised as attention recognises them, without an argument."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import strategies as make
+from support.transformers_trainers import make_dataset, make_settings, make_texts, make_tokenizer
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from mixture_of_experts import Routing, TopKGating
+from mixture_of_experts.huggingface import aux_loss, from_transformers, replace_ffn
+from mixture_of_experts.huggingface.model_arguments import read_token_metadata
+from mixture_of_experts.stats import track_routing
+
+LENGTHS = (5, 9, 2)
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+
+
+def make_llama(factor: float | None = 0.7) -> nn.Module:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, use_cache=False))
+
+    def make_gate(dim: int, num_experts: int) -> nn.Module:
+        return TopKGating(
+            dim, num_experts, k=2, capacity_factor_train=factor, capacity_factor_eval=factor, min_expert_capacity=1
+        )
+
+    replace_ffn(model, num_experts=4, gate=make_gate)
+    return model.double()
+
+
+def make_documents() -> list[Tensor]:
+    gen = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 64, (n,), generator=gen) for n in LENGTHS]
+
+
+def make_packed() -> dict[str, Tensor]:
+    collate = DataCollatorWithFlattening(return_position_ids=True)
+    return dict(collate([{"input_ids": ids.tolist()} for ids in make_documents()]))
+
+
+def run_separately(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Logits of the documents, one after the other, and the mean auxiliary loss of each alone."""
+    results = [(model(ids.unsqueeze(0)).logits[0], aux_loss(model)) for ids in make_documents()]
+    logits, losses = zip(*results, strict=True)
+    return torch.cat(logits), torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("factor", [None, 0.7])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_packed_rows_of_an_upcycled_model(factor, checkpointed):
+    model, packed = make_llama(factor).train(), make_packed()
+    wanted, loss = run_separately(model)
+    wanted_grads = torch.autograd.grad(wanted.square().sum() + loss, list(model.parameters()), allow_unused=True)
+    if checkpointed:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+    logits = model(packed["input_ids"], position_ids=packed["position_ids"]).logits[0]
+    torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(aux_loss(model), loss, atol=1e-9, rtol=1e-9)
+    total = logits.square().sum() + aux_loss(model)
+    grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(grads, wanted_grads, atol=1e-9, rtol=1e-9)
+
+
+def test_packed_rows_of_a_converted_model():
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, use_cache=False)
+    model, packed = MixtralForCausalLM(config).double(), make_packed()
+    from_transformers(model)
+    for layer in model.model.layers:
+        layer.mlp.moe.gate.capacity_factor_train, layer.mlp.moe.gate.min_expert_capacity = 0.7, 1
+    model.train()
+    wanted, loss = run_separately(model)
+    logits = model(packed["input_ids"], position_ids=packed["position_ids"]).logits[0]
+    torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(aux_loss(model), loss, atol=1e-9, rtol=1e-9)
+
+
+def test_documents_are_found_as_attention_finds_them():
+    ids, positions = torch.ones(2, 6, dtype=torch.int64), torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    given = {"input_ids": ids, "position_ids": positions}
+    assert read_token_metadata(given).segment_ids.tolist() == [[0, 0, 0, 1, 1, 2], [0] * 6]
+    assert read_token_metadata({**given, "position_ids": positions[:1]}).segment_ids.shape == (2, 6)
+    one = {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 3, 5, 6], dtype=torch.int32)}
+    assert read_token_metadata(one).segment_ids.tolist() == [[1, 1, 1, 2, 2, 3]]
+    by_index = {"input_ids": ids[:1], "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2]])}
+    assert read_token_metadata(by_index).segment_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
+    for other in (
+        {"position_ids": positions[1:].expand(2, 6)},  # no document ends
+        {"position_ids": positions, "attention_mask": torch.ones(2, 6)},
+        {"position_ids": positions, "past_key_values": ()},
+        {"position_ids": positions.expand(3, 2, 6)},
+        {},
+    ):
+        assert read_token_metadata({"input_ids": ids, **other}).segment_ids is None
+
+
+def test_layers_that_cannot_pack_keep_a_row_as_one_group():
+    model, packed = make_llama(), make_packed()
+    plain = model(packed["input_ids"]).logits  # other positions: only the groups are compared
+    for layer in model.model.layers:
+        layer.mlp.moe.group_size = 16
+    with track_routing(model) as stats:
+        out = model(packed["input_ids"], position_ids=packed["position_ids"]).logits
+    assert out.shape == plain.shape
+    assert stats.last(stats.layers[0]).groups == 1
+
+
+def test_statistics_count_documents_as_groups():
+    model, packed = make_llama(), make_packed()
+    with track_routing(model) as stats:
+        model(packed["input_ids"], position_ids=packed["position_ids"])
+    assert [stats.last(layer).groups for layer in stats.layers] == [3, 3]
+
+
+def train_by_sft(folder: Path, **settings: Any) -> tuple[dict[str, Tensor], list[int]]:
+    """The weights after a step of TRL's SFT on eight texts of unequal lengths, and the numbers of documents that the
+    first gate was given in training."""
+    from trl import SFTConfig, SFTTrainer
+
+    model, documents = make_llama().float(), []
+    gate = model.model.layers[0].mlp.moe.gate
+    gate.register_forward_hook(lambda module, args, routing: documents.append(count_documents(routing)))
+    texts = [" ".join(text.split()[: 2 + i]) for i, text in enumerate(make_texts(False, 8))]
+    arguments = {**make_settings(1, folder), "per_device_train_batch_size": 8, "learning_rate": 0.5}
+    arguments = SFTConfig(**{**arguments, **settings}, bf16=False, loss_type="nll")
+    data = make_dataset([{"text": text} for text in texts])
+    SFTTrainer(model, args=arguments, train_dataset=data, processing_class=make_tokenizer()).train()
+    return {name: weight.detach() for name, weight in model.named_parameters()}, documents
+
+
+def count_documents(routing: Routing) -> int:
+    return routing.mask.shape[0] if routing.segments is None else int(routing.segments.num_documents)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_trl_trains_packed_as_padded(tmp_path: Path):
+    """A step on eight documents in a row, by either collator, is the step on eight padded rows."""
+    pytest.importorskip("trl")
+    padded, counts = train_by_sft(tmp_path)
+    start = make_llama().float().state_dict()
+    assert any((weight - start[name]).abs().max() > 1e-3 for name, weight in padded.items() if "gate" in name)
+    packing = {"packing": True, "max_length": 256, "per_device_train_batch_size": 1}
+    for settings in ({"padding_free": True, "max_length": None}, packing):
+        packed, found = train_by_sft(tmp_path, **settings)
+        assert set(found) == set(counts) == {8}  # TRL checkpoints, so gates run twice
+        for name, weight in padded.items():
+            make.assert_same(packed[name], weight, name, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_packed_rows_of_a_compiled_model():
+    model, packed = make_llama().train(), make_packed()
+    wanted, loss = run_separately(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = compiled(packed["input_ids"], position_ids=packed["position_ids"]).logits[0]
+    torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(aux_loss(model), loss, atol=1e-9, rtol=1e-9)
