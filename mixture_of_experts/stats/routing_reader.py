@@ -19,6 +19,7 @@ from torch import nn
 from mixture_of_experts import losses
 from mixture_of_experts.dispatch.queues import Length, queue_up
 from mixture_of_experts.dispatch.routing import Routing, check_routing
+from mixture_of_experts.dispatch.segments import find_segments
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.whole_model.external_routers import read_router_output
@@ -48,7 +49,13 @@ class RouterOutputReader(TokenWatch):
             chosen, length = chosen & real.unsqueeze(-1), Length(real.sum(dim=-1))
             proxy = torch.where(real.unsqueeze(-1), probs, 0.0)
         expert = torch.where(chosen, expert, 0)
-        balance_loss = losses.load_balancing_loss_from_choices(expert, chosen, proxy.sum(dim=-2), length, k)
+        segments, ids = None, tokens.segment_ids
+        if ids is not None and ids.shape == (b, n) and external.capacity is None:
+            segments = find_segments(ids, real)
+            load = segments.count_experts(expert, chosen, e)
+            balance_loss = losses.load_balancing_loss_over_documents(load, proxy.flatten(0, 1), segments, k)
+        else:
+            balance_loss = losses.load_balancing_loss_from_choices(expert, chosen, proxy.sum(dim=-2), length, k)
         chosen, expert = chosen.flatten(-2), expert.flatten(-2)
         kept, queues = chosen, None
         if (capacity := external.capacity) is not None:
@@ -67,6 +74,7 @@ class RouterOutputReader(TokenWatch):
             sent=chosen,
             queues=queues,
             mask=real,
+            segments=segments,
         )
 
 

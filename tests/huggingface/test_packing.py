@@ -169,3 +169,23 @@ def test_packed_rows_of_a_compiled_model():
     logits = compiled(packed["input_ids"], position_ids=packed["position_ids"]).logits[0]
     torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(aux_loss(model), loss, atol=1e-9, rtol=1e-9)
+
+
+def test_statistics_of_a_stock_router_are_by_document():
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, use_cache=False)
+    model, packed, name = MixtralForCausalLM(config), make_packed(), "model.layers.1.mlp.gate"
+    with track_routing(model) as stats:
+        model(packed["input_ids"], position_ids=packed["position_ids"])
+    documents, alone = make_documents(), []
+    with track_routing(model) as separate:
+        for ids in documents:
+            model(ids.unsqueeze(0))
+            alone.append(separate.last(name))
+    found = stats.last(name)
+    assert found.groups == len(documents)
+    assert found.requested.equal(sum(record.requested for record in alone))
+    assert found.imbalance == pytest.approx(sum(record.imbalance for record in alone) / len(alone), rel=1e-5)
+    assert found.losses["balance"] == pytest.approx(
+        sum(record.losses["balance"] for record in alone) / len(alone), rel=1e-5
+    )
