@@ -526,8 +526,7 @@ class TokenChoiceGate(Gate):
         sent, weight, padding_weight = self._restrict_choices(tokens, choices)
         flat = (*probs.shape[:-2], tokens.num_tokens * self.k)
         weight = unsafe_view(weight.contiguous(), flat)
-        flags = (sent, choices.primary, choices.chosen, padding_weight)
-        sent, primary, chosen, padding_weight = (None if flag is None else flag.flatten(-2) for flag in flags)
+        sent = None if sent is None else sent.flatten(-2)
         has_weight = weight != 0  # a choice of weight 0 is not computed
         kept = has_weight if sent is None else sent & has_weight
         if not (tracing or is_unchanged(self)):
@@ -538,7 +537,10 @@ class TokenChoiceGate(Gate):
         if capacity is None:  # a choice of weight 0 does not queue
             sent = kept
         else:  # it holds a slot
-            queues = queue_up(expert, sent, self.num_experts, self.k, self.priority, self._priority_score(choices))
+            score = choices.priority_score
+            if self.priority == "score" and score is None:
+                score = probs.detach().amax(dim=-1)
+            queues = queue_up(expert, sent, self.num_experts, self.k, self.priority, score)
             if limit is not None or not statically_known_true(expert.shape[-1] <= capacity):  # not all have a slot
                 kept = kept & (queues.position < (capacity if limit is None else limit.unsqueeze(-1)))
                 is_weight_final = False
@@ -557,17 +559,11 @@ class TokenChoiceGate(Gate):
             limit=limit,
             mask=tokens.mask,
             losses=choices.losses,
-            primary=primary,
-            chosen=chosen,
-            padding_weight=padding_weight,
+            primary=None if choices.primary is None else choices.primary.flatten(-2),
+            chosen=None if choices.chosen is None else choices.chosen.flatten(-2),
+            padding_weight=None if padding_weight is None else padding_weight.flatten(-2),
             state=choices.state,
         )
-
-    def _priority_score(self, choices: Choices) -> Tensor | None:
-        """`(..., b, n)`, the score by which tokens queue with priority "score"; None for other priorities."""
-        if self.priority != "score":
-            return None
-        return choices.probs.detach().amax(dim=-1) if choices.priority_score is None else choices.priority_score
 
     def _restrict_choices(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """The choices that are sent, None if all are; the weights; and the weights of the choices of computed padding,
