@@ -31,6 +31,7 @@ from mixture_of_experts.huggingface.private_transformers import (
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
 from mixture_of_experts.huggingface.router_config import override_router_coef
 from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
+from mixture_of_experts.huggingface.saving.engine_folders import complete_folder
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 from mixture_of_experts.huggingface.saving.loader import find_saved_class
 from mixture_of_experts.huggingface.saving.restore import insert_experts
@@ -93,9 +94,12 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     """
     model = read_experts_model(source, "export")
     plan = plan_export(model)
-    rewrite_folder(
-        plan.stock_model, model.state_dict(), plan.layers, plan.convert_layer, source, target, max_shard_size
-    )
+    stock, rest = plan.stock_model, plan.convert_rest(model.state_dict())
+
+    def finish(folder: Path) -> None:
+        complete_folder(folder, stock.config.attribute_map)
+
+    rewrite_folder(stock, rest, plan.layers, plan.convert_layer, source, target, max_shard_size, finish)
 
 
 def quantize_folder(
@@ -175,12 +179,13 @@ def rewrite_folder(
     source: Path,
     target: Path,
     max_shard_size: int,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder next to the target and rename it to the target at the end; it is removed after an error.
 
     It contains the layers at `paths` as returned by `change`, all other weights of the changed model as they are in
-    `state`, and copies of the source's other files (tokenizer etc.). A process that is ended by SIGKILL leaves
-    `.NAME.xxxx.unfinished` behind, without a `config.json`.
+    `state`, and copies of the source's other files (tokenizer etc.). `finish` may change the folder before it is
+    renamed. A process that is ended by SIGKILL leaves `.NAME.xxxx.unfinished` behind, without a `config.json`.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists: give another name, or remove it")
@@ -203,6 +208,8 @@ def rewrite_folder(
         model.config.architectures = [type(model).__name__]
         with naming_unwritable_file(target / "config.json"):
             model.config.save_pretrained(folder)
+            if finish is not None:
+                finish(folder)
         folder.chmod(0o755)  # temporary folders are private to their owner
         folder.rename(target)
 
