@@ -184,7 +184,10 @@ class GivenGate(TokenChoiceGate):
         ({"probs": torch.ones(1, 4, 2)}, r"probs of shape \(1, 4, 2\), wanted \(1, 4, 3\): groups, tokens, experts"),
         ({"probs": torch.ones(4, 3)}, r"probs of shape \(4, 3\)"),
         ({"chosen": torch.ones(1, 4, dtype=torch.bool)}, r"chosen of shape \(1, 4\), wanted \(1, 4, 2\)"),
-        ({"priority_score": torch.ones(1, 4, 1)}, r"priority_score of shape \(1, 4, 1\), wanted \(1, 4\): groups, tokens$"),
+        (
+            {"priority_score": torch.ones(1, 4, 1)},
+            r"priority_score of shape \(1, 4, 1\), wanted \(1, 4\): groups, tokens$",
+        ),
         ({"primary": torch.ones(4, 2, dtype=torch.bool)}, r"primary of shape"),
         ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as \(1,\), wanted a tensor of no dimensions"),
         ({"losses": {"mine": 0.5}}, r"loss 'mine' as a float"),
