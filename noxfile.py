@@ -79,6 +79,13 @@ def engines(session: nox.Session) -> None:
     )
 
 
+@nox.session(python=NEWEST)
+def lm_eval(session: nox.Session) -> None:
+    """lm-eval's command on saved models with experts."""
+    install(session, "lm-eval", ".[test]")
+    session.run("python", "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "tests/huggingface/test_lm_eval.py")
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The README's test command."""

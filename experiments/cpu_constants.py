@@ -2,8 +2,8 @@
 
 python -m experiments.cpu_constants              # all, on one thread: six minutes of processor time
 python -m experiments.cpu_constants --threads 2  # and THREADED_PADDING_FACTOR, by the clock on the wall: on a quiet
-machine python -m experiments.cpu_constants --rows       # only one row: a sum of bags, or a product, beside
-`decode.PRODUCTS`
+machine python -m experiments.cpu_constants --rows       # only one row, as a sum or as a product:
+`decode.prefers_row_sums`
 
 A ratio above 1 is slower than the package's value, which is timed twice: how far its two ratios are apart is the noise.
 At the end stands each value's median over the shapes, and whether it is faster than the package's by more than that.
@@ -73,7 +73,7 @@ def seconds(layer: nn.Module, x: torch.Tensor, changed: dict[str, int], now: Cal
             setattr(batches, name, value)
 
 
-ONE_ROW = ((512, 2048), (2048, 512), (768, 2048))
+ONE_ROW = ((512, 2048), (2048, 512), (576, 1536), (1536, 576), (2048, 768), (768, 2048))
 COLD = 256 << 20  # bytes of weights, more than the caches hold
 
 
@@ -99,7 +99,7 @@ def time_one_row(dtype: torch.dtype, p: int, q: int, rounds: int) -> dict[str, f
 def time_rows(rounds: int) -> None:
     capability = torch.backends.cpu.get_cpu_capability()
     for dtype in (torch.float32, torch.bfloat16):
-        faster = "product" if (capability, dtype) in decode.FAST_MATMUL_CPUS else "sum"
+        faster = "sum" if dtype in decode.ROW_SUM_DTYPES else "product"
         for p, q in ONE_ROW:
             found = time_one_row(dtype, p, q, rounds)
             agrees = min(found, key=found.__getitem__) == faster

@@ -20,13 +20,14 @@ from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.dispatch.permutation import permute_without_gaps
 from mixture_of_experts.dispatch.rows import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slot_inputs
-from mixture_of_experts.ops import int4, int8
+from mixture_of_experts.ops import int4, int8, plain
+from mixture_of_experts.ops.cpu import decode
 from mixture_of_experts.ops.grouped import grouped_matmul
-from mixture_of_experts.ops.network import Network, get_operand_dtype
-from mixture_of_experts.ops.plain import feed_forward
+from mixture_of_experts.ops.network import Call, Network, get_operand_dtype
 from mixture_of_experts.support import private_torch
 from mixture_of_experts.support.batch_invariance import reject_batch_invariance
 from mixture_of_experts.support.checks import ModelT
+from mixture_of_experts.support.implementations import Implementation, run_first_supported
 from mixture_of_experts.support.tracing import disable_autocast, is_host_readable
 from mixture_of_experts.unstack import get_plain_weights, replace_modules
 
@@ -34,7 +35,6 @@ RoundedLevels = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of a 4-bi
 RoundingFunction = Callable[[str, int, Tensor], RoundedLevels | None]  # of a stack's name, an expert's index and weight
 
 MAX_SCALE = 65280  # representable in bfloat16 and float16
-MAX_UNSORTED_TOKENS, MAX_UNSORTED_ROWS = 4, 32  # limits for a computation without sorting by expert
 MAX_UNPACKED_NUMEL = 1 << 21  # maximum number of elements of a weight that are unpacked at a time
 
 
@@ -241,63 +241,22 @@ class QuantizedExperts(RoutedExperts):
         if not isinstance(assignments, Assignments):
             check_slot_inputs(self, x, assignments)
             return super().forward(x)
-        if ffn is None and self._is_few_rows_call(x, assignments):
-            return self._compute_row_by_row(x, assignments)
-        permutation: Any = permute_without_gaps(assignments)
-        return combine(
-            self.compute(dispatch(x, permutation), permutation.rows_per_expert, ffn and ffn.factors), permutation
-        )
+        call = Call(x, assignments, self._build_network(ffn and ffn.factors), self.training)
+        return run_first_supported("experts", QUANTIZED_IMPLEMENTATIONS, call)
 
-    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
-        dtype = get_operand_dtype(rows.device.type, rows.dtype)
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        return compute_sorted_rows(rows, self._build_network(), num_tokens_per_expert)
 
-        def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
-            x, (stored, added) = x.to(dtype), weight  # under autocast an activation may return another dtype
-            with disable_autocast(x.device):
-                out = _PackedMatmul.apply(x, *stored, counts, False)
-                if added is not None:
-                    thin = grouped_matmul(x, added[0].to(dtype), counts)
-                    out = out + grouped_matmul(thin, added[1].to(dtype), counts)
-                return out
-
-        network = self._build_network(lambda bias: bias.to(dtype), parts)
-        return feed_forward(rows, network, num_tokens_per_expert, product).to(rows.dtype)
-
-    def _is_few_rows_call(self, x: Tensor, assignments: Assignments) -> bool:
-        """Whether a call has so few tokens that each of its rows is multiplied with the packed bytes."""
-        inference = not (self.training or torch.is_grad_enabled() or assignments.k is None)
-        form = int8 if self.bits == 8 else int4
-        # a traced graph must not compare lengths
-        if not (inference and is_host_readable(x) and form.has_direct_matmul(self.get_buffer("w1_packed"))):
-            return False
-        # it computes in float32, where weights of an activation may have another dtype
-        fits = x.dtype == torch.float32 or (x.dtype != torch.float64 and next(self.act.parameters(), None) is None)
-        few = fits and 0 < x.shape[0] <= MAX_UNSORTED_TOKENS and assignments.expert.shape[0] <= MAX_UNSORTED_ROWS
-        return few and False not in assignments.kept.tolist()
-
-    def _compute_row_by_row(self, x: Tensor, assignments: Assignments) -> Tensor:
-        """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. Sums are in float32."""
-        (t, d), k, expert = x.shape, assignments.k, assignments.expert
-        assert k is not None
-
-        def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
-            return multiply_few_rows(x.squeeze(1), *weight[0], expert=expert).unsqueeze(1)
-
-        rows = x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)  # each is the only slot of an expert
-        with disable_autocast(x.device):
-            y = feed_forward(rows, self._build_network(lambda bias: bias.index_select(0, expert)), None, product)
-            return torch.bmm(assignments.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
-
-    def _build_network(self, bias_of: Callable[[Tensor], Tensor], parts: Any = None) -> Network:
-        """The network, with biases as returned by `bias_of`. Its weights are pairs of the stored tensors (packed,
-        groups, scale) and an adapter's factors from `parts`, or None."""
+    def _build_network(self, parts: Any = None) -> Network:
+        """The network, whose weights are pairs of the stored tensors (packed, groups, scale) and an adapter's factors
+        from `parts`, or None."""
         last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
 
         def layer(number: int, name: str) -> Any:
             keys = (*(f"w{number}_{part}" for part in ("packed", "groups", "scale")), f"b{number}")
             tensors = (self._buffers.get(key) for key in keys)
             *stored, bias = (part.flatten(0, last) if part is not None and last else part for part in tensors)
-            return (stored, parts and parts.get(name)), None if bias is None else bias_of(bias)
+            return (stored, parts and parts.get(name)), bias
 
         up, gate, (w_out, b_out) = layer(1, "w_in.0"), layer(3, "w_in.1"), layer(2, "w_out")
         w_in, b_in = zip(*(up, gate)[: 1 + self.gated], strict=True)
@@ -312,6 +271,68 @@ class QuantizedExperts(RoutedExperts):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}, bits={self.bits}"
+
+
+def row_by_row_unsupported_reason(call: Call) -> str | None:
+    """Why the rows of a call are not multiplied one by one with the packed bytes; None if they are."""
+    network: Any = call.network
+    (packed, groups, _), _ = network.w_in[0]
+    if not call.is_inference():
+        return "it is for eval mode without gradients, and for token choice"
+    if any(factors for _, factors in (*network.w_in, network.w_out)):
+        return "adapters are multiplied expert by expert"
+    if not is_host_readable(call.x):  # a traced graph must not compare lengths
+        return "it reads which choices are kept, so it takes plain tensors on a CPU, outside of graphs and transforms"
+    if not (int8 if groups is None else int4).has_direct_matmul(packed):
+        return "torch has no operator on this machine that multiplies with these bytes"
+    has_weights = next(network.activation.parameters(), None) is not None
+    if call.x.dtype == torch.float64 or (call.x.dtype != torch.float32 and has_weights):
+        return f"it computes in float32, and there are {call.x.dtype} tokens or weights of the activation"
+    if call.assignments.expert.shape[0] > decode.MAX_DECODE_ROWS or not decode.has_few_kept_tokens(call):
+        return (
+            f"it is for 1 to {decode.MAX_ROW_SUM_TOKENS} tokens of at most {decode.MAX_DECODE_ROWS} choices, all kept"
+        )
+    return None
+
+
+def run_row_by_row(call: Call) -> Tensor:
+    """Compute a call of few tokens in float32, without sorting its rows by expert; return `(t, o)`."""
+
+    def multiply(x: Tensor, weight: Any) -> Tensor:
+        return multiply_few_rows(x, *weight[0], expert=call.assignments.expert)
+
+    with disable_autocast(call.x.device):
+        return decode.compute_row_by_row(call._replace(x=call.x.float()), multiply, multiply).to(call.x.dtype)
+
+
+def run_expert_by_expert(call: Call) -> Tensor:
+    """Compute a call with its rows sorted by expert; return `(t, o)`."""
+    permutation: Any = permute_without_gaps(call.assignments)
+    rows = dispatch(call.x, permutation)
+    return combine(compute_sorted_rows(rows, call.network, permutation.rows_per_expert), permutation)
+
+
+def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: Tensor) -> Tensor:
+    """Map rows `(r, d)`, sorted by expert, to `(r, o)`. The weights of experts with many rows are unpacked."""
+    dtype = get_operand_dtype(rows.device.type, rows.dtype)
+    network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
+
+    def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
+        x, (stored, factors) = x.to(dtype), weight  # under autocast an activation may return another dtype
+        with disable_autocast(x.device):
+            out = _PackedMatmul.apply(x, *stored, counts, False)
+            if factors is not None:
+                down, up = (factor.to(dtype) for factor in factors)
+                out = out + grouped_matmul(grouped_matmul(x, down, counts), up, counts)
+            return out
+
+    return plain.feed_forward(rows, network, num_tokens_per_expert, product).to(rows.dtype)
+
+
+QUANTIZED_IMPLEMENTATIONS = {
+    "row_by_row": Implementation(row_by_row_unsupported_reason, run_row_by_row),
+    "expert_by_expert": Implementation(plain.unsupported_reason, run_expert_by_expert),
+}
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ ROWS = {
     "compute_row_by_row": 0,
     "compute_expert_by_expert": 1 << 60,
 }  # least numbers of a weight that each is taken from
+ALL_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_few_rows(layer, x, mask=None, few=True, **tolerance):
@@ -30,13 +31,14 @@ def check_few_rows(layer, x, mask=None, few=True, **tolerance):
         taken = []
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
             patch.setattr(decode, "MIN_ROW_SUM_NUMEL", least)
+            patch.setattr(decode, "ROW_SUM_DTYPES", ALL_DTYPES)
             patch.setattr(decode, "MAX_ROW_SUM_TOKENS", decode.MAX_DECODE_ROWS)
             for each in ROWS:
                 implementation = getattr(decode, each)
 
-                def record_call(call, each=each, implementation=implementation, taken=taken):
+                def record_call(call, *products, each=each, implementation=implementation, taken=taken):
                     taken.append((each, call))
-                    return implementation(call)
+                    return implementation(call, *products)
 
                 patch.setattr(decode, each, record_call)
             out = run_layer(layer, x, mask)
@@ -81,26 +83,24 @@ def test_few_rows(experts, name, dtype):
         check_few_rows(layer, x, mask, few=name != "ExpertChoice")
 
 
-@pytest.mark.parametrize("capability", ["DEFAULT_PROPERTIES", "AVX2", "AVX512"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_single_rows_use_matmul_when_faster(monkeypatch, capability, dtype):
-    """By the table of CPUs and dtypes; both compute the same, whatever this CPU is."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_product_of_a_row_depends_on_its_dtype(monkeypatch, dtype):
+    """Not on the CPU, so that machines compute the same bits."""
     layer = MoE(256, gate=TopKGating(256, 4), experts=Experts(256, 4, 256)).to(dtype).eval()
     x, taken = torch.randn(1, 1, 256, dtype=dtype), []
     expected = run_layer(layer, x)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     for name in ROWS:
         implementation = getattr(decode, name)
         monkeypatch.setattr(
             decode,
             name,
-            lambda call, name=name, implementation=implementation: taken.append(name) or implementation(call),
+            lambda *call, name=name, implementation=implementation: taken.append(name) or implementation(*call),
         )
-    with torch.no_grad():
-        torch.testing.assert_close(run_layer(layer, x), expected)
-    assert taken == [
-        "compute_expert_by_expert" if (capability, dtype) in decode.FAST_MATMUL_CPUS else "compute_row_by_row"
-    ]
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        with torch.no_grad():
+            torch.testing.assert_close(run_layer(layer, x), expected)
+    assert taken == ["compute_row_by_row" if dtype == torch.bfloat16 else "compute_expert_by_expert"] * 2
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
@@ -144,8 +144,9 @@ def test_rows_are_shared_among_threads(t, k, h, o, threads, monkeypatch):
     """A weight is cut into parts if it can be, and weights in strides of their own are no list of rows."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(decode, "MIN_ROW_SUM_NUMEL", 0)
+    monkeypatch.setattr(decode, "ROW_SUM_DTYPES", ALL_DTYPES)
     taken, implementation = [], decode.compute_row_by_row
-    monkeypatch.setattr(decode, "compute_row_by_row", lambda call: taken.append(call) or implementation(call))
+    monkeypatch.setattr(decode, "compute_row_by_row", lambda *call: taken.append(call) or implementation(*call))
     expert, weight, x = torch.randint(4, (t, k)), torch.rand(t, k), torch.randn(t, 7)
     for strides in (False, True):
         w1, w3, w2 = (torch.randn(4, *size) for size in ((7, h), (7, h), (h, o)))

@@ -42,10 +42,9 @@ LAYER_ORDER = [
 ]
 # Names that several modules define, because the modules implement one interface.
 SHARED_NAMES = {
-    "implementations of experts": "run unsupported_reason",
+    "implementations of gates and experts": "run unsupported_reason",
     "implementations of gates": """
-        make_routing unsupported_reason REPLACED_METHODS MAX_EXPERTS SELF_CHECK choose_by_kernel _find_fault
-        _self_check_failure
+        REPLACED_METHODS MAX_EXPERTS SELF_CHECK choose_by_kernel _find_fault _self_check_failure
     """,
     "classes that import the modules in which these names stand for them": "TopKGating Top2Gating",
     "networks of rows, with and without adapters": "run_network backpropagate_network",

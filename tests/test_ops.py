@@ -17,7 +17,7 @@ from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMo
 from mixture_of_experts import experts as experts_module
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.ops import ClampedSwiGLU, grouped_matmul, moe_ffn
-from mixture_of_experts.support.implementations import LISTENERS
+from mixture_of_experts.support.implementations import LISTENERS, collect_explanations
 
 T, D, H, OUT, E, K = 11, 6, 10, 5, 4, 2
 
@@ -216,6 +216,16 @@ def test_explain_call_describes_the_gate():
     assert "Own has a decide" in ops.explain_call(MoE(D, E, gate=own).eval(), token).gates[0].reasons["numbers"]
     both = nn.Sequential(OutputOnly(layer), OutputOnly(layer))
     assert len(ops.explain_call(both, token).gates) == 1
+
+
+def test_a_table_without_an_implementation_for_the_call():
+    """The error has each reason and the remedy, and nothing is reported."""
+    own = {name: part for name, part in TopKGating.implementations.items() if name != "operators"}
+    gate = type("Own", (TopKGating,), {"implementations": own})(D, E)
+    message = "no implementation of the gate supports this call .*'numbers': 'it is for eval mode .*TokenChoiceGate"
+    with collect_explanations() as explanations, pytest.raises(ValueError, match=message):
+        gate(torch.randn(1, 1, D))
+    assert explanations == []
 
 
 def test_explain_call_has_no_side_effects():

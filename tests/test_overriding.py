@@ -127,9 +127,7 @@ def test_whatever_numbers_pass_over_is_listed(settings):
     gate = TopKGating(D, E, **settings).eval()
     tokens = gate.read(torch.randn(1, 1, D))
     by_operators = called(gate, lambda: gate.decide_and_route(tokens))
-    by_numbers = called(gate, lambda: topk_by_numbers.make_routing(gate, tokens)) | {
-        "process_group"
-    }  # `why_unknown` reads it
+    by_numbers = called(gate, lambda: topk_by_numbers.run(gate, tokens)) | {"process_group"}  # `why_unknown` reads it
     assert {"decide", "route"} <= by_operators - by_numbers <= {*topk_by_numbers.REPLACED_METHODS}
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, quantize
+from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, ops, quantize
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.ops import ClampedSwiGLU, int4, int8
+from mixture_of_experts.ops.cpu import decode
 from mixture_of_experts.parallel.style import find_sharded_names
 from mixture_of_experts.quantize import QuantizedExperts, iter_unpacked, quantize_experts
 from mixture_of_experts.summary import summary
@@ -153,6 +154,41 @@ def test_one_token_and_few_rows_are_computed_as_many(name, dtype, bits):
         assert (found - expected).norm() <= (1e-5 if exact else 1e-2) * expected.norm()
         apart = torch.stack([x, x], dim=-1)[..., 0]  # numbers of a token do not lie side by side
         assert small(apart)[0].equal(found)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_explain_call_names_the_implementation(bits, monkeypatch):
+    """And why rows are not multiplied one by one; `ops.use` changes nothing."""
+    layer = quantize_layer(make_frozen_layer("bias, odd sizes", bits=bits), bits).eval()
+
+    def explain(tokens: int, dtype: torch.dtype = torch.float32) -> ops.Explanation:
+        return ops.explain_call(layer, torch.randn(1, tokens, DIM, dtype=dtype))
+
+    for tokens in (1, decode.MAX_ROW_SUM_TOKENS):
+        assert (explain(tokens).implementation, explain(tokens).reasons) == ("row_by_row", {})
+    with ops.use("plain"):
+        assert explain(1).implementation == "row_by_row"
+    assert [gate.implementation for gate in explain(1).gates] == ["numbers"]
+
+    def check_reason(found: ops.Explanation, words: str) -> None:
+        assert found.implementation == "expert_by_expert"
+        assert words in found.reasons["row_by_row"]
+
+    check_reason(explain(decode.MAX_ROW_SUM_TOKENS + 1), "1 to 4 tokens")
+    check_reason(explain(0), "1 to 4 tokens")
+    dropped = assign_experts(torch.tensor([[0, -1]]), torch.ones(1, 2), 6)
+    check_reason(ops.explain_call(layer.experts, torch.randn(1, DIM), dropped), "all kept")
+    layer.gate.k = 6
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "MAX_DECODE_ROWS", 11)
+        check_reason(explain(2), "at most 11 choices")
+    layer.experts.train()
+    check_reason(explain(1), "eval mode")
+    layer.eval().double()
+    check_reason(explain(1, torch.float64), "torch.float64")
+    monkeypatch.setattr(int8, "has_packed_row_operators", lambda: False)
+    monkeypatch.setattr(int4, "find_cpu_block", lambda: int4.PORTABLE_BLOCK)
+    check_reason(explain(1, torch.float64), "no operator on this machine")
 
 
 @pytest.mark.parametrize("bits", BITS)

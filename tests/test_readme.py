@@ -95,7 +95,6 @@ def ignore_lightning_warnings(test: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # likewise
-@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's, of stacks
 @ignore_lightning_warnings
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.name}:{block.line}")
 def test_python_block_runs(

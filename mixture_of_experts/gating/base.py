@@ -58,7 +58,7 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.support.implementations import select_implementation
+from mixture_of_experts.support.implementations import Implementation, run_first_supported
 from mixture_of_experts.support.private_torch import statically_known_true, unsafe_view, unwrap_module
 from mixture_of_experts.support.subclassing import is_unchanged
 
@@ -253,10 +253,12 @@ class TokenChoiceGate(Gate):
     #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: fast implementations by name, the fastest first: modules with `make_routing(gate, tokens)` and
-    #: `unsupported_reason(gate, tokens)`, which returns why the module does not support the call, or None. If none
-    #: supports it, `decide` is called
-    implementations: ClassVar[Mapping[str, Any]] = {}
+    #: implementations by name, the fastest first: modules with `unsupported_reason(gate, tokens)`, which returns None
+    #: or why it does not support the call, and `run(gate, tokens)`, which returns the `Routing`. The last one,
+    #: "operators", calls `decide`
+    implementations: ClassVar[Mapping[str, Any]] = {
+        "operators": Implementation(lambda gate, tokens: None, lambda gate, tokens: gate.decide_and_route(tokens))
+    }
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
@@ -393,12 +395,7 @@ class TokenChoiceGate(Gate):
             tokens = self._force(self.forced, tokens)
         if tokens.num_tokens == 1 and not self.training:
             warn_of_decoding(self)
-        way = select_implementation("gate", self.implementations, self, tokens)
-        return (
-            self.implementations[way].make_routing(self, tokens)
-            if way in self.implementations
-            else self.decide_and_route(tokens)
-        )
+        return run_first_supported("gate", self.implementations, self, tokens)
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
         """Return the `Routing` of what `decide` returns; an error for anything else than `Choices`, or if it reads a

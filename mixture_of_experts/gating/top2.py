@@ -60,7 +60,7 @@ class Top2Gating(TokenChoiceGate):
     """
 
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, "given_experts")
-    implementations: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel}
+    implementations: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel, **TokenChoiceGate.implementations}
     w_gating: nn.Parameter
     capacity_per_choice = False
     eps: float = checked_setting(check_number, above=0.0)

@@ -56,7 +56,7 @@ def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
     return None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens)
 
 
-def make_routing(gate: Top2Gating, tokens: Tokens) -> Routing:
+def run(gate: Top2Gating, tokens: Tokens) -> Routing:
     """The `Routing` of a call, by the kernels."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 

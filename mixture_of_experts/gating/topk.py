@@ -113,7 +113,11 @@ class TopKGating(TokenChoiceGate):
     #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them. An
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
-    implementations: ClassVar[Mapping[str, Any]] = {"numbers": topk_by_numbers, "kernel": topk_by_kernel}
+    implementations: ClassVar[Mapping[str, Any]] = {
+        "numbers": topk_by_numbers,
+        "kernel": topk_by_kernel,
+        **TokenChoiceGate.implementations,
+    }
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None

@@ -51,7 +51,7 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
     return unknown_settings_reason(gate) or (None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens.x))
 
 
-def make_routing(gate: TopKGating, tokens: Tokens) -> Routing:
+def run(gate: TopKGating, tokens: Tokens) -> Routing:
     """The `Routing` of a call, by the kernel."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 

@@ -50,22 +50,18 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
     return None
 
 
-def make_routing(gate: TopKGating, tokens: Tokens) -> Routing:
+def run(gate: TopKGating, tokens: Tokens) -> Routing:
     """The `Routing` of a token `(1, 1, d)`; that of operators if a score is not finite, or weights that are to sum to 1
     are 0 or so.
 
     Scores may round to 0 where a softmax over the logits of the chosen, which are unlikely by their bias, does not.
     """
-    return _make_routing(gate, tokens.x) or gate.decide_and_route(tokens)
-
-
-def _make_routing(gate: TopKGating, x: Tensor) -> Routing | None:
-    logits, k, e = gate.logits_of(x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
+    logits, k, e = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
     numbers = score.flatten().tolist()
     ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).flatten().tolist()
     if not all(map(math.isfinite, ranks)):  # a sum of both infinities would raise
-        return None
+        return gate.decide_and_route(tokens)
     expert = sorted(range(e), key=ranks.__getitem__, reverse=True)[:k]  # of equal scores the first
     weight = [numbers[i] for i in expert]
     probs, share = score, sum(weight)
@@ -77,7 +73,7 @@ def _make_routing(gate: TopKGating, x: Tensor) -> Routing | None:
         share, log_total = share / (math.fsum(numbers) + 1e-20), logits.logsumexp(dim=-1).item()
     if gate.normalize or gate.weigh == "softmax":
         if sum(weight) < MIN_TOTAL:
-            return None
+            return gate.decide_and_route(tokens)
         divisor = sum(weight) + gate.eps
         weight = [number / divisor for number in weight]
     if gate.scale != 1:

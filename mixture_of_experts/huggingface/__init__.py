@@ -6,6 +6,7 @@ from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCall
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.grpo import ReplayRouting
 from mixture_of_experts.huggingface.lora import fast_lora, weights_shown
+from mixture_of_experts.huggingface.lora.saving import save_adapter
 from mixture_of_experts.huggingface.model_watch import aux_loss
 from mixture_of_experts.huggingface.pruning.prune import expert_scores, prune
 from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
@@ -30,6 +31,7 @@ __all__ = [
     "log_routing",
     "prune",
     "replace_ffn",
+    "save_adapter",
     "to_transformers",
     "upcycle",
     "weights_shown",

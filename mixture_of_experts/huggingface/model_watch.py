@@ -11,12 +11,14 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, find_feed_forwards
+from mixture_of_experts.huggingface.lora.loading import check_adapter_names
 from mixture_of_experts.huggingface.private_transformers import (
     get_checkpoint_function,
     predicts_next_token,
@@ -101,11 +103,12 @@ def watch_model(model: nn.Module, names: Sequence[str]) -> None:
             register_named_hooks(around, MODEL_WATCH_HOOK, watch.begin, watch.end)
         get_watch(around).reads |= around in readers
     get_watch(model).adds = True
+    model._load_state_dict_pre_hooks[MODEL_WATCH_HOOK] = partial(check_adapter_names, model)  # pyright: ignore
 
 
 def remove_model_watches(model: nn.Module) -> None:
     for module in model.modules():
-        for table in HOOK_TABLES:
+        for table in (*HOOK_TABLES, "_load_state_dict_pre_hooks"):
             getattr(module, table).pop(MODEL_WATCH_HOOK, None)
         if isinstance(checkpoint := get_checkpoint_function(module), CheckpointWithCall):
             set_checkpoint_function(module, checkpoint.checkpoint)

@@ -2,11 +2,10 @@
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
 
-An implementation is a module with two functions: `unsupported_reason(call)` returns None, or the reason why it cannot
-compute the call, and `run(call)` computes it. Implementations are tried in the order of `IMPLEMENTATIONS`.
-`unsupported_reason` does not depend on values, the number of tokens or the grad mode, so that a recomputation uses the
-same implementation as its forward. (Decoding in eval mode has its own implementation on some cards, and is a branch
-inside the implementation on others.)
+An implementation has `unsupported_reason(call)` and `run(call)`, as `support/implementations.py` describes; the call is
+a `Call`. Implementations are tried in the order of `IMPLEMENTATIONS`. `unsupported_reason` does not depend on values,
+the number of tokens or the grad mode, so that a recomputation uses the same implementation as its forward. (Decoding in
+eval mode has its own implementation on some cards, and is a branch inside the implementation on others.)
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from mixture_of_experts.support.implementations import (
     Explanation,
     collect_explanations,
     requested_implementation,
-    select_implementation,
+    run_first_supported,
     update_requests,
 )
 
@@ -82,7 +81,7 @@ def use(
     of the process (a backward on a GPU has its own thread). If several contexts are open, the last one entered applies.
     Activation checkpointing must recompute in the same context, so keep the backward inside. The environment variable
     `MIXTURE_OF_EXPERTS_KERNELS` sets an implementation for the whole process. With any name other than these two,
-    experts that none of the implementations computes, such as a list of modules, are unchanged.
+    experts that none of the implementations computes, such as a list of modules or quantized experts, are unchanged.
 
     Raises:
         ValueError: the name is unknown; or, at a call, this implementation does not support it: the error gives the
@@ -206,14 +205,13 @@ def routed_ffn(
         network: the experts' weights.
         training: the experts' mode.
         implementations: replacements for `IMPLEMENTATIONS` under the same names, for another kind of network; the last
-            one must handle every call.
+            one must support every call.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
     x, network = cast_operands(x, network)
     call = Call(x, assignments, network, training)
-    way = select_implementation("experts", implementations, call, requested=requested_implementation())
-    return implementations[way].run(call).to(dtype)
+    return run_first_supported("experts", implementations, call, requested=requested_implementation()).to(dtype)
 
 
 def moe_ffn(

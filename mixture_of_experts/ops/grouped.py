@@ -33,9 +33,9 @@ IS_AMD_GROUPED_GEMM_ENABLED = (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why there is no operator for the operands of the call; None if there is one."""
-    for weight in (*call.network.w_in, call.network.w_out):
-        if (reason := no_operator_reason(call.x, weight)) is not None:
+    """Why there is no operator for a weight, or the low-rank part of one; None if there is one for all."""
+    for tensor in call.network.tensors().values():
+        if tensor.ndim == 3 and (reason := no_operator_reason(call.x, tensor)):
             return reason
     return None
 

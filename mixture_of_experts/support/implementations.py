@@ -1,4 +1,8 @@
-"""Selects the implementation of a call: the requested one, or the first that supports it; reports it to listeners.
+"""Computes a call with one of several implementations: the requested one, or the first that supports the call.
+
+An implementation is a module, or an `Implementation`, with two functions of the same call: `unsupported_reason` returns
+None, or the reason why the implementation cannot compute the call, and `run` computes it. A table lists implementations
+by name, the fastest first; the last one supports every call. Gates and all kinds of experts have such tables.
 
 The requested implementation is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
 later.
@@ -8,10 +12,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
@@ -43,8 +47,9 @@ class Explanation:
     """Which implementation computed a call, and why no faster one did.
 
     Attributes:
-        implementation: its name; "module" for experts that none of the implementations computes: modules on slots, a
-            custom `compute`, or experts on other ranks.
+        implementation: its name, one of those of `use`, or "row_by_row" or "expert_by_expert" for quantized experts;
+            "module" for experts that none of the implementations computes: modules on slots, a custom `compute`, or
+            experts on other ranks.
         reasons: for each faster implementation, why it was not selected.
         gates: the same for each gate, in the order in which they decided; "operators" is a gate's `decide`.
     """
@@ -81,23 +86,35 @@ def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
         LISTENERS.lists.pop()
 
 
-def select_implementation(part: str, implementations: Mapping[str, Any], *call: Any, requested: str = "auto") -> str:
-    """The name of the first implementation whose `unsupported_reason(*call)` is None, else "operators". Listeners get
-    it as that of `part`: "gate" or "experts". If `requested` is not "auto", only that implementation is tried.
+class Implementation(NamedTuple):
+    """An implementation that is no module of its own: the two functions that such modules have."""
+
+    unsupported_reason: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+def run_first_supported(part: str, implementations: Mapping[str, Any], *call: Any, requested: str = "auto") -> Any:
+    """Compute a call with the first implementation whose `unsupported_reason(*call)` is None; return `run(*call)`.
+    Listeners get its name as that of `part`: "gate" or "experts". If `requested` is not "auto", only that
+    implementation is tried.
 
     Raises:
-        ValueError: the requested implementation cannot compute the call.
+        ValueError: the requested implementation, or none of them, can compute the call.
     """
-    taken, reasons = "operators", {}
-    for name in implementations if requested == "auto" else [name for name in implementations if name == requested]:
-        reason = implementations[name].unsupported_reason(*call)
+    reasons: dict[str, str] = {}
+    for name, implementation in implementations.items():
+        if requested not in ("auto", name):
+            continue
+        reason = implementation.unsupported_reason(*call)
         if reason is None:
-            taken = name
-            break
+            if LISTENERS.lists:
+                LISTENERS.lists[-1].append((part, Explanation(name, reasons)))
+            return implementation.run(*call)
         reasons[name] = reason
-    if requested not in ("auto", taken):
-        reason = reasons.get(requested, "it computes another kind of network")
-        raise ValueError(f"{requested!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
-    if LISTENERS.lists:
-        LISTENERS.lists[-1].append((part, Explanation(taken, reasons)))
-    return taken
+    if requested == "auto":
+        raise ValueError(
+            f"no implementation of the {part} supports this call ({reasons}): end the table with one that supports "
+            "every call, as TokenChoiceGate.implementations does"
+        )
+    reason = reasons.get(requested, "it computes another kind of network")
+    raise ValueError(f"{requested!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")

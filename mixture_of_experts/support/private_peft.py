@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -62,3 +64,50 @@ def find_missed_targets(model: nn.Module) -> list[str]:
 def applies_b_first(wrapper: Any) -> bool:
     """Whether tokens are multiplied by B of a stacked weight first and then by A; else by A first."""
     return wrapper._did_swap_in_out_features
+
+
+def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """The factors `(e, p, k)` and `(e, k, q)` whose product an adapter adds to a stacked weight `(e, p, q)`.
+
+    PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; `is_transposed` of
+    the experts determines which of them has the dimension p.
+    """
+    a: Tensor = wrapper.lora_A[adapter].weight * wrapper.scaling[adapter]
+    b: Tensor = wrapper.lora_B[adapter].weight
+    e = wrapper.num_experts
+    a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
+    # a two-dimensional copy is the fastest
+    b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
+    return (b, a) if applies_b_first(wrapper) else (a.mT, b.mT)
+
+
+def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor) -> None:
+    """Set A and B of a stacked weight, so that with a scaling of 1 `read_stack_factors` returns these factors."""
+    b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)  # (e, width of B, k), (e, k, width of A)
+    wrapper.lora_A[adapter].weight = nn.Parameter(a.flatten(0, 1).contiguous())
+    wrapper.lora_B[adapter].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1).contiguous())
+
+
+def is_plain_lora(wrapper: Any, adapter: str) -> bool:
+    """Whether an adapter consists of A, B and a scaling alone: without DoRA, other variants and biases."""
+    has_variant = adapter in wrapper.lora_variant or wrapper.use_dora.get(adapter, False)
+    return not has_variant and not wrapper.lora_bias.get(adapter, False)
+
+
+def strip_wrappers(name: str) -> str:
+    """The path, without PEFT's wrappers, of a module in a model that PEFT has prepared."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def find_renamed_weights(model: Any, names: Iterable[str], adapter: str) -> dict[str, str]:
+    """The own names of weights of an adapter, by the names that PEFT looks for when it loads the adapter, where these
+    are none of the model's. PEFT applies the conversions of the model's class to the names in the file, which lack the
+    name of the adapter."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    stored = {re.sub(rf"(\.lora_[AB])\.{re.escape(adapter)}\.", r"\1.", name): name for name in names}
+    own = [*stored.values()]
+    numbers = {f"base_model.model.{name}": torch.full((1, 1), i) for i, name in enumerate(stored)}
+    converted = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], numbers, adapter)
+    found = {name.removeprefix("base_model.model."): own[int(i)] for name, i in converted.items() if i.numel() == 1}
+    return {name: original for name, original in found.items() if name not in stored}

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, TopKGating, ops
 from mixture_of_experts.huggingface import fast_lora
 from mixture_of_experts.huggingface.lora import implementations, wrapper
+from mixture_of_experts.ops.cpu import decode
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import unstack
 from mixture_of_experts.wrappers import InputWeightedExperts, ZeroComputationExperts
@@ -247,6 +248,32 @@ def test_inference_and_inputs_without_gradient():
         torch.testing.assert_close(fast(x[:, :1])[0], slow(x[:, :1])[0])  # one token, as in decoding
     fast(x)[0].sum().backward()
     assert fast.experts.lora_A["default"].weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["gated", "gated, biases", "clamped", "capacity", "square"])
+@pytest.mark.parametrize("weights", [ALL, ("w1",), ("w2", "w3")])
+def test_one_token_is_decoded(name, weights, monkeypatch):
+    """In eval without gradients, expert by expert and without a permutation, with the results of PEFT."""
+    slow, fast = make_both(add_lora(LAYERS[name](), weights).eval())
+    x = torch.randn(1, 2, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        expected = slow(x[:, :1])[0]
+    decoded, compute = [], decode.compute_expert_by_expert
+    monkeypatch.setattr(decode, "compute_expert_by_expert", lambda *call: decoded.append(call) or compute(*call))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x[:, :1])[0], expected)
+        assert len(decoded) == 1
+        fast(x)
+        fast.train()(x[:, :1])
+    fast.eval()(x[:, :1])
+    assert len(decoded) == 1
+
+
+def test_adapters_of_quantized_experts_are_explained():
+    moe = fast_lora(add_lora(make_layer().float().eval()))
+    found = ops.explain_call(quantize_experts(moe), torch.randn(1, 1, DIM))
+    assert found.implementation == "expert_by_expert"
+    assert found.reasons == {"row_by_row": "adapters are multiplied expert by expert"}
 
 
 def test_second_derivatives_and_checkpoints():

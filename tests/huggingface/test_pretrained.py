@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from support.pretrained import MINILM, SMOLLM2, find_folder
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
-from mixture_of_experts.huggingface import export, upcycle
+from mixture_of_experts.huggingface import export, fast_lora, save_adapter, upcycle
 
 pytestmark = [
     pytest.mark.slow,
@@ -172,3 +173,26 @@ def test_embeddings_of_sentences():
     assert wanted[0] @ wanted[2] > 0.8 > wanted[0] @ wanted[1]
     assert len(upcycle(model, num_experts=4)) == 6
     torch.testing.assert_close(embed(), wanted, atol=1e-5, rtol=0)
+
+
+def test_adapters_of_the_exported_model(dense, tokenizer, tmp_path):
+    """Trained on the upcycled model, in the exported one they compute the same."""
+    model = smollm2()
+    upcycle(model, num_experts=4, layers=["model.layers.28.mlp", "model.layers.29.mlp"])
+    export(model).save_pretrained(tmp_path / "stock")
+    experts = ["experts.w1", "experts.w3", "experts.w2"]
+    lora: Any = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], target_parameters=experts)
+    adapted: Any = fast_lora(get_peft_model(model, lora)).train()
+    batch = tokenizer(TEXTS[1], return_tensors="pt")
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        adapted(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_adapter(adapted, tmp_path / "adapter")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    again = PeftModel.from_pretrained(stock, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        wanted, found = (one.eval()(**batch).logits.log_softmax(-1) for one in (adapted, again))
+        before = dense(**batch).logits.log_softmax(-1)
+    assert (found - wanted).abs().max() < 1e-3 < 1 < (before - wanted).abs().max()

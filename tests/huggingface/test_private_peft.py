@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import layer
 from peft.utils import ModulesToSaveWrapper
+from support.transformers_families import build_model as build_family
 from torch import Tensor, nn
 
+from mixture_of_experts.huggingface import from_transformers
 from mixture_of_experts.support import private_peft as private
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
@@ -92,12 +94,56 @@ def test_the_parts_of_a_stacked_weight(transposed: bool):
     plain.experts.is_transposed = transposed
     model = get_peft_model(plain, make_config(lora_alpha=6))
     wrapper: Any = model.base_model.model.experts
-    a, b = wrapper.lora_A["default"].weight, wrapper.lora_B["default"].weight
-    a, b = a.view(E, 2, -1), b.view(b.shape[0], 2, E).permute(2, 0, 1)
-    down, up = (b, a) if private.applies_b_first(wrapper) else (a.mT, b.mT)
-    delta = wrapper.scaling["default"] * down @ up
-    torch.testing.assert_close(delta, wrapper.get_delta_weight("default"))
+    left, right = private.read_stack_factors(wrapper, "default")
+    assert (left.shape, right.shape) == ((E, DIM, 2), (E, 2, HIDDEN))
+    torch.testing.assert_close(left @ right, wrapper.get_delta_weight("default"))
     assert private.applies_b_first(wrapper) != transposed
     assert (wrapper.num_experts, wrapper.parameter_name, wrapper.merged) == (E, "up", False)
     assert wrapper.active_adapters == ["default"]
     assert wrapper.disable_adapters is False
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_the_parts_can_be_set(transposed: bool):
+    plain = Model()
+    plain.experts.is_transposed = transposed
+    wrapper: Any = get_peft_model(plain, make_config(lora_alpha=2)).base_model.model.experts
+    left, right = torch.randn(E, DIM, 2), torch.randn(E, 2, HIDDEN)
+    shapes = [wrapper.lora_A["default"].weight.shape, wrapper.lora_B["default"].weight.shape]
+    private.write_stack_factors(wrapper, "default", left, right)
+    assert shapes == [wrapper.lora_A["default"].weight.shape, wrapper.lora_B["default"].weight.shape]
+    torch.testing.assert_close(wrapper.get_delta_weight("default"), left @ right)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")  # only merging needs a bias there
+def test_variants_of_lora():
+    """DoRA, and biases of B, are kept for each adapter."""
+    model: Any = get_peft_model(Model(), LoraConfig(r=2, target_modules=["gate"]))
+    model.add_adapter("dora", LoraConfig(r=2, target_modules=["gate"], use_dora=True))
+    model.add_adapter("biased", LoraConfig(r=2, target_modules=["gate"], lora_bias=True))
+    wrapper = model.base_model.model.gate
+    assert [private.is_plain_lora(wrapper, name) for name in ("default", "dora", "biased")] == [True, False, False]
+
+
+def test_names_of_wrapped_modules():
+    model: Any = get_peft_model(Model(), LoraConfig(target_modules=["gate"], target_parameters=["experts.up"]))
+    inner = model.base_model.model
+    found = {
+        private.strip_wrappers(name) for name, module in inner.named_modules() if isinstance(module, layer.LoraLayer)
+    }
+    assert found == {"gate", "experts"}
+
+
+def test_names_that_peft_changes_on_loading():
+    """It applies the rules of the model's class, which insert `.mlp` before `.experts.` in Mistral Large 4."""
+    model = from_transformers(build_family("mistral_large4_text"))
+    targets: Any = dict(target_modules=["o_proj"], target_parameters=["experts.w1"])
+    inject_adapter_in_model(LoraConfig(r=2, **targets), model, adapter_name="mine")
+    names = [name for name, _ in model.named_parameters() if ".lora_" in name]
+    renamed = private.find_renamed_weights(model, names, "mine")
+    assert {*renamed.values()} == {name for name in names if ".experts." in name}
+    for new, name in renamed.items():
+        assert new == name.replace(".experts.", ".mlp.experts.").replace(".mine.", ".")
+    plain = inject_adapter_in_model(LoraConfig(r=2, **targets), from_transformers(build_family("mixtral")))
+    names = [name for name, _ in plain.named_parameters() if ".lora_" in name]
+    assert private.find_renamed_weights(plain, names, "default") == {}

@@ -184,13 +184,18 @@ class ParsedBlock(BlockSettings):
                 found[name].append(theirs.mT)
         return found
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether stacked weights are `(e, in, out)`."""
+        return bool(getattr(self.experts, "is_transposed", self.recipe.apply_router_weight_on_input))
+
     def get_stacked_weights(self) -> dict[str, WeightViews]:
         experts, keeps = self.experts, self.recipe.block_attributes
         gate_up = find_attribute(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
         first = experts.up_proj if gate_up is None else gate_up
         down = find_attribute(self.module, keeps.get("down", "experts.down_proj"))
         first = first[: len(down)]  # some blocks have rows for zero-computation experts
-        if not getattr(experts, "is_transposed", self.recipe.apply_router_weight_on_input):
+        if not self.is_transposed:
             first, down = first.mT, down.mT  # (e, in, out)
         firsts, found = {"w": first}, {"w2": [down]}
         if find_attribute(experts, "has_bias"):

@@ -17,7 +17,7 @@ from mixture_of_experts.huggingface.lora.adapted_network import AdaptedNetwork, 
 from mixture_of_experts.huggingface.lora.implementations import LORA_IMPLEMENTATIONS
 from mixture_of_experts.ops import Network, routed_ffn
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.private_peft import applies_b_first
+from mixture_of_experts.support.private_peft import read_stack_factors
 
 LowRankFactors = tuple[Tensor, Tensor]  # down `(e, p, k)` and up `(e, k, q)`, whose product is added to a weight
 NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
@@ -90,16 +90,7 @@ class ParamWrapper(layer.ParamWrapper):
         return torch.cat(downs, -1), torch.cat(ups, -2)
 
     def read_factors(self, adapter: str) -> LowRankFactors:
-        """The factors that an adapter adds to the weight.
-
-        PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; `is_transposed`
-        of the experts determines which of them has the weight's inner dimension.
-        """
-        a: Tensor = self.lora_A[adapter].weight * self.scaling[adapter]  # type: ignore[operator]
-        b: Tensor = self.lora_B[adapter].weight  # type: ignore[assignment]
-        e, dtype = self.num_experts, self.get_param().dtype
-        a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
-        # a two-dimensional copy is the fastest
-        b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
-        down, up = (b, a) if applies_b_first(self) else (a.mT, b.mT)
+        """The factors that an adapter adds to the weight."""
+        dtype = self.get_param().dtype
+        down, up = read_stack_factors(self, adapter)
         return down.to(dtype), up.to(dtype)

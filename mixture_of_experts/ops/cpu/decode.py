@@ -5,8 +5,8 @@ o dim of the outputs.
 
 The products of one token take less time than building the tables of a `Permutation`, so there is no permutation. For a
 few tokens, each row is computed separately. More tokens are computed expert by expert, with tables that are Python
-lists. It is for eval mode without gradients only: in training, a recomputation must produce the same bits as its
-forward.
+lists. Products are parameters, so that quantized and adapted weights are decoded here, too. It is for eval mode without
+gradients only: in training, a recomputation must produce the same bits as its forward.
 """
 
 from __future__ import annotations
@@ -22,42 +22,53 @@ from torch import Tensor
 from mixture_of_experts.ops.grouped import multiply_by_expert
 from mixture_of_experts.ops.network import Call, Network
 
-RowProduct = Callable[[Tensor, Tensor], Tensor]
+RowProduct = Callable[[Tensor, Any], Tensor]  # rows `(r, p)`, each times its own expert's weight in `(e, p, q)`
 MAX_DECODE_ROWS = 32  # of a call
 MAX_ROW_SUM_TOKENS = 4  # with more rows that share an expert, one product is faster than sums
 MIN_ROW_SUM_NUMEL = 1 << 16  # of an expert's weight; for a smaller one a product is faster than sums
-#: CPUs and dtypes for which a product of one row is faster than a sum. Microseconds of sum and product for weights of
-#: 512 x 2048 and 2048 x 512 outside of the caches, one thread: AVX2 (Zen 3) 300 and 180, 330 and 315; AVX-512 (EPYC)
-#: 137 and 193, 189 and 225; in bfloat16 98 and 272, 91 and 209 (`python -m experiments.cpu_constants --rows`)
-FAST_MATMUL_CPUS = {("DEFAULT_PROPERTIES", torch.float32), ("AVX2", torch.float32)}
+ROW_SUM_DTYPES = (torch.bfloat16, torch.float16)  # see `prefers_row_sums`
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least.
+    """Compute a call with plain weights; return `(t, o)`. The sum over a token's choices is taken in float32 at least.
 
     For a few tokens, each row may be computed separately, if all choices are kept.
     """
-    weights, kind = (*call.network.w_in, call.network.w_out), (torch.backends.cpu.get_cpu_capability(), call.x.dtype)
-    by_sums = (
-        0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS
-        and kind not in FAST_MATMUL_CPUS
-        and weights[-1].shape[-2:].numel() >= MIN_ROW_SUM_NUMEL
+    if not (prefers_row_sums(call.network) and has_few_kept_tokens(call)):
+        return compute_expert_by_expert(call)
+    network, expert = call.network, call.assignments.expert
+    into, out_of = (GatherIndices.from_experts(expert, w).multiply_rows for w in (network.w_in[0], network.w_out))
+    return compute_row_by_row(call, into, out_of)
+
+
+def prefers_row_sums(network: Network) -> bool:
+    """Whether the product of one row is taken as a weighted sum of the weight's rows: in 16 bits.
+
+    It depends on dtype and shape alone, so that every machine computes the same bits, and is the choice whose worst
+    case is better over the CPUs that were measured. On five of them, one thread, weights outside of the caches, a sum
+    takes 0.7x to 1.7x as long as a product in float32, and 0.05x to 1.0x in bfloat16
+    (`python -m experiments.cpu_constants --rows`).
+    """
+    weights = (*network.w_in, network.w_out)
+    return (
+        network.w_out.dtype in ROW_SUM_DTYPES
+        and network.w_out.shape[-2:].numel() >= MIN_ROW_SUM_NUMEL
         and all(weight.is_contiguous() for weight in weights)
-        and False not in call.assignments.kept.tolist()
     )
-    return compute_row_by_row(call) if by_sums else compute_expert_by_expert(call)
 
 
-def compute_row_by_row(call: Call) -> Tensor:
-    """Compute a call of few tokens; return `(t, o)`."""
+def has_few_kept_tokens(call: Call) -> bool:
+    """Whether a call has so few tokens that each row may be computed separately, and all choices are kept."""
+    return 0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS and False not in call.assignments.kept.tolist()
+
+
+def compute_row_by_row(call: Call, multiply_in: RowProduct, multiply_out: RowProduct) -> Tensor:
+    """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     (t, d), k, expert = x.shape, assignments.k, assignments.expert
     rows = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d)
-    into, out_of = (
-        GatherIndices.from_experts(expert, weight).multiply_rows for weight in (network.w_in[0], network.w_out)
-    )
-    y = compute_row_outputs(rows, network, expert, into, out_of)
+    y = compute_row_outputs(rows, network, expert, multiply_in, multiply_out)
     y = y * assignments.weight.to(torch.promote_types(assignments.weight.dtype, torch.float32)).unsqueeze(-1)
     return (y if k == 1 else y.view(t, k, -1).sum(dim=1)).to(x.dtype)
 
@@ -66,8 +77,7 @@ def compute_row_outputs(
     rows: Tensor, network: Network, expert: Any, multiply_in: RowProduct, multiply_out: RowProduct
 ) -> Tensor:
     """The outputs `(r, o)` of rows `(r, d)`. `multiply_in` and `multiply_out` compute the products into and out of the
-    hidden layer: rows `(r, p)`, each times its own expert's weight in `(e, p, q)`. Biases need the `expert` of each
-    row, `(r,)`."""
+    hidden layer. Biases need the `expert` of each row, `(r,)`."""
     pre = [multiply_in(rows, weight) for weight in network.w_in]
     for part, bias in zip(pre, network.b_in, strict=True):
         if bias is not None:
@@ -79,8 +89,8 @@ def compute_row_outputs(
 class GatherIndices(NamedTuple):
     """For each of r rows, the indices of the p rows of its expert's weight, whose weighted sum is the product.
 
-    Such a sum reads the weight once, from beginning to end. It takes 0.4x (bfloat16) to 0.7x (float32) as long as
-    torch's product of one row. If there are more threads than rows, a weight's rows are split into parts.
+    Such a sum reads the weight once, from beginning to end. If there are more threads than rows, a weight's rows are
+    split into parts.
 
     Attributes:
         indices: `(r parts p,)`, indices of the rows in the list of the rows of all weights.
@@ -111,8 +121,9 @@ class GatherIndices(NamedTuple):
         return sums if self.parts == 1 else sums.view(len(x), -1)
 
 
-def compute_expert_by_expert(call: Call) -> Tensor:
-    """Compute a call with its rows sorted by expert; return `(t, o)`."""
+def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multiply_by_expert) -> Tensor:
+    """Compute a call with its rows sorted by expert; return `(t, o)`. `multiply` has the arguments of
+    `multiply_by_expert`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     expert, weight, kept = assignments.expert.tolist(), assignments.weight.tolist(), assignments.kept.tolist()
@@ -125,7 +136,7 @@ def compute_expert_by_expert(call: Call) -> Tensor:
     if any(bias is not None for bias in (*network.b_in, network.b_out)):
         of_row = torch.tensor([expert[a] for a in order], dtype=torch.int64, device=device)
 
-    product = partial(multiply_by_expert, rows_per_expert=used)
+    product = partial(multiply, rows_per_expert=used)
     rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
     y = compute_row_outputs(rows, network, of_row, product, product)
     dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), assignments.weight.dtype)
