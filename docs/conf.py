@@ -90,6 +90,7 @@ LOOKED_FOR = {
         "Serve it": ["serve", "vLLM", "SGLang", "inference engine"],
         "What fits into which card": ["GPU memory", "out of memory"],
     },
+    "larger_than_memory": {"A mixture larger than memory": ["offload", "mmap", "disk", "SSD", "out of memory"]},
     "ddp_fsdp2": {"FSDP2": ["mixed precision", "bf16", "ZeRO"], "DDP": ["data parallel"]},
     "coming_from": {
         "DeepSpeed": ["DeepSpeed"],

@@ -13,8 +13,8 @@ from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS
 from mixture_of_experts.gating.topk import TopKGating
+from mixture_of_experts.providers import ask_providers
 from mixture_of_experts.support.checks import check_size
-from mixture_of_experts.support.private_peft import is_peft_wrapper
 from mixture_of_experts.support.private_torch import unwrap_module
 
 
@@ -136,11 +136,7 @@ def check_gate(
     for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
         got = getattr(gate, what, wanted)
         if got != wanted:
-            remedy = (
-                "PEFT trains a router by modules_to_save=['gate'] alone"
-                if is_peft_wrapper(gate)
-                else "give both the same"
-            )
+            remedy = ask_providers(gate, lambda provider: provider.gate_remedy) or "give both the same"
             raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: {remedy}")
 
 
@@ -157,7 +153,7 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
     """Check that the experts have the layer's sizes, as far as they have attributes for them."""
-    experts = unwrap_module(experts)  # PEFT's wrapper of a bias has num_experts=1
+    experts = unwrap_module(experts)  # an adapter of a bias may have num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)

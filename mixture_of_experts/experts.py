@@ -133,7 +133,7 @@ def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tens
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, with experts of either contract."""
     unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
-    )  # some wrappers of PEFT hide attributes
+    )  # some adapters hide attributes
     dim_out = getattr(unwrapped, "dim_out", None)
     if not reads_assignments(experts):
         reject_batch_invariance(f"{type(experts).__name__} compute slots")

@@ -48,8 +48,8 @@ def quantize_experts(
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
 
     Their weights are rounded and cannot be trained. Gradients still reach tokens, routers and everything else, also
-    LoRA adapters on these weights if the model was prepared with PEFT and `mixture_of_experts.huggingface.fast_lora`
-    first. Hooks on the forward and backward of experts are kept.
+    LoRA adapters on these weights if `mixture_of_experts.huggingface.fast_lora` prepared the model before. Hooks on the
+    forward and backward of experts are kept.
 
     Args:
         model: a model with `MoE` layers anywhere in it, whose experts are frozen.
@@ -67,7 +67,7 @@ def quantize_experts(
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
             finite, compiled, have hooks on their state dict, or are in a wrapper that computes with their weights, such
-            as PEFT's without `fast_lora`; `group` does not divide their sizes; an argument is invalid; or `rounding`
+            as adapters without `fast_lora`; `group` does not divide their sizes; an argument is invalid; or `rounding`
             returns an invalid result.
         TypeError: weights are not plain parameters, for example sharded over processes; or experts have their own
             `forward` or `compute`, in their class or set on the module.
@@ -197,7 +197,7 @@ class QuantizedExperts(RoutedExperts):
         super().__init__()
         for name in (*experts.shape_attributes, "act", "dropout", "gated"):
             setattr(self, name, getattr(experts, name))
-        self.is_transposed = getattr(experts, "is_transposed", False)  # PEFT reads it
+        self.is_transposed = getattr(experts, "is_transposed", False)  # adapters read it
         for number in (1, 3, 2) if self.gated else (1, 2):
             key = f"w{number}"
             choose = rounding and partial(rounding, key)

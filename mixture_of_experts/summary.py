@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
+from mixture_of_experts.providers import ask_providers
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.private_peft import list_children
 from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
 from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers, iter_named_modules
 from mixture_of_experts.wrappers import ExpertsWrapper
@@ -27,7 +27,7 @@ class ActiveModules(NamedTuple):
 
     active_shares: ActiveShares
     variable_k_layers: set[nn.Module]  # layers in which scores decide how many experts
-    external_modules: set[nn.Module]  # routers and experts of transformers, which hold their weights themselves
+    external_modules: set[nn.Module]  # routers and experts of other libraries, which hold their weights themselves
 
 
 class Cost(NamedTuple):
@@ -92,11 +92,12 @@ def summary(model: nn.Module) -> Summary:
     computes them. On the meta device, models of any size can be counted.
 
     Args:
-        model: a model with any number of `MoE` and `HeirarchicalMoE` layers, and of sparse blocks of `transformers`.
+        model: a model with any number of `MoE` and `HeirarchicalMoE` layers, and of sparse blocks of
+            libraries with a provider.
 
     Raises:
         ValueError: the number of experts that a token chooses is unknown: a gate has no `k`.
-        TypeError: a block of `transformers` is unknown, and so are the parts of it that a token uses.
+        TypeError: a block with experts of such a library is unknown, and so are the parts of it that a token uses.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -116,19 +117,20 @@ def summary(model: nn.Module) -> Summary:
             used.active_shares.setdefault(layer, {}).update(compute_active_shares(site, layer))
             if getattr(site.gate, "expected_choices", 0) is None:
                 used.variable_k_layers.add(layer)
-            if site.is_external:
-                used.external_modules.update(site.gate.modules(), layer.get_submodule("experts").modules())
+            if site.external is not None:
+                used.external_modules.update(
+                    site.gate.modules(), layer.get_submodule(site.external.experts_path).modules()
+                )
     reject_unknown_blocks(model, used.active_shares)
     return Summary(compute_cost(model, used), {path: compute_cost(layer, used) for layer, path in paths.items()})
 
 
 def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
-    """Raise TypeError for blocks of `transformers` with experts whose active share is unknown."""
+    """Raise TypeError for blocks of other libraries with experts whose active share is unknown."""
     known = {part for parts in shares.values() for part in parts}
     for place in iter_named_modules(model):
-        experts = getattr(place.module, "experts", None)
-        of_transformers = get_original_class(place.module).__module__.startswith("transformers.")
-        if of_transformers and isinstance(experts, nn.Module) and experts not in known:
+        experts = ask_providers(place.module, lambda provider, place=place: provider.find_experts(place.module))
+        if experts is not None and experts not in known:
             raise TypeError(
                 f"summary cannot count {place.name!r} ({get_original_class(place.module).__name__}): what chooses its "
                 "experts is not known"
@@ -139,7 +141,8 @@ def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, flo
     """The share, 0 to 1, of a layer's experts, and of the gates of a second level, that a token uses."""
     number, e = choices_per_token(site), site.num_experts
     if site.level_one is None:
-        return {layer.experts: number / e}
+        experts = layer.experts if site.external is None else layer.get_submodule(site.external.experts_path)
+        return {experts: number / e}
     outer, eo = choices_per_token(site.level_one), site.level_one.num_experts
     served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
     return {layer.experts: served / (eo * e), layer.gate_inner: outer / eo}
@@ -190,6 +193,12 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
             todo.append((child, below if computes else 0.0, layer, of_layer))
 
 
+def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """The direct children of a module, and whether they compute."""
+    found = ask_providers(module, lambda provider: provider.list_children(module))
+    return [(child, True) for child in module.children()] if found is None else found
+
+
 def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
     """The parameters of a module itself, by name, with tensors of the same sizes in place of quantized weights."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
@@ -204,7 +213,7 @@ def count_matrix_weights(module: nn.Module, active_modules: ActiveModules) -> in
     known = (
         isinstance(module, nn.Linear | RoutedExperts | Gate | RouterLogits) or module in active_modules.external_modules
     )
-    if not known and get_original_class(module).__name__ != "Conv1D":  # of transformers
+    if not known and not ask_providers(module, lambda provider: provider.is_linear(module)):
         return 0
     made = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}  # of stored parameters
     weights = {name: weight for name, weight in (get_direct_weights(module) | made).items() if not is_bias_name(name)}

@@ -73,7 +73,7 @@ def unstack(model: ModelT) -> ModelT:
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; or experts are compiled separately, have
-            adapters of PEFT, or hooks on their state dict.
+            adapters, or hooks on their state dict.
         TypeError: weights are not plain parameters, for example sharded over processes; or experts have their own
             `forward` or `compute`, in their class or set on the module.
 

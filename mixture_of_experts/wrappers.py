@@ -58,7 +58,7 @@ class ExpertsWrapper(RoutedExperts):
 
 
 def list_nested_experts(experts: nn.Module) -> list[Any]:
-    """The experts and those nested in them, from the outermost to the innermost, without wrappers of PEFT or FSDP2."""
+    """The experts and those nested in them, from the outermost to the innermost, without adapters or FSDP2."""
     found: list[Any] = [unwrap_module(experts)]
     while isinstance(found[-1], ExpertsWrapper):
         found.append(unwrap_module(found[-1].experts))
@@ -213,7 +213,7 @@ def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
 
 def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     """The results of experts for rows `(r, d)` sorted by expert. If they have a wrapper, it is called with each row as
-    a token, because adapters of PEFT change weights only in its forward."""
+    a token, because adapters change weights only in its forward."""
     if get_wrapped_module(experts) is None:
         return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
     row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)

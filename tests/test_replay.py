@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,6 @@ from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.overrides import KEEP_ROUTER_CHOICE
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
 from mixture_of_experts.replay import records as replay_records
-from mixture_of_experts.whole_model.model_tokens import count_seen_tokens, read_token_metadata
 
 DIM = 8
 TIGHT = dict(capacity_factor_train=0.5, min_expert_capacity=1)
@@ -298,15 +296,6 @@ def test_rejects_wrong_argument_types_before_forward():
             replay_routing(moe, records).__enter__()  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"gates of record_routing must be names or modules of gates, in a list, got 0"):
         record_routing(moe, gates=0).__enter__()  # type: ignore[arg-type]
-
-
-def test_layer_type_mask_covers_current_and_cached_tokens():
-    """A model of sliding windows alone, one step behind two cached tokens, of which one is padding in sequence 0."""
-    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
-    given = {"input_ids": torch.zeros(2, 1, dtype=torch.int64), "attention_mask": {"sliding_attention": mask}}
-    given["past_key_values"] = SimpleNamespace(get_seq_length=lambda: 2)
-    assert count_seen_tokens(given).tolist() == [1, 2]
-    assert read_token_metadata(given).mask.tolist() == [[True], [False]]
 
 
 def test_gate_chooses_beyond_the_record():

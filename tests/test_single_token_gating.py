@@ -9,7 +9,6 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import RouterLogits, topk_by_numbers
 from mixture_of_experts.replay import record_routing, replay_routing
 from mixture_of_experts.stats import track_routing
-from mixture_of_experts.whole_model.model_tokens import read_token_metadata
 
 DIM, E = 5, 7
 GATES = {
@@ -173,12 +172,3 @@ def test_a_compiled_layer_decodes():
     compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(1, 1, DIM)
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), layer(x))
-
-
-def test_a_decoded_step_without_padding_has_no_mask():
-    """`generate` gives a mask of ones with every step; a sequence that ended has a 0."""
-    ids, ones = torch.ones(2, 1, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
-    assert read_token_metadata({"input_ids": ids, "attention_mask": ones}).mask is None
-    ones[1, -1] = 0
-    assert read_token_metadata({"input_ids": ids, "attention_mask": ones}).mask.tolist() == [[True], [False]]
-    assert read_token_metadata({"input_ids": ids.expand(2, 5), "attention_mask": torch.ones(2, 5)}).mask.all()

@@ -8,6 +8,7 @@ from mixture_of_experts.huggingface.grpo import ReplayRouting
 from mixture_of_experts.huggingface.lora import fast_lora, weights_shown
 from mixture_of_experts.huggingface.lora.saving import save_adapter
 from mixture_of_experts.huggingface.model_watch import aux_loss
+from mixture_of_experts.huggingface.prefetching import prefetch_experts
 from mixture_of_experts.huggingface.pruning.prune import expert_scores, prune
 from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
 from mixture_of_experts.huggingface.replacement.replace import replace_ffn, upcycle
@@ -29,6 +30,7 @@ __all__ = [
     "from_pretrained",
     "from_transformers",
     "log_routing",
+    "prefetch_experts",
     "prune",
     "replace_ffn",
     "save_adapter",

@@ -1,4 +1,5 @@
-"""`python -m mixture_of_experts.huggingface upcycle IN OUT`, `quantize`, `export`: change saved models."""
+"""Commands on saved models: `python -m mixture_of_experts.huggingface convert IN OUT`, `quantize`, `upcycle`, `prune`,
+`merge`, `export`."""
 
 from __future__ import annotations
 
@@ -8,15 +9,26 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mixture_of_experts.huggingface.saving.folders import export_folder, quantize_folder, upcycle_folder
-from mixture_of_experts.huggingface.saving.layer_settings import GATE_CLASSES, GateFactory
-from mixture_of_experts.ops.int4 import GROUP_SIZES
+import torch
 
+from mixture_of_experts.huggingface.lora.folders import merge_folder
+from mixture_of_experts.huggingface.pruning.folders import prune_folder, read_scores
+from mixture_of_experts.huggingface.saving.converting import convert_folder, quantize_folder
+from mixture_of_experts.huggingface.saving.folders import export_folder, upcycle_folder
+from mixture_of_experts.huggingface.saving.layer_settings import GATE_CLASSES, GateFactory
+from mixture_of_experts.ops.int4 import GROUP_SIZES, PORTABLE_BLOCK
+
+DTYPES = ("float32", "bfloat16", "float16")
+BLOCKS = (PORTABLE_BLOCK, 32, 64)
+BLOCK_HELP = (
+    "layout of 4 bits: 64 stays in the file on CPUs with AVX-512, 32 on those with AVX2; others are rearranged in "
+    "memory"
+)
 BYTES_PER_UNIT = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -44,46 +56,21 @@ def parse_gate(text: str) -> GateFactory:
     return lambda dim, num_experts: kind(dim, num_experts, **settings)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.huggingface", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    for name, run, description in (
-        (
-            "upcycle",
-            upcycle_folder,
-            "replace the feed-forward networks of a saved model by experts that are copies of them",
-        ),
-        (
-            "quantize",
-            quantize_folder,
-            "round the experts of a saved model, also of a stock model with experts, to 8 or 4 bits",
-        ),
-        (
-            "export",
-            export_folder,
-            "write a saved model with experts as Mixtral, Qwen2-MoE or Qwen3-MoE of transformers",
-        ),
-    ):
-        command = commands.add_parser(
-            name,
-            help=description,
-            description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            argument_default=argparse.SUPPRESS,  # unset options get the function's own defaults
-        )
-        command.set_defaults(run=run)
-        add = command.add_argument
-        add("source", type=Path, metavar="IN", help="folder with config.json and safetensors")
-        add("target", type=Path, metavar="OUT", help="new folder")
-        default_size = "1GB" if name == "quantize" else "5GB"
-        add("--max-shard-size", type=parse_size, default=default_size, help="most bytes of a file of weights")
-        if name == "upcycle":
-            add_upcycle_options(add)
-        if name == "quantize":
-            add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
-            add("--group", type=int, default=64, choices=GROUP_SIZES, help="inputs with a step of their own")
-            add("--loss-coef", type=float, help="coefficient of the balancing loss of layers; by default as it was")
-    return parser.parse_args(arguments)
+def parse_dtype(text: str) -> torch.dtype:
+    """A dtype such as `bfloat16`."""
+    if text not in DTYPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no dtype of weights: write one of {', '.join(DTYPES)}")
+    return getattr(torch, text)
+
+
+def parse_scores(text: str) -> Any:
+    """`random`, or the scores or ids in a file, by names of gates."""
+    if text == "random":
+        return text
+    try:
+        return read_scores(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_upcycle_options(add: Any) -> None:
@@ -98,6 +85,86 @@ def add_upcycle_options(add: Any) -> None:
     add("--redraw", type=float, default=0.0, help="share of hidden units to redraw")
     add("--loss-coef", type=float, default=1e-2, help="coefficient of the balancing loss")
     add("--z-loss-coef", type=float, default=0.0, help="coefficient of the z-loss")
+
+
+def add_convert_options(add: Any) -> None:
+    """Add the options of `convert`."""
+    add("--bits", type=int, choices=(8, 4), help="of a number; by default numbers are not rounded")
+    add_rounding_options(add)
+    add("--block", type=int, choices=BLOCKS, help=f"{BLOCK_HELP}; by default that of this machine")
+
+
+def add_quantize_options(add: Any) -> None:
+    """Add the options of `quantize`."""
+    add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
+    add_rounding_options(add)
+    add("--block", type=int, default=PORTABLE_BLOCK, choices=BLOCKS, help=BLOCK_HELP)
+
+
+def add_rounding_options(add: Any) -> None:
+    """Add the options that `convert` and `quantize` share."""
+    add("--group", type=int, default=64, choices=GROUP_SIZES, help="inputs with a step of their own, in 4 bits")
+    add("--dtype", type=parse_dtype, help=f"of all other numbers, {', '.join(DTYPES)}; by default that of the files")
+    add("--loss-coef", type=float, help="coefficient of the balancing loss of layers; by default as it was")
+
+
+def add_prune_options(add: Any) -> None:
+    """Add the options of `prune`."""
+    scores = "safetensors with the scores that expert_scores returned, or JSON with the ids to keep, by names of gates"
+    add("--by", type=parse_scores, required=True, help=f"'random', or a file: {scores}")
+    add("--keep", type=int, help="experts that each layer keeps; not needed with ids")
+
+
+#: by name: function, description, and the function that adds its options
+COMMANDS: dict[str, tuple[Callable[..., object], str, Callable[[Any], None]]] = {
+    "convert": (
+        convert_folder,
+        "write a saved model, also a stock model with experts, so that its experts are read from the file",
+        add_convert_options,
+    ),
+    "quantize": (
+        quantize_folder,
+        "round the experts of a saved model, also of a stock model with experts, to 8 or 4 bits",
+        add_quantize_options,
+    ),
+    "upcycle": (
+        upcycle_folder,
+        "replace the feed-forward networks of a saved model by experts that are copies of them",
+        add_upcycle_options,
+    ),
+    "prune": (prune_folder, "remove experts of a saved model with experts of this package", add_prune_options),
+    "merge": (
+        merge_folder,
+        "merge LoRA adapters into a saved model with experts of this package",
+        lambda add: add("--adapter", type=Path, required=True, help="folder to which PEFT saved the adapters"),
+    ),
+    "export": (
+        export_folder,
+        "write a saved model with experts as a stock model: what convert read, or Mixtral, Qwen2-MoE or Qwen3-MoE",
+        lambda add: None,
+    ),
+}
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.huggingface", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    for name, (run, description, add_options) in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=description,
+            description=description,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            argument_default=argparse.SUPPRESS,  # unset options get the function's own defaults
+        )
+        command.set_defaults(run=run)
+        add = command.add_argument
+        add("source", type=Path, metavar="IN", help="folder with config.json and safetensors")
+        add("target", type=Path, metavar="OUT", help="new folder")
+        default_size = "5GB" if name in ("upcycle", "prune", "export") else "1GB"
+        add("--max-shard-size", type=parse_size, default=default_size, help="most bytes of a file of weights")
+        add_options(add)
+    return parser.parse_args(arguments)
 
 
 @contextmanager
@@ -128,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with exiting_on_sigterm():
             run(**settings)
-    except (ValueError, TypeError, OSError) as error:
+    except (ImportError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -16,12 +16,12 @@ from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.huggingface.private_transformers import collected_logits
 from mixture_of_experts.moe import MoE
+from mixture_of_experts.providers import TokenMetadata
 from mixture_of_experts.support.private_torch import is_in_transform, set_first_hook, unwrap_module
 from mixture_of_experts.support.tracing import is_in_activation_checkpoint
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.aux_losses import check_not_reentrant
 from mixture_of_experts.whole_model.call_stack import ForwardCall
-from mixture_of_experts.whole_model.model_tokens import TokenMetadata
 
 
 class ModelCall(ForwardCall):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixture_of_experts.huggingface.private_peft import is_peft_wrapper
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
-from mixture_of_experts.support.private_peft import is_peft_wrapper
 
 TRAINER_METHODS = (
     "_generate_single_turn",

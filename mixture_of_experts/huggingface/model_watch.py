@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, find_feed_forwards
 from mixture_of_experts.huggingface.lora.loading import check_adapter_names
+from mixture_of_experts.huggingface.model_arguments import ArgumentsReader
+from mixture_of_experts.huggingface.private_peft import find_missed_targets, find_tensors_not_saved
 from mixture_of_experts.huggingface.private_transformers import (
     get_checkpoint_function,
     predicts_next_token,
@@ -32,15 +34,15 @@ from mixture_of_experts.huggingface.router_config import (
     has_own_routers,
     requests_router_logits,
 )
+from mixture_of_experts.providers import TokenMetadata
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.attachments import HOOK_TABLES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_peft import find_missed_targets, find_tensors_not_saved
 from mixture_of_experts.support.private_torch import register_named_hooks
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.aux_losses import sum_losses
 from mixture_of_experts.whole_model.call_stack import ForwardWatch
-from mixture_of_experts.whole_model.model_tokens import TokenMetadata, TokensReader, find_enclosing_model
+from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 from mixture_of_experts.whole_model.router_discovery import find_all_routers
 
 MODEL_WATCH_HOOK = "mixture_of_experts"  # name of the hooks
@@ -153,8 +155,8 @@ class ModelWatch(ForwardWatch):
     adapted: bool = False  # whether the model has had a forward with adapters
 
     def __init__(self, around: nn.Module, last: LastCall) -> None:
-        self.reader: TokensReader = (
-            LayerReader(around) if isinstance(around, TORCH_LAYER_CLASSES) else TokensReader(around)
+        self.reader: ArgumentsReader = (
+            LayerReader(around) if isinstance(around, TORCH_LAYER_CLASSES) else ArgumentsReader(around)
         )
         self.last = last
 

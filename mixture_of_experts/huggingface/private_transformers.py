@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightRenaming,
+    build_glob_alternation,
     convert_and_load_state_dict_in_model,
     revert_weight_conversion,
 )
 from transformers.integrations.moe import _default_apply_gate
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
+from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel, local_torch_dtype
 from transformers.utils.output_capturing import (
     _CAN_RECORD_REGISTRY,
     OutputRecorder,
@@ -118,6 +121,26 @@ def find_unexpected_names(model: Any, names: Collection[str]) -> set[str]:
     found: Any = SimpleNamespace(missing_keys=set(), unexpected_keys={*names})
     model._adjust_missing_and_unexpected_keys(found)
     return found.unexpected_keys
+
+
+def default_dtype(dtype: torch.dtype, model_class: type[PreTrainedModel]) -> AbstractContextManager[None]:
+    """A context in which models are constructed in a dtype, as `from_pretrained` constructs them."""
+    return local_torch_dtype(dtype, model_class.__name__)
+
+
+def get_loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes to which `from_pretrained(dtype=dtype)` casts the floating-point weights of a model, by name.
+
+    The model was constructed in `default_dtype`; some weights are float32 in any case.
+    """
+    plan = model._get_dtype_plan(dtype)
+    found = {name: weight.dtype for name, weight in model.state_dict().items() if weight.is_floating_point()}
+    if plan:
+        pattern, globs, _ = build_glob_alternation(list(plan))
+        for name in found:
+            if (match := pattern.search(name)) is not None and match.lastgroup is not None:
+                found[name] = plan[globs[match.lastgroup]]
+    return found
 
 
 # Experts

@@ -20,7 +20,7 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
     On some GPUs, matrix products differ from run to run. A token whose best scores are nearly equal may then choose
     different experts in the recomputation than in the forward, and its gradient is wrong. This policy saves every
     discrete result computed from floating-point numbers: argmax, top-k, sorting, comparisons. It therefore covers the
-    gates of this package, with policies and capacity, and the routers of `transformers`.
+    gates of this package, with policies and capacity, and routers of other libraries.
 
     Args:
         context, operator, args, kwargs: the arguments that `torch.utils.checkpoint` passes to a policy.
@@ -38,9 +38,6 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
         >>> contexts = partial(create_selective_checkpoint_contexts, save_choices)
         >>> out, aux_loss = checkpoint(moe, x, use_reentrant=False, context_fn=contexts)
         >>> (out.sum() + aux_loss).backward()
-
-        For a `transformers` model, call `model.activation_checkpointing_enable(dict(use_reentrant=False,
-        context_fn=contexts))`.
     """
     first = args[0] if args else None
     name, _, _ = str(operator).rpartition(".")  # without the overload

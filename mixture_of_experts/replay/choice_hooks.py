@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.gating.overrides import GIVEN, GIVEN_WEIGHTS
+from mixture_of_experts.providers import TokenMetadata
 from mixture_of_experts.replay.sequences import RoutingPoint, SequenceWatch, is_recomputing
 from mixture_of_experts.replay.topk_mode import TopkMode
 from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.whole_model.call_stack import ForwardCall, activate_calls
-from mixture_of_experts.whole_model.model_tokens import TokenMetadata
 
 
 class ChoiceHooks:
@@ -27,7 +27,7 @@ class ChoiceHooks:
         supply_choices, supply_block_choices: see `RoutingReplayer`.
         on_choices: called with `(point, call, output, kwargs)` after a layer that received choices, or after a gate
             that made them.
-        on_block_choices: called with `(point, call, output, expert)` after a block of transformers that chose experts
+        on_block_choices: called with `(point, call, output, expert)` after an external block that chose experts
             `(..., k)`.
     """
 
@@ -91,7 +91,7 @@ class ChoiceHooks:
     def forward_block(
         self, point: RoutingPoint, sequences: SequenceWatch, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Replaces the forward of a block of `transformers`."""
+        """Replaces the forward of an external block."""
         call = sequences.current_call(point)
         if torch.compiler.is_compiling():
             raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph: compile without fullgraph=True")
@@ -104,11 +104,11 @@ class ChoiceHooks:
         with TopkMode(point, given) as calls:
             output = forward(*args, **kwargs)
         if calls.expert is None:
+            external: Any = point.router.external
             raise TypeError(
                 f"{type(point.hook_target).__name__} at {point.name!r} does not choose its {point.k} of "
                 f"{point.num_experts} "
-                "experts by torch.topk, so its choices can be neither recorded nor replayed: convert it by "
-                "from_transformers"
+                f"experts by torch.topk, so its choices can be neither recorded nor replayed: {external.remedy}"
             )
         if call is not None:
             self.on_block_choices(point, call, output, calls.expert)

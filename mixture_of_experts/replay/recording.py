@@ -27,8 +27,8 @@ def record_routing(
 ) -> Iterator[RoutingRecords]:
     """Record the choices of every gate in `model` inside the context, for `replay_routing`.
 
-    It finds the same gates as `track_routing`. They must be token-choice gates of this package, or routers of MoE
-    models in `transformers` that choose with `torch.topk`. Padding is left out, based on the layer's mask or on the
+    It finds the same gates as `track_routing`. They must be token-choice gates of this package, or routers of other
+    libraries that choose with `torch.topk`. Padding is left out, based on the layer's mask or on the
     attention mask of the enclosing model.
 
     Each forward appends its sequences to the records, in batch order. A forward that continues a cache (`generate`)
@@ -45,7 +45,7 @@ def record_routing(
     Raises:
         ValueError: the model has no gate.
         TypeError: tokens do not make k choices at a gate (expert choice), or its weights cannot be recorded; in a
-            forward, a block of `transformers` does not choose with `torch.topk`.
+            forward, a block of another library does not choose with `torch.topk`.
         RuntimeError: in a forward, a gate runs twice, outside of `model`, or in a graph compiled before the context;
             or beam search swapped sequences; on reading, a forward continued sequences that were not recorded.
 

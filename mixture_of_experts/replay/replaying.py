@@ -38,8 +38,8 @@ def replay_routing(
     """Make every gate in `model` choose the experts in `records` inside the context.
 
     A token's experts are those of the record. The gate computes their weights from live scores, with gradients, by its
-    own rule; a block of `transformers` does so in its own code. If the records contain weights, these are used, bit for
-    bit, and their gradient is passed to the live weights. Losses are those of the recorded choices. Records contain
+    own rule; a block of another library does so in its own code. If the records contain weights, these are used, bit
+    for bit, and their gradient is passed to the live weights. Losses are those of the recorded choices. Records contain
     only real tokens, so padding may be placed elsewhere or be absent.
 
     Each forward of this thread must have all sequences of the records, in their order; `records.select` creates records
@@ -56,8 +56,8 @@ def replay_routing(
     Raises:
         ValueError: on entering, model and records differ in the number of gates, choices or experts, or a gate does not
             accept choices; in a forward, before its first gate, the numbers of sequences or tokens differ.
-        TypeError: tokens do not make k choices at a gate (expert choice); in a forward, a block of `transformers` does
-            not choose with `torch.topk`.
+        TypeError: tokens do not make k choices at a gate (expert choice); in a forward, a block of another library
+            does not choose with `torch.topk`.
         RuntimeError: a forward or backward cannot be replayed: under reentrant checkpointing, outside of `model`, or in
             a backward after the context has exited.
 

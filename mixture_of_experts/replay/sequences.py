@@ -16,16 +16,11 @@ from torch import Tensor, nn
 from mixture_of_experts.gating import ExpertChoiceGating, get_side_inputs
 from mixture_of_experts.gating.overrides import COUNTED, GIVEN_WEIGHTS
 from mixture_of_experts.moe import HeirarchicalMoE
+from mixture_of_experts.providers import TokenMetadata, TokensReader
 from mixture_of_experts.support.private_torch import get_backward_id
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
-from mixture_of_experts.whole_model.model_tokens import (
-    TokenMetadata,
-    TokensReader,
-    count_seen_tokens,
-    get_cache,
-    read_token_metadata,
-)
+from mixture_of_experts.whole_model.model_tokens import make_tokens_reader
 from mixture_of_experts.whole_model.router_discovery import (
     GateSelection,
     RouterHandle,
@@ -42,7 +37,7 @@ class RoutingPoint(NamedTuple):
 
     name: str
     router: RouterHandle
-    hook_target: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
+    hook_target: nn.Module  # that module: the layer; a gate without a layer; an external block, or its router
     k: int
     layer_path: str  # its path; it identifies the location of a gate that is in several layers, in a graph too
 
@@ -88,7 +83,7 @@ def find_routing_points(
 
 
 def chooses_by_token_ids(router: RouterHandle) -> bool:
-    return router.block is not None and router.block.experts_of_id is not None
+    return router.external is not None and router.external.chooses_by_token_ids
 
 
 def replay_unsupported_reason(router: RouterHandle) -> str | None:
@@ -106,8 +101,8 @@ def replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
     """Why the weights of a router can be neither recorded nor replayed; None if they can."""
-    if router.is_external:
-        return "its own code computes the weights: convert the block by from_transformers"
+    if router.external is not None:
+        return f"its own code computes the weights: {router.external.remedy}"
     if any(isinstance(location.layer, HeirarchicalMoE) for location in router.locations):
         return "a layer of two levels is given choices alone"
     return None if GIVEN_WEIGHTS in get_side_inputs(router.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
@@ -122,7 +117,7 @@ class SequenceCall(ForwardCall):
 
     tokens: TokenMetadata
     num_seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
-    cache: Any  # the cache of transformers, if there is one
+    cache: Any  # the cache of keys and values, if there is one
     entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, by gate
     choices: dict[str, Any] = field(default_factory=dict)  # what gates chose or received
     checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that it fits
@@ -149,16 +144,15 @@ class SequenceWatch(ForwardWatch):
 
     def __init__(self, owner: Any, model: nn.Module) -> None:
         super().__init__(owner)
-        self.reader: TokensReader = TokensReader(model)
+        self.reader: TokensReader = make_tokens_reader(model)
         self.last_cache: tuple[Any, Any, Any] | None = (
             None  # weak references to the last cache and keys in it; their shape
         )
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:
-        given = self.reader.pick_arguments(args, kwargs)
-        cache = get_cache(given)
+        cache, num_seen = self.reader.read_cache(args, kwargs)
         self.check_no_beam_search(cache)
-        return SequenceCall(read_token_metadata(given), count_seen_tokens(given), cache)
+        return SequenceCall(self.reader(args, kwargs), num_seen, cache)
 
     def on_success(self, call: SequenceCall, output: object) -> None:
         missing = sorted(call.entered_gates.keys() - call.choices.keys())
@@ -169,7 +163,7 @@ class SequenceWatch(ForwardWatch):
                 "its graph has no hooks: call torch.compiler.reset() first, or enter the context before the first "
                 "compiled call"
             )
-        keys = get_cached_keys(call.cache)
+        keys = self.reader.get_cached_keys(call.cache)
         self.last_cache = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
         if self.owner.pending_forwards is not None:
             self.owner.pending_forwards.append(call.choices)
@@ -179,7 +173,7 @@ class SequenceWatch(ForwardWatch):
 
         Such a swap replaces tensors of the cache by others of the same shape.
         """
-        keys = get_cached_keys(cache)
+        keys = self.reader.get_cached_keys(cache)
         if keys is None or self.last_cache is None or self.last_cache[0]() is not cache:
             return
         if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
@@ -197,13 +191,6 @@ class SequenceWatch(ForwardWatch):
                 f"{point.name!r} ran, but not within a forward of the module given: give the module that you call"
             )
         return call
-
-
-def get_cached_keys(cache: Any) -> Tensor | None:
-    """The keys of the first layer of a cache that has keys; None if no layer has."""
-    cache = getattr(cache, "self_attention_cache", cache)
-    found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
-    return next((keys for keys in found if isinstance(keys, Tensor)), None)
 
 
 def is_recomputing() -> bool:

@@ -1,6 +1,6 @@
-"""Records or replaces the choices of blocks of `transformers` by intercepting their calls of `torch.topk`.
+"""Records or replaces the choices of external blocks by intercepting their calls of `torch.topk`.
 
-The block's own code thus computes the weights from live scores. `transformers` is not imported.
+The block's own code thus computes the weights from live scores.
 
 Axes: t tokens, e experts, g expert groups, k choices of a token.
 """
@@ -36,8 +36,8 @@ class TopkMode(TorchFunctionMode):
     def __init__(self, point: RoutingPoint, choices: Tensor | None) -> None:
         super().__init__()
         self.point, self.choices = point, choices
-        block: Any = point.router.block
-        self.group_sizes: Any = block.read_attribute("num_groups"), block.read_attribute("top_groups")
+        external: Any = point.router.external
+        self.group_sizes: Any = external.group_sizes
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         called = self.intercept_topk if func in (torch.topk, Tensor.topk) else func

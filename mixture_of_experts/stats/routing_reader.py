@@ -1,9 +1,8 @@
-"""Reads the routing decisions of a model's gates in a forward, including the routers of MoE models in `transformers`.
-That package is not imported.
+"""Reads the routing decisions of a model's gates in a forward, including routers of other libraries.
 
 Most of those routers return `(logits, weights, experts)` of flattened tokens. If one returns less, its choices are
-recomputed from its logits, by the recipe of its block in `recipes.MODELS`. The arguments of the enclosing model
-determine which tokens are padding and where sequences end.
+recomputed from its logits, as its provider describes them. The arguments of the enclosing model determine which tokens
+are padding and where sequences end.
 
 Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
 """
@@ -22,7 +21,7 @@ from mixture_of_experts.dispatch.queues import Length, queue_up
 from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.support.attachments import Attachments
-from mixture_of_experts.whole_model.block_settings import read_router_output
+from mixture_of_experts.whole_model.external_routers import read_router_output
 from mixture_of_experts.whole_model.model_tokens import TokenWatch
 from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_routers
 
@@ -32,16 +31,16 @@ class RouterOutputReader(TokenWatch):
 
     def to_routing(self, router: RouterHandle, output: Any) -> Routing:
         """Convert what a router returned to a `Routing`."""
-        block, tokens = router.block, self.current_tokens()
-        assert block is not None
-        logits, weight, expert = read_router_output(block, output)
+        external, tokens = router.external, self.current_tokens()
+        assert external is not None
+        logits, weight, expert = read_router_output(router, output)
         (*shape, e), k = logits.shape, expert.shape[-1]
         b, n = shape if len(shape) == 2 else (1, *shape)  # some routers return (b, n, e)
         if tokens.shape is not None and math.prod(tokens.shape) == b * n:
             b, n = tokens.shape
         real = tokens.mask if tokens.mask is not None and tokens.mask.shape == (b, n) else None
         logits, expert, weight = logits.float().view(b, n, e), expert.reshape(b, n, k).long(), weight.float()
-        probs = SCORES[block.score](logits)
+        probs = SCORES[external.score](logits)
         probs = probs / probs.sum(dim=-1, keepdim=True)
         chosen = expert < e  # larger ids are experts of other ranks
         proxy, length = probs, n
@@ -52,7 +51,7 @@ class RouterOutputReader(TokenWatch):
         balance_loss = losses.load_balancing_loss_from_choices(expert, chosen, proxy.sum(dim=-2), length, k)
         chosen, expert = chosen.flatten(-2), expert.flatten(-2)
         kept, queues = chosen, None
-        if (capacity := block.capacity) is not None:
+        if (capacity := external.capacity) is not None:
             queues = queue_up(expert, chosen, e, k)
             kept = chosen & (queues.position < capacity)
         return Routing(
@@ -100,7 +99,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
 
     Returns:
         The `Routing` of each gate, by its path in the model. For a gate that ran more than once it is that of
-        the last call. For a router of transformers it is built from what the router returned.
+        the last call. For a router of another library it is built from what the router returned.
 
     Raises:
         ValueError: the model has no gate.

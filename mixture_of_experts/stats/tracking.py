@@ -42,12 +42,13 @@ def track_routing(
     """Record the decisions of every gate in `model` inside the context.
 
     The recorded gates are those of `MoE` and `HeirarchicalMoE` layers, whatever their class, all other modules derived
-    from `Gate`, and the routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...); for the latter,
-    the attention mask determines which tokens are padding. Records can be read inside the context and after it.
+    from `Gate`, and the routers of other libraries that a provider describes (see `mixture_of_experts.providers`); for
+    the latter, the attention mask determines which tokens are padding. Records can be read inside the context and after
+    it.
 
-    A step is one forward of `model`, or of a `transformers` model within it that is called separately, as `generate`
-    calls `model.encoder`. If you call `stats.step()` after each optimizer step, all forwards since the last call form
-    one step (gradient accumulation).
+    A step is one forward of `model`, or of an inner model whose arguments describe the tokens and that is called
+    separately, as generation calls an encoder. If you call `stats.step()` after each optimizer step, all forwards since
+    the last call form one step (gradient accumulation).
 
     With activation checkpointing, reentrant or not, a forward is recorded once. With `torch.compile`, enter the context
     before the first compiled call. Each rank records its own tokens. Forwards of all threads are recorded, except those
@@ -63,8 +64,8 @@ def track_routing(
         ValueError: the model has no gate, or an argument is not allowed.
         TypeError: in a forward, a router returns something that cannot be read.
         RuntimeError: in a forward, the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
-            called that is not a `transformers` model (in both cases, track the module that you call); on reading,
-            nothing was recorded.
+            called that is not such an inner model (in both cases, track the module that you call); on reading, nothing
+            was recorded.
 
     Example:
         >>> import torch

@@ -1,1 +1,1 @@
-"""Utilities shared by the whole package: checks, settings, tracing, private names of torch and PEFT."""
+"""Utilities shared by the whole package: checks, settings, tracing, private names of torch."""

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.providers import ask_providers
 from mixture_of_experts.support.implementations import requested_implementation
 from mixture_of_experts.support.private_torch import (
     disable_dispatch_modes,
@@ -56,15 +57,7 @@ TOKENWISE_MODULES: set[type] = {
     nn.Dropout,
 }
 TOKENWISE_MODULES |= {nn.Sequential, nn.ModuleDict, nn.ParameterDict}
-#: such classes of other libraries, by the prefix of their module's name and the suffix of the class name
-EXTERNAL_TOKENWISE_CLASSES = (
-    ("transformers.models.", "MLP"),
-    ("transformers.models.", "RMSNorm"),
-    ("transformers.activations", ""),
-    ("peft.tuners.lora.layer", "Linear"),
-    ("peft.tuners._buffer_dict", "BufferDict"),
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper"),
-)
+CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
 #: attributes of a class that do not compute outputs, or follow from others
 IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_assignments", "allocates_outputs"}
 
@@ -139,10 +132,10 @@ def not_tokenwise_reason(module: nn.Module) -> str | None:
     """Why a module may not map each token independently, with bits that blocks preserve; None if all its parts do."""
     for part in module.modules():
         kind = get_original_class(part)
-        where, name = kind.__module__, kind.__name__
-        elsewhere = any(where.startswith(start) and name.endswith(end) for start, end in EXTERNAL_TOKENWISE_CLASSES)
-        if not (kind in TOKENWISE_MODULES or vars(kind).get("by_token") or elsewhere):
-            return f"{name} is an unknown module: take SharedExpert, or nn.Sequential of nn.Linear and others"
+        known = kind in TOKENWISE_MODULES or vars(kind).get("by_token")
+        known = known or ask_providers(part, lambda provider, part=part: provider.is_tokenwise(part))
+        if not known and f"{kind.__module__}.{kind.__qualname__}" != CHECKPOINT_WRAPPER:
+            return f"{kind.__name__} is an unknown module: take SharedExpert, or nn.Sequential of nn.Linear and others"
         if isinstance(part, nn.Dropout) and part.training and part.p:
             return f"{part} draws random numbers in training: set its p to 0"
     return None

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch, _pytree
 
-from mixture_of_experts.support import private_peft
+from mixture_of_experts.providers import ask_providers, load_bundled_providers
 from mixture_of_experts.support.attachments import HOOK_TABLES
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -69,6 +69,9 @@ def assume_constant_result(function: FunctionT) -> FunctionT:
     """`torch.compiler.assume_constant_result` without the import of torch's compiler, which takes a second."""
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
+
+
+assume_constant_result(load_bundled_providers)  # a traced graph cannot import modules
 
 
 def unsafe_view(x: Tensor, shape: Any) -> Tensor:
@@ -185,13 +188,15 @@ WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def get_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module that computes inside a wrapper of torch or PEFT; None if the module is not a wrapper."""
+    """The module that computes inside a wrapper of torch or of a library with a provider; None if the module is not a
+    wrapper."""
     children: Any = module._modules
+    if not children:
+        return None
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return children["module"]
-    if (inner := private_peft.get_peft_wrapped_module(module)) is not None:
-        return inner
-    return next((child for name in WRAPPER_ATTRIBUTES if (child := children.get(name)) is not None), None)
+    inner = next((child for name in WRAPPER_ATTRIBUTES if (child := children.get(name)) is not None), None)
+    return ask_providers(module, lambda provider: provider.get_wrapped_module(module)) if inner is None else inner
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:

@@ -39,8 +39,8 @@ def verify(
     """Measure which properties a mixture layer has. The module itself does not run, only copies of it.
 
     Only `module` is required. Properties that need an argument are skipped without it. For `MoE` and `HeirarchicalMoE`
-    all arguments are inferred, and for blocks that contain one gate of this package, or a router of transformers, the
-    router is.
+    all arguments are inferred, and for blocks that contain one gate of this package, or a router of another
+    library, the router is.
 
     Args:
         module: maps `(b, n, d)` to the same shape, or to a tuple that begins with it. Use a small one, because the

@@ -28,10 +28,12 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
 def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield properties that one router may not have, with the reason."""
     gate = site.gate
-    if site.block is not None:
-        yield ("router_bfloat16", "router_autocast"), "routers of transformers compute in the dtype of their weights"
+    if site.external is not None:
+        yield ("router_bfloat16", "router_autocast"), "the router computes in the dtype of its weights"
     factors = [getattr(gate, f"capacity_factor_{mode}", None) for mode in ("train", "eval")]
-    if any(factor is not None for factor in factors) or (site.block is not None and site.block.capacity is not None):
+    if any(factor is not None for factor in factors) or (
+        site.external is not None and site.external.capacity is not None
+    ):
         yield ("causal", "decoding"), "a capacity drops choices, depending on the other tokens of a group"
     if isinstance(gate, ExpertChoiceGating):
         yield ("causal", "decoding"), "in expert choice all tokens of a group compete, later ones too"

@@ -41,7 +41,7 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
     Raises:
         ValueError: `model` has no gate.
-        TypeError: a gate is not part of such a layer, because it is a router of `transformers` or a standalone gate.
+        TypeError: a gate is not part of such a layer, because it is a router of another library or a standalone gate.
         RuntimeError: in a forward whose losses would be wrong: a layer is called without going through `model`, or a
             layer runs under reentrant checkpointing. For checkpointing implementations other than torch's, the error is
             raised in the backward.
@@ -69,11 +69,8 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
 def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
     """The reason why the auxiliary loss of a router cannot be collected; None if it can."""
-    if router.is_external:
-        return (
-            "its block returns no auxiliary loss. Call the model with output_router_logits=True and its own loss has "
-            "one, or convert the block with from_transformers"
-        )
+    if router.external is not None:
+        return f"its block returns no auxiliary loss: {router.external.aux_loss_remedy}"
     alone = all(location.layer is None for location in router.locations)
     return "it stands in no MoE layer, so its caller has its losses" if alone else None
 

@@ -1,7 +1,7 @@
 """Updates the expert bias of every gate in a model once per optimizer step.
 
 A rule (`gating/bias_rules.py`) defines what is counted and how the counts move the bias. Gates of this package do their
-own counting. In blocks of `transformers`, hooks count what the router returns. `transformers` is not imported.
+own counting. For routers of other libraries, hooks count what the router returns.
 
 Axes: t tokens, k choices of a token, e experts.
 """
@@ -21,14 +21,13 @@ from mixture_of_experts.gating.bias_rules import (
     ForwardChoices,
     RuleName,
     check_rule,
-    check_scores,
     step_of,
 )
 from mixture_of_experts.gating.expert_bias import RANK_LOCAL_BUFFERS, count_in_backward
 from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
-from mixture_of_experts.whole_model.block_settings import read_router_output
+from mixture_of_experts.whole_model.external_routers import read_router_output, replace_result
 from mixture_of_experts.whole_model.model_tokens import TokenWatch
 from mixture_of_experts.whole_model.optimizer_step import OptimizerStepHook, find_updatable_routers, step_factor
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle
@@ -45,12 +44,12 @@ def balance_experts(
 ) -> ExpertBalancing:
     """Update the expert bias of every gate in `model` after each step of `optimizer`.
 
-    This covers every `TopKGating(expert_bias=True)` and the blocks of `transformers` that have such a bias
-    (DeepSeek-V3, GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...), where padding is identified by the attention mask. A step
+    This covers every `TopKGating(expert_bias=True)` and the routers of other libraries with such a bias (DeepSeek-V3,
+    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...), where padding is identified by the attention mask. A step
     uses the choices of all real tokens, before capacity is applied, from the training forwards whose backward ran since
     the last step. So all micro-batches count, and each exactly once, also under activation checkpointing. A step that a
     gradient scaler skips moves nothing; its choices count in the next one. The bias is in the state dict, and there is
-    no other state to save after a step. A warning is issued for PEFT adapters whose files will lack the bias, and for
+    no other state to save after a step. A warning is issued for adapters whose files will lack the bias, and for
     an optimizer that was constructed before the layers.
 
     Args:
@@ -72,10 +71,11 @@ def balance_experts(
         An object whose `close()` stops the balancing. It is also a context manager.
 
     Raises:
-        TypeError: a gate of `gates` has no expert bias.
+        TypeError: a gate of `gates` has no expert bias, or a router of another library has one, but does not return
+            its choices and their weights.
         ValueError: no gate has an expert bias; an argument is invalid; or "quantile" does not support a gate, because
             it chooses experts in groups, by a function or by token ids, makes fewer than k choices for some tokens, or
-            is a router of `transformers`.
+            is a router of another library.
 
     Example:
         >>> import torch
@@ -106,7 +106,7 @@ def balance_experts(
             router.enclosing_model: TokenWatch(router.enclosing_model) for router in routers if router.is_external
         }
         balancing.bias_updaters = [
-            BlockBiasUpdater(router, rule, token_watches[router.enclosing_model], hooks)
+            ExternalBiasUpdater(router, rule, token_watches[router.enclosing_model], hooks)
             if router.is_external
             else GateBiasUpdater(router.gate, rule, hooks)
             for router in routers
@@ -127,7 +127,7 @@ class ExpertBalancing(OptimizerStepHook):
     """
 
     rule: BiasRule
-    bias_updaters: list[GateBiasUpdater | BlockBiasUpdater]
+    bias_updaters: list[GateBiasUpdater | ExternalBiasUpdater]
 
     @property
     def rate(self) -> float:
@@ -180,24 +180,22 @@ def find_rank_local_buffers(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANK_LOCAL_BUFFERS}
 
 
-# Blocks of transformers
+# Routers of other libraries
 
 
-class BlockBiasUpdater:
-    """Updates the bias of a block of `transformers`. A hook on its router counts until `hooks` are closed. If a block
-    has several, all of them count, and only the newest moves the bias."""
+class ExternalBiasUpdater:
+    """Updates the bias of a router of another library. A hook on the router counts until `hooks` are closed. If a
+    router has several, all of them count, and only the newest moves the bias."""
 
     def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:
-        self.block: Any = router.block
-        if rule.reads_scores:
-            settings = self.block.gate_arguments()  # of the gate that a conversion would create
-            select, num_groups = settings.get("select", "score"), settings.get("num_groups")
-            check_scores(rule, repr(router.name), settings["k"], router.num_experts, select, num_groups)
-            raise ValueError(
-                f"{rule!r} reads scores, which the router {router.name!r} of transformers does not return: balance "
-                f"it by "
-                "rule='sign', or convert its block by from_transformers"
+        self.router = router
+        self.external: Any = router.external
+        if missing := {"weights", "experts"}.difference(self.external.returns):
+            raise TypeError(
+                f"balance_experts cannot serve {router.name!r} ({router.class_name}): it does not return "
+                f"{' and '.join(sorted(missing))}, so its choices cannot be counted: {self.external.remedy}"
             )
+        self.external.check_rule(rule, router.name)
         self.hook_target: nn.Module = router.hook_target
         self.rule = rule
         self.token_watch = token_watch
@@ -215,7 +213,7 @@ class BlockBiasUpdater:
     @property
     def bias(self) -> Any:
         """The bias; moving the model replaces this tensor."""
-        return self.block.expert_bias
+        return self.external.expert_bias
 
     @property
     def flat_bias(self) -> Tensor:
@@ -230,14 +228,16 @@ class BlockBiasUpdater:
 
     @property
     def is_active(self) -> bool:
-        """Whether this is the newest updater of its block."""
+        """Whether this is the newest updater of its router."""
         hooks = self.hook_target._forward_hooks.values()
-        counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBiasUpdater)]
+        counting = [
+            owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), ExternalBiasUpdater)
+        ]
         return counting[-1] is self
 
     def update_bias(self, counts: Tensor, rate: float) -> None:
         if self.is_active:
-            step = step_of(self.rule, counts, self.flat_bias, self.block.k, rate)
+            step = step_of(self.rule, counts, self.flat_bias, self.external.k, rate)
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:
@@ -245,7 +245,7 @@ class BlockBiasUpdater:
         weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
-        _, weight, expert = read_router_output(self.block, output)
+        _, weight, expert = read_router_output(self.router, output)
         real, mask = (
             ~weight.isnan().any(dim=-1),
             self.token_watch.current_tokens().mask,
@@ -255,6 +255,5 @@ class BlockBiasUpdater:
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(chosen, expert, 0).to(torch.int64)
         counts = self.rule.count(ForwardChoices(expert, chosen, None, real, self.flat_bias))
-        place = self.block.recipe.returns.index("weights")
-        counted = count_in_backward(output[place], counts, self.counts)
-        return (*output[:place], counted, *output[place + 1 :])
+        weight = output[self.external.returns.index("weights")]
+        return replace_result(self.router, output, "weights", count_in_backward(weight, counts, self.counts))

@@ -13,7 +13,7 @@ from mixture_of_experts.gating import TokenChoiceGate, get_side_inputs
 from mixture_of_experts.gating.overrides import FORCED, Forced, forced_experts
 from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_choice
-from mixture_of_experts.whole_model.block_settings import BlockSettings, read_router_output
+from mixture_of_experts.whole_model.external_routers import read_router_output, replace_result
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
 
@@ -23,8 +23,8 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
     The time and memory of a layer then depend only on shapes. Every real token makes all k choices, of different
     experts (with `ReLUGating`, only those with positive logits count). The gate computes the weights from the scores of
-    the forced experts, with gradients. In a block of `transformers` the forced experts get the weights of the router's
-    own choices, and padding is routed too.
+    the forced experts, with gradients. In a router of another library the forced experts get the weights of the
+    router's own choices, and padding is routed too.
 
     Args:
         model: a model whose gates accept `given_experts`. For a single gate, set its attribute `forced` instead.
@@ -35,8 +35,8 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
     Raises:
         ValueError: `how` has another value, or the model has no gate.
-        TypeError: a gate cannot be forced: it does not accept `given_experts`, or it is a router of `transformers` that
-            returns no experts. During a forward: such a router returns something other than its recipe describes.
+        TypeError: a gate cannot be forced: it does not accept `given_experts`, or it is a router of another library
+            that returns no experts. During a forward: such a router does not return what its provider describes.
 
     Example:
         >>> import torch
@@ -51,8 +51,8 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
     routers = check_supported(find_routers(model, "force_routing", gates), "force_routing", forcing_unsupported_reason)
     with Attachments() as attached:
         for router in routers:
-            if router.block is not None:
-                attached.add_forward_hook(router.hook_target, partial(replace_router_choices, router.block, how))
+            if router.is_external:
+                attached.add_forward_hook(router.hook_target, partial(replace_router_choices, router, how))
             else:
                 attached.set_attribute(router.gate, "forced", how)
         yield
@@ -60,9 +60,9 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
 def forcing_unsupported_reason(router: RouterHandle) -> str | None:
     """The reason why a router cannot be forced; None if it can."""
-    if router.block is not None:
-        returns = "experts" in router.block.recipe.returns
-        return None if returns else "it does not return the experts of tokens: convert its block"
+    if (external := router.external) is not None:
+        returns = "experts" in external.returns
+        return None if returns else f"it does not return the experts of tokens: {external.remedy}"
     if not isinstance(router.gate, TokenChoiceGate):
         return "tokens make no choices there"
     if "given_experts" not in get_side_inputs(router.gate):
@@ -74,9 +74,8 @@ def forcing_unsupported_reason(router: RouterHandle) -> str | None:
     return None
 
 
-def replace_router_choices(block: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
-    """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
-    logits, _, expert = read_router_output(block, output)
+def replace_router_choices(router: RouterHandle, how: Forced, gate: nn.Module, args: object, output: Any) -> Any:
+    """Forward hook of a router of another library: replaces the experts `(t, k)` that it returns."""
+    logits, _, expert = read_router_output(router, output)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
-    position = block.recipe.returns.index("experts")
-    return tuple(forced.to(part.dtype) if i == position else part for i, part in enumerate(output))
+    return replace_result(router, output, "experts", forced.to(expert.dtype))

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.losses import global_sum, world_size
+from mixture_of_experts.providers import find_providers
 from mixture_of_experts.support.checks import check_process_group
-from mixture_of_experts.support.private_peft import find_tensors_not_saved
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
 
@@ -39,12 +39,9 @@ class OptimizerStepHook(ExitStack):
 
     def start(self, model: nn.Module, buffers: Mapping[str, Any]) -> None:
         """Start updating; `buffers` are the updated tensors, by the names of their gates."""
-        if unsaved := find_tensors_not_saved(model, buffers):
-            warnings.warn(
-                f"the model has adapters, and their files lack what moves in {', '.join(unsaved)}: name the gate in "
-                "LoraConfig(modules_to_save=['gate']), or merge the adapters in the end and save the whole model",
-                stacklevel=3,
-            )
+        for provider in dict.fromkeys(each for module in model.modules() for each in find_providers(module)):
+            if (reason := provider.unsaved_reason(model, buffers)) is not None:
+                warnings.warn(reason, stacklevel=3)
         self.gates = tuple(buffers)
         self._model: nn.Module | None = model
         self.callback(self._optimizer.register_step_post_hook(self._post_step_hook).remove)

@@ -1,7 +1,7 @@
-"""Finds the routers of a model: gates of this package and routers of `transformers`.
+"""Finds the routers of a model: gates of this package, and routers of other libraries that providers describe.
 
 All features that act on whole models find their routers here. Modules are found inside wrappers too: `torch.compile`,
-checkpoint wrappers, PEFT, DDP, FSDP2, parametrizations. `transformers` is not imported.
+checkpoint wrappers, adapters, DDP, FSDP2, parametrizations.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
-from mixture_of_experts.recipes import BLOCK_ATTRIBUTES
+from mixture_of_experts.providers import ExternalRouter, ask_providers
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute, find_recipe
 from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 
 GateSelection = Iterable["str | nn.Module"]  # names of routers; gates or layers
@@ -28,12 +27,12 @@ class RouterLocation(NamedTuple):
     """A location of a gate in a model."""
 
     name: str  # its path, without wrappers
-    layer: nn.Module | None = None  # the layer, or transformers block, that calls it; None for a standalone gate
+    layer: nn.Module | None = None  # the layer, or external block, that calls it; None for a standalone gate
 
 
 @dataclass(frozen=True, eq=False)
 class RouterHandle:
-    """A gate of a model, or a router of `transformers`. A gate that two layers share has one handle with two
+    """A gate of a model, or a router of another library. A gate that two layers share has one handle with two
     locations."""
 
     gate: nn.Module  #: the routing module, without wrappers
@@ -41,11 +40,11 @@ class RouterHandle:
         nn.Module
     )  #: the outermost wrapper, or the gate itself: a hook on it runs once for each call of a layer
     num_experts: int
-    enclosing_model: nn.Module  #: the innermost model of transformers that reads a mask, else the model
+    enclosing_model: nn.Module  #: the model whose arguments describe the tokens
     locations: tuple[RouterLocation, ...]
     outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
     level_one: RouterHandle | None = None  #: for level two: the router of level one
-    block: BlockSettings | None = field(default=None, repr=False)  #: settings of the transformers block it routes for
+    external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it is of another library
 
     @property
     def name(self) -> str:
@@ -57,8 +56,8 @@ class RouterHandle:
 
     @property
     def is_external(self) -> bool:
-        """Whether it is a router of `transformers` rather than a gate of this package."""
-        return self.block is not None
+        """Whether it is a router of another library rather than a gate of this package."""
+        return self.external is not None
 
     @property
     def class_name(self) -> str:
@@ -68,17 +67,17 @@ class RouterHandle:
     @property
     def k(self) -> int | None:
         """The number of choices per token; None if it is unknown."""
-        k = find_attribute(self.gate, "k") if self.block is None else self.block.k
+        k = getattr(self.gate if self.external is None else self.external, "k", None)
         return k if isinstance(k, int) else None
 
     @property
     def expert_bias(self) -> Tensor | None:
         """The expert bias, if it affects the choice of experts and is updated from counts of choices; None
         otherwise."""
-        if self.block is not None:
-            return self.block.expert_bias
-        counts = find_attribute(self.gate, "expert_counts") is not None
-        return find_attribute(self.gate, "expert_bias") if counts else None
+        if self.external is not None:
+            return self.external.expert_bias
+        counts = getattr(self.gate, "expert_counts", None) is not None
+        return getattr(self.gate, "expert_bias", None) if counts else None
 
     @property
     def device(self) -> torch.device:
@@ -202,10 +201,8 @@ def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) ->
         )
     elif isinstance(module, MoE):
         yield entry.make_handle("gate", module.num_experts, entry.outermost)
-    elif (recipe := find_recipe(module)) is not None:
-        block = BlockSettings(module, recipe)
-        path = next(name for name in BLOCK_ATTRIBUTES["router"] if isinstance(find_attribute(module, name), nn.Module))
-        yield entry.make_handle(path, block.num_logits, module, block=block)
+    elif (external := ask_providers(module, lambda each: each.find_router(module))) is not None:
+        yield entry.make_handle(external.path, external.num_experts, module, external=external)
     elif isinstance(module, Gate) and module not in found:
         yield entry.make_handle("", module.num_experts, None, outer_expert_dims=module.outer_expert_dims)
 

@@ -23,8 +23,9 @@ from support.transformers_blocks import (
 )
 from torch import Tensor, nn
 
-from mixture_of_experts import GatedExperts, MoE, TopKGating, recipes
+from mixture_of_experts import GatedExperts, MoE, TopKGating
 from mixture_of_experts.huggingface import from_transformers, to_transformers
+from mixture_of_experts.huggingface.blocks.block_classes import RECIPES_BY_BLOCK
 
 SLOW_EXPERTS = {"SwitchTransformersSparseMLP"}  # a list of networks
 MODELS: dict[str, dict[str, Any]] = {
@@ -105,7 +106,7 @@ def test_every_block_is_tracked(name):
     is_tracked(name)
 
 
-@pytest.mark.parametrize("name", sorted(recipes.RECIPES_BY_BLOCK))
+@pytest.mark.parametrize("name", sorted(RECIPES_BY_BLOCK))
 def test_backend_supports_every_experts_interface(name):
     experts = make_block(name)
     if name in {"DbrxFFN", "JetMoeMoE", "Llama4TextMoe", "LongcatFlashMoE", "Step3p7SparseMoeBlock"} | SLOW_EXPERTS:
@@ -116,8 +117,8 @@ def test_backend_supports_every_experts_interface(name):
 
 def test_the_table_names_the_blocks_there_are():
     """Those that a later version adds are found, and those that it takes away."""
-    assert set(recipes.RECIPES_BY_BLOCK) | set(EXCLUDED_BLOCKS) == set(BLOCKS)
-    assert not set(recipes.RECIPES_BY_BLOCK) & set(EXCLUDED_BLOCKS)
+    assert set(RECIPES_BY_BLOCK) | set(EXCLUDED_BLOCKS) == set(BLOCKS)
+    assert not set(RECIPES_BY_BLOCK) & set(EXCLUDED_BLOCKS)
 
 
 def test_the_page_shows_the_exceptions():

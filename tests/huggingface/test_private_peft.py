@@ -13,7 +13,7 @@ from support.transformers_families import build_model as build_family
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface import from_transformers
-from mixture_of_experts.support import private_peft as private
+from mixture_of_experts.huggingface import private_peft as private
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
 E, DIM, HIDDEN = 3, 5, 7
@@ -53,12 +53,12 @@ def test_saved_module_computes_in_one_copy():
     gate = model.base_model.model.gate
     assert isinstance(gate, ModulesToSaveWrapper)
     assert private.is_peft_wrapper(gate)
-    copies = [copy for copy, _ in private.list_children(gate)]
+    copies = [copy for copy, _ in private.list_copies(gate) or ()]
     assert copies == [gate.original_module, gate.modules_to_save["default"]]
     assert private.get_peft_wrapped_module(gate) is copies[1]
     with model.disable_adapter():
         assert private.get_peft_wrapped_module(gate) is copies[0]
-        assert private.list_children(gate) == [(copies[0], True), (copies[1], False)]
+        assert private.list_copies(gate) == [(copies[0], True), (copies[1], False)]
     model.base_model.set_adapter("other")  # which has no copy
     x = torch.randn(E, 2, DIM)
     computing = private.get_peft_wrapped_module(gate)

@@ -19,6 +19,7 @@ from mixture_of_experts.huggingface.__main__ import main
 from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 from mixture_of_experts.huggingface.private_transformers import convert_to_saved
 from mixture_of_experts.huggingface.saving import folders
+from mixture_of_experts.huggingface.saving.converting import quantize_folder
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
 from .test_block_conversion import MODELS, build_model
@@ -100,7 +101,7 @@ def test_weights_keep_the_dtypes_of_their_files(tmp_path):
     for layer in find_feed_forwards(model):
         layer.moe.gate.float()
     model.save_pretrained(tmp_path / "in")
-    folders.quantize_folder(tmp_path / "in", tmp_path / "out", bits=8)
+    quantize_folder(tmp_path / "in", tmp_path / "out", bits=8)
     wanted, found = (folders.read_weights(tmp_path / name) for name in ("in", "out"))
     same = [name for name in wanted if ".experts." not in name]
     assert {wanted[name].dtype for name in same} == {torch.float32, torch.bfloat16}

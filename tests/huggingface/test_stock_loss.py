@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from mixture_of_experts.huggingface import aux_loss, from_pretrained, from_transformers, prune, to_transformers
 from mixture_of_experts.huggingface.__main__ import main
+from mixture_of_experts.huggingface.blocks.block_settings import BlockSettings, find_attribute, find_recipe
 from mixture_of_experts.huggingface.feed_forward import find_feed_forwards
 from mixture_of_experts.huggingface.router_config import INITIAL_COEF_KEY
 from mixture_of_experts.stats import track_routing
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute, find_recipe
 
 #: all with a loss of their own whose model is made by the rules
 WITH_LOSS = (

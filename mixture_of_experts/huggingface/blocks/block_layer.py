@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import HashGating, RouterLogits, TopKGating
 from mixture_of_experts.gating.steps import LearnedScale
+from mixture_of_experts.huggingface.blocks.block_classes import BLOCK_ATTRIBUTES
+from mixture_of_experts.huggingface.blocks.block_settings import BlockSettings, find_attribute
 from mixture_of_experts.huggingface.feed_forward import get_named_tensors
 from mixture_of_experts.huggingface.replacement.dense_ffn import read_activation, split_gate_up
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
-from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, Recipe
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find_attribute
 from mixture_of_experts.wrappers import (
     GatedSharedExpert,
     InputWeightedExperts,
@@ -42,7 +42,7 @@ class ParsedBlock(BlockSettings):
             unchanged. Other weights are on the meta device.
     """
 
-    def __init__(self, block: nn.Module, recipe: Recipe, balance_over: Any = "batch", **coefs: Any) -> None:
+    def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:
         super().__init__(block, recipe)
         self.experts: Any = self.read_attribute("experts")
         with torch.device("meta"):  # copied weights need no initialization
@@ -54,7 +54,7 @@ class ParsedBlock(BlockSettings):
     # the layer
 
     def make_gate(self, balance_over: Any) -> Any:
-        e, settings, kind = self.num_experts, self.gate_arguments(), self.recipe.gate_class
+        e, settings, kind = self.num_weighted_experts, self.gate_arguments(), self.recipe.gate_class
         if self.recipe.logits is not None:
             settings["logits"] = RouterLogits(self.dim, e, **self.logits_arguments())
         if self.has_router_network:
@@ -90,7 +90,7 @@ class ParsedBlock(BlockSettings):
             return act if not one.dropout.p else nn.Sequential(act, copy.deepcopy(one.dropout))
         if alpha is not None:
             return ClampedSwiGLU(alpha, limit)
-        activation_path = self.recipe.block_attributes.get("activation", "experts.act_fn")
+        activation_path = self.expert_attributes.get("activation", "experts.act_fn")
         act = find_attribute(self.module, activation_path, "experts.mlp.activation_fn")
         act = nn.SiLU() if act is None else read_activation(act)
         if limit is not None:
@@ -190,7 +190,7 @@ class ParsedBlock(BlockSettings):
         return bool(getattr(self.experts, "is_transposed", self.recipe.apply_router_weight_on_input))
 
     def get_stacked_weights(self) -> dict[str, WeightViews]:
-        experts, keeps = self.experts, self.recipe.block_attributes
+        experts, keeps = self.experts, self.expert_attributes
         gate_up = find_attribute(self.module, keeps.get("gate_up", "experts.gate_up_proj"))
         first = experts.up_proj if gate_up is None else gate_up
         down = find_attribute(self.module, keeps.get("down", "experts.down_proj"))

@@ -1,6 +1,6 @@
 """Converts sparse blocks of `transformers` to `MoE` layers and back: the same weights in a different layout.
 
-A block's recipe in `recipes.MODELS`, and its attributes listed in `recipes.BLOCK_ATTRIBUTES`, define what it computes.
+A block's recipe in `recipes.MODELS`, and its attributes listed in `block_classes.py`, define what it computes.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.huggingface.blocks.block_classes import BLOCK_ATTRIBUTES, RECIPES_BY_BLOCK
 from mixture_of_experts.huggingface.blocks.block_layer import ParsedBlock, WeightViews
+from mixture_of_experts.huggingface.blocks.block_settings import find_attribute, find_recipe
 from mixture_of_experts.huggingface.feed_forward import get_named_tensors
+from mixture_of_experts.huggingface.private_peft import is_peft_wrapper
 from mixture_of_experts.huggingface.replacement.dense_ffn import check_not_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, RECIPES_BY_BLOCK
-from mixture_of_experts.support.private_peft import is_peft_wrapper
-from mixture_of_experts.whole_model.block_settings import find_attribute, find_recipe
 from mixture_of_experts.wrappers import list_nested_experts
 
 EXPERT_COUNTS_KEY = "gate.expert_counts"  # no block has it
@@ -109,9 +109,8 @@ def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> P
     name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(
-            f"a {name} is not known: recipes.RECIPES_BY_BLOCK has the {len(RECIPES_BY_BLOCK)} known classes, such as "
-            f"DeepseekV3MoE, "
-            "GptOssMLP and MixtralSparseMoeBlock"
+            f"a {name} is not known: huggingface.blocks.block_classes has the {len(RECIPES_BY_BLOCK)} known classes, "
+            "such as DeepseekV3MoE, GptOssMLP and MixtralSparseMoeBlock"
         )
     check_not_offloaded(block, f"a {name}")
     if any(is_peft_wrapper(module) for module in block.modules()):

@@ -3,8 +3,9 @@ directions."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from transformers import PreTrainedModel
 
 from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.overrides import STATE
+from mixture_of_experts.huggingface.blocks.block_classes import BLOCK_ATTRIBUTES
+from mixture_of_experts.huggingface.blocks.block_settings import find_attribute, find_recipe
 from mixture_of_experts.huggingface.blocks.convert import (
     check_same_computation,
     convert_to_layer,
@@ -43,9 +46,7 @@ from mixture_of_experts.huggingface.router_config import override_router_coef, r
 from mixture_of_experts.huggingface.saving.configuration import remove_layers_from_config
 from mixture_of_experts.huggingface.saving.engine_folders import save_as_own_class, save_for_engines
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.recipes import BLOCK_ATTRIBUTES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.whole_model.block_settings import find_attribute, find_recipe
 
 LOSS_ARGUMENTS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 
@@ -55,9 +56,9 @@ def from_transformers(
 ) -> Any:
     """Convert a sparse block of `transformers` to a `MoE` that computes the same, or convert all blocks of a model.
 
-    `recipes.MODELS` lists the known blocks; docs/published_mixtures.md has a table of them, and lists what is not
-    supported. If a layer itself holds router and experts (Gemma 4), the `MoE` computes the part between the layer's
-    feed-forward input and the addition of both networks.
+    docs/published_mixtures.md has a table of the known blocks, and lists what is not supported. If a layer itself holds
+    router and experts (Gemma 4), the `MoE` computes the part between the layer's feed-forward input and the addition of
+    both networks.
 
     If a model is passed, each of its sparse blocks is replaced by a layer in place, one at a time, and the model is
     returned. It trains as before: the model adds its own auxiliary loss to its loss if `output_router_logits` is set,
@@ -157,7 +158,7 @@ def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
         f"{type(model).__name__} cannot be changed as a whole: {kind} at {name} {why}. Convert known blocks, which "
-        "recipes.RECIPES_BY_BLOCK has, one by one"
+        "huggingface.blocks.block_classes has, one by one"
     )
 
 
@@ -196,17 +197,9 @@ def find_router_path(block: nn.Module) -> str:
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
     """Replace a model's layers by stock blocks, and remove everything that `from_transformers` added."""
-    layers = find_layers(model)
-    others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
-    if not layers or others:
-        why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
-        raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
-    stock = make_meta_stock_model(model)
-    for name, layer in layers.items():
-        check_not_offloaded(layer, name)
-        check_same_computation(layer.moe, stock.get_submodule(name))
-    for name, layer in layers.items():
-        block = stock.get_submodule(name)
+    plan = plan_stock_model(model)
+    for name, layer in plan.layers.items():
+        block = plan.stock_model.get_submodule(name)
         copy_to_block(layer.moe, materialize_block(block, layer.moe))
         replace_module(model, layer, block.train(layer.training))
     remove_model_watches(model)
@@ -216,6 +209,52 @@ def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
         save_stock_names(module)
     save_for_engines(model, model.config.name_or_path or "")
     return model
+
+
+class StockPlan(NamedTuple):
+    """The stock model of a model that `from_transformers` changed, on the meta device, and the layers that become
+    blocks, by path."""
+
+    stock_model: Any
+    layers: Mapping[str, Any]
+
+    def convert_layer(self, path: str) -> dict[str, Tensor]:
+        """The weights of the block that is equivalent to a layer, by their names in the stock model."""
+        return copy_to_block_state(self.layers[path].moe, self.stock_model, path)
+
+
+def plan_stock_model(model: PreTrainedModel) -> StockPlan:
+    """The stock model that a model can become; ValueError if there is none. No weights are read."""
+    layers = find_layers(model)
+    others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
+    if not layers or others:
+        why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
+        raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
+    stock = make_meta_stock_model(model)
+    for name, layer in layers.items():
+        check_not_offloaded(layer, name)
+        check_same_computation(layer.moe, stock.get_submodule(name))
+    return StockPlan(stock, layers)
+
+
+def plan_stock_export(model: PreTrainedModel) -> StockPlan:
+    """`plan_stock_model` for a stock model that is saved in place of the model, with a configuration of its own."""
+    plan = plan_stock_model(model)
+    stock = plan.stock_model
+    stock.config = copy.deepcopy(model.config)
+    remove_layers_from_config(stock.config)
+    restore_router_config(stock)
+    return plan
+
+
+@torch.inference_mode(False)  # as in `restore_stock_blocks`
+def copy_to_block_state(moe: MoE, stock_model: Any, path: str) -> dict[str, Tensor]:
+    """The weights of a layer by the names of the equivalent block in a stock model, which stays on the meta device."""
+    block = stock_model.get_submodule(path)
+    copy_to_block(moe, materialize_block(block, moe))
+    state = block.state_dict(prefix=f"{path}.")
+    block.to("meta")
+    return state
 
 
 def make_meta_stock_model(model: PreTrainedModel) -> Any:

@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 
 from mixture_of_experts.experts import StackedExperts
+from mixture_of_experts.huggingface.private_peft import find_missed_targets
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.checks import ModelT, check_model
-from mixture_of_experts.support.private_peft import find_missed_targets
 from mixture_of_experts.support.private_torch import get_original_class
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import find_layers
-from mixture_of_experts.support.private_peft import find_renamed_weights
+from mixture_of_experts.huggingface.private_peft import find_renamed_weights
 
 
 def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:

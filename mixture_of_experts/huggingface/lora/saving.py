@@ -19,14 +19,14 @@ from torch.nn.functional import pad
 from mixture_of_experts.experts import StackedExperts
 from mixture_of_experts.huggingface.blocks.model_conversion import find_sparse_blocks, replace_blocks
 from mixture_of_experts.huggingface.feed_forward import find_layers
-from mixture_of_experts.huggingface.private_transformers import map_to_published_names
-from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
-from mixture_of_experts.support.private_peft import (
+from mixture_of_experts.huggingface.private_peft import (
     find_missed_targets,
     find_renamed_weights,
     strip_wrappers,
     write_stack_factors,
 )
+from mixture_of_experts.huggingface.private_transformers import map_to_published_names
+from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 
 if TYPE_CHECKING:
     from mixture_of_experts.huggingface.lora.stock_adapter import LowRankUpdate, StockAdapter

@@ -25,9 +25,9 @@ from mixture_of_experts.huggingface.feed_forward import (
     find_layers,
     get_named_tensors,
 )
+from mixture_of_experts.huggingface.private_peft import is_plain_lora, read_stack_factors, strip_wrappers
 from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 from mixture_of_experts.huggingface.saving.exporting import plan_export
-from mixture_of_experts.support.private_peft import is_plain_lora, read_stack_factors, strip_wrappers
 
 LowRankUpdate = tuple[Tensor, Tensor]  # what is added to a weight is the product of both; of linear layers (B, A)
 

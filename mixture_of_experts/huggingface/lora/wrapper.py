@@ -15,9 +15,9 @@ from torch import Tensor
 from mixture_of_experts.dispatch.assignments import Assignments
 from mixture_of_experts.huggingface.lora.adapted_network import AdaptedNetwork, LowRankWeight
 from mixture_of_experts.huggingface.lora.implementations import LORA_IMPLEMENTATIONS
+from mixture_of_experts.huggingface.private_peft import read_stack_factors
 from mixture_of_experts.ops import Network, routed_ffn
 from mixture_of_experts.quantize import QuantizedExperts
-from mixture_of_experts.support.private_peft import read_stack_factors
 
 LowRankFactors = tuple[Tensor, Tensor]  # down `(e, p, k)` and up `(e, k, q)`, whose product is added to a weight
 NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`

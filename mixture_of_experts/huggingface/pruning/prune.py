@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -79,7 +79,19 @@ def prune(
         >>> len(prune(moe, 2, calibration=[torch.randn(2, 16, 8)])["gate"])
         2
     """
-    check_model("model", model)
+    kept, configure = plan_pruning(check_model("model", model), keep, by, calibration, gates)
+    for router, ids in kept.items():
+        if len(ids) < router.num_experts:
+            slice_experts(router, ids)
+    configure()
+    return {router.name: ids for router, ids in kept.items()}
+
+
+def plan_pruning(
+    model: nn.Module, keep: int | None, by: Any, calibration: Any = None, gates: GateSelection | None = None
+) -> tuple[dict[RouterHandle, list[int]], Callable[[], None]]:
+    """The ids that each router keeps, after all checks, and a function that updates the model's configuration, to be
+    called after experts are removed. The model is not changed. Arguments and errors are those of `prune`."""
     if isinstance(by, Mapping):
         if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
             raise ValueError("by has names of gates, which tell all: leave gates and calibration out")
@@ -97,18 +109,17 @@ def prune(
     else:
         scores_or_ids = measure_scores(model, routers, by, calibration)
     kept = {router: select_expert_ids(router, scores_or_ids[router], keep) for router in routers}
-    smaller = {router: ids for router, ids in kept.items() if len(ids) < router.num_experts}
+    smaller = {get_layer(router): len(ids) for router, ids in kept.items() if len(ids) < router.num_experts}
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    names, old, new = find_num_experts_settings(
-        models, {get_layer(router): len(ids) for router, ids in smaller.items()}
-    )
-    for router, ids in smaller.items():
-        slice_experts(router, ids)
-    if smaller and models and find_feed_forwards(models[0]):
-        store_layers_in_config(models[0])
-        for holder in (*models, models[0].config.get_text_config()):
-            vars(holder).update({name: new for name in names if vars(holder).get(name) == old})
-    return {router.name: ids for router, ids in kept.items()}
+    names, old, new = find_num_experts_settings(models, smaller)
+
+    def configure() -> None:
+        if smaller and models and find_feed_forwards(models[0]):
+            store_layers_in_config(models[0])
+            for holder in (*models, models[0].config.get_text_config()):
+                vars(holder).update({name: new for name in names if vars(holder).get(name) == old})
+
+    return kept, configure
 
 
 def expert_scores(

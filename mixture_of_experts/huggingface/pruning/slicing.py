@@ -16,8 +16,8 @@ from mixture_of_experts.experts import ExpertList, Experts, GatedExperts
 from mixture_of_experts.gating import NoisyTopKGating, RouterLogits
 from mixture_of_experts.gating.steps import STEPS, LearnedScale, NormalizeBy
 from mixture_of_experts.huggingface.feed_forward import get_named_tensors
+from mixture_of_experts.huggingface.private_peft import is_peft_wrapper
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.support.private_peft import is_peft_wrapper
 from mixture_of_experts.support.private_torch import get_original_class, is_wrapper_subclass, unwrap_module
 from mixture_of_experts.support.subclassing import is_unchanged
 from mixture_of_experts.whole_model.router_discovery import RouterHandle

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mixture_of_experts.huggingface.private_peft import is_peft_wrapper
 from mixture_of_experts.huggingface.private_transformers import is_offloaded, is_packed_gguf
 from mixture_of_experts.ops.activations import make_activation
-from mixture_of_experts.support.private_peft import is_peft_wrapper
 from mixture_of_experts.support.private_torch import get_wrapped_module
 
 GateUpOrder = Literal["gate_up", "up_gate", "interleaved"]

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from mixture_of_experts.huggingface.model_arguments import ArgumentsReader
 from mixture_of_experts.huggingface.replacement.dense_ffn import Adapter
 from mixture_of_experts.huggingface.replacement.network_search import UnsupportedNetwork
-from mixture_of_experts.whole_model.model_tokens import TokenMetadata, TokensReader
+from mixture_of_experts.providers import TokenMetadata
 
 TORCH_LAYER_ADAPTER = Adapter(
     up="linear1",
@@ -42,7 +43,7 @@ def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwor
     return found
 
 
-class LayerReader(TokensReader):
+class LayerReader(ArgumentsReader):
     """Reads which tokens of a layer of torch are real, from the layer's arguments."""
 
     argument_names: ClassVar[tuple[str, ...]] = ("src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask")

@@ -19,8 +19,8 @@ import transformers
 from torch import Tensor, nn
 
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.blocks.convert import check_plain_weights, copy_to_block, find_differences
-from mixture_of_experts.huggingface.blocks.model_conversion import materialize_block
+from mixture_of_experts.huggingface.blocks.convert import check_plain_weights, find_differences
+from mixture_of_experts.huggingface.blocks.model_conversion import copy_to_block_state
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, find_layers
 from mixture_of_experts.huggingface.private_transformers import clear_weight_conversions
 from mixture_of_experts.huggingface.replacement.dense_ffn import check_not_on_meta, check_not_wrapped
@@ -100,14 +100,8 @@ class ExportPlan(NamedTuple):
 
     def convert_layer(self, path: str) -> dict[str, Tensor]:
         """The weights of the block that is equivalent to a layer, by their names in the exported model."""
-        block, like = (
-            self.stock_model.get_submodule(path),
-            adapt_to_block(self.layers[path].moe, self.target.has_shared_expert),
-        )
-        copy_to_block(like, materialize_block(block, like))
-        state = block.state_dict(prefix=f"{path}.")
-        block.to("meta")
-        return state
+        like = adapt_to_block(self.layers[path].moe, self.target.has_shared_expert)
+        return copy_to_block_state(like, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All other weights of the exported model, of which none shares memory with another, from the state dict of

@@ -6,10 +6,12 @@ A folder is written under a temporary name in the parent folder of its target, a
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from mixture_of_experts.huggingface.blocks.model_conversion import find_sparse_blocks, replace_blocks
-from mixture_of_experts.huggingface.feed_forward import find_layers
-from mixture_of_experts.huggingface.private_transformers import (
-    convert_to_saved,
-    find_unexpected_names,
-    load_partial_weights,
-    make_shape_error,
-)
+from mixture_of_experts.huggingface.blocks.model_conversion import StockPlan, plan_stock_export
+from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, find_layers
+from mixture_of_experts.huggingface.private_transformers import convert_to_saved, make_shape_error
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
-from mixture_of_experts.huggingface.router_config import override_router_coef
 from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
 from mixture_of_experts.huggingface.saving.engine_folders import complete_folder
 from mixture_of_experts.huggingface.saving.exporting import plan_export
@@ -42,9 +38,7 @@ from mixture_of_experts.huggingface.saving.shards import (
     make_missing_error,
     read_weights,
 )
-from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names, own_names
-from mixture_of_experts.ops.int4 import PORTABLE_BLOCK
-from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+from mixture_of_experts.huggingface.saving.weight_names import own_names
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
@@ -75,105 +69,43 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         upcycle(model, layers=[path], **settings)
         return model.get_submodule(path).state_dict(prefix=f"{path}.")
 
-    rewrite_folder(model, state, [location.moe_path for location in locations], change, source, target, max_shard_size)
+    paths = [location.moe_path for location in locations]
+    rewrite_folder(model, state.__getitem__, paths, change, source, target, max_shard_size)
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
     """Export a saved model with experts; weights get the names used in the exported class's own checkpoints.
 
+    A model whose layers were sparse blocks becomes the stock model again, as by `to_transformers`.
+
     Args:
-        source: a folder that `save_pretrained` or `upcycle_folder` wrote.
+        source: a folder that `save_pretrained` or another command wrote.
         target: a new folder.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
-        ValueError: as in `export`; or the model's weights and those of the files differ in names or shapes.
+        ValueError: as in `export` and `to_transformers`; or the model's weights and those of the files differ in names
+            or shapes.
         FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
     """
     model = read_experts_model(source, "export")
-    plan = plan_export(model)
-    stock, rest = plan.stock_model, plan.convert_rest(model.state_dict())
+    blocks = any(isinstance(layer, SparseFeedForward) for layer in find_layers(model).values())
+    plan = plan_stock_export(model) if blocks else plan_export(model)
+    state = model.state_dict()
+    rest = state if isinstance(plan, StockPlan) else plan.convert_rest(state)
+    stock, read = plan.stock_model, rest.__getitem__
 
     def finish(folder: Path) -> None:
         complete_folder(folder, stock.config.attribute_map)
 
-    rewrite_folder(stock, rest, plan.layers, plan.convert_layer, source, target, max_shard_size, finish)
-
-
-def quantize_folder(
-    source: Path, target: Path, *, max_shard_size: int = 10**9, loss_coef: float | None = None, **settings: Any
-) -> None:
-    """Quantize the experts of a saved model and write the folder that `save_pretrained` would write.
-
-    Two or three copies of a layer and two copies of an output file are in memory at a time. Nibbles are stored in the
-    plain layout of `ops/int4.py`, independent of the machine that writes them.
-
-    Args:
-        source: a folder that `save_pretrained` or another command wrote; or a folder of a stock model, whose sparse
-            blocks are converted to layers as by `from_transformers`.
-        target: a new folder.
-        max_shard_size: maximum size of a weight file, in bytes.
-        loss_coef: coefficient of each layer's balancing loss. Default: the one saved in the folder, or as in
-            `from_transformers` for a stock model.
-        settings: arguments of `quantize_experts`.
-
-    Raises:
-        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is already quantized, or
-            its weights and those of the files differ in names or shapes.
-        FileNotFoundError: the source is no folder.
-        FileExistsError: the target exists.
-        OSError: a file cannot be written, as on a full disk.
-    """
-    config = read_config(source)
-    stock = not read_layer_entries(config)
-    if stock:
-        model, weights = make_empty_model(config), read_weights(source)
-        paths = find_sparse_blocks(model)
-        blocks, state = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
-        check_all_used(source, find_unexpected_names(model, weights.keys() - map_to_file_names(model, state)))
-        load_weights(model, {name: state[name] for name in state if not name.startswith(blocks)}, weights)
-    else:
-        model, weights = read_model(source, config), {}
-        paths = list(find_layers(model))
-    state = model.state_dict()
-
-    def change(path: str) -> dict[str, Tensor]:
-        if stock:
-            load_weights(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
-            replace_blocks(model, {path: {"balance_over": "batch", "loss_coef": loss_coef}})
-        layer = model.get_submodule(path)
-        if loss_coef is not None:
-            layer.moe.loss_coef = loss_coef
-            override_router_coef(model)
-        quantize_experts(layer.requires_grad_(False), **settings)
-        for module in layer.modules():
-            if isinstance(module, QuantizedExperts):
-                module.repack(PORTABLE_BLOCK)
-        return layer.state_dict(prefix=f"{path}.")
-
-    rewrite_folder(model, state, paths, change, source, target, max_shard_size)
-
-
-def load_weights(stock: Any, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Load weights of a stock model in the dtypes of their files."""
-    found = {}
-    for name, tensor in tensors.items():
-        stored = {file: weights[file] for file in map_to_file_names(stock, {name: tensor}) if file in weights}
-        for file, value in stored.items():
-            if tensor.is_floating_point():
-                check_float(file, value)
-            tensor.data = tensor.data.to(value.dtype)
-        if not stored and name not in stock.all_tied_weights_keys:
-            raise make_missing_error(name)
-        found |= stored
-    load_partial_weights(stock, found)
+    rewrite_folder(stock, read, plan.layers, plan.convert_layer, source, target, max_shard_size, finish)
 
 
 def rewrite_folder(
     model: Any,
-    state: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
     paths: Collection[str],
     change: Callable[[str], dict[str, Tensor]],
     source: Path,
@@ -183,8 +115,8 @@ def rewrite_folder(
 ) -> None:
     """Write a folder next to the target and rename it to the target at the end; it is removed after an error.
 
-    It contains the layers at `paths` as returned by `change`, all other weights of the changed model as they are in
-    `state`, and copies of the source's other files (tokenizer etc.). `finish` may change the folder before it is
+    It contains the layers at `paths` as returned by `change`, all other weights of the changed model as returned by
+    `read`, and copies of the source's other files (tokenizer etc.). `finish` may change the folder before it is
     renamed. A process that is ended by SIGKILL leaves `.NAME.xxxx.unfinished` behind, without a `config.json`.
     """
     if target.exists():
@@ -195,11 +127,12 @@ def rewrite_folder(
         folder, changed = Path(name), tuple(f"{path}." for path in paths)
         shards = ShardWriter(folder, max_shard_size, target)
         for path in tqdm(paths, desc="layers", unit="layer"):
-            shards.add_weights(convert_to_saved(model, change(path)))
+            shards.add_layer(convert_to_saved(model, change(path)))
             model.get_submodule(path).to("meta")
-        kept = [name for name in model.state_dict() if not name.startswith(changed)]
         tied = model.all_tied_weights_keys
-        shards.add_weights(convert_to_saved(model, {name: state[name] for name in kept if name not in tied}))
+        kept = [name for name in model.state_dict() if not name.startswith(changed) and name not in tied]
+        for _, names in groupby(kept, key=find_block_prefix):  # one block at a time, since `read` may copy
+            shards.add_weights(convert_to_saved(model, {name: read(name) for name in names}))
         shards.close()
         for file in source.iterdir():
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name != "config.json":
@@ -212,6 +145,13 @@ def rewrite_folder(
                 finish(folder)
         folder.chmod(0o755)  # temporary folders are private to their owner
         folder.rename(target)
+
+
+def find_block_prefix(name: str) -> str:
+    """The part of a weight's name up to the first number, that of its block; "" if there is none. Weights of different
+    blocks are saved independently of each other."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else ""
 
 
 @contextmanager
@@ -238,9 +178,11 @@ def read_experts_model(source: Path, action: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """The model in a folder, in the dtypes of its files. Its weights are views of the files, of which only used parts
-    are read."""
+    """The model in a folder, in the dtypes of its files, and with 4-bit weights in the layout of its files. Its weights
+    are views of the files, of which only used parts are read."""
     weights = read_weights(source)
+    if read_layer_entries(config):
+        config.quantization_config = {**read_quantization(config), "repack": False}
     settings: Any = dict(config=config, state_dict=dict(weights), dtype="auto", output_loading_info=True)
     try:
         model, info = find_saved_class(config).from_pretrained(None, **settings)
@@ -311,6 +253,14 @@ class ShardWriter:
                 self.write_shard()
             self.pending[name] = value.detach().contiguous()
 
+    def add_layer(self, weights: Mapping[str, Tensor]) -> None:
+        """Add the weights of a layer. If the next layer might not fit into the file, write it now, so that its weights
+        do not wait in memory while that layer is computed."""
+        self.add_weights(weights)
+        size = sum(value.nbytes for value in weights.values())
+        if size + sum(waiting.nbytes for waiting in self.pending.values()) > self.max_size:
+            self.write_shard()
+
     def write_shard(self) -> None:
         file = f"part-{len(self.shard_names)}.safetensors"
         with naming_unwritable_file(self.target / file):
@@ -321,7 +271,8 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write the last file, and rename all files with their final numbers."""
-        self.write_shard()
+        if self.pending:
+            self.write_shard()
         n, weight_map = len(self.shard_names), {}
         for i, names in enumerate(self.shard_names):
             file = f"model-{i + 1:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"

@@ -37,6 +37,7 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
     layers: Any = ()
     gate: GateFactory | None = None
     adapters: Mapping[str, Adapter] | None = None
+    repack: bool = True  # whether to copy 4-bit weights into the layout of this machine, if theirs is another
 
 
 @register_quantizer(MODEL_TYPE)
@@ -60,7 +61,8 @@ class ExpertsLoader(HfQuantizer):
         return make_load_conversions(model, weight_conversions)
 
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
-        finish_loading(model)
+        loader_config: Any = self.quantization_config
+        finish_loading(model, loader_config.repack)
         for name, value in model.state_dict().items():  # integers are loaded as they are in the files
             if name in self.float_names:
                 check_float(name, value)

@@ -114,11 +114,12 @@ def naming_rejected_description(description: str, classes: Iterable[str]) -> Ite
         ) from error
 
 
-def finish_loading(model: Any) -> None:
+def finish_loading(model: Any, repack: bool = True) -> None:
     """Finish a model whose weights were loaded. Raises for a checkpoint that lacks weights of layers, which
-    transformers leaves uninitialized, except for weights that a `device_map` left on disk. Arranges quantized weights
-    for this machine, lets gates balance over the ranks that have different tokens, and makes the model save weights
-    under its own names, whatever the names in the files were."""
+    transformers leaves uninitialized, except for weights that a `device_map` left on disk. With `repack`, copies 4-bit
+    weights that are in another layout into that of this machine; those in its own layout stay mapped. Lets gates
+    balance over the ranks that have different tokens, and makes the model save weights under its own names, whatever
+    the names in the files were."""
     model.name_or_path = model.config.name_or_path
     clear_weight_conversions(model)
     use_own_names_on_save(model)
@@ -131,7 +132,7 @@ def finish_loading(model: Any) -> None:
                 "model by its own class and upcycle it"
             )
     for module in model.modules():
-        if isinstance(module, QuantizedExperts):
+        if isinstance(module, QuantizedExperts) and repack:
             module.repack()
         if isinstance(module, Replaced):
             for weight in module.buffers(recurse=False):

@@ -32,11 +32,12 @@ def get_active_copy(wrapper: Any) -> nn.Module:
     return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
 
 
-def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The direct children of a module, and whether they compute: only one of PEFT's copies of a saved module does."""
+def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
+    """PEFT's copies of a saved module, and whether they compute: only one does. None if the module is no wrapper of
+    them."""
     children: Any = module._modules
     if "modules_to_save" not in children or not is_peft_wrapper(module):
-        return [(child, True) for child in module.children()]
+        return None
     computes = get_active_copy(module)
     copies = (children["original_module"], *children["modules_to_save"].values())
     return [(copy, copy is computes) for copy in copies]

@@ -1,19 +1,25 @@
-"""Reads sparse blocks of `transformers`: the settings of their routers, and what the routers return.
+"""Reads the settings of routers from sparse blocks of `transformers`; `block_classes.py` lists the names of their
+attributes.
 
-`recipes.BLOCK_ATTRIBUTES` lists the names of their attributes. `transformers` is not imported.
-
-Axes: b sequences, n tokens of a sequence, t tokens, d model dim, e experts, k choices of a token.
+Axes: k choices of a token.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from mixture_of_experts.gating.choices import top_choices
-from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, OpenGroups
-from mixture_of_experts.recipes import BLOCK_ATTRIBUTES, RECIPES_BY_BLOCK, Recipe
+from mixture_of_experts.gating.bias_rules import check_scores
+from mixture_of_experts.gating.steps import AlwaysChosen, NormalizeBy, OpenGroups
+from mixture_of_experts.huggingface.blocks.block_classes import (
+    BLOCK_ATTRIBUTES,
+    EXPERT_ATTRIBUTES,
+    RECIPES_BY_BLOCK,
+    ROUTER_RETURNS,
+)
+from mixture_of_experts.providers import ExternalRouter
+from mixture_of_experts.recipes import MODELS, Recipe
 from mixture_of_experts.support.private_torch import get_original_class
 
 #: the score functions of routers, by the classes of transformers that compute them
@@ -32,22 +38,30 @@ def find_attribute(holder: Any, *names: str) -> Any:
     return None
 
 
-def find_recipe(block: nn.Module) -> Recipe | None:
-    """The recipe of a block that has a known class and holds a router; None for anything else."""
+def find_recipe(block: nn.Module) -> str | None:
+    """The name of the recipe of a block that has a known class and holds a router; None for anything else."""
     kind = get_original_class(block)
     known = RECIPES_BY_BLOCK.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
     return known if known is not None and find_attribute(block, *BLOCK_ATTRIBUTES["router"]) is not None else None
 
 
-class BlockSettings:
+class BlockSettings(ExternalRouter):
     """The settings of a block's router: taken from the block, or from its recipe where the block has none."""
 
     module: Any
     recipe: Recipe
+    remedy: str = "convert its block by from_transformers"
+    aux_loss_remedy: str = (
+        "call the model with output_router_logits=True, and its own loss has one, or convert its block by "
+        "from_transformers"
+    )
 
-    def __init__(self, module: Any, recipe: Recipe) -> None:
-        self.module, self.recipe = module, recipe
-        self.router: Any = find_attribute(module, *BLOCK_ATTRIBUTES["router"])
+    def __init__(self, module: Any, recipe: str) -> None:
+        self.module, self.recipe = module, MODELS[recipe]
+        self.expert_attributes: dict[str, str] = EXPERT_ATTRIBUTES.get(recipe, {})
+        self.returns = ROUTER_RETURNS.get(recipe, ExternalRouter.returns)
+        self.path = next(name for name in BLOCK_ATTRIBUTES["router"] if find_attribute(module, name) is not None)
+        self.router: Any = find_attribute(module, self.path)
         self.has_router_network: bool = hasattr(self.router, "router_mlp")  # a network instead of one matrix
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
@@ -61,13 +75,13 @@ class BlockSettings:
         return self.router.down_proj.in_features if self.router_weight is None else self.router_weight.shape[1]
 
     @property
-    def num_experts(self) -> int:
+    def num_weighted_experts(self) -> int:
+        """The number of experts that the router weights, with shared ones."""
         return self.router.num_router_classes if self.router_weight is None else self.router_weight.shape[0]
 
     @property
-    def num_logits(self) -> int:
-        """The number of the router's logits; shared experts have none."""
-        return self.num_experts - self.num_always_chosen
+    def num_experts(self) -> int:
+        return self.num_weighted_experts - self.num_always_chosen
 
     @property
     def num_always_chosen(self) -> int:
@@ -115,6 +129,18 @@ class BlockSettings:
         return self.read_attribute("experts_of_id")
 
     @property
+    def chooses_by_token_ids(self) -> bool:
+        return self.experts_of_id is not None
+
+    @property
+    def group_sizes(self) -> tuple[Any, Any]:
+        return self.read_attribute("num_groups"), self.read_attribute("top_groups")
+
+    @property
+    def zero_weight_expert(self) -> int | None:
+        return self.num_weighted_experts - 1 if self.recipe.zero else None
+
+    @property
     def scale(self) -> float:
         """The router's scale times that of the block, which multiplies the output of the experts."""
         product = 1.0
@@ -153,7 +179,7 @@ class BlockSettings:
         return settings | self.group_arguments()
 
     def group_arguments(self) -> dict[str, Any]:
-        groups, best = self.read_attribute("num_groups"), self.read_attribute("top_groups")
+        groups, best = self.group_sizes
         if groups is None or groups == 1 or find_attribute(self.router, "topk_method") == "greedy":
             return {}
         if hasattr(self.router, "apply_group_scoring"):
@@ -169,23 +195,9 @@ class BlockSettings:
             return dict(softcap=float(self.read_attribute("softcap")) or None)
         return dict(multiplier=float(self.read_attribute("multiplier")))
 
-
-def read_router_output(block: BlockSettings, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, from the `output` of a block's router."""
-    returns = block.recipe.returns
-    parts = zip(returns, output if isinstance(output, tuple) else (output,), strict=False)
-    found = {name: part.detach() for name, part in parts if isinstance(part, Tensor)}
-    logits = found["probs"].log() if "probs" in found else found.get("logits")
-    if logits is not None and logits.ndim > 1 and logits.shape[-1] == block.num_logits:
-        weight, expert = found.get("weights"), found.get("experts")
-        if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
-            if block.recipe.zero:
-                expert = expert.where(weight != 0, block.num_experts - 1)
-            return logits, weight, expert
-        if "experts" not in returns:
-            expert = top_choices(logits, block.k)
-            return logits, SCORES[block.score](logits.float()).gather(-1, expert), expert
-    raise TypeError(
-        f"{type(block.router).__name__} does not return ({', '.join(filter(None, returns))}) of flattened tokens: what "
-        "it chooses cannot be read"
-    )
+    def check_rule(self, rule: Any, name: str) -> None:
+        if rule.reads_scores:
+            settings = self.gate_arguments()  # of the gate that a conversion would create
+            select, num_groups = settings.get("select", "score"), settings.get("num_groups")
+            check_scores(rule, repr(name), settings["k"], self.num_experts, select, num_groups)
+        super().check_rule(rule, name)

@@ -1,0 +1,103 @@
+"""Merges adapters of PEFT into saved models, one weight at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mixture_of_experts.huggingface.feed_forward import find_layers
+from mixture_of_experts.huggingface.private_peft import get_active_copy, is_peft_wrapper, strip_wrappers
+from mixture_of_experts.huggingface.saving.folders import read_experts_model, rewrite_folder
+from mixture_of_experts.quantize import QuantizedExperts
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: int = 10**9) -> None:
+    """Merge LoRA adapters into a saved model with experts, as PEFT's `merge_and_unload(safe_merge=True)` would.
+
+    PEFT's function makes copies of all weights with adapters; this one, of one layer at a time.
+
+    Args:
+        source: a folder that `save_pretrained` or another command wrote; its experts are not quantized.
+        target: a new folder.
+        adapter: a folder with adapters that PEFT saved.
+        max_shard_size: maximum size of a weight file, in bytes.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        ValueError: the folder has no experts, or quantized ones; an adapter cannot be merged, is on tied embeddings, or
+            leads to weights that are not finite; or weights and those of the files differ in names or shapes.
+        FileNotFoundError: the source is no folder, or `adapter` has no adapters.
+        FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError("merging adapters needs PEFT: pip install 'peft>=0.21'") from error
+    if not (adapter / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"{adapter} has no {ADAPTER_FILE}: give the folder to which PEFT saved the adapters")
+    model = read_experts_model(source, "merge adapters into")
+    if any(isinstance(module, QuantizedExperts) for module in model.modules()):
+        raise ValueError(
+            f"{source} has quantized experts, which adapters cannot be merged into: give the folder that is not "
+            "quantized"
+        )
+    state = model.state_dict()
+    adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    merged = find_merged_weights(adapted.get_base_model())
+    adapted.base_model.unload()  # the wrappers, which `merged` holds, keep their factors
+    if tied := sorted({*merged} & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}):
+        raise ValueError(f"{tied[0]} is tied, and would no longer be with its adapter: train without one on embeddings")
+
+    def read(name: str) -> Tensor:
+        return merged[name]() if name in merged else state[name]
+
+    def change(path: str) -> dict[str, Tensor]:
+        return {name: read(name) for name in model.get_submodule(path).state_dict(prefix=f"{path}.")}
+
+    rewrite_folder(model, read, list(find_layers(model)), change, source, target, max_shard_size)
+
+
+def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """For each weight of a model that PEFT adapted, by its name without adapters, a function that returns it with its
+    adapters added."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for path, module in model.named_modules():
+        name = strip_wrappers(path)
+        if not is_peft_wrapper(module):
+            continue
+        if "modules_to_save" in module._modules:
+            copy = get_active_copy(module)
+            found |= {f"{name}.{key}": partial(copy.state_dict().__getitem__, key) for key in copy.state_dict()}
+        elif "base_layer" in module._modules and hasattr(module, "merge"):
+            found |= {f"{name}.{key}": partial(merge_weight, module, key) for key in list_adapted(module)}
+        elif hasattr(module, "unload_and_optionally_merge_module"):  # such as that of trainable tokens
+            raise ValueError(
+                f"{name} has a {type(module).__name__}, which is not supported here: load the model, and use PEFT's "
+                "merge_and_unload()"
+            )
+    return found
+
+
+def list_adapted(wrapper: Any) -> list[str]:
+    """The names of the weights that a wrapper changes, in the module that it wraps."""
+    name = getattr(wrapper, "parameter_name", None)
+    return [name] if name else [name for name, _ in wrapper.get_base_layer().named_parameters(recurse=False)]
+
+
+def merge_weight(wrapper: Any, name: str) -> Tensor:
+    """A new tensor: a weight with its adapters. The module that is wrapped stays as it is."""
+    base = wrapper.get_base_layer()
+    before = {name: weight.data for name, weight in base.named_parameters(recurse=False)}
+    wrapper.merge(safe_merge=True)  # assigns new tensors; otherwise it would add in place
+    found = base.get_parameter(name).data
+    for name, weight in before.items():
+        base.get_parameter(name).data = weight
+    wrapper.merged_adapters.clear()
+    return found

@@ -1,0 +1,136 @@
+"""Reads which tokens are real, and their ids, from the arguments of a `transformers` model.
+
+Axes: b sequences, n tokens of the forward, m tokens including those in the cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.providers import TokenMetadata, TokensReader
+from mixture_of_experts.support.tracing import is_host_readable
+
+
+def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
+    """The model whose arguments describe the tokens, from nested modules, outermost first: the innermost model of
+    `transformers` that reads an attention mask for them; if there is none, the innermost model; None without any
+    model."""
+    models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # only in transformers
+    for model in models:
+        if "attention_mask" in inspect.signature(model.forward).parameters:
+            return model
+        if model.main_input_name != "input_ids":  # it reads images or audio: outer masks describe other tokens
+            break
+    return models[0] if models else None
+
+
+class ArgumentsReader(TokensReader):
+    """Reads the tokens of a forward from the arguments of `model`, using the parameter names of its `forward`."""
+
+    argument_names: ClassVar[tuple[str, ...]] = (
+        "attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values",
+    )  # fmt: skip
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(inspect.signature(model.forward).parameters)
+        self.positions: dict[str, int] = {
+            name: parameters.index(name) for name in self.argument_names if name in parameters
+        }
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMetadata:
+        return read_token_metadata(self.pick_arguments(args, kwargs))
+
+    def pick_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments listed in `argument_names`, by name."""
+        arguments = {name: args[place] for name, place in self.positions.items() if place < len(args)}
+        return arguments | {name: kwargs[name] for name in self.argument_names if name in kwargs}
+
+    def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int]:
+        arguments = self.pick_arguments(args, kwargs)
+        return get_cache(arguments), count_seen_tokens(arguments)
+
+    def get_cached_keys(self, cache: Any) -> Tensor | None:
+        """The keys of the first layer of a cache that has keys; None if no layer has."""
+        cache = getattr(cache, "self_attention_cache", cache)
+        found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+        return next((keys for keys in found if isinstance(keys, Tensor)), None)
+
+
+def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
+    """What the arguments of a model say about its tokens."""
+    tokens, embeds, mask = arguments.get("input_ids"), arguments.get("inputs_embeds"), get_attention_mask(arguments)
+    shape = () if embeds is None else embeds.shape[:-1]
+    shape = shape if tokens is None else tokens.shape
+    if len(shape) != 2:
+        return TokenMetadata()
+    b, n = shape
+    metadata = TokenMetadata(shape=(b, n), ids=tokens)
+    if mask is None:
+        return metadata
+    if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
+        token_mask = mask[:, -n:].bool()
+        is_decoding_step = (
+            n == 1 and is_host_readable(token_mask) and bool(token_mask.all())
+        )  # a decoding step of `generate`: all tokens are real
+        return metadata if is_decoding_step else metadata._replace(mask=token_mask)
+    if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
+        return metadata._replace(mask=mask_from_diagonal(mask, arguments))
+    return metadata._replace(
+        mask_unknown_reason=f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens"
+    )
+
+
+def get_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a model's arguments; None if there is none."""
+    return arguments.get("cache", arguments.get("past_key_values"))
+
+
+def count_cached_tokens(arguments: Mapping[str, Any]) -> int:
+    """The number of tokens in the cache, including padding."""
+    cache = get_cache(arguments)
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
+    """The number of real tokens in the cache, as `(b,)` or as one number for all sequences."""
+    mask, cached = get_attention_mask(arguments), count_cached_tokens(arguments)
+    if mask is None or not cached:
+        return cached
+    if mask.ndim == 2:
+        return mask[:, :cached].bool().sum(dim=-1)
+    return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)  # of the first new token
+
+
+def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask among a model's arguments. If there is one mask for each kind of layer, the one for full
+    attention, or the only one, is returned."""
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Mapping):
+        return mask
+    return mask.get("full_attention", next(iter(mask.values())) if len(mask) == 1 else None)
+
+
+def select_first_head(mask: Tensor) -> Tensor:
+    """A mask `(b, n, m)` from a mask `(b, n, m)` or `(b, heads, n, m)`."""
+    return mask[:, 0] if mask.ndim == 4 else mask
+
+
+def to_bool_mask(mask: Tensor) -> Tensor:
+    """An attention mask as bool, True where a token attends."""
+    return mask if mask.dtype == torch.bool else mask >= 0 if mask.is_floating_point() else mask > 0
+
+
+def mask_from_diagonal(mask: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
+    """`(b, n)` bool, True where a token is real, from a mask `(b, n, m)` or `(b, heads, n, m)`. Real tokens attend to
+    themselves, padding does not. None for a single token: a decoded token is never padding."""
+    n = mask.shape[-2]
+    if n == 1:
+        return None
+    seen = count_cached_tokens(arguments)
+    token_rows = select_first_head(mask)[..., seen : seen + n]
+    return to_bool_mask(token_rows.diagonal(dim1=-2, dim2=-1))

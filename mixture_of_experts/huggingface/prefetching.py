@@ -1,0 +1,134 @@
+"""Reads the experts that a call chose from their file, all at once and nothing else, before they are computed.
+
+A weight that is mapped from a file is read when it is first used. The system then reads ahead around each page, so more
+than the chosen experts (by megabytes, if the disk's `read_ahead_kb` is large), and waits for one request after another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mixture_of_experts.dispatch.assignments import Assignments
+from mixture_of_experts.experts import StackedExperts
+from mixture_of_experts.huggingface.feed_forward import get_named_tensors
+from mixture_of_experts.quantize import QuantizedExperts
+from mixture_of_experts.support.attachments import Attachments
+from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.tracing import is_host_readable
+
+MEMORY_MAP = Path("/proc/self/maps")
+#: if a call chooses a larger share of a layer's experts, reading the whole layer in order is as fast
+MAX_CHOSEN_SHARE = 0.5
+
+
+@contextmanager
+def prefetch_experts(model: nn.Module) -> Iterator[None]:
+    """Context manager in which a model reads the experts that each call chose from their file in one go.
+
+    For a model whose experts are larger than memory, and were mapped by `from_pretrained`: while it decodes, each layer
+    asks the system for the weights of the chosen experts before it computes them. Without it they are read page by page
+    as they are used, along with their neighbours. Results are the same. Calls in which a layer chooses more than half
+    of its experts, such as long prompts, and weights in memory are left alone.
+
+    Args:
+        model: a model with `Experts`, `GatedExperts` or `QuantizedExperts` on the CPU.
+
+    Raises:
+        OSError: the system is not Linux.
+        ValueError: no weights of experts are mapped from a file. They are if `from_pretrained` loads a folder of this
+            package on the CPU in the dtype of its files, and, with 4 bits, in the layout of this machine.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mixture_of_experts.huggingface import from_pretrained, prefetch_experts, upcycle
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...     num_hidden_layers=1, num_attention_heads=4))
+        >>> names = upcycle(model, num_experts=8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     loaded = from_pretrained(folder)
+        >>> with prefetch_experts(loaded):
+        ...     loaded(torch.tensor([[1, 2]])).logits.shape
+        torch.Size([1, 2, 64])
+    """
+    stacks = find_mapped_stacks(check_model("model", model))
+    if not any(stacks.values()):
+        raise ValueError(
+            f"{type(model).__name__} has no weights of experts that are mapped from a file: load a folder that this "
+            "package wrote with dtype='auto' on the CPU; if it has 4 bits, run python -m "
+            "mixture_of_experts.huggingface convert on it first, which writes the layout of this machine"
+        )
+    advise = load_madvise()
+    with Attachments() as attached:
+        for experts, names in stacks.items():
+            if names:
+                attached.add_forward_pre_hook(experts, partial(prefetch_chosen, names, advise))
+        yield
+
+
+def find_mapped_stacks(model: nn.Module) -> dict[Any, list[str]]:
+    """The names of the weights that are mapped from a file, of each stack of experts."""
+    files = MappedFiles.read()
+    return {
+        module: [name for name, weight in get_named_tensors(module, recurse=False).items() if files.contains(weight)]
+        for module in model.modules()
+        if isinstance(module, StackedExperts | QuantizedExperts)
+    }
+
+
+def prefetch_chosen(names: list[str], advise: Callable[..., int], experts: Any, args: Any, kwargs: Any = None) -> None:
+    """Forward pre-hook of experts: ask the system to read the weights of the chosen ones."""
+    found = (given for given in (*args, *(kwargs or {}).values()) if isinstance(given, Assignments))
+    assignments = next(found, None)
+    if assignments is None or not is_host_readable(assignments.weight):
+        return
+    chosen = {*assignments.expert[assignments.kept].tolist()}
+    for name in names:
+        weight = getattr(experts, name)
+        weight = weight.flatten(0, len(experts.expert_dims) - 1)
+        if len(chosen) > MAX_CHOSEN_SHARE * len(weight):
+            return
+        size = weight.stride(0) * weight.element_size()
+        for expert in chosen:
+            start = weight.data_ptr() + expert * size
+            page = start - start % mmap.PAGESIZE
+            advise(page, start + size - page, mmap.MADV_WILLNEED)
+
+
+def load_madvise() -> Callable[..., int]:
+    """The system's `madvise(address, length, advice)`. Advice that it does not take has no effect."""
+    found = ctypes.CDLL(None).madvise
+    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return found
+
+
+class MappedFiles(NamedTuple):
+    """The addresses at which files are mapped, in ascending order."""
+
+    starts: list[int]
+    stops: list[int]
+
+    @staticmethod
+    def read() -> MappedFiles:
+        if not MEMORY_MAP.exists():
+            raise OSError(f"there is no {MEMORY_MAP}: only on Linux is it known which weights are mapped from a file")
+        lines = [line.split() for line in MEMORY_MAP.read_text().splitlines()]
+        spans = sorted([int(edge, 16) for edge in line[0].split("-")] for line in lines if line[4] != "0")  # inode
+        return MappedFiles([start for start, _ in spans], [stop for _, stop in spans])
+
+    def contains(self, weight: Tensor) -> bool:
+        if weight.device.type != "cpu" or not weight.is_contiguous():
+            return False
+        index = bisect_right(self.starts, weight.data_ptr()) - 1
+        return index >= 0 and weight.data_ptr() < self.stops[index]

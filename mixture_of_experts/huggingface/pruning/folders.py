@@ -1,0 +1,57 @@
+"""Prunes saved models, one layer at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mixture_of_experts.huggingface.feed_forward import find_layers
+from mixture_of_experts.huggingface.pruning.prune import KeptExperts, plan_pruning
+from mixture_of_experts.huggingface.pruning.slicing import get_layer, slice_experts
+from mixture_of_experts.huggingface.saving.folders import read_experts_model, rewrite_folder
+from mixture_of_experts.huggingface.saving.shards import name_unreadable_file
+from mixture_of_experts.support.private_torch import unwrap_module
+
+
+def prune_folder(
+    source: Path, target: Path, *, by: Any, keep: int | None = None, max_shard_size: int = 5 * 10**9
+) -> KeptExperts:
+    """Remove experts of a saved model with experts; return the ids that each layer keeps, by the name of its gate.
+
+    Args:
+        source: a folder that `save_pretrained` or another command wrote; its experts are not quantized.
+        target: a new folder.
+        by, keep: as in `prune`, without a calibration: "random", or scores or ids by names of gates. `expert_scores`
+            measures scores of a model that is mapped from the folder.
+        max_shard_size: maximum size of a weight file, in bytes.
+
+    Raises:
+        ValueError, TypeError: as in `prune`; or the folder has no experts, or its weights and those of the files differ
+            in names or shapes.
+        FileNotFoundError: the source is no folder.
+        FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
+    """
+    model = read_experts_model(source, "prune")
+    kept, configure = plan_pruning(model, keep, by)
+    paths = {unwrap_module(layer.moe): path for path, layer in find_layers(model).items()}
+    smaller = {paths[get_layer(router)]: router for router, ids in kept.items() if len(ids) < router.num_experts}
+    read = model.state_dict().__getitem__
+    configure()  # layers are described when the configuration is saved
+
+    def change(path: str) -> dict[str, Tensor]:
+        slice_experts(smaller[path], kept[smaller[path]])
+        return model.get_submodule(path).state_dict(prefix=f"{path}.")
+
+    rewrite_folder(model, read, smaller, change, source, target, max_shard_size)
+    return {router.name: ids for router, ids in kept.items()}
+
+
+def read_scores(file: Path) -> dict[str, Any]:
+    """Scores or ids by names of gates, from safetensors or JSON; ValueError if the file is neither."""
+    with name_unreadable_file(file):
+        return dict(json.loads(file.read_text()) if file.suffix == ".json" else load_file(file))

@@ -1,0 +1,149 @@
+"""Converts saved models to folders with layers of this package, whose weights can stay in their files: loading maps
+them, and a call reads those of the experts that are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.huggingface.blocks.model_conversion import find_sparse_blocks, replace_blocks
+from mixture_of_experts.huggingface.feed_forward import find_layers, get_named_tensors
+from mixture_of_experts.huggingface.private_transformers import (
+    default_dtype,
+    find_unexpected_names,
+    get_loaded_dtypes,
+    load_partial_weights,
+)
+from mixture_of_experts.huggingface.router_config import override_router_coef
+from mixture_of_experts.huggingface.saving.configuration import read_layer_entries
+from mixture_of_experts.huggingface.saving.folders import make_empty_model, read_config, read_model, rewrite_folder
+from mixture_of_experts.huggingface.saving.loader import find_saved_class
+from mixture_of_experts.huggingface.saving.restore import insert_experts
+from mixture_of_experts.huggingface.saving.shards import (
+    check_all_used,
+    check_float,
+    make_missing_error,
+    read_weights,
+)
+from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names
+from mixture_of_experts.ops.int4 import PORTABLE_BLOCK
+from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+
+Dtypes = Mapping[str, torch.dtype]
+
+
+def convert_folder(
+    source: Path,
+    target: Path,
+    *,
+    bits: int | None = None,
+    block: int | None = None,
+    dtype: torch.dtype | None = None,
+    loss_coef: float | None = None,
+    max_shard_size: int = 10**9,
+    **settings: Any,
+) -> None:
+    """Write a saved model as `save_pretrained` would after `from_transformers`, a cast and `quantize_experts`.
+
+    `from_pretrained` maps the stacked experts of such a folder, so that models larger than memory run. Two or three
+    copies of a layer and one output file are in memory at a time.
+
+    Args:
+        source: a folder of a stock model, whose sparse blocks are converted to layers as by `from_transformers`; or a
+            folder that `save_pretrained` or another command wrote.
+        target: a new folder.
+        bits: 8 or 4 quantizes the experts. Default: weights are only cast, or kept.
+        block: layout of 4-bit weights, as in `QuantizedExperts`. Default: that of this machine's CPU, in which weights
+            stay mapped when this machine loads them. Other layouts are rearranged in memory then.
+        dtype: cast floating-point weights to what `from_pretrained(dtype=...)` would cast them to. Default: as stored.
+        loss_coef: coefficient of each layer's balancing loss. Default: the one saved in the folder, or as in
+            `from_transformers` for a stock model.
+        max_shard_size: maximum size of a weight file, in bytes.
+        settings: further arguments of `quantize_experts`.
+
+    Raises:
+        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is already quantized and
+            `bits` is given, or its weights and those of the files differ in names or shapes.
+        FileNotFoundError: the source is no folder.
+        FileExistsError: the target exists.
+        OSError: a file cannot be written, as on a full disk.
+    """
+    config = read_config(source)
+    stock = not read_layer_entries(config)
+    if stock:
+        model, weights = make_empty_model(config), read_weights(source)
+        paths = find_sparse_blocks(model)
+        blocks, held = tuple(f"{path}." for path in paths), model.state_dict(keep_vars=True)
+        check_all_used(source, find_unexpected_names(model, weights.keys() - map_to_file_names(model, held)))
+        load_weights(model, {name: held[name] for name in held if not name.startswith(blocks)}, weights)
+    else:
+        model, weights = read_model(source, config), {}
+        paths = list(find_layers(model))
+    dtypes = {} if dtype is None else plan_dtypes(config, dtype)
+    if dtype is not None:
+        model.config.dtype = dtype
+    state = model.state_dict()
+
+    def change(path: str) -> dict[str, Tensor]:
+        if stock:
+            load_weights(model, model.get_submodule(path).state_dict(prefix=f"{path}.", keep_vars=True), weights)
+        for name, tensor in get_named_tensors(model.get_submodule(path)).items():
+            tensor.data = cast_weight(f"{path}.{name}", tensor.data, dtypes)
+        if stock:
+            replace_blocks(model, {path: {"balance_over": "batch", "loss_coef": loss_coef}})
+        layer = model.get_submodule(path)
+        if loss_coef is not None:
+            layer.moe.loss_coef = loss_coef
+            override_router_coef(model)
+        if bits is not None:
+            quantize_experts(layer.requires_grad_(False), bits, **settings)  # pyright: ignore[reportArgumentType]
+        for module in layer.modules():
+            if isinstance(module, QuantizedExperts):
+                module.repack(block)
+        return layer.state_dict(prefix=f"{path}.")
+
+    def read(name: str) -> Tensor:
+        return cast_weight(name, state[name], dtypes)
+
+    rewrite_folder(model, read, paths, change, source, target, max_shard_size)
+
+
+def quantize_folder(
+    source: Path, target: Path, *, bits: int = 8, block: int | None = PORTABLE_BLOCK, **settings: Any
+) -> None:
+    """`convert_folder` with other defaults: 8 bits, and 4-bit weights in the plain layout of `ops/int4.py`, which is
+    the same on every machine, and which every machine rearranges in memory when it loads them."""
+    convert_folder(source, target, bits=bits, block=block, **settings)
+
+
+def plan_dtypes(config: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype that `from_pretrained(dtype=dtype)` gives each floating-point weight of a saved model, by name."""
+    model_class = find_saved_class(config)
+    with torch.device("meta"), default_dtype(dtype, model_class):
+        model = model_class(config)
+        if entries := read_layer_entries(config):
+            insert_experts(model, entries)
+    return get_loaded_dtypes(model, dtype)
+
+
+def cast_weight(name: str, weight: Tensor, dtypes: Dtypes) -> Tensor:
+    return weight.to(dtypes.get(name, weight.dtype))
+
+
+def load_weights(stock: Any, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Load weights of a stock model in the dtypes of their files."""
+    found = {}
+    for name, tensor in tensors.items():
+        stored = {file: weights[file] for file in map_to_file_names(stock, {name: tensor}) if file in weights}
+        for file, value in stored.items():
+            if tensor.is_floating_point():
+                check_float(file, value)
+            tensor.data = tensor.data.to(value.dtype)
+        if not stored and name not in stock.all_tied_weights_keys:
+            raise make_missing_error(name)
+        found |= stored
+    load_partial_weights(stock, found)

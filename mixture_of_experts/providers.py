@@ -1,0 +1,229 @@
+"""Providers describe the modules of other libraries.
+
+The package knows its own modules and those of torch. Whatever acts on whole models asks the provider of a library about
+its modules: which of them call routers, wrap other modules, or describe tokens by their arguments. A library is the
+top-level package that defines a module's class, or one of its base classes. `mixture_of_experts.huggingface` has the
+providers of `BUNDLED_LIBRARIES`, which are imported when a module of such a library is met. `register_provider` adds
+others.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+AnswerT = TypeVar("AnswerT")
+
+ROUTER_SCORES = ("softmax", "sigmoid", "sqrt_softplus")
+ROUTER_RESULTS = ("logits", "probs", "weights", "experts", None)
+BUNDLED_LIBRARIES = ("transformers", "peft")
+BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # has `PROVIDERS`, by library
+
+
+class ExternalRouter:
+    """A router of another library that chooses k experts for each token: its settings, and what it returns.
+
+    The module for which a provider returns it calls the router, and is called a block. A subclass may read settings
+    from the block whenever they are needed, as properties.
+
+    Args:
+        path: path of the router below the block.
+        num_experts: number of experts that it scores.
+        k: number of choices per token.
+        settings: any other attribute.
+
+    Attributes:
+        returns: the results of its forward for flattened tokens `(t, ...)`, in order: "logits" or "probs", "weights",
+            "experts", or None for another value. More values may follow. Without "experts", the experts with the
+            largest logits are the choices.
+        score: the function that computes probabilities from logits: "softmax", "sigmoid" or "sqrt_softplus".
+        experts_path: path of the experts below the block.
+        expert_bias: a tensor that affects which experts are chosen, and that `balance_experts` updates; None if there
+            is none. If the model may move, read it in a property.
+        capacity: slots per expert and sequence; None if dropless.
+        group_sizes: the number of expert groups, and of those that are open for a token; None without groups.
+        zero_weight_expert: the expert that a choice of weight 0 stands for; None if weights of 0 mean nothing special.
+        chooses_by_token_ids: whether a table of token ids chooses the experts.
+        remedy: what to do about features that do not support the router, for error messages.
+        aux_loss_remedy: how to get its auxiliary loss, for the error message of `collect_aux`.
+    """
+
+    path: str
+    num_experts: Any
+    k: Any
+    returns: tuple[str | None, ...] = ("logits", "weights", "experts")
+    score: Any = "softmax"
+    experts_path: str = "experts"
+    expert_bias: Any = None
+    capacity: Any = None
+    group_sizes: Any = (None, None)
+    zero_weight_expert: Any = None
+    chooses_by_token_ids: Any = False
+    remedy: str = "leave it out of gates="
+    aux_loss_remedy: str = "leave it out of gates="
+
+    def __init__(self, path: str, *, num_experts: int, k: int, **settings: Any) -> None:
+        if unknown := sorted(name for name in settings if name not in ExternalRouter.__annotations__):
+            known = ", ".join(ExternalRouter.__annotations__)
+            raise TypeError(f"ExternalRouter has no setting {unknown[0]!r}: there are {known}")
+        vars(self).update(path=path, num_experts=num_experts, k=k, **settings)
+        if self.score not in ROUTER_SCORES or not {*self.returns} <= {*ROUTER_RESULTS}:
+            raise ValueError(
+                f"score must be one of {ROUTER_SCORES}, and returns have some of {ROUTER_RESULTS}, got "
+                f"score={self.score!r} and returns={self.returns!r}"
+            )
+
+    def check_rule(self, rule: Any, name: str) -> None:
+        """Raise ValueError if a rule for the expert bias does not support the router, which is called `name`."""
+        if rule.reads_scores:
+            raise ValueError(
+                f"{rule!r} reads scores, which the router {name!r} does not return: balance it by rule='sign', or "
+                f"{self.remedy}"
+            )
+
+
+class TokenMetadata(NamedTuple):
+    """The tokens of a forward, as far as the model's arguments describe them."""
+
+    mask: Tensor | None = None  # (b, n) bool, True where a token is real; None if all are
+    shape: tuple[int, int] | None = None  # (b, n), None if it is unknown
+    mask_unknown_reason: str | None = None  # why the mask is unknown
+    ids: Tensor | None = None  # (b, n) integers, ids of the tokens; None if the model was given embeddings
+
+
+class TokensReader:
+    """Reads the tokens of a forward from the arguments of a model. This base class knows nothing about them."""
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMetadata:
+        """The tokens of a forward with these arguments."""
+        return TokenMetadata()
+
+    def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int]:
+        """The cache of a forward with these arguments, None without one, and the number of real tokens in it, as
+        `(b,)` or as one number for all sequences."""
+        return None, 0
+
+    def get_cached_keys(self, cache: Any) -> Tensor | None:
+        """A tensor of the cache that is replaced when its sequences are swapped; None if it has none."""
+        return None
+
+
+class Provider:
+    """Describes the modules of one library. Subclasses override methods; these know nothing about any module."""
+
+    gate_remedy: str | None = None  #: what to do if a gate of this library has other sizes than its layer
+
+    def find_router(self, block: nn.Module) -> ExternalRouter | None:
+        """The router that a module calls; None if it calls none."""
+        return None
+
+    def find_experts(self, module: nn.Module) -> nn.Module | None:
+        """The experts that a module of this library holds, even if its router is unknown; None if it has none."""
+        return None
+
+    def get_wrapped_module(self, module: nn.Module) -> nn.Module | None:
+        """The module that computes inside a wrapper; None if the module is not a wrapper."""
+        return None
+
+    def list_children(self, module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
+        """The direct children of a module, and whether they compute; None if all children do."""
+        return None
+
+    def find_enclosing_model(self, modules: Sequence[nn.Module]) -> nn.Module | None:
+        """The one of nested modules, outermost first, whose arguments describe the tokens of the innermost; None if it
+        is unknown."""
+        return None
+
+    def make_tokens_reader(self, model: nn.Module) -> TokensReader | None:
+        """A reader of the tokens of a model, of this library or another one; None if its arguments are unknown."""
+        return None
+
+    def is_tokenwise(self, module: nn.Module) -> bool | None:
+        """Whether a module maps each row independently, by operators of torch that compute rows alike in any batch. Its
+        children are asked about separately."""
+        return None
+
+    def is_linear(self, module: nn.Module) -> bool | None:
+        """Whether a module multiplies each token by its matrices."""
+        return None
+
+    def unsaved_reason(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+        """A warning for tensors of a model, by name, which are updated in training but will not be saved; None if all
+        of them are saved."""
+        return None
+
+
+#: Providers by library. Which classes a library has is a fact about the process, so they are registered for the whole
+#: process, like operators and pickling functions: when a library is imported, and never by a forward.
+REGISTERED_PROVIDERS: dict[str, Provider] = {}
+#: those of `BUNDLED_LIBRARIES`; empty until `load_bundled_providers`, which fills it once and for all
+BUNDLED_PROVIDERS: dict[str, Provider] = {}
+
+
+def register_provider(library: str, provider: Provider) -> None:
+    """Register the provider of a library for this process. It replaces the library's previous provider.
+
+    Args:
+        library: name of the top-level package that defines the classes.
+        provider: an instance of a subclass of `Provider`.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts.providers import ExternalRouter, Provider, register_provider
+        >>> class AcmeProvider(Provider):
+        ...     def find_router(self, block):
+        ...         if type(block).__name__ == "AcmeBlock":
+        ...             return ExternalRouter("router", num_experts=block.num_experts, k=block.top_k)
+        >>> register_provider("acme", AcmeProvider())
+    """
+    if not (isinstance(library, str) and library.isidentifier()):
+        raise ValueError(f"library must be the name of a top-level package, such as 'torch', got {library!r}")
+    if not isinstance(provider, Provider):
+        raise TypeError(f"provider must be an instance of a subclass of Provider, got {provider!r:.99}")
+    REGISTERED_PROVIDERS[library] = provider
+
+
+def find_providers(module: nn.Module) -> list[Provider]:
+    """The providers of the libraries that define a module's class and its base classes, in this order."""
+    found: list[Provider] = []
+    for library in dict.fromkeys([kind.__module__.partition(".")[0] for kind in type(module).__mro__]):
+        if library in REGISTERED_PROVIDERS:
+            found.append(REGISTERED_PROVIDERS[library])
+        elif library in BUNDLED_LIBRARIES and load_bundled_providers():
+            found.append(BUNDLED_PROVIDERS[library])
+    return found
+
+
+def ask_providers(module: nn.Module, question: Callable[[Provider], AnswerT | None]) -> AnswerT | None:
+    """The first answer to a question about a module, from `find_providers`; None if none of them has one."""
+    for provider in find_providers(module):
+        if (answer := question(provider)) is not None:
+            return answer
+    return None
+
+
+def load_bundled_providers() -> bool:
+    """Import the bundled providers; return True. While a graph is traced, this is called before `BUNDLED_PROVIDERS` is
+    read: the graph does not see later changes."""
+    if not BUNDLED_PROVIDERS:
+        try:
+            BUNDLED_PROVIDERS.update(import_module(BUNDLED_MODULE).PROVIDERS)
+        except ImportError as error:
+            raise ImportError(
+                f"{BUNDLED_MODULE}, which describes modules of {' and '.join(BUNDLED_LIBRARIES)}, cannot be imported: "
+                f"install the versions that the extra 'hf' of this package requires"
+            ) from error
+    return True
+
+
+def list_providers() -> list[Provider]:
+    """The registered providers, and the bundled ones if one of their libraries is imported, in a supported version."""
+    if any(library in sys.modules for library in BUNDLED_LIBRARIES):
+        with suppress(ImportError):
+            load_bundled_providers()
+    return list({**BUNDLED_PROVIDERS, **REGISTERED_PROVIDERS}.values())

@@ -1,0 +1,88 @@
+"""Published models as recipes: the settings of their routers and experts::
+
+    recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
+    recipes.MODELS["mixtral"]                                 # its recipe
+
+The table is in `models.py`, and the functions that build layers according to it are in `builder.py`.
+"""
+
+from mixture_of_experts.recipes.builder import (
+    PublishedModel,
+    Recipe,
+    RecipeFunction,
+    SharedExpert,
+    build,
+    list_gate_arguments,
+    make_gate,
+    make_recipe_activation,
+    make_recipe_function,
+)
+from mixture_of_experts.recipes.models import MODELS
+
+__all__ = [
+    "PublishedModel",
+    "Recipe",
+    "RecipeFunction",
+    "SharedExpert",
+    "build",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v4",
+    "dynamic_moe",
+    "ernie4_5",
+    "expert_choice",
+    "gemma4",
+    "gpt_oss",
+    "granite4",
+    "gshard",
+    "kimi_k2",
+    "kimi_k3",
+    "list_gate_arguments",
+    "llama4",
+    "longcat_flash",
+    "make_gate",
+    "make_recipe_activation",
+    "minimax_m2",
+    "mixtral",
+    "nemotron_h",
+    "olmoe",
+    "phi3_5",
+    "qwen2",
+    "qwen3",
+    "qwen3_next",
+    "remoe",
+    "shazeer",
+    "switch",
+    "zaya",
+]
+
+#: a function for each recipe with a summary
+FUNCTIONS: dict[str, RecipeFunction] = {
+    name: make_recipe_function(name, recipe) for name, recipe in MODELS.items() if recipe.summary
+}
+gshard = FUNCTIONS["gshard"]
+switch = FUNCTIONS["switch"]
+shazeer = FUNCTIONS["shazeer"]
+expert_choice = FUNCTIONS["expert_choice"]
+mixtral = FUNCTIONS["mixtral"]
+olmoe = FUNCTIONS["olmoe"]
+qwen2 = FUNCTIONS["qwen2"]
+qwen3 = FUNCTIONS["qwen3"]
+qwen3_next = FUNCTIONS["qwen3_next"]
+deepseek_v2 = FUNCTIONS["deepseek_v2"]
+deepseek_v3 = FUNCTIONS["deepseek_v3"]
+deepseek_v4 = FUNCTIONS["deepseek_v4"]
+nemotron_h = FUNCTIONS["nemotron_h"]
+kimi_k2 = FUNCTIONS["kimi_k2"]
+kimi_k3 = FUNCTIONS["kimi_k3"]
+minimax_m2 = FUNCTIONS["minimax_m2"]
+ernie4_5 = FUNCTIONS["ernie4_5"]
+granite4 = FUNCTIONS["granite4"]
+gpt_oss = FUNCTIONS["gpt_oss"]
+llama4 = FUNCTIONS["llama4"]
+gemma4 = FUNCTIONS["gemma4"]
+phi3_5 = FUNCTIONS["phi3_5"]
+longcat_flash = FUNCTIONS["longcat_flash"]
+dynamic_moe = FUNCTIONS["dynamic_moe"]
+remoe = FUNCTIONS["remoe"]
+zaya = FUNCTIONS["zaya"]

@@ -1,0 +1,43 @@
+"""Reads and replaces what routers of other libraries return, according to their descriptions by providers.
+
+Axes: b sequences, n tokens of a sequence, t tokens, e experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mixture_of_experts.gating.choices import top_choices
+from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.whole_model.router_discovery import RouterHandle
+
+
+def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, from the `output` of an external router."""
+    external: Any = router.external
+    returns = external.returns
+    parts = zip(returns, output if isinstance(output, tuple) else (output,), strict=False)
+    found = {name: part.detach() for name, part in parts if isinstance(part, Tensor)}
+    logits = found["probs"].log() if "probs" in found else found.get("logits")
+    if logits is not None and logits.ndim > 1 and logits.shape[-1] == external.num_experts:
+        weight, expert = found.get("weights"), found.get("experts")
+        if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
+            if external.zero_weight_expert is not None:
+                expert = expert.where(weight != 0, external.zero_weight_expert)
+            return logits, weight, expert
+        if "experts" not in returns:
+            expert = top_choices(logits, external.k)
+            return logits, SCORES[external.score](logits.float()).gather(-1, expert), expert
+    raise TypeError(
+        f"{router.class_name} does not return ({', '.join(filter(None, returns))}) of flattened tokens: what "
+        "it chooses cannot be read"
+    )
+
+
+def replace_result(router: RouterHandle, output: tuple[Any, ...], name: str, value: Tensor) -> tuple[Any, ...]:
+    """The `output` of an external router with another value of the result with this name."""
+    external: Any = router.external
+    position = external.returns.index(name)
+    return (*output[:position], value, *output[position + 1 :])
