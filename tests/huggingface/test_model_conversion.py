@@ -76,7 +76,7 @@ def convert_both_ways(stock: Any) -> None:
     assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
     assert not count_hooks(model)
     assert (type(model.config), vars(model.config)) == (type(stock.config), vars(stock.config))
-    assert vars(model).keys() == vars(stock).keys()
+    assert vars(model).keys() - {"save_pretrained"} == vars(stock).keys()  # see test_engine_folders.py
     assert all(module.config is model.config for module in model.modules() if hasattr(module, "config"))
 
 

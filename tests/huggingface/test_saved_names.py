@@ -26,7 +26,8 @@ from mixture_of_experts.huggingface import (
     to_transformers,
     upcycle,
 )
-from mixture_of_experts.huggingface.saving.folders import quantize_folder, upcycle_folder
+from mixture_of_experts.huggingface.saving.converting import quantize_folder
+from mixture_of_experts.huggingface.saving.folders import upcycle_folder
 from mixture_of_experts.quantize import quantize_experts
 
 from .test_block_conversion import build_model

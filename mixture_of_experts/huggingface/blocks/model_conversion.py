@@ -44,6 +44,7 @@ from mixture_of_experts.huggingface.replacement.network_search import has_expert
 from mixture_of_experts.huggingface.replacement.replace import register_layers, replace_module
 from mixture_of_experts.huggingface.router_config import override_router_coef, restore_router_config
 from mixture_of_experts.huggingface.saving.configuration import remove_layers_from_config
+from mixture_of_experts.huggingface.saving.engine_folders import save_as_own_class, save_for_engines
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.checks import check_model
 
@@ -175,6 +176,7 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
             layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
         replace_module(model, block, layer.train(block.training))
     register_layers(model, list(settings))
+    save_as_own_class(model)
 
 
 def layer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,6 +207,7 @@ def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         remove_layers_from_config(vars(module).get("config"))
         save_stock_names(module)
+    save_for_engines(model, model.config.name_or_path or "")
     return model
 
 

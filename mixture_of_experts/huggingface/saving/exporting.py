@@ -27,6 +27,7 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import check_not_on_me
 from mixture_of_experts.huggingface.replacement.replace import parse_block_number
 from mixture_of_experts.huggingface.router_config import ROUTER_KEYS
 from mixture_of_experts.huggingface.saving.configuration import LAYERS_KEY
+from mixture_of_experts.huggingface.saving.engine_folders import save_for_engines
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model
@@ -56,9 +57,20 @@ EXPORT_TARGETS = (
         hidden_dim_key="intermediate_size",
     ),
     ExportTarget("Qwen3Moe", ("Qwen3",)),
-    ExportTarget("Qwen2Moe", ("Qwen2",), has_shared_expert=True, settings=(("qkv_bias", True),)),
-    ExportTarget("Qwen2Moe", ("Llama", "Mistral"), has_shared_expert=True, settings=(("qkv_bias", False),)),
+    ExportTarget(
+        "Qwen2Moe",
+        ("Qwen2", "Llama", "Mistral"),
+        has_shared_expert=True,
+        # engines expect biases and a head of its own in every Qwen2-MoE
+        settings=(("qkv_bias", True), ("tie_word_embeddings", False)),
+    ),
 )
+
+# hidden dim of a shared expert that is all zeros, where a layer has none: llama.cpp quantizes weights in blocks of 32
+NO_SHARED_EXPERT_DIM = 32
+
+# weights of an exported model that are zeros if the dense model has none
+OPTIONAL_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 # settings that do not affect the computation, or that are handled here
 IGNORED_SETTINGS = {
@@ -90,6 +102,22 @@ class ExportPlan(NamedTuple):
         """The weights of the block that is equivalent to a layer, by their names in the exported model."""
         like = adapt_to_block(self.layers[path].moe, self.target.has_shared_expert)
         return copy_to_block_state(like, self.stock_model, path)
+
+    def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All other weights of the exported model, of which none shares memory with another, from the state dict of
+        the model. A tied head is included only if the exported model has a head of its own."""
+        changed, tied = tuple(f"{path}." for path in self.layers), self.stock_model.all_tied_weights_keys
+        rest, seen = {}, set()
+        for name, like in self.stock_model.state_dict().items():
+            if name.startswith(changed) or name in tied:
+                continue
+            if name not in state and name.endswith(OPTIONAL_BIASES):
+                weight = state[name.removesuffix("bias") + "weight"]
+                rest[name] = weight.new_zeros(like.shape)
+            else:
+                rest[name] = state[name].clone() if state[name].data_ptr() in seen else state[name]
+            seen.add(rest[name].data_ptr())
+        return rest
 
 
 def export(model: nn.Module) -> Any:
@@ -124,8 +152,7 @@ def export(model: nn.Module) -> Any:
     """
     plan, state = plan_export(check_model("model", model)), model.state_dict()
     check_not_on_meta(model, type(model).__name__)
-    changed = tuple(f"{path}." for path in plan.layers)
-    exported = {name: value for name, value in state.items() if not name.startswith(changed)}
+    exported = plan.convert_rest(state)
     for path in plan.layers:
         exported |= plan.convert_layer(path)
     exported = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in exported.items()}
@@ -136,6 +163,8 @@ def export(model: nn.Module) -> Any:
     clear_weight_conversions(made)
     if hasattr(model, "generation_config"):
         made.generation_config = copy.deepcopy(model.generation_config)
+    config: Any = model.config
+    save_for_engines(made, config.name_or_path)
     return made.to(next(model.parameters()).device).train(model.training)
 
 
@@ -180,7 +209,8 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
     for name, default in defaults.items():  # names that the dense class does not know are additional entries
         if name not in kept and name not in IGNORED_SETTINGS and getattr(config, name) != default:
             yield f"{name}={getattr(config, name)!r} of the configuration"
-    differ, paths = model.state_dict().keys() ^ stock.state_dict().keys(), tuple(f"{path}." for path in layers)
+    own, theirs, paths = model.state_dict().keys(), stock.state_dict().keys(), tuple(f"{path}." for path in layers)
+    differ = own ^ theirs - {name for name in theirs - own if name.endswith(OPTIONAL_BIASES)}
     if differ := sorted(name for name in differ if not name.startswith(paths)):
         yield f"weights that one of both lacks, such as {differ[0]}"
 
@@ -209,7 +239,7 @@ def make_target_model(model: Any, target: ExportTarget, head: str, layers: Layer
         settings["mlp_only_layers"] = [i for i in range(model.config.num_hidden_layers) if i not in sparse]
         settings |= {"decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None}
     if target.has_shared_expert:
-        settings["shared_expert_intermediate_size"] = getattr(moe.shared_expert, "hidden_dim", 1)
+        settings["shared_expert_intermediate_size"] = getattr(moe.shared_expert, "hidden_dim", NO_SHARED_EXPERT_DIM)
     config = getattr(transformers, f"{target.prefix}Config")(**settings)
     config.dtype = model.config.dtype
     model_class: Any = getattr(transformers, f"{target.prefix}{head}", None)
@@ -234,10 +264,20 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
         factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
         shared, gate = copy.deepcopy(moe.shared_expert), nn.Linear(moe.dim, 1, bias=False, **factory)
         if shared is None:
-            shared = SharedExpert(moe.dim, 1, **factory)
+            shared = SharedExpert(moe.dim, NO_SHARED_EXPERT_DIM, **factory)
             for weight in shared.parameters():
                 weight.zero_()
-        gate.weight.zero_()
+        gate.weight.copy_(make_half_open_gate(gate.weight))
         shared.down_proj.weight.mul_(2)  # the sigmoid of its gate is 1/2
         like.shared_expert = GatedSharedExpert(shared, gate)
     return like
+
+
+def make_half_open_gate(like: Tensor) -> Tensor:
+    """A matrix `(1, d)` of a shared expert's gate whose logits round to a sigmoid of exactly 1/2.
+
+    Its elements are tiny, but neither zero, because llama.cpp computes the sigmoid of z as `silu(z) / z`, nor equal,
+    because inputs may sum to zero.
+    """
+    limits = torch.finfo(like.dtype)
+    return torch.linspace(1, 2, like.shape[-1]).mul(max(2.0**-60, limits.smallest_normal * limits.eps)).expand_as(like)

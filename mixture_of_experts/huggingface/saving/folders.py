@@ -22,11 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from mixture_of_experts.huggingface.blocks.model_conversion import plan_stock_export
+from mixture_of_experts.huggingface.blocks.model_conversion import StockPlan, plan_stock_export
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, find_layers
 from mixture_of_experts.huggingface.private_transformers import convert_to_saved, make_shape_error
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
 from mixture_of_experts.huggingface.saving.configuration import MODEL_TYPE, read_layer_entries, read_quantization
+from mixture_of_experts.huggingface.saving.engine_folders import complete_folder
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 from mixture_of_experts.huggingface.saving.loader import find_saved_class
 from mixture_of_experts.huggingface.saving.restore import insert_experts
@@ -92,8 +93,14 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     model = read_experts_model(source, "export")
     blocks = any(isinstance(layer, SparseFeedForward) for layer in find_layers(model).values())
     plan = plan_stock_export(model) if blocks else plan_export(model)
-    read = model.state_dict().__getitem__
-    rewrite_folder(plan.stock_model, read, plan.layers, plan.convert_layer, source, target, max_shard_size)
+    state = model.state_dict()
+    rest = state if isinstance(plan, StockPlan) else plan.convert_rest(state)
+    stock, read = plan.stock_model, rest.__getitem__
+
+    def finish(folder: Path) -> None:
+        complete_folder(folder, stock.config.attribute_map)
+
+    rewrite_folder(stock, read, plan.layers, plan.convert_layer, source, target, max_shard_size, finish)
 
 
 def rewrite_folder(
@@ -104,12 +111,13 @@ def rewrite_folder(
     source: Path,
     target: Path,
     max_shard_size: int,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a folder next to the target and rename it to the target at the end; it is removed after an error.
 
     It contains the layers at `paths` as returned by `change`, all other weights of the changed model as returned by
-    `read`, and copies of the source's other files (tokenizer etc.). A process that is ended by SIGKILL leaves
-    `.NAME.xxxx.unfinished` behind, without a `config.json`.
+    `read`, and copies of the source's other files (tokenizer etc.). `finish` may change the folder before it is
+    renamed. A process that is ended by SIGKILL leaves `.NAME.xxxx.unfinished` behind, without a `config.json`.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists: give another name, or remove it")
@@ -133,6 +141,8 @@ def rewrite_folder(
         model.config.architectures = [type(model).__name__]
         with naming_unwritable_file(target / "config.json"):
             model.config.save_pretrained(folder)
+            if finish is not None:
+                finish(folder)
         folder.chmod(0o755)  # temporary folders are private to their owner
         folder.rename(target)
 

@@ -1,0 +1,209 @@
+"""Folders of stock models that inference engines read right.
+
+`transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`; llama.cpp
+and mlx-lm read the file, and some of their models fall back to a default where the earlier entry is missing.
+`save_pretrained` of a model that `export` or `to_transformers` returned also writes these entries, copies the tokenizer
+of the model that it was made of, and warns of engines that would compute something different.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import nn
+
+Config = Mapping[str, Any]  # the contents of a config.json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",  # without it, the converter of llama.cpp has no SentencePiece tokenizer
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+EXPERT_COUNTS = ("num_experts", "num_local_experts")  # names of the same entry
+
+
+class EngineFault(NamedTuple):
+    """A setting that engines ignore in models of some types, without an error. `tests/test_engines.py` runs each."""
+
+    engines: str
+    model_types: tuple[str, ...]
+    applies: Callable[[Config], bool]
+    reason: str
+
+
+def find_rope_type(config: Config) -> str:
+    return (config.get("rope_parameters") or {}).get("rope_type", "default")
+
+
+QWEN = ("qwen2_moe", "qwen3_moe")
+ENGINE_FAULTS = (
+    EngineFault(
+        "llama.cpp and mlx-lm",
+        ("qwen2_moe",),
+        lambda config: bool(config.get("norm_topk_prob")),
+        "they do not normalize the router weights of Qwen2-MoE (norm_topk_prob=True)",
+    ),
+    EngineFault(
+        "llama.cpp",
+        ("qwen3_moe",),
+        lambda config: not config.get("norm_topk_prob"),
+        "it normalizes the router weights of Qwen3-MoE (norm_topk_prob=False)",
+    ),
+    EngineFault(
+        "vLLM",
+        ("qwen2_moe",),
+        lambda config: not config.get("qkv_bias", True),
+        "it does not initialize the biases that Qwen2-MoE lacks (qkv_bias=False)",
+    ),
+    EngineFault(
+        "mlx-lm",
+        ("mixtral", "qwen3_moe"),  # its Qwen2-MoE raises an error
+        lambda config: find_rope_type(config) != "default",
+        "it does not scale the rotary embeddings of Mixtral and Qwen3-MoE (rope_type)",
+    ),
+    EngineFault(
+        "llama.cpp",
+        QWEN,
+        lambda config: find_rope_type(config) in ("llama3", "dynamic"),
+        "it does not scale the rotary embeddings of Qwen as in Llama 3 (rope_type)",
+    ),
+    EngineFault(
+        "llama.cpp and mlx-lm",
+        ("mixtral",),
+        lambda config: (config.get("sliding_window") or 1e9) < config.get("max_position_embeddings", 0),
+        "their Mixtral attends to all tokens (sliding_window)",
+    ),
+    EngineFault(
+        "vLLM, llama.cpp and mlx-lm",
+        ("mixtral",),
+        lambda config: config.get("hidden_act", "silu") != "silu",
+        "they compute SiLU in every expert (hidden_act)",
+    ),
+    EngineFault(
+        "llama.cpp and mlx-lm",
+        QWEN,
+        lambda config: config.get("hidden_act", "silu") != "silu",
+        "they compute SiLU in every expert (hidden_act)",
+    ),
+)
+
+
+def find_engine_faults(config: Config) -> Iterator[str]:
+    """The engines that would compute something different from `transformers`, and why."""
+    for fault in ENGINE_FAULTS:
+        if config.get("model_type") in fault.model_types and fault.applies(config):
+            yield f"{fault.engines}: {fault.reason}"
+
+
+def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str, Any]:
+    """The entries that engines read and the file lacks; `aliases` maps other names of entries to their names."""
+    rope, entries = config.get("rope_parameters"), {}
+    if isinstance(rope, Mapping) and "rope_theta" in rope:  # one for all layers
+        entries["rope_theta"] = rope["rope_theta"]
+        if find_rope_type(config) != "default":
+            entries["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    for alias, name in aliases.items():
+        if alias in EXPERT_COUNTS and name in config:
+            entries[alias] = config[name]
+    return {name: value for name, value in entries.items() if name not in config}
+
+
+def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") -> None:
+    """Add to a saved stock model what engines need, and warn of those that compute something different.
+
+    Args:
+        folder: contains `config.json`.
+        aliases: other names of entries of the configuration.
+        source: the folder or cached repository whose tokenizer is copied. Files in `folder` are kept.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config |= find_engine_entries(config, aliases)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for name in TOKENIZER_FILES if source else ():
+        found = find_file(source, name)
+        if found is not None and not (folder / name).exists():
+            shutil.copy2(found, folder / name)
+    if faults := list(find_engine_faults(config)):
+        warnings.warn(
+            f"not every engine computes what this {config['model_type']} computes in transformers: "
+            f"{'; '.join(faults)}. docs/published_mixtures.md lists what each engine serves",
+            stacklevel=3,
+        )
+
+
+def find_file(source: str, name: str) -> Path | None:
+    """A file of a folder, or of a repository in the cache of the hub; None if it is not there."""
+    if Path(source).is_dir():
+        found: Any = Path(source) / name
+    else:
+        try:
+            found = try_to_load_from_cache(source, name)
+        except HFValidationError:  # a folder that is gone
+            found = None
+    return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
+
+
+class EngineSave:
+    """`save_pretrained` of a stock model whose folders engines read; it is an attribute of the model.
+
+    It holds no reference to the model, which would only be freed by the garbage collector. But
+    `export(model).save_pretrained` frees the exported model before the call, so it holds a twin with the same modules.
+    A pickled model, which must load without this package, has the method of its class.
+    """
+
+    def __init__(self, model: nn.Module, source: str) -> None:
+        self.model: weakref.ref[Any] = weakref.ref(model)
+        self.twin: Any = object.__new__(type(model))
+        vars(self.twin).update({name: value for name, value in vars(model).items() if name != "save_pretrained"})
+        self.source: str = source
+
+    def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "push_to_hub=True uploads the folder before the entries that engines read are written: call "
+                "model.push_to_hub(repo_id) instead"
+            )
+        model = self.model() or self.twin
+        type(model).save_pretrained(model, save_directory, *args, **kwargs)
+        if (args[0] if args else kwargs.get("is_main_process", True)) and (
+            Path(save_directory) / "config.json"
+        ).exists():
+            complete_folder(Path(save_directory), model.config.attribute_map, self.source)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineSave:
+        copied = EngineSave(copy.deepcopy(self.twin, memo), self.source)
+        copied.model = weakref.ref(memo.get(id(self.model()), copied.twin))
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        model: Any = self.model()
+        return partial, (type(model).save_pretrained, model)
+
+
+def save_for_engines(model: nn.Module, source: str) -> None:
+    """Make `save_pretrained` of a stock model write folders that engines read, with the tokenizer of `source`."""
+    vars(model)["save_pretrained"] = EngineSave(model, source)
+
+
+def save_as_own_class(model: nn.Module) -> None:
+    """Undo `save_for_engines`."""
+    vars(model).pop("save_pretrained", None)
