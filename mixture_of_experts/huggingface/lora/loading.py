@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import find_layers
 from mixture_of_experts.huggingface.private_peft import find_renamed_weights
+from mixture_of_experts.quantize import QuantizedExperts
 
 
 def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
@@ -27,7 +28,9 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     Raises:
         ValueError: it contains adapter weights of a layer that the layer does not have.
     """
-    layers = tuple(f"{prefix}{path}." for path in find_layers(model))
+    # quantized experts have no weights for PEFT to adapt outside of `weights_shown`; their forward raises
+    adaptable = [path for path, layer in find_layers(model).items() if not has_quantized_experts(layer)]
+    layers = tuple(f"{prefix}{path}." for path in adaptable)
     own = {name for name, _ in model.named_parameters() if ".lora_" in name}
     unknown = {name for name in state_dict if ".lora_" in name and name.startswith(layers)}
     unknown -= {prefix + name for name in own}
@@ -45,3 +48,7 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
             "without it. An adapter of the stock model: load it there, and merge_and_unload() it before "
             "from_transformers(). An adapter of this model: load it before all others, with the same target_parameters"
         )
+
+
+def has_quantized_experts(layer: nn.Module) -> bool:
+    return any(isinstance(module, QuantizedExperts) for module in layer.modules())
