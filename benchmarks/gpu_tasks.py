@@ -22,6 +22,7 @@ from benchmarks.gpu_device import Device, Shape
 from benchmarks.results_file import Tasks
 from mixture_of_experts import Top2Gating, TopKGating, ops
 from mixture_of_experts.dispatch.assignments import assign_experts
+from mixture_of_experts.dispatch.permutation import permute_without_gaps
 from mixture_of_experts.dispatch.queues import queue_up
 from mixture_of_experts.ops.triton import schedule, self_check
 from mixture_of_experts.ops.triton.network_spec import NetworkSpec
@@ -237,6 +238,6 @@ def plans(device: Device, shape: Shape, number: int, kernel: str) -> tuple[Calla
             run_by_implementation("triton", partial(permute_by_kernel, assignments, number)),
             by_queues,
         ),
-        "find_rows_kernel": (by_queues, run_by_implementation("batched", assignments.without_gaps)),
+        "find_rows_kernel": (by_queues, run_by_implementation("batched", partial(permute_without_gaps, assignments))),
         "queueing.py": (run_by_implementation("triton", queues), run_by_implementation("batched", queues)),
     }[kernel]

@@ -27,7 +27,7 @@ LENGTHS = (5, 9, 2)
 SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 
 
-def make_llama(factor: float | None = 0.7) -> nn.Module:
+def make_llama(factor: float | None = 0.7) -> Any:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2, use_cache=False))
 
@@ -45,7 +45,7 @@ def make_documents() -> list[Tensor]:
     return [torch.randint(1, 64, (n,), generator=gen) for n in LENGTHS]
 
 
-def make_packed() -> dict[str, Tensor]:
+def make_packed() -> dict[str, Any]:
     collate = DataCollatorWithFlattening(return_position_ids=True)
     return dict(collate([{"input_ids": ids.tolist()} for ids in make_documents()]))
 
