@@ -228,7 +228,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
     """Base class of experts with stacked weights: initialization, checks of shapes, and both contracts.
 
     Tokens with assignments are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
-    implementation.
+    implementation; `compute` and slots are for wrappers, other ranks, and callers that have sorted the rows.
     """
 
     dim: int

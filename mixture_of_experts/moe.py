@@ -36,7 +36,12 @@ from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, get_optional_losses, get_side_inputs
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
-from mixture_of_experts.gating.levels import check_slots_have_tokens, join_levels, second_level, side_inputs_of_levels
+from mixture_of_experts.gating.levels import (
+    check_slots_have_tokens,
+    join_levels,
+    make_inner_arguments,
+    side_inputs_of_levels,
+)
 from mixture_of_experts.gating.overrides import STATE
 from mixture_of_experts.gating.top2 import TOP2_SETTINGS, SecondPolicy
 from mixture_of_experts.ops.activations import ActivationLike
@@ -255,8 +260,7 @@ class HeirarchicalMoE(MoEBase):
 
     Level one sends a token to outer experts, each of which is a row of inner experts. Level two, with weights of its
     own for each outer expert, sends the token on to inner experts. A token's weight is the product of both levels'
-    weights. Level two reads the tokens in the slots of level one; experts read them from the inputs, so no token passes
-    through both.
+    weights. Level two reads the tokens in the slots of level one; experts read them from the inputs.
 
     Args:
         num_experts: `(eo, ei)`, outer and inner; by default the numbers of the gates or `experts`, else (4, 4).
@@ -360,7 +364,7 @@ class HeirarchicalMoE(MoEBase):
         outer_arguments |= self.requested_losses(self.gate_outer)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **outer_arguments))
         outer_permutation = permute_to_slots(join_groups(outer, in_slots=True))
-        level_two = second_level(groups, outer, outer_permutation, self.group_size, inner_side)
+        level_two = make_inner_arguments(groups, outer, outer_permutation, self.group_size, inner_side)
         inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
         check_slots_have_tokens(self.gate_inner, inner, outer_permutation)
         out = run_experts(self.experts, groups.flatten(0, 1), join_levels(outer, outer_permutation, inner))

@@ -131,7 +131,8 @@ class Assignments:
         )
 
     def prefers_rows(self) -> bool:
-        """Whether rows without gaps are a better layout than slots: in dropless calls, or if they are surely fewer."""
+        """Whether rows without gaps are a better layout than slots: in dropless calls, or if they are surely fewer. The
+        implementations `plain` and `batched` ask; `cpu` and `grouped` never compute slots."""
         if self.dropless:
             return True
         if is_exporting() or self.k is None:
@@ -157,8 +158,9 @@ def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignment
 
 
 def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
-    """The assignments of one gate. They occupy slots if the capacity is limited, but not in packed rows, of which each
-    document has a capacity; with `in_slots` also if it is not limited."""
+    """The assignments of one gate. They are numbered by slots if the capacity is limited, but not in packed rows, of
+    which each document has a capacity; with `in_slots` also if it is not limited. Whether experts compute slots is up
+    to the implementation."""
     dropless = routing.capacity is None or routing.segments is not None
     weight, kept, sent, token = routing.weight, routing.kept, routing.sent, routing.token_index
     if routing.padding_weight is not None:

@@ -9,8 +9,8 @@ with a function that makes its permutation:
     permute_to_slots        all slots (e, b, c), equally many for each expert; some are empty. For experts that read
                             slots, and for batched products of a call that has few of them
     permute_without_gaps    the kept assignments alone. For grouped products, and for experts with a `compute`
-    permute_with_padding    as many rows for each expert as the caller wants; some are empty. For batched products on a
-                            CPU, with or without a capacity, and of blocks
+    permute_with_padding    as many rows for each expert as the caller wants; some are empty. For `ops/cpu/chunked.py`,
+                            with or without a capacity, and `BlockLayout` of `ops/batched.py`
 """
 
 from __future__ import annotations

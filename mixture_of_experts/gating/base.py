@@ -590,7 +590,7 @@ class TokenChoiceGate(Gate):
         if capacity is None:  # a choice of weight 0 does not queue
             sent = kept
         else:  # it holds a slot
-            queues, has_slot = self._find_slots(tokens, choices, expert, sent, capacity, limit)
+            queues, has_slot = self._apply_capacity(tokens, choices, expert, sent, capacity, limit)
             if has_slot is not None:
                 kept, is_weight_final = kept & has_slot, False
             sent = torch.ones_like(kept) if sent is None else sent
@@ -615,7 +615,7 @@ class TokenChoiceGate(Gate):
             segments=tokens.segments,
         )
 
-    def _find_slots(
+    def _apply_capacity(
         self,
         tokens: Tokens,
         choices: Choices,

@@ -34,7 +34,7 @@ def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[s
     return set(outer) - of_one_level, own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 
-def second_level(
+def make_inner_arguments(
     groups: Tensor, outer: Routing, outer_permutation: Permutation, group_size: int | None, side: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).

@@ -114,7 +114,7 @@ class TopKGating(TokenChoiceGate):
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
     implementations: ClassVar[Mapping[str, Any]] = {
-        "numbers": topk_by_numbers,
+        "numbers": topk_by_numbers,  # one token in inference
         "kernel": topk_by_kernel,
         **TokenChoiceGate.implementations,
     }

@@ -57,15 +57,15 @@ class SlotLayout(row_network.RowLayout):
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         return torch.bmm(self.view_batches(x), self.select_weights(weight)).flatten(0, 1)
 
-    def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         (x, weight), *others = pairs
-        self.row_totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
-        self.row_totals[-1:].zero_()
-        out = self.view_batches(self.row_totals)
+        self.row_outputs: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
+        self.row_outputs[-1:].zero_()
+        out = self.view_batches(self.row_outputs)
         torch.bmm(self.view_batches(x), self.select_weights(weight), out=out)
         for x, weight in others:
             out.baddbmm_(self.view_batches(x), self.select_weights(weight))
-        return self.row_totals
+        return self.row_outputs
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         self.view_batches(rows).add_(self.select_weights(bias).unsqueeze(1))
@@ -80,12 +80,12 @@ class SlotLayout(row_network.RowLayout):
         permutation = self.permutation
         if permutation.k is None:
             return super().combine_rows()
-        terms = self.gather_totals().mul_(permutation.weight.unsqueeze(-1))
+        terms = self.gather_outputs().mul_(permutation.weight.unsqueeze(-1))
         return terms.view(permutation.num_tokens, permutation.k, terms.shape[-1]).sum(dim=1)
 
-    def gather_totals(self) -> Tensor:
+    def gather_outputs(self) -> Tensor:
         """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
-        return self.row_totals.index_select(0, self.permutation.row)
+        return self.row_outputs.index_select(0, self.permutation.row)
 
     def view_batches(self, rows: Tensor) -> Tensor:
         return rows[: self.permutation.num_rows].view(self.num_batches, -1, rows.shape[-1])

@@ -81,14 +81,14 @@ class GroupedLayout(batched.SlotLayout):
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(x, weight, offs=self.ends)
 
-    def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """The total; the permutation's spare row is set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
-        self.row_totals: Any = self.multiply_rows(x, weight)
+        self.row_outputs: Any = self.multiply_rows(x, weight)
         for x, weight in others:
-            self.row_totals += self.multiply_rows(x, weight)
-        self.row_totals[-1:].zero_()
-        return self.row_totals
+            self.row_outputs += self.multiply_rows(x, weight)
+        self.row_outputs[-1:].zero_()
+        return self.row_outputs
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         rows += plain.expand_bias(bias, self.num_tokens_per_expert, self.permutation.num_rows)
@@ -96,8 +96,8 @@ class GroupedLayout(batched.SlotLayout):
     def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
         return grouped_outer_product_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
-    def gather_totals(self) -> Tensor:
-        return self.row_totals.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
+    def gather_outputs(self) -> Tensor:
+        return self.row_outputs.index_select(0, self.permutation.row.clamp(max=self.permutation.num_rows - 1))
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""The network on rows sorted by expert, and its gradients, for the implementations `cpu`, `grouped` and `batched`.
+"""Functions that compute the network on rows sorted by expert, and its gradients, for the implementations `cpu`,
+`grouped` and `batched`; and `RowLayout`, the base class of their layouts of rows.
 
 Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a
 weight.
@@ -32,7 +33,7 @@ class RowLayout:
 
     - `gather_rows(x)`: rows `(r, p)` of tokens `(t, p)`.
     - `multiply_rows(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
-    - `sum_products(pairs)`: the sum of `multiply_rows` over pairs (x, weight), stored in `row_totals` for
+    - `multiply_and_sum(pairs)`: the sum of `multiply_rows` over pairs (x, weight), stored in `row_outputs` for
     `combine_rows`.
     - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
     - `outer_products(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an
@@ -41,7 +42,7 @@ class RowLayout:
     - `combine_rows()`: each token's weighted sum `(t, o)` of the totals; that of the base class is for expert choice.
     """
 
-    row_totals: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
+    row_outputs: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
 
     def __init__(self, permutation: Permutation, chunks: Sequence[Any] = (None,)) -> None:
         self.permutation: Permutation = permutation
@@ -73,7 +74,7 @@ class RowLayout:
     def combine_rows(self) -> Tensor:
         permutation = self.permutation
         return sum_rows(
-            self.row_totals[: permutation.num_rows],
+            self.row_outputs[: permutation.num_rows],
             permutation.row_weight(),
             permutation.token,
             permutation.row,
@@ -137,7 +138,7 @@ def run_network(layout: Any, x: Tensor, network: Network, save: bool) -> list[Te
     hidden = parts[0].new_empty(parts[0].shape) if save or network.gate_up else parts[0]
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
     layout.activate(act.forward, parts, hidden)
-    y = layout.sum_products([(hidden, network.w_out)])
+    y = layout.multiply_and_sum([(hidden, network.w_out)])  # one pair here; in a backward one for each of w_in
     if network.b_out is not None:
         layout.add_bias(y, network.b_out)
     return pre if save else []
@@ -196,7 +197,7 @@ def backpropagate_network(
             grads[name] = layout.sum_scaled_rows(scale, part, memory.get(name))
     grads |= _compute_input_weight_gradients(layout, x, scale, grad_pre, wanted, memory)
     if "x" in wanted:
-        layout.sum_products([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
+        layout.multiply_and_sum([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
     return grads
 
 

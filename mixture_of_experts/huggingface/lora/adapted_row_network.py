@@ -74,12 +74,12 @@ class AdaptedLayout:
             return layout.multiply_rows(thin, weight.up, out, add=True)
         return out.add_(layout.multiply_rows(thin, weight.up))
 
-    def sum_products(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
+    def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
         terms = []
         for x, weight in pairs:
             adapted = isinstance(weight, LowRankWeight)
             terms += [(x, weight.weight), (self.project_down(x, weight), weight.up)] if adapted else [(x, weight)]
-        return self.layout.sum_products(terms)
+        return self.layout.multiply_and_sum(terms)
 
 
 class GradientLayout(AdaptedLayout):
@@ -96,9 +96,9 @@ class GradientLayout(AdaptedLayout):
         """Store the gradients of the parts of `w_out`, in place of its own; the rows y are weighted."""
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
-    def sum_products(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
+    def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
         """Compute the gradients of tokens, and store those of the parts of `w_in`."""
-        total = super().sum_products(pairs)
+        total = super().multiply_and_sum(pairs)
         adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
         tokens = self.gather_rows(self.x) if adapted else self.x
         for name, y in adapted.items():

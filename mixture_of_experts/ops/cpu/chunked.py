@@ -160,12 +160,12 @@ class ChunkLayout(row_network.RowLayout):
             parts = (each.split(self.blocks.multiplied) for each in (of_rows, results))
             yield from ((part, matrix, result) for part, result in zip(*parts, strict=True))
 
-    def sum_products(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        if self.row_totals is None:
+    def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        if self.row_outputs is None:
             x, weight = pairs[0]
-            self.row_totals: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
-            self.row_totals[-1:].zero_()
-        y = self.row_totals[self.here]
+            self.row_outputs: Any = x.new_empty(self.permutation.num_rows + 1, weight.shape[-1])
+            self.row_outputs[-1:].zero_()
+        y = self.row_outputs[self.here]
         for i, (x, weight) in enumerate(pairs):
             self.multiply_rows(x, weight, y, add=i > 0)
         return y
@@ -204,6 +204,6 @@ class ChunkLayout(row_network.RowLayout):
             permutation.num_tokens, permutation.k
         )  # else `embedding_bag` prepares a backward
         row = permutation.row.view(weight.shape)
-        if self.row_totals.dtype != weight.dtype:
-            return sum_rows(self.row_totals[:-1], weight, row, row, permutation.k, permutation.num_tokens)
-        return F.embedding_bag(row, self.row_totals, per_sample_weights=weight, mode="sum")
+        if self.row_outputs.dtype != weight.dtype:
+            return sum_rows(self.row_outputs[:-1], weight, row, row, permutation.k, permutation.num_tokens)
+        return F.embedding_bag(row, self.row_outputs, per_sample_weights=weight, mode="sum")
