@@ -34,7 +34,7 @@ MAX_EXPERTS = 1024
 #: what the operators compute by, and the kernels do not call
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
-    *("balance_loss", "balance", "select_counted", "token_mean"),
+    *("balance_loss", "_balance_of_tokens", "balance", "select_counted", "token_mean"),
 )
 
 SELF_CHECK = SelfCheck("the Triton kernels of Top2Gating")

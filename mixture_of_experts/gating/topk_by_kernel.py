@@ -32,7 +32,8 @@ NO_KERNEL = "kernels of gates serve plain tensors on NVIDIA GPUs"
 #: what the operators compute by, and neither kernel nor numbers call
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
-    *("_weigh", "_normalized", "allowed", "balance_loss", "balance", "select_counted", "token_mean"),
+    *("_weigh", "_normalized", "allowed", "balance_loss", "_balance_of_tokens", "balance", "select_counted"),
+    "token_mean",
 )
 
 SELF_CHECK = SelfCheck("the Triton kernels of gates")
