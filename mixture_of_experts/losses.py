@@ -111,6 +111,11 @@ def _mean_over_groups(
     products: Tensor, tokens: Tensor, factor: float, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The same for groups of `tokens` `(..., b)`; those without a token do not count."""
+    if tokens.shape != products.shape[:-1]:
+        raise ValueError(
+            f"lengths of {tuple(tokens.shape)} groups do not fit values of {tuple(products.shape[:-1])}: in packed "
+            "rows (segment_ids) each document is a group, so a gate's loss is balance_loss(tokens, probs, expert)"
+        )
     there = tokens > 0
     per_group = products.sum(dim=-1) / torch.where(there, tokens, 1.0).square()
     return mean(per_group.sum(), there.sum(), group, factor)

@@ -27,6 +27,7 @@ from mixture_of_experts import (
     MoE,
     Top2Gating,
     TopKGating,
+    losses,
     ops,
 )
 from mixture_of_experts.dispatch.assignments import join_groups
@@ -455,3 +456,45 @@ def test_choices_that_are_saved_for_a_recomputation_are_used():
         out, loss = run(inputs, segment_ids=ids)
         results.append((out, loss, *torch.autograd.grad(out.sum() + loss, [inputs, *moe.parameters()])))
     torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=0)
+
+
+class OwnLoss(TopKGating):
+    """Computes a loss over rows, which in packed rows are not the groups."""
+
+    def balance_of_scores(self, tokens, score, probs, expert, chosen):
+        proxy = probs.sum(dim=-2)
+        return losses.load_balancing_loss_from_choices(expert, chosen, proxy, tokens.length, self.k)
+
+
+class OwnBalance(TopKGating):
+    def balance(self, *args, **kwargs):
+        return super().balance(*args, **kwargs) * 2
+
+
+class OwnCapacity(TopKGating):
+    def capacity(self, tokens):
+        return 2, None
+
+
+@pytest.mark.parametrize("gate", [OwnLoss, OwnBalance])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_gate_whose_loss_knows_rows_alone_raises(gate, rows):
+    """With one row too, where the shapes of its tensors fit those of the documents."""
+    moe, x = MoE(8, gate=gate(8, 4)), torch.randn(rows, 6, 8)
+    assert moe(x)[1].isfinite()
+    with pytest.raises(ValueError, match="balance_loss"):
+        moe(x, segment_ids=torch.tensor([[0, 0, 1, 1, 1, 2]] * rows))
+
+
+def test_a_capacity_without_limits_is_that_of_each_document():
+    moe, x = MoE(8, gate=OwnCapacity(8, 4), loss_coef=0.0).double(), torch.randn(1, 8, 8, dtype=torch.float64)
+    packed, _ = moe(x, segment_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]))
+    for part in (slice(0, 3), slice(3, 8)):
+        torch.testing.assert_close(packed[:, part], moe(x[:, part])[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int32])
+def test_integer_dtypes_of_ids(dtype):
+    moe, x, mask = MoE(8, gate=TopKGating(8, 4)), torch.randn(1, 5, 8), torch.tensor([[True, True, False, True, True]])
+    ids = torch.tensor([[3, 3, 3, 9, 9]])
+    assert moe(x, mask, segment_ids=ids.to(dtype))[0].equal(moe(x, mask, segment_ids=ids)[0])

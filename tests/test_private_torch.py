@@ -28,6 +28,15 @@ HEAVY_MODULES = (
 
 
 @pytest.mark.slow
+def test_assert_in_graph():
+    checked = torch.compile(
+        lambda x: private_torch.assert_in_graph(x.sum() > 0, "below") or x + 1, fullgraph=True, backend="aot_eager"
+    )
+    assert checked(torch.ones(2)).tolist() == [2, 2]
+    with pytest.raises(RuntimeError, match="below"):
+        checked(-torch.ones(2))
+
+
 def test_importing_the_package_loads_nothing_heavy():
     code = "import torch, sys; before = set(sys.modules); import mixture_of_experts; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

@@ -67,7 +67,7 @@ def group_side_inputs(
             raise ValueError(f"{name} must have shape ({wanted}, ...), an entry a token, got {describe_shape(value)}")
         rest = value.shape[len(shape) :]
         if mask is not None:
-            value = value.masked_fill(~mask.view(*mask.shape, *[1] * len(rest)), 0)
+            value = torch.where(mask.view(*mask.shape, *[1] * len(rest)), value, torch.zeros_like(value))
         grouped[name] = value.reshape(*groups.shape[:2], *rest)
     return grouped
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 SEGMENT_IDS = "segment_ids"  # the argument of layers and gates
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch sorts and fills few of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,8 @@ def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
     """
     b, n = ids.shape
     ordered, order = ids.sort(dim=-1)
-    starts = functional.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0))
+    # compared with a roll: slices of length n - 1 would exclude a dynamic length of 1
+    starts = (ordered != ordered.roll(1, dims=-1)) & (torch.arange(n, device=ids.device) > 0)
     rank = torch.empty_like(order).scatter(-1, order, starts.cumsum(dim=-1))
     document = rank + torch.arange(b, device=ids.device).unsqueeze(-1) * n
     real = torch.ones_like(document) if mask is None else mask.to(torch.int64)
@@ -85,6 +86,8 @@ def check_segment_ids(ids: Tensor, shape: torch.Size) -> Tensor:
         raise TypeError(
             f"{SEGMENT_IDS} must be integers, got {ids.dtype}: tokens of a row with equal ids are a document"
         )
+    if ids.dtype in UNSIGNED:
+        ids = ids.to(torch.int64)
     if ids.shape != shape:
         raise ValueError(
             f"{SEGMENT_IDS} must have shape {tuple(shape)}, an entry for each token, got {tuple(ids.shape)}"

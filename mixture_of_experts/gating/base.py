@@ -537,6 +537,11 @@ class TokenChoiceGate(Gate):
     ) -> Tensor:
         """The loss of `balance`, with a proxy `(..., b, n, e)` of each token, 0 for those that do not count."""
         if tokens.segments is not None:
+            if type(self).balance is not TokenChoiceGate.balance:
+                raise ValueError(
+                    f"{type(self).__name__} has a balance of its own, which knows no documents: override balance_loss, "
+                    "or pass each document as a row with mask= instead of segment_ids="
+                )
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group
             return balancing_loss(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
@@ -630,7 +635,7 @@ class TokenChoiceGate(Gate):
             score = choices.probs.detach().amax(dim=-1)
         order: Any = self.num_experts, self.k, self.priority, score
         if (segments := tokens.segments) is not None:
-            assert limit is not None
+            limit = torch.full_like(segments.length, capacity) if limit is None else limit
             position = find_positions_in_documents(expert, sent, segments.document, *order)
             return None, position < segments.of_assignments(limit, self.k)
         queues = queue_up(expert, sent, *order)

@@ -103,9 +103,14 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
         documents = starts.cumsum(dim=-1)
     if documents is None or documents.ndim != 2 or documents.shape[1] != n or documents.shape[0] not in (1, b):
         return None
-    if is_host_readable(documents) and bool((documents == documents[:, :1]).all()):
+    # ranks must agree on whether rows are packed, so several of them do not look at the values
+    if not is_distributed() and is_host_readable(documents) and bool((documents == documents[:, :1]).all()):
         return None
     return documents.expand(b, n)
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def get_cache(arguments: Mapping[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from mixture_of_experts.replay.records import RoutingRecords, previous_lengths, 
 from mixture_of_experts.replay.sequences import RoutingPoint, SequenceCall, find_routing_points
 from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.support.private_torch import assert_in_graph
 from mixture_of_experts.support.tracing import is_in_activation_checkpoint
 from mixture_of_experts.whole_model.router_discovery import GateSelection
 
@@ -167,6 +168,11 @@ class RoutingReplayer(ChoiceHooks):
         if packed is None:
             self.check_number_of_sequences(point, shape[0], lengths)
         if torch.compiler.is_compiling():
+            if packed is not None:  # a graph cannot read how many documents there are
+                assert_in_graph(
+                    packed.max() + 1 == len(lengths),
+                    f"the packed rows have another number of documents at {point.name!r} than the records",
+                )
             return
         if (
             point.hook_target.training

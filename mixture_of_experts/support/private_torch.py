@@ -153,6 +153,11 @@ def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) 
     )
 
 
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Raise RuntimeError when a traced graph runs and `condition` (0-dim bool) is False; on a GPU without a sync."""
+    torch._assert_async(condition, message)
+
+
 def get_function_modes() -> list[Any]:
     """The modes of torch functions that are entered in this thread; the last one sees a call first."""
     return overrides._get_current_function_mode_stack()
