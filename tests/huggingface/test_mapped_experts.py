@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import sys
 from collections.abc import Callable
@@ -39,6 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for bits in (8, 4):
         convert_folder(root / "16", root / str(bits), bits=bits)
     quantize_folder(root / "16", root / "portable", bits=4)
+    gc.collect()  # pages that this process still maps would stay in the page cache
     return root
 
 
@@ -50,7 +52,7 @@ def measured(folder: Path) -> Callable[[str], Measured]:
 
 #: largest anonymous memory after loading and generating, a prompt of all experts, and training, by the folder. oneDNN
 #: keeps a compiled program for each shape of a product in bfloat16, whatever the size of the model
-LIMITS = {"32": (20, 60, 80), "16": (20, 90, 110), "8": (10, 60, 80), "4": (10, 60, 80)}
+LIMITS = {"32": (20, 60, 80), "16": (20, 90, 140), "8": (10, 60, 80), "4": (10, 60, 80)}
 
 
 @pytest.mark.slow
