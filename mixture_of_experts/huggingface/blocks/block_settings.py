@@ -50,6 +50,8 @@ class BlockSettings(ExternalRouter):
 
     module: Any
     recipe: Recipe
+    path: str
+    returns: tuple[str | None, ...]
     remedy: str = "convert its block by from_transformers"
     aux_loss_remedy: str = (
         "call the model with output_router_logits=True, and its own loss has one, or convert its block by "
