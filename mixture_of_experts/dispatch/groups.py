@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.dispatch.segments import UNSIGNED
 from mixture_of_experts.support.batch_invariance import call_module_batch_invariant
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
 from mixture_of_experts.support.private_torch import unsafe_view
@@ -67,7 +68,8 @@ def group_side_inputs(
             raise ValueError(f"{name} must have shape ({wanted}, ...), an entry a token, got {describe_shape(value)}")
         rest = value.shape[len(shape) :]
         if mask is not None:
-            value = torch.where(mask.view(*mask.shape, *[1] * len(rest)), value, torch.zeros_like(value))
+            value = value.to(torch.int64) if value.dtype in UNSIGNED else value
+            value = value.masked_fill(~mask.view(*mask.shape, *[1] * len(rest)), 0)
         grouped[name] = value.reshape(*groups.shape[:2], *rest)
     return grouped
 
