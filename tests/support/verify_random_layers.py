@@ -70,6 +70,11 @@ def documented_verdicts(c: Configuration) -> dict[str, set[str]]:
     if "sparse_mixer" in kinds:
         says["gradients"] = {"holds", "fails"}  # an estimator, in training
     says["every_choice"] = {"holds", "does not apply"}  # a token may choose all experts
+    kinds = [router.kind for router in c.routers]
+    if len(kinds) > 1 or "expert_choice" in kinds or c.group_size is not None:  # they take no segment_ids
+        says["packing"] = {"does not apply"}
+    else:
+        says["packing"] = {"holds", "does not apply"}  # experts that read slots, with a capacity
     for name in DETERMINISTIC_PROPERTIES:
         if draws[False] and (name in EVAL_PROPERTIES or draws[True]):
             says[name] = says[name] | {"does not apply"}
