@@ -98,8 +98,8 @@ class RoutedExperts(nn.Module):
         return f"{type(self).__name__} compute rows by themselves: take Experts or GatedExperts"
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
-        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s,
-        o)`."""
+        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without them, slots
+        `(*e, s, d)` to `(*e, s, o)`."""
         if assignments is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
@@ -169,7 +169,7 @@ def reads_assignments(experts: nn.Module) -> bool:
 
 
 def check_slot_inputs(experts: Any, x: Tensor, assignments: Any) -> None:
-    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no assignments is passed."""
+    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no assignments are passed."""
     wanted = (*experts.expert_dims, "s", experts.dim)
     fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
     if assignments is not None or not fits:
@@ -228,7 +228,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
     """Base class of experts with stacked weights: initialization, checks of shapes, and both contracts.
 
     Tokens with assignments are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
-    implementation; `compute` and slots are for wrappers, other ranks, and callers that have sorted the rows.
+    implementation; `compute` and slots are for wrappers, expert parallelism, and callers that sort rows themselves.
     """
 
     dim: int

@@ -113,8 +113,8 @@ def _mean_over_groups(
     """The same for groups of `tokens` `(..., b)`; those without a token do not count."""
     if tokens.shape != products.shape[:-1]:
         raise ValueError(
-            f"lengths of {tuple(tokens.shape)} groups do not fit values of {tuple(products.shape[:-1])}: in packed "
-            "rows (segment_ids) each document is a group, so a gate's loss is balance_loss(tokens, probs, expert)"
+            f"lengths of {tuple(tokens.shape)} groups do not fit values of {tuple(products.shape[:-1])}, as in packed "
+            "rows (segment_ids): call balance_loss(tokens, probs, expert), which sums over documents"
         )
     there = tokens > 0
     per_group = products.sum(dim=-1) / torch.where(there, tokens, 1.0).square()
@@ -143,8 +143,8 @@ def load_balancing_loss_over_documents(
 ) -> Tensor:
     """The loss of `load_balancing_loss` for packed rows, with the documents as groups.
 
-    `sum_e load_e P_e` is summed over the tokens, of which each has its document's load. Sums of probabilities by
-    document would depend on the order of the additions, which is not the same on every run on a GPU.
+    `sum_e load_e P_e` is computed as a sum over tokens, each with the load of its document. Summing probabilities by
+    document would be nondeterministic on a GPU, because the order of the additions varies between runs.
 
     Args:
         load: `(b n, e)` number of choices that each expert got in each document; carries no gradient.

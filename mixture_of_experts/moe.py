@@ -159,7 +159,7 @@ class MoE(MoEBase):
         second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: which second choices
             are made; see `Top2Gating`.
         capacity_factor_train, capacity_factor_eval: expert capacity, the slots of an expert, in units of n / e; with
-            None no token is dropped. They are those of the default gate: a `gate` has its own.
+            None no token is dropped. They configure the default gate; a `gate` that is passed has its own.
         loss_coef: coefficient of the load-balancing loss in `aux_loss`.
         experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that map `(s, d)` to the same.
         min_expert_capacity: minimum number of slots of an expert for each group.
@@ -182,7 +182,7 @@ class MoE(MoEBase):
         Side inputs `(..., n)` or `(..., n, anything)` have an entry for each token and are passed by keyword, under a
         name that the gate reads: `router_input` `(..., n, d)` is what a gate reads instead of the inputs. One that is
         None is ignored. `segment_ids` `(..., n)` are integers, for packed sequences: the tokens of a row with equal ids
-        are a document, which is a group of its own, for gates of token choice without `group_size`. A call with
+        are a document, which is a group of its own, for token-choice gates, without `group_size`. A call with
         `router_state` (None in the first layer) returns the state of its router as a third result, `(..., n,
         anything)`: `out, aux_loss, state = moe(x, router_state=state)`; see `gating.DepthAveragedGating`.
 

@@ -66,13 +66,13 @@ def list_nested_experts(experts: nn.Module) -> list[Any]:
 
 
 def reads_slots(experts: nn.Module) -> bool:
-    """Whether experts, or experts nested in them, compute slots where a capacity is limited, and not rows. Sharded
-    experts read assignments, but exchange what the class of their experts reads."""
-    nested = [experts, *list_nested_experts(experts)]
-    classes = [getattr(each, "local_class", each) for each in nested]
-    return not all(map(reads_assignments, nested)) or not all(
-        getattr(each, "reads_assignments", True) for each in classes
-    )
+    """Whether experts, or experts nested in them, read slots if the capacity is limited. Sharded experts
+    read assignments themselves, but exchange rows or slots, depending on the class of the local experts."""
+    for each in [experts, *list_nested_experts(experts)]:
+        local = getattr(each, "local_class", None)
+        if not reads_assignments(each) or (local is not None and not getattr(local, "reads_assignments", False)):
+            return True
+    return False
 
 
 class LatentExperts(ExpertsWrapper):

@@ -498,3 +498,9 @@ def test_integer_dtypes_of_ids(dtype):
     moe, x, mask = MoE(8, gate=TopKGating(8, 4)), torch.randn(1, 5, 8), torch.tensor([[True, True, False, True, True]])
     ids = torch.tensor([[3, 3, 3, 9, 9]])
     assert moe(x, mask, segment_ids=ids.to(dtype))[0].equal(moe(x, mask, segment_ids=ids)[0])
+
+
+def test_explain_call_names_the_gate_of_a_packed_call():
+    moe, x = MoE(8, gate=TopKGating(8, 4)), torch.randn(1, 4, 8)
+    explanation = ops.explain_call(moe, x, segment_ids=torch.tensor([[0, 0, 1, 1]]))
+    assert [gate.implementation for gate in explanation.gates] == ["operators"]

@@ -37,8 +37,8 @@ class Assignments:
         token: `(a,)` int64, token of each assignment in expert choice; None otherwise.
         num_tokens: t.
         expert_dims: e, or for two levels the numbers of outer and inner experts.
-        dropless: whether no capacity gives the assignments slots: experts compute every assignment that a gate sends,
-            or, in packed rows, those that each document's capacity leaves.
+        dropless: whether the assignments have no slots, because the gate drops none, or because in packed rows the
+            capacity of each document has already been applied to `kept`.
         routing: of the gate whose slots the assignments occupy, that of level two for two levels; None if there are no
             slots: then assignments queue at their experts in the order of tokens.
         slot_of_outer_choice: `(t k1,)` int64, for two levels: the slot of each choice of level one, which is a token of
@@ -105,8 +105,8 @@ class Assignments:
         return symbolic_min(math.prod(self.routing.expert.shape), self.weight.shape[0])
 
     def locate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each assignment is: its queue `(a,)` and its position `(a,)` there, any numbers where it is not kept;
-        and the number of rows that each queue needs, `(e b,)`."""
+        """The queue `(a,)` of each assignment and its position in it `(a,)`, arbitrary where it is not kept; and the
+        number of rows that each queue needs, `(e b,)`."""
         if self.routing is None:
             assert self.stored_expert is not None
             expert, k = self.stored_expert, self.k or 1  # in the order in which they are stored
@@ -126,13 +126,13 @@ class Assignments:
         else:
             queue, position = find_queue(self.routing), self.routing.position.flatten()
         slot = add_scaled(position, queue, self.slots_per_queue)
-        return (
-            slot if self.slot_of_outer_choice is None else gather_choices(slot, self.routing, self.slot_of_outer_choice)
-        )
+        if self.routing is None or self.slot_of_outer_choice is None:
+            return slot
+        return gather_choices(slot, self.routing.k, self.slot_of_outer_choice)
 
     def prefers_rows(self) -> bool:
-        """Whether rows without gaps are a better layout than slots: in dropless calls, or if they are surely fewer. The
-        implementations `plain` and `batched` ask; `cpu` and `grouped` never compute slots."""
+        """Whether rows without gaps are a better layout than slots: in dropless calls, or if there are certainly fewer
+        of them. The implementation `cpu` never computes slots and does not ask."""
         if self.dropless:
             return True
         if is_exporting() or self.k is None:
@@ -142,7 +142,7 @@ class Assignments:
 
 
 def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignments:
-    """The assignments of given experts and weights `(t, k)`; a choice of an id outside of 0 to e - 1 is not made."""
+    """The assignments of given experts and weights `(t, k)`; ids outside of 0 to e - 1 mean no choice."""
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     kept = kept.flatten()
@@ -158,9 +158,9 @@ def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignment
 
 
 def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
-    """The assignments of one gate. They are numbered by slots if the capacity is limited, but not in packed rows, of
-    which each document has a capacity; with `in_slots` also if it is not limited. Whether experts compute slots is up
-    to the implementation."""
+    """The assignments of one gate. With a limited capacity they occupy slots, except in packed rows, where the capacity
+    applies to each document; with `in_slots` they always do. Whether experts compute slots is up to the
+    implementation."""
     dropless = routing.capacity is None or routing.segments is not None
     weight, kept, sent, token = routing.weight, routing.kept, routing.sent, routing.token_index
     if routing.padding_weight is not None:
@@ -182,10 +182,9 @@ def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
     )
 
 
-def gather_choices(values: Tensor, inner: Routing | None, slot_of_outer_choice: Tensor) -> Tensor:
+def gather_choices(values: Tensor, k: int | None, slot_of_outer_choice: Tensor) -> Tensor:
     """Values of the choices of level two, `(t k1 k2,)`, by the slot of each choice of level one; 0 without a slot."""
-    k = 1 if inner is None else inner.k or 1
-    return append(values.reshape(-1, k), 0)[slot_of_outer_choice].flatten()
+    return append(values.reshape(-1, k or 1), 0)[slot_of_outer_choice].flatten()
 
 
 def find_queue(routing: Routing) -> Tensor:

@@ -6,8 +6,8 @@ expert for each group.
 A row is a token's vector as the input or output of one expert. Rows are sorted by expert, in one of three layouts, each
 with a function that makes its permutation:
 
-    permute_to_slots        all slots (e, b, c), equally many for each expert; some are empty. For experts that read
-                            slots, and for batched products of a call that has few of them
+    permute_to_slots        all slots (e, b, c), the same number for each expert; some are empty. For experts that read
+                            slots, and for batched products if there are fewer slots than choices
     permute_without_gaps    the kept assignments alone. For grouped products, and for experts with a `compute`
     permute_with_padding    as many rows for each expert as the caller wants; some are empty. For `ops/cpu/chunked.py`,
                             with or without a capacity, and `BlockLayout` of `ops/batched.py`
@@ -74,11 +74,11 @@ class Permutation(NamedTuple):
         return tensors
 
     def without_tensors(self) -> Permutation:
-        """The permutation with its numbers, but without its tensors."""
+        """The permutation with its sizes, but without its tensors."""
         return self._replace(**dict.fromkeys(self.tensors()))
 
     def from_saved(self, tensors: Mapping[str, Tensor]) -> Permutation:
-        """Return the permutation with the numbers of this one and the saved tensors."""
+        """Return the permutation with the sizes of this one and the saved tensors."""
         permutation = self._replace(**tensors)
         if permutation.token is not None or permutation.k is None:
             return permutation

@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mixture_of_experts.kernels.launching import SelfCheck, can_launch_kernels
 from mixture_of_experts.support.private_torch import (
@@ -145,9 +144,9 @@ def find_positions_in_documents(
     priority: Priority = "choice",
     score: Tensor | None = None,
 ) -> Tensor:
-    """`(b, a)` int64, the position of each assignment in its queue, if each document has a queue at each expert.
+    """`(b, a)` int64, the position of each assignment in its queue, with a queue for each document at each expert.
 
-    There may be as many queues as tokens times experts, so there is no table of them.
+    There may be as many queues as tokens times experts, so queues are found by sorting, without a table.
 
     Args:
         document: `(b, n)` int64, number of each token's document; at most b n.
@@ -173,7 +172,7 @@ def find_places_in_runs(queue: Tensor) -> Tensor:
     """The place `(..., a)` of each assignment among those with the same number in `queue`."""
     ordered, order = queue.sort(dim=-1, stable=True)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
-    starts = pad(ordered[..., 1:] != ordered[..., :-1], (1, 0))
+    starts = ordered != ordered.roll(1, dims=-1)  # wherever the first one starts, its index is 0
     first = torch.where(starts, index, 0).cummax(dim=-1).values
     return torch.empty_like(order).scatter(-1, order, index - first)
 
@@ -238,13 +237,13 @@ def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
 
 
 def _by_kernels(
-    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
+    expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> Queues:
     """Return what `_by_operators` returns, by three launches of kernels."""
     from mixture_of_experts.kernels.queueing import queue_assignments  # it imports triton, which takes a second
 
-    chosen, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (chosen, order))
-    position, length = queue_assignments(expert.reshape(-1, expert.shape[-1]), chosen, order, num_experts, k, by_choice)
+    sent, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (sent, order))
+    position, length = queue_assignments(expert.reshape(-1, expert.shape[-1]), sent, order, num_experts, k, by_choice)
     return Queues(position.view(expert.shape), length.view(*expert.shape[:-1], num_experts))
 
 
@@ -255,11 +254,11 @@ def _find_queue_fault(device: torch.device) -> str | None:
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)
     some = torch.rand(expert.shape, generator=generator, device=device) < 0.7
     shuffled = stable_order(torch.rand(2, n, generator=generator, device=device))
-    for chosen, order, by_choice in ((None, None, False), (some, None, True), (some, shuffled, True)):
-        found = _by_kernels(expert, chosen, order, e, k, by_choice)
-        wanted = _by_operators(expert, chosen, order, e, k, not by_choice)
+    for sent, order, by_choice in ((None, None, False), (some, None, True), (some, shuffled, True)):
+        found = _by_kernels(expert, sent, order, e, k, by_choice)
+        wanted = _by_operators(expert, sent, order, e, k, not by_choice)
         differs = found.position != wanted.position
-        if bool((differs if chosen is None else differs & chosen).any()) or not found.length.equal(wanted.length):
+        if bool((differs if sent is None else differs & sent).any()) or not found.length.equal(wanted.length):
             return "their queues differ from those of torch's operators"
     return None
 

@@ -22,12 +22,12 @@ from mixture_of_experts.support.private_torch import register_dataclass
 class Routing:
     """What a gate decided: which token goes to which slot of which expert, with which weight.
 
-    It moves no data. Losses and statistics read it, and a `Assignments` is made from it to move tokens. Unpack it for
+    It moves no data. Losses and statistics read it, and `Assignments` are made from it to move tokens. Unpack it for
     the dense tensors of the papers and the balancing loss: `dispatch, combine, loss = routing`.
 
     An assignment is one choice of one token (in expert choice: one token of one expert).
 
-    An assignment passes three stages. `decide` returns the first two, a capacity may drop the rest:
+    An assignment passes through three stages. `decide` returns the first two; a capacity may drop some of the sent:
 
         chosen    shares the token's weight
         sent      of the chosen, queues at its expert

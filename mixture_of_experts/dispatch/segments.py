@@ -1,7 +1,7 @@
 """`Segments`: the documents of packed rows, each of which is a group of tokens of its own.
 
 Axes: b rows, n tokens of a row, k choices of a token, e experts. Documents are numbered from 0 to b n - 1; a number
-that no document has stands for a document without tokens. So no size depends on how many documents there are.
+that is not used stands for an empty document, so no size depends on the number of documents.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 SEGMENT_IDS = "segment_ids"  # the argument of layers and gates
-UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch sorts and fills few of them
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # many operators, such as sort, lack kernels for some of these
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +40,12 @@ class Segments:
         """`(b, n k)`, the values of the document of each assignment, from those of documents `(b n,)`."""
         return self.of_tokens(values).repeat_interleave(k, dim=-1)
 
-    def count_experts(
-        self, expert: Tensor, counted: Tensor | None, num_experts: int, dtype: torch.dtype = torch.int64
-    ) -> Tensor:
-        """`(b n, e)`, how often each expert is among the choices `(b, n, k)` of a document that are `counted`.
-
-        Counts are whole numbers, so a floating-point `dtype` has the same bits in any order of the additions.
-        """
+    def count_experts(self, expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
+        """`(b n, e)` int64, how often each expert is among the choices `(b, n, k)` of a document that are `counted`."""
         cell = (self.document.unsqueeze(-1) * num_experts + expert).flatten()
-        ones = torch.ones_like(expert, dtype=dtype) if counted is None else counted.to(dtype).expand_as(expert)
-        # of a single zero: `scatter_add` copies it into the one table that is allocated
-        empty = torch.zeros((), dtype=dtype, device=expert.device).expand(self.length.shape[0] * num_experts)
+        ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
+        # an expanded zero, which `scatter_add` copies: only one table is allocated
+        empty = torch.zeros((), dtype=torch.int64, device=expert.device).expand(self.length.shape[0] * num_experts)
         return empty.scatter_add(0, cell, ones.flatten()).unflatten(0, (-1, num_experts))
 
     def sum_counts(self, counts: Tensor) -> Tensor:
@@ -63,7 +58,7 @@ torch.export.register_dataclass(Segments, serialized_type_name="mixture_of_exper
 
 
 def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
-    """The documents of packed rows: the tokens of a row with equal ids, wherever they stand in it.
+    """The documents of packed rows: the tokens of a row with equal ids, which need not be contiguous.
 
     Args:
         ids: `(b, n)` integers.

@@ -71,21 +71,28 @@ from mixture_of_experts.support.subclassing import is_unchanged
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
 class Tokens:
-    """The tokens that a gate decides on: what it reads, and how many choices each token makes by mask and
-    importance."""
+    """The tokens that a gate routes, and how many choices each of them makes, given mask and importance.
 
-    x: Tensor  # (..., b, n, d); masked tokens are zeros
-    mask: Tensor | None  # (..., b, n) bool, tokens that are not padding; None if all are
-    makes_all_choices: Tensor | None  # (..., b, n) bool, tokens of importance 1, which make k choices; None if all do
-    makes_any_choice: (
-        Tensor | None
-    )  # (..., b, n) bool, of importance above 0, which make their top choice; None if all do
-    length: Length | int  # (..., b) number of tokens, for capacity and balance losses; n if all groups have that many
-    side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
-    losses: Collection[str] = ()  # names of the losses that are requested in addition to the gate's own
-    segments: Segments | None = (
-        None  # documents of packed rows, each a group: `length` is theirs; None: rows are groups
-    )
+    Attributes:
+        x: `(..., b, n, d)`; masked tokens are zeros.
+        mask: `(..., b, n)` bool, the tokens that are not padding; None if all are.
+        makes_all_choices: `(..., b, n)` bool, the tokens of importance 1, which make k choices; None if all do.
+        makes_any_choice: `(..., b, n)` bool, the tokens of importance above 0, which make their top choice; None if all
+            do.
+        length: `(..., b)` number of tokens, for capacity and balancing losses; n if all groups have that many.
+        side: side inputs by name, `(..., b, n)` or `(..., b, n, anything)`.
+        losses: names of the losses that are requested in addition to the gate's own.
+        segments: the documents of packed rows, which are then the groups that `length` describes; None if rows are.
+    """
+
+    x: Tensor
+    mask: Tensor | None
+    makes_all_choices: Tensor | None
+    makes_any_choice: Tensor | None
+    length: Length | int
+    side: Mapping[str, Tensor] = field(default_factory=dict)
+    losses: Collection[str] = ()
+    segments: Segments | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -277,8 +284,8 @@ class TokenChoiceGate(Gate):
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     #: implementations by name, the fastest first: modules with `unsupported_reason(gate, tokens)`, which returns None
-    #: or why it does not support the call, and `run(gate, tokens)`, which returns the `Routing`. The last one,
-    #: "operators", calls `decide`
+    #: or why it does not support the call, and `run(gate, tokens)`, which returns the `Routing`. Each must check
+    #: `tokens.segments`. The last one, "operators", calls `decide`
     implementations: ClassVar[Mapping[str, Any]] = {
         "operators": Implementation(lambda gate, tokens: None, lambda gate, tokens: gate.decide_and_route(tokens))
     }
@@ -419,8 +426,6 @@ class TokenChoiceGate(Gate):
             tokens = self._force(self.forced, tokens)
         if tokens.num_tokens == 1 and not self.training:
             warn_of_decoding(self)
-        if tokens.segments is not None:
-            return self.decide_and_route(tokens)
         return run_first_supported("gate", self.implementations, self, tokens)
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
@@ -478,7 +483,7 @@ class TokenChoiceGate(Gate):
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none. None if
-        all make all. The top choice is choice 0, but for `Top2Gating`, whose choice 1 it is for such tokens."""
+        all make all. The top choice is choice 0, except in `Top2Gating`, where such tokens make choice 1."""
         if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
         rest = tokens.makes_all_choices.unsqueeze(-1).expand(*tokens.makes_all_choices.shape, self.k - 1)
@@ -504,12 +509,6 @@ class TokenChoiceGate(Gate):
             counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
             proxy, length, k: as in `losses.load_balancing_loss`.
         """
-        if self.balance_over == "group" and isinstance(length, Length) and length.parts.shape != proxy.shape[:-1]:
-            raise ValueError(
-                f"balance takes sums of {tuple(proxy.shape[:-1])} groups, got the lengths of "
-                f"{tuple(length.parts.shape)}, as in packed rows ({SEGMENT_IDS}): call balance_loss(tokens, probs, "
-                "expert), which sums over documents"
-            )
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
@@ -539,7 +538,7 @@ class TokenChoiceGate(Gate):
         if tokens.segments is not None:
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
-                    f"{type(self).__name__} has a balance of its own, which knows no documents: override balance_loss, "
+                    f"{type(self).__name__} overrides balance, which knows no documents: override balance_loss, "
                     "or pass each document as a row with mask= instead of segment_ids="
                 )
             load = count_load(expert, counted, self.num_experts, tokens.segments)

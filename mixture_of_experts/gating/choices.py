@@ -19,7 +19,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 class Choices(NamedTuple):
     """The choices of all tokens, before priorities and capacity. `TokenChoiceGate.route` applies mask and importance,
-    which a gate may read too."""
+    but a gate may also read them."""
 
     expert: Tensor  #: (..., b, n, k) int64, a token's best choice first, no expert twice among those made
     weight: Tensor  #: (..., b, n, k), multiplies the experts' outputs; a choice of weight 0 is not computed

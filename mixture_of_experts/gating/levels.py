@@ -74,7 +74,7 @@ def make_inner_arguments(
 
 def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) -> Assignments:
     """The assignments of two levels: each token has the choices of all its slots, in order, and their weights are the
-    products of both levels' weights. So experts read tokens from the inputs, not from the slots of level one.
+    products of both levels' weights. Experts therefore read tokens from the inputs, not from the slots of level one.
 
     Args:
         outer: the routing of level one.
@@ -84,8 +84,8 @@ def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) 
     if outer_permutation.k is None or inner.k is None:
         raise ValueError("only routers of token choice can be composed: expert choice makes no list of k choices")
     slot = outer_permutation.row
-    weight = outer_permutation.weight.unsqueeze(-1) * gather_choices(inner.weight, inner, slot).view(-1, inner.k)
-    kept = gather_choices(inner.kept, inner, slot)
+    weight = outer_permutation.weight.unsqueeze(-1) * gather_choices(inner.weight, inner.k, slot).view(-1, inner.k)
+    kept = gather_choices(inner.kept, inner.k, slot)
     return Assignments(
         expert=None,  # it follows from the slots
         weight=weight.flatten(),

@@ -49,6 +49,8 @@ def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
         return f"a {type(gate).__name__} has a {method} of its own"
     if gate.num_experts > MAX_EXPERTS:
         return f"they are for at most {MAX_EXPERTS} experts"
+    if tokens.segments is not None:
+        return "they know no documents of packed rows"
     if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.makes_all_choices:
         return "they know neither a loss of second choices nor given experts nor tokens that choose but do not count"
     if math.prod(tokens.x.shape[:-1]) == 0:

@@ -36,8 +36,8 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
         return "it is for eval mode without gradients"
     if not is_host_readable(x) or torch.jit.is_tracing():
         return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
-    if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses:
-        return f"it takes one token, (1, 1, {gate.dim}), without mask, side inputs and further losses"
+    if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses or tokens.segments:
+        return f"it takes one token, (1, 1, {gate.dim}), without mask, side inputs, documents and further losses"
     if requested_implementation() in ("plain", BATCH_INVARIANT) or can_launch_kernels(x.device):
         return "operators or kernels are asked for"
     if gate.capacity_factor_eval is not None or gate.num_experts > MAX_EXPERTS:

@@ -21,13 +21,12 @@ from mixture_of_experts.huggingface.pruning.folders import prune_folder, read_sc
 from mixture_of_experts.huggingface.saving.converting import convert_folder, quantize_folder
 from mixture_of_experts.huggingface.saving.folders import export_folder, upcycle_folder
 from mixture_of_experts.huggingface.saving.layer_settings import GATE_CLASSES, GateFactory
-from mixture_of_experts.ops.int4 import GROUP_SIZES, PORTABLE_BLOCK
+from mixture_of_experts.ops.int4 import BLOCKS, GROUP_SIZES, PORTABLE_BLOCK
 
 DTYPES = ("float32", "bfloat16", "float16")
-BLOCKS = (PORTABLE_BLOCK, 32, 64)
 BLOCK_HELP = (
-    "layout of 4 bits: 64 stays in the file on CPUs with AVX-512, 32 on those with AVX2; others are rearranged in "
-    "memory"
+    "layout of 4-bit weights: 64 is memory-mapped on CPUs with AVX-512, 32 on those with AVX2; others are rearranged "
+    "in memory"
 )
 BYTES_PER_UNIT = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -89,23 +88,23 @@ def add_upcycle_options(add: Any) -> None:
 
 def add_convert_options(add: Any) -> None:
     """Add the options of `convert`."""
-    add("--bits", type=int, choices=(8, 4), help="of a number; by default numbers are not rounded")
+    add("--bits", type=int, choices=(8, 4), help="bits per weight of experts; by default not quantized")
     add_rounding_options(add)
     add("--block", type=int, choices=BLOCKS, help=f"{BLOCK_HELP}; by default that of this machine")
 
 
 def add_quantize_options(add: Any) -> None:
     """Add the options of `quantize`."""
-    add("--bits", type=int, default=8, choices=(8, 4), help="of a number")
+    add("--bits", type=int, default=8, choices=(8, 4), help="bits per weight of experts")
     add_rounding_options(add)
     add("--block", type=int, default=PORTABLE_BLOCK, choices=BLOCKS, help=BLOCK_HELP)
 
 
 def add_rounding_options(add: Any) -> None:
     """Add the options that `convert` and `quantize` share."""
-    add("--group", type=int, default=64, choices=GROUP_SIZES, help="inputs with a step of their own, in 4 bits")
-    add("--dtype", type=parse_dtype, help=f"of all other numbers, {', '.join(DTYPES)}; by default that of the files")
-    add("--loss-coef", type=float, help="coefficient of the balancing loss of layers; by default as it was")
+    add("--group", type=int, default=64, choices=GROUP_SIZES, help="with 4 bits, number of inputs that share a step")
+    add("--dtype", type=parse_dtype, help=f"dtype of weights, {', '.join(DTYPES)}; by default as stored")
+    add("--loss-coef", type=float, help="coefficient of each layer's balancing loss; by default as saved")
 
 
 def add_prune_options(add: Any) -> None:
@@ -119,7 +118,7 @@ def add_prune_options(add: Any) -> None:
 COMMANDS: dict[str, tuple[Callable[..., object], str, Callable[[Any], None]]] = {
     "convert": (
         convert_folder,
-        "write a saved model, also a stock model with experts, so that its experts are read from the file",
+        "convert a saved model, or a stock model with experts, so that its experts can be memory-mapped",
         add_convert_options,
     ),
     "quantize": (

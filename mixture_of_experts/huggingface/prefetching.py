@@ -1,12 +1,13 @@
-"""Reads the experts that a call chose from their file, all at once and nothing else, before they are computed.
+"""Prefetches the chosen experts of a memory-mapped model: they are requested together, before they are computed.
 
-A weight that is mapped from a file is read when it is first used. The system then reads ahead around each page, so more
-than the chosen experts (by megabytes, if the disk's `read_ahead_kb` is large), and waits for one request after another.
+By default, a mapped weight is read when it is first used. The system then reads ahead around each page, beyond the
+chosen experts (by megabytes if the disk's `read_ahead_kb` is large), and handles one request after another.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -32,12 +33,12 @@ MAX_CHOSEN_SHARE = 0.5
 
 @contextmanager
 def prefetch_experts(model: nn.Module) -> Iterator[None]:
-    """Context manager in which a model reads the experts that each call chose from their file in one go.
+    """Context manager that prefetches the chosen experts of a memory-mapped model.
 
-    For a model whose experts are larger than memory, and were mapped by `from_pretrained`: while it decodes, each layer
-    asks the system for the weights of the chosen experts before it computes them. Without it they are read page by page
-    as they are used, along with their neighbours. Results are the same. Calls in which a layer chooses more than half
-    of its experts, such as long prompts, and weights in memory are left alone.
+    It is for models whose experts are larger than memory and were mapped by `from_pretrained`. Each layer requests the
+    weights of the chosen experts before it computes them; otherwise they are read page by page as they are used, along
+    with their neighbors. Results are the same. Nothing is prefetched if a layer chooses more than half of its experts,
+    as for long prompts, or for weights that are not mapped.
 
     Args:
         model: a model with `Experts`, `GatedExperts` or `QuantizedExperts` on the CPU.
@@ -93,12 +94,11 @@ def prefetch_chosen(names: list[str], advise: Callable[..., int], experts: Any, 
     assignments = next(found, None)
     if assignments is None or not is_host_readable(assignments.weight):
         return
-    chosen = {*assignments.expert[assignments.kept].tolist()}
+    chosen = assignments.expert[assignments.kept].unique().tolist()
+    if len(chosen) > MAX_CHOSEN_SHARE * math.prod(experts.expert_dims):
+        return
     for name in names:
-        weight = getattr(experts, name)
-        weight = weight.flatten(0, len(experts.expert_dims) - 1)
-        if len(chosen) > MAX_CHOSEN_SHARE * len(weight):
-            return
+        weight = getattr(experts, name).flatten(0, len(experts.expert_dims) - 1)
         size = weight.stride(0) * weight.element_size()
         for expert in chosen:
             start = weight.data_ptr() + expert * size
@@ -123,8 +123,8 @@ class MappedFiles(NamedTuple):
     def read() -> MappedFiles:
         if not MEMORY_MAP.exists():
             raise OSError(f"there is no {MEMORY_MAP}: only on Linux is it known which weights are mapped from a file")
-        lines = [line.split() for line in MEMORY_MAP.read_text().splitlines()]
-        spans = sorted([int(edge, 16) for edge in line[0].split("-")] for line in lines if line[4] != "0")  # inode
+        lines = [line.split() for line in MEMORY_MAP.read_bytes().splitlines()]
+        spans = sorted([int(edge, 16) for edge in line[0].split(b"-")] for line in lines if line[4] != b"0")  # inode
         return MappedFiles([start for start, _ in spans], [stop for _, stop in spans])
 
     def contains(self, weight: Tensor) -> bool:

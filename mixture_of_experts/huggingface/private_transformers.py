@@ -131,7 +131,7 @@ def default_dtype(dtype: torch.dtype, model_class: type[PreTrainedModel]) -> Abs
 def get_loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     """The dtypes to which `from_pretrained(dtype=dtype)` casts the floating-point weights of a model, by name.
 
-    The model was constructed in `default_dtype`; some weights are float32 in any case.
+    The model must have been constructed in `default_dtype`. Some weights are always float32.
     """
     plan = model._get_dtype_plan(dtype)
     found = {name: weight.dtype for name, weight in model.state_dict().items() if weight.is_floating_point()}

@@ -197,11 +197,11 @@ def routed_ffn(
     training: bool = False,
     implementations: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Compute tokens with the experts of assignments; return each token's weighted sum of their outputs, `(t, o)`.
+    """Compute tokens with their assigned experts; return each token's weighted sum of expert outputs, `(t, o)`.
 
     Args:
         x: `(t, d)`.
-        assignments: the gates' assignments on these tokens.
+        assignments: the assignments of these tokens.
         network: the experts' weights.
         training: the experts' mode.
         implementations: replacements for `IMPLEMENTATIONS` under the same names, for another kind of network; the last

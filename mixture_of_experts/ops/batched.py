@@ -6,7 +6,7 @@ o dim of the outputs, p inner and q outer dimension of a weight.
 One gather and one sum serve all choices.
 
 The layout of rows and the products on them are a class: `SlotLayout`, `BlockLayout`, or another one passed to
-`run`. Its `arrange` makes the permutation of assignments, with a table that its products read.
+`run`. Its `arrange` permutes assignments, and adds a table that its products read.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def run(call: Call, layout: type[SlotLayout] = BlockLayout) -> Tensor:
-    """Compute a call; return `(t, o)`. `layout` is that of calls that prefer rows without gaps to slots."""
+    """Compute a call; return `(t, o)`. `layout` is used for calls that prefer rows without gaps to slots."""
     return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, layout)
 
 

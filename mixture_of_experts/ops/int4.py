@@ -26,6 +26,7 @@ PORTABLE_BLOCK, MAX_BLOCK = (
     2,
     64,
 )  # outputs of a block; outputs are padded with zeros to a multiple of the largest block
+BLOCKS = (PORTABLE_BLOCK, 32, 64)  # layouts of weights in files
 
 
 def pack_matrix(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ class Call(NamedTuple):
 
     Attributes:
         x: `(t, d)`, tokens.
-        assignments: the gates' assignments on these tokens.
+        assignments: the assignments of these tokens.
         network: the experts' weights.
         training: the experts' mode. The selection of an implementation depends on this, not on the grad mode, because a
             recomputation must use the same implementation as its forward.

@@ -25,8 +25,8 @@ RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
 
 #: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
-#: real tokens, None if all are real, or in packed rows the sequence of each token, int64, -1 for padding; the number of
-#: earlier tokens of each sequence, `(b,)` or one number for all
+#: real tokens, None if all are real, or for packed rows the sequence number of each token, int64, -1 for padding; the
+#: number of earlier tokens of each sequence, `(b,)` or one number for all
 RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 

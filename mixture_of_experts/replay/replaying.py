@@ -171,7 +171,7 @@ class RoutingReplayer(ChoiceHooks):
             if packed is not None:  # a graph cannot read how many documents there are
                 assert_in_graph(
                     packed.max() + 1 == len(lengths),
-                    f"the packed rows have another number of documents at {point.name!r} than the records",
+                    f"the number of documents in the packed rows at {point.name!r} differs from that of the records",
                 )
             return
         if (

@@ -116,14 +116,14 @@ def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """`(b, n)` int64, the sequence of each token of packed rows: documents are numbered in the order of their first
-    tokens, through all rows; -1 for padding.
+    """`(b, n)` int64, the sequence of each token of packed rows: documents are numbered across rows, in the
+    order of their first tokens; -1 for padding.
 
     Args:
         ids: `(b, n)` integers, equal for the tokens of a row that are a document.
         mask: `(b, n)` bool, the tokens that are not padding; None if all are.
     """
-    document = find_segments(ids, mask).document.flatten()
+    document = find_segments(ids, None).document.flatten()
     real = torch.ones_like(document, dtype=torch.bool) if mask is None else mask.to(document.device).flatten()
     t = document.shape[0]
     index = torch.where(real, torch.arange(t, device=ids.device), t)

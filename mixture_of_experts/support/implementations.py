@@ -87,7 +87,7 @@ def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
 
 
 class Implementation(NamedTuple):
-    """An implementation that is no module of its own: the two functions that such modules have."""
+    """An implementation that is not a separate module: the two functions that such a module has."""
 
     unsupported_reason: Callable[..., str | None]
     run: Callable[..., Any]

@@ -377,7 +377,7 @@ def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[s
     Returns:
         The names of those buffers that it keeps copying: all ranks must exclude the same buffers, but where parameters
         may be unused or ranks have different numbers of inputs, a rank may not reach the call of this function. Nor may
-        it if a graph is `traced`, before torch 2.13: a graph made outside of DDP is not traced again on all ranks.
+        it if a graph is `traced`, before torch 2.13: a graph that is made outside of DDP is not retraced on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:

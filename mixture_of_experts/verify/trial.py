@@ -118,6 +118,8 @@ class Trial:
         x = self.make_tokens() if x is None else x
         module = self.copy_module() if module is None else module
 
+        assert mask is None or segment_ids is None
+
         def call(x: Tensor) -> Any:
             for argument, value in ((self.segment_ids, segment_ids), (self.mask, mask)):
                 if argument is not None and value is not None:

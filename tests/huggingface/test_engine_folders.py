@@ -1,4 +1,4 @@
-"""What `export` and `to_transformers` write for inference engines, which `tests/test_engines.py` runs."""
+"""What `export` and `to_transformers` write for inference engines, which `tests/test_inference_engines.py` runs."""
 
 from __future__ import annotations
 

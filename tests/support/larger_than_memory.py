@@ -1,10 +1,11 @@
-"""A mixture whose experts are larger than the memory that is allowed: what its loading, generating and training take.
+"""Measures loading, generation and training of a mixture whose experts do not fit into memory.
 
     python -m tests.support.larger_than_memory /disk/folder --gigabytes 8 --limit 3
 
-writes a stock mixture of random weights, converts it, and runs it twice: with all memory, and within a memory cgroup
-(version 1 or 2) of that many gigabytes. Both must generate the same tokens and have the same loss in a LoRA step. The
-folder is removed at the end. `measure` does one such run, in a process of its own, and returns a `Measured`.
+writes a stock mixture of random weights, converts it, and runs it with all memory, and within a memory
+cgroup (version 1 or 2) of that many gigabytes, with and without `prefetch_experts`. All runs must generate the same
+tokens and have the same loss in a LoRA step. The folder must exist; the files in it are removed at the end. `measure`
+does one such run in a separate process and returns a `Measured`.
 """
 
 from __future__ import annotations

@@ -222,6 +222,10 @@ class StockPlan(NamedTuple):
         """The weights of the block that is equivalent to a layer, by their names in the stock model."""
         return copy_to_block_state(self.layers[path].moe, self.stock_model, path)
 
+    def convert_rest(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """All other weights, which are the same in both models."""
+        return state
+
 
 def plan_stock_model(model: PreTrainedModel) -> StockPlan:
     """The stock model that a model can become; ValueError if there is none. No weights are read."""

@@ -25,8 +25,8 @@ def prune_folder(
     Args:
         source: a folder that `save_pretrained` or another command wrote; its experts are not quantized.
         target: a new folder.
-        by, keep: as in `prune`, without a calibration: "random", or scores or ids by names of gates. `expert_scores`
-            measures scores of a model that is mapped from the folder.
+        by, keep: as in `prune`, but without calibration: "random", or scores or ids by the names of gates. To measure
+            scores, call `expert_scores` on the model loaded from the folder.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:

@@ -90,8 +90,9 @@ def prune(
 def plan_pruning(
     model: nn.Module, keep: int | None, by: Any, calibration: Any = None, gates: GateSelection | None = None
 ) -> tuple[dict[RouterHandle, list[int]], Callable[[], None]]:
-    """The ids that each router keeps, after all checks, and a function that updates the model's configuration, to be
-    called after experts are removed. The model is not changed. Arguments and errors are those of `prune`."""
+    """Check the arguments, and return the ids that each router keeps and a function that updates the model's
+    configuration, which must be called before the model is saved. The model is not changed. Arguments and errors are
+    those of `prune`."""
     if isinstance(by, Mapping):
         if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
             raise ValueError("by has names of gates, which tell all: leave gates and calibration out")

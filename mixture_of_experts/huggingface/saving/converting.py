@@ -1,5 +1,5 @@
-"""Converts saved models to folders with layers of this package, whose weights can stay in their files: loading maps
-them, and a call reads those of the experts that are chosen."""
+"""Converts saved models to folders with layers of this package. Loading memory-maps their weights, and a call only
+reads the experts that it chooses."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from mixture_of_experts.huggingface.saving.shards import (
     read_weights,
 )
 from mixture_of_experts.huggingface.saving.weight_names import map_to_file_names
-from mixture_of_experts.ops.int4 import PORTABLE_BLOCK
-from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+from mixture_of_experts.ops.int4 import BLOCKS, PORTABLE_BLOCK
+from mixture_of_experts.quantize import QuantizedExperts, RoundingFunction, quantize_experts
 
 Dtypes = Mapping[str, torch.dtype]
 
@@ -45,25 +45,26 @@ def convert_folder(
     dtype: torch.dtype | None = None,
     loss_coef: float | None = None,
     max_shard_size: int = 10**9,
-    **settings: Any,
+    group: int = 64,
+    rounding: RoundingFunction | None = None,
 ) -> None:
-    """Write a saved model as `save_pretrained` would after `from_transformers`, a cast and `quantize_experts`.
+    """Convert a saved model layer by layer, and write the folder that `save_pretrained` would write.
 
-    `from_pretrained` maps the stacked experts of such a folder, so that models larger than memory run. Two or three
-    copies of a layer and one output file are in memory at a time.
+    `from_pretrained` memory-maps the stacked experts of this folder, so models larger than memory can run. At most
+    three copies of a layer and one output file are in memory at a time.
 
     Args:
-        source: a folder of a stock model, whose sparse blocks are converted to layers as by `from_transformers`; or a
-            folder that `save_pretrained` or another command wrote.
+        source: the folder of a stock model, whose sparse blocks are converted as by `from_transformers`; or a folder
+            written by `save_pretrained` or another command.
         target: a new folder.
-        bits: 8 or 4 quantizes the experts. Default: weights are only cast, or kept.
-        block: layout of 4-bit weights, as in `QuantizedExperts`. Default: that of this machine's CPU, in which weights
-            stay mapped when this machine loads them. Other layouts are rearranged in memory then.
-        dtype: cast floating-point weights to what `from_pretrained(dtype=...)` would cast them to. Default: as stored.
+        bits: bits per weight of quantized experts, 8 or 4. Default: experts are not quantized.
+        block: layout of 4-bit weights, as in `QuantizedExperts`. Default: that of this machine's CPU, so that weights
+            stay mapped when they are loaded here. Weights in another layout are rearranged in memory.
+        dtype: cast floating-point weights as `from_pretrained(dtype=...)` would. Default: keep the stored dtypes.
         loss_coef: coefficient of each layer's balancing loss. Default: the one saved in the folder, or as in
             `from_transformers` for a stock model.
         max_shard_size: maximum size of a weight file, in bytes.
-        settings: further arguments of `quantize_experts`.
+        group, rounding: as in `quantize_experts`; only used with `bits`.
 
     Raises:
         ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is already quantized and
@@ -72,6 +73,8 @@ def convert_folder(
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
     """
+    if block not in (None, *BLOCKS):
+        raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))} or None, got {block!r}")
     config = read_config(source)
     stock = not read_layer_entries(config)
     if stock:
@@ -100,7 +103,7 @@ def convert_folder(
             layer.moe.loss_coef = loss_coef
             override_router_coef(model)
         if bits is not None:
-            quantize_experts(layer.requires_grad_(False), bits, **settings)  # pyright: ignore[reportArgumentType]
+            quantize_experts(layer.requires_grad_(False), bits, group=group, rounding=rounding)  # pyright: ignore[reportArgumentType]
         for module in layer.modules():
             if isinstance(module, QuantizedExperts):
                 module.repack(block)
@@ -115,8 +118,8 @@ def convert_folder(
 def quantize_folder(
     source: Path, target: Path, *, bits: int = 8, block: int | None = PORTABLE_BLOCK, **settings: Any
 ) -> None:
-    """`convert_folder` with other defaults: 8 bits, and 4-bit weights in the plain layout of `ops/int4.py`, which is
-    the same on every machine, and which every machine rearranges in memory when it loads them."""
+    """`convert_folder` with different defaults: 8 bits, and for 4-bit weights the CPU-independent layout of
+    `ops/int4.py`, which every machine rearranges in memory when loading."""
     convert_folder(source, target, bits=bits, block=block, **settings)
 
 

@@ -1,9 +1,9 @@
-"""Folders of stock models that inference engines read right.
+"""Writes folders of stock models that inference engines read correctly.
 
 `transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`; llama.cpp
 and mlx-lm read the file, and some of their models fall back to a default where the earlier entry is missing.
-`save_pretrained` of a model that `export` or `to_transformers` returned also writes these entries, copies the tokenizer
-of the model that it was made of, and warns of engines that would compute something different.
+For a model returned by `export` or `to_transformers`, `save_pretrained` also writes the earlier entries, copies the
+source model's tokenizer, and warns about engines whose results would differ.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts")  # names of the same entry
 
 
 class EngineFault(NamedTuple):
-    """A setting that engines ignore in models of some types, without an error. `tests/test_engines.py` runs each."""
+    """A setting that engines silently ignore for some model types. `tests/test_inference_engines.py` runs each."""
 
     engines: str
     model_types: tuple[str, ...]
@@ -114,7 +114,7 @@ def find_engine_faults(config: Config) -> Iterator[str]:
 
 
 def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The entries that engines read and the file lacks; `aliases` maps other names of entries to their names."""
+    """The entries that engines look for but the file lacks; `aliases` maps alternative names of entries to names."""
     rope, entries = config.get("rope_parameters"), {}
     if isinstance(rope, Mapping) and "rope_theta" in rope:  # one for all layers
         entries["rope_theta"] = rope["rope_theta"]
@@ -127,20 +127,21 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
 
 
 def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") -> None:
-    """Add to a saved stock model what engines need, and warn of those that compute something different.
+    """Add what engines need to the folder of a stock model, and warn about engines whose results would differ.
 
     Args:
         folder: contains `config.json`.
         aliases: other names of entries of the configuration.
-        source: the folder or cached repository whose tokenizer is copied. Files in `folder` are kept.
+        source: the folder or cached repository whose tokenizer is copied if `folder` has none.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= find_engine_entries(config, aliases)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES if source else ():
-        found = find_file(source, name)
-        if found is not None and not (folder / name).exists():
+    # files of two tokenizers in one folder would give an engine the wrong one
+    has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+    for name in TOKENIZER_FILES if source and not has_tokenizer else ():
+        if (found := find_file(source, name)) is not None:
             shutil.copy2(found, folder / name)
     if faults := list(find_engine_faults(config)):
         warnings.warn(
@@ -151,7 +152,7 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """A file of a folder, or of a repository in the cache of the hub; None if it is not there."""
+    """A file in a folder, or of a repository in the hub cache; None if there is none."""
     if Path(source).is_dir():
         found: Any = Path(source) / name
     else:
@@ -163,11 +164,11 @@ def find_file(source: str, name: str) -> Path | None:
 
 
 class EngineSave:
-    """`save_pretrained` of a stock model whose folders engines read; it is an attribute of the model.
+    """Replaces `save_pretrained` on a stock model, to write folders for engines.
 
-    It holds no reference to the model, which would only be freed by the garbage collector. But
-    `export(model).save_pretrained` frees the exported model before the call, so it holds a twin with the same modules.
-    A pickled model, which must load without this package, has the method of its class.
+    It refers to the model weakly: with a reference cycle, only the garbage collector would free the model. In
+    `export(model).save_pretrained(folder)`, the exported model is freed before the call, so a twin with the same
+    modules is saved instead. A pickled model gets the method of its class, so that it loads without this package.
     """
 
     def __init__(self, model: nn.Module, source: str) -> None:
@@ -195,7 +196,7 @@ class EngineSave:
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        model: Any = self.model()
+        model: Any = self.model() or self.twin
         return partial, (type(model).save_pretrained, model)
 
 

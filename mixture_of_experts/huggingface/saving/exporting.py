@@ -61,15 +61,15 @@ EXPORT_TARGETS = (
         "Qwen2Moe",
         ("Qwen2", "Llama", "Mistral"),
         has_shared_expert=True,
-        # engines expect biases and a head of its own in every Qwen2-MoE
+        # engines expect every Qwen2-MoE to have biases and an untied head
         settings=(("qkv_bias", True), ("tie_word_embeddings", False)),
     ),
 )
 
-# hidden dim of a shared expert that is all zeros, where a layer has none: llama.cpp quantizes weights in blocks of 32
+# hidden dim of the all-zero shared expert of layers that have none; llama.cpp quantizes weights in blocks of 32
 NO_SHARED_EXPERT_DIM = 32
 
-# weights of an exported model that are zeros if the dense model has none
+# biases that are zero in an exported model if the dense model lacks them
 OPTIONAL_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 # settings that do not affect the computation, or that are handled here
@@ -104,8 +104,8 @@ class ExportPlan(NamedTuple):
         return copy_to_block_state(like, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All other weights of the exported model, of which none shares memory with another, from the state dict of
-        the model. A tied head is included only if the exported model has a head of its own."""
+        """All other weights of the exported model, from the state dict of the model; no two share memory. A tied head
+        is included only if the exported model's head is untied."""
         changed, tied = tuple(f"{path}." for path in self.layers), self.stock_model.all_tied_weights_keys
         rest, seen = {}, set()
         for name, like in self.stock_model.state_dict().items():
@@ -274,10 +274,10 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
 
 
 def make_half_open_gate(like: Tensor) -> Tensor:
-    """A matrix `(1, d)` of a shared expert's gate whose logits round to a sigmoid of exactly 1/2.
+    """The weight `(1, d)` of a shared expert's gate for which the sigmoid rounds to 1/2.
 
-    Its elements are tiny, but neither zero, because llama.cpp computes the sigmoid of z as `silu(z) / z`, nor equal,
-    because inputs may sum to zero.
+    Its elements are tiny. They are nonzero because llama.cpp computes the sigmoid of z as `silu(z) / z`, and they
+    differ because inputs may sum to zero.
     """
     limits = torch.finfo(like.dtype)
     return torch.linspace(1, 2, like.shape[-1]).mul(max(2.0**-60, limits.smallest_normal * limits.eps)).expand_as(like)

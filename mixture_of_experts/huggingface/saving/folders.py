@@ -1,10 +1,11 @@
-"""Changes saved models file by file, with at most one layer and one shard in memory.
+"""Changes saved models layer by layer, with a few copies of one layer and one output file in memory.
 
 A folder is written under a temporary name in the parent folder of its target, and renamed when it is complete.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from mixture_of_experts.huggingface.blocks.model_conversion import StockPlan, plan_stock_export
+from mixture_of_experts.huggingface.blocks.model_conversion import plan_stock_export
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, find_layers
 from mixture_of_experts.huggingface.private_transformers import convert_to_saved, make_shape_error
 from mixture_of_experts.huggingface.replacement.replace import find_networks, upcycle
@@ -76,7 +77,7 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
     """Export a saved model with experts; weights get the names used in the exported class's own checkpoints.
 
-    A model whose layers were sparse blocks becomes the stock model again, as by `to_transformers`.
+    A model that was converted by `from_transformers` becomes a stock model again, as by `to_transformers`.
 
     Args:
         source: a folder that `save_pretrained` or another command wrote.
@@ -93,8 +94,7 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     model = read_experts_model(source, "export")
     blocks = any(isinstance(layer, SparseFeedForward) for layer in find_layers(model).values())
     plan = plan_stock_export(model) if blocks else plan_export(model)
-    state = model.state_dict()
-    rest = state if isinstance(plan, StockPlan) else plan.convert_rest(state)
+    rest = plan.convert_rest(model.state_dict())
     stock, read = plan.stock_model, rest.__getitem__
 
     def finish(folder: Path) -> None:
@@ -148,8 +148,8 @@ def rewrite_folder(
 
 
 def find_block_prefix(name: str) -> str:
-    """The part of a weight's name up to the first number, that of its block; "" if there is none. Weights of different
-    blocks are saved independently of each other."""
+    """The part of a weight's name that identifies its block: up to the first number, or "" without one. Blocks are
+    saved independently of each other."""
     found = re.match(r".*?\.\d+\.", name)
     return found[0] if found else ""
 
@@ -178,10 +178,11 @@ def read_experts_model(source: Path, action: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """The model in a folder, in the dtypes of its files, and with 4-bit weights in the layout of its files. Its weights
-    are views of the files, of which only used parts are read."""
+    """The model in a folder, with the dtypes and the 4-bit layout of its files. The weights are memory-mapped, so only
+    the parts that are used are read."""
     weights = read_weights(source)
     if read_layer_entries(config):
+        config = copy.copy(config)
         config.quantization_config = {**read_quantization(config), "repack": False}
     settings: Any = dict(config=config, state_dict=dict(weights), dtype="auto", output_loading_info=True)
     try:
@@ -254,8 +255,8 @@ class ShardWriter:
             self.pending[name] = value.detach().contiguous()
 
     def add_layer(self, weights: Mapping[str, Tensor]) -> None:
-        """Add the weights of a layer. If the next layer might not fit into the file, write it now, so that its weights
-        do not wait in memory while that layer is computed."""
+        """Add the weights of a layer. If another layer of this size would not fit into the file, write the file now, so
+        that these weights do not stay in memory while the next layer is converted."""
         self.add_weights(weights)
         size = sum(value.nbytes for value in weights.values())
         if size + sum(waiting.nbytes for waiting in self.pending.values()) > self.max_size:

@@ -37,7 +37,7 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
     layers: Any = ()
     gate: GateFactory | None = None
     adapters: Mapping[str, Adapter] | None = None
-    repack: bool = True  # whether to copy 4-bit weights into the layout of this machine, if theirs is another
+    repack: bool = True  # whether to rearrange 4-bit weights in memory unless they have this machine's layout
 
 
 @register_quantizer(MODEL_TYPE)

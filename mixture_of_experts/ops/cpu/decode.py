@@ -5,7 +5,7 @@ o dim of the outputs.
 
 The products of one token take less time than building the tables of a `Permutation`, so there is no permutation. For a
 few tokens, each row is computed separately. More tokens are computed expert by expert, with tables that are Python
-lists. Products are parameters, so that quantized and adapted weights are decoded here, too. It is for eval mode without
+lists. Products are parameters, so this module also serves quantized and adapted weights. It is for eval mode without
 gradients only: in training, a recomputation must produce the same bits as its forward.
 """
 
@@ -42,7 +42,7 @@ def run(call: Call) -> Tensor:
 
 
 def prefers_row_sums(network: Network) -> bool:
-    """Whether the product of one row is taken as a weighted sum of the weight's rows: in 16 bits.
+    """Whether the product of one row is computed as a weighted sum of the weight's rows: for half-precision weights.
 
     It depends on dtype and shape alone, so that every machine computes the same bits, and is the choice whose worst
     case is better over the CPUs that were measured. On five of them, one thread, weights outside of the caches, a sum

@@ -53,8 +53,8 @@ def queued_choices(
     assignments: Assignments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
     """The choices that queue (with two levels those of level two): their experts, positions, which of them queue and
-    which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Assignments.slot`; and the number of tokens of a
-    group, choices of a token and experts of one router."""
+    which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Assignments.slot_of_outer_choice`; and the
+    number of tokens of a group, choices of a token and experts of one router."""
     routing, k = assignments.routing, assignments.k
     assert k is not None
     if routing is None:  # all tokens are one group

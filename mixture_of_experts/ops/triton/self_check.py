@@ -104,7 +104,7 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -
     said = f"on {kind.spec.layout} experts of {kind.spec.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
     found = compute_by_kernels(call, kind)
     if not are_permutations_equal(call.assignments):
-        return f"{said} plans of few and of many assignments differ"
+        return f"{said} the permutations of few and of many assignments differ"
     wanted = compute_by_operators(call)
     for name, got in found.items():
         error = compute_max_row_error(got, wanted[name.partition(", ")[0]])
