@@ -1,9 +1,8 @@
 """What the constants of the CPU's batches cost: training steps with other values of one, against those of the package.
 
 python -m experiments.cpu_constants              # all, on one thread: six minutes of processor time
-python -m experiments.cpu_constants --threads 2  # and THREADED_PADDING_FACTOR, by the clock on the wall: on a quiet
-machine python -m experiments.cpu_constants --rows       # only one row, as a sum or as a product:
-`decode.prefers_row_sums`
+python -m experiments.cpu_constants --threads 2  # and THREADED_PADDING_FACTOR, by wall clock: on a quiet machine
+python -m experiments.cpu_constants --rows       # only `decode.prefers_row_sums`: one row as a sum or a product
 
 A ratio above 1 is slower than the package's value, which is timed twice: how far its two ratios are apart is the noise.
 At the end stands each value's median over the shapes, and whether it is faster than the package's by more than that.

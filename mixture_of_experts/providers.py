@@ -1,10 +1,10 @@
 """Providers describe the modules of other libraries.
 
-The package knows its own modules and those of torch. Whatever acts on whole models asks the provider of a library about
-its modules: which of them call routers, wrap other modules, or describe tokens by their arguments. A library is the
-top-level package that defines a module's class, or one of its base classes. `mixture_of_experts.huggingface` has the
-providers of `BUNDLED_LIBRARIES`, which are imported when a module of such a library is met. `register_provider` adds
-others.
+This package supports its own modules and those of torch directly. Features that act on whole models query the provider
+of a library about its modules: which of them call routers, wrap other modules, or receive arguments that describe
+tokens. A module belongs to the top-level packages that define its class and its base classes. The providers of
+`BUNDLED_LIBRARIES` are in `mixture_of_experts.huggingface`; they are imported when a module of such a library is first
+encountered. Call `register_provider` to add others.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ AnswerT = TypeVar("AnswerT")
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 ROUTER_RESULTS = ("logits", "probs", "weights", "experts", None)
 BUNDLED_LIBRARIES = ("transformers", "peft")
-BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # has `PROVIDERS`, by library
+BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # defines `PROVIDERS`, a dict by library
 
 
 class ExternalRouter:
     """A router of another library that chooses k experts for each token: its settings, and what it returns.
 
-    The module for which a provider returns it calls the router, and is called a block. A subclass may read settings
-    from the block whenever they are needed, as properties.
+    The module that calls the router, for which `Provider.find_router` returns this object, is called its block. A
+    subclass may implement settings as properties that read them from the block.
 
     Args:
         path: path of the router below the block.
         num_experts: number of experts that it scores.
         k: number of choices per token.
-        settings: any other attribute.
+        settings: values of any of the other attributes.
 
     Attributes:
         returns: the results of its forward for flattened tokens `(t, ...)`, in order: "logits" or "probs", "weights",
@@ -46,10 +46,10 @@ class ExternalRouter:
         expert_bias: a tensor that affects which experts are chosen, and that `balance_experts` updates; None if there
             is none. If the model may move, read it in a property.
         capacity: slots per expert and sequence; None if dropless.
-        group_sizes: the number of expert groups, and of those that are open for a token; None without groups.
-        zero_weight_expert: the expert that a choice of weight 0 stands for; None if weights of 0 mean nothing special.
-        chooses_by_token_ids: whether a table of token ids chooses the experts.
-        remedy: what to do about features that do not support the router, for error messages.
+        group_sizes: the number of expert groups, and how many of them a token may use; (None, None) without groups.
+        zero_weight_expert: the expert that a choice with weight 0 selects; None if such choices are like any other.
+        chooses_by_token_ids: whether experts are looked up in a table by token id.
+        remedy: advice in error messages of features that do not support the router.
         aux_loss_remedy: how to get its auxiliary loss, for the error message of `collect_aux`.
     """
 
@@ -76,6 +76,11 @@ class ExternalRouter:
             raise ValueError(
                 f"score must be one of {ROUTER_SCORES}, and returns have some of {ROUTER_RESULTS}, got "
                 f"score={self.score!r} and returns={self.returns!r}"
+            )
+        if not {"logits", "probs"} & {*self.returns} or ("probs" in self.returns and self.score != "softmax"):
+            raise ValueError(
+                f"returns must have 'logits', or 'probs' of a softmax, got returns={self.returns!r} and "
+                f"score={self.score!r}"
             )
 
     def check_rule(self, rule: Any, name: str) -> None:
@@ -115,9 +120,9 @@ class TokensReader:
 
 
 class Provider:
-    """Describes the modules of one library. Subclasses override methods; these know nothing about any module."""
+    """Describes the modules of one library. Subclasses override methods; the defaults describe nothing."""
 
-    gate_remedy: str | None = None  #: what to do if a gate of this library has other sizes than its layer
+    gate_remedy: str | None = None  #: advice in the error for a gate whose sizes differ from its layer's
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
         """The router that a module calls; None if it calls none."""
@@ -136,17 +141,17 @@ class Provider:
         return None
 
     def find_enclosing_model(self, modules: Sequence[nn.Module]) -> nn.Module | None:
-        """The one of nested modules, outermost first, whose arguments describe the tokens of the innermost; None if it
+        """Of nested modules (outermost first), the one whose arguments describe the tokens of the innermost; None if it
         is unknown."""
         return None
 
     def make_tokens_reader(self, model: nn.Module) -> TokensReader | None:
-        """A reader of the tokens of a model, of this library or another one; None if its arguments are unknown."""
+        """A reader for the tokens of a model, possibly of another library; None if its arguments are unknown."""
         return None
 
     def is_tokenwise(self, module: nn.Module) -> bool | None:
-        """Whether a module maps each row independently, by operators of torch that compute rows alike in any batch. Its
-        children are asked about separately."""
+        """Whether a module maps each row independently, using only torch operators that compute a row alike in any
+        batch. Its children are checked separately."""
         return None
 
     def is_linear(self, module: nn.Module) -> bool | None:
@@ -159,10 +164,10 @@ class Provider:
         return None
 
 
-#: Providers by library. Which classes a library has is a fact about the process, so they are registered for the whole
-#: process, like operators and pickling functions: when a library is imported, and never by a forward.
+#: Providers by library. Like custom operators and pickling functions, they are registered for the whole process, when a
+#: library is imported and never during a forward.
 REGISTERED_PROVIDERS: dict[str, Provider] = {}
-#: those of `BUNDLED_LIBRARIES`; empty until `load_bundled_providers`, which fills it once and for all
+#: providers of `BUNDLED_LIBRARIES`; filled once, by `load_bundled_providers`
 BUNDLED_PROVIDERS: dict[str, Provider] = {}
 
 
@@ -209,8 +214,8 @@ def ask_providers(module: nn.Module, question: Callable[[Provider], AnswerT | No
 
 
 def load_bundled_providers() -> bool:
-    """Import the bundled providers; return True. While a graph is traced, this is called before `BUNDLED_PROVIDERS` is
-    read: the graph does not see later changes."""
+    """Import the bundled providers and return True. Call it before reading `BUNDLED_PROVIDERS`, because a graph that is
+    being traced does not see later changes."""
     if not BUNDLED_PROVIDERS:
         try:
             BUNDLED_PROVIDERS.update(import_module(BUNDLED_MODULE).PROVIDERS)

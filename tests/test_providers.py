@@ -413,6 +413,9 @@ def test_rejects_wrong_providers_and_settings(monkeypatch: pytest.MonkeyPatch):
     for wrong in (dict(score="tanh"), dict(returns=("logits", "indices"))):
         with pytest.raises(ValueError, match=rf"score must be one of .* got .*{next(iter(wrong))}="):
             ExternalRouter("router", num_experts=E, k=K, **wrong)
+    for wrong in (dict(returns=("weights", "experts")), dict(returns=("probs",), score="sigmoid")):
+        with pytest.raises(ValueError, match="returns must have 'logits', or 'probs' of a softmax"):
+            ExternalRouter("router", num_experts=E, k=K, **wrong)
     assert {*providers.ROUTER_SCORES} == {*SCORES}
 
 

@@ -155,8 +155,8 @@ class MoEFeedForward(Replaced):
         return {"token_ids": ids}
 
     def _get_segment_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
-        """The documents of packed rows of tokens `(b, n, d)`; {} if there are none, or the layer does not support them:
-        a row is then one group."""
+        """The documents of packed tokens `(b, n, d)` as a side input; {} if rows are not packed, or if the layer does
+        not support packing and treats each row as one group."""
         ids = call.tokens.segment_ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
             return {}

@@ -88,9 +88,9 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
 
 
 def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """`(b, n)` int64, the documents of packed rows, as attention in `transformers` tells them apart: by `seq_idx`, by
-    cumulative lengths of one row, or by positions that do not go on; only without a mask and a cache. None if rows are
-    not packed, as far as values can be read."""
+    """`(b, n)` integers, the document of each token in packed rows, identified as attention in `transformers` does: by
+    `seq_idx`, by the cumulative lengths of a single row, or by positions that do not increase by one. None with a mask
+    or a cache, or if the values can be read and show that rows are not packed."""
     b, n = shape
     if arguments.get("attention_mask") is not None or get_cache(arguments) is not None or is_exporting():
         return None
@@ -103,7 +103,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
         documents = starts.cumsum(dim=-1)
     if documents is None or documents.ndim != 2 or documents.shape[1] != n or documents.shape[0] not in (1, b):
         return None
-    # ranks must agree on whether rows are packed, so several of them do not look at the values
+    # in distributed runs values are not read, because all ranks must agree on whether rows are packed
     if not is_distributed() and is_host_readable(documents) and bool((documents == documents[:, :1]).all()):
         return None
     return documents.expand(b, n)

@@ -11,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +37,7 @@ from mixture_of_experts.providers import TokenMetadata
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.attachments import HOOK_TABLES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import register_named_hooks
+from mixture_of_experts.support.private_torch import register_named_hooks, set_load_hook
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.aux_losses import sum_losses
 from mixture_of_experts.whole_model.call_stack import ForwardWatch
@@ -105,7 +104,7 @@ def watch_model(model: nn.Module, names: Sequence[str]) -> None:
             register_named_hooks(around, MODEL_WATCH_HOOK, watch.begin, watch.end)
         get_watch(around).reads |= around in readers
     get_watch(model).adds = True
-    model._load_state_dict_pre_hooks[MODEL_WATCH_HOOK] = partial(check_adapter_names, model)  # pyright: ignore
+    set_load_hook(model, MODEL_WATCH_HOOK, check_adapter_names)
 
 
 def remove_model_watches(model: nn.Module) -> None:

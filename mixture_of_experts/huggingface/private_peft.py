@@ -1,4 +1,4 @@
-"""Undocumented properties of PEFT's wrappers that this package relies on. PEFT is not imported.
+"""Internals of PEFT that this package relies on. Only `find_renamed_weights` imports PEFT.
 
 `tests/huggingface/test_private_peft.py` shows which of them a new version breaks.
 """
@@ -83,32 +83,39 @@ def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor) -> None:
-    """Set A and B of a stacked weight, so that with a scaling of 1 `read_stack_factors` returns these factors."""
+    """Set A and B of a stacked weight so that `read_stack_factors` returns these factors if the scaling is 1."""
     b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)  # (e, width of B, k), (e, k, width of A)
     wrapper.lora_A[adapter].weight = nn.Parameter(a.flatten(0, 1).contiguous())
     wrapper.lora_B[adapter].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1).contiguous())
 
 
 def is_plain_lora(wrapper: Any, adapter: str) -> bool:
-    """Whether an adapter consists of A, B and a scaling alone: without DoRA, other variants and biases."""
+    """Whether an adapter consists only of A, B and a scaling factor, without DoRA, other variants or biases."""
     has_variant = adapter in wrapper.lora_variant or wrapper.use_dora.get(adapter, False)
     return not has_variant and not wrapper.lora_bias.get(adapter, False)
 
 
 def strip_wrappers(name: str) -> str:
-    """The path, without PEFT's wrappers, of a module in a model that PEFT has prepared."""
+    """The path of a module, without the parts that PEFT's wrappers add to it."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def find_renamed_weights(model: Any, names: Iterable[str], adapter: str) -> dict[str, str]:
-    """The own names of weights of an adapter, by the names that PEFT looks for when it loads the adapter, where these
-    are none of the model's. PEFT applies the conversions of the model's class to the names in the file, which lack the
-    name of the adapter."""
+    """The adapter weights that PEFT would look for under names that the model does not have: their names in the model,
+    by those names.
+
+    On loading, PEFT applies the weight conversions of the model's class to the names in an adapter's file, which do not
+    contain the adapter's name.
+    """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     stored = {re.sub(rf"(\.lora_[AB])\.{re.escape(adapter)}\.", r"\1.", name): name for name in names}
     own = [*stored.values()]
     numbers = {f"base_model.model.{name}": torch.full((1, 1), i) for i, name in enumerate(stored)}
     converted = convert_peft_adapter_state_dict_for_transformers(model, model.peft_config[adapter], numbers, adapter)
-    found = {name.removeprefix("base_model.model."): own[int(i)] for name, i in converted.items() if i.numel() == 1}
+    found = {
+        name.removeprefix("base_model.model."): own[int(number)]
+        for name, number in converted.items()
+        if number.numel() == 1
+    }
     return {name: original for name, original in found.items() if name not in stored}

@@ -1,4 +1,4 @@
-"""The providers of `transformers` and PEFT. `mixture_of_experts.providers` imports them when it meets their modules."""
+"""The providers for `transformers` and PEFT, imported by `mixture_of_experts.providers` when they are first needed."""
 
 from __future__ import annotations
 

@@ -70,14 +70,14 @@ MODELS: dict[str, Recipe] = {
     ),
     "mixtral": Recipe(
         paper="2401.04088",
-        summary="Mixtral: two choices, softmax normalised (arXiv 2401.04088).",
+        summary="Mixtral: two choices, softmax normalized (arXiv 2401.04088).",
         gate=dict(k=2, normalize=True, **BATCH_BALANCE),
         router_aux_loss_coef=(0.02, 32),  # config.json of Mixtral-8x7B
         published=PublishedModel("Mixtral-8x7B", 8, 12.9, 46.7),
     ),
     "olmoe": Recipe(
         paper="2409.02060",
-        summary="OLMoE: 8 choices, softmax not normalised (arXiv 2409.02060).",
+        summary="OLMoE: 8 choices, softmax not normalized (arXiv 2409.02060).",
         gate=dict(k=8, normalize=False, **BATCH_BALANCE),
         router_aux_loss_coef=(0.01, 16),
         layer=dict(z_loss_coef=1e-3),  # both as in the paper, section 2
@@ -94,13 +94,13 @@ MODELS: dict[str, Recipe] = {
     ),
     "qwen3": Recipe(
         paper="2505.09388",
-        summary="Qwen3-MoE: 8 choices, softmax normalised, balanced over the batch (arXiv 2505.09388).",
+        summary="Qwen3-MoE: 8 choices, softmax normalized, balanced over the batch (arXiv 2505.09388).",
         gate=dict(k=8, normalize=True, **BATCH_BALANCE),
         router_aux_loss_coef=(0.001, 48),
         published=PublishedModel("Qwen3-30B-A3B", 128, 3.3, 30.5),
     ),
     "qwen3_next": Recipe(
-        summary="Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert with a gate of each token.",
+        summary="Qwen3-Next, Qwen3.5: 10 choices, softmax normalized, and a shared expert with a gate of each token.",
         gate=dict(k=10, normalize=True, **BATCH_BALANCE),
         router_aux_loss_coef=(0.001, 48),
         shared=1.0,
@@ -187,7 +187,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "hy_v3": Recipe(gate=dict(k=8, scale=2.5, **SIGMOID_ROUTER), shared=1.0, layer=COMPLEMENTARY_LOSS),
     "minimax_m2": Recipe(
-        summary="MiniMax-M2: 8 choices, sigmoid normalised, an expert bias.",
+        summary="MiniMax-M2: 8 choices, sigmoid normalized, an expert bias.",
         gate=dict(k=8, eps=0.0, **SIGMOID_ROUTER, **BATCH_BALANCE),
         router_aux_loss_coef=(0.001, 62),
         published=PublishedModel("MiniMax-M2", 256, 10, 230),

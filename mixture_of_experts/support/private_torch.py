@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _WrappedHook
 from torch.torch_version import TorchVersion
 from torch.utils import _python_dispatch, _pytree
 
@@ -254,6 +255,12 @@ def register_named_hooks(module: nn.Module, name: str, before: Callable[..., Any
     hooks: Any = module
     hooks._forward_pre_hooks[name], hooks._forward_hooks[name] = before, after
     hooks._forward_pre_hooks_with_kwargs[name] = hooks._forward_hooks_always_called[name] = True
+
+
+def set_load_hook(module: nn.Module, name: str, before: Callable[..., Any]) -> None:
+    """Set a pre-hook `(module, state_dict, prefix, ...)` of `load_state_dict` under a fixed name. It refers to the
+    module weakly: a reference cycle would keep a deleted model in memory until the next garbage collection."""
+    module._load_state_dict_pre_hooks[name] = _WrappedHook(before, module)  # pyright: ignore[reportArgumentType]
 
 
 #: where a module keeps the hooks on its forward and backward, and the flags of these hooks

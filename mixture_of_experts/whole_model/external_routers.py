@@ -1,4 +1,4 @@
-"""Reads and replaces what routers of other libraries return, according to their descriptions by providers.
+"""Reads and replaces the outputs of routers of other libraries, as their providers describe them.
 
 Axes: b sequences, n tokens of a sequence, t tokens, e experts, k choices of a token.
 """

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.transformers_models import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
@@ -230,6 +230,31 @@ def test_merged_folder_is_the_merged_model(where, dtype, tmp_path):
     )
     with safe_open(next((tmp_path / "out").glob("*.safetensors")), "pt") as file:
         assert not any("base_layer" in key or "lora" in key for key in file.keys())  # noqa: SIM118 (no mapping)
+
+
+def test_merge_needs_a_weight_for_each_part_of_the_adapter(tmp_path, capsys):
+    """PEFT ignores parts of an adapter for which the model has no weight."""
+    model = from_transformers(build_model("Mixtral", hidden=32))
+    model.save_pretrained(tmp_path / "in")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file({**weights, name.replace("q_proj", "z_proj"): weights[name].clone()}, file)
+    words = ["merge", str(tmp_path / "in"), str(tmp_path / "out"), "--adapter", str(tmp_path / "adapter")]
+    assert main(words) == 1
+    assert "z_proj" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_convert_are_checked_before_anything_is_written(tmp_path):
+    wrong: list[dict[str, Any]] = [dict(bit=4), dict(bits=4, block=48), dict(bits=8, block=48)]
+    for settings in wrong:
+        with pytest.raises(
+            (TypeError, ValueError), match=r"unexpected keyword argument 'bit'|block must be one of 2, 32, 64"
+        ):
+            convert_folder(tmp_path / "in", tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
 
 
 def test_errors_of_merge(tmp_path, capsys):

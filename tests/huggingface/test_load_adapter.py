@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -104,3 +106,15 @@ def test_the_check_leaves_with_the_layers():
     model = from_transformers(build_model("Mixtral"))
     assert MODEL_WATCH_HOOK in copy.deepcopy(model)._load_state_dict_pre_hooks
     assert not to_transformers(model)._load_state_dict_pre_hooks
+
+
+def test_a_deleted_model_is_freed_at_once():
+    """The check of adapters refers to the model, which must not wait for a garbage collection."""
+    model: Any = from_transformers(build_model("Mixtral"))
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()

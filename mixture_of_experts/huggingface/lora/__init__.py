@@ -69,7 +69,7 @@ def fast_lora(model: ModelT) -> ModelT:
         raise ValueError(
             f"{type(model).__name__} has no adapters for {', '.join(missing)} of target_parameters: PEFT passed over "
             f"it. "
-            "If experts are quantised, let it prepare the model within weights_shown(model); else look at the names"
+            "If experts are quantized, let it prepare the model within weights_shown(model); else look at the names"
         )
     if not found:
         raise ValueError(

@@ -69,10 +69,10 @@ class AdaptedLayout:
         layout = self.layout
         if isinstance(weight, Tensor):
             return layout.multiply_rows(x, weight)
-        thin, out = self.project_down(x, weight), layout.multiply_rows(x, weight.weight)
+        low_rank_activation, out = self.project_down(x, weight), layout.multiply_rows(x, weight.weight)
         if isinstance(layout, ChunkLayout):
-            return layout.multiply_rows(thin, weight.up, out, add=True)
-        return out.add_(layout.multiply_rows(thin, weight.up))
+            return layout.multiply_rows(low_rank_activation, weight.up, out, add=True)
+        return out.add_(layout.multiply_rows(low_rank_activation, weight.up))
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
         terms = []

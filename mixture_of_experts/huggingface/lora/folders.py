@@ -20,7 +20,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: int = 10**9) -> None:
     """Merge LoRA adapters into a saved model with experts, as PEFT's `merge_and_unload(safe_merge=True)` would.
 
-    PEFT's function makes copies of all weights with adapters; this one, of one layer at a time.
+    PEFT's function copies all adapted weights at once; this function copies one layer at a time.
 
     Args:
         source: a folder that `save_pretrained` or another command wrote; its experts are not quantized.
@@ -30,8 +30,8 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: the folder has no experts, or quantized ones; an adapter cannot be merged, is on tied embeddings, or
-            leads to weights that are not finite; or weights and those of the files differ in names or shapes.
+        ValueError: the folder has no experts, or quantized ones; an adapter cannot be merged, adapts tied embeddings,
+            or produces weights that are not finite; or the names or shapes of weights do not match those in the files.
         FileNotFoundError: the source is no folder, or `adapter` has no adapters.
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
@@ -50,10 +50,15 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
         )
     state = model.state_dict()
     adapted: Any = PeftModel.from_pretrained(model, str(adapter))
+    if unknown := adapted.load_adapter(str(adapter), "default").unexpected_keys:  # PEFT ignores them
+        raise ValueError(
+            f"{adapter} has {unknown[0]}, but the model in {source} has no weight of that name: give the model that "
+            "the adapter was trained with"
+        )
     merged = find_merged_weights(adapted.get_base_model())
     adapted.base_model.unload()  # the wrappers, which `merged` holds, keep their factors
     if tied := sorted({*merged} & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}):
-        raise ValueError(f"{tied[0]} is tied, and would no longer be with its adapter: train without one on embeddings")
+        raise ValueError(f"{tied[0]} is tied, and merging would untie it: train without adapters on embeddings")
 
     def read(name: str) -> Tensor:
         return merged[name]() if name in merged else state[name]
@@ -65,8 +70,8 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
 
 
 def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """For each weight of a model that PEFT adapted, by its name without adapters, a function that returns it with its
-    adapters added."""
+    """Functions that return the merged weights: one for each weight that PEFT adapted, by its name in the model without
+    adapters."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path, module in model.named_modules():
         name = strip_wrappers(path)
@@ -92,7 +97,7 @@ def list_adapted(wrapper: Any) -> list[str]:
 
 
 def merge_weight(wrapper: Any, name: str) -> Tensor:
-    """A new tensor: a weight with its adapters. The module that is wrapped stays as it is."""
+    """A weight with its adapters merged, as a new tensor. The wrapped module is not changed."""
     base = wrapper.get_base_layer()
     before = {name: weight.data for name, weight in base.named_parameters(recurse=False)}
     wrapper.merge(safe_merge=True)  # assigns new tensors; otherwise it would add in place

@@ -36,8 +36,8 @@ def multiply_adapted(product: Any, x: Tensor, weight: Any, rows_per_expert: Any)
 
 
 def run_on_cpu(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`. With three products for a weight, only a single token is faster expert by
-    expert."""
+    """Compute a call; return `(t, o)`. A weight takes three products, so computing expert by expert is faster for a
+    single token only."""
     if call.x.shape[0] == 1 and call.is_inference():
         return decode.compute_expert_by_expert(call, partial(multiply_adapted, grouped.multiply_by_expert))
     return chunked.run(call, adapted_row_network)

@@ -16,8 +16,8 @@ from mixture_of_experts.quantize import QuantizedExperts
 def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
     """Pre-hook of `load_state_dict` on a model with layers: gives adapter weights of experts their names in the model.
 
-    On loading, PEFT renames an adapter's weights as the model's class renames those of its checkpoints. These rules may
-    also match the names of layers: Mistral Large 4 inserts `.mlp` before `.experts.`.
+    On loading, PEFT renames adapter weights by the rules for checkpoints of the model's class, which may also match the
+    names of layers: Mistral Large 4 inserts `.mlp` before `.experts.`.
 
     Args:
         model: the model.
@@ -35,7 +35,7 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     unknown = {name for name in state_dict if ".lora_" in name and name.startswith(layers)}
     unknown -= {prefix + name for name in own}
     adapters = getattr(model, "peft_config", {})
-    if len(adapters) > 1:  # PEFT names the adapter in the names that it knows only
+    if len(adapters) > 1:  # PEFT adds the adapter's name only to names that it recognizes
         adapters = [name for name in adapters if any(f".{name}." in weight for weight in state_dict)]
     if unknown and len(adapters) == 1:
         for renamed, name in find_renamed_weights(model, own, *adapters).items():

@@ -45,10 +45,10 @@ def save_adapter(
     adapter: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Save a LoRA adapter for the stock model, which is what `to_transformers` or `export` makes of the base model.
+    """Save a LoRA adapter for the stock model, which `to_transformers` or `export` creates from the base model.
 
-    PEFT's own `save_pretrained` writes an adapter for models with layers of this package. This function writes what
-    the stock model computes the same with, up to rounding. Scaling factors become part of the weights.
+    PEFT's own `save_pretrained` writes an adapter for models with layers of this package. With the adapter that this
+    function writes, the stock model computes the same, up to rounding. Scaling factors are folded into the weights.
 
     Args:
         model: a `PeftModel` whose base model `from_transformers`, `upcycle` or `replace_ffn` changed; or that is a
@@ -57,7 +57,7 @@ def save_adapter(
         layout: "peft" for `PeftModel.from_pretrained` on the stock model; vLLM also reads it for gpt-oss. The rank of
             an adapter on gate and up projections is the sum of both ranks. "per_expert" has factors for each expert and
             projection, by the names of the class's checkpoints, which vLLM reads for other models.
-            "mixture_of_experts" is the other direction: for what `from_transformers` makes of the stock model.
+            "mixture_of_experts" is the reverse: an adapter for the model that `from_transformers` creates.
         adapter: its name. Default: the active one.
         base_model: the folder or name of the stock model, which is written into the configuration.
 
@@ -168,7 +168,7 @@ def write_with_peft(
     """
     from peft import get_peft_model
 
-    rank = max(right.shape[1] for _, right in stacks.values())  # of all stacks, as PEFT warns of patterns for them
+    rank = max(right.shape[1] for _, right in stacks.values())  # one for all: PEFT warns about patterns for stacks
     ranks = dict.fromkeys(stacks, rank) | {path: len(a) for path, (_, a) in found.linear.items()}
     whole = dict(modules_to_save=sorted(found.whole_modules) or None)
     targets = dict(target_modules=sorted(found.linear), target_parameters=sorted(stacks))
@@ -177,7 +177,7 @@ def write_with_peft(
     wrappers = find_wrappers(adapted)
     if wrappers.keys() != ranks.keys():
         raise ValueError(
-            f"PEFT would not adapt the same parts of {type(found.model).__name__}, but differ in "
+            f"PEFT would adapt other parts of {type(found.model).__name__}; the difference is "
             f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}: adapt experts and attention only"
         )
     if not find_layers(found.model):
@@ -241,7 +241,7 @@ def find_wrappers(adapted: Any) -> dict[str, Any]:
 
 
 def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> Any:
-    """A configuration with a scaling of 1 everywhere, so that readers that overlook the patterns scale right, too."""
+    """A configuration in which every scaling is 1, so that readers that ignore the patterns also scale correctly."""
     from peft import LoraConfig
 
     other = {re.escape(path): k for path, k in ranks.items() if k != rank}
@@ -294,8 +294,8 @@ def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRa
 def list_expert_names(found: StockAdapter, path: str) -> dict[str, list[str]]:
     """The names of each expert's w1, w3 and w2 in checkpoints of the stock model's class.
 
-    They are found by converting numbers in place of weights. Some checkpoints have stacked experts; for these, the
-    names are those by which vLLM numbers experts.
+    They are found by converting a state dict with numbers instead of weights. For checkpoints with stacked experts, the
+    numbered names that vLLM uses are returned.
     """
     experts = found.blocks[path].experts
     e, first = len(experts.down_proj), found.first_weight(path)

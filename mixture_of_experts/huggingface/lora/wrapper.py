@@ -78,7 +78,7 @@ class ParamWrapper(layer.ParamWrapper):
         if isinstance(experts := self.get_base_layer(), QuantizedExperts):
             raise ValueError(
                 f"no adapters {what} where {self.parameter_name} is in {experts.bits} bits: keep adapters beside it, "
-                "or load them into the model that is not quantised, and merge there"
+                "or load them into the model that is not quantized, and merge there"
             )
 
     def combine_factors(self, adapters: list[str]) -> LowRankFactors:
