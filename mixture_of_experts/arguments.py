@@ -174,14 +174,14 @@ def check_packed_call(
     """Check that a layer supports packed rows, if the call has `segment_ids`: groups are then documents."""
     if side.get(SEGMENT_IDS) is None:
         return
-    if (reason := find_packing_fault(group_size, gates, experts)) is not None:
+    if (reason := packing_unsupported_reason(group_size, gates, experts)) is not None:
         raise ValueError(
             f"{SEGMENT_IDS} makes each document of a packed row a group, but {reason}; or pass each document as a row "
             "of its own, padded, with mask="
         )
 
 
-def find_packing_fault(group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module) -> str | None:
+def packing_unsupported_reason(group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module) -> str | None:
     """Why a layer does not support packed rows, with the remedy; None if it does."""
     if group_size is not None:
         return f"group_size={group_size} makes other groups of the tokens: set it to None"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.arguments import find_packing_fault
+from mixture_of_experts.arguments import packing_unsupported_reason
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS
 from mixture_of_experts.gating import get_side_inputs
 from mixture_of_experts.gating.base import COUNTED
@@ -160,8 +160,8 @@ class MoEFeedForward(Replaced):
         ids = call.tokens.segment_ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
             return {}
-        fault = find_packing_fault(self.moe.group_size, [self.moe.gate], self.moe.experts)
-        return {SEGMENT_IDS: ids} if fault is None else {}
+        reason = packing_unsupported_reason(self.moe.group_size, [self.moe.gate], self.moe.experts)
+        return {SEGMENT_IDS: ids} if reason is None else {}
 
     def _check_checkpointing(self, call: ModelCall) -> None:
         """Raise for checkpointing that is not the model's own: its recomputation would lack mask and token ids."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixture_of_experts.gating.overrides import GIVEN, GIVEN_WEIGHTS
 from mixture_of_experts.providers import TokenMetadata
-from mixture_of_experts.replay.sequences import RoutingPoint, SequenceWatch, is_recomputing
+from mixture_of_experts.replay.sequences import RoutingPoint, SequenceWatch, is_recomputing, number_documents
 from mixture_of_experts.replay.topk_mode import TopkMode
 from mixture_of_experts.support.attachments import Attachments
 from mixture_of_experts.whole_model.call_stack import ForwardCall, activate_calls
@@ -99,7 +99,10 @@ class ChoiceHooks:
             return forward(*args, **kwargs)
         hidden = (*args, *kwargs.values())[0]
         if call is not None:
-            call.enter_gate(point, get_token_shape(point, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask)
+            shape, mask = get_token_shape(point, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask
+            if (ids := call.tokens.segment_ids) is not None and tuple(ids.shape) == shape:
+                mask = number_documents(ids, mask)  # as a layer records them
+            call.enter_gate(point, shape, mask)
         given = self.supply_block_choices(point, call, hidden.device) if self.is_replay else None
         with TopkMode(point, given) as calls:
             output = forward(*args, **kwargs)

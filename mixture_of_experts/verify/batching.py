@@ -20,7 +20,7 @@ from mixture_of_experts.verify.trial import (
     Trial,
     compare_outcomes,
     count_non_finite,
-    packing_unsupported_reason,
+    layer_packing_unsupported_reason,
 )
 
 LONG_CASE = Case(2, 1500, 6)
@@ -73,7 +73,7 @@ def nan_padding(trial: Trial) -> Deviations:
     is_deterministic_only=True,
 )
 def packing(trial: Trial) -> Deviations:
-    if (reason := packing_unsupported_reason(trial.module)) is not None:
+    if (reason := layer_packing_unsupported_reason(trial.module)) is not None:
         raise NotApplicableError(reason)
     x, (b, n, seed, _) = trial.make_tokens(), trial.case
     ids = torch.randperm(b * n, generator=torch.Generator().manual_seed(seed)) // n

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import HeirarchicalMoE, MoE
-from mixture_of_experts.arguments import find_packing_fault
+from mixture_of_experts.arguments import packing_unsupported_reason
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS
 from mixture_of_experts.stats import routing_of
 
@@ -217,12 +217,12 @@ def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
 
 
-def packing_unsupported_reason(module: nn.Module) -> str | None:
+def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
     """Why a layer of this package cannot compute packed rows; None if it can, or is another module."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         return None
     gates = [getattr(module, name) for name in module.gate_names]
-    return find_packing_fault(module.group_size, gates, module.experts)
+    return packing_unsupported_reason(module.group_size, gates, module.experts)
 
 
 def infer_width(trial: Trial) -> int:

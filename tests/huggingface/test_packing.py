@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 from mixture_of_experts import Routing, TopKGating
 from mixture_of_experts.huggingface import aux_loss, from_transformers, replace_ffn
 from mixture_of_experts.huggingface.model_arguments import read_token_metadata
+from mixture_of_experts.replay import record_routing, replay_routing
 from mixture_of_experts.stats import track_routing
 
 LENGTHS = (5, 9, 2)
@@ -189,3 +191,18 @@ def test_statistics_of_a_stock_router_are_by_document():
     assert found.losses["balance"] == pytest.approx(
         sum(record.losses["balance"] for record in alone) / len(alone), rel=1e-5
     )
+
+
+def test_records_pass_between_a_stock_model_and_its_layers():
+    """Each document is a sequence of both."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4, use_cache=False)
+    stock, packed = MixtralForCausalLM(config).eval(), make_packed()
+    converted: Any = from_transformers(copy.deepcopy(stock)).eval()
+    given = {name: packed[name] for name in ("input_ids", "position_ids")}
+    for model, other in ((stock, converted), (converted, stock)):
+        with record_routing(model) as records, torch.no_grad():
+            wanted = model(**given).logits
+        assert records.lengths(records.layers[0]) == [*LENGTHS]
+        with replay_routing(other, records), torch.no_grad():
+            torch.testing.assert_close(other(**given).logits, wanted, atol=1e-5, rtol=1e-5)
