@@ -32,7 +32,8 @@ class Assignments:
             where it follows from the slots.
         weight: `(a,)`, weight of each assignment; 0 where it is not kept.
         kept: `(a,)` bool, the assignments that experts compute: those kept in the routing, and computed padding.
-        sent: `(a,)` bool, the assignments that queue at an expert; a limited capacity keeps some of them.
+        sent: `(a,)` bool, the assignments that queue at an expert; a limited capacity keeps some of them. For two
+            levels, whose capacities have been applied, it is `kept`.
         k: choices of a token: assignment i belongs to token i // k; None for expert choice.
         token: `(a,)` int64, token of each assignment in expert choice; None otherwise.
         num_tokens: t.

@@ -7,7 +7,8 @@ A row is a token's vector as the input or output of one expert. Rows are sorted 
 with a function that makes its permutation:
 
     permute_to_slots        all slots (e, b, c), the same number for each expert; some are empty. For experts that read
-                            slots, and for batched products if there are fewer slots than choices
+                            slots, for batched products if there are fewer slots than choices, and for level one of
+                            two, whose slots are the tokens of level two
     permute_without_gaps    the kept assignments alone. For grouped products, and for experts with a `compute`
     permute_with_padding    as many rows for each expert as the caller wants; some are empty. For `ops/cpu/chunked.py`,
                             with or without a capacity, and `BlockLayout` of `ops/batched.py`

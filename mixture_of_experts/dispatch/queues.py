@@ -1,4 +1,5 @@
-"""The capacity of an expert, and the order in which tokens queue for its slots.
+"""The capacity of an expert, and the order in which tokens queue for its slots. Without a capacity, a queue holds all
+rows of an expert, so it also sorts rows by expert.
 
 Axes: b groups (outer experts stand before it: `...`), n tokens of a group, e experts, k choices of a token, a choices
 of a group (n * k).

@@ -58,8 +58,8 @@ class Routing:
         capacity: c, slots of an expert for each group; None if dropless.
         k: choices of a token: assignment i belongs to token i // k; None for expert choice.
         sent: `(..., b, a)` bool, the assignments that queue at their expert.
-        queues: positions and lengths of the queues of each group before capacity; None if dropless (`find_queues` then
-            computes them).
+        queues: positions and lengths of the queues of each group before capacity; None if dropless: `find_queues`
+            computes them for readers, and `Assignments.locate` sorts the rows of experts.
         token_index: `(..., b, a)` int64, token of each assignment in expert choice; None otherwise.
         limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise. With
             `segments` it is that of each document, `(b n,)`.

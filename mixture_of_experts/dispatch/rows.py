@@ -3,8 +3,8 @@
 Axes: t tokens of the whole call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
 Both directions, forward and backward, are gathers by the tables of a `Permutation`. No two writes meet, so every run
-gives the same bits. Experts that `ops` computes do not call these functions: most implementations
-gather and combine by themselves.
+gives the same bits. In `ops`, only `plain` calls `dispatch` and `combine`; the other implementations gather and combine
+rows themselves.
 """
 
 from __future__ import annotations

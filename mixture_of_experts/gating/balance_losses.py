@@ -67,10 +67,10 @@ class BalanceInputs:
 
     def loss(self, over: BalanceOver = "group") -> Tensor:
         """`e / k * sum_e f_e P_e`, with f and P of these tokens; 0-dim."""
-        return balancing_loss(over, self.load, self.proxy, self.length, self.segments, self.k, self.process_group)
+        return balance_loss_over(over, self.load, self.proxy, self.length, self.segments, self.k, self.process_group)
 
 
-def balancing_loss(
+def balance_loss_over(
     over: BalanceOver,
     load: Tensor,
     proxy: Tensor,

@@ -27,11 +27,10 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments, check_segment_ids, find_segments
 from mixture_of_experts.gating.balance_losses import (
     BALANCE_LOSSES,
-    BALANCE_OVER,
     OF_EXPERT_GROUPS,
     BalanceInputs,
     BalanceOver,
-    balancing_loss,
+    balance_loss_over,
     count_load,
     sum_probs,
 )
@@ -511,7 +510,7 @@ class TokenChoiceGate(Gate):
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
-            return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
+            return balance_loss_over(self.balance_over, load, proxy, length, None, k, self.process_group)
         return losses.load_balancing_loss_from_choices(
             expert, counted, proxy, length, k, self.process_group
         )  # no table of loads
@@ -543,7 +542,7 @@ class TokenChoiceGate(Gate):
                 )
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group
-            return balancing_loss(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
+            return balance_loss_over(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
         alone = statically_known_true(tokens.num_tokens == 1)  # decoding: saves a launch
         return self.balance(expert, counted, proxy.squeeze(-2) if alone else proxy.sum(dim=-2), tokens.length, k)
 

@@ -13,7 +13,7 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.logits import router_logits
-from mixture_of_experts.gating.recomputing import gather_chosen, recomputed, without_whole
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_gpu, without_whole
 from mixture_of_experts.losses import token_mean
 
 
@@ -84,7 +84,7 @@ class ExpertChoiceGating(Gate):
             raise ValueError("expert choice takes no importance: its experts choose; use a token-choice gate")
         tokens = self.read(x, None, mask, side=side)
         n, e = tokens.num_tokens, self.num_experts
-        probs, log_total = recomputed(self._scores, tokens.x, self.w_gating)
+        probs, log_total = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
         capacity, limit = expert_capacity(n, tokens.length, self._capacity_factor, e, minimum=1)
 
         score = probs.transpose(-2, -1)  # (b, e, n)

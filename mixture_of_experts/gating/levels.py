@@ -39,7 +39,9 @@ def make_inner_arguments(
 ) -> dict[str, Any]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
-    A dropless level one hands on what a capacity without overflow would: only occupied slots are tokens. Capacity and
+    With a capacity, level two's load-balancing loss averages over all slots of level one, but counts only those that
+    hold a first choice: at balance it is the square of their share, not 1. A dropless level one hands on what a
+    capacity without overflow would: only occupied slots are tokens. Capacity and
     means then use each expert's fair share of the choices as the length (n for a single expert, as a token takes an
     expert once). No capacity factor gives level two more slots than that share.
 

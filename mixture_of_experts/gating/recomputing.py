@@ -19,7 +19,9 @@ MAX_SAVED_SHARE = 1 / 4  # a float32 result of at most this share of the tokens'
 MIN_ROUTER_WEIGHTS = 1 << 16  # results of routers with fewer weights are saved: there launches take all the time
 
 
-def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor | None, *others: Tensor | None) -> Results:
+def recomputed_on_gpu(
+    function: Callable[..., Results], x: Tensor, weight: Tensor | None, *others: Tensor | None
+) -> Results:
     """Return `function(x, weight, *others)`, results `(..., n, e)` of tokens `(..., n, d)` and a router `(..., d, e)`.
 
     On a GPU, if the results are large, the backward computes them again instead of saving them; this takes one more

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.balance_losses import BalanceOver, balancing_loss, sum_counts, sum_probs
+from mixture_of_experts.gating.balance_losses import BalanceOver, balance_loss_over, sum_counts, sum_probs
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.expert_bias import count_in_backward
@@ -124,7 +124,7 @@ class ReLUGating(TopKGating):
         assert chosen is not None
         load, proxy = sum_counts(chosen, tokens.segments), sum_probs(score, tokens.segments)
         settings = tokens.length, tokens.segments, self.mean_choices, self.process_group
-        norm = balancing_loss(self.balance_over, load, proxy, *settings)
+        norm = balance_loss_over(self.balance_over, load, proxy, *settings)
         return self.l1_coef.to(norm.dtype) * norm
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.overrides import GIVEN, KEEP_ROUTER_CHOICE, is_computed
-from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_gpu
 from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
 
@@ -137,7 +137,7 @@ class Top2Gating(TokenChoiceGate):
 
         A token of importance between 0 and 1 makes no first choice; its second choice is its top expert.
         """
-        logits, probs = recomputed(self._scores, tokens.x, self.w_gating)
+        logits, probs = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
 
         # the second choice is among the experts that the first one leaves; without a first choice among all
         fixed = probs.detach()

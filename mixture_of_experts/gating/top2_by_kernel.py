@@ -22,7 +22,7 @@ from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.overrides import GIVEN
-from mixture_of_experts.gating.recomputing import recomputed
+from mixture_of_experts.gating.recomputing import recomputed_on_gpu
 from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, difference, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
 from mixture_of_experts.support.private_torch import is_fake_tensor, is_functorch_wrapped
@@ -72,7 +72,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
     def decided(x: Tensor, weight: Tensor) -> Decided:
         return Decided(*_TwoBest.apply(router_logits(x, weight), *settings))
 
-    found = recomputed(decided, tokens.x, gate.w_gating)
+    found = recomputed_on_gpu(decided, tokens.x, gate.w_gating)
     balance = losses.load_balancing_loss(found.load, found.proxy, tokens.length, group=gate.process_group)
     z_loss = losses.mean(
         found.squares, math.prod(shape) if tokens.makes_all_choices is None else found.number, gate.process_group
@@ -83,7 +83,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
         found.weight,
         found.probs,
         {"balance": balance, "z": z_loss},
-        sent=None if all_made else found.chosen,
+        sent=None if all_made else found.sent,
         primary=found.primary,
         is_masked=True,
     )
@@ -94,7 +94,7 @@ class Decided(NamedTuple):
 
     expert: Tensor  # (..., b, n, 2) int64
     weight: Tensor  # (..., b, n, 2)
-    chosen: Tensor  # (..., b, n, 2) bool
+    sent: Tensor  # (..., b, n, 2) bool, the choices that the policy makes
     primary: Tensor  # (..., b, n, 2) bool
     probs: Tensor  # (..., b, n, e)
     log_total: Tensor  # (..., b, n) the logits' logsumexp
@@ -121,12 +121,12 @@ class _TwoBest(torch.autograd.Function):
         from mixture_of_experts.kernels.top_2 import choose_top_2  # it imports triton, which takes a second
 
         *found, sums, totals = choose_top_2(logits, full, active, uniform, policy, threshold, eps)
-        expert, _, chosen, primary, probs, log_total = found
+        expert, _, sent, primary, probs, log_total = found
         load, proxy = (sums.squeeze(-2) if sums.shape[-2] == 1 else sums.sum(dim=-2)).unbind()
         squares, number = totals.flatten(end_dim=-2).sum(dim=0).unbind()
         ctx.save_for_backward(probs, expert, log_total, full)
         ctx.eps = eps
-        ctx.mark_non_differentiable(expert, chosen, primary, load, number)
+        ctx.mark_non_differentiable(expert, sent, primary, load, number)
         ctx.set_materialize_grads(False)
         return *found, load, proxy, squares, number
 

@@ -30,7 +30,7 @@ from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_b
 from mixture_of_experts.gating.logits import RouterLogits, module_logits, router_logits
 from mixture_of_experts.gating.overrides import GIVEN
 from mixture_of_experts.gating.ranks import ranks_of_batch
-from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_gpu
 from mixture_of_experts.gating.steps import (
     GROUP_SCORES,
     KNOWN_STEPS,
@@ -73,8 +73,8 @@ class TopKGating(TokenChoiceGate):
         num_groups, top_groups: the experts form `num_groups` equal expert groups. A token chooses only from the
             `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
         expert_bias: whether scores have a bias, for choosing only, that `update_bias` moves (arXiv 2408.15664).
-        balance_over: the balancing loss is that of each "group", averaged, or that of the whole "batch": the loss
-            "balance_group" or "balance_batch" of `BALANCE_LOSSES`.
+        balance_over: whether the loss "balance" is computed for each "group" and averaged, or for the whole "batch". It
+            has the value of "balance_group" or "balance_batch" in `BALANCE_LOSSES`, which are computed on request.
         logits: a module that maps `(..., b, n, d)` to logits `(..., b, n, e)`, instead of the matrix `w_gating`: a
             network, or `RouterLogits`, which has a norm, a multiplier and a soft cap.
         select: experts are chosen by their "score" or their "logits", plus the expert bias. Or a function
@@ -115,7 +115,7 @@ class TopKGating(TokenChoiceGate):
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
     implementations: ClassVar[Mapping[str, Any]] = {
         "numbers": topk_by_numbers,  # one token in inference
-        "kernel": topk_by_kernel,
+        "kernel": topk_by_kernel,  # a few tokens in inference on an NVIDIA GPU
         **TokenChoiceGate.implementations,
     }
     expert_bias: Tensor | None
@@ -203,7 +203,7 @@ class TopKGating(TokenChoiceGate):
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""
         x = self._jittered(tokens.x) if self.training and self.jitter else tokens.x
-        logits, score, probs, log_total = recomputed(self._scored, x, self.w_gating, self.b_gating)
+        logits, score, probs, log_total = recomputed_on_gpu(self._scored, x, self.w_gating, self.b_gating)
         ranked = self._ranked(logits, score)
         expert, chosen = self.own_choices(tokens, ranked, probs)
         if GIVEN in tokens.side:

@@ -70,10 +70,10 @@ class SlotLayout(row_network.RowLayout):
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         self.view_batches(rows).add_(self.select_weights(bias).unsqueeze(1))
 
-    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+    def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.bmm(self.view_batches(x).mT, self.view_batches(y))
 
-    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
+    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         return self.outer_products(scale.to(rows.dtype).expand(-1, BIAS_GRAD_COLUMNS).contiguous(), rows)[:, 0]
 
     def combine_rows(self) -> Tensor:
@@ -84,7 +84,7 @@ class SlotLayout(row_network.RowLayout):
         return terms.view(permutation.num_tokens, permutation.k, terms.shape[-1]).sum(dim=1)
 
     def gather_outputs(self) -> Tensor:
-        """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
+        """The row of each assignment `(a, o)` in `row_outputs`; zeros for an assignment without a row."""
         return self.row_outputs.index_select(0, self.permutation.row)
 
     def view_batches(self, rows: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ class BlockLayout(SlotLayout):
             permutation.table,
         )
 
-    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+    def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         products = super().outer_products(x, y)
         zeros = products.new_zeros(self.num_experts, *products.shape[1:])
         return add_rows(zeros, self.expert, products)
@@ -163,9 +163,10 @@ def run(call: Call, layout: type[SlotLayout] = BlockLayout) -> Tensor:
     return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, layout)
 
 
-def run_rows(call: Call, layout: type[SlotLayout] = BlockLayout, row_functions: Any = row_network) -> Tensor:
-    """`run` for any number of tokens. `row_functions` computes the rows: `ops.row_network`, or a module with the same
-    functions."""
+def run_rows(
+    call: Call, layout: type[SlotLayout] = BlockLayout, row_functions: row_network.RowFunctions = row_network
+) -> Tensor:
+    """`run` for any number of tokens."""
     if not call.assignments.prefers_rows() or call.x.shape[0] == 0:
         layout = SlotLayout
     permutation = layout.arrange(call.assignments)

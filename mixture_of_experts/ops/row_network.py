@@ -11,8 +11,9 @@ computed from the hidden layer, so no row of outputs is saved (as in SonicMoE, a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,22 +25,12 @@ from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
 from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 
 
-class RowLayout:
+class RowLayout(ABC):
     """Base class of row layouts: products on the rows of a permutation, where each expert's rows are multiplied by its
     weight.
 
     An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter_chunk`, all methods
-    refer to the rows of that chunk. By default there is one chunk, with all rows. A layout implements:
-
-    - `gather_rows(x)`: rows `(r, p)` of tokens `(t, p)`.
-    - `multiply_rows(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
-    - `multiply_and_sum(pairs)`: the sum of `multiply_rows` over pairs (x, weight), stored in `row_outputs` for
-    `combine_rows`.
-    - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
-    - `outer_products(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an
-      expert without rows. `out` is memory for it, if `gradients` returns any.
-    - `sum_scaled_rows(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
-    - `combine_rows()`: each token's weighted sum `(t, o)` of the totals; that of the base class is for expert choice.
+    refer to the rows of that chunk. By default there is one chunk, with all rows.
     """
 
     row_outputs: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
@@ -48,7 +39,44 @@ class RowLayout:
         self.permutation: Permutation = permutation
         self.chunks: Sequence[Any] = chunks
 
-    def enter_chunk(self, chunk: Any) -> None:
+    @abstractmethod
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """The rows `(r, p)` of tokens `(t, p)`; zeros in empty rows."""
+
+    @abstractmethod
+    def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Rows x `(r, p)` times the weights `(e, p, q)` of their experts: `(r, q)`."""
+
+    @abstractmethod
+    def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum of `multiply_rows` over pairs (x, weight), which is stored in `row_outputs` for `combine_rows`."""
+
+    @abstractmethod
+    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
+        """Add the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place."""
+
+    @abstractmethod
+    def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+        """`x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`: `(e, p, q)`, 0 for an expert without rows.
+        `out` is memory for it, if `gradients` returns any."""
+
+    @abstractmethod
+    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+        """The sum of each expert's rows `(r, q)` times `scale` `(r, 1)`: `(e, q)`."""
+
+    def combine_rows(self) -> Tensor:
+        """Each token's weighted sum of `row_outputs`, `(t, o)`; that of this base class is for expert choice."""
+        permutation = self.permutation
+        return sum_rows(
+            self.row_outputs[: permutation.num_rows],
+            permutation.row_weight(),
+            permutation.token,
+            permutation.row,
+            None,
+            permutation.num_tokens,
+        )
+
+    def enter_chunk(self, chunk: Any) -> None:  # noqa: B027
         """Move on to a chunk."""
 
     def select_chunk(self, values: Tensor) -> Tensor:
@@ -71,28 +99,25 @@ class RowLayout:
         """Call a method of a known activation, on rows `(r, h)` and lists of them."""
         method(*tensors)
 
-    def combine_rows(self) -> Tensor:
-        permutation = self.permutation
-        return sum_rows(
-            self.row_outputs[: permutation.num_rows],
-            permutation.row_weight(),
-            permutation.token,
-            permutation.row,
-            None,
-            permutation.num_tokens,
-        )
+
+class RowFunctions(Protocol):
+    """What computes the network on rows: this module, or another one with these two functions."""
+
+    @property
+    def run_network(self) -> Callable[..., list[Tensor]]: ...
+    @property
+    def backpropagate_network(self) -> Callable[..., dict[str, Tensor]]: ...
 
 
 def forward_rows(
-    make_layout: Callable[[Permutation], Any],
-    row_functions: Any,
+    make_layout: Callable[[Permutation], RowLayout],
+    row_functions: RowFunctions,
     x: Tensor,
     permutation: Permutation,
     network: Network,
     save: bool,
 ) -> tuple[Tensor, SavedTensors]:
-    """The `forward` of `run_differentiable`, using the products of a layout. `row_functions` computes the rows: this
-    module, or another one with `run_network` and `backpropagate_network`."""
+    """The `forward` of `run_differentiable`, using the products of a layout."""
     layout, saved = make_layout(permutation), []
     for chunk in layout.chunks:
         layout.enter_chunk(chunk)
@@ -101,8 +126,8 @@ def forward_rows(
 
 
 def backward_rows(
-    make_layout: Callable[[Permutation], Any],
-    row_functions: Any,
+    make_layout: Callable[[Permutation], RowLayout],
+    row_functions: RowFunctions,
     x: Tensor,
     permutation: Permutation,
     network: Network,
@@ -118,16 +143,16 @@ def backward_rows(
     each = len(saved) // len(layout.chunks)  # tensors that a chunk saved
     for i, chunk in enumerate(layout.chunks):
         layout.enter_chunk(chunk)
-        pre = [layout.unpack(part) for part in saved[i * each : (i + 1) * each]]
+        pre = [layout.unpack(part) for part in saved[i * each : (i + 1) * each] if part is not None]
         scales = layout.select_chunk(scale), layout.select_chunk(of_rows)
         grads |= row_functions.backpropagate_network(layout, x, network, pre, grad, *scales, wanted, grads)
     grad_x = layout.combine_rows() if "x" in wanted else None
     return FFNGradients(grad_x, grad_scale.index_select(0, permutation.row).to(permutation.weight.dtype), grads)
 
 
-def run_network(layout: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
-    """Compute the totals of outputs; return the pre-activations, a tensor for each weight of `w_in`. Without `save` it
-    returns none, so that the hidden layer may overwrite them."""
+def run_network(layout: RowLayout, x: Tensor, network: Network, save: bool) -> list[Tensor]:
+    """Compute the rows' outputs, before their weighting, into `layout.row_outputs`; return the pre-activations, one for
+    each weight of `w_in`. Without `save` it returns none, so that the hidden layer may overwrite them."""
     rows = layout.gather_rows(x)
     pre = []
     for w, b in zip(network.w_in, network.b_in, strict=True):
@@ -145,7 +170,7 @@ def run_network(layout: Any, x: Tensor, network: Network, save: bool) -> list[Te
 
 
 def backpropagate_network(
-    layout: Any,
+    layout: RowLayout,
     x: Tensor,
     network: Network,
     pre: Sequence[Tensor],
@@ -155,8 +180,8 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Compute the totals of the gradients of token rows, before their weighting; return the gradients of the network,
-    by name.
+    """Compute the gradients of token rows, before their weighting, into `layout.row_outputs`; return the gradients of
+    the network, by name.
 
     Args:
         layout, x, network, pre: those of `run_network`, and the pre-activations that it returned.
@@ -202,7 +227,7 @@ def backpropagate_network(
 
 
 def _compute_input_weight_gradients(
-    layout: Any,
+    layout: RowLayout,
     x: Tensor,
     scale: Tensor,
     grad_pre: Sequence[Tensor],
