@@ -408,7 +408,8 @@ def multiply_few_rows(
     """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack, with torch's
     operator, in float32: `(r, q)`."""
     out = int8.multiply_rows(x, packed, expert) if groups is None else int4.multiply_rows(x, packed, groups, expert)
-    return out[:, : scale.shape[-1]] * (scale if expert is None else scale.index_select(0, expert))
+    out = out if out.shape[-1] == scale.shape[-1] else out[:, : scale.shape[-1]]
+    return out * (scale if expert is None else scale.index_select(0, expert))
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_packed", mutates_args=())

@@ -101,11 +101,12 @@ def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
 def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | None = None) -> Tensor:
     """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack: `(r, q)` in
     float32. The operator rounds both operands to bfloat16, an error of a fortieth of that of 4 bits."""
+    rows, steps_and_zeros = x.bfloat16().contiguous(), groups.view(torch.bfloat16)
+    group = x.shape[1] // groups.shape[-3]
     if expert is None:
-        group = x.shape[1] // groups.shape[0]
-        return multiply_int4(x.bfloat16().contiguous(), packed, group, groups.view(torch.bfloat16)).float()
-    rows = zip(x.split(1), expert.tolist(), strict=True)
-    return torch.cat([multiply_rows(row, packed[e], groups[e]) for row, e in rows])
+        return multiply_int4(rows, packed, group, steps_and_zeros).float()
+    choices = zip(rows.unsqueeze(1).unbind(), expert.tolist(), strict=True)
+    return torch.cat([multiply_int4(row, packed[e], group, steps_and_zeros[e]) for row, e in choices]).float()
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
