@@ -395,7 +395,7 @@ def test_custom_two_argument_activation():
         layer = MoE(D, E, gate=TopKGating(D, E, 2), experts=GatedExperts(D, E, H, activation=activation))
         expected = layer(x)
         torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), expected)
-        with pytest.raises(ValueError, match=r"function of \(gate, up\): use GatedExperts"):
+        with pytest.raises(ValueError, match=r"function of \(gate, up\), which requires GatedExperts"):
             Experts(D, E, activation=activation)
 
 
@@ -460,7 +460,7 @@ def test_forward_arguments_are_replaced(kind):
 
 
 def test_rejects_misplaced_decide_at_class_creation():
-    with pytest.raises(TypeError, match="must take assignments as its second argument"):
+    with pytest.raises(TypeError, match="must have assignments as its second argument"):
 
         class Wrong(Experts):
             def forward(self, x, *, assignments=None):
@@ -500,7 +500,7 @@ def test_experts_as_heads(kind, factor):
 
 
 def test_rows_and_counts_go_to_compute():
-    with pytest.raises(ValueError, match="rows and num_tokens_per_expert go to `compute`"):
+    with pytest.raises(ValueError, match="to compute rows with num_tokens_per_expert, call `compute`"):
         Experts(D, E)(torch.randn(5, D), torch.tensor([1, 1, 1, 2]))
 
 

@@ -142,7 +142,7 @@ def test_a_hash_layer():
     with pytest.raises(TypeError, match=r"token_ids must be integers, got torch\.float32"):
         moe(torch.randn(2, 6, DIM), token_ids=ids.float())
     for wrong in (-1, 33):
-        with pytest.raises(ValueError, match=f"token_ids has {wrong}, this gate knows 0 to 32"):
+        with pytest.raises(ValueError, match=f"token_ids must be from 0 to 32, got {wrong}"):
             moe(torch.randn(2, 6, DIM), token_ids=torch.full((2, 6), wrong))
 
 

@@ -105,8 +105,8 @@ class Assignments:
         return symbolic_min(math.prod(self.routing.expert.shape), self.weight.shape[0])
 
     def locate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The queue `(a,)` of each assignment and its position in it `(a,)`, arbitrary where it is not kept; and the
-        number of rows that each queue needs, `(e b,)`."""
+        """Return the queue `(a,)` of each assignment and its position in it `(a,)`, arbitrary where it is not kept; and
+        the number of rows that each queue needs, `(e b,)`."""
         if self.routing is None:
             assert self.stored_expert is not None
             expert, k = self.stored_expert, self.k or 1  # in the order in which they are stored
@@ -131,8 +131,8 @@ class Assignments:
         return gather_choices(slot, self.routing.k, self.slot_of_outer_choice)
 
     def prefers_rows(self) -> bool:
-        """Whether rows without gaps are a better layout than slots: in dropless calls, or if there are certainly fewer
-        of them. The implementation `cpu` never computes slots and does not ask."""
+        """Return whether rows without gaps are a better layout than slots: in dropless calls, or if there are certainly
+        fewer of them. The implementation `cpu` never computes slots and does not ask."""
         if self.dropless:
             return True
         if is_exporting() or self.k is None:
@@ -142,7 +142,7 @@ class Assignments:
 
 
 def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignments:
-    """The assignments of given experts and weights `(t, k)`; ids outside of 0 to e - 1 mean no choice."""
+    """Return the assignments of given experts and weights `(t, k)`; ids outside of 0 to e - 1 mean no choice."""
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     kept = kept.flatten()
@@ -150,7 +150,7 @@ def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignme
 
 
 def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignments:
-    """The assignments to the first `num_experts` experts; the others are not kept."""
+    """Return the assignments to the first `num_experts` experts; the others are not kept."""
     kept = assignments.kept & (assignments.expert < num_experts)
     expert, weight = torch.where(kept, assignments.expert, 0), torch.where(kept, assignments.weight, 0)
     k, token, t = assignments.k, assignments.token, assignments.num_tokens
@@ -158,8 +158,8 @@ def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignment
 
 
 def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
-    """The assignments of one gate. With a limited capacity they occupy slots, except in packed rows, where the capacity
-    applies to each document; with `in_slots` they always do. Whether experts compute slots is up to the
+    """Return the assignments of one gate. With a limited capacity they occupy slots, except in packed rows, where the
+    capacity applies to each document; with `in_slots` they always do. Whether experts compute slots is up to the
     implementation."""
     dropless = routing.capacity is None or routing.segments is not None
     weight, kept, sent, token = routing.weight, routing.kept, routing.sent, routing.token_index

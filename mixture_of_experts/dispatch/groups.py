@@ -75,8 +75,8 @@ def group_side_inputs(
 
 
 def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
-    """The number of groups m and their length n: m is `max(1, positions // group_size)`, raised until it divides the
-    positions. Warns if n is less than half of `group_size`.
+    """Return the number of groups m and their length n: m is `max(1, positions // group_size)`, raised until it divides
+    the positions. Warns if n is less than half of `group_size`.
     """
     groups = max(1, num_positions // group_size)
     length = num_positions // groups  # below 2 group_size, so the search is short
@@ -93,8 +93,8 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
 
 
 def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
-    """The experts' results in the shape and dtype of the inputs x, plus those of the shared expert; masked tokens are
-    0."""
+    """Return the experts' results in the shape and dtype of the inputs x, plus those of the shared expert; masked
+    tokens are 0."""
     out = unsafe_view(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out
@@ -104,5 +104,6 @@ def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_e
 
 
 def ungroup_state(state: Any, x: Tensor) -> Any:
-    """A router's state `(b, n, ...)` with the leading dimensions of the inputs x, `(..., n, ...)`; None of none."""
+    """Return a router's state `(b, n, ...)` with the leading dimensions of the inputs x, `(..., n, ...)`; None of
+    none."""
     return None if state is None else state.reshape(*x.shape[:-1], *state.shape[2:])

@@ -58,11 +58,11 @@ class Permutation(NamedTuple):
         return weight[: self.num_rows]  # those without a row all write to the last entry
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the permutation, by the names of their attributes."""
+        """Return all tensors of the permutation, by the names of their attributes."""
         return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
     def tensors_to_save(self) -> dict[str, Tensor]:
-        """What a backward needs to restore the permutation with `from_saved`, in fewer bytes than `tensors`.
+        """Return what a backward needs to restore the permutation with `from_saved`, in fewer bytes than `tensors`.
 
         Tokens are left out if they follow from the assignments. Tables are int32, unless there are 2^31 assignments.
         """
@@ -74,7 +74,7 @@ class Permutation(NamedTuple):
         return tensors
 
     def without_tensors(self) -> Permutation:
-        """The permutation with its sizes, but without its tensors."""
+        """Return the permutation with its sizes, but without its tensors."""
         return self._replace(**dict.fromkeys(self.tensors()))
 
     def from_saved(self, tensors: Mapping[str, Tensor]) -> Permutation:
@@ -86,20 +86,20 @@ class Permutation(NamedTuple):
 
 
 def permute_to_slots(assignments: Assignments) -> Permutation:
-    """The permutation whose rows are all slots, `(e, b, c)`; experts that read slots need it."""
+    """Return the permutation whose rows are all slots, `(e, b, c)`; experts that read slots need it."""
     return _permute(assignments, assignments.find_slots(), assignments.num_slots, None)
 
 
 def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutation:
-    """The permutation whose rows are the kept assignments, for grouped products. There may be unused rows after them,
-    of which the last `spare` are never used: experts may fill all others."""
+    """Return the permutation whose rows are the kept assignments, for grouped products. There may be unused rows after
+    them, of which the last `spare` are never used: experts may fill all others."""
     queue, position, length = assignments.locate()
     row = (length.cumsum(0) - length).gather(0, queue) + position
     return _permute(assignments, row, assignments.max_rows + spare, _join_queues(assignments, length))
 
 
 def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple[Tensor, int]]) -> Permutation:
-    """The permutation that gives each expert a number of rows of the caller's choice, for batched products.
+    """Return the permutation that gives each expert a number of rows of the caller's choice, for batched products.
 
     Args:
         assignments: the assignments of a call.
@@ -123,7 +123,7 @@ def _join_queues(assignments: Assignments, length: Tensor) -> Tensor:
 
 
 def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expert: Tensor | None) -> Permutation:
-    """The permutation in which kept assignments have these rows."""
+    """Return the permutation in which kept assignments have these rows."""
     row = torch.where(assignments.kept, row, num_rows)
     number = row.shape[0]
     empty = row.new_full((num_rows + 1,), number)
@@ -137,5 +137,5 @@ def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expe
 
 
 def find_tokens(assignment: Tensor, k: int) -> Tensor:
-    """The tokens of assignments, if every token has k of them."""
+    """Return the tokens of assignments, if every token has k of them."""
     return assignment if k == 1 else assignment // k

@@ -34,7 +34,8 @@ MAX_TABLE_ENTRIES = 4096  # up to here the implementation with the fewest operat
 
 
 def bounded_ratio(factor: float) -> tuple[int, int]:
-    """A capacity factor as a ratio of two integers with a denominator of at most 2^20: exact for usual factors."""
+    """Return a capacity factor as a ratio of two integers with a denominator of at most 2^20: exact for usual
+    factors."""
     ratio = Fraction(factor).limit_denominator(MAX_DENOMINATOR) or Fraction(1, MAX_DENOMINATOR)
     return ratio.numerator, ratio.denominator
 
@@ -84,7 +85,7 @@ class Length:
         return parts if self.parts_per_token == 1 else parts / self.parts_per_token
 
     def sum(self) -> Length:
-        """The tokens `(...)` of all groups together."""
+        """Return the tokens `(...)` of all groups together."""
         return Length(self.parts.sum(dim=-1), self.parts_per_token)
 
 
@@ -169,7 +170,7 @@ def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None
 
 
 def find_places_in_runs(queue: Tensor) -> Tensor:
-    """The place `(..., a)` of each assignment among those with the same number in `queue`."""
+    """Return the place `(..., a)` of each assignment among those with the same number in `queue`."""
     ordered, order = queue.sort(dim=-1, stable=True)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
     starts = ordered != ordered.roll(1, dims=-1)  # wherever the first one starts, its index is 0
@@ -191,8 +192,8 @@ def _by_operators(
 def _place_in_order(
     places: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
 ) -> tuple[Tensor, ...]:
-    """What `places` returns for assignments in the order in which they are served, with the positions `(..., a)` in the
-    order in which they are stored."""
+    """Return what `places` returns for assignments in the order in which they are served, with the positions `(..., a)`
+    in the order in which they are stored."""
     if in_order:
         return places(queue)
     queue = rearrange(queue, "... (n k) -> ... k n", k=k)
@@ -206,7 +207,8 @@ def _place_in_order(
 
 
 def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The place `(..., a)` of each assignment in its queue, 0 to e, and the lengths `(..., e)` of all but the last."""
+    """Return the place `(..., a)` of each assignment in its queue, 0 to e, and the lengths `(..., e)` of all but the
+    last."""
     if statically_known_true(queue.numel() * num_experts <= MAX_TABLE_ENTRIES) or is_exporting_to_onnx():
         # counted in a table (..., a, e + 1): fewer operators than sorting, and ONNX has all of them
         index = queue.unsqueeze(-1)
@@ -226,7 +228,7 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
-    """Whether the kernels take these assignments, and compute on their device what the operators do."""
+    """Return whether the kernels take these assignments, and compute on their device what the operators do."""
     if expert.numel() == 0 or num_experts > MAX_KERNEL_EXPERTS or is_wrapper_subclass(expert):
         return False
     return (
@@ -248,7 +250,7 @@ def _by_kernels(
 
 
 def _find_queue_fault(device: torch.device) -> str | None:
-    """What differs between the two implementations on made-up assignments; None if nothing."""
+    """Return what differs between the two implementations on made-up assignments; None if nothing."""
     generator = torch.Generator(device).manual_seed(0)
     e, k, n = 37, 3, 90
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)
@@ -264,7 +266,7 @@ def _find_queue_fault(device: torch.device) -> str | None:
 
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:
-    """Indices `(..., n)` that sort the last dimension; equal values keep their order."""
+    """Return indices `(..., n)` that sort the last dimension; equal values keep their order."""
     if is_exporting_to_onnx():  # no stable sort there, but its TopK gives equal values lowest index first
         return values.topk(values.shape[-1], dim=-1, largest=descending).indices
     return values.sort(dim=-1, descending=descending, stable=True).indices

@@ -154,7 +154,7 @@ class Routing:
         return none.scatter_add(-1, self.expert, self.sent.to(none.dtype))
 
     def find_queues(self) -> Queues:
-        """The queues of each group; for a dropless gate they are computed here, in the order of tokens."""
+        """Return the queues of each group; for a dropless gate they are computed here, in the order of tokens."""
         if self.queues is not None:
             return self.queues
         if self.segments is not None and self.capacity is not None:
@@ -188,7 +188,7 @@ class Routing:
         return occupied if self.limit is None else torch.minimum(occupied, self.limit.unsqueeze(-1))
 
     def combine_tensor(self) -> Tensor:
-        """The papers' combine tensor `(..., b, n, e, c)`: the weight of slot c of expert e for token n."""
+        """Return the papers' combine tensor `(..., b, n, e, c)`: the weight of slot c of expert e for token n."""
         n, e, c = self.num_tokens, self.num_experts, self.slots_per_queue
         cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.position, 0)
         dense = self.weight.new_zeros(*self.weight.shape[:-1], n * e * c)
@@ -196,7 +196,7 @@ class Routing:
         return dense.scatter_add(-1, cell, self.weight).unflatten(-1, (n, e, c))
 
     def dispatch_tensor(self) -> Tensor:
-        """The papers' dispatch tensor `(..., b, n, e, c)`: 1 where the combine tensor is not 0."""
+        """Return the papers' dispatch tensor `(..., b, n, e, c)`: 1 where the combine tensor is not 0."""
         return occupied(self.combine_tensor())
 
 

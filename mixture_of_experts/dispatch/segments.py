@@ -58,7 +58,7 @@ torch.export.register_dataclass(Segments, serialized_type_name="mixture_of_exper
 
 
 def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
-    """The documents of packed rows: the tokens of a row with equal ids, which need not be contiguous.
+    """Return the documents of packed rows: the tokens of a row with equal ids, which need not be contiguous.
 
     Args:
         ids: `(b, n)` integers.

@@ -182,7 +182,7 @@ def prepare(
 
 
 def _summarize_explanations(explanations: Sequence[tuple[str, Explanation]]) -> Explanation:
-    """The explanation of the first call of experts, and of the gates before it."""
+    """Return the explanation of the first call of experts, and of the gates before it."""
     parts = [part for part, _ in explanations]
     first = parts.index("experts") if "experts" in parts else len(parts)
     gates = tuple(found for part, found in explanations[:first] if part == "gate")

@@ -158,7 +158,7 @@ class FunctionActivation(nn.Module):
 
 
 def make_activation(activation: ActivationLike) -> nn.Module:
-    """The activation as a module; a class, or another factory without arguments, is called."""
+    """Return the activation as a module; a class, or another factory without arguments, is called."""
     if isinstance(activation, nn.Module):
         return activation
     if not callable(activation):
@@ -176,7 +176,7 @@ def make_activation(activation: ActivationLike) -> nn.Module:
 
 
 def takes_gate_and_up(activation: ActivationLike) -> bool:
-    """Whether the activation is a function of `(gate, up)`, which cannot be called with a single tensor."""
+    """Return whether the activation is a function of `(gate, up)`, which cannot be called with a single tensor."""
     if type(activation) in KNOWN_ACTIVATIONS or isinstance(activation, ClampedSwiGLU):
         return isinstance(activation, ClampedSwiGLU)
     if isinstance(activation, FunctionActivation):
@@ -187,7 +187,7 @@ def takes_gate_and_up(activation: ActivationLike) -> bool:
 
 
 def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
-    """The hidden layer `(..., h)` of a network, from its products with the tokens: one, or gate and up."""
+    """Return the hidden layer `(..., h)` of a network, from its products with the tokens: one, or gate and up."""
     if len(parts) == 1 or takes_gate_and_up(activation):
         return activation(*parts)
     return activation(parts[0]) * parts[1]
@@ -195,14 +195,16 @@ def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tenso
 
 @assume_constant_result  # a traced graph cannot read signatures
 def _needs_two_arguments(function: Callable, leading_arguments: int) -> bool:
-    """Whether a function can be called with two arguments but not with one, in addition to `leading_arguments`."""
+    """Return whether a function can be called with two arguments but not with one, in addition to
+    `leading_arguments`."""
     return not _accepts_num_arguments(function, 1 + leading_arguments) and _accepts_num_arguments(
         function, 2 + leading_arguments
     )
 
 
 def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
-    """Whether a function can be called with `num_arguments` arguments; False for a builtin without a signature."""
+    """Return whether a function can be called with `num_arguments` arguments; False for a builtin without a
+    signature."""
     try:
         inspect.signature(function).bind(*range(num_arguments))
     except (TypeError, ValueError):
@@ -311,12 +313,12 @@ FUNCTION_MODULES: dict[Callable[..., Any], nn.Module] = {
 
 
 def module_for_function(activation: ActivationLike) -> Any:
-    """The module for a well-known function, such as `nn.SiLU()` for `F.silu`; anything else unchanged."""
+    """Return the module for a well-known function, such as `nn.SiLU()` for `F.silu`; anything else unchanged."""
     return next((module for function, module in FUNCTION_MODULES.items() if function is activation), activation)
 
 
 def unknown_activation_reason(activation: ActivationLike) -> str | None:
-    """Why an implementation cannot compute the activation itself and must call the user's; None if it can."""
+    """Return why an implementation cannot compute the activation itself and must call the user's; None if it can."""
     if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"

@@ -59,7 +59,8 @@ def run_differentiable(
 
 
 def select_tables_to_save(permutation: Permutation) -> dict[str, Tensor]:
-    """The tensors of a permutation to save, by name; on a CPU all of them, as packing them takes too long there."""
+    """Return the tensors of a permutation to save, by name; on a CPU all of them, as packing them takes too long
+    there."""
     return permutation.tensors() if permutation.row.device.type == "cpu" else permutation.tensors_to_save()
 
 

@@ -84,7 +84,7 @@ class SlotLayout(row_network.RowLayout):
         return terms.view(permutation.num_tokens, permutation.k, terms.shape[-1]).sum(dim=1)
 
     def gather_outputs(self) -> Tensor:
-        """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
+        """Return the row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
         return self.row_outputs.index_select(0, self.permutation.row)
 
     def view_batches(self, rows: Tensor) -> Tensor:
@@ -134,8 +134,9 @@ class BlockLayout(SlotLayout):
         return add_rows(zeros, self.expert, products)
 
     def pack(self, pre: Tensor) -> Tensor:
-        """The pre-activations of assignments, and a row of zeros, which `unpack` reads for empty rows. If it read an
-        assignment's there, a token that is not finite would reach the gradients of experts that do not compute it."""
+        """Return the pre-activations of assignments, and a row of zeros, which `unpack` reads for empty rows. If it
+        read an assignment's there, a token that is not finite would reach the gradients of experts that do not compute
+        it."""
         row = self.permutation.row.clamp(max=self.permutation.num_rows - 1)
         packed = pre.new_empty(row.shape[0] + 1, pre.shape[-1])
         torch.index_select(pre, 0, row, out=packed[:-1])
@@ -150,7 +151,8 @@ class BlockLayout(SlotLayout):
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why this implementation cannot compute the call: no known activation, an export, a transform. None if it can."""
+    """Return why this implementation cannot compute the call: no known activation, an export, a transform. None if it
+    can."""
     if is_exporting():
         return "an exported graph has torch's own operators only"
     if is_in_transform():

@@ -24,12 +24,12 @@ COPY_COST = 3  # a copied weight is read, written and read again
 
 
 def should_copy_weights(call: Call) -> bool:
-    """Whether copies for every choice move fewer bytes than all weights have."""
+    """Return whether copies for every choice move fewer bytes than all weights have."""
     return COPY_COST * call.assignments.weight.shape[0] < call.network.w_out.shape[0]
 
 
 def supports_call(call: Call) -> bool:
-    """Whether a call has token choice and few tokens, in eval mode and without gradients."""
+    """Return whether a call has token choice and few tokens, in eval mode and without gradients."""
     tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
     if not (call.is_inference() and statically_known_true(tokens <= MAX_INFERENCE_TOKENS)):
         return False

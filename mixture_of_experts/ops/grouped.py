@@ -33,7 +33,7 @@ IS_AMD_GROUPED_GEMM_ENABLED = (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why there is no operator for a weight, or the low-rank part of one; None if there is one for all."""
+    """Return why there is no operator for a weight, or the low-rank part of one; None if there is one for all."""
     for tensor in call.network.tensors().values():
         if tensor.ndim == 3 and (reason := no_operator_reason(call.x, tensor)):
             return reason
@@ -82,7 +82,7 @@ class GroupedLayout(batched.SlotLayout):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The total; the permutation's spare row is set to 0, so that no row has to be appended."""
+        """Return the total; the permutation's spare row is set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
         self.row_outputs: Any = self.multiply_rows(x, weight)
         for x, weight in others:
@@ -110,7 +110,8 @@ def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: T
 
 
 def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Why torch's grouped product is not a single kernel but a loop with a host sync; None if it is a single kernel."""
+    """Return why torch's grouped product is not a single kernel but a loop with a host sync; None if it is a single
+    kernel."""
     if torch.version.hip is not None:
         card = torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
         if card not in AMD_ARCHITECTURES or not IS_AMD_GROUPED_GEMM_ENABLED:
@@ -159,7 +160,7 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
-    """The counts as integers; raises ValueError if they are negative or exceed the number of rows."""
+    """Return the counts as integers; raises ValueError if they are negative or exceed the number of rows."""
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
@@ -238,7 +239,7 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
 def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """The gradient of the weights, `x^T y` over the rows of each expert."""
+    """Return the gradient of the weights, `x^T y` over the rows of each expert."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for expert, count in enumerate(read_counts(num_tokens_per_expert, x.shape[0])):

@@ -44,7 +44,7 @@ def pack_levels(levels: Tensor, step: Tensor, zero: Tensor, block: int) -> dict[
 
 
 def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
-    """The levels of weights `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
+    """Return the levels of weights `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
 
     The levels are either evenly spaced from the smallest weight to the largest, or centered on 0, with the weight
     farthest from 0 at level 0. Each group uses the option with the smaller error.
@@ -91,7 +91,7 @@ def repack_nibbles(packed: Tensor, block: int) -> Tensor:
 
 
 def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
-    """The weights `(p, q)` in float32."""
+    """Return the weights `(p, q)` in float32."""
     step, zero = groups.view(torch.bfloat16).float().unbind(-1)
     (count, q), p = step.shape, packed.shape[1]
     weight = unpack_nibbles(packed, torch.empty(p, q, device=packed.device, dtype=torch.float32)).view(count, -1, q)
@@ -109,14 +109,14 @@ def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | No
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Whether an operator of torch multiplies with these nibbles without unpacking."""
+    """Return whether an operator of torch multiplies with these nibbles without unpacking."""
     return packed.is_cpu and PORTABLE_BLOCK != find_cpu_block() == 2 * packed.shape[-1]
 
 
 @cache
 def find_cpu_block() -> int:
-    """The b of this CPU's operator if its results match `unpack_matrix`, else `PORTABLE_BLOCK`. It is determined at the
-    first call."""
+    """Return the b of this CPU's operator if its results match `unpack_matrix`, else `PORTABLE_BLOCK`. It is determined
+    at the first call."""
     here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
     for block in (64, 32):

@@ -34,7 +34,7 @@ def pack_matrix(weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack_matrix(packed: Tensor) -> Tensor:
-    """The weights `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
+    """Return the weights `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
     if packed.ndim == 2 and has_direct_matmul(packed):
         return unpack_rows(packed)
     extra = packed[..., -ROW_PARAMETER_BYTES:].clone(
@@ -59,13 +59,13 @@ def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Te
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Whether an operator of torch multiplies with these bytes without unpacking."""
+    """Return whether an operator of torch multiplies with these bytes without unpacking."""
     return packed.is_cpu and has_packed_row_operators()
 
 
 @cache
 def has_packed_row_operators() -> bool:
-    """Whether torch has the operators for packed rows on a CPU and their results match `unpack_matrix`. It is
+    """Return whether torch has the operators for packed rows on a CPU and their results match `unpack_matrix`. It is
     determined at the first call."""
     here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5

@@ -55,23 +55,25 @@ class Network:
         return len(self.w_in) == 2 or self.gate_up is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights and biases except None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
+        """Return all weights and biases except None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1",
+        "b_out"."""
         names = (*W_IN_NAMES[: len(self.w_in)], "w_out", *B_IN_NAMES[: len(self.b_in)], "b_out")
         there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
         return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
-        """The network with these weights and biases, by name; None for names that are missing."""
+        """Return the network with these weights and biases, by name; None for names that are missing."""
         get: Any = tensors.get
         w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN_NAMES, B_IN_NAMES))
         return Network(w_in, get("w_out"), self.activation, b_in, get("b_out"), self.gate_up, self.dropout)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
-        """The network with `function` applied to every weight and bias."""
+        """Return the network with `function` applied to every weight and bias."""
         return self.with_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def merged(self) -> Network:
-        """A network with the same outputs whose weights are plain tensors: itself, unless a subclass stores others."""
+        """Return a network with the same outputs whose weights are plain tensors: itself, unless a subclass stores
+        others."""
         return self
 
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -81,19 +83,19 @@ class Network:
         return pre[0].chunk(2, dim=-1) if self.gate_up == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
 
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
-        """The hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""
+        """Return the hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""
         hidden = compute_hidden(self.activation, self.projections(pre))
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
     def unsupported_activation_reason(self) -> str | None:
-        """Why an implementation cannot write the hidden layer and its gradient itself; None if it can."""
+        """Return why an implementation cannot write the hidden layer and its gradient itself; None if it can."""
         if self.dropout:
             return "dropout draws random numbers for the hidden layer, which only torch's operators do"
         return unknown_activation_reason(self.activation)
 
 
 def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which weights of a dtype are multiplied: autocast's if it is on (it does not cast for grouped
+    """Return the dtype in which weights of a dtype are multiplied: autocast's if it is on (it does not cast for grouped
     products), else their own. On a CPU without native products in autocast's dtype it is their own too, because the
     other would only be slower."""
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -127,5 +129,5 @@ class Call(NamedTuple):
     training: bool
 
     def is_inference(self) -> bool:
-        """Whether it is a call with token choice, in eval mode and without gradients."""
+        """Return whether it is a call with token choice, in eval mode and without gradients."""
         return not (self.training or torch.is_grad_enabled() or self.assignments.k is None)

@@ -33,7 +33,7 @@ def run(call: Call) -> Tensor:
 
 
 def choose_permutation(assignments: Assignments) -> Permutation:
-    """The permutation of rows without gaps if these are certain to be fewer than slots, else the permutation of
+    """Return the permutation of rows without gaps if these are certain to be fewer than slots, else the permutation of
     slots."""
     return permute_without_gaps(assignments) if assignments.prefers_rows() else permute_to_slots(assignments)
 
@@ -65,7 +65,8 @@ def feed_forward(
 
 
 def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
-    """The rows of a block, about as many as the average expert has, and the number of blocks, at most about 2 e."""
+    """Return the rows of a block, about as many as the average expert has, and the number of blocks, at most about 2
+    e."""
     size = symbolic_max(2, rows // experts)  # torch's graphs would treat a size of 1 as static
     return size, symbolic_min(rows, rows // size + experts)
 
@@ -129,7 +130,8 @@ def expand_bias(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -
 
 
 def _find_range(ends: Tensor, index: Tensor) -> Tensor:
-    """The range that contains each index, where range i ends before `ends[i]`; the last one if no range contains it.
+    """Return the range that contains each index, where range i ends before `ends[i]`; the last one if no range contains
+    it.
 
     It uses comparisons because ONNX has no searchsorted.
     """

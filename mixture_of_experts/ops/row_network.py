@@ -52,15 +52,15 @@ class RowLayout:
         """Move on to a chunk."""
 
     def select_chunk(self, values: Tensor) -> Tensor:
-        """The rows of the chunk, from values for all rows."""
+        """Return the rows of the chunk, from values for all rows."""
         return values
 
     def pack(self, pre: Tensor) -> Tensor:
-        """The form in which the forward saves pre-activations `(r, q)`."""
+        """Return the form in which the forward saves pre-activations `(r, q)`."""
         return pre
 
     def unpack(self, pre: Tensor) -> Tensor:
-        """The pre-activations `(r, q)` from their saved form."""
+        """Return the pre-activations `(r, q)` from their saved form."""
         return pre
 
     def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
@@ -91,8 +91,8 @@ def forward_rows(
     network: Network,
     save: bool,
 ) -> tuple[Tensor, SavedTensors]:
-    """The `forward` of `run_differentiable`, using the products of a layout. `row_functions` computes the rows: this
-    module, or another one with `run_network` and `backpropagate_network`."""
+    """Return the `forward` of `run_differentiable`, using the products of a layout. `row_functions` computes the rows:
+    this module, or another one with `run_network` and `backpropagate_network`."""
     layout, saved = make_layout(permutation), []
     for chunk in layout.chunks:
         layout.enter_chunk(chunk)
@@ -110,7 +110,7 @@ def backward_rows(
     grad: Tensor,
     wanted: Collection[str],
 ) -> FFNGradients:
-    """The `backward` of `run_differentiable`, using the products of a layout."""
+    """Return the `backward` of `run_differentiable`, using the products of a layout."""
     layout, scale, grad = make_layout(permutation), permutation.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
     grad_scale = torch.zeros(permutation.num_rows + 1, dtype=dtype, device=scale.device)  # the last one is unused
@@ -209,7 +209,7 @@ def _compute_input_weight_gradients(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The wanted gradients of `w_in`, by name. The rows of tokens are freed when it returns."""
+    """Return the wanted gradients of `w_in`, by name. The rows of tokens are freed when it returns."""
     named = {name: part for name, part in zip(W_IN_NAMES, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}

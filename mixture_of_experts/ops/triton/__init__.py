@@ -31,8 +31,8 @@ MAX_WIDTH = 1 << 24  # up to this width, offsets in a tile of 128 rows fit into 
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why the kernels do not compute a call: they cannot, or they are not requested and another implementation may be
-    as good. None if they do."""
+    """Return why the kernels do not compute a call: they cannot, or they are not requested and another implementation
+    may be as good. None if they do."""
     x, network = call.x, call.network
     if requested_implementation() != "triton" and (reason := _not_default_reason(call)) is not None:
         return reason
@@ -50,7 +50,7 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _not_default_reason(call: Call) -> str | None:
-    """Why the kernels compute a call only on request; None if no other implementation is known to be as good."""
+    """Return why the kernels compute a call only on request; None if no other implementation is known to be as good."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
@@ -72,13 +72,14 @@ def run(call: Call) -> Tensor:
 
 
 def _is_decoding(call: Call) -> bool:
-    """Whether a call is a decoding call on low tiles, which are multiplied by `mma.sync` on all cards."""
+    """Return whether a call is a decoding call on low tiles, which are multiplied by `mma.sync` on all cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
     return few_tokens.supports_call(call) and statically_known_true(count_permuted_rows(call.assignments) <= low)
 
 
 def _experts_check_failure(call: Call) -> str | None:
-    """What the self-check of the kernels on this card found wrong; None if nothing. Fake tensors are not checked."""
+    """Return what the self-check of the kernels on this card found wrong; None if nothing. Fake tensors are not
+    checked."""
     x, network = call.x, call.network
     compiling = torch.compiler.is_compiling()
     if not x.is_cuda or (not compiling and is_fake_tensor(x)):

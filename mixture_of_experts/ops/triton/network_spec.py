@@ -27,7 +27,7 @@ class NetworkSpec(NamedTuple):
     limit: float = 0.0
 
     def kernel_constants(self) -> dict[str, Any]:
-        """The compile-time arguments of the kernels."""
+        """Return the compile-time arguments of the kernels."""
         interleaved = self.layout == "interleaved"
         return dict(ACTIVATION=self.activation, ALPHA=self.alpha, LIMIT=self.limit, INTERLEAVED=interleaved)
 
@@ -40,7 +40,8 @@ class NetworkSpec(NamedTuple):
 
 
 def get_network_spec(network: Network) -> NetworkSpec | None:
-    """The spec of a network; None if no kernel has its activation. A subclass of a known activation is unknown."""
+    """Return the spec of a network; None if no kernel has its activation. A subclass of a known activation is
+    unknown."""
     activation: Any = network.activation
     layout = network.gate_up or ("gated" if network.gated else "plain")
     kernel = (

@@ -63,11 +63,11 @@ class FFNOperands(NamedTuple):
     spec: NetworkSpec
 
     def flatten(self) -> list[Any]:
-        """The arguments of an operator, which does not accept tuples."""
+        """Return the arguments of an operator, which does not accept tuples."""
         return [*self[:-1], *self.spec]
 
     def list_differentiable(self) -> list[Tensor]:
-        """The tensors that have gradients."""
+        """Return the tensors that have gradients."""
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
     def align_tensors(self) -> FFNOperands:

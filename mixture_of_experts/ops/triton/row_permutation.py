@@ -33,7 +33,8 @@ class RowTables(NamedTuple):
 
 
 def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Permutation:
-    """The permutation with rows without gaps, as `permute_without_gaps(assignments)` makes it, with two differences.
+    """Return the permutation with rows without gaps, as `permute_without_gaps(assignments)` makes it, with two
+    differences.
 
     An assignment of weight 0 that occupies a slot has a row with a token, although the row is never read. And there are
     no more rows than slots. Up to `max_compared` assignments need no queues: each counts those before it.
@@ -52,8 +53,8 @@ def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED
 def queued_choices(
     assignments: Assignments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
-    """The choices that queue (with two levels those of level two): their experts, positions, which of them queue and
-    which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Assignments.slot_of_outer_choice`; and the
+    """Return the choices that queue (with two levels those of level two): their experts, positions, which of them queue
+    and which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Assignments.slot_of_outer_choice`; and the
     number of tokens of a group, choices of a token and experts of one router."""
     routing, k = assignments.routing, assignments.k
     assert k is not None

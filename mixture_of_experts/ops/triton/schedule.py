@@ -55,7 +55,7 @@ class Schedule(NamedTuple):
 def _make_half_entry(
     weights: WeightBlockSizes, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
 ) -> Schedule:
-    """An entry for bfloat16 or float16; `down` and `row_grads` are the columns of these kernels."""
+    """Return an entry for bfloat16 or float16; `down` and `row_grads` are the columns of these kernels."""
     blocks = BlockSizes(128, 64, warps, stages)
     narrow = blocks._replace(n=64)
     return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
@@ -68,7 +68,7 @@ def _make_low_entries(weights: WeightBlockSizes, *costs: float) -> list[Schedule
 
 
 def _make_float32_entry(rows: int, cost: float, c: int, warps: int) -> Schedule:
-    """An entry for float32. Its row_grads are narrow: on sm_100 two sums of 64 columns spill registers."""
+    """Return an entry for float32. Its row_grads are narrow: on sm_100 two sums of 64 columns spill registers."""
     blocks = BlockSizes(64, c, warps, 3)
     return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlockSizes(64, 64, c, 8, 4))
 
@@ -125,7 +125,7 @@ def get_input_precision(dtype: torch.dtype) -> str:
 
 
 def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """The entries for operands of this dtype on a card; on a CPU those of the interpreter."""
+    """Return the entries for operands of this dtype on a card; on a CPU those of the interpreter."""
     if device.type == "cpu":
         return INTERPRETER_SCHEDULES
     family = find_card_family(get_device_capability(device))
@@ -134,23 +134,24 @@ def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ..
 
 
 def uses_comparison(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> bool:
-    """Whether the permutation compares assignments, at most `max_compared`, with each other, without queues."""
+    """Return whether the permutation compares assignments, at most `max_compared`, with each other, without queues."""
     number = assignments.weight.shape[0]
     return statically_known_true(number <= max_compared) and statically_known_true(number == assignments.max_rows)
 
 
 def count_permuted_rows(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
-    """The number of rows of a call's permutation, from which the self-check and the launch find the same entry."""
+    """Return the number of rows of a call's permutation, from which the self-check and the launch find the same
+    entry."""
     if assignments.routing is None or uses_comparison(assignments, max_compared):
         return assignments.max_rows
     return symbolic_min(assignments.max_rows, assignments.num_slots)
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
-    """The entry with the least estimated time for experts with `mean_rows` rows on average."""
+    """Return the entry with the least estimated time for experts with `mean_rows` rows on average."""
     return min(entries, key=lambda entry: entry.cost * estimate_computed_rows(mean_rows, entry.rows))
 
 
 def estimate_computed_rows(mean_rows: int, height: int) -> float:
-    """The rows computed for an expert: whole tiles, the last of which is half empty on average."""
+    """Return the rows computed for an expert: whole tiles, the last of which is half empty on average."""
     return max(height, mean_rows + height / 2)

@@ -99,7 +99,7 @@ def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[S
 
 
 def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
-    """What is wrong with the kernels for one entry of the schedule; None if nothing."""
+    """Return what is wrong with the kernels for one entry of the schedule; None if nothing."""
     call = make_call(kind, *find_call_size(entries, entry))
     said = f"on {kind.spec.layout} experts of {kind.spec.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
     found = compute_by_kernels(call, kind)
@@ -119,14 +119,14 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -
 
 
 def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
-    """The smallest numbers of rows and experts (at least three) that use an entry of the schedule."""
+    """Return the smallest numbers of rows and experts (at least three) that use an entry of the schedule."""
     sizes = ((rows, e) for rows in (MIN_ROWS, 2 * MIN_ROWS) for e in range(3, rows // 8 + 1))
     return next(size for size in sizes if find_schedule(entries, size[0] // size[1]) is entry)
 
 
 def compute_max_row_error(got: Tensor, want: Tensor) -> float:
-    """The largest error of a row of `(..., p, q)`, relative to its norm or, if that is larger, to the mean norm of the
-    matrix's rows: the norm of the whole tensor would hide a few wrong numbers."""
+    """Return the largest error of a row of `(..., p, q)`, relative to its norm or, if that is larger, to the mean norm
+    of the matrix's rows: the norm of the whole tensor would hide a few wrong numbers."""
     got, want = (tensor.double().unsqueeze(-1) if tensor.ndim == 1 else tensor.double() for tensor in (got, want))
     norms = want.norm(dim=-1)
     mean = norms.square().mean(dim=-1, keepdim=True).sqrt()
@@ -135,8 +135,8 @@ def compute_max_row_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_call(kind: CallKind, rows: int, experts: int) -> Call:
-    """A generated call with values of unit scale. The first expert has most rows, some choices have no expert, and the
-    second expert has no tokens.
+    """Return a generated call with values of unit scale. The first expert has most rows, some choices have no expert,
+    and the second expert has no tokens.
 
     Tokens, input weights and their biases are small integers times a power of two. So the pre-activations are exact in
     every dtype and order of summation, and rounding does not move them across a kink of the activation.
@@ -175,8 +175,8 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
 
 
 def are_permutations_equal(assignments: Assignments) -> bool:
-    """Whether the kernel for many assignments makes the same permutation as the one for few, which the checked call
-    uses."""
+    """Return whether the kernel for many assignments makes the same permutation as the one for few, which the checked
+    call uses."""
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
     one, other = (permute_by_kernel(assignments, few).tensors() for few in (0, assignments.weight.shape[0]))
@@ -184,7 +184,7 @@ def are_permutations_equal(assignments: Assignments) -> bool:
 
 
 def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """A random gradient of the output, with values that `dtype` represents."""
+    """Return a random gradient of the output, with values that `dtype` represents."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     return drawn.to(dtype).to(out.dtype)
 
@@ -207,7 +207,7 @@ def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
 
 
 def compute_by_operators(call: Call) -> dict[str, Tensor]:
-    """The same results with the batched implementation in float32."""
+    """Return the same results with the batched implementation in float32."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
