@@ -140,11 +140,11 @@ def test_rejects_bad_arguments():
         second(x, router_state=state[..., :1])
     with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, 7\), got \(1, 9, 7\)"):
         second.gate(x, router_state=state[:1])
-    with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, \.\.\.\), an entry a token"):
+    with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, \.\.\.\), with one entry per token"):
         second(x, router_state=state[:1])
     with pytest.raises(TypeError, match=r"router_state must be floating point, got torch\.int64"):
         second(x, router_state=state.long())
-    with pytest.raises(TypeError, match="reads no side input 'router_state'"):
+    with pytest.raises(TypeError, match="does not support the side input 'router_state'"):
         MoE(DIM, num_experts=2)(x.float(), router_state=None)
     with pytest.raises(ValueError, match="does not support outer_expert_dims or a second level"):
         DepthAveragedGating(DIM, E, outer_expert_dims=(2,))

@@ -167,5 +167,5 @@ def test_rejects_incompatible_gates():
     with pytest.raises(ValueError, match=r"counted must have shape \(2, 6\)"):
         moe.gate(x, counted=MASK[:, :5])
     for other in (MoE(DIM, gate=ExpertChoiceGating(DIM, 4)), HeirarchicalMoE(DIM, (2, 2))):
-        with pytest.raises(TypeError, match="reads no side input 'counted'"):
+        with pytest.raises(TypeError, match="does not support the side input 'counted'"):
             other(x, counted=MASK)
