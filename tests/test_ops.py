@@ -197,7 +197,7 @@ def test_explain_call():
     assert meta.implementation == "batched"
     assert meta.reasons == {
         "cpu": "the tokens are on meta",
-        "triton": "kernels are for NVIDIA GPUs",
+        "triton": "the kernels support only NVIDIA GPUs",
         "grouped": "there is no grouped product on meta",
     }
     assert [gate.implementation for gate in meta.gates] == 2 * ["operators"]
@@ -325,7 +325,7 @@ def test_use_contexts_exit_in_any_order():
 
 def test_requested_unsupported_implementation_raises():
     layer = MoE(D, E, activation=nn.Tanh)
-    with ops.use("cpu"), pytest.raises(ValueError, match=r"'cpu' was asked for .* Tanh .* ask for 'auto'"):
+    with ops.use("cpu"), pytest.raises(ValueError, match=r"'cpu' is requested.* Tanh .* request 'auto'"):
         layer(torch.randn(2, 5, D))
     layer(torch.randn(2, 5, D))
     with pytest.raises(ValueError, match="implementation must be one of 'auto', "), ops.use("fast"):
