@@ -134,7 +134,7 @@ def test_rejects_bad_arguments():
     state = first(x, router_state=None)[2]
     with pytest.raises(TypeError, match=r"requires .* 'router_state'; call the layer as moe\(x, router_st"):
         second(x, router_state=None)
-    with pytest.raises(ValueError, match="must be None in the first layer; .* with first=False"):
+    with pytest.raises(ValueError, match=r"must be None in the first layer; .* with first=False"):
         first(x, router_state=state)
     with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, 7\), got \(2, 9, 1\)"):
         second(x, router_state=state[..., :1])

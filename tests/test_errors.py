@@ -208,11 +208,11 @@ def test_experts_that_change_the_shape(kind):
         def forward(self, x):
             return x[..., :-1]
 
-    with pytest.raises(ValueError, match=r"experts must return the shape \(.*8\), got \(.*7\)"):
+    with pytest.raises(ValueError, match=r"experts must return a tensor of shape \(.*8\), got \(.*7\)"):
         make_layer(kind, experts=Wrong())(torch.randn(1, 6, 8))
-    with pytest.raises(ValueError, match=r"expert 0 \(Linear\) must return the shape .* got .*dim_out"):
+    with pytest.raises(ValueError, match=r"expert 0 \(Linear\) must return a tensor of shape .* got .*dim_out"):
         make_layer(kind, experts=[nn.Linear(8, 7) for _ in range(4)])(torch.randn(1, 6, 8))
-    with pytest.raises(ValueError, match=r"shared_expert must return the shape"):
+    with pytest.raises(ValueError, match=r"shared_expert must return a tensor of shape"):
         make_layer(kind, shared_expert=nn.Linear(8, 7))(torch.randn(1, 6, 8))
 
 
@@ -254,11 +254,11 @@ def test_gates_that_return_no_routing(kind):
 def test_results_that_are_no_tensor():
     """A layer inside a layer returns its loss too."""
     x = torch.randn(1, 5, 8)
-    with pytest.raises(ValueError, match=r"shared_expert must return the shape .* got a tuple \(put a MoE"):
+    with pytest.raises(ValueError, match=r"shared_expert must return a tensor of shape .* got a tuple \(wrap a MoE"):
         MoE(8, 4, shared_expert=MoE(8, 2))(x)
-    with pytest.raises(ValueError, match=r"expert 0 \(MoE\) must return .* got a tuple \(put a MoE"):
+    with pytest.raises(ValueError, match=r"expert 0 \(MoE\) must return .* got a tuple \(wrap a MoE"):
         MoE(8, 4, experts=[MoE(8, 2) for _ in range(4)])(x)
-    with pytest.raises(ValueError, match=r"experts must return .* a tuple \(put a MoE"):
+    with pytest.raises(ValueError, match=r"experts must return .* a tuple \(wrap a MoE"):
         MoE(8, 4, experts=OldGate())(x)
 
 

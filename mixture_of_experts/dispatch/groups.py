@@ -59,9 +59,7 @@ def group_side_inputs(
     """
     if unknown := [repr(name) for name in side if name not in names]:
         known = f"it reads {', '.join(sorted(names))}" if names else "it reads none"
-        raise TypeError(
-            f"the gate does not support the side input {', '.join(unknown)}; {known}. Pass masks as mask="
-        )
+        raise TypeError(f"the gate does not support the side input {', '.join(unknown)}; {known}. Pass masks as mask=")
     grouped = {}
     for name, value in side.items():
         if value is None:

@@ -62,8 +62,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
-                f"{gate} returned the loss {name!r} as {describe_shape(loss)}, expected a 0-dim tensor; return "
-                f"its mean"
+                f"{gate} returned the loss {name!r} as {describe_shape(loss)}, expected a 0-dim tensor; return its mean"
             )
 
 

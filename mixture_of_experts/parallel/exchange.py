@@ -199,8 +199,7 @@ def exchange_counts(
             raise ValueError(
                 f"expert parallelism: rank {rank} sends {describe_call(other)}, but rank {channel.group.rank()} sends "
                 f"{describe_call(call)}. All ranks must call the layer with the same mode, dtype and model dimension, "
-                f"and "
-                "either all with gradients or all without"
+                "and either all with gradients or all without"
             )
     check_fingerprints([row[-4:-2] for row in table])
     return [row[-2] for row in table], [row[-1] for row in table], received

@@ -79,7 +79,7 @@ class OperandLayout(NamedTuple):
 def reject_batch_invariance(what: str) -> None:
     """Raise ValueError if batch invariance is requested. Call this for products that are not computed in blocks."""
     if requested_implementation() == BATCH_INVARIANT:
-        raise ValueError(f"{BATCH_INVARIANT!r} is requested, but {what}; request 'auto' instead")
+        raise ValueError(f"{BATCH_INVARIANT!r} is requested, but {what}. Request 'auto' to disable batch invariance")
 
 
 # Detection of batch-invariant modules
@@ -93,9 +93,7 @@ def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
     if requested_implementation() != BATCH_INVARIANT:
         return
     if torch.compiler.is_compiling() or is_in_transform():
-        reject_batch_invariance(
-            "values cannot be read while a graph is traced or a transform of torch.func runs"
-        )
+        reject_batch_invariance("values cannot be read while a graph is traced or a transform of torch.func runs")
     if x.device.type != "cpu":
         reject_batch_invariance(f"the inputs are on {x.device}; move the model and the inputs to a CPU")
     for name, part in parts.items():

@@ -176,12 +176,12 @@ def check_refusals() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"ffn": make_layer("top2")}) for _ in range(2)])})
     spreads, listed = ExpertParallel(), MoE(DIM, experts=[nn.Linear(DIM, DIM) for _ in range(EXPERTS)])
     for error, where, layer, plan in (
-        (r"'layers.\*.fnn' does not match any submodule .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
+        (r"'layers.\*.fnn' does not match .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
         ("1-D mesh, got 2 dimensions", mesh, model, {"layers.*.ffn": spreads}),
         (r"layers\.0: .* got ModuleDict", one_dimensional, model, {"layers.*": spreads}),
         ("6 experts cannot be divided among 4 ranks", one_dimensional, MoE(DIM, 6), spreads),
         ("2 outer experts cannot be divided among 4", one_dimensional, HeirarchicalMoE(DIM, (2, 4)), spreads),
-        (r"must have parameters .* \(8,\) experts", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
+        (r"must have .* \(8,\) experts", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
         (r"replicated contains \['w9'\]", one_dimensional, make_layer("top2"), ExpertParallel(replicated=["w9"])),
         ("a list of modules cannot be sharded .* stack its weights", one_dimensional, listed, spreads),
     ):

@@ -310,8 +310,8 @@ def check_refusals_change_nothing() -> None:
     before = repr(model), list(model.state_dict())
     wrong = {
         "layers.1.ffn: 5 experts cannot be divided": MoE(DIM, 5),
-        r"layers.0.ffn: replicated names \['gain'\]": make_layer("top2"),
-        "layers.1.ffn .* has the experts of layers.0.ffn": MoE(DIM, EXPERTS, experts=model.layers[0].ffn.experts),
+        r"layers.0.ffn: replicated contains \['gain'\]": make_layer("top2"),
+        "layers.1.ffn .* has the same experts as layers.0.ffn": MoE(DIM, EXPERTS, experts=model.layers[0].ffn.experts),
     }
     for message, layer in wrong.items():
         replicated = ["gain"] if "gain" in message else []
@@ -321,7 +321,7 @@ def check_refusals_change_nothing() -> None:
         model.layers[1].ffn = make_layer("top2")
         assert (repr(model), list(model.state_dict())) == before
         assert model.layers[0].ffn.gate.process_group is None
-    with pytest.raises(ValueError, match=r"layers.0.ffn \(by 'layers.0.ffn'\) has the experts of layers.0.ffn"):
+    with pytest.raises(ValueError, match=r"layers.0.ffn \(by 'layers.0.ffn'\) has the same experts as layers.0.ffn"):
         parallelize_module(model, mesh, {KEY: ExpertParallel(), "layers.0.ffn": ExpertParallel()})
     assert (repr(model), list(model.state_dict())) == before
 

@@ -100,9 +100,7 @@ HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
 FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "tf32": (
         _make_float32_entry(16, 4, 32, 4),
-        _make_float32_entry(32, 2, 32, 4)._replace(
-            up=BlockSizes(64, 32, 8, 3)
-        ),  # 4 warps spill registers on sm_100
+        _make_float32_entry(32, 2, 32, 4)._replace(up=BlockSizes(64, 32, 8, 3)),  # 4 warps spill registers on sm_100
         _make_float32_entry(64, 1.2, 32, 4),
         _make_float32_entry(128, 1.0, 32, 8),
     ),
