@@ -142,7 +142,7 @@ class SelfCheck:
         self.verdicts[kind] = verdict
         off = f"in this process: {verdict}"
         if verdict == OUT_OF_MEMORY:
-            off = f"for calls of one kind in this process, because {OUT_OF_MEMORY}; call ops.prepare before memory fills up"
+            off = f"for calls of one kind in this process, because {OUT_OF_MEMORY}; call ops.prepare earlier"
         if verdict:
             warnings.warn(f"{self.kernels} are disabled {off}", stacklevel=2)
         return verdict
