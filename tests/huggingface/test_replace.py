@@ -118,7 +118,7 @@ def test_rejects_wrong_values(change, settings, problem):
 @pytest.mark.parametrize("call", [replace_ffn, upcycle, export, aux_loss])
 @pytest.mark.parametrize("model", ["folder", LlamaModel, LlamaConfig(), None, []])
 def test_rejects_non_models_on_entry(call, model):
-    with pytest.raises(TypeError, match=r"model must be a model .*, got .*: build or load"):
+    with pytest.raises(TypeError, match=r"model must be a model .*, got .*; construct or load"):
         call(model)
 
 
