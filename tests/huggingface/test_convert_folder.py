@@ -189,9 +189,9 @@ def test_errors_of_prune(tmp_path, capsys):
     (tmp_path / "ids.json").write_text('{"gate": [0, 1]}')
     for source, by, more, says in (
         ("dense", "random", ["--keep", "2"], "has no experts of this package: there is nothing to prune"),
-        ("in", "random", [], "needs keep="),
+        ("in", "random", [], "requires keep="),
         ("in", "random", ["--keep", "1"], "cannot leave 1 of 4"),
-        ("in", str(tmp_path / "ids.json"), [], "no gate of the model"),
+        ("in", str(tmp_path / "ids.json"), [], "not a gate of the model"),
     ):
         assert main(["prune", str(tmp_path / source), str(tmp_path / "out"), "--by", by, *more]) == 1
         assert says in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_errors_of_merge(tmp_path, capsys):
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     for source, adapter, says in (
         ("in", "8", "8 has no adapter_model.safetensors: give the folder to which PEFT saved the adapters"),
-        ("8", "adapter", "has quantized experts, which adapters cannot be merged into"),
+        ("8", "adapter", "has quantized experts, into which adapters cannot be merged"),
     ):
         words = ["merge", str(tmp_path / source), str(tmp_path / "out"), "--adapter", str(tmp_path / adapter)]
         assert main(words) == 1

@@ -257,7 +257,7 @@ def make_family(name: str) -> Any:
         ),
         (
             lambda: make_family("diffusion_gemma"),
-            "DiffusionGemmaEncoderTextLayer at .* is a whole layer, which also holds",
+            "DiffusionGemmaEncoderTextLayer at .* is a whole decoder layer that also holds",
         ),
         (
             lambda: add_lora(build_model("Mixtral"), "mlp.gate.weight"),
@@ -317,8 +317,8 @@ def test_what_no_block_has_is_refused(change, whole):
     else:
         quantize_experts(model.requires_grad_(False))
     says = {
-        "adapters": r"^the layer has adapters of PEFT, .*: merge_and_unload\(\) them first$",
-        "int8": r"^the layer has experts in 8 bits, .*: use the model as it was before quantize_experts\(\)$",
+        "adapters": r"^the layer has PEFT adapters, .*; call merge_and_unload\(\) first$",
+        "int8": r"^the layer has experts quantized to 8 bits, .*; use the model from before quantize_experts\(\)$",
     }
     before = str(model)
     with pytest.raises(ValueError, match=says[change]):
@@ -358,7 +358,7 @@ def test_rejects_offloaded_weights(tmp_path):
 
 def test_rejects_unconvertible_models():
     model = from_transformers(build_model("Mixtral"))
-    with pytest.raises(ValueError, match="layers that were blocks: to_transformers"):
+    with pytest.raises(ValueError, match="layers that replaced blocks; use to_transformers"):
         export(model)
     layer = find_feed_forwards(model)[1]
     layer.moe.gate.scale = 2.0

@@ -100,7 +100,9 @@ def test_unstacked_folder_matches_model(load, tmp_path):
 def test_rejects_unstacked_folder_of_blocks(tmp_path):
     """A Mixtral's class makes stacks of its own of all `experts.*.w1`. Nothing is written."""
     moe, tokens = unstack(from_transformers(build_model("Mixtral"))), torch.randint(3, 64, (2, 9))
-    with pytest.raises(ValueError, match=r"MixtralConfig: where layers were blocks.*: restack\(\) the model before"):
+    with pytest.raises(
+        ValueError, match=r"MixtralConfig: if layers replaced blocks.*; call restack\(\) on the model before"
+    ):
         moe.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     restack(moe).save_pretrained(tmp_path)
