@@ -176,7 +176,7 @@ def test_unforceable_gates_raise_and_change_nothing():
         assert gates[0].moe.gate.forced == "balanced"
     with pytest.raises(ValueError, match=r"has 'gate', .*there are '0\.moe\.gate', "):
         force_routing(gates, gates=["gate"]).__enter__()
-    with pytest.raises(ValueError, match=r"has this Linear, which is no gate"):
+    with pytest.raises(ValueError, match=r"contains this Linear, which is not a gate"):
         force_routing(gates, gates=[nn.Linear(1, 1)]).__enter__()
     with pytest.raises(ValueError, match=r"gates of force_routing is empty"):
         force_routing(gates, gates=[]).__enter__()
