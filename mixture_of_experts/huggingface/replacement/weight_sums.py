@@ -47,7 +47,8 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
         raise ValueError(
             f"the weights that {type(gate).__name__} assigns to a token's experts do not have a constant sum (it "
             f"ranges from {totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}; use a gate that normalizes "
-            "the weights and, in eval, drops none at random (TopKGating with normalize=True, Top2Gating with "
-            f"second_policy_eval='all') and, with granularity, whose number of choices is a multiple of it, {others}"
+            "them and, in eval, drops none at random (TopKGating with normalize=True, Top2Gating with "
+            "second_policy_eval='all') and, with granularity, makes a multiple of granularity choices, "
+            f"{others}"
         )
     return total
