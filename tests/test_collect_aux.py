@@ -137,7 +137,7 @@ def test_rejects_gates_without_loss(make_inputs):
     ):
         pass
     alone = nn.ModuleList([MoE(DIM, 4), TopKGating(DIM, 4)])
-    with pytest.raises(TypeError, match=r"'1' \(TopKGating\): it stands in no MoE layer"), collect_aux(alone):
+    with pytest.raises(TypeError, match=r"'1' \(TopKGating\): it is not part of an MoE layer"), collect_aux(alone):
         pass
     with collect_aux(alone, gates=["0.gate"]):
         pass

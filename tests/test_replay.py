@@ -277,7 +277,11 @@ def test_rejects_mismatched_weights():
             ValueError,
             r"expected weights to have the shapes .*'gate': .*1, 2.* of the choices, but got",
         ),
-        ({"gate": [weight.long()]}, ValueError, r"weights\['gate'\] must be a list of dense tensors of floating point"),
+        (
+            {"gate": [weight.long()]},
+            ValueError,
+            r"expected weights\['gate'\] to be a list of dense tensors of floating point",
+        ),
         ({"gate": []}, ValueError, "expected weights to have the shapes"),
         ({"other": [weight]}, ValueError, "expected weights to have the shapes"),
         ([weight], TypeError, "weights must be a dict"),
@@ -347,7 +351,7 @@ def make_records(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
         (make_records((4, 2), (4, 2)), r"the model has 1 gates \(gate\), but the records have 2 \(0, 1\)"),
         (make_records((4, 3)), r"'gate' \('0' in the records\) makes 2 choices per token, but the records have 3"),
         (make_records((4, 2), largest=4), "'gate' .*in the records, given_experts has 4: give an expert, 0 to 3"),
-        (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "of 8"),
+        (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "but the records have 8"),
         (make_records((3, 2)), r"sequence 0 has 4 real tokens at 'gate', but its record has 3; pass beyond="),
         (
             make_records((5, 2)),
@@ -366,7 +370,9 @@ def test_size_mismatch_raises_and_changes_nothing(records, message):
 
 
 def test_gates_that_cannot_be_given_choices():
-    with pytest.raises(TypeError, match=r"cannot serve 'gate' \(ExpertChoiceGating\): tokens make no k choices"):
+    with pytest.raises(
+        TypeError, match=r"does not support 'gate' \(ExpertChoiceGating\): its tokens do not make k choices"
+    ):
         record_routing(MoE(DIM, gate=ExpertChoiceGating(DIM, 4))).__enter__()
     for levels in (TopKGating(DIM, 4, outer_expert_dims=2), HeirarchicalMoE(DIM, (2, 3))):
         with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\), as in layers of two levels"):
@@ -425,8 +431,11 @@ ROW, REQUEST = torch.zeros(3, 2, dtype=torch.int64), [[[0, 1]]]
 NO_RECORDS = [
     ({}, "experts is empty"),
     ([ROW], "expected experts to be a dict from gates to records, but got a list"),
-    ({"a": [ROW, ROW[0]]}, r"experts\['a'\] must be a list of dense tensors .* got tensor\(\[0, 0"),
-    *(({"a": [ROW.to(dtype)]}, r"experts\['a'\] must be a list of dense tensors of integers") for dtype in NO_INTEGERS),
+    ({"a": [ROW, ROW[0]]}, r"expected experts\['a'\] to be a list of dense tensors .* got tensor\(\[0, 0"),
+    *(
+        ({"a": [ROW.to(dtype)]}, r"expected experts\['a'\] to be a list of dense tensors of integers")
+        for dtype in NO_INTEGERS
+    ),
 ]
 NO_REQUESTS = [
     ([], r"expected requests to be arrays \(tokens, layers, k\) of the same layers, but got \[\] layers"),
@@ -435,8 +444,14 @@ NO_REQUESTS = [
     ([REQUEST, {"routed_experts": REQUEST}], "expected request 1 to be an array .* a dict"),
     ([REQUEST, [[[0, 1], [1]]]], "expected request 1 to be an array .* a list"),
     ([[1, 2]], "expected request 0 to be an array .* a list: .* out of range"),
-    ([[(1, 2)]], r"experts\['0'\] must be a list of dense tensors of integers \(tokens, k\), .* got tensor\(\[1\]\)"),
-    *(([torch.ones(1, 1, 2).to(dtype)], r"experts\['0'\] must be a list .* of integers") for dtype in NO_INTEGERS),
+    (
+        [[(1, 2)]],
+        r"expected experts\['0'\] to be a list of dense tensors of integers \(tokens, k\), .* got tensor\(\[1\]\)",
+    ),
+    *(
+        ([torch.ones(1, 1, 2).to(dtype)], r"expected experts\['0'\] to be a list .* of integers")
+        for dtype in NO_INTEGERS
+    ),
 ]
 
 

@@ -227,9 +227,9 @@ REFUSED: dict[str, Any] = {
     ),
     "adapters inside": (
         lambda: add_lora(make_upcycled("llama")).base_model.model,
-        "LlamaForCausalLM has adapters of PEFT",
+        "LlamaForCausalLM has PEFT adapters",
     ),
-    "unequal layers": (make_unequal, r"gate.w_gating has shape \(32, 4\), the block's \(32, 3\)"),
+    "unequal layers": (make_unequal, r"gate.w_gating has shape \(32, 4\), but the block has \(32, 3\)"),
     "int8": (
         make_int8,
         r"LlamaForCausalLM has experts quantized to 8 bits, .*; use the model from before quantize_experts\(\)",

@@ -216,8 +216,8 @@ def test_rejects_rollouts_without_choices():
     choices = [torch.arange(2).expand(length, 4, 2) for length in (3, 2)]
     for given, message in {
         None: 'returned no "routed_experts"; start the engine',
-        (choices[0], choices[0][:1]): r"have \[4, 3\] tokens, their routed_experts \[3, 1\]",
-        (choices[0],): r"have \[4, 3\] tokens, their routed_experts \[3\]",
+        (choices[0], choices[0][:1]): r"have \[4, 3\] tokens, but their routed_experts have \[3, 1\]",
+        (choices[0],): r"have \[4, 3\] tokens, but their routed_experts have \[3\]",
         tuple(choices): r"replay_weights is True, but routed_experts contains choices without weights; .*weights=",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -230,9 +230,9 @@ def test_rejects_rollouts_without_choices():
 
 def test_rejects_mixin_after_trainer():
     """There none of its methods would run, and the trainer would train with other experts."""
-    with pytest.raises(TypeError, match=r"Own has ReplayRouting after LogitsTrainer, .*: write class Own\(Replay"):
+    with pytest.raises(TypeError, match=r"Own lists ReplayRouting after LogitsTrainer, .*; write class Own\(Replay"):
         type("Own", (LogitsTrainer, ReplayRouting), {})
-    with pytest.raises(TypeError, match=r"Own has ReplayRouting after LogitsTrainer"):
+    with pytest.raises(TypeError, match=r"Own lists ReplayRouting after LogitsTrainer"):
         type("Own", (LogitsTrainer, type("Mine", (ReplayRouting,), {})), {})
     type("Own", (type("Other", (), {"_generate_single_turn": None}), ReplayRouting, LogitsTrainer), {})
 
@@ -252,7 +252,7 @@ def test_rejects_other_generation_backends(tmp_path):
         patch.setattr(GRPOTrainer, "__init__", lambda self: None)
         with pytest.raises(ValueError, match=r"own generation, but use_vllm replaces it, .* pass a rollout_func that"):
             Other(use_vllm=True)
-        with pytest.raises(ValueError, match="own generation, which tools replaces"):
+        with pytest.raises(ValueError, match="own generation, but tools replaces it"):
             Other(tools=[print], rollout_func=print)
         Other(
             use_vllm=True, rollout_func=print, model=make_llama()

@@ -243,7 +243,7 @@ def test_rejects_other_quantizer(tmp_path):
 def test_rejects_saving_with_other_quantizer(tmp_path):
     model = save_model(tmp_path)
     model.config.quantization_config = transformers.FineGrainedFP8Config()
-    with pytest.raises(ValueError, match=r"is quantised \(FineGrainedFP8Config\) cannot be saved"):
+    with pytest.raises(ValueError, match=r"is quantized \(FineGrainedFP8Config\) cannot be saved"):
         model.save_pretrained(tmp_path / "again")
 
 

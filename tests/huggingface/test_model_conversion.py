@@ -249,11 +249,11 @@ def make_family(name: str) -> Any:
     ("make", "problem"),
     [
         (lambda: build_model("Mixtral", router_jitter_noise=0.1), "MixtralSparseMoeBlock has jitter_noise=0.1"),
-        (lambda: ARCHITECTURES["llama"].build(), "LlamaForCausalLM has no sparse block: upcycle and replace_ffn are"),
+        (lambda: ARCHITECTURES["llama"].build(), "LlamaForCausalLM has no sparse block; use upcycle or replace_ffn"),
         (lambda: from_transformers(build_model("Mixtral")), "MixtralForCausalLM has no sparse block"),
         (
             lambda: make_family("jetmoe"),
-            "JetMoeAttention at model.layers.0.self_attention is of no class that is known",
+            "JetMoeAttention at model.layers.0.self_attention has an unknown class",
         ),
         (
             lambda: make_family("diffusion_gemma"),
@@ -261,12 +261,12 @@ def make_family(name: str) -> Any:
         ),
         (
             lambda: add_lora(build_model("Mixtral"), "mlp.gate.weight"),
-            "MixtralSparseMoeBlock has adapters of PEFT, which a",
+            "MixtralSparseMoeBlock has PEFT adapters, which the",
         ),
-        (lambda: add_lora(build_model("Mixtral"), "experts.down_proj"), "MixtralSparseMoeBlock has adapters of PEFT"),
+        (lambda: add_lora(build_model("Mixtral"), "experts.down_proj"), "MixtralSparseMoeBlock has PEFT adapters"),
         (
             lambda: quantize_model(build_model("Mixtral")),
-            "MixtralForCausalLM is quantised: load it without quantization_config",
+            "MixtralForCausalLM is quantized; load it without quantization_config",
         ),
     ],
     ids=["jitter", "dense", "changed", "JetMoe", "DiffusionGemma", "router's", "experts'", "quantised"],
@@ -362,12 +362,12 @@ def test_rejects_unconvertible_models():
         export(model)
     layer = find_feed_forwards(model)[1]
     layer.moe.gate.scale = 2.0
-    with pytest.raises(ValueError, match=r"scale 2.0, the block's 1.0"):
+    with pytest.raises(ValueError, match=r"scale 2.0, but the block has 1.0"):
         to_transformers(model)
     assert len(find_feed_forwards(model)) == 2
     with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that was a block"):
         to_transformers(build_model("Mixtral"))
-    with pytest.raises(ValueError, match=r"a model of transformers is changed, not a MoE: give block="):
+    with pytest.raises(ValueError, match=r"expected a transformers model, .* but got a MoE; pass block="):
         to_transformers(layer.moe)
 
 

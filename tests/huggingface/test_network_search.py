@@ -253,8 +253,12 @@ LOST_NETWORKS = {
         "c is also called for something else",
     ),
     "read elsewhere": (lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)), PAIR, "are also used elsewhere"),
-    "another's activation": (lambda m, x: make_pair(m, x) + m.act(x), PAIR, "act is called for something"),
-    "another's dropout": (lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x), DROPS, "drop is called for something"),
+    "another's activation": (lambda m, x: make_pair(m, x) + m.act(x), PAIR, "act is also called for something"),
+    "another's dropout": (
+        lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
+        DROPS,
+        "drop is also called for something",
+    ),
     "another's number": (
         lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)) + F.dropout(x, m.p, m.training),
         dict(PAIR, p=0.3),
@@ -327,7 +331,7 @@ def test_rejects_wrong_adapter(name):
         pytest.skip("the layer does more than the network")
     model = ARCHITECTURES[name].build()
     wrong = Adapter(adapter.up, adapter.down, adapter.gate, nn.Tanh(), halves=adapter.halves)
-    with pytest.raises(ValueError, match="returns something else than Adapter"):
+    with pytest.raises(ValueError, match="returns something different from what Adapter"):
         replace_ffn(model, adapters={kind: wrong})
     assert not find_feed_forwards(model)
 

@@ -224,19 +224,19 @@ BAD_ARGUMENTS = {
     "no text": (dict(keep=4), TypeError, "expected calibration to be batches of tokens"),
     "words": (dict(keep=4, calibration="a text"), TypeError, "expected calibration to be batches of tokens"),
     "no tokens": (dict(keep=4, calibration=[]), ValueError, "calibration has no tokens for gate"),
-    "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), got \[1, 2\]"),
+    "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), but got \[1, 2\]"),
     "a text for scores": (dict(keep=4, by={"gate": torch.rand(E)}, calibration=X), ValueError, "omit gates and calib"),
-    "too few": (dict(keep=1, by="random"), ValueError, "1 of 8 experts to 'gate': keep from 2"),
-    "too many": (dict(keep=9, by="random"), ValueError, "cannot leave 9 of 8"),
+    "too few": (dict(keep=1, by="random"), ValueError, "1 of 8 experts of 'gate'; keep at least 2"),
+    "too many": (dict(keep=9, by="random"), ValueError, "cannot keep 9 of 8"),
     "no number of experts": (dict(keep=2.5, by="random"), ValueError, "keep must be an integer"),
-    "an id that is none": (dict(by={"gate": [0, 8]}), ValueError, r"different ids below 8, got \[0, 8\]"),
-    "no ids": (dict(by={"gate": []}), ValueError, "different ids below 8"),
-    "something else": (dict(by={"gate": object()}), TypeError, "different ids below 8"),
-    "few scores": (dict(keep=2, by={"gate": torch.rand(7)}), ValueError, r"scores \(8,\)"),
+    "an id that is none": (dict(by={"gate": [0, 8]}), ValueError, r"distinct ids below 8, but got \[0, 8\]"),
+    "no ids": (dict(by={"gate": []}), ValueError, "distinct ids below 8"),
+    "something else": (dict(by={"gate": object()}), TypeError, "distinct ids below 8"),
+    "few scores": (dict(keep=2, by={"gate": torch.rand(7)}), ValueError, r"scores of shape \(8,\)"),
     "no scores": (dict(keep=2, by={"gate": torch.full((8,), torch.nan)}), ValueError, "finite floating-point scores"),
     "scores alone": (dict(by={"gate": torch.rand(8)}), ValueError, "scores require keep="),
     "two numbers": (dict(keep=3, by={"gate": [0, 1]}), ValueError, "keep=3, but by"),
-    "no such gate": (dict(by={"router": [0, 1]}), ValueError, "no gate of the model: there are 'gate'"),
+    "no such gate": (dict(by={"router": [0, 1]}), ValueError, "not a gate of the model; its gates are 'gate'"),
     "gates twice": (dict(by={"gate": [0, 1]}, gates=["gate"]), ValueError, "omit gates and calib"),
     "a module": (dict(by={nn.Linear(1, 1): [0, 1]}), ValueError, "by already maps names of gates"),
 }
@@ -256,7 +256,7 @@ def test_groups_keep_equally_many():
     def build() -> MoE:
         return make_layer(TopKGating(D, E, 2, num_groups=2, top_groups=1, group_score="best"))
 
-    with pytest.raises(ValueError, match=r"equally many .* groups, got \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"equally many experts per group, but got \[3, 1\]"):
         prune(build(), by={"gate": [0, 1, 2, 7]})
     with pytest.raises(ValueError, match=r"num_groups=2 must keep equally many"):
         prune(build(), 5, "random")
@@ -307,7 +307,7 @@ def find_shares() -> TopKGating:
 
 
 UNSUPPORTED = {
-    "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): it is not known what"),
+    "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): pruning does not know which"),
     "own": (lambda: MoE(D, gate=OwnGate(D, E)), r"'gate' \(OwnGate\)"),
     "function": (lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)), "score=.*sigmoid"),
     "always": (lambda: MoE(D, gate=TopKGating(D, E, 3, select=AlwaysChosen(1))), "select=AlwaysChosen"),
@@ -322,7 +322,7 @@ UNSUPPORTED = {
         lambda: MoE(D, gate=TopKGating(D, E), experts=ZeroComputationExperts(Experts(D, 7), num_identity=1)),
         "its experts are ZeroComputationExperts",
     ),
-    "shared": (make_shared, "'0.gate': something else holds its experts"),
+    "shared": (make_shared, "'0.gate', because another module shares its experts"),
     "parametrized": (lambda: MoE(D, gate=TopKGating(D, E), experts=make_normed()), r"also hold parametrizations\.w1"),
     "not ours": (lambda: make_stock("Mixtral"), r"mlp.gate' \(MixtralTopKRouter\)"),
 }

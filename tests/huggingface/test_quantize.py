@@ -222,7 +222,8 @@ def test_rejects_adapter_operations_on_quantized_experts(bits):
     before = {name: value.clone() for name, value in small.state_dict().items()}
     for refused in (small.merge_adapter, small.merge_and_unload):
         with pytest.raises(
-            ValueError, match=rf"can be merged where w2 is in {bits} bits: .* load them into the model that"
+            ValueError,
+            match=rf"cannot be merged, because w2 is quantized to {bits} bits; .* load them into the model that",
         ):
             refused()
     experts = small.base_model.model.model.layers[0].mlp.moe.experts

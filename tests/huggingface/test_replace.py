@@ -219,11 +219,11 @@ def test_gates_whose_weights_add_up(gate):
         (dict(gate=lambda d, e: TopKGating(d, e, capacity_factor_eval=1.5)), "capacity_factor_eval=1.5 drops choices"),
         (
             dict(gate=lambda d, e: TopPGating(d, e, 3)),
-            "TopPGating assigns .* do not have a constant sum .it ranges from",
+            "TopPGating assigns .* do not have a constant sum .from",
         ),
         (
             dict(gate=lambda d, e: TopPGating(d, e, 1, p=0.01)),
-            "TopPGating assigns .* do not have a constant sum .it ranges from",
+            "TopPGating assigns .* do not have a constant sum .from",
         ),
         (
             dict(gate=lambda d, e: ReLUGating(d, e, 2, mean_choices=1)),
@@ -231,10 +231,10 @@ def test_gates_whose_weights_add_up(gate):
         ),
         (dict(gate=lambda d, e: HashGating(d, e, 1, num_ids=64)), "HashGating assigns .* do not have a constant sum"),
         (dict(gate=SparseMixerGating), "SparseMixerGating assigns .* do not have a constant sum"),
-        (dict(gate=lambda d, e: TopKGating(d, e, eps=1.0)), "do not have a constant sum .it ranges from"),
+        (dict(gate=lambda d, e: TopKGating(d, e, eps=1.0)), "do not have a constant sum .from"),
         (
             dict(gate=lambda d, e: CustomGate(d, e, normalize=False)),
-            "CustomGate assigns .* do not have a constant sum .it ranges from",
+            "CustomGate assigns .* do not have a constant sum .from",
         ),
         (dict(gate=ExpertChoiceGating), "tokens choose"),
         (dict(k=3, granularity=2), "do not have a constant sum"),

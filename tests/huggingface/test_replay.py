@@ -207,7 +207,7 @@ def test_all_blocks_weigh_by_their_own_rule(name):
 @pytest.mark.parametrize("name", sorted(OTHERS))
 def test_rejects_blocks_without_topk(name):
     model = BlockInModel(make_block(name))
-    with pytest.raises(TypeError, match=r"does not choose its . of 8 experts by torch\.topk"), record_routing(model):
+    with pytest.raises(TypeError, match=r"does not choose its . of 8 experts with torch\.topk"), record_routing(model):
         model(torch.randn(2, 7, 16))
 
 

@@ -279,7 +279,11 @@ def test_transformers_and_peft_read_factors_of_each_expert(tmp_path):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (dict(), dict(layout="3d"), "layout must be 'peft', 'per_expert', 'mixture_of_experts', got '3d'"),
+        (
+            dict(),
+            dict(layout="3d"),
+            "expected layout to be one of 'peft', 'per_expert', 'mixture_of_experts', but got '3d'",
+        ),
         (dict(), dict(adapter="other"), "there is no adapter 'other'; pass adapter= as one of default"),
         (
             dict(targets=[]),

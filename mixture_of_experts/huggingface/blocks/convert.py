@@ -92,7 +92,7 @@ def describe_computation(moe: MoE) -> dict[str, str]:
         "the gate is": type(gate).__name__,
         **{f"the gate has {name}": repr(find_attribute(gate, name)) for name in COMPARED_ATTRIBUTES},
         "the experts have the activation": repr(find_attribute(parts[-1], "act")),
-        "the experts are": " around ".join(type(part).__name__ for part in parts),
+        "the experts are": " wrapping ".join(type(part).__name__ for part in parts),
         **{f"{name} has shape": str(tuple(tensor.shape)) for name, tensor in weights.items()},
     }
 
@@ -120,6 +120,6 @@ def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> P
             if getattr(holder, attribute, None):
                 raise ValueError(
                     f"{name} has {attribute}={getattr(holder, attribute)}, which also perturbs the inputs of its "
-                    "experts, and no gate does that; set it to 0"
+                    "experts; no gate supports this, so set it to 0"
                 )
     return ParsedBlock(block, recipe, balance_over, **coefs)

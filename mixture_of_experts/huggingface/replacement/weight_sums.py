@@ -45,10 +45,10 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
     total = totals.mean().item()
     if not total > 0 or (totals / total - 1).abs().max() > 1e-3:
         raise ValueError(
-            f"the weights that {type(gate).__name__} assigns to a token's experts do not have a constant sum (it "
-            f"ranges from {totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}; use a gate that normalizes "
+            f"the weights that {type(gate).__name__} assigns to a token's experts do not have a constant sum (from "
+            f"{totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}; use a gate that normalizes "
             "them and, in eval, drops none at random (TopKGating with normalize=True, Top2Gating with "
-            "second_policy_eval='all') and, with granularity, makes a multiple of granularity choices, "
+            "second_policy_eval='all'), with a number of choices that is a multiple of the granularity, "
             f"{others}"
         )
     return total
