@@ -305,7 +305,7 @@ MODELS: dict[str, Recipe] = {
         ),
         gate=dict(k=1, normalize=False, expert_bias=True),
         gate_class=DepthAveragedGating,
-        zero=1,  # in the published weights
+        zero=1,  # as in the published weights
         layer=dict(loss_coef=0.0),  # only the bias balances the experts, section II-A
         published=PublishedModel("ZAYA1-8B", 16, 0.76, 8.4),
     ),

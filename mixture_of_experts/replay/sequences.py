@@ -188,9 +188,9 @@ class SequenceWatch(ForwardWatch):
         if missing or not call.choices:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
-                f"hooks saw a forward pass that ran {what}; if a part of the model was compiled and called before, its "
-                "graph has no hooks, so call torch.compiler.reset() first, or enter the context before the first "
-                "compiled call"
+                f"hooks saw a forward pass that ran {what}. If a part of the model was compiled and called before, its "
+                "graph has no hooks; call torch.compiler.reset() first, or enter the context before the first compiled "
+                "call"
             )
         keys = self.reader.get_cached_keys(call.cache)
         self.last_cache = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)

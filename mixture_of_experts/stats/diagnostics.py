@@ -62,7 +62,7 @@ def diagnose_gate(
             "factor or group_size"
         )
     max_requested, mean = late.requested.max(), late.requested.to(torch.float64).mean()
-    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # with few choices, more than chance explains
+    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # more than chance explains with few choices
         yield (
             f": expert {format_expert_names(late.requested == max_requested)[0]} was requested "
             f"{max_requested / mean:.1f} times a balanced load "

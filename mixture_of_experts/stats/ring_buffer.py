@@ -134,7 +134,7 @@ class GateRingBuffer:
             self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
             self.numbers: Tensor = torch.full(
                 (size, 2), INVALID_FORWARD, dtype=torch.int64
-            )  # each row's step and forward
+            )  # step and forward number of each row
             self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # current step number and forward number
             self.num_written: Tensor = torch.zeros(1, dtype=torch.int64)
         self.counter.buffers.append(self)

@@ -166,7 +166,7 @@ def every_choice(trial: Trial) -> Deviations:
     reached = torch.stack(
         [find_reached_weights(trial.step(token, loss_from="output")) for token in alone]
     ).float()  # (t, w)
-    # (w) how many tokens choose the expert that owns these weights, as all tokens that reach them chose it
+    # (w): how many tokens choose the expert of these weights, which all tokens that reach the weights chose
     choosing = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf).amin(dim=-1)
     own = choosing.isfinite() & reached.any(dim=0)
     if not own.any():

@@ -77,8 +77,8 @@ def from_transformers(
     Raises:
         TypeError: `block` is not a module.
         ValueError: the block is unknown, has jitter (which in `transformers` also perturbs the experts' inputs), is a
-            wrapper, or has PEFT adapters. For a model, this holds for any of its blocks, or its weights are quantized;
-            the model is unchanged in this case.
+            wrapper, or has PEFT adapters. For a model, any of its blocks has such a problem, or its weights are
+            quantized; the model is unchanged in this case.
 
     Example:
         >>> import torch
@@ -99,7 +99,7 @@ def from_transformers(
     replace_blocks(block, dict.fromkeys(find_sparse_blocks(block), settings))
     if loss_coef is not None:
         override_router_coef(block)
-    block.name_or_path = block.config.name_or_path  # the source of these weights
+    block.name_or_path = block.config.name_or_path  # records the source of these weights
     return block
 
 

@@ -68,7 +68,7 @@ def fast_lora(model: ModelT) -> ModelT:
     if missing := find_missed_targets(model):
         raise ValueError(
             f"{type(model).__name__} has no adapters for {', '.join(missing)} of target_parameters, because PEFT "
-            "skipped it; if experts are quantized, let PEFT prepare the model within weights_shown(model), otherwise "
+            "skipped them; if experts are quantized, let PEFT prepare the model within weights_shown(model), otherwise "
             "check the names"
         )
     if not found:

@@ -37,12 +37,12 @@ class StockAdapter:
     """An adapter of a stock model. Scaling factors are part of the updates."""
 
     model: Any  # the stock model, on the meta device
-    linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, by path
-    #: updates of w1, w3 and w2, `(e, in, k)` and `(e, k, out)`, by path of the experts
+    linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
+    #: updates of w1, w3 and w2, `(e, in, k)` and `(e, k, out)`, keyed by path of the experts
     experts: dict[str, dict[str, LowRankUpdate]] = field(default_factory=dict)
-    whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # state of trained modules, by path
+    whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # state of trained modules, keyed by path
 
-    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # by path of the experts
+    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # keyed by path of the experts
 
     def first_weight(self, path: str) -> str:
         """Return the name of the experts' weight that holds w1, and also w3 if there is a w3, given their path."""

@@ -42,7 +42,7 @@ class ParamWrapper(layer.ParamWrapper):
     """PEFT's wrapper with a fast forward; PEFT expects this class name. PEFT's own forward handles unsupported cases,
     except for quantized experts, which raise an error because they have no weight that PEFT could add to."""
 
-    passes_factors = True  # to the experts when computing outputs; read by `quantize_experts`
+    passes_factors = True  # to the experts when computing outputs, for `quantize_experts`
 
     def get_param(self) -> Tensor:
         experts = self.get_base_layer()

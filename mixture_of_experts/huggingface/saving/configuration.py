@@ -63,7 +63,7 @@ class ExpertsConfigMixin:
         if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # its file would lack the layers
             raise ValueError(
                 f"a model with experts that is quantized ({type(self.quantization_config).__name__}) cannot be saved; "
-                "save the model before quantizing it, and save only adapters of this one"
+                "save the model before quantizing it, and only adapters afterwards"
             )
         layers = read_layer_entries(self)
         if any("block" in layer and UNSTACKED_FORM in layer.get("forms", {}).values() for layer in layers):

@@ -74,8 +74,8 @@ def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[st
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return the weights in the files of a folder, keyed by name, each read from the file that the index assigns to it.
 
-    As in `transformers`, an index is ignored if the weights are in a single file. Weights are views of the files, of
-    which only the used parts are read.
+    As in `transformers`, an index is ignored if the weights are in a single file. Weights are views of the files,
+    so only the parts that are used are read.
     """
     index, weight_map, weights = folder / INDEX_FILE, None, {}
     if index.exists() and not (folder / ONE_FILE).exists():
