@@ -142,7 +142,7 @@ def test_rejects_gates_without_loss(make_inputs):
     with collect_aux(alone, gates=["0.gate"]):
         pass
     model = nn.Sequential(OutputOnly(DIM, 4))
-    with collect_aux(model), pytest.raises(TypeError, match="OutputOnly must return"):
+    with collect_aux(model), pytest.raises(TypeError, match="expected OutputOnly to return"):
         model(make_inputs)
 
 

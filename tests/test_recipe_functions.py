@@ -262,7 +262,7 @@ def test_arguments_of_the_layer_pass_through():
     assert recipes.mixtral(16, 8, experts=experts, gate=ExpertChoiceGating(16, 8)).loss_coef == 0.02 / 32
     with pytest.raises(TypeError, match=r"TopKGating has an argument 'top_k'; .* balance_over, .* k, "):
         recipes.mixtral(16, 8, top_k=4)
-    with pytest.raises(TypeError, match=r"Top2Gating has an argument 'k': .* second_policy_train"):
+    with pytest.raises(TypeError, match=r"Top2Gating has an argument 'k'; .* second_policy_train"):
         recipes.gshard(16, 8, k=2)
     with pytest.raises(TypeError, match=r"expected recipe to be a Recipe, .*got 'mixtral'"):
         recipes.build("mixtral", 16, 8)

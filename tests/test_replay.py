@@ -284,9 +284,9 @@ def test_rejects_mismatched_weights():
         ),
         ({"gate": []}, ValueError, "expected weights to have the shapes"),
         ({"other": [weight]}, ValueError, "expected weights to have the shapes"),
-        ([weight], TypeError, "weights must be a dict"),
-        ({"gate": None}, ValueError, r"weights\['gate'\] must be a list of dense tensors"),
-        ({"gate": weight.tolist()}, ValueError, r"weights\['gate'\] must be a list of dense tensors"),
+        ([weight], TypeError, "expected weights to be a dict"),
+        ({"gate": None}, ValueError, r"expected weights\['gate'\] to be a list of dense tensors"),
+        ({"gate": weight.tolist()}, ValueError, r"expected weights\['gate'\] to be a list of dense tensors"),
     ):
         with pytest.raises(error, match=said):
             RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
@@ -495,10 +495,10 @@ def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
         ({"weight": torch.zeros(2)}, "it has no 'format'"),
         ({"format": "other"}, "its format is 'other', but should be"),
         *(({name: of[name] for name in of if name != gone}, f"it has no '{gone}'") for gone in of),
-        (of | {"experts": {"gate": [ROW.float()]}}, "must be a list of dense tensors of integers"),
+        (of | {"experts": {"gate": [ROW.float()]}}, "to be a list of dense tensors of integers"),
         (of | {"weights": {"gate": [ROW[:1].float()]}}, "expected weights to have the shapes"),
-        (of | {"experts": {"gate": [ROW.to_sparse()]}}, "must be a list of dense tensors of integers"),
-        (of | {"experts": {"gate": [ROW.to("meta")]}}, "must be a list of dense tensors of integers"),
+        (of | {"experts": {"gate": [ROW.to_sparse()]}}, "to be a list of dense tensors of integers"),
+        (of | {"experts": {"gate": [ROW.to("meta")]}}, "to be a list of dense tensors of integers"),
         (of | {"num_experts": {"gate": "x"}}, r"num_experts\['gate'\] must be an integer of at least 1, got 'x'"),
         (flip_bit(path, torch.tensor([[41, 42], [43, 44]])), "the checksum of .* is wrong"),
         (nn.Linear(2, 2), ""),  # which weights_only does not build
@@ -648,7 +648,7 @@ def test_weights_of_engines():
     assert not torch.allclose(free[0], out[0], atol=1e-2)
     with pytest.raises(ValueError, match=r"shapes .*\(4, 2\), \(4, 2\)\]} of the choices, but got .*\[\(4, 2\)\]}"):
         RoutingRecords.from_requests(experts, weights=weights[:1])
-    with pytest.raises(ValueError, match=r"weights\['0'\] must be a list of dense tensors of floating point"):
+    with pytest.raises(ValueError, match=r"expected weights\['0'\] to be a list of dense tensors of floating point"):
         RoutingRecords.from_requests(experts, weights=experts)
 
 

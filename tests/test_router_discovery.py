@@ -174,7 +174,7 @@ def test_unforceable_gates_raise_and_change_nothing():
     assert gates[0].moe.gate.forced is None
     with force_routing(gates, gates=["0.moe.gate"]):
         assert gates[0].moe.gate.forced == "balanced"
-    with pytest.raises(ValueError, match=r"has 'gate', .*there are '0\.moe\.gate', "):
+    with pytest.raises(ValueError, match=r"contains 'gate', .*its gates are '0\.moe\.gate', "):
         force_routing(gates, gates=["gate"]).__enter__()
     with pytest.raises(ValueError, match=r"contains this Linear, which is not a gate"):
         force_routing(gates, gates=[nn.Linear(1, 1)]).__enter__()

@@ -18,7 +18,7 @@ from .test_block_conversion import build_model as build_stock
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
     pytest.mark.filterwarnings(
-        "ignore:the routers in .* were drawn in memory:UserWarning"
+        "ignore:the routers in .* were initialized in memory:UserWarning"
     ),  # see test_adapter_checkpoints.py
 ]
 

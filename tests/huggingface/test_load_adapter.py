@@ -21,7 +21,7 @@ from mixture_of_experts.huggingface.model_watch import MODEL_WATCH_HOOK
 from .test_block_conversion import build_model
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*drawn in memory:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*initialized in memory:UserWarning"),
     pytest.mark.filterwarnings("ignore:target_parameters=.* no parameter was matched:RuntimeWarning"),
 ]
 OURS = ["experts.w1", "experts.w3", "experts.w2"]

@@ -365,7 +365,7 @@ def test_rejects_unconvertible_models():
     with pytest.raises(ValueError, match=r"scale 2.0, but the block has 1.0"):
         to_transformers(model)
     assert len(find_feed_forwards(model)) == 2
-    with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that was a block"):
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that replaced a block"):
         to_transformers(build_model("Mixtral"))
     with pytest.raises(ValueError, match=r"expected a transformers model, .* but got a MoE; pass block="):
         to_transformers(layer.moe)

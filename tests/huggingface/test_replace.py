@@ -321,8 +321,8 @@ class Packed(nn.Module):
 def test_rejects_unreadable_networks():
     for name, kind, error, says in (
         ("llama", Rounded, ValueError, "model.layers.1.mlp is not a feed-forward network of tokens alone"),
-        ("llama", Packed, TypeError, "up_proj of LlamaMLP is Packed, not nn.Linear"),
-        ("opt", Rounded, TypeError, "fc1 of OPTDecoderLayer is Rounded, not nn.Linear"),
+        ("llama", Packed, TypeError, "expected up_proj of LlamaMLP to be an nn.Linear, but it is a Packed"),
+        ("opt", Rounded, TypeError, "expected fc1 of OPTDecoderLayer to be an nn.Linear, but it is a Rounded"),
     ):
         model = ARCHITECTURES[name].build()
         part = model.model.layers[1].mlp if name == "llama" else model.model.decoder.layers[1]

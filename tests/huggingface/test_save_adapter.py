@@ -32,7 +32,7 @@ from .test_block_conversion import build_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
-    pytest.mark.filterwarnings("ignore:.*drawn in memory:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*initialized in memory:UserWarning"),
 ]
 TOKENS = torch.arange(3, 27).view(2, 12)
 OURS = ["experts.w1", "experts.w3", "experts.w2"]
@@ -314,6 +314,8 @@ def test_other_models_and_adapters(tmp_path):
     with pytest.raises(ValueError, match="only LoRA adapters can be saved, but the adapter 'default' is IA3"):
         save_adapter(model, tmp_path)
     model = get_peft_model(make_upcycled(shared_expert=16), make_lora(target_modules=["shared_expert.up_proj"]))
-    with pytest.raises(ValueError, match=r"shared_expert.up_proj has an adapter, but Qwen2MoeForCausalLM has no equal"):
+    with pytest.raises(
+        ValueError, match=r"shared_expert.up_proj has an adapter, but Qwen2MoeForCausalLM has no equivalent"
+    ):
         save_adapter(model, tmp_path)
     assert not [*tmp_path.iterdir()]

@@ -177,7 +177,7 @@ def test_function_set_later_is_reported(tmp_path):
     """In a warning when it is saved. What a run sets is not told."""
     model = make_model("block")
     find_feed_forwards(model)[0].moe.gate.score = torch.sigmoid
-    with pytest.warns(UserWarning, match=r"cannot tell moe.gate.score of model.layers.0.mlp"):
+    with pytest.warns(UserWarning, match=r"cannot describe moe.gate.score of model.layers.0.mlp"):
         model.save_pretrained(tmp_path)
     model = make_model("network")
     before = read_config_file(model, tmp_path)
