@@ -33,7 +33,8 @@ def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
 
 
 class ArgumentsReader(TokensReader):
-    """Reads the tokens of a forward pass from the arguments of `model`, using the parameter names of its `forward`."""
+    """A reader that takes the tokens of a forward pass from the arguments of `model`, by the parameter names of its
+    `forward`."""
 
     argument_names: ClassVar[tuple[str, ...]] = (
         "attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values",

@@ -141,12 +141,12 @@ def find_padding_source(model: nn.Module, name: str) -> nn.Module:
 
 
 class ModelWatch(ForwardWatch):
-    """Provides the tokens of each forward pass to a model's feed-forward networks and collects their losses. Copying
-    the model copies the watch.
+    """A watch that provides the tokens of each forward pass to a model's feed-forward networks and collects their
+    losses. Copying the model copies the watch.
 
     Args:
         around: the watched module.
-        last: stores the call of the last outermost forward.
+        last: the storage for the call of the last outermost forward pass.
     """
 
     reads: bool = False  # whether it reads the tokens; otherwise an enclosing model does
@@ -313,7 +313,7 @@ def wrap_checkpointing(model: nn.Module) -> None:
 
 
 class CheckpointWithCall:
-    """Wraps the checkpointing function of one layer, so that everything it runs, including recomputations, sees the
+    """A wrapper of one layer's checkpointing function, so that everything it runs, including recomputations, sees the
     calls that are active now.
 
     Compiled models have a graph break here, because a graph cannot hold the calls.

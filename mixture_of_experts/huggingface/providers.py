@@ -27,7 +27,7 @@ TOKENWISE_CLASSES = (
 
 
 class TransformersProvider(Provider):
-    """Describes sparse blocks and models of `transformers`."""
+    """A provider that describes sparse blocks and models of `transformers`."""
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
         recipe = find_recipe(block)
@@ -53,7 +53,7 @@ class TransformersProvider(Provider):
 
 
 class PeftProvider(Provider):
-    """Describes PEFT's wrappers of modules."""
+    """A provider that describes PEFT's wrappers of modules."""
 
     gate_remedy: str | None = "PEFT can train a router only with modules_to_save=['gate']"
 

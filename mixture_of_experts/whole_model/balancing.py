@@ -121,7 +121,7 @@ def balance_experts(
 
 
 class ExpertBalancing(OptimizerStepHook):
-    """Updates the bias of a model's gates after each step of an optimizer. Returned by `balance_experts`.
+    """The object returned by `balance_experts`, which updates the bias of a model's gates after each optimizer step.
 
     Attributes:
         gates: the names of the gates.
@@ -148,7 +148,7 @@ class ExpertBalancing(OptimizerStepHook):
 
 
 class GateBiasUpdater:
-    """Updates the bias of a gate of this package, which counts according to `rule` until `hooks` are closed.
+    """A bias updater for a gate of this package, which counts according to `rule` until `hooks` are closed.
 
     If a gate has several updaters, only the newest one changes the bias. When it is closed, the newest remaining one
     takes over.
@@ -185,8 +185,8 @@ def find_rank_local_buffers(model: nn.Module) -> set[str]:
 
 
 class ExternalBiasUpdater:
-    """Updates the bias of a router of another library, on which a hook counts until `hooks` are closed. If a router has
-    several updaters, all of them count, but only the newest one changes the bias."""
+    """A bias updater for a router of another library, on which a hook counts until `hooks` are closed. If a
+    router has several updaters, all of them count, but only the newest one changes the bias."""
 
     def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:
         self.router = router

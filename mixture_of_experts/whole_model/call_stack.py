@@ -131,7 +131,7 @@ def is_on_stack(frame: FrameType) -> bool:
 
 
 class ForwardWatch:
-    """Reports when a forward pass of a module begins and how it ends.
+    """A base class that reports when a forward pass of a module begins and how it ends.
 
     Hooks on the module begin a call, which `current_call(watch)` returns until it ends. A module that was compiled with
     its hooks does the same in its graph. A call ends with `on_success`, or with `on_failure` if the forward pass raised

@@ -21,7 +21,7 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 
 class OptimizerStepHook(ExitStack):
-    """Runs an update after each step of an optimizer, until `close()` or the end of a `with` block.
+    """A base class that runs an update after each step of an optimizer, until `close()` or the end of a `with` block.
 
     Subclasses implement `after_step`, and call `start` once all arguments are checked.
 

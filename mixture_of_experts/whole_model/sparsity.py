@@ -78,7 +78,8 @@ def control_sparsity(
 
 
 class SparsityControl(OptimizerStepHook):
-    """Updates `l1_coef` of a model's ReLU routers after each step of an optimizer. Returned by `control_sparsity`.
+    """The object returned by `control_sparsity`, which updates `l1_coef` of a model's ReLU routers after each optimizer
+    step.
 
     Attributes:
         gates: the names of the gates.

@@ -24,7 +24,7 @@ NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names 
 
 
 class AdaptedFFN:
-    """Computes tokens like `routed_ffn`, using a network whose weights have low-rank parts."""
+    """A callable that computes tokens like `routed_ffn`, using a network whose weights have low-rank parts."""
 
     def __init__(self, factors: Mapping[str, LowRankFactors]) -> None:
         self.factors = factors

@@ -44,7 +44,7 @@ def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwor
 
 
 class LayerReader(ArgumentsReader):
-    """Reads from the arguments of a torch layer which of its tokens are real."""
+    """A reader that determines from the arguments of a torch layer which of its tokens are real."""
 
     argument_names: ClassVar[tuple[str, ...]] = ("src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask")
 

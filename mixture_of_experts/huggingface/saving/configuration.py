@@ -33,7 +33,8 @@ UNSTACKED_FORM = {"class": "UnstackedExperts"}  # one of the forms of experts
 
 
 class ExpertsConfig(PreTrainedConfig):
-    """Reads the saved configuration of a model with experts, and returns the configuration of the dense model."""
+    """A configuration that reads the saved one of a model with experts, and returns the configuration of the dense
+    model."""
 
     model_type = MODEL_TYPE
 

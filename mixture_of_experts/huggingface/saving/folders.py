@@ -239,7 +239,8 @@ def make_empty_model(config: Any) -> Any:
 
 
 class ShardWriter:
-    """Writes weights to files, each as soon as it is full. Errors name the target, to which the folder is renamed."""
+    """A writer of weights to files, each as soon as it is full. Errors name the target, to which the folder is
+    renamed."""
 
     folder: Path
     max_size: int
