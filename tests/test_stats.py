@@ -447,7 +447,7 @@ def test_the_remedy_is_what_balances_the_gate():
     with track_routing(moe) as stats:
         moe(torch.randn(2, 256, DIM))
     dropped, requested = stats.summary().splitlines()[-2:]
-    assert dropped.endswith("raise the rate of balance_experts, the capacity factor or group_size")
+    assert dropped.endswith("Increase the rate of balance_experts, the capacity factor or group_size")
     assert requested.endswith("update its expert bias with balance_experts, or increase the rate if you already do")
     assert "loss_coef" not in stats.summary()
 

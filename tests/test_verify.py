@@ -143,7 +143,7 @@ def test_a_failure_that_a_kind_of_layer_implies_is_called_expected():
     report = verify(MoE(8, gate=ExpertChoiceGating(8, 4)), properties=["causal", "decoding", "batch"])
     assert report.expected == report.failed == ["causal", "decoding"]
     assert "2 fail, 2 of them as expected" in str(report)
-    assert "expected: in expert choice all tokens of a group compete" in str(report)
+    assert "expected: in expert choice, all tokens of a group compete" in str(report)
     assert json.loads(report.to_json())["expected"] == report.expected
     assert verify(make_faulty_layer(FAULTS[0]), properties=["padding"], **DESCRIPTION).expected == []
     assert not verify(MoE(8, gate=TopKGating(8, 4)), properties=["causal"]).findings["causal"].expected
