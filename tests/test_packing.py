@@ -440,7 +440,7 @@ def test_records_of_packed_rows_are_those_of_the_padded_batch(factor, masked):
     torch.testing.assert_close(documents.pack(padded), out, atol=1e-12, rtol=0)
     with (
         replay_routing(other, records),
-        pytest.raises(ValueError, match=rf"of 2 sequences .* have {len(documents.places)}"),
+        pytest.raises(ValueError, match=rf"has 2 sequences .* have {len(documents.places)}"),
     ):
         other(x, mask, segment_ids=ids * 0)
 

@@ -26,7 +26,7 @@ pytestmark = [
     # peft and trl use names that transformers deprecates
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings(
-        "ignore:the routers in .* were drawn in memory:UserWarning"
+        "ignore:the routers in .* were initialized in memory:UserWarning"
     ),  # see test_adapter_checkpoints.py
 ]
 
