@@ -25,7 +25,9 @@ def run_python(engine: str, *words: str | Path) -> None:
     """Run a script by the Python of an engine; RuntimeError with its output if it fails."""
     environment = find_environment(engine)
     assert environment is not None
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    # vLLM in one process: a second one would import everything again
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    variables |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     command = [str(environment / "bin" / "python"), *map(str, words)]
     done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     if done.returncode:
