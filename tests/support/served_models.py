@@ -195,11 +195,10 @@ UNUSUAL: Mapping[str, tuple[Callable[[], Any], set[str]]] = {
 def run_transformers(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
     """What engines are compared with: all log-probabilities, the greedy tokens, and how far the second choice was."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None  # with `min_new_tokens` instead, that token could not be chosen
     answers = []
     for prompt in prompts:
-        tokens = torch.tensor([prompt])
-        settings: Any = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
-        greedy = model.generate(tokens, **settings)
+        greedy = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
         logits = model(greedy).logits[0].log_softmax(-1)
         best = logits[len(prompt) - 1 : -1].topk(2).values
         answers.append(
