@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.inference_engines import FOLDERS, ask, convert_to_gguf, find_environment, quantize_gguf
+from support.inference_engines import FOLDERS, ask, convert_to_gguf, find_environment, run_documented_conversion
 from support.pretrained import SMOLLM2, find_folder
 
 transformers = pytest.importorskip("transformers", reason="it asks for Python 3.11")
@@ -97,16 +97,15 @@ def test_engines_compute_the_same(served: Served, engine: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("engine", [ENGINES[2]])
-@pytest.mark.parametrize(("kind", "limit"), [("Q8_0", 0.5), ("Q4_1", 5.0)])
-def test_quantized_files_run(served: Served, engine: str, kind: str, limit: float, tmp_path: Path):
-    """Rounded to 8 and 4 bits: every kind of folder has sizes that the quantizer takes."""
-    whole, quantized = find_model(engine, served.folder), tmp_path / "quantized.gguf"
-    quantize_gguf(whole, quantized, kind)
-    assert quantized.stat().st_size < 0.45 * whole.stat().st_size
-    largest, _ = measure(engine, quantized, served.expected, tmp_path)
-    print(f"\n| {served.name} | {engine}, {kind} | {largest:.1e} |")
-    if engine not in served.warning:
-        assert largest < limit
+def test_documented_conversion_to_gguf(served: Served, engine: str, tmp_path: Path):
+    """Every kind of folder has names and sizes that the converter and the quantizer take."""
+    converted, quantized = run_documented_conversion(served.folder, tmp_path)
+    assert quantized.stat().st_size < 0.6 * converted.stat().st_size
+    for kind, file, limit in (("bfloat16", converted, 0.5), ("Q4_K_M", quantized, 5.0)):
+        largest, _ = measure(engine, file, served.expected, tmp_path)
+        print(f"\n| {served.name} | {engine}, {kind} | {largest:.1e} |")
+        if engine not in served.warning:
+            assert largest < limit
 
 
 @pytest.mark.parametrize("engine", ENGINES[:3])
