@@ -25,7 +25,7 @@ ENGINES = {  # by the folder of its environment: the versions that docs/publishe
     ],
     "mlx-lm": ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2"],
 }
-LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source distribution contains that of llama.cpp
+LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source distribution includes the source of llama.cpp
 BUILD = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_OPENSSL=OFF"]
 BUILD += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP")]
 
@@ -65,7 +65,7 @@ def contracts(session: nox.Session) -> None:
 @nox.session(python="3.11")
 @nox.parametrize("engine", list(ENGINES), ids=list(ENGINES))
 def engines(session: nox.Session, engine: str) -> None:
-    """Saved models in an inference engine, in an environment of its own. vLLM wants torch's wheels for CPUs."""
+    """Saved models in an inference engine, which has its own environment. vLLM needs torch's wheels for CPUs."""
     install(session, ".[test]")
     folder = Path(session.create_tmp()).resolve() / "engines"
     install_engine(session, engine, folder / engine)
@@ -77,7 +77,7 @@ def engines(session: nox.Session, engine: str) -> None:
 
 
 def install_engine(session: nox.Session, engine: str, environment: Path) -> None:
-    """Make the environment; that of llama.cpp also has its source, with the converter, and the quantizer."""
+    """Create the environment of an engine. For llama.cpp, it includes the converter and a compiled quantizer."""
     programs = environment / "bin"
     session.run("python", "-m", "venv", "--clear", str(environment))
     session.run(str(programs / "pip"), "install", "--quiet", *ENGINES[engine], external=True)

@@ -98,7 +98,7 @@ def test_engines_compute_the_same(served: Served, engine: str, tmp_path: Path):
 
 @pytest.mark.parametrize("engine", [ENGINES[2]])
 def test_documented_conversion_to_gguf(served: Served, engine: str, tmp_path: Path):
-    """Every kind of folder has names and sizes that the converter and the quantizer take."""
+    """The converter and the quantizer accept the names and sizes of every kind of folder."""
     converted, quantized = run_documented_conversion(served.folder, tmp_path)
     assert quantized.stat().st_size < 0.6 * converted.stat().st_size
     for kind, file, limit in (("bfloat16", converted, 0.5), ("Q4_K_M", quantized, 5.0)):

@@ -1,4 +1,4 @@
-"""The environments of inference engines, which `nox -s engines` makes: each engine has a Python of its own."""
+"""Runs inference engines in the environments that `nox -s engines` creates: each engine has its own Python."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_command(engine: str, *words: str | Path, cwd: Path | None = None) -> Non
     """Run a command in the environment of an engine; RuntimeError with its output if it fails."""
     environment = find_environment(engine)
     assert environment is not None
-    # vLLM in one process: a second one would import everything again
+    # by default vLLM starts a second process, which imports everything again
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     variables |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "PATH": f"{environment / 'bin'}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -54,18 +54,18 @@ def ask(engine: str, model: Path, prompts: Sequence[list[int]], new_tokens: int,
 
 
 def convert_to_gguf(folder: Path, target: Path) -> None:
-    """By llama.cpp's own converter, in float32."""
+    """Convert a folder to float32 with llama.cpp's converter."""
     converter = find_source() / "convert_hf_to_gguf.py"
     run_command("llama.cpp", "python", converter, folder, "--outtype", "f32", "--outfile", target)
 
 
 def run_documented_conversion(folder: Path, work: Path) -> tuple[Path, Path]:
-    """The files that the documented commands make of a folder, converted and quantized by llama.cpp's own programs."""
+    """Convert and quantize a folder with the documented commands, and return both files."""
     blocks = (
         block for page in DOCS.rglob("*.md") for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S)
     )
     (block,) = (block for block in blocks if "convert_hf_to_gguf.py" in block)
-    commands = [line for line in block.splitlines() if not line.startswith("llama-server")]  # it does not end
+    commands = [line for line in block.splitlines() if not line.startswith("llama-server")]  # the server never ends
     (work / "merged").symlink_to(folder)
     (work / "llama.cpp").symlink_to(find_source())
     run_command("llama.cpp", "bash", "-euxc", "\n".join(commands), cwd=work)

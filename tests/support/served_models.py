@@ -195,7 +195,7 @@ UNUSUAL: Mapping[str, tuple[Callable[[], Any], set[str]]] = {
 def run_transformers(folder: Path, prompts: list[list[int]], new_tokens: int) -> list[dict[str, Any]]:
     """What engines are compared with: all log-probabilities, the greedy tokens, and how far the second choice was."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # with `min_new_tokens` instead, that token could not be chosen
+    model.generation_config.eos_token_id = None  # `min_new_tokens` would mask it, and engines may choose it
     answers = []
     for prompt in prompts:
         greedy = model.generate(torch.tensor([prompt]), max_new_tokens=new_tokens, do_sample=False)
