@@ -72,7 +72,7 @@ def run_llama_cpp(model: str, prompts: Sequence[list[int]], new_tokens: int, cac
     from cyllama.llama.llama_cpp import LlamaBatch, LlamaContext, LlamaContextParams, LlamaModel  # pyright: ignore[reportMissingImports]
 
     params = LlamaContextParams()
-    params.n_ctx, params.n_threads, params.n_threads_batch = 256, 2, 2
+    params.n_ctx, params.n_threads, params.n_threads_batch = 256, 1, 1  # idle threads of its pool spin
     params.type_k = params.type_v = cache_type
     params.flash_attn_type = 0  # its kernels round keys and values to float16
 
