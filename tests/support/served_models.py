@@ -187,7 +187,11 @@ UNUSUAL: Mapping[str, tuple[Callable[[], Any], set[str]]] = {
     ),
     "Mixtral with a sliding window": (lambda: make_unusual("Mistral", sliding_window=4), {"llama.cpp", "mlx-lm"}),
     "Mixtral with GELU": (lambda: make_unusual("Llama", hidden_act="gelu"), {"vLLM", "llama.cpp", "mlx-lm"}),
-    "Qwen3-MoE with GELU": (lambda: make_unusual("Qwen3", hidden_act="gelu"), {"llama.cpp", "mlx-lm"}),
+    "Qwen3-MoE with GELU": (lambda: make_unusual("Qwen3", hidden_act="gelu"), {"vLLM", "llama.cpp", "mlx-lm"}),
+    "Qwen2-MoE with GELU": (
+        lambda: make_unusual("Qwen2", router=UNNORMALIZED, hidden_act="gelu"),
+        {"llama.cpp", "mlx-lm"},
+    ),
 }
 
 
