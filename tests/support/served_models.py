@@ -112,6 +112,7 @@ def make_merged() -> Any:
     model = make_upcycled()
     experts = ["experts.w1", "experts.w3", "experts.w2"]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=experts))
+    torch.manual_seed(2)  # with 0, the second and third expert of a token nearly tie, and a float16 cache swaps them
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.005)
