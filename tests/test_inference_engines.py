@@ -101,7 +101,7 @@ def test_documented_conversion_to_gguf(served: Served, engine: str, tmp_path: Pa
     """The converter and the quantizer accept the names and sizes of every kind of folder."""
     converted, quantized = run_documented_conversion(served.folder, tmp_path)
     assert quantized.stat().st_size < 0.6 * converted.stat().st_size
-    for kind, file, limit in (("bfloat16", converted, 0.5), ("Q4_K_M", quantized, 5.0)):
+    for kind, file, limit in (("bfloat16", converted, 1.0), ("Q4_K_M", quantized, 5.0)):
         largest, _ = measure(engine, file, served.expected, tmp_path)
         print(f"\n| {served.name} | {engine}, {kind} | {largest:.1e} |")
         if engine not in served.warning:
