@@ -204,7 +204,7 @@ def test_a_shared_expert_is_checked_whenever_it_is_set(kind):
     for shared in (None, nn.Linear(8, 8)):
         moe = kind(8, shared_expert=shared)
         for wrong in (nn.Linear, nn.ModuleList([nn.Linear(8, 8)]), "linear"):
-            with pytest.raises(TypeError, match=r"shared_expert must be a module .*make an instance"):
+            with pytest.raises(TypeError, match=r"shared_expert must be a module .*Instantiate the class"):
                 moe.shared_expert = wrong
             assert moe.shared_expert is shared
         moe.shared_expert = nn.Identity()
@@ -219,9 +219,9 @@ def test_rejects_parts_of_other_size(kind):
     name = "gate_inner" if two else "gate"
     outer = (2,) if two else ()
     before = getattr(moe, name)
-    with pytest.raises(ValueError, match=rf"{name} has num_experts=3, the layer num_experts=4"):
+    with pytest.raises(ValueError, match=rf"{name} has num_experts=3, but the layer has num_experts=4"):
         setattr(moe, name, TopKGating(8, 3, outer_expert_dims=outer))
-    with pytest.raises(ValueError, match=r"experts has num_experts="):
+    with pytest.raises(ValueError, match=r"experts have num_experts="):
         moe.experts = Experts(8, (2, 3) if two else 3)
     assert getattr(moe, name) is before
     gate, experts = TopKGating(8, 4, outer_expert_dims=outer), Experts(8, (2, 4) if two else 4, hidden_dim=5)

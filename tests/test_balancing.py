@@ -248,7 +248,7 @@ def test_accumulated_counts_warn(monkeypatch):
     with torch.no_grad():  # no training
         gate(make_tokens(0))
     train(4)
-    with pytest.warns(UserWarning, match=r"bias in 5 training forwards.* balance_experts\("):
+    with pytest.warns(UserWarning, match=r"bias was not updated in 5 training forwards.* balance_experts\("):
         train(1)
     train(6)  # it warns once
     frozen = TopKGating(DIM, EXPERTS, expert_bias=True).requires_grad_(False)
@@ -274,7 +274,7 @@ def test_a_bias_that_stays_is_reported_within_a_hundred_optimizer_steps(made, mi
     for _ in range(2 * STEPS):  # no optimizer step
         gate(make_tokens(0)).weight.sum().backward()
     train(STEPS - 1)
-    with pytest.warns(UserWarning, match=rf"bias in {STEPS} optimizer steps.* balance_experts\("):
+    with pytest.warns(UserWarning, match=rf"bias was not updated in {STEPS} optimizer steps.* balance_experts\("):
         train(100 - (STEPS - 1))
     train(STEPS + 1)  # it warns once
 

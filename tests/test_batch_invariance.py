@@ -187,7 +187,7 @@ def test_a_size_is_sampled_in_inference_mode():
 @pytest.mark.parametrize("name", DRAWS)
 def test_routers_that_draw_in_training_keep_the_bits_in_eval(name):
     layer = MoE(32, gate=DRAWS[name](), experts=Experts(32, 8, 16))
-    with ops.use("batch_invariant"), pytest.raises(ValueError, match=r"batch_invariant.*training: call eval\(\)"):
+    with ops.use("batch_invariant"), pytest.raises(ValueError, match=r"batch_invariant.*training; call eval\(\)"):
         layer(torch.randn(1, 3, 32))
     nn.init.normal_(layer.gate.w_gating)
     assert other_bits(layer.eval()) == 0
@@ -255,7 +255,7 @@ UNSUPPORTED = {
     "InputWeightedExperts": lambda: MoE(32, gate=TopKGating(32, 4), experts=InputWeightedExperts(Experts(32, 4))),
     "ModuleList|ExpertList": lambda: MoE(32, gate=TopKGating(32, 4), experts=[nn.Linear(32, 32) for _ in range(4)]),
     "8 bits": lambda: quantize_experts(MoE(64, gate=TopKGating(64, 4)).requires_grad_(False)),
-    "logits come from a Linear: take RouterLogits": gated_by(logits=nn.Linear(32, 4)),
+    "logits are computed by Linear; use RouterLogits": gated_by(logits=nn.Linear(32, 4)),
     "logits of DepthAveragedGating": gated_by(DepthAveragedGating, state_dim=8, logits=RouterLogits(8, 4)),
     "score is <.*unknown function": gated_by(score=lambda logits: logits.sigmoid()),
     "normalize is <.*unknown function": gated_by(normalize=lambda weight: weight / weight.max()),

@@ -408,13 +408,13 @@ def test_rejects_wrong_providers_and_settings(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(TypeError, match="provider must be an instance of a subclass of Provider, got <class"):
         register_provider("acme", AcmeProvider)  # type: ignore[arg-type]
     assert providers.REGISTERED_PROVIDERS == {}
-    with pytest.raises(TypeError, match=r"ExternalRouter has no setting 'top_k': there are path, num_experts, k, ret"):
+    with pytest.raises(TypeError, match=r"ExternalRouter has no setting 'top_k'; available settings are path"):
         ExternalRouter("router", num_experts=E, k=K, top_k=2)
     for wrong in (dict(score="tanh"), dict(returns=("logits", "indices"))):
         with pytest.raises(ValueError, match=rf"score must be one of .* got .*{next(iter(wrong))}="):
             ExternalRouter("router", num_experts=E, k=K, **wrong)
     for wrong in (dict(returns=("weights", "experts")), dict(returns=("probs",), score="sigmoid")):
-        with pytest.raises(ValueError, match="returns must have 'logits', or 'probs' of a softmax"):
+        with pytest.raises(ValueError, match="returns must contain 'logits', or 'probs' with score='softmax'"):
             ExternalRouter("router", num_experts=E, k=K, **wrong)
     assert {*providers.ROUTER_SCORES} == {*SCORES}
 
@@ -432,7 +432,7 @@ def test_bundled_providers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPat
     with record_routing(moe) as records:
         moe(torch.randn(B, N, D))
     assert records.layers == ("gate",)
-    with pytest.raises(ImportError, match=r"modules of transformers and peft, cannot be imported: .*extra 'hf'"):
+    with pytest.raises(ImportError, match=r"cannot import .* modules of transformers and peft; .*extra 'hf'"):
         track_routing(Stock(moe)).__enter__()
 
 

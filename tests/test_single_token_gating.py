@@ -163,7 +163,7 @@ def test_custom_gate_decides():
     gate = make_gate()
     gate.logits, gate.w_gating = nn.Linear(DIM, E), None
     with torch.no_grad():
-        assert "Linear makes the logits" in unsupported_reason(gate, x)
+        assert "Linear computes the logits" in unsupported_reason(gate, x)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def swizzle_program(program, blocks_m, blocks_n):
 
 @triton.jit
 def locate_tile(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
-    """What a program computes: some rows of an expert (-1: none) and a block of columns.
+    """Return what a program computes: some rows of an expert (-1: none) and a block of columns.
 
     Returns the expert, its first row here, the rows from there on, which of them exist (for the others the first row is
     read), and the index of the block.
@@ -462,7 +462,7 @@ def bias_grads_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum each expert's rows of y; 0 for an expert without rows."""
+    """Return the sum each expert's rows of y; 0 for an expert without rows."""
     blocks = tl.cdiv(N, BLOCK_N)
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     begin, end = load_row_range(ends, expert)
@@ -496,7 +496,7 @@ def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
 
 @triton.jit
 def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Sum some rows of `(r, blocks)`; 0 for rows that do not exist."""
+    """Return the sum some rows of `(r, blocks)`; 0 for rows that do not exist."""
     acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
     for start in range(0, blocks, BLOCKS):
         part = start + tl.arange(0, BLOCKS)
@@ -520,7 +520,7 @@ def sum_rows_kernel(
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK: tl.constexpr,
 ):
-    """Sum each token's rows, in float32 and in order, and write the gradients of their weights."""
+    """Return the sum each token's rows, in float32 and in order, and write the gradients of their weights."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if rows is not None:

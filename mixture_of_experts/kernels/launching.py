@@ -26,15 +26,15 @@ _SELF_CHECKS: list[SelfCheck] = []  # all instances
 
 
 def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
-    """The compute capability for which kernels on a card are scheduled: one with the same instructions and no more
-    shared memory. None for a card that the kernels do not support."""
+    """Return the compute capability for which kernels on a card are scheduled: one with the same instructions and no
+    more shared memory. None for a card that the kernels do not support."""
     if capability[0] == 8:
         return (8, 0) if capability[1] in (0, 7) else (8, 6)
     return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(capability[0])
 
 
 def device_unsupported_reason(device: torch.device) -> str | None:
-    """Why kernels cannot run on a device; None if they can."""
+    """Return why kernels cannot run on a device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
@@ -47,7 +47,7 @@ def device_unsupported_reason(device: torch.device) -> str | None:
 
 
 def can_launch_kernels(device: torch.device) -> bool:
-    """Whether routers may launch kernels on a device.
+    """Return whether routers may launch kernels on a device.
 
     They may where kernels run: on a GPU, unless another implementation is requested; on a CPU, if "triton" is
     requested. A traced graph uses torch's operators, which compilers fuse.
@@ -157,6 +157,6 @@ def clear_out_of_memory_verdicts() -> None:
 
 
 def is_capturing_graph(device: torch.device) -> bool:
-    """Whether the current stream of a CUDA device is being captured into a graph."""
+    """Return whether the current stream of a CUDA device is being captured into a graph."""
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

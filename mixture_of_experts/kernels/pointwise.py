@@ -54,7 +54,7 @@ def activation_grad(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def apply_gated_activation(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The hidden layer of gated experts."""
+    """Return the hidden layer of gated experts."""
     if ACTIVATION == "clamped_swiglu":
         h = tl.where(h > LIMIT, LIMIT, h)
         u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
@@ -66,7 +66,7 @@ def apply_gated_activation(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, 
 
 @triton.jit
 def gated_activation_grads(h, u, g, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The gradients of h and u."""
+    """Return the gradients of h and u."""
     if ACTIVATION == "clamped_swiglu":
         inner_h, inner_u = h <= LIMIT, (u <= LIMIT) & (u >= -LIMIT)
         h = tl.where(h > LIMIT, LIMIT, h)

@@ -213,7 +213,7 @@ def _(logits, *settings):
 
 
 def get_launch_sizes(num_experts: int) -> tuple[int, int, int]:
-    """Tokens that a program has at once, all its tokens, and the smallest power of 2 that holds the experts."""
+    """Return tokens that a program has at once, all its tokens, and the smallest power of 2 that holds the experts."""
     block = triton.next_power_of_2(num_experts)
     rows = min(MAX_NUMEL_AT_ONCE // block, MAX_TOKENS_AT_ONCE)
     return rows, max(rows, MIN_TOKENS_PER_PROGRAM), block

@@ -36,7 +36,7 @@ def top_k_kernel(
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK_E: tl.constexpr,
 ):
-    """A program computes one group, token by token. NaN ranks above all scores, as in torch's sorting."""
+    """Return a program computes one group, token by token. NaN ranks above all scores, as in torch's sorting."""
     group, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, WIDTH)
     exists = column < num_experts
     load = tl.zeros((BLOCK_E,), tl.float32)

@@ -23,19 +23,20 @@ def take_local_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def gather_parts(part: Tensor, size: int, mesh: DeviceMesh) -> Tensor:
-    """The first `size` rows or slots of all ranks' parts; in the backward every rank takes its part of the gradient."""
+    """Return the first `size` rows or slots of all ranks' parts; in the backward every rank takes its part of the
+    gradient."""
     return DTensor.from_local(part, mesh, [Shard(part.ndim - 2)], run_check=False).full_tensor()[..., :size, :]
 
 
 def count_local_part(counts: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
-    """The number of rows of each expert `(e,)` in this rank's part, which is `length` rows long."""
+    """Return the number of rows of each expert `(e,)` in this rank's part, which is `length` rows long."""
     begin = mesh.get_local_rank() * length
     ends = counts.cumsum(0).clamp(begin, begin + length)
     return ends.diff(prepend=ends.new_full((1,), begin))
 
 
 def fingerprint_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The fingerprint of a rank's batch, two integers: which ranks share it, and a checksum of the counts."""
+    """Return the fingerprint of a rank's batch, two integers: which ranks share it, and a checksum of the counts."""
     first = dist.get_process_group_ranks(mesh.get_group())[0]
     factors = torch.arange(1, len(counts) + 1, device=counts.device) ** 3 % 1000003
     return torch.stack([counts.new_tensor(first + 1), (counts * factors).sum()])

@@ -165,7 +165,8 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: 
 
 
 def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The order that brings rows from rank-major to expert-major, and its inverse, by counts `received` `(p, l)`."""
+    """Return the order that brings rows from rank-major to expert-major, and its inverse, by counts `received` `(p,
+    l)`."""
     expert = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
     order = expert.repeat_interleave(received.flatten(), output_size=num_rows).argsort(stable=True)
     index = torch.arange(num_rows, device=order.device)

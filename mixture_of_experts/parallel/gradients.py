@@ -20,7 +20,7 @@ from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters, by name, of which every rank has a different part. DDP must ignore them."""
+    """Return the parameters, by name, of which every rank has a different part. DDP must ignore them."""
     own = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -31,7 +31,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters, by name, except `expert_parameters`: whole on every rank, or sharded by FSDP2."""
+    """Return all parameters, by name, except `expert_parameters`: whole on every rank, or sharded by FSDP2."""
     own = expert_parameters(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 

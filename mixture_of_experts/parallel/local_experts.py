@@ -76,8 +76,8 @@ def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
 
 
 def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The tensors that a module holds for this rank's experts: the table that contains each, its name there, and the
-    local shard."""
+    """Yield the tensors that a module holds for this rank's experts: the table that contains each, its name there, and
+    the local shard."""
     dims, local_dims = sharding.expert_dims, sharding.local_dims
     for path, module in experts.named_modules():
         for table in (module._parameters, module._buffers):

@@ -67,7 +67,8 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
 
 
 def find_matching_submodules(module: nn.Module, key: str) -> dict[nn.Module, str]:
-    """The submodules that match a key of a plan, each once, with its name; every part of the key may have wildcards."""
+    """Return the submodules that match a key of a plan, each once, with its name; every part of the key may have
+    wildcards."""
     found: dict[nn.Module, str] = {}
     for name, submodule in module.named_modules(remove_duplicate=False):
         if fnmatch(name, key) and name.count(".") == key.count(".") and (name or not key):

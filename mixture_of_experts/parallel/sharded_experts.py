@@ -71,8 +71,8 @@ class ShardedExperts(nn.Module):
         return exchange_slots(x, dims, self._compute, sharding.channel, self.training, sharding.static_shapes)
 
     def _dtype_of_tokens(self, x: Tensor) -> torch.dtype:
-        """The dtype in which tokens x and results are exchanged: that in which stacked experts multiply, which halves
-        the bytes under autocast. The output dtype of other experts may differ between ranks."""
+        """Return the dtype in which tokens x and results are exchanged: that in which stacked experts multiply, which
+        halves the bytes under autocast. The output dtype of other experts may differ between ranks."""
         return get_operand_dtype(x.device.type, self.w2.dtype) if isinstance(self, StackedExperts) else x.dtype
 
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class ExpertParallel(ParallelStyle):
         self.replicated: frozenset[str] = frozenset([replicated] if isinstance(replicated, str) else replicated)
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
-        """How the experts of a layer will be sharded, without changing the layer; raises if they cannot be sharded."""
+        """Return how the experts of a layer will be sharded, without changing the layer; raises if they cannot be
+        sharded."""
         dims, experts = check_layer(module, mesh)
         stacked = find_sharded_names(experts, dims, self.replicated)
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
@@ -94,7 +95,7 @@ class ExpertParallel(ParallelStyle):
 
 
 def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
-    """The process group, from a process group, a 1-D mesh, or None."""
+    """Return the process group, from a process group, a 1-D mesh, or None."""
     if isinstance(group, DeviceMesh):
         check_mesh(group)
         return group.get_group()
@@ -111,7 +112,8 @@ def check_mesh(mesh: DeviceMesh) -> None:
 
 
 def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], nn.Module]:
-    """The layer's number of experts as a tuple, and the experts; raises if they cannot be sharded over the mesh."""
+    """Return the layer's number of experts as a tuple, and the experts; raises if they cannot be sharded over the
+    mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
             f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: let the plan's key name "
@@ -143,7 +145,8 @@ def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
 
 
 def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
-    """The path and the module of the experts to shard: for latent experts the inner ones, which get narrow tokens."""
+    """Return the path and the module of the experts to shard: for latent experts the inner ones, which get narrow
+    tokens."""
     path, experts = "experts", layer.get_submodule("experts")
     while getattr(experts, "works_on", None) == "tokens":
         path, experts = f"{path}.experts", experts.get_submodule("experts")
@@ -162,7 +165,7 @@ def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[
 
 
 def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
-    """The names of parameters and buffers that are stacks over experts: their first sizes are `dims`."""
+    """Return the names of parameters and buffers that are stacks over experts: their first sizes are `dims`."""
     parameters = dict(experts.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(experts.named_buffers(remove_duplicate=False))}
     if unknown := set(replicated) - tensors.keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -190,7 +191,7 @@ def build(
         gate = make_gate(recipe, d, e + sum(spare), changes, factory)
     else:
         reject_unused_arguments("gate", changes)
-    act = (lambda: make_recipe_activation(recipe)) if activation is None else activation
+    act = partial(make_recipe_activation, recipe) if activation is None else activation  # one for each network
     if experts is None:
         experts = _make_experts(recipe, d, e, h, spare, latent_dim, act, factory)
     else:

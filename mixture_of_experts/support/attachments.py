@@ -113,7 +113,7 @@ class DetachedState:
         return {name: value for name, value in state.items() if value is not MISSING}
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
-        """The `__deepcopy__` of a module whose class has one."""
+        """Return the `__deepcopy__` of a module whose class has one."""
         shadow = memo.get(id(self))
         if shadow is None:
             shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive

@@ -109,7 +109,8 @@ def raise_not_invariant(name: str, reason: str) -> None:
 
 
 def variant_reason(module: nn.Module) -> str | None:
-    """Why the bits of a gate's or experts' results, wrapped or not, may depend on the batch; None if they do not."""
+    """Return why the bits of a gate's or experts' results, wrapped or not, may depend on the batch; None if they do
+    not."""
     inner: Any = unwrap_module(module)
     if not callable(getattr(inner, "variant_reason", None)):
         return f"{type(inner).__name__} is an unknown module: take one of this package"
@@ -119,8 +120,8 @@ def variant_reason(module: nn.Module) -> str | None:
 
 
 def find_overridden_attribute(module: nn.Module) -> str | None:
-    """The attribute with which a class outside of this package, or the module itself, changes a class of the package;
-    None if there is none."""
+    """Return the attribute with which a class outside of this package, or the module itself, changes a class of the
+    package; None if there is none."""
     kinds = get_original_class(module).__mro__
     ours = next(kind for kind in kinds if is_package_class(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
@@ -129,7 +130,8 @@ def find_overridden_attribute(module: nn.Module) -> str | None:
 
 
 def not_tokenwise_reason(module: nn.Module) -> str | None:
-    """Why a module may not map each token independently, with bits that blocks preserve; None if all its parts do."""
+    """Return why a module may not map each token independently, with bits that blocks preserve; None if all its parts
+    do."""
     for part in module.modules():
         kind = get_original_class(part)
         known = kind in TOKENWISE_MODULES or vars(kind).get("by_token")
@@ -145,7 +147,7 @@ def not_tokenwise_reason(module: nn.Module) -> str | None:
 
 
 def get_layout(tensor: Tensor) -> OperandLayout:
-    """The layout of a matrix or a vector; for a stack of matrices that of the first two."""
+    """Return the layout of a matrix or a vector; for a stack of matrices that of the first two."""
     stack = [min(2, n) for n in tensor.shape[:-2]]
     return OperandLayout(tensor.dtype, (*stack, *tensor.shape[len(stack) :]), tensor.stride())
 
@@ -153,8 +155,9 @@ def get_layout(tensor: Tensor) -> OperandLayout:
 def find_block_rows(
     compute: SampledFunction, sizes: Sequence[int], *operands: Tensor | None, dtype: torch.dtype | None = None
 ) -> int:
-    """The smallest of `BLOCK_SIZES` for which `compute` preserves the bits of a row x `(..., p)` in `dtype`, by default
-    that of the first operand, with these operands; `sizes` are p and q. Raises RuntimeError if there is none."""
+    """Return the smallest of `BLOCK_SIZES` for which `compute` preserves the bits of a row x `(..., p)` in `dtype`, by
+    default that of the first operand, with these operands; `sizes` are p and q. Raises RuntimeError if there is
+    none."""
     p, q = sizes
     layouts = tuple([None if operand is None else get_layout(operand) for operand in operands])
     narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -252,7 +255,7 @@ def is_bitwise_equal(
     start: int,
     before: int,
 ) -> bool:
-    """Whether rows have the same bits as in `whole`, when stored in memory with other rows before them."""
+    """Return whether rows have the same bits as in `whole`, when stored in memory with other rows before them."""
     some = slice(start, start + number)
     rows, grads = (copy_at_offset(part[..., some, :], before * part.shape[-1]) for part in (x, y))
     results = zip(compute(rows, grads, *operands), whole, strict=True)
@@ -260,13 +263,14 @@ def is_bitwise_equal(
 
 
 def copy_at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """A contiguous copy that starts at an offset in its memory, where vectors may not be aligned."""
+    """Return a contiguous copy that starts at an offset in its memory, where vectors may not be aligned."""
     memory = tensor.new_empty(offset + tensor.numel())
     return memory[offset:].view(tensor.shape).copy_(tensor)
 
 
 def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """A `SampledFunction` for a differentiable function: its result without and with grad, and the gradient of x."""
+    """Return a `SampledFunction` for a differentiable function: its result without and with grad, and the gradient of
+    x."""
     alone = function(x)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -276,19 +280,19 @@ def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Te
 
 
 def compute_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The `SampledFunction` of `nn.Linear`."""
+    """Return the `SampledFunction` of `nn.Linear`."""
     return compute_with_gradient(lambda x: F.linear(x, weight, bias), x, y)
 
 
 def round_up_to_vectors(size: int, *widths: int) -> int:
-    """The smallest multiple of `size`, a power of two up to 64, for which this many rows of any of these widths fill
-    whole vectors. It divides `MAX_ROWS`."""
+    """Return the smallest multiple of `size`, a power of two up to 64, for which this many rows of any of these widths
+    fill whole vectors. It divides `MAX_ROWS`."""
     return max([size * VECTOR_NUMEL // math.gcd(VECTOR_NUMEL, size * width) for width in widths], default=size)
 
 
 def find_max_rows(block: int, width: int) -> int:
-    """The maximum number of rows `(r, width)` that an elementwise function may get at a time, a multiple of `block`.
-    Raises ValueError if one block is too large."""
+    """Return the maximum number of rows `(r, width)` that an elementwise function may get at a time, a multiple of
+    `block`. Raises ValueError if one block is too large."""
     if torch.get_num_threads() == 1:
         return block << 40
     if block * width >= GRAIN_SIZE:

@@ -16,25 +16,25 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def check_size(name: str, value: object) -> int:
-    """A whole number of at least 1."""
+    """Return a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}: give the number itself")
     return int(value)  # the value may be a numpy integer
 
 
 def check_optional_size(name: str, value: object) -> int | None:
-    """A whole number of at least 1, or None."""
+    """Return a whole number of at least 1, or None."""
     return None if value is None else check_size(name, value)
 
 
 def check_sizes(name: str, value: object) -> tuple[int, ...]:
-    """One size or a tuple of sizes; returns a tuple."""
+    """Return one size or a tuple of sizes; returns a tuple."""
     sizes = value if isinstance(value, tuple | list) else (value,)
     return tuple(check_size(name, size) for size in sizes)
 
 
 def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
-    """One of the allowed words."""
+    """Return one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -43,7 +43,7 @@ def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
 def check_number(
     name: str, value: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None
 ) -> float:
-    """A finite number, optionally bounded."""
+    """Return a finite number, optionally bounded."""
     bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
     bound += "" if below is None else f" and below {below}"
     good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -64,14 +64,14 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_dtype(name: str, value: Any) -> torch.dtype | None:
-    """A floating dtype, or None."""
+    """Return a floating dtype, or None."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise TypeError(f"{name} must be a floating torch.dtype such as torch.float32, or None, got {value!r}")
     return value
 
 
 def check_model(name: str, value: Any) -> nn.Module:
-    """A module."""
+    """Return a module."""
     if not isinstance(value, nn.Module):
         got = " ".join(repr(value).split())
         raise TypeError(f"{name} must be a model (an nn.Module), got {got:.99}: build or load it first")
@@ -79,7 +79,7 @@ def check_model(name: str, value: Any) -> nn.Module:
 
 
 def check_process_group(name: str, value: Any) -> Any:
-    """A process group or None."""
+    """Return a process group or None."""
     if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
         raise TypeError(
             f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None, got {value!r}: for a "
@@ -89,7 +89,8 @@ def check_process_group(name: str, value: Any) -> Any:
 
 
 def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str, float]:
-    """A dict of coefficients by name, without the names in `dedicated`, whose coefficients have their own arguments."""
+    """Return a dict of coefficients by name, without the names in `dedicated`, whose coefficients have their own
+    arguments."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
     for key in value:
@@ -99,7 +100,7 @@ def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str
 
 
 def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
-    """A floating tensor (..., n, dim)."""
+    """Return a floating tensor (..., n, dim)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (..., n, {dim}), got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
@@ -136,7 +137,7 @@ def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None
 
 
 def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
-    """A boolean tensor with one entry for each token."""
+    """Return a boolean tensor with one entry for each token."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
@@ -148,7 +149,7 @@ def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
 
 
 def check_importance(importance: Tensor, shape: torch.Size) -> None:
-    """A floating tensor with one entry for each token."""
+    """Return a floating tensor with one entry for each token."""
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
         raise TypeError(f"importance must be a floating point tensor of values 0, 0.5 or 1, got {kind}")
@@ -157,7 +158,7 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
 
 
 def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
-    """An integer tensor of token counts, one for each group."""
+    """Return an integer tensor of token counts, one for each group."""
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
             f"length must be integers of shape {tuple(shape)}, the tokens of each group, got {lengths.dtype} of shape "
@@ -167,14 +168,14 @@ def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_result(name: str, result: Any, shape: tuple[int, ...], remedy: str = "") -> Tensor:
-    """The result of a module: a tensor of this shape."""
+    """Return the result of a module: a tensor of this shape."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
     raise ValueError(f"{name} must return the shape {tuple(shape)}, got {describe_shape(result)}{remedy}")
 
 
 def describe_shape(result: Any) -> str:
-    """The shape of a tensor, or the type of anything else, for an error."""
+    """Return the shape of a tensor, or the type of anything else, for an error."""
     if isinstance(result, Tensor):
         return str(tuple(result.shape))
     remedy = " (put a MoE, which returns its loss too, into OutputOnly)"

@@ -27,7 +27,7 @@ _REQUEST_LOCK = threading.Lock()
 
 
 def requested_implementation() -> str:
-    """The name of the implementation that the user requests, or "auto"."""
+    """Return the name of the implementation that the user requests, or "auto"."""
     return _requested
 
 

@@ -30,7 +30,7 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def statically_known_true(condition: object) -> bool:
-    """Whether a condition on sizes is true for all dynamic lengths of a traced graph.
+    """Return whether a condition on sizes is true for all dynamic lengths of a traced graph.
 
     torch's function is imported only where a size may be a symbol: that takes most of a second.
     """
@@ -42,24 +42,26 @@ def statically_known_true(condition: object) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` traces. Not `torch.compiler.is_exporting()`: before 2.13 it is True in every graph."""
+    """Return whether `torch.export` traces. Not `torch.compiler.is_exporting()`: before 2.13 it is True in every
+    graph."""
     return torch.compiler._is_exporting_flag  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_in_transform() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. The values of its tensors
-    cannot be read."""
+    """Return whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. The values of its
+    tensors cannot be read."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_in_forward_mode() -> bool:
-    """Whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed, outside of a
-    traced graph. A `torch.autograd.Function` that only defines a backward raises then."""
+    """Return whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed, outside of
+    a traced graph. A `torch.autograd.Function` that only defines a backward raises then."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor may represent a batch of tensors: in a transform, or as gradients with `is_grads_batched`."""
+    """Return whether a tensor may represent a batch of tensors: in a transform, or as gradients with
+    `is_grads_batched`."""
     if torch.compiler.is_compiling():
         return False
     many = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -85,19 +87,19 @@ def unsafe_view(x: Tensor, shape: Any) -> Tensor:
 
 
 def is_fake_tensor(tensor: Tensor) -> bool:
-    """Whether the tensor is a fake tensor without data, as tracers and memory estimates use."""
+    """Return whether the tensor is a fake tensor without data, as tracers and memory estimates use."""
     from torch._subclasses import fake_tensor
 
     return fake_tensor.is_fake(tensor)
 
 
 def is_wrapper_subclass(tensor: Tensor) -> bool:
-    """Whether the tensor wraps other tensors, as a DTensor does."""
+    """Return whether the tensor wraps other tensors, as a DTensor does."""
     return _python_dispatch.is_traceable_wrapper_subclass(tensor)
 
 
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
-    """A context in which no mode, such as that of selective activation checkpointing, sees operators."""
+    """Return a context in which no mode, such as that of selective activation checkpointing, sees operators."""
     return _python_dispatch._disable_current_modes()
 
 
@@ -160,24 +162,24 @@ def assert_in_graph(condition: Tensor, message: str) -> None:
 
 
 def get_function_modes() -> list[Any]:
-    """The modes of torch functions that are entered in this thread; the last one sees a call first."""
+    """Return the modes of torch functions that are entered in this thread; the last one sees a call first."""
     return overrides._get_current_function_mode_stack()
 
 
 def are_saved_tensor_hooks_enabled() -> bool:
-    """Whether saved-tensor hooks may be set; where they are disabled, there are none."""
+    """Return whether saved-tensor hooks may be set; where they are disabled, there are none."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of `value` over the ranks of a process group, as an operator that graphs can contain."""
+    """Return the sum of `value` over the ranks of a process group, as an operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
     return wait_tensor(all_reduce(value, "sum", group))
 
 
 def find_process_group(name: str) -> dist.ProcessGroup | None:
-    """The process group with this name in this process; None if there is none."""
+    """Return the process group with this name in this process; None if there is none."""
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except (LookupError, RuntimeError, ValueError):
@@ -185,7 +187,7 @@ def find_process_group(name: str) -> dist.ProcessGroup | None:
 
 
 def get_backward_id() -> int:
-    """The number of the backward that runs in this thread; -1 if none runs."""
+    """Return the number of the backward that runs in this thread; -1 if none runs."""
     return torch._C._current_graph_task_id()
 
 
@@ -194,8 +196,8 @@ WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def get_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module that computes inside a wrapper of torch or of a library with a provider; None if the module is not a
-    wrapper."""
+    """Return the module that computes inside a wrapper of torch or of a library with a provider; None if the module is
+    not a wrapper."""
     children: Any = module._modules
     if not children:
         return None
@@ -206,14 +208,14 @@ def get_wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:
-    """The module without its wrappers."""
+    """Return the module without its wrappers."""
     while (inner := get_wrapped_module(module)) is not None:
         module = inner
     return module
 
 
 def get_original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before FSDP2 or parametrizations replaced it by a generated class."""
+    """Return the class of a module before FSDP2 or parametrizations replaced it by a generated class."""
     kind = type(module)
     while True:
         first, *rest = kind.__bases__
@@ -285,8 +287,8 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def replacement_problem(module: nn.Module) -> str | None:
-    """What would be lost if another module replaced this one, in words; None if nothing: `move_hooks` moves hooks on
-    its forward and backward."""
+    """Return what would be lost if another module replaced this one, in words; None if nothing: `move_hooks` moves
+    hooks on its forward and backward."""
     if any(getattr(module, table) for table in STATE_HOOKS):
         return "has hooks on its state dict, which are for the names and shapes of its weights: remove them before"
     if vars(module).get("_compiled_call_impl") is not None:
@@ -304,7 +306,7 @@ def set_first_hook(module: nn.Module, name: str, after: Callable[..., Any]) -> N
 
 
 def has_hooks(module: object) -> bool:
-    """Whether the module has hooks on its forward or backward."""
+    """Return whether the module has hooks on its forward or backward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind, None) for kind in kinds)
 
@@ -330,7 +332,7 @@ def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: T
 
 
 def unpack_rows(packed: Tensor) -> Tensor:
-    """The values `(n, q)` of an 8-bit table `(n, q + 8)` on a CPU, in float32."""
+    """Return the values `(n, q)` of an 8-bit table `(n, q + 8)` on a CPU, in float32."""
     return torch.ops.quantized.embedding_bag_byte_unpack(packed)
 
 
@@ -353,8 +355,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tenso
 
 @assume_constant_result
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Whether the CPU has native products of this dtype, so that torch computes them as fast as those of float32. CPUs
-    other than x86 are assumed to have all."""
+    """Return whether the CPU has native products of this dtype, so that torch computes them as fast as those of
+    float32. CPUs other than x86 are assumed to have all."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
         return True
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -371,8 +373,8 @@ def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def is_in_ddp() -> bool:
-    """Whether the forward of a `DistributedDataParallel` is running. A graph that calls this is retraced in another
-    one, because of the guard that `id` installs."""
+    """Return whether the forward of a `DistributedDataParallel` is running. A graph that calls this is retraced in
+    another one, because of the guard that `id` installs."""
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
     return ddp is not None and id(ddp) != 0
 

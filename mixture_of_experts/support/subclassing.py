@@ -18,7 +18,8 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def find_overridden(module: Any, base: type, names: Collection[str]) -> str | None:
-    """The first of `names` that a module or its class does not inherit from `base`; None if it inherits all of them.
+    """Return the first of `names` that a module or its class does not inherit from `base`; None if it inherits all of
+    them.
 
     Example:
         >>> class Base:
@@ -37,17 +38,18 @@ def find_overridden(module: Any, base: type, names: Collection[str]) -> str | No
 
 
 def find_declaring_class(kind: type, name: str) -> type:
-    """The class of this package from which a class gets its attribute `name`, whether or not it declares it anew."""
+    """Return the class of this package from which a class gets its attribute `name`, whether or not it declares it
+    anew."""
     return next(base for base in kind.__mro__ if name in base.__dict__ and is_package_class(base))
 
 
 def is_package_class(kind: type) -> bool:
-    """Whether this package defines a class."""
+    """Return whether this package defines a class."""
     return kind.__module__.partition(".")[0] == PACKAGE
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Whether a module's class belongs to this package, or is a subclass that computes the same as such a class.
+    """Return whether a module's class belongs to this package, or is a subclass that computes the same as such a class.
 
     Methods that every `nn.Module` has are ignored: FSDP2 overrides `_apply`, and hooks of other libraries set a
     `forward` on the module. Only a class with its own `forward` computes something else.
@@ -61,6 +63,6 @@ def is_unchanged(module: nn.Module) -> bool:
 
 @cache
 def list_members(kind: type) -> frozenset[str]:
-    """The names of the methods and properties that a class has and `nn.Module` does not have."""
+    """Return the names of the methods and properties that a class has and `nn.Module` does not have."""
     static = {name: inspect.getattr_static(kind, name) for name in set(dir(kind)) - set(dir(nn.Module))}
     return frozenset(name for name, found in static.items() if isinstance(found, FunctionType | property))

@@ -29,7 +29,7 @@ def symbolic_max(first: int, second: int) -> int:
 
 
 def is_exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export` traces. ONNX has neither a stable sort nor searchsorted."""
+    """Return whether `torch.onnx.export` traces. ONNX has neither a stable sort nor searchsorted."""
     return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
@@ -39,19 +39,20 @@ def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
 
 
 def is_host_readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read without a sync: it is on a CPU, outside of traces and transforms."""
+    """Return whether the values of a tensor can be read without a sync: it is on a CPU, outside of traces and
+    transforms."""
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read at all, possibly after waiting for a GPU."""
+    """Return whether the values of a tensor can be read at all, possibly after waiting for a GPU."""
     return not (torch.compiler.is_compiling() or is_in_transform() or tensor.is_meta)
 
 
 def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
-    """Whether a function of torch's activation checkpointing is on the stack, above the frame `within`."""
+    """Return whether a function of torch's activation checkpointing is on the stack, above the frame `within`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not within:
         if frame.f_code.co_filename == checkpoint.__file__:
@@ -67,6 +68,6 @@ def get_device_capability(device: torch.device) -> tuple[int, int]:
 
 
 def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast is off, so that operators keep the dtype of their operands."""
+    """Return a context in which autocast is off, so that operators keep the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -336,7 +336,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             with pytest.warns(UserWarning, match="off in this process"):
                 wrong = judge()
             assert wrong is not None, (name, fault)
-            described = {"raises": "they raise RuntimeError", "now and then": "between two equal"}
+            described = {"raises": "they raise RuntimeError", "now and then": "between two identical"}
             assert described.get(fault, "differ") in wrong
             patch.setattr(operators, "launch_kernel", launch)
             assert judge(0) == wrong  # nothing is asked again
@@ -767,7 +767,7 @@ def check_small_batches(name: str) -> None:
             for implementation in ("triton", "plain"):
                 torch.manual_seed(1)
                 with ops.use(implementation), torch.no_grad(), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+                    warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
                     results[implementation] = layer(x, mask=masked)
             torch.testing.assert_close(results["triton"], results["plain"], rtol=1e-4, atol=1e-5)
 

@@ -21,7 +21,7 @@ from mixture_of_experts.ops.cpu.chunked import ChunkLayout
 
 def run_network(layout: row_network.RowLayout, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
     """`ops.row_network.run_network`; the rows times each down follow the pre-activations."""
-    adapted = AdaptedLayout(layout)
+    adapted: Any = AdaptedLayout(layout)
     pre = row_network.run_network(adapted, x, network, save)
     return [*pre, *adapted.low_rank_activations.values()] if save else []
 

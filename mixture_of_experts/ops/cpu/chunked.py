@@ -41,18 +41,17 @@ class RowBlocking(NamedTuple):
     multiplied: int
 
 
-def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None = None) -> Tensor:
-    """Compute a call; return `(t, o)`. `row_functions` computes the rows: `ops.row_network`, or a module with the same
-    functions."""
+def run(call: Call, row_functions: row_network.RowFunctions = row_network, blocks: RowBlocking | None = None) -> Tensor:
+    """Compute a call; return `(t, o)`."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     permutation, chunks = permute_to_chunks(call.assignments, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
-    layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout  # without chunks there are no rows
+    make_layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout  # the latter for 0 rows
     pair = (
-        partial(row_network.forward_rows, layout, row_functions),
-        partial(row_network.backward_rows, layout, row_functions),
+        partial(row_network.forward_rows, make_layout, row_functions),
+        partial(row_network.backward_rows, make_layout, row_functions),
     )
     return autograd.run_differentiable(*pair, x, permutation, network)
 
@@ -81,11 +80,12 @@ def permute_to_chunks(
         chunks.extend(make_chunks(batches, max_rows))
         return torch.tensor(padded, device=needed.device), sum(padded)
 
-    return permute_with_padding(assignments, pad), chunks
+    permutation = permute_with_padding(assignments, pad)
+    return permutation, chunks
 
 
 class ChunkLayout(row_network.RowLayout):
-    """Rows in chunks of batches, with a product for each batch. Totals are stored for the rows of all chunks.
+    """Rows in chunks of batches, with a product for each batch. Outputs are stored for the rows of all chunks.
 
     Attributes:
         blocks: how many rows are computed at a time; None for all.
@@ -205,5 +205,7 @@ class ChunkLayout(row_network.RowLayout):
         )  # else `embedding_bag` prepares a backward
         row = permutation.row.view(weight.shape)
         if self.row_outputs.dtype != weight.dtype:
-            return sum_rows(self.row_outputs[:-1], weight, row, row, permutation.k, permutation.num_tokens)
+            return sum_rows(
+                self.row_outputs[:-1], weight, permutation.token, row, permutation.k, permutation.num_tokens
+            )
         return F.embedding_bag(row, self.row_outputs, per_sample_weights=weight, mode="sum")
