@@ -261,6 +261,8 @@ def test_the_command_warns(tmp_path):
         (dict(model_type="mixtral", hidden_act="gelu"), ["vLLM, llama.cpp and mlx-lm"]),
         (dict(model_type="qwen2_moe"), []),
         (dict(model_type="qwen2_moe", qkv_bias=False), ["vLLM"]),
+        (dict(model_type="qwen2_moe", hidden_act="gelu"), ["llama.cpp and mlx-lm"]),
+        (dict(model_type="qwen3_moe", norm_topk_prob=True, hidden_act="gelu"), ["vLLM, llama.cpp and mlx-lm"]),
         (dict(model_type="qwen3_moe", norm_topk_prob=True), []),
         (
             dict(model_type="qwen3_moe", norm_topk_prob=True, rope_parameters={"rope_type": "dynamic"}),
