@@ -170,10 +170,15 @@ def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None
 
 def find_places_in_runs(queue: Tensor) -> Tensor:
     """The place `(..., a)` of each assignment among those with the same number in `queue`."""
-    ordered, order = queue.sort(dim=-1, stable=True)
+    ordered, order = stable_sort(queue)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
-    starts = ordered != ordered.roll(1, dims=-1)  # wherever the first one starts, its index is 0
-    first = torch.where(starts, index, 0).cummax(dim=-1).values
+    starts = ordered != ordered.roll(1, dims=-1)  # False at index 0 if all are equal; the run's first index is 0 anyway
+    first = torch.where(starts, index, 0)
+    if is_exporting_to_onnx():  # no cummax there: look up the first index by the number of the run
+        run = starts.cumsum(dim=-1)
+        first = run.new_zeros(*run.shape[:-1], run.shape[-1] + 1).scatter(-1, run * starts, first).gather(-1, run)
+    else:
+        first = first.cummax(dim=-1).values
     return torch.empty_like(order).scatter(-1, order, index - first)
 
 
@@ -265,6 +270,14 @@ def _find_queue_fault(device: torch.device) -> str | None:
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:
     """Indices `(..., n)` that sort the last dimension; equal values keep their order."""
+    return stable_sort(values, descending)[1]
+
+
+def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """The values `(..., n)` in order of the last dimension, and the indices that sort them; equal values keep their
+    order."""
     if is_exporting_to_onnx():  # no stable sort there, but its TopK gives equal values lowest index first
-        return values.topk(values.shape[-1], dim=-1, largest=descending).indices
-    return values.sort(dim=-1, descending=descending, stable=True).indices
+        ordered, order = values.topk(values.shape[-1], dim=-1, largest=descending)
+    else:
+        ordered, order = values.sort(dim=-1, descending=descending, stable=True)
+    return ordered, order

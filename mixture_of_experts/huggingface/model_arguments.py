@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.providers import TokenMetadata, TokensReader
-from mixture_of_experts.support.private_torch import is_exporting
 from mixture_of_experts.support.tracing import is_host_readable
 
 
@@ -92,7 +91,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
     `seq_idx`, by the cumulative lengths of a single row, or by positions that do not increase by one. None with a mask
     or a cache, or if the values can be read and show that rows are not packed."""
     b, n = shape
-    if arguments.get("attention_mask") is not None or get_cache(arguments) is not None or is_exporting():
+    if arguments.get("attention_mask") is not None or get_cache(arguments) is not None:
         return None
     lengths, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     documents = arguments.get("seq_idx")
