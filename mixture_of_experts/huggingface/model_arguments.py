@@ -95,6 +95,8 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
         return None
     lengths, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     documents = arguments.get("seq_idx")
+    if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of text; the other three are coordinates in images and videos
     if documents is None and lengths is not None and b == 1:
         documents = torch.searchsorted(lengths, torch.arange(n, device=lengths.device), right=True).unsqueeze(0)
     elif documents is None and positions is not None and positions.ndim == 2:

@@ -96,6 +96,11 @@ def test_documents_are_found_as_attention_finds_them():
     assert read_token_metadata({**given, "position_ids": positions[:1]}).segment_ids.shape == (2, 6)
     one = {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 3, 5, 6], dtype=torch.int32)}
     assert read_token_metadata(one).segment_ids.tolist() == [[1, 1, 1, 2, 2, 3]]
+    with_grids = torch.cat([positions.unsqueeze(0), torch.zeros(3, 2, 6, dtype=torch.int64)])  # as Qwen3-VL takes them
+    assert read_token_metadata({**given, "position_ids": with_grids}).segment_ids.tolist() == [
+        [0, 0, 0, 1, 1, 2],
+        [0] * 6,
+    ]
     by_index = {"input_ids": ids[:1], "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2]])}
     assert read_token_metadata(by_index).segment_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
     for other in (
