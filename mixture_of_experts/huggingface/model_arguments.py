@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.providers import TokenMetadata, TokensReader
-from mixture_of_experts.support.private_torch import is_exporting
 from mixture_of_experts.support.tracing import is_host_readable
 
 
@@ -98,10 +97,12 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
     be read and show that rows are not packed.
     """
     b, n = shape
-    if arguments.get("attention_mask") is not None or get_cache(arguments) is not None or is_exporting():
+    if arguments.get("attention_mask") is not None or get_cache(arguments) is not None:
         return None
     lengths, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     documents = arguments.get("seq_idx")
+    if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of text; the other three are coordinates in images and videos
     if documents is None and lengths is not None and b == 1:
         documents = torch.searchsorted(lengths, torch.arange(n, device=lengths.device), right=True).unsqueeze(0)
     elif documents is None and positions is not None and positions.ndim == 2:
