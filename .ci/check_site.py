@@ -29,7 +29,7 @@ FIRST = {
     "tie": "concepts",
     "serve": "published_mixtures",
     "qlora": "published_mixtures",
-    "mixed precision": "ddp_fsdp2",
+    "mixed precision": "distributed/data_parallel",
 }  # by an entry of the index, which comes before words of a text
 HISTORY = ("changelog", "contributing")  # not searched
 

@@ -91,7 +91,9 @@ LOOKED_FOR = {
         "What fits into which card": ["GPU memory", "out of memory"],
     },
     "larger_than_memory": {"A mixture larger than memory": ["offload", "mmap", "disk", "SSD", "out of memory"]},
-    "ddp_fsdp2": {"FSDP2": ["mixed precision", "bf16", "ZeRO"], "DDP": ["data parallel"]},
+    "distributed/index": {"Distributed training": ["multi GPU", "multi-GPU", "NCCL", "torchrun"]},
+    "distributed/data_parallel": {"FSDP2": ["mixed precision", "bf16", "ZeRO"], "DDP": ["data parallel"]},
+    "distributed/expert_parallelism": {"Expert parallelism": ["all-to-all", "EP"]},
     "coming_from": {
         "DeepSpeed": ["DeepSpeed"],
         "Megatron": ["Megatron"],
@@ -100,7 +102,6 @@ LOOKED_FOR = {
     },
     "training": {"Switches of a router": ["freeze", "temperature"]},
     "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
-    "many_gpus": {"Many GPUs, many machines": ["expert parallelism", "FSDP", "DDP", "distributed"]},
     "stacked_experts": {"Quantisation": ["quantization", "int8", "int4"]},
 }
 NOT_SEARCHED = ("changelog", "contributing")
@@ -108,8 +109,9 @@ NOT_SEARCHED = ("changelog", "contributing")
 
 def lead_to_included(app: Sphinx, page: str, source: list[str]) -> None:
     """Links to files outside of the site lead to the pages that include them."""
+    up = "../" * page.count("/")
     for file, included in INCLUDED.items():
-        source[0] = source[0].replace(f"]({file}", f"]({included}")
+        source[0] = source[0].replace(f"]({up}{file}", f"]({up}{included}")
 
 
 def lead_to_looked_for(app: Sphinx, page: str, source: list[str]) -> None:

@@ -174,7 +174,7 @@ def test_masked_tokens(workers: Workers, layer: str):
 
 # ---- the recipes of the documentation ----
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "many_gpus.md").read_text()
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "distributed" / "expert_parallelism.md").read_text()
 
 
 def list_recipes(kind: str) -> list[str]:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").glob("*/*.md")),
 ]
 LARGE = 12 * 2**30  # bytes of memory a machine should have to run a block marked "large"
 
@@ -96,7 +97,7 @@ def ignore_lightning_warnings(test: Callable[..., None]) -> Callable[..., None]:
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # likewise
 @ignore_lightning_warnings
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.name}:{block.line}")
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.relative_to(ROOT)}:{block.line}")
 def test_python_block_runs(
     block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -178,7 +179,7 @@ def test_saturated_logits_of_the_custom_sigmoid_router_are_finite():
     assert all(tensor.isfinite().all() for tensor in (out, aux_loss, gradient))
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_rank_has_a_gpu_of_its_own(file: Path):
     """Where code starts a group of several processes, it first sets the device."""
     for code in re.findall(r"^```py(?:thon)?\n(.*?)^```$", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
@@ -249,7 +250,7 @@ def read_prose(file: Path) -> str:
     return re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_line_is_a_comment_of_the_site(file: Path):
     """A line that begins with % is missing on the site."""
     assert re.findall(r"^[ \t]*%.*$", read_prose(file), re.MULTILINE) == []

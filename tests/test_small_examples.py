@@ -1,7 +1,9 @@
 """The examples that make their own data run, and each mixture does what its example says."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,6 +85,36 @@ def test_both_models_of_that_example_have_as_many_active_parameters() -> None:
     assert dense(torch.ones(1, 2, 64))[0].shape == mixture(torch.ones(1, 2, 64))[0].shape
 
 
+DISTRIBUTED = ["--steps", "6", "--dim", "32", "--depth", "2", "--context", "32", "--batch", "8", "--save-every", "3"]
+
+
+def train_distributed(folder: Path, *options: str, ranks: int) -> float:
+    """The loss of the example's last step, in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(EXAMPLES / "train_distributed.py"), "--out", str(folder), *DISTRIBUTED, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (loss,) = re.findall(rf"of \d, {ranks} ranks: loss (\S+)", done.stdout)
+    return float(loss)
+
+
+@pytest.mark.slow
+def test_distributed_layouts_train_as_one_process_does(tmp_path: Path) -> None:
+    """Also in half precision, and continued on other ranks in another layout."""
+    alone = train_distributed(tmp_path / "alone", ranks=1)
+    assert 4 < alone < 5.3
+    for style in ("ddp", "fsdp2"):
+        for ranks, expert_ranks in ((2, 1), (4, 2)):
+            layout = ["--data-parallel", style, "--expert-ranks", str(expert_ranks)]
+            loss = train_distributed(tmp_path / f"{style}-{ranks}", *layout, ranks=ranks)
+            assert abs(loss - alone) < 2e-4, layout
+    assert abs(train_distributed(tmp_path / "bfloat16", "--bfloat16", ranks=1) - alone) < 0.05
+    half = ["--steps", "3", "--data-parallel", "fsdp2", "--expert-ranks", "2"]
+    train_distributed(tmp_path / "resumed", *half, ranks=2)
+    assert abs(train_distributed(tmp_path / "resumed", ranks=1) - alone) < 2e-4
+
+
 def import_example(path: Path) -> set[str]:
     """What a file imports, by the first part of its name."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
@@ -107,6 +139,6 @@ def test_text_colored_by_expert() -> None:
 def test_examples_are_short_and_self_contained(path: Path) -> None:
     """It is copied by itself, or beside one that is made to be imported; the list of examples has it."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 120
-    here = {place.stem for place in EXAMPLES.iterdir()} - {"checkpoints", "routed_text"}
+    here = {place.stem for place in EXAMPLES.iterdir()} - {"checkpoints", "gpt", "routed_text"}
     assert not import_example(path) & here
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Models whose experts are spread over ranks, trained by engines as `docs/engines.md` shows."""
+"""Models whose experts are spread over ranks, trained by engines as `docs/distributed/trainers.md` shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.parallel_layers import DIM, EXPERTS, LENGTH, make_layer, make_model
 from support.parallel_training import make_optimizer
 from support.parallel_workers import gather_tensor
 
-PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+PAGE = Path(__file__).parents[2] / "docs" / "distributed" / "trainers.md"
 LAYERS = ("top2", "top-k, dropless")  # a capacity, and none
 STEPS, BATCH, MAX_NORM = 6, 4, 1.0
 Weights = dict[str, Tensor]
