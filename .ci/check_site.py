@@ -12,7 +12,7 @@ ASKED_FOR = {
     "capacity": "concepts",
     "padding": "concepts",
     "causality": "concepts",
-    "TRL": "transformers",
+    "TRL": "fine_tuning",
     "collapse": "troubleshooting",
     "jitter": "glossary",
     "QLoRA": "published_mixtures",

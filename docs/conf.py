@@ -85,6 +85,9 @@ LOOKED_FOR = {
         "Exactly what is computed": ["tie", "rounding", "precision"],
     },
     "recipes": {"Recipes": ["Mixtral", "DeepSeek", "Qwen", "OLMoE", "GPT-OSS", "Llama 4", "Kimi", "Switch", "Gemma"]},
+    "upcycling": {"Upcycling a dense model": ["upcycle", "sparse upcycling"]},
+    "fine_tuning": {"LoRA": ["adapter", "PEFT"], "Packed sequences": ["packing"]},
+    "saving_and_exporting": {"Export": ["GGUF"], "Prune": ["pruning"]},
     "published_mixtures": {
         "From beginning to end": ["QLoRA", "fine-tune", "merge"],
         "Serve it": ["serve", "vLLM", "SGLang", "inference engine"],
