@@ -18,7 +18,7 @@ ASKED_FOR = {
     "QLoRA": "published_mixtures",
     "vLLM": "published_mixtures",
     "serve": "published_mixtures",
-    "tie": "concepts",
+    "tie": "specification",
     "top_k": "glossary",
     "DeepSpeed": "coming_from",
 }
@@ -26,7 +26,8 @@ ASKED_FOR = {
 FIRST = {
     "mask": "concepts",
     "decode": "concepts",
-    "tie": "concepts",
+    "tie": "specification",
+    "auxiliary-loss-free": "balancing",
     "serve": "published_mixtures",
     "qlora": "published_mixtures",
     "mixed precision": "distributed/data_parallel",

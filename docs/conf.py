@@ -78,11 +78,14 @@ INCLUDED = {
 LOOKED_FOR = {
     "concepts": {
         "Routing": ["router", "gate", "top-k", "top_k"],
-        "Capacity": ["slot", "drop"],
+        "Capacity": ["slot", "drop", "token dropping"],
         "Dropless": ["decode", "generate", "inference", "KV cache"],
         "Padding": ["mask", "pad"],
+    },
+    "specification": {"Exactly what is computed": ["tie", "rounding", "precision"]},
+    "balancing": {
         "Losses": ["auxiliary loss", "aux_loss", "balancing loss", "z-loss"],
-        "Exactly what is computed": ["tie", "rounding", "precision"],
+        "Expert bias": ["auxiliary-loss-free", "aux-loss-free", "auxiliary loss free"],
     },
     "recipes": {"Recipes": ["Mixtral", "DeepSeek", "Qwen", "OLMoE", "GPT-OSS", "Llama 4", "Kimi", "Switch", "Gemma"]},
     "upcycling": {"Upcycling a dense model": ["upcycle", "sparse upcycling"]},

@@ -10,7 +10,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 RECIPES = DOCS / "recipes.md"
-PAGES = [RECIPES, DOCS / "concepts.md", DOCS / "extending.md"]
+PAGES = [RECIPES, DOCS / "concepts.md", DOCS / "balancing.md", DOCS / "extending.md"]
 
 
 def extract_recipe(heading: str) -> dict[str, Any]:
