@@ -108,7 +108,8 @@ LOOKED_FOR = {
     },
     "training": {"Switches of a router": ["freeze", "temperature"]},
     "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
-    "stacked_experts": {"Quantisation": ["quantization", "int8", "int4"]},
+    "quantization": {"Quantization": ["quantization", "quantisation", "int8", "int4", "4-bit", "8-bit"]},
+    "optimizers": {"Muon": ["optimizer"]},
 }
 NOT_SEARCHED = ("changelog", "contributing")
 

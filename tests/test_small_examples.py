@@ -17,6 +17,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import gpt  # noqa: E402
+import gptq  # noqa: E402
+import muon  # noqa: E402
 import routed_text  # noqa: E402
 import train_gpu  # noqa: E402
 import train_table  # noqa: E402
@@ -46,6 +48,18 @@ def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str
     seen = {int(digit): (image[digits == digit] > 0.6).sum(dim=(1, 2)).float().mean() for digit in digits.unique()}
     assert len(seen) == 10
     assert seen[8] > seen[1] + 10  # more of its pixels are on
+
+
+def test_gptq_has_a_smaller_error_than_rounding_to_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    gptq.main()
+    nearest, calibrated = map(float, re.findall(r"([\d.]+) (?:rounded|by GPTQ)", capsys.readouterr().out))
+    assert calibrated < 0.7 * nearest
+
+
+def test_a_step_of_muon_changes_every_matrix_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    muon.main()
+    change = float(re.findall(r"of w1: ([\d.]+)", capsys.readouterr().out)[0])
+    assert 0 < change < 3e-3  # AdamW would change them by at most this much
 
 
 @pytest.mark.slow
