@@ -69,7 +69,7 @@ INCLUDED = {
     "../README.md": "index.md",
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
-    "../benchmarks/README.md": "benchmarks.md",
+    "../benchmarks/README.md": "performance.md",
     "../examples/README.md": "examples.md",
 }
 
@@ -108,6 +108,7 @@ LOOKED_FOR = {
     },
     "training": {"Switches of a router": ["freeze", "temperature"]},
     "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
+    "gpu_support": {"GPU support": ["CUDA", "Triton"]},
     "quantization": {"Quantization": ["quantization", "quantisation", "int8", "int4", "4-bit", "8-bit"]},
     "optimizers": {"Muon": ["optimizer"]},
 }
