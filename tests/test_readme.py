@@ -236,10 +236,10 @@ def test_argument_table_matches_signature():
     assert set(parameters) - two_levels == {"gate"}
 
 
-def test_page_of_compatibility_names_every_exception():
+def test_page_of_correctness_names_every_exception():
     """The table that the tests write has a reason for each; the page has them all."""
     cells = compat_table.read_table(compat_table.DOCUMENT.read_text(encoding="utf-8"))
-    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "correctness.md").read_text(encoding="utf-8")
     reasons = set(cells.values()) - {compat_table.YES}
     assert [reason for reason in reasons if reason not in page] == []
     assert len(reasons) > 3

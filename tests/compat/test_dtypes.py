@@ -94,7 +94,7 @@ def test_mixed_dtypes(path, dtype, limit):
         with pytest.raises(RuntimeError, match=r"dtype|scalar type"):
             run_layer(layer, x, mask)
         limit(
-            "experts of your own get their tokens in the inputs' dtype, as modules do everywhere; autocast casts both"
+            "custom experts get their tokens in the inputs' dtype, as modules do everywhere; autocast casts both"
         )
         return
     out, aux_loss = run_layer(layer, x, mask)
