@@ -20,7 +20,7 @@ ASKED_FOR = {
     "serve": "published_mixtures",
     "tie": "specification",
     "top_k": "glossary",
-    "DeepSpeed": "coming_from",
+    "DeepSpeed": "migration",
 }
 
 FIRST = {

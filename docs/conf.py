@@ -100,7 +100,7 @@ LOOKED_FOR = {
     "distributed/index": {"Distributed training": ["multi GPU", "multi-GPU", "NCCL", "torchrun"]},
     "distributed/data_parallel": {"FSDP2": ["mixed precision", "bf16", "ZeRO"], "DDP": ["data parallel"]},
     "distributed/expert_parallelism": {"Expert parallelism": ["all-to-all", "EP"]},
-    "coming_from": {
+    "migration": {
         "DeepSpeed": ["DeepSpeed"],
         "Megatron": ["Megatron"],
         "Tutel": ["Tutel"],

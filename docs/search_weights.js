@@ -13,7 +13,7 @@ var Scorer = {
 };
 
 const EXPLAIN = ["concepts", "specification", "balancing", "upcycling", "fine_tuning", "saving_and_exporting", "published_mixtures", "distributed/index", "distributed/data_parallel", "troubleshooting", "glossary", "training", "getting_started", "in_your_model", "arguments"];
-const LIST = ["experiments", "performance", "correctness", "versions", "releasing", "coming_from"];
+const LIST = ["experiments", "performance", "correctness", "versions", "migration"];
 
 function weight(docname) {
   if (EXPLAIN.includes(docname)) return 3;

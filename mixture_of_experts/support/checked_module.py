@@ -86,6 +86,6 @@ class FixedShapeModule(CheckedModule):
             raise ValueError(
                 f"this {type(self).__name__} was pickled whole by another package, mixture-of-experts 0.2.3: load the "
                 "file with that one, save module.state_dict() and load it here with load_state_dict, as "
-                "docs/coming_from.md shows"
+                "docs/migration.md shows"
             )
         super().__setstate__(state)
