@@ -12,7 +12,7 @@ var Scorer = {
   partialTerm: 2,
 };
 
-const EXPLAIN = ["concepts", "specification", "balancing", "upcycling", "fine_tuning", "saving_and_exporting", "published_mixtures", "distributed/index", "distributed/data_parallel", "troubleshooting", "glossary", "training", "getting_started", "in_your_model", "arguments"];
+const EXPLAIN = ["concepts", "specification", "balancing", "upcycling", "fine_tuning", "saving_and_exporting", "published_mixtures", "distributed/index", "distributed/data_parallel", "troubleshooting", "glossary", "training", "getting_started", "arguments"];
 const LIST = ["experiments", "performance", "correctness", "versions", "migration"];
 
 function weight(docname) {

@@ -27,7 +27,7 @@ from mixture_of_experts.gating.base import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "RELEASING.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs").glob("*/*.md")),
 ]
@@ -72,7 +72,7 @@ def read_blocks(file: Path) -> list[Block]:
 
 
 BLOCKS = [block for file in DOCUMENTS for block in read_blocks(file)]
-IN_YOUR_MODEL = [block for block in BLOCKS if block.file.name == "in_your_model.md"]
+GETTING_STARTED = [block for block in BLOCKS if block.file.name == "getting_started.md"]
 
 
 def skip_reason(block: Block) -> str | None:
@@ -120,7 +120,7 @@ def test_every_output_is_compared():
 
 def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
     """After a training forward, whose graph is still there."""
-    (block,) = (block for block in IN_YOUR_MODEL if "collect_aux" in block.code)
+    (block,) = (block for block in GETTING_STARTED if "collect_aux" in block.code)
     names = block.run()
     layers, x = names["layers"], torch.randn(2, 5, 64)
     with names["collect_aux"](layers) as aux:
@@ -136,7 +136,7 @@ def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
 
 
 def test_initial_weights_of_the_recipe_reach_the_experts():
-    (block,) = (block for block in IN_YOUR_MODEL if "def init_weights" in block.code)
+    (block,) = (block for block in GETTING_STARTED if "def init_weights" in block.code)
     experts = block.run()["model"][1].experts
     assert [round(parameter.std().item(), 3) for parameter in experts.parameters()] == [0.02, 0.02]
 
