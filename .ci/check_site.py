@@ -31,6 +31,10 @@ FIRST = {
     "serve": "published_mixtures",
     "qlora": "published_mixtures",
     "mixed precision": "distributed/data_parallel",
+    "multi gpu": "distributed/index",
+    "license": "versions",
+    "dropout": "training",
+    "shared experts": "arguments",
 }  # by an entry of the index, which comes before words of a text
 HISTORY = ("changelog", "contributing")  # not searched
 
@@ -57,6 +61,13 @@ for module in PUBLIC:
     for name in import_module(module).__all__:
         shown = f'id="{module}.{name}"' in reference or f'id="mixture_of_experts.{name}"' in reference
         assert shown, f"{module}.{name} is public: a page of docs/api has to show it"
+
+for name in ("MoE", "HeirarchicalMoE", "RoutedExperts"):
+    (signature,) = re.findall(rf'<dt class="[^"]*" id="mixture_of_experts\.{name}">(.*?)</dt>', reference, re.DOTALL)
+    assert ">kwargs<" not in signature, f"the signature of {name} is that of its base class"
+    assert name == "RoutedExperts" or ">dim<" in signature, f"the signature of {name} has no arguments"
+for private in ("NO_EPSILON", "&lt;factory&gt;", "object at 0x"):
+    assert private not in reference, f"a signature shows {private}"
 
 pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
 for page in pages:
