@@ -155,7 +155,7 @@ def show_signature(
         return "", returns
     if what == "class" and getattr(shown, "__init__", None) is nn.Module.__init__:
         return "()", returns
-    signature = signature.replace("=<factory>", "={}").replace("NO_EPSILON", repr(NO_EPSILON))
+    signature = signature.replace("<factory>", "{}").replace("NO_EPSILON", repr(NO_EPSILON))
     return re.sub(r"<class '[\w.]+\.(\w+)'>", r"\1", signature), returns
 
 

@@ -16,6 +16,7 @@ from mixture_of_experts import TopKGating
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import expert_bias  # noqa: E402
 import gpt  # noqa: E402
 import gptq  # noqa: E402
 import muon  # noqa: E402
@@ -54,6 +55,14 @@ def test_gptq_has_a_smaller_error_than_rounding_to_nearest(capsys: pytest.Captur
     gptq.main()
     nearest, calibrated = map(float, re.findall(r"([\d.]+) (?:rounded|by GPTQ)", capsys.readouterr().out))
     assert calibrated < 0.7 * nearest
+
+
+def test_an_expert_bias_balances_favored_experts() -> None:
+    """The figures of docs/balancing.md."""
+    before, after = expert_bias.train(2e-3)
+    assert before > 4.5
+    assert after < 1.2
+    assert expert_bias.train(None)[1] > 4.4
 
 
 def test_a_step_of_muon_changes_every_matrix_alike(capsys: pytest.CaptureFixture[str]) -> None:
