@@ -20,6 +20,7 @@ import expert_bias  # noqa: E402
 import gpt  # noqa: E402
 import gptq  # noqa: E402
 import muon  # noqa: E402
+import provider  # noqa: E402
 import routed_text  # noqa: E402
 import train_gpu  # noqa: E402
 import train_table  # noqa: E402
@@ -63,6 +64,14 @@ def test_an_expert_bias_balances_favored_experts() -> None:
     assert before > 4.5
     assert after < 1.2
     assert expert_bias.train(None)[1] > 4.4
+
+
+def test_routers_of_another_library_are_tracked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixture_of_experts.providers.REGISTERED_PROVIDERS", {})
+    provider.main()
+    assert capsys.readouterr().out.split("\n")[:2] == ["('0.router', '1.router')", "1344"]
 
 
 def test_a_step_of_muon_changes_every_matrix_alike(capsys: pytest.CaptureFixture[str]) -> None:

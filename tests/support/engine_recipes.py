@@ -30,9 +30,15 @@ STEPS, BATCH, MAX_NORM = 6, 4, 1.0
 Weights = dict[str, Tensor]
 
 
+EXAMPLES = {"pipeline": "pipeline_aux.py", "torchtitan": "torchtitan_experts.py"}
+
+
 def extract_recipe(engine: str) -> dict[str, Any]:
-    """What the page defines for an engine."""
-    blocks = re.findall(rf"<!-- engine: {engine} -->\n```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    """What the page, or an example, defines for an engine."""
+    if engine in EXAMPLES:
+        blocks = [PAGE.parents[2].joinpath("examples", EXAMPLES[engine]).read_text(encoding="utf-8")]
+    else:
+        blocks = re.findall(rf"<!-- engine: {engine} -->\n```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {"build": build_model, "loss_of": compute_loss}
     exec(compile("\n".join(blocks), f"{PAGE.name}, {engine}", "exec"), names)
     return names
