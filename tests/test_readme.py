@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 from support import compat_table
 from torch.optim.swa_utils import AveragedModel
 
@@ -139,29 +138,6 @@ def test_initial_weights_of_the_recipe_reach_the_experts():
     (block,) = (block for block in GETTING_STARTED if "def init_weights" in block.code)
     experts = block.run()["model"][1].experts
     assert [round(parameter.std().item(), 3) for parameter in experts.parameters()] == [0.02, 0.02]
-
-
-def test_migrated_layers_compute_what_megatron_and_tutel_do():
-    """The pages convert their weights; here their experts are written out."""
-    blocks = [block for block in BLOCKS if block.file.name == "migration.md"]
-    (megatron,) = (block.run() for block in blocks if "linear_fc1" in block.code)
-    theirs, x = megatron["theirs"], torch.randn(5, 32)
-    weight, chosen = (x[0] @ theirs["router.weight"].T).topk(2)
-    outputs = []
-    for i in chosen.tolist():
-        gate, up = (theirs[f"experts.local_experts.{i}.linear_fc1.weight"] @ x[0]).chunk(2)
-        outputs.append(theirs[f"experts.local_experts.{i}.linear_fc2.weight"] @ (F.silu(gate) * up))
-    expected = (weight.softmax(-1).unsqueeze(-1) * torch.stack(outputs)).sum(0)
-    torch.testing.assert_close(megatron["moe"](x[None])[0][0, 0], expected, rtol=1e-4, atol=1e-3)
-
-    (tutel,) = (block.run() for block in blocks if "batched_fc1_w" in block.code)
-    theirs = tutel["theirs"]
-    hidden = (x @ theirs["experts.batched_fc1_w"].mT + theirs["experts.batched_fc1_bias"][:, None]).relu()
-    of_all = hidden @ theirs["experts.batched_fc2_w"] + theirs["experts.batched_fc2_bias"][:, None]
-    best = (x @ theirs["gates.0.wg.weight"].T).softmax(-1).topk(2)
-    weights = torch.zeros(5, 8).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
-    expected = torch.einsum("te,etd->td", weights, of_all)
-    torch.testing.assert_close(tutel["moe"](x[None])[0][0], expected, rtol=1e-4, atol=1e-2)
 
 
 def test_choices_of_older_weights_are_those_of_a_copy():

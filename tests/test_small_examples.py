@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.colors import to_hex
 
 from mixture_of_experts import TopKGating
@@ -19,6 +20,7 @@ sys.path.insert(0, str(EXAMPLES))
 import expert_bias  # noqa: E402
 import gpt  # noqa: E402
 import gptq  # noqa: E402
+import migrate  # noqa: E402
 import muon  # noqa: E402
 import provider  # noqa: E402
 import routed_text  # noqa: E402
@@ -72,6 +74,40 @@ def test_routers_of_another_library_are_tracked(
     monkeypatch.setattr("mixture_of_experts.providers.REGISTERED_PROVIDERS", {})
     provider.main()
     assert capsys.readouterr().out.split("\n")[:2] == ["('0.router', '1.router')", "1344"]
+
+
+def test_migrated_layers_compute_what_megatron_and_tutel_do() -> None:
+    """Their experts are written out here."""
+    x, theirs = torch.randn(5, 32), {"router.weight": torch.randn(8, 32)}
+    for i in range(8):
+        theirs[f"experts.local_experts.{i}.linear_fc1.weight"] = torch.randn(2 * 64, 32)
+        theirs[f"experts.local_experts.{i}.linear_fc2.weight"] = torch.randn(32, 64)
+    weight, chosen = (x[0] @ theirs["router.weight"].T).topk(2)
+    outputs = []
+    for i in chosen.tolist():
+        gate, up = (theirs[f"experts.local_experts.{i}.linear_fc1.weight"] @ x[0]).chunk(2)
+        outputs.append(theirs[f"experts.local_experts.{i}.linear_fc2.weight"] @ (F.silu(gate) * up))
+    expected = (weight.softmax(-1).unsqueeze(-1) * torch.stack(outputs)).sum(0)
+    torch.testing.assert_close(migrate.from_megatron(theirs)(x[None])[0][0, 0], expected, rtol=1e-4, atol=1e-3)
+
+    theirs = {"gates.0.wg.weight": torch.randn(8, 32)}
+    theirs |= {f"experts.batched_fc{i}_w": torch.randn(8, 64, 32) for i in (1, 2)}
+    theirs |= {"experts.batched_fc1_bias": torch.randn(8, 64), "experts.batched_fc2_bias": torch.randn(8, 32)}
+    hidden = (x @ theirs["experts.batched_fc1_w"].mT + theirs["experts.batched_fc1_bias"][:, None]).relu()
+    of_all = hidden @ theirs["experts.batched_fc2_w"] + theirs["experts.batched_fc2_bias"][:, None]
+    best = (x @ theirs["gates.0.wg.weight"].T).softmax(-1).topk(2)
+    weights = torch.zeros(5, 8).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+    expected = torch.einsum("te,etd->td", weights, of_all)
+    torch.testing.assert_close(migrate.from_tutel(theirs)(x[None])[0][0], expected, rtol=1e-4, atol=1e-2)
+
+
+def test_weights_of_five_libraries_are_migrated(capsys: pytest.CaptureFixture[str]) -> None:
+    migrate.main()
+    described = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in described] == ["torchtitan", "Megatron", "DeepSpeed", "Tutel", "fairscale"]
+    assert all(line.endswith("(1, 512, 32)") for line in described)
+    gate = migrate.from_fairscale({"gate.wg.weight": torch.randn(32, 8)}, [torch.nn.Identity() for _ in range(8)]).gate
+    assert gate(torch.randn(4, 64, 32)).capacity == 2 * 64 // 8
 
 
 def test_a_step_of_muon_changes_every_matrix_alike(capsys: pytest.CaptureFixture[str]) -> None:
