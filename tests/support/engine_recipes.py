@@ -30,7 +30,7 @@ STEPS, BATCH, MAX_NORM = 6, 4, 1.0
 Weights = dict[str, Tensor]
 
 
-EXAMPLES = {"pipeline": "pipeline_aux.py", "torchtitan": "torchtitan_experts.py"}
+EXAMPLES = {"lightning": "lightning_experts.py", "pipeline": "pipeline_aux.py", "torchtitan": "torchtitan_experts.py"}
 
 
 def extract_recipe(engine: str) -> dict[str, Any]:
@@ -39,8 +39,10 @@ def extract_recipe(engine: str) -> dict[str, Any]:
         blocks = [PAGE.parents[2].joinpath("examples", EXAMPLES[engine]).read_text(encoding="utf-8")]
     else:
         blocks = re.findall(rf"<!-- engine: {engine} -->\n```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict[str, Any] = {"build": build_model, "loss_of": compute_loss}
+    ours: dict[str, Any] = {"build": build_model, "loss_of": compute_loss}
+    names = {**ours}
     exec(compile("\n".join(blocks), f"{PAGE.name}, {engine}", "exec"), names)
+    names.update(ours)  # in the place of an example's own
     return names
 
 
