@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import checkpoint_recipe
+from support import checkpoint_recipe, parallel_recipe
 from support import parallel_checkpoints as saves
 from support import parallel_checks as checks
 from support import parallel_edge_cases as odd
@@ -174,21 +174,17 @@ def test_masked_tokens(workers: Workers, layer: str):
 
 # ---- the recipes of the documentation ----
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "many_gpus.md").read_text()
-
-
-def list_recipes(kind: str) -> list[str]:
-    return re.findall(rf"<!-- recipe: {kind} -->\n```py\n(.*?)```", DOCUMENT, re.DOTALL)
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "distributed" / "expert_parallelism.md").read_text()
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_recipe_runs(workers: Workers, tmp_path: Path, number: int):
-    beginning, loop, layouts = list_recipes("beginning"), list_recipes("loop"), list_recipes("layout")
-    assert (len(beginning), len(loop), len(layouts)) == (1, 1, 5)
+    layouts = re.findall(r"<!-- recipe: layout -->\n```py\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert len(layouts) == 5
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = checkpoint_recipe.FILE.read_text() + beginning[0] + layouts[number] + loop[0]
+    program = checkpoint_recipe.FILE.read_text() + parallel_recipe.BEGINNING + layouts[number] + parallel_recipe.LOOP
     if "dist.broadcast(" in program:  # then replicas may begin with other numbers
         program = program.replace("torch.manual_seed(0)", "torch.manual_seed(rank)")
     norms = workers.run(checks.run_recipe, 4, program, port, tmp_path)

@@ -279,7 +279,7 @@ def stable_order(values: Tensor, descending: bool = False) -> Tensor:
 
 
 def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """Sort the last dimension of values `(..., n)`, and return them and their indices; equal values keep their order."""
+    """Sort the last dimension of values `(..., n)`, and return values and indices; equal values keep their order."""
     if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK returns equal values lowest index first
         ordered, order = values.topk(values.shape[-1], dim=-1, largest=descending)
     else:

@@ -89,6 +89,6 @@ class FixedShapeModule(CheckedModule):
             raise ValueError(
                 f"this {type(self).__name__} was pickled as a whole module by another package, mixture-of-experts "
                 "0.2.3. Load the file with that package, save module.state_dict(), and load it here with "
-                "load_state_dict, as shown in docs/coming_from.md"
+                "load_state_dict, as shown in docs/migration.md"
             )
         super().__setstate__(state)

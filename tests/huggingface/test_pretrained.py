@@ -1,4 +1,4 @@
-"""What docs/transformers.md promises, on real models: SmolLM2 (30 layers, d 576) and MiniLM.
+"""What docs/upcycling.md and docs/saving_and_exporting.md promise, on SmolLM2 (30 layers, d 576) and MiniLM.
 
 Their weights are trained: channels are large, texts are sensible, and configurations carry notes.
 """

@@ -464,7 +464,7 @@ def run_recipe(code: str, port: int, folder: Path) -> float:
     names: dict[str, Any] = {"__name__": "__main__"}
     with mock.patch.dict(os.environ, place), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        exec(compile(code, "docs/many_gpus.md", "exec"), names)
+        exec(compile(code, "docs/distributed/expert_parallelism.md", "exec"), names)
     assert names["extra"] == {"step": 2}
     if "dist.broadcast(" in code:
         check_replicas_are_equal(names["model"], names["mesh"]["dp"])
