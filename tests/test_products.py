@@ -205,7 +205,7 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "weight", "counts", "message"),
     [
-        ((5, 8), (3, 8, 4), [9, 1, 1], r"at most the 5 rows of x, got \[9, 1, 1\]"),
+        ((5, 8), (3, 8, 4), [9, 1, 1], r"at most 5, the rows of x, got \[9, 1, 1\]"),
         ((5, 8), (3, 8, 4), [7, -1, -1], r"at least 0 .* got \[7, -1, -1\]"),
         ((5, 8), (3, 8, 4), [5, 0], r"int64 of shape \(3,\), the rows of each expert, got torch.int64 of shape \(2,\)"),
         ((5, 8), (3, 8, 4), [1.0, 1.0, 1.0], "must be int64"),

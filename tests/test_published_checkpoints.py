@@ -59,7 +59,7 @@ def test_activation_mismatch_warns_once(name, recwarn):
     gelu.load_state_dict(dict(state))  # who wrote it is not known
     gelu.load_state_dict(gelu.state_dict())
     assert not recwarn
-    with pytest.warns(UserWarning, match=r"0\.2\.3 wrote .* compute GELU.*activation=nn\.ReLU") as warned:
+    with pytest.warns(UserWarning, match=r"by mixture-of-experts 0\.2\.3.* use GELU.*activation=nn\.ReLU") as warned:
         nn.ModuleDict({"ffn": gelu}).load_state_dict(in_a_model(state))
     assert len(warned) == 1
     assert all(torch.equal(value, state[key]) for key, value in gelu.state_dict().items())
