@@ -134,7 +134,8 @@ def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None
     for weight in weights:
         if tokens.device.type != weight.device.type:
             raise ValueError(
-                f"{owner} must be on the same device as the tokens ({tokens.device}), got {weight.device}; move one of them"
+                f"{owner} must be on the same device as the tokens ({tokens.device}), got {weight.device}; move one of "
+                "them"
             )
 
 
