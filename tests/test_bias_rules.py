@@ -216,9 +216,9 @@ def test_rejects_mismatched_gates(settings, why):
     kind = settings.get("kind")
     of = make_gate(**settings) if kind is None else kind(6, 4, expert_bias=True)
     name = type(of).__name__
-    with pytest.raises(ValueError, match=rf"does not fit {name}: {why}.*rule='sign'"):
+    with pytest.raises(ValueError, match=rf"does not support {name}: {why}.*rule='sign'"):
         of.bias_rule = "quantile"
-    with pytest.raises(ValueError, match=rf"does not fit {name}"):
+    with pytest.raises(ValueError, match=rf"does not support {name}"):
         balance_experts(of, torch.optim.SGD(of.parameters(), lr=0.1), "quantile")
     assert of.bias_rule.bins == 0
     with pytest.raises(RuntimeError, match="expert_bias=True"):
@@ -232,7 +232,7 @@ def test_shares():
     rule, load = SignRule(shares=[2, 2, 1, 1]), torch.tensor([[4, 5, 1, 2], [0, 0, 0, 0]])
     assert rule.step(load, torch.zeros(2, 4), 1, 0.5).tolist() == [[0.0, -0.5, 0.5, 0.0], [0.0] * 4]
     assert repr(rule) == "SignRule(centred=False, shares=(2, 2, 1, 1))"
-    with pytest.raises(ValueError, match=r"shares must be .* the 3 experts, got 4"):
+    with pytest.raises(ValueError, match=r"shares must have .* the 3 experts, got 4 numbers"):
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
     for wrong in ([1, 0], [0.1, 0.9], "19", 9):
         says = "shares must be a proportion of integers of at least 1, such as [1, 9] for 10% and 90%, got "

@@ -112,7 +112,7 @@ def test_missing_gate_method_is_named():
     class Empty(TokenChoiceGate):
         pass
 
-    with pytest.raises(NotImplementedError, match=r"Empty must write decide\(tokens\)"):
+    with pytest.raises(NotImplementedError, match=r"Empty must implement decide\(tokens\)"):
         Empty(DIM, 3, 2)(torch.randn(1, 4, DIM))
 
 

@@ -150,7 +150,7 @@ def test_rejects_bad_arguments():
         DepthAveragedGating(DIM, E, outer_expert_dims=(2,))
     with pytest.raises(ValueError, match="first must be True or False, got 1"):
         DepthAveragedGating(DIM, E, first=1)
-    with pytest.raises(ValueError, match="first of DepthAveragedGating is True and cannot become False"):
+    with pytest.raises(ValueError, match="cannot change first of DepthAveragedGating from True to False"):
         first.gate.first = False
 
 

@@ -245,7 +245,7 @@ def test_identity_experts_require_equal_width():
         ZeroComputationExperts(Experts(D, E, 5, dim_out=3), num_identity=2)
     narrower = ZeroComputationExperts(NormedExperts(Experts(D, E, 5, dim_out=3), nn.RMSNorm(3)), num_identity=1)
     for gate in (TopKGating(D, E + 1), ExpertChoiceGating(D, E + 1)):
-        with pytest.raises(ValueError, match=f"width {D} to 3, but 1 "):
+        with pytest.raises(ValueError, match=f"width {D} to 3, but the 1 "):
             MoE(D, gate=gate, experts=narrower)(torch.randn(2, 9, D))
 
 

@@ -354,7 +354,7 @@ def test_one_rank_never_sets_up(workers: Workers, tmp_path: Path, data_parallel:
 @pytest.mark.parametrize(
     ("difference", "named"),
     [
-        ("mode", r"slots .* rank \d rows|rows .* rank \d slots"),
+        ("mode", r"slots .* rank \d sends rows|rows .* rank \d sends slots"),
         ("mode with capacity", r"in training.* rank \d .*in evaluation|in evaluation.* rank \d .*in training"),
         ("gradients", r"with gradients.* rank \d .*without gradients|without gradients.* rank \d .*with gradients"),
         ("dtype", r"torch.float32.*torch.float64|64.*32"),

@@ -377,7 +377,7 @@ def test_rejects_unsupported_experts():
         (two, r"1.experts.w1 is trainable"),
         (make_frozen_layer("gated").to("meta"), r"experts\.w1 is on the meta device"),
         *((layer, r"experts.w2 has values that are not finite") for layer in broken),
-        (nn.Linear(2, 2), r"has no stacked experts \(Experts, GatedExperts\), it has no experts at all. unstack"),
+        (nn.Linear(2, 2), r"has no stacked experts \(Experts, GatedExperts\); it has no experts at all. unstack"),
         (small, r"has no stacked .*; it has QuantizedExperts. unstack.* quantized experts cannot be converted back"),
         (unstack(make_frozen_layer("gated")), "has no stacked .*; it has UnstackedExperts. unstack"),
         (Experts(DIM, 4).requires_grad_(False), "pass the layer or model that contains it"),
@@ -487,15 +487,15 @@ def test_rejects_wrong_gate_function_results():
         ((levels / 2, step, step), "integer levels from 0 to 15, got 7.5 to 7.5"),
         ((levels / 0, step, step), "integer levels from 0 to 15, got inf to inf"),
         ((levels * torch.nan, step, step), "integer levels from 0 to 15, got nan to nan"),
-        ((levels, step * torch.nan, step), "step finite in bfloat16, got nan to nan"),
-        ((levels, step, step.double() * 1e39), r"zero finite in bfloat16, got 1e\+39 to 1e\+39"),
-        ((levels, step * 3e38, step), r"step and a zero .* finite weights for all levels from 0 to 15"),
-        ((levels - 7, step * -3e38, step), r"step and a zero .* finite weights for all levels from 0 to 15"),
+        ((levels, step * torch.nan, step), "a step finite in bfloat16, got nan to nan"),
+        ((levels, step, step.double() * 1e39), r"a zero finite in bfloat16, got 1e\+39 to 1e\+39"),
+        ((levels, step * 3e38, step), r"a step and a zero .* finite weights for all levels from 0 to 15"),
+        ((levels - 7, step * -3e38, step), r"a step and a zero .* finite weights for all levels from 0 to 15"),
         (
             (levels - 7, step * 3e37, step),
-            r"step and a zero .* finite weights for all levels from 0 to 15",
+            r"a step and a zero .* finite weights for all levels from 0 to 15",
         ),  # 15 * step overflows
-        ((levels, step * 2e37, step * 3e38), r"step and a zero .* finite weights for all levels from 0 to 15"),
+        ((levels, step * 2e37, step * 3e38), r"a step and a zero .* finite weights for all levels from 0 to 15"),
     ):
         with pytest.raises(ValueError, match=of + error):
             quantize_experts(model, 4, group=GROUP, rounding=partial(choose, answer=answer))

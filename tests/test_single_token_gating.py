@@ -96,7 +96,7 @@ def test_unsupported_gates_fall_back():
         assert "dropless" in unsupported_reason(make_gate(capacity_factor_eval=1.0), x)
         assert "scores" in unsupported_reason(make_gate(select="logits"), x)
         assert "HashGating" in unsupported_reason(HashGating(DIM, E, num_ids=9).eval(), x)
-        assert "plain tensor" in unsupported_reason(gate, x.to("meta"))
+        assert "plain CPU tensors" in unsupported_reason(gate, x.to("meta"))
         reasons = []
         torch.vmap(lambda x: reasons.append(unsupported_reason(gate, x)) or x)(x.unsqueeze(0))
         assert "transforms" in reasons[0]

@@ -295,6 +295,6 @@ def test_what_would_be_lost_is_refused_before_anything_changes(name, what):
     LOST[what](before[1])
     kind = TypeError if what in ("forward", "compute") else ValueError
     words = {"forward": "custom forward", "compute": "custom compute", "is compiled": "is compiled"}
-    with pytest.raises(kind, match=rf"^1\.experts .*{words.get(what, 'state dict')}"):
+    with pytest.raises(kind, match=rf"^1\.experts .*{words.get(what, 'state-dict hooks')}"):
         {**REPLACED, "restack": restack, "quantize_experts": quantize_experts}[name](model)
     assert all(layer.experts is experts for layer, experts in zip(model, before, strict=True))  # type: ignore[union-attr]

@@ -134,7 +134,8 @@ def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None
     for weight in weights:
         if tokens.device.type != weight.device.type:
             raise ValueError(
-                f"tokens are on {tokens.device}, but {owner} is on {weight.device}; move them to the same device"
+                f"{owner} must be on the same device as the tokens ({tokens.device}), got {weight.device}; move one of "
+                "them"
             )
 
 

@@ -216,7 +216,7 @@ def test_adapters_that_peft_passed_over_are_no_silent_loss(tmp_path):
 @pytest.mark.parametrize("bits", BITS)
 def test_rejects_adapter_operations_on_quantized_experts(bits):
     tuned: Any = get_peft_model(make_model(), LORA)
-    with pytest.raises(ValueError, match=r"ParamWrapper, which keeps the experts .*, or call fast_lora\(\) before"):
+    with pytest.raises(ValueError, match=r"ParamWrapper depends on them.*, or call fast_lora\(\) before"):
         quantize_model(tuned, bits)
     small = quantize_model(fast_lora(tuned), bits)
     before = {name: value.clone() for name, value in small.state_dict().items()}
