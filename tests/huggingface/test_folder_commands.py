@@ -231,8 +231,7 @@ def test_hub_names_are_not_resolved(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asked the network"))
     assert main([command, "gpt2", "out"]) == 1
     assert (
-        "gpt2 is not a folder, and nothing is downloaded automatically; download the model to a folder first"
-        in capsys.readouterr().err
+        "gpt2 is not a folder, and nothing is downloaded automatically; download the model" in capsys.readouterr().err
     )
     (tmp_path / "gpt2").mkdir()
     assert main([command, "gpt2", "out"]) == 1
