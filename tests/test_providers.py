@@ -325,9 +325,7 @@ def test_balancing_needs_choices_and_weights(acme: AcmeModel, monkeypatch: pytes
 
     monkeypatch.setattr(AcmeProvider, "find_router", find_router)
     optimizer, hooks = torch.optim.SGD(acme.parameters(), lr=0.0), acme.blocks[0].router._forward_hooks
-    with pytest.raises(
-        TypeError, match=r"'blocks.0.router' \(AcmeRouter\), because it does not return experts and weights"
-    ):
+    with pytest.raises(TypeError, match=r"'blocks.0.router' \(AcmeRouter\), .* not return experts and weights"):
         balance_experts(acme, optimizer)
     assert not hooks
 

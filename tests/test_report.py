@@ -145,9 +145,7 @@ def test_reports_overloaded_experts(tmp_path: Path):
         if share in (0.93, 0.1):
             text = extract_text(write_page(stats, tmp_path))
             assert (note in text) == described
-            assert (
-                "no expert is requested more than twice or less than a tenth as often as with a balanced load" in text
-            ) != described
+            assert ("no expert is requested more than twice or less than a tenth as often" in text) != described
     assert "warning" not in make_request_counts(torch.arange(8)).summary()
 
 

@@ -413,9 +413,7 @@ def test_sequences_that_crowd_on_different_experts_are_seen():
     header, _, line, warning = stats.summary().splitlines()
     start = header.index("in a group")
     assert line[start : start + 10] == "4.00, 4.00"
-    assert warning.startswith(
-        "warning: gate dropped 75% of its choices; with a balanced load it would have dropped 0%."
-    )
+    assert warning.startswith("warning: gate dropped 75% of its choices; with a balanced load it would have dropped 0%")
     assert "has 4.0 times its share" in warning
 
 

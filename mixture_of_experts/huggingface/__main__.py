@@ -48,9 +48,9 @@ def parse_gate(text: str) -> GateFactory:
         if call.args:
             raise ValueError("positional arguments are not supported")
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError):
-        example = 'write TopKGating(k=4, score="sigmoid")'
+        example = 'TopKGating(k=4, score="sigmoid")'
         raise argparse.ArgumentTypeError(
-            f"expected a gate, but got {text!r}; {example}, with one of {', '.join(GATE_CLASSES)}"
+            f"expected a gate such as {example}, but got {text!r}; the gates are {', '.join(GATE_CLASSES)}"
         ) from None
     return lambda dim, num_experts: kind(dim, num_experts, **settings)
 

@@ -156,7 +156,7 @@ def select_first_head(mask: Tensor) -> Tensor:
 
 
 def to_bool_mask(mask: Tensor) -> Tensor:
-    """Return an attention mask as bool, True where a token is attended to."""
+    """Return an attention mask as bool, True where attention is allowed."""
     return mask if mask.dtype == torch.bool else mask >= 0 if mask.is_floating_point() else mask > 0
 
 

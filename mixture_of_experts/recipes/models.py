@@ -234,7 +234,7 @@ MODELS: dict[str, Recipe] = {
     "cohere2": Recipe(gate=dict(k=8, score="sigmoid", select="logits", normalize=True, eps=0.0), shared=1.0),
     "kolibri1": Recipe(gate=dict(k=8, select="logits", eps=0.0, **SIGMOID_ROUTER), shared=1.0),
     "llama4": Recipe(
-        summary="Llama 4: one choice, whose sigmoid multiplies the expert's input, and a shared expert.",
+        summary="Llama 4: one choice, a shared expert, and the sigmoid of the logit as a factor of the expert's input.",
         gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH_BALANCE),
         apply_router_weight_on_input=True,
         shared=1.0,
@@ -278,7 +278,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "dynamic_moe": Recipe(
         paper="2403.07652",
-        summary="MoE-Dynamic: the fewest choices with a total probability of 0.4, at most 8 (arXiv 2403.07652).",
+        summary="MoE-Dynamic: as few choices as reach a probability of 0.4 together, at most 8 (arXiv 2403.07652).",
         gate=dict(k=8, p=0.4),
         gate_class=TopPGating,
         layer=dict(

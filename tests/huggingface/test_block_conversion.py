@@ -183,9 +183,7 @@ def test_rejects_unknown_choice_or_wrapper():
         to_transformers(moe, make_block("Kolibri1SparseMoeBlock"))
     moe = from_transformers(make_block("Llama4TextMoe"))
     moe.experts = moe.experts.experts
-    with pytest.raises(
-        ValueError, match="the experts are GatedExperts, but the block has InputWeightedExperts wrapping Gated"
-    ):
+    with pytest.raises(ValueError, match="experts are GatedExperts, but the block has InputWeightedExperts wrap"):
         to_transformers(moe, make_block("Llama4TextMoe"))
 
 

@@ -113,11 +113,7 @@ def test_other_heads(auto):
         ("llama", dict(gate=make_gate(num_groups=2, top_groups=1)), "num_groups 2, but the block has None"),
         ("llama", dict(gate=make_gate(capacity_factor_eval=1.0)), "capacity_factor_eval 1.0, but the block has None"),
         ("mistral", dict(layers=[0]), r"Mixtral: layers without experts \(1\).*; Qwen2Moe: sliding attention"),
-        (
-            "qwen3",
-            dict(shared_expert=8),
-            r"Qwen3Moe: shared_expert\.gate_proj\.weight has shape .*, but the block has None",
-        ),
+        ("qwen3", dict(shared_expert=8), r"shared_expert\.gate_proj\.weight has shape .*, but the block has None"),
     ],
 )
 def test_unsupported_settings_are_named(name, settings, problem):

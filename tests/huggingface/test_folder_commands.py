@@ -79,8 +79,8 @@ def test_gate_and_coefficients(tmp_path):
 
 
 GATES = ["Top", "TopKGating", "TopKGating(3)", "TopKGating(k=x)", "nn.Linear()", "import os", ""]
-NO_GATE = 'write TopKGating(k=4, score="sigmoid"), with one of '
-NO_SIZE = "expected a size such as 500MB or 5GB, but got"
+NO_GATE = 'expected a gate such as TopKGating(k=4, score="sigmoid"), but got {!r}; the gates are '
+NO_SIZE = "expected a size such as 500MB or 5GB, but got {!r}"
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ NO_SIZE = "expected a size such as 500MB or 5GB, but got"
 def test_rejects_non_gates_and_sizes(option, text, says, capsys):
     with pytest.raises(SystemExit):
         main(["upcycle", "in", "out", f"--{option}={text}"])
-    assert f"{text!r} {says}" in capsys.readouterr().err
+    assert says.format(text) in capsys.readouterr().err
 
 
 def test_help_shows_defaults(capsys):
@@ -231,8 +231,7 @@ def test_hub_names_are_not_resolved(command, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asked the network"))
     assert main([command, "gpt2", "out"]) == 1
     assert (
-        "gpt2 is not a folder, and nothing is downloaded automatically; download the model to a folder first"
-        in capsys.readouterr().err
+        "gpt2 is not a folder, and nothing is downloaded automatically; download the model" in capsys.readouterr().err
     )
     (tmp_path / "gpt2").mkdir()
     assert main([command, "gpt2", "out"]) == 1

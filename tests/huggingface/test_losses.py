@@ -141,10 +141,7 @@ def test_models_of_several_parts():
 
 
 def test_aux_loss_without_forward_raises():
-    with pytest.raises(
-        RuntimeError,
-        match="LlamaForCausalLM has no auxiliary loss; apply replace_ffn or upcycle, and run a forward pass",
-    ):
+    with pytest.raises(RuntimeError, match=r"Llama.* no auxiliary loss; .* run a forward pass"):
         aux_loss(build_model())
 
 

@@ -251,10 +251,7 @@ def make_family(name: str) -> Any:
         (lambda: build_model("Mixtral", router_jitter_noise=0.1), "MixtralSparseMoeBlock has jitter_noise=0.1"),
         (lambda: ARCHITECTURES["llama"].build(), "LlamaForCausalLM has no sparse block; use upcycle or replace_ffn"),
         (lambda: from_transformers(build_model("Mixtral")), "MixtralForCausalLM has no sparse block"),
-        (
-            lambda: make_family("jetmoe"),
-            "JetMoeAttention at model.layers.0.self_attention has an unknown class",
-        ),
+        (lambda: make_family("jetmoe"), "JetMoeAttention at model.layers.0.self_attention has an unknown class"),
         (
             lambda: make_family("diffusion_gemma"),
             "DiffusionGemmaEncoderTextLayer at .* is a whole decoder layer that also holds",

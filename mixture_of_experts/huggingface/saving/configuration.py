@@ -6,8 +6,8 @@
                                                                          "layers": [...]}}}
 
 Without this package, `AutoConfig`, and therefore every Auto class, rejects this model type. With it, they get the dense
-configuration, with `ExpertsLoader` as the quantizer. A model's own class finds `dense_config` even without it, because
-it looks for a sub-configuration with its own `model_type`.
+configuration, with `ExpertsLoader` as the quantizer. A model's own class finds `dense_config` by itself, because it
+looks for a sub-configuration with its own `model_type`.
 """
 
 from __future__ import annotations
