@@ -58,7 +58,8 @@ def test_choices_equal_the_definition(group, tokens):
     x = torch.randn(tokens, 2 * group).cumsum(dim=-1)
     x[:, 5] = 0  # an input that is never there
     moment = x.mT @ x
-    levels, step, zero = gptq({("layer.experts", "w1", 2): moment})("layer.experts.w3", 2, weight.clone())
+    rounded: Any = gptq({("layer.experts", "w1", 2): moment})("layer.experts.w3", 2, weight.clone())
+    levels, step, zero = rounded
     assert step.equal(step.bfloat16().float())
     assert zero.equal(zero.bfloat16().float())
     assert levels.equal(round_with_lowest_error(weight, moment, step, zero, 0.01).float())
