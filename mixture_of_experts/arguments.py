@@ -101,7 +101,7 @@ def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
             setting = "k" if name in K_ALIASES else name
             where = "gate=" if "gate" in parameters else "gate_outer= and gate_inner="
             raise TypeError(
-                f"{layer.__name__} has no argument {name!r} because it is a setting of the router; pass "
+                f"{layer.__name__} has no argument {name!r}, which belongs to the router; pass "
                 f"{where}TopKGating(dim, num_experts, {setting}={value!r})"
             )
 

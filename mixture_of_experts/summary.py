@@ -38,7 +38,8 @@ class Cost(NamedTuple):
         active: number of parameters that a token uses: k / e of the experts' parameters, and all others. If layers
             share experts, the largest k is used.
         flops: floating-point operations of one token's forward, two for each weight of each matrix that multiplies the
-            token. A backward takes twice as many. Attention between tokens and convolutions are not counted.
+            token. A backward takes twice as many. Convolutions and products of tokens with each other (attention) are
+            not counted.
         at_most: whether `active` and `flops` are upper bounds because scores determine how many of its k choices a
             token uses (`TopPGating`, and the second choice of `Top2Gating`).
     """
@@ -156,8 +157,7 @@ def choices_per_token(site: RouterHandle) -> float:
     if number is None:
         raise ValueError(
             f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not specify how many experts "
-            f"a token "
-            "chooses; add an attribute k to it"
+            "a token chooses; add an attribute k to it"
         )
     return min(number, site.num_experts)
 

@@ -189,7 +189,7 @@ def test_unknown_loss_raises():
     for kind, sizes in ((MoE, 4), (HeirarchicalMoE, (2, 2))):
         moe = kind(DIM, sizes)
         for name, argument in (("balance", "loss_coef"), ("z", "z_loss_coef")):
-            wrong = f"loss_coefs has '{name}', whose coefficient is {argument}: set {argument} instead"
+            wrong = f"loss_coefs must not contain '{name}'; set {argument} instead"
             with pytest.raises(ValueError, match=wrong):
                 kind(DIM, sizes, loss_coefs={name: 0.1})
             with pytest.raises(ValueError, match=wrong):

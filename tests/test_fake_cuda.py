@@ -309,7 +309,7 @@ def test_programs_over_numbers_of_tokens(run_checks: Checks):
 
 # ---- what a call costs ----
 
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+GUIDE = Path(__file__).resolve().parent.parent / "docs" / "gpu_support.md"
 ROWS = {
     "launches, forward": ("forward", "small"),
     "launches, forward and backward": ("forward and backward", "small"),

@@ -277,7 +277,7 @@ def test_forward_mode_of_gates(make, dtype):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit")  # of torch's forward mode
 def test_forward_mode_ad_raises():
-    """As docs/compatibility.md says, with what to take instead."""
+    """As docs/correctness.md says, with what to take instead."""
     moe = MoE(DIM, 3, hidden_dim=4, second_policy_train="all").double()
     x = torch.randn(1, 3, DIM, dtype=torch.float64)
     assert torch.func.jvp(lambda x: moe.gate(x).weight, (x,), (x,))[1].shape == (1, 6)

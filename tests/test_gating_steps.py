@@ -101,7 +101,7 @@ GROUPS = dict(num_groups=2, top_groups=1)
         (lambda: TopKGating(2, 4, **GROUPS), 3, r"top_groups=1 must be at most num_groups=2, .* at least k=3"),
         (lambda: SparseMixerGating(2, 3), 4, "k must be at most num_experts=3, got 4"),
         (lambda: NoisyTopKGating(2, 3), 3, "k must be below num_experts=3, got 3"),
-        (lambda: HashGating(2, 3, num_ids=5), 1, "k of HashGating is 2 and cannot become 1"),
+        (lambda: HashGating(2, 3, num_ids=5), 1, "cannot change k of HashGating from 2 to 1"),
         *((lambda: TopKGating(2, 3), k, f"k must be an integer of at least 1, got {k!r}") for k in (0, "x", 1.5, True)),
     ],
 )

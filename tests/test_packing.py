@@ -411,6 +411,71 @@ def test_compiled_at_dynamic_lengths_without_a_graph_break(name, factor):
     assert len(frames) == 1  # no other length is compiled again
 
 
+class PackedCall(nn.Module):
+    """A layer called with packed rows."""
+
+    def __init__(self, moe: nn.Module) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.moe(x, segment_ids=segment_ids)
+
+
+EXPORTED_SIZES = [(2, 12), (1, 7), (3, 31), (3, 3), (1, 1)]
+
+
+def make_exported(priority: str, factor: float | None, experts: str = "Experts") -> nn.Module:
+    settings = dict(capacity_factor_eval=factor, min_expert_capacity=1, priority=priority)
+    gate = TopKGating(DIM, NUM_EXPERTS, 2, **settings)  # pyright: ignore[reportArgumentType]
+    return PackedCall(MoE(DIM, gate=gate, experts=make_experts(experts, NUM_EXPERTS), loss_coef=1.0)).eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("priority", "factor", "experts"),
+    [("choice", 0.7, "Experts"), ("token", None, "Experts"), ("score", 0.7, "ExpertList")],
+)
+def test_exported_at_dynamic_lengths(priority, factor, experts):
+    """No size of the graph depends on the number of documents, and their capacities are computed in it."""
+    moe, shape = make_exported(priority, factor, experts), dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    x, ids = torch.randn(2, 12, DIM), torch.randint(3, (2, 12))
+    program = torch.export.export(moe, (x, ids), dynamic_shapes=(shape, shape)).module()
+    for b, n in EXPORTED_SIZES:
+        for count in (3, 1, n):
+            x, ids = torch.randn(b, n, DIM), torch.randint(count, (b, n))
+            torch.testing.assert_close(program(x, ids), moe(x, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # in the exporter
+@pytest.mark.parametrize(
+    ("priority", "factor", "dynamic"),
+    [("choice", None, True), ("token", 0.7, False), ("score", 0.7, True)],
+)
+def test_onnxruntime_computes_packed_rows(priority, factor, dynamic, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    moe, sizes = make_exported(priority, factor), EXPORTED_SIZES if dynamic else EXPORTED_SIZES[:1]
+    shape = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC) if dynamic else None
+    example = torch.randn(2, 12, DIM), torch.randint(3, (2, 12))
+    with torch.no_grad():
+        program: Any = torch.onnx.export(
+            moe, example, dynamo=True, optimize=False, dynamic_shapes=shape and (shape, shape), verbose=False
+        )
+    program.save(tmp_path / "layer.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx", options)
+    names = [each.name for each in session.get_inputs()]
+    for b, n in sizes:
+        for count in (3, 1, n):
+            inputs = torch.randn(b, n, DIM), torch.randint(count, (b, n))
+            found = session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
+            wanted = [each.detach() for each in moe(*inputs)]
+            torch.testing.assert_close([torch.tensor(each) for each in found], wanted, atol=1e-5, rtol=1e-5)
+
+
 # Records
 
 
@@ -440,7 +505,7 @@ def test_records_of_packed_rows_are_those_of_the_padded_batch(factor, masked):
     torch.testing.assert_close(documents.pack(padded), out, atol=1e-12, rtol=0)
     with (
         replay_routing(other, records),
-        pytest.raises(ValueError, match=rf"of 2 sequences .* have {len(documents.places)}"),
+        pytest.raises(ValueError, match=rf"has 2 sequences .* have {len(documents.places)}"),
     ):
         other(x, mask, segment_ids=ids * 0)
 

@@ -325,7 +325,9 @@ def test_balancing_needs_choices_and_weights(acme: AcmeModel, monkeypatch: pytes
 
     monkeypatch.setattr(AcmeProvider, "find_router", find_router)
     optimizer, hooks = torch.optim.SGD(acme.parameters(), lr=0.0), acme.blocks[0].router._forward_hooks
-    with pytest.raises(TypeError, match=r"'blocks.0.router' \(AcmeRouter\): it does not return experts and weights"):
+    with pytest.raises(
+        TypeError, match=r"'blocks.0.router' \(AcmeRouter\), because it does not return experts and weights"
+    ):
         balance_experts(acme, optimizer)
     assert not hooks
 
@@ -340,7 +342,7 @@ def test_replay(acme: AcmeModel):
         replayed = routing_of(acme, other)
     recorded = torch.stack([each.long() for each in records[LAYERS[0]]])
     assert replayed[LAYERS[0]].expert.view(B, N, K).equal(recorded)
-    with pytest.raises(TypeError, match=r"its own code computes the weights: leave it out of gates="):
+    with pytest.raises(TypeError, match=r"its own code computes the weights; leave it out of gates="):
         record_routing(acme, weights=True).__enter__()
 
 
@@ -353,7 +355,7 @@ def test_summary_counts_a_share_of_the_experts(acme: AcmeModel):
 
 def test_features_that_support_no_such_router(acme: AcmeModel):
     model = nn.ModuleList([acme, MoE(D, gate=TopKGating(D, E))])
-    with pytest.raises(TypeError, match=r"returns no auxiliary loss: leave it out of gates=.*gates=\['1.gate'\]"):
+    with pytest.raises(TypeError, match=r"returns no auxiliary loss; leave it out of gates=.*gates=\['1.gate'\]"):
         collect_aux(model).__enter__()
     with pytest.raises(ValueError, match="has no ReLUGating"):
         control_sparsity(acme, torch.optim.SGD(acme.parameters(), lr=0.1))

@@ -388,7 +388,7 @@ def test_rejects_unsupported_experts():
     assert isinstance(two[0].experts, GatedExperts)  # a refused call changes nothing
     with pytest.raises(ValueError, match=r"has no stacked experts .* it has QuantizedExperts"):
         unstack(small)
-    with pytest.raises(ValueError, match=r"has no parameter stacked .*few bits have no parameters to spread"):
+    with pytest.raises(ValueError, match=r"must have parameters .*Quantized experts have no parameters to shard"):
         find_sharded_names(small.experts, (4,), ())
     for given in ((), (torch.tensor([1, 0]),)):
         with pytest.raises(ValueError, match=r"with 6 experts expects slots of shape \(6, s, 32\), got \(2, 32\)"):

@@ -8,7 +8,7 @@ from support.strategies import PRIORITIES, make_generator
 from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.queues import MAX_TABLE_ENTRIES, Length, queue_up, stable_order
+from mixture_of_experts.dispatch.queues import MAX_TABLE_ENTRIES, Length, find_places_in_runs, queue_up, stable_order
 
 
 def queue_by_loop(expert: list[list[int]], chosen: list[list[bool]], e: int, order: list[tuple[int, int]]):
@@ -80,6 +80,19 @@ def test_more_experts_than_int16_counts():
     assert found.position[1, 1:].tolist() == [0, 0, 0]
     assert found.length.sum(-1).tolist() == [4, 3]
     assert found.length[0, e - 1] == 2
+
+
+@pytest.mark.parametrize("onnx", [False, True])
+def test_places_in_runs(onnx, monkeypatch):
+    monkeypatch.setattr(queues, "is_exporting_to_onnx", lambda: onnx)
+    for numbers in (1, 2, 5, 40):
+        queue = torch.randint(numbers, (3, 13), generator=torch.Generator().manual_seed(numbers))
+        equal = queue.unsqueeze(-1) == queue.unsqueeze(-2)
+        expected = equal.tril(diagonal=-1).sum(dim=-1)  # those before it
+        # on a CPU TopK of torch puts equal values in no order, unlike that of ONNX
+        assert find_places_in_runs(queue).sort(dim=-1).values.equal(expected.sort(dim=-1).values)
+        assert onnx or find_places_in_runs(queue).equal(expected)
+    assert find_places_in_runs(queue[:, :0]).shape == (3, 0)
 
 
 @pytest.mark.parametrize("descending", [False, True])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.page_recipes import recipe
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
@@ -15,7 +16,10 @@ from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import FeedForward, UnstackedExperts, restack, unstack
 
-Muon = recipe("stacked_experts.md", "class Muon")["Muon"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from muon import Muon
+
 D, E, H = 16, 4, 24
 
 
@@ -148,7 +152,7 @@ def test_rejects_compiled_experts():
     ("shape", "fused"), [((3, 16, 24), None), ((2, 2, 15, 7), None), ((7, 9), None), ((3, 26, 9), 1), ((3, 5, 8), 2)]
 )
 def test_muon_of_stacks(shape, fused):
-    """The recipe of docs/stacked_experts.md does to each matrix what Muon does: in float64 what the algorithm below
+    """The optimizer of `examples/muon.py` does to each matrix what Muon does: in float64 what the algorithm below
     does, and, up to its bfloat16, what torch's optimizer does."""
 
     def matrices(x):
@@ -196,7 +200,7 @@ def test_torchao():
     ao.quantize_(unstack(moe), ao.Int8WeightOnlyConfig())
     found = moe(x)[0]
     assert 0 < (found - before).norm() < 0.02 * before.norm()
-    with pytest.raises(TypeError, match=r"must be a plain nn\.Linear"):
+    with pytest.raises(TypeError, match=r"must be a plain nn.Linear"):
         restack(moe)
 
 

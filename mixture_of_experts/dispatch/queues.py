@@ -174,10 +174,15 @@ def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None
 
 def find_places_in_runs(queue: Tensor) -> Tensor:
     """Return the position `(..., a)` of each assignment among those with the same value in `queue`."""
-    ordered, order = queue.sort(dim=-1, stable=True)
+    ordered, order = stable_sort(queue)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
     starts = ordered != ordered.roll(1, dims=-1)  # the first run needs no mark, because its index is 0
-    first = torch.where(starts, index, 0).cummax(dim=-1).values
+    first = torch.where(starts, index, 0)
+    if is_exporting_to_onnx():  # ONNX has no cummax, so look up the first index by the number of the run
+        run = starts.cumsum(dim=-1)
+        first = run.new_zeros(*run.shape[:-1], run.shape[-1] + 1).scatter(-1, run * starts, first).gather(-1, run)
+    else:
+        first = first.cummax(dim=-1).values
     return torch.empty_like(order).scatter(-1, order, index - first)
 
 
@@ -270,6 +275,13 @@ def _find_queue_fault(device: torch.device) -> str | None:
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:
     """Return indices `(..., n)` that sort the last dimension; equal values keep their order."""
+    return stable_sort(values, descending)[1]
+
+
+def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Sort the last dimension of values `(..., n)`, and return values and indices; equal values keep their order."""
     if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK returns equal values lowest index first
-        return values.topk(values.shape[-1], dim=-1, largest=descending).indices
-    return values.sort(dim=-1, descending=descending, stable=True).indices
+        ordered, order = values.topk(values.shape[-1], dim=-1, largest=descending)
+    else:
+        ordered, order = values.sort(dim=-1, descending=descending, stable=True)
+    return ordered, order

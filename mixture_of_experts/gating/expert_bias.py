@@ -110,7 +110,7 @@ class StepsWithoutUpdate:
     """
 
     MAX_STEPS = 50  #: optimizer steps before the warning
-    SO_MANY = 1000  #: training forwards before the warning; more than a step of micro-batches with recomputation has
+    SO_MANY = 1000  #: training forwards before the warning; a step has fewer, even with recomputed micro-batches
     steps: int = 0  #: optimizer steps since the last update
     forwards: int = 0  #: training forwards since the last update
     version: int | None = None  #: version of the weight in the last training forward

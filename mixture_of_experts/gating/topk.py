@@ -245,8 +245,8 @@ class TopKGating(TokenChoiceGate):
 
         Returns:
             The experts `(..., b, n, k)` int64, best first, and which of these choices are made, bool, or None if all
-            are. Choices with a score of -inf are not made. Only functions and modules of users can produce such scores,
-            so scores are checked only if there are any.
+            are. Choices with a score of -inf are not made. Only custom functions and modules can produce such scores,
+            so scores are not checked otherwise.
         """
         of_select = not isinstance(self.select, (str, AlwaysChosen, OpenGroups))
         of_logits = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))

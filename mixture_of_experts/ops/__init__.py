@@ -77,7 +77,7 @@ def use(
 
     "auto" selects the fastest implementation for each call. "batch_invariant" makes the output for each token of a
     dropless layer on a CPU bitwise identical in any batch, including the router and the shared expert. A layer with a
-    part that is not known to be batch-invariant raises an error before anything is computed. All other names do not
+    part that is not known to be batch-invariant raises an error before anything is computed. The other names do not
     affect experts that no implementation computes, such as lists of modules or quantized experts.
 
     The context applies to all threads of the process, because a backward on a GPU has its own thread. If several

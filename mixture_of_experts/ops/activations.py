@@ -28,7 +28,7 @@ class ClampedSwiGLU(nn.Module):
 
     Args:
         alpha: steepness of the sigmoid.
-        limit: clamping bound. gate is clamped to at most `limit`, and up to the range from -limit to limit.
+        limit: clamping bound: `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
 
     Shape:
         Maps gate and up `(..., h)` to `(..., h)`.
@@ -62,7 +62,7 @@ class ClampedGLU(nn.Module):
 
     Args:
         activation: activation of the gate; a class, a module or a function.
-        limit: clamping bound. gate is clamped to at most `limit`, and up to the range from -limit to limit.
+        limit: clamping bound: `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
         after: whether gate is clamped after the activation instead of before it.
 
     Shape:

@@ -220,7 +220,7 @@ def test_only_the_main_process_completes_a_folder(tmp_path):
     made = make_export("llama")
     made.save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / "config.json").exists()
-    with pytest.raises(ValueError, match=r"push_to_hub=True uploads .*: call model\.push_to_hub\(repo_id\)"):
+    with pytest.raises(ValueError, match=r"push_to_hub=True would upload .*; call model\.push_to_hub\(repo_id\)"):
         made.save_pretrained(tmp_path, push_to_hub=True)
     assert isinstance(made, PreTrainedModel)
 

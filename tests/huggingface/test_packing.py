@@ -11,13 +11,19 @@ import torch
 from support import strategies as make
 from support.transformers_trainers import make_dataset, make_settings, make_texts, make_tokenizer
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mixture_of_experts import Routing, TopKGating
 from mixture_of_experts.huggingface import aux_loss, from_transformers, replace_ffn
@@ -96,6 +102,11 @@ def test_documents_are_found_as_attention_finds_them():
     assert read_token_metadata({**given, "position_ids": positions[:1]}).segment_ids.shape == (2, 6)
     one = {"input_ids": ids[:1], "cu_seq_lens_q": torch.tensor([0, 3, 5, 6], dtype=torch.int32)}
     assert read_token_metadata(one).segment_ids.tolist() == [[1, 1, 1, 2, 2, 3]]
+    with_grids = torch.cat([positions.unsqueeze(0), torch.zeros(3, 2, 6, dtype=torch.int64)])  # as Qwen3-VL takes them
+    assert read_token_metadata({**given, "position_ids": with_grids}).segment_ids.tolist() == [
+        [0, 0, 0, 1, 1, 2],
+        [0] * 6,
+    ]
     by_index = {"input_ids": ids[:1], "seq_idx": torch.tensor([[0, 0, 0, 1, 1, 2]])}
     assert read_token_metadata(by_index).segment_ids.tolist() == [[0, 0, 0, 1, 1, 2]]
     for other in (
@@ -106,6 +117,39 @@ def test_documents_are_found_as_attention_finds_them():
         {},
     ):
         assert read_token_metadata({"input_ids": ids, **other}).segment_ids is None
+
+
+def attend_by_lengths(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: None, cu_seq_lens_q: Tensor, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attention `(1, heads, n, d)` that separates documents by cumulative lengths, as Flash Attention does."""
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
+    out = [scaled_dot_product_attention(*part, is_causal=True, scale=settings["scaling"]) for part in parts]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_arguments_of_flash_attention(checkpointed, monkeypatch):
+    """Cumulative lengths without positions: rotary positions then count on over the row, which attention ignores."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "by_lengths", attend_by_lengths)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "by_lengths", lambda *args, **kwargs: None)
+    model = make_llama().train()
+    wanted, loss = run_separately(model)
+    wanted_grads = torch.autograd.grad(wanted.square().sum() + loss, list(model.parameters()), allow_unused=True)
+    model.set_attn_implementation("by_lengths")
+    if checkpointed:
+        model.activation_checkpointing_enable(dict(use_reentrant=False))
+    collate = DataCollatorWithFlattening(return_position_ids=False, return_flash_attn_kwargs=True)
+    packed = collate([{"input_ids": ids.tolist()} for ids in make_documents()])
+    packed.pop("labels")
+    assert "cu_seq_lens_q" in packed
+    logits = model(**packed).logits[0]
+    torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(aux_loss(model), loss, atol=1e-9, rtol=1e-9)
+    total = logits.square().sum() + aux_loss(model)
+    grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    torch.testing.assert_close(grads, wanted_grads, atol=1e-9, rtol=1e-9)
 
 
 def test_layers_that_cannot_pack_keep_a_row_as_one_group():
@@ -142,6 +186,62 @@ def train_by_sft(folder: Path, **settings: Any) -> tuple[dict[str, Tensor], list
     return {name: weight.detach() for name, weight in model.named_parameters()}, documents
 
 
+def train_by_trainer(
+    folder: Path, collator: Any, attention: str = "sdpa", **settings: Any
+) -> tuple[dict[str, Tensor], list[int]]:
+    """The weights after three steps of `Trainer` on twelve documents, and the numbers of documents that the first gate
+    was given."""
+    model, documents = make_llama(), []
+    model.set_attn_implementation(attention)
+    gate = model.model.layers[0].mlp.moe.gate
+    gate.register_forward_hook(lambda module, args, routing: documents.append(count_documents(routing)))
+    gen = torch.Generator().manual_seed(1)
+    ids = [torch.randint(1, 64, (3 + 5 * i % 13,), generator=gen).tolist() for i in range(12)]
+    data = [{"input_ids": each, "labels": each} for each in ids]
+    arguments = {**make_settings(1, folder), "per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 0.5}
+    arguments = TrainingArguments(**{**arguments, **settings})
+    Trainer(model, arguments, train_dataset=data, data_collator=collator).train()
+    return {name: weight.detach() for name, weight in model.named_parameters()}, documents
+
+
+def pad_documents(features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    ids = pad_sequence([torch.tensor(each["input_ids"]) for each in features], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.where(ids > 0, -100)}
+
+
+TRAINED = {
+    "position_ids": (DataCollatorWithFlattening(), {}),
+    "eager attention": (DataCollatorWithFlattening(), dict(attention="eager")),
+    "all arguments": (DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True), {}),
+    "checkpointed": (DataCollatorWithFlattening(), dict(gradient_checkpointing=True)),
+    "compiled": (DataCollatorWithFlattening(), dict(torch_compile=True, torch_compile_backend="aot_eager")),
+    "both": (
+        DataCollatorWithFlattening(),
+        dict(gradient_checkpointing=True, torch_compile=True, torch_compile_backend="aot_eager"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.exhaustive] * (name == "compiled")) for name in TRAINED]
+)
+def test_trainer_trains_packed_as_padded(name, tmp_path: Path):
+    """Three steps on four documents in a row, each with its own capacity, are those on four padded rows."""
+    padded, counts = train_by_trainer(tmp_path, pad_documents)
+    assert counts == [4, 4, 4]
+    collator, settings = TRAINED[name]
+    torch._dynamo.reset()
+    packed, found = train_by_trainer(tmp_path, collator, **settings)
+    assert set(found) == {4}
+    start = make_llama().state_dict()
+    for weight_name, weight in padded.items():
+        change, difference = weight - start[weight_name], packed[weight_name] - weight
+        assert change.norm() > 0, weight_name
+        assert difference.norm() < 1e-5 * change.norm(), weight_name  # the loss is float32
+
+
 def count_documents(routing: Routing) -> int:
     return routing.mask.shape[0] if routing.segments is None else int(routing.segments.num_documents)
 
@@ -171,6 +271,31 @@ def test_packed_rows_of_a_compiled_model():
     logits = compiled(packed["input_ids"], position_ids=packed["position_ids"]).logits[0]
     torch.testing.assert_close(logits, wanted, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(aux_loss(model), loss, atol=1e-9, rtol=1e-9)
+
+
+class PackedLogits(nn.Module):
+    """The logits of packed rows, without a cache."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        return self.model(input_ids, position_ids=position_ids, use_cache=False).logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [None, 0.7])
+def test_packed_rows_of_an_exported_model(factor):
+    model = make_llama(factor).eval()
+    ids, positions = torch.randint(1, 64, (2, 12)), torch.arange(12).expand(2, 12)
+    dynamic = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        program = torch.export.export(PackedLogits(model), (ids, positions), dynamic_shapes=(dynamic, dynamic)).module()
+        packed, (wanted, _) = make_packed(), run_separately(model)
+        found = program(packed["input_ids"], packed["position_ids"])
+        torch.testing.assert_close(found[0], wanted, atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(program(ids, positions), model(ids).logits, atol=1e-9, rtol=1e-9)
 
 
 def test_statistics_of_a_stock_router_are_by_document():

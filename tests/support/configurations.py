@@ -164,7 +164,7 @@ def find_implementation_error(c: Configuration) -> str | None:
         "grouped": c.run != "exported",
         "triton": False,  # its interpreter is a process' own: tests/test_triton.py
     }[c.implementation]
-    return None if possible else f"'{c.implementation}' was asked for and cannot compute this call"
+    return None if possible else f"'{c.implementation}' is requested, but does not support this call"
 
 
 # The layer and what it is called with

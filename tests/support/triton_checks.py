@@ -346,9 +346,9 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
         patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
         patch.setattr(operators, "launch_kernel", planted("row_grads", "memory"))
         times[0] = 0
-        with pytest.warns(UserWarning, match="off for calls of one kind.*ops.prepare"):
-            assert "no memory" in str(judge())
-        assert "no memory" in str(judge())
+        with pytest.warns(UserWarning, match="disabled for calls of one kind.*ops.prepare"):
+            assert "not enough memory" in str(judge())
+        assert "not enough memory" in str(judge())
         assert times == [1]
         patch.setattr(operators, "launch_kernel", launch)
         assert judge(1) is None
@@ -723,7 +723,7 @@ def check_wrong_two_choices(fault: str) -> None:
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(top2_by_kernel.SELF_CHECK, "verdicts", {})
         patch.setattr(top_2, "launch_kernel", wrong)
-        with pytest.warns(UserWarning, match="Top2Gating are off " + ("for" if fault == "memory" else "in")):
+        with pytest.warns(UserWarning, match="Top2Gating are disabled " + ("for" if fault == "memory" else "in")):
             found = decide()
         number, again = len(calls), decide()
         for made in (found, again):
