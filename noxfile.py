@@ -91,11 +91,11 @@ def install_engine(session: nox.Session, engine: str, environment: Path) -> None
         (archive,) = source.glob("*.tar.gz")
         shutil.unpack_archive(archive, source)
         (code,) = source.glob("*/vendor/llama.cpp")
-        build, cmake = str(source / "build"), str(programs / "cmake")
-        settings = [f"CMAKE_RUNTIME_OUTPUT_DIRECTORY={programs}", f"CMAKE_MAKE_PROGRAM={programs / 'ninja'}", *BUILD]
-        options = ["-S", str(code), "-B", build, "-G", "Ninja", *(f"-D{setting}" for setting in settings)]
-        session.run(cmake, *options, external=True, silent=True)
-        session.run(cmake, "--build", build, "--target", "llama-quantize", external=True, silent=True)
+        build, cmake = source / "build", str(programs / "cmake")
+        settings = [f"-D{setting}" for setting in (f"CMAKE_MAKE_PROGRAM={programs / 'ninja'}", *BUILD)]
+        session.run(cmake, "-S", str(code), "-B", str(build), "-G", "Ninja", *settings, external=True, silent=True)
+        session.run(cmake, "--build", str(build), "--target", "llama-quantize", external=True, silent=True)
+        shutil.copy2(build / "bin" / "llama-quantize", programs)
 
 
 @nox.session(python=NEWEST)

@@ -86,7 +86,7 @@ def make_qwen3() -> Any:
         for handle in handles:
             handle.remove()
         for name, module in norms:
-            module.weight.fill_(0.7 * sizes[name])
+            module.weight.fill_(0.75 * sizes[name])
     return made
 
 
