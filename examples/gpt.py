@@ -21,7 +21,8 @@ def apply_rotary(x):
     """Each pair of features of x (b, h, n, f), turned by an angle that grows with its place (arXiv 2104.09864)."""
     places, pairs = torch.arange(x.shape[-2], device=x.device), torch.arange(0, x.shape[-1], 2, device=x.device)
     turn = torch.polar(torch.ones_like(places)[:, None].float(), places[:, None] * 10_000.0 ** (-pairs / x.shape[-1]))
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
 class Block(nn.Module):

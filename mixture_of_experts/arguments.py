@@ -1,4 +1,4 @@
-"""Arguments of the layers' constructors: fills in defaults, and checks that gates, experts and layer agree."""
+"""Resolves constructor arguments of the layers, and checks that gates, experts and the layer match."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mixture_of_experts.wrappers import reads_slots
 
 
 def as_experts(experts: Any) -> nn.Module | None:
-    """One module for all experts: the module itself, or an `ExpertList` of a plain list of modules."""
+    """Return a single module for all experts, wrapping a plain list of modules in an `ExpertList`."""
     if experts is None or (isinstance(experts, nn.Module) and has_forward(experts)):
         return experts
     if isinstance(experts, list | tuple | nn.ModuleList):
@@ -31,23 +31,23 @@ def as_experts(experts: Any) -> nn.Module | None:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether the module can be called. A plain `nn.ModuleList` cannot."""
+    """Return whether the module can be called, unlike a plain `nn.ModuleList`."""
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 def check_shared_expert(shared_expert: Any) -> nn.Module | None:
-    """Check that the shared expert is a module that can be called, or None."""
+    """Check that the shared expert is None or a callable module."""
     if shared_expert is None or (isinstance(shared_expert, nn.Module) and has_forward(shared_expert)):
         return shared_expert
     got = type(shared_expert).__name__ if isinstance(shared_expert, nn.Module) else repr(shared_expert)
     raise TypeError(
-        f"shared_expert must be a module or None, got {got}: make an instance of a class, or put several modules into "
-        "one nn.Sequential"
+        f"shared_expert must be a module or None, got {got}. Instantiate the class first, or combine several "
+        "modules in an nn.Sequential"
     )
 
 
 def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
-    """`num_experts` if it is given, else the gate's number, else the experts', else 16."""
+    """Return `num_experts` if it is not None, else the number of the gate, of the experts, or 16."""
     if num_experts is None:
         num_experts = getattr(gate, "num_experts", None) or getattr(experts, "num_experts", None) or 16
     return check_size("num_experts", num_experts)
@@ -56,7 +56,7 @@ def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts
 def resolve_expert_grid(
     num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
 ) -> tuple[int, int]:
-    """The pair (outer, inner): `num_experts` if it is given, else the gates', else the experts', else (4, 4)."""
+    """Return (outer, inner): `num_experts` if it is not None, else the sizes of gates, of experts, or (4, 4)."""
     if num_experts is None:
         default = getattr(experts, "num_experts", None)
         default = default if isinstance(default, tuple) and len(default) == 2 else (4, 4)
@@ -70,28 +70,28 @@ def resolve_expert_grid(
 
 
 def reject_gate_arguments(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise an error for arguments that describe the default gate if a gate is passed."""
+    """Raise an error if a gate is passed together with arguments that configure the default gate."""
     reject_unused_arguments(name, {key: value for key, value in settings.items() if value != TOP2_SETTINGS[key]})
 
 
 def reject_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
-    """Raise an error for arguments that describe the default experts if experts are passed."""
+    """Raise an error if experts are passed together with arguments that configure the default experts."""
     given = {} if hidden_dim is None else {"hidden_dim": hidden_dim}
     reject_unused_arguments("experts", given if activation is nn.GELU else {**given, "activation": activation})
 
 
 def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
-    """Raise an error for arguments that describe a part which is passed itself: they would have no effect."""
+    """Raise an error for arguments that would have no effect because `part` is passed."""
     if arguments:
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-        raise ValueError(f"{part} is given, so {written} would do nothing: set it on the given {part} instead")
+        raise ValueError(f"{written} would be ignored because you also pass {part}; set it on {part} instead")
 
 
 K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other libraries
 
 
 def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
-    """Raise an error for an argument that belongs to a router, not to a layer: the error says where to pass it."""
+    """Raise an error that explains where to pass an argument that belongs to the router, not to the layer."""
     parameters = inspect.signature(layer.__init__).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -101,50 +101,50 @@ def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
             setting = "k" if name in K_ALIASES else name
             where = "gate=" if "gate" in parameters else "gate_outer= and gate_inner="
             raise TypeError(
-                f"{layer.__name__} has no argument {name!r}, its router has it: give "
+                f"{layer.__name__} has no argument {name!r}, which belongs to the router; pass "
                 f"{where}TopKGating(dim, num_experts, {setting}={value!r})"
             )
 
 
 def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
-    """Raise an error for a gate of one level whose priority differs from the layer's: both levels need the same.
+    """Raise an error if the priority of a gate differs from the layer's, because both levels must use the same one.
 
-    The priority of a dropless gate is not compared, because it has no effect.
+    The priority of a dropless gate has no effect and is not checked.
     """
     own = getattr(gate, "priority", priority)
     drops = any(getattr(gate, f"capacity_factor_{mode}", None) is not None for mode in ("train", "eval"))
     if own != priority and priority != TOP2_SETTINGS["priority"] and drops:
         raise ValueError(
-            f"priority={priority!r} is asked for, but {name} has priority={own!r} and a capacity: give that gate "
-            f"priority={priority!r} too"
+            f"priority={priority!r} is required by the layer, but {name} has priority={own!r} and a limited capacity; "
+            f"construct that gate with priority={priority!r} too"
         )
 
 
 def check_gate(
     name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), is_level: bool = False
 ) -> None:
-    """Check that a gate can be called and has the layer's sizes, and that the gate of a level uses token choice."""
+    """Check that a gate is callable and matches the layer's sizes, and that a gate of a level uses token choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
     given = ["mask", "importance"] if outer else ["mask"]
     if not accepts_keywords(gate, given):
         raise TypeError(
-            f"{name} must be a gate such as TopKGating(...), called with (x, {', '.join(f'{n}=...' for n in given)}), "
+            f"{name} must be a gate such as TopKGating(...) that accepts (x, {', '.join(f'{n}=...' for n in given)}), "
             f"but {type(gate).__name__} has forward{inspect.signature(gate.forward)}"
         )
     if is_level and not hasattr(gate, "k"):
         raise ValueError(
-            f"{name} must be a router of token choice, a subclass of TokenChoiceGate, got {type(gate).__name__}"
+            f"{name} must be a token-choice router (a subclass of TokenChoiceGate), got {type(gate).__name__}"
         )
     for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
         got = getattr(gate, what, wanted)
         if got != wanted:
-            remedy = ask_providers(gate, lambda provider: provider.gate_remedy) or "give both the same"
-            raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: {remedy}")
+            remedy = ask_providers(gate, lambda provider: provider.gate_remedy) or "construct both with the same value"
+            raise ValueError(f"{name} has {what}={got}, but the layer has {what}={wanted}; {remedy}")
 
 
 def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
-    """Whether the module's signature allows a call with one tensor and these keywords."""
+    """Return whether the module's signature allows a call with one tensor and these keywords."""
     try:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
@@ -155,7 +155,7 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
 
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
-    """Check that the experts have the layer's sizes, as far as they have attributes for them."""
+    """Check that the experts match the layer's sizes, if they have the corresponding attributes."""
     experts = unwrap_module(experts)  # an adapter of a bias may have num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
@@ -163,35 +163,39 @@ def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) ->
     if isinstance(experts, ExpertList):
         allowed = (torch.Size(num_experts).numel(),)
     if got not in allowed:
-        raise ValueError(f"experts has num_experts={got}, the layer num_experts={count}: give both the same")
+        raise ValueError(
+            f"experts have num_experts={got}, but the layer has num_experts={count}; construct both with the same value"
+        )
     if isinstance(experts, StackedExperts) and experts.dim != dim:
-        raise ValueError(f"experts has dim={experts.dim}, the layer dim={dim}: give both the same")
+        raise ValueError(
+            f"experts have dim={experts.dim}, but the layer has dim={dim}; construct both with the same value"
+        )
 
 
 def check_packed_call(
     side: Mapping[str, Any], group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module
 ) -> None:
-    """Check that a layer supports packed rows, if the call has `segment_ids`: groups are then documents."""
+    """Check that a layer supports packed rows if the call has `segment_ids`, which make each document a group."""
     if side.get(SEGMENT_IDS) is None:
         return
     if (reason := packing_unsupported_reason(group_size, gates, experts)) is not None:
         raise ValueError(
-            f"{SEGMENT_IDS} makes each document of a packed row a group, but {reason}; or pass each document as a row "
-            "of its own, padded, with mask="
+            f"{SEGMENT_IDS} makes each document of a packed row a group, but {reason}. Alternatively, pass each "
+            "document as a separate padded row, with mask="
         )
 
 
 def packing_unsupported_reason(group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module) -> str | None:
-    """Why a layer does not support packed rows, with the remedy; None if it does."""
+    """Return why a layer does not support packed rows, with the remedy; None if it does."""
     if group_size is not None:
-        return f"group_size={group_size} makes other groups of the tokens: set it to None"
+        return f"group_size={group_size} groups tokens differently; set it to None"
     if len(gates) > 1:
-        return "a layer of two levels does not take them: use MoE"
+        return "a layer with two levels does not support packing; use MoE"
     if SEGMENT_IDS not in get_side_inputs(gates[0]):
-        return f"its gate, a {type(gates[0]).__name__}, does not read them: use a TokenChoiceGate such as TopKGating"
+        return f"{type(gates[0]).__name__} does not support packing; use a TokenChoiceGate such as TopKGating"
     if getattr(unwrap_module(gates[0]), "capacity_factor", None) is not None and reads_slots(experts):
         return (
-            f"its experts, {type(experts).__name__}, read slots, of which documents with a limited capacity have none: "
-            "set the gate's capacity factors to None, or derive the experts from RoutedExperts"
+            f"{type(experts).__name__} reads slots, which are not supported for documents with a limited capacity; set "
+            "the gate's capacity factors to None, or derive the experts from RoutedExperts"
         )
     return None

@@ -1,10 +1,10 @@
-"""Expert networks: stacked weights for all experts, a list of plain modules, and the two contracts for experts.
+"""Expert networks: stacked weights for all experts, lists of plain modules, and the two interfaces of experts.
 
-Axes: e experts (one or two dimensions, `*e`), t tokens, s slots of an expert, r rows sorted by expert, d model dim,
-h hidden dim, o dim of the outputs.
+Axes: e experts (one or two dimensions, `*e`), t tokens, s slots per expert, r rows sorted by expert, d model dim,
+h hidden dim, o output dim.
 
 1. *Slots*, for any module: `experts(slots)` maps `(*e, s, d)` to the same shape.
-2. *Tokens*, for `RoutedExperts`: `experts(x, assignments)` maps the tokens `(t, d)` of a whole call to tokens `(t, o)`.
+2. *Tokens*, for `RoutedExperts`: `experts(x, assignments)` maps the tokens `(t, d)` of a whole call to `(t, o)`.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ from mixture_of_experts.support.private_torch import get_wrapped_module, unsafe_
 from mixture_of_experts.support.subclassing import is_package_class
 from mixture_of_experts.support.tracing import has_data, is_host_readable
 
-DIM_OUT_HINT = ": experts whose outputs have another width than tokens tell it by dim_out"
-MAX_SLOTS_PER_CHOICE = 4  # slots for each choice; calls with more get a warning
+DIM_OUT_HINT = ". If the experts change the width of tokens, set their dim_out to the width of the outputs"
+MAX_SLOTS_PER_CHOICE = 4  # calls with more slots per choice emit a warning
 
 
 class RoutedExperts(nn.Module):
     """Base class of experts that read the tokens of a whole call and the gates' `Assignments`.
 
-    A subclass implements `compute`, which maps rows sorted by expert to the same number of rows. There is no padding
-    between them, and results of rows after the last expert's are not read. Outputs of another width need an attribute
-    `dim_out`. The base class does the rest: dispatch, combine, capacity and levels. A subclass whose `forward` has no
-    argument `assignments` reads slots instead, like any other module.
+    Subclasses implement `compute`, which maps rows sorted by expert to the same number of rows. The rows of different
+    experts follow each other without padding, and results past the rows of the last expert are ignored. If the outputs
+    have another width than the tokens, set the attribute `dim_out`. The base class handles dispatch, combine, capacity
+    and levels. A subclass whose `forward` has no `assignments` argument reads slots instead, like any other module.
 
     Example:
         >>> import torch
@@ -84,9 +84,9 @@ class RoutedExperts(nn.Module):
 
     reads_assignments: ClassVar[bool] = True
     allocates_outputs: ClassVar[bool] = (
-        True  #: whether outputs never share memory with the tokens: true of this package's
+        True  #: whether outputs never share memory with the tokens; True for the classes of this package
     )
-    _version: int = 2  # torch writes it into state dicts; mixture-of-experts 0.2.3 wrote 1
+    _version: int = 2  # stored in state dicts by torch; it was 1 in mixture-of-experts 0.2.3
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,17 +94,17 @@ class RoutedExperts(nn.Module):
         cls.allocates_outputs = is_package_class(next(base for base in cls.__mro__ if "forward" in base.__dict__))
 
     def variant_reason(self) -> str | None:
-        """Why a token's output may have other bits in another batch under `ops.use("batch_invariant")`; None if not."""
-        return f"{type(self).__name__} compute rows by themselves: take Experts or GatedExperts"
+        """Return why a token's output may depend on the batch under `ops.use("batch_invariant")`, or None if it does
+        not."""
+        return f"{type(self).__name__} implements its own computation of rows; use Experts or GatedExperts"
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
-        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without them, slots
-        `(*e, s, d)` to `(*e, s, o)`."""
+        """Map tokens `(t, d)` to `(t, o)` if assignments are passed, else slots `(*e, s, d)` to `(*e, s, o)`."""
         if assignments is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
             return unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
-        reject_batch_invariance(f"{type(self).__name__} compute rows by themselves")
+        reject_batch_invariance(f"{type(self).__name__} implements its own computation of rows")
         permutation = permute_without_gaps(assignments)
         assert permutation.rows_per_expert is not None
         rows = dispatch(x, permutation)
@@ -114,37 +114,38 @@ class RoutedExperts(nn.Module):
         out = self.compute(rows, num_tokens_per_expert)
         if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != rows.shape[0]:
             name = f"{type(self).__name__}.compute"
-            raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {describe_shape(out)}")
+            raise ValueError(f"{name} must return a 2-D tensor with {len(rows)} rows, got {describe_shape(out)}")
         return out
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Compute every expert on its own rows; return the same number of rows.
+        """Apply each expert to its own rows, and return the same number of rows.
 
         Args:
-            rows: `(r, d)`, sorted by expert. There may be rows after the experts' own; their results are not read.
+            rows: `(r, d)`, sorted by expert. Unused rows may follow those of the last expert; their results are
+                ignored.
             num_tokens_per_expert: `(e,)` int64, number of rows of each expert; outer-major for a grid of experts.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must write compute(rows, num_tokens_per_expert), or a forward for slots"
+            f"{type(self).__name__} must implement compute(rows, num_tokens_per_expert), or a forward that reads slots"
         )
 
 
 def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tensor:
-    """Map the tokens `(t, d)` of a call to tokens `(t, o)`, with experts of either contract."""
+    """Map the tokens `(t, d)` of a call to `(t, o)`, with experts that have either interface."""
     unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
     )  # some adapters hide attributes
     dim_out = getattr(unwrapped, "dim_out", None)
     if not reads_assignments(experts):
-        reject_batch_invariance(f"{type(experts).__name__} compute slots")
+        reject_batch_invariance(f"{type(experts).__name__} reads slots")
         return run_experts_on_slots(experts, x, assignments, dim_out)
     wanted = (x.shape[0], dim_out or x.shape[1])
     out = check_result(type(experts).__name__, experts(x, assignments), wanted, DIM_OUT_HINT)
-    return out if unwrapped.allocates_outputs else out.clone()  # which may share memory with x
+    return out if unwrapped.allocates_outputs else out.clone()  # the outputs may share memory with x
 
 
 def binds_assignments(forward: Callable) -> bool:
-    """Whether a forward `(self, x, ...)` accepts `assignments` as its second argument, by name or with `*args`."""
+    """Return whether a forward `(self, x, ...)` has `assignments` as its second argument, or accepts `*args`."""
     of_self, *parameters = inspect.signature(forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in (of_self, *parameters)):
         return True
@@ -153,33 +154,33 @@ def binds_assignments(forward: Callable) -> bool:
         return True
     if any(parameter.name == "assignments" for parameter in parameters):
         raise TypeError(
-            f"{forward.__qualname__} must take assignments as its second argument: forward(self, x, assignments)"
+            f"{forward.__qualname__} must have assignments as its second argument: forward(self, x, assignments)"
         )
     return False
 
 
 def reads_assignments(experts: nn.Module) -> bool:
-    """Whether a module, or the module that it wraps, accepts tokens and assignments."""
+    """Return whether a module, or the module inside its wrappers, accepts tokens and assignments."""
     while not isinstance(experts, RoutedExperts):
         wrapped = get_wrapped_module(experts)
-        if wrapped is None or not binds_assignments(type(experts).forward):  # an unknown wrapper, which reads slots
+        if wrapped is None or not binds_assignments(type(experts).forward):  # unknown wrappers read slots
             return False
         experts = wrapped
     return experts.reads_assignments
 
 
 def check_slot_inputs(experts: Any, x: Tensor, assignments: Any) -> None:
-    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no assignments are passed."""
+    """Check that x has the shape `(*e, s, d)` of slots, and that no assignments are passed."""
     wanted = (*experts.expert_dims, "s", experts.dim)
     fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
     if assignments is not None or not fits:
         rest = (
             ""
             if assignments is None
-            else f" and {type(assignments).__name__} (rows and num_tokens_per_expert go to `compute`)"
+            else f" and {type(assignments).__name__} (to compute rows with num_tokens_per_expert, call `compute`)"
         )
         raise ValueError(
-            f"{type(experts).__name__} of {experts.num_experts} experts reads slots of shape "
+            f"{type(experts).__name__} with {experts.num_experts} experts expects slots of shape "
             f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}{rest}"
         )
 
@@ -187,20 +188,23 @@ def check_slot_inputs(experts: Any, x: Tensor, assignments: Any) -> None:
 def run_experts_on_slots(
     compute: Callable[[Tensor], Tensor], x: Tensor, assignments: Assignments, dim_out: int | None = None
 ) -> Tensor:
-    """Dispatch tokens to slots (an empty slot is zeros), compute them, and combine the results."""
+    """Dispatch tokens to slots (empty slots are filled with zeros), compute them, and combine the results."""
     permutation = permute_dropless_slots(assignments) if assignments.routing is None else permute_to_slots(assignments)
     slots = dispatch(x, permutation)
     slots = slots.view(
         *permutation.expert_dims, permutation.num_rows // math.prod(permutation.expert_dims), slots.shape[-1]
     )
     out = check_result("experts", compute(slots), (*slots.shape[:-1], dim_out or slots.shape[-1]), DIM_OUT_HINT)
-    # not `flatten(0, -2)`, which asks whether a dynamic length is 1
+    # `flatten(0, -2)` would add a guard on whether a dynamic length is 1
     return combine(out.flatten().view(permutation.num_rows, out.shape[-1]), permutation)
 
 
 def permute_dropless_slots(assignments: Assignments) -> Permutation:
-    """The permutation of a dropless call in slots. If values can be read without a sync, each expert has as many slots
-    as the fullest one needs; else as many as there are tokens, with a warning if most of them must stay empty."""
+    """Return the permutation of a dropless call to slots.
+
+    If values can be read without a sync, each expert gets as many slots as the most loaded one needs. Otherwise it gets
+    one slot per token, with a warning if most of them are bound to stay empty.
+    """
     t, e = assignments.num_tokens, math.prod(assignments.expert_dims)
     if is_host_readable(assignments.kept):
 
@@ -211,24 +215,25 @@ def permute_dropless_slots(assignments: Assignments) -> Permutation:
         return permute_with_padding(assignments, pad_to_fullest)
     if has_data(assignments.kept) and e * t > MAX_SLOTS_PER_CHOICE * assignments.weight.shape[0]:
         warnings.warn(
-            f"experts that read slots get {e} x {t} of them for {assignments.weight.shape[0]} choices, because the "
-            "gate drops none: set its capacity_factor_train and capacity_factor_eval (2.0: twice an even share), or "
-            "derive the experts from RoutedExperts",
+            f"experts that read slots need {e} x {t} slots for {assignments.weight.shape[0]} choices because the gate "
+            "is dropless. To save memory, set its capacity_factor_train and capacity_factor_eval (2.0 is twice an even "
+            "share), or derive the experts from RoutedExperts",
             stacklevel=2,
         )
     return permute_to_slots(assignments)
 
 
 def _check_dropout(name: str, value: Any) -> float:
-    """Return the rate, below 1; 0 as an integer, because a float would be an input of graphs with dynamic sizes."""
+    """Check that the rate is below 1. A rate of 0 becomes an integer, because compiled graphs with dynamic sizes treat
+    a float as an input."""
     return check_number(name, value, at_least=0.0, below=1.0) or 0
 
 
 class StackedExperts(FixedShapeModule, RoutedExperts):
-    """Base class of experts with stacked weights: initialization, checks of shapes, and both contracts.
+    """Base class of experts with stacked weights: initialization, checks of shapes, and both interfaces.
 
     Tokens with assignments are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
-    implementation; `compute` and slots are for wrappers, expert parallelism, and callers that sort rows themselves.
+    implementation. `compute` and slots serve wrappers, expert parallelism, and callers that sort rows themselves.
     """
 
     dim: int
@@ -264,17 +269,17 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         self.expert_dims = check_sizes("num_experts", num_experts)
         h = self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
         self.act = make_activation(activation)
-        if self.act is not activation:  # PyTorch's activation classes create float32 parameters
+        if self.act is not activation:  # activation classes of PyTorch create float32 parameters
             self.act.to(device=device, dtype=dtype)
         self.dropout = dropout
         if takes_gate_and_up(self.act) and not self.gated:
-            raise ValueError(f"activation {activation!r} is a function of (gate, up): use GatedExperts")
+            raise ValueError(f"activation {activation!r} is a function of (gate, up), which requires GatedExperts")
         weights = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
         biases = {"b1": (h,), "b3": (h,), "b2": (o,)}
         for name, size in (weights | biases).items():
             if self.gated or not name.endswith("3"):
                 there = check_flag("bias", bias) or name in weights
-                # writing zeros touches new memory with all threads; drawing the weights uses one thread
+                # writing zeros allocates memory pages with all threads, while drawing the weights uses one thread
                 shape = *self.expert_dims, *size
                 stack = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if there else None
                 self.register_parameter(name, stack)
@@ -283,7 +288,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
     def forward(
         self, x: Tensor, assignments: Assignments | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
     ) -> Tensor:
-        """Map as `RoutedExperts` does; a wrapper may pass another `ffn`, which computes tokens with assignments."""
+        """Map as in `RoutedExperts`. A wrapper may pass another `ffn` to compute tokens with assignments."""
         network = self._build_network()
         if isinstance(assignments, Assignments):
             return ffn(x, assignments, network, training=self.training)
@@ -293,17 +298,17 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
 
     def variant_reason(self) -> str | None:
         if self.training and self.dropout:
-            return f"dropout={self.dropout} draws random numbers in training: set it to 0, or call eval()"
+            return f"dropout={self.dropout} draws random numbers in training; set it to 0, or call eval()"
         reason = unknown_activation_reason(self.act)
-        return None if reason is None else f"{reason}: take one of the package's own, without hooks"
+        return None if reason is None else f"{reason}; use an activation of this package, without hooks"
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Compute rows that a wrapper or another rank has sorted by expert; `forward` does not call it."""
+        """Compute rows that a wrapper or another rank has sorted by expert. `forward` does not call this method."""
         rows, network = cast_operands(rows, self._build_network())
         return feed_forward(rows, network, num_tokens_per_expert, grouped_matmul)
 
     def _build_network(self) -> Network:
-        """The weights, with one dimension for all experts, even for a grid."""
+        """Return the weights as a network, with a grid of experts flattened to one dimension."""
         numbers = ("1", "3") if self.gated else ("1",)
         w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
         dropout = self.dropout if self.training else 0.0
@@ -314,7 +319,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         return network.map(lambda tensor: tensor.flatten(0, last))
 
     def reset_parameters(self) -> None:
-        """Draw the weights of each expert from a uniform distribution with standard deviation 1 / sqrt(fan in); set
+        """Draw the weights of each expert from a uniform distribution with standard deviation 1 / sqrt(fan in), and set
         biases to 0."""
         init_expert_weights(self)
 
@@ -326,8 +331,8 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
 
 
 def init_expert_weights(module: nn.Module) -> None:
-    """Draw weights `(..., d, h)` from a uniform distribution with standard deviation 1 / sqrt(fan in); set biases (`b1`
-    and so on) to 0."""
+    """Draw weights `(..., d, h)` from a uniform distribution with standard deviation 1 / sqrt(fan in), and set biases
+    (`b1` and so on) to 0."""
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("b"):
             nn.init.zeros_(parameter)
@@ -340,19 +345,19 @@ class Experts(StackedExperts):
     """Two-layer feed-forward experts, `act(x w1) w2`.
 
     Args:
-        dim: d, model dimension.
-        num_experts: e, or a tuple for a grid of experts.
-        hidden_dim: h; 4 d by default.
+        dim: model dimension, d.
+        num_experts: number of experts, e, or a tuple for a grid of experts.
+        hidden_dim: hidden dimension, h. Default: 4 d.
         activation: a class such as `nn.GELU`, a module, or a function of a tensor.
-        bias: adds `b1 (*e, h)` and `b2 (*e, o)`.
-        dim_out: o, width of the outputs; d by default.
-        dropout: share of the hidden layer that is dropped in training (Switch, arXiv 2101.03961, "expert dropout").
-            Such a forward is computed by torch's own operators.
-        device, dtype: of the parameters.
+        bias: whether to add biases `b1 (*e, h)` and `b2 (*e, o)`.
+        dim_out: width of the outputs, o. Default: d.
+        dropout: probability of dropping an element of the hidden layer in training ("expert dropout" of Switch, arXiv
+            2101.03961). A forward with dropout uses torch's own operators.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
-        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` is `(*e, d, h)`,
-        `w2` is `(*e, h, o)`.
+        Maps slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` has the shape
+        `(*e, d, h)`, and `w2` has the shape `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -371,8 +376,9 @@ class Experts(StackedExperts):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if local_metadata.get("version") == 1 and not isinstance(self.act, nn.ReLU):
             warnings.warn(
-                f"mixture-of-experts 0.2.3 wrote this state: its experts computed ReLU by default, these compute "
-                f"{self.act}. Pass activation=nn.ReLU to the layer, unless it was trained with {self.act}",
+                f"this state dict was written by mixture-of-experts 0.2.3, whose experts used ReLU by default, but "
+                f"these experts use {self.act}. Pass activation=nn.ReLU to the layer unless it was trained with "
+                f"{self.act}",
                 stacklevel=2,
             )
 
@@ -382,20 +388,20 @@ class GatedExperts(StackedExperts):
     (arXiv 2002.05202).
 
     Args:
-        dim: d, model dimension.
-        num_experts: e, or a tuple for a grid of experts.
-        hidden_dim: h; 4 d by default.
+        dim: model dimension, d.
+        num_experts: number of experts, e, or a tuple for a grid of experts.
+        hidden_dim: hidden dimension, h. Default: 4 d.
         activation: a class such as `nn.SiLU`, a module, or a function of a tensor. A function of two tensors,
-            `(x w1, x w3)`, returns the whole hidden layer: `ops.ClampedSwiGLU`.
-        bias: adds `b1, b3 (*e, h)` and `b2 (*e, o)`.
-        dim_out: o, width of the outputs; d by default.
-        dropout: share of the hidden layer that is dropped in training (Switch, arXiv 2101.03961, "expert dropout").
-            Such a forward is computed by torch's own operators.
-        device, dtype: of the parameters.
+            `(x w1, x w3)`, such as `ops.ClampedSwiGLU`, must return the whole hidden layer.
+        bias: whether to add biases `b1, b3 (*e, h)` and `b2 (*e, o)`.
+        dim_out: width of the outputs, o. Default: d.
+        dropout: probability of dropping an element of the hidden layer in training ("expert dropout" of Switch, arXiv
+            2101.03961). A forward with dropout uses torch's own operators.
+        device, dtype: device and dtype of the parameters.
 
     Shape:
-        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` and `w3` are
-        `(*e, d, h)`, `w2` is `(*e, h, o)`.
+        Maps slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` and `w3` have the
+        shape `(*e, d, h)`, and `w2` has the shape `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -425,27 +431,27 @@ class GatedExperts(StackedExperts):
 
 
 def check_expert_modules(experts: Any) -> list[nn.Module]:
-    """The modules of a list of experts, checked to be modules."""
+    """Check that all items of a list of experts are modules, and return the list."""
     if not isinstance(experts, Iterable):
         raise TypeError(f"experts must be a list of modules, got a {type(experts).__name__}")
     modules = list(experts)
     for i, expert in enumerate(modules):
         if not isinstance(expert, nn.Module):
-            got = f"the class {expert.__name__}: make an instance" if isinstance(expert, type) else repr(expert)
-            raise TypeError(f"expert {i} of the list must be a module that maps (n, d) to (n, d), got {got}")
+            got = f"the class {expert.__name__}; instantiate it first" if isinstance(expert, type) else repr(expert)
+            raise TypeError(f"experts[{i}] must be a module that maps (n, d) to (n, d), got {got}")
     return modules
 
 
 class ExpertList(RoutedExperts, nn.ModuleList):
-    """A list of modules that map `(n, d)` to `(n, d)`, as experts.
+    """Experts that are a list of modules, each of which maps `(n, d)` to `(n, d)`.
 
-    With limited capacity, a module gets all slots of its expert; empty slots are zeros. In dropless calls it gets only
-    its own rows; reading the row counts costs one host sync. Where values cannot be read (a traced graph, transforms
-    of `torch.func`, the meta device), it uses slots.
+    With limited capacity, each module receives all slots of its expert, and empty slots are filled with zeros. In
+    dropless calls, it receives only the rows of its expert, which requires one host sync to read the row counts. Slots
+    are also used where values cannot be read: in traced graphs, in transforms of `torch.func`, and on the meta device.
 
     Args:
-        experts: the modules, one for each expert; outer-major for a grid of experts.
-        dim_out: o, width of the outputs; d by default.
+        experts: one module for each expert; outer-major for a grid of experts.
+        dim_out: width of the outputs, o. Default: d.
 
     Example:
         >>> import torch
@@ -469,7 +475,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
         if assignments is None:
-            return self._run_on_slots(x.clone())  # experts may write into their input
+            return self._run_on_slots(x.clone())  # experts may modify their input in place
         if assignments.dropless and has_data(x):
             return super().forward(x, assignments)
         return run_experts_on_slots(self._run_on_slots, x, assignments, self.dim_out)
@@ -477,12 +483,14 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     def _run_on_slots(self, x: Tensor) -> Tensor:
         slots = x.flatten(0, -3)
         if slots.shape[0] != len(self):
-            raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
+            raise ValueError(
+                f"ExpertList with {len(self)} modules expects x of shape ({len(self)}, s, d), got {x.shape}"
+            )
         results = torch.stack([self._call_expert(i, part) for i, part in enumerate(unsafe_view_each(slots.unbind(0)))])
         return unsafe_view(results, (*x.shape[:-1], results.shape[-1]))
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        numbers = num_tokens_per_expert.tolist()  # the one host sync
+        numbers = num_tokens_per_expert.tolist()  # the only host sync
         parts = unsafe_view_each(rows.split([*numbers, rows.shape[0] - sum(numbers)]))
         results = [self._call_expert(i, part) for i, part in enumerate(parts[:-1])]
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
@@ -492,12 +500,12 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         try:
             out = expert(x)
         except RuntimeError:
-            check_devices(name, x, expert.parameters())  # hooks may move weights during a call, so not before it
+            check_devices(name, x, expert.parameters())  # not before the call, because its hooks may move weights
             raise
         check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta tensors silently
         return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), DIM_OUT_HINT)
 
 
 def unsafe_view_each(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The parts, none of them a view for autograd: experts may write into them, which is an error for such views."""
+    """Return the parts as tensors that autograd does not treat as views, so that experts may modify them in place."""
     return [unsafe_view(part, part.shape) for part in parts]

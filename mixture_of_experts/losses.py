@@ -1,8 +1,8 @@
-"""Losses of a router: pure functions of counts of tokens and probabilities.
+"""Router losses as pure functions of token counts and probabilities.
 
-Axes: b groups (with outer experts before it: `...`), n tokens of a group, e experts.
+Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts.
 
-Every loss is one `mean`, a total divided by a count, so that it is exact over several ranks. An empty mean is 0.
+Every loss is a single `mean`, a total divided by a count, so that it is exact across ranks. An empty mean is 0.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from mixture_of_experts.support.tracing import symbolic_max, symbolic_min
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum of `value` over the ranks of `group`, without gradient; without a group the value itself, detached."""
+    """Return the sum of `value` over the ranks of `group`, without gradient. Without a group, return the detached
+    value."""
     value = value.detach()
     if group is None or world_size(group) == 1:
         return value
@@ -33,15 +34,15 @@ def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks of a process group; 1 without one."""
+    """Return the number of ranks of a process group, or 1 without a group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, each: float = 1.0) -> Tensor:
-    """`total / (count * each)`, 0 where nothing was counted.
+    """Return `total / (count * each)`, or 0 if the count is 0.
 
-    On each of several ranks it is `local total * number of ranks / (global count * each)`. Its average over the ranks,
-    and that of its gradients, is exact for the whole batch, even if the ranks' shares of it are unequal.
+    With several ranks, each returns `local total * number of ranks / (global count * each)`. The averages over ranks of
+    this value and of its gradients are exact for the whole batch, even if ranks have different shares of it.
     """
     alone = world_size(group) == 1
     if not isinstance(count, Tensor):
@@ -54,7 +55,7 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
 
 
 def count_expert_load(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-    """`(..., e)` int64, how often each expert is among the choices `(..., n, k)` that are `counted`."""
+    """Return `(..., e)` int64, the number of times that each expert is among the `counted` choices `(..., n, k)`."""
     ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
     zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
     return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
@@ -63,16 +64,16 @@ def count_expert_load(expert: Tensor, counted: Tensor | None, num_experts: int) 
 def load_balancing_loss(
     load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
+    """Compute the load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, eq. 4).
 
-    Returns 0-dim `e / k * sum_e f_e P_e`, with f and P the means of load and proxy over a group's tokens, averaged over
-    the groups that have a token. It is 1.0 at uniform f and P.
+    The result is the 0-dim `e / k * sum_e f_e P_e`, where f and P are the means of load and proxy over the tokens of a
+    group, averaged over all groups that have tokens. It is 1.0 if f and P are uniform.
 
     Args:
-        load: `(..., b, e)` number of choices that each expert got; carries no gradient.
+        load: `(..., b, e)` number of choices of each expert; carries no gradient.
         proxy: `(..., b, e)` sum of the probabilities over the group's tokens.
-        length: number of real tokens of each group `(..., b)`; n if all groups have that many.
-        k: choices of a token.
+        length: number of real tokens of each group `(..., b)`, or n if all groups have n tokens.
+        k: number of choices per token.
         group: process group that shares the batch.
     """
     return _mean_of_products(load.detach() * proxy, length, k / load.shape[-1], group)
@@ -86,11 +87,11 @@ def load_balancing_loss_from_choices(
     k: float = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The loss of `load_balancing_loss`, from the choices instead of loads: `sum_e load_e P_e` sums P over the choices.
+    """Compute `load_balancing_loss` from choices instead of loads: `sum_e load_e P_e` is the sum of P over choices.
 
     Args:
         expert: `(..., b, n, k)` int64, the choices.
-        counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
+        counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, which choices count; None if all do.
         proxy, length, k, group: as in `load_balancing_loss`.
     """
     chosen = proxy.gather(-1, expert.flatten(-2))
@@ -100,7 +101,7 @@ def load_balancing_loss_from_choices(
 
 
 def _mean_of_products(products: Tensor, length: Length | int, factor: float, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean over groups of the sum of `products` `(..., b, any)` divided by the squared length and by `factor`."""
+    """Return the mean over groups of the sum of `products` `(..., b, any)`, divided by length^2 and by `factor`."""
     if isinstance(length, Length):
         return _mean_over_groups(products, length.tokens(products.dtype), factor, group)
     groups = math.prod(products.shape[:-1]) * symbolic_min(length, 1)
@@ -110,11 +111,11 @@ def _mean_of_products(products: Tensor, length: Length | int, factor: float, gro
 def _mean_over_groups(
     products: Tensor, tokens: Tensor, factor: float, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The same for groups of `tokens` `(..., b)`; those without a token do not count."""
+    """Return the same for groups with `tokens` `(..., b)`, ignoring groups without tokens."""
     if tokens.shape != products.shape[:-1]:
         raise ValueError(
-            f"lengths of {tuple(tokens.shape)} groups do not fit values of {tuple(products.shape[:-1])}, as in packed "
-            "rows (segment_ids): call balance_loss(tokens, probs, expert), which sums over documents"
+            f"lengths of shape {tuple(tokens.shape)} do not match values of shape {tuple(products.shape[:-1])}. If the "
+            "rows are packed (segment_ids), call balance_loss(tokens, probs, expert), which sums over documents"
         )
     there = tokens > 0
     per_group = products.sum(dim=-1) / torch.where(there, tokens, 1.0).square()
@@ -124,11 +125,10 @@ def _mean_over_groups(
 def load_balancing_loss_over_batch(
     load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The loss of `load_balancing_loss` with f and P over all tokens of the call (arXiv 2501.11873: global-batch
-    balance).
+    """Compute `load_balancing_loss` with f and P over all tokens of the call (global-batch balance, arXiv 2501.11873).
 
     f is the mean over all ranks of `group` and carries no gradient. With outer experts (`...`), the loss is computed
-    for each of them and averaged over those that have a token. Arguments are as in `load_balancing_loss`.
+    for each of them and averaged over those that have tokens. Arguments are as in `load_balancing_loss`.
     """
     if isinstance(length, Length):
         tokens = length.sum().tokens(proxy.dtype)
@@ -141,14 +141,14 @@ def load_balancing_loss_over_batch(
 def load_balancing_loss_over_documents(
     load: Tensor, probs: Tensor, segments: Segments, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The loss of `load_balancing_loss` for packed rows, with the documents as groups.
+    """Compute `load_balancing_loss` for packed rows, with documents as groups.
 
-    `sum_e load_e P_e` is computed as a sum over tokens, each with the load of its document. Summing probabilities by
-    document would be nondeterministic on a GPU, because the order of the additions varies between runs.
+    `sum_e load_e P_e` is computed as a sum over tokens, using the load of each token's document. Summing probabilities
+    per document would be nondeterministic on a GPU, because the order of additions varies between runs.
 
     Args:
-        load: `(b n, e)` number of choices that each expert got in each document; carries no gradient.
-        probs: `(b n, e)` probabilities of the tokens, 0 for those that do not count.
+        load: `(b n, e)` number of choices of each expert in each document; carries no gradient.
+        probs: `(b n, e)` probabilities of the tokens, 0 for tokens that do not count.
         segments: the documents.
         k, group: as in `load_balancing_loss`.
     """
@@ -159,23 +159,23 @@ def load_balancing_loss_over_documents(
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Router z-loss (ST-MoE, arXiv 2202.08906, equation 5): mean of `logsumexp(logits)^2` over the counted tokens.
+    """Compute the router z-loss, the mean of `logsumexp(logits)^2` (ST-MoE, arXiv 2202.08906, equation 5).
 
     Args:
         logits: `(..., n, e)`.
-        counted: `(..., n)` bool, the tokens that count; None if all do.
+        counted: `(..., n)` bool, which tokens count; None if all do.
         group: process group that shares the batch.
     """
     return token_mean(logits.logsumexp(dim=-1).square(), counted, group)
 
 
 def logsumexp_from_expert(logit: Tensor, prob: Tensor) -> Tensor:
-    """The logsumexp of a token's logits `(..., n)`, as logit - log p of one expert after a softmax.
+    """Return the logsumexp `(..., n)` of each token's logits, computed as logit - log p from one expert of a softmax.
 
-    This needs no pass over all experts, and its backward needs no logits.
+    This avoids a pass over all experts, and its backward does not need the logits.
 
     Args:
-        logit, prob: `(..., n, 1)`, those of an expert that is likely, such as the first choice.
+        logit, prob: `(..., n, 1)`, logit and probability of a likely expert, such as the first choice.
     """
     return (logit - prob.log()).squeeze(-1)
 
@@ -183,30 +183,31 @@ def logsumexp_from_expert(logit: Tensor, prob: Tensor) -> Tensor:
 def z_loss_from_expert(
     logit: Tensor, prob: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """`z_loss` using `logsumexp_from_expert`, from one expert of each token; arguments are as in both."""
+    """Compute `z_loss` from one expert per token, with `logsumexp_from_expert`. Arguments are as in both."""
     if counted is None and not torch.is_grad_enabled():  # fewer launches
         return mean(F.mse_loss(logit, prob.log(), reduction="sum"), math.prod(logit.shape), group)
     return token_mean(logsumexp_from_expert(logit, prob).square(), counted, group)
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean of `values` where `counted`, a bool tensor of the same shape, is True; of all values if it is None."""
+    """Return the mean of `values` where `counted`, a bool tensor of the same shape, is True; None counts all."""
     if counted is None:
         return mean(values.sum(), math.prod(values.shape), group)
     return mean(torch.where(counted, values, 0.0).sum(), counted.sum(), group)
 
 
 def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Squared coefficient of variation over experts (arXiv 1701.06538, equations 7 and 11): variance / mean^2.
+    """Compute the squared coefficient of variation over experts, variance / mean^2 (arXiv 1701.06538, eq. 7 and 11).
 
-    It uses the population variance, whose gradient is 0 at perfect balance, where that of the deviation is not finite.
+    It uses the population variance, because its gradient is 0 at perfect balance, where the gradient of the standard
+    deviation is not finite.
 
     Args:
         values: `(..., e)` importance or load of each expert, summed over the call.
-        group: process group that shares the batch; `values` are summed over its ranks first.
+        group: process group that shares the batch; `values` are first summed over its ranks.
 
     Returns:
-        0-dim, the average over the outer experts (`...`) that got anything.
+        The 0-dim average over all outer experts (`...`) with nonzero values.
     """
     total = global_sum(values, group) + (values - values.detach()) * world_size(group)
     centre = total.mean(dim=-1)

@@ -1,4 +1,4 @@
-"""The module of mixture-of-experts 0.2.3, so that imports from it work. New code imports from the package itself."""
+"""Keeps imports written for mixture-of-experts 0.2.3 working. New code should import from the package itself."""
 
 from mixture_of_experts.experts import Experts
 from mixture_of_experts.gating import Top2Gating

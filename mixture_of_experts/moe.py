@@ -1,10 +1,10 @@
-"""The layers: `MoE`, and `HeirarchicalMoE` with two levels of gating.
+"""Mixture-of-experts layers: `MoE`, and `HeirarchicalMoE` with two levels of gating.
 
-Axes: b groups, n tokens of a group, t = b n tokens of the call, d model dim, e experts, c capacity, s slots or r rows.
+Axes: b groups, n tokens per group, t = b n tokens per call, d model dim, e experts, c capacity, s slots, r rows.
 
-A gate decides which experts compute which token (`Routing`). Experts receive the tokens and the call's `Assignments`.
-Stacked experts compute them with an implementation of `ops`, which chooses its own layout of rows; other experts get
-rows or slots from `dispatch`.
+A gate decides which experts process each token and returns a `Routing`. Experts receive the tokens and the call's
+`Assignments`. Stacked experts run an implementation from `ops`, which chooses its own layout of rows; other experts
+receive rows or slots from `dispatch`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ LOSS_COEF_ARGUMENTS = {"balance": "loss_coef", "z": "z_loss_coef"}
 
 
 class MoEBase(CheckedModule):
-    """Base class of both layers: settings, checks of parts, the auxiliary loss."""
+    """Base class of both layers: stores settings, checks gates and experts, and computes the auxiliary loss."""
 
     dim: int
     shared_expert: nn.Module | None
@@ -93,7 +93,7 @@ class MoEBase(CheckedModule):
         self.shared_expert = shared_expert
 
     def check_part(self, name: str, part: Any) -> None:
-        """Check that a gate or the experts agree with the sizes of the layer."""
+        """Check that a gate or the experts match the layer's sizes."""
         sizes = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
         if name == "experts":
             check_experts(part, self.dim, sizes)
@@ -109,7 +109,7 @@ class MoEBase(CheckedModule):
         super().__setattr__(name, value)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
-        """The sum of the losses of all levels times their coefficients, 0-dim. Other losses are ignored."""
+        """Return the 0-dim weighted sum of the losses of all levels. Losses without a coefficient are ignored."""
         loss = self.loss_coef * sum((routing.balance_loss for routing in levels[1:]), levels[0].balance_loss)
         for name, coef in (("z", self.z_loss_coef), *self.loss_coefs.items()):
             if coef:
@@ -117,15 +117,15 @@ class MoEBase(CheckedModule):
                 if not found:
                     reported = sorted({name for routing in levels for name in routing.losses})
                     raise ValueError(
-                        f"loss_coefs has {name!r}, which no gate reports: they report {reported}. Gates of token "
-                        f"choice report {list(BALANCE_LOSSES)}; for {' and '.join(OF_EXPERT_GROUPS)} they need "
-                        "num_groups"
+                        f"loss_coefs contains {name!r}, but this layer's gates report only {reported}. Token-choice "
+                        f"gates can also compute {list(BALANCE_LOSSES)}; set num_groups on the gate for "
+                        f"{' and '.join(OF_EXPERT_GROUPS)}"
                     )
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
     def requested_losses(self, gate: nn.Module) -> dict[str, Any]:
-        """The keyword argument that requests losses which the gate computes only on request; {} for none."""
+        """Return the keyword argument that requests optional losses from the gate, or {} if none are needed."""
         if not self.loss_coefs:
             return {}
         offers = get_optional_losses(gate)
@@ -133,7 +133,7 @@ class MoEBase(CheckedModule):
         return {"losses": names} if names else {}
 
     def reset_parameters(self) -> None:
-        """Draw all weights of gates, experts and shared expert, each with its own `reset_parameters`."""
+        """Reinitialize gates, experts and the shared expert by calling `reset_parameters` on each submodule."""
         for module in self.modules():
             if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -148,47 +148,52 @@ class MoEBase(CheckedModule):
 class MoE(MoEBase):
     """Sparsely gated mixture of experts (Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668).
 
-    It replaces a transformer's feed-forward layer. Each token is computed by a few of the experts, so parameters grow
-    with the number of experts and computation does not.
+    This layer replaces the feed-forward layer of a transformer. Each token is processed by only a few experts, so the
+    number of parameters grows with the number of experts while the computation per token does not.
 
     Args:
         dim: d, model dimension.
-        num_experts: e; by default the number of `gate` or `experts`, else 16.
-        hidden_dim: hidden dimension of an expert; 4 d by default.
-        activation: of the experts: a class such as `nn.GELU`, a module or a function.
-        second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: which second choices
-            are made; see `Top2Gating`.
-        capacity_factor_train, capacity_factor_eval: expert capacity, the slots of an expert, in units of n / e; with
-            None no token is dropped. They configure the default gate; a `gate` that is passed has its own.
+        num_experts: number of experts, e. Default: taken from `gate` or `experts`, otherwise 16.
+        hidden_dim: hidden dimension of each expert. Default: 4 d.
+        activation: activation of the default experts: a class such as `nn.GELU`, a module or a function.
+        second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: when a token uses its
+            second choice; see `Top2Gating`.
+        capacity_factor_train, capacity_factor_eval: expert capacity (slots per expert) in units of n / e, or None for
+            no token dropping. They configure the default gate and have no effect on a custom `gate`, which has its own.
         loss_coef: coefficient of the load-balancing loss in `aux_loss`.
-        experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that map `(s, d)` to the same.
-        min_expert_capacity: minimum number of slots of an expert for each group.
-        second_place_loss: whether second choices are balanced too.
-        priority: which choices get the slots when an expert overflows: "choice", "token" (causal) or "score".
-        gate: a gate, such as `TopKGating(...)`, instead of the `Top2Gating` that the arguments above describe.
-        group_size: tokens that share an expert's capacity; by default a group is one sequence.
+        experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that each map `(s, d)` to the
+            same shape.
+        min_expert_capacity: minimum number of slots per expert and group.
+        second_place_loss: whether the load-balancing loss also covers second choices.
+        priority: which choices keep their slots when an expert overflows: "choice", "token" (causal) or "score".
+        gate: a gate, such as `TopKGating(...)`, that replaces the default `Top2Gating` configured by the arguments
+            above.
+        group_size: number of tokens that share the expert capacity. Default: each sequence is a group.
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
-        loss_coefs: coefficients of further losses in `aux_loss`, by their names in `Routing.losses`: a loss that your
-            gate reports, a part of the load-balancing loss, or any of `gating.BALANCE_LOSSES`, which are computed only
-            if they are named here: `{"balance_batch": 1e-2}`. The coefficients of "balance" and "z" are `loss_coef` and
+        loss_coefs: coefficients of further losses in `aux_loss`, keyed by their names in `Routing.losses`: losses that
+            your gate reports, parts of the load-balancing loss, or any of `gating.BALANCE_LOSSES`, which are computed
+            only if they are listed here, as in `{"balance_batch": 1e-2}`. For "balance" and "z", use `loss_coef` and
             `z_loss_coef`.
-        shared_expert: a module that maps `(..., n, d)` to the same shape; its output is added for every token. It reads
-            the inputs themselves: one that writes in place (`nn.ReLU(inplace=True)`) overwrites them.
-        device, dtype: of the weights that the layer creates, as in `torch.nn`.
+        shared_expert: a module that maps `(..., n, d)` to the same shape. Its output is added for every token. It
+            receives the inputs themselves, not a copy, so an in-place operation such as `nn.ReLU(inplace=True)`
+            overwrites them.
+        device, dtype: device and dtype of the weights that the layer creates, as in `torch.nn`.
 
     Shape:
-        Inputs `(..., n, d)` and a mask `(..., n)` bool. Returns `out`, of the inputs' shape and dtype, and a 0-dim
-        `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus the losses of `loss_coefs`.
-        Side inputs `(..., n)` or `(..., n, anything)` have an entry for each token and are passed by keyword, under a
-        name that the gate reads: `router_input` `(..., n, d)` is what a gate reads instead of the inputs. One that is
-        None is ignored. `segment_ids` `(..., n)` are integers, for packed sequences: the tokens of a row with equal ids
-        are a document, which is a group of its own, for token-choice gates, without `group_size`. A call with
-        `router_state` (None in the first layer) returns the state of its router as a third result, `(..., n,
-        anything)`: `out, aux_loss, state = moe(x, router_state=state)`; see `gating.DepthAveragedGating`.
+        The inputs are `(..., n, d)`, with an optional bool mask `(..., n)`. The layer returns `out`, with the inputs'
+        shape and dtype, and the 0-dim `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus the weighted
+        losses of `loss_coefs`.
+
+        Side inputs `(..., n)` or `(..., n, anything)` hold one entry per token. Pass them as keyword arguments that the
+        gate reads; a value of None is ignored. `router_input` `(..., n, d)` replaces the inputs that the gate sees.
+        `segment_ids` `(..., n)` are integers for packed sequences: tokens of a row with equal ids form a document,
+        and each document is a group of its own. They require a token-choice gate and no `group_size`. With
+        `router_state` (None in the first layer), the call returns the state of its router `(..., n, anything)` as a
+        third result: `out, aux_loss, state = moe(x, router_state=state)`; see `gating.DepthAveragedGating`.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. It is raised before anything is changed; the error says what is
-            allowed.
+        ValueError, TypeError: an argument is invalid. The error is raised before any state changes, and the message
+            lists the allowed values.
 
     Example:
         >>> import torch
@@ -258,23 +263,24 @@ class MoE(MoEBase):
 class HeirarchicalMoE(MoEBase):
     """Mixture of experts with two levels of gating over a grid of experts (Shazeer et al. 2017, appendix B; GShard).
 
-    Level one sends a token to outer experts, each of which is a row of inner experts. Level two, with weights of its
-    own for each outer expert, sends the token on to inner experts. A token's weight is the product of both levels'
-    weights. Level two reads the tokens in the slots of level one; experts read them from the inputs.
+    Level one routes each token to outer experts, each of which is a row of inner experts. Level two, which has separate
+    weights for each outer expert, routes the token to inner experts. A token's weight is the product of the weights of
+    both levels. The gate of level two reads tokens from the slots of level one, while the experts read them from the
+    inputs.
 
     Args:
-        num_experts: `(eo, ei)`, outer and inner; by default the numbers of the gates or `experts`, else (4, 4).
-        gate_outer, gate_inner: gates with token choice for level one and two, instead of `Top2Gating`; `gate_inner` has
-            `outer_expert_dims=(eo,)`.
-        capacity_factor_second_level: capacity factor of level two, in training and eval; by default level one's.
+        num_experts: `(eo, ei)`, the numbers of outer and inner experts. Default: taken from the gates or `experts`,
+            otherwise (4, 4).
+        gate_outer, gate_inner: token-choice gates for levels one and two that replace the default `Top2Gating`.
+            `gate_inner` must have `outer_expert_dims=(eo,)`.
+        capacity_factor_second_level: capacity factor of level two in training and eval. Default: that of level one.
         the others: as in `MoE`; gating arguments apply to both levels. `experts` maps `(eo, ei, s, d)` to the same
             shape, or is a list of eo * ei modules, outer-major.
 
     Shape:
         As in `MoE`; the load-balancing loss is the sum of both levels' losses. Side inputs are passed to the gates that
-        read them.
-        `given_experts` `(..., n, k)` are the choices of level one, and `given_experts_inner` `(..., n, k, k2)` those
-        of level two for each choice of level one.
+        read them. `given_experts` `(..., n, k)` are the choices of level one, and `given_experts_inner`
+        `(..., n, k, k2)` are the choices of level two for each choice of level one.
 
     Example:
         >>> import torch
@@ -332,8 +338,8 @@ class HeirarchicalMoE(MoEBase):
         check_same_priority("gate_inner", gate_inner, priority)
         if gate_inner is not None and capacity_factor_second_level is not None:
             raise ValueError(
-                f"capacity_factor_second_level={capacity_factor_second_level!r} describes the default second gate; "
-                "give it to gate_inner instead"
+                f"capacity_factor_second_level={capacity_factor_second_level!r} configures the default second gate, "
+                "but gate_inner was passed; set the capacity factors of gate_inner instead"
             )
         factory: Any = dict(device=device, dtype=dtype)
         if gate_outer is None:
@@ -376,17 +382,16 @@ HierarchicalMoE = HeirarchicalMoE
 
 
 class OutputOnly(nn.Module):
-    """A layer that returns only its output, for use where a single tensor is expected: `nn.Sequential`, a list of
-    experts.
+    """A wrapper that returns only the output of a layer, for `nn.Sequential` or lists of experts.
 
-    `collect_aux` collects the auxiliary loss. Without it nothing balances the experts, unless the layer's gate has an
-    expert bias.
+    Use `collect_aux` to obtain the auxiliary loss. Without this loss, nothing balances the experts unless the layer's
+    gate has an expert bias.
 
     Args:
         moe: a `MoE` or a `HeirarchicalMoE`.
 
     Shape:
-        As in `MoE`, without the loss; mask and side inputs are passed on.
+        As in `MoE`, without the loss. The mask and side inputs are passed on.
 
     Example:
         >>> import torch

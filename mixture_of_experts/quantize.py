@@ -1,10 +1,10 @@
-"""Frozen experts quantized to 8 or 4 bits per weight: half or two sevenths of bfloat16's bytes.
+"""Frozen experts quantized to 8 or 4 bits per weight, which need half or two sevenths of the memory of bfloat16.
 
-Axes: e experts, t tokens, k choices, r rows (sorted by expert, or a token's choices in order), p inner and q outer
-dimension of a weight, d model dim, o dim of the outputs.
+Axes: e experts, t tokens, k choices, r rows (sorted by expert, or the choices of each token in order), p inner and q
+outer dimension of a weight, d model dim, o output dim.
 
-A weight `(p, q)` is first divided by the largest magnitude of each output channel, its scale `(q,)`. `ops/int8.py` and
-`ops/int4.py` describe how the rest is stored.
+A weight `(p, q)` is first divided by its scale `(q,)`, the largest magnitude in each output channel. See `ops/int8.py`
+and `ops/int4.py` for how the quotients are stored.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from mixture_of_experts.support.tracing import disable_autocast, is_host_readabl
 from mixture_of_experts.unstack import get_plain_weights, replace_modules
 
 RoundedLevels = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of a 4-bit weight
-RoundingFunction = Callable[[str, int, Tensor], RoundedLevels | None]  # of a stack's name, an expert's index and weight
+RoundingFunction = Callable[[str, int, Tensor], RoundedLevels | None]  # arguments: stack name, expert index, weight
 
 MAX_SCALE = 65280  # representable in bfloat16 and float16
-MAX_UNPACKED_NUMEL = 1 << 21  # maximum number of elements of a weight that are unpacked at a time
+MAX_UNPACKED_NUMEL = 1 << 21  # maximum number of weight elements unpacked at a time
 
 
 def quantize_experts(
@@ -45,32 +45,33 @@ def quantize_experts(
     group: int = 64,
     rounding: RoundingFunction | None = None,
 ) -> ModelT:
-    """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
+    """Replace all stacked experts of a model by `QuantizedExperts` in place, and return the model.
 
-    Their weights are rounded and cannot be trained. Gradients still reach tokens, routers and everything else, also
-    LoRA adapters on these weights if `mixture_of_experts.huggingface.fast_lora` prepared the model before. Hooks on the
-    forward and backward of experts are kept.
+    The quantized weights cannot be trained. Gradients still flow to tokens, routers and all other parameters, including
+    LoRA adapters on these weights if `mixture_of_experts.huggingface.fast_lora` has prepared the model. Forward and
+    backward hooks of experts are kept.
 
     Args:
-        model: a model with `MoE` layers anywhere in it, whose experts are frozen.
+        model: a model that contains `MoE` layers with frozen experts.
         bits: bits per weight. Each weight is rounded to the nearest of 256 or 16 levels; the error with 4 bits is 12x
             as large.
-        group: with 4 bits, how many inputs of an output share a step and a zero point: 32, 64, 128 or 256, which must
-            divide the sizes of the experts. Fewer err less, and take more memory: 32 take 5 bits a number, 64 4.5.
-        rounding: with 4 bits, a function that chooses the numbers of each matrix: `levels, step, zero = rounding(name,
-            expert, weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a
-            copy of its weight in float32, the inputs in groups: `(n, group, outputs)`. A number becomes
-            `(level - 8) * step + zero`. Levels `(n, group, outputs)` are whole, from 0 to 15; step and zero
-            `(n, 1, outputs)` are stored in bfloat16, and must give finite numbers for all levels. For a matrix for
-            which it returns None, the nearest are taken.
+        group: with 4 bits, the number of inputs of each output that share a step and a zero point: 32, 64, 128 or 256.
+            It must divide the sizes of the experts. Smaller groups are more accurate but need more memory: groups of 32
+            use 5 bits per weight, groups of 64 use 4.5.
+        rounding: with 4 bits, a function that chooses the levels of each matrix: `levels, step, zero = rounding(name,
+            expert, weight)`. Its arguments are the name of the stacked parameter in the model, the index of the expert,
+            and a float32 copy of the weight with inputs in groups, `(n, group, outputs)`. Each weight becomes
+            `(level - 8) * step + zero`. The levels `(n, group, outputs)` must be integers from 0 to 15. The step and
+            zero `(n, 1, outputs)` are stored in bfloat16, and must yield finite weights for all levels. If the function
+            returns None for a matrix, its weights are rounded to the nearest level.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
-            finite, compiled, have hooks on their state dict, or are in a wrapper that computes with their weights, such
-            as adapters without `fast_lora`; `group` does not divide their sizes; an argument is invalid; or `rounding`
+            finite, compiled, have state-dict hooks, or are inside a wrapper that computes with their weights, such as
+            adapters without `fast_lora`; `group` does not divide their sizes; an argument is invalid; or `rounding`
             returns an invalid result.
-        TypeError: weights are not plain parameters, for example sharded over processes; or experts have their own
-            `forward` or `compute`, in their class or set on the module.
+        TypeError: weights are not plain parameters (for example, they are sharded across processes), or experts have a
+            custom `forward` or `compute`, in their class or set on the module.
 
     Example:
         >>> import torch
@@ -91,7 +92,7 @@ def quantize_experts(
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     if rounding is not None and not (bits == 4 and callable(rounding)):
-        raise ValueError(f"rounding must be a function, with bits=4, got {rounding!r} with bits={bits}")
+        raise ValueError(f"rounding must be a function and requires bits=4, got {rounding!r} with bits={bits}")
     make = partial(quantize_stacked_experts, bits=bits, group=group, rounding=rounding)
     return replace_modules(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)", allow_adapters=True)
 
@@ -99,21 +100,25 @@ def quantize_experts(
 def quantize_stacked_experts(
     experts: StackedExperts, name: str, bits: int, group: int, rounding: RoundingFunction | None
 ) -> QuantizedExperts:
-    """Quantize experts, after checking that their weights are plain, frozen, in memory and of suitable sizes."""
+    """Quantize experts after checking that their weights are plain, frozen, materialized and of suitable sizes."""
     for key, weight in get_plain_weights(experts, name).items():
         if weight.requires_grad:
             raise ValueError(
-                f"{name}.{key} is trainable, {bits} bits are not: call requires_grad_(False) of the experts"
+                f"{name}.{key} is trainable, but {bits}-bit weights cannot be trained; call requires_grad_(False) on "
+                "the experts first"
             )
         if weight.is_meta:
-            raise ValueError(f"{name}.{key} is on the meta device, without numbers to round: load the weights first")
+            raise ValueError(f"{name}.{key} is on the meta device and has no values; load the weights first")
         if not max(map(abs, weight.aminmax())) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{name}.{key} has numbers that are not finite, or too large for float32: mend them first")
+            raise ValueError(
+                f"{name}.{key} has values that are not finite or exceed the range of float32; repair the weights first"
+            )
     uneven = [f"{key}={size}" for key in ("dim", "hidden_dim") if (size := getattr(experts, key)) % group]
     if bits == 4 and uneven:
         raise ValueError(
-            f"{name} has {' and '.join(uneven)}, in 4 bits a multiple of group={group}: give a smaller group, one of "
-            f"{', '.join(map(str, int4.GROUP_SIZES))}, or quantise these experts alone, to 8 bits"
+            f"{name} has {' and '.join(uneven)}, which 4-bit quantization requires to be a multiple of group={group}. "
+            f"Pass a smaller group, one of {', '.join(map(str, int4.GROUP_SIZES))}, or quantize these experts "
+            "separately with bits=8"
         )
     return QuantizedExperts(experts, bits, group, rounding=rounding and partial(call_rounding, rounding, name))
 
@@ -121,59 +126,59 @@ def quantize_stacked_experts(
 def call_rounding(
     rounding: RoundingFunction, stack: str, key: str, expert: int, weight: Tensor
 ) -> RoundedLevels | None:
-    """The result of a user's rounding function for a matrix, after checking that it can be stored."""
-    found, of = rounding(f"{stack}.{key}", expert, weight), f"rounding of {stack}.{key}, expert {expert},"
+    """Call the user's rounding function for a matrix, and check that its result can be stored."""
+    found, of = rounding(f"{stack}.{key}", expert, weight), f"rounding, for {stack}.{key} of expert {expert},"
     if found is None:
         return None
     n, group, q = weight.shape
     shapes = [(n, group, q), (n, 1, q), (n, 1, q)]
     if not isinstance(found, tuple) or [getattr(part, "shape", None) for part in found] != shapes:
         raise ValueError(
-            f"{of} must return levels, step and zero of shapes {shapes}, or None for the nearest numbers, got "
+            f"{of} must return levels, step and zero of shapes {shapes}, or None to round to the nearest level, got "
             f"{found!r:.99}"
         )
     levels, step, zero = found
     if not levels.equal(levels.round().clamp(0, 15)):
         found = f"{levels.min()} to {levels.max()}"
-        raise ValueError(f"{of} must return whole levels from 0 to 15, got {found}: round and clamp them")
+        raise ValueError(f"{of} must return integer levels from 0 to 15, got {found}; round and clamp them")
     for name, part in (("step", step), ("zero", zero)):
         if not part.bfloat16().isfinite().all():
-            raise ValueError(f"{of} must return {name} finite in bfloat16, got {part.min()} to {part.max()}")
+            raise ValueError(f"{of} must return a {name} finite in bfloat16, got {part.min()} to {part.max()}")
     step, zero = (part.bfloat16().float() for part in (step, zero))
-    for level in (0, 15):  # the other numbers lie between; products as in `int4.unpack_matrix`, which may overflow
+    for level in (0, 15):  # extremes; the formula of `int4.unpack_matrix`, whose products may overflow
         if not (level * step + (zero - 8 * step)).isfinite().all():
             raise ValueError(
-                f"{of} must return step and zero whose numbers are finite for all levels from 0 to 15, got steps of "
-                f"{step.min()} to {step.max()} and zeros of {zero.min()} to {zero.max()}: make the steps smaller"
+                f"{of} must return a step and a zero that yield finite weights for all levels from 0 to 15, got steps "
+                f"of {step.min()} to {step.max()} and zeros of {zero.min()} to {zero.max()}; use smaller steps"
             )
     return found
 
 
 class QuantizedExperts(RoutedExperts):
-    """Frozen experts with 8-bit or 4-bit weights, made by `quantize_experts` from `Experts` and `GatedExperts`.
+    """Frozen experts with 8-bit or 4-bit weights, which `quantize_experts` creates from `Experts` and `GatedExperts`.
 
-    A weight is divided by the scale of its output channel. With 8 bits it is then rounded to one of 256 levels, evenly
-    spaced from the smallest to the largest weight of its row (the weights of one input channel of an expert). With 4
-    bits it is rounded to one of 16 evenly spaced levels of its group (neighbouring inputs of one output). Experts that
-    have tokens are unpacked one after the other, in parts, never the whole stack. On a CPU, small numbers of rows are
-    multiplied with the packed bytes directly; with 4 bits they are rounded to bfloat16 for that. On a GPU every product
-    waits for the row counts.
+    Each weight is divided by the scale of its output channel. With 8 bits, it is then rounded to one of 256 levels,
+    evenly spaced between the smallest and the largest weight of its row (the weights of one input channel of an
+    expert). With 4 bits, it is rounded to one of 16 evenly spaced levels of its group (adjacent inputs of one output).
+    Experts that have tokens are unpacked one at a time, in parts, never as a whole stack. On a CPU, small numbers of
+    rows are multiplied directly with the packed bytes; with 4 bits, the rows are rounded to bfloat16 first. On a GPU,
+    every product waits for the row counts.
 
     Attributes:
-        w1_packed, w3_packed, w2_packed: uint8 buffers; w3 only if gated. With 8 bits `(*e, p, q + 8)`, each row with
-            its step and smallest weight. With 4 bits `(*e, q / b, p, b / 2)`, two weights per byte, in blocks of b
-            outputs.
-        w1_groups, w3_groups, w2_groups: with 4 bits, uint8 buffers `(*e, p / group, q, 4)`: the step and the zero point
-            of each group, in bfloat16.
-        w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, with values that both bfloat16 and float16 represent exactly.
-            They are 1 for matrices that `rounding` rounded.
+        w1_packed, w3_packed, w2_packed: uint8 buffers; w3 only if gated. With 8 bits, `(*e, p, q + 8)`, where each row
+            also holds its step and smallest weight. With 4 bits, `(*e, q / b, p, b / 2)`, two weights per byte, in
+            blocks of b outputs.
+        w1_groups, w3_groups, w2_groups: with 4 bits, uint8 buffers `(*e, p / group, q, 4)` with the step and the zero
+            point of each group in bfloat16.
+        w1_scale, w3_scale, w2_scale: buffers `(*e, q)` with values that both bfloat16 and float16 represent exactly.
+            They are 1 for matrices rounded by `rounding`.
         b1, b3, b2: biases `(*e, q)` as buffers, or None.
 
     Args:
-        experts: the experts from which settings and weights are taken.
+        experts: the experts whose settings and weights are used.
         bits, group: as in `quantize_experts`.
-        block: b; by default that of this machine's operator, which reads the bytes without unpacking.
-        rounding: as in `quantize_experts`; the name is "w1", "w3" or "w2".
+        block: block size b. Default: that of this machine's operator, which multiplies without unpacking.
+        rounding: as in `quantize_experts`, but called with the name "w1", "w3" or "w2".
     """
 
     act: nn.Module
@@ -212,15 +217,17 @@ class QuantizedExperts(RoutedExperts):
         return 4 if "w1_groups" in self._buffers else 8
 
     def settings(self) -> dict[str, int]:
-        """The constructor arguments other than `experts`."""
+        """Return the constructor arguments other than `experts`."""
         if self.bits == 8:
             return {}
         packed, groups = self.get_buffer("w1_packed"), self.get_buffer("w1_groups")
         return {"bits": 4, "group": self.dim // groups.shape[-3], "block": 2 * packed.shape[-1]}
 
     def repack(self, block: int | None = None) -> None:
-        """Repack 4-bit weights in other blocks; by default in those of this machine's operator, if they are on a CPU:
-        they may come from another machine."""
+        """Repack 4-bit weights for another block size.
+
+        Weights on a CPU are by default repacked for this machine's operator, because they may come from another one.
+        """
         for name, value in self.named_buffers(recurse=False):
             if self.bits == 4 and name.endswith("_packed") and (block or value.is_cpu):
                 self._buffers[name] = int4.repack_nibbles(value, block or int4.find_cpu_block())
@@ -233,10 +240,10 @@ class QuantizedExperts(RoutedExperts):
         self.repack()
 
     def variant_reason(self) -> str:
-        return f"experts in {self.bits} bits compute rows by themselves: take those that are not quantised"
+        return f"{self.bits}-bit experts implement their own computation of rows; use experts that are not quantized"
 
     def forward(self, x: Tensor, assignments: Assignments | None = None, *, ffn: Any = None) -> Tensor:
-        """Map as `RoutedExperts` does; adapters may pass `ffn`, whose `factors` are added to weights."""
+        """Map as in `RoutedExperts`. Adapters may pass an `ffn`, whose `factors` are added to the weights."""
         reject_batch_invariance(self.variant_reason())
         if not isinstance(assignments, Assignments):
             check_slot_inputs(self, x, assignments)
@@ -248,8 +255,8 @@ class QuantizedExperts(RoutedExperts):
         return compute_sorted_rows(rows, self._build_network(), num_tokens_per_expert)
 
     def _build_network(self, parts: Any = None) -> Network:
-        """The network, whose weights are pairs of the stored tensors (packed, groups, scale) and an adapter's factors
-        from `parts`, or None."""
+        """Return the network. Its weights are pairs of the stored tensors (packed, groups, scale) and the factors of an
+        adapter from `parts`, or None."""
         last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
 
         def layer(number: int, name: str) -> Any:
@@ -263,8 +270,8 @@ class QuantizedExperts(RoutedExperts):
         return Network(w_in, w_out, self.act, b_in, b_out, dropout=dropout)
 
     def placeholder_weight(self, name: str) -> Tensor:
-        """A tensor with the shape `(*e, p, q)`, dtype and device of a weight ("w1", "w3" or "w2"), without its values
-        and without memory for them."""
+        """Return a tensor with the shape `(*e, p, q)`, dtype and device of a weight ("w1", "w3" or "w2"), without
+        allocating its values."""
         packed, scale = self.get_buffer(f"{name}_packed"), self.get_buffer(f"{name}_scale")
         nothing = torch.full((), torch.nan, dtype=scale.dtype, device=scale.device)
         return nothing.expand(*self.expert_dims, packed.shape[-2], scale.shape[-1])
@@ -274,29 +281,30 @@ class QuantizedExperts(RoutedExperts):
 
 
 def row_by_row_unsupported_reason(call: Call) -> str | None:
-    """Why the rows of a call are not multiplied one by one with the packed bytes; None if they are."""
+    """Return why the rows of a call cannot be multiplied one by one with the packed bytes, or None if they can."""
     network: Any = call.network
     (packed, groups, _), _ = network.w_in[0]
     if not call.is_inference():
-        return "it is for eval mode without gradients, and for token choice"
+        return "it supports only eval mode without gradients, and token choice"
     if any(factors for _, factors in (*network.w_in, network.w_out)):
         return "adapters are multiplied expert by expert"
     if not is_host_readable(call.x):  # a traced graph must not compare lengths
-        return "it reads which choices are kept, so it takes plain tensors on a CPU, outside of graphs and transforms"
+        return "it reads which choices are kept, which requires plain CPU tensors outside of graphs and transforms"
     if not (int8 if groups is None else int4).has_direct_matmul(packed):
         return "torch has no operator on this machine that multiplies with these bytes"
     has_weights = next(network.activation.parameters(), None) is not None
     if call.x.dtype == torch.float64 or (call.x.dtype != torch.float32 and has_weights):
-        return f"it computes in float32, and there are {call.x.dtype} tokens or weights of the activation"
+        return f"it computes in float32, but tokens or weights of the activation are {call.x.dtype}"
     if call.assignments.expert.shape[0] > decode.MAX_DECODE_ROWS or not decode.has_few_kept_tokens(call):
         return (
-            f"it is for 1 to {decode.MAX_ROW_SUM_TOKENS} tokens of at most {decode.MAX_DECODE_ROWS} choices, all kept"
+            f"it supports 1 to {decode.MAX_ROW_SUM_TOKENS} tokens with at most {decode.MAX_DECODE_ROWS} choices in "
+            "total, all of them kept"
         )
     return None
 
 
 def run_row_by_row(call: Call) -> Tensor:
-    """Compute a call of few tokens in float32, without sorting its rows by expert; return `(t, o)`."""
+    """Compute a call with a small number of tokens in float32, without sorting rows by expert, and return `(t, o)`."""
 
     def multiply(x: Tensor, weight: Any) -> Tensor:
         return multiply_few_rows(x, *weight[0], expert=call.assignments.expert)
@@ -306,14 +314,14 @@ def run_row_by_row(call: Call) -> Tensor:
 
 
 def run_expert_by_expert(call: Call) -> Tensor:
-    """Compute a call with its rows sorted by expert; return `(t, o)`."""
+    """Compute a call with rows sorted by expert, and return `(t, o)`."""
     permutation: Any = permute_without_gaps(call.assignments)
     rows = dispatch(call.x, permutation)
     return combine(compute_sorted_rows(rows, call.network, permutation.rows_per_expert), permutation)
 
 
 def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: Tensor) -> Tensor:
-    """Map rows `(r, d)`, sorted by expert, to `(r, o)`. The weights of experts with many rows are unpacked."""
+    """Map rows `(r, d)` sorted by expert to `(r, o)`, unpacking the weights of experts with many rows."""
     dtype = get_operand_dtype(rows.device.type, rows.dtype)
     network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
 
@@ -343,15 +351,15 @@ def pack_stack(
     block: int | None = None,
     rounding: Callable[..., RoundedLevels | None] | None = None,
 ) -> dict[str, Tensor]:
-    """The stored tensors of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs,
-    which is 1 for matrices that `rounding` rounded."""
+    """Return the stored tensors of weights `(*e, p, q)`: "packed", "groups" (4 bits only), and the "scale" `(*e, q)` of
+    outputs, which is 1 for matrices rounded by `rounding`."""
     if weight.ndim > 2:
         flat = weight.flatten(0, -3)
-        some = flat[:1] if weight.is_meta else flat  # on the meta device one matrix represents all
+        some = flat[:1] if weight.is_meta else flat  # on the meta device, one matrix represents all
         made = [pack_stack(one, bits, group, block, rounding and partial(rounding, i)) for i, one in enumerate(some)]
         made *= len(flat) // len(some)
         return {name: torch.stack([each[name] for each in made]).unflatten(0, weight.shape[:-2]) for name in made[0]}
-    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # else a cast would round it
+    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # so that later casts are exact
     scale = scale.clamp_(max=MAX_SCALE).to(weight.dtype)
     if given := rounding and rounding(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
         return {**int4.pack_levels(*given, block or int4.find_cpu_block()), "scale": torch.ones_like(scale)}
@@ -363,8 +371,10 @@ def pack_stack(
 
 
 def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The values of one weight `(p, q)` without its scale, in float32, in parts that end where groups end: a slice of
-    the inputs, and their values."""
+    """Yield the float32 values of one weight `(p, q)` without its scale, in parts that contain whole groups.
+
+    Each part is a pair of the slice of inputs and their values.
+    """
     p, q, most = packed.shape[-2], scale.shape[-1], max(int4.GROUP_SIZES)
     size = most * max(1, MAX_UNPACKED_NUMEL // q // most)
     for start in range(0, p, size):
@@ -378,8 +388,7 @@ def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Itera
 
 
 def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, transposed: bool) -> Tensor:
-    """x `(r, p)` times one packed weight with its scale `(q,)`: `(r, q)`; if `transposed`, x `(r, q)` times the
-    transpose: `(r, p)`."""
+    """Multiply x `(r, p)` by one packed weight with scale `(q,)`; if `transposed`, x `(r, q)` by its transpose."""
     form = int8 if groups is None else int4
     if (
         not transposed
@@ -405,19 +414,22 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
 def multiply_few_rows(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None
 ) -> Tensor:
-    """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack, with torch's
-    operator, in float32: `(r, q)`."""
+    """Multiply x `(r, p)` by one packed weight, or each row by the weight of its expert in a stack, using torch's
+    operator, and return float32 `(r, q)`."""
     out = int8.multiply_rows(x, packed, expert) if groups is None else int4.multiply_rows(x, packed, groups, expert)
-    return out[:, : scale.shape[-1]] * (scale if expert is None else scale.index_select(0, expert))
+    out = out if out.shape[-1] == scale.shape[-1] else out[:, : scale.shape[-1]]
+    return out * (scale if expert is None else scale.index_select(0, expert))
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_packed", mutates_args=())
 def rows_by_packed(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, transposed: bool
 ) -> Tensor:
-    """Rows `(r, p)` sorted by expert times the packed weights of their experts, with a scale `(e, q)`: `(r, q)`. With
-    `transposed`, the gradient of the rows from that of the products: `(r, q)` to `(r, p)`. It is 0 for rows past the
-    last expert's."""
+    """Multiply rows `(r, p)` sorted by expert by the packed weights of their experts with scale `(e, q)`.
+
+    The result is `(r, q)`, with zeros past the rows of the last expert. If `transposed`, map the gradient of these
+    products `(r, q)` to the gradient of the rows `(r, p)`.
+    """
     out, start = x.new_zeros(x.shape[0], output_width(packed, scale, transposed)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
@@ -427,7 +439,7 @@ def rows_by_packed(
 
 
 def output_width(packed: Tensor, scale: Tensor, transposed: bool) -> int:
-    """The width of the rows that `rows_by_packed` returns."""
+    """Return the width of the rows that `rows_by_packed` returns."""
     return packed.shape[-2] if transposed else scale.shape[-1]
 
 
@@ -437,7 +449,7 @@ def _(x: Tensor, packed: Tensor, groups: Any, scale: Tensor, num_tokens_per_expe
 
 
 class _PackedMatmul(torch.autograd.Function):
-    """`rows_by_packed` with derivatives of any order, also in transforms of torch.func, which require such a class."""
+    """`rows_by_packed` with derivatives of any order. Transforms of torch.func require an autograd function."""
 
     generate_vmap_rule = True
 

@@ -1,6 +1,6 @@
-"""Counts a model's parameters, those that a token uses, and a token's floating-point operations.
+"""Counts the total and active parameters of a model and its floating-point operations per token.
 
-Axes: e experts, k choices of a token.
+Axes: e experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from mixture_of_experts.support.private_torch import get_original_class, unwrap_
 from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers, iter_named_modules
 from mixture_of_experts.wrappers import ExpertsWrapper
 
-ActiveShares = dict[Any, dict[nn.Module, float]]  # by layer: the share, 0 to 1, of each of its modules a token uses
+ActiveShares = dict[Any, dict[nn.Module, float]]  # by layer and module: the share, 0 to 1, that a token uses
 
 
 class ActiveModules(NamedTuple):
     """The parts of a model that a token uses."""
 
     active_shares: ActiveShares
-    variable_k_layers: set[nn.Module]  # layers in which scores decide how many experts
-    external_modules: set[nn.Module]  # routers and experts of other libraries, which hold their weights themselves
+    variable_k_layers: set[nn.Module]  # layers in which the number of choices depends on scores
+    external_modules: set[nn.Module]  # routers and experts of other libraries, which hold their weights directly
 
 
 class Cost(NamedTuple):
-    """The counts of a model, or of one of its layers.
+    """Parameter and operation counts of a model or of one of its layers.
 
     Attributes:
-        parameters: number of all parameters; a shared one counts once.
+        parameters: total number of parameters; shared parameters count once.
         active: number of parameters that a token uses: k / e of the experts' parameters, and all others. If layers
-            share experts, k is the largest.
-        flops: operations of one token's forward: two for each weight of each matrix that multiplies the token. A
-            backward takes twice as many. Products of tokens with tokens (attention) and convolutions are not counted.
-        at_most: whether `active` and `flops` are upper bounds, because scores decide how many of a token's k choices
-            are made (`TopPGating`, the second choice of `Top2Gating`).
+            share experts, the largest k is used.
+        flops: floating-point operations of one token's forward, two for each weight of each matrix that multiplies the
+            token. A backward takes twice as many. Convolutions and products of tokens with each other (attention) are
+            not counted.
+        at_most: whether `active` and `flops` are upper bounds because scores determine how many of its k choices a
+            token uses (`TopPGating`, and the second choice of `Top2Gating`).
     """
 
     parameters: int
@@ -50,11 +51,11 @@ class Cost(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The counts that `summary` returns; `print` it for a table.
+    """The result of `summary`, which `print` shows as a table.
 
     Attributes:
         model: counts of the whole model.
-        layers: counts of each MoE layer, by its path.
+        layers: counts of each MoE layer, keyed by path.
     """
 
     model: Cost
@@ -83,21 +84,21 @@ class Summary(NamedTuple):
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count the parameters of a model, those that a token uses, and a token's floating-point operations.
+    """Count a model's total and active parameters and its floating-point operations per token.
 
-    Every layer counts once. A token uses k experts, or the gate's `expected_choices`: `ReLUGating` counts
-    `mean_choices`, which `control_sparsity` maintains, and `ExpertChoiceGating` its capacity factor. With two levels, a
-    token's first choice at level one makes k choices at level two, and its other choices make one each. A limited
-    capacity may leave a token fewer. The counts follow from the layers' sizes, not from the implementation that
-    computes them. On the meta device, models of any size can be counted.
+    Each layer counts once. A token is assumed to use k experts, or the gate's `expected_choices`: `mean_choices`, which
+    `control_sparsity` maintains, for `ReLUGating`, and the capacity factor for `ExpertChoiceGating`. With two levels, a
+    token's first choice at level one leads to k choices at level two, and each other choice to one. With a limited
+    capacity, a token may use fewer experts. The counts depend on the sizes of layers, not on the implementation that
+    computes them. Models of any size can be counted on the meta device.
 
     Args:
-        model: a model with any number of `MoE` and `HeirarchicalMoE` layers, and of sparse blocks of
-            libraries with a provider.
+        model: a model with any number of `MoE` and `HeirarchicalMoE` layers, and of sparse blocks of libraries with a
+            provider.
 
     Raises:
-        ValueError: the number of experts that a token chooses is unknown: a gate has no `k`.
-        TypeError: a block with experts of such a library is unknown, and so are the parts of it that a token uses.
+        ValueError: the number of experts that a token chooses is unknown because a gate has no `k`.
+        TypeError: a block of such a library has experts, but the share of them that a token uses is unknown.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -126,37 +127,37 @@ def summary(model: nn.Module) -> Summary:
 
 
 def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
-    """Raise TypeError for blocks of other libraries with experts whose active share is unknown."""
+    """Raise TypeError if a block of another library has experts whose active share is unknown."""
     known = {part for parts in shares.values() for part in parts}
     for place in iter_named_modules(model):
         experts = ask_providers(place.module, lambda provider, place=place: provider.find_experts(place.module))
         if experts is not None and experts not in known:
             raise TypeError(
-                f"summary cannot count {place.name!r} ({get_original_class(place.module).__name__}): what chooses its "
-                "experts is not known"
+                f"summary does not support {place.name!r} ({get_original_class(place.module).__name__}), because the "
+                "router that chooses its experts is unknown"
             )
 
 
 def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, float]:
-    """The share, 0 to 1, of a layer's experts, and of the gates of a second level, that a token uses."""
+    """Return the share, 0 to 1, of a layer's experts and second-level gates that a token uses."""
     number, e = choices_per_token(site), site.num_experts
     if site.level_one is None:
         experts = layer.experts if site.external is None else layer.get_submodule(site.external.experts_path)
         return {experts: number / e}
     outer, eo = choices_per_token(site.level_one), site.level_one.num_experts
-    served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
+    # the first choice at level one leads to all choices at level two, each other choice to one
+    served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)
     return {layer.experts: served / (eo * e), layer.gate_inner: outer / eo}
 
 
 def choices_per_token(site: RouterHandle) -> float:
-    """The maximum number of experts that a gate chooses for a token, or their mean if the gate knows it."""
+    """Return the mean number of experts that a gate chooses for a token if the gate knows it, else the maximum."""
     expected = getattr(site.gate, "expected_choices", None)
     number = site.k if expected is None else expected
     if number is None:
         raise ValueError(
-            f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not say how many experts a "
-            f"token "
-            "chooses: give it an attribute k"
+            f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not specify how many experts "
+            "a token chooses; add an attribute k to it"
         )
     return min(number, site.num_experts)
 
@@ -174,7 +175,7 @@ def compute_cost(model: nn.Module, active_modules: ActiveModules) -> Cost:
 
 
 def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tuple[nn.Module, float]]:
-    """Every module of each layer once, with the share of it, 0 to 1, that a token uses."""
+    """Yield each module of each layer once, with the share, 0 to 1, that a token uses."""
     seen: set[tuple[nn.Module | None, nn.Module]] = set()
     todo: list[tuple[nn.Module, float, nn.Module | None, float]] = [(model, 1.0, None, 1.0)]
     while todo:
@@ -188,19 +189,19 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
         for child, computes in list_children(module):
             share = shares.get(layer, {}).get(child)
             if isinstance(module, ExpertsWrapper) and child is not module.experts:
-                share = 1.0  # every token uses what the wrapper adds to its experts
+                share = 1.0  # every token uses the modules that a wrapper adds to its experts
             below = part if share is None else of_layer * share
             todo.append((child, below if computes else 0.0, layer, of_layer))
 
 
 def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The direct children of a module, and whether they compute."""
+    """Return the direct children of a module and whether they compute."""
     found = ask_providers(module, lambda provider: provider.list_children(module))
     return [(child, True) for child in module.children()] if found is None else found
 
 
 def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module itself, by name, with tensors of the same sizes in place of quantized weights."""
+    """Return a module's own parameters by name, with placeholders of the same sizes for quantized weights."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if isinstance(module, QuantizedExperts):
         names = [name.removesuffix("_packed") for name in module._buffers if name.endswith("_packed")]
@@ -209,15 +210,15 @@ def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def count_matrix_weights(module: nn.Module, active_modules: ActiveModules) -> int:
-    """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
+    """Return the number of weights in the matrices of a linear layer, experts or a router, or 0 for other modules."""
     known = (
         isinstance(module, nn.Linear | RoutedExperts | Gate | RouterLogits) or module in active_modules.external_modules
     )
     if not known and not ask_providers(module, lambda provider: provider.is_linear(module)):
         return 0
-    made = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}  # of stored parameters
+    made = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}  # computed weights
     weights = {name: weight for name, weight in (get_direct_weights(module) | made).items() if not is_bias_name(name)}
-    least = 3 if isinstance(module, RoutedExperts) else 2  # dimensions
+    least = 3 if isinstance(module, RoutedExperts) else 2  # minimum number of dimensions
     return sum(weight.numel() for weight in weights.values() if weight.ndim >= least)
 
 

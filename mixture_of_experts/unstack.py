@@ -1,8 +1,8 @@
-"""Converts stacked experts to plain linear layers, and back.
+"""Converts stacked experts to plain linear layers and back.
 
-Quantizers, adapters and optimizers look for `nn.Linear` or for matrices, and silently skip a tensor `(e, d, h)`.
+Quantizers, adapters and optimizers look for `nn.Linear` modules or matrices, and silently skip tensors `(e, d, h)`.
 
-Axes: e experts, d model dim, h hidden dim, o dim of the outputs.
+Axes: e experts, d model dim, h hidden dim, o output dim.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from mixture_of_experts.support.private_torch import move_hooks, replacement_pro
 
 
 class FeedForward(nn.Module):
-    """One expert of linear layers: `w2(act(w1(x)))`, gated `w2(act(w1(x)) * w3(x))` or `w2(act(w1(x), w3(x)))`.
+    """One expert made of linear layers: `w2(act(w1(x)))`, or if gated `w2(act(w1(x)) * w3(x))` or
+    `w2(act(w1(x), w3(x)))`.
 
     In training, elements of the input of `w2` are dropped with probability `dropout`.
 
     Shape:
-        `(n, d)` to `(n, o)`.
+        Maps `(n, d)` to `(n, o)`.
     """
 
     w1: nn.Module
@@ -49,11 +50,11 @@ class FeedForward(nn.Module):
 
 
 class UnstackedExperts(ExpertList):
-    """Experts of linear layers, which `unstack` makes from stacked ones.
+    """Experts made of linear layers, which `unstack` creates from stacked experts.
 
     Args:
         experts: one module for each expert, outer-major for a grid.
-        empty: the stacked experts without their weights, for `restack`.
+        empty: the stacked experts without their weights, used by `restack`.
     """
 
     def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
@@ -63,19 +64,19 @@ class UnstackedExperts(ExpertList):
 
 
 def unstack(model: ModelT) -> ModelT:
-    """Replace all stacked experts of a model by plain linear layers; change the model and return it.
+    """Replace all stacked experts of a model by plain linear layers in place, and return the model.
 
-    The model computes the same up to rounding, one expert after the other. Weights are copies: create the optimizer
-    afterwards. Hooks on the forward and backward of experts are kept. `restack` stacks the experts again.
+    The model computes the same results up to rounding, one expert at a time. The weights are copies, so create the
+    optimizer afterwards. Forward and backward hooks of experts are kept. `restack` reverses the conversion.
 
     Args:
-        model: a model with `MoE` layers anywhere in it.
+        model: a model that contains `MoE` layers.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; or experts are compiled separately, have
-            adapters, or hooks on their state dict.
-        TypeError: weights are not plain parameters, for example sharded over processes; or experts have their own
-            `forward` or `compute`, in their class or set on the module.
+            adapters, or have state-dict hooks.
+        TypeError: weights are not plain parameters (for example, they are sharded across processes), or experts have a
+            custom `forward` or `compute`, in their class or set on the module.
 
     Example:
         >>> import torch
@@ -95,17 +96,17 @@ def unstack(model: ModelT) -> ModelT:
 
 
 def restack(model: ModelT) -> ModelT:
-    """Stack all experts that `unstack` converted to linear layers; change the model and return it.
+    """Restore all stacked experts that `unstack` converted to linear layers in place, and return the model.
 
     Raises:
-        ValueError: the model has no experts that `unstack` made, or is itself one; or experts are compiled separately,
-            or have hooks on their state dict.
-        TypeError: a layer is not a plain `nn.Linear`: it was quantized, or has adapters that are not merged.
+        ValueError: the model has no experts created by `unstack`, or is itself one; or experts are compiled separately
+            or have state-dict hooks.
+        TypeError: a layer is not a plain `nn.Linear`, because it was quantized or has unmerged adapters.
     """
-    return replace_modules(model, UnstackedExperts, restack_experts, "experts that unstack() made")
+    return replace_modules(model, UnstackedExperts, restack_experts, "experts created by unstack()")
 
 
-@torch.inference_mode(False)  # parameters made in that mode cannot be trained
+@torch.inference_mode(False)  # parameters created in inference mode cannot be trained
 def replace_modules(
     model: ModelT,
     module_class: type[nn.Module],
@@ -114,15 +115,17 @@ def replace_modules(
     allow_adapters: bool = False,
 ) -> ModelT:
     """Replace every module of a class by `make(module, path)`, also under adapters of `fast_lora` if `allow_adapters`.
-    All are made before the first is replaced."""
+
+    All replacements are created before the first module is replaced.
+    """
     found = {}
     for name, module in check_model("model", model).named_modules():
         parts = module._modules
         held = isinstance(parts.get("_orig_mod", parts.get("base_layer")), module_class)
         if held and not (allow_adapters and getattr(module, "passes_factors", False)):
             raise ValueError(
-                f"{name} is a {type(module).__name__}, which keeps the experts that it was made for: merge adapters, "
-                "or call fast_lora() before quantize_experts(), and compile experts afterwards"
+                f"the experts in {name} cannot be replaced, because the {type(module).__name__} depends on them. Merge "
+                "adapters, or call fast_lora() before quantize_experts(), and compile experts afterwards"
             )
         if isinstance(module, module_class):
             found[module] = name
@@ -132,11 +135,15 @@ def replace_modules(
     if not made:
         has = sorted({type(module).__name__ for module in model.modules() if isinstance(module, RoutedExperts)})
         raise ValueError(
-            f"{type(model).__name__} has no {description}, but {', '.join(has) or 'no experts at all'}: unstack() and "
-            "quantize_experts() take stacks, restack() what unstack() made, and from few bits nothing goes back"
+            f"{type(model).__name__} has no {description}; it has {', '.join(has) or 'no experts at all'}. unstack() "
+            "and quantize_experts() require stacked experts, restack() requires experts created by unstack(), and "
+            "quantized experts cannot be converted back"
         )
     if model in made:
-        raise ValueError(f"{type(model).__name__} is nothing but {description}: give the layer or model around")
+        raise ValueError(
+            f"the model itself, a {type(model).__name__}, consists only of {description}; pass the layer or model that "
+            "contains it"
+        )
     for old, new in made.items():
         move_hooks(old, new)
     for parent in list(model.modules()):
@@ -147,23 +154,26 @@ def replace_modules(
 
 
 def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> None:
-    """Raise an error if replacing a module would lose something: a custom method, in its class or set on the module, or
-    what belongs to its weights."""
+    """Raise an error if replacing a module would lose a custom `forward` or `compute`, in its class or set on the
+    module, or something attached to its weights."""
     for method in ("forward", "compute"):
         if method in vars(module) or getattr(type(module), method) is not getattr(kind, method):
             raise TypeError(
-                f"{name} is a {type(module).__name__}, whose own {method} would be lost: exchange it yourself"
+                f"{name} is a {type(module).__name__} with a custom {method}, which would be lost; replace it manually"
             )
     if (lost := replacement_problem(module)) is not None:
         raise ValueError(f"{name} {lost}")
 
 
 def get_plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The stacked weights and biases of experts, after checking that they are plain parameters."""
+    """Return the stacked weights and biases of experts after checking that they are plain parameters."""
     weights = dict(experts.named_parameters(recurse=False))
     for key, weight in weights.items():
         if type(weight) is not nn.Parameter:
-            raise TypeError(f"{name}.{key} is a {type(weight).__name__}: unstack or quantise before experts are spread")
+            raise TypeError(
+                f"{name}.{key} must be a plain nn.Parameter, got {type(weight).__name__}; unstack or quantize experts "
+                "before they are sharded"
+            )
     return weights
 
 
@@ -204,7 +214,8 @@ def restack_experts(unstacked: UnstackedExperts, name: str) -> StackedExperts:
             if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
                 what = type(layer).__name__ if type(layer) is not nn.Linear else type(layer.weight).__name__
                 raise TypeError(
-                    f"{name}.{i}.w{key[1]} is a {what}, no plain linear layer: merge adapters, or stay unstacked"
+                    f"{name}.{i}.w{key[1]} must be a plain nn.Linear, got {what}; merge adapters first, or keep the "
+                    "experts unstacked"
                 )
         values = [layer.weight if key.startswith("w") else layer.bias for layer in layers]
         if values[0] is not None:

@@ -1,6 +1,6 @@
-"""Experts that wrap other experts: between two modules, with identity experts, with weighted inputs, with a norm.
+"""Wrappers of experts: latent experts, zero-computation experts, weighted inputs, and normed outputs.
 
-Axes: t tokens of a call, k choices, r rows sorted by expert, e experts, d model dim.
+Axes: t tokens per call, k choices, r rows sorted by expert, e experts, d model dim.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
 
 
 class ExpertsWrapper(RoutedExperts):
-    """Base class of experts that wrap other experts, which `list_nested_experts` lists.
+    """Base class of experts that wrap other experts.
 
     Args:
         experts: the wrapped experts.
@@ -36,8 +36,8 @@ class ExpertsWrapper(RoutedExperts):
         ValueError: the wrapper works on rows, and the wrapped experts do more than `compute` rows.
     """
 
-    #: what the wrapper works on: the tokens before and after all experts; the rows that experts read, or those that
-    #: they return; or the experts themselves, to which it adds others
+    #: what the wrapper works on: the tokens before and after all experts ("tokens"), the rows that experts read
+    #: ("inputs") or return ("outputs"), or the set of experts, to which it adds others ("experts")
     works_on: ClassVar[WorksOn]
 
     experts: Any
@@ -49,16 +49,16 @@ class ExpertsWrapper(RoutedExperts):
         on_rows = self.works_on in ("inputs", "outputs")
         if on_rows and any(getattr(each, "works_on", "outputs") != "outputs" for each in list_nested_experts(experts)):
             raise ValueError(
-                f"{type(self).__name__} stand on the rows that experts compute, which {type(experts).__name__} weigh "
-                "or go on with: put them inside, around the experts that compute, as in "
-                "InputWeightedExperts(NormedExperts(experts, norm))"
+                f"{type(self).__name__} cannot wrap {type(experts).__name__}, which transforms the rows or tokens of "
+                f"its experts further. Reverse the order, so that {type(self).__name__} directly wraps the experts "
+                "that compute, as in InputWeightedExperts(NormedExperts(experts, norm))"
             )
         self.experts = experts
         self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
 
 
 def list_nested_experts(experts: nn.Module) -> list[Any]:
-    """The experts and those nested in them, from the outermost to the innermost, without adapters or FSDP2."""
+    """Return the experts and those nested in them, outermost first, without adapters or FSDP2."""
     found: list[Any] = [unwrap_module(experts)]
     while isinstance(found[-1], ExpertsWrapper):
         found.append(unwrap_module(found[-1].experts))
@@ -66,8 +66,10 @@ def list_nested_experts(experts: nn.Module) -> list[Any]:
 
 
 def reads_slots(experts: nn.Module) -> bool:
-    """Whether experts, or experts nested in them, read slots if the capacity is limited. Sharded experts
-    read assignments themselves, but exchange rows or slots, depending on the class of the local experts."""
+    """Return whether experts, or experts nested in them, read slots if the capacity is limited.
+
+    Sharded experts read assignments themselves, but exchange rows or slots depending on the class of the local experts.
+    """
     for each in [experts, *list_nested_experts(experts)]:
         local = getattr(each, "local_class", None)
         if not reads_assignments(each) or (local is not None and not getattr(local, "reads_assignments", False)):
@@ -76,15 +78,15 @@ def reads_slots(experts: nn.Module) -> bool:
 
 
 class LatentExperts(ExpertsWrapper):
-    """Experts between two modules: `after(experts(before(x)) + beside(x))`.
+    """Latent experts, which compute `after(experts(before(x)) + beside(x))`.
 
-    This makes latent experts, which compute in a narrower space that all of them share (arXiv 2601.18089).
+    The experts work in a narrower space that all of them share (arXiv 2601.18089).
 
     Args:
-        experts: any experts, of the width that `before` returns.
-        before, after, beside: modules that map tokens `(t, d)`; None leaves the step out.
-        dim_out: width of the outputs; by default that which `after` (without it, the experts) has as an attribute, as
-            `nn.Linear` does, or else the width of the inputs.
+        experts: any experts whose width is that of the outputs of `before`.
+        before, after, beside: modules that map tokens `(t, d)`, or None to skip the step.
+        dim_out: width of the outputs. Default: `after.out_features`, an attribute of `nn.Linear`, or `experts.dim_out`
+            without `after`; if the attribute is missing, the width of the inputs.
 
     Example:
         >>> import torch
@@ -132,7 +134,7 @@ class LatentExperts(ExpertsWrapper):
 
 
 def mask_routed_tokens(assignments: Assignments) -> Tensor:
-    """`(t,)` bool, the tokens that are sent to an expert, whether it has capacity or not. Padding is not sent."""
+    """Return `(t,)` bool, which tokens are routed to experts, even beyond their capacity. Padding is not routed."""
     if assignments.k is not None:
         return assignments.sent.view(-1, assignments.k).any(dim=-1)
     assert assignments.token is not None
@@ -141,18 +143,18 @@ def mask_routed_tokens(assignments: Assignments) -> Tensor:
 
 
 class ZeroComputationExperts(ExpertsWrapper):
-    """Adds zero-computation experts to experts that compute.
+    """Experts extended by zero-computation experts, which return the token itself or zero.
 
-    An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322; MoE++, arXiv 2410.07348). An
-    expert bias updated by `SignRule(shares=...)` balances the two kinds separately.
+    See LongCat-Flash (arXiv 2509.01322) and MoE++ (arXiv 2410.07348). To balance the added and the computing experts
+    separately, use an expert bias updated by `SignRule(shares=...)`.
 
     Args:
-        experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they have the ids from 0 to e - 1.
-        num_identity: number of experts that return the token; they have the next ids.
-        num_zero: number of experts that return zero, with the last ids.
+        experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they keep the ids 0 to e - 1.
+        num_identity: number of experts that return the token; they get the next ids.
+        num_zero: number of experts that return zero; they get the last ids.
 
     Raises:
-        ValueError: the experts' outputs have another width than the token, which identity experts return.
+        ValueError: there are identity experts, but the outputs of `experts` have another width than tokens.
 
     Example:
         >>> import torch
@@ -173,8 +175,8 @@ class ZeroComputationExperts(ExpertsWrapper):
         super().__init__(experts)
         if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
             raise TypeError(
-                f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: the "
-                "ids of the added experts follow theirs"
+                f"experts must be RoutedExperts with an integer num_experts, such as Experts(...), got "
+                f"{type(experts).__name__}; the ids of the added experts follow theirs"
             )
         for name, number in {"num_identity": num_identity, "num_zero": num_zero}.items():
             if check_number(name, number, at_least=0) != int(number):
@@ -185,11 +187,11 @@ class ZeroComputationExperts(ExpertsWrapper):
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
-        """Raise ValueError for outputs of another width than the tokens', which identity experts return."""
+        """Raise ValueError if there are identity experts and outputs have another width than tokens."""
         if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
             raise ValueError(
-                f"the experts map width {dim} to {dim_out}, but {self.num_identity} of the added ones return the token "
-                f"of width {dim}: give them num_zero alone, or experts that keep the width"
+                f"the experts map width {dim} to {dim_out}, but the {self.num_identity} identity experts return tokens "
+                f"of width {dim}; set num_identity=0, or use experts that keep the width"
             )
 
     def variant_reason(self) -> str | None:
@@ -213,7 +215,7 @@ class ZeroComputationExperts(ExpertsWrapper):
 
 
 def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
-    """`(t, 1)`, the sum of the weights of those assignments of a token that are `selected` `(a,)`."""
+    """Return `(t, 1)`, the sum of the weights of each token's `selected` `(a,)` assignments."""
     weight = torch.where(assignments.kept & selected, assignments.weight, 0)
     if assignments.k is not None:
         return weight.view(-1, assignments.k).sum(dim=-1, keepdim=True)
@@ -222,8 +224,11 @@ def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
 
 
 def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """The results of experts for rows `(r, d)` sorted by expert. If they have a wrapper, it is called with each row as
-    a token, because adapters change weights only in its forward."""
+    """Return the results of experts for rows `(r, d)` sorted by expert.
+
+    If the experts have a wrapper, it is called with each row as a token, because adapters change weights only in its
+    forward.
+    """
     if get_wrapped_module(experts) is None:
         return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
     row = torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
@@ -233,10 +238,10 @@ def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert:
 
 
 class InputWeightedExperts(ExpertsWrapper):
-    """Multiplies the experts' inputs, instead of their outputs, by the weights of the assignments (Llama 4).
+    """Experts whose inputs, instead of outputs, are multiplied by the weights of the assignments (Llama 4).
 
     Args:
-        experts: experts that have `compute`, such as `GatedExperts`.
+        experts: experts with a `compute` method, such as `GatedExperts`.
 
     Example:
         >>> import torch
@@ -252,7 +257,7 @@ class InputWeightedExperts(ExpertsWrapper):
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
         if assignments is None:
             return super().forward(x, assignments)
-        reject_batch_invariance(f"{type(self).__name__} compute rows by themselves")
+        reject_batch_invariance(f"{type(self).__name__} implements its own computation of rows")
         permutation = permute_without_gaps(assignments)
         assert permutation.rows_per_expert is not None
         rows = dispatch(x, permutation) * permutation.row_weight().unsqueeze(-1)
@@ -264,11 +269,11 @@ class InputWeightedExperts(ExpertsWrapper):
 
 
 class NormedExperts(ExpertsWrapper):
-    """Applies a norm to the experts' outputs, before they are multiplied by the weights of the assignments.
+    """Experts whose outputs are normalized before they are multiplied by the weights of the assignments.
 
     Args:
-        experts: experts that have `compute`, such as `GatedExperts`. `InputWeightedExperts` must wrap the norm, not be
-            wrapped by it.
+        experts: experts with a `compute` method, such as `GatedExperts`. To combine both wrappers, wrap `NormedExperts`
+            in `InputWeightedExperts`, not the other way round.
         norm: a module that maps rows `(r, d)`.
 
     Example:
@@ -292,7 +297,7 @@ class NormedExperts(ExpertsWrapper):
 
 
 class Scale(nn.Module):
-    """Multiplies by a number."""
+    """Multiplies inputs by a constant factor."""
 
     by_token: ClassVar[bool] = True
     factor: float
@@ -328,11 +333,11 @@ class Shift(nn.Module):
 
 
 class GatedSharedExpert(nn.Module):
-    """`sigmoid(gate(x)) * module(x)`, like the shared expert of Qwen2-MoE (arXiv 2407.10671).
+    """A shared expert with a gate, `sigmoid(gate(x)) * module(x)`, as in Qwen2-MoE (arXiv 2407.10671).
 
     Args:
-        module: maps `(..., d)` to the same shape.
-        gate: maps `(..., d)` to `(..., 1)`.
+        module: a module that maps `(..., d)` to the same shape.
+        gate: a module that maps `(..., d)` to `(..., 1)`.
     """
 
     by_token: ClassVar[bool] = True

@@ -192,7 +192,7 @@ def test_assigned_settings_are_checked(build, name, value, message):
 def test_a_router_keeps_its_shape(kind, change):
     gate = GATES[kind]()
     before = gate.w_gating
-    with pytest.raises(ValueError, match=r"w_gating of \w+ has shape .*build a new"):
+    with pytest.raises(ValueError, match=r"w_gating of \w+ must keep its shape .*construct a new"):
         gate.w_gating = nn.Parameter(change(gate.w_gating.detach()))
     assert gate.w_gating is before
     gate.w_gating = nn.Parameter(torch.ones_like(before))
@@ -204,7 +204,7 @@ def test_a_shared_expert_is_checked_whenever_it_is_set(kind):
     for shared in (None, nn.Linear(8, 8)):
         moe = kind(8, shared_expert=shared)
         for wrong in (nn.Linear, nn.ModuleList([nn.Linear(8, 8)]), "linear"):
-            with pytest.raises(TypeError, match=r"shared_expert must be a module .*make an instance"):
+            with pytest.raises(TypeError, match=r"shared_expert must be a module .*Instantiate the class"):
                 moe.shared_expert = wrong
             assert moe.shared_expert is shared
         moe.shared_expert = nn.Identity()
@@ -219,9 +219,9 @@ def test_rejects_parts_of_other_size(kind):
     name = "gate_inner" if two else "gate"
     outer = (2,) if two else ()
     before = getattr(moe, name)
-    with pytest.raises(ValueError, match=rf"{name} has num_experts=3, the layer num_experts=4"):
+    with pytest.raises(ValueError, match=rf"{name} has num_experts=3, but the layer has num_experts=4"):
         setattr(moe, name, TopKGating(8, 3, outer_expert_dims=outer))
-    with pytest.raises(ValueError, match=r"experts has num_experts="):
+    with pytest.raises(ValueError, match=r"experts have num_experts="):
         moe.experts = Experts(8, (2, 3) if two else 3)
     assert getattr(moe, name) is before
     gate, experts = TopKGating(8, 4, outer_expert_dims=outer), Experts(8, (2, 4) if two else 4, hidden_dim=5)
@@ -235,7 +235,7 @@ def test_rejects_parts_of_other_size(kind):
 def test_stacked_experts_keep_their_shape(kind):
     experts = kind(8, 4, hidden_dim=5, bias=True)
     for name, parameter in list(experts.named_parameters()):
-        with pytest.raises(ValueError, match=rf"{name} of {kind.__name__} has shape .*build a new"):
+        with pytest.raises(ValueError, match=rf"{name} of {kind.__name__} must keep its shape .*construct a new"):
             setattr(experts, name, nn.Parameter(parameter.detach()[:2]))
         setattr(experts, name, nn.Parameter(parameter.detach() * 2))
     assert experts(torch.randn(4, 3, 8)).shape == (4, 3, 8)
@@ -279,7 +279,7 @@ def test_sizes_do_not_change(name):
     moe, levels = MoE(8, 2), HeirarchicalMoE(8, (2, 4))
     for module in (levels,) if "_experts_" in name else (moe, moe.gate, moe.experts, levels):
         before = getattr(module, name)
-        with pytest.raises(ValueError, match=rf"{name} of .* is .* and cannot become 9"):
+        with pytest.raises(ValueError, match=rf"cannot change {name} of .* to 9, because"):
             setattr(module, name, 9)
         assert getattr(module, name) == before
         setattr(module, name, before)
@@ -300,7 +300,7 @@ def test_tokens_and_weights_on_other_devices(kind, part, tokens):
         if part == "both" or name.startswith(part):
             module.to_empty(device=weights)
     named = "the experts' weights|expert 0 .Linear." if part == "experts" else "the router's weights"
-    with pytest.raises(ValueError, match=rf"tokens are on {tokens}, ({named}) on {weights}: move one of them"):
+    with pytest.raises(ValueError, match=rf"tokens are on {tokens}, but ({named}) is on {weights}; move them"):
         moe(torch.randn(2, 5, 16, device=tokens))
     moe.to_empty(device=tokens).reset_parameters()
     assert moe(torch.randn(2, 5, 16, device=tokens))[0].device.type == tokens

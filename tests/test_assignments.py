@@ -160,7 +160,7 @@ def test_two_levels_of_choices(name, inner_factor):
     assert assignments.dropless is (inner_factor is None)
     assert assignments.max_rows == min(inner.expert.numel(), len(kept))
     check(assignments, expert, token)
-    with pytest.raises(ValueError, match="only routers of token choice"):
+    with pytest.raises(ValueError, match="both levels must be token-choice routers"):
         join_levels(outer, permute_to_slots(join_groups(routing_of("expert choice"), in_slots=True)), inner)
 
 

@@ -173,7 +173,7 @@ def test_unreported_losses_raise(gate):
     coefs = {"balance_device": 0.1}
     wrong = pytest.raises(
         ValueError,
-        match=r"'balance_device', which no gate reports.* need num_groups",
+        match=r"'balance_device', but this layer's gates report only.* set num_groups",
     )
     x = torch.randn(1, 3, 6)
     moe = MoE(6, gate=gate, loss_coefs=coefs)

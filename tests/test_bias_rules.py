@@ -203,11 +203,11 @@ def test_compiled_it_counts_the_same_once(checkpointed):
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"k": 4}, "every token takes all 4 experts there"),
-        ({"num_groups": 2, "top_groups": 1}, "experts are chosen in 2 groups there"),
-        ({"kind": partial(TopPGating, k=3)}, "tokens make fewer than k choices there"),
-        ({"kind": partial(ReLUGating, k=3, mean_choices=2)}, "tokens make fewer than k choices there"),
-        ({"kind": partial(HashGating, num_ids=9)}, "a token's id chooses its experts there"),
+        ({"k": 4}, "every token chooses all 4 experts"),
+        ({"num_groups": 2, "top_groups": 1}, "experts are chosen in 2 groups, so"),
+        ({"kind": partial(TopPGating, k=3)}, "tokens may make fewer than k choices"),
+        ({"kind": partial(ReLUGating, k=3, mean_choices=2)}, "tokens may make fewer than k choices"),
+        ({"kind": partial(HashGating, num_ids=9)}, "experts are chosen by token id"),
         ({"select": lambda logits, score, bias: score + bias}, "experts are chosen by a function"),
     ],
     ids=["all", "groups", "top-p", "relu", "hash", "function"],
@@ -235,10 +235,10 @@ def test_shares():
     with pytest.raises(ValueError, match=r"shares must be .* the 3 experts, got 4"):
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
     for wrong in ([1, 0], [0.1, 0.9], "19", 9):
-        says = "shares must be integers of at least 1, in proportion, such as [1, 9] for 10% and 90%, got "
+        says = "shares must be a proportion of integers of at least 1, such as [1, 9] for 10% and 90%, got "
         with pytest.raises(ValueError, match=re.escape(says + repr(wrong))):
             SignRule(shares=wrong)
-    with pytest.raises(ValueError, match=r"shares must have a sum below 2\^20"):
+    with pytest.raises(ValueError, match=r"the sum of shares must be below 2\^20"):
         SignRule(shares=[2**19, 2**19])
 
 

@@ -1,4 +1,4 @@
-"""What docs/trust.md says of bits: the same, whatever stands beside a token."""
+"""What docs/correctness.md says of bits: the same, whatever stands beside a token."""
 
 import pytest
 import torch

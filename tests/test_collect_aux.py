@@ -122,7 +122,7 @@ def test_foreign_checkpointing_counts_once(make_inputs):
 
 def test_rejects_calls_outside_the_model(make_inputs):
     model = Model()
-    with collect_aux(model), pytest.raises(RuntimeError, match="not within a forward of the module"):
+    with collect_aux(model), pytest.raises(RuntimeError, match="outside of a forward pass of the module"):
         model.blocks[0](make_inputs)
 
 
@@ -131,15 +131,18 @@ def test_rejects_gates_without_loss(make_inputs):
         def forward(self, inputs, mask=None):
             return super().forward(inputs, mask)[0]
 
-    with pytest.raises(ValueError, match="Linear has no gate: give collect_aux"), collect_aux(nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match=r"Linear has no gate; pass a model .* to collect_aux"),
+        collect_aux(nn.Linear(2, 2)),
+    ):
         pass
     alone = nn.ModuleList([MoE(DIM, 4), TopKGating(DIM, 4)])
-    with pytest.raises(TypeError, match=r"'1' \(TopKGating\): it stands in no MoE layer"), collect_aux(alone):
+    with pytest.raises(TypeError, match=r"'1' \(TopKGating\): it is not part of an MoE layer"), collect_aux(alone):
         pass
     with collect_aux(alone, gates=["0.gate"]):
         pass
     model = nn.Sequential(OutputOnly(DIM, 4))
-    with collect_aux(model), pytest.raises(TypeError, match="OutputOnly must return"):
+    with collect_aux(model), pytest.raises(TypeError, match="expected OutputOnly to return"):
         model(make_inputs)
 
 

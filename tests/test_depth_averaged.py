@@ -132,21 +132,21 @@ def test_rejects_bad_arguments():
     first, second = make_layers(2)
     x = torch.randn(2, 9, DIM, dtype=torch.float64)
     state = first(x, router_state=None)[2]
-    with pytest.raises(TypeError, match=r"reads the side input 'router_state', .* call the layer as moe\(x, router_st"):
+    with pytest.raises(TypeError, match=r"requires .* 'router_state'; call the layer as moe\(x, router_st"):
         second(x, router_state=None)
-    with pytest.raises(ValueError, match="given to the first layer, which has none before: make it with first=False"):
+    with pytest.raises(ValueError, match=r"must be None in the first layer; .* with first=False"):
         first(x, router_state=state)
     with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, 7\), got \(2, 9, 1\)"):
         second(x, router_state=state[..., :1])
     with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, 7\), got \(1, 9, 7\)"):
         second.gate(x, router_state=state[:1])
-    with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, \.\.\.\), an entry a token"):
+    with pytest.raises(ValueError, match=r"router_state must have shape \(2, 9, \.\.\.\), with one entry per token"):
         second(x, router_state=state[:1])
     with pytest.raises(TypeError, match=r"router_state must be floating point, got torch\.int64"):
         second(x, router_state=state.long())
-    with pytest.raises(TypeError, match="reads no side input 'router_state'"):
+    with pytest.raises(TypeError, match="does not support the side input 'router_state'"):
         MoE(DIM, num_experts=2)(x.float(), router_state=None)
-    with pytest.raises(ValueError, match="it takes no outer_expert_dims, and no second level"):
+    with pytest.raises(ValueError, match="does not support outer_expert_dims or a second level"):
         DepthAveragedGating(DIM, E, outer_expert_dims=(2,))
     with pytest.raises(ValueError, match="first must be True or False, got 1"):
         DepthAveragedGating(DIM, E, first=1)

@@ -44,7 +44,7 @@ class Agent:
         command += ["--rdzv-conf", f"{RENDEZVOUS},is_host={int(host)}", "--local-addr", address]
         command += ["--max-restarts", "1", str(ROOT / "examples" / "elastic.py"), *options]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else no agent can join: docs/engines.md
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else no agent can join: docs/distributed/trainers.md
         self.log, self.errors, self.read = log, log.with_suffix(".err"), 0
         with self.log.open("w") as out, self.errors.open("w") as errors:
             self.process = subprocess.Popen(command, env=environment, stdout=out, stderr=errors)

@@ -1,4 +1,4 @@
-"""Engines that train models whose experts are spread over ranks, as `docs/engines.md` shows, against one process."""
+"""Trainers of models with sharded experts, as `docs/distributed/trainers.md` shows, against one process."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def test_pipeline(workers: Workers, schedule: str, factor: float, steps: int):
 
 
 def test_torchtitan(workers: Workers):
-    pytest.importorskip("torchtitan", reason="docs/engines.md says how to install it")
+    pytest.importorskip("torchtitan", reason="docs/distributed/trainers.md says how to install it")
     workers.run(recipes.check_torchtitan, 2)

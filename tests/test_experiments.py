@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = [path for path in sorted((ROOT / "experiments").glob("*.py")) if "def main(" in path.read_text()]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *PROGRAMS]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *PROGRAMS]
 COMMAND = re.compile(r"python -m experiments\.([a-z_]+)((?: (?![ #])(?:[^\n`#\\]|\\\n)*)?)")
 COMMANDS = sorted({match.groups() for page in PAGES for match in COMMAND.finditer(page.read_text())})
 

@@ -241,7 +241,7 @@ def checkpoint_module(module: nn.Module) -> nn.Module:
 
 
 def test_identity_experts_require_equal_width():
-    with pytest.raises(ValueError, match=rf"width {D} to 3, but 2 .*num_zero"):
+    with pytest.raises(ValueError, match=rf"width {D} to 3, but the 2 .*num_identity=0"):
         ZeroComputationExperts(Experts(D, E, 5, dim_out=3), num_identity=2)
     narrower = ZeroComputationExperts(NormedExperts(Experts(D, E, 5, dim_out=3), nn.RMSNorm(3)), num_identity=1)
     for gate in (TopKGating(D, E + 1), ExpertChoiceGating(D, E + 1)):
@@ -258,11 +258,11 @@ def test_zero_cost_slots():
 def test_rejected():
     for inner in (InputWeightedExperts(Experts(D, E)), LatentExperts(Experts(D, E), beside=nn.Identity())):
         for experts in (inner, checkpoint_module(inner), ZeroComputationExperts(inner, num_zero=1)):
-            with pytest.raises(ValueError, match=r"put them inside, .* as in InputWeightedExperts\(NormedExperts\("):
+            with pytest.raises(ValueError, match=r"Reverse the order, .* as in InputWeightedExperts\(NormedExperts\("):
                 NormedExperts(experts, nn.RMSNorm(D))  # type: ignore[arg-type]
-            with pytest.raises(ValueError, match="put them inside"):
+            with pytest.raises(ValueError, match="Reverse the order"):
                 InputWeightedExperts(experts)
-    with pytest.raises(TypeError, match=r"experts must be one row of RoutedExperts .* got Linear"):
+    with pytest.raises(TypeError, match=r"experts must be RoutedExperts with an integer .* got Linear"):
         ZeroComputationExperts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"num_identity must be an integer .*got 1\.5"):
         ZeroComputationExperts(Experts(D, E), num_identity=1.5)

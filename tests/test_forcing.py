@@ -150,7 +150,7 @@ def test_rejects_bad_arguments():
     with pytest.raises(ValueError, match="'balanced', 'random', got 'even'"), force_routing(gate, "even"):  # type: ignore
         pass
     own = ExpertChoiceGating(DIM, 4)
-    with pytest.raises(TypeError, match=r"\(ExpertChoiceGating\): tokens make no choices"), force_routing(own):
+    with pytest.raises(TypeError, match=r"\(ExpertChoiceGating\): its tokens make no choices"), force_routing(own):
         pass
     assert gate.forced is None
     with force_routing(gate), pytest.raises(ValueError, match="experts are given, and balanced ones forced"):

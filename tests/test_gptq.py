@@ -1,20 +1,23 @@
-"""The recipe of docs/stacked_experts.md that calibrates numbers of 4 bits."""
+"""GPTQ of `examples/gptq.py`: calibrated 4-bit weights."""
 
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.page_recipes import recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import Experts, GatedExperts, MoE, OutputOnly, TopKGating
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
-RECIPE = recipe("stacked_experts.md", "def gptq")
-gptq, moments = RECIPE["gptq"], RECIPE["moments"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+from gptq import gptq, moments
+
 D, H, E = 64, 96, 4
 
 

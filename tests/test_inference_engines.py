@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.inference_engines import FOLDERS, ask, convert_to_gguf, find_environment, quantize_gguf
+from support.inference_engines import FOLDERS, ask, convert_to_gguf, find_environment, run_documented_conversion
 from support.pretrained import SMOLLM2, find_folder
 
 transformers = pytest.importorskip("transformers", reason="it asks for Python 3.11")
@@ -31,18 +31,19 @@ ENGINES = [
 class Served(NamedTuple):
     """A saved model, what transformers computes of it, and the warning that was given."""
 
+    name: str
     folder: Path
     expected: list[dict[str, Any]]
     warning: str
 
 
-def save(made: Any, folder: Path) -> Served:
+def save(name: str, made: Any, folder: Path) -> Served:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made.save_pretrained(folder)
     warned = [str(one.message) for one in caught if "not every engine computes" in str(one.message)]
     del made
-    return Served(folder, run_transformers(folder, tokenize(), NEW_TOKENS), "".join(warned))
+    return Served(name, folder, run_transformers(folder, tokenize(), NEW_TOKENS), "".join(warned))
 
 
 @pytest.fixture(scope="module", params=SERVED)
@@ -52,7 +53,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pytest.skip("python -m tests.support.pretrained fetches the model")
     work = tmp_path_factory.mktemp("served")
     torch.manual_seed(0)
-    yield save(SERVED[request.param](work / "intermediate"), work / "folder")
+    yield save(request.param, SERVED[request.param](work / "intermediate"), work / "folder")
     shutil.rmtree(work)
 
 
@@ -85,7 +86,7 @@ def test_engines_compute_the_same(served: Served, engine: str, tmp_path: Path):
     """Or the warning named them."""
     assert (served.folder / "tokenizer.json").exists()
     largest, same = measure(engine, find_model(engine, served.folder), served.expected, tmp_path)
-    print(f"{engine}: {largest:.1e}")
+    print(f"\n| {served.name} | {engine} | {largest:.1e} | {'equal' if same else 'other'} tokens |")
     if engine.partition(",")[0] in served.warning:
         assert largest > 10 * LIMITS[engine]
     else:
@@ -96,16 +97,15 @@ def test_engines_compute_the_same(served: Served, engine: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("engine", [ENGINES[2]])
-@pytest.mark.parametrize(("kind", "limit"), [("Q8_0", 0.5), ("Q4_1", 5.0)])
-def test_quantized_files_run(served: Served, engine: str, kind: str, limit: float, tmp_path: Path):
-    """Rounded to 8 and 4 bits: every kind of folder has sizes that the quantizer takes."""
-    whole, quantized = find_model(engine, served.folder), tmp_path / "quantized.gguf"
-    quantize_gguf(whole, quantized, kind)
-    assert quantized.stat().st_size < 0.45 * whole.stat().st_size
-    largest, _ = measure(engine, quantized, served.expected, tmp_path)
-    print(f"{engine}, {kind}: {largest:.1e}")
-    if engine not in served.warning:
-        assert largest < limit
+def test_documented_conversion_to_gguf(served: Served, engine: str, tmp_path: Path):
+    """The converter and the quantizer accept the names and sizes of every kind of folder."""
+    converted, quantized = run_documented_conversion(served.folder, tmp_path)
+    assert quantized.stat().st_size < 0.6 * converted.stat().st_size
+    for kind, file, limit in (("bfloat16", converted, 1.0), ("Q4_K_M", quantized, 5.0)):
+        largest, _ = measure(engine, file, served.expected, tmp_path)
+        print(f"\n| {served.name} | {engine}, {kind} | {largest:.1e} |")
+        if engine not in served.warning:
+            assert largest < limit
 
 
 @pytest.mark.parametrize("engine", ENGINES[:3])
@@ -114,7 +114,7 @@ def test_engines_that_ignore_a_setting_are_named(name: str, engine: str, tmp_pat
     """And no others: they compute the same, or raise. An engine that learned a setting fails here: remove its fault."""
     make, wrong = UNUSUAL[name]
     torch.manual_seed(0)
-    folder, expected, warning = save(make(), tmp_path / "folder")
+    _, folder, expected, warning = save(name, make(), tmp_path / "folder")
     assert {other for other in FOLDERS if other in warning} == wrong
     if engine in wrong:
         largest, _ = measure(engine, find_model(engine, folder), expected, tmp_path)

@@ -136,7 +136,7 @@ def test_an_expert_of_nan_is_chosen_and_seen():
 def test_rejects_duplicate_given_expert(gate):
     moe, x = MoE(DIM, gate=gate()), torch.randn(1, 2, DIM)
     given = torch.tensor([[[0, 1, 2], [3, 0, 3]]])
-    with pytest.raises(ValueError, match=r"given_experts has expert 3 twice .*Give -1"):
+    with pytest.raises(ValueError, match=r"given_experts contains expert 3 twice .*Use -1"):
         moe(x, given_experts=given)
     moe(x, mask=torch.tensor([[True, False]]), given_experts=given)  # padding has what it has
     given[0, 1, 0] = -1

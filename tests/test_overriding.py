@@ -95,7 +95,7 @@ def test_a_gate_that_overrides_what_numbers_replace(name):
     for gate in gates:
         found = ops.explain_call(MoE(D, E, gate=gate).eval(), token).gates[0]
         assert found.implementation == "operators"
-        assert found.reasons["numbers"] == f"a {type(gate).__name__} has a {name} of its own"
+        assert found.reasons["numbers"] == f"{type(gate).__name__} overrides {name}"
         assert (topk_by_kernel.unknown_settings_reason(gate) is None) == (name not in topk_by_kernel.REPLACED_METHODS)
         assert not is_unchanged(gate)
 
@@ -155,12 +155,12 @@ def test_kernels_of_two_choices(monkeypatch):
 
     replaced = Alike()
     replaced.decide = replaced.decide
-    for gate, reason in ((Alike(), None), (Other(), "a _sent of its own"), (replaced, "a decide of its own")):
+    for gate, reason in ((Alike(), None), (Other(), "overrides _sent"), (replaced, "overrides decide")):
         found = top2_by_kernel.unsupported_reason(gate, gate.read(torch.randn(2, 9, D)))
         assert found is None if reason is None else reason in found
     assert (
         top2_by_kernel.unsupported_reason(Top2Gating(D, 1025), gate.read(torch.randn(2, 9, D)))
-        == "they are for at most 1024 experts"
+        == "the kernels support at most 1024 experts"
     )
 
 

@@ -177,7 +177,7 @@ def test_explain_call_names_the_implementation(bits, monkeypatch):
     check_reason(explain(decode.MAX_ROW_SUM_TOKENS + 1), "1 to 4 tokens")
     check_reason(explain(0), "1 to 4 tokens")
     dropped = assign_experts(torch.tensor([[0, -1]]), torch.ones(1, 2), 6)
-    check_reason(ops.explain_call(layer.experts, torch.randn(1, DIM), dropped), "all kept")
+    check_reason(ops.explain_call(layer.experts, torch.randn(1, DIM), dropped), "all of them kept")
     layer.gate.k = 6
     with monkeypatch.context() as patch:
         patch.setattr(decode, "MAX_DECODE_ROWS", 11)
@@ -373,25 +373,25 @@ def test_rejects_unsupported_experts():
     for layer, number in zip(broken, (torch.nan, -torch.inf), strict=True):
         layer.experts.w2[0, 1, 2] = number
     for model, error in (
-        (MoE(DIM, 4), r"experts.w1 is trainable, 8 bits are not: call requires_grad_\(False\)"),
+        (MoE(DIM, 4), r"experts.w1 is trainable, but 8-bit weights cannot be trained; call requires_grad_\(False\)"),
         (two, r"1.experts.w1 is trainable"),
         (make_frozen_layer("gated").to("meta"), r"experts\.w1 is on the meta device"),
-        *((layer, r"experts.w2 has numbers that are not finite") for layer in broken),
-        (nn.Linear(2, 2), r"has no stacked experts \(Experts, GatedExperts\), but no experts at all: unstack"),
-        (small, r"has no stacked .*, but QuantizedExperts: unstack.* from few bits nothing goes"),
-        (unstack(make_frozen_layer("gated")), "has no stacked .*, but UnstackedExperts: unstack"),
-        (Experts(DIM, 4).requires_grad_(False), "give the layer or model around"),
+        *((layer, r"experts.w2 has values that are not finite") for layer in broken),
+        (nn.Linear(2, 2), r"has no stacked experts \(Experts, GatedExperts\), it has no experts at all. unstack"),
+        (small, r"has no stacked .*; it has QuantizedExperts. unstack.* quantized experts cannot be converted back"),
+        (unstack(make_frozen_layer("gated")), "has no stacked .*; it has UnstackedExperts. unstack"),
+        (Experts(DIM, 4).requires_grad_(False), "pass the layer or model that contains it"),
         ("a model", "model must be a model"),
     ):
         with pytest.raises((ValueError, TypeError), match=error):
             quantize_experts(model)
     assert isinstance(two[0].experts, GatedExperts)  # a refused call changes nothing
-    with pytest.raises(ValueError, match=r"has no stacked experts .* but QuantizedExperts"):
+    with pytest.raises(ValueError, match=r"has no stacked experts .* it has QuantizedExperts"):
         unstack(small)
-    with pytest.raises(ValueError, match=r"has no parameter stacked .*few bits have no parameters to spread"):
+    with pytest.raises(ValueError, match=r"must have parameters .*Quantized experts have no parameters to shard"):
         find_sharded_names(small.experts, (4,), ())
     for given in ((), (torch.tensor([1, 0]),)):
-        with pytest.raises(ValueError, match=r"of 6 experts reads slots of shape \(6, s, 32\), got \(2, 32\)"):
+        with pytest.raises(ValueError, match=r"with 6 experts expects slots of shape \(6, s, 32\), got \(2, 32\)"):
             small.experts(torch.randn(2, DIM), *given)
 
 
@@ -399,15 +399,15 @@ def test_rejects_unsupported_4_bit_weights():
     """A refused call changes nothing."""
     model = nn.ModuleList([make_frozen_layer("gated"), make_frozen_layer("bias, odd sizes")])
     for given, error in (
-        (dict(bits=4), r"0\.experts has dim=32, in 4 bits a multiple of group=64: give a smaller .*alone, to 8 bits"),
-        (dict(bits=4, group=32), r"1\.experts has hidden_dim=37, in 4 bits a multiple of group=32"),
+        (dict(bits=4), r"0\.experts has dim=32, which 4-bit .* multiple of group=64. Pass a smaller .*with bits=8"),
+        (dict(bits=4, group=32), r"1\.experts has hidden_dim=37, which 4-bit .* a multiple of group=32"),
         (dict(bits=3), "bits must be one of 8, 4, got 3"),
         (dict(bits=4, group=48), "group must be one of 32, 64, 128, 256, got 48"),
     ):
         with pytest.raises(ValueError, match=error):
             quantize_experts(model, **given)
         assert not any(isinstance(layer.experts, QuantizedExperts) for layer in model)
-    with pytest.raises(ValueError, match=r"experts.w1 is trainable, 4 bits are not"):
+    with pytest.raises(ValueError, match=r"experts.w1 is trainable, but 4-bit weights cannot be trained"):
         quantize_experts(MoE(DIM, 4), 4, group=32)
     quantize_experts(model[0], 4, group=32)
     assert str(model[0].experts).startswith("QuantizedExperts(\n  32, 6, hidden_dim=64, bits=4")
@@ -475,33 +475,33 @@ def test_rejects_wrong_gate_function_results():
         return answer if (stack, expert) == ("1.experts.w2", 5) else None
 
     levels, step = torch.full((2, GROUP, DIM), 15.0), torch.ones(2, 1, DIM)
-    of = r"rounding of 1\.experts\.w2, expert 5, must return "
+    of = r"rounding, for 1\.experts\.w2 of expert 5, must return "
     for answer, error in (
-        (levels, "levels, step and zero of shapes .* or None for the nearest numbers, got tensor"),
+        (levels, "levels, step and zero of shapes .* or None to round to the nearest level, got tensor"),
         ((levels, step), "levels, step and zero"),
         ((levels, step, 0.0), "levels, step and zero"),
         ((levels, step[:1], step), r"levels, step and zero of shapes .*\(2, 1, 32\), \(2, 1, 32"),
         ((levels.flatten(0, 1), step, step), r"levels, step and zero"),
-        ((levels + 1, step, step), "whole levels from 0 to 15, got 16.0 to 16.0: round and clamp them"),
-        ((levels - 16, step, step), "whole levels from 0 to 15, got -1.0 to -1.0"),
-        ((levels / 2, step, step), "whole levels from 0 to 15, got 7.5 to 7.5"),
-        ((levels / 0, step, step), "whole levels from 0 to 15, got inf to inf"),
-        ((levels * torch.nan, step, step), "whole levels from 0 to 15, got nan to nan"),
+        ((levels + 1, step, step), "integer levels from 0 to 15, got 16.0 to 16.0; round and clamp them"),
+        ((levels - 16, step, step), "integer levels from 0 to 15, got -1.0 to -1.0"),
+        ((levels / 2, step, step), "integer levels from 0 to 15, got 7.5 to 7.5"),
+        ((levels / 0, step, step), "integer levels from 0 to 15, got inf to inf"),
+        ((levels * torch.nan, step, step), "integer levels from 0 to 15, got nan to nan"),
         ((levels, step * torch.nan, step), "step finite in bfloat16, got nan to nan"),
         ((levels, step, step.double() * 1e39), r"zero finite in bfloat16, got 1e\+39 to 1e\+39"),
-        ((levels, step * 3e38, step), r"step and zero .* finite for all levels from 0 to 15"),
-        ((levels - 7, step * -3e38, step), r"step and zero .* finite for all levels from 0 to 15"),
+        ((levels, step * 3e38, step), r"step and a zero .* finite weights for all levels from 0 to 15"),
+        ((levels - 7, step * -3e38, step), r"step and a zero .* finite weights for all levels from 0 to 15"),
         (
             (levels - 7, step * 3e37, step),
-            r"step and zero .* finite for all levels from 0 to 15",
+            r"step and a zero .* finite weights for all levels from 0 to 15",
         ),  # 15 * step overflows
-        ((levels, step * 2e37, step * 3e38), r"step and zero .* finite for all levels from 0 to 15"),
+        ((levels, step * 2e37, step * 3e38), r"step and a zero .* finite weights for all levels from 0 to 15"),
     ):
         with pytest.raises(ValueError, match=of + error):
             quantize_experts(model, 4, group=GROUP, rounding=partial(choose, answer=answer))
         assert all(value.equal(before[key]) for key, value in model.state_dict().items())
     for bits, given in ((8, choose), (4, "gptq")):
-        with pytest.raises(ValueError, match=f"rounding must be a function, with bits=4, got .* with bits={bits}"):
+        with pytest.raises(ValueError, match=f"rounding must be .* and requires bits=4, got .* with bits={bits}"):
             quantize_experts(model, bits, group=GROUP, rounding=given)
     assert not any(isinstance(layer.experts, QuantizedExperts) for layer in model)
 

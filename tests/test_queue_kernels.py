@@ -121,7 +121,7 @@ def test_wrong_kernels_are_disabled(use_stand_in, wrong: Kernel):
     expert, chosen, score = make_choices()
     wanted = queue_up(expert, chosen, 5, 2, "score", score)
     calls = use_stand_in(wrong)
-    with pytest.warns(UserWarning, match="^the Triton kernels of queues are off in this process: the"):
+    with pytest.warns(UserWarning, match="^the Triton kernels of queues are disabled in this process: the"):
         assert assert_same(queue_up(expert, chosen, 5, 2, "score", score), wanted, chosen)
     number = len(calls)
     assert assert_same(queue_up(expert, chosen, 5, 2, "score", score), wanted, chosen)

@@ -1,4 +1,4 @@
-"""What docs/recipes.md and docs/concepts.md say: recipes, two levels of any two routers, losses and capacities."""
+"""What docs/recipes.md and docs/specification.md say: recipes, two levels of any two routers, losses and capacities."""
 
 from __future__ import annotations
 

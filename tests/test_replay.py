@@ -272,13 +272,21 @@ def test_weights_are_selected_saved_and_masked(tmp_path):
 def test_rejects_mismatched_weights():
     expert, weight = {"gate": [torch.tensor([[0, 1]])]}, torch.rand(1, 2)
     for wrong, error, said in (
-        ({"gate": [weight[:, :1]]}, ValueError, r"weights must have the shapes .*'gate': .*1, 2.* of the choices, got"),
-        ({"gate": [weight.long()]}, ValueError, r"weights\['gate'\] must be a list of dense tensors of floating point"),
-        ({"gate": []}, ValueError, "weights must have the shapes"),
-        ({"other": [weight]}, ValueError, "weights must have the shapes"),
-        ([weight], TypeError, "weights must be a dict"),
-        ({"gate": None}, ValueError, r"weights\['gate'\] must be a list of dense tensors"),
-        ({"gate": weight.tolist()}, ValueError, r"weights\['gate'\] must be a list of dense tensors"),
+        (
+            {"gate": [weight[:, :1]]},
+            ValueError,
+            r"expected weights to have the shapes .*'gate': .*1, 2.* of the choices, but got",
+        ),
+        (
+            {"gate": [weight.long()]},
+            ValueError,
+            r"expected weights\['gate'\] to be a list of dense tensors of floating point",
+        ),
+        ({"gate": []}, ValueError, "expected weights to have the shapes"),
+        ({"other": [weight]}, ValueError, "expected weights to have the shapes"),
+        ([weight], TypeError, "expected weights to be a dict"),
+        ({"gate": None}, ValueError, r"expected weights\['gate'\] to be a list of dense tensors"),
+        ({"gate": weight.tolist()}, ValueError, r"expected weights\['gate'\] to be a list of dense tensors"),
     ):
         with pytest.raises(error, match=said):
             RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
@@ -292,9 +300,13 @@ def test_rejects_mismatched_weights():
 def test_rejects_wrong_argument_types_before_forward():
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
     for records in (None, {"gate": [torch.tensor([[0, 1]])]}):
-        with pytest.raises(TypeError, match="records must be RoutingRecords, as record_routing yields, got a"):
+        with pytest.raises(
+            TypeError, match="expected records to be RoutingRecords, as yielded by record_routing, but got a"
+        ):
             replay_routing(moe, records).__enter__()  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"gates of record_routing must be names or modules of gates, in a list, got 0"):
+    with pytest.raises(
+        TypeError, match=r"expected gates of record_routing to be a list of names or modules of gates, but got 0"
+    ):
         record_routing(moe, gates=0).__enter__()  # type: ignore[arg-type]
 
 
@@ -336,13 +348,16 @@ def make_records(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (make_records((4, 2), (4, 2)), r"the model has 1 gates \(gate\), the records 2 \(0, 1\)"),
-        (make_records((4, 3)), r"'gate' \(the records' '0'\) makes 2 choices for a token, the records have 3"),
-        (make_records((4, 2), largest=4), "'gate' .*in the records, given_experts has 4: give an expert, 0 to 3"),
-        (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "of 8"),
-        (make_records((3, 2)), r"sequence 0 has 4 real tokens at 'gate', its record has 3: beyond="),
-        (make_records((5, 2)), r"has 4 real tokens at 'gate', its record has 5: records.select\(sequences, tokens\)"),
-        (RoutingRecords({"gate": [torch.arange(2).expand(4, 2)] * 2}), "a forward of 1 sequences .* have 2"),
+        (make_records((4, 2), (4, 2)), r"the model has 1 gates \(gate\), but the records have 2 \(0, 1\)"),
+        (make_records((4, 3)), r"'gate' \('0' in the records\) makes 2 choices per token, but the records have 3"),
+        (make_records((4, 2), largest=4), "'gate' .*in the records, given_experts contains 4, .* from 0 to 3"),
+        (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "but the records have 8"),
+        (make_records((3, 2)), r"sequence 0 has 4 real tokens at 'gate', but its record has 3; pass beyond="),
+        (
+            make_records((5, 2)),
+            r"has 4 real tokens at 'gate', but its record has 5; truncate it with records.select\(sequences, tokens\)",
+        ),
+        (RoutingRecords({"gate": [torch.arange(2).expand(4, 2)] * 2}), "the forward pass has 1 sequences .* have 2"),
     ],
 )
 def test_size_mismatch_raises_and_changes_nothing(records, message):
@@ -355,22 +370,24 @@ def test_size_mismatch_raises_and_changes_nothing(records, message):
 
 
 def test_gates_that_cannot_be_given_choices():
-    with pytest.raises(TypeError, match=r"cannot serve 'gate' \(ExpertChoiceGating\): tokens make no k choices"):
+    with pytest.raises(
+        TypeError, match=r"does not support 'gate' \(ExpertChoiceGating\): its tokens do not make k choices"
+    ):
         record_routing(MoE(DIM, gate=ExpertChoiceGating(DIM, 4))).__enter__()
     for levels in (TopKGating(DIM, 4, outer_expert_dims=2), HeirarchicalMoE(DIM, (2, 3))):
         with pytest.raises(TypeError, match=r"outer_expert_dims=\(2,\), as in layers of two levels"):
             record_routing(levels).__enter__()
     moe, x = MoE(DIM, gate=CustomGate()), torch.randn(1, 4, DIM)
     records = record_forward(moe, x)
-    with pytest.raises(ValueError, match=r"is a CustomGate, which cannot be given choices: let its `decide` choose by"):
+    with pytest.raises(ValueError, match=r"is a CustomGate, which does not accept choices; call `self.apply_overrides"):
         replay_routing(moe, records).__enter__()
     shared = nn.Sequential(moe := DeepModel(), moe)
     with pytest.raises(RuntimeError, match="ran twice in one forward"), record_routing(shared):
         shared(x)
-    with pytest.raises(RuntimeError, match="ran, but not within a forward of the module given"), record_routing(shared):
+    with pytest.raises(RuntimeError, match="ran outside of a forward pass of the given module"), record_routing(shared):
         moe(x)
     records = record_forward(moe, x)
-    with pytest.raises(ValueError, match="is given given_experts by its caller"), replay_routing(moe.moe, records):
+    with pytest.raises(ValueError, match=r"the caller of .* passes given_experts"), replay_routing(moe.moe, records):
         moe.moe(x, given_experts=torch.zeros(1, 4, 2, dtype=torch.int64))
 
 
@@ -405,7 +422,7 @@ def test_integers_of_every_width(dtype):
         with replay_routing(moe, given):
             moe(torch.randn(1, 2, DIM))
     wide = RoutingRecords.from_requests([np.array([[[WIDE[dtype], 1]]], dtype=make)])
-    with pytest.raises(ValueError, match=f"given_experts has {WIDE[dtype]}: give an expert, 0 to 3"):
+    with pytest.raises(ValueError, match=f"given_experts contains {WIDE[dtype]}, .* from 0 to 3"):
         replay_routing(moe, wide).__enter__()
 
 
@@ -413,19 +430,28 @@ NO_INTEGERS = (torch.complex64, torch.bool, torch.float32, torch.uint64)
 ROW, REQUEST = torch.zeros(3, 2, dtype=torch.int64), [[[0, 1]]]
 NO_RECORDS = [
     ({}, "experts is empty"),
-    ([ROW], "experts must be a dict of records by gate, got a list"),
-    ({"a": [ROW, ROW[0]]}, r"experts\['a'\] must be a list of dense tensors .* got tensor\(\[0, 0"),
-    *(({"a": [ROW.to(dtype)]}, r"experts\['a'\] must be a list of dense tensors of integers") for dtype in NO_INTEGERS),
+    ([ROW], "expected experts to be a dict from gates to records, but got a list"),
+    ({"a": [ROW, ROW[0]]}, r"expected experts\['a'\] to be a list of dense tensors .* got tensor\(\[0, 0"),
+    *(
+        ({"a": [ROW.to(dtype)]}, r"expected experts\['a'\] to be a list of dense tensors of integers")
+        for dtype in NO_INTEGERS
+    ),
 ]
 NO_REQUESTS = [
-    ([], r"requests must be arrays \(tokens, layers, k\) of the same layers, got \[\] layers"),
-    ([REQUEST, [[[0, 1]] * 2]], r"of the same layers, got \[1, 2\] layers"),
-    ([REQUEST, None], r"request 1 must be an array \(tokens, layers, k\), got a NoneType"),
-    ([REQUEST, {"routed_experts": REQUEST}], "request 1 must be an array .* a dict"),
-    ([REQUEST, [[[0, 1], [1]]]], "request 1 must be an array .* a list"),
-    ([[1, 2]], "request 0 must be an array .* a list: .* out of range"),
-    ([[(1, 2)]], r"experts\['0'\] must be a list of dense tensors of integers \(tokens, k\), .* got tensor\(\[1\]\)"),
-    *(([torch.ones(1, 1, 2).to(dtype)], r"experts\['0'\] must be a list .* of integers") for dtype in NO_INTEGERS),
+    ([], r"expected requests to be arrays \(tokens, layers, k\) of the same layers, but got \[\] layers"),
+    ([REQUEST, [[[0, 1]] * 2]], r"of the same layers, but got \[1, 2\] layers"),
+    ([REQUEST, None], r"expected request 1 to be an array \(tokens, layers, k\), but got a NoneType"),
+    ([REQUEST, {"routed_experts": REQUEST}], "expected request 1 to be an array .* a dict"),
+    ([REQUEST, [[[0, 1], [1]]]], "expected request 1 to be an array .* a list"),
+    ([[1, 2]], "expected request 0 to be an array .* a list: .* out of range"),
+    (
+        [[(1, 2)]],
+        r"expected experts\['0'\] to be a list of dense tensors of integers \(tokens, k\), .* got tensor\(\[1\]\)",
+    ),
+    *(
+        ([torch.ones(1, 1, 2).to(dtype)], r"expected experts\['0'\] to be a list .* of integers")
+        for dtype in NO_INTEGERS
+    ),
 ]
 
 
@@ -467,18 +493,20 @@ def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
         (b"", ""),
         (b"no records", ""),
         ({"weight": torch.zeros(2)}, "it has no 'format'"),
-        ({"format": "other"}, "its format is 'other', wanted"),
+        ({"format": "other"}, "its format is 'other', but should be"),
         *(({name: of[name] for name in of if name != gone}, f"it has no '{gone}'") for gone in of),
-        (of | {"experts": {"gate": [ROW.float()]}}, "must be a list of dense tensors of integers"),
-        (of | {"weights": {"gate": [ROW[:1].float()]}}, "weights must have the shapes"),
-        (of | {"experts": {"gate": [ROW.to_sparse()]}}, "must be a list of dense tensors of integers"),
-        (of | {"experts": {"gate": [ROW.to("meta")]}}, "must be a list of dense tensors of integers"),
+        (of | {"experts": {"gate": [ROW.float()]}}, "to be a list of dense tensors of integers"),
+        (of | {"weights": {"gate": [ROW[:1].float()]}}, "expected weights to have the shapes"),
+        (of | {"experts": {"gate": [ROW.to_sparse()]}}, "to be a list of dense tensors of integers"),
+        (of | {"experts": {"gate": [ROW.to("meta")]}}, "to be a list of dense tensors of integers"),
         (of | {"num_experts": {"gate": "x"}}, r"num_experts\['gate'\] must be an integer of at least 1, got 'x'"),
         (flip_bit(path, torch.tensor([[41, 42], [43, 44]])), "the checksum of .* is wrong"),
         (nn.Linear(2, 2), ""),  # which weights_only does not build
     ]:
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-        with pytest.raises(ValueError, match=f"records is not whole, or no file of RoutingRecords.save: .*{said}"):
+        with pytest.raises(
+            ValueError, match=f"records is incomplete, or was not written by RoutingRecords.save: .*{said}"
+        ):
             RoutingRecords.load(path)
 
 
@@ -618,24 +646,26 @@ def test_weights_of_engines():
         found, _ = moe(x)
     torch.testing.assert_close(found.view(8, DIM), torch.cat([out.view(8, DIM)[:7], free.view(8, DIM)[7:]]))
     assert not torch.allclose(free[0], out[0], atol=1e-2)
-    with pytest.raises(ValueError, match=r"shapes .*\(4, 2\), \(4, 2\)\]} of the choices, got .*\[\(4, 2\)\]}"):
+    with pytest.raises(ValueError, match=r"shapes .*\(4, 2\), \(4, 2\)\]} of the choices, but got .*\[\(4, 2\)\]}"):
         RoutingRecords.from_requests(experts, weights=weights[:1])
-    with pytest.raises(ValueError, match=r"weights\['0'\] must be a list of dense tensors of floating point"):
+    with pytest.raises(ValueError, match=r"expected weights\['0'\] to be a list of dense tensors of floating point"):
         RoutingRecords.from_requests(experts, weights=experts)
 
 
 def test_rejects_missing_records():
     records = RoutingRecords({"a": [ROW], "b": [ROW[:, :1]]})
     assert records.select([0, 0], tokens=[1, 4]).lengths("a") == [1, 3]
-    with pytest.raises(IndexError, match="no sequence 1: there are 1"):
+    with pytest.raises(IndexError, match="no sequence 1; there are 1"):
         records.select([1])
     for wrong in ([1, 2], [-1]):
-        with pytest.raises(ValueError, match=r"from 0 on for each of 1 sequences, got \["):
+        with pytest.raises(
+            ValueError, match=r"expected tokens to be 1 nonnegative numbers, one per sequence, but got \["
+        ):
             records.select([0], tokens=wrong)
     for wrong in ({"a": [ROW], "b": [ROW, ROW]}, {"a": [ROW, ROW[:, :1]]}):
-        with pytest.raises(ValueError, match="equally many sequences, and each gate one number of choices"):
+        with pytest.raises(ValueError, match="equally many sequences, each with one number of choices per gate"):
             RoutingRecords(wrong)
-    with pytest.raises(KeyError, match="no gate 'c': there are 'a', 'b'"):
+    with pytest.raises(KeyError, match="no gate 'c'; the gates are 'a', 'b'"):
         records["c"]
 
 
@@ -663,7 +693,7 @@ def test_replays_in_recomputation():
     with replay_routing(model, records):
         torch.testing.assert_close(run_model(model, x, MASK, seed=2), wanted, atol=1e-6, rtol=1e-5)
         late = model(x.requires_grad_(), MASK)[0].sum()
-    with pytest.raises(RuntimeError, match=r"runs 'moe.gate' again after replay_routing was left"):
+    with pytest.raises(RuntimeError, match=r"recomputes 'moe.gate' after replay_routing has exited"):
         late.backward()
     with torch.no_grad(), replay_routing(model.eval(), records), replay_routing(other := copy.deepcopy(moe), records):
         torch.testing.assert_close(model(x, MASK), other(x, MASK))
@@ -715,7 +745,7 @@ def test_rejects_graphs_compiled_before_context(part):
         expected = model(x)
     (model if part == "model" else model.moe).compile(backend="eager")
     model(x)
-    message = r"as far as hooks tell.*torch\.compiler\.reset\(\)"
+    message = r"hooks saw a forward pass that ran .*torch\.compiler\.reset\(\)"
     with record_routing(model) as found, pytest.raises(RuntimeError, match=message):
         model(x)
     assert found.lengths("moe.gate") == []

@@ -166,17 +166,17 @@ def test_a_layer_at_two_paths_has_one_record():
 def test_unforceable_gates_raise_and_change_nothing():
     gates = make_model(TopKGating(DIM, 4), ExpertChoiceGating(DIM, 4))
     message = (
-        r"force_routing cannot serve '1\.moe\.gate' \(ExpertChoiceGating\): tokens make no choices there\. "
-        r"For the other gates alone pass gates=\['0\.moe\.gate'\]"
+        r"force_routing does not support '1\.moe\.gate' \(ExpertChoiceGating\): its tokens make no choices\. "
+        r"To select only the other gates, pass gates=\['0\.moe\.gate'\]"
     )
     with pytest.raises(TypeError, match=message), force_routing(gates):
         pass
     assert gates[0].moe.gate.forced is None
     with force_routing(gates, gates=["0.moe.gate"]):
         assert gates[0].moe.gate.forced == "balanced"
-    with pytest.raises(ValueError, match=r"has 'gate', .*there are '0\.moe\.gate', "):
+    with pytest.raises(ValueError, match=r"contains 'gate', .*its gates are '0\.moe\.gate', "):
         force_routing(gates, gates=["gate"]).__enter__()
-    with pytest.raises(ValueError, match=r"has this Linear, which is no gate"):
+    with pytest.raises(ValueError, match=r"contains this Linear, which is not a gate"):
         force_routing(gates, gates=[nn.Linear(1, 1)]).__enter__()
     with pytest.raises(ValueError, match=r"gates of force_routing is empty"):
         force_routing(gates, gates=[]).__enter__()
@@ -219,6 +219,6 @@ def test_balances_selected_gates():
     assert not optimizer._optimizer_step_post_hooks
     with pytest.raises(TypeError, match=r"'1\.moe\.gate' \(TopKGating\): it has no expert bias"):
         balance_experts(whole, optimizer, gates=["0.moe.gate", "1.moe.gate"])
-    with pytest.raises(TypeError, match=r"'0\.moe\.gate' .*: it is no ReLUGating"):
+    with pytest.raises(TypeError, match=r"'0\.moe\.gate' .*: it is not a ReLUGating"):
         control_sparsity(whole, optimizer, gates=[biased])
     assert not optimizer._optimizer_step_post_hooks

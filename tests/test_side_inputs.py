@@ -66,11 +66,11 @@ def test_side_inputs_are_grouped_and_masked():
 
 def test_checks_names_and_shapes():
     moe, x = MoE(DIM, gate=IdGate(3)), torch.randn(2, 6, DIM)
-    with pytest.raises(TypeError, match=r"no side input 'ids': it reads counted, features, .*token_ids"):
+    with pytest.raises(TypeError, match=r"not support the side input 'ids'; it reads counted, features, .*token_ids"):
         moe(x, ids=torch.zeros(2, 6))
     with pytest.raises(ValueError, match=r"token_ids must have shape \(2, 6, ...\), .*got \(2, 5\)"):
         moe(x, token_ids=torch.zeros(2, 5))
-    with pytest.raises(TypeError, match="reads no side input 'token_ids'"):
+    with pytest.raises(TypeError, match="does not support the side input 'token_ids'"):
         MoE(DIM, 4)(x, token_ids=torch.zeros(2, 6))
     with pytest.raises(TypeError, match="TopKGating reads no side input 'maks': it reads router_input"):
         TopKGating(DIM, 4)(x, maks=torch.ones(2, 6, dtype=torch.bool))
@@ -142,7 +142,7 @@ def test_a_hash_layer():
     with pytest.raises(TypeError, match=r"token_ids must be integers, got torch\.float32"):
         moe(torch.randn(2, 6, DIM), token_ids=ids.float())
     for wrong in (-1, 33):
-        with pytest.raises(ValueError, match=f"token_ids has {wrong}, this gate knows 0 to 32"):
+        with pytest.raises(ValueError, match=f"token_ids must be from 0 to 32, got {wrong}"):
             moe(torch.randn(2, 6, DIM), token_ids=torch.full((2, 6), wrong))
 
 

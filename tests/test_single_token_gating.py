@@ -101,7 +101,7 @@ def test_unsupported_gates_fall_back():
         torch.vmap(lambda x: reasons.append(unsupported_reason(gate, x)) or x)(x.unsqueeze(0))
         assert "transforms" in reasons[0]
         with ops.use("plain"):
-            assert "asked for" in unsupported_reason(gate, x)
+            assert "requested" in unsupported_reason(gate, x)
         with force_routing(gate, "balanced"):
             assert (
                 ops.explain_call(MoE(DIM, gate=gate, experts=GatedExperts(DIM, E, 9)), x).gates[0].implementation
@@ -163,7 +163,7 @@ def test_custom_gate_decides():
     gate = make_gate()
     gate.logits, gate.w_gating = nn.Linear(DIM, E), None
     with torch.no_grad():
-        assert "Linear makes the logits" in unsupported_reason(gate, x)
+        assert "Linear computes the logits" in unsupported_reason(gate, x)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """The examples that make their own data run, and each mixture does what its example says."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.colors import to_hex
 
 from mixture_of_experts import TopKGating
@@ -14,7 +17,12 @@ from mixture_of_experts import TopKGating
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import expert_bias  # noqa: E402
 import gpt  # noqa: E402
+import gptq  # noqa: E402
+import migrate  # noqa: E402
+import muon  # noqa: E402
+import provider  # noqa: E402
 import routed_text  # noqa: E402
 import train_gpu  # noqa: E402
 import train_table  # noqa: E402
@@ -44,6 +52,68 @@ def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str
     seen = {int(digit): (image[digits == digit] > 0.6).sum(dim=(1, 2)).float().mean() for digit in digits.unique()}
     assert len(seen) == 10
     assert seen[8] > seen[1] + 10  # more of its pixels are on
+
+
+def test_gptq_has_a_smaller_error_than_rounding_to_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    gptq.main()
+    nearest, calibrated = map(float, re.findall(r"([\d.]+) (?:rounded|by GPTQ)", capsys.readouterr().out))
+    assert calibrated < 0.7 * nearest
+
+
+def test_an_expert_bias_balances_favored_experts() -> None:
+    """The figures of docs/balancing.md."""
+    before, after = expert_bias.train(2e-3)
+    assert before > 4.5
+    assert after < 1.2
+    assert expert_bias.train(None)[1] > 4.4
+
+
+def test_routers_of_another_library_are_tracked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mixture_of_experts.providers.REGISTERED_PROVIDERS", {})
+    provider.main()
+    assert capsys.readouterr().out.split("\n")[:2] == ["('0.router', '1.router')", "1344"]
+
+
+def test_migrated_layers_compute_what_megatron_and_tutel_do() -> None:
+    """Their experts are written out here."""
+    x, theirs = torch.randn(5, 32), {"router.weight": torch.randn(8, 32)}
+    for i in range(8):
+        theirs[f"experts.local_experts.{i}.linear_fc1.weight"] = torch.randn(2 * 64, 32)
+        theirs[f"experts.local_experts.{i}.linear_fc2.weight"] = torch.randn(32, 64)
+    weight, chosen = (x[0] @ theirs["router.weight"].T).topk(2)
+    outputs = []
+    for i in chosen.tolist():
+        gate, up = (theirs[f"experts.local_experts.{i}.linear_fc1.weight"] @ x[0]).chunk(2)
+        outputs.append(theirs[f"experts.local_experts.{i}.linear_fc2.weight"] @ (F.silu(gate) * up))
+    expected = (weight.softmax(-1).unsqueeze(-1) * torch.stack(outputs)).sum(0)
+    torch.testing.assert_close(migrate.from_megatron(theirs)(x[None])[0][0, 0], expected, rtol=1e-4, atol=1e-3)
+
+    theirs = {"gates.0.wg.weight": torch.randn(8, 32)}
+    theirs |= {f"experts.batched_fc{i}_w": torch.randn(8, 64, 32) for i in (1, 2)}
+    theirs |= {"experts.batched_fc1_bias": torch.randn(8, 64), "experts.batched_fc2_bias": torch.randn(8, 32)}
+    hidden = (x @ theirs["experts.batched_fc1_w"].mT + theirs["experts.batched_fc1_bias"][:, None]).relu()
+    of_all = hidden @ theirs["experts.batched_fc2_w"] + theirs["experts.batched_fc2_bias"][:, None]
+    best = (x @ theirs["gates.0.wg.weight"].T).softmax(-1).topk(2)
+    weights = torch.zeros(5, 8).scatter(1, best.indices, best.values / best.values.sum(-1, keepdim=True))
+    expected = torch.einsum("te,etd->td", weights, of_all)
+    torch.testing.assert_close(migrate.from_tutel(theirs)(x[None])[0][0], expected, rtol=1e-4, atol=1e-2)
+
+
+def test_weights_of_five_libraries_are_migrated(capsys: pytest.CaptureFixture[str]) -> None:
+    migrate.main()
+    described = capsys.readouterr().out.splitlines()
+    assert [line.split(" ")[0] for line in described] == ["torchtitan", "Megatron", "DeepSpeed", "Tutel", "fairscale"]
+    assert all(line.endswith("(1, 512, 32)") for line in described)
+    gate = migrate.from_fairscale({"gate.wg.weight": torch.randn(32, 8)}, [torch.nn.Identity() for _ in range(8)]).gate
+    assert gate(torch.randn(4, 64, 32)).capacity == 2 * 64 // 8
+
+
+def test_a_step_of_muon_changes_every_matrix_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    muon.main()
+    change = float(re.findall(r"of w1: ([\d.]+)", capsys.readouterr().out)[0])
+    assert 0 < change < 3e-3  # AdamW would change them by at most this much
 
 
 @pytest.mark.slow
@@ -83,6 +153,36 @@ def test_both_models_of_that_example_have_as_many_active_parameters() -> None:
     assert dense(torch.ones(1, 2, 64))[0].shape == mixture(torch.ones(1, 2, 64))[0].shape
 
 
+DISTRIBUTED = ["--steps", "6", "--dim", "32", "--depth", "2", "--context", "32", "--batch", "8", "--save-every", "3"]
+
+
+def train_distributed(folder: Path, *options: str, ranks: int) -> float:
+    """The loss of the example's last step, in so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += [str(EXAMPLES / "train_distributed.py"), "--out", str(folder), *DISTRIBUTED, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (loss,) = re.findall(rf"of \d, {ranks} ranks: loss (\S+)", done.stdout)
+    return float(loss)
+
+
+@pytest.mark.slow
+def test_distributed_layouts_train_as_one_process_does(tmp_path: Path) -> None:
+    """Also in half precision, and continued on other ranks in another layout."""
+    alone = train_distributed(tmp_path / "alone", ranks=1)
+    assert 4 < alone < 5.3
+    for style in ("ddp", "fsdp2"):
+        for ranks, expert_ranks in ((2, 1), (4, 2)):
+            layout = ["--data-parallel", style, "--expert-ranks", str(expert_ranks)]
+            loss = train_distributed(tmp_path / f"{style}-{ranks}", *layout, ranks=ranks)
+            assert abs(loss - alone) < 2e-4, layout
+    assert abs(train_distributed(tmp_path / "bfloat16", "--bfloat16", ranks=1) - alone) < 0.05
+    half = ["--steps", "3", "--data-parallel", "fsdp2", "--expert-ranks", "2"]
+    train_distributed(tmp_path / "resumed", *half, ranks=2)
+    assert abs(train_distributed(tmp_path / "resumed", ranks=1) - alone) < 2e-4
+
+
 def import_example(path: Path) -> set[str]:
     """What a file imports, by the first part of its name."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
@@ -107,6 +207,6 @@ def test_text_colored_by_expert() -> None:
 def test_examples_are_short_and_self_contained(path: Path) -> None:
     """It is copied by itself, or beside one that is made to be imported; the list of examples has it."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 120
-    here = {place.stem for place in EXAMPLES.iterdir()} - {"checkpoints", "routed_text"}
+    here = {place.stem for place in EXAMPLES.iterdir()} - {"checkpoints", "gpt", "routed_text"}
     assert not import_example(path) & here
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

@@ -212,7 +212,7 @@ def test_nothing_to_count_is_zero(name: str, case: str):
 
 def test_custom_gate():
     moe = MoE(DIM, 3, gate=OneExpert())
-    with track_routing(nn.Sequential(moe)) as stats, pytest.raises(RuntimeError, match="not within a forward"):
+    with track_routing(nn.Sequential(moe)) as stats, pytest.raises(RuntimeError, match="outside of a forward pass"):
         moe(torch.randn(2, 5, DIM))
     assert stats.layers == ("0.gate",)
     record = track_once(moe, torch.randn(2, 5, DIM))["gate"]
@@ -413,7 +413,9 @@ def test_sequences_that_crowd_on_different_experts_are_seen():
     header, _, line, warning = stats.summary().splitlines()
     start = header.index("in a group")
     assert line[start : start + 10] == "4.00, 4.00"
-    assert warning.startswith("warning: gate dropped 75% of its choices; of a balanced load it would have dropped 0%.")
+    assert warning.startswith(
+        "warning: gate dropped 75% of its choices; with a balanced load it would have dropped 0%."
+    )
     assert "has 4.0 times its share" in warning
 
 
@@ -445,8 +447,8 @@ def test_the_remedy_is_what_balances_the_gate():
     with track_routing(moe) as stats:
         moe(torch.randn(2, 256, DIM))
     dropped, requested = stats.summary().splitlines()[-2:]
-    assert dropped.endswith("raise the rate of balance_experts, the capacity factor or group_size")
-    assert requested.endswith("let balance_experts move its expert bias, or raise the rate if it does")
+    assert dropped.endswith("Increase the rate of balance_experts, the capacity factor or group_size")
+    assert requested.endswith("update its expert bias with balance_experts, or increase the rate if you already do")
     assert "loss_coef" not in stats.summary()
 
 
@@ -491,10 +493,10 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             track_routing(model, **settings).__enter__()
     with track_routing(moe) as stats:
-        with pytest.raises(RuntimeError, match="no forward of a gate was recorded"):
+        with pytest.raises(RuntimeError, match="no forward pass of a gate was recorded"):
             stats.summary()
         moe(torch.randn(1, 4, DIM))
-    with pytest.raises(KeyError, match="no gate 'gates': there are 'gate'"):
+    with pytest.raises(KeyError, match="no gate 'gates'; the gates are 'gate'"):
         stats.records("gates")
 
 
@@ -528,14 +530,14 @@ def test_gate_without_forward():
     assert (known, {*rest.split()}) == (["unused.gate", "4", "0"], {"-"})
     assert stats.records("unused.gate") == []
     assert not any(name.startswith("unused") for name in stats.scalars())
-    with pytest.raises(RuntimeError, match=r"no forward of 'unused.gate' was recorded"):
+    with pytest.raises(RuntimeError, match=r"no forward pass of 'unused.gate' was recorded"):
         stats.last("unused.gate")
 
 
 def test_too_many_losses():
     moe, more = MoE(DIM, 3, gate=OneExpert()), {f"part {i}": torch.zeros(()) for i in range(12)}
     moe.gate.register_forward_hook(lambda gate, args, routing: routing.losses.update(more))
-    with track_routing(moe), pytest.raises(ValueError, match="14 losses, at most 12"):
+    with track_routing(moe), pytest.raises(ValueError, match="14 losses, but at most 12"):
         moe(torch.randn(1, 4, DIM))
 
 

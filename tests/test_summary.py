@@ -203,7 +203,7 @@ def test_gate_without_declared_inputs():
 
     moe = MoE(D, E, hidden_dim=H)
     moe._modules["gate"] = Gate()
-    with pytest.raises(ValueError, match="the Gate of the layer does not say how many"):
+    with pytest.raises(ValueError, match="the Gate of the layer does not specify how many"):
         summary(moe)
 
 

@@ -182,7 +182,7 @@ def test_wrong_kernel_is_disabled(name, spoil, fake_kernel):
     """For all gates, with a warning; what comes out is right all the same."""
     gate, x = make_gate(), torch.randn(2, 1, DIM)
     fake_kernel.spoil = spoil
-    said = f"^the Triton kernels of gates are off in this process: their {name} differ from those of torch's operators"
+    said = f"^the Triton kernels of gates are disabled in this process: their {name} differ from those of torch's"
     with pytest.warns(UserWarning, match=said):
         found = gate(x)
     fake_kernel.spoil = None
@@ -219,7 +219,7 @@ def test_one_that_raises_and_one_without_memory(fake_kernel):
 
     x = torch.randn(2, 1, DIM)
     fake_kernel.spoil = raises(torch.OutOfMemoryError("no memory"))
-    with pytest.warns(UserWarning, match="there is no memory to check them"):
+    with pytest.warns(UserWarning, match="there is not enough memory to check them"):
         make_gate()(x)
     make_gate()(x)
     assert fake_kernel.calls == 1  # it is not tried again

@@ -171,7 +171,7 @@ def test_more_rows_than_int32_counts():
     from mixture_of_experts.ops.triton import operators  # it imports triton
 
     for rows in (1 << 31, operators.MAX_KERNEL_ROWS + 1):
-        with pytest.raises(ValueError, match=f"at most {operators.MAX_KERNEL_ROWS} rows, not {rows}"):
+        with pytest.raises(ValueError, match=f"at most {operators.MAX_KERNEL_ROWS} rows, got {rows}"):
             operators.launch_find_tiles(torch.tensor([rows]), rows, 128)
 
 

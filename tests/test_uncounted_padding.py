@@ -157,15 +157,15 @@ def test_compiled_and_exported():
 
 def test_rejects_incompatible_gates():
     x = make_tokens()
-    with pytest.raises(ValueError, match=r"counted needs a dropless gate, got .*1\.25"):
+    with pytest.raises(ValueError, match=r"counted requires a dropless gate, got .*1\.25"):
         MoE(DIM)(x, counted=MASK)
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
-    with pytest.raises(ValueError, match=r"counted goes with no mask and no importance"):
+    with pytest.raises(ValueError, match=r"counted cannot be combined with mask or importance"):
         moe(x, MASK, counted=MASK)
     with pytest.raises(TypeError, match="counted must be a boolean tensor"):
         moe(x, counted=MASK.long())
     with pytest.raises(ValueError, match=r"counted must have shape \(2, 6\)"):
         moe.gate(x, counted=MASK[:, :5])
     for other in (MoE(DIM, gate=ExpertChoiceGating(DIM, 4)), HeirarchicalMoE(DIM, (2, 2))):
-        with pytest.raises(TypeError, match="reads no side input 'counted'"):
+        with pytest.raises(TypeError, match="does not support the side input 'counted'"):
             other(x, counted=MASK)

@@ -219,7 +219,7 @@ def test_unreachable_mean_choices_warns(monkeypatch: pytest.MonkeyPatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [step() for _ in range(3)] == [200.0, 400.0, 800.0]
-    with pytest.warns(UserWarning, match=r"mean_choices=1.5 is out of reach: .* 1000, .* bias=True"):
+    with pytest.warns(UserWarning, match=r"mean_choices=1.5 cannot be reached: .* 1000, .* bias=True"):
         assert step() == 1000.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -254,7 +254,7 @@ def test_errors():
     with pytest.raises(ValueError, match="no gate of MoE has an expert bias"):
         balance_experts(set_loss_coef(), optimizer)
     for start in (control_sparsity, balance_experts):
-        with pytest.raises(TypeError, match=r"optimizer must be .*got MoE: the model is first"):
+        with pytest.raises(TypeError, match=r"expected optimizer to be .*got MoE; pass the model first"):
             start(optimizer, moe)  # type: ignore[arg-type]
 
 

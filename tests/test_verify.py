@@ -117,19 +117,17 @@ def test_arguments_can_be_described():
 
 def test_requested_property_holds_or_raises():
     assert_holds(make_faulty_layer(), "causal")
-    with pytest.raises(AssertionError, match=r"not asked.*\n.*tell mask="):
+    with pytest.raises(AssertionError, match=r"not asked.*\n.*pass mask="):
         assert_holds(make_faulty_layer(), "padding")
     with pytest.raises(AssertionError, match="counts, padded to 2 x 12"):
         assert_holds(make_faulty_layer(FAULTS[0]), "padding", "causal", **DESCRIPTION)
-    with pytest.raises(ValueError, match=r"no property is named \['cheap'\]: there are \['batch', "):
+    with pytest.raises(ValueError, match=r"unknown properties \['cheap'\]; the properties are \['batch', "):
         verify(make_faulty_layer(), properties=["cheap"])
 
 
 def test_a_property_that_does_not_apply_is_not_shown():
     """A named property that was not measured has not been shown: the error says which, and why."""
-    with pytest.raises(
-        AssertionError, match=r"^'padding' was not shown: it does not apply .* random numbers are drawn"
-    ):
+    with pytest.raises(AssertionError, match=r"^'padding' was not shown: it does not apply .* it draws random numbers"):
         assert_holds(MoE(8, 4), "causal", "padding", mask="mask")
     assert_holds(MoE(8, gate=TopKGating(8, 4)), "padding", mask="mask")
 
@@ -145,7 +143,7 @@ def test_a_failure_that_a_kind_of_layer_implies_is_called_expected():
     report = verify(MoE(8, gate=ExpertChoiceGating(8, 4)), properties=["causal", "decoding", "batch"])
     assert report.expected == report.failed == ["causal", "decoding"]
     assert "2 fail, 2 of them as expected" in str(report)
-    assert "expected: in expert choice all tokens of a group compete" in str(report)
+    assert "expected: in expert choice, all tokens of a group compete" in str(report)
     assert json.loads(report.to_json())["expected"] == report.expected
     assert verify(make_faulty_layer(FAULTS[0]), properties=["padding"], **DESCRIPTION).expected == []
     assert not verify(MoE(8, gate=TopKGating(8, 4)), properties=["causal"]).findings["causal"].expected
@@ -171,8 +169,8 @@ class InFloat32(nn.Linear):
 @pytest.mark.parametrize(
     ("build", "name", "reason"),
     [
-        (lambda: MoE(8, 4), "order", "random numbers are drawn"),
-        (lambda: MoE(8, 4, second_policy_train="all"), "output_eval", "random numbers are drawn in eval"),
+        (lambda: MoE(8, 4), "order", "it draws random numbers"),
+        (lambda: MoE(8, 4, second_policy_train="all"), "output_eval", "it draws random numbers in eval"),
         (lambda: InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
     ],
 )
@@ -184,9 +182,9 @@ def test_inapplicable_properties(build, name, reason):
 
 def test_width_is_inferred_or_requested():
     assert verify(nn.Linear(6, 6), properties=["causal"]).module == "Linear, 6 wide"
-    with pytest.raises(ValueError, match=r"tokens of Linear could be \[\] wide: give dim="):
+    with pytest.raises(ValueError, match=r"tokens of Linear could have any of the widths \[\]; pass dim="):
         verify(nn.Linear(6, 7))
-    with pytest.raises(ValueError, match="give dim="):
+    with pytest.raises(ValueError, match="pass dim="):
         verify(nn.GELU())
 
 

@@ -36,7 +36,7 @@ from mixture_of_experts.summary import summary
 pytestmark = [  # torch's own, while it traces
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     # gradients of logits are enough here
-    pytest.mark.filterwarnings("ignore:a gradient reached the outputs of feed-forward networks:UserWarning"),
+    pytest.mark.filterwarnings("ignore:gradients reached the outputs of feed-forward networks:UserWarning"),
 ]
 
 

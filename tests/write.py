@@ -3,7 +3,7 @@ the public surface.
 
     python -m tests.write
 
-Tests hold all of it to the code. The columns of a router in docs/compatibility.md are written by the tests that fill
+Tests hold all of it to the code. The columns of a router in tests/compat/table.md are written by the tests that fill
 them: `pytest tests/compat -m "" -k NAME --write-table`.
 """
 

@@ -1,4 +1,4 @@
-"""Which token goes where, and the moving of tokens: `dispatch` to rows, and `combine`, each token's weighted sum."""
+"""Assignments of tokens to experts, `dispatch` of tokens to rows, and `combine`, the weighted sum for each token."""
 
 from mixture_of_experts.dispatch.rows import add_rows, combine, dispatch, read_rows, sum_rows
 

@@ -1,11 +1,11 @@
-"""`Assignments`: which expert computes which token of a call, whatever groups and levels the gates decided by.
+"""`Assignments` of tokens to experts for a whole call, independent of groups and levels of gating.
 
-Axes: t tokens of the call, k choices, a assignments (t k for token choice), e experts, b groups, c slots of an expert
-for each group. There are e b queues, one for each expert and group.
+Axes: t tokens per call, k choices, a assignments (t k for token choice), e experts, b groups, c slots per expert and
+group. There are e b queues, one for each expert and group.
 
-A gate returns a `Routing`, by groups. Experts receive `Assignments`: `join_groups` makes them from one gate's routing,
-`join_levels` of `gating/levels.py` from those of two levels, and `assign_experts` from experts and weights that a
-caller has chosen.
+Gates return a `Routing` by groups, while experts receive `Assignments`. `join_groups` constructs them from the routing
+of one gate, `join_levels` in `gating/levels.py` from the routings of two levels, and `assign_experts` from experts and
+weights chosen by the caller.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from mixture_of_experts.support.tracing import add_scaled, symbolic_min
 
 
 class Assignments:
-    """The assignments of a call: which expert computes which token, with which weight.
+    """The assignments of a call: which experts compute each token, and with which weights.
 
-    The class is neither a pytree nor a dataclass, because FSDP2's mixed precision casts every tensor that it finds in
-    the arguments of experts, and the weights must stay in float32.
+    The class is neither a pytree nor a dataclass, because the mixed precision of FSDP2 casts all tensors that it finds
+    in the arguments of experts, and the weights must stay in float32.
 
     Attributes:
-        stored_expert: `(a,)` int64, expert of each assignment, any number where it is not kept; None for two levels,
-            where it follows from the slots.
+        stored_expert: `(a,)` int64, expert of each assignment, arbitrary where it is not kept; None for two levels,
+            where it is derived from the slots.
         weight: `(a,)`, weight of each assignment; 0 where it is not kept.
-        kept: `(a,)` bool, the assignments that experts compute: those kept in the routing, and computed padding.
-        sent: `(a,)` bool, the assignments that queue at an expert; a limited capacity keeps some of them.
-        k: choices of a token: assignment i belongs to token i // k; None for expert choice.
+        kept: `(a,)` bool, which assignments experts compute: those kept in the routing, and computed padding.
+        sent: `(a,)` bool, which assignments queue at an expert; a limited capacity keeps some of them. For two
+            levels, whose capacities have been applied, it is `kept`.
+        k: number of choices per token, where assignment i belongs to token i // k; None for expert choice.
         token: `(a,)` int64, token of each assignment in expert choice; None otherwise.
         num_tokens: t.
         expert_dims: e, or for two levels the numbers of outer and inner experts.
-        dropless: whether the assignments have no slots, because the gate drops none, or because in packed rows the
-            capacity of each document has already been applied to `kept`.
-        routing: of the gate whose slots the assignments occupy, that of level two for two levels; None if there are no
-            slots: then assignments queue at their experts in the order of tokens.
-        slot_of_outer_choice: `(t k1,)` int64, for two levels: the slot of each choice of level one, which is a token of
-            level two; the number of slots for a choice without one. None for one level.
+        dropless: whether the assignments have no slots, either because the gate is dropless, or because the rows are
+            packed and the capacity of each document has already been applied to `kept`.
+        routing: the routing of the gate whose slots the assignments occupy (for two levels, the gate of level two).
+            None if there are no slots, so that assignments queue at their experts in the order of tokens.
+        slot_of_outer_choice: `(t k1,)` int64, for two levels the slot of each choice of level one, which is a token of
+            level two, or the number of slots if the choice has none. None for one level.
     """
 
     stored_expert: Tensor | None
@@ -78,17 +79,17 @@ class Assignments:
 
     @property
     def expert(self) -> Tensor:
-        """`(a,)` int64, expert of each assignment, outer-major for two levels; any number where it is not kept."""
+        """`(a,)` int64, expert of each assignment, outer-major for two levels; arbitrary where it is not kept."""
         return self.locate()[0] // self.queues_per_expert if self.stored_expert is None else self.stored_expert
 
     @property
     def queues_per_expert(self) -> int:
-        """The queues of an expert: queue i b + g is that of expert i and group g."""
+        """The number of queues per expert. Queue i b + g belongs to expert i and group g."""
         return 1 if self.routing is None else self.routing.expert.shape[-2]
 
     @property
     def slots_per_queue(self) -> int:
-        """The slots of a queue; as many as tokens if nothing limits them."""
+        """The number of slots per queue, which is the number of tokens if the capacity is not limited."""
         return self.num_tokens if self.routing is None else self.routing.slots_per_queue
 
     @property
@@ -101,15 +102,15 @@ class Assignments:
         """An upper bound on the number of kept assignments; at most a."""
         if self.slot_of_outer_choice is None or self.routing is None:
             return self.weight.shape[0]
-        # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
+        # the number of choices of all slots (most of which may be empty) or of all tokens, whichever is smaller
         return symbolic_min(math.prod(self.routing.expert.shape), self.weight.shape[0])
 
     def locate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The queue `(a,)` of each assignment and its position in it `(a,)`, arbitrary where it is not kept; and the
-        number of rows that each queue needs, `(e b,)`."""
+        """Return the queue of each assignment `(a,)`, its position in the queue `(a,)`, and the number of rows that
+        each queue needs `(e b,)`. Queues and positions are arbitrary for assignments that are not kept."""
         if self.routing is None:
             assert self.stored_expert is not None
-            expert, k = self.stored_expert, self.k or 1  # in the order in which they are stored
+            expert, k = self.stored_expert, self.k or 1  # k does not affect the order of priority "token"
             queues = queue_up(expert, self.kept, math.prod(self.expert_dims), k, "token")
             return expert, queues.position, queues.length
         length = count_queue_rows(self.routing)
@@ -120,7 +121,8 @@ class Assignments:
         return queue, add_scaled(slot, queue, -self.slots_per_queue), length
 
     def find_slots(self) -> Tensor:
-        """`(a,)` int64, the slot of each assignment among those of all experts; any number where it is not kept."""
+        """Return `(a,)` int64, the slot of each assignment among the slots of all experts, arbitrary where it is not
+        kept."""
         if self.routing is None:
             queue, position, _ = self.locate()
         else:
@@ -131,18 +133,18 @@ class Assignments:
         return gather_choices(slot, self.routing.k, self.slot_of_outer_choice)
 
     def prefers_rows(self) -> bool:
-        """Whether rows without gaps are a better layout than slots: in dropless calls, or if there are certainly fewer
-        of them. The implementation `cpu` never computes slots and does not ask."""
+        """Return whether rows without gaps are a better layout than slots, because the call is dropless or has
+        certainly fewer rows than slots. The implementation `cpu` never uses slots and does not call this method."""
         if self.dropless:
             return True
         if is_exporting() or self.k is None:
             return False
-        # in a traced graph the answer must not depend on a dynamic length
+        # in a traced graph, the result must not depend on a dynamic length
         return statically_known_true(self.weight.shape[0] < self.num_slots)
 
 
 def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignments:
-    """The assignments of given experts and weights `(t, k)`; ids outside of 0 to e - 1 mean no choice."""
+    """Return assignments for given experts and weights `(t, k)`. Ids outside of 0 to e - 1 mean no choice."""
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     kept = kept.flatten()
@@ -150,7 +152,7 @@ def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignme
 
 
 def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignments:
-    """The assignments to the first `num_experts` experts; the others are not kept."""
+    """Return the assignments with only those to the first `num_experts` experts kept."""
     kept = assignments.kept & (assignments.expert < num_experts)
     expert, weight = torch.where(kept, assignments.expert, 0), torch.where(kept, assignments.weight, 0)
     k, token, t = assignments.k, assignments.token, assignments.num_tokens
@@ -158,15 +160,17 @@ def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignment
 
 
 def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
-    """The assignments of one gate. With a limited capacity they occupy slots, except in packed rows, where the capacity
-    applies to each document; with `in_slots` they always do. Whether experts compute slots is up to the
-    implementation."""
+    """Return the assignments of one gate.
+
+    With a limited capacity, they occupy slots, except in packed rows, where the capacity applies to each document. With
+    `in_slots`, they always occupy slots. The implementation decides whether experts compute slots.
+    """
     dropless = routing.capacity is None or routing.segments is not None
     weight, kept, sent, token = routing.weight, routing.kept, routing.sent, routing.token_index
     if routing.padding_weight is not None:
         computed = routing.padding_weight != 0
         weight, kept, sent = weight + routing.padding_weight, kept | computed, sent | computed
-    if token is not None:  # from indices in groups to those in the call
+    if token is not None:  # convert indices within groups to indices within the call
         token = (token + torch.arange(token.shape[0], device=token.device).unsqueeze(-1) * routing.num_tokens).flatten()
     return Assignments(
         routing.expert.flatten(),
@@ -183,12 +187,13 @@ def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
 
 
 def gather_choices(values: Tensor, k: int | None, slot_of_outer_choice: Tensor) -> Tensor:
-    """Values of the choices of level two, `(t k1 k2,)`, by the slot of each choice of level one; 0 without a slot."""
+    """Return the values of the choices of level two `(t k1 k2,)` for the slot of each choice of level one, or 0 without
+    a slot."""
     return append(values.reshape(-1, k or 1), 0)[slot_of_outer_choice].flatten()
 
 
 def find_queue(routing: Routing) -> Tensor:
-    """`(a,)` int64, the queue of each assignment of a gate: `(router e + expert) b + group`."""
+    """Return `(a,)` int64, the queue of each assignment of a gate, `(router e + expert) b + group`."""
     *outer, b, a = routing.expert.shape
     e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
     first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
@@ -198,10 +203,11 @@ def find_queue(routing: Routing) -> Tensor:
 
 
 def count_queue_rows(routing: Routing) -> Tensor:
-    """`(e b,)` int64, the number of rows that each queue of a gate needs: its occupied slots."""
+    """Return `(e b,)` int64, the number of occupied slots in each queue of a gate, which is the number of rows that it
+    needs."""
     return routing.count_occupied_slots().transpose(-2, -1).flatten()
 
 
 def append(values: Tensor, last: int) -> Tensor:
-    """Return `values` with one more entry, which an index that means "none" reads."""
+    """Append an entry to `values` that is read by the index that means "none"."""
     return torch.cat([values, values.new_full((1, *values.shape[1:]), last)])

@@ -1,6 +1,6 @@
-"""From the caller's inputs to groups of tokens, and back.
+"""Splits the caller's inputs into groups of tokens, and joins the results.
 
-Axes: b groups, n tokens of a group, m groups after a split, d model dim.
+Axes: b groups, n tokens per group, m groups after a split, d model dim.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from mixture_of_experts.support.batch_invariance import call_module_batch_invari
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
 from mixture_of_experts.support.private_torch import unsafe_view
 
-MAX_GROUP_SHRINKAGE = 16  # groups more than this many times shorter than requested raise a ValueError
+MAX_GROUP_SHRINKAGE = 16  # raise ValueError if groups are more than this many times shorter than requested
 
 
 def mask_and_group(
     inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the arguments, set masked tokens to 0, and split into groups.
+    """Check the arguments, set masked tokens to 0, and split the inputs into groups.
 
-    Returns the inputs with these zeros, the groups `(b, n, d)` of them, and the mask `(b, n)` of the groups or None.
+    Returns:
+        The inputs with zeros at masked tokens, their groups `(b, n, d)`, and the mask of the groups `(b, n)` or None.
     """
     check_tokens("inputs", inputs, dim, min_ndim=2)
     x = inputs
     if mask is not None:
         check_mask(mask, inputs.shape[:-1])
-        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # a product with 0 would keep NaN
-    shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` makes a dynamic length static
+        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # multiplying by 0 would keep NaN
+    shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` would make a dynamic length static
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)
         if 0 < MAX_GROUP_SHRINKAGE * shape[1] < group_size and shape[0] > 1:
             raise ValueError(
-                f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, as no "
-                "number nearer to it divides them: pad the input or choose a group_size that divides it"
+                f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, "
+                "because no closer size divides them; pad the input, or choose a group_size that divides it"
             )
     return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
 
@@ -47,10 +48,10 @@ def mask_and_group(
 def group_side_inputs(
     side: Mapping[str, Tensor | None], names: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
 ) -> dict[str, Tensor]:
-    """Split side inputs into groups, as the inputs; entries of masked tokens are 0.
+    """Split side inputs into groups in the same way as the inputs, and set entries of masked tokens to 0.
 
     Args:
-        side: tensors `(..., n)` or `(..., n, anything)` by name, an entry for each token; None is left out.
+        side: tensors `(..., n)` or `(..., n, anything)` by name, with one entry per token; None is ignored.
         names: the names that the gates read.
         mask: `(..., n)` or None.
         shape: `(..., n)` of the inputs.
@@ -58,14 +59,16 @@ def group_side_inputs(
     """
     if unknown := [repr(name) for name in side if name not in names]:
         known = f"it reads {', '.join(sorted(names))}" if names else "it reads none"
-        raise TypeError(f"the gate reads no side input {', '.join(unknown)}: {known}. Masks are `mask=`")
+        raise TypeError(f"the gate does not support the side input {', '.join(unknown)}; {known}. Pass masks as mask=")
     grouped = {}
     for name, value in side.items():
         if value is None:
             continue
         if not isinstance(value, Tensor) or value.shape[: len(shape)] != tuple(shape):
             wanted = ", ".join(map(str, shape))
-            raise ValueError(f"{name} must have shape ({wanted}, ...), an entry a token, got {describe_shape(value)}")
+            raise ValueError(
+                f"{name} must have shape ({wanted}, ...), with one entry per token, got {describe_shape(value)}"
+            )
         rest = value.shape[len(shape) :]
         if mask is not None:
             value = value.to(torch.int64) if value.dtype in UNSIGNED else value
@@ -75,26 +78,26 @@ def group_side_inputs(
 
 
 def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
-    """The number of groups m and their length n: m is `max(1, positions // group_size)`, raised until it divides the
-    positions. Warns if n is less than half of `group_size`.
+    """Return the number of groups m and their length n, where m is `max(1, positions // group_size)`, increased until
+    it divides the number of positions. Warn if n is less than half of `group_size`.
     """
     groups = max(1, num_positions // group_size)
-    length = num_positions // groups  # below 2 group_size, so the search is short
+    length = num_positions // groups  # below 2 * group_size, so the search is short
     while length and num_positions % length:
         length -= 1
     groups = num_positions // length if length else groups
     if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
         warnings.warn(
-            f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}: no number "
-            "nearer to it divides them. Pad the input or choose a group_size that divides it",
+            f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}, because no "
+            "closer size divides them. Pad the input, or choose a group_size that divides it",
             stacklevel=3,
         )
     return groups, length
 
 
 def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
-    """The experts' results in the shape and dtype of the inputs x, plus those of the shared expert; masked tokens are
-    0."""
+    """Return the results of the experts in the shape and dtype of the inputs x, plus those of the shared expert, with
+    zeros at masked tokens."""
     out = unsafe_view(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out
@@ -104,5 +107,6 @@ def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_e
 
 
 def ungroup_state(state: Any, x: Tensor) -> Any:
-    """A router's state `(b, n, ...)` with the leading dimensions of the inputs x, `(..., n, ...)`; None of none."""
+    """Reshape the state of a router `(b, n, ...)` to the leading dimensions of the inputs x, `(..., n, ...)`. None
+    stays None."""
     return None if state is None else state.reshape(*x.shape[:-1], *state.shape[2:])

@@ -1,16 +1,17 @@
-"""`Permutation`: the rows that experts compute, and which assignment each of them belongs to.
+"""`Permutation`, which maps assignments to the rows that experts compute.
 
-Axes: t tokens of the call, k choices, a assignments (t k for token choice), r rows, e experts, b groups, c slots of an
-expert for each group.
+Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, e experts, b groups, c slots per
+expert and group.
 
-A row is a token's vector as the input or output of one expert. Rows are sorted by expert, in one of three layouts, each
-with a function that makes its permutation:
+A row is the vector of a token as the input or output of one expert. Rows are sorted by expert, in one of three layouts.
+Each of them has a function that constructs the permutation:
 
-    permute_to_slots        all slots (e, b, c), the same number for each expert; some are empty. For experts that read
-                            slots, and for batched products if there are fewer slots than choices
-    permute_without_gaps    the kept assignments alone. For grouped products, and for experts with a `compute`
-    permute_with_padding    as many rows for each expert as the caller wants; some are empty. For `ops/cpu/chunked.py`,
-                            with or without a capacity, and `BlockLayout` of `ops/batched.py`
+    permute_to_slots        all slots (e, b, c), the same number for each expert, some of them empty. Used for experts
+                            that read slots, for batched products if there are fewer slots than choices, and for level
+                            one of two, whose slots are the tokens of level two
+    permute_without_gaps    only the kept assignments. Used for grouped products, and for experts with `compute`
+    permute_with_padding    a number of rows per expert that the caller chooses, some of them empty. Used for
+                            `ops/cpu/chunked.py`, with or without a capacity, and for `BlockLayout` of `ops/batched.py`
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from mixture_of_experts.support.private_torch import statically_known_true
 
 
 class Permutation(NamedTuple):
-    """Which row belongs to which assignment.
+    """The mapping between rows and assignments.
 
     Attributes:
-        row: `(a,)` integers, row of each assignment; `num_rows` for an assignment without a row.
-        assignment: `(r,)` integers, assignment of each row; a where the row is empty.
-        weight: `(a,)` weight of each assignment, 0 where it has no row.
-        token: `(r,)` integers, token of each row; t where the row is empty.
-        rows_per_expert: `(e,)` int64 rows of each expert, padding included; None for slots.
-        k: assignment i belongs to token i // k; None for expert choice.
+        row: `(a,)` integers, row of each assignment, or `num_rows` for an assignment without a row.
+        assignment: `(r,)` integers, assignment of each row, or a for an empty row.
+        weight: `(a,)` weight of each assignment, or 0 for an assignment without a row.
+        token: `(r,)` integers, token of each row, or t for an empty row.
+        rows_per_expert: `(e,)` int64 number of rows of each expert, including padding; None for slots.
+        k: number of choices per token, where assignment i belongs to token i // k; None for expert choice.
         num_tokens, num_rows: t and r.
         expert_dims: e, or for two levels the numbers of outer and inner experts.
-        table: another tensor that the products of an implementation read, see `ops/batched.py`; or None.
+        table: another tensor that the products of an implementation read (see `ops/batched.py`), or None.
     """
 
     row: Tensor
@@ -53,18 +54,19 @@ class Permutation(NamedTuple):
     table: Tensor | None = None
 
     def row_weight(self) -> Tensor:
-        """`(r,)` the weight of each row, 0 where it is empty."""
+        """Return `(r,)`, the weight of each row, or 0 for empty rows."""
         weight = self.weight.new_zeros(self.num_rows + 1).scatter(0, self.row, self.weight)
-        return weight[: self.num_rows]  # those without a row all write to the last entry
+        return weight[: self.num_rows]  # assignments without a row write to the last entry
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the permutation, by the names of their attributes."""
+        """Return all tensors of the permutation by attribute name."""
         return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
     def tensors_to_save(self) -> dict[str, Tensor]:
-        """What a backward needs to restore the permutation with `from_saved`, in fewer bytes than `tensors`.
+        """Return the tensors from which `from_saved` restores the permutation in a backward, smaller than `tensors`.
 
-        Tokens are left out if they follow from the assignments. Tables are int32, unless there are 2^31 assignments.
+        Tokens are omitted if they can be computed from the assignments. Indices are int32 for fewer than 2^31
+        assignments.
         """
         tensors = self.tensors()
         if statically_known_true(self.row.shape[0] < 1 << 31):
@@ -74,7 +76,7 @@ class Permutation(NamedTuple):
         return tensors
 
     def without_tensors(self) -> Permutation:
-        """The permutation with its sizes, but without its tensors."""
+        """Return the permutation without its tensors."""
         return self._replace(**dict.fromkeys(self.tensors()))
 
     def from_saved(self, tensors: Mapping[str, Tensor]) -> Permutation:
@@ -86,25 +88,27 @@ class Permutation(NamedTuple):
 
 
 def permute_to_slots(assignments: Assignments) -> Permutation:
-    """The permutation whose rows are all slots, `(e, b, c)`; experts that read slots need it."""
+    """Return the permutation whose rows are all slots `(e, b, c)`, for experts that read slots."""
     return _permute(assignments, assignments.find_slots(), assignments.num_slots, None)
 
 
 def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutation:
-    """The permutation whose rows are the kept assignments, for grouped products. There may be unused rows after them,
-    of which the last `spare` are never used: experts may fill all others."""
+    """Return the permutation whose rows are the kept assignments, for grouped products.
+
+    Unused rows may follow them. The last `spare` rows are always unused, while the others may all be filled.
+    """
     queue, position, length = assignments.locate()
     row = (length.cumsum(0) - length).gather(0, queue) + position
     return _permute(assignments, row, assignments.max_rows + spare, _join_queues(assignments, length))
 
 
 def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple[Tensor, int]]) -> Permutation:
-    """The permutation that gives each expert a number of rows of the caller's choice, for batched products.
+    """Return the permutation in which the caller chooses the number of rows of each expert, for batched products.
 
     Args:
         assignments: the assignments of a call.
-        pad: maps the number of rows that each expert needs, `(e,)` int64, to the number that it gets, `(e,)` int64, and
-            the number of all rows, at least their sum.
+        pad: a function that maps the number of rows that each expert needs, `(e,)` int64, to the number of rows that it
+            gets, `(e,)` int64, and the total number of rows, which must be at least their sum.
     """
     queue, position, length = assignments.locate()
     rows_per_expert, num_rows = pad(_join_queues(assignments, length))
@@ -116,14 +120,14 @@ def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple
 
 
 def _join_queues(assignments: Assignments, length: Tensor) -> Tensor:
-    """`(e,)` int64, the rows that each expert needs, from those that its queues need, `(e b,)`."""
+    """Return `(e,)` int64, the number of rows that each expert needs, given the numbers for its queues `(e b,)`."""
     if statically_known_true(assignments.queues_per_expert == 1):
         return length
     return length.view(math.prod(assignments.expert_dims), -1).sum(dim=-1)
 
 
 def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expert: Tensor | None) -> Permutation:
-    """The permutation in which kept assignments have these rows."""
+    """Return the permutation that maps kept assignments to the given rows."""
     row = torch.where(assignments.kept, row, num_rows)
     number = row.shape[0]
     empty = row.new_full((num_rows + 1,), number)
@@ -137,5 +141,5 @@ def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expe
 
 
 def find_tokens(assignment: Tensor, k: int) -> Tensor:
-    """The tokens of assignments, if every token has k of them."""
+    """Return the tokens of assignments if each token has k assignments."""
     return assignment if k == 1 else assignment // k

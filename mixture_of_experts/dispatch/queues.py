@@ -1,7 +1,8 @@
-"""The capacity of an expert, and the order in which tokens queue for its slots.
+"""The capacity of an expert, and the order in which tokens queue for its slots. Without a capacity, a queue holds all
+rows of an expert, so it also sorts rows by expert.
 
-Axes: b groups (outer experts stand before it: `...`), n tokens of a group, e experts, k choices of a token, a choices
-of a group (n * k).
+Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts, k choices per token, a choices per
+group (n * k).
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from mixture_of_experts.support.tracing import is_exporting_to_onnx, symbolic_ma
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
-MAX_DENOMINATOR = 1 << 20  # of a capacity factor
+MAX_DENOMINATOR = 1 << 20  # maximum denominator of a capacity factor
 QUEUES_SELF_CHECK = SelfCheck("the Triton kernels of queues")
-MAX_KERNEL_EXPERTS = 1024  # of the kernels: their tables have a line for each
-MAX_TABLE_ENTRIES = 4096  # up to here the implementation with the fewest operators is fastest, whatever it reads
+MAX_KERNEL_EXPERTS = 1024  # the tables of the kernels have a row for each expert
+MAX_TABLE_ENTRIES = 4096  # for smaller tables, the implementation with the fewest operators is fastest
 
 
 def bounded_ratio(factor: float) -> tuple[int, int]:
-    """A capacity factor as a ratio of two integers with a denominator of at most 2^20: exact for usual factors."""
+    """Return a capacity factor as a ratio of two integers with a denominator of at most 2^20, which is exact for usual
+    factors."""
     ratio = Fraction(factor).limit_denominator(MAX_DENOMINATOR) or Fraction(1, MAX_DENOMINATOR)
     return ratio.numerator, ratio.denominator
 
@@ -42,22 +44,24 @@ def bounded_ratio(factor: float) -> tuple[int, int]:
 def expert_capacity(
     num_tokens: int, length: Length | int, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1
 ) -> tuple[int, Tensor | None]:
-    """Slots of an expert for a group of n tokens: `max(min(n, int(k n factor / e)), minimum)`; 0 without a token.
+    """Compute the slots per expert for a group of n tokens, `max(min(n, int(k n factor / e)), minimum)`, or 0 for n =
+    0.
 
     Args:
         num_tokens: n.
-        length: number of real tokens of each group `(..., b)`; n if all have that many.
-        factor: the capacity factor, as `bounded_ratio` gives it.
-        num_experts, minimum: e, and the least number of slots.
-        k: choices of a token.
+        length: number of real tokens of each group `(..., b)`, or n if all groups have n tokens.
+        factor: the capacity factor as a result of `bounded_ratio`.
+        num_experts, minimum: e, and the minimum number of slots.
+        k: number of choices per token.
 
     Returns:
-        The slots for n tokens, and those for each group's real tokens, `(..., b)` int64; None if all groups have n.
+        The slots for n tokens, and the slots for the real tokens of each group `(..., b)` int64, or None if all groups
+        have n tokens.
     """
     slots, tokens = k * factor[0], num_experts * factor[1]
-    if slots >= tokens:  # at most 1 a token: then products stay far from the end of int64
+    if slots >= tokens:  # at most 1 slot per token, so that products cannot overflow int64
         slots = tokens = 1
-    # a second level would count the slots of no token as tokens
+    # without tokens there must be no slots, because a second level would count them as tokens
     empty = statically_known_true(num_tokens == 0)
     capacity = 0 if empty else symbolic_max(num_tokens * slots // tokens, minimum)
     if not isinstance(length, Length):
@@ -68,32 +72,32 @@ def expert_capacity(
 
 @dataclass(frozen=True, eq=False)
 class Length:
-    """Numbers of real tokens as ratios of integers: a second level's share of the tokens need not be a whole number.
+    """Numbers of real tokens as ratios of integers, because the share of tokens in a second level may be fractional.
 
     Attributes:
-        parts: `(..., b)` int64, the tokens of each group, counted in parts of a token.
-        parts_per_token: how many parts a token has.
+        parts: `(..., b)` int64, the number of tokens of each group in units of 1 / parts_per_token.
+        parts_per_token: the number of parts per token.
     """
 
     parts: Tensor
     parts_per_token: int = 1
 
     def tokens(self, dtype: torch.dtype) -> Tensor:
-        """`(..., b)` the number of tokens, in a floating dtype."""
+        """Return `(..., b)`, the number of tokens in a floating dtype."""
         parts = self.parts.to(dtype)
         return parts if self.parts_per_token == 1 else parts / self.parts_per_token
 
     def sum(self) -> Length:
-        """The tokens `(...)` of all groups together."""
+        """Return the total number of tokens `(...)` of all groups."""
         return Length(self.parts.sum(dim=-1), self.parts_per_token)
 
 
 @dataclass(frozen=True, eq=False)
 class Queues:
-    """Where assignments stand in the queues of their experts.
+    """The positions of assignments in the queues of their experts.
 
     Attributes:
-        position: `(..., a)` int64, position of each assignment in its queue, from 0; any value where it does not queue.
+        position: `(..., a)` int64, position of each assignment in its queue, from 0; arbitrary if it does not queue.
         length: `(..., q)` int64, number of assignments in each queue.
     """
 
@@ -112,23 +116,23 @@ def queue_up(
     priority: Priority = "choice",
     score: Tensor | None = None,
 ) -> Queues:
-    """Queue every assignment at its expert, one queue for each expert.
+    """Queue each assignment at its expert, with one queue per expert.
 
     Args:
-        expert: `(..., a)` int64, expert of each assignment: token by token, and of a token the best choice first.
-        sent: `(..., a)` bool, the assignments that queue at all; None if all do.
+        expert: `(..., a)` int64, expert of each assignment, ordered by token, with the best choice of a token first.
+        sent: `(..., a)` bool, which assignments queue; None if all do.
         num_experts: e.
-        k: choices of a token; a is n k.
-        priority: "choice" queues all first choices before all second ones (GShard), "token" all choices of a token
-            before those of later tokens (causal), "score" as "choice" with the tokens in order of descending score
-            (batch-priority routing, arXiv 2106.05974).
+        k: number of choices per token; a is n k.
+        priority: "choice" queues all first choices before all second choices (GShard). "token" queues all choices of a
+            token before those of later tokens (causal). "score" is like "choice", with tokens in order of descending
+            score (batch-priority routing, arXiv 2106.05974).
         score: `(..., n)` for priority "score".
 
     Returns:
         Queues with positions `(..., a)` and lengths `(..., e)`.
     """
     order = order_of_priority(priority, score)
-    # with one token all orders are the same
+    # for one token, all orders are the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
     if can_launch_kernels(expert.device) and _kernels_serve(expert, num_experts):
         return _by_kernels(expert, sent, order, num_experts, k, not in_order)
@@ -144,12 +148,12 @@ def find_positions_in_documents(
     priority: Priority = "choice",
     score: Tensor | None = None,
 ) -> Tensor:
-    """`(b, a)` int64, the position of each assignment in its queue, with a queue for each document at each expert.
+    """Return `(b, a)` int64, the position of each assignment in its queue, with one queue per document and expert.
 
-    There may be as many queues as tokens times experts, so queues are found by sorting, without a table.
+    There may be as many queues as tokens times experts, so positions are computed by sorting, without a table.
 
     Args:
-        document: `(b, n)` int64, number of each token's document; at most b n.
+        document: `(b, n)` int64, index of each token's document, at most b n.
         expert, sent, num_experts, k, priority, score: as in `queue_up`.
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
@@ -161,7 +165,7 @@ def find_positions_in_documents(
 
 
 def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None:
-    """`(..., n)` int64, the order of the tokens with priority "score"; None for other priorities."""
+    """Return `(..., n)` int64, the order of tokens with priority "score", or None for other priorities."""
     if priority != "score":
         return None
     assert score is not None
@@ -169,12 +173,12 @@ def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None
 
 
 def find_places_in_runs(queue: Tensor) -> Tensor:
-    """The place `(..., a)` of each assignment among those with the same number in `queue`."""
+    """Return the position `(..., a)` of each assignment among those with the same value in `queue`."""
     ordered, order = stable_sort(queue)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
-    starts = ordered != ordered.roll(1, dims=-1)  # False at index 0 if all are equal; the run's first index is 0 anyway
+    starts = ordered != ordered.roll(1, dims=-1)  # the first run needs no mark, because its index is 0
     first = torch.where(starts, index, 0)
-    if is_exporting_to_onnx():  # no cummax there: look up the first index by the number of the run
+    if is_exporting_to_onnx():  # ONNX has no cummax, so look up the first index by the number of the run
         run = starts.cumsum(dim=-1)
         first = run.new_zeros(*run.shape[:-1], run.shape[-1] + 1).scatter(-1, run * starts, first).gather(-1, run)
     else:
@@ -185,9 +189,9 @@ def find_places_in_runs(queue: Tensor) -> Tensor:
 def _by_operators(
     expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
 ) -> Queues:
-    """Queues of assignments in the order in which they are stored, or with all first choices before all second ones.
+    """Queue assignments in the order in which they are stored, or with all first choices before all second choices.
 
-    Assignments that do not queue stand in one queue more, behind the others.
+    Assignments that do not queue are put into an additional last queue.
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
     return Queues(*_place_in_order(partial(_places, num_experts=num_experts), queue, order, k, in_order))
@@ -196,8 +200,8 @@ def _by_operators(
 def _place_in_order(
     places: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
 ) -> tuple[Tensor, ...]:
-    """What `places` returns for assignments in the order in which they are served, with the positions `(..., a)` in the
-    order in which they are stored."""
+    """Call `places` on assignments in order of priority, and return its results with positions `(..., a)` in the order
+    in which assignments are stored."""
     if in_order:
         return places(queue)
     queue = rearrange(queue, "... (n k) -> ... k n", k=k)
@@ -211,9 +215,10 @@ def _place_in_order(
 
 
 def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The place `(..., a)` of each assignment in its queue, 0 to e, and the lengths `(..., e)` of all but the last."""
+    """Return the position `(..., a)` of each assignment in its queue, 0 to e, and the lengths `(..., e)` of all queues
+    except the last."""
     if statically_known_true(queue.numel() * num_experts <= MAX_TABLE_ENTRIES) or is_exporting_to_onnx():
-        # counted in a table (..., a, e + 1): fewer operators than sorting, and ONNX has all of them
+        # a table (..., a, e + 1) needs fewer operators than sorting, and ONNX supports all of them
         index = queue.unsqueeze(-1)
         stands = index == torch.arange(num_experts + 1, device=queue.device)
         place = stands.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1) - 1
@@ -223,7 +228,7 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ids = torch.arange(num_experts + 1, device=queue.device, dtype=narrow)
     ordered, order = queue.to(narrow).sort(dim=-1, stable=True)
     of_each = (*queue.shape[:-1], num_experts + 1)
-    # contiguous, as searchsorted wants it, under a transform too
+    # searchsorted requires contiguous ids, even under a transform
     ids = ordered.new_empty(of_each).copy_(ids) if is_functorch_wrapped(ordered) else ids.expand(of_each).contiguous()
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
     place, start = torch.empty_like(order).scatter(-1, order, index), torch.searchsorted(ordered, ids)
@@ -231,7 +236,7 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
-    """Whether the kernels take these assignments, and compute on their device what the operators do."""
+    """Return whether the kernels support these assignments, and pass the self-check on their device."""
     if expert.numel() == 0 or num_experts > MAX_KERNEL_EXPERTS or is_wrapper_subclass(expert):
         return False
     return (
@@ -244,8 +249,8 @@ def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
 def _by_kernels(
     expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> Queues:
-    """Return what `_by_operators` returns, by three launches of kernels."""
-    from mixture_of_experts.kernels.queueing import queue_assignments  # it imports triton, which takes a second
+    """Return the same as `_by_operators`, using three kernel launches."""
+    from mixture_of_experts.kernels.queueing import queue_assignments  # importing triton takes a second
 
     sent, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (sent, order))
     position, length = queue_assignments(expert.reshape(-1, expert.shape[-1]), sent, order, num_experts, k, by_choice)
@@ -253,7 +258,7 @@ def _by_kernels(
 
 
 def _find_queue_fault(device: torch.device) -> str | None:
-    """What differs between the two implementations on made-up assignments; None if nothing."""
+    """Return what differs between the two implementations on generated assignments, or None if nothing does."""
     generator = torch.Generator(device).manual_seed(0)
     e, k, n = 37, 3, 90
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)
@@ -269,14 +274,13 @@ def _find_queue_fault(device: torch.device) -> str | None:
 
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:
-    """Indices `(..., n)` that sort the last dimension; equal values keep their order."""
+    """Return indices `(..., n)` that sort the last dimension; equal values keep their order."""
     return stable_sort(values, descending)[1]
 
 
 def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """The values `(..., n)` in order of the last dimension, and the indices that sort them; equal values keep their
-    order."""
-    if is_exporting_to_onnx():  # no stable sort there, but its TopK gives equal values lowest index first
+    """Sort the last dimension of values `(..., n)`, and return values and indices; equal values keep their order."""
+    if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK returns equal values lowest index first
         ordered, order = values.topk(values.shape[-1], dim=-1, largest=descending)
     else:
         ordered, order = values.sort(dim=-1, descending=descending, stable=True)

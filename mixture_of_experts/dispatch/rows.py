@@ -1,10 +1,10 @@
-"""Moving tokens to the rows that experts compute, and their results back.
+"""Moves tokens to the rows that experts compute, and combines the results.
 
-Axes: t tokens of the whole call, k choices, a assignments (t k for token choice), r rows, d model dim.
+Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
-Both directions, forward and backward, are gathers by the tables of a `Permutation`. No two writes meet, so every run
-gives the same bits. Experts that `ops` computes do not call these functions: most implementations
-gather and combine by themselves.
+Forward and backward of both directions are gathers by the indices of a `Permutation`. No two writes overlap, so results
+are deterministic. In `ops`, only `plain` calls `dispatch` and `combine`; the other implementations gather and combine
+rows themselves.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from mixture_of_experts.dispatch.permutation import Permutation
 
 
 def dispatch(x: Tensor, permutation: Permutation) -> Tensor:
-    """Return the rows `(r, d)` of tokens `(t, d)`; empty rows are zeros."""
+    """Return the rows `(r, d)` of tokens `(t, d)`, with zeros in empty rows."""
     return _Dispatch.apply(x, permutation.token, permutation.row, permutation.k)
 
 
 def combine(rows: Tensor, permutation: Permutation) -> Tensor:
-    """Return each token's weighted sum `(t, d)` of rows `(r, d)`, taken in float32 and cast once."""
-    # with one choice a token both are one tensor, and a graph takes no tensor twice
+    """Return the weighted sum `(t, d)` of each token's rows `(r, d)`, computed in float32 and cast once."""
+    # with one choice per token, both are the same tensor, which a graph does not accept twice
     assignment = None if permutation.token is permutation.assignment else permutation.assignment
     return _Combine.apply(
         rows, permutation.weight, permutation.token, permutation.row, assignment, permutation.k, permutation.num_tokens
@@ -31,7 +31,7 @@ def combine(rows: Tensor, permutation: Permutation) -> Tensor:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows of tokens; its gradient is the sum of each token's rows."""
+    """Gathers rows of tokens. The gradient is the sum of each token's rows."""
 
     generate_vmap_rule = True
 
@@ -52,7 +52,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Sum of each token's rows, weighted if `weight` is given. If `assignment` is None, `token` serves for it."""
+    """Sums each token's rows, weighted if `weight` is not None. If `assignment` is None, it equals `token`."""
 
     generate_vmap_rule = True
 
@@ -78,7 +78,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, weight, token, row, assignment = ctx.saved_tensors
-        spread = _Dispatch.apply(grad, token, row, ctx.k)  # (r, d), zeros where empty
+        spread = _Dispatch.apply(grad, token, row, ctx.k)  # (r, d), with zeros in empty rows
         if weight is None:
             return spread, None, None, None, None, None, None
         assignment = token if assignment is None else assignment
@@ -89,7 +89,7 @@ class _Combine(torch.autograd.Function):
 
 
 def read_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return rows of x by index; zeros where the index is `len(x)`, which means none."""
+    """Return the rows of x by index, with zeros where the index is `len(x)`, which means none."""
     length = x.shape[0]
     if length == 0:
         return x.new_zeros(index.shape[0], *x.shape[1:])
@@ -98,9 +98,9 @@ def read_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k: int | None, num_tokens: int) -> Tensor:
-    """`(t, d)` sum of each token's rows, in float32 (float64 stays), times `weight` by assignment.
+    """Return the sum `(t, d)` of each token's rows times `weight` by assignment, computed at least in float32.
 
-    In expert choice (`k` is None) `weight` has an entry for each row, and `token` is the token of each row.
+    In expert choice (`k` is None), `weight` has an entry for each row, and `token` is the token of each row.
     """
     dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
     if weight is not None:
@@ -122,7 +122,7 @@ def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k:
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Return `total` with `rows` added at `index`, in the same order on every run (on CUDA `index_add` has none)."""
+    """Add `rows` to `total` at `index` in a deterministic order, which `index_add` does not guarantee on CUDA."""
     if total.is_cuda:
         return total.index_put((index,), rows, accumulate=True)
     return total.index_add(0, index, rows)

@@ -1,4 +1,4 @@
-"""Gates: modules that decide and return a `Routing`. A gate of your own derives from `TokenChoiceGate` or `Gate`."""
+"""Gates, modules that return a `Routing`. Derive custom gates from `TokenChoiceGate` or `Gate`."""
 
 from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, get_optional_losses, get_side_inputs

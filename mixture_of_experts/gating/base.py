@@ -1,6 +1,6 @@
-"""Bases of gates: they check arguments, give slots to choices, and make the `Routing`.
+"""Base classes of gates, which check arguments, assign slots to choices, and construct the `Routing`.
 
-Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts, k choices.
+Axes: b groups (preceded by outer experts, `...`), n tokens per group, d model dim, e experts, k choices.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments, check_segment_ids, find_segments
 from mixture_of_experts.gating.balance_losses import (
     BALANCE_LOSSES,
-    BALANCE_OVER,
     OF_EXPERT_GROUPS,
     BalanceInputs,
     BalanceOver,
-    balancing_loss,
+    balance_loss_over,
     count_load,
     sum_probs,
 )
@@ -69,20 +68,21 @@ from mixture_of_experts.support.private_torch import statically_known_true, unsa
 from mixture_of_experts.support.subclassing import is_unchanged
 
 
-@dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
+@dataclass(frozen=True)  # before torch 2.12, torch.compile cannot trace properties of named tuples
 class Tokens:
-    """The tokens that a gate routes, and how many choices each of them makes, given mask and importance.
+    """The tokens that a gate routes. Their mask and importance determine how many choices each of them makes.
 
     Attributes:
         x: `(..., b, n, d)`; masked tokens are zeros.
-        mask: `(..., b, n)` bool, the tokens that are not padding; None if all are.
-        makes_all_choices: `(..., b, n)` bool, the tokens of importance 1, which make k choices; None if all do.
-        makes_any_choice: `(..., b, n)` bool, the tokens of importance above 0, which make their top choice; None if all
-            do.
-        length: `(..., b)` number of tokens, for capacity and balancing losses; n if all groups have that many.
+        mask: `(..., b, n)` bool, which tokens are not padding; None if there is no padding.
+        makes_all_choices: `(..., b, n)` bool, which tokens have importance 1 and make k choices; None if all do.
+        makes_any_choice: `(..., b, n)` bool, which tokens have importance above 0 and make their top choice; None if
+            all do.
+        length: `(..., b)` number of tokens, for capacity and balancing losses, or n if all groups have n tokens.
         side: side inputs by name, `(..., b, n)` or `(..., b, n, anything)`.
         losses: names of the losses that are requested in addition to the gate's own.
-        segments: the documents of packed rows, which are then the groups that `length` describes; None if rows are.
+        segments: the documents of packed rows, which then serve as the groups that `length` describes; None if rows are
+            not packed.
     """
 
     x: Tensor
@@ -100,23 +100,25 @@ class Tokens:
 
     @property
     def counted(self) -> Tensor | None:
-        """`(..., b, n)` bool, the tokens that count in losses: those that make all choices; None if all do."""
+        """`(..., b, n)` bool, which tokens count in losses because they make all choices; None if all do."""
         return self.mask if self.makes_all_choices is None else self.makes_all_choices
 
     @property
     def computed_padding(self) -> Tensor | None:
-        """`(..., b, n, 1)` bool, padding that makes its choices but counts nowhere; None if there is none."""
+        """`(..., b, n, 1)` bool, which tokens are padding whose choices are computed but never counted; None if there
+        is none."""
         return None if self.mask is None or self.makes_all_choices is not None else ~self.mask.unsqueeze(-1)
 
 
 class Gate(FixedShapeModule):
-    """Base of every gate: its sizes, and the check of its arguments.
+    """Base class of all gates, which stores sizes and checks arguments.
 
     Args:
-        dim: d, model dimension.
-        num_experts: e, number of experts.
+        dim: model dimension, d.
+        num_experts: number of experts, e.
         outer_expert_dims: leading dimensions of weights and inputs, with one router for each outer expert.
-        process_group: the ranks that share the batch; losses are then those of the whole batch. None: this rank's.
+        process_group: the ranks that share the batch, so that losses cover the whole batch. With None, losses cover
+            only this rank's tokens.
     """
 
     dim: int
@@ -124,11 +126,11 @@ class Gate(FixedShapeModule):
     outer_expert_dims: tuple[int, ...]
 
     shape_attributes: ClassVar[tuple[str, ...]] = ("dim", "num_experts", "outer_expert_dims")
-    #: names of the side inputs that the gate reads; every gate reads `router_input` `(..., n, d)` instead of x
+    #: names of the side inputs that the gate reads; all gates accept `router_input` `(..., n, d)`, which replaces x
     side_inputs: ClassVar[tuple[str, ...]] = ("router_input",)
-    #: names of the losses that the gate computes only on request, `gate(x, losses=names)`
+    #: names of the losses that the gate computes only on request, as in `gate(x, losses=names)`
     optional_losses: ClassVar[tuple[str, ...]] = ()
-    #: names of buffers whose dtype no cast of the module changes, such as a bias that moves by small steps
+    #: names of buffers that keep their dtype when the module is cast, such as a bias that is updated in small steps
     keep_dtype: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -146,18 +148,19 @@ class Gate(FixedShapeModule):
         self.process_group = process_group
 
     def _empty_matrix(self, device: Any, dtype: torch.dtype | None) -> nn.Parameter:
-        """A router's matrix `(*outer, d, e)`, not yet drawn."""
+        """Return an uninitialized router matrix `(*outer, d, e)`."""
         shape = (*self.outer_expert_dims, self.dim, self.num_experts)
         return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Draw the matrix `w_gating`, if there is one (standard deviation 1 / sqrt(d))."""
+        """Draw the matrix `w_gating`, if the gate has one, with standard deviation 1 / sqrt(d)."""
         if isinstance(weight := getattr(self, "w_gating", None), Tensor):
             nn.init.normal_(weight, std=self.dim**-0.5)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the batch. A copy of the gate keeps it; an unpickled gate has it if the group exists."""
+        """The ranks that share the batch. Copies of the gate keep it, as do unpickled gates if the group still
+        exists."""
         return self._ranks.group
 
     @process_group.setter
@@ -174,10 +177,13 @@ class Gate(FixedShapeModule):
         return self
 
     def variant_reason(self) -> str | None:
-        """Why a token may make other choices in another batch, or weigh them by other bits, under
-        `ops.use("batch_invariant")`; None if it does not. A class that computes logits otherwise than by `product`, or
-        reads more than a token, says so."""
-        return f"a {type(self).__name__} does not say that it decides on each token by itself"
+        """Return why the choices of a token or the bits of their weights may depend on the batch under
+        `ops.use("batch_invariant")`, or None if they do not.
+
+        Override this method in a class that reads more than one token at a time, or does not compute logits with
+        `product`.
+        """
+        return f"{type(self).__name__} does not declare that it routes each token independently"
 
     def read(
         self,
@@ -188,12 +194,12 @@ class Gate(FixedShapeModule):
         side: Mapping[str, Tensor] | None = None,
         losses: Collection[str] = (),
     ) -> Tokens:
-        """Check the arguments of `TokenChoiceGate.forward`, and join mask and importance; return the `Tokens`."""
+        """Check the arguments of `TokenChoiceGate.forward`, combine mask and importance, and return the `Tokens`."""
         outer, side = self.outer_expert_dims, dict(side or {})
         if unknown := sorted(side.keys() - set(self.side_inputs)):
             names = ", ".join(map(repr, unknown))
             raise TypeError(
-                f"{type(self).__name__} reads no side input {names}: it reads {', '.join(self.side_inputs)}"
+                f"{type(self).__name__} does not support the side input {names}; it reads {', '.join(self.side_inputs)}"
             )
         check_tokens("x", x, self.dim, min_ndim=3)
         if (router_input := side.pop("router_input", None)) is not None:
@@ -201,17 +207,17 @@ class Gate(FixedShapeModule):
             x = router_input
         if x.ndim != 3 + len(outer) or tuple(x.shape[: len(outer)]) != outer:
             wanted = ", ".join([*map(str, outer), "b", "n", str(self.dim)])
-            raise ValueError(f"a gate reads x of shape ({wanted}), got {tuple(x.shape)}: add or flatten leading axes")
+            raise ValueError(f"x must have shape ({wanted}), got {tuple(x.shape)}; add or flatten leading dimensions")
         makes_all_choices = makes_any_choice = None
         if importance is not None:
             check_importance(importance, x.shape[:-1])
             makes_all_choices, makes_any_choice = importance == 1, importance > 0
-        if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed
+        if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed, but does not count
             self._check_counted(counted, x, importance, mask)
             mask = counted
         elif mask is not None:
             check_mask(mask, x.shape[:-1])
-            x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
+            x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN in padding would propagate to the gradient of the weights
             makes_all_choices, makes_any_choice = both(makes_all_choices, mask), both(makes_any_choice, mask)
         segments = None
         if (ids := side.pop(SEGMENT_IDS, None)) is not None:
@@ -228,29 +234,31 @@ class Gate(FixedShapeModule):
         if self.outer_expert_dims or length is not None:
             what = f"outer_expert_dims={self.outer_expert_dims}" if self.outer_expert_dims else "length="
             raise ValueError(
-                f"{SEGMENT_IDS} is for gates of one level, whose groups are then documents with lengths of their own, "
-                f"got {what}: pass each document as a row of its own, with mask="
+                f"{SEGMENT_IDS} requires a gate of one level without length=, because each document becomes a group "
+                f"with its own length, got {what}. Pass each document as a separate row, with mask="
             )
         return find_segments(check_segment_ids(ids, x.shape[:-1]), mask)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:
-            raise ValueError("counted goes with no mask and no importance: give the mask as counted, or as mask")
+            raise ValueError(
+                "counted cannot be combined with mask or importance; pass the mask either as counted or as mask"
+            )
         if (factor := getattr(self, "capacity_factor", None)) is not None:
             raise ValueError(
-                f"counted needs a dropless gate, got a capacity factor of {factor}: give it as mask, so that padding "
-                "takes no slots"
+                f"counted requires a dropless gate, got a capacity factor of {factor}; pass it as mask instead, so "
+                "that padding uses no slots"
             )
         check_mask(counted, x.shape[:-1], COUNTED)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return logits `(..., b, n, e)` of tokens x by a matrix, in float32 (float64 for float64 weights), also under
-        autocast. A gate of your own calls it."""
+        """Multiply tokens x by a router matrix, and return logits `(..., b, n, e)` in float32 (float64 for float64
+        weights), even under autocast. Custom gates should compute their logits with this method."""
         return router_logits(x, weight, bias)
 
 
 class TokenChoiceSettings(TypedDict, total=False):
-    """The keyword arguments of every gate of token choice; see `TokenChoiceGate`."""
+    """Keyword arguments that all token-choice gates share; see `TokenChoiceGate`."""
 
     capacity_factor_train: float | None
     capacity_factor_eval: float | None
@@ -261,36 +269,37 @@ class TokenChoiceSettings(TypedDict, total=False):
 
 
 class TokenChoiceGate(Gate):
-    """Base of the gates in which every token chooses its experts.
+    """Base class of gates in which each token chooses its experts.
 
-    A gate of your own writes `decide`, which returns each token's choices, their weights, and losses. Masks, capacity,
-    priorities, levels and statistics follow from that.
+    Custom gates implement `decide`, which returns the choices of all tokens, their weights, and losses. The base class
+    handles masks, capacity, priorities, levels and statistics.
 
     Args:
         dim, num_experts, outer_expert_dims, process_group: see `Gate`.
-        k: choices of a token.
-        capacity_factor_train, capacity_factor_eval: slots of an expert in units of k n / e (of n / e, if the class has
-            `capacity_per_choice = False`); None is dropless.
-        min_expert_capacity: least number of slots of an expert, applied last.
-        priority: who gets the slots when an expert overflows; see `queues.queue_up`.
+        k: number of choices per token.
+        capacity_factor_train, capacity_factor_eval: slots per expert in units of k n / e (of n / e if the class sets
+            `capacity_per_choice = False`), or None for a dropless gate.
+        min_expert_capacity: minimum number of slots per expert, applied last.
+        priority: which choices keep their slots when an expert overflows; see `queues.queue_up`.
     """
 
     k: int
 
-    #: `counted` `(..., n)` bool, instead of a mask, for a dropless gate: tokens where it is False are padding whose
-    #: choices are computed, without gradient for the router, but appear in no loss, statistic or count.
-    #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own.
-    #: `segment_ids` `(..., n)` integers: in packed rows, the tokens of a row with equal ids are a group, a document
+    #: `counted` `(..., n)` bool replaces the mask of a dropless gate. Tokens where it is False are padding: their
+    #: choices are computed, without gradient for the router, but excluded from all losses, statistics and counts.
+    #: `given_weights` `(..., n, k)` replace the weights of choices, or NaN to keep a weight; gradients flow to the
+    #: gate's own weights. `segment_ids` `(..., n)` are integers for packed rows: the tokens of a row with equal ids
+    #: form a document, which is a group
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: implementations by name, the fastest first: modules with `unsupported_reason(gate, tokens)`, which returns None
-    #: or why it does not support the call, and `run(gate, tokens)`, which returns the `Routing`. Each must check
-    #: `tokens.segments`. The last one, "operators", calls `decide`
+    #: implementations by name, fastest first. Each has `unsupported_reason(gate, tokens)`, which returns why it does
+    #: not support the call, or None, and must check `tokens.segments`; and `run(gate, tokens)`, which returns the
+    #: `Routing`. The last implementation, "operators", calls `decide`
     implementations: ClassVar[Mapping[str, Any]] = {
         "operators": Implementation(lambda gate, tokens: None, lambda gate, tokens: gate.decide_and_route(tokens))
     }
-    balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
-    #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
+    balance_over: BalanceOver = "group"  #: the tokens over which the balancing loss of `decide` computes means
+    #: whether the capacity factor refers to choices (True) or to tokens (False, in `Top2Gating`)
     capacity_per_choice = True
     capacity_factor_train: CapacityFactor = CapacityFactor()
     capacity_factor_eval: CapacityFactor = CapacityFactor()
@@ -298,7 +307,7 @@ class TokenChoiceGate(Gate):
     _capacity_factor_eval: tuple[int, int] | None
     min_expert_capacity: int = checked_setting(check_size)
     priority: Priority = checked_setting(check_choice, allowed=PRIORITIES)
-    #: "balanced" or "random": experts are forced, see `force_routing`; None: the gate chooses
+    #: "balanced" or "random" if experts are forced (see `force_routing`), None if the gate chooses them
     forced: Forced | None = checked_setting(check_forced)
 
     def __init__(
@@ -326,16 +335,16 @@ class TokenChoiceGate(Gate):
         super().__setattr__(name, self.check_k(value) if name == "k" else value)
 
     def check_k(self, k: Any) -> int:
-        """Return `k` if the gate can make as many choices of each token; ValueError otherwise."""
+        """Return `k`, or raise ValueError if the gate cannot make k choices per token."""
         return check_size("k", k)
 
     def variant_reason(self) -> str | None:
         if self.capacity_factor is not None:
-            return "a limited capacity drops a token's choice because of other tokens: set the capacity factors to None"
+            return "a limited capacity may drop choices because of other tokens; set the capacity factors to None"
         if self.outer_expert_dims:
-            return "of two levels the first may drop tokens: take one level"
+            return "the first of two levels may drop tokens; use a layer with one level"
         if self.forced is not None:
-            return f"{self.forced} experts are forced, by a token's place in the batch: end force_routing"
+            return f"{self.forced} experts are forced depending on a token's position in the batch; exit force_routing"
         return None
 
     @property
@@ -345,42 +354,43 @@ class TokenChoiceGate(Gate):
 
     @property
     def choices_at_balance(self) -> float:
-        """The number by which balancing losses divide: the choices that a token is to make, k by default."""
+        """The intended number of choices per token, by which balancing losses are divided; k by default."""
         return self.k
 
     @property
     def expected_choices(self) -> float | None:
-        """The mean number of choices of a token; None if scores decide how many of the k are made."""
+        """The mean number of choices per token, or None if scores determine how many of the k choices are made."""
         return self.k
 
     def apply_overrides(
         self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Replace the gate's own choices by given ones, where the side input "given_experts" has some.
+        """Replace the gate's own choices where the side input "given_experts" overrides them.
 
-        `decide` of a gate that names "given_experts" in `side_inputs` calls this. That input is `(..., b, n, k)` int64:
-        an expert, -1 for no choice, or another number that `gating/overrides.py` explains.
+        Call this method in `decide` if the gate lists "given_experts" in its `side_inputs`. This input is
+        `(..., b, n, k)` int64 with the id of an expert, -1 for no choice, or another value described in
+        `gating/overrides.py`.
 
         Args:
             tokens: the argument of `decide`.
             expert: `(..., b, n, k)` int64, the gate's own choices.
-            chosen: `(..., b, n, k)` bool, which of those the gate makes; None if all.
+            chosen: `(..., b, n, k)` bool, which of its choices the gate makes; None if all.
 
         Returns:
-            Experts and `chosen` of all choices, for `Choices`. Chosen ones share the token's weight, though some of
-            them may be given as not computed.
+            `expert` and `chosen` for `Choices`. The chosen experts share the token's weight, although some of them may
+            be excluded from computation by the given choices.
         """
         return merge_overrides(self.given(tokens), expert, chosen)
 
     def given(self, tokens: Tokens) -> Tensor | None:
-        """The given choices `(..., b, n, k)`, checked; None if there are none."""
+        """Check the given choices `(..., b, n, k)` and return them, or None if there are none."""
         given = tokens.side.get(GIVEN)
         if given is None:
             return None
         wanted = (*tokens.x.shape[:-1], self.k)
         if given.shape != wanted or given.dtype != torch.int64:
             raise ValueError(f"{GIVEN} must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
-        if (padding := tokens.computed_padding) is not None:  # nobody gave any for it
+        if (padding := tokens.computed_padding) is not None:  # no choices are given for padding
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
             check_overrides(
@@ -389,14 +399,14 @@ class TokenChoiceGate(Gate):
         return given
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Return the choices of all tokens. A gate of your own writes this method.
+        """Return the choices of all tokens. Custom gates implement this method.
 
-        Choices that a token may not make are left out afterwards. A loss counts only the tokens of `tokens.counted`, as
-        `balance_loss`, `z_loss` and `token_mean` of this class do. Losses are returned whatever their coefficient in
-        the layer is: statistics show them. Side inputs that it reads are named in `side_inputs`. A gate that others may
-        choose for calls `apply_overrides`.
+        Choices that a token is not allowed to make are removed afterwards. Losses must cover only the tokens in
+        `tokens.counted`, as `balance_loss`, `z_loss` and `token_mean` of this class do. Return losses even if the layer
+        has no coefficient for them, because statistics report them. List the side inputs that the gate reads in
+        `side_inputs`. Call `apply_overrides` if routing decisions may come from outside.
         """
-        raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
+        raise NotImplementedError(f"{type(self).__name__} must implement decide(tokens) and return Choices")
 
     def forward(
         self,
@@ -407,19 +417,19 @@ class TokenChoiceGate(Gate):
         losses: Collection[str] = (),
         **side: Tensor,
     ) -> Routing:
-        """Return the `Routing`: which experts compute each token.
+        """Return the `Routing`, which assigns tokens to experts.
 
         Args:
             x: `(*outer, b, n, d)`.
-            importance: `(*outer, b, n)`. A token of 1 makes k choices; one between 0 and 1 makes its top choice only
-                and counts in no loss; one of 0 makes none.
-            mask: `(*outer, b, n)` bool, True where the token is real.
-            length: number of tokens that capacity and means use: integers `(*outer, b)`, at most n, or a
-                `queues.Length`. By default it is the number of real tokens.
-            losses: names in `optional_losses` of losses to report beside those of `decide`. Losses of expert groups are
-                left out if the gate has no such groups.
-            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `side_inputs`, such as
-                `segment_ids` `(b, n)`, the documents of packed rows: each is then a group, with a length of its own.
+            importance: `(*outer, b, n)`. Tokens with importance 1 make k choices, tokens with importance 0 make none.
+                Tokens in between make only their top choice and do not count in losses.
+            mask: `(*outer, b, n)` bool, True for real tokens.
+            length: number of tokens for capacity and means, as integers `(*outer, b)`, at most n, or a `queues.Length`.
+                Default: the number of real tokens.
+            losses: names from `optional_losses` of losses to report in addition to those of `decide`. Losses of expert
+                groups are omitted if the gate has no expert groups.
+            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)` with names from `side_inputs`. For example,
+                `segment_ids` `(b, n)` make each document of packed rows a group with its own length.
         """
         tokens = self.read(x, importance, mask, length, side, losses)
         if self.forced is not None:
@@ -429,8 +439,11 @@ class TokenChoiceGate(Gate):
         return run_first_supported("gate", self.implementations, self, tokens)
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
-        """Return the `Routing` of what `decide` returns; an error for anything else than `Choices`, or if it reads a
-        side input that is left out."""
+        """Call `decide` and return the `Routing` of its choices.
+
+        Raises:
+            TypeError: `decide` does not return `Choices`, or reads a side input that is missing.
+        """
         name = type(self).__name__
         try:
             choices = self.decide(tokens)
@@ -439,27 +452,27 @@ class TokenChoiceGate(Gate):
             if missing not in self.side_inputs or missing in tokens.side:
                 raise
             raise TypeError(
-                f"{name} reads the side input {missing!r}, which the call leaves out: call the layer as "
-                f"moe(x, {missing}=...), an entry for each token"
+                f"{name} requires the side input {missing!r}; call the layer as moe(x, {missing}=...), with one entry "
+                "per token"
             ) from None
         if not isinstance(choices, Choices):
             raise TypeError(
-                f"{name}.decide must return Choices(expert, weight, probs, losses), got a {type(choices).__name__}: "
+                f"{name}.decide must return Choices(expert, weight, probs, losses), got {type(choices).__name__}; "
                 "import Choices from mixture_of_experts"
             )
         return self.route(tokens, choices)
 
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
-        """The tokens with forced experts as given ones."""
+        """Return the tokens with forced experts as their given choices."""
         if GIVEN in tokens.side:
-            raise ValueError(f"experts are given, and {how} ones forced: do one or the other")
+            raise ValueError(f"cannot use {GIVEN} while force_routing forces {how} experts; use only one of them")
         x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
         forced = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
         return replace(tokens, side={**tokens.side, GIVEN: forced})
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """The losses among `names` that the gate offers, by name: `BALANCE_LOSSES` of the choices that are made, and of
-        given ones that are not computed."""
+        """Return those `BALANCE_LOSSES` among `names` that the gate supports. They count all choices that are made,
+        including given choices that are not computed."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
@@ -482,15 +495,19 @@ class TokenChoiceGate(Gate):
         return {name: BALANCE_LOSSES[name](inputs) for name in known}
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none. None if
-        all make all. The top choice is choice 0, except in `Top2Gating`, where such tokens make choice 1."""
+        """Return which choices importance allows, `(..., b, n, k)` bool, or None if it allows all.
+
+        Tokens with importance 1 make k choices, tokens with importance 0 make none, and tokens in between make their
+        top choice. This is choice 0, except in `Top2Gating`, where it is choice 1.
+        """
         if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
         rest = tokens.makes_all_choices.unsqueeze(-1).expand(*tokens.makes_all_choices.shape, self.k - 1)
         return torch.cat([tokens.makes_any_choice.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
-        """Slots of an expert, None if dropless; and each group's own limit `(..., b)`, None if none is masked."""
+        """Return the slots per expert, or None if dropless, and the limit of each group `(..., b)`, or None without
+        masked tokens."""
         factor = self._capacity_factor_train if self.training else self._capacity_factor_eval  # ratios
         if factor is None:
             return None, None
@@ -501,32 +518,32 @@ class TokenChoiceGate(Gate):
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
     ) -> Tensor:
-        """The balancing loss of GShard and Switch over the tokens that `balance_over` says, 0-dim; 1.0 if choices and
-        probabilities are uniform.
+        """Return the 0-dim load-balancing loss of GShard and Switch over the tokens that `balance_over` selects. It is
+        1.0 if choices and probabilities are uniform.
 
         Args:
             expert: `(..., b, n, k)` int64, the choices.
-            counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
+            counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, which choices count; None if all do.
             proxy, length, k: as in `losses.load_balancing_loss`.
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
-            return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
+            return balance_loss_over(self.balance_over, load, proxy, length, None, k, self.process_group)
         return losses.load_balancing_loss_from_choices(
             expert, counted, proxy, length, k, self.process_group
-        )  # no table of loads
+        )  # avoids a tensor of loads
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
     ) -> Tensor:
-        """The balancing loss, `balance`, over the tokens that count by mask and importance; 0-dim.
+        """Return the 0-dim load-balancing loss, `balance`, over the tokens that count given mask and importance.
 
         Args:
             tokens: the argument of `decide`.
             probs: `(..., b, n, e)`, probabilities.
             expert: `(..., b, n, k)` int64, the choices.
-            chosen: `(..., b, n, k)` bool, the choices that are made; None if all are.
-            k: choices that a token makes: the loss is divided by it, to be 1.0 at balance.
+            chosen: `(..., b, n, k)` bool, which choices are made; None if all are.
+            k: number of choices per token, by which the loss is divided so that it is 1.0 at balance.
         """
         chosen, probs = self.select_counted(tokens, chosen, probs)
         return self._balance_of_tokens(tokens, expert, chosen, probs, k)
@@ -534,41 +551,42 @@ class TokenChoiceGate(Gate):
     def _balance_of_tokens(
         self, tokens: Tokens, expert: Tensor, counted: Tensor | None, proxy: Tensor, k: float = 1
     ) -> Tensor:
-        """The loss of `balance`, with a proxy `(..., b, n, e)` of each token, 0 for those that do not count."""
+        """Return the loss of `balance` for a proxy `(..., b, n, e)` that is 0 for tokens that do not count."""
         if tokens.segments is not None:
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
-                    f"{type(self).__name__} overrides balance, which knows no documents: override balance_loss, "
-                    "or pass each document as a row with mask= instead of segment_ids="
+                    f"{type(self).__name__} overrides balance, which does not support packed documents. Override "
+                    "balance_loss instead, or pass each document as a row with mask= instead of segment_ids="
                 )
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group
-            return balancing_loss(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
-        alone = statically_known_true(tokens.num_tokens == 1)  # decoding: saves a launch
+            return balance_loss_over(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
+        alone = statically_known_true(tokens.num_tokens == 1)  # saves a kernel launch in decoding
         return self.balance(expert, counted, proxy.squeeze(-2) if alone else proxy.sum(dim=-2), tokens.length, k)
 
     def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The choices that count, `(..., b, n, k)` or `(..., b, n, 1)` bool, None if all do; and the probabilities, 0
-        for tokens that do not count."""
+        """Return which choices count, `(..., b, n, k)` or `(..., b, n, 1)` bool, or None if all do; and the
+        probabilities, with 0 for tokens that do not count."""
         if tokens.counted is None:
             return chosen, probs
         counted = tokens.counted.unsqueeze(-1)
         return both(chosen, counted), torch.where(counted, probs, 0.0)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
-        """The router z-loss of logits `(..., b, n, e)` over the tokens that count; 0-dim."""
+        """Return the 0-dim router z-loss of logits `(..., b, n, e)` over the tokens that count."""
         return losses.z_loss(logits, tokens.counted, self.process_group)
 
     def token_mean(self, tokens: Tokens, values: Tensor) -> Tensor:
-        """The mean of `values` `(..., b, n)` over the tokens that count, on all ranks: a loss of your own, 0-dim."""
+        """Return the 0-dim mean of `values` `(..., b, n)` over the tokens that count on all ranks, for custom
+        losses."""
         return losses.token_mean(values, tokens.counted, self.process_group)
 
     def route(self, tokens: Tokens, choices: Choices) -> Routing:
-        """Return the `Routing` of choices: with slots, if the capacity is limited. Tokens that may not choose have no
-        choice in it.
+        """Return the `Routing` of choices, with slots if the capacity is limited.
 
-        Shapes and dtypes are checked. For gates outside this package, and subclasses that override a method, values are
-        checked too, on a CPU: every expert must exist, and no token may take one twice.
+        Choices that a token is not allowed to make are removed. Shapes and dtypes are checked. For gates outside this
+        package, and for subclasses that override a method, values on a CPU are checked too: all experts must exist, and
+        no token may choose an expert twice.
 
         Args:
             tokens: the result of `read`.
@@ -584,16 +602,16 @@ class TokenChoiceGate(Gate):
         flat = (*probs.shape[:-2], tokens.num_tokens * self.k)
         weight = unsafe_view(weight.contiguous(), flat)
         sent = None if sent is None else sent.flatten(-2)
-        has_weight = weight != 0  # a choice of weight 0 is not computed
+        has_weight = weight != 0  # choices with weight 0 are not computed
         kept = has_weight if sent is None else sent & has_weight
         if not (tracing or is_unchanged(self)):
             check_experts_of_tokens(name, choices.expert, kept.view_as(choices.expert), self.num_experts)
-        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # 0 where not kept
+        expert, is_weight_final = choices.expert.flatten(-2), sent is None  # final weights are 0 where not kept
         queues = None
         capacity, limit = self.capacity(tokens)
-        if capacity is None:  # a choice of weight 0 does not queue
+        if capacity is None:  # choices with weight 0 are not sent
             sent = kept
-        else:  # it holds a slot
+        else:  # choices with weight 0 occupy slots
             queues, has_slot = self._apply_capacity(tokens, choices, expert, sent, capacity, limit)
             if has_slot is not None:
                 kept, is_weight_final = kept & has_slot, False
@@ -628,7 +646,8 @@ class TokenChoiceGate(Gate):
         capacity: int,
         limit: Tensor | None,
     ) -> tuple[Queues | None, Tensor | None]:
-        """The queues, None in packed rows; and the assignments `(..., b, a)` bool within the capacity, None if all."""
+        """Return the queues, or None for packed rows, and which assignments are within the capacity, `(..., b, a)`
+        bool, or None if all are."""
         score = choices.priority_score
         if self.priority == "score" and score is None:
             score = choices.probs.detach().amax(dim=-1)
@@ -643,13 +662,13 @@ class TokenChoiceGate(Gate):
         return queues, queues.position < (capacity if limit is None else limit.unsqueeze(-1))
 
     def _restrict_choices(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """The choices that are sent, None if all are; the weights; and the weights of the choices of computed padding,
-        without gradient, None if there is none. Each is `(..., b, n, k)`."""
+        """Return which choices are sent (None if all are), the weights, and the weights of computed padding without
+        gradient (None if there is none). Each is `(..., b, n, k)`."""
         sent = both(choices.chosen, choices.sent)
         if not choices.is_masked:
             sent = both(sent, self.allowed(tokens))
         weight, padding_weight, padding = choices.weight, None, tokens.computed_padding
-        if (given := tokens.side.get(GIVEN)) is not None:  # none are given for padding
+        if (given := tokens.side.get(GIVEN)) is not None:  # padding has no given choices
             computed = is_computed(given)
             sent = both(sent, computed if padding is None else computed | padding)
         if (weights := tokens.side.get(GIVEN_WEIGHTS)) is not None:
@@ -661,10 +680,10 @@ class TokenChoiceGate(Gate):
 
 
 def get_side_inputs(gate: nn.Module) -> tuple[str, ...]:
-    """The names of the side inputs that a gate, wrapped or not, reads."""
+    """Return the names of the side inputs that a (possibly wrapped) gate reads."""
     return tuple(getattr(unwrap_module(gate), "side_inputs", ()))
 
 
 def get_optional_losses(gate: nn.Module) -> tuple[str, ...]:
-    """The names of the losses that a gate, wrapped or not, computes on request."""
+    """Return the names of the losses that a (possibly wrapped) gate computes on request."""
     return tuple(getattr(unwrap_module(gate), "optional_losses", ()))

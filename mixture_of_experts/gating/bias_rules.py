@@ -1,6 +1,6 @@
-"""Rules by which an expert bias moves: what a training forward counts, and how the sum over a step moves the bias.
+"""Update rules of the expert bias: what each training forward counts, and how the counts of a step change the bias.
 
-Axes: t tokens, k choices of a token, e experts; outer experts stand before them: `...`.
+Axes: t tokens, k choices per token, e experts; `...` are outer experts.
 """
 
 from __future__ import annotations
@@ -18,50 +18,51 @@ from mixture_of_experts.support.checks import check_choice, check_flag, check_si
 
 
 class ForwardChoices(NamedTuple):
-    """The decision of a router in a training forward, which a rule counts."""
+    """The choices of a router in a training forward, which a rule counts."""
 
     expert: Tensor  #: (..., t, k) int64
-    chosen: Tensor | None  #: (..., t, k) bool, the choices that are made; None if all are
-    score: Tensor | None  #: (..., t, e), by which experts are chosen, without the bias; None if the rule reads none
-    full: Tensor | None  #: (..., t) bool, the tokens that make all their choices; None if all do
+    chosen: Tensor | None  #: (..., t, k) bool, which choices are made; None if all are
+    score: Tensor | None  #: (..., t, e), scores that select experts, without the bias; None if the rule reads none
+    full: Tensor | None  #: (..., t) bool, which tokens make all their choices; None if all do
     bias: Tensor  #: (..., e), the bias in this forward
 
 
 class BiasRule:
-    """Base of the rules. A rule of your own writes `count` and `step`."""
+    """Base class of rules. Custom rules implement `count` and `step`."""
 
-    #: bins of each expert's histogram, in the buffer `expert_histogram`; 0: one count for each, in `expert_counts`
+    #: bins of each expert's histogram in the buffer `expert_histogram`, or 0 for a single count in `expert_counts`
     bins: int = 0
-    #: the default `rate` of `balance_experts`
+    #: default `rate` of `balance_experts`
     rate: ClassVar[float]
     #: whether `count` reads `ForwardChoices.score`
     reads_scores: ClassVar[bool] = False
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """The counts of one forward: integers `(..., e)`, or `(..., e, bins)` for a rule with `bins`."""
-        raise NotImplementedError(f"{type(self).__name__} must write count(choices)")
+        """Return the counts of one forward: integers `(..., e)`, or `(..., e, bins)` for a rule with `bins`."""
+        raise NotImplementedError(f"{type(self).__name__} must implement count(choices)")
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        """The step `(..., e)` that is added to the bias; 0 if nothing was counted. Experts that every token takes, by
-        `AlwaysChosen`, are not among these e, nor are choices of them among these k.
+        """Return the step `(..., e)` to add to the bias, which must be 0 if nothing was counted.
+
+        Experts that `AlwaysChosen` assigns to every token are excluded from e, and their choices from k.
 
         Args:
-            counts: sums of what `count` returned, over all micro-batches and ranks.
+            counts: sums of the results of `count` over all micro-batches and ranks.
             bias: `(..., e)`.
-            k: choices of a token.
+            k: number of choices per token.
             rate: the rate of `balance_experts`.
         """
-        raise NotImplementedError(f"{type(self).__name__} must write step(counts, bias, k, rate)")
+        raise NotImplementedError(f"{type(self).__name__} must implement step(counts, bias, k, rate)")
 
 
 class SignRule(BiasRule):
-    """Adds `rate * sign(mean load - load)` to the bias (Wang et al. 2024, arXiv 2408.15664).
+    """A rule that adds `rate * sign(mean load - load)` to the bias (Wang et al. 2024, arXiv 2408.15664).
 
     Args:
-        centred: whether the mean of the bias is subtracted after each step, so that the bias cannot drift as a whole.
-            The same experts are chosen, up to rounding.
-        shares: e integers above 0, the proportion in which experts are to be chosen; None: equally. So experts that
-            compute and experts that cost nothing (`ZeroComputationExperts`) can be balanced separately.
+        centred: whether to subtract the mean of the bias after each step, so that the bias cannot drift as a whole.
+            This does not change which experts are chosen, up to rounding.
+        shares: e integers above 0, the target proportions of choices; None for equal shares. With shares, experts that
+            compute and `ZeroComputationExperts` can be balanced separately.
 
     Example:
         >>> import torch
@@ -79,16 +80,18 @@ class SignRule(BiasRule):
         self.shares = None if shares is None else check_shares(shares)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """The number of choices of each expert, `(..., e)` int64."""
+        """Return the number of choices of each expert, `(..., e)` int64."""
         return count_expert_load(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
         parts, whole = 1, counts.shape[-1]
         if self.shares is not None:
             if len(self.shares) != whole:
-                raise ValueError(f"shares must be a number for each of the {whole} experts, got {len(self.shares)}")
+                raise ValueError(
+                    f"shares must have one number for each of the {whole} experts, got {len(self.shares)} numbers"
+                )
             parts, whole = torch.tensor(self.shares, device=counts.device), sum(self.shares)
-        # below its share 1, above it -1, at it 0: in integers, so balance is exact
+        # 1 below the share, -1 above it and 0 at it; integers make the comparison exact
         step = rate * torch.sign(counts.sum(dim=-1, keepdim=True) * parts - counts * whole)
         if not (self.centred and rate):
             return step
@@ -100,34 +103,35 @@ class SignRule(BiasRule):
 
 
 def check_shares(shares: Any) -> tuple[int, ...]:
-    """Integers above 0, in proportion."""
+    """Check that shares are positive integers whose products with counts fit into int64."""
     try:
         found = check_sizes("shares", tuple(shares))
     except (TypeError, ValueError):
         raise ValueError(
-            f"shares must be integers of at least 1, in proportion, such as [1, 9] for 10% and 90%, got {shares!r}"
+            f"shares must be a proportion of integers of at least 1, such as [1, 9] for 10% and 90%, got {shares!r}"
         ) from None
-    if sum(found) >= 1 << 20:  # their products with counts must be int64
-        raise ValueError(f"shares must have a sum below 2^20, got {sum(found)}: give smaller integers")
+    if sum(found) >= 1 << 20:
+        raise ValueError(f"the sum of shares must be below 2^20, got {sum(found)}; use smaller integers")
     return found
 
 
 class QuantileRule(BiasRule):
-    """Quantile balancing (Kimi K3, section 2.3.3): moves each bias at once to where its expert gets its share.
+    """Quantile balancing (Kimi K3, section 2.3.3), which moves each bias directly to where its expert gets its share.
 
-    A token goes to an expert whose biased score is above alpha, the (k + 1)-th largest: to one whose bias is above
-    `r = alpha - score`. If an expert's bias were the k / e quantile of its r, and the other biases stayed, the expert
-    would take k / e of the tokens. The new bias is this quantile, minus the mean over the experts.
+    A token is routed to an expert if its biased score exceeds alpha, the (k + 1)-th largest biased score. Equivalently,
+    the bias of the expert exceeds `r = alpha - score`. If an expert's bias were the k / e quantile of its r and the
+    other biases stayed fixed, the expert would receive k / e of the tokens. The new bias is this quantile, minus the
+    mean over all experts.
 
-    Quantiles are interpolated linearly in histograms over `[min b - 1, max b + 1]`. Scores between 0 and 1 have all
-    their r in this range. An r outside of it counts at the end of the range; the bias then moves by at most about 1 in
-    a step, and the range moves with it.
+    Quantiles are interpolated linearly in histograms over `[min b - 1, max b + 1]`. If scores are between 0 and 1, all
+    r are within this range. Values of r outside the range are counted at its ends; the bias then moves by at most about
+    1 per step, and the range moves with it.
 
-    Masked tokens do not count, nor do tokens that make fewer than k choices (at a second level) or have a score that is
-    NaN. With a `rate` below 1 the bias moves that part of the way.
+    Tokens do not count if they are masked, make fewer than k choices (at a second level), or have a NaN score. With a
+    `rate` below 1, the bias moves that fraction of the way.
 
     Args:
-        bins: bins of each expert's histogram. The error of a quantile is at most the width of a bin.
+        bins: number of bins of each expert's histogram. The error of a quantile is at most the width of a bin.
 
     Example:
         Two experts, one choice, and 4 bins over [-1, 1]. Half of the 4 tokens have an r below 0 for the first expert,
@@ -146,7 +150,7 @@ class QuantileRule(BiasRule):
         self.bins: int = check_size("bins", bins)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Histograms of r, `(..., e, bins)` int32."""
+        """Return histograms of r, `(..., e, bins)` int32."""
         score, bias, full = choices.score, choices.bias, choices.full
         assert score is not None
         score, bias = score.detach(), bias.to(score.dtype).unsqueeze(-2)
@@ -164,7 +168,7 @@ class QuantileRule(BiasRule):
         e = counts.shape[-2]
         up_to = counts.cumsum(dim=-1)  # int64
         tokens = up_to[..., -1:]
-        at = (up_to * e < tokens * k).sum(dim=-1, keepdim=True)  # the bin with the k / e quantile
+        at = (up_to * e < tokens * k).sum(dim=-1, keepdim=True)  # the bin that contains the k / e quantile
         within = counts.gather(-1, at)
         before = up_to.gather(-1, at) - within
         place = at + (tokens * k - before * e).to(bias.dtype) / (e * within.clamp(min=1))
@@ -177,13 +181,13 @@ class QuantileRule(BiasRule):
 
 
 def histogram_range(bias: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """The lower end of the histograms of biases `(..., e)`, and the width of a bin; both `(..., 1)`."""
+    """Return the lower end of the histograms for biases `(..., e)` and the width of a bin, both `(..., 1)`."""
     low, high = bias.amin(dim=-1, keepdim=True) - 1, bias.amax(dim=-1, keepdim=True) + 1
     return low, (high - low) / bins
 
 
 RuleName = Literal["sign", "centred_sign", "quantile"]
-#: functions that make the rules: each gate has its own, because settings of a rule can be changed
+#: factories of rules; each gate has its own instance, because settings of a rule can be changed
 RULES: Mapping[str, Callable[[], BiasRule]] = {
     "sign": SignRule,
     "centred_sign": partial(SignRule, centred=True),
@@ -192,13 +196,13 @@ RULES: Mapping[str, Callable[[], BiasRule]] = {
 
 
 def check_rule(name: str, rule: Any) -> BiasRule:
-    """A new rule of this name, or the rule itself if an instance is given."""
+    """Return a new rule with this name, or `rule` itself if it is an instance of a rule."""
     return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]()
 
 
 def step_of(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, always: int = 0) -> Tensor:
-    """The step `(..., e)` of a rule from its counts `(..., e)` or `(..., e, bins)`; 0 for the last `always` experts,
-    which every token takes."""
+    """Return the step `(..., e)` of a rule from its counts `(..., e)` or `(..., e, bins)`. The step is 0 for the last
+    `always` experts, which every token chooses."""
     competing = bias.shape[-1] - always
     step = rule.step(counts.narrow(bias.ndim - 1, 0, competing), bias[..., :competing], k - always, rate)
     return functional.pad(step, (0, always)) if always else step
@@ -213,20 +217,22 @@ def check_scores(
     num_groups: int | None,
     why: str | None = None,
 ) -> None:
-    """Raise ValueError if `rule` reads scores, but the router's scores do not tell how many tokens an expert gets.
-    `why` is a reason that the router knows."""
+    """Raise ValueError if `rule` reads scores, but the scores of the router do not determine the load of experts.
+
+    `why` is a reason that the router itself states.
+    """
     if not rule.reads_scores:
         return
     if why is not None:
         pass
     elif k >= num_experts:
-        why = f"every token takes all {num_experts} experts there"
+        why = f"every token chooses all {num_experts} experts"
     elif num_groups is not None:
-        why = f"experts are chosen in {num_groups} groups there"
+        why = f"experts are chosen in {num_groups} groups"
     elif not isinstance(select, str):
-        why = "experts are chosen by a function of their scores there"
+        why = "experts are chosen by a function of their scores"
     if why is not None:
         raise ValueError(
-            f"{rule!r} does not fit {owner}: {why}, so its scores do not tell an expert's load. Balance it "
-            "by rule='sign'"
+            f"{rule!r} does not support {owner}: {why}, so scores do not determine the load of an expert. Use "
+            "rule='sign'"
         )

@@ -1,4 +1,4 @@
-"""The capacity factor of a gate, an attribute that is checked whenever it is set."""
+"""A descriptor for the capacity factor of a gate, which checks every assigned value."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from mixture_of_experts.support.checks import check_number
 
 
 class CapacityFactor:
-    """An attribute of gates: a finite number above 0, or (unless `dropless=False`) None to drop no token.
+    """An attribute of gates that is a finite number above 0, or (unless `dropless=False`) None for no token dropping.
 
-    It is stored as a ratio of two integers, from which capacity is computed (`queues.bounded_ratio`). Integers of a
-    module are constants to `torch.compile`. A float may become a symbol (`dynamic=True`, or layers of different factors
-    compiled one after the other), and torch cannot pass sizes that depend on it to an autograd function.
+    It is stored as a ratio of two integers, from which the capacity is computed (`queues.bounded_ratio`), because
+    `torch.compile` treats integers of a module as constants. A float may become a symbol (with `dynamic=True`, or if
+    layers with different factors are compiled one after the other), and torch cannot pass sizes that depend on it to an
+    autograd function.
     """
 
     def __init__(self, dropless: bool = True) -> None:
@@ -35,5 +36,5 @@ class CapacityFactor:
         try:
             return bounded_ratio(float(check_number(self.name, value, above=0.0)))
         except ValueError as error:
-            hint = "use None to drop no token (dropless)" if self.dropless else "experts take a fixed number of tokens"
+            hint = "use None for no token dropping" if self.dropless else "each expert chooses a fixed number of tokens"
             raise ValueError(f"{error}; {hint}") from None

@@ -1,4 +1,4 @@
-"""A warning for decoding with a gate whose choices for one token differ from those for the whole sequence."""
+"""Warns about decoding with a gate whose choices for a single token differ from those for the whole sequence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 def warn_of_decoding(gate: Any) -> None:
-    """Warn of a gate of token choice that in eval gets groups of one token, if its choices depend on other tokens
-    (capacity) or on chance. There is no warning in a traced graph or at a second level."""
+    """Warn if a token-choice gate whose choices depend on other tokens (capacity) or are random gets groups of one
+    token in eval. There is no warning in a traced graph or at a second level."""
     if gate.outer_expert_dims or torch.compiler.is_compiling():
         return
     found = {}  # name: (its value, the value to set instead)
@@ -22,7 +22,7 @@ def warn_of_decoding(gate: Any) -> None:
         has = " and ".join(f"{name}={value!r}" for name, (value, _) in found.items())
         remedy = ", ".join(f"gate.{name} = {value!r}" for name, (_, value) in found.items())
         warnings.warn(
-            f"a {type(gate).__name__} in eval is given one token a sequence, as in decoding, and has {has}: its "
-            f"choices then differ from those for the whole sequence at once. To generate, set {remedy}",
+            f"{type(gate).__name__} received one token per sequence in eval, as in decoding, but it has {has}, so its "
+            f"choices differ from those for the whole sequence. For generation, set {remedy}",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
-"""Routers with a state that passes from layer to layer: exponential depth averaging.
+"""Routers that pass a state from layer to layer (exponential depth averaging).
 
-Axes: b groups, n tokens of a group, d model dim, r width of the state, e experts.
+Axes: b groups, n tokens per group, d model dim, r width of the state, e experts.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from mixture_of_experts.support.tracing import disable_autocast
 
 
 class DepthAveragedGating(TopKGating):
-    """Chooses by a network on a state, to which the state of the router of the layer before is added.
+    """A router whose logits are computed from a state that accumulates over layers, as in ZAYA1 and ZONOS2.
 
-    The router of ZAYA1 and ZONOS2 (arXiv 2605.05365, section II-A, equations 1 to 3; first in arXiv 2511.17127). A
-    call with `router_state`, None in the first layer, returns the state for the layer after it::
+    The state of the router in the previous layer is added to the state of this one (arXiv 2605.05365, section II-A,
+    equations 1 to 3; introduced in arXiv 2511.17127). A call with `router_state`, which is None in the first layer,
+    returns the state for the next layer::
 
         out, aux_loss, state = moe(x, router_state=state)
 
     Args:
-        dim, num_experts, k: d, e, and the number of experts of a token.
-        state_dim: r.
-        first: whether the layer is the first one, which gets no state. All others need one.
-        logits: a module that maps states `(..., b, n, r)` to logits `(..., b, n, e)`; by default a norm and three
-            linear layers with GELU between them, as in ZAYA1.
-        settings: further arguments of `TopKGating`, without `outer_expert_dims`.
+        dim, num_experts, k: model dimension d, number of experts e, and number of experts per token.
+        state_dim: width of the state, r.
+        first: whether this is the first layer, which receives no state. All other layers require one.
+        logits: a module that maps states `(..., b, n, r)` to logits `(..., b, n, e)`. Default: a norm and three linear
+            layers with GELU in between, as in ZAYA1.
+        settings: further arguments of `TopKGating`, except `outer_expert_dims`.
 
     Shape:
-        x `(b, n, d)`, and `router_state` `(b, n, r)` unless it is the first, to a `Routing` with `state` `(b, n, r) =
-        down(x) + state_scale * router_state`, in float32 (float64 for float64 weights). `down` is a linear layer from
-        d to r, `state_scale` is `(r,)`.
+        Maps x `(b, n, d)`, and `router_state` `(b, n, r)` unless it is the first layer, to a `Routing` with `state`
+        `(b, n, r) = down(x) + state_scale * router_state`, in float32 (float64 for float64 weights). `down` is a linear
+        layer from d to r, and `state_scale` is `(r,)`.
 
     Raises:
-        TypeError, ValueError: no state, or one of another shape; or a state for the first layer.
+        TypeError, ValueError: the state is missing or has a wrong shape or dtype, or the first layer gets a state.
 
     Example:
         >>> import torch
@@ -87,22 +88,22 @@ class DepthAveragedGating(TopKGating):
             )
         super().__init__(dim, num_experts, k, logits=logits, **factory, **settings)
         if self.outer_expert_dims:
-            raise ValueError(f"{type(self).__name__} is one router: it takes no outer_expert_dims, and no second level")
+            raise ValueError(f"{type(self).__name__} does not support outer_expert_dims or a second level")
         self.state_dim, self.first = r, check_flag("first", first)
         self.down: nn.Linear = nn.Linear(dim, r, **factory)
         self.state_scale = None if self.first else nn.Parameter(torch.ones(r, **factory))
 
     def reset_parameters(self) -> None:
-        """Set the scale to 1, biases and counts to 0. The modules `down` and `logits` draw their own weights."""
+        """Set the scale to 1, and biases and counts to 0. The modules `down` and `logits` reset themselves."""
         super().reset_parameters()
         if (scale := self._parameters.get("state_scale")) is not None:
             nn.init.ones_(scale)
 
     def variant_reason(self) -> str:
-        return f"the logits of {type(self).__name__} follow from a linear layer: take TopKGating"
+        return f"{type(self).__name__} computes its logits with linear layers; use TopKGating"
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose by the state, and hand it on."""
+        """Choose experts from the state, and return the state with the choices."""
         dtype = torch.float64 if self.down.weight.dtype == torch.float64 else torch.float32
         with disable_autocast(tokens.x.device):
             state = in_dtype(self.down, tokens.x, dtype)
@@ -112,11 +113,12 @@ class DepthAveragedGating(TopKGating):
                     raise ValueError(f"{STATE} must have shape {tuple(state.shape)}, got {describe_shape(before)}")
                 if not before.is_floating_point():
                     raise TypeError(
-                        f"{STATE} must be floating point, got {before.dtype}: pass what the layer before returned"
+                        f"{STATE} must be floating point, got {before.dtype}; pass the state that the previous layer "
+                        "returned"
                     )
                 state = state + before * self.state_scale.to(dtype)
             elif STATE in tokens.side:
                 raise ValueError(
-                    f"{STATE} is given to the first layer, which has none before: make it with first=False"
+                    f"{STATE} must be None in the first layer; construct the gates of later layers with first=False"
                 )
         return super().decide(replace(tokens, x=state))._replace(state=state)

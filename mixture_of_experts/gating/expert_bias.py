@@ -1,7 +1,7 @@
-"""Counts the load of experts, by which the expert bias moves (arXiv 2408.15664).
+"""Counts the load of experts, from which the expert bias is updated (arXiv 2408.15664).
 
-The counts of a forward are added when its backward runs, so each forward counts once: activation checkpointing runs it
-twice, but its backward once. Evaluation has no backward.
+The counts of a forward are added when its backward runs. Each forward therefore counts once, even if activation
+checkpointing runs it twice, and evaluation does not count.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mixture_of_experts.support.private_torch import (
     is_in_transform,
 )
 
-#: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
+#: buffers of gates in which each rank counts its own tokens, and the coefficient that is derived from such counts
 RANK_LOCAL_BUFFERS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})
 def move_counts(counts: Tensor, total: Tensor) -> None:
-    """Add `counts` to `total`, then set `counts` to 0: a second backward through the same graph adds nothing.
+    """Add `counts` to `total`, then set `counts` to 0, so that a second backward through the same graph adds nothing.
 
-    A compiled backward may change a buffer only by such an operator.
+    This is a custom operator because a compiled backward cannot modify a buffer otherwise.
     """
     total.add_(counts)
     counts.zero_()
@@ -45,14 +45,14 @@ def _(info, in_dims, counts: Tensor, total: Tensor):
     return None, None
 
 
-# Makes the output of `_CountInBackward` require a gradient; it gets none itself.
+# Makes the output of `_CountInBackward` require a gradient, but receives none itself.
 ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class _CountInBackward(torch.autograd.Function):
-    """Returns `weight`; its backward counts.
+    """The identity of `weight`, whose backward adds counts.
 
-    The counts are attributes of the context: checkpointing would recompute them if `save_for_backward` had them.
+    The counts are attributes of the context, because checkpointing would recompute tensors in `save_for_backward`.
     """
 
     generate_vmap_rule = True
@@ -72,56 +72,56 @@ class _CountInBackward(torch.autograd.Function):
 
 
 def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
-    """Return `weight`; its first backward adds `counts` to `total`.
+    """Return `weight` as a tensor whose first backward adds `counts` to `total`.
 
     Args:
-        weight: weights of the choices. The result requires a gradient even if they do not: a router may be frozen while
-            the experts train.
-        counts: integers of any shape, a tensor of this forward alone; it is set to 0 when it was added.
-        total: the buffer, of that shape.
+        weight: weights of the choices. The result requires a gradient even if they do not, because a router may be
+            frozen while the experts are trained.
+        counts: integers of any shape, in a tensor that only this forward uses. It is set to 0 after it was added.
+        total: the buffer, with the same shape.
     """
-    if is_in_ddp():  # a graph is traced again in another DDP
-        # also without gradients: reentrant checkpointing enables them in the backward only
+    if is_in_ddp():  # a graph is retraced in another DDP
+        # even without gradients, which reentrant checkpointing enables only in the backward
         keep_rank_counts(torch.compiler.is_compiling())
-    if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward in which to count
+    if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward
         return weight
     anchor = None if weight.requires_grad else ANCHOR
     return _CountInBackward.apply(weight, anchor, counts, total)
 
 
-@assume_constant_result  # runs while a graph is traced
+@assume_constant_result  # runs during tracing
 def keep_rank_counts(traced: bool) -> None:
-    """Keep `DistributedDataParallel`, if one is running, from replacing each rank's counts with those of the first rank
-    before the next forward. Before the first one all counts are 0."""
+    """Prevent a running `DistributedDataParallel` from overwriting each rank's counts with those of the first rank
+    before the next forward. Before the first forward, all counts are 0."""
     if copied := exclude_from_ddp_broadcast(RANK_LOCAL_BUFFERS, traced):
         warnings.warn(
-            f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so the counts of the "
-            "other ranks are lost if gradients are accumulated over several forwards: before you wrap the model, call "
-            "balance_experts(model, optimizer), or mixture_of_experts.parallel.ignore_experts_in_ddp(model)",
+            f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so gradient "
+            "accumulation over several forwards loses the counts of other ranks. Before wrapping the model, call "
+            "balance_experts(model, optimizer) or mixture_of_experts.parallel.ignore_experts_in_ddp(model)",
             stacklevel=2,
         )
 
 
 class StepsWithoutUpdate:
-    """Warns if a router trains while its bias stays as it is.
+    """Warns if a router is trained while its expert bias is never updated.
 
-    An optimizer step shows in the version counter of the router's weight. FSDP2 hides it, because it gathers weights
-    for each forward: there, many forwards count instead.
+    Optimizer steps are detected by the version counter of the router's weight. Under FSDP2, which gathers weights for
+    each forward, the counter does not reveal steps, so the warning depends on the number of forwards.
     """
 
     MAX_STEPS = 50  #: optimizer steps before the warning
-    SO_MANY = 1000  #: training forwards before the warning; a step of micro-batches, recomputed or not, takes fewer
-    steps: int = 0  #: since the bias moved
-    forwards: int = 0  #: since the bias moved
-    version: int | None = None  #: of the weight in the last training forward
-    warned: bool = False  #: since the bias moved
+    SO_MANY = 1000  #: training forwards before the warning; a step has fewer, even with recomputed micro-batches
+    steps: int = 0  #: optimizer steps since the last update
+    forwards: int = 0  #: training forwards since the last update
+    version: int | None = None  #: version of the weight in the last training forward
+    warned: bool = False  #: whether the warning was emitted since the last update
 
     def bias_moved(self) -> None:
-        """Start counting anew."""
+        """Reset the counts after an update of the bias."""
         self.steps, self.forwards, self.warned = 0, 0, False
 
     def training_forward(self, weight: Tensor | None) -> None:
-        """Note a training forward of a router with this weight. A frozen one may keep its bias on purpose."""
+        """Count a training forward of a router with this weight. Frozen routers may keep their bias on purpose."""
         if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or is_in_transform():
             return
         self.forwards += 1
@@ -132,8 +132,8 @@ class StepsWithoutUpdate:
             count = f"{self.steps} optimizer steps" if many_steps else f"{self.forwards} training forwards"
             self.warned = True
             warnings.warn(
-                f"expert_bias=True counts loads, but nothing moved the bias in {count}: use balance_experts(model, "
-                "optimizer), its callback in a Trainer, or gate.update_bias(rate) after each step (a rate of 0 leaves "
-                "the bias as it is)",
+                f"expert_bias=True is set, but the bias was not updated in {count}. Use balance_experts(model, "
+                "optimizer), its callback in a Trainer, or gate.update_bias(rate) after each step (a rate of 0 keeps "
+                "the bias unchanged)",
                 stacklevel=4,
             )

@@ -1,4 +1,4 @@
-"""Expert choice: the experts choose their tokens."""
+"""Expert-choice routing, in which experts choose tokens."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.logits import router_logits
-from mixture_of_experts.gating.recomputing import gather_chosen, recomputed, without_whole
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_gpu, without_whole
 from mixture_of_experts.losses import token_mean
 
 
 class ExpertChoiceGating(Gate):
-    """Each expert takes its top tokens of a group (Zhou et al. 2022, arXiv 2202.09368).
+    """A router in which each expert chooses its top tokens of a group (Zhou et al. 2022, arXiv 2202.09368).
 
-    Load is balanced by construction (`balance_loss` is 0); a token may get no expert or all of them.
+    The load is balanced by construction (`balance_loss` is 0), but a token may be chosen by no expert or by all.
 
-    NOT CAUSAL: an expert looks at the whole group to choose. In a language model later tokens then decide whether an
-    earlier token is computed; use it where the whole group is known, as in encoders.
+    This router is NOT CAUSAL, because experts see the whole group when they choose. In a language model, later tokens
+    would determine whether an earlier token is computed. Use it where the whole group is known, as in encoders.
 
     Args:
-        dim: d, model dimension.
-        num_experts: e, number of experts.
-        capacity_factor: experts a token gets on average: an expert takes `min(n, max(1, int(n * factor / e)))` tokens.
+        dim: model dimension, d.
+        num_experts: number of experts, e.
+        capacity_factor: mean number of experts per token; each expert chooses `min(n, max(1, int(n * factor / e)))`
+            tokens.
         process_group: the ranks that share the batch; see `Gate`.
-        device, dtype: of the weights, as in `torch.nn`.
+        device, dtype: device and dtype of the weights, as in `torch.nn`.
 
     Example:
         >>> import torch
@@ -60,31 +61,31 @@ class ExpertChoiceGating(Gate):
         self.reset_parameters()
 
     def variant_reason(self) -> str:
-        return "experts choose tokens, so a token's experts depend on the other tokens: take a gate of token choice"
+        return "experts choose tokens, so the experts of a token depend on other tokens; use a token-choice gate"
 
     @property
     def expected_choices(self) -> float:
-        """The mean number of experts that choose a token, without rounding: the capacity factor."""
+        """The mean number of experts that choose a token, which is the capacity factor up to rounding."""
         factor: Any = self.capacity_factor
         return factor
 
     def forward(
         self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, **side: Tensor
     ) -> Routing:
-        """Return the `Routing`: which tokens each expert computes.
+        """Return the `Routing`, which assigns tokens to experts.
 
         Args:
             x: `(b, n, d)`.
-            importance: must be None, else ValueError: this gate cannot be a level of a hierarchy.
-            mask: `(b, n)` bool, True where the token is real. Experts choose real tokens only, and their number of
-                tokens follows from the number of real ones.
-            side: `router_input` `(b, n, d)`, which the gate reads instead of x.
+            importance: must be None, because this gate cannot be a level of a hierarchy; otherwise raises ValueError.
+            mask: `(b, n)` bool, True for real tokens. Experts choose only real tokens, and the number of tokens per
+                expert is computed from the number of real tokens.
+            side: `router_input` `(b, n, d)`, which replaces x.
         """
         if importance is not None:
-            raise ValueError("expert choice takes no importance: its experts choose; use a token-choice gate")
+            raise ValueError("expert choice does not support importance; use a token-choice gate")
         tokens = self.read(x, None, mask, side=side)
         n, e = tokens.num_tokens, self.num_experts
-        probs, log_total = recomputed(self._scores, tokens.x, self.w_gating)
+        probs, log_total = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
         capacity, limit = expert_capacity(n, tokens.length, self._capacity_factor, e, minimum=1)
 
         score = probs.transpose(-2, -1)  # (b, e, n)
@@ -115,7 +116,7 @@ class ExpertChoiceGating(Gate):
         )
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities `(b, n, e)`, and the logsumexp `(b, n)` of the logits."""
+        """Return probabilities `(b, n, e)` and the logsumexp `(b, n)` of the logits."""
         logits = router_logits(x, weight)
         return logits.softmax(dim=-1), logits.logsumexp(dim=-1)
 

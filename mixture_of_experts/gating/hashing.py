@@ -1,4 +1,4 @@
-"""Hash layers: a token's id says which experts compute it."""
+"""Hash layers, in which the id of a token determines its experts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 
 class HashGating(TopKGating):
-    """Every token id has k fixed experts; their weights are learned, as those of `TopKGating`.
+    """A router with k fixed experts for each token id, whose weights are learned as in `TopKGating`.
 
-    The experts are balanced as far as the ids are, without a loss (Roller et al. 2021, arXiv 2106.04426). The first
-    layers of DeepSeek-V4 do this. Call the layer as `moe(x, token_ids=ids)`.
+    Without a loss, the load is as balanced as the frequencies of ids (Roller et al. 2021, arXiv 2106.04426). The first
+    layers of DeepSeek-V4 use this router. Call the layer as `moe(x, token_ids=ids)`.
 
     Args:
-        dim, num_experts, k: d, e, and the number of experts of an id.
-        num_ids: v, number of token ids.
+        dim, num_experts, k: model dimension d, number of experts e, and number of experts per id.
+        num_ids: number of token ids, v.
         settings: further arguments of `TopKGating`.
 
     Shape:
-        x `(b, n, d)` and token_ids `(b, n)`, integers from 0 to v - 1, to a `Routing`. `experts_of_id` is a buffer
-        `(v, k)` int64, drawn so that experts have equally many ids, give or take one.
+        Maps x `(b, n, d)` and token_ids `(b, n)`, integers from 0 to v - 1, to a `Routing`. `experts_of_id` is a
+        `(v, k)` int64 buffer, drawn so that the numbers of ids per expert differ by at most one.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ class HashGating(TopKGating):
 
     shape_attributes: ClassVar[tuple[str, ...]] = (*TopKGating.shape_attributes, "k")
     side_inputs: ClassVar[tuple[str, ...]] = (*TopKGating.side_inputs, "token_ids")
-    load_beyond_scores: ClassVar[str | None] = "a token's id chooses its experts there"
+    load_beyond_scores: ClassVar[str | None] = "experts are chosen by token id"
     experts_of_id: Tensor
 
     def __init__(
@@ -55,13 +55,13 @@ class HashGating(TopKGating):
         self.register_buffer("experts_of_id", draw_experts(v, k, num_experts).to(device))
 
     def reset_parameters(self) -> None:
-        """Draw the weights, and the experts of each id."""
+        """Draw the weights and the experts of each id."""
         super().reset_parameters()
-        if (table := self._buffers.get("experts_of_id")) is not None:  # not before it is made
+        if (table := self._buffers.get("experts_of_id")) is not None:  # None while the base class is constructed
             table.copy_(draw_experts(self.num_ids, table.shape[1], self.num_experts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The experts of the tokens' ids."""
+        """Return the experts of the tokens' ids."""
         if (ids := tokens.side.get("token_ids")) is not None:
             if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
                 raise TypeError(f"token_ids must be integers, got {ids.dtype}")
@@ -71,14 +71,16 @@ class HashGating(TopKGating):
             return functional.embedding(ids.to(torch.int64), self.experts_of_id), None
         if GIVEN in tokens.side:
             return super().own_choices(tokens, ranked, probs)
-        raise ValueError("HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers")
+        raise ValueError(
+            "HashGating requires token ids; call the layer as moe(x, token_ids=ids) with integers of shape (..., n)"
+        )
 
     def _check_range(self, ids: Tensor) -> None:
-        """Check that the gate knows the ids. It reads values, so it does nothing on a GPU and in a graph."""
+        """Check that ids are below `num_ids`. The check reads values, so it is skipped on a GPU and in a graph."""
         if is_host_readable(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
             raise ValueError(
-                f"token_ids has {int(wrong[0])}, this gate knows 0 to {self.num_ids - 1}: make it with num_ids=, the "
-                "size of the vocabulary, and mask padding that has another id"
+                f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Set num_ids to the size of the "
+                "vocabulary when you construct the gate, and mask padding that has other ids"
             )
 
     @property
@@ -87,7 +89,8 @@ class HashGating(TopKGating):
 
 
 def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
-    """`(v, k)` int64, k different experts for each id; every expert has equally many ids, give or take one."""
+    """Draw k different experts for each id, `(v, k)` int64, so that the numbers of ids per expert differ by at most
+    one."""
     order = torch.randperm(num_experts)
-    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids take k experts each, in turn, in random order
+    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order get the next k experts in turn
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

@@ -1,7 +1,7 @@
-"""Two levels: the arguments of level two's gate from the routing of level one, and the assignments of both.
+"""Combines two levels of gating: arguments of the second gate from the routing of the first, and joint assignments.
 
-Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of an outer expert for each group,
-k1, k2 choices of a token at each level.
+Axes: b groups, n tokens per group, d model dim, eo outer experts, c slots per outer expert and group, k1 and k2 choices
+per token at levels one and two.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ GIVEN_INNER = "given_experts_inner"
 
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
-    """The names of side inputs for the gates of level one and two, by what each gate reads. Given choices have another
-    name at each level; `counted`, `given_weights` and `segment_ids` are for layers of one level."""
+    """Return which side inputs the gates of levels one and two receive, given the names that each gate reads.
+
+    Given choices have a different name at each level. `counted`, `given_weights` and `segment_ids` are supported only
+    in layers with one level.
+    """
     of_one_level = {COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS}
     own = {name for name in inner if name not in {GIVEN, *of_one_level}}
     return set(outer) - of_one_level, own | ({GIVEN_INNER} if GIVEN in inner else set())
@@ -37,22 +40,24 @@ def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[s
 def make_inner_arguments(
     groups: Tensor, outer: Routing, outer_permutation: Permutation, group_size: int | None, side: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
+    """Return the slots of level one as arguments for the gate of level two, with a group per (outer expert, group).
 
-    A dropless level one hands on what a capacity without overflow would: only occupied slots are tokens. Capacity and
-    means then use each expert's fair share of the choices as the length (n for a single expert, as a token takes an
-    expert once). No capacity factor gives level two more slots than that share.
+    With a capacity, the load-balancing loss of level two averages over all slots of level one, but counts only those
+    that hold a first choice: at balance it is the square of their share, not 1. If level one is dropless, the result is
+    as with a capacity that never overflows, where only occupied slots are tokens. Capacity and means then use each
+    expert's even share of the choices as length (n for a single expert, because a token chooses each expert at most
+    once). No capacity factor provides level two with more slots than that share.
 
     Args:
         groups: `(b, n, d)`.
         outer: the routing of level one.
         outer_permutation: `permute_to_slots(join_groups(outer, in_slots=True))`.
-        group_size: group size of level two, if it has groups of its own.
-        side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0. `given_experts_inner`
-            `(b, n, k, k2)` is for each choice of a token.
+        group_size: group size of level two, or None to keep the groups.
+        side: `(b, n, ...)` side inputs of the gate. Empty slots get zeros and importance 0. `given_experts_inner`
+            `(b, n, k, k2)` has an entry for each choice of a token.
     """
     if outer.k is None:
-        raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
+        raise ValueError("gate_outer must be a token-choice router, but its Routing has no k choices per token")
     b, n, _ = groups.shape
     eo, c = outer.num_experts, outer.slots_per_queue
     importance = append(outer.importance.flatten(), 0)[outer_permutation.assignment]
@@ -62,7 +67,7 @@ def make_inner_arguments(
         real = outer.expert.new_full((b,), n) if outer.mask is None else outer.mask.sum(dim=-1)
         more["length"] = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
     else:
-        if outer.limit is not None:  # slots below the capacity that a group's own length gives
+        if outer.limit is not None:  # only slots within the capacity for a group's own length
             mask = (torch.arange(c, device=importance.device) < outer.limit.unsqueeze(-1)).expand(shape)
         if group_size is not None:
             shape = (eo, *group_shape(b * c, group_size))
@@ -73,8 +78,10 @@ def make_inner_arguments(
 
 
 def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) -> Assignments:
-    """The assignments of two levels: each token has the choices of all its slots, in order, and their weights are the
-    products of both levels' weights. Experts therefore read tokens from the inputs, not from the slots of level one.
+    """Return the joint assignments of two levels.
+
+    Each token has the choices of all its slots, in order, and their weights are the products of the weights of both
+    levels. Experts therefore read tokens from the inputs, not from the slots of level one.
 
     Args:
         outer: the routing of level one.
@@ -82,12 +89,12 @@ def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) 
         inner: the routing of level two, with one router for each expert of level one.
     """
     if outer_permutation.k is None or inner.k is None:
-        raise ValueError("only routers of token choice can be composed: expert choice makes no list of k choices")
+        raise ValueError("both levels must be token-choice routers, because expert choice has no k choices per token")
     slot = outer_permutation.row
     weight = outer_permutation.weight.unsqueeze(-1) * gather_choices(inner.weight, inner.k, slot).view(-1, inner.k)
     kept = gather_choices(inner.kept, inner.k, slot)
     return Assignments(
-        expert=None,  # it follows from the slots
+        expert=None,  # determined by the slots
         weight=weight.flatten(),
         kept=kept,
         sent=kept,
@@ -101,9 +108,9 @@ def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) 
 
 
 def check_slots_have_tokens(gate: nn.Module, inner: Routing, outer_permutation: Permutation) -> None:
-    """Check that a gate of level two chooses no expert for an empty slot, unless it is a gate of this package.
+    """Check that a custom gate of level two chooses no expert for an empty slot.
 
-    It reads values, so it does nothing on a GPU and in a graph.
+    The check reads values, so it is skipped on a GPU and in a graph.
     """
     if (
         inner.k is None
@@ -114,14 +121,14 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, outer_permutation: 
     empty = outer_permutation.assignment == outer_permutation.row.shape[0]
     if (sent := inner.sent.reshape(outer_permutation.num_rows, inner.k).any(dim=-1) & empty).any():
         raise ValueError(
-            f"gate_inner, a {type(gate).__name__}, chose experts for {int(sent.sum())} slots of level one that no "
-            "token has: choose none where importance is 0 (TokenChoiceGate.route leaves them out)"
+            f"gate_inner ({type(gate).__name__}) chose experts for {int(sent.sum())} empty slots of level one. Do not "
+            "choose experts where importance is 0; TokenChoiceGate.route removes such choices"
         )
 
 
 def _side_of_slots(side: Mapping[str, Tensor], k: int, outer_permutation: Permutation) -> dict[str, Tensor]:
-    """The side inputs of slots `(r, ...)`, from those of tokens `(b, n, ...)`, and `given_experts` `(r, k2)` from those
-    of choices `(b, n, k, k2)`. An empty slot has zeros, and -1 as a given expert."""
+    """Return the side inputs of slots `(r, ...)` from those of tokens `(b, n, ...)`, and `given_experts` `(r, k2)` from
+    those of choices `(b, n, k, k2)`. Empty slots get zeros, and -1 as given experts."""
     found = {}
     for name, value in side.items():
         if name != GIVEN_INNER:

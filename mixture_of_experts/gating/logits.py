@@ -1,7 +1,6 @@
-"""Logits of a router, in float32 for every dtype of its inputs: by a matrix, or by a module.
+"""Router logits, computed by a matrix or a module, in float32 for inputs of any dtype.
 
-Axes: t tokens, d model dim, e experts; outer experts stand before them: `...`. In modules also b groups, n tokens of a
-group.
+Axes: t tokens, d model dim, e experts; `...` are outer experts. For modules also b groups, n tokens per group.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ from mixture_of_experts.support.tracing import disable_autocast
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Logits `(..., b, n, e)` of tokens x `(..., b, n, d)` by a matrix `(..., d, e)` and a bias `(..., e)`, in float32
-    (float64 for a float64 matrix), also under autocast.
+    """Return logits `(..., b, n, e)` of tokens x `(..., b, n, d)` for a matrix `(..., d, e)` and a bias `(..., e)`.
 
-    It saves x in its own dtype for the backward. Autograd alone would save a copy in float32, twice as large.
+    They are computed in float32 (float64 for a float64 matrix), even under autocast. x is saved for the backward in its
+    own dtype, while autograd would save a float32 copy, which may be twice as large.
     """
     check_devices("the router's weights", x, (weight,))
     dtype, rows = torch.float64 if weight.dtype == torch.float64 else torch.float32, x.flatten(-3, -2)
@@ -55,11 +54,11 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
-    """Logits of tokens `(..., b, n, d)` by a module, in float32 (float64 stays), also under autocast. A module computes
-    in the wider dtype of tokens and weights."""
+    """Return the logits of tokens `(..., b, n, d)` computed by a module, in float32 (or float64 if the module returns
+    float64), even under autocast. The module computes in the wider dtype of tokens and weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if not isinstance(module, RouterLogits):
-        reject_batch_invariance(f"the logits come from a {type(module).__name__}")
+        reject_batch_invariance(f"logits are computed by {type(module).__name__}")
     with disable_autocast(x.device):
         if weight is None or isinstance(module, RouterLogits):
             logits = module(x)
@@ -67,12 +66,15 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
             logits = in_dtype(module, x, torch.promote_types(x.dtype, weight.dtype))
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):
         wanted = (*x.shape[:-1], num_experts)
-        raise ValueError(f"logits must return {wanted}, one for each token and expert, got {describe_shape(logits)}")
+        raise ValueError(
+            f"logits must return a tensor of shape {wanted}, one logit per token and expert, got "
+            f"{describe_shape(logits)}"
+        )
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a module computes of x in `dtype`, whatever its weights are stored in."""
+    """Call a module on x with inputs and weights cast to `dtype`."""
     weights = {name: weight for name, weight in module.named_parameters() if weight.is_floating_point()}
     if next(iter(weights.values())).dtype == dtype:
         return module(x.to(dtype))
@@ -80,20 +82,20 @@ def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class RouterLogits(FixedShapeModule):
-    """Computes logits `multiplier * norm(x) w`, soft-capped to `softcap * tanh(logits / softcap)`, in float32.
+    """A router module with logits `multiplier * norm(x) w`, optionally soft-capped, computed in float32.
 
     Args:
-        dim, num_experts: d and e.
-        norm_eps: epsilon of the norm: tokens are divided by their root mean square and multiplied by `norm_weight
-            (*outer, d)`. None: no norm.
-        multiplier: multiplies the logits.
-        softcap: bound of the logits; None: no bound.
-        bias: adds `bias (*outer, e)` to the product.
+        dim, num_experts: model dimension d and number of experts e.
+        norm_eps: epsilon of the norm, which divides tokens by their root mean square and multiplies them by
+            `norm_weight (*outer, d)`; None for no norm.
+        multiplier: factor of the logits.
+        softcap: bound of the logits, applied as `softcap * tanh(logits / softcap)`; None for no bound.
+        bias: whether to add `bias (*outer, e)` to the product.
         outer_expert_dims: leading dimensions of weights and inputs, as in `TopKGating`.
-        device, dtype: of the weights.
+        device, dtype: device and dtype of the weights.
 
     Shape:
-        `(*outer, b, n, d)` to `(*outer, b, n, e)` in float32, or float64 for float64 weights. `weight` is
+        Maps `(*outer, b, n, d)` to `(*outer, b, n, e)` in float32, or float64 for float64 weights. `weight` is
         `(*outer, d, e)`.
 
     Example:
@@ -140,7 +142,8 @@ class RouterLogits(FixedShapeModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight (standard deviation 1 / sqrt(d)); set the bias to 0 and the norm's weight to 1."""
+        """Draw the weight with standard deviation 1 / sqrt(d), and set the bias to 0 and the weight of the norm to
+        1."""
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
@@ -190,15 +193,15 @@ class _Logits(torch.autograd.Function):
 def _narrow_grads(
     x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of bfloat16 operands, without float32 copies of the operands or of the tokens' gradient.
+    """Return the gradients of bfloat16 operands without float32 copies of the operands or of the gradient of tokens.
 
-    `grad` is split into two bfloat16 numbers, whose sum lacks only the last 8 bits of float32. Products sum in float32.
-    The error is a hundredth of that of rounding the results to bfloat16.
+    `grad` is split into two bfloat16 numbers whose sum lacks only the last 8 bits of float32. Products are accumulated
+    in float32. The error is a hundredth of that from rounding the results to bfloat16.
     """
     *outer, t, e = grad.shape
     wide = grad.new_empty(*outer, t, 2, e, dtype=x.dtype)
     most, rest = wide.unbind(-2)
-    if torch.compiler.is_compiling():  # it cannot trace an `out=` with gaps, and fuses both steps
+    if torch.compiler.is_compiling():  # torch.compile cannot trace a strided `out=`, but fuses both steps
         rest.copy_(grad - most.copy_(grad))
     else:
         torch.sub(grad, most.copy_(grad), out=rest)
@@ -223,7 +226,7 @@ def _compute_router_product(dtype: torch.dtype, x: Tensor, y: Tensor, weight: Te
     return compute_with_gradient(lambda x: _differentiable(x, weight, dtype), x, y)
 
 
-#: by the dtype of the logits what samples `_differentiable`
+#: functions that sample `_differentiable`, by the dtype of the logits
 ROUTER_PRODUCTS: dict[torch.dtype, SampledFunction] = {
     dtype: partial(_compute_router_product, dtype) for dtype in (torch.float32, torch.float64)
 }
@@ -236,14 +239,14 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _has_wide_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether `_wide_product` takes these operands. AMD's libraries and DTensors do not have such a product."""
+    """Return whether `_wide_product` supports these operands. AMD's libraries and DTensors lack this product."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
     return x.dtype == weight.dtype and x.ndim == weight.ndim and not any(map(is_wrapper_subclass, (x, weight)))
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight` in float32, without float32 copies of the operands; the sums are the same."""
+    """Return `x @ weight` in float32 without float32 copies of the operands, with the same sums."""
     *outer, t, d = x.shape
     if not outer:
         mm: Any = torch.mm

@@ -1,4 +1,4 @@
-"""The noisy top-k router of the first sparsely gated mixture of experts."""
+"""The noisy top-k router of the original sparsely gated mixture of experts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 class NoisyTopKGating(TokenChoiceGate):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538, section 2.1 and appendix A).
 
-    In training `H = x w_gating + eps * softplus(x w_noise)`, with standard normal eps; in eval `H = x w_gating`. The
-    weights are the softmax over the k largest of H. Both matrices start at zero, so that at first noise alone chooses
-    and load is equal. `balance_loss` is the sum of `losses["importance"]` and `losses["load"]`, squared coefficients of
-    variation.
+    The scores are `H = x w_gating + eps * softplus(x w_noise)` in training, with standard normal eps, and
+    `H = x w_gating` in eval. The weights are the softmax over the k largest scores. Both matrices are initialized to
+    zero, so that initially only noise determines the choices and the load is balanced. `balance_loss` is the sum of
+    `losses["importance"]` and `losses["load"]`, which are squared coefficients of variation.
 
-    At k = 1 the weight is the constant 1, and only the losses train the router.
+    For k = 1, the weight is the constant 1, and only the losses train the router.
 
     Args:
-        dim: d, model dimension.
-        num_experts: e, number of experts.
-        k: choices of a token, fewer than e: the load loss needs the next best score.
+        dim: model dimension, d.
+        num_experts: number of experts, e.
+        k: number of choices per token, which must be below e because the load loss needs the next best score.
         device, dtype, settings: as in `TopKGating`; dropless by default.
 
     Example:
@@ -63,21 +63,21 @@ class NoisyTopKGating(TokenChoiceGate):
         k = super().check_k(k)
         if k >= self.num_experts:
             raise ValueError(
-                f"k must be below num_experts={self.num_experts}, got {k}: the load of an expert is measured against "
-                "the next best score (use TopKGating to choose all experts)"
+                f"k must be below num_experts={self.num_experts}, got {k}, because the load of an expert is measured "
+                "against the next best score. Use TopKGating to choose all experts"
             )
         return k
 
     def reset_parameters(self) -> None:
-        """Set both matrices to zero, as the paper says."""
+        """Set both matrices to zero, as in the paper."""
         nn.init.zeros_(self.w_gating)
         nn.init.zeros_(self.w_noise)
 
     def variant_reason(self) -> str | None:
-        return "it draws noise in training: call eval()" if self.training else super().variant_reason()
+        return "the router draws noise in training; call eval()" if self.training else super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose the experts of each token's k largest noisy scores."""
+        """Choose the experts with the k largest noisy scores of each token."""
         clean = router_logits(tokens.x, self.w_gating)
         spread = F.softplus(router_logits(tokens.x, self.w_noise))
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
@@ -86,14 +86,14 @@ class NoisyTopKGating(TokenChoiceGate):
         expert, chosen = self.apply_overrides(tokens, best[..., : self.k])
         allowed = both(chosen, self.allowed(tokens))
         top = noisy.gather(-1, expert)
-        # orders tokens with priority "score": the first choice's weight, for k = 1 (where that is 1) its probability
+        # for priority "score": the weight of the first choice, or for k = 1 (where the weight is 1) its probability
         score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
         if allowed is not None:
             top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)
         weight = top.softmax(dim=-1)
         if chosen is None:
             probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
-        else:  # a choice that is not made has some expert's id: send it to a column that is cut off
+        else:  # choices that are not made have an arbitrary id, so they are scattered to a column that is cut off
             column = torch.where(chosen, expert, self.num_experts)
             probs = F.pad(torch.zeros_like(noisy), (0, 1)).scatter(-1, column, weight)[..., :-1]
 
@@ -102,7 +102,7 @@ class NoisyTopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, found, chosen=chosen, priority_score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
-        """The squared coefficients of variation of importance and of load, each summed over the call."""
+        """Return the squared coefficients of variation of importance and load, both summed over the call."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
             _, value = self.select_counted(tokens, None, value)
@@ -111,16 +111,16 @@ class NoisyTopKGating(TokenChoiceGate):
 
 
 def load_probability(clean: Tensor, noisy: Tensor, spread: Tensor, best: Tensor) -> Tensor:
-    """P(x, i) `(..., e)`, the probability that expert i is chosen if only its own noise is drawn again (appendix A,
+    """Return P(x, i) `(..., e)`, the probability that expert i is chosen if only its own noise is redrawn (appendix A,
     equation 9).
 
     Args:
-        clean, noisy, spread: `(..., e)`, scores without and with noise, and the noise's standard deviation.
-        best: `(..., k + 1)`, the experts of the largest noisy scores.
+        clean, noisy, spread: `(..., e)`, scores without and with noise, and the standard deviation of the noise.
+        best: `(..., k + 1)`, the experts with the largest noisy scores.
     """
     within = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, best[..., :-1], True)
     last, following = noisy.gather(-1, best[..., -2:]).split(1, dim=-1)
-    threshold = torch.where(within, following, last)  # the k-th largest of the other experts' scores
-    # a spread of 0 would make the quotient infinite and its gradient NaN; beyond 100 deviations P is exactly 0 or 1
+    threshold = torch.where(within, following, last)  # k-th largest score of the other experts
+    # with a spread of 0 the quotient would be infinite and its gradient NaN; beyond 100 deviations P is exactly 0 or 1
     deviations = (clean - threshold) / spread.clamp(min=1e-6)
     return torch.special.ndtr(deviations.clamp(-100.0, 100.0))

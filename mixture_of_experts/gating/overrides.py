@@ -1,13 +1,13 @@
-"""Given choices, which somebody else made: how they are written, and how they join a gate's own.
+"""External routing decisions (given choices): how they are encoded and combined with a gate's own choices.
 
-Axes: b groups, n tokens of a group, k choices of a token; outer experts stand before them: `...`.
+Axes: b groups, n tokens per group, k choices per token; `...` are outer experts.
 
     0 and above           this expert computes the token
     -1                    no choice
     -2 - i                expert i takes its share of the token's weight, but does not compute the token
     KEEP_ROUTER_CHOICE    the gate chooses
 
-Forced choices, for benchmarks, are given ones that follow from shapes alone.
+Forced choices, used in benchmarks, are given choices that depend only on shapes.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from mixture_of_experts.gating.choices import expert_twice
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import is_host_readable
 
-# Side inputs by which others choose for a gate, or say who does
-GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # a token's choices, and their weights
-COUNTED = "counted"  # the tokens that count, where all are computed
-STATE = "router_state"  # what the router of the layer before hands on
-KEEP_ROUTER_CHOICE = -(1 << 15)  # the least of int16
+# Side inputs that override decisions of a gate or describe its tokens
+GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # choices of tokens, and their weights
+COUNTED = "counted"  # which tokens count if padding is computed too
+STATE = "router_state"  # state of the router in the previous layer
+KEEP_ROUTER_CHOICE = -(1 << 15)  # minimum of int16
 
 
 def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are
-    `KEEP_ROUTER_CHOICE`.
+    """Combine given choices `(..., b, n, k)` with the gate's `own` choices where they are `KEEP_ROUTER_CHOICE`.
 
     Args:
-        overrides: given choices, encoded as above; None: the gate makes all choices.
-        own, made: its own experts, and which of them it chooses; None: all.
+        overrides: given choices, encoded as above, or None if the gate makes all choices.
+        own, made: the gate's own experts, and which of them it chooses (None for all).
 
     Returns:
-        The experts, from 0 to e - 1; and which of them are chosen, None if all are.
+        The experts, from 0 to e - 1, and which of them are chosen (None if all are).
     """
     if overrides is None:
         return own, made
@@ -52,13 +51,14 @@ def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None =
 
 
 def is_computed(given: Tensor) -> Tensor:
-    """Whether a given choice, if it is chosen, is computed: not if it takes its share of the weight alone."""
+    """Return which given choices are computed if they are chosen. Choices that only take their share of the weight are
+    not."""
     return (given >= -1) | (given == KEEP_ROUTER_CHOICE)
 
 
 def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
-    """The weights `(..., b, n, k)` with the values of given ones, except where these are NaN, and at padding
-    `(..., b, n, 1)`, for which nobody gave any."""
+    """Replace weights `(..., b, n, k)` by given values, except where these are NaN and at padding `(..., b, n, 1)`,
+    which has no given weights."""
     if given.shape != weight.shape or not given.is_floating_point():
         raise ValueError(
             f"{GIVEN_WEIGHTS} must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
@@ -69,31 +69,31 @@ def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> T
 
 
 def check_overrides(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:
-    """Check that given choices `(..., k)` are such numbers, and that no token that is `active` `(...)` has an expert
-    twice. It reads values, so it does nothing on a GPU and in a graph."""
+    """Check that given choices `(..., k)` are valid, and that no `active` `(...)` token has an expert twice. The check
+    reads values, so it is skipped on a GPU and in a graph."""
     if not is_host_readable(given):
         return
     given = given if active is None else torch.where(active.unsqueeze(-1), given, -1)
     wrong = given[(given >= num_experts) | (given < -1 - num_experts) & (given != KEEP_ROUTER_CHOICE)]
     if wrong.numel():
         raise ValueError(
-            f"given_experts has {int(wrong[0])}: give an expert, 0 to {num_experts - 1}; -1 for no choice; or -2 - i "
-            "if expert i takes its share of the weight without computing the token"
+            f"given_experts contains {int(wrong[0])}, which is invalid. Use an expert from 0 to {num_experts - 1}, -1 "
+            "for no choice, or -2 - i if expert i takes its share of the weight without computing the token"
         )
     if (twice := expert_twice(given)) is not None:
         raise ValueError(
-            f"given_experts has expert {twice} twice for a token: a token takes an expert once. Give -1 for a choice "
-            "that is not made"
+            f"given_experts contains expert {twice} twice for a token, but the experts of a token must be different. "
+            "Use -1 for a choice that is not made"
         )
 
 
-# Forced choices: timings then do not depend on what a router learned
+# Forced choices make timings independent of what a router has learned
 
 Forced = Literal["balanced", "random"]
 
 
 def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
-    """Experts in turn, one for each choice that is `chosen`. A rank starts where the one before it ends."""
+    """Assign experts in turn to all `chosen` choices. Each rank starts where the previous one ends."""
     *_, b, n, k = shape
     if chosen is None:
         chosen = torch.ones(*shape, dtype=torch.bool, device=device)
@@ -102,7 +102,7 @@ def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, devi
 
 
 def random(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
-    """k different experts for each token, all equally likely."""
+    """Draw k different experts for each token with equal probabilities."""
     return torch.rand(*shape[:-1], num_experts, device=device).topk(shape[-1], dim=-1).indices
 
 
@@ -121,16 +121,16 @@ def forced_experts(
     chosen: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Forced experts `(..., b, n, k)` int64; -1 for choices beyond the number of experts.
+    """Return forced experts `(..., b, n, k)` int64, with -1 for choices beyond the number of experts.
 
     Args:
         how: "balanced" or "random".
         shape: `(..., b, n, k)`.
-        chosen: `(..., b, n, k)` bool, the choices that are made; None if all are.
+        chosen: `(..., b, n, k)` bool, which choices are made; None if all are.
         group: the ranks that share the batch.
     """
     *outer, k = shape
-    there = min(k, num_experts)  # of two choices and one expert, the second is none
+    there = min(k, num_experts)  # with two choices and one expert, the second choice is not made
     chosen = None if chosen is None else chosen[..., :there]
     expert = FORCED[how]((*outer, there), num_experts, chosen, device, 0 if group is None else dist.get_rank(group))
     return expert if there == k else functional.pad(expert, (0, k - there), value=-1)

@@ -1,4 +1,4 @@
-"""A process group as an attribute of a module that can be copied and pickled; and the ranks that share a batch."""
+"""Process groups as attributes of modules that can be copied and pickled, and the ranks that share a batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mixture_of_experts.support.private_torch import find_process_group
 
 
 class Ranks:
-    """Holds a process group, or None. Copies share the group; a pickle holds only its name and its ranks.
+    """A holder of a process group or None. Copies share the group, while a pickle stores only its name and ranks.
 
-    Unpickled in the same job, it finds its group again. In a process without process groups it holds None. Elsewhere it
-    holds None and warns: the gate's losses are then those of one rank.
+    Unpickling in the same job restores the group. In a process without process groups, the holder is empty. In all
+    other cases it is empty too, and a warning reports that the losses of the gate cover only one rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -30,14 +30,14 @@ class Ranks:
 
 
 def find_ranks(name: str, ranks: list[int]) -> Ranks:
-    """A holder of the process group with this name and these ranks, or an empty one."""
+    """Return a holder of the process group with this name and these ranks, or an empty holder if it is not found."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks(None)
     group = find_process_group(name)
     if group is None or dist.get_process_group_ranks(group) != ranks:
         warnings.warn(
-            f"a gate was saved with the process group of ranks {ranks}, which is not here: set gate.process_group, or "
-            "its losses are those of this rank alone",
+            f"a gate was saved with the process group of ranks {ranks}, which does not exist in this process. Set "
+            "gate.process_group, otherwise its losses cover only this rank",
             stacklevel=2,
         )
         return Ranks(None)
@@ -45,10 +45,10 @@ def find_ranks(name: str, ranks: list[int]) -> Ranks:
 
 
 def ranks_of_batch(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks over which counts are summed: `group`, by default all ranks; None if there is one process.
+    """Return the ranks over which counts are summed: `group`, by default all ranks, or None in a single process.
 
-    A gate's own `process_group`, which may be some of the ranks that hold the gate, is not asked: what counts move must
-    stay the same on all of them.
+    A gate's own `process_group` is not used, because it may contain only some of the ranks that hold the gate, while
+    updates from counts must be the same on all of them.
     """
     if group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD

@@ -1,4 +1,4 @@
-"""Saves memory in routers: on a GPU, large results for every token and expert are recomputed in the backward.
+"""Saves memory in routers by recomputing large results for all tokens and experts in the backward on a GPU.
 
 Axes: n tokens, d model dim, e experts, k choices.
 """
@@ -15,16 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts.support.private_torch import is_exporting, is_in_forward_mode, is_in_transform
 
 Results = TypeVar("Results")
-MAX_SAVED_SHARE = 1 / 4  # a float32 result of at most this share of the tokens' bytes is saved
-MIN_ROUTER_WEIGHTS = 1 << 16  # results of routers with fewer weights are saved: there launches take all the time
+MAX_SAVED_SHARE = 1 / 4  # float32 results of at most this share of the tokens' bytes are saved
+MIN_ROUTER_WEIGHTS = 1 << 16  # results of smaller routers are saved, because launches dominate their time
 
 
-def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor | None, *others: Tensor | None) -> Results:
-    """Return `function(x, weight, *others)`, results `(..., n, e)` of tokens `(..., n, d)` and a router `(..., d, e)`.
+def recomputed_on_gpu(
+    function: Callable[..., Results], x: Tensor, weight: Tensor | None, *others: Tensor | None
+) -> Results:
+    """Return `function(x, weight, *others)`, the results `(..., n, e)` of tokens `(..., n, d)` and a router `(..., d,
+    e)`.
 
-    On a GPU, if the results are large, the backward computes them again instead of saving them; this takes one more
-    pass over the tokens. On a CPU recomputing is slow and memory is cheap, so results are saved; so are those without a
-    matrix, by a module, which may draw random numbers.
+    On a GPU, the backward recomputes large results instead of saving them, at the cost of another pass over the tokens.
+    Results are saved on a CPU, where recomputing is slow and memory is cheap, and if a module instead of a matrix
+    computes them, because it may draw random numbers.
     """
     large = weight is not None and _on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)
     if not large or is_exporting() or is_in_transform():
@@ -42,14 +45,14 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
-    """`values.gather(-1, index)`, of `(..., n, e)` at `(..., n, k)`; on a GPU it does not save the values."""
+    """Return `values.gather(-1, index)` for `(..., n, e)` at `(..., n, k)`, without saving the values on a GPU."""
     if not _on_gpu(values) or is_in_forward_mode():
         return values.gather(-1, index)
     return _Choose.apply(values, index)
 
 
 def without_whole(index: Tensor) -> Tensor:
-    """A copy of a part of a tensor on a GPU, so that saving the part does not keep the whole tensor alive."""
+    """Copy a part of a tensor on a GPU, so that saving the part does not keep the whole tensor alive."""
     return index.contiguous() if _on_gpu(index) else index
 
 

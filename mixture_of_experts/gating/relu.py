@@ -1,6 +1,6 @@
-"""ReLU routing: a token takes the experts of positive logits, and the task's gradient reaches all their logits.
+"""ReLU routing, in which tokens choose the experts with positive logits, and the task's gradient reaches these logits.
 
-Axes: b groups, n tokens of a group, e experts, k the most choices of a token; outer experts stand before: `...`.
+Axes: b groups, n tokens per group, e experts, k maximum number of choices per token; `...` are outer experts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.balance_losses import BalanceOver, balancing_loss, sum_counts, sum_probs
+from mixture_of_experts.gating.balance_losses import BalanceOver, balance_loss_over, sum_counts, sum_probs
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.expert_bias import count_in_backward
@@ -22,32 +22,34 @@ from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_number, check_process_group
 
-INITIAL_L1_COEF = 1e-8  # first value of the coefficient
-#: bounds of the coefficient: at 1.2 it is 50 steps from the least to INITIAL_L1_COEF; at the most L1 outweighs a task's
-#: mean loss
+INITIAL_L1_COEF = 1e-8
+#: bounds of the coefficient: at a rate of 1.2, INITIAL_L1_COEF is 50 steps above the minimum; at the maximum, L1
+#: outweighs the mean loss of a task
 MIN_L1_COEF, MAX_L1_COEF = 1e-12, 1e3
 
 
 class ReLUGating(TopKGating):
-    """A token takes every expert of a positive logit, at most k; the logit is the weight (ReMoE, arXiv 2412.14711).
+    """A router in which tokens choose at most k experts with positive logits, which are the weights (ReMoE, arXiv
+    2412.14711).
 
-    How many experts a token takes is learned. The balancing loss (equation 11 there) is `l1_coef * e / mean_choices *
-    sum_e f_e R_e`: the L1 norm of the weights, each times its expert's load, with R the mean weight. Give the layer
-    `loss_coef=1`. `l1_coef` is a buffer that starts at 1e-8. `control_sparsity(model, optimizer)` multiplies or divides
-    it after each step, until tokens make `mean_choices` choices on average (equations 7 and 8). It stays between 1e-12
-    and 1000.
+    The number of experts per token is learned. The balancing loss (equation 11 in the paper) is
+    `l1_coef * e / mean_choices * sum_e f_e R_e`, the L1 norm of the weights, each multiplied by the load of its expert,
+    where R is the mean weight. Set `loss_coef=1` in the layer. `l1_coef` is a buffer initialized to 1e-8.
+    `control_sparsity(model, optimizer)` multiplies or divides it after each step until tokens make `mean_choices`
+    choices on average (equations 7 and 8). It stays between 1e-12 and 1000.
 
-    A token whose logits are all negative has no expert. At the start about half of the logits are positive, and k may
-    be less; norm and load count all of them.
+    A token whose logits are all negative has no expert. Initially about half of the logits are positive, which may be
+    more than k; the norm and the load count all of them.
 
     Args:
-        dim, num_experts: d and e.
-        k: most choices of a token, the bound of every shape; k = e in the paper.
-        mean_choices: number of choices that a token is to make on average, at most k.
+        dim, num_experts: model dimension d and number of experts e.
+        k: maximum number of choices per token, which determines all shapes; k = e in the paper.
+        mean_choices: target for the mean number of choices per token, at most k.
         balance_over, settings: as in `TopKGating`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token; `chosen` says which are made.
+        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token; `chosen` marks those that are
+        made.
 
     Example:
         >>> import torch
@@ -61,7 +63,7 @@ class ReLUGating(TopKGating):
     """
 
     keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
-    load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
+    load_beyond_scores: ClassVar[str | None] = "tokens may make fewer than k choices"
     mean_choices: float = checked_setting(check_number, above=0.0)
     l1_coef: Tensor
     choice_counts: Tensor
@@ -81,9 +83,9 @@ class ReLUGating(TopKGating):
         super().__init__(dim, num_experts, k, balance_over=balance_over, device=device, **fixed, **settings)
         self.mean_choices = mean_choices
         if mean_choices > k:
-            raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}: a token makes at most k choices")
+            raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}; lower it or increase k")
         self.register_buffer("l1_coef", torch.full((), INITIAL_L1_COEF, device=device, dtype=torch.float32))
-        # numbers of choices and of tokens since the coefficient moved last
+        # numbers of choices and tokens since the last update of the coefficient
         self.register_buffer("choice_counts", torch.zeros(2, dtype=torch.int64, device=device))
 
     def reset_parameters(self) -> None:
@@ -101,19 +103,19 @@ class ReLUGating(TopKGating):
         return self.mean_choices
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose the experts of each token's positive logits, at most the k largest."""
+        """Choose the experts with positive logits of each token, at most the k largest."""
         decided = super().decide(tokens)
         if not self.training:
             return decided
         positive = decided.probs > 0
-        number = ~decided.probs[..., 0].isnan()  # where one is NaN all are
+        number = ~decided.probs[..., 0].isnan()  # if one probability is NaN, all are
         if tokens.counted is not None:
             positive, number = positive & tokens.counted.unsqueeze(-1), number & tokens.counted
         counts = torch.stack([positive.sum(), number.sum()])
         return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The experts of the largest logits; a choice is made if the logit is positive."""
+        """Return the experts with the largest logits. Choices are made if the logit is positive."""
         expert, chosen = super().own_choices(tokens, ranked, probs)
         return expert, both(chosen, probs.detach().gather(-1, expert) > 0)
 
@@ -124,17 +126,18 @@ class ReLUGating(TopKGating):
         assert chosen is not None
         load, proxy = sum_counts(chosen, tokens.segments), sum_probs(score, tokens.segments)
         settings = tokens.length, tokens.segments, self.mean_choices, self.process_group
-        norm = balancing_loss(self.balance_over, load, proxy, *settings)
+        norm = balance_loss_over(self.balance_over, load, proxy, *settings)
         return self.l1_coef.to(norm.dtype) * norm
 
     @torch.no_grad()
     def update_l1(self, rate: float = 1.2, group: dist.ProcessGroup | None = None) -> None:
-        """Multiply the coefficient by `rate` if tokens make more than `mean_choices` choices, divide it if fewer.
+        """Multiply the coefficient by `rate` if tokens make more than `mean_choices` choices, or divide it if fewer.
 
-        Call it once for each optimizer step. It counts the positive logits of real tokens, in forwards in training mode
-        whose backward ran since the last call, on the ranks of `group`, by default all ranks if `torch.distributed` is
-        initialised, whatever the gate's `process_group` is; all of them must call. Without counts nothing moves.
-        In `DistributedDataParallel` each rank keeps its own counts, as in `TopKGating.update_bias`.
+        Call this method once per optimizer step. It counts the positive logits of real tokens in all training forwards
+        whose backward ran since the last call. Counts are summed over the ranks of `group`, by default all ranks if
+        `torch.distributed` is initialized, regardless of the gate's `process_group`; all of these ranks must make the
+        call. Without counts, the coefficient does not change. Under `DistributedDataParallel`, each rank keeps its own
+        counts, as in `TopKGating.update_bias`.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)
@@ -142,11 +145,11 @@ class ReLUGating(TopKGating):
         self.choice_counts.zero_()
 
     def excess(self, counts: Tensor) -> Tensor:
-        """Of counts `(2,)` the choices minus `mean_choices` for each token, 0-dim float64."""
+        """Return the excess of choices over `mean_choices` per token in counts `(2,)`, as a 0-dim float64."""
         choices, tokens = counts.to(torch.float64)
         return choices - self.mean_choices * tokens
 
     def scale_l1(self, rate: float, excess: Tensor) -> None:
-        """Multiply the coefficient by `rate` if `excess` is positive, divide it if `excess` is negative, and keep it
-        between `MIN_L1_COEF` and `MAX_L1_COEF`."""
+        """Multiply the coefficient by `rate` if `excess` is positive, or divide it if `excess` is negative, and clamp
+        it to `MIN_L1_COEF` and `MAX_L1_COEF`."""
         self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef)).clamp_(MIN_L1_COEF, MAX_L1_COEF)

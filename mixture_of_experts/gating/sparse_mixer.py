@@ -1,6 +1,6 @@
-"""SparseMixer: experts are sampled in training, and the router's gradient estimates that of the expected output.
+"""SparseMixer, which samples experts in training and estimates the gradient of the expected output for the router.
 
-Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a token; outer experts stand before: `...`.
+Axes: b groups, n tokens per group, d model dim, e experts, k choices per token; `...` are outer experts.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
 
 
 class SparseMixerGating(TokenChoiceGate):
-    """SparseMixer (Liu, Gao and Chen 2023, arXiv 2310.00811; for two choices GRIN, arXiv 2409.12136, Phi-3.5-MoE).
+    """SparseMixer routing (Liu, Gao and Chen 2023, arXiv 2310.00811), as in GRIN and Phi-3.5-MoE (arXiv 2409.12136).
 
-    A token chooses one expert after the other, among the best one that is left and those nearly as good: in training
-    sampled by the softmax over their logits, in eval the best. The weight is the probability in that softmax. In
-    training, in three cases of four, a choice that is not the best has only a third of this weight, with the gradient
-    of all of it: Heun's third-order estimate of the gradient of the expectation.
+    A token chooses experts one at a time. The candidates are the best remaining expert and those that are nearly as
+    good. In training, one of them is sampled from the softmax over their logits; in eval, the best is chosen. The
+    weight is the probability in this softmax. In training, three out of four choices that are not the best get only a
+    third of this weight, but its full gradient, which is Heun's third-order estimate of the gradient of the
+    expectation.
 
     Args:
-        dim: d, model dimension.
-        num_experts: e, number of experts.
-        k: choices of a token.
-        tolerance: an expert is nearly as good as the best if `best - logit <= 2 * tolerance * max(abs(logit), best)`.
-        device, dtype: of the weights, as in `torch.nn`.
+        dim: model dimension, d.
+        num_experts: number of experts, e.
+        k: number of choices per token.
+        tolerance: experts with `best - logit <= 2 * tolerance * max(abs(logit), best)` are nearly as good as the best.
+        device, dtype: device and dtype of the weights, as in `torch.nn`.
         settings: as in `TopKGating`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token. `w_gating` is
+        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. `w_gating` is
         `(*outer_expert_dims, d, e)`.
 
     Example:
@@ -73,10 +74,10 @@ class SparseMixerGating(TokenChoiceGate):
         return check_k_of_experts(super().check_k(k), self.num_experts)
 
     def variant_reason(self) -> str | None:
-        return "it samples experts in training: call eval()" if self.training else super().variant_reason()
+        return "the router samples experts in training; call eval()" if self.training else super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose k experts for each token, one after the other."""
+        """Choose k experts for each token, one at a time."""
         logits = router_logits(tokens.x, self.w_gating)
         left, given, columns = logits, self.given(tokens), []
         for i in range(self.k):
@@ -94,14 +95,17 @@ class SparseMixerGating(TokenChoiceGate):
         return Choices(expert, weight, probs, losses, chosen=chosen)
 
     def _choose(self, logits: Tensor, left: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """One expert of each token, whether it is chosen, None if all are, and its weight, all `(..., b, n, 1)`; `left`
-        is -inf for experts already chosen."""
+        """Choose one expert per token, where `left` is -inf for experts that are already chosen.
+
+        Returns:
+            The expert, whether it is chosen (None if all are), and its weight, each `(..., b, n, 1)`.
+        """
         with torch.no_grad():
             best, likeliest = left.max(dim=-1, keepdim=True)
             far = (best - logits) / logits.abs().maximum(best) > 2 * self.tolerance
         near = left.masked_fill(far, -torch.inf)
         expert = likeliest
-        if self.training:  # sampled by Gumbel noise
+        if self.training:  # sample with Gumbel noise
             expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(dim=-1, keepdim=True)
         expert, chosen = merge_overrides(given, expert)
         if given is not None:  # a given expert is always a candidate

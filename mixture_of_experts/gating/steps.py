@@ -1,12 +1,11 @@
-"""The named steps of a top-k router; each may be a function or module of your own instead.
+"""The named steps of a top-k router. Each step may be replaced by a custom function or module.
 
-Axes: b groups, n tokens of a group, e experts, g expert groups, k choices of a token; outer experts stand before them:
-`...`.
+Axes: b groups, n tokens per group, e experts, g expert groups, k choices per token; `...` are outer experts.
 
-    score      maps logits `(..., b, n, e)` to scores of the same shape, none below 0
-    select     says by which numbers experts are chosen: scores or logits
+    score      maps logits `(..., b, n, e)` to nonnegative scores of the same shape
+    select     determines whether experts are chosen by scores or logits
     group      maps scores `(..., b, n, g, e / g)` to a score of each expert group `(..., b, n, g)`
-    weigh      makes the weights `(..., b, n, k)` of the choices, before they are normalised and scaled
+    weigh      computes the weights `(..., b, n, k)` of the choices, before they are normalized and scaled
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Normalize = bool | Callable[[Tensor], Tensor] | None
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
-    """`sqrt(log(1 + exp(logits)))`. Where it is 0, below about -104 in float32, its gradient is 0, not NaN."""
+    """Compute `sqrt(log(1 + exp(logits)))`. Where it is 0 (below about -104 in float32), its gradient is 0, not NaN."""
     total = F.softplus(logits)
     is_zero = total == 0
     return total.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
@@ -51,20 +50,20 @@ STEPS: dict[str, Collection[str]] = {"score": SCORES, "select": SELECTS, "group_
 
 
 def check_step(name: str, value: Any) -> Any:
-    """Check a step: one of its names, or a function or module."""
+    """Check that a step is one of its allowed names, a function or a module."""
     allowed = STEPS[name]
     if callable(value) and not isinstance(value, type):
         return value
     if not isinstance(value, str) or value not in allowed:
-        got = f"the class {value.__name__}: make an instance" if isinstance(value, type) else repr(value)
+        got = f"the class {value.__name__}; instantiate it first" if isinstance(value, type) else repr(value)
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, or a function, got {got}")
     return value
 
 
 class AlwaysChosen:
-    """A `select` by which every token chooses the last `num` experts, and the rest by biased scores.
+    """A `select` step in which every token chooses the last `num` experts, and the remaining ones by biased scores.
 
-    So the router weighs shared experts too.
+    Use it for shared experts that are weighted by the router.
 
     Example:
         >>> import torch
@@ -88,8 +87,8 @@ class AlwaysChosen:
 
 
 class OpenGroups:
-    """A `select` by expert groups that ranks experts of closed groups as 0, not below all others. So they come before
-    experts of open groups whose biased scores are negative."""
+    """A `select` step by expert groups that ranks experts of closed groups as 0 instead of below all others. They
+    therefore precede experts of open groups with negative biased scores."""
 
     num_groups: int
     top_groups: int
@@ -108,7 +107,7 @@ class OpenGroups:
 
 
 class NormalizeBy:
-    """A `normalize` that divides the weights by their norm of order `p`, but by no less than `least`."""
+    """A `normalize` step that divides the weights by their norm of order `p`, or by `least` if the norm is smaller."""
 
     p: float
     least: float
@@ -125,10 +124,10 @@ class NormalizeBy:
 
 
 class LearnedScale(nn.Module):
-    """A `weigh` that multiplies normalised scores by learned numbers, one for each expert or one for all.
+    """A `weigh` step that multiplies normalized scores by learned scales, one per expert or one for all.
 
     Args:
-        num_scales: e, or 1.
+        num_scales: number of experts e, or 1.
 
     Example:
         >>> import torch
@@ -158,5 +157,5 @@ class LearnedScale(nn.Module):
         return weight * (scale if len(self.scale) == 1 else scale[expert])
 
 
-#: steps that read each token by itself; functions are unknown
+#: steps that are known to process each token independently
 KNOWN_STEPS: set[type] = {AlwaysChosen, OpenGroups, NormalizeBy, LearnedScale}

@@ -1,4 +1,4 @@
-"""The router of GShard, as in the TensorFlow code for mixtures of experts."""
+"""The top-2 router of GShard, as implemented in the TensorFlow code for mixtures of experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.overrides import GIVEN, KEEP_ROUTER_CHOICE, is_computed
-from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_gpu
 from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
 
@@ -31,24 +31,24 @@ class Top2Gating(TokenChoiceGate):
     """Top-2 gating with limited capacity (GShard, arXiv 2006.16668, algorithm 1).
 
     Args:
-        dim: d, model dimension.
-        num_gates: e, number of experts.
-        eps: guards the normalisation of the two weights and the threshold of policy "random".
-        outer_expert_dims: leading dimensions of weights and inputs (the second level of a hierarchy).
-        second_policy_train, second_policy_eval: which second choices are sent: "all", "none", "threshold" (weight
-            above the threshold) or "random" (with probability weight / threshold).
-        second_threshold_train, second_threshold_eval: the threshold.
-        capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e (not of k n / e); None is
-            dropless.
-        min_expert_capacity: least number of slots of an expert, applied last.
-        second_place_loss: whether half of the balancing loss over second choices is added. `losses["first_place"]` and
-            `losses["second_place"]` are then the two parts.
+        dim: model dimension, d.
+        num_gates: number of experts, e.
+        eps: prevents division by zero when the two weights are normalized, and in the threshold of policy "random".
+        outer_expert_dims: leading dimensions of weights and inputs, for the second level of a hierarchy.
+        second_policy_train, second_policy_eval: which second choices are sent: "all", "none", "threshold" (if the
+            weight is above the threshold) or "random" (with probability weight / threshold).
+        second_threshold_train, second_threshold_eval: the threshold of the policy.
+        capacity_factor_train, capacity_factor_eval: slots per expert in units of n / e (not of k n / e), or None for a
+            dropless gate.
+        min_expert_capacity: minimum number of slots per expert, applied last.
+        second_place_loss: whether to add half of the balancing loss over second choices. The two parts are then also
+            reported as `losses["first_place"]` and `losses["second_place"]`.
         priority: "choice" (GShard), "token" (causal) or "score" (batch priority).
         process_group: the ranks that share the batch; see `Gate`.
-        device, dtype: of the weights, as in `torch.nn`.
+        device, dtype: device and dtype of the weights, as in `torch.nn`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices of a token. `w_gating` is
+        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices per token. `w_gating` is
         `(*outer_expert_dims, d, e)`, drawn with standard deviation 1 / sqrt(d).
 
     Example:
@@ -129,17 +129,17 @@ class Top2Gating(TokenChoiceGate):
 
     def variant_reason(self) -> str | None:
         if self.second[0] == "random":
-            return "policy 'random' draws which second choices are sent: take 'all', 'none' or 'threshold'"
+            return "policy 'random' draws which second choices are sent; use 'all', 'none' or 'threshold'"
         return super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Make two choices for each token, by algorithm 1 of GShard.
+        """Make two choices for each token by algorithm 1 of GShard.
 
-        A token of importance between 0 and 1 makes no first choice; its second choice is its top expert.
+        Tokens with importance between 0 and 1 make no first choice, and their second choice is their top expert.
         """
-        logits, probs = recomputed(self._scores, tokens.x, self.w_gating)
+        logits, probs = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
 
-        # the second choice is among the experts that the first one leaves; without a first choice among all
+        # the second choice excludes the expert of the first choice, if the token makes one
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
         expert_2 = self._without_first(fixed, expert_1, tokens.makes_all_choices).argmax(dim=-1, keepdim=True)
@@ -147,7 +147,7 @@ class Top2Gating(TokenChoiceGate):
         if chosen is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
 
-        # losses before weights: the backward then adds the losses' gradient in place
+        # losses are computed before weights, so that the backward accumulates their gradient in place
         parts = self._losses(tokens, probs, expert_1, expert_2, chosen)
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         if chosen is not None:
@@ -160,8 +160,8 @@ class Top2Gating(TokenChoiceGate):
         else:  # a given expert may have probability 0
             log_total = logits.logsumexp(dim=-1)
         parts["z"] = self.token_mean(tokens, log_total.square())
-        primary, sent = weight > 0.5, self._sent(weight)  # more than half of the weight; at an exact tie neither
-        if (given := self.given(tokens)) is not None:  # they are sent, and the one that stands first is primary
+        primary, sent = weight > 0.5, self._sent(weight)  # in an exact tie, neither choice is primary
+        if (given := self.given(tokens)) is not None:  # all given choices are sent, and the first one is primary
             primary = torch.where(given == KEEP_ROUTER_CHOICE, primary, torch.arange(2, device=weight.device) == 0)
             sent = None if sent is None else sent | (given != KEEP_ROUTER_CHOICE)
         return Choices(expert, weight, probs, parts, chosen=chosen, sent=sent, primary=primary)
@@ -171,13 +171,14 @@ class Top2Gating(TokenChoiceGate):
         return logits, logits.softmax(dim=-1)
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, 2)` bool: a token of importance 1 makes both choices, between 0 and 1 the second, 0 none."""
+        """Return which choices importance allows, `(..., b, n, 2)` bool: both if it is 1, the second if it is between 0
+        and 1, and none if it is 0."""
         if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
         return torch.stack([tokens.makes_all_choices, tokens.makes_any_choice], dim=-1)
 
     def _without_first(self, probs: Tensor, expert_1: Tensor, makes_both: Tensor | None) -> Tensor:
-        """The probabilities, with 0 at the first choice of tokens that make one."""
+        """Return the probabilities with 0 at the first choice of tokens that make one."""
         if makes_both is None:
             return probs.scatter(-1, expert_1, 0.0)
         return torch.where(
@@ -185,23 +186,24 @@ class Top2Gating(TokenChoiceGate):
         )
 
     def _weights(self, p_1: Tensor, p_2: Tensor, same: Tensor, makes_both: Tensor | None) -> Tensor:
-        """`(..., b, n, 2)`, the normalised weights; 0 for a first choice that is not made.
+        """Return the normalized weights `(..., b, n, 2)`, with 0 for first choices that are not made.
 
-        `same` is True where both choices are one expert, because all other probabilities are exactly 0. There the
-        second choice has a weight of 0.
+        `same` is True where both choices are the same expert because all other probabilities are exactly 0. The second
+        choice then has weight 0.
         """
         if makes_both is not None:
             makes_both = makes_both.unsqueeze(-1)
             p_1, same = torch.where(makes_both, p_1, 0.0), same & makes_both
         p_2 = p_2.masked_fill(same, 0.0)
         weight = torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
-        if self.num_experts > 1:  # where a token of NaN makes two choices
+        if self.num_experts > 1:  # NaN tokens make two choices
             return weight
-        # 0 by a sum of NaN is NaN, and a weight that is not 0 is a choice
+        # 0 divided by a sum of NaN is NaN, and a nonzero weight would count as a choice
         return weight.masked_fill(torch.cat([torch.zeros_like(same), same], dim=-1), 0.0)
 
     def _sent(self, weight: Tensor) -> Tensor | None:
-        """`(..., b, n, 2)` bool, the choices that the current mode's policy sends, by their `weight`; None if all."""
+        """Return which choices the policy of the current mode sends given their weights, `(..., b, n, 2)` bool, or None
+        if all."""
         (policy, threshold), second, sent = self.second, weight[..., 1].detach(), None
         if policy == "none":
             sent = torch.zeros_like(second, dtype=torch.bool)
@@ -211,14 +213,17 @@ class Top2Gating(TokenChoiceGate):
             uniform = torch.rand(second.shape, device=second.device, dtype=torch.float32)
             sent = uniform < second / max(threshold, self.eps)
         sent = None if sent is None else torch.stack([torch.ones_like(sent), sent], dim=-1)
-        return sent if self.num_experts > 1 else both(sent, weight != 0)  # a single expert leaves no second choice
+        return sent if self.num_experts > 1 else both(sent, weight != 0)  # a single expert allows no second choice
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """They count the choices that the policy sends; of given ones that are not computed too, but for second choices
-        under policy "random", of which nobody knows."""
+        """Return requested losses, which count the choices that the policy sends.
+
+        Given choices that are not computed count by the same policy. Under policy "random", their second choices are
+        excluded, because the outcome of the draw is unknown.
+        """
         sent, given = choices.sent, tokens.side.get(GIVEN)
         if given is not None and sent is not None:
-            if self.second[0] == "random":  # another draw would make a replay advance the generator further
+            if self.second[0] == "random":  # another draw would advance the generator further than without a replay
                 of_policy = torch.arange(2, device=given.device) == 0
             else:
                 of_policy = self._sent(choices.weight)
@@ -228,7 +233,8 @@ class Top2Gating(TokenChoiceGate):
     def _losses(
         self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, chosen: Tensor | None
     ) -> dict[str, Tensor]:
-        """The balancing loss over first choices; or that and half of the one over second choices, as two parts."""
+        """Return the balancing loss over first choices, or with `second_place_loss` two parts: this loss, and half of
+        the loss over second choices."""
         first, second = (None, None) if chosen is None else (chosen[..., :1], chosen[..., 1:])
         first_place = self.balance_loss(tokens, probs, expert_1, first)
         if not self.second_place_loss:
@@ -245,7 +251,7 @@ class Top2Gating(TokenChoiceGate):
         return {"first_place": first_place, "second_place": second_place}
 
 
-#: the arguments of a layer that describe the `Top2Gating` it makes, and their defaults
+#: arguments of a layer that configure its default `Top2Gating`, with their defaults
 TOP2_SETTINGS: Mapping[str, Any] = {
     name: parameter.default
     for name, parameter in inspect.signature(Top2Gating.__init__).parameters.items()

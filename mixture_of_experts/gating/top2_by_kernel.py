@@ -1,9 +1,9 @@
-"""Decides for `Top2Gating` by one kernel on NVIDIA's GPUs, and computes the gradient by another.
+"""Implements `Top2Gating` on NVIDIA GPUs with one kernel for the forward and another for the gradient.
 
-Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts.
+Axes: b groups (preceded by outer experts, `...`), n tokens per group, d model dim, e experts.
 
-The kernels check themselves before they serve a first call of their kind: kernels that differ from torch's
-operators, or raise, are turned off for the process, with a warning.
+The first call of each kind runs a self-check. Kernels that raise or differ from torch's operators are disabled for the
+process, with a warning.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.overrides import GIVEN
-from mixture_of_experts.gating.recomputing import recomputed
+from mixture_of_experts.gating.recomputing import recomputed_on_gpu
 from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, difference, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
 from mixture_of_experts.support.private_torch import is_fake_tensor, is_functorch_wrapped
 from mixture_of_experts.support.subclassing import find_declaring_class, find_overridden
 
-Top2Gating = Any  # which imports this
+Top2Gating = Any  # avoids a circular import
 MAX_EXPERTS = 1024
 
-#: what the operators compute by, and the kernels do not call
+#: methods that the operators use and the kernels replace
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
     *("balance_loss", "_balance_of_tokens", "balance", "select_counted", "token_mean"),
@@ -41,30 +41,30 @@ SELF_CHECK = SelfCheck("the Triton kernels of Top2Gating")
 
 
 def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
-    """Why the kernels do not serve the call; None if they do."""
+    """Return why the kernels do not support the call, or None if they do."""
     if not has_kernel(tokens.x, gate.w_gating):
         return NO_KERNEL
     base = find_declaring_class(type(gate), "implementations")
     if (method := find_overridden(gate, base, REPLACED_METHODS)) is not None:
-        return f"a {type(gate).__name__} has a {method} of its own"
+        return f"{type(gate).__name__} overrides {method}"
     if gate.num_experts > MAX_EXPERTS:
-        return f"they are for at most {MAX_EXPERTS} experts"
+        return f"the kernels support at most {MAX_EXPERTS} experts"
     if tokens.segments is not None:
-        return "they know no documents of packed rows"
+        return "the kernels do not support packed rows"
     if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.makes_all_choices:
-        return "they know neither a loss of second choices nor given experts nor tokens that choose but do not count"
+        return "the kernels support neither second_place_loss nor given experts nor computed padding"
     if math.prod(tokens.x.shape[:-1]) == 0:
-        return "there is no token"
+        return "there are no tokens"
     return None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens)
 
 
 def run(gate: Top2Gating, tokens: Tokens) -> Routing:
-    """The `Routing` of a call, by the kernels."""
+    """Return the `Routing` of a call, computed by the kernels."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 
 
 def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
-    """The gate's choices, by the kernels."""
+    """Return the gate's choices, computed by the kernels."""
     (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
     uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
     settings = tokens.makes_all_choices, tokens.makes_any_choice, uniform, policy, threshold, gate.eps
@@ -72,7 +72,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
     def decided(x: Tensor, weight: Tensor) -> Decided:
         return Decided(*_TwoBest.apply(router_logits(x, weight), *settings))
 
-    found = recomputed(decided, tokens.x, gate.w_gating)
+    found = recomputed_on_gpu(decided, tokens.x, gate.w_gating)
     balance = losses.load_balancing_loss(found.load, found.proxy, tokens.length, group=gate.process_group)
     z_loss = losses.mean(
         found.squares, math.prod(shape) if tokens.makes_all_choices is None else found.number, gate.process_group
@@ -83,29 +83,29 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
         found.weight,
         found.probs,
         {"balance": balance, "z": z_loss},
-        sent=None if all_made else found.chosen,
+        sent=None if all_made else found.sent,
         primary=found.primary,
         is_masked=True,
     )
 
 
 class Decided(NamedTuple):
-    """The results of the kernel, and their sums."""
+    """The results of the kernel and their sums."""
 
     expert: Tensor  # (..., b, n, 2) int64
     weight: Tensor  # (..., b, n, 2)
-    chosen: Tensor  # (..., b, n, 2) bool
+    sent: Tensor  # (..., b, n, 2) bool, the choices that the policy makes
     primary: Tensor  # (..., b, n, 2) bool
     probs: Tensor  # (..., b, n, e)
-    log_total: Tensor  # (..., b, n) the logits' logsumexp
-    load: Tensor  # (..., b, e) first choices of each expert, by the tokens that count
+    log_total: Tensor  # (..., b, n) logsumexp of the logits
+    load: Tensor  # (..., b, e) number of first choices of each expert by tokens that count
     proxy: Tensor  # (..., b, e) sums of the probabilities of these tokens
     squares: Tensor  # () sum of the squares of `log_total` of these tokens
     number: Tensor  # () number of these tokens
 
 
 class _TwoBest(torch.autograd.Function):
-    """Saves the probabilities, and each token's choices and `log_total`. Second derivatives go through these."""
+    """Saves probabilities, choices and `log_total`. Second derivatives are computed from these tensors."""
 
     @staticmethod
     def forward(
@@ -118,15 +118,15 @@ class _TwoBest(torch.autograd.Function):
         threshold: float,
         eps: float,
     ) -> tuple[Tensor, ...]:
-        from mixture_of_experts.kernels.top_2 import choose_top_2  # it imports triton, which takes a second
+        from mixture_of_experts.kernels.top_2 import choose_top_2  # importing triton takes a second
 
         *found, sums, totals = choose_top_2(logits, full, active, uniform, policy, threshold, eps)
-        expert, _, chosen, primary, probs, log_total = found
+        expert, _, sent, primary, probs, log_total = found
         load, proxy = (sums.squeeze(-2) if sums.shape[-2] == 1 else sums.sum(dim=-2)).unbind()
         squares, number = totals.flatten(end_dim=-2).sum(dim=0).unbind()
         ctx.save_for_backward(probs, expert, log_total, full)
         ctx.eps = eps
-        ctx.mark_non_differentiable(expert, chosen, primary, load, number)
+        ctx.mark_non_differentiable(expert, sent, primary, load, number)
         ctx.set_materialize_grads(False)
         return *found, load, proxy, squares, number
 
@@ -149,7 +149,8 @@ def grads_by_operators(
     eps: float,
     grads: Sequence[Tensor | None],
 ) -> Tensor:
-    """Gradient of the logits `(..., b, n, e)`, by operators that autograd and vmap know; arguments as in `Decided`."""
+    """Return the gradient of the logits `(..., b, n, e)`, computed by operators that support autograd and vmap.
+    Arguments are as in `Decided`."""
     grad_weight, grad_probs, grad_log_total, grad_proxy, grad_squares = grads
     counts = torch.ones_like(log_total, dtype=torch.bool) if full is None else full
     grad = torch.zeros_like(probs) if grad_probs is None else grad_probs
@@ -170,14 +171,15 @@ def grads_by_operators(
 
 
 def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
-    """What the kernels compute on this device otherwise than torch's operators, on made-up tokens of such a gate."""
+    """Return how the kernels differ from torch's operators on this device, for generated tokens of such a gate, or None
+    if they agree."""
     device, masked = tokens.x.device, tokens.makes_all_choices is not None
     kind = device, gate.num_experts, gate.second[0], masked, gate.eps
     return SELF_CHECK.failure_reason(device, kind, partial(_find_fault, gate, device, masked))
 
 
 def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
-    """What differs; None if nothing."""
+    """Return what differs, or None if nothing does."""
     generator = torch.Generator(device).manual_seed(0)
     forked = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
     groups, length, dim, (policy, threshold) = 2, 150, 8, gate.second
@@ -186,7 +188,7 @@ def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | N
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
     def results(way: Callable[[Any, Tokens], Choices]) -> dict[str, Tensor]:
-        with forked():  # equal draws for both
+        with forked():  # both implementations draw the same random numbers
             found = way(like, tokens)
         of_values = sum((value * value.detach().cos()).sum() for value in (found.weight, found.probs))
         total = of_values + groups * length * torch.stack([*found.losses.values()]).sum()
@@ -197,7 +199,7 @@ def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | N
         parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}
         return {**parts, "probabilities": found.probs, "gradients": grad, **found.losses}
 
-    kind: Any = find_declaring_class(type(gate), "implementations")  # a subclass may have other arguments
+    kind: Any = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
     with forked():
         like = kind(dim, gate.num_experts, gate.eps, (), policy, policy, threshold, threshold, device=device)
     like.w_gating = torch.nn.Parameter(draw(dim, gate.num_experts))

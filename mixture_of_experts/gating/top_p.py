@@ -1,6 +1,6 @@
-"""Top-p: a token takes as many experts as together reach a probability p.
+"""Top-p routing, in which tokens choose experts until their total probability reaches p.
 
-Axes: b groups, n tokens of a group, e experts, k the most choices of a token; outer experts stand before: `...`.
+Axes: b groups, n tokens per group, e experts, k maximum number of choices per token; `...` are outer experts.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from mixture_of_experts.support.checks import check_number
 
 
 class TopPGating(TopKGating):
-    """A token takes the fewest experts whose probabilities together reach p, at most k (arXiv 2403.07652).
+    """A router in which each token chooses the smallest number of experts, at most k, whose probabilities add up to p.
 
-    A token whose router is sure takes one expert, others take several. The weights are the probabilities, as in the
-    paper; `normalize=True` divides them by their sum. The balancing loss is `e sum_e f_e P_e` (equation 8 there), at
-    balance the mean number of choices. `loss_coefs={"entropy": 1e-4}` adds the paper's dynamic loss, the mean entropy
-    of the probabilities, which makes the router surer.
+    See arXiv 2403.07652. A token chooses one expert if the router is confident, otherwise several. The weights are the
+    probabilities, as in the paper; `normalize=True` divides them by their sum. The balancing loss is `e sum_e f_e P_e`
+    (equation 8 in the paper), which equals the mean number of choices at balance. `loss_coefs={"entropy": 1e-4}` adds
+    the dynamic loss of the paper, the mean entropy of the probabilities, which makes the router more confident.
 
     Args:
-        dim, num_experts: d and e.
-        k: most choices of a token, the bound of every shape. A token that meets it may stay below p.
-        p: the sum that the probabilities reach, above 0 and below 1; 0.4 in the paper.
+        dim, num_experts: model dimension d and number of experts e.
+        k: maximum number of choices per token, which determines all shapes. Tokens that reach it may stay below p.
+        p: target for the sum of probabilities, above 0 and below 1; 0.4 in the paper.
         normalize, settings: as in `TopKGating`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token; `chosen` says which are made.
+        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token; `chosen` marks those that are
+        made.
 
     Example:
         >>> import torch
@@ -47,7 +48,7 @@ class TopPGating(TopKGating):
     """
 
     optional_losses: ClassVar[tuple[str, ...]] = (*TopKGating.optional_losses, "entropy")
-    load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
+    load_beyond_scores: ClassVar[str | None] = "tokens may make fewer than k choices"
     p: float = checked_setting(check_number, above=0.0, below=1.0)
 
     def __init__(
@@ -65,7 +66,7 @@ class TopPGating(TopKGating):
         return None
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The experts of the largest scores; a choice is made if those before it have not reached p."""
+        """Return the experts with the largest scores. A choice is made if the choices before it do not reach p."""
         expert, chosen = super().own_choices(tokens, ranked, probs)
         prob = probs.detach().gather(-1, expert)
         return expert, both(chosen, exclusive_sums(prob) < self.p)
@@ -79,9 +80,9 @@ class TopPGating(TopKGating):
 
 
 def exclusive_sums(values: Tensor) -> Tensor:
-    """The sum of the values before each one, along the last dimension.
+    """Return the exclusive cumulative sum along the last dimension.
 
-    Doubles the span that is summed at each step, since `cumsum` on a GPU does not promise equal bits on every run.
+    The span of the sums doubles in each step, because `cumsum` on a GPU is not guaranteed to be deterministic.
     """
     total, span = F.pad(values[..., :-1], (1, 0)), 1
     while span < values.shape[-1]:

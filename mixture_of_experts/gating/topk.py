@@ -1,6 +1,6 @@
-"""Top-k gating: logits and scores of every expert, the choice of k experts, and the weights of the choices.
+"""Top-k gating: logits and scores of all experts, the choice of k experts, and the weights of the choices.
 
-Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a token; outer experts stand before: `...`.
+Axes: b groups, n tokens per group, d model dim, e experts, k choices per token; `...` are outer experts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_b
 from mixture_of_experts.gating.logits import RouterLogits, module_logits, router_logits
 from mixture_of_experts.gating.overrides import GIVEN
 from mixture_of_experts.gating.ranks import ranks_of_batch
-from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed_on_gpu
 from mixture_of_experts.gating.steps import (
     GROUP_SCORES,
     KNOWN_STEPS,
@@ -51,50 +51,54 @@ from mixture_of_experts.support.checks import check_choice, check_flag, check_nu
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-NO_BIAS = "this gate has no expert bias: build it with TopKGating(..., expert_bias=True)"
-NO_EPSILON = 1e-20  # in float32 it changes a sum of weights only if all of them are 0
+NO_BIAS = "this gate has no expert bias; construct it with TopKGating(..., expert_bias=True)"
+NO_EPSILON = 1e-20  # changes a float32 sum of weights only if all of them are 0
 Scored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
 class TopKGating(TokenChoiceGate):
-    """Every token goes to the k experts of the largest scores: the router of Switch, Mixtral, OLMoE, Qwen, DeepSeek.
+    """Top-k gating, in which each token is routed to the k experts with the largest scores.
+
+    This is the router of Switch, Mixtral, OLMoE, Qwen and DeepSeek.
 
     Args:
-        dim: d, model dimension.
-        num_experts: e, number of experts.
-        k: choices of a token.
-        score: "softmax" over all experts, "sigmoid" of each logit, or "sqrt_softplus", `sqrt(log(1 + exp(logit)))`; or
-            a function of the logits `(..., b, n, e)`.
-        normalize: whether the k weights are divided by their sum; by default if k > 1 (a single weight would be the
-            constant 1, without gradient for the router). Or a function of the weights `(..., b, n, k)`.
-        scale: multiplies the weights.
+        dim: model dimension, d.
+        num_experts: number of experts, e.
+        k: number of choices per token.
+        score: "softmax" over all experts, "sigmoid" of each logit, "sqrt_softplus" (`sqrt(log(1 + exp(logit)))`), or a
+            function of the logits `(..., b, n, e)`.
+        normalize: whether to divide the k weights by their sum, or a function of the weights `(..., b, n, k)`. Default:
+            True if k > 1, because a single weight would be the constant 1, without gradient for the router.
+        scale: factor of the weights.
         bias: whether the logits have a bias, `b_gating`.
-        jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, arXiv 2101.03961).
-        num_groups, top_groups: the experts form `num_groups` equal expert groups. A token chooses only from the
-            `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
-        expert_bias: whether scores have a bias, for choosing only, that `update_bias` moves (arXiv 2408.15664).
-        balance_over: the balancing loss is that of each "group", averaged, or that of the whole "batch": the loss
-            "balance_group" or "balance_batch" of `BALANCE_LOSSES`.
-        logits: a module that maps `(..., b, n, d)` to logits `(..., b, n, e)`, instead of the matrix `w_gating`: a
-            network, or `RouterLogits`, which has a norm, a multiplier and a soft cap.
-        select: experts are chosen by their "score" or their "logits", plus the expert bias. Or a function
-            `(logits, scores, expert_bias)` that returns the numbers `(..., b, n, e)` to choose by; it then sees to bias
-            and expert groups itself. An expert of -inf is not chosen: a token with fewer than k others makes fewer
-            choices.
-        group_score: the score of an expert group: the sum of its "two_best", or its "best"; or a function of scores
-            `(..., b, n, num_groups, e / num_groups)`. A group of -inf is closed.
-        weigh: the weight of a choice is its "score", or the "softmax" over the logits of the chosen. Or a function
-            `(logits, scores, expert)` that returns the weights `(..., b, n, k)`; then `normalize` is False by default.
+        jitter: multiplies the router's input by U(1 - jitter, 1 + jitter) in training (Switch, arXiv 2101.03961).
+        num_groups, top_groups: splits the experts into `num_groups` equal expert groups. Each token chooses only from
+            the `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
+        expert_bias: whether scores have a bias that affects only which experts are chosen and is updated by
+            `update_bias` (auxiliary-loss-free balancing, arXiv 2408.15664).
+        balance_over: whether the balancing loss is averaged over each "group" or computed over the whole "batch". It
+            has the value of "balance_group" or "balance_batch" in `BALANCE_LOSSES`, which are computed on request.
+        logits: a module that maps `(..., b, n, d)` to logits `(..., b, n, e)` and replaces the matrix `w_gating`: a
+            network, or `RouterLogits`, which provides a norm, a multiplier and a soft cap.
+        select: whether experts are chosen by "score" or "logits", plus the expert bias. A function
+            `(logits, scores, expert_bias)` must return the values `(..., b, n, e)` by which experts are chosen, and
+            must handle the bias and expert groups itself. Experts with -inf are not chosen, so a token with fewer than
+            k other experts makes fewer choices.
+        group_score: the score of an expert group: the sum of its "two_best" scores, its "best" score, or a function of
+            scores `(..., b, n, num_groups, e / num_groups)`. Groups with -inf are closed.
+        weigh: whether the weight of a choice is its "score" or the "softmax" over the logits of the chosen experts. A
+            function `(logits, scores, expert)` must return the weights `(..., b, n, k)`; `normalize` then defaults to
+            False.
         eps: added to the sum by which `normalize` divides.
-        device, dtype: of the weights, as in `torch.nn`.
-        settings: `capacity_factor_train`, `capacity_factor_eval` (slots of an expert in units of k n / e; None, the
-            default, is dropless), `min_expert_capacity=4` (least number of slots, applied last), `priority` ("choice",
+        device, dtype: device and dtype of the weights, as in `torch.nn`.
+        settings: `capacity_factor_train`, `capacity_factor_eval` (slots per expert in units of k n / e; the default
+            None is dropless), `min_expert_capacity=4` (minimum number of slots, applied last), `priority` ("choice",
             "token", which is causal, or "score"), `outer_expert_dims` (leading dimensions of weights and inputs) and
             `process_group` (the ranks that share the batch); see `TokenChoiceGate`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token. `w_gating` is
-        `(*outer_expert_dims, d, e)`; None if `logits` is given.
+        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. `w_gating` is
+        `(*outer_expert_dims, d, e)`, or None if `logits` is passed.
 
     Example:
         >>> import torch
@@ -110,12 +114,12 @@ class TopKGating(TokenChoiceGate):
     w_gating: nn.Parameter | None
     b_gating: nn.Parameter | None
 
-    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them. An
-    #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
+    #: `given_experts` `(..., n, k)` int64 are the experts of each token, or -1 for none; the gate then only computes
+    #: their weights. They must be different, which is not checked on a GPU, where values are not read.
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
     implementations: ClassVar[Mapping[str, Any]] = {
-        "numbers": topk_by_numbers,  # one token in inference
-        "kernel": topk_by_kernel,
+        "numbers": topk_by_numbers,  # for one token in inference
+        "kernel": topk_by_kernel,  # for a few tokens in inference on an NVIDIA GPU
         **TokenChoiceGate.implementations,
     }
     expert_bias: Tensor | None
@@ -130,9 +134,9 @@ class TopKGating(TokenChoiceGate):
     eps: float = checked_setting(check_number, at_least=0.0)
     scale: float = checked_setting(check_number, above=0.0)
     jitter: float = checked_setting(check_number, at_least=0.0, below=1.0)
-    #: why scores do not tell how many tokens an expert gets, for rules of the bias that read them; None: they do
+    #: why scores do not determine the load of experts, for bias rules that read scores; None if they do
     load_beyond_scores: ClassVar[str | None] = None
-    balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
+    balanced_by: Any = None  #: set by `balance_experts` if it updates the bias; None otherwise
     balance_over: BalanceOver = checked_setting(check_choice, allowed=BALANCE_OVER)
 
     def __init__(
@@ -183,7 +187,8 @@ class TopKGating(TokenChoiceGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights (standard deviation 1 / sqrt(d)), unless they are those of `logits`; set the rest to 0."""
+        """Draw the weights with standard deviation 1 / sqrt(d), except those of `logits`, and set biases and counts to
+        0."""
         super().reset_parameters()
         for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts, self.expert_histogram):
             if start_at_zero is not None:
@@ -191,19 +196,19 @@ class TopKGating(TokenChoiceGate):
 
     def variant_reason(self) -> str | None:
         if self.training and self.jitter:
-            return f"jitter={self.jitter} draws random numbers in training: set it to 0, or call eval()"
+            return f"jitter={self.jitter} draws random numbers in training; set it to 0, or call eval()"
         if type(self.logits) not in (type(None), RouterLogits):
-            return f"the logits come from a {type(self.logits).__name__}: take RouterLogits"
+            return f"the logits are computed by {type(self.logits).__name__}; use RouterLogits"
         steps = {name: getattr(self, name) for name in (*STEPS, "normalize")}
         for name, step in steps.items():
             if not (isinstance(step, (str, bool)) or step is F.relu or type(step) in KNOWN_STEPS):
-                return f"{name} is {step!r}, an unknown function: take one of this package"
+                return f"{name} is {step!r}, an unknown function; use one of this package"
         return super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose the experts of each token's k largest scores."""
+        """Choose the experts with the k largest scores of each token."""
         x = self._jittered(tokens.x) if self.training and self.jitter else tokens.x
-        logits, score, probs, log_total = recomputed(self._scored, x, self.w_gating, self.b_gating)
+        logits, score, probs, log_total = recomputed_on_gpu(self._scored, x, self.w_gating, self.b_gating)
         ranked = self._ranked(logits, score)
         expert, chosen = self.own_choices(tokens, ranked, probs)
         if GIVEN in tokens.side:
@@ -211,7 +216,7 @@ class TopKGating(TokenChoiceGate):
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
         allowed = both(chosen, self.allowed(tokens))
 
-        # the loss before the weights: the backward then adds the loss's gradient in place
+        # the loss is computed before the weights, so that the backward accumulates its gradient in place
         balance = self.balance_of_scores(tokens, score, probs, expert, chosen)
 
         weight = self._weigh(logits, score, expert, chosen)
@@ -224,39 +229,43 @@ class TopKGating(TokenChoiceGate):
             weight = weight * self.scale
         if self.training and self.expert_bias is not None:
             weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
-        if log_total is None:  # it follows from the first choice
+        if log_total is None:  # computed from the first choice
             logit = gather_chosen(logits, expert[..., :1])
             z_loss = losses.z_loss_from_expert(logit, prob, tokens.counted, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None
-        if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
+        if self.priority == "score":  # best unbiased score among the experts that may be chosen
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         parts = {"balance": balance, "z": z_loss}
         return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best
-        first, and which of them a token makes, bool, none of a score of -inf; None if all.
+        """Return the choices of tokens by biased scores `(..., b, n, e)`.
 
-        Only functions and modules of a user make such scores, so no others are read.
+        Returns:
+            The experts `(..., b, n, k)` int64, best first, and which of these choices are made, bool, or None if all
+            are. Choices with a score of -inf are not made. Only custom functions and modules can produce such scores,
+            so scores are not checked otherwise.
         """
         of_select = not isinstance(self.select, (str, AlwaysChosen, OpenGroups))
         of_logits = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
         of_groups = self.num_groups is not None and not isinstance(self.group_score, str)
         if not (of_select or of_logits or of_groups):
             return top_choices(ranked, self.k), None
-        expert = top_choices(ranked.clamp(min=torch.finfo(ranked.dtype).min), self.k)  # -inf marks chosen ones
+        # `top_choices` uses -inf to mark experts that are already chosen
+        expert = top_choices(ranked.clamp(min=torch.finfo(ranked.dtype).min), self.k)
         return expert, ranked.gather(-1, expert) != -torch.inf
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
     ) -> Tensor:
-        """The balancing loss of scores and probabilities `(..., b, n, e)` and the choices that are `chosen`; 0-dim."""
+        """Return the 0-dim balancing loss of scores and probabilities `(..., b, n, e)` and the `chosen` choices."""
         return self.balance_loss(tokens, probs, expert, chosen, k=self.choices_at_balance)
 
     def logits_of(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by a matrix and its bias, or by the module."""
+        """Return logits `(..., b, n, e)` of tokens `(..., b, n, d)`, computed by a matrix and its bias or by the
+        module."""
         if weight is not None:
             return router_logits(x, weight, bias)
         assert self.logits is not None
@@ -264,14 +273,14 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def first_is_likeliest(self) -> bool:
-        """Whether scores are a softmax and a token's first choice is always its likeliest expert; the z-loss then
-        follows from that choice. A subclass that chooses by something else returns False."""
+        """Whether scores are a softmax and the first choice of a token is always its most probable expert, so that the
+        z-loss can be computed from this choice. Subclasses that choose experts differently must return False."""
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
     def _scored(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Scored:
-        """The logits, scores and probabilities `(..., b, n, e)`, and the logits' logsumexp `(..., b, n)`, None if it
-        follows from the first choice."""
+        """Return the logits, scores and probabilities `(..., b, n, e)`, and the logsumexp of the logits `(..., b, n)`,
+        or None if it is computed from the first choice."""
         logits = self.logits_of(x, weight, bias)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self.first_is_likeliest else logits.logsumexp(dim=-1)
@@ -279,12 +288,13 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def _jittered(self, x: Tensor) -> Tensor:
-        """Multiply x by U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no 1.005."""
+        """Multiply x by U(1 - jitter, 1 + jitter), at least in float32, because bfloat16 cannot represent 1.005."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
     def _ranked(self, logits: Tensor, score: Tensor) -> Tensor:
-        """`(..., b, n, e)`, the biased scores by which experts are chosen; -inf outside the best expert groups."""
+        """Return the biased scores `(..., b, n, e)` by which experts are chosen, with -inf outside the best expert
+        groups."""
         bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
         if not isinstance(self.select, str):
             return self.select(logits.detach(), score.detach(), bias).detach()
@@ -296,17 +306,18 @@ class TopKGating(TokenChoiceGate):
         grouped, of_group = score.unflatten(-1, (self.num_groups, -1)), self.group_score
         totals = GROUP_SCORES[of_group](grouped) if isinstance(of_group, str) else of_group(grouped)
         best = torch.zeros_like(totals, dtype=torch.bool).scatter(-1, top_choices(totals, self.top_groups), True)
-        if not isinstance(of_group, str):  # a function may close a group
+        if not isinstance(of_group, str):  # functions may close a group with -inf
             best = best & (totals != -torch.inf)
         return torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
 
     def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
-        """`(..., b, n, k)`, weights of the choices before normalisation; a softmax is over those `chosen`."""
+        """Return the weights of the choices before normalization, `(..., b, n, k)`. A softmax covers only those that
+        are `chosen`."""
         if self.weigh == "score":
             return gather_chosen(score, expert)
         if self.weigh == "softmax":
             logits = gather_chosen(logits, expert)
-            if chosen is not None:  # a token without any keeps its logits, so that no weight is NaN
+            if chosen is not None:  # tokens without choices keep their logits, so that no weight is NaN
                 logits = torch.where(chosen | ~chosen.any(dim=-1, keepdim=True), logits, -torch.inf)
             return logits.softmax(dim=-1)
         assert callable(self.weigh)
@@ -316,7 +327,7 @@ class TopKGating(TokenChoiceGate):
         if callable(self.normalize):
             return self.normalize(weight)
         total = weight.sum(dim=-1, keepdim=True)
-        # the k largest numbers of a softmax are not all 0
+        # the k largest probabilities of a softmax are never all 0
         needless = self.first_is_likeliest and allowed is None and self.eps <= NO_EPSILON
         return weight / (total if needless else total + self.eps)
 
@@ -324,8 +335,8 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def bias_rule(self) -> BiasRule:
-        """The rule by which the expert bias moves; it says what training forwards count. Set it to a rule or its name;
-        `balance_experts` sets it too."""
+        """The update rule of the expert bias, which determines what training forwards count. Set it to a rule or the
+        name of a rule, or use `balance_experts`."""
         return self._bias_rule
 
     @bias_rule.setter
@@ -344,12 +355,12 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def bias_counts(self) -> Tensor | None:
-        """The rule's counts since the bias moved last; None without an expert bias."""
+        """The counts of the rule since the last update of the bias, or None without an expert bias."""
         return self.expert_histogram if self._bias_rule.bins else self.expert_counts
 
     @property
     def always_chosen(self) -> int:
-        """The number of experts that every token takes, by `AlwaysChosen`: the last ones. Their bias stays as it is."""
+        """The number of last experts that `AlwaysChosen` assigns to every token. Their bias is not updated."""
         return self.select.num if isinstance(self.select, AlwaysChosen) else 0
 
     def _counted_in_backward(
@@ -361,12 +372,12 @@ class TopKGating(TokenChoiceGate):
         expert: Tensor,
         allowed: Tensor | None,
     ) -> Tensor:
-        """The weights `(..., b, n, k)`; their backward adds this forward to `bias_counts`."""
+        """Return the weights `(..., b, n, k)` as a tensor whose backward adds this forward to `bias_counts`."""
         bias, counts = self.expert_bias, self.bias_counts
         assert bias is not None
         assert counts is not None
         first = weight.detach()[..., :1]
-        known = (first == first).expand_as(weight)  # not NaN, which a gradient scaler skips; it ranks first
+        known = (first == first).expand_as(weight)  # excludes NaN, which ranks first and a gradient scaler skips
         if (padding := tokens.computed_padding) is not None:
             known = known & ~padding
         chosen = (known if allowed is None else allowed & known).flatten(-3, -2)
@@ -383,15 +394,15 @@ class TopKGating(TokenChoiceGate):
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
-        """Move the expert bias by its rule, `rate * sign(mean load - load)` by default, and set the counts to 0.
+        """Update the expert bias by its rule, `rate * sign(mean load - load)` by default, and set the counts to 0.
 
-        Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
-        tokens, before capacity, in the training forwards whose backward ran since the last call. They are summed over
-        the ranks of `group`, by default all ranks if `torch.distributed` is initialised; all of them must call. The
-        gate's `process_group` is for its losses alone: whatever it is, all ranks that hold this gate need the same
-        bias, so give them as `group` if some ranks hold other layers. A rate of 0 leaves the bias as it is. In
-        `DistributedDataParallel` each rank keeps its own counts; with `find_unused_parameters=True` a warning names
-        what to call first.
+        Call this method once per optimizer step (`optimizer.register_step_post_hook`). The load of an expert is the
+        number of choices of real tokens, before capacity, in training forwards whose backward ran since the last call.
+        Loads are summed over the ranks of `group`, by default all ranks if `torch.distributed` is initialized; all of
+        these ranks must make the call. The gate's `process_group` applies only to losses. All ranks that hold this gate
+        need the same bias, so pass them as `group` if some ranks hold other layers. A rate of 0 keeps the bias
+        unchanged. Under `DistributedDataParallel`, each rank keeps its own counts; with `find_unused_parameters=True`,
+        a warning explains what to call first.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
@@ -420,40 +431,43 @@ class TopKGating(TokenChoiceGate):
         elif name == "normalize" and not callable(value):
             value = check_flag(name, value)
         if name in STEPS or name == "normalize":
-            self.__dict__.get("_modules", {}).pop(name, None)  # a module that was set before must go
+            self.__dict__.get("_modules", {}).pop(name, None)  # remove a module that was set before
         super().__setattr__(name, value)
 
 
 def check_logits(logits: Any, bias: bool) -> nn.Module | None:
-    """Check `logits`, a module or None. With a module there is no router bias: that belongs to the matrix."""
+    """Check that `logits` is a module or None, and that `bias`, which belongs to the matrix, is False with a module."""
     if logits is None:
         return None
     if not isinstance(logits, nn.Module):
-        got = f"the class {logits.__name__}: make an instance" if isinstance(logits, type) else repr(logits)
+        got = f"the class {logits.__name__}; instantiate it first" if isinstance(logits, type) else repr(logits)
         raise TypeError(f"logits must be a module that maps tokens (..., d) to logits (..., e), or None, got {got}")
     if bias:
-        raise ValueError("bias=True is the bias of the matrix w_gating, which logits replaces: put it into logits")
+        raise ValueError("bias=True cannot be combined with logits, which replaces w_gating; add the bias to logits")
     return logits
 
 
 def check_expert_groups(
     num_experts: int, k: int, num_groups: int | None, top_groups: int | None
 ) -> tuple[int | None, int | None]:
-    """Check that expert groups are equal, and that those open to a token hold at least k experts."""
+    """Check that expert groups have equal sizes, and that the groups open to a token contain at least k experts."""
     if num_groups is None and top_groups is None:
         return None, None
     if num_groups is None or top_groups is None:
-        raise ValueError(f"num_groups and top_groups go together, got {num_groups!r} and {top_groups!r}: give both")
+        raise ValueError(
+            f"num_groups and top_groups must be passed together, got num_groups={num_groups!r} and "
+            f"top_groups={top_groups!r}; pass both or neither"
+        )
     check_size("num_groups", num_groups)
     check_size("top_groups", top_groups)
     if num_experts % num_groups:
         raise ValueError(
-            f"num_groups={num_groups} must divide num_experts={num_experts}: give another number of groups, or None as "
-            "num_groups and top_groups"
+            f"num_groups={num_groups} must divide num_experts={num_experts}; pass another number of groups, or None "
+            "for num_groups and top_groups"
         )
     if top_groups > num_groups or top_groups * (num_experts // num_groups) < k:
         raise ValueError(
-            f"top_groups={top_groups} of num_groups={num_groups} must hold at least k={k} of the "
-            f"{num_experts} experts and be at most num_groups: give other numbers, or None as both for no groups"
+            f"top_groups={top_groups} must be at most num_groups={num_groups}, and this many groups must contain at "
+            f"least k={k} of the {num_experts} experts; pass other numbers, or None for both to disable groups"
         )
     return num_groups, top_groups

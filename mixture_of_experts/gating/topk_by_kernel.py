@@ -1,9 +1,9 @@
-"""Decides for `TopKGating` on a few tokens in inference, by one kernel on NVIDIA's GPUs.
+"""Implements `TopKGating` for short groups in inference with a single kernel on NVIDIA GPUs.
 
-Axes: b groups, n tokens of a group, d model dim, e experts, k choices.
+Axes: b groups, n tokens per group, d model dim, e experts, k choices.
 
-A program computes one group, so groups must be short, as in decoding. The kernel checks itself before it serves a first
-call of its kind. If it differs from torch's operators, or raises, it warns and is off for the process.
+Each program processes one group, so groups must be short, as in decoding. The first call of each kind runs a
+self-check. If the kernel raises or differs from torch's operators, it is disabled for the process, with a warning.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mixture_of_experts.kernels.launching import SelfCheck, can_launch_kernels
 from mixture_of_experts.support.private_torch import is_fake_tensor, is_wrapper_subclass
 from mixture_of_experts.support.subclassing import find_declaring_class, find_overridden
 
-TopKGating = Any  # which imports this
-LONGEST = 8  # tokens of a group
+TopKGating = Any  # avoids a circular import
+LONGEST = 8  # maximum number of tokens per group
 MAX_EXPERTS, MAX_CHOICES = 1024, 32
 TOLERANCE = 1e-3
-NO_KERNEL = "kernels of gates serve plain tensors on NVIDIA GPUs"
+NO_KERNEL = "kernels of gates support only plain tensors on NVIDIA GPUs, not float64"
 
-#: what the operators compute by, and neither kernel nor numbers call
+#: methods that the operators use, and that the kernel and the implementation "numbers" replace
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
     *("_weigh", "_normalized", "allowed", "balance_loss", "_balance_of_tokens", "balance", "select_counted"),
@@ -40,50 +40,51 @@ SELF_CHECK = SelfCheck("the Triton kernels of gates")
 
 
 def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
-    """Why the kernel does not serve the call; None if it does."""
+    """Return why the kernel does not support the call, or None if it does."""
     if gate.training or torch.is_grad_enabled():
-        return "it is for eval mode without gradients"
+        return "it supports only eval mode without gradients"
     if not has_kernel(tokens.x, *gate.parameters()):
         return NO_KERNEL
     if tokens.counted is not None or tokens.length != tokens.num_tokens or tokens.side:
-        return "it takes neither a mask nor importance nor side inputs"
+        return "it supports neither a mask nor importance nor side inputs"
     if not 0 < tokens.num_tokens <= LONGEST or tokens.x.shape[0] == 0:
-        return f"it is for groups of at most {LONGEST} tokens"
+        return f"it supports only groups of 1 to {LONGEST} tokens"
     return unknown_settings_reason(gate) or (None if is_fake_tensor(tokens.x) else _self_check_failure(gate, tokens.x))
 
 
 def run(gate: TopKGating, tokens: Tokens) -> Routing:
-    """The `Routing` of a call, by the kernel."""
+    """Return the `Routing` of a call, computed by the kernel."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """Whether kernels of gates take these tensors of one device: plain ones, none of them in float64."""
+    """Return whether kernels of gates support these tensors on one device, which must be plain and not float64."""
     tensors = (x, *weights)
     return can_launch_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
 def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLACED_METHODS) -> str | None:
-    """Why neither kernel nor numbers know the gate's settings, or its methods among `replaced`; None if they do."""
+    """Return why the kernel and the implementation "numbers" do not support the gate's settings, or its overrides of
+    the `replaced` methods, or None if they do."""
     if (method := find_overridden(gate, find_declaring_class(type(gate), "implementations"), replaced)) is not None:
-        return f"a {type(gate).__name__} has a {method} of its own"
+        return f"{type(gate).__name__} overrides {method}"
     if type(gate.logits) not in (type(None), RouterLogits):
-        return f"a {type(gate.logits).__name__} makes the logits"
+        return f"{type(gate.logits).__name__} computes the logits"
     weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax" and gate.eps <= 1e-20)
     if gate.score not in ("softmax", "sigmoid") or gate.select != "score" or not weighs:
-        return "it knows other scores and weights than the gate's"
+        return "it does not support the gate's scores or weights"
     if gate.num_groups is not None or gate.outer_expert_dims or not isinstance(gate.normalize, bool):
-        return "it knows no expert groups, no level two, and no normalisation by a function"
+        return "it supports neither expert groups nor a second level nor normalization by a function"
     if gate.process_group is not None or gate.priority == "score":
-        return "it knows no ranks and no priority by score"
+        return "it supports neither a process group nor priority='score'"
     if gate.num_experts > MAX_EXPERTS or gate.k > MAX_CHOICES:
-        return f"it is for at most {MAX_EXPERTS} experts and {MAX_CHOICES} choices"
+        return f"it supports at most {MAX_EXPERTS} experts and {MAX_CHOICES} choices"
     return None
 
 
 def choose_by_kernel(gate: TopKGating, tokens: Tokens) -> Choices:
-    """The gate's choices, by the kernel."""
-    from mixture_of_experts.kernels.top_k import choose_top_k  # it imports triton, which takes a second
+    """Return the gate's choices, computed by the kernel."""
+    from mixture_of_experts.kernels.top_k import choose_top_k  # importing triton takes a second
 
     logits = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating)
     b, n, e = logits.shape
@@ -96,19 +97,21 @@ def choose_by_kernel(gate: TopKGating, tokens: Tokens) -> Choices:
 
 
 def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
-    """k, whether scores are a softmax, whether weights are one of the chosen, are normalised, their scale, epsilon."""
+    """Return k, whether scores are a softmax, whether weights are a softmax over the chosen, whether they are
+    normalized, their scale, and epsilon."""
     return gate.k, gate.score == "softmax", gate.weigh == "softmax", gate.normalize is True, gate.scale, gate.eps
 
 
 def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
-    """What the kernel computes on this device otherwise than torch's operators, on made-up tokens of such a gate."""
+    """Return how the kernel differs from torch's operators on this device, for generated tokens of such a gate, or None
+    if they agree."""
     kind = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
     return SELF_CHECK.failure_reason(x.device, kind, partial(_find_fault, gate, x))
 
 
 @torch.no_grad()
 def _find_fault(gate: TopKGating, x: Tensor) -> str | None:
-    """What differs; None if nothing."""
+    """Return what differs, or None if nothing does."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
     tokens = Tokens(made_up, None, None, None, 2)
@@ -122,8 +125,10 @@ def _find_fault(gate: TopKGating, x: Tensor) -> str | None:
 
 
 def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float) -> str | None:
-    """What kernels compute otherwise than torch's operators, on a gate's made-up tokens; None if nothing. One token may
-    choose other experts: its scores may be equal up to rounding."""
+    """Return how results of kernels differ from those of torch's operators, or None if they agree.
+
+    One token may choose different experts, because its scores may be equal up to rounding.
+    """
     for name, want in wanted.items():
         differ = torch.isclose(found[name], want, rtol=TOLERANCE, atol=atol, equal_nan=True).logical_not().sum()
         if differ > (want.shape[-1] if want.ndim and name != "probabilities" else 0):

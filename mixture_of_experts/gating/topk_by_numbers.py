@@ -1,8 +1,9 @@
-"""Decides for `TopKGating` on one token in inference on a CPU, in Python's numbers: operators would take longer.
+"""Implements `TopKGating` for a single token in inference on a CPU with Python numbers, which are faster than
+operators.
 
 Axes: d model dim, e experts, k choices.
 
-Router product and scores are those of every call. From them on, operators on a few numbers cost their launches alone.
+Logits and scores are computed as in any other call. For the steps after them, the overhead of operators would dominate.
 """
 
 from __future__ import annotations
@@ -22,26 +23,26 @@ from mixture_of_experts.support.batch_invariance import BATCH_INVARIANT
 from mixture_of_experts.support.implementations import requested_implementation
 from mixture_of_experts.support.tracing import is_host_readable
 
-TopKGating = Any  # which imports this
-MAX_EXPERTS = 64  # of more, operators are faster
-#: what the operators compute by, and numbers do not call
+TopKGating = Any  # avoids a circular import
+MAX_EXPERTS = 64  # operators are faster for more experts
+#: methods that the operators use and this implementation replaces
 REPLACED_METHODS = (*topk_by_kernel.REPLACED_METHODS, "route", "_restrict_choices", "capacity", "named_losses")
-MIN_TOTAL = 1e-9  # of weights that are normalised
+MIN_TOTAL = 1e-9  # minimum sum of weights that are normalized
 
 
 def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
-    """Why numbers cannot decide on these tokens for this gate; None if they can."""
+    """Return why Python numbers are not supported for this gate and these tokens, or None if they are."""
     x = tokens.x
     if gate.training or torch.is_grad_enabled():
-        return "it is for eval mode without gradients"
+        return "it supports only eval mode without gradients"
     if not is_host_readable(x) or torch.jit.is_tracing():
-        return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
+        return "it reads values, which requires plain CPU tensors outside of graphs and transforms"
     if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses or tokens.segments:
-        return f"it takes one token, (1, 1, {gate.dim}), without mask, side inputs, documents and further losses"
+        return f"it supports only one token (1, 1, {gate.dim}), without mask, side inputs, packing or further losses"
     if requested_implementation() in ("plain", BATCH_INVARIANT) or can_launch_kernels(x.device):
-        return "operators or kernels are asked for"
+        return "operators or kernels are requested"
     if gate.capacity_factor_eval is not None or gate.num_experts > MAX_EXPERTS:
-        return f"it is for dropless gates of at most {MAX_EXPERTS} experts"
+        return f"it supports only dropless gates with at most {MAX_EXPERTS} experts"
     if (reason := topk_by_kernel.unknown_settings_reason(gate, REPLACED_METHODS)) is not None:
         return reason
     weights = gate.logits.parameters() if gate.w_gating is None else (gate.w_gating,)
@@ -51,18 +52,18 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
 
 
 def run(gate: TopKGating, tokens: Tokens) -> Routing:
-    """The `Routing` of a token `(1, 1, d)`; that of operators if a score is not finite, or weights that are to sum to 1
-    are 0 or so.
+    """Return the `Routing` of a token `(1, 1, d)`.
 
-    Scores may round to 0 where a softmax over the logits of the chosen, which are unlikely by their bias, does not.
+    Operators compute it if a score is not finite, or if weights that must be normalized are close to 0. Scores of
+    improbable experts that are chosen because of their bias may round to 0, while a softmax over their logits does not.
     """
     logits, k, e = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
     numbers = score.flatten().tolist()
     ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).flatten().tolist()
-    if not all(map(math.isfinite, ranks)):  # a sum of both infinities would raise
+    if not all(map(math.isfinite, ranks)):  # fsum raises for a sum of inf and -inf
         return gate.decide_and_route(tokens)
-    expert = sorted(range(e), key=ranks.__getitem__, reverse=True)[:k]  # of equal scores the first
+    expert = sorted(range(e), key=ranks.__getitem__, reverse=True)[:k]  # ties go to the lowest index
     weight = [numbers[i] for i in expert]
     probs, share = score, sum(weight)
     if gate.score == "softmax":

@@ -1,4 +1,4 @@
-"""Commands on saved models: `python -m mixture_of_experts.huggingface convert IN OUT`, `quantize`, `upcycle`, `prune`,
+"""Commands for saved models: `python -m mixture_of_experts.huggingface convert IN OUT`, `quantize`, `upcycle`, `prune`,
 `merge`, `export`."""
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ BYTES_PER_UNIT = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def parse_size(text: str) -> int:
-    """A size such as `5GB` in bytes."""
+    """Parse a size such as `5GB` and return it in bytes."""
     found = re.fullmatch(r"(0*[1-9]\d*)\s*([KMG]B|)", text.upper())
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: write 500MB or 5GB")
+        raise argparse.ArgumentTypeError(f"expected a size such as 500MB or 5GB, but got {text!r}")
     return int(found[1]) * BYTES_PER_UNIT[found[2]]
 
 
 def parse_gate(text: str) -> GateFactory:
-    """A gate such as `TopKGating(k=4, score="sigmoid")`, as a function that constructs one for each layer."""
+    """Parse a gate such as `TopKGating(k=4, score="sigmoid")` and return a function that constructs one per layer."""
     try:
         call: Any = ast.parse(text, mode="eval").body
         settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
         kind = GATE_CLASSES[call.func.id]
         if call.args:
-            raise ValueError("it has settings without a name")
+            raise ValueError("positional arguments are not supported")
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError):
         example = 'write TopKGating(k=4, score="sigmoid")'
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no gate: {example}; there are {', '.join(GATE_CLASSES)}"
+            f"expected a gate, but got {text!r}; {example}, with one of {', '.join(GATE_CLASSES)}"
         ) from None
     return lambda dim, num_experts: kind(dim, num_experts, **settings)
 
 
 def parse_dtype(text: str) -> torch.dtype:
-    """A dtype such as `bfloat16`."""
+    """Parse a dtype such as `bfloat16`."""
     if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no dtype of weights: write one of {', '.join(DTYPES)}")
+        raise argparse.ArgumentTypeError(f"expected a dtype of weights ({', '.join(DTYPES)}), but got {text!r}")
     return getattr(torch, text)
 
 
 def parse_scores(text: str) -> Any:
-    """`random`, or the scores or ids in a file, by names of gates."""
+    """Return `random`, or the scores or expert ids in a file, keyed by the names of gates."""
     if text == "random":
         return text
     try:
@@ -114,7 +114,7 @@ def add_prune_options(add: Any) -> None:
     add("--keep", type=int, help="experts that each layer keeps; not needed with ids")
 
 
-#: by name: function, description, and the function that adds its options
+#: keyed by the name of a command: function, description, and the function that adds its options
 COMMANDS: dict[str, tuple[Callable[..., object], str, Callable[[Any], None]]] = {
     "convert": (
         convert_folder,
@@ -168,8 +168,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM raise SystemExit with the usual status, 143, so that the unfinished folder is removed."""
-    if threading.current_thread() is not threading.main_thread():  # where Python sets no handlers
+    """Raise SystemExit with the usual status, 143, on SIGTERM, so that the unfinished folder is removed."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere, Python cannot set signal handlers
         yield
         return
 
@@ -185,7 +185,7 @@ def exiting_on_sigterm() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status; after an error, printed to standard error, it is 1.
+    """Run a command and return its exit status, which is 1 after an error. Errors are printed to standard error.
 
     SIGTERM raises SystemExit while the command runs.
     """

@@ -1,4 +1,4 @@
-"""Callbacks for a `Trainer`: one logs routing statistics, one updates the expert bias after each step."""
+"""Callbacks for a `Trainer`: one logs routing statistics, the other updates the expert bias after each step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_ex
 
 
 class RoutingCallback(TrainerCallback):
-    """Adds routing statistics of the last optimizer step, over all its micro-batches, to a Trainer's logs.
+    """A callback that adds the routing statistics of the last optimizer step, over all its micro-batches, to the logs.
 
     `routing/balance` (1 is balanced), `routing/entropy` (in nats) and `routing/dropped` (the share of dropped choices)
-    are means over the layers whose gate ran in the last step in which any gate did; other layers are ignored.
-    `routing/max_load` is the largest load of an expert in any layer (1 is balanced), `routing/dead_experts` the number
-    of dead experts in all layers. The callback supports models with `MoE` layers and the MoE models of `transformers`.
+    are means over the layers whose gates ran in the last step with any gate activity; other layers are ignored.
+    `routing/max_load` is the largest load of an expert in any layer (1 is balanced), and `routing/dead_experts` the
+    number of dead experts in all layers. The callback supports models with `MoE` layers and the MoE models of
+    `transformers`.
 
-    Use `log_routing` to add it to a Trainer. A callback passed to the Trainer's constructor runs after the reporting
-    callbacks, so these values would appear only in `log_history`.
+    Use `log_routing` to add it to a Trainer. A callback passed to the Trainer's constructor would run after the
+    reporting callbacks, so these values would appear only in `log_history`.
 
     Args:
-        layers: whether each layer is also logged separately, as `routing/<gate>/<name>`.
+        layers: whether to log each layer separately as well, as `routing/<gate>/<name>`.
     """
 
     def __init__(self, layers: bool = False) -> None:
@@ -43,13 +44,13 @@ class RoutingCallback(TrainerCallback):
             return
         try:
             self.stats.step()
-        except RuntimeError as error:  # not a reason to stop training
-            warnings.warn(f"routing is not logged: {error}", stacklevel=2)
+        except RuntimeError as error:  # training should continue without the statistics
+            warnings.warn(f"routing statistics are no longer logged: {error}", stacklevel=2)
             self.on_train_end()
             self.stats = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.stats is None or logs is None or "loss" not in logs:  # an evaluation, or the end of training
+        if self.stats is None or logs is None or "loss" not in logs:  # logs of an evaluation or of the end of training
             return
         latest = self.stats.latest()
         records = [record for record in latest if record.step == max(other.step for other in latest)]
@@ -66,13 +67,13 @@ class RoutingCallback(TrainerCallback):
 
 
 def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
-    """Make a Trainer log routing statistics to all of its reporting integrations. Call this before `trainer.train()`.
+    """Make a Trainer log routing statistics to all its reporting integrations. Call this before `trainer.train()`.
 
     Args:
-        layers: whether each layer is also logged separately.
+        layers: whether to log each layer separately as well.
 
     Returns:
-        The callback. Its `stats` can be read and plotted, also after training.
+        The callback. Its `stats` can be read and plotted, including after training.
     """
     callback = RoutingCallback(layers)
     trainer.callback_handler.callbacks.insert(0, callback)  # before the reporting callbacks
@@ -80,7 +81,7 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
 
 
 def summarize_records(records: list[Record]) -> dict[str, float]:
-    """The statistics of all layers combined."""
+    """Return statistics that combine all layers."""
     return {
         "routing/balance": fmean(record.losses.get("balance", 0.0) for record in records),
         "routing/entropy": fmean(record.entropy for record in records),
@@ -91,7 +92,7 @@ def summarize_records(records: list[Record]) -> dict[str, float]:
 
 
 class BalanceCallback(TrainerCallback):
-    """Updates the expert bias of every gate after each optimizer step of a Trainer, using `balance_experts`.
+    """A callback that updates the expert bias of every gate after each optimizer step, using `balance_experts`.
 
     Pass it to the Trainer: `Trainer(..., callbacks=[BalanceCallback()])`.
 
@@ -105,7 +106,7 @@ class BalanceCallback(TrainerCallback):
         self.balancing: ExpertBalancing | None = None
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        ignore_counts_in_ddp(kwargs["model"])  # before DDP wraps it
+        ignore_counts_in_ddp(kwargs["model"])  # before DDP wraps the model
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.on_train_end()

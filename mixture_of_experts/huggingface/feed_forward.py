@@ -27,20 +27,20 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall
 
 
 class ModelCall(ForwardCall):
-    """A running forward of the enclosing model.
+    """A running forward pass of the enclosing model.
 
     Args:
-        tokens: the tokens of the forward, as far as the model knows them.
+        tokens: the tokens of the forward pass, as far as the model knows them.
         enclosing_call: the call of a larger model that contains this one.
     """
 
     config: Any = None  # the part of the model's configuration that describes routers
-    label_share: Tensor | None = None  # share of its labels in those of the batch, if a trainer passes their number
+    label_share: Tensor | None = None  # share of the batch's labels in this call, if a trainer passes the batch's count
     training = False  # whether the model is in training mode, with gradients
     aux_loss_requested = False  # whether the caller requests the auxiliary loss
-    aux_loss_declined = False  # whether the caller computes its own loss, without these losses
-    aux_loss_added = False  # whether the loss that the model returned includes them
-    is_checkpointed = False  # whether activation checkpointing stores the call for a recomputation
+    aux_loss_declined = False  # whether the caller computes its own loss without the auxiliary losses
+    aux_loss_added = False  # whether the loss that the model returned includes the auxiliary losses
+    is_checkpointed = False  # whether activation checkpointing stores the call for recomputation
     is_recomputation = False  # whether this call is such a recomputation
     returns_logits = False  # whether the model returns router logits, as stock models do
 
@@ -49,15 +49,16 @@ class ModelCall(ForwardCall):
         self.enclosing_call = enclosing_call
         self.grad_enabled: bool = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
-        #: what a backward reached: the "outputs" of networks, their "losses"
+        #: what the backward pass reached: "outputs" of feed-forward networks, "losses" of their layers
         self.reached: set[str] = set() if enclosing_call is None else enclosing_call.reached
 
 
 class Replaced(nn.Module):
-    """Stands in for a linear layer of the dense network, so that no checkpoint is loaded into the wrong model.
+    """A placeholder for a linear layer of the dense network. It keeps checkpoints from loading into the wrong model.
 
     A checkpoint of the changed model has a three-dimensional tensor under the layer's name. A `transformers` class
-    without experts expects a matrix there and fails to load it, instead of starting from random feed-forward networks.
+    without experts expects a matrix there and fails to load the checkpoint, instead of starting from randomly
+    initialized feed-forward networks.
     """
 
     weight: Tensor
@@ -70,8 +71,8 @@ class Replaced(nn.Module):
         name = f"{prefix}weight"
         if name in state_dict and state_dict[name].shape != self.weight.shape:
             warnings.warn(
-                "the checkpoint has dense feed-forward networks where this model has experts, which stay as they are: "
-                "load it into the dense model and upcycle that model",
+                "the checkpoint has dense feed-forward networks, but this model has experts, which were left "
+                "unchanged; load the checkpoint into the dense model and upcycle that model",
                 stacklevel=2,
             )
             state_dict[name] = self.weight
@@ -83,24 +84,25 @@ class Replaced(nn.Module):
 
 
 class MoEFeedForward(Replaced):
-    """A `MoE` layer that replaces a feed-forward network: it maps tokens to tokens.
+    """A `MoE` layer that replaces a feed-forward network and maps tokens to tokens.
 
-    The forward of the enclosing model supplies the padding mask, and token ids for gates that read them, and collects
-    the auxiliary loss (`model_watch.py`). Outside of such a forward there is neither, and the loss is dropped.
+    The forward pass of the enclosing model supplies the padding mask, and token ids for gates that read them, and
+    collects the auxiliary loss (`model_watch.py`). Outside of such a pass there is no mask, no token ids are supplied,
+    and the loss is dropped.
 
     Args:
         moe: the layer.
         dropout: the dropout after the layer, if the network had one.
         masked: whether the mask of the enclosing model describes these tokens.
-        replaced_path: path, below this module, of the linear layer that a `Replaced` stands in for; "": the module
-            itself.
+        replaced_path: path, relative to this module, of the linear layer that a `Replaced` stands in for; "" for the
+            module itself.
 
     Shape:
-        `(b, n, d)`, or flattened `(b n, d)`, to the same shape; if the caller passes side inputs, to (tokens, state of
-        the router).
+        Input `(b, n, d)`, or flattened `(b n, d)`; output of the same shape, or (tokens, router state) if the caller
+        passes side inputs.
     """
 
-    record: Any = None  #: the description of the layer in `config.json`, a `LayerRecord`
+    record: Any = None  #: the layer's description in `config.json`, a `LayerRecord`
 
     def __init__(
         self, moe: MoE, dropout: nn.Module | None = None, *, masked: bool = True, replaced_path: str = ""
@@ -117,7 +119,7 @@ class MoEFeedForward(Replaced):
         call = call_stack.current_call(self) or ModelCall()
         tokens, shape = x, call.tokens.shape
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
-            tokens = x.view(*shape, x.shape[-1])  # the router needs sequences, even if the model flattens them
+            tokens = x.view(*shape, x.shape[-1])  # the router needs sequences, but the model flattens them
         side = self._get_mask_input(call, x) | self._get_token_ids_input(call, tokens)
         side |= self._get_segment_ids_input(call, tokens)
         if side or tokens is not x:
@@ -134,29 +136,29 @@ class MoEFeedForward(Replaced):
         call.losses.append(aux_loss)
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
-        if call.grad_enabled or not call.keys:  # without gradients, no gradient can be missed
+        if call.grad_enabled or not call.keys:  # losses need no gradient if nothing else gets one
             check_not_reentrant(self.moe, call.is_checkpointed)
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not is_in_transform():
-            reached = call.reached  # the hooks hold no tensors
+            reached = call.reached  # so that the hooks keep no tensors alive
             out.register_hook(lambda _: reached.add("outputs"))
             aux_loss.register_hook(lambda _: reached.add("losses"))
 
     def _get_token_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
-        """The ids of tokens `(b, n, d)` as a side input if the gate reads them; {} otherwise."""
+        """Return the ids of tokens `(b, n, d)` as a side input if the gate reads them, or {} otherwise."""
         if "token_ids" not in get_side_inputs(self.moe.gate):
             return {}
         ids = call.tokens.ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
-            got = "was given none, as with inputs_embeds" if ids is None else f"has {tuple(ids.shape)} ids"
+            got = "was called without ids, as with inputs_embeds" if ids is None else f"has {tuple(ids.shape)} ids"
             raise ValueError(
-                f"a {type(self.moe.gate).__name__} reads the ids of {tuple(tokens.shape[:-1])} tokens, but the model "
-                f"{got}: call the model with input_ids"
+                f"{type(self.moe.gate).__name__} needs the ids of {tuple(tokens.shape[:-1])} tokens, but the model "
+                f"{got}; call the model with input_ids"
             )
         return {"token_ids": ids}
 
     def _get_segment_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
-        """The documents of packed tokens `(b, n, d)` as a side input; {} if rows are not packed, or if the layer does
-        not support packing and treats each row as one group."""
+        """Return the documents of packed tokens `(b, n, d)` as a side input, or {} if rows are not packed or the layer
+        does not support packing and treats each row as one group."""
         ids = call.tokens.segment_ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
             return {}
@@ -164,32 +166,33 @@ class MoEFeedForward(Replaced):
         return {SEGMENT_IDS: ids} if reason is None else {}
 
     def _check_checkpointing(self, call: ModelCall) -> None:
-        """Raise for checkpointing that is not the model's own: its recomputation would lack mask and token ids."""
+        """Raise if checkpointing is not the model's own, because recomputation would lack the mask and token ids."""
         if torch.compiler.is_compiling() or not self.training or not call.grad_enabled or call.is_checkpointed:
             return
         if is_in_activation_checkpoint(call.frame):
             raise RuntimeError(
-                "a feed-forward network runs under torch.utils.checkpoint, which would run it again without its "
-                "padding mask: checkpoint by model.activation_checkpointing_enable()"
+                "a feed-forward network runs under torch.utils.checkpoint, which would recompute it without its "
+                "padding mask; use model.activation_checkpointing_enable() instead"
             )
 
     def _get_mask_input(self, call: ModelCall, x: Tensor) -> dict[str, Tensor]:
-        """The mask `(b, n)` of tokens `(b, n, d)` or `(b n, d)`, by the name of the side input that defines how the
-        layer handles padding; {} if all tokens are real.
+        """Return the mask `(b, n)` of tokens `(b, n, d)` or `(b n, d)`, keyed by the side input that defines how the
+        layer handles padding, or {} if all tokens are real.
 
         Dense networks compute padding tokens, and models use their outputs: with left padding, the first token is
-        predicted from padding. So dropless gates compute them too, but exclude them from all statistics and losses.
+        predicted from a padding token. Dropless gates therefore compute them too, but exclude them from all statistics
+        and losses.
         """
         mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        if self.masked and unknown is not None and (self.training or not dropless):  # else padding affects nothing
-            raise ValueError(f"the router cannot know which tokens are padding: {unknown}")
+        if self.masked and unknown is not None and (self.training or not dropless):  # otherwise padding has no effect
+            raise ValueError(f"the router cannot tell which tokens are padding: {unknown}")
         if mask is None or not self.masked:
             return {}
         if mask.numel() * x.shape[-1] != x.numel() or (x.ndim == 3 and mask.shape != x.shape[:-1]):
             raise ValueError(
-                f"an attention mask for {tuple(mask.shape)} tokens does not fit {tuple(x.shape[:-1])} tokens of a "
-                "feed-forward network: call it once, on all tokens of the forward"
+                f"the attention mask is for {tuple(mask.shape)} tokens, but the feed-forward network got "
+                f"{tuple(x.shape[:-1])} tokens; call it once, with all tokens of the forward pass"
             )
         return {COUNTED if dropless and COUNTED in get_side_inputs(self.moe.gate) else "mask": mask}
 
@@ -206,19 +209,19 @@ class LogitsCall(ForwardCall):
     """A running call of a gate whose logits the model returns.
 
     Args:
-        x: the tokens, in the form in which the block's router would get them.
+        x: the tokens, in the form in which the block's router would receive them.
     """
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
-        # a recomputation in activation checkpointing collects none, but must repeat the forward's computation
+        # a recomputation under activation checkpointing collects no logits but must repeat the same computation
         found = collected_logits()
         self.collected: list[Tensor] = [] if found is None else found
 
 
 def collect_logits(gate: Any, args: object, output: object) -> None:
-    """Forward hook of a gate: adds the logits `(t, e)` of all tokens to those that `transformers` collects. The gate's
-    own logits may be grouped, with additional tokens or without padding."""
+    """Forward hook of a gate that adds the logits `(t, e)` of all tokens to those that `transformers` collects. The
+    gate's own logits may be grouped, contain additional tokens or lack padding."""
     call = call_stack.current_call(gate)
     if call is None:
         return
@@ -229,17 +232,17 @@ def collect_logits(gate: Any, args: object, output: object) -> None:
 
 
 class SparseFeedForward(MoEFeedForward):
-    """A `MoE` layer that replaces a sparse block of `transformers` and has the same call signature.
+    """A `MoE` layer that replaces a sparse block of `transformers` and keeps its call signature.
 
     Args:
         block: the class of the block.
-        reports: whether the model can return the logits of the block's router (`output_router_logits`), from which it
-            computes its own auxiliary loss. The layer then contributes its own.
+        reports: whether the model can return the logits of the block's router (`output_router_logits`) and compute its
+            own auxiliary loss from them. The layer then supplies its logits.
         settings: the other arguments of `MoEFeedForward`.
 
     Shape:
-        As in `MoEFeedForward`; but (tokens, None) if the block also returned router scores, and (tokens, state) if its
-        router has a state as an additional input.
+        As in `MoEFeedForward`, except that the output is (tokens, None) if the block also returned router scores, and
+        (tokens, state) if its router takes a state as an additional input.
     """
 
     reports: bool = False
@@ -248,7 +251,7 @@ class SparseFeedForward(MoEFeedForward):
         super().__init__(moe, **settings)
         self.block = block
         self.reports = reports
-        if reports:  # not only when logits are first wanted, which may be in a graph that is traced
+        if reports:  # now, because the first request for logits may be in a traced graph
             set_first_hook(unwrap_module(moe.gate), "mixture_of_experts_logits", collect_logits)
 
     def forward(
@@ -257,7 +260,7 @@ class SparseFeedForward(MoEFeedForward):
         call = call_stack.current_call(self) if self.reports else None
         if call is None or not call.returns_logits:
             return self.as_block(x, prev_router_hidden_states)
-        if call.grad_enabled:  # the model's loss of these logits would get no gradient
+        if call.grad_enabled:  # a loss that the model computes from these logits would get no gradient
             check_not_reentrant(self.moe, call.is_checkpointed)
         gate = unwrap_module(self.moe.gate)
         set_first_hook(gate, "mixture_of_experts_logits", collect_logits)
@@ -279,17 +282,17 @@ BLOCKS_WITH_ROUTER_SCORES = ("GptOssMLP", "Llama4TextMoe", "OpenAIPrivacyFilterM
 
 
 def find_layers(model: nn.Module) -> dict[str, Any]:
-    """All `MoEFeedForward` modules of a model, by their paths."""
+    """Return all `MoEFeedForward` modules of a model, keyed by path."""
     return {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
 
 
 def get_named_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
-    """The parameters and buffers of a module by name."""
+    """Return the parameters and buffers of a module, keyed by name."""
     return dict((*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)))
 
 
 def add_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
-    """Add a child at a path, and the modules above it that are missing."""
+    """Add a child at a path, creating missing parent modules."""
     *above, last = path.split(".")
     for name in above:
         if name not in module._modules:
@@ -299,10 +302,10 @@ def add_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
 
 
 def find_feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
-    """All `MoEFeedForward` modules of a model, wrapped or not, in model order.
+    """Return all `MoEFeedForward` modules of a model, wrapped or not, in model order.
 
-    This is called in every forward, so once per token in decoding. It skips modules without children, which makes it 3x
-    faster than `model.modules()`.
+    This runs in every forward pass, and thus once per token in decoding. It skips modules without children, which makes
+    it 3x faster than `model.modules()`.
     """
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

@@ -1,5 +1,5 @@
-"""Routing replay for TRL's `GRPOTrainer`: training uses the experts that were chosen during generation. TRL is not
-imported."""
+"""Routing replay for TRL's `GRPOTrainer`: training uses the experts that were chosen during generation. This module
+does not import TRL."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, a
 
 
 class ReplayRouting:
-    """Makes TRL's `GRPOTrainer` compute log-probabilities with the experts that were chosen during generation.
+    """A mixin that makes TRL's `GRPOTrainer` compute log-probabilities with the experts chosen during generation.
 
-    Put this class before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
-    trainer generates; or the trainer's `rollout_func` returns those of an inference engine: in addition to TRL's own
-    fields, "routed_experts" is a list of the objects that `RoutingRecords.from_requests` accepts, or `RoutingRecords`,
-    for prompts and completions. The choices are replayed in every forward that computes log-probabilities of these
-    completions: in training, over all mini-batches and iterations, in the forward for old log-probabilities, and in
-    evaluation. The last token of a completion was never an input of the model, so the gates choose its experts. A
-    separate reference model makes its own choices. With PEFT, the model without its adapter is the reference: it
-    replays the choices too, with its own weights.
+    List this class before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
+    trainer generates. Alternatively, the trainer's `rollout_func` returns the choices of an inference engine: in
+    addition to TRL's own fields, "routed_experts" is a list of the objects that `RoutingRecords.from_requests` accepts,
+    or `RoutingRecords`, for prompts and completions. The choices are replayed in every forward pass that computes
+    log-probabilities of these completions: in training, over all mini-batches and iterations, in the computation of old
+    log-probabilities, and in evaluation. The last token of a completion was never an input of the model, so the gates
+    choose its experts. A separate reference model makes its own choices. With PEFT, the reference is the model without
+    its adapter; it replays the choices too, with its own weights.
 
     Raises:
-        ValueError: in the constructor: the trainer generates with an unsupported method (vLLM and continuous batching
-            without `rollout_func`, tools), or its model has no gate. In training: the generation has no cache;
-            `rollout_func` returns no choices, or choices of other tokens; a prompt has images; or log-probabilities
-            with gradients are computed in chunks, or twice before a backward.
-        TypeError: when the subclass is defined: it lists this class after the trainer. In the constructor: the trainer
-            lacks a TRL method that this class needs, or a gate has choices or weights that cannot be recorded.
+        ValueError: in the constructor, if the trainer generates with an unsupported method (vLLM or continuous batching
+            without `rollout_func`, or tools) or its model has no gate. In training, if generation does not use a cache,
+            `rollout_func` returns no choices or choices of other tokens, a prompt has images, or log-probabilities with
+            gradients are computed in chunks or twice before a backward pass.
+        TypeError: when the subclass is defined, if it lists this class after the trainer. In the constructor, if the
+            trainer lacks a TRL method that this class needs, or a gate has choices or weights that cannot be recorded.
     """
 
-    #: whether weights are recorded and replayed in addition to choices; set it in your subclass
+    #: whether to record and replay weights in addition to choices; set it in your subclass
     replay_weights: bool = False
     model: Any
     ref_model: Any = None
@@ -56,29 +56,29 @@ class ReplayRouting:
         *before, last = [kind for kind in base_classes if TRAINER_METHODS[0] in vars(kind)]
         if before and last is ReplayRouting:
             raise TypeError(
-                f"{cls.__name__} has ReplayRouting after {before[0].__name__}, which would not call it: write class "
-                f"{cls.__name__}(ReplayRouting, {before[0].__name__})"
+                f"{cls.__name__} lists ReplayRouting after {before[0].__name__}, whose methods would bypass it; write "
+                f"class {cls.__name__}(ReplayRouting, {before[0].__name__})"
             )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if missing := [name for name in TRAINER_METHODS if not hasattr(self._trainer, name)]:
             raise TypeError(
-                f"{type(self).__name__} has no {missing[0]} after ReplayRouting: write class "
-                "Trainer(ReplayRouting, GRPOTrainer), with a TRL that has this method, as 1.16 has"
+                f"{type(self).__name__} has no method {missing[0]} after ReplayRouting; write class "
+                "Trainer(ReplayRouting, GRPOTrainer) and use a TRL version that has this method, such as 1.16"
             )
         replaced_by = ("tools",) if self.rollout_func else ("tools", *GENERATION_ENGINE_FLAGS)
         if other := [name for name in replaced_by if getattr(self, name, None)]:
             raise ValueError(
-                f"ReplayRouting records the trainer's own generation, which {other[0]} replaces, and TRL does not hand "
-                "on an engine's choices: leave that out, and give a rollout_func that asks your engine, and returns "
-                'its choices as "routed_experts" beside the ids'
+                f"ReplayRouting records the trainer's own generation, but {other[0]} replaces it, and TRL does not "
+                f"pass on the engine's choices; remove {other[0]} and pass a rollout_func that queries your engine and "
+                "returns its choices as 'routed_experts' along with the ids"
             )
-        self._recorded_sequences: list[SequenceReference] = []  # of the next log-probabilities
-        self._replay_stack = ExitStack()  # contexts that stay active until a backward has ended
-        self._replay_is_active = False  # whether this stack holds the replay of a forward
+        self._recorded_sequences: list[SequenceReference] = []  # for the next log-probabilities
+        self._replay_stack = ExitStack()  # contexts that stay active until the backward pass has ended
+        self._replay_is_active = False  # whether this stack holds the replay of a forward pass
         with self._record_generation():
-            pass  # raises if it cannot record
+            pass  # raises if the model cannot be recorded
         if self.rollout_func:
             self.rollout_func = partial(self._run_rollout, self.rollout_func)
 
@@ -95,35 +95,36 @@ class ReplayRouting:
             generated = self._trainer._generate_single_turn(prompt_ids, *args, **kwargs)
         if records.num_sequences != len(prompt_ids):
             raise ValueError(
-                f"{len(prompt_ids)} prompts were recorded as {records.num_sequences} sequences: generate with a cache, "
-                "use_cache=True"
+                f"expected to record {len(prompt_ids)} sequences, one per prompt, but recorded "
+                f"{records.num_sequences}; generate with a cache (use_cache=True)"
             )
         self._recorded_sequences = [(records, number) for number in range(len(prompt_ids))]
         return generated
 
     def _run_rollout(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """The output of a rollout function without the choices, which are kept for the log-probabilities."""
+        """Run a rollout function and return its output without the choices, which are kept for the
+        log-probabilities."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
             return output  # the trainer's own error says what is missing
         given = output.pop("routed_experts", None)
         if given is None:
             raise ValueError(
-                'rollout_func returned no "routed_experts": start the engine so that it returns them, and add a list '
-                "of what RoutingRecords.from_requests takes, or RoutingRecords"
+                'rollout_func returned no "routed_experts"; start the engine such that it returns them, and add '
+                "RoutingRecords or a list of the objects that RoutingRecords.from_requests accepts"
             )
         records = given if isinstance(given, RoutingRecords) else RoutingRecords.from_requests(given)
         numbers = [len(a) + len(b) for a, b in zip(output["prompt_ids"], output["completion_ids"], strict=True)]
         lengths = records.lengths(records.layers[0])
         if len(lengths) != len(numbers) or any(n - m not in (0, 1) for n, m in zip(numbers, lengths, strict=True)):
             raise ValueError(
-                f"prompts and completions have {numbers} tokens, their routed_experts {lengths}: give the choices of "
-                "prompt and completion, of all tokens or all but the last, which no engine reads"
+                f"prompts and completions have {numbers} tokens, but their routed_experts have {lengths}; return the "
+                "choices for prompt and completion: all tokens, or all but the last, which no engine processes"
             )
         if self.replay_weights and records.weights is None:
             raise ValueError(
-                "replay_weights is True, but routed_experts has choices alone: give RoutingRecords.from_requests(..., "
-                "weights=...), or set it to False"
+                "replay_weights is True, but routed_experts contains choices without weights; return "
+                "RoutingRecords.from_requests(..., weights=...), or set replay_weights to False"
             )
         records = records if self.replay_weights else RoutingRecords(records)
         self._recorded_sequences = [(records, number) for number in range(len(numbers))]
@@ -153,7 +154,7 @@ class ReplayRouting:
         if model is self.ref_model:
             return logps_of(model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs)
         if images := [name for name, value in kwargs.items() if isinstance(value, (Tensor, list))]:
-            raise ValueError(f"ReplayRouting takes prompts of text alone, got {', '.join(images)}")
+            raise ValueError(f"ReplayRouting supports only text prompts, but got {', '.join(images)}")
         size, found = batch_size or len(input_ids), []
         if torch.is_grad_enabled():
             self._check_single_forward(len(input_ids), size)
@@ -164,10 +165,10 @@ class ReplayRouting:
                 attention_mask[part],
                 [number for _, number in self._recorded_sequences[part]],
             )
-            # generation continues after the end of a sequence, until the longest one has ended
+            # rows keep generating after their end until the longest sequence has ended
             records = self._recorded_sequences[0][0].select(numbers, mask.sum(dim=-1).tolist())
             records = RoutingRecords(records) if is_reference_model(model) else records
-            with ExitStack() as forward:  # a backward may rerun the model
+            with ExitStack() as forward:  # the backward pass may rerun the model
                 replay = self._replay_stack if torch.is_grad_enabled() else forward
                 replay.enter_context(replay_routing(model, records, beyond="choose"))
                 found.append(logps_of(model, ids, mask, logits_to_keep, **kwargs))
@@ -179,28 +180,31 @@ class ReplayRouting:
         )
 
     def _check_single_forward(self, number: int, size: int) -> None:
-        """Raise for a second forward with gradients before a backward: a recomputation could belong to either."""
+        """Raise if a second forward pass with gradients precedes a backward pass: a recomputation could belong to
+        either."""
         if size < number:
             raise ValueError(
-                f"log-probabilities of {number} sequences with gradients are computed in chunks of {size}, but "
-                "ReplayRouting replays one forward until its backward: leave batch_size out there"
+                f"log-probabilities with gradients of {number} sequences are computed in chunks of {size}, but "
+                "ReplayRouting replays a single forward pass until its backward pass; omit batch_size there"
             )
         if self._replay_is_active:
             raise ValueError(
-                "log-probabilities with gradients are computed a second time before the backward of the first, until "
-                "which ReplayRouting replays: take both losses from one forward, and run it in training_step"
+                "log-probabilities with gradients are computed a second time before the backward pass of the first, "
+                "but "
+                "ReplayRouting replays one forward pass at a time; compute both losses from one forward pass, and run "
+                "it in training_step"
             )
         self._replay_is_active = True
         self._replay_stack.callback(setattr, self, "_replay_is_active", False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The trainer's step; the replay stays active until the backward has ended."""
+        """Run the trainer's step, keeping the replay active until the backward pass has ended."""
         with self._replay_stack:
             return self._trainer.training_step(*args, **kwargs)
 
 
 def is_reference_model(model: torch.nn.Module) -> bool:
-    """Whether a model acts as its own reference: PEFT's adapters are disabled, or TRL's adapter copy "ref" is
+    """Return whether a model acts as its own reference: PEFT's adapters are disabled, or TRL's adapter copy "ref" is
     active."""
     return any(
         getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())

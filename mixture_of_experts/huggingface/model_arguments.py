@@ -1,6 +1,6 @@
-"""Reads which tokens are real, and their ids, from the arguments of a `transformers` model.
+"""Reads from the arguments of a `transformers` model which tokens are real, and what their ids are.
 
-Axes: b sequences, n tokens of the forward, m tokens including those in the cache.
+Axes: b sequences, n tokens of the forward pass, m tokens including those in the cache.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 
 def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
-    """The model whose arguments describe the tokens, from nested modules, outermost first: the innermost model of
-    `transformers` that reads an attention mask for them; if there is none, the innermost model; None without any
-    model."""
+    """Return the model whose arguments describe the tokens, given nested modules, outermost first.
+
+    This is the innermost model of `transformers` that reads an attention mask for them, or else the innermost model.
+    Returns None if there is no model.
+    """
     models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # only in transformers
     for model in models:
         if "attention_mask" in inspect.signature(model.forward).parameters:
             return model
-        if model.main_input_name != "input_ids":  # it reads images or audio: outer masks describe other tokens
+        if model.main_input_name != "input_ids":  # it reads images or audio, and outer masks describe other tokens
             break
     return models[0] if models else None
 
 
 class ArgumentsReader(TokensReader):
-    """Reads the tokens of a forward from the arguments of `model`, using the parameter names of its `forward`."""
+    """A reader that takes the tokens of a forward pass from the arguments of `model`, by the parameter names of its
+    `forward`."""
 
     argument_names: ClassVar[tuple[str, ...]] = (
         "attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values",
@@ -47,7 +50,7 @@ class ArgumentsReader(TokensReader):
         return read_token_metadata(self.pick_arguments(args, kwargs))
 
     def pick_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments listed in `argument_names`, by name."""
+        """Return the arguments listed in `argument_names`, keyed by name."""
         arguments = {name: args[place] for name, place in self.positions.items() if place < len(args)}
         return arguments | {name: kwargs[name] for name in self.argument_names if name in kwargs}
 
@@ -56,14 +59,14 @@ class ArgumentsReader(TokensReader):
         return get_cache(arguments), count_seen_tokens(arguments)
 
     def get_cached_keys(self, cache: Any) -> Tensor | None:
-        """The keys of the first layer of a cache that has keys; None if no layer has."""
+        """Return the keys of the first layer of a cache that has keys, or None if no layer has any."""
         cache = getattr(cache, "self_attention_cache", cache)
         found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
         return next((keys for keys in found if isinstance(keys, Tensor)), None)
 
 
 def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
-    """What the arguments of a model say about its tokens."""
+    """Return the metadata of the tokens that a model's arguments describe."""
     tokens, embeds, mask = arguments.get("input_ids"), arguments.get("inputs_embeds"), get_attention_mask(arguments)
     shape = () if embeds is None else embeds.shape[:-1]
     shape = shape if tokens is None else tokens.shape
@@ -77,19 +80,22 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
         token_mask = mask[:, -n:].bool()
         is_decoding_step = (
             n == 1 and is_host_readable(token_mask) and bool(token_mask.all())
-        )  # a decoding step of `generate`: all tokens are real
+        )  # in a decoding step of `generate`, all tokens are real
         return metadata if is_decoding_step else metadata._replace(mask=token_mask)
     if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
         return metadata._replace(mask=mask_from_diagonal(mask, arguments))
     return metadata._replace(
-        mask_unknown_reason=f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens"
+        mask_unknown_reason=f"the attention mask has shape {tuple(mask.shape)}, but there are ({b}, {n}) tokens"
     )
 
 
 def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """`(b, n)` integers, the document of each token in packed rows, identified as attention in `transformers` does: by
-    `seq_idx`, by the cumulative lengths of a single row, or by positions that do not increase by one. None with a mask
-    or a cache, or if the values can be read and show that rows are not packed."""
+    """Return the document of each token in packed rows as `(b, n)` integers.
+
+    Documents are identified as attention in `transformers` does: by `seq_idx`, by the cumulative lengths of a single
+    row, or by positions that do not increase by one. Returns None if there is a mask or a cache, or if the values can
+    be read and show that rows are not packed.
+    """
     b, n = shape
     if arguments.get("attention_mask") is not None or get_cache(arguments) is not None:
         return None
@@ -104,7 +110,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
         documents = starts.cumsum(dim=-1)
     if documents is None or documents.ndim != 2 or documents.shape[1] != n or documents.shape[0] not in (1, b):
         return None
-    # in distributed runs values are not read, because all ranks must agree on whether rows are packed
+    # distributed runs do not read values, because all ranks must agree on whether rows are packed
     if not is_distributed() and is_host_readable(documents) and bool((documents == documents[:, :1]).all()):
         return None
     return documents.expand(b, n)
@@ -115,29 +121,29 @@ def is_distributed() -> bool:
 
 
 def get_cache(arguments: Mapping[str, Any]) -> Any:
-    """The cache among a model's arguments; None if there is none."""
+    """Return the cache among a model's arguments, or None if there is none."""
     return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def count_cached_tokens(arguments: Mapping[str, Any]) -> int:
-    """The number of tokens in the cache, including padding."""
+    """Return the number of tokens in the cache, including padding."""
     cache = get_cache(arguments)
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
-    """The number of real tokens in the cache, as `(b,)` or as one number for all sequences."""
+    """Return the number of real tokens in the cache, as `(b,)` or as one number that holds for all sequences."""
     mask, cached = get_attention_mask(arguments), count_cached_tokens(arguments)
     if mask is None or not cached:
         return cached
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
-    return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)  # of the first new token
+    return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)  # the mask row of the first new token
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
-    """The attention mask among a model's arguments. If there is one mask for each kind of layer, the one for full
-    attention, or the only one, is returned."""
+    """Return the attention mask among a model's arguments. If each kind of layer has its own mask, return the one for
+    full attention, or the only one."""
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Mapping):
         return mask
@@ -145,18 +151,19 @@ def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def select_first_head(mask: Tensor) -> Tensor:
-    """A mask `(b, n, m)` from a mask `(b, n, m)` or `(b, heads, n, m)`."""
+    """Return the mask `(b, n, m)` of the first head, given a mask `(b, n, m)` or `(b, heads, n, m)`."""
     return mask[:, 0] if mask.ndim == 4 else mask
 
 
 def to_bool_mask(mask: Tensor) -> Tensor:
-    """An attention mask as bool, True where a token attends."""
+    """Return an attention mask as bool, True where a token is attended to."""
     return mask if mask.dtype == torch.bool else mask >= 0 if mask.is_floating_point() else mask > 0
 
 
 def mask_from_diagonal(mask: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """`(b, n)` bool, True where a token is real, from a mask `(b, n, m)` or `(b, heads, n, m)`. Real tokens attend to
-    themselves, padding does not. None for a single token: a decoded token is never padding."""
+    """Return a `(b, n)` bool mask of the real tokens, given a mask `(b, n, m)` or `(b, heads, n, m)`. Real tokens
+    attend to themselves, whereas padding does not. Return None for a single token, because a decoded token is never
+    padding."""
     n = mask.shape[-2]
     if n == 1:
         return None

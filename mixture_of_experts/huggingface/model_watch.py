@@ -1,8 +1,9 @@
-"""Passes mask and token ids from a model's arguments to its feed-forward networks, and adds their losses to its loss.
+"""Passes the mask and token ids from a model's arguments to its feed-forward networks, and adds their losses to its
+loss.
 
-A watch keeps a `ModelCall` active during a forward. It is attached to the model that was changed, and to the innermost
-models that contain its networks (for example an encoder and a decoder). Activation checkpointing runs layers again
-after the forward, so the checkpointed function is wrapped to run with the call of that forward.
+A watch keeps a `ModelCall` active during a forward pass. It is attached to the model that was changed, and to the
+innermost models that contain its networks (for example an encoder and a decoder). Activation checkpointing runs layers
+again after the forward pass, so the checkpointed function is wrapped to run with the call of that pass.
 """
 
 from __future__ import annotations
@@ -48,16 +49,16 @@ MODEL_WATCH_HOOK = "mixture_of_experts"  # name of the hooks
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward in this thread, in any mode.
+    """Return the sum of the auxiliary losses of a model's last forward pass in this thread, in training or eval mode.
 
-    Inside a forward it is the sum so far. Add it to a loss that you compute yourself. If labels are passed to a
-    training forward with gradients, `out.loss` already includes it.
+    The sum is 0-dim and differentiable; inside a forward pass it is the sum so far. Add it to a loss that you compute
+    yourself. If labels are passed to a training forward pass with gradients, `out.loss` already includes it.
 
     Args:
         model: a model that `replace_ffn` or `upcycle` changed, wrapped or not.
 
     Raises:
-        RuntimeError: there was no forward.
+        RuntimeError: no forward pass has run.
 
     Example:
         >>> import torch
@@ -76,19 +77,19 @@ def aux_loss(model: nn.Module) -> Tensor:
     losses = [loss for call in calls for loss in call.losses]
     if not losses:
         raise RuntimeError(
-            f"{type(model).__name__} has no auxiliary loss: call it first, in this thread, and replace_ffn or upcycle "
-            "before that"
+            f"{type(model).__name__} has no auxiliary loss; apply replace_ffn or upcycle, and run a forward pass in "
+            "this thread first"
         )
     return sum_losses(losses)
 
 
 class LastCall(threading.local):
-    """The last outermost call that ended, separately for each thread. A copy of a model starts without one."""
+    """The last outermost call that has ended, per thread. A copy of a model starts without one."""
 
     box: list[ModelCall]
 
     def __init__(self) -> None:
-        self.box = [ModelCall()]  # a list, as torch.compile cannot set an attribute here
+        self.box = [ModelCall()]  # a list, because torch.compile cannot set an attribute here
 
     def __reduce__(self) -> Any:
         return LastCall, ()
@@ -116,42 +117,42 @@ def remove_model_watches(model: nn.Module) -> None:
 
 
 def get_watch(module: nn.Module) -> Any:
-    """The watch on a module; None if it has none."""
+    """Return the watch on a module, or None if it has none."""
     return getattr(module._forward_pre_hooks.get(MODEL_WATCH_HOOK), "__self__", None)  # pyright: ignore[reportArgumentType]
 
 
 def find_last_calls(model: nn.Module) -> list[LastCall]:
-    """The `LastCall` of each changed model in `model`, which may be one itself."""
+    """Return the `LastCall` of each changed model in `model`, including `model` itself."""
     watches = map(get_watch, model.modules())
     return list(dict.fromkeys(watch.last for watch in watches if watch is not None))
 
 
 def uses_model_mask(model: nn.Module, name: str) -> bool:
-    """Whether the mask of the model that contains a module describes the module's tokens. In audio models it does
-    not."""
+    """Return whether the mask of the model that contains a module describes the module's tokens, which is not the case
+    in audio models."""
     return getattr(find_padding_source(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
 
 def find_padding_source(model: nn.Module, name: str) -> nn.Module:
-    """The module that contains a network and whose arguments describe its padding: a layer of torch, or a model."""
+    """Return the module that contains a network and whose arguments describe its padding: a torch layer or a model."""
     path = name.split(".")[:-1]
     above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
     return above[-1] if isinstance(above[-1], TORCH_LAYER_CLASSES) else find_enclosing_model(above)
 
 
 class ModelWatch(ForwardWatch):
-    """Provides the tokens of each forward to a model's feed-forward networks, and collects their losses. It is copied
-    together with the model.
+    """A watch that provides the tokens of each forward pass to a model's feed-forward networks and collects their
+    losses. Copying the model copies the watch.
 
     Args:
         around: the watched module.
-        last: stores the call of the last outermost forward.
+        last: the storage for the call of the last outermost forward pass.
     """
 
     reads: bool = False  # whether it reads the tokens; otherwise an enclosing model does
     adds: bool = False  # whether it adds the losses to the model's loss
     warned: bool = False
-    adapted: bool = False  # whether the model has had a forward with adapters
+    adapted: bool = False  # whether a forward pass with adapters has run
 
     def __init__(self, around: nn.Module, last: LastCall) -> None:
         self.reader: ArgumentsReader = (
@@ -174,8 +175,8 @@ class ModelWatch(ForwardWatch):
         return call
 
     def read_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokenMetadata:
-        """The tokens of a forward. What this module's arguments lack is taken from an enclosing model with tokens of
-        the same shape."""
+        """Return the tokens of a forward pass. Token ids that this module's arguments lack come from an enclosing model
+        with tokens of the same shape."""
         outer = TokenMetadata() if around is None else around.tokens
         if not self.reads:
             own = self.reader.pick_arguments(args, kwargs).get("input_ids")
@@ -185,19 +186,19 @@ class ModelWatch(ForwardWatch):
         return tokens._replace(ids=outer.ids) if tokens.ids is None and has_same_shape else tokens
 
     def replace_arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments that replace those of a trainer; the call records what they requested.
+        """Return the arguments that replace those of a trainer, and record in the call what the trainer requested.
 
-        With gradient accumulation the `Trainer` passes the number of labels in the whole batch with each micro-batch,
-        and interprets the loss as its share of the batch loss. Some models return means over the micro-batch
-        nevertheless, and the auxiliary loss is such a mean too. So the model gets the number of its own labels, and its
-        loss is multiplied by their share.
+        With gradient accumulation, the `Trainer` passes the number of labels in the whole batch with each micro-batch
+        and interprets the loss as its share of the batch loss. Some models nevertheless return means over the
+        micro-batch, and the auxiliary loss is such a mean as well. The model therefore gets the number of its own
+        labels, and its loss is multiplied by their share.
         """
         arguments, config = dict(kwargs), find_text_config(model)
         call.config, fused = config, bool(kwargs.get("fused_lm_head"))
-        # TRL's trainers do this; they request router logits unless their `router_aux_loss_coef` is 0
+        # TRL's trainers pass fused_lm_head, and request router logits unless their `router_aux_loss_coef` is 0
         call.aux_loss_requested = bool(kwargs.get("output_router_logits"))
         call.aux_loss_declined = fused and not call.aux_loss_requested
-        if get_unit_aux_loss_coef(config) is not None:  # there are no routers that could return logits
+        if get_unit_aux_loss_coef(config) is not None:  # no routers are left that could return logits
             arguments.pop("output_router_logits", None)
             if fused or has_own_routers(config):
                 arguments["output_router_logits"] = False
@@ -215,15 +216,15 @@ class ModelWatch(ForwardWatch):
         changed = self.add_losses(call, output) if self.adds else None
         around, call.enclosing_call = call.enclosing_call, None
         if around is None:
-            if call.backward_id in (None, -1):  # not a recomputation in a backward
+            if call.backward_id in (None, -1):  # not a recomputation in a backward pass
                 self.last.box[0] = call
         elif not call.aux_loss_added and call.grad_enabled == around.grad_enabled:
             around.losses.extend(call.losses)
         return changed
 
     def add_losses(self, call: ModelCall, output: Any) -> Any:
-        """The output, with the auxiliary loss added to its training loss. If router logits were requested from the
-        model, the output gets the `aux_loss` too. None if nothing changes."""
+        """Return the output with the auxiliary loss added to its training loss, or None if nothing changes. If router
+        logits were requested from the model, set `aux_loss` of the output too."""
         aux = sum_losses(call.losses) if call.losses else None
         named = isinstance(output, MutableMapping)
         if aux is not None and call.aux_loss_requested and named:
@@ -246,8 +247,8 @@ class ModelWatch(ForwardWatch):
         return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
     def get_reported_loss(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
-        """The `aux_loss` of an output, which a trainer multiplies by a coefficient. If the model's own routers have set
-        it, both are added."""
+        """Return the `aux_loss` of an output, which a trainer multiplies by a coefficient. It includes the loss of the
+        model's own routers, if there is one."""
         if (unit := get_unit_aux_loss_coef(config)) is not None:
             return aux / unit
         if not (has_own_routers(config) and isinstance(theirs, Tensor)):
@@ -256,8 +257,8 @@ class ModelWatch(ForwardWatch):
         return theirs + aux.to(theirs.device) / coef if coef else theirs
 
     def warn_once(self, call: ModelCall, model: nn.Module) -> None:
-        """Warn, once each, if adapters lack routers, and if the last backward reached the outputs of networks but not
-        their auxiliary losses."""
+        """Warn once if adapters lack routers, and once if the last backward pass reached the outputs of networks but
+        not their auxiliary losses."""
         if not self.adapted and "peft_config" in vars(model):
             check_adapters_loaded(model)
             self.adapted = True
@@ -271,21 +272,21 @@ class ModelWatch(ForwardWatch):
         ):
             self.warned = True
             warnings.warn(
-                "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "
-                f"{type(model).__name__} returned no loss that holds it, or another loss was used, so experts will not "
-                "stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
+                "gradients reached the outputs of feed-forward networks, but not their auxiliary loss, so the experts "
+                f"will not stay balanced: {type(model).__name__} returned no loss that includes it, or another loss "
+                "was used. With label smoothing or a custom loss, add aux_loss(model) to the loss",
                 stacklevel=2,
             )
 
 
 def check_adapters_loaded(model: nn.Module) -> None:
-    """Raise ValueError if PEFT skipped quantized experts that its adapters target: PEFT only warns, and the model would
-    compute without the adapters."""
+    """Raise ValueError if PEFT skipped quantized experts that its adapters target. PEFT only warns, and the model would
+    run without the adapters."""
     quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
     if quantized and (missed := [name for name in find_missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
         raise ValueError(
-            f"{type(model).__name__} has no adapters for {', '.join(missed)} of target_parameters, whose experts are "
-            "quantized: load the model again, and the adapters within weights_shown(model)"
+            f"{type(model).__name__} has no adapters for {', '.join(missed)} of target_parameters, because these "
+            "experts are quantized; load the model again, and load the adapters within weights_shown(model)"
         )
 
 
@@ -294,17 +295,17 @@ def warn_unsaved_routers(model: nn.Module) -> None:
     routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
     if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(
-            f"the routers in {', '.join(lost)} were drawn in memory, and the adapters of {type(model).__name__} do not "
-            "save them: a model that is made anew draws others. Save the model and load it (save_pretrained, "
-            "from_pretrained) before it gets adapters; or name the gates in LoraConfig(modules_to_save=['gate']), or "
-            "merge the adapters in the end and save the whole model",
+            f"the routers in {', '.join(lost)} were initialized in memory, and the adapters of {type(model).__name__} "
+            "do not save them; a newly created model would have different ones. Save the model and load it "
+            "(save_pretrained, from_pretrained) before adding adapters, list the gates in "
+            "LoraConfig(modules_to_save=['gate']), or merge the adapters at the end and save the whole model",
             stacklevel=2,
         )
 
 
 @torch.compiler.disable
 def wrap_checkpointing(model: nn.Module) -> None:
-    """Wrap the model's own checkpointing, so that recomputed layers have their call."""
+    """Wrap the model's own checkpointing, so that recomputed layers run with their call."""
     for module in model.modules():
         checkpoint = get_checkpoint_function(module)
         if checkpoint is not None and not isinstance(checkpoint, CheckpointWithCall) and find_feed_forwards(module):
@@ -312,10 +313,10 @@ def wrap_checkpointing(model: nn.Module) -> None:
 
 
 class CheckpointWithCall:
-    """Wraps the checkpointing function of one layer: what it runs, including recomputations, sees the calls that are
-    active now.
+    """A wrapper of one layer's checkpointing function, so that everything it runs, including recomputations, sees the
+    calls that are active now.
 
-    A compiled model has a graph break here, because a graph cannot hold the calls.
+    Compiled models have a graph break here, because a graph cannot hold the calls.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], layer: nn.Module) -> None:

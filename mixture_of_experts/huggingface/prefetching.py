@@ -1,7 +1,8 @@
-"""Prefetches the chosen experts of a memory-mapped model: they are requested together, before they are computed.
+"""Prefetches the chosen experts of a memory-mapped model by requesting them together before they are computed.
 
-By default, a mapped weight is read when it is first used. The system then reads ahead around each page, beyond the
-chosen experts (by megabytes if the disk's `read_ahead_kb` is large), and handles one request after another.
+By default, a mapped weight is read when it is first used. The system then reads ahead beyond each page, including pages
+of experts that were not chosen (megabytes if the disk's `read_ahead_kb` is large), and handles one request after
+another.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.tracing import is_host_readable
 
 MEMORY_MAP = Path("/proc/self/maps")
-#: if a call chooses a larger share of a layer's experts, reading the whole layer in order is as fast
+#: above this share of a layer's experts, reading the whole layer in order is as fast
 MAX_CHOSEN_SHARE = 0.5
 
 
@@ -35,18 +36,19 @@ MAX_CHOSEN_SHARE = 0.5
 def prefetch_experts(model: nn.Module) -> Iterator[None]:
     """Context manager that prefetches the chosen experts of a memory-mapped model.
 
-    It is for models whose experts are larger than memory and were mapped by `from_pretrained`. Each layer requests the
-    weights of the chosen experts before it computes them; otherwise they are read page by page as they are used, along
-    with their neighbors. Results are the same. Nothing is prefetched if a layer chooses more than half of its experts,
-    as for long prompts, or for weights that are not mapped.
+    Use it for models whose experts are larger than memory and were mapped by `from_pretrained`. Each layer requests the
+    weights of its chosen experts before computing them; without prefetching, they are read page by page as they are
+    used, along with neighboring pages. Results are the same. Nothing is prefetched for weights that are not mapped, or
+    if a layer chooses more than half of its experts, as for long prompts.
 
     Args:
         model: a model with `Experts`, `GatedExperts` or `QuantizedExperts` on the CPU.
 
     Raises:
         OSError: the system is not Linux.
-        ValueError: no weights of experts are mapped from a file. They are if `from_pretrained` loads a folder of this
-            package on the CPU in the dtype of its files, and, with 4 bits, in the layout of this machine.
+        ValueError: no weights of experts are mapped from a file. `from_pretrained` maps them if it loads a folder
+            written by this package on the CPU in the dtype of its files and, for 4-bit weights, in the layout of this
+            machine.
 
     Example:
         >>> import tempfile
@@ -66,9 +68,9 @@ def prefetch_experts(model: nn.Module) -> Iterator[None]:
     stacks = find_mapped_stacks(check_model("model", model))
     if not any(stacks.values()):
         raise ValueError(
-            f"{type(model).__name__} has no weights of experts that are mapped from a file: load a folder that this "
-            "package wrote with dtype='auto' on the CPU; if it has 4 bits, run python -m "
-            "mixture_of_experts.huggingface convert on it first, which writes the layout of this machine"
+            f"{type(model).__name__} has no weights of experts that are mapped from a file; load a folder written by "
+            "this package with dtype='auto' on the CPU; for 4-bit weights, first run python -m "
+            "mixture_of_experts.huggingface convert on the folder to write the layout of this machine"
         )
     advise = load_madvise()
     with Attachments() as attached:
@@ -79,7 +81,7 @@ def prefetch_experts(model: nn.Module) -> Iterator[None]:
 
 
 def find_mapped_stacks(model: nn.Module) -> dict[Any, list[str]]:
-    """The names of the weights that are mapped from a file, of each stack of experts."""
+    """Return the names of the weights that are mapped from a file, for each stack of experts."""
     files = MappedFiles.read()
     return {
         module: [name for name, weight in get_named_tensors(module, recurse=False).items() if files.contains(weight)]
@@ -89,7 +91,7 @@ def find_mapped_stacks(model: nn.Module) -> dict[Any, list[str]]:
 
 
 def prefetch_chosen(names: list[str], advise: Callable[..., int], experts: Any, args: Any, kwargs: Any = None) -> None:
-    """Forward pre-hook of experts: ask the system to read the weights of the chosen ones."""
+    """Forward pre-hook of experts that asks the system to read the weights of the chosen ones."""
     found = (given for given in (*args, *(kwargs or {}).values()) if isinstance(given, Assignments))
     assignments = next(found, None)
     if assignments is None or not is_host_readable(assignments.weight):
@@ -107,7 +109,7 @@ def prefetch_chosen(names: list[str], advise: Callable[..., int], experts: Any, 
 
 
 def load_madvise() -> Callable[..., int]:
-    """The system's `madvise(address, length, advice)`. Advice that it does not take has no effect."""
+    """Return the system's `madvise(address, length, advice)`. Unsupported advice has no effect."""
     found = ctypes.CDLL(None).madvise
     found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return found
@@ -122,7 +124,7 @@ class MappedFiles(NamedTuple):
     @staticmethod
     def read() -> MappedFiles:
         if not MEMORY_MAP.exists():
-            raise OSError(f"there is no {MEMORY_MAP}: only on Linux is it known which weights are mapped from a file")
+            raise OSError(f"{MEMORY_MAP} does not exist; finding weights that are mapped from a file requires Linux")
         lines = [line.split() for line in MEMORY_MAP.read_bytes().splitlines()]
         spans = sorted([int(edge, 16) for edge in line[0].split(b"-")] for line in lines if line[4] != b"0")  # inode
         return MappedFiles([start for start, _ in spans], [stop for _, stop in spans])

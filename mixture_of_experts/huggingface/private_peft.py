@@ -1,6 +1,6 @@
 """Internals of PEFT that this package relies on. Only `find_renamed_weights` imports PEFT.
 
-`tests/huggingface/test_private_peft.py` shows which of them a new version breaks.
+`tests/huggingface/test_private_peft.py` shows which of them break in a new version.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 
 def is_peft_wrapper(module: nn.Module) -> bool:
-    """Whether the module is a wrapper of PEFT: an instance of one of its classes, or of a subclass."""
+    """Return whether the module is a PEFT wrapper: an instance of one of PEFT's classes, or of a subclass."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module that computes inside a wrapper of PEFT; None if the module is not a wrapper."""
+    """Return the module that computes inside a PEFT wrapper, or None if the module is not a wrapper."""
     children: Any = module._modules
     if not ("modules_to_save" in children or "base_layer" in children) or not is_peft_wrapper(module):
         return None
@@ -27,14 +27,14 @@ def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def get_active_copy(wrapper: Any) -> nn.Module:
-    """The module that computes in the wrapper of a saved module: the copy of the active adapter, or the original."""
+    """Return the module that computes in the wrapper of a saved module: the active adapter's copy, or the original."""
     active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)  # it may have no copy here
     return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
 
 
 def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
-    """PEFT's copies of a saved module, and whether they compute: only one does. None if the module is no wrapper of
-    them."""
+    """Return PEFT's copies of a saved module, each with whether it computes (only one does), or None if the module does
+    not wrap such copies."""
     children: Any = module._modules
     if "modules_to_save" not in children or not is_peft_wrapper(module):
         return None
@@ -44,14 +44,14 @@ def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
 
 
 def find_tensors_not_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those tensors of a model that no file of its adapters will contain; [] if it has no adapters. In
-    addition to their own weights, these files contain the modules in `modules_to_save`, whole."""
+    """Return the names of a model's tensors that no file of its adapters will contain, or [] if it has no adapters. In
+    addition to their own weights, these files contain the complete modules in `modules_to_save`."""
     held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
     return [n for n, t in tensors.items() if t not in held] if any(map(is_peft_wrapper, model.modules())) else []
 
 
 def find_missed_targets(model: nn.Module) -> list[str]:
-    """The `target_parameters` of a model's adapters for which PEFT found no parameter."""
+    """Return the `target_parameters` of a model's adapters for which PEFT found no parameter."""
     adapted = [
         f".{name}.{parameter}".replace(".base_layer", "")
         for name, module in model.named_modules()
@@ -63,21 +63,21 @@ def find_missed_targets(model: nn.Module) -> list[str]:
 
 
 def applies_b_first(wrapper: Any) -> bool:
-    """Whether tokens are multiplied by B of a stacked weight first and then by A; else by A first."""
+    """Return whether tokens are multiplied by B of a stacked weight first and then by A, rather than by A first."""
     return wrapper._did_swap_in_out_features
 
 
 def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """The factors `(e, p, k)` and `(e, k, q)` whose product an adapter adds to a stacked weight `(e, p, q)`.
+    """Return the factors `(e, p, k)` and `(e, k, q)` whose product an adapter adds to a stacked weight `(e, p, q)`.
 
-    PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; `is_transposed` of
-    the experts determines which of them has the dimension p.
+    PEFT stores A as `(e k, width)`, expert by expert, and B as `(width, k e)`, with experts last. The `is_transposed`
+    attribute of the experts determines which of them has the dimension p.
     """
     a: Tensor = wrapper.lora_A[adapter].weight * wrapper.scaling[adapter]
     b: Tensor = wrapper.lora_B[adapter].weight
     e = wrapper.num_experts
     a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
-    # a two-dimensional copy is the fastest
+    # copying in two dimensions is fastest
     b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
     return (b, a) if applies_b_first(wrapper) else (a.mT, b.mT)
 
@@ -90,22 +90,22 @@ def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor)
 
 
 def is_plain_lora(wrapper: Any, adapter: str) -> bool:
-    """Whether an adapter consists only of A, B and a scaling factor, without DoRA, other variants or biases."""
+    """Return whether an adapter consists only of A, B and a scaling factor, without DoRA, other variants or biases."""
     has_variant = adapter in wrapper.lora_variant or wrapper.use_dora.get(adapter, False)
     return not has_variant and not wrapper.lora_bias.get(adapter, False)
 
 
 def strip_wrappers(name: str) -> str:
-    """The path of a module, without the parts that PEFT's wrappers add to it."""
+    """Return the path of a module without the parts that PEFT's wrappers add to it."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def find_renamed_weights(model: Any, names: Iterable[str], adapter: str) -> dict[str, str]:
-    """The adapter weights that PEFT would look for under names that the model does not have: their names in the model,
-    by those names.
+    """Find the adapter weights that PEFT would look up under names that the model lacks. Return their names in the
+    model, keyed by the names that PEFT would use.
 
-    On loading, PEFT applies the weight conversions of the model's class to the names in an adapter's file, which do not
-    contain the adapter's name.
+    When loading, PEFT applies the weight conversions of the model's class to the names in an adapter's file, which do
+    not contain the adapter's name.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 

@@ -1,4 +1,4 @@
-"""Every undocumented name of `transformers` and accelerate that this package uses.
+"""All undocumented names of `transformers` and accelerate that this package uses.
 
 `tests/huggingface/test_private_transformers.py` shows which of them break in a new version.
 """
@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 
 class FunctionRenaming(WeightRenaming):
-    """A renaming by a function of a name, applied when a model is loaded, but not when it is saved."""
+    """A renaming that applies a function to each name when a model is loaded, but not when it is saved."""
 
     __slots__ = ("function",)
 
@@ -49,7 +49,7 @@ class FunctionRenaming(WeightRenaming):
 
 class NoConversions(list[Any]):
     """The (empty) conversions of a model that saves its weights as they are in its state dict. `stock` holds its
-    original ones."""
+    original conversions."""
 
     stock: list[Any] | None
 
@@ -59,7 +59,7 @@ class NoConversions(list[Any]):
 
 
 def use_own_names_on_save(model: nn.Module) -> None:
-    """Make a model save its weights under the names, and in the forms, of its state dict."""
+    """Make a model save its weights under the names, and in the layout, of its state dict."""
     stock = vars(model).get("_weight_conversions")
     if not isinstance(stock, NoConversions):
         model._weight_conversions = NoConversions(stock)  # pyright: ignore[reportArgumentType]
@@ -74,13 +74,13 @@ def save_stock_names(model: nn.Module) -> None:
 
 
 def convert_to_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by the names, and in the forms, that `save_pretrained` writes."""
+    """Return weights of a model under the names, and in the layout, that `save_pretrained` writes."""
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
 
 
 def map_to_published_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by the names, and in the forms, of its class's checkpoints, independent of how the model
-    itself is saved."""
+    """Return weights of a model under the names, and in the layout, of its class's checkpoints, regardless of how the
+    model itself is saved."""
     model = copy.copy(model)
     clear_weight_conversions(model)
     return convert_to_saved(model, weights)
@@ -92,44 +92,44 @@ def clear_weight_conversions(model: nn.Module) -> None:
 
 
 def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load some weights of a stock model, by the names and in the forms of its class's checkpoints. The other weights
-    stay unchanged."""
+    """Load some weights of a stock model, under the names and in the layout of its class's checkpoints. The other
+    weights stay unchanged."""
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
-    clear_weight_conversions(model)  # for these weights only
+    clear_weight_conversions(model)  # they describe only these weights
     if found.unexpected_keys:
-        raise ValueError(f"{type(model).__name__} has no place for {', '.join(sorted(found.unexpected_keys))}")
+        raise ValueError(f"{type(model).__name__} has no weights named {', '.join(sorted(found.unexpected_keys))}")
     for name, stored, expected in sorted(found.mismatched_keys):
         raise make_shape_error(name, stored, expected)
-    for name in sorted(found.conversion_errors):  # such as experts that differ in shape and cannot be stacked
+    for name in sorted(found.conversion_errors):  # for example, experts of different shapes cannot be stacked
         raise ValueError(
-            f"the files have weights for {name} that do not fit the shapes that config.json describes: fetch both "
-            "again, or correct config.json"
+            f"the files have weights for {name} that do not match the shapes in config.json; download both again, or "
+            "correct config.json"
         )
 
 
 def make_shape_error(name: str, stored: Sequence[int], expected: Sequence[int]) -> ValueError:
     return ValueError(
-        f"{name} has shape {tuple(stored)} in the files and {tuple(expected)} by config.json: fetch both again, or "
-        "correct config.json"
+        f"{name} has shape {tuple(stored)} in the files, but config.json implies {tuple(expected)}; download both "
+        "again, or correct config.json"
     )
 
 
 def find_unexpected_names(model: Any, names: Collection[str]) -> set[str]:
-    """Those names of weights, which a model does not have, that transformers does not ignore either."""
+    """Return those of the unexpected weight names that transformers does not ignore."""
     found: Any = SimpleNamespace(missing_keys=set(), unexpected_keys={*names})
     model._adjust_missing_and_unexpected_keys(found)
     return found.unexpected_keys
 
 
 def default_dtype(dtype: torch.dtype, model_class: type[PreTrainedModel]) -> AbstractContextManager[None]:
-    """A context in which models are constructed in a dtype, as `from_pretrained` constructs them."""
+    """Return a context in which models are constructed in a dtype, as in `from_pretrained`."""
     return local_torch_dtype(dtype, model_class.__name__)
 
 
 def get_loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes to which `from_pretrained(dtype=dtype)` casts the floating-point weights of a model, by name.
+    """Return the dtypes to which `from_pretrained(dtype=dtype)` casts a model's floating-point weights, keyed by name.
 
     The model must have been constructed in `default_dtype`. Some weights are always float32.
     """
@@ -152,7 +152,7 @@ def apply_gating(experts: Any, gate_up: Tensor) -> Tensor:
 
 
 def has_default_gating(experts: Any) -> bool:
-    """Whether a class of experts uses the default gating of the interface, which splits gate and up into halves
+    """Return whether a class of experts uses the default gating of the interface, which splits gate and up into halves
     regardless of `is_concatenated`."""
     return type(experts)._apply_gate is _default_apply_gate
 
@@ -161,7 +161,8 @@ def has_default_gating(experts: Any) -> bool:
 
 
 def get_checkpoint_function(module: nn.Module) -> Any:
-    """The function that runs a layer under the model's own activation checkpointing; None if there is none."""
+    """Return the function that runs a layer under the model's own activation checkpointing, or None if there is
+    none."""
     return vars(module).get("_gradient_checkpointing_func")
 
 
@@ -170,21 +171,21 @@ def set_checkpoint_function(module: nn.Module, function: Any) -> None:
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Whether position i predicts label i + 1, according to the `Trainer`'s rule."""
+    """Return whether position i predicts label i + 1 according to the `Trainer`'s rule."""
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def remove_capturing_hooks(module: nn.Module) -> None:
-    """Remove the hooks that capture a module's outputs for the model to return: its replacement has its own."""
+    """Remove the hooks that capture a module's outputs for the model to return, because its replacement has its own."""
     for number, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__module__", None) == maybe_install_capturing_hooks.__module__:
             del module._forward_hooks[number]
 
 
 def copy_output_capturing(model: nn.Module, other: nn.Module) -> None:
-    """Register the hooks that capture outputs of submodules wherever `other` has them. A model registers them once, so
-    blocks that are added later need their own."""
+    """Register the hooks that capture outputs of submodules wherever `other` has them. A model registers them only
+    once, so blocks that are added later need their own."""
     for name, module in other.named_modules():
         if getattr(module, "_output_capturing_hooks_installed", False):
             inner: Any = model.get_submodule(name)
@@ -192,7 +193,7 @@ def copy_output_capturing(model: nn.Module, other: nn.Module) -> None:
 
 
 def has_recorded_logits(model: nn.Module, block: nn.Module) -> bool:
-    """Whether a model returns the logits of a sparse block's router on `output_router_logits=True`."""
+    """Return whether a model returns the logits of a sparse block's router with `output_router_logits=True`."""
     recorders = [
         recorder
         for inner in model.modules()
@@ -206,7 +207,8 @@ def has_recorded_logits(model: nn.Module, block: nn.Module) -> bool:
 
 
 def collected_logits() -> list[Tensor] | None:
-    """The router logits that the running forward has collected for its output so far; None if it collects none."""
+    """Return the router logits that the running forward pass has collected for its output so far, or None if it
+    collects none."""
     collected: Any = _active_collector.get()
     return None if collected is None else collected.get("router_logits")
 
@@ -215,34 +217,34 @@ def collected_logits() -> list[Tensor] | None:
 
 
 def was_loaded(tensor: Tensor) -> bool:
-    """Whether the checkpoint contained a parameter or buffer of a model that is being loaded."""
+    """Return whether the checkpoint of a model that is being loaded contained a parameter or buffer."""
     return getattr(tensor, "_is_hf_initialized", False)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a `device_map` keeps the weights of a module on disk, or in another memory."""
+    """Return whether a `device_map` keeps the weights of a module on disk or in another memory."""
     return hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False))
 
 
 def is_from_gguf(model: nn.Module) -> bool:
-    """Whether a model was loaded from a GGUF file, packed or not."""
+    """Return whether a model was loaded from a GGUF file, packed or unpacked."""
     return getattr(model, "quantization_method", None) == QuantizationMethod.GGUF
 
 
 def is_packed_gguf(model: nn.Module) -> bool:
-    """Whether weights of a model are still packed as in its GGUF file."""
+    """Return whether any weights of a model are still packed as in its GGUF file."""
     return is_from_gguf(model) and not all(weight.is_floating_point() for weight in model.parameters())
 
 
 def clear_gguf_quantizer(model: Any) -> None:
-    """Remove the mark of having been loaded from GGUF from a model whose weights were dequantized: trainers and
-    `save_pretrained` would reject it as quantized."""
+    """Remove the GGUF quantizer from a model whose weights were dequantized, because trainers and `save_pretrained`
+    would otherwise reject the model as quantized."""
     if is_from_gguf(model):
         model.hf_quantizer.remove_quantization_config(model)
 
 
 def get_data_mesh(model: Any) -> Any:
-    """The mesh ("dp_replicate", "fsdp") of the ranks that have different tokens; None without a
+    """Return the mesh ("dp_replicate", "fsdp") of the ranks that have different tokens, or None without a
     `distributed_config`."""
     meshes = getattr(model, "_mesh_manager", None)
     return None if meshes is None else meshes.get_mesh(("dp_replicate", "fsdp"))

@@ -1,4 +1,4 @@
-"""The providers for `transformers` and PEFT, imported by `mixture_of_experts.providers` when they are first needed."""
+"""Providers for `transformers` and PEFT, which `mixture_of_experts.providers` imports when they are first needed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixture_of_experts.huggingface.private_peft import (
 from mixture_of_experts.providers import ExternalRouter, Provider, TokensReader
 from mixture_of_experts.support.private_torch import get_original_class
 
-#: classes that map each row independently, by the prefix of their module's name and the suffix of the class name
+#: classes that map each row independently, as prefixes of their module's name and suffixes of the class name
 TOKENWISE_CLASSES = (
     ("transformers.models.", "MLP"),
     ("transformers.models.", "RMSNorm"),
@@ -27,7 +27,7 @@ TOKENWISE_CLASSES = (
 
 
 class TransformersProvider(Provider):
-    """Describes sparse blocks and models of `transformers`."""
+    """A provider that describes sparse blocks and models of `transformers`."""
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
         recipe = find_recipe(block)
@@ -53,9 +53,9 @@ class TransformersProvider(Provider):
 
 
 class PeftProvider(Provider):
-    """Describes PEFT's wrappers of modules."""
+    """A provider that describes PEFT's wrappers of modules."""
 
-    gate_remedy: str | None = "PEFT trains a router by modules_to_save=['gate'] alone"
+    gate_remedy: str | None = "PEFT can train a router only with modules_to_save=['gate']"
 
     def get_wrapped_module(self, module: nn.Module) -> nn.Module | None:
         return get_peft_wrapped_module(module)
@@ -70,8 +70,8 @@ class PeftProvider(Provider):
         if not (names := find_tensors_not_saved(model, tensors)):
             return None
         return (
-            f"the model has adapters, and their files lack what moves in {', '.join(names)}: name the gate in "
-            "LoraConfig(modules_to_save=['gate']), or merge the adapters in the end and save the whole model"
+            f"the model has adapters, whose files do not contain what changes in {', '.join(names)}; list the gate in "
+            "LoraConfig(modules_to_save=['gate']), or merge the adapters at the end and save the whole model"
         )
 
 

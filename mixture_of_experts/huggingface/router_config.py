@@ -1,4 +1,4 @@
-"""The router settings in the configuration of a changed model, for trainers that request an auxiliary loss from MoE
+"""Router settings in the configuration of a changed model, for trainers that request an auxiliary loss from MoE
 models."""
 
 from __future__ import annotations
@@ -8,19 +8,20 @@ from typing import Any
 
 from torch import nn
 
-#: setting that stores the initial coefficient of the first layer, or of the blocks that became layers. Relative to it
-#: (1 if there was none), `router_aux_loss_coef`, which a trainer may set, is the factor of the loss: files contain both
+#: setting that stores the initial coefficient of the first layer, or of the blocks that became layers. The factor of
+#: the loss is the ratio of `router_aux_loss_coef`, which a trainer may set, to this coefficient (1 if there was none).
+#: Files contain both settings
 INITIAL_COEF_KEY = "router_aux_loss_coef_at_first"
 #: settings that `add_router_config` adds to a configuration
 ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef", INITIAL_COEF_KEY, "num_experts", "num_experts_per_tok")
 
 
 def add_router_config(model: nn.Module, moe: Any) -> None:
-    """Make the trainers of TRL request the auxiliary loss of a model with layers such as `moe`; its watch returns the
-    loss as `out.aux_loss`.
+    """Make TRL's trainers request the auxiliary loss of a model with layers such as `moe`. The model's watch returns
+    the loss as `out.aux_loss`.
 
-    They compute losses from log-probabilities and ignore the model's own loss. They request the auxiliary loss of a
-    model if its configuration says that it has routers.
+    These trainers compute losses from log-probabilities and ignore the model's own loss. They request the auxiliary
+    loss of a model if its configuration says that it has routers.
     """
     config = find_text_config(model)
     if config is None or has_own_routers(config) or getattr(model, "base_model", model) is model:
@@ -54,19 +55,19 @@ def restore_router_config(model: nn.Module) -> None:
 
 
 def find_text_config(model: nn.Module) -> Any:
-    """The part of a model's configuration that describes routers; None if it has no configuration."""
+    """Return the part of a model's configuration that describes routers, or None if it has no configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
 def has_own_routers(config: Any) -> bool:
-    """Whether models of this configuration have routers of their own."""
+    """Return whether models of this configuration have routers of their own."""
     return hasattr(type(config), "output_router_logits")
 
 
 def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a forward must return router logits, according to an argument or the configuration. There are none if the
-    losses of the layers replace the model's own."""
+    """Return whether a forward pass must return router logits, according to an argument or the configuration. There are
+    none if the losses of the layers replace the model's own."""
     asked = kwargs.get("output_router_logits")
     if asked is not None and not asked:
         return False
@@ -76,13 +77,12 @@ def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 
 def get_aux_loss_factor(config: Any) -> float:
-    """The factor of the auxiliary loss: 1, or the value that follows from the `router_aux_loss_coef` that a trainer
-    set."""
+    """Return the factor of the auxiliary loss: 1, or the value that follows from a trainer's `router_aux_loss_coef`."""
     unit = get_unit_aux_loss_coef(config)
     return 1.0 if unit is None else (config.router_aux_loss_coef or 0.0) / unit
 
 
 def get_unit_aux_loss_coef(config: Any) -> float | None:
-    """The `router_aux_loss_coef` that corresponds to a factor of 1; None if the setting does not apply to the
+    """Return the `router_aux_loss_coef` that corresponds to a factor of 1, or None if the setting does not apply to the
     layers."""
     return (getattr(config, INITIAL_COEF_KEY) or 1.0) if hasattr(config, INITIAL_COEF_KEY) else None

@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers: tensors in, tensors out."""
+"""Triton kernels and the functions that launch them."""

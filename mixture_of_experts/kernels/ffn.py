@@ -1,15 +1,15 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Kernels of a routed feed-forward network: tiles, products of rows and weights, sums of a token's rows.
+"""Kernels of a routed feed-forward network: tiles, products of rows and weights, and sums of each token's rows.
 
 Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
-o output dim. In a product m are rows, n columns of the result, and c what is summed over.
+o output dim. In products, m are rows, n are columns of the result, and c is summed over.
 
-A tile is up to BLOCK_M rows of one expert; a table locates the tiles. The grid has the largest possible number of
-tiles, and programs of tiles that are not needed (expert -1) return at once. No two programs write to the same location,
-and every sum has a fixed order, so all runs are bitwise identical. Strides between rows and between experts are int64.
-Offsets within a tile and within an expert's matrix are int32 (matrices of 2^31 elements are rejected before the
-launch). For a row or column past the end, a location inside is read and nothing is stored; past the end of a sum, zeros
-are read. Rows after the last expert's are neither written nor read.
+A tile consists of up to BLOCK_M rows of one expert, and a table locates all tiles. The grid has the maximum number of
+tiles, and programs of unused tiles (expert -1) return immediately. No two programs write to the same location, and all
+sums have a fixed order, so that all runs are bitwise identical. Strides between rows and between experts are int64.
+Offsets within a tile and within the matrix of an expert are int32 (matrices of 2^31 elements are rejected before the
+launch). For rows or columns past the end, a valid location is read and nothing is stored; past the end of a sum, zeros
+are read. Rows past those of the last expert are neither written nor read.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mixture_of_experts.kernels.pointwise import (
 @triton.jit(do_not_specialize=["num_tiles", "num_experts"])
 def find_tiles_kernel(
     counts,  # (e,) int64
-    tiles,  # (tiles, 3) int32: out, the expert (-1: not needed), first row, and row after the last one of each tile
-    ends,  # (e,) int32: out, the row after each expert's last
+    tiles,  # (tiles, 3) int32, output: expert (-1 if unused), first row, and end of the rows of each tile
+    ends,  # (e,) int32, output: end of the rows of each expert
     num_tiles,
     num_experts,
-    ROWS: tl.constexpr,  # rows of a tile
-    BLOCK: tl.constexpr,  # tiles of a program
+    ROWS: tl.constexpr,  # rows per tile
+    BLOCK: tl.constexpr,  # tiles per program
     BLOCK_E: tl.constexpr,
 ):
     """Write the table of tiles. A tile belongs to the first expert whose cumulative number of tiles exceeds it."""
@@ -70,8 +70,8 @@ def find_tiles_kernel(
 
 @triton.jit
 def swizzle_program(program, blocks_m, blocks_n):
-    """Return the block (m, n) of a program, so that programs that run together share rows and weights in the cache."""
-    TOGETHER: tl.constexpr = 8  # blocks m
+    """Return the block (m, n) of a program, such that concurrent programs share rows and weights in the cache."""
+    TOGETHER: tl.constexpr = 8  # number of blocks along m
     each = TOGETHER * blocks_n
     first = program // each * TOGETHER
     size = tl.minimum(blocks_m - first, TOGETHER)
@@ -80,10 +80,10 @@ def swizzle_program(program, blocks_m, blocks_n):
 
 @triton.jit
 def locate_tile(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr):
-    """What a program computes: some rows of an expert (-1: none) and a block of columns.
+    """Return which rows of an expert and which block of columns a program computes.
 
-    Returns the expert, its first row here, the rows from there on, which of them exist (for the others the first row is
-    read), and the index of the block.
+    The results are the expert (-1 for none), its first row in the tile, offsets of rows from there, which of them exist
+    (for the others, the first row is read), and the index of the block.
     """
     tile, block = swizzle_program(tl.program_id(0), num_tiles, blocks_n)
     place = tiles + 3 * tile
@@ -100,20 +100,20 @@ def weight_pointers(expert, c, n, weight_e, weight_c, weight_n):
 
 @triton.jit
 def load_tokens(token, row, num_tokens):
-    """Return the tokens of rows; any token for a row without an assignment, whose weight is 0."""
+    """Return the tokens of rows, or an arbitrary token for rows without an assignment, whose weight is 0."""
     return tl.minimum(tl.load(token + row), num_tokens - 1).to(tl.int64)
 
 
 @triton.jit
 def load_row_weights(row_weight, assignment, row, exists, num_assignments):
-    """Return the weights of rows; 0 for a row without an assignment."""
+    """Return the weights of rows, or 0 for rows without an assignment."""
     index = tl.load(assignment + row, mask=exists, other=num_assignments)
     return tl.load(row_weight + index, mask=index < num_assignments, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_block(block, inside, EVEN: tl.constexpr):
-    """Read a block, with zeros for elements outside (with EVEN there are none)."""
+    """Read a block with zeros for elements outside, which do not exist if EVEN."""
     return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
 
 
@@ -130,8 +130,8 @@ def accumulate_products(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + left @ right, summed over `length` in blocks of BLOCK_C; `step` is the stride from one row of `right` to
-    the next. If `right_up` is not None, also acc_up + left @ right_up, with the left operand read once."""
+    """Return acc + left @ right, summed over `length` in blocks of BLOCK_C, where `step` is the stride between rows of
+    `right`. If `right_up` is not None, also return acc_up + left @ right_up, reading the left operand once."""
     for start in range(0, length, BLOCK_C):
         inside = start + tl.arange(0, BLOCK_C) < length
         a = load_block(left, inside[None, :], EVEN)
@@ -150,7 +150,7 @@ def accumulate_products(
 
 @triton.jit
 def split_columns(block, INTERLEAVED: tl.constexpr):
-    """Return two blocks of half the columns each: alternating columns, or the left and the right half."""
+    """Split a block into two blocks with half of the columns each: alternating columns, or the left and right half."""
     if INTERLEAVED:
         parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
     else:
@@ -161,12 +161,12 @@ def split_columns(block, INTERLEAVED: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
 def grouped_matmul_kernel(
     x,  # (t, c) tokens, or (r, c) rows
-    token,  # (r,) int32; None reads the rows
-    weight,  # (e, c, n) in any strides; (e, c, 2 n) if INTERLEAVED
-    weight_up,  # the second weight of gated experts, or None
-    bias,  # (e, n) or (e, 2 n) in any strides, or None
+    token,  # (r,) int32; None if x contains rows
+    weight,  # (e, c, n) with any strides; (e, c, 2 n) if INTERLEAVED
+    weight_up,  # second weight of gated experts, or None
+    bias,  # (e, n) or (e, 2 n) with any strides, or None
     bias_up,
-    pre,  # (r, n) or (r, 2 n), rows `pre_r` apart: the products, saved for the backward; or None
+    pre,  # (r, n) or (r, 2 n) with row stride `pre_r`, output: products saved for the backward; or None
     pre_up,
     out,  # (r, n)
     tiles,
@@ -190,7 +190,8 @@ def grouped_matmul_kernel(
     BLOCK_N: tl.constexpr,  # columns of weights
     BLOCK_C: tl.constexpr,
 ):
-    """*up* gathers tokens, multiplies, and computes the activation. *down* multiplies rows, without an activation."""
+    """Multiply rows by the weights of their experts. *up* gathers tokens and applies the activation, *down* does
+    not."""
     TWO: tl.constexpr = weight_up is not None
     WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # columns of the hidden layer
     BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns of a weight
@@ -241,25 +242,25 @@ def add_column_bias(acc, bias, place):
 
 @triton.jit
 def store_block(acc, out, place, stored):
-    """Store sums if there is a tensor for them."""
+    """Store sums if `out` is not None."""
     if out is not None:
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_assignments"])
 def hidden_grads(
-    grad,  # (t, c) gradient of the tokens' outputs
+    grad,  # (t, c) gradient of the outputs of tokens
     token,  # (r,) int32
     assignment,  # (r,) int32
     row_weight,  # (a,) float32
-    weight,  # (e, n, c) in any strides: of the last product
-    bias,  # (e, c) contiguous: of the last product, or None
-    pre,  # (r, n) or (r, 2 n) if INTERLEAVED, rows `pre_r` apart
-    pre_up,  # those of the second weight, or None
-    hidden,  # (r, n): the hidden layer times its row's weight: out, or None
-    grad_pre,  # as `pre`
+    weight,  # (e, n, c) with any strides: weight of the last product
+    bias,  # (e, c) contiguous: bias of the last product, or None
+    pre,  # (r, n) or (r, 2 n) if INTERLEAVED, with row stride `pre_r`
+    pre_up,  # pre-activations of the second weight, or None
+    hidden,  # (r, n), output: hidden layer times the weight of each row; or None
+    grad_pre,  # output, as `pre`
     grad_pre_up,
-    partial,  # (r, blocks) float32: what each block of columns adds to the gradient of a row's weight
+    partial,  # (r, blocks) float32, output: contribution of each block of columns to the gradient of a row's weight
     tiles,
     num_tiles,
     num_tokens,
@@ -280,8 +281,8 @@ def hidden_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of the pre-activations. The gradient of a row's weight is `grad . (hidden w + bias)`. Its first part
-    is computed as `(grad w^T) . hidden`, so that no row of outputs has to be saved."""
+    """Compute the gradients of the pre-activations, and of the weights of rows, `grad . (hidden w + bias)`. The first
+    part of the latter is computed as `(grad w^T) . hidden`, so that no outputs of rows have to be saved."""
     TWO: tl.constexpr = pre_up is not None
     blocks = tl.cdiv(N, BLOCK_N)
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, blocks, BLOCK_M)
@@ -310,13 +311,13 @@ def hidden_grads(
         grad_pre_up += first * pre_r
     if hidden is not None:
         hidden += first * N
-    # in slices: the whole does not fit into the registers
+    # in slices, because the whole block does not fit into the registers
     dtype: tl.constexpr = grad_pre.dtype.element_ty
     width: tl.constexpr = BLOCK_N // 4
     left_half, right_half = split_columns(acc, False)
     parts = split_columns(left_half, False) + split_columns(right_half, False)
     for i in tl.static_range(4):
-        grad_hidden = parts[i]  # for rows of weight 1
+        grad_hidden = parts[i]  # without the weights of rows
         start = block * BLOCK_N + i * width
         column = start + tl.arange(0, width)
         stored = exists[:, None] & (column < N)[None, :]
@@ -348,8 +349,8 @@ def hidden_grads(
 @triton.jit(do_not_specialize=["num_tiles"])
 def row_grads(
     grad_pre,  # (r, c)
-    grad_pre_up,  # that of the second weight, or None
-    weight,  # (e, n, c) in any strides: of the first products
+    grad_pre_up,  # gradient for the second weight, or None
+    weight,  # (e, n, c) with any strides: weight of the first product
     weight_up,
     out,  # (r, n)
     tiles,
@@ -365,8 +366,8 @@ def row_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients of rows of tokens. It uses two loops because two products into one sum within one loop are miscompiled
-    on Blackwell (https://github.com/triton-lang/triton/issues/10821)."""
+    """Compute the gradients of rows of tokens. Two loops are used, because two products that accumulate into one sum
+    within a loop are miscompiled on Blackwell (https://github.com/triton-lang/triton/issues/10821)."""
     expert, first, line, exists, block = locate_tile(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M)
     if expert < 0:
         return
@@ -385,7 +386,7 @@ def row_grads(
 
 @triton.jit
 def load_row_range(ends, expert):
-    """Return the first row of an expert, and the row after its last."""
+    """Return the start and the end of the rows of an expert."""
     return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
 
 
@@ -393,10 +394,10 @@ def load_row_range(ends, expert):
 def weight_grads(
     x,  # (t or r, m)
     y,  # (t or r, n)
-    y_up,  # that of the second weight of gated experts, or None
-    token,  # (r,) int32: which rows of x, or else of y, are read
-    ends,  # (e,) int32: the row after each expert's last
-    out,  # (e, m, n) in any strides
+    y_up,  # y for the second weight of gated experts, or None
+    token,  # (r,) int32: rows of x or y that are gathered
+    ends,  # (e,) int32: end of the rows of each expert
+    out,  # (e, m, n) with any strides
     out_up,
     num_tokens,
     M,
@@ -404,17 +405,17 @@ def weight_grads(
     out_e,
     out_m,
     out_n,
-    GATHER_X: tl.constexpr,  # or else y
+    GATHER_X: tl.constexpr,  # whether x or y is gathered
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Compute `x^T y` over the rows of each expert; zeros for an expert without rows.
+    """Compute `x^T y` over the rows of each expert, with zeros for experts without rows.
 
     x is read in the layout in which it is multiplied, `(m, c)`, and the indices of gathered rows are read one iteration
-    ahead. So both operands are copied asynchronously, with as many blocks in flight as the schedule has stages. With
-    two weights, the programs alternate between them.
+    ahead, so that both operands are copied asynchronously, with as many blocks in flight as the schedule has stages.
+    With two weights, programs alternate between them.
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     program = tl.program_id(0)
@@ -449,11 +450,11 @@ def weight_grads(
 @triton.jit(do_not_specialize=["num_tokens", "num_assignments"])
 def bias_grads_kernel(
     y,  # (t or r, n)
-    token,  # (r,) int32: which rows of y are read, each times its weight; None: the expert's own rows
+    token,  # (r,) int32: rows of y that are gathered and weighted; None if y contains the rows of experts
     row_weight,  # (a,) float32
     assignment,  # (r,) int32
-    ends,  # (e,) int32: the row after each expert's last
-    out,  # (e, n) in any strides
+    ends,  # (e,) int32: end of the rows of each expert
+    out,  # (e, n) with any strides
     num_tokens,
     num_assignments,
     N,
@@ -462,7 +463,7 @@ def bias_grads_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sum each expert's rows of y; 0 for an expert without rows."""
+    """Sum the rows of y for each expert, with zeros for experts without rows."""
     blocks = tl.cdiv(N, BLOCK_N)
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     begin, end = load_row_range(ends, expert)
@@ -484,7 +485,7 @@ def bias_grads_kernel(
 
 @triton.jit
 def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
-    """Return acc plus the weighted row of assignment `index`; the row `num_rows` means none and adds 0."""
+    """Return acc plus the weighted row of assignment `index`. The row `num_rows` means none and adds 0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
     row = tl.minimum(row, num_rows - 1)
@@ -496,7 +497,7 @@ def accumulate_row(acc, rows, row_of, index, weight, column, num_rows, D):
 
 @triton.jit
 def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """Sum some rows of `(r, blocks)`; 0 for rows that do not exist."""
+    """Sum rows of `(r, blocks)`, with 0 for rows that do not exist."""
     acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
     for start in range(0, blocks, BLOCKS):
         part = start + tl.arange(0, BLOCKS)
@@ -508,19 +509,19 @@ def sum_partials(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.c
 @triton.jit(do_not_specialize=["num_rows", "blocks"])
 def sum_rows_kernel(
     rows,  # (r, d), or None
-    row_of,  # (a,) int32: the rows of a token, one after the other
-    weight,  # (a,) float32; None: the sum is not weighted
-    out,  # (t, d)
+    row_of,  # (a,) int32: row of each assignment, ordered by token
+    weight,  # (a,) float32; None for an unweighted sum
+    out,  # (t, d), output
     partial,  # (r, blocks) float32: parts of the gradient of each row's weight; or None
-    grad_weight,  # (a,): out, of each assignment
+    grad_weight,  # (a,), output: gradient of the weight of each assignment
     num_rows,
     D,
     blocks,
-    CHOICES: tl.constexpr,  # rows of every token
+    CHOICES: tl.constexpr,  # number of rows per token
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK: tl.constexpr,
 ):
-    """Sum each token's rows, in float32 and in order, and write the gradients of their weights."""
+    """Sum each token's rows in float32 in a fixed order, and write the gradients of their weights."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if rows is not None:

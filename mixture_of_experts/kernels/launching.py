@@ -1,4 +1,4 @@
-"""Utilities of all Triton kernels: on which devices they run, how they are launched, and their self-checks."""
+"""Utilities for all Triton kernels: supported devices, launches, and self-checks."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from mixture_of_experts.support.private_torch import (
 )
 from mixture_of_experts.support.tracing import get_device_capability
 
-OUT_OF_MEMORY = "there is no memory to check them"
+OUT_OF_MEMORY = "there is not enough memory to check them"
 _SELF_CHECKS: list[SelfCheck] = []  # all instances
 
 
 def find_card_family(capability: tuple[int, int]) -> tuple[int, int] | None:
-    """The compute capability for which kernels on a card are scheduled: one with the same instructions and no more
-    shared memory. None for a card that the kernels do not support."""
+    """Return the compute capability whose schedule a card uses, which has the same instructions and no more shared
+    memory, or None for a card that the kernels do not support."""
     if capability[0] == 8:
         return (8, 0) if capability[1] in (0, 7) else (8, 6)
     return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(capability[0])
 
 
 def device_unsupported_reason(device: torch.device) -> str | None:
-    """Why kernels cannot run on a device; None if they can."""
+    """Return why kernels cannot run on a device, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
-        return "kernels are for NVIDIA GPUs (on the CPU for Triton's interpreter, by TRITON_INTERPRET=1)"
+        return "the kernels support only NVIDIA GPUs (or CPUs with Triton's interpreter, TRITON_INTERPRET=1)"
     if find_card_family(get_device_capability(device)) is None:
-        return "no kernel is written for compute capability {}.{}".format(*get_device_capability(device))
+        return "the kernels do not support compute capability {}.{}".format(*get_device_capability(device))
     return None
 
 
 def can_launch_kernels(device: torch.device) -> bool:
-    """Whether routers may launch kernels on a device.
+    """Return whether routers may launch kernels on a device that supports them.
 
-    They may where kernels run: on a GPU, unless another implementation is requested; on a CPU, if "triton" is
-    requested. A traced graph uses torch's operators, which compilers fuse.
+    This is the case on a GPU unless another implementation is requested, and on a CPU if "triton" is requested. Traced
+    graphs use torch's operators instead, which compilers fuse.
     """
     way = requested_implementation()
     if way not in ("auto", "triton") or is_in_transform() or torch.compiler.is_compiling():
@@ -59,7 +59,7 @@ def can_launch_kernels(device: torch.device) -> bool:
 
 
 def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
-    """Return the tensors by their names, each made contiguous; None stays None."""
+    """Return the named tensors made contiguous. None stays None."""
     return {name: None if tensor is None else tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -72,9 +72,10 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @contextmanager
 def isolate_from_modes(device: torch.device) -> Iterator[None]:
-    """A context for checks: gradients are computed and values can be read, whatever modes the caller has set.
+    """Context manager for self-checks, in which gradients are computed and values can be read, independent of the
+    caller's modes.
 
-    It is invisible to activation checkpointing, because a recomputation does not check again.
+    Activation checkpointing does not see operators inside, because a recomputation does not repeat the check.
     """
     mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
     try:
@@ -94,12 +95,12 @@ def isolate_from_modes(device: torch.device) -> Iterator[None]:
 
 
 class SelfCheck:
-    """Checks, before the first call of each kind, that kernels compute what they should on a device.
+    """Checks the results of kernels on a device before the first call of each kind.
 
-    A kernel whose results differ from those of torch's operators, or that raises, disables all kinds of this check that
-    have not passed yet, with a warning: a compiler that was wrong once is not trusted again. Kinds that have passed
-    stay enabled, because a recomputation must use the same implementation as its forward. For the same reason, running
-    out of memory is stored as a verdict too, but for one kind only.
+    If a kernel raises or differs from torch's operators, all kinds of this check that have not passed yet are disabled
+    with a warning, because a compiler that failed once is not trusted. Kinds that have passed stay enabled, because a
+    recomputation must use the same implementation as its forward. For the same reason, running out of memory is stored
+    as a verdict too, but only for one kind.
 
     Args:
         kernels: name of the kernels in the warning.
@@ -111,23 +112,23 @@ class SelfCheck:
         _SELF_CHECKS.append(self)
 
     def failure_reason(self, device: torch.device, kind: Hashable, find_fault: Callable[[], str | None]) -> str | None:
-        """Check the kernels for a kind of calls. Returns what is wrong with them, or None if they are correct.
+        """Check the kernels for a kind of calls, and return why they failed, or None if they are correct.
 
         Args:
             device: the device of the call.
-            kind: what programs depend on; each kind is checked once.
-            find_fault: a function that computes such a call and returns what is wrong, or None.
+            kind: the properties that compiled programs depend on; each kind is checked once.
+            find_fault: a function that computes such a call, and returns a description of the fault or None.
         """
         verdicts = self.verdicts
         if kind in verdicts:
             return verdicts[kind]
-        # iterate over a list: other threads may add verdicts meanwhile
+        # iterate over a copy, because other threads may add verdicts
         if wrong := next((said for said in list(verdicts.values()) if said not in (None, OUT_OF_MEMORY)), None):
             return wrong
         if device.type == "cuda" and is_capturing_graph(device):
             warnings.warn(
-                f"a CUDA graph is captured before {self.kernels} were checked, and is captured without them: run the "
-                "layer once before, or ops.prepare",
+                f"a CUDA graph is captured without {self.kernels}, because they have not been checked yet. Call the "
+                "layer or ops.prepare once before the capture",
                 stacklevel=2,
             )
             return "they were not checked before this stream was captured"
@@ -136,27 +137,24 @@ class SelfCheck:
                 verdict = find_fault()
         except torch.OutOfMemoryError:
             verdict = OUT_OF_MEMORY
-        except Exception as reason:  # whatever a compiler or a driver raises
+        except Exception as reason:  # compilers and drivers may raise anything
             verdict = f"they raise {type(reason).__name__}: {str(reason).partition(chr(10))[0]}"
         self.verdicts[kind] = verdict
         off = f"in this process: {verdict}"
         if verdict == OUT_OF_MEMORY:
-            off = (
-                f"for calls of one kind in this process, because {OUT_OF_MEMORY}: call ops.prepare before memory "
-                f"is full"
-            )
+            off = f"for calls of one kind in this process, because {OUT_OF_MEMORY}; call ops.prepare earlier"
         if verdict:
-            warnings.warn(f"{self.kernels} are off {off}", stacklevel=2)
+            warnings.warn(f"{self.kernels} are disabled {off}", stacklevel=2)
         return verdict
 
 
 def clear_out_of_memory_verdicts() -> None:
-    """Forget the verdicts of kinds that could not be checked for lack of memory, so that they are checked again."""
+    """Remove the verdicts of kinds that could not be checked for lack of memory, so that they are checked again."""
     for check in _SELF_CHECKS:
         check.verdicts = {kind: verdict for kind, verdict in list(check.verdicts.items()) if verdict != OUT_OF_MEMORY}
 
 
 def is_capturing_graph(device: torch.device) -> bool:
-    """Whether the current stream of a CUDA device is being captured into a graph."""
+    """Return whether the current stream of a CUDA device is being captured into a graph."""
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

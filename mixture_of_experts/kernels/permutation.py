@@ -1,9 +1,9 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""The kernels that find the row of each assignment: from queues or, for small numbers of assignments, without them.
+"""Kernels that compute the row of each assignment, from queues or, for small numbers of assignments, without them.
 
-Axes: a assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
-q = e b queues (every expert has one for each group), c choices of the gate that has these queues: with one level the
-assignments, with two levels the choices of level two.
+Axes: a assignments per call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
+q = e b queues (one for each expert and group), c choices of the gate that has these queues, which are the assignments
+with one level, and the choices of level two with two levels.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ import triton.language as tl
     ]
 )
 def find_rows_kernel(
-    expert,  # (c,) int64: the expert of each choice of a gate
-    position,  # (c,) int64: its position in its queue
-    chosen,  # (c,) bool: the choices that queue
-    kept,  # (c,) bool: the choices that are computed
-    slot,  # (a / k2,) int64, for two levels: the gate's token for each choice of level one, s for none; else None
-    length,  # (q,) int64: the rows of each queue; a position past them has no row
-    stop,  # (q,) int64: the row after the last one of each queue
-    row,  # (a,) int32, written: the row of each assignment; r where it has none
-    assignment,  # (r,) int32, written: the assignment of each row; a past the last expert's
-    token,  # (r,) int32, written: the token of each row; t past the last expert's
-    counts,  # (e,) int64, written: the rows of each expert
+    expert,  # (c,) int64: expert of each choice of a gate
+    position,  # (c,) int64: position of each choice in its queue
+    chosen,  # (c,) bool: which choices queue
+    kept,  # (c,) bool: which choices are computed
+    slot,  # (a / k2,) int64 for two levels: token of the gate for each choice of level one, or s for none; else None
+    length,  # (q,) int64: number of rows of each queue; positions past it have no row
+    stop,  # (q,) int64: end of the rows of each queue
+    row,  # (a,) int32, output: row of each assignment, or r for none
+    assignment,  # (r,) int32, output: assignment of each row, or a past the rows of the last expert
+    token,  # (r,) int32, output: token of each row, or t past the rows of the last expert
+    counts,  # (e,) int64, output: number of rows of each expert
     num_assignments,
     num_rows,
-    num_tokens,  # n, of a group of the gate
+    num_tokens,  # n, tokens per group of the gate
     num_groups,
     num_queues,
-    num_slots,  # s, the tokens of the gate
+    num_slots,  # s, number of tokens of the gate
     num_experts,
     experts_of_router,
-    OF_GATE: tl.constexpr,  # k2, choices of each token of the gate
+    OF_GATE: tl.constexpr,  # k2, choices per token of the gate
     CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr,  # assignments of a program
+    BLOCK: tl.constexpr,  # assignments per program
     BLOCK_E: tl.constexpr,
 ):
-    """Find rows from queues: those of a queue follow those of the queues before it.
+    """Compute rows from queues, where the rows of each queue follow those of the previous one.
 
-    An assignment of weight 0 may occupy a slot although its result is not used. Its row has a token and is computed all
-    the same, but it is never read. With two levels, a custom gate may fill slots that have no token, and so need more
-    than r rows: those from r on are omitted.
+    Assignments of weight 0 may occupy a slot although their results are not used. Their rows have a token and are
+    computed, but never read. With two levels, custom gates may choose experts for slots without a token, and therefore
+    need more than r rows. The rows from r on are omitted.
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -63,7 +63,7 @@ def find_rows_kernel(
         its_token = tl.load(slot + index // OF_GATE, mask=exists, other=0)
         own = its_token * OF_GATE + index % OF_GATE
         has_place = exists & (its_token < num_slots)
-    group = own // OF_GATE // num_tokens  # of all routers
+    group = own // OF_GATE // num_tokens  # index among the groups of all routers
     its = group // num_groups * experts_of_router + tl.load(expert + own, mask=has_place, other=0)
     its_queue = its * num_groups + group % num_groups
     its_length = tl.load(length + its_queue, mask=has_place, other=0)
@@ -93,21 +93,22 @@ def find_rows_kernel(
 
 @triton.jit(do_not_specialize=["num_assignments", "num_experts"])
 def rank_rows_kernel(
-    expert,  # (a,) int64: the expert of each assignment
-    kept,  # (a,) bool: those that are computed
-    row,  # this one and the next three are written, as in `find_rows_kernel`
+    expert,  # (a,) int64: expert of each assignment
+    kept,  # (a,) bool: which assignments are computed
+    row,  # this and the next three are outputs, as in `find_rows_kernel`
     assignment,
     token,
     counts,
     num_assignments,
     num_experts,
     CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr,  # assignments, or experts, of a program
+    BLOCK: tl.constexpr,  # assignments, or experts, per program
     BLOCK_A: tl.constexpr,
 ):
-    """Find rows of few assignments: each counts the assignments of lower experts, and the earlier ones of its own.
+    """Compute the rows of a small number of assignments by counting, for each of them, the assignments to lower experts
+    and earlier assignments to the same expert.
 
-    Assignments that are not kept are placed after all experts, so that every position belongs to one assignment.
+    Assignments that are not kept are placed after all experts, so that each position belongs to one assignment.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_assignments

@@ -1,7 +1,7 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""Activations of experts and their gradients, as functions that kernels call on blocks in float32.
+"""Activations of experts and their gradients, as functions that kernels call on float32 blocks.
 
-Axes: h pre-activation of the first weight, u that of the second (for gated experts), g gradient of the hidden layer.
+Axes: h and u pre-activations of the first and (for gated experts) the second weight, g gradient of the hidden layer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def apply_activation(h, ACTIVATION: tl.constexpr):
-    """act(h)"""
+    """Return act(h)."""
     if ACTIVATION == "gelu":
         value = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -33,7 +33,7 @@ def apply_activation(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_grad(h, ACTIVATION: tl.constexpr):
-    """act'(h); at a kink and for NaN as in torch"""
+    """Return act'(h), with the same values at kinks and for NaN as in torch."""
     if ACTIVATION == "gelu":
         value = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":
@@ -54,7 +54,7 @@ def activation_grad(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def apply_gated_activation(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The hidden layer of gated experts."""
+    """Return the hidden layer of gated experts."""
     if ACTIVATION == "clamped_swiglu":
         h = tl.where(h > LIMIT, LIMIT, h)
         u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
@@ -66,7 +66,7 @@ def apply_gated_activation(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, 
 
 @triton.jit
 def gated_activation_grads(h, u, g, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """The gradients of h and u."""
+    """Return the gradients of h and u."""
     if ACTIVATION == "clamped_swiglu":
         inner_h, inner_u = h <= LIMIT, (u <= LIMIT) & (u >= -LIMIT)
         h = tl.where(h > LIMIT, LIMIT, h)

@@ -1,9 +1,9 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""The kernels that queue assignments at their experts. An operator of torch launches them.
+"""Kernels that queue assignments at their experts, and the torch operator that launches them.
 
-Axes: r groups of all routers, n tokens of a group, k choices of a token, a assignments of a group (n k), e experts.
+Axes: r groups of all routers, n tokens per group, k choices per token, a assignments per group (n k), e experts.
 
-The assignments of a group form one line, in the order in which they queue, and the line is split into blocks.
+The assignments of a group form a line in the order in which they queue. The line is split into blocks.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 
 from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
-QUEUE_BLOCK = 64  # assignments of a program
+QUEUE_BLOCK = 64  # assignments per program
 
 
 @triton.jit
 def load_queue_block(
-    expert,  # (r, a) int64: the expert of each assignment, token by token
-    chosen,  # (r, a) bool: the assignments that queue; None if all do
-    order,  # (r, n) int64: the tokens in the order in which they queue; None if in their own order
+    expert,  # (r, a) int64: expert of each assignment, ordered by token
+    chosen,  # (r, a) bool: which assignments queue; None if all do
+    order,  # (r, n) int64: tokens in the order in which they queue; None for their original order
     length,
     num_experts,
     num_blocks,
     CHOICES: tl.constexpr,
-    BY_CHOICE: tl.constexpr,  # all first choices come before all second ones
+    BY_CHOICE: tl.constexpr,  # whether all first choices precede all second choices
     BLOCK: tl.constexpr,
 ):
-    """Return a program's row and block of the line and, for the assignments of the block, where they are stored,
-    whether they exist, and their experts (e if an assignment does not queue)."""
+    """Return the row and the block of a program, and for the assignments of the block, their locations, whether they
+    exist, and their experts (e if an assignment does not queue)."""
     row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     index = block * BLOCK + tl.arange(0, BLOCK)
     exists = index < length * CHOICES
@@ -54,7 +54,7 @@ def count_queue_kernel(
     expert,
     chosen,
     order,
-    counts,  # (r, e, blocks) int32: the result, each expert's assignments in a block
+    counts,  # (r, e, blocks) int32, output: number of assignments of each expert in a block
     length,
     num_experts,
     num_blocks,
@@ -78,9 +78,9 @@ def rank_queue_kernel(
     expert,
     chosen,
     order,
-    total,  # (r, e, blocks) int64: each expert's assignments up to the end of a block
-    position,  # (r, a) int64: the result, the position of each assignment in its queue
-    queued,  # (r, e) int64: also a result, the length of each queue
+    total,  # (r, e, blocks) int64: number of assignments of each expert up to the end of a block
+    position,  # (r, a) int64, output: position of each assignment in its queue
+    queued,  # (r, e) int64, output: length of each queue
     length,
     num_experts,
     num_blocks,
@@ -89,13 +89,13 @@ def rank_queue_kernel(
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Write the position of each assignment of a block, and from the last block the length of each queue."""
+    """Write the position of each assignment in a block, and for the last block the length of each queue."""
     row, block, stored, exists, its = load_queue_block(
         expert, chosen, order, length, num_experts, num_blocks, CHOICES, BY_CHOICE, BLOCK
     )
     place = tl.arange(0, BLOCK)
     before = (its[None, :] == its[:, None]) & (place[None, :] < place[:, None])
-    earlier = tl.where(block > 0, its, num_experts)  # the expert, if there is an earlier block
+    earlier = tl.where(block > 0, its, num_experts)  # the expert if there is an earlier block
     first = tl.load(total + (row * num_experts + its) * num_blocks + block - 1, mask=earlier < num_experts, other=0)
     tl.store(position + stored, first + tl.sum(before.to(tl.int32), 1), mask=exists)
     if block == num_blocks - 1:
@@ -109,15 +109,15 @@ def rank_queue_kernel(
 def queue_assignments(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return positions `(r, a)` and the lengths of the queues `(r, e)`, both int64.
+    """Return positions `(r, a)` and lengths of queues `(r, e)`, both int64.
 
     Args:
         expert: `(r, a)` int64, not empty.
         chosen: `(r, a)` bool; None if all assignments queue.
-        order: `(r, n)` int64, the tokens in the order in which they queue; None if in their own order.
+        order: `(r, n)` int64, tokens in the order in which they queue; None for their original order.
         num_experts, k: e and k.
-        by_choice: whether all first choices come before all second ones, or all choices of a token before those of
-            the next.
+        by_choice: whether all first choices precede all second choices. Otherwise all choices of a token precede those
+            of the next token.
     """
     position, queued = allocate_queues(expert, num_experts)
     counts = queued.new_empty(*queued.shape, triton.cdiv(expert.shape[1], QUEUE_BLOCK), dtype=torch.int32)
@@ -143,5 +143,5 @@ def _(expert, chosen, order, num_experts, k, by_choice):
 
 
 def allocate_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return empty contiguous tensors for positions `(r, a)` and lengths `(r, e)`; `expert` may have any strides."""
+    """Allocate contiguous tensors for positions `(r, a)` and lengths `(r, e)`. `expert` may have any strides."""
     return expert.new_empty(expert.shape), expert.new_empty(expert.shape[0], num_experts)

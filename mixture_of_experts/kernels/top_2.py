@@ -1,8 +1,8 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""The kernels of `Top2Gating`: two choices of every token, their weights, the sums of losses, and their gradient.
-Operators of torch launch them.
+"""The kernels of `Top2Gating` (two choices per token, their weights, sums for losses, and the gradient), and the torch
+operators that launch them.
 
-Axes: g groups (preceded by outer experts: `...`), n tokens of a group, e experts, p programs of a group.
+Axes: g groups (preceded by outer experts, `...`), n tokens per group, e experts, p programs per group.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from torch import Tensor
 
 from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 
-MAX_NUMEL_AT_ONCE = 1024  # elements (tokens x experts) that a program has in registers at once
+MAX_NUMEL_AT_ONCE = 1024  # maximum number of elements (tokens x experts) that a program processes at a time
 GRAD_NAMES = ("grad_weight", "grad_probs", "grad_log_total", "grad_proxy", "grad_squares")
-MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens of a program, and of those that it has at once
+MIN_TOKENS_PER_PROGRAM, MAX_TOKENS_AT_ONCE = 32, 128  # tokens per program, and tokens that it processes at a time
 
 
 @triton.jit(do_not_specialize=["length", "programs"])
 def top_2_kernel(
     logits,  # (g, n, e) float32
-    full,  # (g, n) bool, the tokens that make a first choice and are counted; None: all
-    active,  # (g, n) bool, the tokens that make a second one; None with `full`
-    uniform,  # (g, n) float32, between 0 and 1, for the policy "random"; or None
-    expert,  # (g, n, 2) int64: out, like all that follow; ties go to the lowest index
+    full,  # (g, n) bool: which tokens make a first choice and count; None for all
+    active,  # (g, n) bool: which tokens make a second choice; None if `full` is None
+    uniform,  # (g, n) float32 between 0 and 1 for policy "random"; or None
+    expert,  # (g, n, 2) int64, output like all following ones; ties go to the lowest index
     weight,  # (g, n, 2) float32
-    chosen,  # (g, n, 2) bool, the choices that are made
-    primary,  # (g, n, 2) bool, those with more than half of the weight
+    chosen,  # (g, n, 2) bool: which choices are made
+    primary,  # (g, n, 2) bool: which choices have more than half of the weight
     probs,  # (g, n, e) float32
-    log_total,  # (g, n) float32, the logits' logsumexp
-    sums,  # (2, g, p, e) float32: over the counted tokens, the first choices and the probabilities of each expert
-    totals,  # (g, p, 2) float32: the sum of their squared `log_total`, and their number
+    log_total,  # (g, n) float32: logsumexp of the logits
+    sums,  # (2, g, p, e) float32: first choices and probabilities of each expert, summed over tokens that count
+    totals,  # (g, p, 2) float32: sum of the squared `log_total` of these tokens, and their number
     length,  # n
     programs,  # p
     num_experts,
     eps,
     threshold,
     POLICY: tl.constexpr,
-    TOKENS: tl.constexpr,  # of a program
-    ROWS: tl.constexpr,  # tokens that it has at once
+    TOKENS: tl.constexpr,  # tokens per program
+    ROWS: tl.constexpr,  # tokens that it processes at a time
     BLOCK_E: tl.constexpr,
 ):
-    """Choose two experts for each token. A probability that is NaN ranks above all others, as torch sorts it."""
+    """Choose two experts for each token. NaN ranks above all probabilities, as in torch's sort."""
     program, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E)[None, :], tl.arange(0, 2)[None, :]
     group, begin = (program // programs).to(tl.int64), program % programs * TOKENS
     exists, is_first = column < num_experts, choice == 0
@@ -74,9 +74,9 @@ def top_2_kernel(
         p_1 = tl.sum(tl.where(is_best, prob, 0.0), 1)
         p_2 = tl.sum(tl.where(column == second[:, None], prob, 0.0), 1)
         p_1, p_2 = tl.where(is_full, p_1, 0.0), tl.where(same, 0.0, p_2)
-        # IEEE rounding: the weights of a tie are exactly 0.5, which a division by `/` does not guarantee
+        # IEEE rounding makes the weights of a tie exactly 0.5, which the operator `/` does not guarantee
         weights = tl.div_rn(tl.join(p_1, p_2), (p_1 + p_2 + eps)[:, None])
-        weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # 0 also if the sum is NaN
+        weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # 0 even if the sum is NaN
 
         if POLICY == "none":
             sent = is_first
@@ -88,7 +88,7 @@ def top_2_kernel(
         else:
             tl.static_assert(POLICY == "all")
             sent = choice < 2
-        if BLOCK_E == 1:  # with a single expert there is no second one
+        if BLOCK_E == 1:  # a single expert allows no second choice
             sent = sent & (weights != 0)
         if full is not None:
             is_active = tl.load(active + token, mask=is_token, other=False)
@@ -116,16 +116,16 @@ def top_2_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "length"])
 def top_2_grads_kernel(
-    probs,  # (t, e) float32, of all groups' tokens, t = g n
+    probs,  # (t, e) float32, for the tokens of all groups, t = g n
     expert,  # (t, 2) int64
     log_total,  # (t,) float32
-    full,  # (t,) bool; None: all
-    grad_weight,  # (t, 2) float32; here and below, None means 0
+    full,  # (t,) bool; None for all
+    grad_weight,  # (t, 2) float32; for this and all following gradients, None means 0
     grad_probs,  # (t, e) float32
     grad_log_total,  # (t,) float32
     grad_proxy,  # (g, e) float32
     grad_squares,  # () float32
-    grad_logits,  # (t, e) float32: out
+    grad_logits,  # (t, e) float32, output
     num_tokens,
     length,  # n
     num_experts,
@@ -133,7 +133,7 @@ def top_2_grads_kernel(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Write the gradient of the logits, which `grads_by_operators` computes with torch's operators."""
+    """Write the gradient of the logits, as `grads_by_operators` computes it with torch's operators."""
     column = tl.arange(0, BLOCK_E)[None, :]
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens
@@ -184,7 +184,7 @@ def choose_top_2(
     Args:
         logits: `(..., g, n, e)` float32, with at least one token.
         full, active: `(..., g, n)` bool, both or neither.
-        uniform: `(..., g, n)` float32 for the policy "random".
+        uniform: `(..., g, n)` float32 for policy "random".
         policy, threshold, eps: settings of the gate.
     """
     found, (*groups, length, e) = allocate_top_2(logits), logits.shape
@@ -213,14 +213,15 @@ def _(logits, *settings):
 
 
 def get_launch_sizes(num_experts: int) -> tuple[int, int, int]:
-    """Tokens that a program has at once, all its tokens, and the smallest power of 2 that holds the experts."""
+    """Return the number of tokens that a program processes at a time, its total number of tokens, and the smallest
+    power of 2 that is at least the number of experts."""
     block = triton.next_power_of_2(num_experts)
     rows = min(MAX_NUMEL_AT_ONCE // block, MAX_TOKENS_AT_ONCE)
     return rows, max(rows, MIN_TOKENS_PER_PROGRAM), block
 
 
 def allocate_top_2(logits: Tensor) -> dict[str, Tensor]:
-    """Fresh memory for the results of `top_2_kernel`, by their names there."""
+    """Allocate memory for the outputs of `top_2_kernel` by name."""
     *lead, n, e = logits.shape
     programs = -(-n // get_launch_sizes(e)[1])
     pair = (*lead, n, 2)
@@ -245,10 +246,10 @@ def choose_top_2_grads(
     eps: float,
     grads: list[Tensor | None],
 ) -> Tensor:
-    """Return the gradient of the logits `(..., g, n, e)`, from the results of `choose_top_2` and their `grads`.
+    """Return the gradient of the logits `(..., g, n, e)`, given the results of `choose_top_2` and their `grads`.
 
-    These are the gradients of weight, probs and log_total, and of sums over programs: the proxy `(..., g, e)` and the
-    squares `()`. None means 0.
+    These are the gradients of weight, probs and log_total, and of two sums over programs: the proxy `(..., g, e)` and
+    the squares `()`. None means 0.
     """
     n, e = probs.shape[-2:]
     rows, _, block = get_launch_sizes(e)

@@ -1,8 +1,8 @@
 # type: ignore  (Triton's language, which type checkers take for Python)
-"""The kernel that chooses the experts of a few tokens: scores, the k best, their weights, and losses. An operator of
-torch launches it.
+"""The kernel that chooses the experts of short groups (scores, the k best, their weights, and losses), and the torch
+operator that launches it.
 
-Axes: t tokens, b groups, n tokens of a group, e experts, k choices.
+Axes: t tokens, b groups, n tokens per group, e experts, k choices.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from mixture_of_experts.kernels.launching import launch_kernel, make_contiguous
 @triton.jit(do_not_specialize=["length"])
 def top_k_kernel(
     logits,  # (t, e) float32
-    bias,  # (e,) float32, added to the scores for choosing only; or None
-    expert,  # (t, k) int64: a result, like those below; best choice first, ties in order of the index
-    weight,  # (t, k) float32
-    probs,  # (t, e) float32
-    losses,  # (b, 2) float32: a group's terms of the balancing loss and of the z-loss
+    bias,  # (e,) float32, added to scores only to choose experts; or None
+    expert,  # (t, k) int64, output: best choice first, ties in order of the index
+    weight,  # (t, k) float32, output
+    probs,  # (t, e) float32, output
+    losses,  # (b, 2) float32, output: terms of each group in the balancing loss and the z-loss
     length,  # n
     num_experts,
     balance_scale,
     z_scale,
-    SOFTMAX: tl.constexpr,  # scores are a softmax, else sigmoids
-    OF_CHOSEN: tl.constexpr,  # weights are a softmax over the logits of the chosen experts, else their scores
+    SOFTMAX: tl.constexpr,  # whether scores are a softmax or sigmoids
+    OF_CHOSEN: tl.constexpr,  # whether weights are a softmax over the logits of the chosen experts or their scores
     NORMALIZE: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
@@ -36,7 +36,7 @@ def top_k_kernel(
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK_E: tl.constexpr,
 ):
-    """A program computes one group, token by token. NaN ranks above all scores, as in torch's sorting."""
+    """Choose the experts of one group per program, token by token. NaN ranks above all scores, as in torch's sort."""
     group, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, WIDTH)
     exists = column < num_experts
     load = tl.zeros((BLOCK_E,), tl.float32)
@@ -67,7 +67,7 @@ def top_k_kernel(
             chosen = chosen | (column == index)
             best = tl.where(choice == c, index, best)
             weights = tl.where(choice == c, tl.sum(tl.where(column == index, value, 0.0), 0), weights)
-        if OF_CHOSEN:  # scores of unlikely experts, which the bias chooses, may round to 0
+        if OF_CHOSEN:  # scores of improbable experts that are chosen because of the bias may round to 0
             weights = tl.exp(weights - tl.max(weights, 0))
             weights = weights / tl.sum(weights, 0)
         elif NORMALIZE:
@@ -101,7 +101,7 @@ def choose_top_k(
 
     Args:
         logits: `(b, n, e)` float32.
-        bias: `(e,)` float32, or None.
+        bias: `(e,)` float32 or None.
         k, softmax, of_chosen, normalize, scale, eps: settings of the gate.
         balance_scale, z_scale: factors of the two loss terms.
     """
@@ -135,7 +135,7 @@ def _(logits, bias, k, *settings):
 
 
 def allocate_top_k(logits: Tensor, k: int) -> dict[str, Tensor]:
-    """Return memory for the results of `top_k_kernel`, by their names there."""
+    """Allocate memory for the outputs of `top_k_kernel` by name."""
     b, n, e = logits.shape
     return dict(
         expert=logits.new_empty(b, n, k, dtype=torch.int64),

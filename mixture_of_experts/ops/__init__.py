@@ -1,10 +1,10 @@
-"""Routed feed-forward networks: selects the implementation that computes a call.
+"""Routed feed-forward networks, with selection of the implementation that computes a call.
 
-Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
+Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 
-An implementation has `unsupported_reason(call)` and `run(call)`, as `support/implementations.py` describes; the call is
-a `Call`. Implementations are tried in the order of `IMPLEMENTATIONS`. `unsupported_reason` does not depend on values,
-the number of tokens or the grad mode, so that a recomputation uses the same implementation as its forward. (Decoding in
+Implementations have `unsupported_reason(call)` and `run(call)`, as described in `support/implementations.py`, where the
+call is a `Call`. They are tried in the order of `IMPLEMENTATIONS`. `unsupported_reason` must not depend on values, the
+number of tokens or the grad mode, so that a recomputation uses the same implementation as its forward. (Decoding in
 eval mode has its own implementation on some cards, and is a branch inside the implementation on others.)
 """
 
@@ -63,7 +63,7 @@ __all__ = [
     "use",
 ]
 
-# the fastest implementation comes first; "plain" handles every call, so one listed after it is only selected by `use`
+# fastest implementation first; "plain" supports all calls, so implementations after it are selected only by `use`
 IMPLEMENTATIONS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
 IMPLEMENTATIONS |= {BATCH_INVARIANT: batch_invariant}
 check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTATIONS))
@@ -73,22 +73,23 @@ check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTAT
 def use(
     implementation: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "batch_invariant"],
 ) -> Iterator[None]:
-    """Context manager that computes every call of `routed_ffn` and `moe_ffn` with one implementation.
+    """Context manager that selects the implementation for all calls of `routed_ffn` and `moe_ffn`.
 
-    "auto" selects the fastest implementation for each call. "batch_invariant" makes the output of each token of a
-    dropless layer on a CPU bitwise identical alone and in any batch, router and shared expert included; a layer with a
-    part that is not known to be batch-invariant raises before anything is computed. The context applies to all threads
-    of the process (a backward on a GPU has its own thread). If several contexts are open, the last one entered applies.
-    Activation checkpointing must recompute in the same context, so keep the backward inside. The environment variable
-    `MIXTURE_OF_EXPERTS_KERNELS` sets an implementation for the whole process. With any name other than these two,
-    experts that none of the implementations computes, such as a list of modules or quantized experts, are unchanged.
+    "auto" selects the fastest implementation for each call. "batch_invariant" makes the output for each token of a
+    dropless layer on a CPU bitwise identical in any batch, including the router and the shared expert. A layer with a
+    part that is not known to be batch-invariant raises an error before anything is computed. The other names do not
+    affect experts that no implementation computes, such as lists of modules or quantized experts.
+
+    The context applies to all threads of the process, because a backward on a GPU has its own thread. If several
+    contexts are active, the last one entered applies. Activation checkpointing must recompute in the same context, so
+    call the backward inside it. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets an implementation for the
+    whole process.
 
     Raises:
-        ValueError: the name is unknown; or, at a call, this implementation does not support it: the error gives the
-            reason.
-        RuntimeError: at a call: for "batch_invariant", products of the experts' sizes on this CPU have different bits
-            for every block size that is tried. For "triton", a second derivative is taken, or the tokens and a weight
-            are on two GPUs.
+        ValueError: the name is unknown, or this implementation does not support a call; the error states the reason.
+        RuntimeError: during a call. For "batch_invariant", products of the experts' sizes on this CPU depend on the
+            batch for all block sizes that are tried. For "triton", a second derivative is computed, or the tokens and a
+            weight are on different GPUs.
 
     Example:
         >>> import torch
@@ -96,7 +97,7 @@ def use(
         >>> with use("plain"):
         ...     out, aux_loss = MoE(dim=32, num_experts=4)(torch.randn(2, 10, 32))
     """
-    check_choice("way", implementation, ("auto", *IMPLEMENTATIONS))
+    check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
     context = object()
     update_requests({context: implementation}, ())
     try:
@@ -106,14 +107,14 @@ def use(
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
-    """Call a layer without gradients; return which implementations computed its experts and gates, and why no faster
-    ones did.
+    """Call a layer without gradients, and explain which implementations computed its experts and gates, and why faster
+    ones were not used.
 
-    The call is a normal one in the layer's current mode: hooks run, and buffers may change. The state of random
-    generators is restored.
+    The layer is called normally in its current mode, so hooks run and buffers may change. The states of random number
+    generators are restored.
 
     Args:
-        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`; the first such call is explained.
+        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`, of which the first call is explained.
         x, args, kwargs: arguments of the call.
 
     Example:
@@ -136,22 +137,21 @@ def prepare(
 ) -> dict[tuple[int, int], Explanation]:
     """Compile and check the kernels that a layer launches, before training or serving.
 
-    Triton compiles a program at its first launch, and the kernels run their self-checks then. Both take seconds in each
-    process. This function therefore calls the layer on random tokens of each given shape, in the dtype of its experts,
-    in its current mode and under the caller's autocast: forward and backward in training mode, without gradients in
-    eval mode. Gradients, buffers and random generators are left unchanged, but hooks run: call it before the layer is
-    wrapped or monitored. Self-checks that ran out of memory before are repeated. One call is enough for all layers with
-    equal settings.
+    At its first launch, Triton compiles a kernel, and its self-check runs. Both take seconds in each process. This
+    function calls the layer on random tokens of each given shape, in the dtype of its experts, in its current mode and
+    under the caller's autocast. It runs forward and backward in training mode, and only the forward in eval mode.
+    Gradients, buffers and random number generators are left unchanged, but hooks run, so call it before the layer is
+    wrapped or monitored. Self-checks that previously ran out of memory are repeated. One call is enough for all layers
+    with the same settings.
 
     Args:
-        layer: a `MoE`, a `HeirarchicalMoE`, or another module of inputs `(sequences, tokens, layer.dim)` with
-            parameters.
-        tokens: number of tokens of a sequence, or several such numbers.
-        sequences: number of sequences, or several such numbers. Each is combined with each number of tokens.
+        layer: a `MoE`, a `HeirarchicalMoE`, or another module with parameters that maps inputs
+            `(sequences, tokens, layer.dim)`.
+        tokens: number of tokens per sequence, or a sequence of such numbers.
+        sequences: number of sequences, or a sequence of such numbers. All combinations with `tokens` are called.
 
     Returns:
-        For each `(sequences, tokens)` the `Explanation` of the implementation that computed the experts, as
-        `explain_call` returns it.
+        A dict that maps `(sequences, tokens)` to the `Explanation` for the experts, as returned by `explain_call`.
 
     Example:
         >>> from mixture_of_experts import MoE
@@ -160,7 +160,7 @@ def prepare(
         {(1, 16): 'cpu', (1, 64): 'cpu'}
     """
     dim, weight = check_size("layer.dim", getattr(layer, "dim", None)), next(layer.parameters())
-    dtype = next(getattr(layer, "experts", layer).parameters(), weight).dtype  # a router may have another
+    dtype = next(getattr(layer, "experts", layer).parameters(), weight).dtype  # the router may have a different dtype
     shapes = itertools.product(check_sizes("sequences", sequences), check_sizes("tokens", tokens))
     clear_out_of_memory_verdicts()
     buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
@@ -182,7 +182,7 @@ def prepare(
 
 
 def _summarize_explanations(explanations: Sequence[tuple[str, Explanation]]) -> Explanation:
-    """The explanation of the first call of experts, and of the gates before it."""
+    """Return the explanation of the first call of experts, including the gates before it."""
     parts = [part for part, _ in explanations]
     first = parts.index("experts") if "experts" in parts else len(parts)
     gates = tuple(found for part, found in explanations[:first] if part == "gate")
@@ -197,15 +197,15 @@ def routed_ffn(
     training: bool = False,
     implementations: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Compute tokens with their assigned experts; return each token's weighted sum of expert outputs, `(t, o)`.
+    """Apply the assigned experts to all tokens, and return each token's weighted sum of expert outputs `(t, o)`.
 
     Args:
         x: `(t, d)`.
         assignments: the assignments of these tokens.
-        network: the experts' weights.
-        training: the experts' mode.
-        implementations: replacements for `IMPLEMENTATIONS` under the same names, for another kind of network; the last
-            one must support every call.
+        network: the weights of the experts.
+        training: whether the experts are in training mode.
+        implementations: replacements for `IMPLEMENTATIONS` with the same names, for other kinds of networks. The last
+            one must support all calls.
     """
     dtype, implementations = x.dtype, IMPLEMENTATIONS if implementations is None else implementations
     check_devices("the experts' weights", x, (network.w_out,))
@@ -229,32 +229,33 @@ def moe_ffn(
     b3: Tensor | None = None,
     training: bool = False,
 ) -> Tensor:
-    """Compute feed-forward experts on tokens that you have routed yourself: `sum_k weight_k * expert_k(x)`.
+    """Apply feed-forward experts to tokens that you have routed yourself: `sum_k weight_k * expert_k(x)`.
 
-    Experts compute `act(x w1) w2` or, if gated, `(act(x w1) * (x w3)) w2`. No choice is dropped. The result is
+    Experts compute `act(x w1) w2` or, if gated, `(act(x w1) * (x w3)) w2`. No choices are dropped. The result is
     differentiable with respect to `x`, `weight`, and all weights and biases.
 
     Args:
         x: `(t, d)`.
         expert: `(t, k)` integers, the experts of each token. Ids below 0 or at least e are ignored. A token may choose
             the same expert twice.
-        weight: `(t, k)`, weight of each choice; the sum over choices is taken in float32 at least.
-        w1: `(e, d, h)`; with `gate_up` `(e, d, 2 h)`. Any strides are allowed: a transposed view costs nothing.
+        weight: `(t, k)`, weight of each choice. The sum over choices is computed at least in float32.
+        w1: `(e, d, h)`, or `(e, d, 2 h)` with `gate_up`. Any strides are supported, so transposed views need no copy.
         w2: `(e, h, o)`; o may differ from d.
         w3: `(e, d, h)`, for gated experts with separate weights.
-        activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts also a function
-            `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. A module's parameters are trained.
-        gate_up: how w1 holds gate and up projection: "concatenated" (gate, then up) or "interleaved" (alternating
-            columns).
-        b1, b2, b3: biases of `w1`, `w2`, `w3`: `(e, h)` (`(e, 2 h)` with `gate_up`), `(e, o)`, `(e, h)`.
-        training: False allows a faster computation of small numbers of tokens without gradients (decoding), with the
-            same result up to rounding.
+        activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts, it may also be a
+            function `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. Parameters of a module get
+            gradients.
+        gate_up: layout of gate and up projections in w1: "concatenated" (gate, then up) or "interleaved" (alternating
+            columns). None if w1 holds a single projection.
+        b1, b2, b3: biases of `w1`, `w2` and `w3`: `(e, h)` (`(e, 2 h)` with `gate_up`), `(e, o)` and `(e, h)`.
+        training: if False, small numbers of tokens without gradients (decoding) may be computed faster, with the same
+            result up to rounding.
 
     Returns:
         `(t, o)` in the dtype of x.
 
     Raises:
-        ValueError: shapes do not fit, or an argument is not allowed.
+        ValueError: shapes do not match, or an argument is not allowed.
         TypeError: an operand is not a tensor, or x is not floating point.
 
     Example:
@@ -269,14 +270,16 @@ def moe_ffn(
     if gate_up is not None:
         check_choice("gate_up", gate_up, ("concatenated", "interleaved"))
     if isinstance(activation, type):
-        raise ValueError(f"activation must be a function or a module, got the class {activation.__name__}: call it")
+        raise ValueError(
+            f"activation must be a function or a module, got the class {activation.__name__}; instantiate it first"
+        )
     activation = module_for_function(activation)
     optional = {name: value for name, value in dict(w3=w3, b1=b1, b2=b2, b3=b3).items() if value is not None}
     check_tensors(x=x, expert=expert, weight=weight, w1=w1, w2=w2, **optional)
     w_in, b_in = ((w1,), (b1,)) if w3 is None else ((w1, w3), (b1, b3))
     _check_moe_ffn_arguments(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
     if w3 is None and b3 is not None:
-        raise ValueError("b3 is the bias of w3, which is not given")
+        raise ValueError("b3 requires w3, whose bias it is; pass w3 too, or b3=None")
     assignments = assign_experts(expert.to(torch.int64), weight, w2.shape[0])
     return routed_ffn(x, assignments, Network(w_in, w2, activation, b_in, b2, gate_up), training=training)
 
@@ -292,24 +295,26 @@ def _check_moe_ffn_arguments(
     activation: ActivationLike,
     gate_up: GateUpLayout | None,
 ) -> None:
-    """Check that shapes fit each other."""
+    """Check that shapes and dtypes match."""
     if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}: embed or cast the tokens first")
+        raise TypeError(f"x must be floating point, got {x.dtype}; embed or cast the tokens first")
     if x.ndim != 2 or w2.ndim != 3:
         raise ValueError(f"x must have shape (t, d) and w2 (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
     (t, d), (e, h, o) = x.shape, w2.shape
     if 0 in w2.shape:
-        raise ValueError(f"w2 (e, h, o) has shape {tuple(w2.shape)}: there must be an expert, and no size may be 0")
+        raise ValueError(f"w2 (e, h, o) must have nonzero sizes, got {tuple(w2.shape)}; pass at least one expert")
     integers = not expert.is_floating_point() and expert.dtype != torch.bool
     if expert.ndim != 2 or expert.shape[0] != t or expert.shape != weight.shape or not integers or not expert.shape[1]:
         raise ValueError(
-            f"expert (integers) and weight must have one shape (t, k) with t={t} and k > 0, got {tuple(expert.shape)} "
-            f"{expert.dtype} and {tuple(weight.shape)}"
+            f"expert (integers) and weight must have the same shape (t, k) with t={t} and k > 0, got "
+            f"{tuple(expert.shape)} {expert.dtype} and {tuple(weight.shape)}"
         )
     if gate_up is not None and len(w_in) == 2:
-        raise ValueError(f"gate_up={gate_up!r} says that w1 holds gate and up, so w3 must not be given")
+        raise ValueError(f"gate_up={gate_up!r} means that w1 contains gate and up, so w3 must be None")
     if takes_gate_and_up(activation) and gate_up is None and len(w_in) == 1:
-        raise ValueError(f"activation {activation} is a function of (gate, up): give w3, or gate_up and a w1 of both")
+        raise ValueError(
+            f"activation {activation} is a function of (gate, up); pass w3, or gate_up and a w1 that contains both"
+        )
     width = h if gate_up is None else 2 * h
     wanted = [("w1", w_in[0], (e, d, width)), ("b1", b_in[0], (e, width)), ("b2", b2, (e, o))]
     if len(w_in) == 2:
@@ -317,5 +322,5 @@ def _check_moe_ffn_arguments(
     for name, tensor, shape in wanted:
         if tensor is not None and tuple(tensor.shape) != shape:
             raise ValueError(
-                f"{name} must have shape {shape} beside x {(t, d)} and w2 {(e, h, o)}, got {tuple(tensor.shape)}"
+                f"{name} must have shape {shape} to match x {(t, d)} and w2 {(e, h, o)}, got {tuple(tensor.shape)}"
             )

@@ -1,9 +1,9 @@
-"""Activations of experts: modules made from a user's argument, and known ones that write into preallocated memory.
+"""Activations of experts: conversion of a user's argument to a module, and activations that write into given memory.
 
 Axes: r rows, h hidden dim.
 
-An activation is a function of one tensor, `act(x w1)`, which gated experts multiply by `x w3`. For gated experts it may
-also be a function `(gate, up)` of both products that returns the hidden layer.
+An activation is a function of one tensor, `act(x w1)`, which gated experts multiply by `x w3`. For gated experts, it
+may also be a function `(gate, up)` of both products that returns the hidden layer.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, 
 
 
 class ClampedSwiGLU(nn.Module):
-    """The activation of GPT-OSS (arXiv 2508.10925): `gate sigmoid(alpha gate) (up + 1)` of clamped gate and up.
+    """The activation of GPT-OSS (arXiv 2508.10925), `gate sigmoid(alpha gate) (up + 1)` with clamped gate and up.
 
     Args:
         alpha: steepness of the sigmoid.
-        limit: clamping bound: gate is clamped to at most `limit`, up to the range from -limit to limit.
+        limit: clamping bound: `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
 
     Shape:
-        gate and up `(..., h)`; returns `(..., h)`.
+        Maps gate and up `(..., h)` to `(..., h)`.
 
     Example:
         >>> import torch
@@ -58,15 +58,15 @@ class ClampedSwiGLU(nn.Module):
 
 
 class ClampedGLU(nn.Module):
-    """`act(gate) * up` with gate and up clamped, as in DeepSeek-V4, GLM-5 and Step-3.7.
+    """The activation `act(gate) * up` with clamped gate and up, as in DeepSeek-V4, GLM-5 and Step-3.7.
 
     Args:
         activation: activation of the gate; a class, a module or a function.
-        limit: clamping bound: gate is clamped to at most `limit`, up to the range from -limit to limit.
+        limit: clamping bound: `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
         after: whether gate is clamped after the activation instead of before it.
 
     Shape:
-        gate and up `(..., h)`; returns `(..., h)`.
+        Maps gate and up `(..., h)` to `(..., h)`.
 
     Example:
         >>> import torch
@@ -100,7 +100,7 @@ class SiTU(nn.Module):
         beta, linear_beta: the bounds of the two factors.
 
     Shape:
-        gate and up `(..., h)`; returns `(..., h)`.
+        Maps gate and up `(..., h)` to `(..., h)`.
 
     Example:
         >>> import torch
@@ -126,10 +126,10 @@ class SiTU(nn.Module):
 
 
 class SquaredReLU(nn.Module):
-    """`relu(x)^2` (Primer, arXiv 2109.08668).
+    """The squared ReLU, `relu(x)^2` (Primer, arXiv 2109.08668).
 
     Shape:
-        `(..., h)` to the same.
+        Maps `(..., h)` to the same shape.
 
     Example:
         >>> import torch
@@ -144,7 +144,7 @@ class SquaredReLU(nn.Module):
 
 
 class FunctionActivation(nn.Module):
-    """A function as a module."""
+    """A module that calls a function."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -158,36 +158,36 @@ class FunctionActivation(nn.Module):
 
 
 def make_activation(activation: ActivationLike) -> nn.Module:
-    """The activation as a module; a class, or another factory without arguments, is called."""
+    """Return the activation as a module. Classes and other factories without arguments are called."""
     if isinstance(activation, nn.Module):
         return activation
     if not callable(activation):
         raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
     if (known := module_for_function(activation)) is not activation:
-        return type(known)()  # a new instance: hooks on it must not run in other layers
+        return type(known)()  # a new instance, so that its hooks do not run in other layers
     made = (
         activation()
         if isinstance(activation, type) or _accepts_num_arguments(activation, 0)
         else FunctionActivation(activation)
     )
     if not isinstance(made, nn.Module):
-        raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
+        raise TypeError(f"activation {activation!r} must return an nn.Module when called, got {type(made).__name__}")
     return made
 
 
 def takes_gate_and_up(activation: ActivationLike) -> bool:
-    """Whether the activation is a function of `(gate, up)`, which cannot be called with a single tensor."""
+    """Return whether the activation is a function of `(gate, up)`, which cannot be called with a single tensor."""
     if type(activation) in KNOWN_ACTIVATIONS or isinstance(activation, ClampedSwiGLU):
         return isinstance(activation, ClampedSwiGLU)
     if isinstance(activation, FunctionActivation):
         return takes_gate_and_up(activation.function)
     if isinstance(activation, nn.Module):
-        return _needs_two_arguments(type(activation).forward, 1)  # not the module: torch below 2.12 cannot pass one
+        return _needs_two_arguments(type(activation).forward, 1)  # torch before 2.12 cannot pass a module in a graph
     return _needs_two_arguments(activation, 0)
 
 
 def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
-    """The hidden layer `(..., h)` of a network, from its products with the tokens: one, or gate and up."""
+    """Return the hidden layer `(..., h)` of a network, given the product with the tokens, or gate and up."""
     if len(parts) == 1 or takes_gate_and_up(activation):
         return activation(*parts)
     return activation(parts[0]) * parts[1]
@@ -195,14 +195,14 @@ def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tenso
 
 @assume_constant_result  # a traced graph cannot read signatures
 def _needs_two_arguments(function: Callable, leading_arguments: int) -> bool:
-    """Whether a function can be called with two arguments but not with one, in addition to `leading_arguments`."""
+    """Return whether a function accepts two arguments but not one, in addition to `leading_arguments`."""
     return not _accepts_num_arguments(function, 1 + leading_arguments) and _accepts_num_arguments(
         function, 2 + leading_arguments
     )
 
 
 def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
-    """Whether a function can be called with `num_arguments` arguments; False for a builtin without a signature."""
+    """Return whether a function accepts `num_arguments` arguments. This is False for builtins without a signature."""
     try:
         inspect.signature(function).bind(*range(num_arguments))
     except (TypeError, ValueError):
@@ -211,16 +211,16 @@ def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
 
 
 class KnownActivation(NamedTuple):
-    """An activation of one tensor that writes its result and its gradient into preallocated memory, also in place.
+    """An activation of one tensor that can write its result and its gradient into preallocated memory or in place.
 
-    `forward`, `recompute` and `backward` compute the hidden layer and its gradients from the pre-activations `pre`: one
-    tensor, or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden layer. `backward` may
-    then overwrite it: the gate's gradient can take its memory.
+    `forward`, `recompute` and `backward` compute the hidden layer and its gradients from the pre-activations `pre`,
+    which are one tensor, or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden layer.
+    `backward` may then overwrite `grad`, so that the gradient of the gate can use its memory.
 
     Attributes:
         write: `write(h, out)` writes the activation of h.
-        write_grad: `write_grad(grad, h, out)` writes its gradient.
-        kernel_name: the activation's name in `kernels/pointwise.py`; None if it has none.
+        write_grad: `write_grad(grad, h, out)` writes the gradient of h.
+        kernel_name: name of the activation in `kernels/pointwise.py`, or None if there is none.
     """
 
     write: Callable[[Tensor, Tensor], object]
@@ -233,14 +233,14 @@ class KnownActivation(NamedTuple):
             out.mul_(pre[1])
 
     def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
-        """Write the hidden layer again, and the gradient of up."""
+        """Write the recomputed hidden layer and the gradient of up."""
         self.write(pre[0], out)
         if len(pre) == 2:
             torch.mul(out, grad, out=grad_pre[1])
             out.mul_(pre[1])
 
     def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        """Write the gradient of the gate, or of the one tensor; `grad` is overwritten."""
+        """Write the gradient of the gate or of the single pre-activation, overwriting `grad`."""
         if len(pre) == 2:
             grad.mul_(pre[1])
         self.write_grad(grad, pre[0], grad_pre[0])
@@ -259,7 +259,7 @@ class KnownClampedSwiGLU(NamedTuple):
         self.forward(pre, out)
 
     def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        """Write the gradients of `gate s (up + 1)` with `s = sigmoid(alpha gate)`; a clamped number gets 0."""
+        """Write the gradients of `gate s (up + 1)` with `s = sigmoid(alpha gate)`, which are 0 for clamped values."""
         alpha, limit = self.act.alpha, self.act.limit
         gate, up = pre[0].clamp(max=limit), pre[1].clamp(-limit, limit)
         s = torch.sigmoid(alpha * gate)
@@ -311,15 +311,16 @@ FUNCTION_MODULES: dict[Callable[..., Any], nn.Module] = {
 
 
 def module_for_function(activation: ActivationLike) -> Any:
-    """The module for a well-known function, such as `nn.SiLU()` for `F.silu`; anything else unchanged."""
+    """Return the module for a well-known function, such as `nn.SiLU()` for `F.silu`, or anything else unchanged."""
     return next((module for function, module in FUNCTION_MODULES.items() if function is activation), activation)
 
 
 def unknown_activation_reason(activation: ActivationLike) -> str | None:
-    """Why an implementation cannot compute the activation itself and must call the user's; None if it can."""
+    """Return why an implementation must call the user's activation instead of computing it itself, or None if it can
+    compute it."""
     if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"
     if has_hooks(activation):
-        return "there are hooks on the activation, which has to be called for them"
+        return "the activation has hooks, which run only if it is called"
     return None

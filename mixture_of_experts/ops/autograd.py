@@ -1,9 +1,9 @@
-"""A whole call as one `torch.autograd.Function`, for the implementations that compute their own gradients.
+"""A single `torch.autograd.Function` for a whole call, used by implementations that compute their own gradients.
 
-Axes: t tokens, a assignments, d model dim, o dim of the outputs.
+Axes: t tokens, a assignments, d model dim, o output dim.
 
-It saves tensors where saved-tensor hooks see them, and turns autocast off. Second derivatives and batched gradients are
-computed by the definition, `plain.py`.
+Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply, and autocast is disabled. Second
+derivatives and batched gradients are computed by the reference implementation, `plain.py`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class FFNGradients(NamedTuple):
     """Gradients of a call.
 
     Attributes:
-        x: `(t, d)`, gradient of the tokens; None if it is not wanted.
-        weight: `(a,)`, gradient of the assignments' weights.
-        network: the wanted gradients of the experts' weights, by the names of `Network.tensors`.
+        x: `(t, d)`, gradient of the tokens; None if it is not requested.
+        weight: `(a,)`, gradient of the weights of assignments.
+        network: the requested gradients of the experts' weights, with the names of `Network.tensors`.
     """
 
     x: Tensor | None
@@ -37,11 +37,11 @@ class FFNGradients(NamedTuple):
     network: dict[str, Tensor]
 
 
-# An implementation's own computation of outputs and gradients. `forward(x, permutation, network, save)` returns the
-# outputs `(t, o)` of tokens x `(t, d)`, and the tensors that the backward needs (none unless `save`).
-# `backward(x, permutation, network, saved, grad, wanted)` receives these and `grad` `(t, o)`, the gradient of the
-# outputs; `wanted` contains "x" and names of `Network.tensors`. The gradient of the assignments' weights is always
-# computed.
+# Functions with which an implementation computes outputs and gradients. `forward(x, permutation, network, save)`
+# returns the outputs `(t, o)` of tokens x `(t, d)`, and the tensors that the backward needs (none unless `save`).
+# `backward(x, permutation, network, saved, grad, wanted)` receives these tensors and the gradient of the outputs,
+# `grad` `(t, o)`. `wanted` may contain "x" and names of `Network.tensors`. The gradient of the weights of assignments
+# is always computed.
 ForwardFunction = Callable[[Tensor, Permutation, Network, bool], tuple[Tensor, SavedTensors]]
 BackwardFunction = Callable[[Tensor, Permutation, Network, SavedTensors, Tensor, Collection[str]], FFNGradients]
 
@@ -49,8 +49,10 @@ BackwardFunction = Callable[[Tensor, Permutation, Network, SavedTensors, Tensor,
 def run_differentiable(
     forward: ForwardFunction, backward: BackwardFunction, x: Tensor, permutation: Permutation, network: Network
 ) -> Tensor:
-    """Outputs `(t, o)` of tokens x `(t, d)` by an implementation's own `forward` and `backward`, differentiable with
-    respect to `x`, `permutation.weight` and all tensors of the network."""
+    """Return the outputs `(t, o)` of tokens x `(t, d)`, computed by the `forward` and `backward` of an implementation.
+
+    They are differentiable with respect to `x`, `permutation.weight` and all tensors of the network.
+    """
     weights = network.tensors().values()
     with disable_autocast(x.device):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, permutation.weight, *weights)):
@@ -59,7 +61,8 @@ def run_differentiable(
 
 
 def select_tables_to_save(permutation: Permutation) -> dict[str, Tensor]:
-    """The tensors of a permutation to save, by name; on a CPU all of them, as packing them takes too long there."""
+    """Return the tensors of a permutation to save, by name. On a CPU, all of them are saved, because packing would take
+    too long."""
     return permutation.tensors() if permutation.row.device.type == "cpu" else permutation.tensors_to_save()
 
 

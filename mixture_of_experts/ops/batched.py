@@ -1,12 +1,11 @@
-"""A whole call (dispatch, experts and combine) in one `torch.autograd.Function` of torch's operators, for any GPU.
+"""Computes a whole call (dispatch, experts and combine) with batched products of torch's operators, on any GPU.
 
-Axes: t tokens, k choices, r rows (expert by expert), e experts, s slots of an expert, d model dim, h hidden dim,
-o dim of the outputs, p inner and q outer dimension of a weight.
+Axes: t tokens, k choices, r rows (sorted by expert), e experts, s slots per expert, d model dim, h hidden dim, o output
+dim, p inner and q outer dimension of a weight.
 
-One gather and one sum serve all choices.
-
-The layout of rows and the products on them are a class: `SlotLayout`, `BlockLayout`, or another one passed to
-`run`. Its `arrange` permutes assignments, and adds a table that its products read.
+A single gather and a single sum handle all choices. The layout of rows and their products are implemented by a class:
+`SlotLayout`, `BlockLayout`, or another one passed to `run`. Its `arrange` permutes the assignments, and may add a table
+for its products.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from mixture_of_experts.support.private_torch import is_exporting, is_in_transfo
 from mixture_of_experts.support.tracing import symbolic_max
 
 BIAS_GRAD_COLUMNS = (
-    8  # columns with which a bias's gradient is written as a product: grouped products require multiples of 8
+    8  # width of the product that computes the gradient of a bias; grouped products require multiples of 8
 )
 
 
 class SlotLayout(row_network.RowLayout):
-    """Rows in slots: every expert has the same number of slots, and empty ones are zeros."""
+    """A layout of rows in slots. All experts have the same number of slots, and empty slots are zeros."""
 
     num_batches: int
     empty: Tensor
@@ -70,10 +69,10 @@ class SlotLayout(row_network.RowLayout):
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         self.view_batches(rows).add_(self.select_weights(bias).unsqueeze(1))
 
-    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+    def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         return torch.bmm(self.view_batches(x).mT, self.view_batches(y))
 
-    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
+    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
         return self.outer_products(scale.to(rows.dtype).expand(-1, BIAS_GRAD_COLUMNS).contiguous(), rows)[:, 0]
 
     def combine_rows(self) -> Tensor:
@@ -84,7 +83,7 @@ class SlotLayout(row_network.RowLayout):
         return terms.view(permutation.num_tokens, permutation.k, terms.shape[-1]).sum(dim=1)
 
     def gather_outputs(self) -> Tensor:
-        """The row of each assignment `(a, o)` among the totals; zeros for an assignment without a row."""
+        """Return the output of each assignment `(a, o)`, with zeros for assignments without a row."""
         return self.row_outputs.index_select(0, self.permutation.row)
 
     def view_batches(self, rows: Tensor) -> Tensor:
@@ -95,12 +94,12 @@ class SlotLayout(row_network.RowLayout):
 
 
 class BlockLayout(SlotLayout):
-    """Rows in blocks of equal size, each with rows of one expert and a copy of its weight; the permutation's table has
-    the expert of each block.
+    """A layout of rows in blocks of equal size. Each block contains rows of one expert, and a copy of its weight is
+    made for the block. The table of the permutation holds the expert of each block.
 
-    It needs no host sync: the number of blocks is always the largest that any row counts can need. A block has about as
-    many rows as the average expert, so there are at most about 2 e blocks. Only the pre-activations of assignments are
-    saved, not those of all rows.
+    This layout needs no host sync, because the number of blocks is the maximum for any row counts. A block has about as
+    many rows as the average expert, so there are at most about 2 e blocks. Pre-activations are saved only for
+    assignments, not for all rows.
     """
 
     num_experts: int
@@ -128,14 +127,17 @@ class BlockLayout(SlotLayout):
             permutation.table,
         )
 
-    def outer_products(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+    def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
         products = super().outer_products(x, y)
         zeros = products.new_zeros(self.num_experts, *products.shape[1:])
         return add_rows(zeros, self.expert, products)
 
     def pack(self, pre: Tensor) -> Tensor:
-        """The pre-activations of assignments, and a row of zeros, which `unpack` reads for empty rows. If it read an
-        assignment's there, a token that is not finite would reach the gradients of experts that do not compute it."""
+        """Return the pre-activations of assignments, and a row of zeros that `unpack` reads for empty rows.
+
+        If empty rows read an arbitrary assignment instead, a token that is not finite would affect the gradients of
+        experts that do not compute it.
+        """
         row = self.permutation.row.clamp(max=self.permutation.num_rows - 1)
         packed = pre.new_empty(row.shape[0] + 1, pre.shape[-1])
         torch.index_select(pre, 0, row, out=packed[:-1])
@@ -150,22 +152,24 @@ class BlockLayout(SlotLayout):
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why this implementation cannot compute the call: no known activation, an export, a transform. None if it can."""
+    """Return why this implementation does not support the call (an unknown activation, an export, or a transform), or
+    None if it does."""
     if is_exporting():
-        return "an exported graph has torch's own operators only"
+        return "an exported graph may contain only torch's own operators"
     if is_in_transform():
-        return "its gradient does not run under transforms of torch.func"
+        return "its gradient does not support transforms of torch.func"
     return call.network.unsupported_activation_reason()
 
 
 def run(call: Call, layout: type[SlotLayout] = BlockLayout) -> Tensor:
-    """Compute a call; return `(t, o)`. `layout` is used for calls that prefer rows without gaps to slots."""
+    """Compute a call, and return `(t, o)`. `layout` is used for calls that prefer rows without gaps."""
     return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, layout)
 
 
-def run_rows(call: Call, layout: type[SlotLayout] = BlockLayout, row_functions: Any = row_network) -> Tensor:
-    """`run` for any number of tokens. `row_functions` computes the rows: `ops.row_network`, or a module with the same
-    functions."""
+def run_rows(
+    call: Call, layout: type[SlotLayout] = BlockLayout, row_functions: row_network.RowFunctions = row_network
+) -> Tensor:
+    """Implement `run` for any number of tokens."""
     if not call.assignments.prefers_rows() or call.x.shape[0] == 0:
         layout = SlotLayout
     permutation = layout.arrange(call.assignments)

@@ -1,11 +1,11 @@
-"""A few tokens in inference, as in decoding on a GPU, with torch's operators and without a permutation.
+"""Computes small numbers of tokens in inference, as in decoding on a GPU, with torch's operators and no permutation.
 
-Axes: t tokens, k choices, e experts, d model dim, o dim of the outputs.
+Axes: t tokens, k choices, e experts, d model dim, o output dim.
 
-With so few rows, kernel launches and the bytes of weights dominate the time. Each choice gets a copy of its expert's
-weights. If that would move more bytes than all weights have, every expert computes all tokens, and results that no
-token chose are ignored. This applies only to eval mode without gradients, because a recomputation must use the same
-implementation as its forward.
+For small numbers of rows, kernel launches and the bytes of weights dominate the time. Each choice uses a copy of its
+expert's weights. If these copies would move more bytes than all weights, every expert computes all tokens instead, and
+results that no token chose are ignored. This is used only in eval mode without gradients, because a recomputation must
+use the same implementation as its forward.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import disable_autocast
 
 MAX_INFERENCE_TOKENS = 64
-MAX_DENSE_ROWS = 8192  # of all experts, where each computes all tokens
+MAX_DENSE_ROWS = 8192  # maximum number of rows if every expert computes all tokens
 COPY_COST = 3  # a copied weight is read, written and read again
 
 
 def should_copy_weights(call: Call) -> bool:
-    """Whether copies for every choice move fewer bytes than all weights have."""
+    """Return whether copying weights for each choice moves fewer bytes than reading all weights."""
     return COPY_COST * call.assignments.weight.shape[0] < call.network.w_out.shape[0]
 
 
 def supports_call(call: Call) -> bool:
-    """Whether a call has token choice and few tokens, in eval mode and without gradients."""
+    """Return whether a call uses token choice for a small number of tokens, in eval mode and without gradients."""
     tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
     if not (call.is_inference() and statically_known_true(tokens <= MAX_INFERENCE_TOKENS)):
         return False
@@ -37,7 +37,7 @@ def supports_call(call: Call) -> bool:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least."""
+    """Compute a call, and return `(t, o)`. The sum over the choices of a token is computed at least in float32."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     (t, d), experts, k = x.shape, network.w_out.shape[0], assignments.k

@@ -1,9 +1,9 @@
-"""Grouped matrix products: one operator multiplies every expert's rows by its own weight, without padding.
+"""Grouped matrix products, in which one operator multiplies the rows of all experts by their weights, without padding.
 
 Axes: e experts, r rows (sorted by expert), p inner and q outer dimension of a weight.
 
-On CUDA the operator is torch's own. On a CPU it is defined by this package, so that a compiled graph can contain a loop
-over row counts that are in a tensor.
+On CUDA, the operator is torch's own. On a CPU, it is defined by this package, so that compiled graphs can contain a
+loop over row counts in a tensor.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from mixture_of_experts.support.tracing import get_device_capability
 AMD_ARCHITECTURES = ("gfx942", "gfx950")
 IS_AMD_GROUPED_GEMM_ENABLED = (
     os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
-)  # without it torch runs a loop on AMD's GPUs
+)  # otherwise torch runs a loop on AMD GPUs
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why there is no operator for a weight, or the low-rank part of one; None if there is one for all."""
+    """Return why there is no operator for a weight or its low-rank part, or None if all are supported."""
     for tensor in call.network.tensors().values():
         if tensor.ndim == 3 and (reason := no_operator_reason(call.x, tensor)):
             return reason
@@ -41,19 +41,19 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`."""
+    """Compute a call, and return `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
         return batched.run(call, GroupedLayout)
     return plain.run_permuted(call.x, plain.choose_permutation(call.assignments), call.network, grouped_matmul)
 
 
 class GroupedLayout(batched.SlotLayout):
-    """Rows without gaps, with torch's grouped product on CUDA; the permutation's table has the end of each expert's
-    rows.
+    """A layout of rows without gaps, with torch's grouped product on CUDA. The table of the permutation holds the end
+    of each expert's rows.
 
-    Rows past the last expert's may hold any values. Only the last row is read, by assignments without a row, times 0:
-    no expert fills it, so it is finite. If these assignments read a token's row instead, one that is not finite would
-    reach other tokens, because 0 * inf is NaN.
+    Rows past those of the last expert may hold any values. Only the last row is read: assignments without a row
+    multiply it by 0. It is finite, because no expert fills it. If such assignments read the row of a token instead, a
+    token that is not finite would affect other tokens, because 0 * inf is NaN.
     """
 
     ends: Tensor
@@ -71,8 +71,8 @@ class GroupedLayout(batched.SlotLayout):
         assert permutation.rows_per_expert is not None
         RowLayout.__init__(self, permutation)
         self.ends, self.num_tokens_per_expert = permutation.table, permutation.rows_per_expert
-        # The row of a slot that is occupied by a choice of weight 0 reads the last token, times 0. If that token is not
-        # finite, neither is the gradient of this expert's weights. Writing zeros instead would be a pass over all rows.
+        # Slots occupied by choices of weight 0 read the last token, multiplied by 0. If this token is not finite, the
+        # gradient of the expert's weights is not finite either. Writing zeros instead would take a pass over all rows.
         self.token = permutation.token.clamp(max=permutation.num_tokens - 1)
 
     def gather_rows(self, x: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class GroupedLayout(batched.SlotLayout):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The total; the permutation's spare row is set to 0, so that no row has to be appended."""
+        """Return the total with the spare row of the permutation set to 0, so that no row has to be appended."""
         (x, weight), *others = pairs
         self.row_outputs: Any = self.multiply_rows(x, weight)
         for x, weight in others:
@@ -101,40 +101,41 @@ class GroupedLayout(batched.SlotLayout):
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
-    """`x^T y` over the rows of every expert, `(e, p, q)`."""
+    """Return `x^T y` over the rows of each expert, `(e, p, q)`."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
-    # on Blackwell the result of an expert without rows is undefined (pytorch/pytorch#172439); on AMD it is unknown
+    # results of experts without rows are undefined on Blackwell (pytorch/pytorch#172439), and unknown on AMD
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
 def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Why torch's grouped product is not a single kernel but a loop with a host sync; None if it is a single kernel."""
+    """Return why torch's grouped product is a loop with a host sync instead of a single kernel, or None if it is a
+    single kernel."""
     if torch.version.hip is not None:
         card = torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
         if card not in AMD_ARCHITECTURES or not IS_AMD_GROUPED_GEMM_ENABLED:
             wanted = " or ".join(AMD_ARCHITECTURES)
             return (
-                f"torch's grouped product is one kernel on {wanted} with ROCM_ALLOW_GROUP_GEMM_CK=1 only, not on {card}"
+                f"torch's grouped product is a single kernel only on {wanted} with ROCM_ALLOW_GROUP_GEMM_CK=1, not on "
+                f"{card}"
             )
     elif (card := get_device_capability(x.device))[0] not in (9, 10):
-        return "torch's grouped product is one kernel on compute capability 9 and 10 only, this is {}.{}".format(*card)
+        return "torch's grouped product is a single kernel only on compute capability 9 and 10, got {}.{}".format(*card)
     if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[-2:]):
-        return "torch's grouped product wants bfloat16 and sizes that are multiples of 8"
+        return "torch's grouped product requires bfloat16 and sizes that are multiples of 8"
     if weight.shape[0] >= 1024:
-        return f"torch's grouped product takes fewer than 1024 experts, not {weight.shape[0]}"
+        return f"torch's grouped product supports fewer than 1024 experts, got {weight.shape[0]}"
     return None
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """Multiply each expert's rows by its own weight, with a grouped operator if there is one.
+    """Multiply each expert's rows by its weight, with a grouped operator if there is one.
 
-    Arguments and result are those of `plain.expert_product`.
+    Arguments and result are as in `plain.expert_product`.
 
     Raises:
-        ValueError: shapes do not match; on a CPU, also if counts are negative or add up to more than the number of
-            rows.
+        ValueError: shapes do not match, or (on a CPU) counts are negative or add up to more than the number of rows.
     """
     check_operands(x, weight, num_tokens_per_expert)
     if num_tokens_per_expert is None or no_operator_reason(x, weight, num_tokens_per_expert) is not None:
@@ -143,7 +144,7 @@ def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None) -> None:
-    """Check that the shapes of a grouped product's operands match."""
+    """Check that the shapes of the operands match."""
     check_tensors(x=x, weight=weight)
     counts, (e, p, _) = num_tokens_per_expert, weight.shape if weight.ndim == 3 else (0, 0, 0)
     rows = f"(e, s, {p}) with e={e}" if counts is None else f"(r, {p})"
@@ -153,17 +154,17 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
         )
     if counts is not None and (counts.shape != (e,) or counts.dtype != torch.int64):
         raise ValueError(
-            f"num_tokens_per_expert must be int64 of shape ({e},), the rows of each expert, got {counts.dtype} of "
-            f"shape {tuple(counts.shape)}"
+            f"num_tokens_per_expert must be int64 of shape ({e},), the number of rows of each expert, got "
+            f"{counts.dtype} of shape {tuple(counts.shape)}"
         )
 
 
 def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
-    """The counts as integers; raises ValueError if they are negative or exceed the number of rows."""
+    """Return the counts as integers. Raise ValueError if they are negative or exceed the number of rows."""
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
-            f"num_tokens_per_expert must be at least 0 and add up to at most the {num_rows} rows of x, got {counts}"
+            f"num_tokens_per_expert must be nonnegative and add up to at most {num_rows}, the rows of x, got {counts}"
         )
     return counts
 
@@ -171,20 +172,21 @@ def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
 def no_operator_reason(*operands: Tensor) -> str | None:
     x, weight, *_ = operands
     if any(is_functorch_wrapped(operand) for operand in operands):
-        return "grouped operators do not run under transforms of torch.func"
+        return "grouped operators do not support transforms of torch.func"
     if x.is_cuda:
         return no_kernel_reason(x, weight)
     if x.device.type != "cpu":
         return f"there is no grouped product on {x.device.type}"
-    return "an exported graph has torch's own operators only" if is_exporting() else None
+    return "an exported graph may contain only torch's own operators" if is_exporting() else None
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Each expert's rows times its weight, or `x^T y` over each expert's rows. Each is part of the other's gradient."""
+    """Multiplies each expert's rows by its weight, or computes `x^T y` over each expert's rows. Each of the two is part
+    of the gradient of the other."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, is_outer: bool) -> Tensor:
-        """x `(r, p)` times weights y `(e, p, q)`: `(r, q)`. If `is_outer`, `x^T y` of rows y `(r, q)`: `(e, p, q)`."""
+        """Multiply x `(r, p)` by weights y `(e, p, q)`; if `is_outer`, return `x^T y` `(e, p, q)` for y `(r, q)`."""
         if not x.is_cuda:
             own = torch.ops.mixture_of_experts
             operator = own.rows_by_rows if is_outer else own.rows_by_weights
@@ -195,7 +197,7 @@ class _GroupedMatmul(torch.autograd.Function):
             return grouped_outer_product_on_cuda(x, y, num_tokens_per_expert, ends)
         out = F.grouped_mm(x.contiguous(), y, offs=ends)
         past = (torch.arange(x.shape[0], device=x.device) >= ends[-1]).unsqueeze(-1)
-        return out.masked_fill_(past, 0)  # these rows were never written
+        return out.masked_fill_(past, 0)  # the operator does not write these rows
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -226,7 +228,7 @@ def _grouped_outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
 def rows_by_weights(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Multiply rows by their experts' weights, one expert after the other."""
+    """Multiply rows by the weights of their experts, one expert at a time."""
     counts = read_counts(num_tokens_per_expert, x.shape[0])
     return multiply_by_expert(x, weight, [(expert, count) for expert, count in enumerate(counts) if count])
 
@@ -238,7 +240,7 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
 def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """The gradient of the weights, `x^T y` over the rows of each expert."""
+    """Return the gradient of the weights, `x^T y` over the rows of each expert."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for expert, count in enumerate(read_counts(num_tokens_per_expert, x.shape[0])):
@@ -257,21 +259,22 @@ def _(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 
 def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
-    """2 r p q, for x `(r, p)` and a weight `(..., p, q)` or rows `(r, q)`."""
+    """Return 2 r p q for x `(r, p)` and a weight `(..., p, q)` or rows `(r, q)`."""
     return 2 * x.shape[0] * x.shape[1] * y.shape[-1]
 
 
 def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
-    """`(r, q)`, rows x sorted by expert times their experts' weights; 0 for rows past the last expert's.
+    """Multiply rows x sorted by expert by the weights of their experts, with zeros past the rows of the last expert.
 
-    A product of few rows runs on one thread. So two consecutive experts with the same number of rows are computed as
-    one batched product, on two threads: any two weights of a stack are a slice with a step.
+    A product of a small number of rows runs on one thread. Therefore two consecutive experts with the same number of
+    rows are computed as one batched product on two threads, which is possible because any two weights of a stack are a
+    slice with a step.
 
     Args:
-        rows_per_expert: (expert, number of rows) for each expert that has rows, in ascending order.
+        rows_per_expert: (expert, number of rows) for each expert with rows, in ascending order.
     """
     out = x.new_empty(x.shape[0], weight.shape[-1])
-    pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # else torch copies the slice
+    pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # otherwise torch copies the slice
     start = index = 0
     while index < len(rows_per_expert):
         expert, count = rows_per_expert[index]

@@ -1,11 +1,12 @@
-"""4-bit weights with two 16-bit numbers for each group of inputs: two sevenths of bfloat16's bytes.
+"""4-bit weights with two 16-bit parameters for each group of inputs, which need two sevenths of the memory of bfloat16.
 
-Axes: e experts, r rows, p inner and q outer dimension of a weight, g inputs of a group, b outputs of a block.
+Axes: e experts, r rows, p inner and q outer dimension of a weight, g inputs per group, b outputs per block.
 
-A weight is `(level - 8) * step + zero`, where the level is an integer from 0 to 15 in four bits (a nibble). A group is
-g neighbouring inputs of one output and has its own step and zero, in bfloat16. Two nibbles form a byte, in *blocks* of
-b outputs `(q / b, p, b / 2)`: the lower nibble of byte j belongs to output j, the upper one to output `j + b / 2`. The
-operator of each CPU reads one b, 64 with AVX-512 and 32 with AVX2. `PORTABLE_BLOCK` is for files: no CPU reads it.
+A weight is `(level - 8) * step + zero`, where the level is an integer from 0 to 15 in four bits (a nibble). A group
+consists of g adjacent inputs of one output, and has its own step and zero in bfloat16. Two nibbles form a byte, in
+*blocks* of b outputs `(q / b, p, b / 2)`: the lower nibble of byte j belongs to output j, the upper one to output
+`j + b / 2`. The operator of each CPU supports a single b, 64 with AVX-512 and 32 with AVX2. `PORTABLE_BLOCK` is used
+only in files, and no CPU operator supports it.
 """
 
 from __future__ import annotations
@@ -21,32 +22,32 @@ from torch import Tensor
 from mixture_of_experts.support.private_torch import multiply_int4, pack_int4
 
 GROUP_SIZES = (32, 64, 128, 256)  # sizes that the operator supports
-MAX_DIRECT_ROWS = 32  # of an expert; with more, a product with the unpacked weight is as fast
+MAX_DIRECT_ROWS = 32  # rows per expert; for more, a product with the unpacked weight is as fast
 PORTABLE_BLOCK, MAX_BLOCK = (
     2,
     64,
-)  # outputs of a block; outputs are padded with zeros to a multiple of the largest block
+)  # outputs per block; the number of outputs is padded with zeros to a multiple of the largest block
 BLOCKS = (PORTABLE_BLOCK, 32, 64)  # layouts of weights in files
 
 
 def pack_matrix(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
-    """Weights `(p, q)`, in float32, rounded to the nearest levels and packed."""
+    """Round float32 weights `(p, q)` to the nearest levels, and pack them."""
     levels, step, zero = round_to_nearest(weight.unflatten(0, (-1, group)))
     return pack_levels(levels, step, zero, block)
 
 
 def pack_levels(levels: Tensor, step: Tensor, zero: Tensor, block: int) -> dict[str, Tensor]:
-    """Levels `(p / g, g, q)` as nibbles `(q / b, p, b / 2)`, and step and zero of each group, both `(p / g, 1, q)`, as
-    bytes `(p / g, q, 4)`, so that casting a model does not change them."""
+    """Pack levels `(p / g, g, q)` into nibbles `(q / b, p, b / 2)`, and step and zero of each group, both
+    `(p / g, 1, q)`, into bytes `(p / g, q, 4)`, so that casting a model does not change them."""
     levels, step, zero = (F.pad(part, (0, -part.shape[-1] % MAX_BLOCK)) for part in (levels, step, zero))
     groups = torch.cat([step, zero], dim=1).mT.bfloat16().contiguous().view(torch.uint8)
     return {"packed": pack_nibbles(levels.to(torch.uint8).flatten(0, 1), block), "groups": groups}
 
 
 def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
-    """The levels of weights `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
+    """Return the levels of weights `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
 
-    The levels are either evenly spaced from the smallest weight to the largest, or centered on 0, with the weight
+    Levels are either evenly spaced between the smallest and the largest weight, or centered on 0, with the weight
     farthest from 0 at level 0. Each group uses the option with the smaller error.
     """
     low, high = weight.aminmax(dim=1, keepdim=True)
@@ -57,7 +58,7 @@ def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
 
 
 def round_to_levels(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-    """Levels of weights, step and zero as they are stored, and the sum of squared errors of each group."""
+    """Return the levels of weights, step and zero as stored, and the sum of squared errors of each group."""
     step, zero = step.bfloat16().float(), zero.bfloat16().float()
     step = torch.where(step == 0, 1, step)
     levels = ((weight - zero) / step).round_().clamp_(-8, 7)
@@ -66,13 +67,13 @@ def round_to_levels(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor,
 
 
 def pack_nibbles(levels: Tensor, block: int) -> Tensor:
-    """Levels `(p, q)` as nibbles `(q / b, p, b / 2)`."""
+    """Pack levels `(p, q)` into nibbles `(q / b, p, b / 2)`."""
     lower, upper = levels.unflatten(1, (-1, 2, block // 2)).transpose(0, 1).unbind(2)
     return (lower | (upper << 4)).contiguous()
 
 
 def unpack_nibbles(packed: Tensor, out: Tensor) -> Tensor:
-    """Write the levels to `out` `(p, q)`, of any dtype, and return it."""
+    """Write the levels to `out` `(p, q)`, which may have any dtype, and return it."""
     for i, levels in enumerate((packed & 15, packed >> 4)):
         out.view(-1, packed.shape[0], 2, packed.shape[2])[:, :, i].copy_(levels.transpose(0, 1))
     return out
@@ -91,7 +92,7 @@ def repack_nibbles(packed: Tensor, block: int) -> Tensor:
 
 
 def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
-    """The weights `(p, q)` in float32."""
+    """Return the weights `(p, q)` in float32."""
     step, zero = groups.view(torch.bfloat16).float().unbind(-1)
     (count, q), p = step.shape, packed.shape[1]
     weight = unpack_nibbles(packed, torch.empty(p, q, device=packed.device, dtype=torch.float32)).view(count, -1, q)
@@ -99,25 +100,26 @@ def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | None = None) -> Tensor:
-    """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack: `(r, q)` in
-    float32. The operator rounds both operands to bfloat16, an error of a fortieth of that of 4 bits."""
+    """Multiply x `(r, p)` by one packed weight, or each row by the weight of its expert in a stack, and return `(r, q)`
+    in float32. The operator rounds both operands to bfloat16, with an error of a fortieth of that of 4 bits."""
+    rows, steps_and_zeros = x.bfloat16().contiguous(), groups.view(torch.bfloat16)
+    group = x.shape[1] // groups.shape[-3]
     if expert is None:
-        group = x.shape[1] // groups.shape[0]
-        return multiply_int4(x.bfloat16().contiguous(), packed, group, groups.view(torch.bfloat16)).float()
-    rows = zip(x.split(1), expert.tolist(), strict=True)
-    return torch.cat([multiply_rows(row, packed[e], groups[e]) for row, e in rows])
+        return multiply_int4(rows, packed, group, steps_and_zeros).float()
+    choices = zip(rows.unsqueeze(1).unbind(), expert.tolist(), strict=True)
+    return torch.cat([multiply_int4(row, packed[e], group, steps_and_zeros[e]) for row, e in choices]).float()
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Whether an operator of torch multiplies with these nibbles without unpacking."""
+    """Return whether torch has an operator that multiplies by these nibbles without unpacking."""
     return packed.is_cpu and PORTABLE_BLOCK != find_cpu_block() == 2 * packed.shape[-1]
 
 
 @cache
 def find_cpu_block() -> int:
-    """The b of this CPU's operator if its results match `unpack_matrix`, else `PORTABLE_BLOCK`. It is determined at the
-    first call."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    """Return the b of this CPU's operator if its results match `unpack_matrix`, else `PORTABLE_BLOCK`. The check runs
+    at the first call."""
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # overrides defaults that the caller may have set
     weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
     for block in (64, 32):
         packed, groups = pack_matrix(weight, 64, block).values()

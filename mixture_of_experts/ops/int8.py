@@ -1,10 +1,10 @@
-"""8-bit weights: half of bfloat16's bytes, a quarter of float32's.
+"""8-bit weights, which need half of the memory of bfloat16 and a quarter of that of float32.
 
 Axes: e experts, r rows, p inner and q outer dimension of a weight.
 
-A weight is packed as torch packs 8-bit embedding tables, in `(p, q + 8)` bytes. Each of its p rows has q levels, 0 to
-255, then the size of a step and the smallest number, both in float32. The weighted sum of the rows of such a table is
-the product of one token with the weight, and torch's operator reads the bytes without unpacking them.
+A weight is packed into `(p, q + 8)` bytes in the format of torch's 8-bit embedding tables. Each of its p rows has q
+levels, 0 to 255, followed by the step size and the smallest weight, both in float32. The weighted sum of the rows of
+such a table is the product of one token and the weight, and torch's operator computes it without unpacking.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from torch import Tensor
 
 from mixture_of_experts.support.private_torch import sum_packed_rows, unpack_rows
 
-ROW_PARAMETER_BYTES = 8  # bytes of a packed row after its levels
-#: of an expert; with more, a product with the unpacked weight is faster. With a limit of 16, a layer of 8 experts with
-#: 12 rows each takes 0.64x to 0.86x as long with AVX-512 (EPYC, one thread), but 1.08x to 1.14x when held to AVX2.
-#: `torch._weight_int8pack_mm` takes 138 microseconds for one row and a cold weight of 2048 x 768 where this takes 106;
-#: with AVX2 154 and 250 (Zen 3: 290 and 410). But it reads transposed weights, which would have to be stored as well
+ROW_PARAMETER_BYTES = 8  # bytes after the levels of a packed row
+#: rows per expert; for more, a product with the unpacked weight is faster. With a limit of 16, a layer of 8 experts
+#: with 12 rows each takes 0.64x to 0.86x as long with AVX-512 (EPYC, one thread), but 1.08x to 1.14x when limited to
+#: AVX2. For one row and a cold weight of 2048 x 768, `torch._weight_int8pack_mm` takes 138 microseconds, and this takes
+#: 106; with AVX2 154 and 250 (Zen 3: 290 and 410). However, it reads transposed weights, which would have to be stored
+#: too
 MAX_DIRECT_ROWS = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
 def pack_matrix(weight: Tensor) -> dict[str, Tensor]:
-    """Weights `(p, q)`, in float32, packed into bytes `(p, q + 8)`."""
+    """Pack float32 weights `(p, q)` into bytes `(p, q + 8)`."""
     low, high = weight.aminmax(dim=-1, keepdim=True)
     step = (high - low) / 255
     levels = ((weight - low) / torch.where(step == 0, 1, step)).round_().clamp_(0, 255)
@@ -34,7 +35,7 @@ def pack_matrix(weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack_matrix(packed: Tensor) -> Tensor:
-    """The weights `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
+    """Unpack bytes `(..., p, q + 8)` to float32 weights `(..., p, q)`."""
     if packed.ndim == 2 and has_direct_matmul(packed):
         return unpack_rows(packed)
     extra = packed[..., -ROW_PARAMETER_BYTES:].clone(
@@ -45,13 +46,13 @@ def unpack_matrix(packed: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Tensor:
-    """x `(r, p)` times one packed weight, or each row times the weight of its own expert in a stack, in float32:
-    `(r, q)`. If there are more threads than rows, a product is split into parts that are summed."""
+    """Multiply x `(r, p)` by one packed weight, or each row by the weight of its expert in a stack, and return `(r, q)`
+    in float32. If there are more threads than rows, each product is split into parts that are summed."""
     (r, p), threads = x.shape, torch.get_num_threads()
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1
     start = torch.arange(0, r * p, p // parts, device=x.device)
-    row = torch.arange(p, device=x.device)  # indices of the rows of the experts' weights in the whole stack
+    row = torch.arange(p, device=x.device)  # indices of the rows of the experts' weights in the stack
     row = row.repeat(r) if expert is None else row.add(expert.unsqueeze(1), alpha=p).view(-1)
     x = x.float().contiguous().view(-1)  # `reshape` may keep strides, which the operator ignores
     sums = sum_packed_rows(packed.view(-1, packed.shape[-1]), row, start, x)
@@ -59,15 +60,15 @@ def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Te
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Whether an operator of torch multiplies with these bytes without unpacking."""
+    """Return whether torch has an operator that multiplies by these bytes without unpacking."""
     return packed.is_cpu and has_packed_row_operators()
 
 
 @cache
 def has_packed_row_operators() -> bool:
-    """Whether torch has the operators for packed rows on a CPU and their results match `unpack_matrix`. It is
-    determined at the first call."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    """Return whether torch has CPU operators for packed rows whose results match `unpack_matrix`. The check runs at the
+    first call."""
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # overrides defaults that the caller may have set
     weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5
     packed = torch.stack([pack_matrix(matrix)["packed"] for matrix in weight])
     unpacked = unpack_matrix(packed)

@@ -1,9 +1,10 @@
-"""Batched matrix products on a CPU, also in dtypes for which it has no native products.
+"""Batched matrix products on a CPU, including dtypes without native products.
 
-Most CPUs multiply in float32 and float64 only. There torch's half-precision products take 10x to 200x as long as those
-of float32. So operands are cast to float32 and the result is rounded; sums are in float32, as in torch's own products.
+Most CPUs multiply only in float32 and float64, and torch's half-precision products then take 10x to 200x as long as
+float32 products. Therefore operands are cast to float32, and the result is rounded. Sums are in float32, as in torch's
+own products.
 
-Axes: n matrices, m rows of a matrix, p inner and q outer dimension of a product.
+Axes: n matrices, m rows per matrix, p inner and q outer dimension of a product.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from mixture_of_experts.support import private_torch
 
 MAX_CAST_NUMEL = (
     1 << 20
-)  # maximum number of elements of an operand or result that are in float32 at a time, so that they stay in the caches
+)  # maximum number of elements of an operand or result that are cast at a time, so that they fit into the caches
 
 
 def matmul_into(x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """Write `x @ y`, for x `(n, m, p)` and y `(n, p, q)` or one matrix each, to `out`; with `accumulate`, add it."""
+    """Write `x @ y` to `out`, or add it if `accumulate`, for x `(n, m, p)` and y `(n, p, q)` or single matrices."""
     if private_torch.has_native_matmul(x.dtype):
         if accumulate:
             (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y)

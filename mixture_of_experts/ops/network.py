@@ -1,6 +1,6 @@
-"""The inputs of every implementation, `Network` (the weights of all experts) and `Call`; casts operands to one dtype.
+"""The inputs of all implementations: `Network`, the weights of all experts, and `Call`. Casts operands to one dtype.
 
-Axes: t tokens, e experts, d model dim, h hidden dim, o dim of the outputs.
+Axes: t tokens, e experts, d model dim, h hidden dim, o output dim.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ W_IN_NAMES, B_IN_NAMES = (
 
 @dataclass(frozen=True)
 class Network:
-    """The weights of all experts as they are stored: `act(x w_in) w_out`, gated or not, with or without biases.
+    """The stored weights of all experts, which compute `act(x w_in) w_out`, gated or not, with or without biases.
 
     Attributes:
-        w_in: one weight `(e, d, h)`; or two, gate and up projection; or one weight `(e, d, 2 h)` that holds both.
+        w_in: one weight `(e, d, h)`, two weights (gate and up projection), or one weight `(e, d, 2 h)` for both.
         w_out: `(e, h, o)`.
         activation: a function of one tensor, or of `(gate, up)`.
-        b_in: for each weight `(e, d, q)` of `w_in` a bias `(e, q)` or None; no biases by default.
+        b_in: a bias `(e, q)` or None for each weight `(e, d, q)` of `w_in`. Default: no biases.
         b_out: `(e, o)` or None.
-        gate_up: how one weight holds gate and up projection, "concatenated" or "interleaved"; None if it does not.
-        dropout: probability with which elements of the hidden layer are set to 0; the others are scaled up.
+        gate_up: layout of gate and up projection in a single weight, "concatenated" or "interleaved", or None.
+        dropout: probability of setting elements of the hidden layer to 0; other elements are scaled up.
     """
 
     w_in: tuple[Tensor, ...]
@@ -55,47 +55,53 @@ class Network:
         return len(self.w_in) == 2 or self.gate_up is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights and biases except None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
+        """Return all weights and biases that are not None, with the names "w_in.0", "w_in.1", "w_out", "b_in.0",
+        "b_in.1" and "b_out"."""
         names = (*W_IN_NAMES[: len(self.w_in)], "w_out", *B_IN_NAMES[: len(self.b_in)], "b_out")
         there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
         return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
-        """The network with these weights and biases, by name; None for names that are missing."""
+        """Return the network with these named weights and biases, and None for missing names."""
         get: Any = tensors.get
         w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN_NAMES, B_IN_NAMES))
         return Network(w_in, get("w_out"), self.activation, b_in, get("b_out"), self.gate_up, self.dropout)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
-        """The network with `function` applied to every weight and bias."""
+        """Return the network with `function` applied to all weights and biases."""
         return self.with_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def merged(self) -> Network:
-        """A network with the same outputs whose weights are plain tensors: itself, unless a subclass stores others."""
+        """Return a network with the same outputs whose weights are plain tensors. Subclasses with other weights
+        override this method."""
         return self
 
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Gate and up (or the one tensor) as views of `pre`, the products with each weight of `w_in`."""
+        """Return gate and up, or the single pre-activation, as views of `pre`, the products with the weights of
+        `w_in`."""
         if self.gate_up is None:
             return pre
         return pre[0].chunk(2, dim=-1) if self.gate_up == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
 
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
-        """The hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""
+        """Return the hidden layer `(..., h)`, given `pre`, the products with the weights of `w_in`."""
         hidden = compute_hidden(self.activation, self.projections(pre))
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
     def unsupported_activation_reason(self) -> str | None:
-        """Why an implementation cannot write the hidden layer and its gradient itself; None if it can."""
+        """Return why an implementation cannot compute the hidden layer and its gradient itself, or None if it can."""
         if self.dropout:
-            return "dropout draws random numbers for the hidden layer, which only torch's operators do"
+            return "dropout of the hidden layer draws random numbers, which only torch's operators support"
         return unknown_activation_reason(self.activation)
 
 
 def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which weights of a dtype are multiplied: autocast's if it is on (it does not cast for grouped
-    products), else their own. On a CPU without native products in autocast's dtype it is their own too, because the
-    other would only be slower."""
+    """Return the dtype in which weights with a given dtype are multiplied.
+
+    This is the dtype of autocast if it is enabled (autocast itself does not cast operands of grouped products), and
+    `dtype` otherwise. `dtype` is also used on a CPU without native products in the dtype of autocast, which would only
+    be slower.
+    """
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
     narrow = torch.get_autocast_dtype(device)
@@ -116,9 +122,9 @@ class Call(NamedTuple):
     Attributes:
         x: `(t, d)`, tokens.
         assignments: the assignments of these tokens.
-        network: the experts' weights.
-        training: the experts' mode. The selection of an implementation depends on this, not on the grad mode, because a
-            recomputation must use the same implementation as its forward.
+        network: the weights of the experts.
+        training: whether the experts are in training mode. The implementation is selected by this mode, not by the grad
+            mode, because a recomputation must use the same implementation as its forward.
     """
 
     x: Tensor
@@ -127,5 +133,5 @@ class Call(NamedTuple):
     training: bool
 
     def is_inference(self) -> bool:
-        """Whether it is a call with token choice, in eval mode and without gradients."""
+        """Return whether the call uses token choice, in eval mode and without gradients."""
         return not (self.training or torch.is_grad_enabled() or self.assignments.k is None)

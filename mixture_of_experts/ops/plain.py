@@ -1,9 +1,9 @@
-"""The definition: dispatch, products, activation and combine in plain torch operators.
+"""The reference implementation: dispatch, products, activation and combine with plain torch operators.
 
-Axes: t tokens, r rows (sorted by expert), e experts, s slots of an expert, p inner and q outer dimension of a weight.
+Axes: t tokens, r rows (sorted by expert), e experts, s slots per expert, p inner and q outer dimension of a weight.
 
-It runs on any device and in any dtype, in compiled and exported graphs and under `vmap`. It has derivatives of any
-order, in reverse mode. It is the reference for every other implementation.
+It supports any device and dtype, compiled and exported graphs, `vmap`, and reverse-mode derivatives of any order. All
+other implementations are compared with it.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ ProductFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def unsupported_reason(call: Call) -> None:
-    """None: this implementation computes every call."""
+    """Return None, because this implementation supports all calls."""
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`."""
+    """Compute a call, and return `(t, o)`."""
     return run_permuted(call.x, choose_permutation(call.assignments), call.network)
 
 
 def choose_permutation(assignments: Assignments) -> Permutation:
-    """The permutation of rows without gaps if these are certain to be fewer than slots, else the permutation of
-    slots."""
+    """Return the permutation to rows without gaps if there are certainly fewer of them than slots, else to slots."""
     return permute_without_gaps(assignments) if assignments.prefers_rows() else permute_to_slots(assignments)
 
 
 def run_permuted(
     x: Tensor, permutation: Permutation, network: Network, product: ProductFunction | None = None
 ) -> Tensor:
-    """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots according to the permutation, using `product`."""
+    """Compute the outputs `(t, o)` of tokens x `(t, d)` with `product`, in rows or slots depending on the
+    permutation."""
     rows, num_tokens_per_expert = dispatch(x, permutation), permutation.rows_per_expert
     if num_tokens_per_expert is None:
         experts = math.prod(permutation.expert_dims)
@@ -53,7 +53,7 @@ def run_permuted(
 def feed_forward(
     x: Tensor, network: Network, num_tokens_per_expert: Tensor | None = None, product: ProductFunction | None = None
 ) -> Tensor:
-    """Map slots `(e, s, d)` to `(e, s, o)`; with num_tokens_per_expert `(e,)`, rows `(r, d)` to `(r, o)`."""
+    """Map slots `(e, s, d)` to `(e, s, o)`, or rows `(r, d)` to `(r, o)` if num_tokens_per_expert `(e,)` is passed."""
     product = product or expert_product
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,22 +65,23 @@ def feed_forward(
 
 
 def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
-    """The rows of a block, about as many as the average expert has, and the number of blocks, at most about 2 e."""
+    """Return the number of rows per block, about as many as the average expert has, and the number of blocks, at most
+    about 2 e."""
     size = symbolic_max(2, rows // experts)  # torch's graphs would treat a size of 1 as static
     return size, symbolic_min(rows, rows // size + experts)
 
 
 def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """Multiply every expert's rows by its own weight, without a host sync.
+    """Multiply each expert's rows by its weight without a host sync.
 
-    Rows are laid out in blocks of equal size, each with rows of one expert. The number of blocks is the largest that
-    any load can need, so no shape depends on how many rows an expert has.
+    Rows are arranged in blocks of equal size, each of which contains rows of one expert. The number of blocks is the
+    maximum for any load, so that no shape depends on the number of rows per expert.
 
     Args:
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
-        weight: `(e, p, q)`, of the same dtype.
-        num_tokens_per_expert: `(e,)` int64, number of rows of each expert, if x is rows. The result is 0 for rows past
-            their sum.
+        weight: `(e, p, q)`, with the same dtype.
+        num_tokens_per_expert: `(e,)` int64, number of rows of each expert if x contains rows. The result is 0 for rows
+            past their sum.
 
     Returns:
         `(e, s, q)` or `(r, q)`.
@@ -90,7 +91,7 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     rows, device = x.shape[0], x.device
     size, number = choose_block_sizes(rows, weight.shape[0])
     stop, row = num_tokens_per_expert.cumsum(0), torch.arange(rows, device=device)
-    blocks = (num_tokens_per_expert + size - 1) // size  # of each expert
+    blocks = (num_tokens_per_expert + size - 1) // size  # number of blocks of each expert
     first = stop - num_tokens_per_expert  # first row of each expert, and its position in the blocks
     first_place = (blocks.cumsum(0) - blocks) * size
     places = number * size
@@ -104,14 +105,17 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """`x^T y` over the rows of each expert, of x `(r, p)` and y `(r, q)`: `(e, p, q)`; 0 for an expert without rows."""
+    """Return `x^T y` over the rows of each expert, `(e, p, q)`, for x `(r, p)` and y `(r, q)`, and 0 for experts
+    without rows."""
     weight = x.new_zeros(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     return torch.func.vjp(lambda weight: expert_product(x, weight, num_tokens_per_expert), weight)[1](y)[0]
 
 
 def compute_gradients(x: Tensor, permutation: Permutation, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, of the assignments' weights and of all tensors of the network, with operators that support vmap
-    and second derivatives, for implementations whose own gradients support neither."""
+    """Return the gradients of x, of the weights of assignments, and of all tensors of the network.
+
+    The operators support vmap and second derivatives, unlike the gradients of other implementations.
+    """
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         named = dict(zip(tensors, weights, strict=True))
@@ -122,20 +126,20 @@ def compute_gradients(x: Tensor, permutation: Permutation, network: Network, gra
 
 
 def expand_bias(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -> Tensor:
-    """Biases `(e, q)` to add to slots, `(e, 1, q)`, or to `rows` rows, `(r, q)`."""
+    """Expand biases `(e, q)` so that they can be added to slots, `(e, 1, q)`, or to `rows` rows, `(r, q)`."""
     if num_tokens_per_expert is None:
         return bias.unsqueeze(-2)
     return _take_rows(bias, _find_range(num_tokens_per_expert.cumsum(0), torch.arange(rows, device=bias.device)))
 
 
 def _find_range(ends: Tensor, index: Tensor) -> Tensor:
-    """The range that contains each index, where range i ends before `ends[i]`; the last one if no range contains it.
+    """Return the range that contains each index, where range i ends before `ends[i]`, or the last range if none does.
 
-    It uses comparisons because ONNX has no searchsorted.
+    This uses comparisons, because ONNX has no searchsorted.
     """
     return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
 
 
 def _take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """`values[index]`, with a gradient that is summed in the same order on every run."""
+    """Return `values[index]` with a gradient that is summed in a deterministic order."""
     return values[index] if values.is_cuda else values.index_select(0, index)

@@ -1,18 +1,18 @@
-"""Functions that compute the network on rows sorted by expert, and its gradients, for the implementations `cpu`,
-`grouped` and `batched`; and `RowLayout`, the base class of their layouts of rows.
+"""Functions that compute the network and its gradients on rows sorted by expert, for the implementations `cpu`,
+`grouped` and `batched`, and `RowLayout`, the base class of their row layouts.
 
-Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a
-weight.
+Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o output dim, p inner and q outer dimension of a weight.
 
-In addition to the input, the forward saves only the pre-activations: the products with `w_in`. The backward gathers
-rows and recomputes the activation. A row's weight multiplies rows of width d, not of width h. The weight's gradient is
-computed from the hidden layer, so no row of outputs is saved (as in SonicMoE, arXiv 2512.14080).
+In addition to the input, the forward saves only the pre-activations, which are the products with `w_in`. The backward
+gathers rows and recomputes the activation. The weights of rows multiply rows of width d, not of width h. Their gradient
+is computed from the hidden layer, so that no outputs of rows are saved (as in SonicMoE, arXiv 2512.14080).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,54 +24,46 @@ from mixture_of_experts.ops.autograd import FFNGradients, SavedTensors
 from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 
 
-class RowLayout:
-    """Base class of row layouts: products on the rows of a permutation, where each expert's rows are multiplied by its
-    weight.
+class RowLayout(ABC):
+    """Base class of row layouts, which implement products on the rows of a permutation.
 
-    An object serves one forward or one backward. Rows are computed chunk by chunk: after `enter_chunk`, all methods
-    refer to the rows of that chunk. By default there is one chunk, with all rows. A layout implements:
-
-    - `gather_rows(x)`: rows `(r, p)` of tokens `(t, p)`.
-    - `multiply_rows(x, weight)`: rows x `(r, p)` times the weights `(e, p, q)` of their experts, `(r, q)`.
-    - `multiply_and_sum(pairs)`: the sum of `multiply_rows` over pairs (x, weight), stored in `row_outputs` for
-    `combine_rows`.
-    - `add_bias(rows, bias)`: adds the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place.
-    - `outer_products(x, y, out)`: `x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`, `(e, p, q)`; 0 for an
-      expert without rows. `out` is memory for it, if `gradients` returns any.
-    - `sum_scaled_rows(scale, rows, out)`: the sum of each expert's rows `(r, q)` times `scale` `(r, 1)`, `(e, q)`.
-    - `combine_rows()`: each token's weighted sum `(t, o)` of the totals; that of the base class is for expert choice.
+    An object is used for one forward or one backward. Rows are computed chunk by chunk: after `enter_chunk`, all
+    methods refer to the rows of that chunk. By default, a single chunk contains all rows.
     """
 
-    row_outputs: Any = None  # `(r + 1, q)`; the last row is zeros, for assignments without a row
+    row_outputs: Any = None  # `(r + 1, q)`; the last row contains zeros for assignments without a row
 
     def __init__(self, permutation: Permutation, chunks: Sequence[Any] = (None,)) -> None:
         self.permutation: Permutation = permutation
         self.chunks: Sequence[Any] = chunks
 
-    def enter_chunk(self, chunk: Any) -> None:
-        """Move on to a chunk."""
+    @abstractmethod
+    def gather_rows(self, x: Tensor) -> Tensor:
+        """Return the rows `(r, p)` of tokens `(t, p)`, with zeros in empty rows."""
 
-    def select_chunk(self, values: Tensor) -> Tensor:
-        """The rows of the chunk, from values for all rows."""
-        return values
+    @abstractmethod
+    def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Multiply rows x `(r, p)` by the weights `(e, p, q)` of their experts, and return `(r, q)`."""
 
-    def pack(self, pre: Tensor) -> Tensor:
-        """The form in which the forward saves pre-activations `(r, q)`."""
-        return pre
+    @abstractmethod
+    def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the sum of `multiply_rows` over pairs (x, weight), and store it in `row_outputs`."""
 
-    def unpack(self, pre: Tensor) -> Tensor:
-        """The pre-activations `(r, q)` from their saved form."""
-        return pre
+    @abstractmethod
+    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
+        """Add the bias `(e, q)` of each row's expert to `rows` `(r, q)` in place."""
 
-    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
-        """Memory for the wanted gradients of the network, by name; none by default."""
-        return {}
+    @abstractmethod
+    def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+        """Return `x^T y` `(e, p, q)` over each expert's rows of x `(r, p)` and y `(r, q)`, 0 for experts without rows.
+        `out` is memory for the result, if `gradients` returns any."""
 
-    def activate(self, method: Callable[..., None], *tensors: Any) -> None:
-        """Call a method of a known activation, on rows `(r, h)` and lists of them."""
-        method(*tensors)
+    @abstractmethod
+    def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+        """Return the sum `(e, q)` of each expert's rows `(r, q)` times `scale` `(r, 1)`."""
 
     def combine_rows(self) -> Tensor:
+        """Return the weighted sum `(t, o)` of each token's `row_outputs`. The base class implements expert choice."""
         permutation = self.permutation
         return sum_rows(
             self.row_outputs[: permutation.num_rows],
@@ -82,17 +74,48 @@ class RowLayout:
             permutation.num_tokens,
         )
 
+    def enter_chunk(self, chunk: Any) -> None:  # noqa: B027
+        """Make all methods refer to the rows of a chunk."""
+
+    def select_chunk(self, values: Tensor) -> Tensor:
+        """Select the rows of the current chunk from values for all rows."""
+        return values
+
+    def pack(self, pre: Tensor) -> Tensor:
+        """Return the form in which the forward saves pre-activations `(r, q)`."""
+        return pre
+
+    def unpack(self, pre: Tensor) -> Tensor:
+        """Restore the pre-activations `(r, q)` from their saved form."""
+        return pre
+
+    def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Return preallocated memory for the requested gradients of the network, by name. There is none by default."""
+        return {}
+
+    def activate(self, method: Callable[..., None], *tensors: Any) -> None:
+        """Call a method of a known activation on rows `(r, h)` and lists of rows."""
+        method(*tensors)
+
+
+class RowFunctions(Protocol):
+    """What computes the network on rows: this module, or another one with these two functions."""
+
+    @property
+    def run_network(self) -> Callable[..., list[Tensor]]: ...
+    @property
+    def backpropagate_network(self) -> Callable[..., dict[str, Tensor]]: ...
+
 
 def forward_rows(
-    make_layout: Callable[[Permutation], Any],
-    row_functions: Any,
+    make_layout: Callable[[Permutation], RowLayout],
+    row_functions: RowFunctions,
     x: Tensor,
     permutation: Permutation,
     network: Network,
     save: bool,
 ) -> tuple[Tensor, SavedTensors]:
-    """The `forward` of `run_differentiable`, using the products of a layout. `row_functions` computes the rows: this
-    module, or another one with `run_network` and `backpropagate_network`."""
+    """Implement the `forward` of `run_differentiable` with the products of a layout."""
     layout, saved = make_layout(permutation), []
     for chunk in layout.chunks:
         layout.enter_chunk(chunk)
@@ -101,8 +124,8 @@ def forward_rows(
 
 
 def backward_rows(
-    make_layout: Callable[[Permutation], Any],
-    row_functions: Any,
+    make_layout: Callable[[Permutation], RowLayout],
+    row_functions: RowFunctions,
     x: Tensor,
     permutation: Permutation,
     network: Network,
@@ -110,24 +133,26 @@ def backward_rows(
     grad: Tensor,
     wanted: Collection[str],
 ) -> FFNGradients:
-    """The `backward` of `run_differentiable`, using the products of a layout."""
+    """Implement the `backward` of `run_differentiable` with the products of a layout."""
     layout, scale, grad = make_layout(permutation), permutation.row_weight().unsqueeze(-1), grad.contiguous()
     dtype = torch.promote_types(scale.dtype, torch.float32)
-    grad_scale = torch.zeros(permutation.num_rows + 1, dtype=dtype, device=scale.device)  # the last one is unused
+    grad_scale = torch.zeros(permutation.num_rows + 1, dtype=dtype, device=scale.device)  # the last entry is unused
     grads, of_rows = layout.gradients(network, wanted), grad_scale[:-1]
-    each = len(saved) // len(layout.chunks)  # tensors that a chunk saved
+    each = len(saved) // len(layout.chunks)  # number of saved tensors per chunk
     for i, chunk in enumerate(layout.chunks):
         layout.enter_chunk(chunk)
-        pre = [layout.unpack(part) for part in saved[i * each : (i + 1) * each]]
+        pre = [layout.unpack(part) for part in saved[i * each : (i + 1) * each] if part is not None]
         scales = layout.select_chunk(scale), layout.select_chunk(of_rows)
         grads |= row_functions.backpropagate_network(layout, x, network, pre, grad, *scales, wanted, grads)
     grad_x = layout.combine_rows() if "x" in wanted else None
     return FFNGradients(grad_x, grad_scale.index_select(0, permutation.row).to(permutation.weight.dtype), grads)
 
 
-def run_network(layout: Any, x: Tensor, network: Network, save: bool) -> list[Tensor]:
-    """Compute the totals of outputs; return the pre-activations, a tensor for each weight of `w_in`. Without `save` it
-    returns none, so that the hidden layer may overwrite them."""
+def run_network(layout: RowLayout, x: Tensor, network: Network, save: bool) -> list[Tensor]:
+    """Compute the layout's unweighted `row_outputs`, and return the pre-activations, one for each weight of `w_in`.
+
+    Without `save`, return an empty list, so that the hidden layer may overwrite the pre-activations.
+    """
     rows = layout.gather_rows(x)
     pre = []
     for w, b in zip(network.w_in, network.b_in, strict=True):
@@ -138,14 +163,14 @@ def run_network(layout: Any, x: Tensor, network: Network, save: bool) -> list[Te
     hidden = parts[0].new_empty(parts[0].shape) if save or network.gate_up else parts[0]
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
     layout.activate(act.forward, parts, hidden)
-    y = layout.multiply_and_sum([(hidden, network.w_out)])  # one pair here; in a backward one for each of w_in
+    y = layout.multiply_and_sum([(hidden, network.w_out)])  # the backward passes one pair for each weight of w_in
     if network.b_out is not None:
         layout.add_bias(y, network.b_out)
     return pre if save else []
 
 
 def backpropagate_network(
-    layout: Any,
+    layout: RowLayout,
     x: Tensor,
     network: Network,
     pre: Sequence[Tensor],
@@ -155,22 +180,22 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Compute the totals of the gradients of token rows, before their weighting; return the gradients of the network,
-    by name.
+    """Compute the unweighted gradients of token rows as `row_outputs` of the layout, and return the gradients of the
+    network by name.
 
     Args:
-        layout, x, network, pre: those of `run_network`, and the pre-activations that it returned.
-        grad: `(t, o)`, gradient of the tokens' outputs.
+        layout, x, network, pre: the arguments of `run_network`, and the pre-activations that it returned.
+        grad: `(t, o)`, gradient of the outputs of tokens.
         scale: `(r, 1)`, weight of each row.
         grad_scale: `(r,)`, memory for the gradient of each row's weight.
-        wanted: which gradients are wanted: "x", and names of `Network.tensors`.
-        memory: memory for the gradients of the network, by name; empty if none is preallocated.
+        wanted: names of the requested gradients, "x" and names of `Network.tensors`.
+        memory: memory for the gradients of the network by name; empty if none is preallocated.
     """
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
     grad_rows = layout.gather_rows(grad)
     grad_hidden = layout.multiply_rows(grad_rows, network.w_out.mT)
     hidden = torch.empty_like(grad_hidden)
-    # the gradient of the gate overwrites that of the hidden layer, unless gate and up share a tensor
+    # the gradient of the gate overwrites the gradient of the hidden layer, unless gate and up share a tensor
     others = [torch.empty_like(part) for part in (pre if network.gate_up else pre[1:])]
     grad_pre = others if network.gate_up else [grad_hidden, *others]
     parts, grad_parts = network.projections(pre), network.projections(grad_pre)
@@ -202,14 +227,14 @@ def backpropagate_network(
 
 
 def _compute_input_weight_gradients(
-    layout: Any,
+    layout: RowLayout,
     x: Tensor,
     scale: Tensor,
     grad_pre: Sequence[Tensor],
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """The wanted gradients of `w_in`, by name. The rows of tokens are freed when it returns."""
+    """Return the requested gradients of `w_in` by name. The rows of tokens are freed on return."""
     named = {name: part for name, part in zip(W_IN_NAMES, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}

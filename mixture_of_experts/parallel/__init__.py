@@ -1,4 +1,4 @@
-"""Expert parallelism on PyTorch's own distributed stack; see docs/many_gpus.md."""
+"""Expert parallelism with PyTorch's own distributed modules; see docs/distributed/expert_parallelism.md."""
 
 from mixture_of_experts.parallel.gradients import (
     average_gradients,

@@ -1,4 +1,4 @@
-"""Compares the ranks' layers during setup."""
+"""Compares the layers of all ranks during setup."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mixture_of_experts.support.collective_errors import collective_error
 
-MAX_REPORTED_DIFFERENCES = 3  # differences that an error lists
+MAX_REPORTED_DIFFERENCES = 3  # maximum number of differences in an error message
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
-    """Raise on every rank if `describe` raises on any rank or returns different values on two. One collective.
+    """Raise an error on all ranks if `describe` raises on any rank or returns different values on different ranks.
+
+    This takes one collective.
 
     Args:
-        describe: returns everything on which the ranks must agree, by name.
-        mesh: the ranks, 1-D.
+        describe: a function that returns all values on which the ranks must agree, by name.
+        mesh: the 1-D mesh of ranks.
     """
     description, problem = {}, None
     try:
         description = describe()
-    except Exception as error:  # raised below, after the other ranks know of it
+    except Exception as error:  # raised below, after it was sent to the other ranks
         problem = error
     gathered, group = [(description, str(problem or ""))] * mesh.size(), mesh.get_group()
     try:
         dist.all_gather_object(gathered, gathered[0], group=group)
     except RuntimeError as error:
-        what = "expert parallelism: a rank could not compare its layers with the others'"
+        what = "expert parallelism: a rank could not compare its layers with those of other ranks"
         raise collective_error(what, error, group) from error
     if problem is not None:
         raise problem
     first = gathered[0][0]
     for rank, (other, message) in enumerate(gathered):
         if message:
-            raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
+            raise ValueError(f"expert parallelism: setup of rank {rank} failed: {message}")
         differing = [
             f"{key}: {first.get(key, 'missing')} on rank 0, {other.get(key, 'missing')} on rank {rank}"
             for key in {**first, **other}
@@ -49,6 +51,6 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
                 else ""
             )
             raise ValueError(
-                f"expert parallelism: the ranks' layers differ in "
+                f"expert parallelism: all ranks must have the same layers, but they differ in "
                 f"{'; '.join(differing[:MAX_REPORTED_DIFFERENCES])}{more}"
             )

@@ -1,6 +1,6 @@
-"""Ranks with the same tokens, as under tensor parallelism, each send a part of the rows, so none is computed twice.
+"""Splits rows among ranks that have the same tokens, as under tensor parallelism, so that no row is computed twice.
 
-Axes: r rows sorted by expert, e experts, s slots of an expert.
+Axes: r rows sorted by expert, e experts, s slots per expert.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from torch.nn import functional
 
 
 def take_local_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """This rank's part of rows or slots x `(..., r, d)`, the same on all ranks. Parts have equal lengths, with
-    zeros at the end. In the backward every rank gets the whole gradient."""
+    """Return this rank's part of rows or slots x `(..., r, d)`, which are the same on all ranks.
+
+    Parts have equal lengths and are padded with zeros at the end. In the backward, all ranks get the whole gradient.
+    """
     if missing := -x.shape[-2] % mesh.size():
         x = functional.pad(x, (0, 0, 0, missing))
     whole = DTensor.from_local(x, mesh, [Replicate()], run_check=False)
@@ -23,30 +25,33 @@ def take_local_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def gather_parts(part: Tensor, size: int, mesh: DeviceMesh) -> Tensor:
-    """The first `size` rows or slots of all ranks' parts; in the backward every rank takes its part of the gradient."""
+    """Concatenate the parts of all ranks, and return the first `size` rows or slots. In the backward, each rank gets
+    its part of the gradient."""
     return DTensor.from_local(part, mesh, [Shard(part.ndim - 2)], run_check=False).full_tensor()[..., :size, :]
 
 
 def count_local_part(counts: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
-    """The number of rows of each expert `(e,)` in this rank's part, which is `length` rows long."""
+    """Return the number of rows of each expert `(e,)` in this rank's part, which has `length` rows."""
     begin = mesh.get_local_rank() * length
     ends = counts.cumsum(0).clamp(begin, begin + length)
     return ends.diff(prepend=ends.new_full((1,), begin))
 
 
 def fingerprint_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The fingerprint of a rank's batch, two integers: which ranks share it, and a checksum of the counts."""
+    """Return the fingerprint of a rank's batch, two integers that identify the ranks that share it and are a checksum
+    of the counts."""
     first = dist.get_process_group_ranks(mesh.get_group())[0]
     factors = torch.arange(1, len(counts) + 1, device=counts.device) ** 3 % 1000003
     return torch.stack([counts.new_tensor(first + 1), (counts * factors).sum()])
 
 
 def check_fingerprints(fingerprints: list[list[int]]) -> None:
-    """Compare the ranks' fingerprints: those that share a batch must have made the same choices. 0 means no batch."""
+    """Check that ranks that share a batch have the same fingerprint of choices. A batch of 0 means that none is
+    shared."""
     chosen: dict[int, int] = {}
     for batch, choices in fingerprints:
         if batch and chosen.setdefault(batch, choices) != choices:
             raise ValueError(
-                "expert parallelism: ranks that share a batch chose different experts for it: give them one seed, or "
-                "one batch"
+                "expert parallelism: ranks that share a batch chose different experts for it; use the same seed and "
+                "the same batch on all of them"
             )

@@ -1,10 +1,10 @@
-"""Moves tokens to the ranks that own their experts, and results back, by all-to-all.
+"""Moves tokens to the ranks that own their experts, and results back, with all-to-all collectives.
 
-Axes: p ranks of the group, e experts of all ranks, l = e / p experts of one rank, s slots of an expert on one rank,
-r rows of one rank sorted by expert, d model dim, o dim of the outputs.
+Axes: p ranks in the group, e experts on all ranks, l = e / p experts per rank, s slots per expert on one rank, r rows
+of one rank sorted by expert, d model dim, o output dim.
 
-Rank q owns experts `q l` to `(q + 1) l - 1`, so the rows for a rank are one block. Results are sent back in the dtype
-in which the tokens came, because the experts' output dtype may differ between ranks.
+Rank q owns experts `q l` to `(q + 1) l - 1`, so that the rows for a rank are contiguous. Results are sent back in the
+dtype of the tokens, because the output dtype of experts may differ between ranks.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ ComputeFunction = Callable[..., Tensor]
 
 
 class Channel(NamedTuple):
-    """The connection of the ranks of a group.
+    """The connection between the ranks of a group.
 
     Attributes:
-        shared_batch: 1-D mesh of ranks with the same tokens, of which each sends a part; None: no ranks share tokens.
-        fingerprint: `(2,)` int64, `fingerprint_choices` of this rank's shared batch; None if it does not share one.
+        shared_batch: 1-D mesh of ranks with the same tokens, each of which sends a part; None if no ranks share tokens.
+        fingerprint: `(2,)` int64, `fingerprint_choices` of this rank's shared batch; None if the batch is not shared.
     """
 
     group: dist.ProcessGroup
@@ -54,22 +54,22 @@ class Channel(NamedTuple):
         return self.group.size()
 
     def transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send each rank a block of the rows x `(sum(send), ...)`; return the received blocks, in order of ranks."""
+        """Send each rank a block of the rows x `(sum(send), ...)`, and return the received blocks in order of ranks."""
         try:
             return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
-            raise collective_error("expert parallelism: tokens could not be exchanged", error, self.group) from error
+            raise collective_error("expert parallelism: a rank could not exchange tokens", error, self.group) from error
 
     def compute_remotely(
         self, compute: Callable[[Tensor], Tensor], x: Tensor, send: list[int], receive: list[int]
     ) -> Tensor:
-        """Send rows x, compute those received, and send the results back; gradients are exchanged in the same way."""
+        """Send rows x, compute received rows, and send the results back. Gradients are exchanged in the same way."""
         result = compute(_AllToAll.apply(x, send, receive, self))
         return _AllToAll.apply(result.to(x.dtype), receive, send, self)
 
 
 class _AllToAll(torch.autograd.Function):
-    """`transfer`, whose gradient is sent back to where the rows came from."""
+    """`transfer` with a gradient that is sent back to the ranks that sent the rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor, send: list[int], receive: list[int], channel: Channel) -> Tensor:
@@ -82,7 +82,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _PermuteRows(torch.autograd.Function):
-    """Permutes rows; its gradient is a gather too."""
+    """Permutes rows with a gradient that is also a gather."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -98,16 +98,16 @@ class _PermuteRows(torch.autograd.Function):
 def exchange_slots(
     x: Tensor, dims: tuple[int, ...], compute: ComputeFunction, channel: Channel, training: bool, static_shapes: bool
 ) -> Tensor:
-    """Compute this rank's slots of all experts on the ranks that own them; return `(*e, s, o)`.
+    """Compute this rank's slots of all experts on the ranks that own the experts, and return `(*e, s, o)`.
 
     Args:
-        x: `(*e, s, d)`, this rank's slots of every expert.
-        dims: `*e`; the first is divided among the ranks.
-        compute: maps the slots of this rank's experts from every rank, `(*l, s', d)`, to `(*l, s', o)`.
+        x: `(*e, s, d)`, this rank's slots of all experts.
+        dims: `*e`, the first of which is divided among the ranks.
+        compute: a function that maps the slots of this rank's experts from all ranks `(*l, s', d)` to `(*l, s', o)`.
         channel: the connection to the other ranks.
-        training: the layer's mode.
-        static_shapes: whether the calls and s are certain to be the same on all ranks. If not, the ranks exchange them,
-            which costs a host sync.
+        training: whether the layer is in training mode.
+        static_shapes: whether the calls and s are guaranteed to be the same on all ranks. Otherwise the ranks exchange
+            them, which requires a host sync.
     """
     if channel.size == 1:
         return compute(x)
@@ -135,14 +135,15 @@ def exchange_slots(
 
 
 def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: Channel, training: bool) -> Tensor:
-    """Compute this rank's rows on the ranks that own their experts; return `(r, o)`. One host sync.
+    """Compute this rank's rows on the ranks that own their experts, and return `(r, o)`. This takes one host sync.
 
     Args:
-        x: `(r, d)`, rows sorted by expert; rows past the sum of the counts give 0.
+        x: `(r, d)`, rows sorted by expert. Results of rows past the sum of the counts are 0.
         counts: `(e,)` int64, number of rows of each expert.
-        compute: maps rows `(r', d)` sorted by this rank's experts, and their counts `(l,)`, to `(r', o)`.
+        compute: a function that maps rows `(r', d)` sorted by this rank's experts, and their counts `(l,)`, to
+            `(r', o)`.
         channel: the connection to the other ranks.
-        training: the layer's mode.
+        training: whether the layer is in training mode.
     """
     if channel.size == 1:
         return compute(x, counts)
@@ -165,7 +166,8 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: 
 
 
 def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The order that brings rows from rank-major to expert-major, and its inverse, by counts `received` `(p, l)`."""
+    """Return the permutation of rows from rank-major to expert-major order and its inverse, for counts `received`
+    `(p, l)`."""
     expert = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
     order = expert.repeat_interleave(received.flatten(), output_size=num_rows).argsort(stable=True)
     index = torch.arange(num_rows, device=order.device)
@@ -175,13 +177,13 @@ def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def exchange_counts(
     form: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
 ) -> tuple[list[int], list[int], Tensor]:
-    """Exchange descriptions of the call on x, and the number of rows of each expert, `(e,)`. One host sync.
+    """Exchange descriptions of the call on x and the number of rows of each expert, `(e,)`. This takes one host sync.
 
-    All ranks see all calls, so every rank raises ValueError if they differ.
+    All ranks receive all descriptions, so that all of them raise ValueError if these differ.
 
     Returns:
-        The numbers of rows to send to each rank and to receive from each, `(p)`; and the number of rows from each rank
-        for each expert of this one, `(p, l)`.
+        The numbers of rows to send to each rank and to receive from each rank, `(p)`, and the number of rows from each
+        rank for each expert of this rank, `(p, l)`.
     """
     ranks = channel.size
     sent = counts.view(ranks, -1)
@@ -191,14 +193,13 @@ def exchange_counts(
     exchanged = channel.transfer(torch.cat([header, sent], dim=1), [1] * ranks, [1] * ranks)
     header, received = exchanged[:, : header.shape[1]], exchanged[:, header.shape[1] :]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
-    table = torch.cat([header, *sums], dim=1).tolist()  # the host sync
+    table = torch.cat([header, *sums], dim=1).tolist()  # the only host sync
     for rank, (*other, _, _, _, _) in enumerate(table):
         if other != call:
             raise ValueError(
-                f"expert parallelism: rank {rank} sends {describe_call(other)}, rank {channel.group.rank()} "
-                f"{describe_call(call)}: all ranks must call the layer in the same mode, dtype and model dimension, "
-                f"and "
-                "all with gradients or all without"
+                f"expert parallelism: rank {rank} sends {describe_call(other)}, but rank {channel.group.rank()} sends "
+                f"{describe_call(call)}. All ranks must call the layer with the same mode, dtype and model dimension, "
+                "and either all with gradients or all without"
             )
     check_fingerprints([row[-4:-2] for row in table])
     return [row[-2] for row in table], [row[-1] for row in table], received

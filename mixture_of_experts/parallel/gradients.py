@@ -1,5 +1,4 @@
-"""Norms and averages of gradients, for parameters that are whole (the same on every rank) and for DTensors, of which
-each rank has a part."""
+"""Norms and averages of gradients, for parameters that are replicated on all ranks and for sharded DTensors."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters, by name, of which every rank has a different part. DDP must ignore them."""
+    """Return the named parameters of sharded experts, which differ between ranks. DDP must ignore them."""
     own = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -31,16 +30,16 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters, by name, except `expert_parameters`: whole on every rank, or sharded by FSDP2."""
+    """Return all named parameters except `expert_parameters`. They are replicated on all ranks or sharded by FSDP2."""
     own = expert_parameters(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
-    """Make `DistributedDataParallel(model)` ignore rank-specific tensors; call this before it. Returns the model.
+    """Make `DistributedDataParallel(model)` ignore rank-specific tensors, and return the model.
 
-    These are the experts, and the counts of gates with an expert bias: DDP would overwrite the counts in every forward
-    with those of the first rank.
+    Call this function before wrapping the model. Rank-specific tensors are sharded experts, and the counts of gates
+    with an expert bias, which DDP would overwrite in each forward with those of the first rank.
     """
     ignore_in_ddp(model, find_rank_local_buffers(model) | expert_parameters(model).keys())
     return model
@@ -48,11 +47,11 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
-    """Replace gradients by their mean, or their sum, over the ranks of a group.
+    """Replace gradients by their mean or sum over the ranks of a group.
 
-    Call it once before each optimizer step: for whole parameters if expert parallelism is used alone, and for the
-    experts of data-parallel replicas if it is combined with DDP. If some ranks have no gradient of a parameter, it
-    counts as 0 there; if no rank has one, it stays None. Frozen parameters are skipped.
+    Call this function once before each optimizer step: for replicated parameters if only expert parallelism is used,
+    and for the experts of data-parallel replicas if it is combined with DDP. Missing gradients count as 0, unless no
+    rank has a gradient for a parameter, which then stays None. Frozen parameters are skipped.
 
     Args:
         parameters: the same parameters on all ranks.
@@ -83,22 +82,23 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Scale all gradients so that their total norm, over all parameters and ranks, is at most `max_norm`.
+    """Clip the total norm of gradients over all parameters and ranks to `max_norm`.
 
     Args:
-        parameters: the model, or its parameters: whole ones and DTensors of any meshes, the same on all ranks.
-        max_norm: the maximum norm.
-        norm_type: p of the norm, above 0, or inf.
-        error_if_nonfinite: whether a norm that is infinite or NaN raises RuntimeError.
+        parameters: the model, or its parameters, which may be replicated tensors and DTensors on any meshes. They must
+            be the same on all ranks.
+        max_norm: maximum norm.
+        norm_type: order p of the norm, above 0 or inf.
+        error_if_nonfinite: whether to raise RuntimeError if the norm is infinite or NaN.
 
     Returns:
-        The total norm before scaling, 0-dim: the same as `torch.nn.utils.clip_grad_norm_` returns in a single process.
+        The 0-dim total norm before clipping, equal to that of `torch.nn.utils.clip_grad_norm_` in a single process.
     """
     if not norm_type > 0:
-        raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
+        raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
-    by_mesh: dict[Any, list[Tensor]] = {}  # torch's own functions accept one mesh at a time
+    by_mesh: dict[Any, list[Tensor]] = {}  # torch's own functions support only one mesh at a time
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is not None or isinstance(parameter, DTensor):  # other ranks may have a gradient
             by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
@@ -114,12 +114,13 @@ def clip_grad_norm_(
 
 
 def _to_local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor; without autograd, it shares the tensor's memory."""
+    """Return this rank's part of a tensor. Without autograd, it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _make_buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Lists of parameters of one dtype and device, of about 2**25 elements each: few collectives, little memory."""
+    """Yield lists of parameters with the same dtype and device and about 2**25 elements each, to limit both the number
+    of collectives and the memory."""
     open_buckets: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         kind = (parameter.dtype, parameter.device)

@@ -1,4 +1,4 @@
-"""Presents sharded experts as this rank's local experts only, on which their own, unchanged code runs."""
+"""Presents sharded experts as if they consisted only of this rank's experts, so that their own code runs unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """Returns x; its gradient is multiplied by a factor."""
+    """The identity of x, whose gradient is multiplied by a factor."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
@@ -29,13 +29,15 @@ class _ScaleGradient(torch.autograd.Function):
 
 @contextmanager
 def use_local_experts(experts: Any) -> Iterator[Any]:
-    """A context with a stand-in for sharded experts: it has their original class, holds this rank's part of each stack,
-    and reports the local number of experts. At the end, attributes and buffers that a forward set on it are copied to
-    the experts.
+    """Context manager that yields a stand-in for sharded experts.
 
-    Other threads may read the experts, which are unchanged meanwhile, and attributes that they set there are kept. A
-    graph cannot hold another object, so it is traced on the experts themselves. `torch.func.functional_call` would only
-    replace the tensors, and would call hooks, which must run around the whole forward.
+    The stand-in has the original class of the experts, holds this rank's part of each stack, and reports the local
+    number of experts. At the end, attributes and buffers that a forward set on it are copied to the experts.
+
+    The experts themselves do not change, so other threads may read them, and attributes that those threads set are
+    kept. A graph cannot contain a different object, so tracing uses the experts themselves.
+    `torch.func.functional_call` would replace only tensors, and would call hooks, which must run only for the whole
+    forward.
     """
     if torch.compiler.is_compiling():
         with hold_local_shards(experts, experts.sharding):
@@ -62,7 +64,7 @@ def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[None]:
-    """A context in which a module itself holds this rank's part and reports its size."""
+    """Context manager in which a module holds this rank's part of its tensors and reports the local sizes."""
     changes = [(table, name, table[name], part) for table, name, part in iter_local_shards(experts, sharding)]
     try:
         for table, name, _, part in changes:
@@ -71,13 +73,13 @@ def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
     finally:
         for table, name, whole, part in changes:
             assigned, table[name] = table[name], whole
-            if assigned is not part:  # a buffer that a forward reassigned
+            if assigned is not part:  # the forward reassigned this buffer
                 part.copy_(assigned.detach())
 
 
 def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The tensors that a module holds for this rank's experts: the table that contains each, its name there, and the
-    local shard."""
+    """Yield the dict that contains each sharded tensor or size of a module, its name in the dict, and its local
+    value."""
     dims, local_dims = sharding.expert_dims, sharding.local_dims
     for path, module in experts.named_modules():
         for table in (module._parameters, module._buffers):
@@ -91,7 +93,7 @@ def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
 
 
 def get_local_shard(whole: Any, sharding: ExpertSharding) -> Tensor:
-    """This rank's part of a parameter, or of a buffer with an entry for each expert, which every rank stores whole."""
+    """Return this rank's part of a parameter, or of a buffer with an entry per expert that all ranks store whole."""
     if isinstance(whole, DTensor):
         part = whole.to_local()
         return part if sharding.gradient_factor == 1 else _ScaleGradient.apply(part, sharding.gradient_factor)

@@ -1,4 +1,4 @@
-"""`parallelize_module` that checks its plan: every key must match, on every rank."""
+"""A `parallelize_module` that checks on all ranks that every key of the plan matches a submodule."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ def parallelize_module(
     *,
     src_data_rank: int | None = 0,
 ) -> nn.Module:
-    """Apply parallel styles to a model, as `torch.distributed.tensor.parallel.parallelize_module` does; return it.
+    """Apply parallel styles to a model in place, and return the model.
 
-    Here a key that matches nothing is an error.
+    Unlike `torch.distributed.tensor.parallel.parallelize_module`, this function raises an error if a key of the plan
+    does not match any submodule.
 
     Args:
-        module: the model; it is changed in place.
-        device_mesh: 1-D.
-        parallelize_plan: a style, or styles by the names of submodules (`layers.*.ffn`).
-        src_data_rank: the rank of the mesh whose parameters all ranks get; None: each rank keeps its own.
+        module: the model, which is changed in place.
+        device_mesh: a 1-D mesh.
+        parallelize_plan: a style, or a dict of styles by the names of submodules (`layers.*.ffn`).
+        src_data_rank: rank in the mesh whose parameters all ranks receive, or None to keep the parameters of each rank.
 
     Raises:
-        ValueError: a key matches nothing, or a layer cannot be sharded; the error names it.
+        ValueError: a key does not match any submodule, or a layer cannot be sharded; the error names it.
     """
     plan = parallelize_plan if isinstance(parallelize_plan, dict) else {"": parallelize_plan}
     check_mesh(device_mesh)
@@ -44,14 +45,17 @@ def parallelize_module(
 
 
 def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
-    """Everything on which the ranks' models must agree; raises for a wrong plan, or a layer that cannot be sharded."""
+    """Return all properties on which the models of all ranks must agree. Raise an error for an invalid plan or a layer
+    that cannot be sharded."""
     description: dict[str, Any] = {}
     sharded_by: dict[Any, str] = {}  # experts
     for key, style in plan.items():
         found = find_matching_submodules(module, key)
         if not found:
             names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
-            raise ValueError(f"plan key {key!r} matches no submodule of {type(module).__name__}: there are {names}")
+            raise ValueError(
+                f"plan key {key!r} does not match any submodule of {type(module).__name__}; available names are {names}"
+            )
         if not isinstance(style, ExpertParallel):
             continue
         for layer, name in found.items():
@@ -61,13 +65,15 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
                 raise type(error)(f"{name}: {error}" if name else str(error)) from error
             by = f"{name} (by {key!r})"
             if (first := sharded_by.setdefault(layer.experts, by)) is not by:
-                raise ValueError(f"{by} has the experts of {first}: give each layer its own, and name it by one key")
+                raise ValueError(
+                    f"{by} has the same experts as {first}; each layer must have its own experts and match only one key"
+                )
             description |= {f"{name}.{what}".lstrip("."): value for what, value in of_layer.items()}
     return description
 
 
 def find_matching_submodules(module: nn.Module, key: str) -> dict[nn.Module, str]:
-    """The submodules that match a key of a plan, each once, with its name; every part of the key may have wildcards."""
+    """Return each submodule that matches a key of a plan, with its name. All parts of the key may contain wildcards."""
     found: dict[nn.Module, str] = {}
     for name, submodule in module.named_modules(remove_duplicate=False):
         if fnmatch(name, key) and name.count(".") == key.count(".") and (name or not key):

@@ -1,4 +1,4 @@
-"""Routers under FSDP2: they become separate units, so that mixed precision does not cast their weights."""
+"""Makes routers separate units under FSDP2, so that mixed precision does not cast their weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mixture_of_experts.gating import Gate
 
 
 def shard_routers(model: nn.Module, **options: Any) -> None:
-    """Apply `fully_shard` to every gate of a model, before it is applied to the modules that contain them.
+    """Apply `fully_shard` to each gate of a model. Call this function before sharding the modules that contain gates.
 
-    If a gate is part of a larger unit, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` casts its weights too: with a
-    router of 64 experts, 8 of which are chosen, 0.9 % of the tokens then choose a different set. A gate that is a
-    separate unit keeps its weights in their dtype.
+    If a gate is part of a larger unit, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` also casts its weights. For a
+    router that chooses 8 of 64 experts, 0.9 % of the tokens then choose a different set. Gates that are separate units
+    keep the dtype of their weights.
 
     Args:
-        model: a model with layers of this package anywhere in it.
-        options: of `fully_shard`, such as `mesh`; not `mp_policy`.
+        model: a model that contains layers of this package.
+        options: arguments of `fully_shard`, such as `mesh`, except `mp_policy`.
 
     Example:
         >>> import torch

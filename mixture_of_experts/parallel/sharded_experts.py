@@ -1,9 +1,9 @@
-"""Experts that are sharded over ranks: a class made from the experts' own class, with the same two contracts.
+"""Experts that are sharded over ranks, with a class derived from their original class, and the same two interfaces.
 
 An `ExpertSharding` describes which experts are local. In a forward, tokens are sent to the ranks of their experts
-(`exchange.py`). There the experts' own, unchanged code computes them, as if the module held only this rank's experts.
+(`exchange.py`). The experts' own code then computes them, as if the module held only the experts of this rank.
 
-Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided), l experts of one rank, s slots of an
+Axes: e experts on all ranks (`*e`, one or two dimensions; the first is divided), l experts per rank, s slots per
 expert, r rows.
 """
 
@@ -29,11 +29,11 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 from mixture_of_experts.support.batch_invariance import reject_batch_invariance
 from mixture_of_experts.support.checks import describe_shape
 
-SEVERAL_BATCHES = "experts that are spread over ranks compute the rows of several batches together"
+SEVERAL_BATCHES = "sharded experts compute the rows of several batches together"
 
 
 class ShardedExperts(nn.Module):
-    """The base class that `make_sharded_class` puts before a class of experts, to shard them over ranks."""
+    """Base class that `make_sharded_class` combines with a class of experts to shard them over ranks."""
 
     sharding: ExpertSharding
     local_class: type[nn.Module]
@@ -42,10 +42,10 @@ class ShardedExperts(nn.Module):
         return SEVERAL_BATCHES
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
-        """Map tokens `(t, d)` with assignments to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
+        """Map tokens `(t, d)` to `(t, o)` if assignments are passed, else slots `(*e, s, d)` to `(*e, s, o)`.
 
-        All ranks of the mesh must call it together. Rows are exchanged if the call is dropless and the experts accept
-        rows, else slots. This does not depend on the batch, which differs between ranks.
+        All ranks of the mesh must call this method together. Rows are exchanged if the call is dropless and the experts
+        accept rows; otherwise slots are. This does not depend on the batch, which differs between ranks.
         """
         reject_batch_invariance(SEVERAL_BATCHES)
         if assignments is None:
@@ -66,18 +66,23 @@ class ShardedExperts(nn.Module):
         sharding = self.sharding
         dims = sharding.expert_dims
         if x.ndim != len(dims) + 2 or tuple(x.shape[: len(dims)]) != dims:
-            raise ValueError(f"{type(self).__name__} reads slots (*{dims}, s, d) of all experts, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{type(self).__name__} expects slots (*{dims}, s, d) of all experts, got {tuple(x.shape)}"
+            )
         x = x.to(self._dtype_of_tokens(x))
         return exchange_slots(x, dims, self._compute, sharding.channel, self.training, sharding.static_shapes)
 
     def _dtype_of_tokens(self, x: Tensor) -> torch.dtype:
-        """The dtype in which tokens x and results are exchanged: that in which stacked experts multiply, which halves
-        the bytes under autocast. The output dtype of other experts may differ between ranks."""
+        """Return the dtype in which tokens x and results are exchanged.
+
+        For stacked experts, this is the dtype of their products, which halves the bytes under autocast. The output
+        dtype of other experts may differ between ranks.
+        """
         return get_operand_dtype(x.device.type, self.w2.dtype) if isinstance(self, StackedExperts) else x.dtype
 
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
-        """Compute slots `(*l, s, d)`, or rows with their counts, with this rank's experts. Hooks on the experts run
-        around the whole forward, not here."""
+        """Compute slots `(*l, s, d)`, or rows with their counts, with this rank's experts. Hooks of the experts are not
+        called here, but for the whole forward."""
         local: Any = self.local_class
         with use_local_experts(self) as here:
             out = (local.compute if counts else local.forward)(here, x, *counts)
@@ -88,9 +93,9 @@ class ShardedExperts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            f"{type(self).__name__} cannot be pickled: its experts are spread over ranks, and each has a part. Save a "
-            "checkpoint by torch.distributed.checkpoint, or the whole state by "
-            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) on every rank"
+            f"{type(self).__name__} cannot be pickled, because each rank has only a part of its experts. Save a "
+            "checkpoint with torch.distributed.checkpoint, or the whole state with "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) on all ranks"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExperts:
@@ -99,7 +104,7 @@ class ShardedExperts(nn.Module):
         return twin
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict; this rank's part is taken from whole stacks, as saved by a single process."""
+        """Load a state dict. Whole stacks, as saved by a single process, are reduced to this rank's part."""
         for name, parameter in self.named_parameters(remove_duplicate=False):
             whole: Any = state_dict.get(prefix + name)
             if not isinstance(parameter, DTensor) or type(whole) not in (Tensor, nn.Parameter):
@@ -117,7 +122,7 @@ class ShardedExperts(nn.Module):
 
 @cache
 def make_sharded_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of `cls` whose experts are sharded over ranks."""
+    """Return a subclass of `cls` with experts that are sharded over ranks."""
     members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     base = () if issubclass(cls, RoutedExperts) else (RoutedExperts,)
     return type(f"Parallel{cls.__name__}", (ShardedExperts, cls, *base), members)  # type: ignore[return-value]

@@ -1,6 +1,6 @@
-"""How the experts of one layer are sharded over ranks.
+"""`ExpertSharding`, which describes how the experts of a layer are sharded over ranks.
 
-Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided).
+Axes: e experts on all ranks (`*e`, one or two dimensions; the first is divided).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ GradientReduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class ExpertSharding:
-    """How the experts of one layer are sharded over ranks.
+    """A description of how the experts of a layer are sharded over ranks.
 
     Attributes:
-        mesh: 1-D, the ranks that share the experts.
-        expert_dims: `*e`, number of experts of all ranks.
-        gradient: whether an expert's gradient is that of the "mean" or of the "sum" of the ranks' losses.
+        mesh: 1-D mesh of the ranks that share the experts.
+        expert_dims: `*e`, number of experts on all ranks.
+        gradient: whether gradients of experts are those of the "mean" or the "sum" of the losses of all ranks.
         static_shapes: whether all ranks always have the same number of slots.
-        sharded_names: names of the parameters that are sharded, and of the buffers of which experts see the local part.
-        shared_batch: 1-D mesh of ranks with the same tokens, of which each sends a part; None: no ranks share tokens.
+        sharded_names: names of the sharded parameters, and of buffers of which experts read only the local part.
+        shared_batch: 1-D mesh of ranks with the same tokens, each of which sends a part; None if no ranks share tokens.
     """
 
     mesh: DeviceMesh
@@ -38,7 +38,7 @@ class ExpertSharding:
 
     @property
     def local_dims(self) -> tuple[int, ...]:
-        """`*l`, the number of experts of one rank."""
+        """`*l`, the number of experts per rank."""
         return (self.expert_dims[0] // self.mesh.size(), *self.expert_dims[1:])
 
     @property
@@ -49,7 +49,7 @@ class ExpertSharding:
 
     @property
     def gradient_factor(self) -> float:
-        """The factor for an expert's gradient, which is computed as the sum over the losses of all ranks."""
+        """The factor for gradients of experts, which are computed as sums over the losses of all ranks."""
         return 1 / self.mesh.size() if self.gradient == "mean" else 1.0
 
     @property

@@ -1,4 +1,4 @@
-"""`ExpertParallel`: the parallel style that shards the experts of a layer over the ranks of a mesh."""
+"""`ExpertParallel`, the parallel style that shards the experts of a layer over the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # rank-spe
 
 
 class ExpertParallel(ParallelStyle):
-    """Shard the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
+    """A parallel style that shards the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
 
-    Stacked expert parameters become DTensors, sharded on the expert dimension (the outer one of two). Their names in
-    the state dict do not change. Everything else in the layer stays whole on every rank: gates, shared experts, the
-    projections of latent experts. It gets the values of the rank `src_data_rank`, by default the first; if that is
-    None, every rank keeps its own. With latent experts (`LatentExperts`), tokens are exchanged in the latent width.
+    Stacked expert parameters become DTensors that are sharded along the expert dimension (the outer one of two). Their
+    names in the state dict do not change. Everything else in the layer (gates, shared experts, the projections of
+    latent experts) is replicated on all ranks, with the values of `src_data_rank`, by default the first rank. If
+    `src_data_rank` is None, each rank keeps its own values. With latent experts (`LatentExperts`), tokens are exchanged
+    in the latent width.
 
     Args:
-        gradient: every rank calls backward on its own loss; an expert's gradient is that of the "mean" of these losses,
-            or of their "sum". "mean" is right if other gradients are averaged, as by DDP and FSDP2.
-        static_shapes: whether every rank always has batches of the same shape. With limited capacity this saves the
-            exchange of sizes and its host sync; dropless routing needs both.
-        batch_group: the ranks that share the batch, a process group or 1-D mesh. Gates compute losses over it. By
-            default, gates without a group get that of the mesh. In combination with data parallelism, pass the group
-            that spans both.
-        replicated: names of the experts' parameters and buffers that only look like stacks over experts, such as a bias
+        gradient: whether gradients of experts are those of the "mean" or the "sum" of the losses on which the ranks
+            call backward. Use "mean" if other gradients are averaged, as in DDP and FSDP2.
+        static_shapes: whether all ranks always have batches of the same shape. With limited capacity, this avoids the
+            exchange of sizes and its host sync; dropless routing requires both.
+        batch_group: the ranks that share the batch, as a process group or 1-D mesh. Gates compute losses over them.
+            Default: gates without a group use that of the mesh. In combination with data parallelism, pass a group that
+            spans both.
+        replicated: names of parameters and buffers of experts that only look like stacks over experts, such as a bias
             `(d,)` that all experts share if d = e.
 
     Raises:
-        ValueError: the mesh is not 1-D, it does not divide the experts, or the ranks' layers differ. It is raised on
-            every rank, before anything is changed.
+        ValueError: the mesh is not 1-D, its size does not divide the number of experts, or the layers of the ranks
+            differ. The error is raised on all ranks before anything is changed.
 
     Example:
         >>> from torch import nn
@@ -69,13 +70,14 @@ class ExpertParallel(ParallelStyle):
         self.replicated: frozenset[str] = frozenset([replicated] if isinstance(replicated, str) else replicated)
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
-        """How the experts of a layer will be sharded, without changing the layer; raises if they cannot be sharded."""
+        """Return how the experts of a layer would be sharded, without changing the layer. Raise an error if they cannot
+        be sharded."""
         dims, experts = check_layer(module, mesh)
         stacked = find_sharded_names(experts, dims, self.replicated)
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Shard one layer; called by `parallelize_module`."""
+        """Shard a layer. This method is called by `parallelize_module`."""
         check_mesh(device_mesh)
         check_ranks_agree(lambda: describe_sharded_layer(module, self.sharding(module, device_mesh)), device_mesh)
         shard_experts(find_experts_to_shard(module)[1], self.sharding(module, device_mesh), self.src_data_rank)
@@ -94,7 +96,7 @@ class ExpertParallel(ParallelStyle):
 
 
 def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
-    """The process group, from a process group, a 1-D mesh, or None."""
+    """Convert a process group, a 1-D mesh or None to a process group or None."""
     if isinstance(group, DeviceMesh):
         check_mesh(group)
         return group.get_group()
@@ -106,30 +108,32 @@ def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
 def check_mesh(mesh: DeviceMesh) -> None:
     if mesh.ndim != 1:
         raise ValueError(
-            f"ExpertParallel needs a 1-D mesh, got {mesh.ndim} dimensions {mesh.mesh_dim_names}: slice it, mesh['ep']"
+            f"ExpertParallel requires a 1-D mesh, got {mesh.ndim} dimensions {mesh.mesh_dim_names}; slice the mesh, as "
+            "in mesh['ep']"
         )
 
 
 def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], nn.Module]:
-    """The layer's number of experts as a tuple, and the experts; raises if they cannot be sharded over the mesh."""
+    """Return the number of experts as a tuple, and the experts of a layer. Raise an error if they cannot be sharded
+    over the mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
-            f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: let the plan's key name "
-            "the layer itself"
+            f"ExpertParallel must be applied to a MoE or HeirarchicalMoE, got {type(module).__name__}; use a plan key "
+            "that matches the layer itself"
         )
     path, experts = find_experts_to_shard(module)
     if isinstance(experts, ShardedExperts):
-        raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
+        raise ValueError("the experts of this layer are already sharded; apply ExpertParallel only once")
     if isinstance(experts, ExpertList):
         raise TypeError(
-            "a list of modules cannot be spread over ranks: stack its weights, in Experts or in a module of your own "
-            "whose parameters begin with the experts' dimension"
+            "a list of modules cannot be sharded over ranks; stack its weights in Experts, or in a custom module whose "
+            "parameters have the experts as their first dimension"
         )
     dims = check_sizes("num_experts", module.num_experts)
     check_divisible(dims, mesh)
     for name, parameter in experts.named_parameters():
         if isinstance(parameter, DTensor):
-            raise ValueError(f"{path}.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
+            raise ValueError(f"{path}.{name} is already a DTensor; apply ExpertParallel before fully_shard")
     return dims, experts
 
 
@@ -137,13 +141,14 @@ def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
     if dims[0] % mesh.size():
         outer = "outer " if len(dims) > 1 else ""
         raise ValueError(
-            f"{dims[0]} {outer}experts cannot be divided among {mesh.size()} ranks: give a multiple of {mesh.size()}, "
+            f"{dims[0]} {outer}experts cannot be divided among {mesh.size()} ranks; use a multiple of {mesh.size()}, "
             "or a smaller mesh"
         )
 
 
 def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
-    """The path and the module of the experts to shard: for latent experts the inner ones, which get narrow tokens."""
+    """Return the path and the module of the experts to shard. For latent experts, these are the inner ones, which
+    receive narrow tokens."""
     path, experts = "experts", layer.get_submodule("experts")
     while getattr(experts, "works_on", None) == "tokens":
         path, experts = f"{path}.experts", experts.get_submodule("experts")
@@ -151,7 +156,8 @@ def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
 
 
 def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
-    """Everything on which the ranks' layers must agree: shapes and dtypes of tensors, and the modules' repr."""
+    """Return all properties on which the layers of all ranks must agree: shapes and dtypes of tensors, and the repr of
+    modules."""
     description: dict[str, Any] = {"number of experts": sharding.expert_dims}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -162,34 +168,38 @@ def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[
 
 
 def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
-    """The names of parameters and buffers that are stacks over experts: their first sizes are `dims`."""
+    """Return the names of parameters and buffers that are stacks over experts, which means that their first sizes are
+    `dims`."""
     parameters = dict(experts.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(experts.named_buffers(remove_duplicate=False))}
     if unknown := set(replicated) - tensors.keys():
-        raise ValueError(f"replicated names {sorted(unknown)}, but the experts' tensors are {sorted(tensors)}")
+        raise ValueError(
+            f"replicated contains {sorted(unknown)}, but the experts have only the tensors {sorted(tensors)}"
+        )
     names = {name for name, tensor in tensors.items() if tuple(tensor.shape[: len(dims)]) == dims} - set(replicated)
     if not names & parameters.keys():
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
-            f"{type(experts).__name__} has no parameter stacked over {dims} experts, only {shapes or 'none at all'}: "
-            "the first dimensions of an expert parameter must be the experts'. Experts in few bits have no parameters "
-            "to spread: take the model that is not quantised"
+            f"{type(experts).__name__} must have parameters whose first dimensions are the {dims} experts, got "
+            f"{shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the model that is not "
+            "quantized"
         )
     return frozenset(names)
 
 
 def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
-    """Keep this rank's part of the stacks, and set the experts' class to one that exchanges tokens with other ranks."""
+    """Reduce the stacks to this rank's part, and change the class of the experts to one that exchanges tokens with
+    other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
     for name in sorted(sharding.sharded_names):  # in the same order on all ranks
         path, _, own_name = name.rpartition(".")
         parameters = experts.get_submodule(path)._parameters
         whole = parameters.get(own_name)
-        if whole is None:  # a buffer, which stays whole
+        if whole is None:  # buffers stay whole
             continue
-        if whole not in made:  # a tensor with two names stays one tensor
+        if whole not in made:  # a tensor with two names remains a single tensor
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank).to_local()
-            # not a view, which would keep the whole stack alive
+            # cloned, because a view would keep the whole stack alive
             sharded = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)
             made[whole] = nn.Parameter(sharded, whole.requires_grad)
         parameters[own_name] = made[whole]

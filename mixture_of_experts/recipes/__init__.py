@@ -1,9 +1,9 @@
-"""Published models as recipes: the settings of their routers and experts::
+"""Recipes for published models: the settings of their routers and experts::
 
     recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
     recipes.MODELS["mixtral"]                                 # its recipe
 
-The table is in `models.py`, and the functions that build layers according to it are in `builder.py`.
+The table is in `models.py`. The functions that build layers from it are in `builder.py`.
 """
 
 from mixture_of_experts.recipes.builder import (
@@ -56,7 +56,7 @@ __all__ = [
     "zaya",
 ]
 
-#: a function for each recipe with a summary
+#: a function for each recipe that has a summary
 FUNCTIONS: dict[str, RecipeFunction] = {
     name: make_recipe_function(name, recipe) for name, recipe in MODELS.items() if recipe.summary
 }

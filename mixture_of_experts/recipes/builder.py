@@ -1,10 +1,11 @@
-"""Builds a layer according to a recipe: the gate, the experts with their wrappers, and the coefficients of losses."""
+"""Builds a layer from a recipe: the gate, the experts with their wrappers, and the loss coefficients."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -27,8 +28,8 @@ class PublishedModel(NamedTuple):
 
     Attributes:
         name: name of the model.
-        num_experts: the number of experts of a layer, without shared ones.
-        active, total: parameters that compute a token, and all parameters, in billions; None if not published.
+        num_experts: number of experts per layer, excluding shared experts.
+        active, total: parameters used per token, and all parameters, in billions. None if not published.
     """
 
     name: str
@@ -42,21 +43,23 @@ class Recipe:
     """The recipe of a model's layers.
 
     Attributes:
-        paper: number of its paper on arXiv.
-        summary: description of its layers, the docstring of the function with its name.
+        paper: arXiv number of its paper.
+        summary: description of its layers, used as the docstring of the function with its name.
         gate: arguments of the gate, as published.
         gate_class: the class of the gate.
-        logits: arguments of `RouterLogits`, if the router is more than a matrix. A `multiplier` may be "1/sqrt(d)".
-        scales: learned scales that multiply the normalized weights: "expert", one for each expert, or "all", one.
+        logits: arguments of `RouterLogits` if the router is more than a matrix. A `multiplier` may be "1/sqrt(d)".
+        scales: learned scales that multiply the normalized weights: "expert" for one per expert, "all" for a single
+            scale.
         experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias"; for a clamped activation also
             "limit", "alpha" and "after".
-        apply_router_weight_on_input: whether weights multiply the experts' inputs.
-        latent: width of latent experts, which have a norm after them, as a share of d; 0: there are none.
-        identity: number of experts that return the token, as a share of those that compute.
+        apply_router_weight_on_input: whether router weights multiply the experts' inputs.
+        latent: width of latent experts, which are followed by a norm, as a fraction of d; 0 for none.
+        identity: number of experts that return the token, as a fraction of the number of experts that compute.
         zero: number of experts that return zero.
-        shared: width of the shared expert, in hidden widths of an expert; 0: there is none.
-        shared_gate: whether a learned gate of each token multiplies the shared expert's output.
-        layer: arguments of `MoE`, the coefficients of losses; those of expert groups only if the gate has such groups.
+        shared: width of the shared expert, in hidden widths of an expert; 0 for none.
+        shared_gate: whether a learned gate per token multiplies the shared expert's output.
+        layer: arguments of `MoE`: the loss coefficients. Those for expert groups apply only if the gate has such
+            groups.
         router_aux_loss_coef: coefficient of a loss that the published model computes once over all layers, and the
             number of layers; `loss_coef` is coefficient * k / layers. The coefficient is that of the model's published
             configuration, or the default of its class.
@@ -100,7 +103,7 @@ class SharedExpert(nn.Module):
 
     Args:
         dim, hidden_dim: d and h.
-        activation: a class, a module or a function; for a gated network also a function of `(x gate, x up)`.
+        activation: a class, a module or a function. For a gated network, also a function of `(x gate, x up)`.
         gated: whether the network has a gate projection.
         bias: whether its linear layers have biases.
 
@@ -153,24 +156,24 @@ def build(
     dtype: torch.dtype | None = None,
     **changes: Any,
 ) -> MoE:
-    """Build a layer according to a recipe.
+    """Build a layer from a recipe.
 
     Args:
         recipe: one of `MODELS`, or a custom recipe.
-        dim, num_experts: d and e, the number of experts that compute.
-        hidden_dim: h, hidden width of an expert; 4 d by default.
-        layers: number of such layers in your model, by which the coefficient of a loss over all layers is divided; by
-            default the published number. Recipes whose papers give coefficients for each layer do not accept it.
-        latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089); by default that of
-            the recipe, or d.
+        dim, num_experts: d, and e, the number of experts that compute.
+        hidden_dim: h, the hidden width of an expert. Default: 4 d.
+        layers: number of such layers in your model, by which the coefficient of a loss over all layers is divided.
+            Default: the published number. Recipes whose papers specify coefficients per layer do not accept it.
+        latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089). Default: that of the
+            recipe, or d.
         activation: activation of the networks that are built, instead of the recipe's; as in `MoE`.
         gate, experts: replacements for those that the recipe describes; as in `MoE`.
-        device, dtype: of the weights.
-        changes: arguments that replace the recipe's: of `MoE` (`loss_coef`, `z_loss_coef`, `loss_coefs`, `group_size`,
-            `shared_expert`), and of the gate (`k`, `capacity_factor_train` and all others).
+        device, dtype: device and dtype of the weights.
+        changes: arguments that replace the recipe's: those of `MoE` (`loss_coef`, `z_loss_coef`, `loss_coefs`,
+            `group_size`, `shared_expert`) and of the gate (`k`, `capacity_factor_train` and all others).
 
     Raises:
-        ValueError: `num_experts` is at most the published k, so that all experts would be chosen; or an argument would
+        ValueError: `num_experts` is at most the published k, so that every expert would be chosen, or an argument would
             have no effect.
 
     Example:
@@ -180,7 +183,7 @@ def build(
         torch.Size([2, 10, 16])
     """
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, such as recipes.MODELS['mixtral'], got {recipe!r:.99}")
+        raise TypeError(f"expected recipe to be a Recipe, such as recipes.MODELS['mixtral'], but got {recipe!r:.99}")
     e, factory = check_size("num_experts", num_experts), dict(device=device, dtype=dtype)
     d, h = check_size("dim", dim), check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
     of_layer = {name: changes.pop(name) for name in LAYER_ARGUMENTS if name in changes}
@@ -190,7 +193,7 @@ def build(
         gate = make_gate(recipe, d, e + sum(spare), changes, factory)
     else:
         reject_unused_arguments("gate", changes)
-    act = (lambda: make_recipe_activation(recipe)) if activation is None else activation
+    act = partial(make_recipe_activation, recipe) if activation is None else activation  # one for each network
     if experts is None:
         experts = _make_experts(recipe, d, e, h, spare, latent_dim, act, factory)
     else:
@@ -208,15 +211,15 @@ def build(
 
 
 def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str, Any]) -> None:
-    """Raise ValueError if the published k would choose all experts. An explicit k may choose all."""
+    """Raise ValueError if the published k would choose all experts. A k passed by the caller may choose all."""
     k, total = recipe.gate.get("k"), e + spare
-    may_be_all = k == 1 or recipe.gate_class in (TopPGating, ReLUGating)  # tokens make fewer choices than k
+    may_be_all = k == 1 or recipe.gate_class in (TopPGating, ReLUGating)  # tokens may choose fewer than k experts
     if k is None or "k" in changes or total > k or (total == k and may_be_all):
         return
-    beside = f" and {spare} beside them" if spare else ""
+    beside = f" plus {spare} zero-computation experts" if spare else ""
     raise ValueError(
-        f"num_experts={e}{beside} must be more than the published model's k={k} choices of a token: give more experts, "
-        f"or a k of your own, such as k={max(total // 4, 1)} (k={total} if every expert is to compute every token)"
+        f"num_experts={e}{beside} must exceed the published model's k={k} choices per token; increase num_experts, or "
+        f"pass another k, such as k={max(total // 4, 1)} (k={total} if every expert should compute every token)"
     )
 
 
@@ -230,7 +233,7 @@ def _make_experts(
     activation: Any,
     factory: dict[str, Any],
 ) -> nn.Module:
-    """The experts of a recipe: `e` that compute, zero-computation experts in addition, and their wrappers."""
+    """Return the experts of a recipe: `e` that compute, additional zero-computation experts, and their wrappers."""
     if latent_dim is None and recipe.latent:
         latent_dim = round(recipe.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
@@ -248,32 +251,36 @@ def _make_experts(
 
 
 def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_coef: bool) -> dict[str, Any]:
-    """The coefficients of a recipe's losses for a model with `layers` such layers. With `has_loss_coef`, that of the
-    load-balancing loss is passed by the caller."""
+    """Return the loss coefficients of a recipe for a model with `layers` such layers. With `has_loss_coef`, the caller
+    passes that of the load-balancing loss."""
     coefs = dict(recipe.layer)
     if "loss_coefs" in coefs and not getattr(gate, "num_groups", None):
         coefs["loss_coefs"] = {n: coef for n, coef in coefs["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
     if layers is not None:
         check_size("layers", layers)
         if has_loss_coef:
-            raise ValueError(f"loss_coef is that of each layer, so layers={layers} would do nothing: give one of them")
+            raise ValueError(
+                f"loss_coef applies to each layer, so layers={layers} would have no effect; pass only one of them"
+            )
         if recipe.router_aux_loss_coef is None:
             raise ValueError(
-                f"this recipe's losses are weighted in each layer, so layers={layers} would do nothing: leave it out"
+                f"this recipe specifies its loss coefficients per layer, so layers={layers} would have no effect; omit "
+                "layers"
             )
     if recipe.router_aux_loss_coef is not None and not has_loss_coef:
         coef, published = recipe.router_aux_loss_coef
-        k = getattr(gate, "k", None) or 1  # a gate without k computes its own means
+        k = getattr(gate, "k", None) or 1  # gates without k compute their own means
         coefs["loss_coef"] = coef * k / (published if layers is None else layers)
     return coefs
 
 
 def make_gate(recipe: Recipe, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
-    """The gate of a recipe, for `num_experts` experts; `changes` replace its settings."""
+    """Return the gate of a recipe for `num_experts` experts, with settings replaced by `changes`."""
     known = list_gate_arguments(recipe.gate_class)
     if known is not None and (unknown := sorted(changes.keys() - known)):
         raise TypeError(
-            f"neither MoE nor the recipe's {recipe.gate_class.__name__} has an argument {unknown[0]!r}: the gate has "
+            f"neither MoE nor the recipe's {recipe.gate_class.__name__} has an argument {unknown[0]!r}; the arguments "
+            "of the gate are "
             f"{', '.join(sorted({*known} - {'self', 'dim', 'num_experts', 'num_gates', 'settings', *factory}))}"
         )
     settings = {**recipe.gate, **changes, **factory}
@@ -288,7 +295,7 @@ def make_gate(recipe: Recipe, dim: int, num_experts: int, changes: Mapping[str, 
 
 
 def list_gate_arguments(router: type) -> list[str] | None:
-    """The names of a gate's arguments, with those that it passes on to its base; None if they are not known."""
+    """Return the names of a gate's arguments, including those passed on to its base, or None if they are unknown."""
     names: dict[str, None] = {}
     for cls in router.__mro__:
         found = inspect.signature(cls.__init__).parameters
@@ -301,7 +308,7 @@ def list_gate_arguments(router: type) -> list[str] | None:
 
 
 def make_recipe_activation(recipe: Recipe) -> nn.Module:
-    """The activation of a recipe's experts."""
+    """Return the activation of a recipe's experts."""
     name, limit = recipe.experts.get("activation", "silu"), recipe.experts.get("limit")
     if name == "clamped_swiglu":
         return ClampedSwiGLU(recipe.experts["alpha"], recipe.experts["limit"])
@@ -310,13 +317,13 @@ def make_recipe_activation(recipe: Recipe) -> nn.Module:
 
 
 class RecipeFunction(Protocol):
-    """Builds a layer according to one of `MODELS`, with `build`, whose other arguments it accepts too."""
+    """A function that builds a layer from one of `MODELS` with `build`, whose other arguments it also accepts."""
 
     def __call__(self, dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE: ...
 
 
 def make_recipe_function(name: str, recipe: Recipe) -> RecipeFunction:
-    """The function with the name of a recipe, whose docstring is the recipe's summary."""
+    """Return a function named after a recipe, with the recipe's summary as its docstring."""
 
     def make(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
         return build(recipe, dim, num_experts, hidden_dim, **changes)

@@ -24,7 +24,7 @@ COMPLEMENTARY_LOSS: dict[str, Any] = dict(loss_coef=0.0, loss_coefs=dict(balance
 MODELS: dict[str, Recipe] = {
     "gshard": Recipe(
         paper="2006.16668",
-        summary="GShard: two choices, the second one random in training; in eval all are computed (arXiv 2006.16668).",
+        summary="GShard: two choices, the second one random in training; all are computed in eval (arXiv 2006.16668).",
         gate=dict(
             capacity_factor_train=2.0,
             capacity_factor_eval=None,
@@ -33,13 +33,13 @@ MODELS: dict[str, Recipe] = {
         ),
         gate_class=Top2Gating,
         experts=UNGATED_RELU,
-        layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper names none
+        layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper has none
         published=PublishedModel("GShard, 36 layers", 2048, None, 600),
     ),
     "switch": Recipe(
         paper="2101.03961",
         summary=(
-            "Switch Transformer: one choice, with a capacity in training; in eval all are computed (arXiv 2101.03961)."
+            "Switch Transformer: one choice, with a capacity in training; all are computed in eval (arXiv 2101.03961)."
         ),
         gate=dict(k=1, jitter=0.01, capacity_factor_train=1.25),
         experts=UNGATED_RELU,
@@ -49,7 +49,8 @@ MODELS: dict[str, Recipe] = {
     "shazeer": Recipe(
         paper="1701.06538",
         summary=(
-            "Shazeer et al. 2017: k choices by noisy logits, softmax over the chosen, importance and load losses "
+            "Shazeer et al. 2017: k choices by noisy logits, softmax over the chosen experts, importance and load "
+            "losses "
             "(arXiv 1701.06538)."
         ),
         gate=dict(k=4),
@@ -60,8 +61,8 @@ MODELS: dict[str, Recipe] = {
     "expert_choice": Recipe(
         paper="2202.09368",
         summary=(
-            "Expert choice: every expert takes its best tokens of a group (arXiv 2202.09368). Not for models that "
-            "generate."
+            "Expert choice: each expert selects the tokens of a group that score highest (arXiv 2202.09368). Not "
+            "suitable for generative models."
         ),
         gate=dict(capacity_factor=2.0),
         gate_class=ExpertChoiceGating,
@@ -85,7 +86,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "qwen2": Recipe(
         paper="2407.10671",
-        summary="Qwen2-MoE: 4 choices, and a shared expert with a gate of each token (arXiv 2407.10671).",
+        summary="Qwen2-MoE: 4 choices, and a shared expert with a gate per token (arXiv 2407.10671).",
         gate=dict(k=4, normalize=False, **BATCH_BALANCE),
         router_aux_loss_coef=(0.001, 24),
         shared=4.0,
@@ -100,7 +101,7 @@ MODELS: dict[str, Recipe] = {
         published=PublishedModel("Qwen3-30B-A3B", 128, 3.3, 30.5),
     ),
     "qwen3_next": Recipe(
-        summary="Qwen3-Next, Qwen3.5: 10 choices, softmax normalized, and a shared expert with a gate of each token.",
+        summary="Qwen3-Next, Qwen3.5: 10 choices, softmax normalized, and a shared expert with a gate per token.",
         gate=dict(k=10, normalize=True, **BATCH_BALANCE),
         router_aux_loss_coef=(0.001, 48),
         shared=1.0,
@@ -112,7 +113,7 @@ MODELS: dict[str, Recipe] = {
     "deepseek_v2": Recipe(
         paper="2405.04434",
         summary=(
-            "DeepSeek-V2: 6 choices in the 3 of 8 expert groups with the best experts; shared experts "
+            "DeepSeek-V2: 6 choices in the 3 of 8 expert groups with the best experts, and shared experts "
             "(arXiv 2405.04434)."
         ),
         gate=dict(k=6, normalize=False, num_groups=8, top_groups=3, group_score="best", scale=16.0),
@@ -125,7 +126,7 @@ MODELS: dict[str, Recipe] = {
     "deepseek_v3": Recipe(
         paper="2412.19437",
         summary=(
-            "DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, a shared expert "
+            "DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, and a shared expert "
             "(arXiv 2412.19437)."
         ),
         gate=dict(k=8, scale=2.5, num_groups=8, top_groups=4, **SIGMOID_ROUTER),
@@ -141,7 +142,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "deepseek_v4": Recipe(
         summary=(
-            "DeepSeek-V4: 6 choices by sqrt(softplus). Its first layers choose by token id: for them use `HashGating`."
+            "DeepSeek-V4: 6 choices by sqrt(softplus). Its first layers choose by token id; use `HashGating` for them."
         ),
         gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=1.5),
         experts=dict(activation="silu", limit=10.0),
@@ -152,7 +153,7 @@ MODELS: dict[str, Recipe] = {
     "nemotron_h": Recipe(
         paper="2512.20848",
         summary=(
-            "Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` "
+            "Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU, and latent experts with `latent_dim=` "
             "(arXiv 2512.20848)."
         ),
         gate=dict(k=6, scale=2.5, **SIGMOID_ROUTER),
@@ -172,11 +173,11 @@ MODELS: dict[str, Recipe] = {
         ),
         published=PublishedModel("Kimi-K2", 384, 32, 1040),
     ),
-    # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, no loss is published
+    # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, without a published loss
     "kimi_k3": Recipe(
         summary=(
-            "Kimi K3: 16 choices, sigmoid, an expert bias, experts in half the width with a norm behind them, SiTU, "
-            "and shared experts. Move the bias by `balance_experts(model, optimizer, 'quantile')`."
+            "Kimi K3: 16 choices, sigmoid, an expert bias, experts of half the width followed by a norm, SiTU, and "
+            "shared experts. Update the bias with `balance_experts(model, optimizer, 'quantile')`."
         ),
         gate=dict(k=16, **SIGMOID_ROUTER),
         experts=dict(activation="situ"),
@@ -187,7 +188,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "hy_v3": Recipe(gate=dict(k=8, scale=2.5, **SIGMOID_ROUTER), shared=1.0, layer=COMPLEMENTARY_LOSS),
     "minimax_m2": Recipe(
-        summary="MiniMax-M2: 8 choices, sigmoid normalized, an expert bias.",
+        summary="MiniMax-M2: 8 choices, normalized sigmoid, and an expert bias.",
         gate=dict(k=8, eps=0.0, **SIGMOID_ROUTER, **BATCH_BALANCE),
         router_aux_loss_coef=(0.001, 62),
         published=PublishedModel("MiniMax-M2", 256, 10, 230),
@@ -214,7 +215,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "mistral4": Recipe(gate=dict(k=4, normalize=True), shared=1.0),
     "granite4": Recipe(
-        summary="Granite 4: 8 choices, softmax over the chosen.",
+        summary="Granite 4: 8 choices, softmax over the chosen experts.",
         gate=dict(k=8, weigh="softmax", **BATCH_BALANCE),
         router_aux_loss_coef=(0.001, 32),
     ),
@@ -223,7 +224,7 @@ MODELS: dict[str, Recipe] = {
     "gpt_oss": Recipe(
         paper="2508.10925",
         summary=(
-            "GPT-OSS: 4 choices, softmax over the chosen, a router bias, clamped SwiGLU with biases (arXiv 2508.10925)."
+            "GPT-OSS: 4 choices, softmax over these, a router bias, and clamped SwiGLU with biases (arXiv 2508.10925)."
         ),
         gate=dict(k=4, weigh="softmax", bias=True, **BATCH_BALANCE),
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
@@ -233,7 +234,7 @@ MODELS: dict[str, Recipe] = {
     "cohere2": Recipe(gate=dict(k=8, score="sigmoid", select="logits", normalize=True, eps=0.0), shared=1.0),
     "kolibri1": Recipe(gate=dict(k=8, select="logits", eps=0.0, **SIGMOID_ROUTER), shared=1.0),
     "llama4": Recipe(
-        summary="Llama 4: one choice; the sigmoid of its logit multiplies what the expert reads; a shared expert.",
+        summary="Llama 4: one choice, whose sigmoid multiplies the expert's input, and a shared expert.",
         gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH_BALANCE),
         apply_router_weight_on_input=True,
         shared=1.0,
@@ -244,8 +245,8 @@ MODELS: dict[str, Recipe] = {
     "muse_spark": Recipe(gate=dict(k=8, eps=1e-15, scale=2.5, **SIGMOID_ROUTER), logits=dict(multiplier=1.0)),
     "gemma4": Recipe(
         summary=(
-            "Gemma 4: a norm before the router, 8 choices, learned scales of experts. The layer's own norms are left "
-            "out."
+            "Gemma 4: a norm before the router, 8 choices, and learned scales of experts. The layer's own norms are "
+            "not included."
         ),
         gate=dict(k=8, **BATCH_BALANCE),
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
@@ -267,7 +268,7 @@ MODELS: dict[str, Recipe] = {
     "longcat_flash": Recipe(
         paper="2509.01322",
         summary=(
-            "LongCat-Flash: 12 choices, an expert bias, and e / 2 added experts that return the token "
+            "LongCat-Flash: 12 choices, an expert bias, and e / 2 additional experts that return the token "
             "(arXiv 2509.01322)."
         ),
         gate=dict(k=12, normalize=False, expert_bias=True, scale=6.0),
@@ -277,7 +278,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "dynamic_moe": Recipe(
         paper="2403.07652",
-        summary="MoE-Dynamic: as many choices as together reach a probability of 0.4, at most 8 (arXiv 2403.07652).",
+        summary="MoE-Dynamic: the fewest choices with a total probability of 0.4, at most 8 (arXiv 2403.07652).",
         gate=dict(k=8, p=0.4),
         gate_class=TopPGating,
         layer=dict(
@@ -288,7 +289,7 @@ MODELS: dict[str, Recipe] = {
     "remoe": Recipe(
         paper="2412.14711",
         summary=(
-            "ReMoE: all experts of positive logits, at most 8; `control_sparsity` holds them to one on average "
+            "ReMoE: all experts with positive logits, at most 8. `control_sparsity` keeps their mean number at one "
             "(arXiv 2412.14711)."
         ),
         gate=dict(k=8, mean_choices=1),
@@ -298,13 +299,14 @@ MODELS: dict[str, Recipe] = {
     "zaya": Recipe(
         paper="2605.05365",
         summary=(
-            "ZAYA1: one choice by a network on a state that passes from layer to layer, an expert bias, and an added "
-            "expert that returns zero (arXiv 2605.05365). All layers but the first are made with `first=False`."
+            "ZAYA1: one choice by a network on a state that is passed from layer to layer, an expert bias, and an "
+            "additional expert that returns zero (arXiv 2605.05365). Construct all layers except the first with "
+            "`first=False`."
         ),
         gate=dict(k=1, normalize=False, expert_bias=True),
         gate_class=DepthAveragedGating,
-        zero=1,  # in the published weights
-        layer=dict(loss_coef=0.0),  # the bias alone balances, section II-A
+        zero=1,  # as in the published weights
+        layer=dict(loss_coef=0.0),  # only the bias balances the experts, section II-A
         published=PublishedModel("ZAYA1-8B", 16, 0.76, 8.4),
     ),
 }

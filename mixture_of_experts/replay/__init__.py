@@ -1,4 +1,4 @@
-"""Records the routing decisions of gates and replays them: in another dtype, engine or batch, or in a recomputation."""
+"""Records routing decisions and replays them: in another dtype, engine or batch, or in a recomputation."""
 
 from mixture_of_experts.replay.checkpointing import save_choices
 from mixture_of_experts.replay.recording import record_routing

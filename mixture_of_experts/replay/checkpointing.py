@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-#: operators that turn numbers into discrete choices
+#: operators that turn floating-point numbers into discrete choices
 CHOICE_OPERATORS = {
     f"aten.{name}"
     for name in ("argmax", "argmin", "max", "multinomial", "sort", "topk", "lt", "le", "gt", "ge", "eq", "ne")
@@ -15,18 +15,18 @@ CHOICE_OPERATORS = {
 
 
 def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """A policy for selective activation checkpointing that saves choices and recomputes everything else.
+    """Return a policy for selective activation checkpointing that saves choices and recomputes everything else.
 
     On some GPUs, matrix products differ from run to run. A token whose best scores are nearly equal may then choose
-    different experts in the recomputation than in the forward, and its gradient is wrong. This policy saves every
+    other experts in the recomputation than in the forward pass, which makes its gradient wrong. This policy saves every
     discrete result computed from floating-point numbers: argmax, top-k, sorting, comparisons. It therefore covers the
-    gates of this package, with policies and capacity, and routers of other libraries.
+    gates of this package, including policies and capacity, and routers of other libraries.
 
     Args:
         context, operator, args, kwargs: the arguments that `torch.utils.checkpoint` passes to a policy.
 
     Returns:
-        `MUST_SAVE` for such operators, otherwise `PREFER_RECOMPUTE`.
+        `MUST_SAVE` for such operators, and `PREFER_RECOMPUTE` otherwise.
 
     Example:
         >>> from functools import partial

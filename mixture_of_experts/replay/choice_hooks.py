@@ -18,12 +18,12 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, activate_call
 
 
 class ChoiceHooks:
-    """Base class of recording and replay. There is no current call while a backward recomputes a part of the model.
+    """Base class of recording and replay. No call is current while a backward pass recomputes a part of the model.
 
     Attributes:
         points: the routing points of the model.
         is_replay: whether choices are supplied to the gates.
-        pending_forwards: where a recording stores what gates chose in forwards that succeeded; None in a replay.
+        pending_forwards: where a recording stores the choices of forward passes that succeeded; None in a replay.
         supply_choices, supply_block_choices: see `RoutingReplayer`.
         on_choices: called with `(point, call, output, kwargs)` after a layer that received choices, or after a gate
             that made them.
@@ -42,7 +42,7 @@ class ChoiceHooks:
         self.points: list[RoutingPoint] = points
 
     def attach_hooks(self, hooks: Attachments) -> None:
-        """Attach the hooks, for forwards of this thread."""
+        """Attach the hooks for forward passes in this thread."""
         watches = {
             point.router.enclosing_model: SequenceWatch(self, point.router.enclosing_model) for point in self.points
         }
@@ -65,7 +65,7 @@ class ChoiceHooks:
     def layer_pre_hook(
         self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any = None
     ) -> Any:
-        """Forward pre-hook of a layer, or of a gate without one."""
+        """Run as a forward pre-hook of a layer, or of a gate without a layer."""
         if kwargs is None or ((call := sequences.current_call(point)) is None and not is_recomputing()):
             return None  # the hook is being attached or removed, or another thread runs the layer
         x, sizes, mask = point.read_inputs(args, kwargs)
@@ -74,7 +74,9 @@ class ChoiceHooks:
         if not self.is_replay:
             return None
         if GIVEN in kwargs:
-            raise ValueError(f"{point.name!r} is given {GIVEN} by its caller: replay them, or give them, not both")
+            raise ValueError(
+                f"the caller of {point.name!r} passes {GIVEN} during a replay; either replay choices or pass them"
+            )
         given = [
             values.view(*x.shape[:-1], point.k) for values in self.supply_choices(point, call, sizes, mask, x.device)
         ]
@@ -83,7 +85,7 @@ class ChoiceHooks:
     def layer_hook(
         self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any, output: Any = None
     ) -> None:
-        """Forward hook of the module that chooses: in a replay the layer, in a recording the gate."""
+        """Run as a forward hook of the module that chooses: the layer in a replay, the gate in a recording."""
         call = sequences.current_call(point)
         if output is not None and call is not None and call.layer_path == point.layer_path:
             self.on_choices(point, call, output, kwargs)
@@ -91,17 +93,17 @@ class ChoiceHooks:
     def forward_block(
         self, point: RoutingPoint, sequences: SequenceWatch, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Replaces the forward of an external block."""
+        """Replace the forward of an external block."""
         call = sequences.current_call(point)
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph: compile without fullgraph=True")
+            raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph; compile without fullgraph=True")
         if call is None and not (self.is_replay and is_recomputing()):
             return forward(*args, **kwargs)
         hidden = (*args, *kwargs.values())[0]
         if call is not None:
             shape, mask = get_token_shape(point, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask
             if (ids := call.tokens.segment_ids) is not None and tuple(ids.shape) == shape:
-                mask = number_documents(ids, mask)  # as a layer records them
+                mask = number_documents(ids, mask)  # the form in which layers record documents
             call.enter_gate(point, shape, mask)
         given = self.supply_block_choices(point, call, hidden.device) if self.is_replay else None
         with TopkMode(point, given) as calls:
@@ -110,8 +112,8 @@ class ChoiceHooks:
             external: Any = point.router.external
             raise TypeError(
                 f"{type(point.hook_target).__name__} at {point.name!r} does not choose its {point.k} of "
-                f"{point.num_experts} "
-                f"experts by torch.topk, so its choices can be neither recorded nor replayed: {external.remedy}"
+                f"{point.num_experts} experts with torch.topk, so its choices can be neither recorded nor replayed; "
+                f"{external.remedy}"
             )
         if call is not None:
             self.on_block_choices(point, call, output, calls.expert)
@@ -119,9 +121,9 @@ class ChoiceHooks:
 
 
 def get_token_shape(point: RoutingPoint, tokens: TokenMetadata, num_tokens: int) -> tuple[int, int]:
-    """The shape `(b, n)` of the tokens of a block, from the arguments of its model."""
+    """Return the shape `(b, n)` of the tokens of a block, given the arguments of its model."""
     b, n = tokens.shape or (1, num_tokens)
     if tokens.mask_unknown_reason is not None or b * n != num_tokens:
-        why = tokens.mask_unknown_reason or f"its model was given ({b}, {n})"
-        raise ValueError(f"{num_tokens} tokens of {point.name!r} cannot be told apart: {why}")
+        why = tokens.mask_unknown_reason or f"its model got ({b}, {n}) tokens"
+        raise ValueError(f"{num_tokens} tokens of {point.name!r} cannot be assigned to sequences: {why}")
     return b, n

@@ -1,6 +1,6 @@
 """Recording: hooks that store the choices of every real token of every sequence.
 
-Axes: b sequences, n tokens of a forward, k choices of a token.
+Axes: b sequences, n tokens of a forward pass, k choices per token.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ def record_routing(
 ) -> Iterator[RoutingRecords]:
     """Record the choices of every gate in `model` inside the context, for `replay_routing`.
 
-    It finds the same gates as `track_routing`. They must be token-choice gates of this package, or routers of other
-    libraries that choose with `torch.topk`. Padding is left out, based on the layer's mask or on the
-    attention mask of the enclosing model.
+    This finds the same gates as `track_routing`. They must be token-choice gates of this package, or routers of other
+    libraries that choose with `torch.topk`. Padding is excluded, based on the layer's mask or on the attention mask of
+    the enclosing model.
 
-    Each forward appends its sequences to the records, in batch order. Documents of packed rows (`segment_ids`) are
-    sequences, in the order of their first tokens. A forward that continues a cache (`generate`)
-    appends its tokens to the sequences of the previous forward. If the cache was cropped, the record is cropped too.
-    Beam search raises an error, because it swaps the sequences of the cache. Without a cache, every generation step
-    adds its sequences anew, from their first token. Only forwards of this thread are recorded, each one once, also
+    Each forward pass appends its sequences to the records, in batch order. Documents of packed rows (`segment_ids`)
+    count as sequences, in the order of their first tokens. A forward pass that continues a cache (`generate`) appends
+    its tokens to the sequences of the previous pass. If the cache was cropped, the records are cropped too. Beam search
+    raises an error, because it swaps the sequences of the cache. Without a cache, every generation step adds its
+    sequences again, from their first token. Only forward passes of this thread are recorded, each of them once, even
     under activation checkpointing. Data stays on the device until it is read.
 
     Args:
         model: the module that you call.
-        gates: the gates to record, by name or as modules (gates, or layers that contain them); by default all.
+        gates: the gates to record, as names or modules (gates, or layers that contain them). Default: all.
         weights: whether to record, and thus replay, the weights of the choices too. Only for gates of this package.
 
     Raises:
         ValueError: the model has no gate.
         TypeError: tokens do not make k choices at a gate (expert choice), or its weights cannot be recorded; in a
-            forward, a block of another library does not choose with `torch.topk`.
-        RuntimeError: in a forward, a gate runs twice, outside of `model`, or in a graph compiled before the context;
-            or beam search swapped sequences; on reading, a forward continued sequences that were not recorded.
+            forward pass, if a block of another library does not choose with `torch.topk`.
+        RuntimeError: in a forward pass, if a gate runs twice, outside of `model`, or in a graph that was compiled
+            before the context, or if beam search swapped sequences; on reading, if a forward pass continued sequences
+            that were not recorded.
 
     Example:
         >>> import torch
@@ -72,7 +73,7 @@ def record_routing(
 
 
 class RoutingRecorder(ChoiceHooks):
-    """Stores the choices of gates in `records`; created by `record_routing`."""
+    """A recorder, created by `record_routing`, that stores the choices of gates in `records`."""
 
     records_weights: bool
 
@@ -89,7 +90,7 @@ class RoutingRecorder(ChoiceHooks):
         if routing.chosen is not None:
             expert = torch.where(routing.chosen, expert, -1)
         expert, given = expert.unflatten(-1, (-1, point.k)), kwargs.get(GIVEN)
-        if given is not None:  # overrides that mean no choice, or no computation, are recorded unchanged
+        if given is not None:  # overrides for no choice or no computation are recorded unchanged
             expert = torch.where((given < 0) & (given != KEEP_ROUTER_CHOICE), given, expert)
         self.store_choices(point, call, *([expert, routing.weight.detach()] if self.records_weights else [expert]))
 
@@ -97,7 +98,7 @@ class RoutingRecorder(ChoiceHooks):
         self.store_choices(point, call, expert)
 
     def store_choices(self, point: RoutingPoint, call: SequenceCall, expert: Tensor, *weight: Tensor) -> None:
-        """Store what a gate chose in a forward, in the smallest of int16 and int32 that fits its experts."""
+        """Store the choices of a gate in a forward pass, as int16 if it has few enough experts, or else as int32."""
         sizes, mask = call.entered_gates[point.name]
         small = torch.int16 if point.num_experts < 1 << 14 else torch.int32
         values = [each.reshape(*sizes, point.k) for each in (expert.detach().to(small), *weight)]

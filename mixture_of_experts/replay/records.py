@@ -1,6 +1,6 @@
 """`RoutingRecords`: choices by gate, sequence and real token. They can be selected, saved, and read from engines.
 
-Axes: s tokens of a sequence, l gates, k choices of a token.
+Axes: s tokens of a sequence, l gates, k choices per token.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from mixture_of_experts.support.checks import check_optional_size
 RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
 
-#: what a gate chose in a forward: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)` of
-#: real tokens, None if all are real, or for packed rows the sequence number of each token, int64, -1 for padding; the
-#: number of earlier tokens of each sequence, `(b,)` or one number for all
+#: what a gate chose in a forward pass: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)`
+#: of real tokens, None if all are real, or for packed rows the sequence number of each token, int64, -1 for padding;
+#: the number of earlier tokens of each sequence, `(b,)` or one number for all
 RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):
-    """The experts of every real token of some sequences: a mapping from each gate of a model to a list of sequences.
+    """The experts of every real token of some sequences, as a mapping from each gate of a model to a list of sequences.
 
-    A choice is an integer: the index of an expert; -1 for no choice; or -2 - i, which means that expert i keeps its
-    share of the token's weight but does not compute the token (capacity or a policy dropped it).
+    A choice is an integer: the index of an expert; -1 for no choice; or -2 - i if expert i keeps its share of the
+    token's weight but does not compute the token (it was dropped by capacity or a policy).
 
     Args:
         experts: for each gate name, one integer tensor `(s, k)` per sequence.
         num_experts: for each gate name, the number of experts, if known.
-        weights: for each gate name, the weights `(s, k)` of these choices, one tensor per sequence; None if only the
+        weights: for each gate name, the weights `(s, k)` of these choices, one tensor per sequence. None if only the
             choices are known.
 
     Raises:
-        ValueError: gates differ in the number of sequences, or sequences of a gate in the number of choices; a record
-            is not an integer tensor `(s, k)`; or the weights are not floating-point tensors of the same shapes.
+        ValueError: gates have different numbers of sequences, sequences of a gate have different numbers of choices, a
+            record is not an integer tensor `(s, k)`, or the weights are not floating-point tensors of the same shapes.
 
     Example:
         >>> import torch
@@ -71,18 +71,20 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         self._num_experts = {
             name: check_optional_size(f"num_experts[{name!r}]", e) for name, e in (num_experts or {}).items()
         }
-        self._unread: list[dict[str, RecordedForward]] = []  # what a recording stored for each forward, by gate
+        # what a recording stored for each forward pass, keyed by gate
+        self._unread: list[dict[str, RecordedForward]] = []
         if not self._experts:
-            raise ValueError("experts is empty: give a list of records for each gate")
+            raise ValueError("experts is empty; pass a list of records for each gate")
         wanted, got = (
             {name: [tuple(record.shape) for record in of] for name, of in kept.items()}
             for kept in (self._experts, self._weights or self._experts)
         )
         if wanted != got:
-            raise ValueError(f"weights must have the shapes {wanted} of the choices, got {got}")
+            raise ValueError(f"expected weights to have the shapes {wanted} of the choices, but got {got}")
         if len(set(map(len, wanted.values()))) > 1 or any(len({k for _, k in of}) > 1 for of in wanted.values()):
             raise ValueError(
-                f"gates must have equally many sequences, and each gate one number of choices, got {wanted}"
+                "expected all gates to have equally many sequences, each with one number of choices per gate, but got "
+                f"{wanted}"
             )
 
     @property
@@ -91,23 +93,23 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return tuple(self._experts)
 
     def num_experts(self, layer: str) -> int | None:
-        """The number of experts of a gate; None if it is not known."""
+        """Return the number of experts of a gate, or None if it is unknown."""
         return self._num_experts.get(layer)
 
     @property
     def weights(self) -> dict[str, list[Tensor]] | None:
-        """For each gate, the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
-        if only choices were recorded."""
+        """For each gate, the weights `(s, k)` of its choices in each sequence, 0 if an expert does not compute. None if
+        only choices were recorded."""
         self._read_pending()
         return self._weights
 
     def lengths(self, layer: str) -> list[int]:
-        """The number of recorded tokens of each sequence at a gate."""
+        """Return the number of recorded tokens of each sequence at a gate."""
         return [len(record) for record in self[layer]]
 
     @property
     def num_sequences(self) -> int:
-        """The number of sequences, which is the same at every gate."""
+        """The number of sequences, which is the same for every gate."""
         return len(next(iter(self.values())))
 
     def __len__(self) -> int:
@@ -117,15 +119,15 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return iter(self._experts)
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # tensors compare elementwise, so records compare by identity
+        return self is other  # by identity, because tensors compare elementwise
 
     def __hash__(self) -> int:
         return id(self)
 
     def __getitem__(self, layer: str) -> list[Tensor]:
-        """The choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
+        """Return the choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
         if layer not in self._experts:
-            raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self.layers))}")
+            raise KeyError(f"there is no gate {layer!r}; the gates are {', '.join(map(repr, self.layers))}")
         self._read_pending()
         return self._experts[layer]
 
@@ -133,10 +135,10 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
     def _read_pending(self) -> None:
-        """Copy what a recording has stored from the device: for all gates or, if it raises, for none."""
+        """Copy what a recording has stored from the device, for all gates, or for none if an error is raised."""
         if not self._unread:
             return
-        with READ_LOCK:  # another thread may read, and a recording may append
+        with READ_LOCK:  # other threads may read, and a recording may append
             unread, both = self._unread.copy(), (self._experts, self._weights or {})
             read: tuple[dict[str, list[Tensor]], ...] = ({}, {})
             for kind, stored in enumerate(both):
@@ -149,18 +151,20 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             del self._unread[: len(unread)]
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
-        """The records of some sequences, in the given order, for another batch.
+        """Return the records of some sequences, in the given order, for use with another batch.
 
         Args:
             sequences: indices of the sequences, or a slice.
-            tokens: for each of these sequences, the maximum number of tokens to keep from its start; by default all.
+            tokens: for each of these sequences, the maximum number of tokens to keep from its start. Default: all.
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers) or any(cut is not None and cut < 0 for cut in cuts):
-            raise ValueError(f"tokens must have a number from 0 on for each of {len(numbers)} sequences, got {tokens}")
+            raise ValueError(
+                f"expected tokens to be {len(numbers)} nonnegative numbers, one per sequence, but got {tokens}"
+            )
         if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
-            raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
+            raise IndexError(f"there is no sequence {wrong[0]}; there are {self.num_sequences} sequences")
         of_gate = list(zip(numbers, cuts, strict=True))
 
         def selected(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
@@ -172,19 +176,18 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @classmethod
     def from_requests(cls, requests: Sequence[Any], *, weights: Sequence[Any] | None = None) -> RoutingRecords:
-        """Create records from what a serving engine returns for each request.
+        """Create records from the results that a serving engine returns for each request.
 
         vLLM (started with `enable_return_routed_experts`) returns an integer array `(s, l, k)`
-        (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"); SGLang (`return_routed_experts`) returns
+        (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang (`return_routed_experts`) returns
         base64-encoded int32 (sgl-project/sglang#12162). The last token of a completion has no record, because the
-        engine never processed it. A row in which every entry is -1 was not recorded by the engine: there the gate
-        chooses.
+        engine never processed it. If every entry of a row is -1, the engine did not record it, and the gate chooses.
 
         Args:
-            requests: for each request, an array or tensor `(s, l, k)`, or nested lists; l runs over the layers that
-                have gates, in the model's order.
+            requests: for each request, an array or tensor `(s, l, k)`, or nested lists. The axis l runs over the layers
+                that have gates, in the model's order.
             weights: for each request, the floating-point weights `(s, l, k)` of these choices, by which the experts'
-                outputs are multiplied. Where the gate chooses, it also computes the weights.
+                outputs are multiplied. If the gate chooses, it also computes the weights.
 
         Raises:
             ValueError: an array has another shape or dtype, or the shapes of requests or weights differ.
@@ -205,7 +208,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return records
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a file that `load` reads. An existing file is replaced once the new one is complete."""
+        """Write a file that `load` can read. An existing file is replaced once the new one is complete."""
         weights = None if self.weights is None else pack_records(self.weights)
         found = {
             "format": RECORDS_FORMAT,
@@ -230,17 +233,18 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 file.seek(0)
                 found = torch.load(file, weights_only=True, map_location="cpu")
                 if found["format"] != RECORDS_FORMAT:
-                    raise ValueError(f"its format is {found['format']!r}, wanted {RECORDS_FORMAT!r}")
+                    raise ValueError(f"its format is {found['format']!r}, but should be {RECORDS_FORMAT!r}")
                 return cls(found["experts"], found["num_experts"], found["weights"])
             except Exception as error:  # for a truncated file torch.load raises OSError, EOFError, TypeError and others
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
+                raise ValueError(f"{path} is incomplete, or was not written by RoutingRecords.save: {what}") from error
 
 
 @contextmanager
 def replaced_when_complete(path: Path) -> Iterator[Path]:
-    """A path to write to: the file there replaces that at `path` at the end, or is removed if an error is raised. Links
-    are followed, the mode of an existing file stays, and what is no file, such as a pipe, is written to."""
+    """Context manager that yields a temporary path. At the end, the file there replaces that at `path`, or is removed
+    after an error. Links are followed, and the mode of an existing file is kept. If `path` is not a regular file, such
+    as a pipe, it is yielded itself."""
     path = path.resolve()
     if path.exists() and not path.is_file():
         yield path
@@ -256,38 +260,38 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 
 def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
-    """Check that each gate has a list of tensors `(s, k)` of the required kind, and return these lists by gate."""
+    """Check that each gate has a list of tensors `(s, k)` of the required kind. Return these lists, keyed by gate."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"{name} must be a dict of records by gate, got a {type(given).__name__}")
+        raise TypeError(f"expected {name} to be a dict from gates to records, but got a {type(given).__name__}")
     found = {gate: list(of) if isinstance(of, Iterable) else [of] for gate, of in given.items()}
     for gate, sequences in found.items():
         for record in sequences:
             if not (isinstance(record, Tensor) and record.ndim == 2 and has_values(record) and fits(record)):
-                wanted = f"a list of dense tensors of {kind} (tokens, k), one a sequence"
-                raise ValueError(f"{name}[{gate!r}] must be {wanted}, got {record!r:.99}")
+                wanted = f"a list of dense tensors of {kind} (tokens, k), one per sequence"
+                raise ValueError(f"expected {name}[{gate!r}] to be {wanted}, but got {record!r:.99}")
     return found
 
 
 def pack_records(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """Copy the records so that those of a gate are views of one tensor; a file then stores one tensor per gate."""
+    """Copy the records so that those of a gate are views of one tensor. A file then stores one tensor per gate."""
     return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
 
 
 def has_values(array: Tensor) -> bool:
-    """Whether a tensor is dense and has data."""
+    """Return whether a tensor is dense and has data."""
     return array.layout is torch.strided and not array.is_meta
 
 
 def is_integer_tensor(array: Tensor) -> bool:
-    """Whether an array has an integer dtype whose values all fit in int64."""
+    """Return whether an array has an integer dtype whose values all fit in int64."""
     return not (array.is_floating_point() or array.is_complex() or array.dtype in (torch.bool, torch.uint64))
 
 
 def append_forwards(
     name: str, before: list[Tensor], forwards: Iterable[tuple[Tensor, Tensor | None, Tensor | int]]
 ) -> list[Tensor]:
-    """Append forwards (values, mask, number of earlier tokens) to a gate's records. A forward starts new sequences, or
-    continues the last ones."""
+    """Append forward passes (values, mask, number of earlier tokens) to a gate's records. A forward pass either starts
+    new sequences or continues the last ones."""
     records = list(before)
     for values, mask, seen in forwards:
         found = values.cpu()
@@ -299,16 +303,16 @@ def append_forwards(
         have = [len(record) for record in records[max(first, 0) :]]
         if first < 0 or any(map(int.__lt__, have, read)):
             raise RuntimeError(
-                f"{name!r}: a forward continues after {read} tokens of its sequences, {have} were recorded"
+                f"{name!r}: a forward pass continues after {read} tokens of its sequences, but {have} were recorded"
             )
         for place, row, number in zip(range(first, len(records)), rows, read, strict=True):
-            records[place] = torch.cat([records[place][:number], row])  # a cache may have been cropped
+            records[place] = torch.cat([records[place][:number], row])  # the cache may have been cropped
     return records
 
 
 def split_sequences(values: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """The values `(s, k)` of each sequence, from those `(b, n, k)` of a forward and its mask `(b, n)`; or, for packed
-    rows, the sequence of each token, as in `RecordedForward`."""
+    """Return the values `(s, k)` of each sequence, given those `(b, n, k)` of a forward pass and its mask `(b, n)`, or
+    for packed rows the sequence of each token, as in `RecordedForward`."""
     if mask is None or mask.dtype == torch.bool:
         return list(values) if mask is None else [*map(Tensor.__getitem__, values, mask)]
     real, sequence = values[mask >= 0], mask[mask >= 0]
@@ -316,36 +320,40 @@ def split_sequences(values: Tensor, mask: Tensor | None) -> list[Tensor]:
 
 
 def starts_sequences(seen: Tensor | int) -> bool:
-    """Whether a forward starts new sequences, given the number of earlier tokens."""
+    """Return whether a forward pass starts new sequences, given the number of earlier tokens."""
     return not isinstance(seen, Tensor) and seen == 0
 
 
 def previous_lengths(seen: Tensor | int, sequences: int) -> list[int]:
-    """The number of earlier tokens of each sequence of a forward."""
+    """Return the number of earlier tokens of each sequence of a forward pass."""
     return seen.tolist() if isinstance(seen, Tensor) else [seen] * sequences
 
 
 def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
-    """The arrays `(s, k)` of all requests for each layer, by layer number."""
+    """Return the arrays `(s, k)` of all requests for each layer, keyed by layer number."""
     arrays = [parse_request(number, request) for number, request in enumerate(requests)]
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
-        raise ValueError(f"requests must be arrays (tokens, layers, k) of the same layers, got {numbers} layers")
+        raise ValueError(
+            f"expected requests to be arrays (tokens, layers, k) of the same layers, but got {numbers} layers"
+        )
     return {str(i): list(of_gate) for i, of_gate in enumerate(zip(*arrays, strict=True))}
 
 
 def parse_request(number: int, request: Any) -> tuple[Tensor, ...]:
-    """The arrays `(s, k)` of a request, one for each layer."""
+    """Return the arrays `(s, k)` of a request, one for each layer."""
     try:
         return torch.as_tensor(request).cpu().unbind(1)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         got = f"a {type(request).__name__}: {error}"
-        remedy = ": decode it, as docs/replay.md does with SGLang's" if isinstance(request, str) else ""
-        raise ValueError(f"request {number} must be an array (tokens, layers, k), got {got}{remedy}") from error
+        remedy = "; decode it, as docs/replay.md does with SGLang's" if isinstance(request, str) else ""
+        raise ValueError(
+            f"expected request {number} to be an array (tokens, layers, k), but got {got}{remedy}"
+        ) from error
 
 
 def compact_choices(array: Tensor) -> Tensor:
-    """Choices `(s, k)` of an engine, in int16 if they fit; in a row in which every entry is -1 the gate chooses."""
+    """Return an engine's choices `(s, k)`, in int16 if they fit. If every entry of a row is -1, the gate chooses."""
     wide = array.to(torch.int64)
     small = wide.to(torch.int16)
     return torch.where((wide == -1).all(dim=-1, keepdim=True), KEEP_ROUTER_CHOICE, small if small.equal(wide) else wide)

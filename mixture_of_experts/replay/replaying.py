@@ -1,6 +1,6 @@
-"""Replay: hooks pass recorded choices to gates, and gates weight them by their live scores.
+"""Replay: hooks pass recorded choices to gates, which weight them by their live scores.
 
-Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choices of a token.
+Axes: b sequences, n tokens of a forward pass, s tokens of the longest record, k choices per token.
 """
 
 from __future__ import annotations
@@ -39,29 +39,30 @@ def replay_routing(
 ) -> Iterator[None]:
     """Make every gate in `model` choose the experts in `records` inside the context.
 
-    A token's experts are those of the record. The gate computes their weights from live scores, with gradients, by its
+    A token's experts are those in the records. The gate computes their weights from live scores, with gradients, by its
     own rule; a block of another library does so in its own code. If the records contain weights, these are used, bit
     for bit, and their gradient is passed to the live weights. Losses are those of the recorded choices. Records contain
-    only real tokens, so padding may be placed elsewhere or be absent.
+    only real tokens, so padding may be placed differently or be absent.
 
-    Each forward of this thread must have all sequences of the records, in their order; `records.select` creates records
-    for another batch. A forward that continues a cache has the tokens that follow. With activation checkpointing, call
-    the backward inside the context too.
+    Each forward pass in this thread must have all sequences of the records, in their order; `records.select` creates
+    records for another batch. A forward pass that continues a cache has the tokens that follow. With activation
+    checkpointing, run the backward pass inside the context too.
 
     Args:
         model: the module that you call.
-        records: records of this model or a similar one. Gates are matched by name or, if names differ, by order.
-        beyond: what happens to a token beyond the end of its sequence's record: "error" raises, "choose" lets its gate
+        records: records of this model or a similar one. Gates are matched by name, or by order if names differ.
+        beyond: what to do with tokens beyond the end of their sequence's record. "error" raises, "choose" lets the gate
             choose. The last token of a completion is such a token, because no engine has processed it.
         gates: as in `record_routing`.
 
     Raises:
-        ValueError: on entering, model and records differ in the number of gates, choices or experts, or a gate does not
-            accept choices; in a forward, before its first gate, the numbers of sequences or tokens differ.
-        TypeError: tokens do not make k choices at a gate (expert choice); in a forward, a block of another library
-            does not choose with `torch.topk`.
-        RuntimeError: a forward or backward cannot be replayed: under reentrant checkpointing, outside of `model`, or in
-            a backward after the context has exited.
+        ValueError: on entering, if the model and the records differ in the number of gates, choices or experts, or a
+            gate does not accept choices; in a forward pass, before its first gate, if the numbers of sequences or
+            tokens differ.
+        TypeError: tokens do not make k choices at a gate (expert choice); in a forward pass, if a block of another
+            library does not choose with `torch.topk`.
+        RuntimeError: a forward or backward pass cannot be replayed: under reentrant checkpointing, outside of `model`,
+            or in a backward pass after the context has exited.
 
     Example:
         >>> import torch
@@ -79,8 +80,8 @@ def replay_routing(
     check_choice("beyond", beyond, get_args(BeyondMode))
     if not isinstance(records, RoutingRecords):
         raise TypeError(
-            f"records must be RoutingRecords, as record_routing yields, got a {type(records).__name__}: "
-            "RoutingRecords.load reads a file, and RoutingRecords(...) takes a dict"
+            f"expected records to be RoutingRecords, as yielded by record_routing, but got a {type(records).__name__}; "
+            "use RoutingRecords.load for a file, or RoutingRecords(...) for a dict"
         )
     points = find_routing_points(model, "replay_routing", gates, records.weights is not None)
     replay = RoutingReplayer(points, records, beyond)
@@ -91,7 +92,7 @@ def replay_routing(
 
 
 class RoutingReplayer(ChoiceHooks):
-    """Supplies the gates of a model with recorded choices; created by `replay_routing`."""
+    """A replayer, created by `replay_routing`, that supplies the gates of a model with recorded choices."""
 
     is_replay: ClassVar[bool] = True
     beyond: BeyondMode
@@ -103,18 +104,18 @@ class RoutingReplayer(ChoiceHooks):
         layers, names = records.layers, [point.name for point in points]
         if len(layers) != len(points):
             raise ValueError(
-                f"the model has {len(points)} gates ({', '.join(names)}), the records {len(layers)} "
+                f"the model has {len(points)} gates ({', '.join(names)}), but the records have {len(layers)} "
                 f"({', '.join(layers)})"
             )
-        self.record_lengths: dict[str, list[int]] = {}  # of the sequences of each gate
+        self.record_lengths: dict[str, list[int]] = {}  # lengths of the sequences, for each gate
         self.choice_tables: dict[
             str, list[Tensor]
-        ] = {}  # of each gate: its choices `(b, s + 1, k)`, and their weights if recorded
+        ] = {}  # for each gate, its choices `(b, s + 1, k)`, and their weights if recorded
         for point, layer in zip(points, names if set(layers) == set(names) else layers, strict=True):
             self.record_lengths[point.name] = records.lengths(layer)
             self.choice_tables[point.name] = build_choice_tables(point, layer, records)
-        self.recompute_choices: dict[str, Tensor] = {}  # choices of blocks that a backward may recompute
-        self.awaiting_backward: set[str] = set()  # blocks that no backward has recomputed yet
+        self.recompute_choices: dict[str, Tensor] = {}  # choices of blocks that a backward pass may recompute
+        self.awaiting_backward: set[str] = set()  # blocks that no backward pass has recomputed yet
 
     def close(self) -> None:
         self.is_closed = True
@@ -122,8 +123,8 @@ class RoutingReplayer(ChoiceHooks):
     def supply_choices(
         self, point: RoutingPoint, call: SequenceCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
     ) -> list[Tensor]:
-        """`(b, n, k)` int64, the choices for the tokens of a forward, and their weights if the records contain them.
-        `mask` is as `RoutingPoint.read_inputs` returns it."""
+        """Return the choices `(b, n, k)`, int64, for the tokens of a forward pass, and their weights if the records
+        contain them. `mask` is as returned by `RoutingPoint.read_inputs`."""
         tables, seen = self.choice_tables[point.name], 0 if call is None else call.num_seen
         if call is not None:
             self.check_forward(point, call, shape, mask)
@@ -143,7 +144,8 @@ class RoutingReplayer(ChoiceHooks):
         return [table.gather(1, inside) for table in tables]
 
     def supply_block_choices(self, point: RoutingPoint, call: SequenceCall | None, device: Any) -> Tensor:
-        """`(b n, k)` int64, the choices for the tokens of a block; those of its last forward in a recomputation."""
+        """Return the choices `(b n, k)`, int64, for the tokens of a block. In a recomputation, return those of its last
+        forward pass."""
         if call is None:
             self.awaiting_backward.discard(point.name)
             return self.recompute_choices[point.name]
@@ -152,8 +154,8 @@ class RoutingReplayer(ChoiceHooks):
         if point.hook_target.training and is_in_activation_checkpoint():
             if point.name in self.awaiting_backward and not self.recompute_choices[point.name].equal(given):
                 raise RuntimeError(
-                    f"{point.name!r} runs under activation checkpointing on two batches of other padding before a "
-                    "backward, which could not tell them apart: call the backward of the first one first"
+                    f"{point.name!r} runs under activation checkpointing on two batches with different padding before "
+                    "a backward pass, which could not distinguish them; run the backward pass of the first batch first"
                 )
             self.recompute_choices[point.name] = given
             self.awaiting_backward.add(point.name)
@@ -162,13 +164,13 @@ class RoutingReplayer(ChoiceHooks):
     def check_forward(
         self, point: RoutingPoint, call: SequenceCall, shape: tuple[int, int], mask: Tensor | None
     ) -> None:
-        """Check that a forward has as many sequences and tokens as the records; in a graph, only sequences."""
+        """Check that a forward pass fits the records in sequences and tokens. In a graph, check only sequences."""
         lengths = self.record_lengths[point.name]
         packed = None if mask is None or mask.dtype == torch.bool else mask  # the sequence of each token
         if packed is None:
             self.check_number_of_sequences(point, shape[0], lengths)
         if torch.compiler.is_compiling():
-            if packed is not None:  # a graph cannot read how many documents there are
+            if packed is not None:  # a graph cannot read the number of documents
                 assert_in_graph(
                     packed.max() + 1 == len(lengths),
                     f"the number of documents in the packed rows at {point.name!r} differs from that of the records",
@@ -181,7 +183,7 @@ class RoutingReplayer(ChoiceHooks):
         ):
             raise RuntimeError(
                 f"{point.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
-                "backward would not know what to replay: pass use_reentrant=False and use_cache=False"
+                "backward pass would not know what to replay; pass use_reentrant=False and use_cache=False"
             )
         if any(found is mask and fit == lengths for found, fit in call.checked_masks):
             return
@@ -195,21 +197,22 @@ class RoutingReplayer(ChoiceHooks):
         ):
             short = new + read < length and call.cache is None
             if short or (new + read > length and self.beyond == "error"):
-                remedy = "records.select(sequences, tokens) cuts them" if short else 'beyond="choose" lets gates choose'
+                remedy = "truncate it with records.select(sequences, tokens)" if short else 'pass beyond="choose"'
                 raise ValueError(
-                    f"sequence {i} has {new + read} real tokens at {point.name!r}, its record has {length}: {remedy}"
+                    f"sequence {i} has {new + read} real tokens at {point.name!r}, but its record has {length}; "
+                    f"{remedy}"
                 )
         call.checked_masks.append((mask, lengths))
 
     def check_number_of_sequences(self, point: RoutingPoint, number: int, lengths: list[int]) -> None:
         if number != len(lengths):
             raise ValueError(
-                f"a forward of {number} sequences came to {point.name!r}, the records have {len(lengths)}: "
-                "records.select(...) takes the sequences of a batch"
+                f"the forward pass has {number} sequences at {point.name!r}, but the records have {len(lengths)}; "
+                "select the sequences of a batch with records.select(...)"
             )
 
     def on_choices(self, point: RoutingPoint, call: SequenceCall, output: Any, more: Any) -> None:
-        """Make a backward after the context raise, because without hooks recomputed gates would choose themselves."""
+        """Make a backward pass after the context raise, because without hooks recomputed gates would choose freely."""
         if torch.compiler.is_compiling() or not is_in_activation_checkpoint():
             return
         for part in output if isinstance(output, tuple) else (getattr(output, "weight", output),):
@@ -221,32 +224,32 @@ class RoutingReplayer(ChoiceHooks):
     def raise_if_closed(self, name: str, grad: Tensor) -> None:
         if self.is_closed:
             raise RuntimeError(
-                f"activation checkpointing runs {name!r} again after replay_routing was left, so that it would choose "
-                "by itself: call the backward inside the context"
+                f"activation checkpointing recomputes {name!r} after replay_routing has exited, so it would make its "
+                "own choices; run the backward pass inside the context"
             )
 
 
 def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords) -> list[Tensor]:
     """Check that the records fit a gate, and return its choices `(b, s + 1, k)`, int64, and their weights if recorded.
-    Entries past the end of a record are filled with `KEEP_ROUTER_CHOICE`; their weights are NaN."""
-    prefix = f"{point.name!r}" + ("" if layer == point.name else f" (the records' {layer!r})")
+    Past the end of a record, choices are `KEEP_ROUTER_CHOICE` and weights are NaN."""
+    prefix = f"{point.name!r}" + ("" if layer == point.name else f" ({layer!r} in the records)")
     if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
         raise ValueError(
-            f"{prefix} is a {point.router.class_name}, which cannot be given choices: let its `decide` choose by "
-            f"`self.apply_overrides(tokens, expert)`, and add {GIVEN!r} to its `side_inputs`"
+            f"{prefix} is a {point.router.class_name}, which does not accept choices; call "
+            f"`self.apply_overrides(tokens, expert)` in its `decide` to choose, and add {GIVEN!r} to its `side_inputs`"
         )
     k = {record.shape[1] for record in records[layer]} - {point.k}
     if k:
-        raise ValueError(f"{prefix} makes {point.k} choices for a token, the records have {k.pop()}")
+        raise ValueError(f"{prefix} makes {point.k} choices per token, but the records have {k.pop()}")
     if (e := records.num_experts(layer)) not in (None, point.num_experts):
-        raise ValueError(f"{prefix} has {point.num_experts} experts, the records are of {e}")
+        raise ValueError(f"{prefix} has {point.num_experts} experts, but the records have {e}")
     experts = pad_records([record.long() for record in records[layer]], point.k, KEEP_ROUTER_CHOICE)
     try:
         check_overrides(experts, point.num_experts)
     except ValueError as error:
         raise ValueError(f"{prefix}: in the records, {error}") from error
     if point.router.is_external and bool(((experts < 0) & (experts != KEEP_ROUTER_CHOICE)).any()):
-        raise ValueError(f"{prefix} makes {point.k} choices for every token, in the records some are not made")
+        raise ValueError(f"{prefix} makes {point.k} choices for every token, but the records lack some")
     if records.weights is None:
         return [experts]
     weights = pad_records(records.weights[layer], point.k, torch.nan)

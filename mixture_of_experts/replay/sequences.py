@@ -1,6 +1,6 @@
-"""Finds where a model chooses in each layer, and follows the calls of the enclosing models and their sequences.
+"""Finds where a model makes choices in each layer, and follows the calls of enclosing models and their sequences.
 
-Axes: b sequences, n tokens of a forward, k choices of a token.
+Axes: b sequences, n tokens of a forward pass, k choices per token.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class RoutingPoint(NamedTuple):
 
     name: str
     router: RouterHandle
-    hook_target: nn.Module  # that module: the layer; a gate without a layer; an external block, or its router
+    hook_target: nn.Module  # that module: the layer, a gate without a layer, an external block, or its router
     k: int
-    layer_path: str  # its path; it identifies the location of a gate that is in several layers, in a graph too
+    layer_path: str  # its path, which identifies the location of a gate in several layers, even in a graph
 
     @property
     def num_experts(self) -> int:
@@ -51,8 +51,8 @@ class RoutingPoint(NamedTuple):
     def read_inputs(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-        """The inputs `(..., n, d)` of a layer or gate, the shape `(b, n)` of their tokens, and their mask `(b, n)`; for
-        packed rows, instead of a mask, the sequence of each token, as `number_documents` returns it."""
+        """Return the inputs `(..., n, d)` of a layer or gate, the shape `(b, n)` of their tokens, and their mask
+        `(b, n)`. For packed rows, the mask is replaced by the sequence of each token, as in `number_documents`."""
         names = GATE_INPUTS if self.hook_target is self.router.hook_target else LAYER_INPUTS
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, mask = given[names[0]], given.get("mask")
@@ -67,7 +67,7 @@ def find_routing_points(
     model: nn.Module, feature: str, gates: GateSelection | None, weights: bool
 ) -> list[RoutingPoint]:
     """Find a routing point for each layer that contains a gate, in the model's order. Blocks that choose by a table of
-    token ids are left out, unless `gates` selects them.
+    token ids are excluded, unless `gates` selects them.
 
     Args:
         model, feature, gates: see `find_routers`.
@@ -81,7 +81,7 @@ def find_routing_points(
         check_supported(routers, f"{feature} of weights", weight_replay_unsupported_reason)
     found = {}
     for router in routers:
-        for location in reversed(router.locations):  # a layer with two paths gets the name of the first
+        for location in reversed(router.locations):  # a layer with two paths gets the name of the first one
             called = router.hook_target if location.layer is None else location.layer
             path = location.name.rpartition(".")[0]
             found[router, location.layer] = RoutingPoint(location.name, router, called, router.k or 0, path)
@@ -94,11 +94,11 @@ def chooses_by_token_ids(router: RouterHandle) -> bool:
 
 
 def replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Why the choices of a router can be neither recorded nor replayed; None if they can."""
+    """Return why the choices of a router can be neither recorded nor replayed, or None if they can."""
     if chooses_by_token_ids(router):
-        return "a table of token ids chooses there"
+        return "its experts are chosen by a table of token ids"
     if router.k is None or isinstance(router.gate, ExpertChoiceGating):
-        return "tokens make no k choices there"
+        return "its tokens do not make k choices"
     return (
         f"it has outer_expert_dims={router.outer_expert_dims}, as in layers of two levels"
         if router.outer_expert_dims
@@ -107,21 +107,21 @@ def replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Why the weights of a router can be neither recorded nor replayed; None if they can."""
+    """Return why the weights of a router can be neither recorded nor replayed, or None if they can."""
     if router.external is not None:
-        return f"its own code computes the weights: {router.external.remedy}"
+        return f"its own code computes the weights; {router.external.remedy}"
     if any(isinstance(location.layer, HeirarchicalMoE) for location in router.locations):
-        return "a layer of two levels is given choices alone"
-    return None if GIVEN_WEIGHTS in get_side_inputs(router.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
+        return "a layer of two levels accepts only choices"
+    return None if GIVEN_WEIGHTS in get_side_inputs(router.gate) else f"its forward does not accept {GIVEN_WEIGHTS}"
 
 
 def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """`(b, n)` int64, the sequence of each token of packed rows: documents are numbered across rows, in the
-    order of their first tokens; -1 for padding.
+    """Return the sequence of each token of packed rows, as `(b, n)` int64. Documents are numbered across rows, in the
+    order of their first tokens. Padding gets -1.
 
     Args:
-        ids: `(b, n)` integers, equal for the tokens of a row that are a document.
-        mask: `(b, n)` bool, the tokens that are not padding; None if all are.
+        ids: `(b, n)` integers, equal for tokens of a row that belong to the same document.
+        mask: `(b, n)` bool, the tokens that are not padding. None if all are real.
     """
     document = find_segments(ids, None).document.flatten()
     real = torch.ones_like(document, dtype=torch.bool) if mask is None else mask.to(document.device).flatten()
@@ -137,35 +137,35 @@ def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class SequenceCall(ForwardCall):
-    """A forward, in progress, of a model that contains gates."""
+    """A forward pass, in progress, of a model that contains gates."""
 
     tokens: TokenMetadata
     num_seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
     cache: Any  # the cache of keys and values, if there is one
-    entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, by gate
-    choices: dict[str, Any] = field(default_factory=dict)  # what gates chose or received
+    entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, keyed by gate
+    choices: dict[str, Any] = field(default_factory=dict)  # the choices that gates made or received
     checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that it fits
     layer_path: str = ""  # path of the layer that is running
 
     def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
-        """Note that a gate is called for tokens of shape `sizes`, `(b, n)`, and this mask."""
+        """Record that a gate is called for tokens of shape `sizes`, `(b, n)`, and this mask."""
         if point.name in self.entered_gates:
             raise RuntimeError(
-                f"{point.name!r} ran twice in one forward, but a record has room for one call: call it once"
+                f"{point.name!r} ran twice in one forward pass, but only one call can be recorded; call it once"
             )
         if mask is not None and mask.dtype != torch.bool and not starts_sequences(self.num_seen):
             raise ValueError(
-                f"{point.name!r} got {SEGMENT_IDS} in a forward that continues a cache, whose sequences are rows: "
+                f"{point.name!r} got {SEGMENT_IDS} in a forward pass that continues a cache, whose sequences are rows; "
                 "record and replay packed rows without a cache (use_cache=False)"
             )
         self.layer_path, self.entered_gates[point.name] = point.layer_path, (sizes, mask)
 
 
 class SequenceWatch(ForwardWatch):
-    """Keeps track of the sequences of the current forward of one model that contains gates.
+    """A watch that tracks the sequences of the current forward pass of one model that contains gates.
 
     Args:
-        owner: the recorder or replayer; it is active in its own thread.
+        owner: the recorder or replayer, which is active in its own thread.
         model: the model.
     """
 
@@ -175,7 +175,7 @@ class SequenceWatch(ForwardWatch):
         super().__init__(owner)
         self.reader: TokensReader = make_tokens_reader(model)
         self.last_cache: tuple[Any, Any, Any] | None = (
-            None  # weak references to the last cache and keys in it; their shape
+            None  # weak references to the last cache and to its keys, and the shape of the keys
         )
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:
@@ -188,9 +188,9 @@ class SequenceWatch(ForwardWatch):
         if missing or not call.choices:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
-                f"a forward ran {what}, as far as hooks tell. If a part of the model was compiled and called before, "
-                "its graph has no hooks: call torch.compiler.reset() first, or enter the context before the first "
-                "compiled call"
+                f"hooks saw a forward pass that ran {what}. If a part of the model was compiled and called before, its "
+                "graph has no hooks; call torch.compiler.reset() first, or enter the context before the first compiled "
+                "call"
             )
         keys = self.reader.get_cached_keys(call.cache)
         self.last_cache = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
@@ -198,7 +198,7 @@ class SequenceWatch(ForwardWatch):
             self.owner.pending_forwards.append(call.choices)
 
     def check_no_beam_search(self, cache: Any) -> None:
-        """Raise if the sequences of the cache were swapped since the last forward, which would mix up their records.
+        """Raise if the sequences of the cache were swapped since the last forward pass, which would mix up the records.
 
         Such a swap replaces tensors of the cache by others of the same shape.
         """
@@ -207,21 +207,21 @@ class SequenceWatch(ForwardWatch):
             return
         if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
             raise RuntimeError(
-                "the sequences of the cache were exchanged between two forwards, as beam search does (num_beams > 1): "
-                "choices of such a generation can be neither recorded nor replayed. Generate without beams, or run the "
+                "the sequences of the cache were swapped between two forward passes, as in beam search (num_beams > "
+                "1), so their choices can be neither recorded nor replayed; generate without beams, or run the "
                 "finished sequences once more"
             )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
-        """The forward that is in progress; None in another thread, and while a backward recomputes."""
+        """Return the forward pass in progress, or None in another thread and while a backward pass recomputes."""
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(
-                f"{point.name!r} ran, but not within a forward of the module given: give the module that you call"
+                f"{point.name!r} ran outside of a forward pass of the given module; pass the module that you call"
             )
         return call
 
 
 def is_recomputing() -> bool:
-    """Whether a backward is recomputing a part of a forward."""
+    """Return whether a backward pass is recomputing a part of a forward pass."""
     return get_backward_id() != -1

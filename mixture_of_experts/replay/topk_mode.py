@@ -2,7 +2,7 @@
 
 The block's own code thus computes the weights from live scores.
 
-Axes: t tokens, e experts, g expert groups, k choices of a token.
+Axes: t tokens, e experts, g expert groups, k choices per token.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from mixture_of_experts.support.private_torch import get_function_modes
 
 
 class TopkMode(TorchFunctionMode):
-    """Intercepts calls of `torch.topk` in a forward of a block.
+    """A function mode that intercepts calls of `torch.topk` in the forward pass of a block.
 
     Args:
         point: the routing point of the block.
-        choices: `(t, k)` int64, the choices that the block must make; None if it chooses itself.
+        choices: `(t, k)` int64, the choices that the block must make. None if it makes its own.
 
     Attributes:
-        expert: what the block chose; None until it does.
+        expert: the experts that the block chose. None before it has chosen.
     """
 
     point: RoutingPoint
@@ -54,12 +54,12 @@ class TopkMode(TorchFunctionMode):
             given = given.view_as(found.indices)
             expert = torch.where(given == KEEP_ROUTER_CHOICE, found.indices, given)
             found = torch.return_types.topk((input.gather(-1, expert), expert))
-        for mode in (self, *get_function_modes()):  # an enclosing recording saw what the block itself would choose
+        for mode in (self, *get_function_modes()):  # enclosing recordings saw the block's own choices
             if isinstance(mode, TopkMode):
                 mode.expert = found.indices
         return found
 
     def mark_open_groups(self, choices: Tensor, groups: int) -> Tensor:
-        """`(t, g)` bool, the groups of the given experts, which are selected whatever their scores are."""
+        """Return `(t, g)` bool, the groups of the given experts, which are selected whatever their scores are."""
         group = torch.where(choices == KEEP_ROUTER_CHOICE, groups, choices // (self.point.num_experts // groups))
         return nn.functional.one_hot(group, groups + 1).any(dim=1)[:, :groups]

@@ -10,24 +10,24 @@ from torch import Tensor
 
 from mixture_of_experts.stats.record import Record
 
-WARN_DROPPED_ABOVE = 0.1  # share of avoidable drops above which there is a warning
-WARN_LOAD_ABOVE = 2.0  # the same for an expert's load in late steps, relative to a balanced load
-BIAS_REMEDY = "let balance_experts move its expert bias, or raise the rate if it does"
-WARN_LOAD_BELOW = 0.1  # and there is a warning below this load
-MAX_LISTED_EXPERTS = 12  # a warning names at most this many experts
+WARN_DROPPED_ABOVE = 0.1  # fraction of avoidable drops above which to warn
+WARN_LOAD_ABOVE = 2.0  # an expert's load in late steps, relative to a balanced load, above which to warn
+BIAS_REMEDY = "update its expert bias with balance_experts, or increase the rate if you already do"
+WARN_LOAD_BELOW = 0.1  # the load below which to warn
+MAX_LISTED_EXPERTS = 12  # number of experts that a warning lists at most
 
-StepRows = tuple[int, Tensor]  # the number of a step, and the rows of its forwards
+StepRows = tuple[int, Tensor]  # the number of a step and the rows of its forward passes
 
 
 def diagnose_gate(
     steps: Sequence[StepRows], make_record: Callable[[Sequence[StepRows]], Record], has_bias: bool = False
 ) -> Iterator[str]:
-    """Yield the warnings about a gate, each a phrase that follows the gate's name.
+    """Yield the warnings about a gate, as phrases that follow the gate's name.
 
     Args:
         steps: the gate's steps.
-        make_record: a function that joins some of the steps into one record.
-        has_bias: whether an expert bias balances the gate instead of a loss.
+        make_record: a function that combines some of the steps into one record.
+        has_bias: whether the gate is balanced by an expert bias instead of a loss.
     """
     if not steps:
         return
@@ -35,8 +35,8 @@ def diagnose_gate(
     if math.isnan(total.entropy):
         first = next(number for number, rows in steps if math.isnan(make_record([(number, rows)]).entropy))
         yield (
-            f" computed probabilities that are NaN, first in step {first}: its weights or its inputs are not finite. "
-            "Go back to a checkpoint from before that step"
+            f" computed NaN probabilities, first in step {first}, because its weights or inputs are not finite. "
+            "Return to a checkpoint from before that step"
         )
         return
     late_steps = steps[-max(len(steps) // 4, 1) :]
@@ -45,38 +45,40 @@ def diagnose_gate(
     dead = total.load == 0
     for idle, since in ((dead, "in any step"), ((late.load == 0) & ~dead, when)):
         if idle.any():
-            yield f": {int(idle.sum())} of {idle.numel()} experts computed no token {since}: {format_expert_list(idle)}"
+            yield (
+                f": {int(idle.sum())} of {idle.numel()} experts computed no tokens {since}: {format_expert_list(idle)}"
+            )
     if (starved := find_starved_experts(late) & ~dead).any():
         yield (
             f": {int(starved.sum())} of {starved.numel()} experts were requested less than {WARN_LOAD_BELOW:g} times a "
-            f"balanced load {when}, a sign of a router that collapses: {format_expert_list(starved)}: raise "
-            f"loss_coef, or balance "
-            "by an expert bias"
+            f"balanced load {when}, which indicates router collapse: {format_expert_list(starved)}. Increase "
+            "loss_coef, or balance with an expert bias"
         )
     if total.dropped - total.unavoidable > WARN_DROPPED_ABOVE:
         yield (
-            f" dropped {total.dropped:.0%} of its choices; of a balanced load it would have dropped "
-            f"{total.unavoidable:.0%}. In a group the most requested expert has {total.imbalance:.1f} times its share: "
-            f"raise {'the rate of balance_experts' if has_bias else 'loss_coef'}, the capacity factor or group_size"
+            f" dropped {total.dropped:.0%} of its choices; with a balanced load it would have dropped "
+            f"{total.unavoidable:.0%}. On average, the most requested expert of a group has {total.imbalance:.1f} "
+            f"times its share. Increase {'the rate of balance_experts' if has_bias else 'loss_coef'}, the capacity "
+            "factor or group_size"
         )
     max_requested, mean = late.requested.max(), late.requested.to(torch.float64).mean()
-    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # more than chance explains for few choices
+    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # more than chance explains with few choices
         yield (
             f": expert {format_expert_names(late.requested == max_requested)[0]} was requested "
             f"{max_requested / mean:.1f} times a balanced load "
-            f"{when}: {BIAS_REMEDY if has_bias else 'raise loss_coef, or balance by an expert bias'}"
+            f"{when}: {BIAS_REMEDY if has_bias else 'increase loss_coef, or balance with an expert bias'}"
         )
 
 
 def find_starved_experts(late: Record) -> Tensor:
-    """Bool of the load's shape: the experts that compute tokens, but far fewer than chance would explain."""
+    """Find the experts that compute tokens, but far fewer than chance would explain, as bool of the load's shape."""
     mean = late.requested.to(torch.float64).mean()
     few = (late.requested < WARN_LOAD_BELOW * mean) & (late.requested < mean - 5 * mean.sqrt())
     return few & (late.load > 0)
 
 
 def format_expert_list(experts: Tensor) -> str:
-    """The names of the experts where a bool tensor is True, as a list of at most `MAX_LISTED_EXPERTS`."""
+    """Return the names of the experts where a bool tensor is True, as a list of at most `MAX_LISTED_EXPERTS`."""
     names = format_expert_names(experts)
     return ", ".join(names[:MAX_LISTED_EXPERTS]) + (
         f" and {len(names) - MAX_LISTED_EXPERTS} more" if len(names) > MAX_LISTED_EXPERTS else ""
@@ -84,5 +86,5 @@ def format_expert_list(experts: Tensor) -> str:
 
 
 def format_expert_names(experts: Tensor) -> list[str]:
-    """The names of the experts where a bool tensor of the load's shape is True; for example "1.3" on a second level."""
+    """Return the names of the experts where a tensor of the load's shape is True, such as "1.3" on a second level."""
     return [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]

@@ -1,4 +1,4 @@
-"""The page of `RoutingStats.report`, which shows what the gates of a model did.
+"""The page of `RoutingStats.report`, which shows the decisions of a model's gates.
 
 The page is a single file that includes its figures and styles (the template is `report.html`). Gate names are escaped
 where they are inserted.
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ALL_GOOD_HTML = (
-    "<li class=good>Every expert computes tokens, in late steps none is requested over twice a balanced load or less "
-    "than a tenth of it, and no gate drops much more than it has to.</li>"
+    "<li class=good>Every expert computes tokens. In late steps, no expert is requested more than twice or less than a "
+    "tenth as often as with a balanced load. No gate drops many more choices than it must.</li>"
 )
 SVG_SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "report"}
 
@@ -39,8 +39,8 @@ def render_page(
         name: title of the page.
         cells: rows of the table, each a dictionary from header to cell.
         notes: the warnings about each gate.
-        overview: figures that show all gates, by title.
-        over_steps: figures of single gates over the steps, by gate; only the gates that are drawn.
+        overview: figures that show all gates, keyed by title.
+        over_steps: figures of single gates over the steps, keyed by gate; only the gates that are drawn.
         left_out: one sentence about the gates that are not drawn.
     """
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
@@ -63,12 +63,12 @@ def render_page(
 
 
 def link_gate(layer: str, place: int | None) -> str:
-    """The name of a gate as HTML, linked to the gate's figure if there is one."""
+    """Return the name of a gate as HTML, linked to the gate's figure if there is one."""
     return f"<b>{escape(layer)}</b>" if place is None else f'<a href="#gate-{place}">{escape(layer)}</a>'
 
 
 def render_figure(title: str, figure: Figure, number: int | None = None) -> str:
-    """A figure under its title, as HTML; with a `number` it gets the anchor that `link_gate` links to."""
+    """Return a figure below its title, as HTML. With a `number`, it gets the anchor that `link_gate` links to."""
     import matplotlib as mpl
 
     file = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Plots what the gates of a model do. Matplotlib (the extra `plot`) is imported only when something is drawn.
+"""Plots the decisions of a model's gates. Matplotlib (the extra `plot`) is imported only when something is drawn.
 
-The colormap of loads goes from purple (too little) through white (balanced) to orange (too much). It is
-colorblind-safe, also in print.
+The colormap of loads ranges from purple (too little) through white (balanced) to orange (too much). It is
+colorblind-safe, even in print.
 
 Axes: e experts, outer-major on a second level; s steps.
 """
@@ -23,16 +23,16 @@ MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD = (
     min(COLORBAR_TICKS),
     max(COLORBAR_TICKS),
 )  # relative loads at the ends of the colormap
-MIN_NUMBER_WIDTH = 24  # points; narrower cells show no number
+MIN_NUMBER_WIDTH = 24  # in points; narrower cells show no number
 
 
 def make_axes(width: float, height: float) -> Axes:
-    """Axes of a new figure, with its size in inches; raises ImportError if matplotlib is not installed."""
+    """Return the axes of a new figure of a size in inches, or raise ImportError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "pictures need matplotlib: pip install matplotlib, or install mixture_of_experts with its extra 'plot'"
+            "plots require matplotlib: pip install matplotlib, or install mixture_of_experts with its extra 'plot'"
         ) from error
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
@@ -43,14 +43,14 @@ def get_figure(ax: Axes) -> Figure:
 
 
 def make_load_colormap() -> dict[str, Any]:
-    """The colormap and norm of loads: white is balanced; half and double are equally far from it."""
+    """Return the colormap and norm of loads. White is balanced, and half and double are equally far from it."""
     from matplotlib.colors import LogNorm
 
     return {"cmap": "PuOr_r", "norm": LogNorm(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD)}
 
 
 def add_colorbar(ax: Axes) -> Figure:
-    """Add a colorbar of loads next to the axes and return their figure."""
+    """Add a colorbar of loads next to the axes, and return their figure."""
     from matplotlib.cm import ScalarMappable
 
     bar = get_figure(ax).colorbar(ScalarMappable(**make_load_colormap()), ax=ax, pad=0.02, aspect=15)
@@ -60,9 +60,9 @@ def add_colorbar(ax: Axes) -> Figure:
 
 
 def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
-    """Draw one row per gate from the relative loads `(e,)` of its experts, which share the width of the row.
+    """Draw one row per gate with the relative loads `(e,)` of its experts, which share the width of the row.
 
-    Cells show numbers if there is room; a cross marks an expert without tokens.
+    Cells show numbers if there is room. A cross marks an expert without tokens.
     """
     max_experts = max(map(len, loads.values()))
     for y, load in enumerate(loads.values()):
@@ -87,7 +87,7 @@ def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_steps(ax: Axes, edges: Sequence[float], loads: Tensor, num_inner: int) -> Figure:
-    """Draw one gate over its steps, from relative loads `(e, s)` and the edges of the steps. A line separates every
+    """Draw one gate over its steps, given relative loads `(e, s)` and the edges of the steps. Lines separate blocks of
     `num_inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(

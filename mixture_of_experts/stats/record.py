@@ -1,9 +1,9 @@
-"""`Record`: what a gate decided in one step or several, as numbers to read, log and print.
+"""`Record`: the decisions of a gate in one or more steps, as numbers to read, log and print.
 
-Each statistic is an attribute of `Record`: `measure_routing` measures a forward, `make_record` aggregates forwards, and
-`format_cells` formats the result.
+Each statistic is an attribute of `Record`. `measure_routing` measures a forward pass, `make_record` aggregates forward
+passes, and `format_cells` formats the result.
 
-Axes: r forwards, w numbers of a forward, e experts (`(eo, ei)` on the second level of a hierarchy).
+Axes: r forward passes, w numbers per forward pass, e experts (`(eo, ei)` on the second level of a hierarchy).
 """
 
 from __future__ import annotations
@@ -20,33 +20,35 @@ from torch.nn.functional import pad
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.losses import count_expert_load
 
-NUM_SUMS = 8  # scalars of a forward that are summed over forwards
+NUM_SUMS = 8  # scalars of a forward pass that are summed over forward passes
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one gate decided in one step or in several. Masked tokens are not counted; the mean of nothing is 0.
+    """The decisions of one gate in one or more steps. Masked tokens are not counted. Means over nothing are 0.
 
     Attributes:
         layer: path of the gate in the model.
         step: number of the step, from 0; -1 for all steps together.
-        forwards: number of forwards of the gate in this record.
-        losses: the losses by name, without coefficients: "balance", "z" and others of the gate; means over forwards.
+        forwards: number of forward passes of the gate in this record.
+        losses: the losses by name, without coefficients: "balance", "z" and others of the gate; means over forward
+            passes.
         tokens: number of tokens that took part; on a second level, number of choices that the first level passed on.
         groups: number of token groups that requested at least one expert.
         requested: number of choices of each expert before capacity, of the load's shape.
-        choices_per_token: mean number of a token's choices before capacity; it varies for routers such as `TopPGating`.
+        choices_per_token: mean number of choices per token before capacity, which varies for routers such as
+            `TopPGating`.
         imbalance: requests for a group's most requested expert over the group's mean, 1 if balanced; mean over groups.
-            If each sequence crowds on different experts, `requested` looks balanced, but this number does not.
+            If each sequence favors different experts, `requested` looks balanced, but this number does not.
         worst_imbalance: imbalance of the worst group.
-        load: `(e,)` int64, number of choices that each expert computes. For the second level of a hierarchy it is
+        load: `(e,)` int64, number of choices that each expert computes. On the second level of a hierarchy it is
             `(eo, ei)`, the load of the layer's experts.
-        dropped: share of the requested choices that found no slot.
-        unavoidable: share of the requested choices that exceed all slots of their group, so that any load drops them.
-            `Top2Gating` at capacity factor 1.25 has 1.25 slots for the 2 choices of a token, so even a balanced load
-            drops some.
-        unseen: share of the tokens that no expert computes.
-        entropy: mean entropy of a token's probabilities, in nats: 0 is certain, ln(e) uniform.
+        dropped: fraction of the requested choices that found no slot.
+        unavoidable: fraction of the requested choices that exceed all slots of their group, so that any load would drop
+            them. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots for the 2 choices of a token, so even a
+            balanced load drops some.
+        unseen: fraction of the tokens that no expert computes.
+        entropy: mean entropy of a token's probabilities, in nats, from 0 (certain) to ln(e) (uniform).
         confidence: mean of a token's largest probability.
     """
 
@@ -69,25 +71,25 @@ class Record:
 
     @property
     def relative_load(self) -> Tensor:
-        """Load over mean load, float64 of the load's shape: 1 is balanced, 0 means an expert without tokens."""
+        """Load over mean load, float64 of the load's shape: 1 is balanced, 0 is an expert without tokens."""
         return relative(self.load)
 
     @property
     def relative_requested(self) -> Tensor:
         """Requested choices over their mean, float64 of the load's shape.
 
-        A router collapse shows up here, whereas capacity evens out `load`.
+        A router collapse is visible here, whereas capacity evens out `load`.
         """
         return relative(self.requested)
 
     @property
     def dead(self) -> list[Any]:
-        """Experts that computed no token: their indices, or pairs (outer, inner)."""
+        """Experts that computed no tokens, as indices or as pairs (outer, inner)."""
         index = (self.load == 0).nonzero()
         return index.flatten().tolist() if self.load.ndim == 1 else index.tolist()
 
     def scalars(self) -> dict[str, float]:
-        """The scalars, for a logger."""
+        """Return the scalars, for a logger."""
         return {
             **{name: value for name, value in vars(self).items() if isinstance(value, float)},
             "max_load": float(self.relative_load.max()),
@@ -97,7 +99,7 @@ class Record:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole record in JSON-serializable types; NaN and infinity become None."""
+        """Return the whole record in JSON-serializable types, with None for NaN and infinity."""
         return to_json_value({**vars(self), "dead": self.dead})
 
 
@@ -110,7 +112,7 @@ def to_json_value(value: Any) -> Any:
 
 
 def format_cells(total: Record, steps: Sequence[Record]) -> dict[str, str]:
-    """A gate's row in the summary and in the report, by header: totals over all steps, and the worst step."""
+    """Return a gate's row in the summary and report, keyed by header: totals over all steps, and the worst step."""
     first = {"gate": total.layer, "experts": "x".join(map(str, total.load.shape)), "forwards": f"{total.forwards}"}
     worst, at = max(((float(record.relative_requested.max()), -record.step) for record in steps), default=(0, 0))
     rest = {
@@ -131,7 +133,7 @@ def format_cells(total: Record, steps: Sequence[Record]) -> dict[str, str]:
 
 
 def relative(counts: Tensor) -> Tensor:
-    """Counts over their mean, float64; zeros if all counts are 0."""
+    """Return counts over their mean, in float64, or zeros if all counts are 0."""
     return counts / counts.to(torch.float64).mean().clamp(min=1 / counts.numel())
 
 
@@ -140,13 +142,14 @@ def format_range(values: Tensor) -> str:
 
 
 def count_measurements(shape: Sequence[int]) -> int:
-    """The number w of values that a forward has, from the shape of its load."""
+    """Return the number w of values per forward pass, given the shape of the load."""
     return 1 + NUM_SUMS + 2 * math.prod(shape)
 
 
 def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
-    """The numbers of one forward, `(w,)` float32, on its device and without a host sync: the largest imbalance, the
-    sums, and the requests and the load of each expert. A token takes part if it is real and makes a choice."""
+    """Return the numbers of one forward pass, `(w,)` float32, on its device and without a host sync: the largest
+    imbalance, the sums, and the requests and load of each expert. A token takes part if it is real and makes a choice.
+    """
     e, computed, probs = routing.num_experts, get_computed_mask(routing), routing.probs.detach().float()
     requested, load = routing.queue_length, count_expert_load(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
     group_requests = requested.sum(dim=-1, keepdim=True)
@@ -167,13 +170,13 @@ def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
         torch.where(tokens, entropy, 0.0),
         torch.where(tokens, probs.amax(dim=-1), 0.0),  # confidence
     )
-    worst = pad(imbalance.flatten(), (1, 0)).amax()  # the padding covers the case of no groups
+    worst = pad(imbalance.flatten(), (1, 0)).amax()  # the padding handles the case of no groups
     numbers = (worst, *(each.sum() for each in sums), requested.sum(dim=-2), load)
     return torch.cat([each.float().flatten() for each in numbers])
 
 
 def make_record(layer: str, step: int, losses: Mapping[str, float], numbers: Tensor, shape: Sequence[int]) -> Record:
-    """Aggregate forwards into one record, from their numbers `(r, w)` in float64 and the shape of the load."""
+    """Aggregate forward passes into one record, given their numbers `(r, w)` in float64 and the shape of the load."""
     worst, sums, *counts = numbers.split([1, NUM_SUMS, math.prod(shape), math.prod(shape)], dim=1)
     tokens, groups, imbalance, dropped, unavoidable, unseen, entropy, confidence = sums.sum(dim=0).tolist()
     requested, load = (count.sum(dim=0).to(torch.int64).view(*shape) for count in counts)
@@ -200,7 +203,7 @@ def make_record(layer: str, step: int, losses: Mapping[str, float], numbers: Ten
 
 
 def get_computed_mask(routing: Routing) -> Tensor:
-    """`(..., b, n)` bool, the tokens that an expert computes."""
+    """Return `(..., b, n)` bool, True for tokens that an expert computes."""
     if routing.k is not None:
         return routing.kept.unflatten(-1, (routing.num_tokens, routing.k)).any(dim=-1)
     zeros = torch.zeros_like(routing.probs[..., 0], dtype=torch.int64)

@@ -1,9 +1,9 @@
-"""Keeps the last forwards of each gate, one row of numbers per forward, in a ring buffer on the gate's device.
+"""Keeps the last forward passes of each gate in a ring buffer on the gate's device, one row of numbers per pass.
 
 A forward hook on each gate reduces its `Routing` to one short row and writes it in place into the ring buffer. This
-bounds the memory, lets `torch.compile` trace the hook, and needs no host sync until something is read. When activation
-checkpointing recomputes forwards in a backward, they are not recorded, because no forward of the tracked model is in
-progress then. The state of each forward is kept in its own `TrackedCall`, so threads do not interfere.
+bounds the memory, lets `torch.compile` trace the hook, and needs no host sync until something is read. Recomputations
+under activation checkpointing are not recorded, because no forward pass of the tracked model is in progress then. The
+state of each forward pass is kept in its own `TrackedCall`, so threads do not interfere.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 WRITE_LOCK = threading.Lock()
 MAX_LOSSES = 12  # number of columns for losses in a row, including the z-loss
-INVALID_FORWARD = -1  # replaces the forward number of a row that was not written yet, or whose forward raised
+INVALID_FORWARD = -1  # forward number of a row that was not written or whose forward pass raised
 
 
 @dataclass(eq=False)
 class TrackedCall(ForwardCall):
-    """A forward of the tracked model that is in progress."""
+    """A forward pass, in progress, of the tracked model."""
 
-    clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # their values when it started
+    clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # their values when the pass started
 
 
 @dataclass(eq=False)
 class ForwardCounter(ForwardWatch):
-    """Numbers the forwards of the tracked model. Rows that a forward wrote before it raised are discarded.
+    """A watch that numbers the forward passes of the tracked model, and discards the rows of passes that raised.
 
     Args:
-        when: which forwards to record, as in `track_routing`.
+        when: which forward passes to record, as in `track_routing`.
     """
 
     when: str
@@ -55,7 +55,7 @@ class ForwardCounter(ForwardWatch):
         self.when = "never"
 
     def is_recorded(self, module: nn.Module) -> bool:
-        """Whether forwards in the current mode of `module` are recorded."""
+        """Return whether forward passes in the current mode of `module` are recorded."""
         return self.when in ("always", "training" if module.training else "eval")
 
     def make_call(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
@@ -79,9 +79,10 @@ class ForwardCounter(ForwardWatch):
 
 
 class PartForwards(ForwardWatch):
-    """Records a forward of a part of the tracked model that is called by itself, as `generate` calls `model.encoder`.
+    """A watch that records separate forward passes of a part of the tracked model, as in a call of `model.encoder` by
+    `generate`.
 
-    Within a forward of the tracked model, the part's forward belongs to that forward.
+    Within a forward pass of the tracked model, the part's forward belongs to that pass.
     """
 
     def __init__(self, forwards: ForwardCounter) -> None:
@@ -101,14 +102,14 @@ class PartForwards(ForwardWatch):
 
 
 def hold_write_lock() -> AbstractContextManager[Any]:
-    """A context manager that lets only one thread write at a time; in a traced graph it does nothing."""
+    """Return a context manager that lets only one thread write at a time. It does nothing in a traced graph."""
     return nullcontext() if torch.compiler.is_compiling() else WRITE_LOCK
 
 
 @dataclass(eq=False)
 class GateRingBuffer:
     """The last rows of one gate. A row holds the losses and the statistics in float32, which is exact up to 16 million
-    choices per forward. Its step number and forward number are int64, for runs of any length.
+    choices per forward pass. Its step number and forward number are int64, for runs of any length.
 
     Attributes:
         loss_names: names of the losses.
@@ -125,31 +126,31 @@ class GateRingBuffer:
         self.name: str = router.name  # an attribute because `torch.compile` reads it
         self.load_shape: tuple[int, ...] = (*router.outer_expert_dims, router.num_experts)
         self.has_bias: bool = router.expert_bias is not None
-        # a traced graph cannot store names, but it can call a function with a constant result; a method cannot be one
+        # a traced graph cannot store names, but it can call a function (not a method) with a constant result
         self.store_loss_names: Any = assume_constant_result(lambda losses: self._store_loss_names(losses))
         with torch.inference_mode(False), router.device:  # inference tensors cannot be written to outside of that mode
-            # one row more than `keep`: the oldest row shows whether the step after it is complete
+            # one row more than `keep`, because the oldest row shows whether the step after it is complete
             size = self.keep + 1
             self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
             self.numbers: Tensor = torch.full(
                 (size, 2), INVALID_FORWARD, dtype=torch.int64
-            )  # each row's step and forward
+            )  # step and forward number of each row
             self.clock: Tensor = torch.tensor([0, -1], dtype=torch.int64)  # current step number and forward number
             self.num_written: Tensor = torch.zeros(1, dtype=torch.int64)
         self.counter.buffers.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The records on the CPU, without the model: a copy can be read, but does not record."""
+        """Return the records on the CPU, without the model. A copy can be read, but does not record."""
         state = {name: value for name, value in vars(self).items() if name not in ("router", "store_loss_names")}
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def _store_loss_names(self, losses: tuple[str, ...]) -> None:
         if len(losses) > MAX_LOSSES:
-            raise ValueError(f"{self.name!r} has {len(losses)} losses, at most {MAX_LOSSES} can be recorded")
+            raise ValueError(f"{self.name!r} has {len(losses)} losses, but at most {MAX_LOSSES} can be recorded")
         self.loss_names = losses
 
     def write_row(self, gate: nn.Module, routing: Routing, importance: Tensor | None) -> None:
-        """Add the row of a forward. `torch.compile` traces this method, so it only changes tensors, in place."""
+        """Add the row of a forward pass. `torch.compile` traces this method, so it only changes tensors, in place."""
         self.store_loss_names(tuple(routing.losses))
         if not self.counter.is_recorded(gate):
             return
@@ -157,10 +158,10 @@ class GateRingBuffer:
         if call is None:
             if not self.counter.was_called and (compiling or threading.get_ident() == self.counter.thread_id):
                 raise RuntimeError(
-                    f"{self.name!r} ran, but not within a forward of the module given to track_routing: give it "
-                    "the module that you call"
+                    f"{self.name!r} ran outside of a forward pass of the module passed to track_routing; pass the "
+                    "module that you call"
                 )
-            return  # a recomputation in backward, or a forward that another thread started before the context
+            return  # a recomputation, or a forward pass that another thread started before the context
         # a graph cannot read the tensors of `call`, which was created outside of it
         clock = self.clock if compiling else call.clocks.get(self, self.clock)
         with torch.no_grad():
@@ -174,20 +175,20 @@ class GateRingBuffer:
                 self.num_written.add_(1)
 
     def read_steps(self, by_steps: bool) -> list[StepRows]:
-        """The number and the rows `(forwards, width)`, float64 on the CPU, of every remembered step, or of every
-        forward unless `by_steps`, oldest first."""
-        call_stack.current_call(self.counter)  # detects a forward of this thread that was interrupted
+        """Return the number and the rows `(forwards, width)`, float64 on the CPU, of every stored step, or of every
+        forward pass unless `by_steps`, oldest first."""
+        call_stack.current_call(self.counter)  # detects interrupted forward passes of this thread
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD
         numbers, rows = numbers[written, 0 if by_steps else 1], rows[written]
         rows = rows[numbers.argsort(stable=True)]  # threads write their rows in any order
         numbers, sizes = numbers.unique(return_counts=True)
         steps = list(zip(numbers.tolist(), rows.split(sizes.tolist()), strict=True))
-        # once rows are overwritten, the oldest step may be incomplete
+        # once rows have been overwritten, the oldest step may be incomplete
         return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
 
     def make_record(self, steps: Sequence[StepRows]) -> Record:
-        """Join some steps into one record, with the number of the first step."""
+        """Combine some steps into one record, with the number of the first step."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
         losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
         named = dict(zip(self.loss_names, losses.tolist(), strict=False))

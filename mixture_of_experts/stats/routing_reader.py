@@ -1,10 +1,10 @@
-"""Reads the routing decisions of a model's gates in a forward, including routers of other libraries.
+"""Reads the routing decisions of a model's gates in a forward pass, including routers of other libraries.
 
 Most of those routers return `(logits, weights, experts)` of flattened tokens. If one returns less, its choices are
 recomputed from its logits, as its provider describes them. The arguments of the enclosing model determine which tokens
 are padding and where sequences end.
 
-Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
+Axes: b sequences, n tokens of a sequence, e experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_r
 
 
 class RouterOutputReader(TokenWatch):
-    """Reads the outputs of the routers in one model."""
+    """A watch that reads the outputs of the routers in one model."""
 
     def to_routing(self, router: RouterHandle, output: Any) -> Routing:
-        """Convert what a router returned to a `Routing`."""
+        """Convert the output of a router to a `Routing`."""
         external, tokens = router.external, self.current_tokens()
         assert external is not None
         logits, weight, expert = read_router_output(router, output)
@@ -79,7 +79,7 @@ class RouterOutputReader(TokenWatch):
 
 
 def attach_gate_hooks(routers: Sequence[RouterHandle], on_routing: Callable[..., None], hooks: Attachments) -> None:
-    """Attach hooks that call `on_routing(router, gate, routing, importance)` after each forward of a gate."""
+    """Attach hooks that call `on_routing(router, gate, routing, importance)` after each forward pass of a gate."""
     readers = {
         router.enclosing_model: RouterOutputReader(router.enclosing_model) for router in routers if router.is_external
     }
@@ -93,21 +93,21 @@ def attach_gate_hooks(routers: Sequence[RouterHandle], on_routing: Callable[...,
             on_routing(router, gate, check_routing(repr(router.name), routing), importance)
 
         hooks.add_forward_hook(router.hook_target, hook, with_kwargs=True)
-    for reader in readers.values():  # routers in the same model share one
+    for reader in readers.values():  # routers in the same model share a reader
         reader.attach_to(reader.model, hooks)
 
 
 @torch.no_grad()
 def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing]:
-    """Run one forward of a model without gradients, in its current mode, and return what each gate decided.
+    """Run one forward pass of a model without gradients, in its current mode, and return the decisions of each gate.
 
     Args:
         model: a model with gates, as for `track_routing`. It must not be compiled, because its graph has no hooks.
         args, kwargs: arguments of the model.
 
     Returns:
-        The `Routing` of each gate, by its path in the model. For a gate that ran more than once it is that of
-        the last call. For a router of another library it is built from what the router returned.
+        The `Routing` of each gate, keyed by its path in the model. If a gate ran more than once, it is that of the last
+        call. For a router of another library, it is constructed from what the router returned.
 
     Raises:
         ValueError: the model has no gate.
@@ -130,7 +130,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         model(*args, **kwargs)
     if not found:
         raise RuntimeError(
-            f"no gate of the {type(model).__name__} ran: give routing_of the model's own arguments, and call it before "
-            "the model is compiled"
+            f"no gate of the {type(model).__name__} ran; pass the model's own arguments to routing_of, and call it "
+            "before compiling the model"
         )
     return {router.name: found[router.name] for router in routers if router.name in found}

@@ -1,4 +1,5 @@
-"""`track_routing` records the routing decisions of a model's gates; `RoutingStats` gives access to them."""
+"""`track_routing`, which records the routing decisions of a model's gates, and `RoutingStats`, which gives access to
+them."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TrackingMode = Literal["always", "training", "eval"]
-MAX_DRAWN = 24  # gates that a report draws at most: drawing 300 took half a minute
+MAX_DRAWN = 24  # maximum number of gates that a report draws, because drawing 300 took half a minute
 NOTHING_RECORDED_ERROR = (
-    "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
-    "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
+    "no forward pass of a gate was recorded; call the model that was passed to track_routing inside the context. If it "
+    "was compiled and called before, its graph has no hooks; call torch.compiler.reset() first, or enter track_routing "
     "before the first compiled call"
 )
 
@@ -42,30 +43,30 @@ def track_routing(
     """Record the decisions of every gate in `model` inside the context.
 
     The recorded gates are those of `MoE` and `HeirarchicalMoE` layers, whatever their class, all other modules derived
-    from `Gate`, and the routers of other libraries that a provider describes (see `mixture_of_experts.providers`); for
+    from `Gate`, and the routers of other libraries that a provider describes (see `mixture_of_experts.providers`). For
     the latter, the attention mask determines which tokens are padding. Records can be read inside the context and after
     it.
 
-    A step is one forward of `model`, or of an inner model whose arguments describe the tokens and that is called
-    separately, as generation calls an encoder. If you call `stats.step()` after each optimizer step, all forwards since
-    the last call form one step (gradient accumulation).
+    A step is one forward pass of `model`, or of an inner model whose arguments describe the tokens and that is called
+    separately, as generation calls an encoder. If you call `stats.step()` after each optimizer step, all forward passes
+    since the last call form one step (gradient accumulation).
 
-    With activation checkpointing, reentrant or not, a forward is recorded once. With `torch.compile`, enter the context
-    before the first compiled call. Each rank records its own tokens. Forwards of all threads are recorded, except those
-    that started before the context was entered. A forward that raises is not counted.
+    With activation checkpointing, reentrant or not, a forward pass is recorded once. With `torch.compile`, enter the
+    context before the first compiled call. Each rank records its own tokens. Forward passes of all threads are
+    recorded, except those that started before the context was entered. A forward pass that raises is not counted.
 
     Args:
-        model: the module that you call; a forward of a gate counts only within a forward of this module.
-        keep: how many forwards to keep for each gate; the oldest are discarded.
-        when: which forwards to record: those in "training" mode, in "eval" mode, or "always".
-        gates: the gates to record, by name or as modules (gates, or layers that contain them); by default all.
+        model: the module that you call. A gate is recorded only within a forward pass of this module.
+        keep: number of forward passes to keep for each gate. The oldest are discarded.
+        when: which forward passes to record: those in "training" mode, in "eval" mode, or "always".
+        gates: the gates to record, as names or modules (gates, or layers that contain them). Default: all.
 
     Raises:
         ValueError: the model has no gate, or an argument is not allowed.
-        TypeError: in a forward, a router returns something that cannot be read.
-        RuntimeError: in a forward, the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
-            called that is not such an inner model (in both cases, track the module that you call); on reading, nothing
-            was recorded.
+        TypeError: in a forward pass, if a router returns something that cannot be read.
+        RuntimeError: in a forward pass, if the model itself runs inside `torch.utils.checkpoint`, or only a part of it
+            is called that is not such an inner model (in both cases, track the module that you call); on reading, if
+            nothing was recorded.
 
     Example:
         >>> import torch
@@ -90,9 +91,9 @@ def track_routing(
 
 
 class RoutingStats:
-    """The records of `track_routing`. Reading them synchronizes with the device; `step` and `layers` do not.
+    """The records of `track_routing`. Reading them synchronizes with the device, except for `step` and `layers`.
 
-    It can be pickled and copied: a copy has the records so far, on the CPU, and does not record.
+    The object can be pickled and copied. A copy has the records so far, on the CPU, and does not record.
     """
 
     def __init__(self, routers: Sequence[RouterHandle], keep: int, when: TrackingMode) -> None:
@@ -107,9 +108,9 @@ class RoutingStats:
         return tuple(self._buffers)
 
     def step(self) -> None:
-        """End a step: all forwards since the last call, or since the start, form one step.
+        """End a step. All forward passes since the last call, or since the start, form one step.
 
-        Raises a RuntimeError if no hook of a gate ran or was traced, because then nothing is recorded.
+        Raises a RuntimeError if no hook of a gate ran or was traced, because nothing is recorded in this case.
         """
         if not any(ring.loss_names for ring in self._buffers.values()):
             raise RuntimeError(NOTHING_RECORDED_ERROR)
@@ -118,38 +119,38 @@ class RoutingStats:
             ring.clock[0].add_(1)
 
     def records(self, layer: str) -> list[Record]:
-        """The remembered steps of a gate, oldest first."""
+        """Return the stored steps of a gate, oldest first."""
         ring = self._get_buffer(layer)
         return [ring.make_record([step]) for step in self._read_steps(layer)]
 
     def last(self, layer: str) -> Record:
-        """The last step of a gate."""
+        """Return the last step of a gate."""
         steps = self._read_steps(layer)
         if not steps:
-            raise RuntimeError(f"no forward of {layer!r} was recorded, but some of other gates")
+            raise RuntimeError(f"no forward pass of {layer!r} was recorded, although passes of other gates were")
         return self._get_buffer(layer).make_record(steps[-1:])
 
     def latest(self) -> list[Record]:
-        """The last step of every gate that ran."""
+        """Return the last step of every gate that ran."""
         return [self.last(layer) for layer in self.layers if self._read_steps(layer)]
 
     def total(self, layer: str) -> Record:
-        """All remembered steps of a gate as one record; an expert that is `dead` in it got no token in any step."""
+        """Return all stored steps of a gate as one record. Experts that are `dead` in it got no tokens in any step."""
         return replace(self._get_buffer(layer).make_record(self._read_steps(layer)), step=-1)
 
     def scalars(self) -> dict[str, float]:
-        """The scalars of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
+        """Return the scalars of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
         return {f"{record.layer}/{name}": value for record in self.latest() for name, value in record.scalars().items()}
 
     def summary(self) -> str:
-        """A table with one line for each gate, over all remembered steps.
+        """Return a table with one line for each gate, over all stored steps.
 
         "requested" and "load" are the minimum and maximum over experts, before and after capacity, relative to a
-        balanced load. "in a group" is the load of a group's most requested expert: the mean over groups, and the worst.
-        "worst step" is the highest relative request for an expert in any step, and the step's number. Lines below the
-        table warn about dead experts, gates that drop over 10 % more choices than a balanced load would, gates that
-        requested an expert more than twice or less than a tenth as often as a balanced load in the last quarter of the
-        steps, and gates whose probabilities are NaN.
+        balanced load. "in a group" is the load of a group's most requested expert, as the mean over groups and the
+        maximum. "worst step" is the highest relative request for an expert in any step, and the step's number. Lines
+        below the table warn about dead experts, gates that drop over 10 % more choices than they would with a balanced
+        load, gates that in the last quarter of the steps requested an expert more than twice or less than a tenth as
+        often as with a balanced load, and gates whose probabilities are NaN.
         """
         cells = [self._format_cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
@@ -160,7 +161,7 @@ class RoutingStats:
         return "\n".join([*(line.format(*row).rstrip() for row in rows), *warned])
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
-        """Write a JSON Lines file with every remembered step of every gate, ordered by step.
+        """Write a JSON Lines file with every stored step of every gate, ordered by step.
 
         NaN and infinity are written as null.
         """
@@ -172,13 +173,13 @@ class RoutingStats:
     def plot(self, layer: str | None = None, *, requested: bool = False, ax: Axes | None = None) -> Figure:
         """Draw a heat map of the experts' relative load (1 is balanced), for all gates or for one gate over its steps.
 
-        Without `layer`, each gate has a row that its experts share, over all remembered steps; a cross marks an expert
+        Without `layer`, each gate has one row that its experts share, over all stored steps. A cross marks an expert
         without tokens. With `layer`, there is one row per expert and one column per step.
 
         Args:
             layer: one of `layers`.
-            requested: show what the router requested, before capacity, instead of what the experts computed.
-            ax: axes to draw in; by default a new figure is created.
+            requested: whether to show the router's requests, before capacity, instead of what the experts computed.
+            ax: axes to draw in. Default: those of a new figure.
 
         Returns:
             The figure.
@@ -210,13 +211,13 @@ class RoutingStats:
     def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
         """Write a self-contained HTML page that shows what was recorded.
 
-        The page shows the load of every gate, before and after capacity, over all remembered steps; the table of
-        `summary`; and the requests for each gate's experts over the steps. With more than 24 gates, only 24 are drawn,
-        those with warnings first, and the page says so.
+        The page shows the load of every gate, before and after capacity, over all stored steps, the table of `summary`,
+        and the requests for each gate's experts over the steps. With more than 24 gates, only 24 are drawn, those with
+        warnings first, and the page says so.
 
         Args:
-            path: path of the file; an existing file is overwritten.
-            name: the title of the page, for example the run's name; the date is shown below it.
+            path: path of the file. An existing file is overwritten.
+            name: title of the page, such as the name of the run. The date is shown below it.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -235,8 +236,8 @@ class RoutingStats:
         drawn, left_out = gates_to_draw(layers, notes), ""
         if len(drawn) < len(layers):
             left_out = (
-                f"{len(drawn)} of {len(layers)} gates are drawn: those with notes first, and others from all over the "
-                "model. The table has all; RoutingStats.plot(gate) draws each."
+                f"{len(drawn)} of {len(layers)} gates are drawn: those with warnings first, then others from across "
+                "the model. The table lists all gates; RoutingStats.plot(gate) draws a single one."
             )
         html = render_page(
             name,
@@ -249,7 +250,8 @@ class RoutingStats:
             over_steps={layer: self.plot(layer, requested=True) for layer in drawn},
             left_out=left_out,
         )
-        text = html.encode("utf-8", "backslashreplace")  # encode before opening the file: names may have surrogates
+        # encode before opening the file, because names may have surrogates
+        text = html.encode("utf-8", "backslashreplace")
         with open(path, "wb") as file:
             file.write(text)
 
@@ -259,11 +261,11 @@ class RoutingStats:
 
     def _get_buffer(self, layer: str) -> GateRingBuffer:
         if layer not in self._buffers:
-            raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self._buffers))}")
+            raise KeyError(f"there is no gate {layer!r}; the gates are {', '.join(map(repr, self._buffers))}")
         return self._buffers[layer]
 
     def _read_steps(self, layer: str) -> list[StepRows]:
-        """The remembered steps of a gate; raises a RuntimeError if nothing was recorded for any gate."""
+        """Return the stored steps of a gate. Raise a RuntimeError if nothing was recorded for any gate."""
         ring = self._get_buffer(layer)
         if not any(int(each.num_written) for each in self._buffers.values()):
             raise RuntimeError(NOTHING_RECORDED_ERROR)
@@ -278,7 +280,7 @@ class RoutingStats:
 
 
 def gates_to_draw(layers: Sequence[str], notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Select at most `MAX_DRAWN` gates: those with warnings first, then others spread evenly over the model. They are
+    """Select at most `MAX_DRAWN` gates, those with warnings first, then others spread evenly over the model. They are
     returned in the model's order."""
     noted = [layer for layer in layers if notes[layer]][:MAX_DRAWN]
     others, room = [layer for layer in layers if not notes[layer]], MAX_DRAWN - len(noted)

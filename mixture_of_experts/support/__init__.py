@@ -1,1 +1,1 @@
-"""Utilities shared by the whole package: checks, settings, tracing, private names of torch."""
+"""Utilities for the whole package: checks, settings, tracing, and private names of torch."""

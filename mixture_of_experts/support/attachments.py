@@ -1,6 +1,6 @@
-"""Hooks and settings that a context sets on modules and removes at its end.
+"""Hooks and settings that a context sets on modules, and removes at its end.
 
-Copies and pickles of such a module do not contain them, even if made while the context is open.
+Copies and pickles of such modules do not contain them, even if they are created while the context is active.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ HOOK_TABLES = (
 )
 
 
-#: attributes that a module has while something is attached to it
+#: attributes that are set on a module while something is attached to it
 INSTANCE_OVERRIDES = ("__getstate__", "__deepcopy__")
-#: marks an attribute that a module itself does not have
+#: marks an attribute that is not set on the module itself
 MISSING = object()
 
 
 class Attachments(ExitStack):
-    """What a context sets on modules; `close()`, or the end of a `with` block, removes it.
+    """Hooks and attributes that a context sets on modules. `close()`, or the end of a `with` block, removes them.
 
-    Other threads may run forwards of the modules. Torch may call a hook that is just being set or removed without the
-    keyword arguments that it requested: hooks have defaults for them, and do nothing in such a forward.
+    Other threads may run forwards of the modules. Torch may call a hook that is currently being set or removed without
+    the keyword arguments that it requested, so hooks must have defaults for them, and do nothing in such a forward.
     """
 
     def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
@@ -41,15 +41,15 @@ class Attachments(ExitStack):
         self._register_handle(module, module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True))
 
     def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any], **settings: bool) -> None:
-        """Set a forward hook, with the settings of `register_forward_hook`."""
+        """Set a forward hook with the settings of `register_forward_hook`."""
         self._register_handle(module, module.register_forward_hook(hook, **settings))
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute. With several contexts, the last one entered applies, in whatever order they end."""
+        """Set an attribute. If several contexts set it, the last one entered applies. They may end in any order."""
         with ATTACHMENT_LOCK:
             own, before = name in vars(module), getattr(module, name, MISSING)
-            setattr(module, name, value)  # it may reject the value
-            before = before if own or name not in vars(module) else MISSING  # of the class
+            setattr(module, name, value)  # raises if the value is invalid
+            before = before if own or name not in vars(module) else MISSING  # an attribute of the class
             get_detached_state(module).attribute_values.setdefault(name, [(None, before)]).append((self, value))
         self.callback(self._restore_attribute, module, name)
 
@@ -70,7 +70,7 @@ class Attachments(ExitStack):
             state = get_detached_state(module)
             last, held = state.attribute_values[name][-1]
             values = [(owner, value) for owner, value in state.attribute_values[name] if owner is not self]
-            if last is self and getattr(module, name, MISSING) is held:  # no other value has been set since
+            if last is self and getattr(module, name, MISSING) is held:  # not overwritten since
                 if values[-1][1] is MISSING:
                     delattr(module, name)
                 else:
@@ -83,11 +83,10 @@ class Attachments(ExitStack):
 
 
 class DetachedState:
-    """The `__getstate__` of a module while something is attached to it: its state without what is attached.
+    """The `__getstate__` of a module while something is attached to it, which returns the state without attachments.
 
-    Copying and pickling ask an object for its state. This is an attribute of the module itself, so its class is
-    unchanged. If a class has its own `__deepcopy__`, as that of a parametrized module, it is called with a stand-in
-    that has this state.
+    Copying and pickling call `__getstate__`. It is set on the module itself, so that its class does not change. If the
+    class has a custom `__deepcopy__`, as parametrized modules do, it is called with a stand-in that has this state.
     """
 
     hook_ids: set[int]
@@ -95,15 +94,15 @@ class DetachedState:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.hook_ids = set()  # of hooks
-        self.attribute_values = {}  # of attributes: the module's own value, then those of contexts
+        self.hook_ids = set()  # ids of the handles of attached hooks
+        self.attribute_values = {}  # by attribute: the module's own value, followed by those of contexts
 
     def __call__(self) -> dict[str, Any]:
-        of_class = getattr(type(self.module), "__getstate__", None)  # before Python 3.11 not every class has it
+        of_class = getattr(type(self.module), "__getstate__", None)  # not all classes have it before Python 3.11
         return self.strip_attachments(self.module.__dict__ if of_class is None else of_class(self.module))
 
     def strip_attachments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a state without what is attached."""
+        """Return a state without attachments."""
         state = {name: value for name, value in state.items() if name not in INSTANCE_OVERRIDES}
         for table in HOOK_TABLES:
             if table in state:
@@ -113,13 +112,13 @@ class DetachedState:
         return {name: value for name, value in state.items() if value is not MISSING}
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
-        """The `__deepcopy__` of a module whose class has one."""
+        """Implement the `__deepcopy__` of a module whose class has one."""
         shadow = memo.get(id(self))
         if shadow is None:
             shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive
             shadow.__dict__ = self.strip_attachments(self.module.__dict__)
             memo[id(self.module)] = type(self.module).__deepcopy__(shadow, memo)  # type: ignore[attr-defined]
-        return memo[id(shadow)]  # within a recursive copy: the copy that is being made
+        return memo[id(shadow)]  # in a recursive call, the copy that is under construction
 
     def remove_if_empty(self) -> None:
         if not self.hook_ids and not self.attribute_values:

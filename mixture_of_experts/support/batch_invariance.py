@@ -1,15 +1,16 @@
-"""Batch invariance: products on a CPU whose rows do not depend on the other rows, bit by bit.
+"""Batch-invariant computations on a CPU, in which the bits of a row do not depend on the other rows.
 
-Libraries choose the order of summation by the number of rows: a row alone rounds differently from the same row among
-others. So rows are multiplied in blocks, with a size for which several blocks have the same bits as each one alone, and
-at most `MAX_ROWS` at a time. The size is found by sampling the function that runs, with operands of the same dtypes,
-shapes and strides, on the same number of threads. Torch computes elementwise functions, such as `sigmoid`, in vectors,
-and rounds the elements that do not fill a vector differently. A tensor with `GRAIN_SIZE` elements or more is split
-among threads, and each part can end in such elements. So these functions get whole vectors, and fewer elements than
-`GRAIN_SIZE`.
+Libraries choose the order of summation by the number of rows, so that a single row is rounded differently from the same
+row in a batch. Therefore rows are multiplied in blocks of a size for which several blocks have the same bits as each
+block alone, and at most `MAX_ROWS` at a time. This size is determined by sampling the function that is used, with
+operands of the same dtypes, shapes and strides, and the same number of threads.
 
-`ops.use("batch_invariant")` enables all of this. A module raises unless it is listed here or its class implements
-`variant_reason`.
+Torch computes elementwise functions, such as `sigmoid`, in vectors, and rounds elements that do not fill a vector
+differently. Tensors with `GRAIN_SIZE` elements or more are split among threads, and each part may end in such elements.
+Therefore these functions receive whole vectors, and fewer elements than `GRAIN_SIZE`.
+
+`ops.use("batch_invariant")` enables these computations. Modules raise an error unless they are listed here or their
+class implements `variant_reason`.
 
 Axes: t tokens, p inner and q outer dimension of a product, r rows.
 """
@@ -37,13 +38,13 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.subclassing import is_package_class, list_members
 
 BATCH_INVARIANT = "batch_invariant"
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # rows of a block, tried in this order
-MAX_ROWS = 3 * BLOCK_SIZES[-1]  # of a product: no more are sampled
-MIN_COLUMNS = 16  # with fewer, the bits depend on a row's position
-VECTOR_NUMEL = 64  # a multiple of the vector length of every dtype
-GRAIN_SIZE = 32768  # number of elements from which on torch splits a tensor among threads
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows per block, tried in this order
+MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, which is also the sampled number
+MIN_COLUMNS = 16  # with fewer columns, the bits depend on the position of a row
+VECTOR_NUMEL = 64  # a multiple of the vector lengths of all dtypes
+GRAIN_SIZE = 32768  # minimum number of elements for which torch splits a tensor among threads
 
-#: modules of torch that map each row independently; containers among them only call the modules inside
+#: modules of torch that map each row independently; containers only call the modules that they contain
 TOKENWISE_MODULES: set[type] = {
     nn.Linear,
     nn.RMSNorm,
@@ -58,16 +59,17 @@ TOKENWISE_MODULES: set[type] = {
 }
 TOKENWISE_MODULES |= {nn.Sequential, nn.ModuleDict, nn.ParameterDict}
 CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper"
-#: attributes of a class that do not compute outputs, or follow from others
+#: attributes of a class that do not affect outputs or are derived from other attributes
 IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_assignments", "allocates_outputs"}
 
-#: computes a product of rows x `(..., r, p)` with operands, and what belongs to it, such as its gradient from rows y
-#: `(..., r, q)`: `compute(x, y, *operands)` returns tensors `(v, ..., r, anything)`, v results that must be equal
+#: a function `compute(x, y, *operands)` that computes a product of rows x `(..., r, p)` with operands, and related
+#: results such as its gradient for rows y `(..., r, q)`. It returns tensors `(v, ..., r, anything)` with v results
+#: each, which must be equal
 SampledFunction = Callable[..., list[Tensor]]
 
 
 class OperandLayout(NamedTuple):
-    """What the bits of a product depend on in addition to the values of an operand."""
+    """Properties of an operand, in addition to its values, that affect the bits of a product."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -75,25 +77,25 @@ class OperandLayout(NamedTuple):
 
 
 def reject_batch_invariance(what: str) -> None:
-    """Raise ValueError if batch invariance is requested, for products that are not computed in blocks."""
+    """Raise ValueError if batch invariance is requested. Call this for products that are not computed in blocks."""
     if requested_implementation() == BATCH_INVARIANT:
-        raise ValueError(f"{BATCH_INVARIANT!r} was asked for, and {what}: ask for 'auto'")
+        raise ValueError(f"{BATCH_INVARIANT!r} is requested, but {what}. Request 'auto' to disable batch invariance")
 
 
-# Which modules are batch-invariant
+# Detection of batch-invariant modules
 
 
 def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
-    """Raise ValueError if batch invariance is requested and a part of a layer is not known to be invariant: gates and
-    experts implement `variant_reason`, a `shared_expert` must consist of known modules."""
+    """Raise ValueError if batch invariance is requested and a part of a layer is not known to be invariant.
+
+    Gates and experts implement `variant_reason`, while a `shared_expert` must consist of known modules.
+    """
     if requested_implementation() != BATCH_INVARIANT:
         return
     if torch.compiler.is_compiling() or is_in_transform():
-        reject_batch_invariance(
-            "a graph is being traced, or a transform of torch.func runs, in which numbers cannot be read"
-        )
+        reject_batch_invariance("values cannot be read while a graph is traced or a transform of torch.func runs")
     if x.device.type != "cpu":
-        reject_batch_invariance(f"the inputs are on {x.device}: move model and inputs to a CPU")
+        reject_batch_invariance(f"the inputs are on {x.device}; move the model and the inputs to a CPU")
     for name, part in parts.items():
         why = not_tokenwise_reason if name == "shared_expert" else variant_reason
         if part is not None and (reason := why(part)) is not None:
@@ -101,26 +103,27 @@ def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
 
 
 def raise_not_invariant(name: str, reason: str) -> None:
-    """Raise ValueError for a part of a layer that is not known to be invariant; the reason ends with a remedy."""
+    """Raise ValueError for a part of a layer that is not known to be invariant. The reason includes a remedy."""
     raise ValueError(
-        f"{BATCH_INVARIANT!r} was asked for, and the part {name} is not known to keep a token's bits: {reason}; or ask "
-        "for 'auto'"
+        f"{BATCH_INVARIANT!r} is requested, but the part {name} is not known to be batch-invariant: {reason}. "
+        "Alternatively, request 'auto'"
     )
 
 
 def variant_reason(module: nn.Module) -> str | None:
-    """Why the bits of a gate's or experts' results, wrapped or not, may depend on the batch; None if they do not."""
+    """Return why the bits of the results of a (possibly wrapped) gate or experts may depend on the batch, or None if
+    they do not."""
     inner: Any = unwrap_module(module)
     if not callable(getattr(inner, "variant_reason", None)):
-        return f"{type(inner).__name__} is an unknown module: take one of this package"
+        return f"{type(inner).__name__} is an unknown module; use one of this package"
     if (name := find_overridden_attribute(inner)) is not None:
-        return f"{type(inner).__name__} has {name!r} of its own: take a class of this package"
+        return f"{type(inner).__name__} overrides {name!r}; use a class of this package"
     return inner.variant_reason()
 
 
 def find_overridden_attribute(module: nn.Module) -> str | None:
-    """The attribute with which a class outside of this package, or the module itself, changes a class of the package;
-    None if there is none."""
+    """Return an attribute of a class of this package that a class outside of it, or the module itself, overrides, or
+    None."""
     kinds = get_original_class(module).__mro__
     ours = next(kind for kind in kinds if is_package_class(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
@@ -129,15 +132,16 @@ def find_overridden_attribute(module: nn.Module) -> str | None:
 
 
 def not_tokenwise_reason(module: nn.Module) -> str | None:
-    """Why a module may not map each token independently, with bits that blocks preserve; None if all its parts do."""
+    """Return why a module may not map each token independently with bits that blocks preserve, or None if all of its
+    parts do."""
     for part in module.modules():
         kind = get_original_class(part)
         known = kind in TOKENWISE_MODULES or vars(kind).get("by_token")
         known = known or ask_providers(part, lambda provider, part=part: provider.is_tokenwise(part))
         if not known and f"{kind.__module__}.{kind.__qualname__}" != CHECKPOINT_WRAPPER:
-            return f"{kind.__name__} is an unknown module: take SharedExpert, or nn.Sequential of nn.Linear and others"
+            return f"{kind.__name__} is an unknown module; use SharedExpert, or nn.Sequential of nn.Linear and others"
         if isinstance(part, nn.Dropout) and part.training and part.p:
-            return f"{part} draws random numbers in training: set its p to 0"
+            return f"{part} draws random numbers in training; set its p to 0"
     return None
 
 
@@ -145,7 +149,7 @@ def not_tokenwise_reason(module: nn.Module) -> str | None:
 
 
 def get_layout(tensor: Tensor) -> OperandLayout:
-    """The layout of a matrix or a vector; for a stack of matrices that of the first two."""
+    """Return the layout of a matrix or vector, or that of the first two matrices of a stack."""
     stack = [min(2, n) for n in tensor.shape[:-2]]
     return OperandLayout(tensor.dtype, (*stack, *tensor.shape[len(stack) :]), tensor.stride())
 
@@ -153,8 +157,11 @@ def get_layout(tensor: Tensor) -> OperandLayout:
 def find_block_rows(
     compute: SampledFunction, sizes: Sequence[int], *operands: Tensor | None, dtype: torch.dtype | None = None
 ) -> int:
-    """The smallest of `BLOCK_SIZES` for which `compute` preserves the bits of a row x `(..., p)` in `dtype`, by default
-    that of the first operand, with these operands; `sizes` are p and q. Raises RuntimeError if there is none."""
+    """Return the smallest of `BLOCK_SIZES` for which `compute` with these operands preserves the bits of rows.
+
+    Rows are x `(..., p)` in `dtype`, by default that of the first operand. `sizes` are p and q. Raise RuntimeError if
+    no size preserves the bits.
+    """
     p, q = sizes
     layouts = tuple([None if operand is None else get_layout(operand) for operand in operands])
     narrow = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -172,8 +179,11 @@ def _sample_block_rows(
     q: int,
     layouts: tuple[OperandLayout | None, ...],
 ) -> int:
-    """`find_block_rows`, with random numbers whose sums cancel out, so that only rounding is left: with other numbers,
-    rounding to 16 bits usually hides the order of summation. This samples, it does not prove."""
+    """Implement `find_block_rows` by sampling, which is not a proof.
+
+    Sums of the random numbers cancel out, so that only rounding errors remain. With other numbers, rounding to half
+    precision usually hides the order of summation.
+    """
     assert layouts[0] is not None
     generator, stack = torch.Generator().manual_seed(0), layouts[0].shape[:-2]
 
@@ -193,17 +203,19 @@ def _sample_block_rows(
             if all(is_bitwise_equal(compute, x, y, operands, whole, *piece) for piece in iter_pieces(size)):
                 return size
     raise RuntimeError(
-        f"{BATCH_INVARIANT!r} was asked for, and this CPU's products of {dtype}, {p} x {q}, on {threads} threads "
-        f"differ for every number of rows up to {BLOCK_SIZES[-1]}: take another number of threads, or 'auto'"
+        f"{BATCH_INVARIANT!r} is requested, but products of {dtype}, {p} x {q}, with {threads} threads on this CPU "
+        f"depend on the batch for all block sizes up to {BLOCK_SIZES[-1]}; use another number of threads, or 'auto'"
     )
 
 
 def make_sums_cancel(
     x: Tensor, y: Tensor, weight: Tensor | None, *others: Tensor | None, order: torch.Generator
 ) -> None:
-    """Change the values so that the sums of x `(..., r, p)` times the weight `(..., p, q)`, or `(..., q, p)`, and of y
-    `(..., r, q)` times its transpose, have pairs of terms that cancel out. Half of y, and of other operands, is set to
-    0, because they are added to such sums and would hide them."""
+    """Change values in place so that terms of the sums cancel out in pairs.
+
+    The sums are those of x `(..., r, p)` times the weight `(..., p, q)` or `(..., q, p)`, and of y `(..., r, q)` times
+    its transpose. Half of y and of other operands is set to 0, because they are added to such sums and would hide them.
+    """
     assert weight is not None
     matrix = weight if weight.shape[-2:] == (x.shape[-1], y.shape[-1]) else weight.mT
     for rows, dim in ((x, -2), (y, -1)):
@@ -212,7 +224,7 @@ def make_sums_cancel(
         rows.mul_(8)  # so that float16 can represent the small remainders
         rows[..., second] = -rows[..., first]
         rows[..., places[2 * half :]] = 0
-        for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # a stack may repeat one in memory
+        for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # matrices of a stack may share memory
             each.index_copy_(dim, second, each.index_select(dim, first))
         if rows is y:
             rows[..., first[::2]] = rows[..., second[::2]] = 0
@@ -223,8 +235,11 @@ def make_sums_cancel(
 
 @contextmanager
 def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
-    """A context for sampling, with autocast to `narrow` or without autocast. It is invisible to modes and saved-tensor
-    hooks: those of activation checkpointing count what a forward saves, and a recomputation does not sample again."""
+    """Context manager for sampling with autocast to `narrow`, or without autocast.
+
+    Modes and saved-tensor hooks do not apply inside, because activation checkpointing counts what a forward saves, and
+    a recomputation does not sample again.
+    """
     same: Any = lambda tensor: tensor  # noqa: E731
     autocast = torch.autocast("cpu", narrow or torch.bfloat16, enabled=narrow is not None, cache_enabled=False)
     hooks = torch.autograd.graph.saved_tensors_hooks(same, same)
@@ -233,8 +248,8 @@ def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
 
 
 def iter_pieces(size: int) -> Iterator[tuple[int, int, int]]:
-    """Row counts (multiples of `size`), the rows where they start, and how many rows come before them in memory (also a
-    multiple of `size`); the smallest counts, which differ most, come first."""
+    """Yield row counts (multiples of `size`), their first rows, and the number of preceding rows in memory (also a
+    multiple of `size`). The smallest counts come first, because they differ most."""
     numbers = {*(size * many for many in (1, 2, 3, 4, 5, 7)), MAX_ROWS // 2 // size * size, MAX_ROWS}
     for number in sorted(number for number in numbers if number <= MAX_ROWS):
         starts = {0, MAX_ROWS - number} if number > 3 * size else {0, 1, 3, MAX_ROWS - number}
@@ -252,7 +267,7 @@ def is_bitwise_equal(
     start: int,
     before: int,
 ) -> bool:
-    """Whether rows have the same bits as in `whole`, when stored in memory with other rows before them."""
+    """Return whether rows have the same bits as in `whole` if they are preceded by other rows in memory."""
     some = slice(start, start + number)
     rows, grads = (copy_at_offset(part[..., some, :], before * part.shape[-1]) for part in (x, y))
     results = zip(compute(rows, grads, *operands), whole, strict=True)
@@ -260,13 +275,14 @@ def is_bitwise_equal(
 
 
 def copy_at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """A contiguous copy that starts at an offset in its memory, where vectors may not be aligned."""
+    """Return a contiguous copy at an offset in its memory, where vectors may not be aligned."""
     memory = tensor.new_empty(offset + tensor.numel())
     return memory[offset:].view(tensor.shape).copy_(tensor)
 
 
 def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """A `SampledFunction` for a differentiable function: its result without and with grad, and the gradient of x."""
+    """Implement a `SampledFunction` for a differentiable function, returning its results without and with grad mode,
+    and the gradient of x."""
     alone = function(x)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -276,25 +292,25 @@ def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Te
 
 
 def compute_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The `SampledFunction` of `nn.Linear`."""
+    """Implement the `SampledFunction` of `nn.Linear`."""
     return compute_with_gradient(lambda x: F.linear(x, weight, bias), x, y)
 
 
 def round_up_to_vectors(size: int, *widths: int) -> int:
-    """The smallest multiple of `size`, a power of two up to 64, for which this many rows of any of these widths fill
-    whole vectors. It divides `MAX_ROWS`."""
+    """Return the smallest multiple of `size`, a power of two up to 64, such that this number of rows of any of these
+    widths fills whole vectors. The result divides `MAX_ROWS`."""
     return max([size * VECTOR_NUMEL // math.gcd(VECTOR_NUMEL, size * width) for width in widths], default=size)
 
 
 def find_max_rows(block: int, width: int) -> int:
-    """The maximum number of rows `(r, width)` that an elementwise function may get at a time, a multiple of `block`.
-    Raises ValueError if one block is too large."""
+    """Return the maximum number of rows `(r, width)` to pass to an elementwise function at a time, a multiple of
+    `block`. Raise ValueError if a single block is too large."""
     if torch.get_num_threads() == 1:
         return block << 40
     if block * width >= GRAIN_SIZE:
         raise ValueError(
-            f"{BATCH_INVARIANT!r} was asked for, and a width of {width} needs blocks of {block} rows, which threads "
-            f"would share: call torch.set_num_threads(1), or take a multiple of {VECTOR_NUMEL} as width"
+            f"{BATCH_INVARIANT!r} is requested, but a width of {width} needs blocks of {block} rows, which would be "
+            f"split among threads; call torch.set_num_threads(1), or use a width that is a multiple of {VECTOR_NUMEL}"
         )
     return (GRAIN_SIZE - 1) // (block * width) * block
 
@@ -305,8 +321,11 @@ def find_max_rows(block: int, width: int) -> int:
 def multiply_batch_invariant(
     product: Callable[..., Tensor], compute: SampledFunction, x: Tensor, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """`product(x, weight, dtype)` `(..., t, q)`, a product in `dtype` of tokens `(..., t, p)`, in blocks that are
-    sampled with `compute`; padded with zeros to whole blocks of tokens and whole vectors of columns."""
+    """Compute `product(x, weight, dtype)` `(..., t, q)` of tokens `(..., t, p)` in blocks.
+
+    The block size is sampled with `compute`. Operands are padded with zeros to whole blocks of tokens and whole vectors
+    of columns.
+    """
     t, q = x.shape[-2], weight.shape[-1]
     weight = F.pad(weight, (0, -q % MIN_COLUMNS))
     size = find_block_rows(compute, weight.shape[-2:], weight, dtype=x.dtype)
@@ -315,8 +334,8 @@ def multiply_batch_invariant(
 
 
 def call_module_batch_invariant(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, for a module that maps tokens `(..., p)` to `(..., q)` independently; in blocks if batch invariance
-    is requested."""
+    """Return `module(x)` for a module that maps tokens `(..., p)` to `(..., q)` independently. The call is split into
+    blocks if batch invariance is requested."""
     if requested_implementation() != BATCH_INVARIANT:
         return module(x)
     if (reason := not_tokenwise_reason(module)) is not None:
@@ -332,7 +351,7 @@ def call_module_batch_invariant(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def apply_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function(x)`, for an elementwise function; in whole vectors if batch invariance is requested."""
+    """Return `function(x)` for an elementwise function, computed in whole vectors if batch invariance is requested."""
     if requested_implementation() != BATCH_INVARIANT:
         return function(x)
     padded = F.pad(x.flatten(), (0, -x.numel() % VECTOR_NUMEL))

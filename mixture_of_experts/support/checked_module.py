@@ -1,4 +1,4 @@
-"""Modules whose attributes are checked whenever they are set, at construction and afterwards."""
+"""Modules whose attributes are checked whenever they are set, during construction and later."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ class _CheckedSetting(NamedTuple):
 
 
 def checked_setting(check: Callable[..., Any], **bounds: Any) -> Any:
-    """Declare an attribute of a `CheckedModule`: setting it stores what `check(name, value, **bounds)` returns."""
+    """Declare an attribute of a `CheckedModule` that stores the result of `check(name, value, **bounds)` when it is
+    set."""
     return _CheckedSetting(partial(check, **bounds))
 
 
 class CheckedModule(nn.Module):
-    """A module with settings, which are checked when they are set, and sizes, which never change."""
+    """A module with settings, which are checked when they are set, and sizes, which cannot change."""
 
-    #: attributes that determine the shapes of parameters: they can be set only once
+    #: attributes that determine the shapes of parameters, which can be set only once
     shape_attributes: ClassVar[tuple[str, ...]] = ()
     _settings: ClassVar[dict[str, _CheckedSetting]] = {}
 
@@ -31,18 +32,18 @@ class CheckedModule(nn.Module):
         own = {name: value for name, value in vars(cls).items() if isinstance(value, _CheckedSetting)}
         inherited = (base.__dict__.get("_settings", {}) for base in reversed(cls.__mro__[1:]))
         cls._settings = {name: value for settings in (*inherited, own) for name, value in settings.items()}
-        for name in own:  # an attribute that is not set yet must raise AttributeError
+        for name in own:  # so that attributes that are not set yet raise AttributeError
             delattr(cls, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._settings:
             self.__dict__[name] = self._settings[name].check(name, value)
         elif isinstance(value, nn.Module | nn.Parameter) and hasattr(getattr(type(self), name, None), "__set__"):
-            object.__setattr__(self, name, value)  # torch would register the value and not call the property
+            object.__setattr__(self, name, value)  # torch would register the value without calling the property
         elif name in self.shape_attributes and name in self.__dict__ and self.__dict__[name] != value:
             raise ValueError(
-                f"{name} of {type(self).__name__} is {self.__dict__[name]!r} and cannot become {value!r}, as it gives "
-                "parameters their shapes: build a new module of that size"
+                f"cannot change {name} of {type(self).__name__} from {self.__dict__[name]!r} to {value!r}, because it "
+                "determines the shapes of parameters; construct a new module of that size"
             )
         else:
             super().__setattr__(name, value)
@@ -51,24 +52,26 @@ class CheckedModule(nn.Module):
 class FixedShapeModule(CheckedModule):
     """A module whose parameters cannot be replaced by parameters of another shape.
 
-    Pruning or adding experts by replacing parameters would leave the module's sizes, from which capacity is computed,
-    wrong. Casts, sharding, parametrizations and loading still work: they keep shapes, or do not set attributes.
+    Pruning or adding experts by replacing parameters would not update the module's sizes, from which the capacity is
+    computed. Casts, sharding, parametrizations and loading are supported, because they keep shapes or do not set
+    attributes.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
         old = self.__dict__.get("_parameters", {}).get(name)
         if isinstance(old, Tensor) and isinstance(value, Tensor) and value.shape != old.shape:
             raise ValueError(
-                f"{name} of {type(self).__name__} has shape {tuple(old.shape)}, got {tuple(value.shape)}: the module's "
-                "sizes go with it. For fewer or more experts build a new module of that size, copy the weights that "
-                "stay, and give both gate and experts to a new layer"
+                f"{name} of {type(self).__name__} must keep its shape {tuple(old.shape)}, got {tuple(value.shape)}. To "
+                "change the number of experts, construct a new module of that size, copy the remaining weights, and "
+                "pass both gate and experts to a new layer"
             )
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """Constructor arguments and settings that differ from their defaults. Modules among them appear as children."""
+        """Return constructor arguments and settings that differ from their defaults, except modules, which appear as
+        children."""
         defaults: dict[str, Any] = {}
-        for cls in reversed(type(self).__mro__):  # a default comes from the first class with this argument
+        for cls in reversed(type(self).__mro__):  # the base-most class with an argument defines its default
             for name, parameter in inspect.signature(cls.__init__).parameters.items():
                 defaults.setdefault(name, parameter.default)
         for name in self._settings:
@@ -76,16 +79,16 @@ class FixedShapeModule(CheckedModule):
         shown = []
         for name, default in defaults.items():
             value = None if isinstance(getattr(type(self), name, None), property) else getattr(self, name, None)
-            value = True if isinstance(value, Tensor) else value  # the argument was a flag for its presence
+            value = True if isinstance(value, Tensor) else value  # the argument was a flag
             if not (value is None or isinstance(value, nn.Module) or value == default):
                 shown.append(f"{name}={getattr(value, '__qualname__', None) or repr(value)}")
         return ", ".join(shown)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "dim" not in state:  # a class of mixture-of-experts 0.2.3, of the same name
+        if "dim" not in state:  # the class of the same name in mixture-of-experts 0.2.3
             raise ValueError(
-                f"this {type(self).__name__} was pickled whole by another package, mixture-of-experts 0.2.3: load the "
-                "file with that one, save module.state_dict() and load it here with load_state_dict, as "
-                "docs/coming_from.md shows"
+                f"this {type(self).__name__} was pickled as a whole module by another package, mixture-of-experts "
+                "0.2.3. Load the file with that package, save module.state_dict(), and load it here with "
+                "load_state_dict, as shown in docs/migration.md"
             )
         super().__setstate__(state)

@@ -1,4 +1,4 @@
-"""Checks of arguments. Each returns the value if it is valid; else its error states what is allowed and what to do."""
+"""Checks of arguments, which return a valid value, or raise an error that states what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def check_size(name: str, value: object) -> int:
-    """A whole number of at least 1."""
+    """Check that a value is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}: give the number itself")
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; pass a positive int")
     return int(value)  # the value may be a numpy integer
 
 
 def check_optional_size(name: str, value: object) -> int | None:
-    """A whole number of at least 1, or None."""
+    """Check that a value is an integer of at least 1, or None."""
     return None if value is None else check_size(name, value)
 
 
 def check_sizes(name: str, value: object) -> tuple[int, ...]:
-    """One size or a tuple of sizes; returns a tuple."""
+    """Check that a value is a size or a tuple of sizes, and return a tuple."""
     sizes = value if isinstance(value, tuple | list) else (value,)
     return tuple(check_size(name, size) for size in sizes)
 
 
 def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
-    """One of the allowed words."""
+    """Check that a value is one of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -43,7 +43,7 @@ def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
 def check_number(
     name: str, value: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None
 ) -> float:
-    """A finite number, optionally bounded."""
+    """Check that a value is a finite number within optional bounds."""
     bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
     bound += "" if below is None else f" and below {below}"
     good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -57,125 +57,130 @@ def check_number(
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False."""
-    if type(value).__name__ not in ("bool", "bool_"):  # the second is numpy's
+    """Check that a value is True or False."""
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's type is bool_
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
 
 def check_dtype(name: str, value: Any) -> torch.dtype | None:
-    """A floating dtype, or None."""
+    """Check that a value is a floating dtype, or None."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise TypeError(f"{name} must be a floating torch.dtype such as torch.float32, or None, got {value!r}")
     return value
 
 
 def check_model(name: str, value: Any) -> nn.Module:
-    """A module."""
+    """Check that a value is a module."""
     if not isinstance(value, nn.Module):
         got = " ".join(repr(value).split())
-        raise TypeError(f"{name} must be a model (an nn.Module), got {got:.99}: build or load it first")
+        raise TypeError(f"{name} must be a model (an nn.Module), got {got:.99}; construct or load it first")
     return value
 
 
 def check_process_group(name: str, value: Any) -> Any:
-    """A process group or None."""
+    """Check that a value is a process group or None."""
     if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
         raise TypeError(
-            f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None, got {value!r}: for a "
-            "DeviceMesh give mesh.get_group()"
+            f"{name} must be a torch.distributed.ProcessGroup that contains this rank, or None, got {value!r}; for a "
+            "DeviceMesh, pass mesh.get_group()"
         )
     return value
 
 
 def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str, float]:
-    """A dict of coefficients by name, without the names in `dedicated`, whose coefficients have their own arguments."""
+    """Check that a value is a dict of coefficients by name, without the names in `dedicated`, whose coefficients have
+    separate arguments."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
     for key in value:
         if key in dedicated:
-            raise ValueError(f"{name} has {key!r}, whose coefficient is {dedicated[key]}: set {dedicated[key]} instead")
+            raise ValueError(f"{name} must not contain {key!r}; set {dedicated[key]} instead")
     return {key: check_number(f"{name}[{key!r}]", coef, at_least=0.0) for key, coef in value.items()}
 
 
 def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
-    """A floating tensor (..., n, dim)."""
+    """Check that a value is a dense floating point tensor `(..., n, dim)`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (..., n, {dim}), got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
-        remedy = "to_padded_tensor(0.0), and give mask=, True where a token is real" if x.is_nested else "to_dense()"
-        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}: give {name}.{remedy}")
+        remedy = "to_padded_tensor(0.0), and a mask= that is True for real tokens" if x.is_nested else "to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; pass {name}.{remedy}")
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         raise RuntimeError(
-            "torch.jit.trace would freeze the capacity and the length of the example: use torch.export.export, or "
-            "torch.onnx.export with dynamo=True"
+            "torch.jit.trace is not supported, because it would fix the capacity and the length of the example; use "
+            "torch.export.export, or torch.onnx.export with dynamo=True"
         )
     if x.ndim < min_ndim or x.shape[-1] != dim:
         wanted = ", ".join(["..."] if min_ndim == 2 else ["..."] + ["b"] * (min_ndim > 2))
         raise ValueError(
-            f"{name} must have shape ({wanted}, n, {dim}), got {tuple(x.shape)}: "
+            f"{name} must have shape ({wanted}, n, {dim}), got {tuple(x.shape)}; "
             f"the last dimension is the model dimension dim={dim}"
         )
     if not x.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {x.dtype}: embed or cast the tokens first")
+        raise TypeError(f"{name} must be floating point, got {x.dtype}; embed or cast the tokens first")
 
 
 def check_tensors(**values: Any) -> None:
-    """Tensors, by the names of the arguments."""
+    """Check that all named arguments are tensors."""
     for name, value in values.items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {value!r}: give torch.as_tensor of numbers")
+            raise TypeError(f"{name} must be a tensor, got {value!r}; convert numbers with torch.as_tensor")
 
 
 def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None:
-    """Check that tokens and weights of `owner` are on devices of one type: torch lets the meta device mix with others,
-    and raises later, if at all."""
+    """Check that tokens and the weights of `owner` are on devices of the same type. Torch allows mixing the meta device
+    with others, and raises later, if at all."""
     for weight in weights:
         if tokens.device.type != weight.device.type:
-            raise ValueError(f"tokens are on {tokens.device}, {owner} on {weight.device}: move one of them")
+            raise ValueError(
+                f"tokens are on {tokens.device}, but {owner} is on {weight.device}; move them to the same device"
+            )
 
 
 def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
-    """A boolean tensor with one entry for each token."""
+    """Check that a mask is a boolean tensor with one entry per token."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"{name} must be a boolean tensor, True where the token is real, got {kind}: "
-            "write mask.bool() (and ~mask if yours is True at padding)"
+            f"{name} must be a boolean tensor that is True for real tokens, got {kind}; "
+            "pass mask.bool(), or its inverse if your mask is True at padding"
         )
     if mask.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, one entry a token, got {tuple(mask.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(shape)}, one entry per token, got {tuple(mask.shape)}")
 
 
 def check_importance(importance: Tensor, shape: torch.Size) -> None:
-    """A floating tensor with one entry for each token."""
+    """Check that importance is a floating point tensor with one entry per token."""
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
-        raise TypeError(f"importance must be a floating point tensor of values 0, 0.5 or 1, got {kind}")
+        raise TypeError(f"importance must be a floating point tensor with values 0, 0.5 or 1, got {kind}")
     if importance.shape != shape:
-        raise ValueError(f"importance must have shape {tuple(shape)}, one entry a token, got {tuple(importance.shape)}")
+        raise ValueError(
+            f"importance must have shape {tuple(shape)}, one entry per token, got {tuple(importance.shape)}"
+        )
 
 
 def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
-    """An integer tensor of token counts, one for each group."""
+    """Check that lengths are an integer tensor with the number of tokens of each group."""
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
-            f"length must be integers of shape {tuple(shape)}, the tokens of each group, got {lengths.dtype} of shape "
-            f"{tuple(lengths.shape)}: for parts of tokens give a queues.Length"
+            f"length must be integers of shape {tuple(shape)}, the number of tokens of each group, got {lengths.dtype} "
+            f"of shape {tuple(lengths.shape)}; for fractional numbers, pass a queues.Length"
         )
     return lengths
 
 
 def check_result(name: str, result: Any, shape: tuple[int, ...], remedy: str = "") -> Tensor:
-    """The result of a module: a tensor of this shape."""
+    """Check that the result of a module is a tensor of this shape."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
-    raise ValueError(f"{name} must return the shape {tuple(shape)}, got {describe_shape(result)}{remedy}")
+    raise ValueError(f"{name} must return a tensor of shape {tuple(shape)}, got {describe_shape(result)}{remedy}")
 
 
 def describe_shape(result: Any) -> str:
-    """The shape of a tensor, or the type of anything else, for an error."""
+    """Return the shape of a tensor, or the type of any other value, for an error message."""
     if isinstance(result, Tensor):
         return str(tuple(result.shape))
-    remedy = " (put a MoE, which returns its loss too, into OutputOnly)"
+    remedy = " (wrap a MoE, which also returns its loss, in OutputOnly)"
     return f"a {type(result).__name__}{remedy if isinstance(result, tuple) else ''}"

@@ -1,4 +1,4 @@
-"""The error of a rank whose collective failed because other ranks did not join."""
+"""The error for a rank whose collective failed because other ranks did not join it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def collective_error(what: str, error: Exception, group: dist.ProcessGroup) -> R
         group: the ranks that should have joined.
     """
     return RuntimeError(
-        f"{what}, on rank {group.rank()} of {group.size()}: {error}\nAnother rank has raised, is stuck or ran other "
-        "layers. To see its error start the ranks by torchrun, with @record of "
-        "torch.distributed.elastic.multiprocessing.errors on the main function; to see which rank is stuck, set "
-        "TORCH_DISTRIBUTED_DEBUG=DETAIL on gloo, and read the flight recorder on NCCL"
+        f"{what}, on rank {group.rank()} of {group.size()}: {error}\nAnother rank has raised an error, is stuck, or "
+        "called different layers. To see its error, start the ranks with torchrun, and decorate the main function with "
+        "@record of torch.distributed.elastic.multiprocessing.errors. To find a stuck rank, set "
+        "TORCH_DISTRIBUTED_DEBUG=DETAIL for gloo, or read the flight recorder for NCCL"
     )

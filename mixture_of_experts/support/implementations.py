@@ -1,11 +1,11 @@
 """Computes a call with one of several implementations: the requested one, or the first that supports the call.
 
-An implementation is a module, or an `Implementation`, with two functions of the same call: `unsupported_reason` returns
-None, or the reason why the implementation cannot compute the call, and `run` computes it. A table lists implementations
-by name, the fastest first; the last one supports every call. Gates and all kinds of experts have such tables.
+An implementation is a module or an `Implementation` with two functions that take the same call. `unsupported_reason`
+returns the reason why the implementation does not support the call, or None, and `run` computes the call. Gates and all
+kinds of experts have tables of implementations by name, fastest first, the last of which supports all calls.
 
-The requested implementation is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
-later.
+The requested implementation is global to the process. `MIXTURE_OF_EXPERTS_KERNELS` sets its initial value, and
+`ops.use` changes it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any, NamedTuple
 
 ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
-# read once: a compiled graph can be guarded by a variable, but not by the environment
+# read once, because compiled graphs can be guarded by a variable, but not by the environment
 INITIAL_IMPLEMENTATION: str = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _requested = INITIAL_IMPLEMENTATION
-_open_contexts: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one applies
+_open_contexts: dict[object, str] = {}  # active contexts of `use` in all threads; the last one applies
 _REQUEST_LOCK = threading.Lock()
 
 
 def requested_implementation() -> str:
-    """The name of the implementation that the user requests, or "auto"."""
+    """Return the name of the implementation that the user requests, or "auto"."""
     return _requested
 
 
 def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> None:
-    """Register contexts of `use` that open, and remove those that close. Each removes its own entry: those of several
-    threads may end in any order."""
+    """Register contexts of `use` that are entered, and remove those that end. Contexts of several threads may end in
+    any order."""
     global _requested
     with _REQUEST_LOCK:
         _open_contexts.update(opened)
@@ -44,14 +44,14 @@ def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> N
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which implementation computed a call, and why no faster one did.
+    """The implementation that computed a call, and the reasons why faster ones were not used.
 
     Attributes:
-        implementation: its name, one of those of `use`, or "row_by_row" or "expert_by_expert" for quantized experts;
-            "module" for experts that none of the implementations computes: modules on slots, a custom `compute`, or
-            experts on other ranks.
-        reasons: for each faster implementation, why it was not selected.
-        gates: the same for each gate, in the order in which they decided; "operators" is a gate's `decide`.
+        implementation: name of the implementation, as in `use`; "row_by_row" or "expert_by_expert" for quantized
+            experts; "module" for experts that no implementation computes, which are modules on slots, experts with a
+            custom `compute`, and experts on other ranks.
+        reasons: why each faster implementation was not selected.
+        gates: the explanation of each gate, in the order of their calls; "operators" is a gate's `decide`.
     """
 
     implementation: str
@@ -66,7 +66,7 @@ class Explanation:
 
 
 class ListenerStack(threading.local):
-    """The lists of each thread to which the implementation of every call is appended; the innermost comes last."""
+    """The lists of each thread to which the implementations of calls are appended, innermost last."""
 
     def __init__(self) -> None:
         self.lists: list[list[tuple[str, Explanation]]] = []
@@ -77,7 +77,8 @@ LISTENERS = ListenerStack()
 
 @contextmanager
 def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
-    """A list of the implementations selected in this context: pairs of "gate" or "experts", and the `Explanation`."""
+    """Context manager that yields a list of the selected implementations, as pairs of "gate" or "experts" and the
+    `Explanation`."""
     explanations: list[tuple[str, Explanation]] = []
     LISTENERS.lists.append(explanations)
     try:
@@ -87,19 +88,23 @@ def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
 
 
 class Implementation(NamedTuple):
-    """An implementation that is not a separate module: the two functions that such a module has."""
+    """The two functions of an implementation that is not a separate module."""
 
     unsupported_reason: Callable[..., str | None]
     run: Callable[..., Any]
 
 
 def run_first_supported(part: str, implementations: Mapping[str, Any], *call: Any, requested: str = "auto") -> Any:
-    """Compute a call with the first implementation whose `unsupported_reason(*call)` is None; return `run(*call)`.
-    Listeners get its name as that of `part`: "gate" or "experts". If `requested` is not "auto", only that
-    implementation is tried.
+    """Compute a call with the first implementation that supports it.
+
+    Args:
+        part: "gate" or "experts", which is reported to listeners.
+        implementations: the table of implementations.
+        call: the arguments of `unsupported_reason` and `run`.
+        requested: "auto", or the name of the only implementation to try.
 
     Raises:
-        ValueError: the requested implementation, or none of them, can compute the call.
+        ValueError: the requested implementation does not support the call, or no implementation does.
     """
     reasons: dict[str, str] = {}
     for name, implementation in implementations.items():
@@ -113,8 +118,8 @@ def run_first_supported(part: str, implementations: Mapping[str, Any], *call: An
         reasons[name] = reason
     if requested == "auto":
         raise ValueError(
-            f"no implementation of the {part} supports this call ({reasons}): end the table with one that supports "
-            "every call, as TokenChoiceGate.implementations does"
+            f"no implementation of the {part} supports this call ({reasons}); add an implementation that supports all "
+            "calls to the end of the table, as in TokenChoiceGate.implementations"
         )
-    reason = reasons.get(requested, "it computes another kind of network")
-    raise ValueError(f"{requested!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
+    reason = reasons.get(requested, "it is not available for this kind of network")
+    raise ValueError(f"{requested!r} is requested, but does not support this call: {reason}; request 'auto' instead")

@@ -1,8 +1,7 @@
-"""Every private module, class and function of torch that this package uses: torch may change them at any time.
+"""All private modules, classes and functions of torch that this package uses. Torch may change them at any time.
 
-Private attributes of `nn.Module`, such as `_modules`, are used directly elsewhere.
-They are tested on torch 2.10 to 2.13, and most of them on 2.15. `tests/test_private_torch.py` shows which of them a new
-version breaks.
+Private attributes of `nn.Module`, such as `_modules`, are used directly elsewhere. All private names are tested with
+torch 2.10 to 2.13, and most of them with 2.15. `tests/test_private_torch.py` shows which of them a new version breaks.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def statically_known_true(condition: object) -> bool:
-    """Whether a condition on sizes is true for all dynamic lengths of a traced graph.
+    """Return whether a condition on sizes is true for all dynamic lengths of a traced graph.
 
-    torch's function is imported only where a size may be a symbol: that takes most of a second.
+    The function of torch is imported only if a size may be a symbol, because the import takes most of a second.
     """
     if isinstance(condition, bool) and not torch.compiler.is_compiling():
         return condition
@@ -42,24 +41,26 @@ def statically_known_true(condition: object) -> bool:
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` traces. Not `torch.compiler.is_exporting()`: before 2.13 it is True in every graph."""
+    """Return whether `torch.export` is tracing. Before torch 2.13, `torch.compiler.is_exporting()` is True in all
+    graphs."""
     return torch.compiler._is_exporting_flag  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_in_transform() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. The values of its tensors
-    cannot be read."""
+    """Return whether a transform of `torch.func` (vmap, grad, ...), in which values cannot be read, is running outside
+    of a traced graph."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_in_forward_mode() -> bool:
-    """Whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed, outside of a
-    traced graph. A `torch.autograd.Function` that only defines a backward raises then."""
+    """Return whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed outside of a
+    traced graph, where a `torch.autograd.Function` with only a backward raises an error."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor may represent a batch of tensors: in a transform, or as gradients with `is_grads_batched`."""
+    """Return whether a tensor may represent a batch of tensors, in a transform or as gradients with
+    `is_grads_batched`."""
     if torch.compiler.is_compiling():
         return False
     many = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -67,42 +68,43 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
 
 
 def assume_constant_result(function: FunctionT) -> FunctionT:
-    """`torch.compiler.assume_constant_result` without the import of torch's compiler, which takes a second."""
+    """Do the same as `torch.compiler.assume_constant_result`, without importing torch's compiler, which takes a
+    second."""
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
 
 
-assume_constant_result(load_bundled_providers)  # a traced graph cannot import modules
+assume_constant_result(load_bundled_providers)  # traced graphs cannot import modules
 
 
 def unsafe_view(x: Tensor, shape: Any) -> Tensor:
-    """Reshape a tensor that has no other references; for autograd, the result is not a view.
+    """Reshape a tensor that has no other references, so that the result is not a view for autograd.
 
-    The caller may then write `out += x`, which fails on a view after expert choice. FSDP2 warns of modules that return
+    Callers may then write `out += x`, which fails on a view after expert choice. FSDP2 warns about modules that return
     views, because its hooks on views are lost. torch's own products of more than two dimensions end with this operator.
     """
     return torch.ops.aten._unsafe_view(x, shape)
 
 
 def is_fake_tensor(tensor: Tensor) -> bool:
-    """Whether the tensor is a fake tensor without data, as tracers and memory estimates use."""
+    """Return whether the tensor is a fake tensor without data, as used by tracers and memory estimates."""
     from torch._subclasses import fake_tensor
 
     return fake_tensor.is_fake(tensor)
 
 
 def is_wrapper_subclass(tensor: Tensor) -> bool:
-    """Whether the tensor wraps other tensors, as a DTensor does."""
+    """Return whether the tensor wraps other tensors, like a DTensor."""
     return _python_dispatch.is_traceable_wrapper_subclass(tensor)
 
 
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
-    """A context in which no mode, such as that of selective activation checkpointing, sees operators."""
+    """Return a context in which modes, such as that of selective activation checkpointing, do not see operators."""
     return _python_dispatch._disable_current_modes()
 
 
 def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
-    """Register the FLOP formula of an operator with the counters that are active in this thread, if they have none.
+    """Register the FLOP formula of an operator with all active counters of this thread that do not have it.
 
     torch's `register_flop_formula` would register it for all counters, but importing its module imports Triton, which
     takes a sixth of the time of importing torch.
@@ -116,13 +118,13 @@ def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
 
 
 def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) -> None:
-    """Register a dataclass as a pytree, as `torch.export.register_dataclass` does, with other names of its fields in
+    """Register a dataclass as a pytree, like `torch.export.register_dataclass`, but with different names of fields in
     exported programs.
 
     Args:
         cls: the dataclass.
-        name: the name of its type in exported programs.
-        exported_names: the name of a field in exported programs, for those that differ.
+        name: name of its type in exported programs.
+        exported_names: names of fields in exported programs, for fields whose name differs.
     """
     fields = [field.name for field in dataclasses.fields(cls)]
     field_names = {exported_names.get(field, field): field for field in fields}
@@ -155,29 +157,30 @@ def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) 
 
 
 def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Raise RuntimeError when a traced graph runs and `condition` (0-dim bool) is False; on a GPU without a sync."""
+    """Raise RuntimeError if `condition` (0-dim bool) is False when a traced graph runs. On a GPU, this takes no
+    sync."""
     torch._assert_async(condition, message)
 
 
 def get_function_modes() -> list[Any]:
-    """The modes of torch functions that are entered in this thread; the last one sees a call first."""
+    """Return the active torch function modes of this thread. The last one sees a call first."""
     return overrides._get_current_function_mode_stack()
 
 
 def are_saved_tensor_hooks_enabled() -> bool:
-    """Whether saved-tensor hooks may be set; where they are disabled, there are none."""
+    """Return whether saved-tensor hooks can be set. If they are disabled, there are none."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of `value` over the ranks of a process group, as an operator that graphs can contain."""
+    """Sum `value` over the ranks of a process group with an operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
     return wait_tensor(all_reduce(value, "sum", group))
 
 
 def find_process_group(name: str) -> dist.ProcessGroup | None:
-    """The process group with this name in this process; None if there is none."""
+    """Return the process group with this name in this process, or None if there is none."""
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except (LookupError, RuntimeError, ValueError):
@@ -185,16 +188,16 @@ def find_process_group(name: str) -> dist.ProcessGroup | None:
 
 
 def get_backward_id() -> int:
-    """The number of the backward that runs in this thread; -1 if none runs."""
+    """Return the id of the backward that is running in this thread, or -1 if there is none."""
     return torch._C._current_graph_task_id()
 
 
-#: attributes in which wrappers of torch keep the wrapped module
+#: attributes in which wrappers of torch store the wrapped module
 WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def get_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module that computes inside a wrapper of torch or of a library with a provider; None if the module is not a
+    """Return the module inside a wrapper of torch or of a library with a provider, or None if the module is not a
     wrapper."""
     children: Any = module._modules
     if not children:
@@ -206,14 +209,14 @@ def get_wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def unwrap_module(module: nn.Module) -> nn.Module:
-    """The module without its wrappers."""
+    """Return the module without its wrappers."""
     while (inner := get_wrapped_module(module)) is not None:
         module = inner
     return module
 
 
 def get_original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module before FSDP2 or parametrizations replaced it by a generated class."""
+    """Return the class that a module had before FSDP2 or parametrizations replaced it by a generated class."""
     kind = type(module)
     while True:
         first, *rest = kind.__bases__
@@ -227,8 +230,10 @@ def get_original_class(module: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def disable_compilation(model: nn.Module) -> Iterator[None]:
-    """A context in which a model's modules run as they were before `torch.compile`, so that hooks are called. Other
-    models are not affected; `torch.compiler.set_stance` would apply to the whole process."""
+    """Context manager in which the modules of a model run without `torch.compile`, so that hooks are called.
+
+    Other models are not affected, unlike with `torch.compiler.set_stance`, which applies to the whole process.
+    """
     compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
         own, forward = vars(module), module.forward
@@ -249,23 +254,29 @@ def disable_compilation(model: nn.Module) -> Iterator[None]:
 
 
 def register_named_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    """Set a forward pre-hook `(module, args, kwargs)`, and a forward hook that is also called after an error, under a
-    fixed name. Torch numbers hooks starting from 0 in each process: a new one would replace one that came with a
-    pickled module under the same number."""
+    """Set a forward pre-hook `(module, args, kwargs)`, and a forward hook that is also called after an error, with a
+    fixed name.
+
+    Torch numbers hooks from 0 in each process, so that a new hook would replace a hook with the same number in an
+    unpickled module.
+    """
     hooks: Any = module
     hooks._forward_pre_hooks[name], hooks._forward_hooks[name] = before, after
     hooks._forward_pre_hooks_with_kwargs[name] = hooks._forward_hooks_always_called[name] = True
 
 
 def set_load_hook(module: nn.Module, name: str, before: Callable[..., Any]) -> None:
-    """Set a pre-hook `(module, state_dict, prefix, ...)` of `load_state_dict` under a fixed name. It refers to the
-    module weakly: a reference cycle would keep a deleted model in memory until the next garbage collection."""
+    """Set a pre-hook `(module, state_dict, prefix, ...)` of `load_state_dict` with a fixed name.
+
+    It holds a weak reference to the module, because a reference cycle would keep a deleted model in memory until the
+    next garbage collection.
+    """
     module._load_state_dict_pre_hooks[name] = _WrappedHook(before, module)  # pyright: ignore[reportArgumentType]
 
 
-#: where a module keeps the hooks on its forward and backward, and the flags of these hooks
+#: attributes in which a module stores its forward and backward hooks, and the flags of these hooks
 CALL_HOOKS = (*HOOK_TABLES, "_backward_hooks", "_backward_pre_hooks")
-#: where a module keeps the hooks on its state dict, which depend on the names and shapes of its tensors
+#: attributes in which a module stores its state-dict hooks, which depend on the names and shapes of its tensors
 STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
@@ -275,8 +286,8 @@ STATE_HOOKS = (
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Move the hooks on the forward and backward of a module to the module that replaces it. Both share the same
-    tables, so that the hooks' handles remove them from the new one."""
+    """Move the forward and backward hooks of a module to the module that replaces it. Both modules share the same
+    tables, so that handles of hooks remove them from the new module."""
     for table in CALL_HOOKS:
         hooks = getattr(old, table)
         hooks.update(getattr(new, table))
@@ -285,18 +296,18 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def replacement_problem(module: nn.Module) -> str | None:
-    """What would be lost if another module replaced this one, in words; None if nothing: `move_hooks` moves hooks on
-    its forward and backward."""
+    """Return a description of what would be lost if another module replaced this one, or None. Forward and backward
+    hooks are not lost, because `move_hooks` moves them."""
     if any(getattr(module, table) for table in STATE_HOOKS):
-        return "has hooks on its state dict, which are for the names and shapes of its weights: remove them before"
+        return "has state-dict hooks, which depend on the names and shapes of its weights; remove them first"
     if vars(module).get("_compiled_call_impl") is not None:
-        return "is compiled by its method compile(): compile experts afterwards"
+        return "is compiled by its method compile(); compile experts afterwards"
     return None
 
 
 def set_first_hook(module: nn.Module, name: str, after: Callable[..., Any]) -> None:
-    """Set a forward hook under a fixed name, unless it is already set: it runs before all others, also before FSDP2
-    reshards the module's parameters."""
+    """Set a forward hook with a fixed name unless it is already set. It runs before all other hooks, and before FSDP2
+    reshards the parameters of the module."""
     hooks: Any = module._forward_hooks
     if name not in hooks:
         hooks[name] = after
@@ -304,25 +315,25 @@ def set_first_hook(module: nn.Module, name: str, after: Callable[..., Any]) -> N
 
 
 def has_hooks(module: object) -> bool:
-    """Whether the module has hooks on its forward or backward."""
+    """Return whether the module has forward or backward hooks."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind, None) for kind in kinds)
 
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows between the ranks of a process group: differentiable, as an operator that graphs can contain."""
+    """Exchange rows between the ranks of a process group with a differentiable operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
     return wait_tensor(all_to_all_single(x, receive, send, group))
 
 
 def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sums `(s, q)` of rows of an 8-bit table `(n, q + 8)` on a CPU, in float32.
+    """Return weighted sums `(s, q)` of rows of an 8-bit table `(n, q + 8)` on a CPU, in float32.
 
     Args:
-        indices: `(m,)` int64, the rows in the order of the sums.
-        offsets: `(s,)` int64, where each sum begins in `indices`.
-        weights: `(m,)` float32. The operator ignores strides: it must be contiguous.
+        indices: `(m,)` int64, indices of rows in the order of the sums.
+        offsets: `(s,)` int64, start of each sum in `indices`.
+        weights: `(m,)` float32, which must be contiguous, because the operator ignores strides.
     """
     assert weights.is_contiguous()
     rows = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
@@ -330,21 +341,21 @@ def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: T
 
 
 def unpack_rows(packed: Tensor) -> Tensor:
-    """The values `(n, q)` of an 8-bit table `(n, q + 8)` on a CPU, in float32."""
+    """Return the values `(n, q)` of an 8-bit table `(n, q + 8)` on a CPU, in float32."""
     return torch.ops.quantized.embedding_bag_byte_unpack(packed)
 
 
 def pack_int4(levels: Tensor) -> Tensor:
-    """Levels `(q, p)` int32 from 0 to 15 as bytes `(q, p / 2)`, in an order that depends on the CPU."""
+    """Pack levels `(q, p)` int32 from 0 to 15 into bytes `(q, p / 2)`, in an order that depends on the CPU."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.contiguous(), 1)
 
 
 def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tensor) -> Tensor:
-    """x `(r, p)` times `(level - 8) * step + zero` `(p, q)` on a CPU, in bfloat16: `(r, q)`.
+    """Multiply x `(r, p)` by `(level - 8) * step + zero` `(p, q)` on a CPU in bfloat16, and return `(r, q)`.
 
     Args:
-        packed: what `pack_int4` returns, in any shape.
-        group: number of neighbouring inputs that share step and zero.
+        packed: the result of `pack_int4`, in any shape.
+        group: number of adjacent inputs that share step and zero.
         scales_and_zeros: step and zero `(p / group, q, 2)`.
     """
     packed = packed.view(scales_and_zeros.shape[1], -1)
@@ -353,8 +364,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tenso
 
 @assume_constant_result
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Whether the CPU has native products of this dtype, so that torch computes them as fast as those of float32. CPUs
-    other than x86 are assumed to have all."""
+    """Return whether the CPU has native products of this dtype, so that torch computes them as fast as float32
+    products. CPUs other than x86 are assumed to support all dtypes."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
         return True
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -365,26 +376,28 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Make `DistributedDataParallel(model)` ignore these parameters and buffers, in addition to those it ignores."""
+    """Make `DistributedDataParallel(model)` ignore these parameters and buffers in addition to those that it already
+    ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
 def is_in_ddp() -> bool:
-    """Whether the forward of a `DistributedDataParallel` is running. A graph that calls this is retraced in another
-    one, because of the guard that `id` installs."""
+    """Return whether the forward of a `DistributedDataParallel` is running. Graphs that call this function are retraced
+    in another DDP, because of the guard that `id` installs."""
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
     return ddp is not None and id(ddp) != 0
 
 
 def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[str]:
-    """Exclude buffers from the broadcasts of the `DistributedDataParallel` whose forward is running: it no longer
-    copies those whose last name is one of `endings` from the first rank before its next forwards.
+    """Exclude buffers whose last name is one of `endings` from the broadcasts of a running `DistributedDataParallel`,
+    so that it no longer copies them from the first rank before its next forwards.
 
     Returns:
-        The names of those buffers that it keeps copying: all ranks must exclude the same buffers, but where parameters
-        may be unused or ranks have different numbers of inputs, a rank may not reach the call of this function. Nor may
-        it if a graph is `traced`, before torch 2.13: a graph that is made outside of DDP is not retraced on all ranks.
+        The names of buffers that cannot be excluded, because all ranks must exclude the same buffers, and a rank may
+        not reach the call of this function. This happens if parameters may be unused, or if ranks have different
+        numbers of inputs. Before torch 2.13 it also happens if a graph is `traced`, because a graph that was traced
+        outside of DDP is not retraced on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:
@@ -393,5 +406,5 @@ def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[s
     if ddp.find_unused_parameters or ddp._join_config.enable or (traced and TorchVersion(torch.__version__) < "2.13"):
         return names
     ddp.parameters_to_ignore = {*ddp.parameters_to_ignore, *names}
-    ddp._assign_modules_buffers()  # DDP fails on a list that is empty only once it copies
+    ddp._assign_modules_buffers()  # without this, DDP would fail if no buffers are left to copy
     return []

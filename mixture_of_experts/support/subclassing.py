@@ -1,7 +1,7 @@
-"""Finds what subclasses, and attributes of an object, override in a class of this package.
+"""Detects which methods of a class in this package are overridden by subclasses or by attributes of an object.
 
-Shortcuts replace methods of a class. They apply to every subclass that does not override these methods, such as the
-classes that FSDP2 and parametrizations make for a module.
+Fast implementations replace methods of a class. They also apply to subclasses that do not override these methods, such
+as the classes that FSDP2 and parametrizations create for a module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def find_overridden(module: Any, base: type, names: Collection[str]) -> str | None:
-    """The first of `names` that a module or its class does not inherit from `base`; None if it inherits all of them.
+    """Return the first of `names` that a module or its class does not inherit from `base`, or None if it inherits all.
 
     Example:
         >>> class Base:
@@ -37,20 +37,21 @@ def find_overridden(module: Any, base: type, names: Collection[str]) -> str | No
 
 
 def find_declaring_class(kind: type, name: str) -> type:
-    """The class of this package from which a class gets its attribute `name`, whether or not it declares it anew."""
+    """Return the class of this package from which a class inherits its attribute `name`, even if it redefines the
+    attribute."""
     return next(base for base in kind.__mro__ if name in base.__dict__ and is_package_class(base))
 
 
 def is_package_class(kind: type) -> bool:
-    """Whether this package defines a class."""
+    """Return whether a class is defined in this package."""
     return kind.__module__.partition(".")[0] == PACKAGE
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Whether a module's class belongs to this package, or is a subclass that computes the same as such a class.
+    """Return whether a module computes the same as a class of this package, of which it may be a subclass.
 
-    Methods that every `nn.Module` has are ignored: FSDP2 overrides `_apply`, and hooks of other libraries set a
-    `forward` on the module. Only a class with its own `forward` computes something else.
+    Methods of `nn.Module` are ignored, because FSDP2 overrides `_apply`, and hooks of other libraries set `forward` on
+    the module. Of these methods, only a `forward` that is defined in the class changes the computation.
     """
     kind = type(module)
     base = next((base for base in kind.__mro__ if is_package_class(base)), None)
@@ -61,6 +62,6 @@ def is_unchanged(module: nn.Module) -> bool:
 
 @cache
 def list_members(kind: type) -> frozenset[str]:
-    """The names of the methods and properties that a class has and `nn.Module` does not have."""
+    """Return the names of methods and properties of a class that `nn.Module` does not have."""
     static = {name: inspect.getattr_static(kind, name) for name in set(dir(kind)) - set(dir(nn.Module))}
     return frozenset(name for name, found in static.items() if isinstance(found, FunctionType | property))

@@ -15,43 +15,45 @@ from mixture_of_experts.support.private_torch import is_exporting, is_functorch_
 
 
 def symbolic_min(first: int, second: int) -> int:
-    """`min` that stays a formula when a length is dynamic under export or compile."""
-    if isinstance(first, int) and isinstance(second, int):  # dynamo shows lengths as integers; exporters show symbols
+    """Return the minimum, as a symbolic expression if a length is dynamic under export or compile."""
+    if isinstance(first, int) and isinstance(second, int):  # lengths are int under dynamo and symbols under exporters
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def symbolic_max(first: int, second: int) -> int:
-    """`max` that stays a formula when a length is dynamic under export or compile."""
+    """Return the maximum, as a symbolic expression if a length is dynamic under export or compile."""
     if isinstance(first, int) and isinstance(second, int):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
 
 
 def is_exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export` traces. ONNX has neither a stable sort nor searchsorted."""
+    """Return whether `torch.onnx.export` is tracing. ONNX has neither a stable sort nor searchsorted."""
     return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
-    """`values + times * others` in one operator; in two if a graph is exported: ONNX has no dynamic `alpha`."""
+    """Return `values + times * others`, computed by one operator, or by two in exported graphs, because ONNX has no
+    dynamic `alpha`."""
     return values + others * times if is_exporting() else torch.add(values, others, alpha=times)
 
 
 def is_host_readable(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read without a sync: it is on a CPU, outside of traces and transforms."""
+    """Return whether the values of a tensor can be read without a sync, because it is on a CPU and outside of traces
+    and transforms."""
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Whether the values of a tensor can be read at all, possibly after waiting for a GPU."""
+    """Return whether the values of a tensor can be read at all, possibly after waiting for a GPU."""
     return not (torch.compiler.is_compiling() or is_in_transform() or tensor.is_meta)
 
 
 def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
-    """Whether a function of torch's activation checkpointing is on the stack, above the frame `within`."""
+    """Return whether a function of torch's activation checkpointing is on the call stack above the frame `within`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not within:
         if frame.f_code.co_filename == checkpoint.__file__:
@@ -61,12 +63,12 @@ def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
 
 
 def get_device_capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, as a constant of a traced graph."""
+    """Return the compute capability of a CUDA device, which is a constant in traced graphs."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
 def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which autocast is off, so that operators keep the dtype of their operands."""
+    """Return a context in which autocast is disabled, so that operators keep the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

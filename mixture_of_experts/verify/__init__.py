@@ -23,7 +23,7 @@ _ALL_PROPERTIES = [
     each for file in (batching, steps, states, precision) for each in vars(file).values() if isinstance(each, Property)
 ]
 
-#: the promise of each property, in one sentence, by the property's name
+#: the promise of each property, in one sentence, keyed by property name
 PROPERTIES = {each.name: each.promise for each in _ALL_PROPERTIES}
 
 
@@ -37,25 +37,25 @@ def verify(
     segment_ids: str | RunFunction | None = None,
     properties: Iterable[str] | None = None,
 ) -> Report:
-    """Measure which properties a mixture layer has. The module itself does not run, only copies of it.
+    """Measure which properties a mixture layer has, on copies of the module, which itself does not run.
 
-    Only `module` is required. Properties that need an argument are skipped without it. For `MoE` and `HeirarchicalMoE`
-    all arguments are inferred, and for blocks that contain one gate of this package, or a router of another
-    library, the router is.
+    Only `module` is required. Properties that need an argument are skipped without it. For `MoE` and `HeirarchicalMoE`,
+    all arguments are inferred. For blocks that contain one gate of this package, or one router of another library, the
+    router is inferred.
 
     Args:
-        module: maps `(b, n, d)` to the same shape, or to a tuple that begins with it. Use a small one, because the
-            properties do not depend on its sizes.
-        dim: d; by default the only size of its weights with which it runs.
-        mask: name of the argument for a mask `(b, n)` bool, True where a token is real; or a function `(module, x,
+        module: a module that maps `(b, n, d)` to the same shape, or to a tuple that begins with it. Use a small one,
+            because the properties do not depend on its sizes.
+        dim: d. Default: the only size of its weights with which it runs.
+        mask: name of the argument for a mask `(b, n)` bool, True where a token is real, or a function `(module, x,
             mask)` that calls the module.
-        loss: index or key of the auxiliary loss in what the module returns; or a function `(module, returned)` that
+        loss: index or key of the auxiliary loss in what the module returns, or a function `(module, returned)` that
             reads it.
         router: a function `(module, x)` that returns the experts of each token: `(b, n, k)` integers, -1 for no expert,
             or `(b, n, e)` bool.
         segment_ids: name of the argument for the documents `(b, n)` of packed rows, integers, or a function `(module,
             x, segment_ids)` that calls the module.
-        properties: names of the properties; by default all but "invariance" and "compile".
+        properties: names of the properties to measure. Default: all except "invariance" and "compile".
 
     Raises:
         ValueError: a property is unknown, the module cannot be copied, or its width cannot be inferred.
@@ -69,10 +69,10 @@ def verify(
     """
     names = {each.name for each in _ALL_PROPERTIES if not each.is_opt_in} if properties is None else set(properties)
     if unknown := names - set(PROPERTIES):
-        raise ValueError(f"no property is named {sorted(unknown)}: there are {sorted(PROPERTIES)}")
+        raise ValueError(f"unknown properties {sorted(unknown)}; the properties are {sorted(PROPERTIES)}")
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with preserve_settings():  # a module that changes them affects neither other measurements nor the caller
+        with preserve_settings():  # protects other measurements and the caller
             trial = infer_arguments(Trial(module, dim or 0, mask, loss, router, segment_ids))
         findings = {}
         for each in _ALL_PROPERTIES:
@@ -86,17 +86,17 @@ def verify(
 
 
 def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
-    """Assert that a module has properties. Use it in your own tests.
+    """Assert that a module has the given properties. Use it in your own tests.
 
     Args:
         module: as in `verify`.
-        properties: names of properties; if none are given, the default of `verify`.
+        properties: names of properties. Default: those that `verify` measures by default.
         arguments: `dim`, `mask`, `loss`, `router` and `segment_ids`, as in `verify`.
 
     Raises:
-        AssertionError: a named property does not hold: it fails, does not apply, or is not measured because its
-            argument is missing. Leave out properties that do not apply. Without `properties`, only failures raise. The
-            message names each such property and the reason, and includes the report.
+        AssertionError: a named property does not hold, because it fails, does not apply, or is not measured without its
+            argument. Omit properties that do not apply. Without `properties`, only failures raise. The message names
+            each such property with the reason, and includes the report.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -113,8 +113,8 @@ def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
 
 
 def phrase_of(verdict: str) -> str:
-    """A verdict as a phrase for an error message, with the remedy."""
+    """Return a verdict as a phrase for an error message, with the remedy."""
     return {
-        "does not apply": "does not apply to this layer (leave it out)",
+        "does not apply": "does not apply to this layer (omit it)",
         "not asked": "was not measured",
     }.get(verdict, verdict)

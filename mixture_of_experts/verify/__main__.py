@@ -16,10 +16,10 @@ from mixture_of_experts.verify import PROPERTIES, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Verify a module, print the report, and return the exit status; exits with 2 if the module cannot be verified."""
+    """Verify a module, print the report, and return the exit status. Exit with 2 if the module cannot be verified."""
     parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.verify", description=__doc__)
-    parser.add_argument("factory", help='"package.module:function", importable from here')
-    parser.add_argument("--only", nargs="+", metavar="PROPERTY", help=f"of {', '.join(PROPERTIES)}")
+    parser.add_argument("factory", help='"package.module:function", importable from the current directory')
+    parser.add_argument("--only", nargs="+", metavar="PROPERTY", help=f"measure only these of {', '.join(PROPERTIES)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     path, _, name = options.factory.partition(":")

@@ -1,4 +1,4 @@
-"""Properties of batching: results are independent of padding, other sequences and later tokens; edge-case batches."""
+"""Properties of batching: results do not depend on padding, other sequences or later tokens; edge-case batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mixture_of_experts.verify.trial import (
 
 LONG_CASE = Case(2, 1500, 6)
 SINGLE_TOKEN_CASES = (Case(64, 1, 0),)
-MAX_LOST_CHOICE_SHARE = 0.2  # of the choices; an expert with few ReLU units may output zeros
+MAX_LOST_CHOICE_SHARE = 0.2  # fraction of the choices; an expert with few ReLU units may output zeros
 
 
 def select_tokens(outcome: Outcome, index: Any) -> Outcome:
@@ -34,12 +34,13 @@ def select_tokens(outcome: Outcome, index: Any) -> Outcome:
 
 
 def mark_all_tokens(trial: Trial) -> Tensor:
-    """A bool index that selects all tokens and flattens the sequences."""
+    """Return a bool index that selects all tokens and flattens the sequences."""
     return torch.ones(trial.case[:2], dtype=torch.bool)
 
 
 def make_padded_batch(trial: Trial, number: float) -> tuple[Tensor, Tensor]:
-    """The tokens scattered among padding with a constant value, plus a sequence of padding only; and the mask."""
+    """Return the tokens scattered among padding with a constant value, followed by a sequence of padding only, and the
+    mask."""
     b, n, seed, _ = trial.case
     x, noise = trial.make_tokens(), torch.rand(b + 1, 2 * n + 8, generator=torch.Generator().manual_seed(seed))
     mask = (noise.argsort(dim=-1) < n).to(x.device)
@@ -50,7 +51,10 @@ def make_padded_batch(trial: Trial, number: float) -> tuple[Tensor, Tensor]:
 
 
 @layer_property(
-    "padding changes no output, loss, gradient or buffer", needs="mask", cases=CASES, is_deterministic_only=True
+    "padding does not change outputs, losses, gradients or buffers",
+    needs="mask",
+    cases=CASES,
+    is_deterministic_only=True,
 )
 def padding(trial: Trial) -> Deviations:
     x, mask = make_padded_batch(trial, 3.0)
@@ -60,14 +64,14 @@ def padding(trial: Trial) -> Deviations:
     )
 
 
-@layer_property("NaN in the padding reaches nothing", needs="mask", is_deterministic_only=True)
+@layer_property("NaN in the padding does not spread", needs="mask", is_deterministic_only=True)
 def nan_padding(trial: Trial) -> Deviations:
     (x, mask), (zeros, _) = make_padded_batch(trial, float("nan")), make_padded_batch(trial, 0.0)
     yield compare_outcomes(select_tokens(trial.step(x, mask), mask), select_tokens(trial.step(zeros, mask), mask))
 
 
 @layer_property(
-    "documents packed into a row get the outputs, losses and gradients that they get as rows of their own",
+    "documents packed into a row get the same outputs, losses and gradients as in separate rows",
     needs="segment_ids",
     cases=CASES,
     is_deterministic_only=True,
@@ -77,31 +81,31 @@ def packing(trial: Trial) -> Deviations:
         raise NotApplicableError(reason)
     x, (b, n, seed, _) = trial.make_tokens(), trial.case
     ids = torch.randperm(b * n, generator=torch.Generator().manual_seed(seed)) // n
-    place = ids.argsort(stable=True)  # of the documents' tokens, one document after the other
+    place = ids.argsort(stable=True)  # places of the documents' tokens, one document after the other
     packed, ids = x.flatten(0, 1)[place.argsort()].unsqueeze(0), ids.unsqueeze(0).to(x.device)
     found = select_tokens(trial.step(packed, segment_ids=ids), (0, place))
     yield compare_outcomes(found, select_tokens(trial.step(), mark_all_tokens(trial)), context=f", {b} in a row")
 
 
-@layer_property("sequences in another order give the same", cases=(*CASES[2:], LONG_CASE), is_deterministic_only=True)
+@layer_property("reordering the sequences changes no result", cases=(*CASES[2:], LONG_CASE), is_deterministic_only=True)
 def order(trial: Trial) -> Deviations:
     turned = torch.arange(trial.case.num_sequences).roll(1)
     yield compare_outcomes(trial.step(trial.make_tokens()[turned]), select_tokens(trial.step(), turned))
 
 
-@layer_property("a sequence alone gets the output that it gets in a batch", cases=CASES[2:], is_deterministic_only=True)
+@layer_property("a sequence alone gets the same output as in a batch", cases=CASES[2:], is_deterministic_only=True)
 def batch(trial: Trial) -> Deviations:
     together = trial.forward()
     for i in range(trial.case.num_sequences):
         yield compare_outcomes(trial.forward(trial.make_tokens()[[i]]), select_tokens(together, [i]), names="output")
 
 
-@layer_property("later tokens change no output of earlier ones", cases=CASES)
+@layer_property("later tokens do not change outputs of earlier ones", cases=CASES)
 def causal(trial: Trial) -> Deviations:
     n, wanted = trial.case.num_tokens, trial.forward()
     for t in (1, n // 2, n - 1):
         x, earlier = trial.make_tokens(), (slice(None), slice(t))
-        x[:, t:] = x[:, t - 1 : t]  # they request the same experts as an earlier token
+        x[:, t:] = x[:, t - 1 : t]  # so that they request the same experts as an earlier token
         yield compare_outcomes(
             select_tokens(trial.forward(x), earlier),
             select_tokens(wanted, earlier),
@@ -111,7 +115,10 @@ def causal(trial: Trial) -> Deviations:
 
 
 @layer_property(
-    "tokens one by one get the outputs that they get together", cases=CASES, modes=EVAL_ONLY, is_deterministic_only=True
+    "tokens decoded one by one get the same outputs as together",
+    cases=CASES,
+    modes=EVAL_ONLY,
+    is_deterministic_only=True,
 )
 def decoding(trial: Trial) -> Deviations:
     one_by_one = [trial.forward(token)["output"] for token in trial.make_tokens().split(1, dim=1)]
@@ -119,14 +126,14 @@ def decoding(trial: Trial) -> Deviations:
 
 
 @layer_property(
-    "a token's bits are the same alone and in any batch",
+    "a token's result is bitwise the same alone and in any batch",
     cases=CASES,
     is_deterministic_only=True,
     limit=0.0,
     is_opt_in=True,
 )
 def invariance(trial: Trial) -> Deviations:
-    """Compares outputs of a forward without backward, and outputs and input gradients of a step from outputs alone."""
+    """Compare outputs of a forward pass alone, and outputs and input gradients of a step on outputs alone."""
     x = trial.make_tokens()
     tokens = x.flatten(0, 1)
     count = len(tokens)
@@ -144,7 +151,7 @@ def invariance(trial: Trial) -> Deviations:
 
 
 @layer_property(
-    "each choice reaches its expert's weights",
+    "each choice affects the gradients of its expert's weights",
     needs="router",
     cases=SINGLE_TOKEN_CASES,
     is_deterministic_only=True,
@@ -159,22 +166,23 @@ def every_choice(trial: Trial) -> Deviations:
     reached = torch.stack(
         [find_reached_weights(trial.step(token, loss_from="output")) for token in alone]
     ).float()  # (t, w)
-    # (w) how many tokens choose the expert that owns these weights: all tokens that reach them chose it
+    # (w): how many tokens choose the expert of these weights, which all tokens that reach the weights chose
     choosing = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf).amin(dim=-1)
     own = choosing.isfinite() & reached.any(dim=0)
     if not own.any():
-        raise NotApplicableError("no weights are one expert's alone")
+        raise NotApplicableError("no weights belong to a single expert")
     lost = 1 - (reached.sum(dim=0)[own].sum() / choosing[own].sum()).item()
     yield Deviation(lost, f"{lost:.1%} of the choices reach no weights of their own")
 
 
 def find_reached_weights(outcome: Outcome) -> Tensor:
-    """`(w)` bool, which parameters have a gradient; for those with three or more axes, which slices along the first."""
+    """Return `(w)` bool, which parameters have a gradient; for parameters with three or more axes, which slices along
+    the first axis."""
     grads = [tensor for name, tensor in outcome.items() if name.startswith("gradient")]
     return torch.cat([grad.reshape(len(grad) if grad.dim() > 2 else 1, -1).any(dim=-1) for grad in grads])
 
 
-@layer_property("a batch of no tokens gives finite numbers", cases=SMALL_CASES[:1])
+@layer_property("an empty batch gives finite numbers", cases=SMALL_CASES[:1])
 def no_tokens(trial: Trial) -> Deviations:
     x = trial.make_tokens()
     yield count_non_finite(trial.step(x[:0]), ", of no sequences")
@@ -182,7 +190,7 @@ def no_tokens(trial: Trial) -> Deviations:
     yield count_non_finite(trial.step(x, torch.zeros_like(x[..., 0], dtype=torch.bool)), ", of padding alone")
 
 
-@layer_property("a token alone, equal ones, zeros and large numbers give finite numbers")
+@layer_property("a single token, equal tokens, zeros and large numbers give finite numbers")
 def extremes(trial: Trial) -> Deviations:
     x = trial.make_tokens()
     yield count_non_finite(trial.step(x[:1, :1]), ", of one token")
@@ -191,7 +199,7 @@ def extremes(trial: Trial) -> Deviations:
         yield count_non_finite(trial.step(factor * x), f", of tokens times {factor}")
 
 
-@layer_property("strided tokens and gradients give the same", is_deterministic_only=True)
+@layer_property("strided tokens and gradients give the same results", is_deterministic_only=True)
 def strides(trial: Trial) -> Deviations:
     x = trial.make_tokens()
     strided = x.permute(2, 0, 1).contiguous().permute(1, 2, 0)  # (b, n) can still be flattened by a view

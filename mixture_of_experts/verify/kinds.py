@@ -14,11 +14,11 @@ CROSS_SEQUENCE_PROPERTIES = ("padding", "nan_padding", "order", "batch", "causal
 
 
 def expected_failures(module: nn.Module) -> dict[str, str]:
-    """The properties that may fail although there is no bug, by name, with the reasons."""
+    """Return the properties that may fail without a bug, keyed by name, with the reasons."""
     found: dict[str, str] = {}
     for layer in module.modules():
         if isinstance(layer, MoE | HeirarchicalMoE) and layer.group_size is not None:
-            found |= dict.fromkeys(CROSS_SEQUENCE_PROPERTIES, "group_size cuts groups from the whole batch")
+            found |= dict.fromkeys(CROSS_SEQUENCE_PROPERTIES, "group_size forms groups across the whole batch")
     for site in find_all_routers(module):
         for names, reason in iter_reasons(site):
             found |= dict.fromkeys(names, reason)
@@ -26,7 +26,7 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
 
 
 def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield properties that one router may not have, with the reason."""
+    """Yield properties that a router may not have, with the reason."""
     gate = site.gate
     if site.external is not None:
         yield ("router_bfloat16", "router_autocast"), "the router computes in the dtype of its weights"
@@ -34,10 +34,10 @@ def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
     if any(factor is not None for factor in factors) or (
         site.external is not None and site.external.capacity is not None
     ):
-        yield ("causal", "decoding"), "a capacity drops choices, depending on the other tokens of a group"
+        yield ("causal", "decoding"), "capacity drops choices depending on the other tokens of a group"
     if isinstance(gate, ExpertChoiceGating):
-        yield ("causal", "decoding"), "in expert choice all tokens of a group compete, later ones too"
+        yield ("causal", "decoding"), "in expert choice, all tokens of a group compete, including later ones"
     if isinstance(gate, Top2Gating) and gate.second_policy_train != gate.second_policy_eval:
-        yield ("output_eval",), "Top2Gating has another second_policy in eval"
+        yield ("output_eval",), "Top2Gating has a different second_policy in eval"
     if isinstance(gate, SparseMixerGating):
         yield ("gradients",), "SparseMixer estimates the gradient of a random choice"

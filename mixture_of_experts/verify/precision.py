@@ -1,4 +1,4 @@
-"""Numerical properties: gradients compared to finite differences, and the effects of lower precision."""
+"""Numerical properties: gradients compared with finite differences, and the effects of lower precision."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mixture_of_experts.verify.trial import (
     make_output_weights,
 )
 
-DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # of finite differences, relative to the norm of the tensor that is varied
+DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # of finite differences, relative to the norm of the varied tensor
 CLOSE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 BATCH_CASES, MANY_TOKENS_CASES = (Case(4, 32, 0),), (Case(1 << 14, 1, 0),)
 MAX_CHANGED_SHARE = (
-    1e-4  # of tokens that choose differently: a router that rounds to bfloat16 changes one in a thousand or more
+    1e-4  # of tokens that choose differently; a router that rounds to bfloat16 changes one in a thousand or more
 )
 
 
-@layer_property("gradients are those of differences in float64", limit=GRADIENT_TOLERANCE)
+@layer_property("gradients match finite differences in float64", limit=GRADIENT_TOLERANCE)
 def gradients(trial: Trial) -> Deviations:
     if trial.limit > GRADIENT_TOLERANCE:
-        raise NotApplicableError("it rounds to fewer digits than differences need")
+        raise NotApplicableError("it computes with fewer digits than finite differences need")
     module, x = convert_module(trial, torch.float64), trial.make_tokens(dtype=torch.float64)
     randomize_zero_parameters(module, trial.case.seed)
     found, weights = trial.step(x, module=copy.deepcopy(module)), make_output_weights(x)
@@ -44,7 +44,7 @@ def gradients(trial: Trial) -> Deviations:
         direction *= size / direction.norm()
         wanted, error = (grad * direction).sum().item(), float("inf")
         scale = max(grad.norm().item() * size, 1e-3 * largest, 1e-12)
-        for step in DIFFERENCE_STEPS:  # a step that changes a choice says nothing: try a smaller one
+        for step in DIFFERENCE_STEPS:  # if a step changes a choice, try a smaller one
             leaf += step * direction
             high = compute_objective(trial, module, x, weights)
             leaf -= 2 * step * direction
@@ -58,7 +58,7 @@ def gradients(trial: Trial) -> Deviations:
 
 @torch.no_grad()
 def randomize_zero_parameters(module: nn.Module, seed: int) -> None:
-    """Randomize parameters that are all zero. With a zero router all scores tie, so any step changes choices; other
+    """Randomize parameters that are all zero. With a zero router, all scores tie, so any step changes choices. Other
     zeros hide the gradients that they multiply."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
@@ -67,13 +67,13 @@ def randomize_zero_parameters(module: nn.Module, seed: int) -> None:
 
 
 def compute_objective(trial: Trial, module: nn.Module, x: Tensor, weights: Tensor) -> float:
-    """The scalar that a step differentiates."""
+    """Return the scalar that a step differentiates."""
     outcome = trial.forward(x, module=copy.deepcopy(module))
     return (outcome["output"] * weights).sum().item() + float(outcome.get("loss", 0.0))
 
 
 @layer_property(
-    "bfloat16 only rounds outputs, by the same choices",
+    "bfloat16 only rounds outputs if choices are the same",
     needs="router",
     cases=BATCH_CASES,
     is_deterministic_only=True,
@@ -88,7 +88,7 @@ def bfloat16(trial: Trial) -> Deviations:
 
 
 @layer_property(
-    "in bfloat16 tokens choose as in float64",
+    "tokens make the same choices in bfloat16 as in float64",
     needs="router",
     cases=MANY_TOKENS_CASES,
     modes=EVAL_ONLY,
@@ -101,7 +101,7 @@ def router_bfloat16(trial: Trial) -> Deviations:
 
 
 @layer_property(
-    "under autocast tokens choose as without",
+    "tokens make the same choices with and without autocast",
     needs="router",
     cases=MANY_TOKENS_CASES,
     modes=EVAL_ONLY,
@@ -121,7 +121,7 @@ def measure_changed_choices(found: Tensor, wanted: Tensor) -> Deviation:
 
 
 def convert_module(trial: Trial, dtype: torch.dtype) -> nn.Module:
-    """The module in another dtype; raises `NotApplicableError` if it does not run in it."""
+    """Return the module in another dtype, or raise `NotApplicableError` if it does not run in it."""
     module = trial.copy_module().to(dtype)
     try:
         trial.forward(trial.make_tokens(dtype=dtype), module=copy.deepcopy(module))
@@ -131,7 +131,7 @@ def convert_module(trial: Trial, dtype: torch.dtype) -> nn.Module:
 
 
 def convert_to_both_dtypes(trial: Trial) -> tuple[nn.Module, nn.Module]:
-    """The module in bfloat16, and in float64 with the same values."""
+    """Return the module in bfloat16 and in float64, with the same values."""
     low, exact = convert_module(trial, torch.bfloat16), convert_module(trial, torch.float64)
     exact.load_state_dict(low.state_dict())
     return low, exact

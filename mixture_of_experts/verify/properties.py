@@ -1,4 +1,4 @@
-"""`Property`: a promise, and how it is measured."""
+"""`Property`: a promise and its measurement."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Property:
     """A property that a mixture layer should have.
 
     Attributes:
-        measure: yields the deviations from what is promised.
+        measure: a function that yields the deviations from the promise.
         promise: one sentence.
-        needs: the argument of `verify` that is required: "mask", "loss", "router" or "segment_ids"; empty if none is.
-        cases: from small to large, so that the first one that fails is the smallest example.
-        modes: the modes in which it must hold, True for training.
-        is_deterministic_only: whether it is measured only in modes in which the module draws no random numbers.
-        limit: the largest deviation with which the property holds; None means the rounding limit of the trial.
-        is_opt_in: whether it is measured only if it is named.
+        needs: the argument of `verify` that is required: "mask", "loss", "router" or "segment_ids"; empty for none.
+        cases: cases from small to large, so that the first one that fails is the smallest example.
+        modes: the modes in which the property must hold, True for training.
+        is_deterministic_only: whether to measure only in modes in which the module draws no random numbers.
+        limit: the largest deviation with which the property holds. None for the rounding limit of the trial.
+        is_opt_in: whether to measure the property only if it is named.
     """
 
     measure: MeasureFunction
@@ -49,17 +49,17 @@ class Property:
         return self.measure.__name__
 
     def measure_module(self, trial: Trial) -> Finding:
-        """Measure the property of a module, over all cases and modes."""
+        """Measure the property of a module over all cases and modes."""
         finding, limit = partial(Finding, self.name, self.promise), trial.limit if self.limit is None else self.limit
         if self.needs and getattr(trial, self.needs) is None:
-            return finding("not asked", detail=f"tell {self.needs}=")
+            return finding("not asked", detail=f"pass {self.needs}=")
         modes = [
             training
             for training in self.modes
             if training in trial.deterministic_modes or not self.is_deterministic_only
         ]
         if not modes:
-            return finding("does not apply", detail="random numbers are drawn")
+            return finding("does not apply", detail="it draws random numbers")
         worst = 0.0
         try:
             for case, training in product(self.cases, modes):
@@ -77,5 +77,5 @@ class Property:
 
 
 def layer_property(promise: str, **settings: Any) -> Callable[[MeasureFunction], Property]:
-    """A decorator that turns the function that measures a property into a `Property`."""
+    """Return a decorator that turns a function that measures a property into a `Property`."""
     return partial(Property, promise=promise, **settings)

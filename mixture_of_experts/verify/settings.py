@@ -1,4 +1,4 @@
-"""Process-wide and thread-local settings that a forward must not change."""
+"""Process-wide and thread-local settings that a forward pass must not change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def read_settings() -> dict[str, Any]:
-    """The current settings, by name."""
+    """Return the current settings, keyed by name."""
     return {
         "the grad mode": torch.is_grad_enabled(),
         "the inference mode": torch.is_inference_mode_enabled(),
@@ -24,7 +24,7 @@ def read_settings() -> dict[str, Any]:
 
 @contextmanager
 def preserve_settings() -> Iterator[None]:
-    """On exit, restore the settings that would outlive a context, including the grad mode."""
+    """Context manager that, on exit, restores the settings that would outlive a context, including the grad mode."""
     before, dtype = read_settings(), torch.get_default_dtype()
     try:
         yield

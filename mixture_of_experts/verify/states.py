@@ -1,4 +1,4 @@
-"""Properties of state: a call leaves nothing behind, and copies are complete."""
+"""Properties of state: a call leaves no traces, and copies are complete."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from mixture_of_experts.verify.trial import (
 )
 
 UNUSUAL_SEED = 20170123  # a seed that no module uses
-MAX_PARTS = 8  # maximum number of submodules at which a forward waits for that of another thread
-PATIENCE = 10  # seconds to wait for a forward in another thread
+MAX_PARTS = 8  # maximum number of submodules at which a forward pass waits for one in another thread
+PATIENCE = 10  # seconds to wait for a forward pass in another thread
 
 
-@layer_property("evaluation counts nothing, and moves no buffer", cases=SINGLE_CASE, modes=EVAL_ONLY, limit=0.0)
+@layer_property("evaluation counts nothing and does not change buffers", cases=SINGLE_CASE, modes=EVAL_ONLY, limit=0.0)
 def counts_eval(trial: Trial) -> Deviations:
     module = trial.copy_module()
     trial.forward(module=module)
     yield compare_outcomes(trial.step(module=module), trial.measure_buffer_changes(trial.copy_module()))
 
 
-@layer_property("two runs give the same bits, whatever ran before", limit=0.0)
+@layer_property("two runs are bitwise equal, whatever ran before", limit=0.0)
 def bits(trial: Trial) -> Deviations:
     module, wanted = trial.copy_module(), trial.step()
     for number in range(1, 6):
@@ -45,13 +45,13 @@ def bits(trial: Trial) -> Deviations:
         module.zero_grad()
 
 
-@layer_property("a forward seeds no random numbers anew", cases=SINGLE_CASE)
+@layer_property("a forward pass does not reseed the random number generator", cases=SINGLE_CASE)
 def seeds(trial: Trial) -> Deviations:
     trial.forward(seed=UNUSUAL_SEED)
-    yield Deviation(float(torch.initial_seed() != UNUSUAL_SEED), "the seed of what is drawn after it")
+    yield Deviation(float(torch.initial_seed() != UNUSUAL_SEED), "the seed after the forward pass")
 
 
-@layer_property("a forward changes neither its inputs nor global settings", cases=SINGLE_CASE, limit=0.0)
+@layer_property("a forward pass changes neither its inputs nor global settings", cases=SINGLE_CASE, limit=0.0)
 def side_effects(trial: Trial) -> Deviations:
     for x, mask in ((trial.make_tokens(), None), make_padded_batch(trial, 3.0)):
         given = {"the tokens": x, **({} if mask is None else {"the mask": mask})}
@@ -70,7 +70,7 @@ def side_effects(trial: Trial) -> Deviations:
         yield Deviation(len(changed), f"it changed {', '.join(changed)}{'' if mask is None else ', padded'}")
 
 
-@layer_property("forwards of two threads do not meet", cases=SINGLE_CASE, is_deterministic_only=True)
+@layer_property("forward passes of two threads do not interfere", cases=SINGLE_CASE, is_deterministic_only=True)
 def threads(trial: Trial) -> Deviations:
     wanted = [trial.forward(trial.make_tokens(number)) for number in (0, 1)]
     for path in [*find_submodules(trial), ""]:
@@ -79,14 +79,15 @@ def threads(trial: Trial) -> Deviations:
 
 
 def run_two_threads(trial: Trial, path: str) -> list[Outcome]:
-    """Run a forward that pauses at a submodule, or at its end, while another thread runs one; return both outcomes."""
+    """Run a forward pass that pauses at a submodule, or at its end, while another thread runs one, and return both
+    outcomes."""
     module, other = trial.copy_module(), list[Future[Outcome]]()
     with ThreadPoolExecutor(1) as pool:
 
         def stop(*hooked: object) -> None:
             hook.remove()
             other.append(pool.submit(trial.forward, trial.make_tokens(1), module=module))
-            wait(other, PATIENCE)  # a module may serialize its forwards with a lock
+            wait(other, PATIENCE)  # a module may serialize its forward passes with a lock
 
         part = module.get_submodule(path)
         hook = part.register_forward_pre_hook(stop) if path else part.register_forward_hook(stop)
@@ -94,7 +95,7 @@ def run_two_threads(trial: Trial, path: str) -> list[Outcome]:
 
 
 def find_submodules(trial: Trial) -> list[str]:
-    """Paths of some submodules that a forward calls."""
+    """Return the paths of some submodules that a forward pass calls."""
     module, called = trial.copy_module(), dict[str, None]()
     for path, part in list(module.named_modules())[1:]:
         part.register_forward_pre_hook(lambda part, inputs, path=path: called.update({path: None}))
@@ -102,7 +103,7 @@ def find_submodules(trial: Trial) -> list[str]:
     return list(called)[:: max(1, -(-len(called) // MAX_PARTS))]
 
 
-@layer_property("a forward that raised leaves nothing behind", cases=SINGLE_CASE)
+@layer_property("a forward pass that raised leaves no traces", cases=SINGLE_CASE)
 def raised(trial: Trial) -> Deviations:
     wanted = trial.step()
     for path, _ in list(trial.module.named_modules())[1:]:
@@ -110,22 +111,22 @@ def raised(trial: Trial) -> Deviations:
         hook = module.get_submodule(path).register_forward_pre_hook(raise_injected_error)
         try:
             trial.step(trial.make_tokens(1), module=module)
-            continue  # the forward does not call this submodule
+            continue  # the forward pass does not call this submodule
         except InjectedError:
             hook.remove()
         module.zero_grad()
-        yield compare_outcomes(trial.step(module=module), wanted, context=f", after a forward that raised in {path}")
+        yield compare_outcomes(trial.step(module=module), wanted, context=f", after an error in {path}")
 
 
 class InjectedError(Exception):
-    """Raised in a forward on purpose."""
+    """Raised in a forward pass on purpose."""
 
 
 def raise_injected_error(module: nn.Module, inputs: object) -> None:
     raise InjectedError
 
 
-@layer_property("a copy of a used module computes the same, by itself", cases=SINGLE_CASE)
+@layer_property("a copy of a used module computes the same, independently of it", cases=SINGLE_CASE)
 def deepcopy(trial: Trial) -> Deviations:
     module = trial.copy_module()
     trial.step(module=module)
@@ -138,7 +139,7 @@ def deepcopy(trial: Trial) -> Deviations:
 
 
 @layer_property(
-    "weights of another, loaded into a used copy or one made on meta, compute the same",
+    "weights of another module compute the same when loaded into a used copy or one constructed on meta",
     cases=SINGLE_CASE,
     modes=EVAL_ONLY,
 )
@@ -146,16 +147,16 @@ def save_load(trial: Trial) -> Deviations:
     module, used, empty = trial.copy_module().train(), trial.copy_module(), trial.copy_module().to("meta")
     trial.step(module=module)
     scale_weights(module, 1.5)
-    trial.forward(module=used)  # packed copies of its weights, if any, are stale after loading
+    trial.forward(module=used)  # so that packed copies of its weights, if any, are stale after loading
     empty.to_empty(device=trial.make_tokens().device)
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.detach().fill_(3)
-    for how, other in ((", of a used copy", used), (", of one made on meta", empty)):
+    for how, other in ((", of a used copy", used), (", of one constructed on meta", empty)):
         other.load_state_dict(module.state_dict())
         yield compare_outcomes(trial.forward(module=other), trial.forward(module=module.eval()), context=how)
 
 
-@layer_property("inference mode gives the same, and leaves nothing behind", modes=EVAL_ONLY)
+@layer_property("inference mode gives the same results and leaves no traces", modes=EVAL_ONLY)
 def inference_mode(trial: Trial) -> Deviations:
     module = trial.copy_module()
     with torch.inference_mode():
@@ -164,14 +165,14 @@ def inference_mode(trial: Trial) -> Deviations:
 
 
 @layer_property(
-    "a token alone gets in eval the output that it gets in training",
+    "a token alone gets the same output in eval as in training",
     cases=SINGLE_CASE,
     modes=TRAINING_ONLY,
     is_deterministic_only=True,
 )
 def output_eval(trial: Trial) -> Deviations:
     if False not in trial.deterministic_modes:
-        raise NotApplicableError("random numbers are drawn in eval")
+        raise NotApplicableError("it draws random numbers in eval")
     one = trial.make_tokens()[:1, :1]
     yield compare_outcomes(replace(trial, training=False).forward(one), trial.forward(one), names="output")
 

@@ -1,4 +1,4 @@
-"""Properties of a training step: output, auxiliary loss, gradients and counts are correct however it is run."""
+"""Properties of a training step: output, auxiliary loss, gradients and counts are correct however the step is run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mixture_of_experts.verify.trial import RESULT_PREFIXES, Deviation, Deviatio
 
 
 def run_checkpointed(reentrant: bool, function: RunFunction, x: Tensor) -> Any:
-    """Run a function under activation checkpointing. The reentrant implementation only supports tuples of tensors."""
+    """Run a function under activation checkpointing. The reentrant implementation supports only tuples of tensors."""
     keys: list[str] = []
 
     def flat(x: Tensor) -> Any:
@@ -37,17 +37,17 @@ def compare_recomputed(trial: Trial, compared: str | tuple[str, ...]) -> Deviati
             )
 
 
-@layer_property("checkpointing changes no output, loss or gradient", modes=TRAINING_ONLY)
+@layer_property("checkpointing does not change outputs, losses or gradients", modes=TRAINING_ONLY)
 def recomputation(trial: Trial) -> Deviations:
     yield from compare_recomputed(trial, RESULT_PREFIXES)
 
 
-@layer_property("checkpointing counts once, and moves buffers once", modes=TRAINING_ONLY)
+@layer_property("checkpointing counts choices and updates buffers only once", modes=TRAINING_ONLY)
 def counts_checkpointing(trial: Trial) -> Deviations:
     yield from compare_recomputed(trial, "move")
 
 
-@layer_property("the loss has a gradient, and micro-batches add gradients once each", modes=TRAINING_ONLY)
+@layer_property("the loss has a gradient, and each micro-batch adds its gradients once", modes=TRAINING_ONLY)
 def loss_accumulation(trial: Trial) -> Deviations:
     for of in ("output", "loss"):
         first, second = (trial.step(trial.make_tokens(i), loss_from=of) for i in (0, 1))
@@ -58,17 +58,20 @@ def loss_accumulation(trial: Trial) -> Deviations:
         yield compare_outcomes(found, wanted, context=f", of the {of}")
     flat = not any(grad.any() for name, grad in first.items() if name.startswith("gradient"))
     yield Deviation(
-        compare_outcomes(first, second, "loss").value * flat, "loss of two batches, though it has no gradient"
+        compare_outcomes(first, second, "loss").value * flat, "loss of two batches, although it has no gradient"
     )
 
 
-@layer_property("a loss times a number gives gradients times that number", modes=TRAINING_ONLY)
+@layer_property("scaling the loss scales the gradients", modes=TRAINING_ONLY)
 def loss_scale(trial: Trial) -> Deviations:
     yield compare_outcomes(trial.step(scale=1024), trial.step())
 
 
 @layer_property(
-    "a batch beside its copy has the same loss", needs="loss", modes=TRAINING_ONLY, is_deterministic_only=True
+    "a batch and its duplicate together have the same loss",
+    needs="loss",
+    modes=TRAINING_ONLY,
+    is_deterministic_only=True,
 )
 def loss_mean(trial: Trial) -> Deviations:
     x = trial.make_tokens()
@@ -77,7 +80,7 @@ def loss_mean(trial: Trial) -> Deviations:
     )
 
 
-@layer_property("compiled it computes the same", cases=SINGLE_CASE, is_opt_in=True)
+@layer_property("the compiled module computes the same", cases=SINGLE_CASE, is_opt_in=True)
 def compile(trial: Trial) -> Deviations:
     torch.compiler.reset()
     found = trial.step(run=lambda function, x: torch.compile(function, backend="aot_eager")(x))

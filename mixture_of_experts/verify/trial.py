@@ -1,6 +1,6 @@
-"""`Trial`: a module with the tokens and the mode of one measurement, and functions that compare its outcomes.
+"""`Trial`: a module with the tokens and mode of one measurement, and functions that compare outcomes.
 
-Axes: b sequences, n tokens of a sequence, d model dim, e experts, k choices of a token, w weights.
+Axes: b sequences, n tokens of a sequence, d model dim, e experts, k choices per token, w weights.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from mixture_of_experts.arguments import packing_unsupported_reason
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS
 from mixture_of_experts.stats import routing_of
 
-#: what a step computed: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" for buffers
+#: the results of a step: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" for buffers
 Outcome = dict[str, Tensor]
 TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome that have an entry for each token
-RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # name prefixes of all tensors except the moves of buffers
+RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # name prefixes of all tensors except the changes of buffers
 RunFunction = Callable[..., Any]  # calls a function with tokens: checkpointed, compiled, ...
 ROUNDING_LIMIT = 1e-4  # largest difference due to rounding, relative to the largest absolute value of a tensor
 
 
 class NotApplicableError(Exception):
-    """Raised with the reason why a property does not apply to a module."""
+    """Raised if a property does not apply to a module, with the reason."""
 
 
 class Deviation(NamedTuple):
-    """A difference, and where it occurs."""
+    """A difference and where it occurs."""
 
     value: float
     where: str = ""
@@ -51,7 +51,7 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.num_sequences} x {self.num_tokens} tokens{' that are alike' * self.has_similar_tokens}, seed "
+            f"{self.num_sequences} x {self.num_tokens} tokens{' that are similar' * self.has_similar_tokens}, seed "
             f"{self.seed}"
         )
 
@@ -61,7 +61,7 @@ DEFAULT_CASE = Case(2, 16, 0)
 
 @dataclass(frozen=True)
 class Trial:
-    """The configuration of one measurement. The module itself never runs, only fresh copies of it.
+    """The configuration of one measurement. The module itself never runs, only fresh copies of it do.
 
     Attributes:
         module, dim, mask, loss, router, segment_ids: as in `verify`.
@@ -85,14 +85,14 @@ class Trial:
         return f"{self.case}, in {'training' if self.training else 'eval'}"
 
     def copy_module(self) -> nn.Module:
-        """A copy of the module, in the mode of the trial."""
+        """Return a copy of the module in the mode of the trial."""
         return copy.deepcopy(self.module).train(self.training)
 
     def make_tokens(self, index: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Random tokens `(b, n, d)`; each `index` gives different ones."""
+        """Draw random tokens `(b, n, d)`, different ones for each `index`."""
         b, n, seed, alike = self.case
         generator = torch.Generator().manual_seed(seed + 100 * index)
-        x = torch.randn(b, n, self.dim, generator=generator, dtype=torch.float32)  # whatever the default dtype is
+        x = torch.randn(b, n, self.dim, generator=generator, dtype=torch.float32)  # regardless of the default dtype
         if alike:
             x = 0.4 * x + torch.randn(self.dim, generator=generator, dtype=torch.float32)
         tensors = (*self.module.parameters(), *self.module.buffers())
@@ -108,10 +108,10 @@ class Trial:
         seed: int = 0,
         segment_ids: Tensor | None = None,
     ) -> Outcome:
-        """The output, in the shape of the tokens, and the loss if `loss` is set; in eval without gradients.
+        """Return the output, in the shape of the tokens, and the loss if `loss` is set. In eval, run without gradients.
 
         Args:
-            x, module: tokens and module; by default those of this trial, with a fresh copy of the module.
+            x, module: tokens and module. Default: those of this trial, with a fresh copy of the module.
             mask: `(b, n)` bool, True where a token is real.
             segment_ids: `(b, n)` int64, the documents of packed rows.
         """
@@ -148,14 +148,15 @@ class Trial:
         scale: float = 1,
         segment_ids: Tensor | None = None,
     ) -> Outcome:
-        """A forward, and the backward of the weighted output plus the loss, or of one of them (`loss_from`, "output" or
-        "loss"). The backward starts from `scale` times this sum, and gradients are divided by `scale` afterwards."""
+        """Run a forward pass, and a backward pass of the weighted output plus the loss, or of one of them (`loss_from`,
+        "output" or "loss"). The backward pass starts from `scale` times this sum, and gradients are divided by `scale`
+        afterwards."""
         module = self.copy_module() if module is None else module
         x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are kept
         found = self.forward(x, mask, module, run, segment_ids=segment_ids)
         total = (found["output"] * make_output_weights(x, mask)).sum() * (
             loss_from != "loss"
-        )  # times 0, not omitted: a loss may reach x through the output
+        )  # times 0 instead of omitted, because a loss may reach x through the output
         if "loss" in found and loss_from != "output":
             total = total + found["loss"]
         if total.requires_grad:
@@ -166,7 +167,7 @@ class Trial:
         return {name: tensor.detach() for name, tensor in found.items()} | self.measure_buffer_changes(module)
 
     def measure_buffer_changes(self, module: nn.Module) -> Outcome:
-        """The differences between the buffers of a module and those of the module that never ran."""
+        """Return the differences between the buffers of a module and those of the module that never ran."""
         found = {}
         for name, buffer in self.module.named_buffers():
             old, new = buffer.double(), module.get_buffer(name).double()
@@ -175,13 +176,13 @@ class Trial:
 
     @torch.no_grad()
     def read_choices(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The experts of each token: `(b, n, k)` sorted integers, or `(b, n, e)` bool."""
+        """Return the experts of each token: `(b, n, k)` sorted integers, or `(b, n, e)` bool."""
         torch.manual_seed(0)
         choices = self.router(module, x).reshape(*x.shape[:2], -1)
         return choices if choices.dtype == torch.bool else choices.sort(dim=-1).values
 
     def is_random(self) -> bool:
-        """Whether what a forward returns depends on random numbers."""
+        """Return whether the results of a forward pass depend on random numbers."""
         trials = [replace(self, case=case) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # with many near-ties
         return any(
             compare_outcomes(trial.forward(seed=1), trial.forward(seed=2)).value > ROUNDING_LIMIT / 10
@@ -189,7 +190,8 @@ class Trial:
         )
 
     def estimate_rounding(self) -> float:
-        """The second difference of the output along the inputs; large only if the module computes in bfloat16."""
+        """Return the second difference of the output along the inputs, which is large only if the module computes in
+        bfloat16."""
         a, b, c = (self.forward(self.make_tokens() * factor)["output"] for factor in (0.9999, 1, 1.0001))
         return compare_outcomes({"output": (a + c) / 2}, {"output": b}).value
 
@@ -202,7 +204,7 @@ def infer_arguments(trial: Trial) -> Trial:
         of_layer = {"mask": trial.mask or "mask", "segment_ids": trial.segment_ids or SEGMENT_IDS}
         trial = replace(trial, dim=trial.dim or module.dim, loss=loss, **of_layer)
     trial = replace(trial, dim=trial.dim or infer_width(trial))
-    with suppress(ValueError):  # the module has no gate that the package supports
+    with suppress(ValueError):  # if the module has no supported gate
         if trial.router is None and len(routing_of(trial.copy_module(), trial.make_tokens())) == 1:
             trial = replace(trial, router=read_gate_choices)
     steady = tuple(training for training in (True, False) if not replace(trial, training=training).is_random())
@@ -212,13 +214,14 @@ def infer_arguments(trial: Trial) -> Trial:
 
 
 def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The weights of outputs in the sum that a step differentiates. They depend on the token alone; 0 for padding."""
+    """Return the weights of outputs in the sum that a step differentiates. They depend only on the token, and are 0 for
+    padding."""
     weights = 1 + x.detach().flip(-1)
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
 
 
 def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
-    """Why a layer of this package cannot compute packed rows; None if it can, or is another module."""
+    """Return why a layer of this package cannot compute packed rows, or None if it can or is another module."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         return None
     gates = [getattr(module, name) for name in module.gate_names]
@@ -226,19 +229,19 @@ def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
 
 
 def infer_width(trial: Trial) -> int:
-    """The only size among those of the weights with which the module runs."""
+    """Return the only size of the weights with which the module runs as width."""
     found = []
     for size in sorted({size for parameter in trial.module.parameters() for size in parameter.shape if size > 1}):
         with suppress(Exception):
             replace(trial, dim=size).forward()
             found.append(size)
     if len(found) != 1:
-        raise ValueError(f"tokens of {type(trial.module).__name__} could be {found} wide: give dim=")
+        raise ValueError(f"tokens of {type(trial.module).__name__} could have any of the widths {found}; pass dim=")
     return found[0]
 
 
 def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
-    """`(..., n * e)` bool, the experts that compute each token, read from the module's only supported gate."""
+    """Return `(..., n * e)` bool, the experts that compute each token, read from the module's only supported gate."""
     (routing,) = routing_of(module, x).values()
     cell = routing.token * routing.num_experts + routing.expert
     none = torch.zeros_like(routing.probs).flatten(-2)
@@ -249,13 +252,14 @@ def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
 def compare_outcomes(
     found: Outcome, wanted: Outcome, names: str | tuple[str, ...] = "", context: str = ""
 ) -> Deviation:
-    """The largest difference of two outcomes, relative to the largest absolute value of its tensor, but for gradients
-    at least to a thousandth of the largest one; infinite if a difference is NaN.
+    """Return the largest difference of two outcomes, relative to the largest absolute value of the tensor. For
+    gradients, this value is at least a thousandth of that of the largest gradient. The difference is infinite if it is
+    NaN.
 
     Args:
         found, wanted: the two outcomes.
-        names: compares only tensors whose names begin with this prefix, or one of these.
-        context: appended to the place of the deviation.
+        names: prefix, or prefixes, of the names of the tensors to compare.
+        context: text appended to the place of the deviation.
     """
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.numel()}
     grads = [tensor.abs().max().item() for name, tensor in wanted.items() if "gradient" in name]
@@ -270,6 +274,6 @@ def compare_outcomes(
 
 
 def count_non_finite(outcome: Outcome, context: str) -> Deviation:
-    """How many tensors of an outcome have non-finite values, and which."""
+    """Return how many tensors of an outcome have non-finite values, and which ones."""
     wrong = [name for name, tensor in outcome.items() if not tensor.isfinite().all()]
     return Deviation(len(wrong), f"not finite: {', '.join(wrong)}{context}")

@@ -1,4 +1,4 @@
-"""`Finding` and `Report`: what was found about a module, as a table and as JSON."""
+"""`Finding` and `Report`: the results for a module, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ class Finding:
     """The result for one property of a module.
 
     Attributes:
-        name, promise: name of the property, and its promise in one sentence.
+        name, promise: name of the property and its promise in one sentence.
         verdict: "holds", "fails", "does not apply" or "not asked".
-        number: the largest measured number; None if there is none, or if it is not finite.
+        number: the largest measured number. None if there is none or it is not finite.
         limit: the largest number with which the property holds.
-        detail: where it fails, in the smallest example; or why it does not apply or was not measured.
-        expected: why a failure is expected for this kind of layer; empty if it may be a bug.
+        detail: where it fails, in the smallest example, or why it does not apply or was not measured.
+        expected: why a failure is expected for this kind of layer. Empty if it may be a bug.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Report:
 
     @property
     def expected(self) -> list[str]:
-        """The names of the properties whose failure is expected for this kind of layer; other failures may be bugs."""
+        """The names of the properties whose failure is expected for this kind of layer. Other failures may be bugs."""
         return [name for name in self.failed if self.findings[name].expected]
 
     def to_json(self) -> str:
-        """The report as JSON."""
+        """Return the report as JSON."""
         return json.dumps(asdict(self) | {"failed": self.failed, "expected": self.expected}, indent=2)
 
     def __str__(self) -> str:

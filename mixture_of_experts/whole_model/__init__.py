@@ -1,1 +1,2 @@
-"""Functions on whole models: router discovery, monitoring of forwards, auxiliary losses, balancing, forced routing."""
+"""Functions for whole models: router discovery, monitoring of forward passes, auxiliary losses, balancing, forced
+routing."""

@@ -17,7 +17,7 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle, check_supported, find_routers
 
 REENTRANT_ERROR = (
-    "a {} runs under reentrant activation checkpointing, where its auxiliary loss would get no gradient: pass "
+    "a {} runs under reentrant activation checkpointing, where its auxiliary loss would get no gradient; pass "
     "use_reentrant=False"
 )
 
@@ -26,12 +26,12 @@ REENTRANT_ERROR = (
 def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iterator[AuxLosses]:
     """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model` while the context is active.
 
-    Use it for models whose blocks return the output of a layer and drop its loss. The context may enclose a single
-    forward or the whole training run. `take()` returns the sum over all training forwards since its last call;
-    evaluation forwards in between, and forwards that raised, are not counted.
+    Use this for models whose blocks return the output of a layer and drop its loss. The context may enclose a single
+    forward pass or the whole training run. `take()` returns the sum over all training forward passes since its last
+    call. Evaluation passes in between, and passes that raised, are not counted.
 
-    Only forwards of the thread that entered the context are collected; another thread may enter a context of its own.
-    The context may be entered while other threads run the model. With `torch.compile`, enter it before the first
+    Only forward passes of the thread that entered the context are collected. Another thread may enter its own context,
+    and the context may be entered while other threads run the model. With `torch.compile`, enter it before the first
     compiled call and keep it active for the whole run, so that one graph serves all steps.
 
     Args:
@@ -42,9 +42,9 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
     Raises:
         ValueError: `model` has no gate.
         TypeError: a gate is not part of such a layer, because it is a router of another library or a standalone gate.
-        RuntimeError: in a forward whose losses would be wrong: a layer is called without going through `model`, or a
-            layer runs under reentrant checkpointing. For checkpointing implementations other than torch's, the error is
-            raised in the backward.
+        RuntimeError: in a forward pass whose losses would be wrong, because a layer is called without going through
+            `model` or runs under reentrant checkpointing. For checkpointing implementations other than torch's, the
+            error is raised in the backward pass.
 
     Example:
         >>> import torch
@@ -68,24 +68,24 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
 
 def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
-    """The reason why the auxiliary loss of a router cannot be collected; None if it can."""
+    """Return why the auxiliary loss of a router cannot be collected, or None if it can."""
     if router.external is not None:
-        return f"its block returns no auxiliary loss: {router.external.aux_loss_remedy}"
+        return f"its block returns no auxiliary loss; {router.external.aux_loss_remedy}"
     alone = all(location.layer is None for location in router.locations)
-    return "it stands in no MoE layer, so its caller has its losses" if alone else None
+    return "it is not part of an MoE layer, so its caller gets its losses" if alone else None
 
 
 @dataclass(eq=False)
 class AuxCall(ForwardCall):
-    """A running forward of the model that was passed to `collect_aux`."""
+    """A running forward pass of the model that was passed to `collect_aux`."""
 
     training: bool
-    enclosing_call: AuxCall | None  # the forward of the same model that contains this one
+    enclosing_call: AuxCall | None  # the forward pass of the same model that contains this one
     losses: list[Tensor] = field(default_factory=list)
 
 
 def sum_losses(losses: list[Tensor]) -> Tensor:
-    """The sum of the losses, on the device of the first one."""
+    """Return the sum of the losses, on the device of the first one."""
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss.to(total.device)
@@ -97,20 +97,20 @@ class AuxLosses:
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
-        self._evaluation: list[Tensor] = []  # of the last forward
+        self._evaluation: list[Tensor] = []  # of the last forward pass
 
     def take(self) -> Tensor:
-        """The sum (0-dim) of the auxiliary losses of all layers over all training forwards since the last call.
+        """Return the sum (0-dim) of the auxiliary losses of all layers over all training passes since the last call.
 
-        A training forward runs in training mode with gradients enabled. If there was none, the sum for the last
-        evaluation forward is returned. If there was no forward at all, RuntimeError is raised.
+        A training pass is a forward pass in training mode with gradients enabled. If there was none, the sum for the
+        last evaluation pass is returned. If there was no forward pass at all, RuntimeError is raised.
         """
         losses = self._training or self._evaluation
         if not losses:
             raise RuntimeError(
-                "no auxiliary loss was collected: call the model that was given to collect_aux inside the context and "
-                "in its thread, then take() once. If it was compiled and called before, its graph has no hooks: enter "
-                "collect_aux before the first compiled call"
+                "no auxiliary loss was collected; call the model that was passed to collect_aux inside the context and "
+                "in its thread, then call take() once. If the model was compiled and called before, its graph has no "
+                "hooks; enter collect_aux before the first compiled call"
             )
         total = sum_losses(losses)
         self._training.clear()
@@ -119,12 +119,12 @@ class AuxLosses:
 
 
 class AuxLossCollector(ForwardWatch):
-    """Collects the losses of layers during forwards of the model into `aux`."""
+    """A watch that collects the losses of layers during forward passes of the model into `aux`."""
 
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
         self.aux = aux
-        self.layers_without_grad: set[nn.Module] = set()  # whose last run in a training forward had no gradients
+        self.layers_without_grad: set[nn.Module] = set()  # in the last training forward pass
 
     def make_call(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
         return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current_call(self))
@@ -138,25 +138,25 @@ class AuxLossCollector(ForwardWatch):
             self.aux._evaluation = call.losses
 
     def collect_layer_loss(self, layer: nn.Module, args: object, output: Any) -> None:
-        """Forward hook of a layer."""
+        """Forward hook of a layer that collects its loss."""
         call = call_stack.current_call(self)
         if call is None:
             if torch.compiler.is_compiling():
                 return  # a recomputation
-            if call_stack.current_call(self.aux) is None:  # another thread, or a recomputation in a backward
+            if call_stack.current_call(self.aux) is None:  # another thread, or a recomputation
                 if layer in self.layers_without_grad and torch.is_grad_enabled():
                     raise RuntimeError(REENTRANT_ERROR.format(type(layer).__name__))
                 return
             if not layer.training or not torch.is_grad_enabled():
-                return  # not a training forward
+                return  # not a training pass
             raise RuntimeError(
-                f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give "
-                "collect_aux the module that you call"
+                f"a {type(layer).__name__} ran outside of a forward pass of the module passed to collect_aux; pass the "
+                "module that you call"
             )
         if not (isinstance(output, tuple) and len(output) > 1):
             raise TypeError(
-                f"{type(layer).__name__} must return (output, auxiliary loss) to be collected, got "
-                f"{type(output).__name__}: let a module around the layer, not a subclass, drop the loss"
+                f"expected {type(layer).__name__} to return (output, auxiliary loss), but got {type(output).__name__}; "
+                "drop the loss in a module that wraps the layer, not in a subclass"
             )
         check_not_reentrant(layer)
         if not torch.compiler.is_compiling():
@@ -166,7 +166,8 @@ class AuxLossCollector(ForwardWatch):
 
 
 def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None:
-    """Raise RuntimeError for reentrant checkpointing: gradients are off in its first run, so the loss would have none.
+    """Raise RuntimeError under reentrant checkpointing, whose first run disables gradients, so the loss would have
+    none.
 
     Args:
         is_checkpointed: whether the layer is known to run under activation checkpointing, of any implementation.

@@ -1,9 +1,9 @@
 """Updates the expert bias of every gate in a model once per optimizer step.
 
-A rule (`gating/bias_rules.py`) defines what is counted and how the counts move the bias. Gates of this package do their
+A rule (`gating/bias_rules.py`) defines what to count and how the counts change the bias. Gates of this package do their
 own counting. For routers of other libraries, hooks count what the router returns.
 
-Axes: t tokens, k choices of a token, e experts.
+Axes: t tokens, k choices per token, e experts.
 """
 
 from __future__ import annotations
@@ -45,24 +45,25 @@ def balance_experts(
     """Update the expert bias of every gate in `model` after each step of `optimizer`.
 
     This covers every `TopKGating(expert_bias=True)` and the routers of other libraries with such a bias (DeepSeek-V3,
-    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...), where padding is identified by the attention mask. A step
-    uses the choices of all real tokens, before capacity is applied, from the training forwards whose backward ran since
-    the last step. So all micro-batches count, and each exactly once, also under activation checkpointing. A step that a
-    gradient scaler skips moves nothing; its choices count in the next one. The bias is in the state dict, and there is
-    no other state to save after a step. A warning is issued for adapters whose files will lack the bias, and for
-    an optimizer that was constructed before the layers.
+    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...), where the attention mask identifies padding. A step uses the choices of
+    all real tokens, before capacity is applied, from the training forward passes whose backward pass ran since the last
+    step. All micro-batches therefore count, each exactly once, even under activation checkpointing. A step that a
+    gradient scaler skips does not change the bias; its choices count in the next step. The bias is in the state dict,
+    and there is no other state to save after a step. A warning is issued for adapters whose files will lack the bias,
+    and for an optimizer that was constructed before the layers.
 
     Args:
-        model: the model, before DDP or `torch.compile` wrap it. DDP then does not synchronize the counts of the ranks.
+        model: the model, before it is wrapped in DDP or `torch.compile`. DDP then does not synchronize the ranks'
+            counts.
         optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
-        rule: how the bias moves. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
+        rule: how the bias changes. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
             "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves to the bias that
             would have balanced these tokens (Kimi K3, section 2.3.3), for scores between 0 and 1. You can also pass an
             instance, such as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a custom rule.
         rate: step size. Default: 1e-3 for the sign rules, and 1 (a full step) for "quantile". You may change
             `balancing.rate` later; 0 freezes the bias (as DeepSeek-V3 does at the end of training).
         group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
-            is initialized, independent of the gates' `process_group`. All of them must take the step.
+            is initialized, regardless of the gates' `process_group`. All these ranks must take the step.
 
         gates: the gates to balance, as names or modules (gates, or the layers that contain them). Default: all that
             have an expert bias. `balancing.gates` lists their names.
@@ -71,9 +72,9 @@ def balance_experts(
         An object whose `close()` stops the balancing. It is also a context manager.
 
     Raises:
-        TypeError: a gate of `gates` has no expert bias, or a router of another library has one, but does not return
-            its choices and their weights.
-        ValueError: no gate has an expert bias; an argument is invalid; or "quantile" does not support a gate, because
+        TypeError: a gate in `gates` has no expert bias, or a router of another library has one but does not return its
+            choices and their weights.
+        ValueError: no gate has an expert bias, an argument is invalid, or "quantile" does not support a gate, because
             it chooses experts in groups, by a function or by token ids, makes fewer than k choices for some tokens, or
             is a router of another library.
 
@@ -92,7 +93,7 @@ def balance_experts(
     balancing.rule = rule = check_rule("rule", rule)
     balancing.rate = rule.rate if rate is None else rate
     empty_message = (
-        f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., expert_bias=True)"
+        f"no gate of {type(model).__name__} has an expert bias; build its gates with TopKGating(..., expert_bias=True)"
     )
     routers = find_updatable_routers(
         model,
@@ -101,7 +102,7 @@ def balance_experts(
         lambda router: "it has no expert bias" if router.expert_bias is None else None,
         empty_message,
     )
-    with Attachments() as hooks:  # removed again if anything below raises
+    with Attachments() as hooks:  # so that the hooks are removed if anything below raises
         token_watches = {
             router.enclosing_model: TokenWatch(router.enclosing_model) for router in routers if router.is_external
         }
@@ -120,7 +121,7 @@ def balance_experts(
 
 
 class ExpertBalancing(OptimizerStepHook):
-    """Updates the bias of a model's gates after each step of an optimizer; returned by `balance_experts`.
+    """The object returned by `balance_experts`, which updates the bias of a model's gates after each optimizer step.
 
     Attributes:
         gates: the names of the gates.
@@ -147,10 +148,10 @@ class ExpertBalancing(OptimizerStepHook):
 
 
 class GateBiasUpdater:
-    """Updates the bias of a gate of this package, which counts according to `rule` until `hooks` are closed.
+    """A bias updater for a gate of this package, which counts according to `rule` until `hooks` are closed.
 
-    If a gate has several, only the newest moves the bias. When it is closed, the newest one that is still open takes
-    over.
+    If a gate has several updaters, only the newest one changes the bias. When it is closed, the newest remaining one
+    takes over.
     """
 
     def __init__(self, gate: Any, rule: BiasRule, hooks: Attachments) -> None:
@@ -161,7 +162,7 @@ class GateBiasUpdater:
 
     @property
     def counts(self) -> Tensor | None:
-        """The gate's counts; None if another updater moves the bias, or the gate's rule was changed in the meantime."""
+        """The gate's counts, or None if another updater is active or the gate's rule has changed since."""
         moves = self.gate.balanced_by is self and self.gate.bias_rule is self.rule
         return self.gate.bias_counts if moves else None
 
@@ -171,12 +172,12 @@ class GateBiasUpdater:
 
 
 def ignore_counts_in_ddp(model: nn.Module) -> None:
-    """Stop `DistributedDataParallel` from copying the counts of the first rank to the others before a forward."""
+    """Stop `DistributedDataParallel` from copying the counts of the first rank to the others before a forward pass."""
     ignore_in_ddp(model, find_rank_local_buffers(model))
 
 
 def find_rank_local_buffers(model: nn.Module) -> set[str]:
-    """The names of the rank-local buffers of gates (`RANK_LOCAL_BUFFERS`)."""
+    """Return the names of the rank-local buffers of gates (`RANK_LOCAL_BUFFERS`)."""
     return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANK_LOCAL_BUFFERS}
 
 
@@ -184,16 +185,16 @@ def find_rank_local_buffers(model: nn.Module) -> set[str]:
 
 
 class ExternalBiasUpdater:
-    """Updates the bias of a router of another library. A hook on the router counts until `hooks` are closed. If a
-    router has several, all of them count, and only the newest moves the bias."""
+    """A bias updater for a router of another library, on which a hook counts until `hooks` are closed. If a
+    router has several updaters, all of them count, but only the newest one changes the bias."""
 
     def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:
         self.router = router
         self.external: Any = router.external
         if missing := {"weights", "experts"}.difference(self.external.returns):
             raise TypeError(
-                f"balance_experts cannot serve {router.name!r} ({router.class_name}): it does not return "
-                f"{' and '.join(sorted(missing))}, so its choices cannot be counted: {self.external.remedy}"
+                f"balance_experts does not support {router.name!r} ({router.class_name}), because it does not return "
+                f"{' and '.join(sorted(missing))}, so its choices cannot be counted; {self.external.remedy}"
             )
         self.external.check_rule(rule, router.name)
         self.hook_target: nn.Module = router.hook_target
@@ -204,25 +205,25 @@ class ExternalBiasUpdater:
         self.accumulated_counts: Tensor = torch.zeros(bias.numel(), *shape, dtype=kind, device=bias.device)
         if bias.dtype.itemsize < 4:
             warnings.warn(
-                f"the expert bias of {router.name!r} is {bias.dtype}, in which small steps are lost: keep it in "
-                f"float32",
+                f"the expert bias of {router.name!r} is {bias.dtype}, which is too coarse for small steps; keep it in "
+                "float32",
                 stacklevel=4,
             )
         hooks.add_forward_hook(router.hook_target, self.count_router_output)
 
     @property
     def bias(self) -> Any:
-        """The bias; moving the model replaces this tensor."""
+        """The bias. Moving the model replaces this tensor."""
         return self.external.expert_bias
 
     @property
     def flat_bias(self) -> Tensor:
-        """`(e,)` float32, the bias, flattened from any shape."""
+        """The bias as `(e,)` float32, flattened from any shape."""
         return self.bias.detach().flatten().float()
 
     @property
     def counts(self) -> Tensor:
-        if self.accumulated_counts.device != self.bias.device:  # the model moved
+        if self.accumulated_counts.device != self.bias.device:  # the model was moved
             self.accumulated_counts = self.accumulated_counts.to(self.bias.device)
         return self.accumulated_counts
 
@@ -241,7 +242,7 @@ class ExternalBiasUpdater:
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of a router. The choices `(t, k)` of real tokens are counted when the gradient of the router
+        """Forward hook of a router. It counts the choices `(t, k)` of real tokens when the gradient of the router
         weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
@@ -249,7 +250,7 @@ class ExternalBiasUpdater:
         real, mask = (
             ~weight.isnan().any(dim=-1),
             self.token_watch.current_tokens().mask,
-        )  # NaN weights: a gradient scaler will skip this step
+        )  # with NaN weights, a gradient scaler will skip this step
         if mask is not None and mask.numel() == len(real):
             real = real & mask.flatten().to(real.device)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())

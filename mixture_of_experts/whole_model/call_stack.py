@@ -1,10 +1,10 @@
-"""The state of a forward: the running calls of a model, each visible only to its own thread; and `ForwardWatch`, which
-reports when a forward begins and how it ends.
+"""The state of a forward pass: the running calls of a model, each visible only to its own thread, and `ForwardWatch`,
+which reports when a forward pass begins and how it ends.
 
-The losses, masks and statistics of a forward are stored neither on modules nor globally, but in a `ForwardCall` on a
-stack of the thread that runs the forward. Compiled graphs read this stack and are guarded on it. Activation
-checkpointing runs modules again during a backward, which on a GPU happens in another thread. Such a recomputation does
-not see the calls that were running when the backward began; `activate_calls` provides it with its own.
+The losses, masks and statistics of a forward pass are not stored on modules or globally, but in a `ForwardCall` on a
+stack of the thread that runs the pass. Compiled graphs read this stack and are guarded on it. Activation checkpointing
+runs modules again during a backward pass, which on a GPU happens in another thread. Such a recomputation does not see
+the calls that were running when the backward pass began; `activate_calls` provides it with its own.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from mixture_of_experts.support.private_torch import get_backward_id
 
 
 class ForwardCall:
-    """One forward of a module. Subclasses add what is known about it and what it collects. An instance of this base
-    class marks a thread in which something is collected or recorded while no forward is running."""
+    """One forward pass of a module. Subclasses add what is known about it and what it collects. An instance of this
+    base
+    class marks a thread that collects or records while no forward pass is running."""
 
     keys: Sequence[Hashable] = ()  # `current_call` finds the call by any of them
     replaced_arguments: tuple[Any, Any] | None = None  # arguments that replace the caller's
     watch: ForwardWatch | None = None  # notified when the call ends
     frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
-    backward_id: int | None = None  # the id of the backward in which it runs; None in a traced graph
+    backward_id: int | None = None  # id of the backward pass in which it runs; None in a traced graph
 
 
 class CallStacks(threading.local):
-    """The running calls of a thread, by key, innermost last."""
+    """The running calls of a thread, keyed by `ForwardCall.keys`, innermost last."""
 
     def __init__(self) -> None:
         self.calls: dict[Hashable, list[Any]] = {}
@@ -47,7 +48,7 @@ CALL_STACKS = CallStacks()
 def push_call(call: ForwardCall, *keys: Hashable) -> None:
     """Make a call the current one for all its keys, until `pop_call`.
 
-    This function is called by hooks: the call runs in the frame that called the hook.
+    Hooks call this function, and the call runs in the frame that called the hook.
     """
     call.keys = keys
     if not torch.compiler.is_compiling():
@@ -60,7 +61,7 @@ def push_call(call: ForwardCall, *keys: Hashable) -> None:
 
 
 def pop_call(key: Hashable) -> Any:
-    """End the innermost call of `key`, for all its keys, and return it. Return None if there is none."""
+    """End the innermost call of `key`, for all its keys, and return it, or None if there is none."""
     calls = CALL_STACKS.calls.get(key)
     if not calls:
         return None
@@ -79,9 +80,9 @@ def remove_call(call: ForwardCall) -> None:
 
 
 def current_call(key: Hashable) -> Any:
-    """The innermost running call of `key` in this thread; None if there is none.
+    """Return the innermost running call of `key` in this thread, or None if there is none.
 
-    Inside a backward, calls that began outside of it are ignored, because what runs there is a recomputation.
+    Inside a backward pass, calls that began outside of it are ignored, because what runs there is a recomputation.
     """
     calls = active_calls(key)
     if not calls:
@@ -104,7 +105,7 @@ def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[No
 
 
 def active_calls(key: Hashable) -> list[Any] | None:
-    """The running calls of `key` in this thread, innermost last.
+    """Return the running calls of `key` in this thread, innermost last.
 
     Interrupted calls, whose frames are no longer on the stack, are removed here, because no hook runs after a
     KeyboardInterrupt.
@@ -122,7 +123,7 @@ def active_calls(key: Hashable) -> list[Any] | None:
 
 
 def is_on_stack(frame: FrameType) -> bool:
-    """Whether a frame is on the stack of this thread."""
+    """Return whether a frame is on the stack of this thread."""
     caller: FrameType | None = sys._getframe(1)
     while caller is not None and caller is not frame:
         caller = caller.f_back
@@ -130,16 +131,16 @@ def is_on_stack(frame: FrameType) -> bool:
 
 
 class ForwardWatch:
-    """Reports when a forward of a module begins and how it ends.
+    """A base class that reports when a forward pass of a module begins and how it ends.
 
-    Hooks on the module begin a call, which `current_call(watch)` returns until it ends. A forward that was compiled
-    with its hooks does the same in its graph. A call ends with `on_success`, or with `on_failure` if the forward raised
-    or was interrupted. Results that must count only for successful forwards are kept in the call until then, or undone
-    by `on_failure`.
+    Hooks on the module begin a call, which `current_call(watch)` returns until it ends. A module that was compiled with
+    its hooks does the same in its graph. A call ends with `on_success`, or with `on_failure` if the forward pass raised
+    or was interrupted. Results that must count only for successful passes are kept in the call until then, or undone by
+    `on_failure`.
 
     Attributes:
-        owner: if given, only forwards in a thread with a running call of `owner`, and outside of any backward, are
-            observed. None: all are.
+        owner: if set, only forward passes in a thread with a running call of `owner`, and outside of any backward pass,
+            are observed. If None, all are.
     """
 
     owner: Hashable | None = None
@@ -148,21 +149,21 @@ class ForwardWatch:
         self.owner = owner
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
-        """The call of a forward that begins, which `current_call` finds by this watch and by the call's `keys`; None to
-        ignore the forward."""
+        """Return the call of a forward pass that begins, or None to ignore the pass. `current_call` finds the call by
+        this watch and by the call's `keys`."""
         raise NotImplementedError
 
     def on_success(self, call: Any, output: Any) -> Any:
-        """Called when the forward of a call ended successfully with `output`. A return value other than None replaces
-        the output."""
+        """Handle the successful end of a forward pass with `output`. A return value other than None replaces the
+        output."""
 
     def on_failure(self, call: Any) -> None:
-        """Called when the forward of a call raised or was interrupted."""
+        """Handle the end of a forward pass that raised or was interrupted."""
 
     def attach_to(self, module: nn.Module, hooks: Attachments, *, prepend: bool = True) -> None:
-        """Register the hooks on a module. If this is called last, they enclose all of its other hooks; with
-        `prepend=False` a forward begins after the other pre-hooks."""
-        hooks.callback(current_call, self)  # do not keep an interrupted call after the hooks are removed
+        """Register the hooks on a module. If this is called last, they enclose all other hooks of the module. With
+        `prepend=False`, a call begins after the other pre-hooks."""
+        hooks.callback(current_call, self)  # drops interrupted calls when the hooks are removed
         hooks.add_forward_pre_hook(module, self.begin, prepend=prepend)
         hooks.add_forward_hook(module, self.end, always_call=True)
 
@@ -170,7 +171,7 @@ class ForwardWatch:
         if kwargs is None:
             return None  # the hook is being registered or removed
         if self.owner is not None and current_call(self.owner) is None:
-            return None  # another thread, or a backward
+            return None  # another thread, or a backward pass
         call = self.make_call(module, args, kwargs)
         if call is None:
             return None
@@ -188,5 +189,5 @@ class ForwardWatch:
             if not (calls[-1].frame in (None, caller) or resumed):
                 return None
             if calls[-1].watch is not self:
-                return None  # made current by `activate_calls`: this forward failed before it began
+                return None  # from `activate_calls`, as this pass failed before its call began
         return self.on_success(pop_call(self), output)

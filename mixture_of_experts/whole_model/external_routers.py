@@ -1,6 +1,6 @@
 """Reads and replaces the outputs of routers of other libraries, as their providers describe them.
 
-Axes: b sequences, n tokens of a sequence, t tokens, e experts, k choices of a token.
+Axes: b sequences, n tokens of a sequence, t tokens, e experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 
 def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, from the `output` of an external router."""
+    """Return logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, given the output of an external
+    router.
+    """
     external: Any = router.external
     returns = external.returns
     parts = zip(returns, output if isinstance(output, tuple) else (output,), strict=False)
@@ -31,13 +33,13 @@ def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tenso
             expert = top_choices(logits, external.k)
             return logits, SCORES[external.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
-        f"{router.class_name} does not return ({', '.join(filter(None, returns))}) of flattened tokens: what "
-        "it chooses cannot be read"
+        f"{router.class_name} does not return ({', '.join(filter(None, returns))}) of flattened tokens, so its choices "
+        "cannot be read"
     )
 
 
 def replace_result(router: RouterHandle, output: tuple[Any, ...], name: str, value: Tensor) -> tuple[Any, ...]:
-    """The `output` of an external router with another value of the result with this name."""
+    """Return the `output` of an external router with the named result replaced by another value."""
     external: Any = router.external
     position = external.returns.index(name)
     return (*output[:position], value, *output[position + 1 :])

@@ -21,22 +21,22 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSelection | None = None) -> Iterator[None]:
     """Make every gate in `model` send tokens to forced experts while the context is active.
 
-    The time and memory of a layer then depend only on shapes. Every real token makes all k choices, of different
-    experts (with `ReLUGating`, only those with positive logits count). The gate computes the weights from the scores of
-    the forced experts, with gradients. In a router of another library the forced experts get the weights of the
+    The time and memory of a layer then depend only on shapes. Every real token makes all k choices, each of a different
+    expert (with `ReLUGating`, only those with positive logits count). The gate computes the weights from the scores of
+    the forced experts, with gradients. In a router of another library, the forced experts get the weights of the
     router's own choices, and padding is routed too.
 
     Args:
         model: a model whose gates accept `given_experts`. For a single gate, set its attribute `forced` instead.
-        how: "balanced" cycles through the experts, so that their numbers of choices by real tokens differ by at most
-            one. It starts with expert 0 in every call, so every decoding step uses the same experts. "random" draws k
-            different experts for each token with torch's generator, like a router that is balanced on average.
+        how: "balanced" cycles through the experts, so that the numbers of real tokens that choose them differ by at
+            most one. It starts with expert 0 in every call, so every decoding step uses the same experts. "random"
+            draws k different experts for each token with torch's generator, like a router that is balanced on average.
         gates: the gates to force, as names or modules (gates, or the layers that contain them). Default: all.
 
     Raises:
         ValueError: `how` has another value, or the model has no gate.
-        TypeError: a gate cannot be forced: it does not accept `given_experts`, or it is a router of another library
-            that returns no experts. During a forward: such a router does not return what its provider describes.
+        TypeError: a gate cannot be forced, because it does not accept `given_experts` or is a router of another library
+            that returns no experts; in a forward pass, if such a router does not return what its provider describes.
 
     Example:
         >>> import torch
@@ -59,15 +59,15 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
 
 
 def forcing_unsupported_reason(router: RouterHandle) -> str | None:
-    """The reason why a router cannot be forced; None if it can."""
+    """Return why a router cannot be forced, or None if it can."""
     if (external := router.external) is not None:
         returns = "experts" in external.returns
-        return None if returns else f"it does not return the experts of tokens: {external.remedy}"
+        return None if returns else f"it does not return the experts of tokens; {external.remedy}"
     if not isinstance(router.gate, TokenChoiceGate):
-        return "tokens make no choices there"
+        return "its tokens make no choices"
     if "given_experts" not in get_side_inputs(router.gate):
         return (
-            "it does not read given_experts, by which experts are forced: name it in `side_inputs`, and have "
+            "it does not read given_experts, which forces experts; add it to `side_inputs`, and let "
             "`decide` choose "
             'tokens.side["given_experts"]'
         )
@@ -75,7 +75,7 @@ def forcing_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def replace_router_choices(router: RouterHandle, how: Forced, gate: nn.Module, args: object, output: Any) -> Any:
-    """Forward hook of a router of another library: replaces the experts `(t, k)` that it returns."""
+    """Forward hook of a router of another library that replaces the experts `(t, k)` it returns."""
     logits, _, expert = read_router_output(router, output)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
     return replace_result(router, output, "experts", forced.to(expert.dtype))

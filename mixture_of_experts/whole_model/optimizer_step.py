@@ -1,4 +1,4 @@
-"""Common code for updates after each optimizer step (expert bias, coefficient of ReLU routers)."""
+"""Shared code for updates after each optimizer step (expert bias, coefficient of ReLU routers)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 
 class OptimizerStepHook(ExitStack):
-    """Runs an update after each step of an optimizer, until `close()` or the end of a `with` block.
+    """A base class that runs an update after each step of an optimizer, until `close()` or the end of a `with` block.
 
-    Subclasses implement `after_step` and call `start` once all arguments are checked.
+    Subclasses implement `after_step`, and call `start` once all arguments are checked.
 
     Args:
         optimizer: the optimizer, unwrapped or wrapped by accelerate.
-        group: the ranks that hold the gates. None: all ranks, if there are several.
+        group: the ranks that hold the gates. None for all ranks, if there are several.
     """
 
     gates: tuple[str, ...]
@@ -38,7 +38,7 @@ class OptimizerStepHook(ExitStack):
         self._optimizer = unwrap_optimizer(optimizer)
 
     def start(self, model: nn.Module, buffers: Mapping[str, Any]) -> None:
-        """Start updating; `buffers` are the updated tensors, by the names of their gates."""
+        """Start updating. `buffers` are the updated tensors, keyed by the names of their gates."""
         for provider in dict.fromkeys(each for module in model.modules() for each in find_providers(module)):
             if (reason := provider.unsaved_reason(model, buffers)) is not None:
                 warnings.warn(reason, stacklevel=3)
@@ -62,7 +62,7 @@ class OptimizerStepHook(ExitStack):
         raise NotImplementedError
 
     def sum_over_ranks(self, counts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The counts of all gates, summed over the ranks in one collective."""
+        """Return the counts of all gates, summed over the ranks in one collective."""
         group = ranks_of_batch(self.group)
         if not counts or world_size(group) == 1:
             return counts
@@ -86,8 +86,8 @@ def find_updatable_routers(
     unsupported_reason: Callable[[RouterHandle], str | None],
     empty_message: str,
 ) -> list[RouterHandle]:
-    """The routers selected by `gates`; by default, all that support the feature. If there are none, the error is
-    `empty_message`."""
+    """Return the routers selected by `gates`. By default, return all that support the feature, or raise `empty_message`
+    if there are none."""
     routers = find_routers(model, feature, gates)
     if gates is None:
         routers = [router for router in routers if unsupported_reason(router) is None]
@@ -97,30 +97,31 @@ def find_updatable_routers(
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The wrapped optimizer: accelerate's wrapper has no hooks."""
+    """Return the wrapped optimizer, because accelerate's wrapper has no hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     if not hasattr(optimizer, "register_step_post_hook"):
         raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: the model is first"
+            f"expected optimizer to be a torch.optim.Optimizer, but got {type(optimizer).__name__}; pass the model "
+            "first, then the optimizer"
         )
     return optimizer
 
 
 def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Warn if an optimizer lacks weights of a model that have gradients, but holds others that have none."""
+    """Warn if an optimizer lacks weights of a model that have gradients, but holds other weights that have none."""
     optimizer_weights = {weight for group in optimizer.param_groups for weight in group["params"]}
     missing = [
         name for name, weight in model.named_parameters() if weight.grad is not None and weight not in optimizer_weights
     ]
     if missing and any(weight.grad is None for weight in optimizer_weights.difference(model.parameters())):
         warnings.warn(
-            f"the optimizer trains tensors that are no longer the model's, and not {missing[0]}: make it "
-            "after all that changes the model, such as upcycle(), prune() or unstack()",
+            f"the optimizer trains tensors that the model no longer has, but not {missing[0]}; construct it "
+            "after all changes to the model, such as upcycle(), prune() or unstack()",
             stacklevel=4,
         )
 
 
 def step_factor(step_taken: Tensor | int, like: Tensor) -> Tensor | int:
-    """`step_taken` as a factor for the tensor `like`."""
+    """Return `step_taken` as a factor for the tensor `like`."""
     return step_taken if isinstance(step_taken, int) else step_taken.to(device=like.device, dtype=like.dtype)

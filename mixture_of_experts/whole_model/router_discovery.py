@@ -1,6 +1,6 @@
 """Finds the routers of a model: gates of this package, and routers of other libraries that providers describe.
 
-All features that act on whole models find their routers here. Modules are found inside wrappers too: `torch.compile`,
+All features that act on whole models find their routers here. Modules are also found inside wrappers: `torch.compile`,
 checkpoint wrappers, adapters, DDP, FSDP2, parametrizations.
 """
 
@@ -20,7 +20,7 @@ from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import get_original_class, unwrap_module
 from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 
-GateSelection = Iterable["str | nn.Module"]  # names of routers; gates or layers
+GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
 
 
 class RouterLocation(NamedTuple):
@@ -38,12 +38,12 @@ class RouterHandle:
     gate: nn.Module  #: the routing module, without wrappers
     hook_target: (
         nn.Module
-    )  #: the outermost wrapper, or the gate itself: a hook on it runs once for each call of a layer
+    )  #: the outermost wrapper, or the gate itself, on which a hook runs once for each call of a layer
     num_experts: int
     enclosing_model: nn.Module  #: the model whose arguments describe the tokens
     locations: tuple[RouterLocation, ...]
     outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
-    level_one: RouterHandle | None = None  #: for level two: the router of level one
+    level_one: RouterHandle | None = None  #: on level two, the router of level one
     external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it is of another library
 
     @property
@@ -66,13 +66,13 @@ class RouterHandle:
 
     @property
     def k(self) -> int | None:
-        """The number of choices per token; None if it is unknown."""
+        """The number of choices per token, or None if it is unknown."""
         k = getattr(self.gate if self.external is None else self.external, "k", None)
         return k if isinstance(k, int) else None
 
     @property
     def expert_bias(self) -> Tensor | None:
-        """The expert bias, if it affects the choice of experts and is updated from counts of choices; None
+        """The expert bias if it affects the choice of experts and is updated from counts of choices, or None
         otherwise."""
         if self.external is not None:
             return self.external.expert_bias
@@ -89,7 +89,7 @@ class RouterHandle:
 
 
 def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = None) -> list[RouterHandle]:
-    """The routers of a model, in the model's order.
+    """Return the routers of a model, in the model's order.
 
     Args:
         model: the model.
@@ -101,12 +101,12 @@ def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = N
     """
     routers = find_all_routers(model)
     if not routers:
-        raise ValueError(f"{type(model).__name__} has no gate: give {feature} a model with MoE layers")
+        raise ValueError(f"{type(model).__name__} has no gate; pass a model with MoE layers to {feature}")
     return routers if gates is None else select_routers(routers, feature, gates)
 
 
 def find_all_routers(model: nn.Module) -> list[RouterHandle]:
-    """All routers of a model, in the model's order; the list may be empty."""
+    """Return all routers of a model, in the model's order. The list may be empty."""
     found: dict[nn.Module, RouterHandle] = {}
     for entry in iter_named_modules(check_model("model", model)):
         for router in find_routers_in(entry, found):
@@ -117,10 +117,10 @@ def find_all_routers(model: nn.Module) -> list[RouterHandle]:
 def check_supported(
     routers: list[RouterHandle], feature: str, unsupported_reason: Callable[[RouterHandle], str | None]
 ) -> list[RouterHandle]:
-    """Return `routers` if a feature supports all of them; raise TypeError otherwise.
+    """Return `routers` if a feature supports all of them, or raise TypeError otherwise.
 
     Args:
-        unsupported_reason: returns the reason why a router is not supported; None if it is.
+        unsupported_reason: a function that returns why a router is not supported, or None if it is.
     """
     reasons = {router: reason for router in routers if (reason := unsupported_reason(router)) is not None}
     if reasons:
@@ -128,23 +128,25 @@ def check_supported(
             f"{router.name!r} ({router.class_name}): {reason}" for router, reason in reasons.items()
         )
         supported = [router.name for router in routers if router not in reasons]
-        remedy = f". For the other gates alone pass gates={supported}" if supported else ""
-        raise TypeError(f"{feature} cannot serve {unsupported}{remedy}")
+        remedy = f". To select only the other gates, pass gates={supported}" if supported else ""
+        raise TypeError(f"{feature} does not support {unsupported}{remedy}")
     return routers
 
 
 def select_routers(routers: list[RouterHandle], feature: str, gates: GateSelection) -> list[RouterHandle]:
-    """The routers that `gates` selects, in the model's order."""
+    """Return the routers that `gates` selects, in the model's order."""
     if not isinstance(gates, str | nn.Module | Iterable):
-        raise TypeError(f"gates of {feature} must be names or modules of gates, in a list, got {gates!r}")
+        raise TypeError(f"expected gates of {feature} to be a list of names or modules of gates, but got {gates!r}")
     selectors = [gates] if isinstance(gates, str | nn.Module) else list(gates)
     for selector in selectors:
         if not any(matches_selector(router, selector) for router in routers):
             what = f"this {type(selector).__name__}" if isinstance(selector, nn.Module) else repr(selector)
             names = ", ".join(repr(name) for router in routers for name in router.names)
-            raise ValueError(f"gates of {feature} has {what}, which is no gate of the model: there are {names}")
+            raise ValueError(
+                f"gates of {feature} contains {what}, which is not a gate of the model; its gates are {names}"
+            )
     if not selectors:
-        raise ValueError(f"gates of {feature} is empty: name some, or leave it out for all")
+        raise ValueError(f"gates of {feature} is empty; list some gates, or omit gates to select all")
     return [router for router in routers if any(matches_selector(router, selector) for selector in selectors)]
 
 
@@ -167,7 +169,7 @@ class NamedModule(NamedTuple):
     ancestors: tuple[nn.Module, ...]  # the modules that contain it, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
-        """The handle of the router at a path below this module ("" is the module itself), called by `layer`."""
+        """Return the handle of the router at a path below this module ("" is the module itself), called by `layer`."""
         called = self.module.get_submodule(path) if path else self.outermost
         location = RouterLocation(f"{self.name}.{path}".strip(".") or "gate", layer)
         around = find_enclosing_model((*self.ancestors, self.outermost))
@@ -175,7 +177,7 @@ class NamedModule(NamedTuple):
 
 
 def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
-    """Every module of a model, at every path. Wrappers, and copies that do not compute, are skipped."""
+    """Iterate over every module of a model, at every path, skipping wrappers and copies that do not compute."""
     pending = [NamedModule("", model, unwrap_module(model), ())]
     while pending:
         entry = pending.pop()
@@ -190,7 +192,7 @@ def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
 
 
 def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) -> Iterator[RouterHandle]:
-    """The routers that belong to a module: those of its parts if it is a layer or a block, or the module itself."""
+    """Yield the routers that belong to a module: those of its parts if it is a layer or block, or the module itself."""
     module: Any = entry.module
     if isinstance(module, HeirarchicalMoE):
         outer = module.num_experts_outer

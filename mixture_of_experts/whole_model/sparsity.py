@@ -34,16 +34,16 @@ def control_sparsity(
     All gates are updated together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor
     `rate` if the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if they make
     fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step for a gradient scaler,
-    the choices count in the next step. The coefficient stays between 1e-12 and 1000; if tokens still make too many
+    the choices count in the next step. The coefficient stays between 1e-12 and 1000. If tokens still make too many
     choices at 1000, a warning lists possible reasons. This is checked every 100 steps, which synchronizes with the
     device.
 
     Args:
-        model: the model, before DDP or `torch.compile` wrap it.
+        model: the model, before it is wrapped in DDP or `torch.compile`.
         optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
         rate: the factor, above 1.
         group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
-            is initialized, independent of the gates' `process_group`.
+            is initialized, regardless of the gates' `process_group`.
 
         gates: the gates to control, as names or modules (gates, or the layers that contain them). Default: every
             `ReLUGating`. `control.gates` lists their names.
@@ -52,7 +52,7 @@ def control_sparsity(
         An object whose `close()` stops the control. It is also a context manager.
 
     Raises:
-        TypeError: a gate of `gates` is not a `ReLUGating`.
+        TypeError: a gate in `gates` is not a `ReLUGating`.
         ValueError: the model has no such gate, or an argument is invalid.
 
     Example:
@@ -69,7 +69,7 @@ def control_sparsity(
     """
     control = SparsityControl(optimizer, group)
     control.rate = check_number("rate", rate, above=1.0)
-    empty_message = f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
+    empty_message = f"{type(model).__name__} has no ReLUGating; pass a model with ReLU routers to control_sparsity"
     routers = find_updatable_routers(model, "control_sparsity", gates, sparsity_unsupported_reason, empty_message)
     control.routers = [router.gate for router in routers]
     ignore_counts_in_ddp(model)
@@ -78,7 +78,8 @@ def control_sparsity(
 
 
 class SparsityControl(OptimizerStepHook):
-    """Updates `l1_coef` of a model's ReLU routers after each step of an optimizer; returned by `control_sparsity`.
+    """The object returned by `control_sparsity`, which updates `l1_coef` of a model's ReLU routers after each optimizer
+    step.
 
     Attributes:
         gates: the names of the gates.
@@ -104,7 +105,7 @@ class SparsityControl(OptimizerStepHook):
 
 
 def sparsity_unsupported_reason(router: RouterHandle) -> str | None:
-    return None if isinstance(router.gate, ReLUGating) else "it is no ReLUGating"
+    return None if isinstance(router.gate, ReLUGating) else "it is not a ReLUGating"
 
 
 def warn_if_unreachable(gates: Sequence[ReLUGating], excess: Tensor) -> None:
@@ -113,10 +114,9 @@ def warn_if_unreachable(gates: Sequence[ReLUGating], excess: Tensor) -> None:
         return
     means = sorted({gate.mean_choices for gate in gates})
     warnings.warn(
-        f"mean_choices={', '.join(map(str, means))} is out of reach: l1_coef has come to its maximum, "
-        f"{MAX_L1_COEF:g}, and "
-        "tokens still make more choices on average. Does the loss have aux_loss, with loss_coef=1? Does the router "
-        "train? Are logits positive for half of the experts whatever the weights are, as of tokens with mean 0 (give "
-        "the gate bias=True)? Else set a larger mean_choices",
+        f"mean_choices={', '.join(map(str, means))} cannot be reached: l1_coef is at its maximum, {MAX_L1_COEF:g}, "
+        "and tokens still make more choices on average. Check that the loss includes aux_loss with loss_coef=1, that "
+        "the router is trained, and that logits are not positive for half of the experts regardless of the weights, "
+        "as with tokens of mean 0 (pass bias=True to the gate). Otherwise increase mean_choices",
         stacklevel=2,
     )

@@ -29,8 +29,8 @@ from mixture_of_experts.huggingface import (
 from .test_block_conversion import build_model as build_stock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
-DRAWN = r"the routers in model.layers.0.mlp.moe.gate, .* were drawn in memory, and the adapters of LlamaForCausalLM do"
-LOST = r"their files lack what moves in .*model.layers.0.mlp.*name the gate in LoraConfig\(modules_to_save"
+DRAWN = r"the routers in .*.0.mlp.moe.gate, .* were initialized in memory, and the adapters of LlamaForCausalLM do"
+LOST = r"whose files do not contain what changes in .*model.layers.0.mlp.*list the gate in LoraConfig\(modules_to_save"
 
 
 def make_batch(rows: int = 3) -> dict[str, Tensor]:
@@ -251,7 +251,7 @@ def test_adapters_lack_the_coefficient_of_relu_routers():
     moe = MoE(8, gate=ReLUGating(8, 4, k=3, mean_choices=2), loss_coef=1.0)
     holder: Any = nn.Sequential(nn.Linear(8, 8), moe)
     model = get_peft_model(holder, LoraConfig(r=2, target_modules=["0"]))
-    with pytest.warns(UserWarning, match="their files lack what moves in .*1.gate: name the gate"):
+    with pytest.warns(UserWarning, match="whose files do not contain what changes in .*1.gate; list the gate"):
         control_sparsity(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
 
 
@@ -261,5 +261,7 @@ def test_stale_optimizer_warns_in_trainer(tmp_path):
     old = torch.optim.SGD(model.parameters(), lr=1e-3)
     upcycle(model, num_experts=4, gate=make_biased_gate)
     made = make_trainer(model, tmp_path, 1, callbacks=[BalanceCallback()], optimizers=(old, None))
-    with pytest.warns(UserWarning, match=r"no longer the model's, and not model.layers.0.mlp.moe.*: make it after all"):
+    with pytest.warns(
+        UserWarning, match=r"the model no longer has, but not model.layers.0.mlp.moe.*; construct it after all"
+    ):
         made.train()

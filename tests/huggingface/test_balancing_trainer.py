@@ -131,7 +131,7 @@ def test_transformers_nan_tokens_are_not_counted(name):
     ("groups", "says"),
     [
         (1, r"reads scores, which the router '.*\.mlp\.gate' .* from_transformers"),
-        (2, r"does not fit '.*\.mlp\.gate': experts are chosen in 2 groups there, .*\. Balance it by rule='sign'$"),
+        (2, r"does not support '.*\.mlp\.gate': experts are chosen in 2 groups, .*\. Use rule='sign'$"),
     ],
 )
 def test_quantile_rule_rejects_transformers_routers(groups, says):

@@ -172,18 +172,20 @@ def test_layers_that_choose_by_token_ids():
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
     to_transformers(moe, other)
     assert all(torch.equal(value, block.state_dict()[key]) for key, value in other.state_dict().items())
-    with pytest.raises(ValueError, match="the gate is HashGating, the block's TopKGating"):
+    with pytest.raises(ValueError, match="the gate is HashGating, but the block has TopKGating"):
         to_transformers(moe, make_block("DeepseekV4SparseMoeBlock"))
 
 
 def test_rejects_unknown_choice_or_wrapper():
     moe = from_transformers(make_block("Kolibri1SparseMoeBlock"))
     moe.gate.select = "score"
-    with pytest.raises(ValueError, match="the gate has select 'score', the block's 'logits'"):
+    with pytest.raises(ValueError, match="the gate has select 'score', but the block has 'logits'"):
         to_transformers(moe, make_block("Kolibri1SparseMoeBlock"))
     moe = from_transformers(make_block("Llama4TextMoe"))
     moe.experts = moe.experts.experts
-    with pytest.raises(ValueError, match="the experts are GatedExperts, the block's InputWeightedExperts around Gated"):
+    with pytest.raises(
+        ValueError, match="the experts are GatedExperts, but the block has InputWeightedExperts wrapping Gated"
+    ):
         to_transformers(moe, make_block("Llama4TextMoe"))
 
 
@@ -192,14 +194,14 @@ def test_rejects_non_layers_and_meta_weights():
     before = {name: value.clone() for name, value in block.state_dict().items()}
     moe = from_transformers(block)
     for other in (nn.Linear(2, 2), model, from_transformers(model).model.layers[0].mlp):
-        with pytest.raises(TypeError, match=r"moe must be a MoE .*: give its moe"):
+        with pytest.raises(TypeError, match=r"expected moe to be a MoE .*; pass its moe"):
             to_transformers(other, block)
     for wrong in (lambda: to_transformers(None), lambda: to_transformers(moe, 3), lambda: from_transformers(None)):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"(moe|block) must be a model \(an nn.Module\), got"):
             wrong()
-    with pytest.raises(ValueError, match="block has weights on the meta device: load"):
+    with pytest.raises(ValueError, match="block has weights on the meta device; load"):
         to_transformers(moe, make_block("MixtralSparseMoeBlock").to("meta"))
-    with pytest.raises(ValueError, match="moe has weights on the meta device: load"):
+    with pytest.raises(ValueError, match="moe has weights on the meta device; load"):
         to_transformers(moe.to("meta"), block)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
@@ -219,7 +221,7 @@ def test_rejects_different_layers():
     block = get_block(build_model("Mixtral"))
     before = copy.deepcopy(block.state_dict())
     moe = MoE(32, 8, gate=TopKGating(32, 8, 2, normalize=False, scale=2.0), experts=GatedExperts(32, 8, 16))
-    described = r"normalize False, the block's True; .*scale 2.0, .*w1 has shape \(8, 32, 16\)"
+    described = r"normalize False, but the block has True; .*scale 2.0, .*w1 has shape \(8, 32, 16\)"
     with pytest.raises(ValueError, match=described):
         to_transformers(moe, block)
     with pytest.raises(ValueError, match="the activation GELU"):
@@ -231,5 +233,5 @@ def test_rejects_different_layers():
     block.jitter_noise = 0.1
     with pytest.raises(ValueError, match=r"jitter_noise=0\.1"):
         from_transformers(block)
-    with pytest.raises(ValueError, match=r"a Linear is not known: .* such as DeepseekV3MoE"):
+    with pytest.raises(ValueError, match=r"Linear is not a known block; .* such as DeepseekV3MoE"):
         from_transformers(nn.Linear(2, 2))

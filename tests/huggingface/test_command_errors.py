@@ -150,11 +150,11 @@ def test_a_form_that_no_experts_have_is_rejected(path, form, tmp_path, capsys):
     change_entry(tmp_path / "in", lambda entry: entry.update(forms={path: form}))
     assert run_command("quantize", tmp_path) == 1
     error = read_error(capsys)
-    assert error.startswith(f"error: config.json gives {path!r} the form {form!r}")
+    assert error.startswith(f"error: config.json describes {path!r} as {form!r}")
     assert "QuantizedExperts, UnstackedExperts" in error
-    assert "save the model anew" in error
+    assert "save the model again" in error
     assert os.listdir(tmp_path) == ["in"]
-    with pytest.raises(ValueError, match=r"config\.json gives"):
+    with pytest.raises(ValueError, match=r"config\.json describes"):
         from_pretrained(tmp_path / "in")
 
 
@@ -169,7 +169,7 @@ def test_a_gate_that_does_not_exist_is_rejected(key, value, tmp_path, capsys):
     assert error.startswith("error: config.json describes the gate {")
     assert repr(value) in error
     assert "TopKGating" in error
-    assert "save the model anew" in error
+    assert "save the model again" in error
 
 
 # ---- weights ----
@@ -210,8 +210,8 @@ def test_weights_without_a_place_are_rejected(case, name, tmp_path, capsys):
     rewrite_weights(tmp_path / "in", lambda held: held.update({name: torch.zeros(2)}))
     assert run_command(command, tmp_path) == 1
     error = read_error(capsys)
-    assert f"has no place for {name}" in error
-    assert "load the model by transformers and save it" in error
+    assert f"the files have {name}, but the model of" in error
+    assert "load the model with transformers and save it" in error
     assert os.listdir(tmp_path) == ["in"]
 
 
@@ -246,7 +246,7 @@ def test_integers_for_floating_point_weights_are_rejected(case, place, dtype, tm
     assert run_command(command, tmp_path) == 1
     error = read_error(capsys)
     assert f"{name} has the dtype {dtype} in the files" in error
-    assert "save the model anew" in error
+    assert "save the model again" in error
     assert os.listdir(tmp_path) == ["in"]
 
 

@@ -188,10 +188,10 @@ def test_errors_of_prune(tmp_path, capsys):
     dense.save_pretrained(tmp_path / "in")
     (tmp_path / "ids.json").write_text('{"gate": [0, 1]}')
     for source, by, more, says in (
-        ("dense", "random", ["--keep", "2"], "has no experts of this package: there is nothing to prune"),
-        ("in", "random", [], "needs keep="),
-        ("in", "random", ["--keep", "1"], "cannot leave 1 of 4"),
-        ("in", str(tmp_path / "ids.json"), [], "no gate of the model"),
+        ("dense", "random", ["--keep", "2"], "has no experts of this package, so there is nothing to prune"),
+        ("in", "random", [], "requires keep="),
+        ("in", "random", ["--keep", "1"], "cannot keep 1 of 4"),
+        ("in", str(tmp_path / "ids.json"), [], "not a gate of the model"),
     ):
         assert main(["prune", str(tmp_path / source), str(tmp_path / "out"), "--by", by, *more]) == 1
         assert says in capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_settings_of_convert_are_checked_before_anything_is_written(tmp_path):
     wrong: list[dict[str, Any]] = [dict(bit=4), dict(bits=4, block=48), dict(bits=8, block=48)]
     for settings in wrong:
         with pytest.raises(
-            (TypeError, ValueError), match=r"unexpected keyword argument 'bit'|block must be one of 2, 32, 64"
+            (TypeError, ValueError), match=r"unexpected keyword argument 'bit'|expected block to be one of 2, 32, 64"
         ):
             convert_folder(tmp_path / "in", tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
@@ -263,8 +263,8 @@ def test_errors_of_merge(tmp_path, capsys):
     convert_folder(tmp_path / "in", tmp_path / "8", bits=8)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     for source, adapter, says in (
-        ("in", "8", "8 has no adapter_model.safetensors: give the folder to which PEFT saved the adapters"),
-        ("8", "adapter", "has quantized experts, which adapters cannot be merged into"),
+        ("in", "8", "8 has no adapter_model.safetensors; pass the folder to which PEFT saved the adapters"),
+        ("8", "adapter", "has quantized experts, into which adapters cannot be merged"),
     ):
         words = ["merge", str(tmp_path / source), str(tmp_path / "out"), "--adapter", str(tmp_path / adapter)]
         assert main(words) == 1

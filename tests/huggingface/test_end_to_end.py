@@ -1,4 +1,4 @@
-"""The whole life of a mixture on SmolLM2, as docs/transformers.md tells it: at each step an equality or a loss."""
+"""The whole life of a mixture on SmolLM2, as docs/fine_tuning.md describes it: at each step an equality or a loss."""
 
 from __future__ import annotations
 

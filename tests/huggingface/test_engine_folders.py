@@ -220,7 +220,7 @@ def test_only_the_main_process_completes_a_folder(tmp_path):
     made = make_export("llama")
     made.save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / "config.json").exists()
-    with pytest.raises(ValueError, match=r"push_to_hub=True uploads .*: call model\.push_to_hub\(repo_id\)"):
+    with pytest.raises(ValueError, match=r"push_to_hub=True would upload .*; call model\.push_to_hub\(repo_id\)"):
         made.save_pretrained(tmp_path, push_to_hub=True)
     assert isinstance(made, PreTrainedModel)
 
@@ -261,6 +261,8 @@ def test_the_command_warns(tmp_path):
         (dict(model_type="mixtral", hidden_act="gelu"), ["vLLM, llama.cpp and mlx-lm"]),
         (dict(model_type="qwen2_moe"), []),
         (dict(model_type="qwen2_moe", qkv_bias=False), ["vLLM"]),
+        (dict(model_type="qwen2_moe", hidden_act="gelu"), ["llama.cpp and mlx-lm"]),
+        (dict(model_type="qwen3_moe", norm_topk_prob=True, hidden_act="gelu"), ["vLLM, llama.cpp and mlx-lm"]),
         (dict(model_type="qwen3_moe", norm_topk_prob=True), []),
         (
             dict(model_type="qwen3_moe", norm_topk_prob=True, rope_parameters={"rope_type": "dynamic"}),

@@ -79,7 +79,7 @@ def test_tied_embeddings_dtype_and_mode():
 def test_rejects_meta_weights():
     model = ARCHITECTURES["llama"].build()
     upcycle(model, num_experts=4)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device: load"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device; load"):
         export(model.to("meta"))
 
 
@@ -96,12 +96,12 @@ def test_other_heads(auto):
 @pytest.mark.parametrize(
     ("name", "settings", "problem"),
     [
-        ("gpt2", {}, "is a GPT2LMHeadModel with experts; there are classes for Llama"),
+        ("gpt2", {}, "no class for a GPT2LMHeadModel with experts; it has classes for Llama"),
         ("llama_bias", {}, "in Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
         ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: the gate is Top2Gating, .*; Q"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "the gate is NoisyTopKGating"),
         ("llama", dict(gate=make_gate(score="sigmoid")), "the gate has score 'sigmoid'"),
-        ("llama", dict(gate=make_gate(scale=2.5)), "the gate has scale 2.5, the block's 1.0"),
+        ("llama", dict(gate=make_gate(scale=2.5)), "the gate has scale 2.5, but the block has 1.0"),
         ("llama", dict(gate=make_gate(select=AlwaysChosen(1))), r"select AlwaysChosen\(1\)"),
         ("llama", dict(gate=make_gate(weigh="softmax", normalize=False)), "Qwen2Moe: the gate has weigh 'softmax'"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))), "Qwen2Moe: the gate has weigh Lear"),
@@ -110,10 +110,14 @@ def test_other_heads(auto):
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, logits=RouterLogits(d, e))), "logits RouterLogits"),
         ("llama", dict(gate=make_gate(bias=True)), r"gate\.b_gating has shape \(4,\)"),
         ("llama", dict(gate=make_gate(expert_bias=True)), r"gate\.expert_bias has shape"),
-        ("llama", dict(gate=make_gate(num_groups=2, top_groups=1)), "num_groups 2, the block's None"),
-        ("llama", dict(gate=make_gate(capacity_factor_eval=1.0)), "capacity_factor_eval 1.0, the block's None"),
+        ("llama", dict(gate=make_gate(num_groups=2, top_groups=1)), "num_groups 2, but the block has None"),
+        ("llama", dict(gate=make_gate(capacity_factor_eval=1.0)), "capacity_factor_eval 1.0, but the block has None"),
         ("mistral", dict(layers=[0]), r"Mixtral: layers without experts \(1\).*; Qwen2Moe: sliding attention"),
-        ("qwen3", dict(shared_expert=8), r"Qwen3Moe: shared_expert\.gate_proj\.weight has shape .*, the block's None"),
+        (
+            "qwen3",
+            dict(shared_expert=8),
+            r"Qwen3Moe: shared_expert\.gate_proj\.weight has shape .*, but the block has None",
+        ),
     ],
 )
 def test_unsupported_settings_are_named(name, settings, problem):

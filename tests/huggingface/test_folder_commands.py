@@ -79,8 +79,8 @@ def test_gate_and_coefficients(tmp_path):
 
 
 GATES = ["Top", "TopKGating", "TopKGating(3)", "TopKGating(k=x)", "nn.Linear()", "import os", ""]
-NO_GATE = 'is no gate: write TopKGating(k=4, score="sigmoid"); there are '
-NO_SIZE = "is no size: write 500MB or 5GB"
+NO_GATE = 'write TopKGating(k=4, score="sigmoid"), with one of '
+NO_SIZE = "expected a size such as 500MB or 5GB, but got"
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_failed_command_leaves_nothing(tmp_path, capsys):
     assert main(["upcycle", str(tmp_path / "gpt2"), str(tmp_path / "moe2")]) == 0
     before = sorted(os.listdir(tmp_path))
     for words, problem in [
-        (("upcycle", "in", "moe"), "moe exists: give another name"),
-        (("upcycle", "moe", "out"), "moe has experts already"),
+        (("upcycle", "in", "moe"), "moe already exists; choose another name"),
+        (("upcycle", "moe", "out"), "moe already has experts"),
         (("export", "in", "out"), "in has no experts"),
-        (("export", "moe2", "out"), "no class of transformers is a GPT2LMHeadModel with experts"),
+        (("export", "moe2", "out"), "transformers has no class for a GPT2LMHeadModel with experts"),
         (("upcycle", "in", "out", "--granularity", "5"), "num_experts=8 must be a multiple of granularity=5"),
         (("upcycle", "in", "out", "--gate", "TopKGating(kay=2)"), "unexpected keyword argument 'kay'"),
     ]:
@@ -165,7 +165,7 @@ def test_damaged_weights_raise_and_leave_nothing(tmp_path, capsys):
     for path, data in [(shard, whole[shard][:100]), (shard, None), (index, whole[index][:50]), (index, b"{}")]:
         path.write_bytes(data) if data is not None else path.unlink()
         assert main(words) != 0
-        assert f"{path} is missing, damaged or no such file" in capsys.readouterr().err
+        assert f"{path} is missing, damaged or not a valid file" in capsys.readouterr().err
         assert sorted(os.listdir(tmp_path)) == ["in"]
         path.write_bytes(whole[path])
     assert main(words) == 0
@@ -194,7 +194,7 @@ def test_weight_map_outside_folder_raises(command, place, tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"{index} is missing, damaged" in error
         outside = held is wrong[0] and isinstance(place, str)
-        assert not outside or f"{place!r} of its weight_map is outside of the folder" in error
+        assert not outside or f"{place!r} in its weight_map is outside of the folder" in error
         assert not (tmp_path / "out").exists()
 
 
@@ -220,7 +220,7 @@ def test_a_configuration_without_its_class(tmp_path, capsys):
     words = ["upcycle", str(tmp_path / "in"), str(tmp_path / "out")]
     replace_in_file(tmp_path / "in" / "config.json", lambda held: {**held, "architectures": None})
     assert main(words) == 1
-    assert 'into config.json, such as "architectures": ["LlamaForCausalLM"]' in capsys.readouterr().err
+    assert 'to config.json, such as "architectures": ["LlamaForCausalLM"]' in capsys.readouterr().err
     replace_in_file(tmp_path / "in" / "config.json", lambda held: {**held, "architectures": ["LlamaForCausalLM"]})
     assert main(words) == 0
 
@@ -230,7 +230,10 @@ def test_hub_names_are_not_resolved(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asked the network"))
     assert main([command, "gpt2", "out"]) == 1
-    assert "gpt2 is no folder, and nothing is downloaded: fetch the model into one first" in capsys.readouterr().err
+    assert (
+        "gpt2 is not a folder, and nothing is downloaded automatically; download the model to a folder first"
+        in capsys.readouterr().err
+    )
     (tmp_path / "gpt2").mkdir()
     assert main([command, "gpt2", "out"]) == 1
     assert os.listdir(tmp_path) == ["gpt2"]

@@ -188,7 +188,7 @@ def test_weights_packed_as_in_gguf_are_refused(change):
     model.model.layers[0].self_attn.o_proj = GgufLinear(32, 32, int(gguf.GGMLQuantizationType.Q4_0))
     model.quantization_method, model.is_quantized = QuantizationMethod.GGUF, True
     before = str(model)
-    with pytest.raises(ValueError, match=r"packed as in its GGUF file: load it with .*GgufConfig\(dequantize=True\)"):
+    with pytest.raises(ValueError, match=r"packed as in its GGUF file; load it with .*GgufConfig\(dequantize=True\)"):
         change(model)
     assert str(model) == before
 
@@ -223,20 +223,20 @@ def make_int8() -> nn.Module:
 REFUSED: dict[str, Any] = {
     "adapters": (
         lambda: add_lora(make_upcycled("llama")),
-        "PeftModel.* has adapters of PEFT, which no stock class has: merge_and_unload",
+        "PeftModel.* has PEFT adapters, which no stock class supports; call merge_and_unload",
     ),
     "adapters inside": (
         lambda: add_lora(make_upcycled("llama")).base_model.model,
-        "LlamaForCausalLM has adapters of PEFT",
+        "LlamaForCausalLM has PEFT adapters",
     ),
-    "unequal layers": (make_unequal, r"gate.w_gating has shape \(32, 4\), the block's \(32, 3\)"),
+    "unequal layers": (make_unequal, r"gate.w_gating has shape \(32, 4\), but the block has \(32, 3\)"),
     "int8": (
         make_int8,
-        r"LlamaForCausalLM has experts in 8 bits, .*: use the model as it was before quantize_experts\(\)",
+        r"LlamaForCausalLM has experts quantized to 8 bits, .*; use the model from before quantize_experts\(\)",
     ),
     "blocks": (
         lambda: make_stock(Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=EXPERTS),
-        "to_transformers makes a stock",
+        "use to_transformers to convert it to a stock",
     ),
 }
 
@@ -251,7 +251,7 @@ def test_unexportable_settings_raise(state):
 @pytest.mark.parametrize("inside", [False, True])
 def test_adapters_are_merged_before_experts_go(inside):
     adapted = add_lora(make_upcycled("llama"))
-    with pytest.raises(TypeError, match="its layer has adapters of PEFT: merge them first"):
+    with pytest.raises(TypeError, match="its layer has PEFT adapters; merge them first"):
         prune(adapted.base_model.model if inside else adapted, KEPT, "random")
 
 

@@ -23,7 +23,7 @@ pytestmark = [
     # peft and trl use names that transformers deprecates
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings(
-        "ignore:the routers in .* were drawn in memory:UserWarning"
+        "ignore:the routers in .* were initialized in memory:UserWarning"
     ),  # see test_adapter_checkpoints.py
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl"),
 ]
@@ -196,7 +196,7 @@ def test_one_forward_until_its_backward():
     with torch.no_grad():
         trainer._generate_single_turn(ids)
     inputs = {"ids": ids, "routing": trainer._recorded_sequences}
-    with pytest.raises(ValueError, match=r"of 3 sequences with gradients are computed in chunks of 2.*batch_size out"):
+    with pytest.raises(ValueError, match=r"with gradients of 3 sequences are computed in chunks of 2.*omit batch_size"):
         trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 1, batch_size=2)
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
     for _ in range(2):  # micro-batches, each with its backward
@@ -215,10 +215,10 @@ def test_rejects_rollouts_without_choices():
     ids: Any = dict(prompt_ids=[[5, 6], [7]], completion_ids=[[8, 9], [10, 11]], logprobs=None)
     choices = [torch.arange(2).expand(length, 4, 2) for length in (3, 2)]
     for given, message in {
-        None: 'returned no "routed_experts": start the engine',
-        (choices[0], choices[0][:1]): r"have \[4, 3\] tokens, their routed_experts \[3, 1\]",
-        (choices[0],): r"have \[4, 3\] tokens, their routed_experts \[3\]",
-        tuple(choices): r"replay_weights is True, but routed_experts has choices alone: .*weights=",
+        None: 'returned no "routed_experts"; start the engine',
+        (choices[0], choices[0][:1]): r"have \[4, 3\] tokens, but their routed_experts have \[3, 1\]",
+        (choices[0],): r"have \[4, 3\] tokens, but their routed_experts have \[3\]",
+        tuple(choices): r"replay_weights is True, but routed_experts contains choices without weights; .*weights=",
     }.items():
         with pytest.raises(ValueError, match=message):
             Rolled(**ids, routed_experts=given).rollout_func([], None)
@@ -230,9 +230,9 @@ def test_rejects_rollouts_without_choices():
 
 def test_rejects_mixin_after_trainer():
     """There none of its methods would run, and the trainer would train with other experts."""
-    with pytest.raises(TypeError, match=r"Own has ReplayRouting after LogitsTrainer, .*: write class Own\(Replay"):
+    with pytest.raises(TypeError, match=r"Own lists ReplayRouting after LogitsTrainer, .*; write class Own\(Replay"):
         type("Own", (LogitsTrainer, ReplayRouting), {})
-    with pytest.raises(TypeError, match=r"Own has ReplayRouting after LogitsTrainer"):
+    with pytest.raises(TypeError, match=r"Own lists ReplayRouting after LogitsTrainer"):
         type("Own", (LogitsTrainer, type("Mine", (ReplayRouting,), {})), {})
     type("Own", (type("Other", (), {"_generate_single_turn": None}), ReplayRouting, LogitsTrainer), {})
 
@@ -250,14 +250,14 @@ def test_rejects_other_generation_backends(tmp_path):
         type("Alone", (ReplayRouting,), {})()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GRPOTrainer, "__init__", lambda self: None)
-        with pytest.raises(ValueError, match=r"own generation, which use_vllm replaces, .* give a rollout_func that"):
+        with pytest.raises(ValueError, match=r"own generation, but use_vllm replaces it, .* pass a rollout_func that"):
             Other(use_vllm=True)
-        with pytest.raises(ValueError, match="own generation, which tools replaces"):
+        with pytest.raises(ValueError, match="own generation, but tools replaces it"):
             Other(tools=[print], rollout_func=print)
         Other(
             use_vllm=True, rollout_func=print, model=make_llama()
         )  # the function asks the engine, TRL gives it weights
         with pytest.raises(ValueError, match="has no gate"):
             Other(model=torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"8 prompts were recorded as .* sequences: generate with a cache"):
+    with pytest.raises(ValueError, match=r"record 8 sequences, one per prompt, .*; generate with a cache"):
         run_training(tmp_path, ReplayRouting, generation_kwargs=dict(use_cache=False))

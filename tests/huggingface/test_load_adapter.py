@@ -21,7 +21,7 @@ from mixture_of_experts.huggingface.model_watch import MODEL_WATCH_HOOK
 from .test_block_conversion import build_model
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*drawn in memory:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*initialized in memory:UserWarning"),
     pytest.mark.filterwarnings("ignore:target_parameters=.* no parameter was matched:RuntimeWarning"),
 ]
 OURS = ["experts.w1", "experts.w3", "experts.w2"]
@@ -64,7 +64,7 @@ def test_several_adapters_of_such_a_class(tmp_path):
             again.set_adapter("second")
             assert torch.equal(get_logits(again, given), wanted)
         else:
-            with pytest.raises(ValueError, match="An adapter of this model: load it before all others"):
+            with pytest.raises(ValueError, match="if it is for this model, load it before all other adapters"):
                 again.load_adapter(str(tmp_path / name), adapter_name="second")
 
 

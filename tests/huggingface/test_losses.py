@@ -141,7 +141,10 @@ def test_models_of_several_parts():
 
 
 def test_aux_loss_without_forward_raises():
-    with pytest.raises(RuntimeError, match="LlamaForCausalLM has no auxiliary loss: call it first"):
+    with pytest.raises(
+        RuntimeError,
+        match="LlamaForCausalLM has no auxiliary loss; apply replace_ffn or upcycle, and run a forward pass",
+    ):
         aux_loss(build_model())
 
 

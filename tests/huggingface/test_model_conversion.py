@@ -249,24 +249,24 @@ def make_family(name: str) -> Any:
     ("make", "problem"),
     [
         (lambda: build_model("Mixtral", router_jitter_noise=0.1), "MixtralSparseMoeBlock has jitter_noise=0.1"),
-        (lambda: ARCHITECTURES["llama"].build(), "LlamaForCausalLM has no sparse block: upcycle and replace_ffn are"),
+        (lambda: ARCHITECTURES["llama"].build(), "LlamaForCausalLM has no sparse block; use upcycle or replace_ffn"),
         (lambda: from_transformers(build_model("Mixtral")), "MixtralForCausalLM has no sparse block"),
         (
             lambda: make_family("jetmoe"),
-            "JetMoeAttention at model.layers.0.self_attention is of no class that is known",
+            "JetMoeAttention at model.layers.0.self_attention has an unknown class",
         ),
         (
             lambda: make_family("diffusion_gemma"),
-            "DiffusionGemmaEncoderTextLayer at .* is a whole layer, which also holds",
+            "DiffusionGemmaEncoderTextLayer at .* is a whole decoder layer that also holds",
         ),
         (
             lambda: add_lora(build_model("Mixtral"), "mlp.gate.weight"),
-            "MixtralSparseMoeBlock has adapters of PEFT, which a",
+            "MixtralSparseMoeBlock has PEFT adapters, which the",
         ),
-        (lambda: add_lora(build_model("Mixtral"), "experts.down_proj"), "MixtralSparseMoeBlock has adapters of PEFT"),
+        (lambda: add_lora(build_model("Mixtral"), "experts.down_proj"), "MixtralSparseMoeBlock has PEFT adapters"),
         (
             lambda: quantize_model(build_model("Mixtral")),
-            "MixtralForCausalLM is quantised: load it without quantization_config",
+            "MixtralForCausalLM is quantized; load it without quantization_config",
         ),
     ],
     ids=["jitter", "dense", "changed", "JetMoe", "DiffusionGemma", "router's", "experts'", "quantised"],
@@ -317,8 +317,8 @@ def test_what_no_block_has_is_refused(change, whole):
     else:
         quantize_experts(model.requires_grad_(False))
     says = {
-        "adapters": r"^the layer has adapters of PEFT, .*: merge_and_unload\(\) them first$",
-        "int8": r"^the layer has experts in 8 bits, .*: use the model as it was before quantize_experts\(\)$",
+        "adapters": r"^the layer has PEFT adapters, .*; call merge_and_unload\(\) first$",
+        "int8": r"^the layer has experts quantized to 8 bits, .*; use the model from before quantize_experts\(\)$",
     }
     before = str(model)
     with pytest.raises(ValueError, match=says[change]):
@@ -358,16 +358,16 @@ def test_rejects_offloaded_weights(tmp_path):
 
 def test_rejects_unconvertible_models():
     model = from_transformers(build_model("Mixtral"))
-    with pytest.raises(ValueError, match="layers that were blocks: to_transformers"):
+    with pytest.raises(ValueError, match="layers that replaced blocks; use to_transformers"):
         export(model)
     layer = find_feed_forwards(model)[1]
     layer.moe.gate.scale = 2.0
-    with pytest.raises(ValueError, match=r"scale 2.0, the block's 1.0"):
+    with pytest.raises(ValueError, match=r"scale 2.0, but the block has 1.0"):
         to_transformers(model)
     assert len(find_feed_forwards(model)) == 2
-    with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that was a block"):
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that replaced a block"):
         to_transformers(build_model("Mixtral"))
-    with pytest.raises(ValueError, match=r"a model of transformers is changed, not a MoE: give block="):
+    with pytest.raises(ValueError, match=r"expected a transformers model, .* but got a MoE; pass block="):
         to_transformers(layer.moe)
 
 

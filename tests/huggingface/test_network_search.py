@@ -235,29 +235,41 @@ LOST_NETWORKS = {
         dict(a=make_up(), c=make_down()),
         "part of the code of Inline",
     ),
-    "units together": (make_pair, dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))), "no activation is known"),
-    "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no activation is known"),
-    "used elsewhere": (lambda m, x: make_pair(m, x) + m.a(x)[..., :D], PAIR, "is used elsewhere"),
-    "called on something else too": (lambda m, x: make_pair(m, x) + make_pair(m, 2 * x), PAIR, "is used elsewhere"),
+    "units together": (
+        make_pair,
+        dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))),
+        "no known activation computes",
+    ),
+    "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no known activation computes"),
+    "used elsewhere": (lambda m, x: make_pair(m, x) + m.a(x)[..., :D], PAIR, "are also used elsewhere"),
+    "called on something else too": (
+        lambda m, x: make_pair(m, x) + make_pair(m, 2 * x),
+        PAIR,
+        "are also used elsewhere",
+    ),
     "last layer twice": (
         lambda m, x: make_pair(m, x) + m.c(F.pad(x, (0, H - D))),
         PAIR,
-        "c is called for something else",
+        "c is also called for something else",
     ),
-    "read elsewhere": (lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)), PAIR, "is used elsewhere"),
-    "another's activation": (lambda m, x: make_pair(m, x) + m.act(x), PAIR, "act is called for something"),
-    "another's dropout": (lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x), DROPS, "drop is called for something"),
+    "read elsewhere": (lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)), PAIR, "are also used elsewhere"),
+    "another's activation": (lambda m, x: make_pair(m, x) + m.act(x), PAIR, "act is also called for something"),
+    "another's dropout": (
+        lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
+        DROPS,
+        "drop is also called for something",
+    ),
     "another's number": (
         lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)) + F.dropout(x, m.p, m.training),
         dict(PAIR, p=0.3),
-        "cannot be turned off alone",
+        "cannot be disabled separately",
     ),
-    "dropout before tanh": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), dict(DROPS, act=nn.Tanh()), "no activation is"),
-    "dropout first": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), DROPS, "no activation is known"),
+    "dropout before tanh": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), dict(DROPS, act=nn.Tanh()), "no known activation"),
+    "dropout first": (lambda m, x: m.c(m.act(m.drop(m.a(x)))), DROPS, "no known activation computes"),
     "two dropouts": (
         lambda m, x: m.c(m.drop(m.more(m.act(m.a(x))))),
         dict(DROPS, more=nn.Dropout(0.5)),
-        "no activation",
+        "no known activation",
     ),
     "halves in the code of": (
         lambda m, x: (lambda both: m.c(m.act(both[..., :H]) * both[..., H:]))(m.a(x)),
@@ -319,7 +331,7 @@ def test_rejects_wrong_adapter(name):
         pytest.skip("the layer does more than the network")
     model = ARCHITECTURES[name].build()
     wrong = Adapter(adapter.up, adapter.down, adapter.gate, nn.Tanh(), halves=adapter.halves)
-    with pytest.raises(ValueError, match="returns something else than Adapter"):
+    with pytest.raises(ValueError, match="returns something different from what Adapter"):
         replace_ffn(model, adapters={kind: wrong})
     assert not find_feed_forwards(model)
 

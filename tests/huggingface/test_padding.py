@@ -269,7 +269,7 @@ def test_copies_and_pickles_bring_masks_to_their_own_routers():
     alone, batch = make_two_lengths("right")
     loss = model(**batch).logits.sum() + aux_loss(model)  # what belongs to a forward is not copied
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(RuntimeError, match="call it first"):
+        with pytest.raises(RuntimeError, match="run a forward pass in this thread first"):
             aux_loss(twin)
         twin.eval()
         found = select_real(twin(**batch).logits, batch["attention_mask"])[1]

@@ -1,4 +1,4 @@
-"""What docs/transformers.md promises, on real models: SmolLM2 (30 layers, d 576) and MiniLM.
+"""What docs/upcycling.md and docs/saving_and_exporting.md promise, on SmolLM2 (30 layers, d 576) and MiniLM.
 
 Their weights are trained: channels are large, texts are sensible, and configurations carry notes.
 """
@@ -26,7 +26,7 @@ pytestmark = [
     # peft and trl use names that transformers deprecates
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.filterwarnings(
-        "ignore:the routers in .* were drawn in memory:UserWarning"
+        "ignore:the routers in .* were initialized in memory:UserWarning"
     ),  # see test_adapter_checkpoints.py
 ]
 

@@ -220,25 +220,25 @@ def test_unstacked_experts_are_stacked_again_after():
 X = torch.randn(2, 9, D)
 BAD_ARGUMENTS = {
     "the rule": (dict(keep=4, by="magnitude"), ValueError, "by must be one of 'reap', 'frequency', 'random'"),
-    "no number": (dict(calibration=X), ValueError, "needs keep="),
-    "no text": (dict(keep=4), TypeError, "calibration must be batches of tokens"),
-    "words": (dict(keep=4, calibration="a text"), TypeError, "calibration must be batches of tokens"),
+    "no number": (dict(calibration=X), ValueError, "requires keep="),
+    "no text": (dict(keep=4), TypeError, "expected calibration to be batches of tokens"),
+    "words": (dict(keep=4, calibration="a text"), TypeError, "expected calibration to be batches of tokens"),
     "no tokens": (dict(keep=4, calibration=[]), ValueError, "calibration has no tokens for gate"),
-    "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), got \[1, 2\]"),
-    "a text for scores": (dict(keep=4, by={"gate": torch.rand(E)}, calibration=X), ValueError, "leave gates and calib"),
-    "too few": (dict(keep=1, by="random"), ValueError, "1 of 8 experts to 'gate': keep from 2"),
-    "too many": (dict(keep=9, by="random"), ValueError, "cannot leave 9 of 8"),
+    "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), but got \[1, 2\]"),
+    "a text for scores": (dict(keep=4, by={"gate": torch.rand(E)}, calibration=X), ValueError, "omit gates and calib"),
+    "too few": (dict(keep=1, by="random"), ValueError, "1 of 8 experts of 'gate'; keep at least 2"),
+    "too many": (dict(keep=9, by="random"), ValueError, "cannot keep 9 of 8"),
     "no number of experts": (dict(keep=2.5, by="random"), ValueError, "keep must be an integer"),
-    "an id that is none": (dict(by={"gate": [0, 8]}), ValueError, r"different ids below 8, got \[0, 8\]"),
-    "no ids": (dict(by={"gate": []}), ValueError, "different ids below 8"),
-    "something else": (dict(by={"gate": object()}), TypeError, "different ids below 8"),
-    "few scores": (dict(keep=2, by={"gate": torch.rand(7)}), ValueError, r"scores \(8,\)"),
-    "no scores": (dict(keep=2, by={"gate": torch.full((8,), torch.nan)}), ValueError, "floating and finite"),
-    "scores alone": (dict(by={"gate": torch.rand(8)}), ValueError, "scores need keep="),
+    "an id that is none": (dict(by={"gate": [0, 8]}), ValueError, r"distinct ids below 8, but got \[0, 8\]"),
+    "no ids": (dict(by={"gate": []}), ValueError, "distinct ids below 8"),
+    "something else": (dict(by={"gate": object()}), TypeError, "distinct ids below 8"),
+    "few scores": (dict(keep=2, by={"gate": torch.rand(7)}), ValueError, r"scores of shape \(8,\)"),
+    "no scores": (dict(keep=2, by={"gate": torch.full((8,), torch.nan)}), ValueError, "finite floating-point scores"),
+    "scores alone": (dict(by={"gate": torch.rand(8)}), ValueError, "scores require keep="),
     "two numbers": (dict(keep=3, by={"gate": [0, 1]}), ValueError, "keep=3, but by"),
-    "no such gate": (dict(by={"router": [0, 1]}), ValueError, "no gate of the model: there are 'gate'"),
-    "gates twice": (dict(by={"gate": [0, 1]}, gates=["gate"]), ValueError, "leave gates and calib"),
-    "a module": (dict(by={nn.Linear(1, 1): [0, 1]}), ValueError, "by has names of gates"),
+    "no such gate": (dict(by={"router": [0, 1]}), ValueError, "not a gate of the model; its gates are 'gate'"),
+    "gates twice": (dict(by={"gate": [0, 1]}, gates=["gate"]), ValueError, "omit gates and calib"),
+    "a module": (dict(by={nn.Linear(1, 1): [0, 1]}), ValueError, "by already maps names of gates"),
 }
 
 
@@ -256,17 +256,17 @@ def test_groups_keep_equally_many():
     def build() -> MoE:
         return make_layer(TopKGating(D, E, 2, num_groups=2, top_groups=1, group_score="best"))
 
-    with pytest.raises(ValueError, match=r"equally many .* groups, got \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"equally many experts per group, but got \[3, 1\]"):
         prune(build(), by={"gate": [0, 1, 2, 7]})
-    with pytest.raises(ValueError, match=r"num_groups=2 keep equally many"):
+    with pytest.raises(ValueError, match=r"num_groups=2 must keep equally many"):
         prune(build(), 5, "random")
-    with pytest.raises(ValueError, match="open to a token, hold at least 2"):
+    with pytest.raises(ValueError, match="available to a token must hold at least 2"):
         prune(build(), 2, "random")
-    with pytest.raises(ValueError, match="two at least if their two best score them"):
+    with pytest.raises(ValueError, match="at least two if group_score is 'two_best'"):
         prune(make_layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
-    with pytest.raises(ValueError, match="keep from 3"):
+    with pytest.raises(ValueError, match="keep at least 3"):
         prune(make_layer(NoisyTopKGating(D, E, 2)), 2, "random")
 
 
@@ -307,7 +307,7 @@ def find_shares() -> TopKGating:
 
 
 UNSUPPORTED = {
-    "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): it is not known what"),
+    "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): pruning does not know which"),
     "own": (lambda: MoE(D, gate=OwnGate(D, E)), r"'gate' \(OwnGate\)"),
     "function": (lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)), "score=.*sigmoid"),
     "always": (lambda: MoE(D, gate=TopKGating(D, E, 3, select=AlwaysChosen(1))), "select=AlwaysChosen"),
@@ -316,13 +316,13 @@ UNSUPPORTED = {
     "tied": (make_tied, "weights of its router"),
     "shares": (lambda: MoE(D, gate=find_shares()), "bias_rule.shares"),
     "levels": (lambda: HeirarchicalMoE(D, (2, 4)), "it is a level of a HeirarchicalMoE"),
-    "alone": (lambda: TopKGating(D, E), "it stands in no layer"),
+    "alone": (lambda: TopKGating(D, E), "it is not part of a layer"),
     "slots": (lambda: MoE(D, num_experts=E, experts=nn.Identity()), "its experts are Identity"),
     "identities": (
         lambda: MoE(D, gate=TopKGating(D, E), experts=ZeroComputationExperts(Experts(D, 7), num_identity=1)),
         "its experts are ZeroComputationExperts",
     ),
-    "shared": (make_shared, "'0.gate': something else holds its experts"),
+    "shared": (make_shared, "'0.gate', because another module shares its experts"),
     "parametrized": (lambda: MoE(D, gate=TopKGating(D, E), experts=make_normed()), r"also hold parametrizations\.w1"),
     "not ours": (lambda: make_stock("Mixtral"), r"mlp.gate' \(MixtralTopKRouter\)"),
 }
@@ -331,7 +331,7 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unprunable_gates_raise(case):
     build, says = UNSUPPORTED[case]
-    with pytest.raises(TypeError, match=f"prune cannot serve .*{says}"):
+    with pytest.raises(TypeError, match=f"prune does not support .*{says}"):
         prune(build(), 4, "random")
 
 
@@ -344,14 +344,14 @@ def test_layers_inside_experts_keep_their_size():
 
 
 def test_prune_rejects_meta_and_non_models():
-    with pytest.raises(ValueError, match="weights on the meta device: load them first"):
+    with pytest.raises(ValueError, match="weights on the meta device; load them first"):
         prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
-    with pytest.raises(ValueError, match="has no gate: give prune a model"):
+    with pytest.raises(ValueError, match="has no gate; pass a model with MoE layers to prune"):
         prune(nn.Linear(3, 3), 2, "random")
     with pytest.raises(TypeError, match="model must be a model"):
         prune(3, 2, "random")
     both = nn.Sequential(MoE(D, gate=TopKGating(D, E)), MoE(D, gate=HashGating(D, E, num_ids=9)))
-    with pytest.raises(TypeError, match=r"For the other gates alone pass gates=\['0.gate'\]"):
+    with pytest.raises(TypeError, match=r"To select only the other gates, pass gates=\['0.gate'\]"):
         prune(both, 4, "random")
     assert prune(both, 4, "random", gates=["0.gate"]).keys() == {"0.gate"}
 
@@ -400,7 +400,7 @@ def test_layers_that_were_blocks_keep_equally_many():
     model = from_transformers(make_stock("Qwen3Moe"))
     first, second = expert_scores(model, "frequency", calibration=torch.randint(1, 64, (2, 12)))
     before = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"equally many in each, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"equally many in each layer, but got \[2, 3\]"):
         prune(model, by={first: [0, 1], second: [0, 1, 2]})
     with pytest.raises(ValueError, match=r"got \[2, 8\]"):
         prune(model, 2, "random", gates=[first])

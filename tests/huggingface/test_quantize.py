@@ -25,7 +25,7 @@ from .test_block_conversion import MODELS, build_model
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
     pytest.mark.filterwarnings(
-        "ignore:the routers in .* were drawn in memory:UserWarning"
+        "ignore:the routers in .* were initialized in memory:UserWarning"
     ),  # see test_adapter_checkpoints.py
 ]
 
@@ -100,7 +100,9 @@ def test_unstacked_folder_matches_model(load, tmp_path):
 def test_rejects_unstacked_folder_of_blocks(tmp_path):
     """A Mixtral's class makes stacks of its own of all `experts.*.w1`. Nothing is written."""
     moe, tokens = unstack(from_transformers(build_model("Mixtral"))), torch.randint(3, 64, (2, 9))
-    with pytest.raises(ValueError, match=r"MixtralConfig: where layers were blocks.*: restack\(\) the model before"):
+    with pytest.raises(
+        ValueError, match=r"MixtralConfig: if layers replaced blocks.*; call restack\(\) on the model before"
+    ):
         moe.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     restack(moe).save_pretrained(tmp_path)
@@ -220,11 +222,12 @@ def test_rejects_adapter_operations_on_quantized_experts(bits):
     before = {name: value.clone() for name, value in small.state_dict().items()}
     for refused in (small.merge_adapter, small.merge_and_unload):
         with pytest.raises(
-            ValueError, match=rf"can be merged where w2 is in {bits} bits: .* load them into the model that"
+            ValueError,
+            match=rf"cannot be merged, because w2 is quantized to {bits} bits; .* load them into the model that",
         ):
             refused()
     experts = small.base_model.model.model.layers[0].mlp.moe.experts
-    with pytest.raises(ValueError, match="no adapters are computed for slots where"):
+    with pytest.raises(ValueError, match="adapters cannot be computed for slots, because"):
         experts(torch.randn(4, 2, 32))
     assert all(value.equal(before[name]) for name, value in small.state_dict().items())
     assert isinstance(get_experts(small.unload())[0], QuantizedExperts)

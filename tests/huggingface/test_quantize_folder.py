@@ -117,9 +117,9 @@ def test_rejects_unsupported_models(tmp_path, capsys):
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
     for name, error in (
-        ("24", "moe.experts has hidden_dim=24, in 4 bits a multiple of group=32: give a smaller group"),
+        ("24", "moe.experts has hidden_dim=24, which 4-bit .* a multiple of group=32. Pass a smaller group"),
         ("dense", "LlamaForCausalLM has no sparse block"),
-        ("quantised", "is quantised already (fp8): give the folder of the model before that"),
+        ("quantised", "is already quantized (fp8); pass the folder of the model before quantization"),
     ):
         before = sorted(tmp_path.iterdir())
         assert run_command(tmp_path / name, tmp_path / "out") == 1

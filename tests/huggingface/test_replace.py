@@ -88,7 +88,7 @@ def test_layers(layers, expected):
 
 @pytest.mark.parametrize("layers", [[2], ["model.layers.7.mlp", 0], [], lambda name: False])
 def test_unknown_layers_raise(layers):
-    assert_rejected(replace_ffn, dict(layers=layers), r"is not there; there are model.layers.0.mlp")
+    assert_rejected(replace_ffn, dict(layers=layers), r"layers selects .*, but the networks are model.layers.0.mlp")
 
 
 ONE_GATE = TopKGating(DIM, 4, 2)
@@ -98,17 +98,23 @@ ONE_GATE = TopKGating(DIM, 4, 2)
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (dict(gate=lambda d, e: None), r"gate must be a function .* lambda d, e: .* but it returned None"),
-        (dict(gate=lambda d, e: TopKGating), r"gate must be a function .* but it returned <class .*TopKGating"),
-        (dict(gate=ONE_GATE), r"gate must be a function .* got TopKGating\("),
-        (dict(gate="topk"), r"gate must be a function .* lambda d, e.* got 'topk'"),
-        (dict(gate=lambda d, e: ONE_GATE), r"gate must .* a TopKGating that .*has"),
-        (dict(layers=True), "layers must be numbers of blocks .* got True: for all layers leave it out"),
-        (dict(layers=1.0), "layers must be .* got 1.0: for all"),
-        (dict(layers=nn.GELU), r"layers must be .* got <class .*GELU'>: for all"),
-        (dict(layers=torch.tensor(0)), r"layers must be .* got tensor\(0\): for all"),
-        (dict(adapters={"LlamaMLP": nn.Linear}), "adapters must be a dict {class name: Adapter.* got {'LlamaMLP'"),
-        (dict(adapters=[1]), r"adapters must be a dict .* got \[1\]"),
+        (dict(gate=lambda d, e: None), r"expected gate to return a new gate .* lambda d, e: .* but it returned None"),
+        (
+            dict(gate=lambda d, e: TopKGating),
+            r"expected gate to return a new gate .* but it returned <class .*TopKGating",
+        ),
+        (dict(gate=ONE_GATE), r"expected gate to return a new gate .* but got TopKGating\("),
+        (dict(gate="topk"), r"expected gate to return a new gate .* lambda d, e.* got 'topk'"),
+        (dict(gate=lambda d, e: ONE_GATE), r"expected gate .* a TopKGating that .*uses"),
+        (dict(layers=True), "expected layers to be block numbers .* but got True; omit layers to replace all"),
+        (dict(layers=1.0), "expected layers to be .* but got 1.0; omit"),
+        (dict(layers=nn.GELU), r"expected layers to be .* but got <class .*GELU'>; omit"),
+        (dict(layers=torch.tensor(0)), r"expected layers to be .* but got tensor\(0\); omit"),
+        (
+            dict(adapters={"LlamaMLP": nn.Linear}),
+            "expected adapters to be a dict {class name: Adapter.* got {'LlamaMLP'",
+        ),
+        (dict(adapters=[1]), r"expected adapters to be a dict .* got \[1\]"),
     ],
 )
 def test_rejects_wrong_values(change, settings, problem):
@@ -118,7 +124,7 @@ def test_rejects_wrong_values(change, settings, problem):
 @pytest.mark.parametrize("call", [replace_ffn, upcycle, export, aux_loss])
 @pytest.mark.parametrize("model", ["folder", LlamaModel, LlamaConfig(), None, []])
 def test_rejects_non_models_on_entry(call, model):
-    with pytest.raises(TypeError, match=r"model must be a model .*, got .*: build or load"):
+    with pytest.raises(TypeError, match=r"model must be a model .*, got .*; construct or load"):
         call(model)
 
 
@@ -142,7 +148,7 @@ def test_rejects_reused_gate():
     model = ARCHITECTURES["llama"].build()
     gate = TopKGating(DIM, 4, 2)
     replace_ffn(model, num_experts=4, layers=[0], gate=lambda d, e: gate)
-    with pytest.raises(ValueError, match=r"gate must be .* another layer has"):
+    with pytest.raises(ValueError, match=r"expected gate to return .* another layer already uses"):
         replace_ffn(model, num_experts=4, layers=[1], gate=lambda d, e: gate)
     assert len(find_feed_forwards(model)) == 1
 
@@ -163,7 +169,7 @@ def test_no_network_found_lists_modules():
         replace_ffn(model)
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model)
-    with pytest.raises(ValueError, match="its blocks have routers and experts already"):
+    with pytest.raises(ValueError, match="its blocks already have routers and experts"):
         replace_ffn(model)
 
 
@@ -206,30 +212,45 @@ def test_gates_whose_weights_add_up(gate):
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (dict(k=1), "do not add up to one number"),
-        (dict(gate=lambda d, e: TopKGating(d, e, 2, normalize=False)), "do not add up to one number"),
-        (dict(gate=lambda d, e: Top2Gating(d, e, capacity_factor_eval=None)), "do not add up to one number"),
+        (dict(k=1), "do not have a constant sum"),
+        (dict(gate=lambda d, e: TopKGating(d, e, 2, normalize=False)), "do not have a constant sum"),
+        (dict(gate=lambda d, e: Top2Gating(d, e, capacity_factor_eval=None)), "do not have a constant sum"),
         (dict(gate=lambda d, e: Top2Gating(d, e, second_policy_eval="all")), "Top2Gating with capacity_factor_eval=2"),
         (dict(gate=lambda d, e: TopKGating(d, e, capacity_factor_eval=1.5)), "capacity_factor_eval=1.5 drops choices"),
-        (dict(gate=lambda d, e: TopPGating(d, e, 3)), "TopPGating gives .* do not add up to one number: from"),
-        (dict(gate=lambda d, e: TopPGating(d, e, 1, p=0.01)), "TopPGating gives .* do not add up to one number: from"),
-        (dict(gate=lambda d, e: ReLUGating(d, e, 2, mean_choices=1)), "ReLUGating gives .* do not add up to one"),
-        (dict(gate=lambda d, e: HashGating(d, e, 1, num_ids=64)), "HashGating gives .* do not add up to one"),
-        (dict(gate=SparseMixerGating), "SparseMixerGating gives .* do not add up to one"),
-        (dict(gate=lambda d, e: TopKGating(d, e, eps=1.0)), "do not add up to one number: from"),
+        (
+            dict(gate=lambda d, e: TopPGating(d, e, 3)),
+            "TopPGating assigns .* do not have a constant sum .from",
+        ),
+        (
+            dict(gate=lambda d, e: TopPGating(d, e, 1, p=0.01)),
+            "TopPGating assigns .* do not have a constant sum .from",
+        ),
+        (
+            dict(gate=lambda d, e: ReLUGating(d, e, 2, mean_choices=1)),
+            "ReLUGating assigns .* do not have a constant sum",
+        ),
+        (dict(gate=lambda d, e: HashGating(d, e, 1, num_ids=64)), "HashGating assigns .* do not have a constant sum"),
+        (dict(gate=SparseMixerGating), "SparseMixerGating assigns .* do not have a constant sum"),
+        (dict(gate=lambda d, e: TopKGating(d, e, eps=1.0)), "do not have a constant sum .from"),
         (
             dict(gate=lambda d, e: CustomGate(d, e, normalize=False)),
-            "CustomGate gives .* do not add up to one number: from",
+            "CustomGate assigns .* do not have a constant sum .from",
         ),
         (dict(gate=ExpertChoiceGating), "tokens choose"),
-        (dict(k=3, granularity=2), "do not add up to one number"),
+        (dict(k=3, granularity=2), "do not have a constant sum"),
         (dict(num_experts=5, granularity=2), "num_experts=5 must be a multiple of granularity=2"),
         (dict(num_experts=10, k=5, granularity=5), "must divide the 48 hidden units"),
         (dict(granularity=0), "granularity must be an integer"),
         (dict(noise=-1.0), "noise must be a finite number of at least 0"),
-        (dict(redraw=1.5), "redraw must be a share from 0 to 1, got 1.5"),
-        (dict(shared_expert=HIDDEN), "granularity=1 must divide the 0 hidden units of a network that shared_expert=48"),
-        (dict(shared_expert=9, granularity=2), "must divide the 39 hidden units of a network that shared_expert=9"),
+        (dict(redraw=1.5), "expected redraw to be a fraction from 0 to 1, but got 1.5"),
+        (
+            dict(shared_expert=HIDDEN),
+            "granularity=1 must divide the 0 hidden units of a network that remain with shared_expert=48",
+        ),
+        (
+            dict(shared_expert=9, granularity=2),
+            "must divide the 39 hidden units of a network that remain with shared_expert=9",
+        ),
         (dict(shared_expert=0), "shared_expert"),
         (dict(shared_expert=True), "shared_expert"),
     ],
@@ -241,7 +262,7 @@ def test_upcycle_rejects_settings(settings, problem):
 def test_rejected_call_restores_modes():
     """Also that of T5's dropout between the layers, which experts would share with the network."""
     model = ARCHITECTURES["t5"].build(dropout_rate=0.5).train()
-    with pytest.raises(ValueError, match="do not add up to one number"):
+    with pytest.raises(ValueError, match="do not have a constant sum"):
         upcycle(model, num_experts=4, k=1)
     assert [name for name, module in model.named_modules() if not module.training] == []
 
@@ -299,9 +320,9 @@ class Packed(nn.Module):
 
 def test_rejects_unreadable_networks():
     for name, kind, error, says in (
-        ("llama", Rounded, ValueError, "model.layers.1.mlp is no feed-forward network of tokens alone"),
-        ("llama", Packed, TypeError, "up_proj of LlamaMLP is Packed, not nn.Linear"),
-        ("opt", Rounded, TypeError, "fc1 of OPTDecoderLayer is Rounded, not nn.Linear"),
+        ("llama", Rounded, ValueError, "model.layers.1.mlp is not a feed-forward network of tokens alone"),
+        ("llama", Packed, TypeError, "expected up_proj of LlamaMLP to be an nn.Linear, but it is a Packed"),
+        ("opt", Rounded, TypeError, "expected fc1 of OPTDecoderLayer to be an nn.Linear, but it is a Rounded"),
     ):
         model = ARCHITECTURES[name].build()
         part = model.model.layers[1].mlp if name == "llama" else model.model.decoder.layers[1]

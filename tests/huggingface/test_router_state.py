@@ -68,9 +68,9 @@ def test_a_block(seed, layer, training):
 
 def test_rejects_block_from_another_model():
     """The first one's router has no scale."""
-    with pytest.raises(ValueError, match=r"gate.state_scale has shape \(5,\), the block's None"):
+    with pytest.raises(ValueError, match=r"gate.state_scale has shape \(5,\), but the block has None"):
         to_transformers(from_transformers(make_zaya_block(0, 1)), make_zaya_block(0, 0))
-    with pytest.raises(ValueError, match="the gate is DepthAveragedGating, the block's TopKGating"):
+    with pytest.raises(ValueError, match="the gate is DepthAveragedGating, but the block has TopKGating"):
         to_transformers(from_transformers(make_zaya_block(0, 1)), make_block("MixtralSparseMoeBlock"))
 
 

@@ -32,7 +32,7 @@ from .test_block_conversion import build_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
-    pytest.mark.filterwarnings("ignore:.*drawn in memory:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*initialized in memory:UserWarning"),
 ]
 TOKENS = torch.arange(3, 27).view(2, 12)
 OURS = ["experts.w1", "experts.w3", "experts.w2"]
@@ -124,7 +124,7 @@ def test_stock_models_that_lose_adapters(tmp_path):
     """Of Mistral Large 4 PEFT renames the adapter's weights when it loads them."""
     adapted = get_peft_model(from_transformers(build_family("mistral_large4_text")), make_lora(target_modules=[]))
     with pytest.raises(
-        ValueError, match=r"would look for .*mlp.mlp.experts.* when it loads the adapter, which Mistral"
+        ValueError, match=r"when loading the adapter, PEFT would look for .*mlp.mlp.experts.*, which Mistral"
     ):
         save_adapter(adapted, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -145,7 +145,9 @@ def test_adapters_of_stock_models_for_layers(name, tmp_path):
     assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["r"] == 3
     check_equal(again, copy.deepcopy(stock), tmp_path / "back")
     adapted = get_peft_model(stock, make_lora(theirs, target_modules=["o_proj"], modules_to_save=["lm_head"]))
-    with pytest.raises(ValueError, match="holds lm_head whole, which is converted for stock models only"):
+    with pytest.raises(
+        ValueError, match="holds complete copies of lm_head, which can be converted only for stock models"
+    ):
         save_adapter(adapted, tmp_path / "not", layout="mixture_of_experts")
     assert not (tmp_path / "not").exists()
 
@@ -177,7 +179,9 @@ def test_routers_that_train(name, tmp_path):
             nn.init.normal_(value, std=0.2)
     save_adapter(adapted, tmp_path)
     check_equal(adapted, stock, tmp_path)
-    with pytest.raises(ValueError, match=r"holds lm_head, model.layers.\d.mlp.gate.* whole, which engines"):
+    with pytest.raises(
+        ValueError, match=r"holds complete copies of lm_head, model.layers.\d.mlp.gate.*, which engines"
+    ):
         save_adapter(adapted, tmp_path / "not", layout="per_expert")
     assert not (tmp_path / "not").exists()
 
@@ -275,12 +279,24 @@ def test_transformers_and_peft_read_factors_of_each_expert(tmp_path):
 @pytest.mark.parametrize(
     ("change", "settings", "message"),
     [
-        (dict(), dict(layout="3d"), "layout must be 'peft', 'per_expert', 'mixture_of_experts', got '3d'"),
-        (dict(), dict(adapter="other"), "there is no adapter 'other': pass adapter=, one of default"),
-        (dict(targets=[]), {}, "'default' of LlamaForCausalLM is on no experts: save it with save_pretrained"),
-        (dict(targets=[*OURS, "experts.gate_up_proj"]), {}, r"no weight for experts.gate_up_proj of target_parameters"),
+        (
+            dict(),
+            dict(layout="3d"),
+            "expected layout to be one of 'peft', 'per_expert', 'mixture_of_experts', but got '3d'",
+        ),
+        (dict(), dict(adapter="other"), "there is no adapter 'other'; pass adapter= as one of default"),
+        (
+            dict(targets=[]),
+            {},
+            "'default' of LlamaForCausalLM does not adapt any experts; save it with save_pretrained",
+        ),
+        (dict(targets=[*OURS, "experts.gate_up_proj"]), {}, r"lacks experts.gate_up_proj of target_parameters"),
         (dict(target_modules=["q_proj"], use_dora=True, targets=[]), {}, "q_proj has a variant of LoRA, such as DoRA"),
-        (dict(target_modules=["embed_tokens"]), {}, "embed_tokens has an adapter, but MixtralForCausalLM has no equal"),
+        (
+            dict(target_modules=["embed_tokens"]),
+            {},
+            "embed_tokens has an adapter, but MixtralForCausalLM has no equivalent",
+        ),
         (dict(trainable_token_indices=[1]), {}, "embed_tokens is a TrainableTokensWrapper, which has no counterpart"),
     ],
 )
@@ -292,12 +308,14 @@ def test_what_cannot_be_saved(change, settings, message, tmp_path):
 
 
 def test_other_models_and_adapters(tmp_path):
-    with pytest.raises(TypeError, match="model must be a PeftModel, got a LlamaForCausalLM"):
+    with pytest.raises(TypeError, match="expected model to be a PeftModel, but got a LlamaForCausalLM"):
         save_adapter(make_upcycled(), tmp_path)
     model: Any = get_peft_model(make_upcycled(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="only LoRA can be saved, and the adapter 'default' is IA3"):
+    with pytest.raises(ValueError, match="only LoRA adapters can be saved, but the adapter 'default' is IA3"):
         save_adapter(model, tmp_path)
     model = get_peft_model(make_upcycled(shared_expert=16), make_lora(target_modules=["shared_expert.up_proj"]))
-    with pytest.raises(ValueError, match=r"shared_expert.up_proj has an adapter, but Qwen2MoeForCausalLM has no equal"):
+    with pytest.raises(
+        ValueError, match=r"shared_expert.up_proj has an adapter, but Qwen2MoeForCausalLM has no equivalent"
+    ):
         save_adapter(model, tmp_path)
     assert not [*tmp_path.iterdir()]

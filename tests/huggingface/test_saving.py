@@ -177,7 +177,7 @@ def test_function_set_later_is_reported(tmp_path):
     """In a warning when it is saved. What a run sets is not told."""
     model = make_model("block")
     find_feed_forwards(model)[0].moe.gate.score = torch.sigmoid
-    with pytest.warns(UserWarning, match=r"cannot tell moe.gate.score of model.layers.0.mlp"):
+    with pytest.warns(UserWarning, match=r"cannot describe moe.gate.score of model.layers.0.mlp"):
         model.save_pretrained(tmp_path)
     model = make_model("network")
     before = read_config_file(model, tmp_path)
@@ -213,15 +213,15 @@ def test_dense_checkpoint_into_replaced_model(tmp_path):
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         from_pretrained(tmp_path, config=dense.config)
     with pytest.raises(
-        ValueError, match=r"has no model.layers.0.mlp.moe.gate.w_gating, .* and more: load a dense model"
+        ValueError, match=r"has no model.layers.0.mlp.moe.gate.w_gating, .* and more; to load a dense model"
     ):
         from_pretrained(tmp_path, config=dense.config, ignore_mismatched_sizes=True)
 
     experts = find_feed_forwards(dense)[0].moe.experts.w1.clone()
-    with pytest.warns(UserWarning, match="dense feed-forward networks where this model has experts"):
+    with pytest.warns(UserWarning, match="dense feed-forward networks, but this model has experts"):
         dense.load_state_dict(state, strict=False)
     assert torch.equal(find_feed_forwards(dense)[0].moe.experts.w1, experts)
-    with pytest.raises(ValueError, match="has no experts: its configuration has no"):
+    with pytest.raises(ValueError, match="has no experts, because its configuration has no"):
         from_pretrained(tmp_path)
 
 

@@ -105,7 +105,7 @@ def test_it_trains_and_padding_counts_nowhere(alone, make_inputs):
 
 def test_sequences_are_first():
     model = nn.TransformerEncoder(make_layer(batch_first=False), 2, enable_nested_tensor=False)
-    with pytest.raises(ValueError, match=r"reads tokens \(n, b, d\).*batch_first=True, and load the same weights"):
+    with pytest.raises(ValueError, match=r"takes tokens \(n, b, d\).*batch_first=True and load the same weights"):
         upcycle(model, num_experts=4)
 
 

@@ -156,7 +156,7 @@ def with_changed(tmp_path: Path, changed: dict[str, Any], block: bool = False) -
 def test_an_entry_that_is_no_setting_is_rejected(block, path, value, tmp_path):
     folder = with_changed(tmp_path, {"moe.group_size": 6, path: value}, block)
     for load in (from_pretrained, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match=rf"changes {path!r} to {value!r}, which is no setting of a layer"):
+        with pytest.raises(ValueError, match=rf"changes {path!r} to {value!r}, but this is not a valid setting"):
             load(folder)
 
 

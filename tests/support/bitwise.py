@@ -1,4 +1,4 @@
-"""What of a layer is the same to the last bit, whatever stands beside a token: the table of docs/trust.md.
+"""What of a layer is the same to the last bit, whatever stands beside a token: the table of docs/correctness.md.
 
     python -m tests.support.bitwise
 

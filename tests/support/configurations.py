@@ -121,13 +121,13 @@ def find_expected_error(c: Configuration) -> str | None:
         if groups is not None and e % groups:
             return rf"num_groups={groups} must divide num_experts={e}"
         if groups is not None and router.arguments["top_groups"] * (e // groups) < k:
-            return "top_groups=.* must hold at least k="
+            return "top_groups=.* must contain at least k="
     if c.bank.takes_two and c.bank.kind == "ffn":
-        return r"is a function of \(gate, up\): use GatedExperts"
+        return r"is a function of \(gate, up\), which requires GatedExperts"
     if c.bank.kind == "identity" and len(c.sizes) == 2:
-        return "experts must be one row of RoutedExperts"
+        return "experts must be RoutedExperts with an integer num_experts"
     if "expert_choice" in (router.kind for router in c.routers) and len(c.sizes) == 2:
-        return "must be a router of token choice"
+        return "must be a token-choice router"
     return find_side_input_error(c) or find_implementation_error(c)
 
 
@@ -146,10 +146,10 @@ def find_side_input_error(c: Configuration) -> str | None:
     known = set().union(*(reads_side_input(c, level) for level in range(len(c.routers))))
     if unknown := set(c.side) - known:
         named = "".join(f"(?=.*'{name}')" for name in sorted(unknown))  # in the order of the call
-        return f"the gate reads no side input {named}[^:]*: it reads"
+        return f"the gate does not support the side input {named}[^:]*: it reads"
     for level, router in enumerate(c.routers):
         if router.kind == "hash" and not {"token_ids", GIVEN_INNER if level else GIVEN_EXPERTS} & set(c.side):
-            return "HashGating reads token ids"
+            return "HashGating requires token ids"
     return None
 
 
@@ -164,7 +164,7 @@ def find_implementation_error(c: Configuration) -> str | None:
         "grouped": c.run != "exported",
         "triton": False,  # its interpreter is a process' own: tests/test_triton.py
     }[c.implementation]
-    return None if possible else f"'{c.implementation}' was asked for and cannot compute this call"
+    return None if possible else f"'{c.implementation}' is requested, but does not support this call"
 
 
 # The layer and what it is called with
@@ -274,7 +274,7 @@ def ignore_warnings() -> Iterator[None]:
     """Warnings that say what was drawn on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="group_size")
-        warnings.filterwarnings("ignore", message="a .* in eval is given one token a sequence")
+        warnings.filterwarnings("ignore", message=".* received one token per sequence in eval")
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # of torch's RMSNorm
         warnings.filterwarnings("ignore", message=".*should not be instantiated", category=DeprecationWarning)
         yield

@@ -1,4 +1,4 @@
-"""Models whose experts are spread over ranks, trained by engines as `docs/engines.md` shows."""
+"""Models whose experts are spread over ranks, trained by engines as `docs/distributed/trainers.md` shows."""
 
 from __future__ import annotations
 
@@ -24,17 +24,25 @@ from support.parallel_layers import DIM, EXPERTS, LENGTH, make_layer, make_model
 from support.parallel_training import make_optimizer
 from support.parallel_workers import gather_tensor
 
-PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+PAGE = Path(__file__).parents[2] / "docs" / "distributed" / "trainers.md"
 LAYERS = ("top2", "top-k, dropless")  # a capacity, and none
 STEPS, BATCH, MAX_NORM = 6, 4, 1.0
 Weights = dict[str, Tensor]
 
 
+EXAMPLES = {"lightning": "lightning_experts.py", "pipeline": "pipeline_aux.py", "torchtitan": "torchtitan_experts.py"}
+
+
 def extract_recipe(engine: str) -> dict[str, Any]:
-    """What the page defines for an engine."""
-    blocks = re.findall(rf"<!-- engine: {engine} -->\n```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict[str, Any] = {"build": build_model, "loss_of": compute_loss}
+    """What the page, or an example, defines for an engine."""
+    if engine in EXAMPLES:
+        blocks = [PAGE.parents[2].joinpath("examples", EXAMPLES[engine]).read_text(encoding="utf-8")]
+    else:
+        blocks = re.findall(rf"<!-- engine: {engine} -->\n```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    ours: dict[str, Any] = {"build": build_model, "loss_of": compute_loss}
+    names = {**ours}
     exec(compile("\n".join(blocks), f"{PAGE.name}, {engine}", "exec"), names)
+    names.update(ours)  # in the place of an example's own
     return names
 
 

@@ -161,7 +161,7 @@ def check_all(folder: Path) -> None:
 
 
 def check_refusals(folder: Path) -> None:
-    """What transformers and accelerate refuse: docs/engines.md says so."""
+    """What transformers and accelerate refuse: docs/distributed/trainers.md says so."""
     cut, whole = (
         AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**LAYOUTS[layout]))
         for layout in ("tp 2", "fsdp 2")

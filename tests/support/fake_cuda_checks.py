@@ -160,7 +160,7 @@ def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: boo
 def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
     """A few tokens in eval, of many sequences or of one."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+        warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
         for shape in ((2, 1), (1, 20)):
             call_layer(layer, torch.empty(*shape, DIM, dtype=dtype), masked, autocast)
 
@@ -209,7 +209,7 @@ def check_amd_gpu(arch: str, asked: bool, implementation: str) -> None:
         check_call(layer, torch.bfloat16, masked=True, autocast=False)
     assert described.implementation == implementation
     assert "NVIDIA" in described.reasons["triton"]
-    assert implementation == "grouped" or f"not on {arch}" in described.reasons["grouped"]
+    assert implementation == "grouped" or f"got {arch}" in described.reasons["grouped"]
 
 
 def check_other_device(device: str) -> None:
@@ -232,7 +232,7 @@ def check_family(capability: tuple[int, int], served: bool) -> None:
     """Whether kernels of gates and of experts serve a card: the same is true of both."""
     with run_on_gpu(torch.bfloat16, capability):
         assert launching.can_launch_kernels(torch.device("cuda")) == served
-        with ops.use("triton"), nullcontext() if served else pytest.raises(ValueError, match="no kernel is written"):
+        with ops.use("triton"), nullcontext() if served else pytest.raises(ValueError, match="kernels do not support"):
             make_moe("top 3", "gated", None)(torch.empty(1, 8, DIM))
 
 
@@ -355,7 +355,7 @@ def check_prepared(training: bool) -> None:
     """After `ops.prepare` calls of the prepared shapes launch no program that was not launched then."""
     sequences, tokens = ([8], [16, 1024]) if training else ([1, 64], [1])
     with run_on_gpu(torch.bfloat16, (8, 0)), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+        warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
         for layer in (MoE(512, 16), MoE(64, 8, gate=TopKGating(64, 8, 3), experts=GatedExperts(64, 8, 96))):
             layer.train(training)
             with collect_entries() as prepared:

@@ -167,7 +167,7 @@ def format_table(results: dict[str, Result], title: str) -> list[str]:
 
 
 SHARED_REASONS = {
-    "its blocks have routers and experts already": "Their blocks have routers and experts already",
+    "its blocks already have routers and experts": "Their blocks already have routers and experts",
     "none was found": "No feed-forward network of two or three linear layers is found in",
 }
 

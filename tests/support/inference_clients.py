@@ -1,7 +1,6 @@
 """Runs a saved model in an inference engine and writes its log-probabilities and greedy tokens as JSON.
 
     ENGINE_PYTHON tests/support/inference_clients.py ENGINE MODEL REQUEST ANSWER
-    ENGINE_PYTHON tests/support/inference_clients.py quantize MODEL KIND TARGET
 
 The Python is that of the engine's own environment, so nothing else of this repository is imported. MODEL is a folder
 that `save_pretrained` wrote, or a GGUF file for llama.cpp. REQUEST holds `prompts`, lists of token ids, and
@@ -73,7 +72,7 @@ def run_llama_cpp(model: str, prompts: Sequence[list[int]], new_tokens: int, cac
     from cyllama.llama.llama_cpp import LlamaBatch, LlamaContext, LlamaContextParams, LlamaModel  # pyright: ignore[reportMissingImports]
 
     params = LlamaContextParams()
-    params.n_ctx, params.n_threads, params.n_threads_batch = 256, 2, 2
+    params.n_ctx, params.n_threads, params.n_threads_batch = 256, 1, 1  # idle threads of its pool spin
     params.type_k = params.type_v = cache_type
     params.flash_attn_type = 0  # its kernels round keys and values to float16
 
@@ -117,19 +116,7 @@ ENGINES: Mapping[str, Callable[[str, Sequence[list[int]], int], list[Answer]]] =
 }
 
 
-def quantize(model: str, target: str, kind: str) -> None:
-    """Round the weights of a GGUF file by llama.cpp's quantizer: its command `llama-quantize MODEL TARGET KIND`."""
-    from cyllama.llama.llama_cpp import LlamaModelQuantizeParams, model_quantize  # pyright: ignore[reportMissingImports]
-
-    params = LlamaModelQuantizeParams()
-    params.ftype = {"Q4_1": 3, "Q8_0": 7}[kind]  # of `enum llama_ftype`
-    model_quantize(model, target, params)
-
-
 def main(engine: str, model: str, request: str, answer: str) -> None:
-    if engine == "quantize":
-        quantize(model, target=answer, kind=request)
-        return
     asked = json.loads(Path(request).read_text())
     answers = ENGINES[engine](model, asked["prompts"], asked["new_tokens"])
     Path(answer).write_text(json.dumps(answers))

@@ -176,21 +176,21 @@ def check_refusals() -> None:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"ffn": make_layer("top2")}) for _ in range(2)])})
     spreads, listed = ExpertParallel(), MoE(DIM, experts=[nn.Linear(DIM, DIM) for _ in range(EXPERTS)])
     for error, where, layer, plan in (
-        (r"'layers.\*.fnn' matches no submodule .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
+        (r"'layers.\*.fnn' does not match .* layers.0.ffn", one_dimensional, model, {"layers.*.fnn": spreads}),
         ("1-D mesh, got 2 dimensions", mesh, model, {"layers.*.ffn": spreads}),
         (r"layers\.0: .* got ModuleDict", one_dimensional, model, {"layers.*": spreads}),
         ("6 experts cannot be divided among 4 ranks", one_dimensional, MoE(DIM, 6), spreads),
         ("2 outer experts cannot be divided among 4", one_dimensional, HeirarchicalMoE(DIM, (2, 4)), spreads),
-        (r"no parameter .* \(8,\) experts", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
-        (r"replicated names \['w9'\]", one_dimensional, make_layer("top2"), ExpertParallel(replicated=["w9"])),
-        ("a list of modules cannot be spread .* stack its weights", one_dimensional, listed, spreads),
+        (r"must have .* \(8,\) experts", one_dimensional, MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), spreads),
+        (r"replicated contains \['w9'\]", one_dimensional, make_layer("top2"), ExpertParallel(replicated=["w9"])),
+        ("a list of modules cannot be sharded .* stack its weights", one_dimensional, listed, spreads),
     ):
         with pytest.raises((ValueError, TypeError), match=error):
             parallelize_module(layer, where, plan)
     with pytest.raises(ValueError, match=r"gradient must be one of 'mean', 'sum', got 'average'"):
         ExpertParallel(gradient="average")
     parallelize_module(model, one_dimensional, {"layers.*.ffn": spreads})
-    with pytest.raises(ValueError, match="spread over ranks already"):
+    with pytest.raises(ValueError, match="already sharded"):
         parallelize_module(model, one_dimensional, {"layers.0.ffn": spreads})
 
 
@@ -464,7 +464,7 @@ def run_recipe(code: str, port: int, folder: Path) -> float:
     names: dict[str, Any] = {"__name__": "__main__"}
     with mock.patch.dict(os.environ, place), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        exec(compile(code, "docs/many_gpus.md", "exec"), names)
+        exec(compile(code, "docs/distributed/expert_parallelism.md", "exec"), names)
     assert names["extra"] == {"step": 2}
     if "dist.broadcast(" in code:
         check_replicas_are_equal(names["model"], names["mesh"]["dp"])
@@ -537,7 +537,7 @@ class RecordingExperts(CustomExperts):
 
 
 def check_batch_invariance_is_rejected() -> None:
-    with ops.use("batch_invariant"), pytest.raises(ValueError, match=r"batch_invariant.*spread over ranks"):
+    with ops.use("batch_invariant"), pytest.raises(ValueError, match=r"batch_invariant.*sharded experts"):
         parallelize_model(make_layer("top-k, dropless"), make_mesh())(torch.randn(2, LENGTH, DIM))
 
 

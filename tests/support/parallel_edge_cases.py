@@ -212,7 +212,7 @@ def check_pickling_says_what_to_do() -> None:
     layer = parallelize_model(make_layer("top2"), make_mesh())
     for pickled in (layer, nn.ModuleDict({"ffn": layer})):
         for write in (pickle.dumps, lambda module: torch.save(module, io.BytesIO())):
-            with pytest.raises(TypeError, match=r"spread over .* by torch\.distributed\.checkpoint, or"):
+            with pytest.raises(TypeError, match=r"only a part of its .* with torch\.distributed\.checkpoint, or"):
                 write(pickled)
     assert repr(copy.deepcopy(layer.experts)) == repr(layer.experts)
 
@@ -310,8 +310,8 @@ def check_refusals_change_nothing() -> None:
     before = repr(model), list(model.state_dict())
     wrong = {
         "layers.1.ffn: 5 experts cannot be divided": MoE(DIM, 5),
-        r"layers.0.ffn: replicated names \['gain'\]": make_layer("top2"),
-        "layers.1.ffn .* has the experts of layers.0.ffn": MoE(DIM, EXPERTS, experts=model.layers[0].ffn.experts),
+        r"layers.0.ffn: replicated contains \['gain'\]": make_layer("top2"),
+        "layers.1.ffn .* has the same experts as layers.0.ffn": MoE(DIM, EXPERTS, experts=model.layers[0].ffn.experts),
     }
     for message, layer in wrong.items():
         replicated = ["gain"] if "gain" in message else []
@@ -321,7 +321,7 @@ def check_refusals_change_nothing() -> None:
         model.layers[1].ffn = make_layer("top2")
         assert (repr(model), list(model.state_dict())) == before
         assert model.layers[0].ffn.gate.process_group is None
-    with pytest.raises(ValueError, match=r"layers.0.ffn \(by 'layers.0.ffn'\) has the experts of layers.0.ffn"):
+    with pytest.raises(ValueError, match=r"layers.0.ffn \(by 'layers.0.ffn'\) has the same experts as layers.0.ffn"):
         parallelize_module(model, mesh, {KEY: ExpertParallel(), "layers.0.ffn": ExpertParallel()})
     assert (repr(model), list(model.state_dict())) == before
 
@@ -330,7 +330,7 @@ def check_more_refusals() -> None:
     mesh = make_mesh()["ep"]
     sharded = make_layer("top2")
     fully_shard(sharded.experts, mesh=mesh)
-    with pytest.raises(ValueError, match=r"experts.w1 is a DTensor already: apply ExpertParallel first"):
+    with pytest.raises(ValueError, match=r"experts.w1 is already a DTensor; apply ExpertParallel before"):
         parallelize_module(sharded, mesh, ExpertParallel())
     for group, error in (
         ("dp", "batch_group must be .* 1-D DeviceMesh, got 'dp'"),

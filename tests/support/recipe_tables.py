@@ -69,10 +69,10 @@ def format_row(name: str, model: Recipe) -> str:
     parts += [] if model.experts.get("gated", True) else ["not gated"]
     parts += [f"limit {model.experts['limit']:g}"] if "limit" in model.experts else []
     parts += ["biases"] if model.experts.get("bias") else []
-    parts += [f"in {model.latent:g} d, a norm behind"] if model.latent else []
-    parts += ["weights on what they read"] if model.apply_router_weight_on_input else []
-    parts += [f"{model.identity:g} as many return the token"] if model.identity else []
-    parts += [f"{model.zero} more returns zero"] if model.zero else []
+    parts += [f"latent: {model.latent:g} d, with a norm"] if model.latent else []
+    parts += ["weights applied to the inputs"] if model.apply_router_weight_on_input else []
+    parts += [f"identity experts: {model.identity:g} e"] if model.identity else []
+    parts += [f"zero experts: {model.zero}"] if model.zero else []
     parts += [f"shared: {model.shared:g} h" + (", gated" if model.shared_gate else "")] if model.shared else []
     kind = "" if model.gate_class is TopKGating else f"`{model.gate_class.__name__}`"
     says = inspect.getdoc(FUNCTIONS[name]).partition(":")[0]  # what the model is called
@@ -80,10 +80,7 @@ def format_row(name: str, model: Recipe) -> str:
     sizes = (
         ""
         if model.published is None
-        else (
-            f"{model.published.name}: {format_billions(model.published.active)} of "
-            f"{format_billions(model.published.total)}"
-        )
+        else (f"{model.published.name}: {format_billions(model.published.active, model.published.total)}")
     )
     cells = [f"{says} `{name}`", format_choices(model), sizes, " ".join(filter(None, (kind, gate, logits, scales)))]
     cells.append(", ".join(parts))
@@ -97,8 +94,9 @@ def format_choices(model: Recipe) -> str:
     return f"{k} of {model.published.num_experts:,}" if model.published else k
 
 
-def format_billions(number: float | None) -> str:
-    return "?" if number is None else f"{number:,g}"
+def format_billions(active: float | None, total: float) -> str:
+    """Without the active ones if they are not published."""
+    return f"{total:,g} in all" if active is None else f"{active:,g} of {total:,g}"
 
 
 def format_losses(model: Recipe) -> str:

@@ -2,7 +2,7 @@
 
 A probe is a parameter whose gradient comes only through the auxiliary losses of layers, to which it is added times
 their coefficient. So its gradient in an optimizer's step, divided by the coefficient and the number of layers, is the
-factor: 1 if the step received the mean of the auxiliary losses of its micro-batches. docs/transformers.md
+factor: 1 if the step received the mean of the auxiliary losses of its micro-batches. docs/fine_tuning.md
 says in words what this prints.
 """
 

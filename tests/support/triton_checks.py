@@ -336,7 +336,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             with pytest.warns(UserWarning, match="off in this process"):
                 wrong = judge()
             assert wrong is not None, (name, fault)
-            described = {"raises": "they raise RuntimeError", "now and then": "between two equal"}
+            described = {"raises": "they raise RuntimeError", "now and then": "between two identical"}
             assert described.get(fault, "differ") in wrong
             patch.setattr(operators, "launch_kernel", launch)
             assert judge(0) == wrong  # nothing is asked again
@@ -346,9 +346,9 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
         patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
         patch.setattr(operators, "launch_kernel", planted("row_grads", "memory"))
         times[0] = 0
-        with pytest.warns(UserWarning, match="off for calls of one kind.*ops.prepare"):
-            assert "no memory" in str(judge())
-        assert "no memory" in str(judge())
+        with pytest.warns(UserWarning, match="disabled for calls of one kind.*ops.prepare"):
+            assert "not enough memory" in str(judge())
+        assert "not enough memory" in str(judge())
         assert times == [1]
         patch.setattr(operators, "launch_kernel", launch)
         assert judge(1) is None
@@ -723,7 +723,7 @@ def check_wrong_two_choices(fault: str) -> None:
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(top2_by_kernel.SELF_CHECK, "verdicts", {})
         patch.setattr(top_2, "launch_kernel", wrong)
-        with pytest.warns(UserWarning, match="Top2Gating are off " + ("for" if fault == "memory" else "in")):
+        with pytest.warns(UserWarning, match="Top2Gating are disabled " + ("for" if fault == "memory" else "in")):
             found = decide()
         number, again = len(calls), decide()
         for made in (found, again):
@@ -767,7 +767,7 @@ def check_small_batches(name: str) -> None:
             for implementation in ("triton", "plain"):
                 torch.manual_seed(1)
                 with ops.use(implementation), torch.no_grad(), warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+                    warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
                     results[implementation] = layer(x, mask=masked)
             torch.testing.assert_close(results["triton"], results["plain"], rtol=1e-4, atol=1e-5)
 

@@ -1,1 +1,2 @@
-"""Sparse blocks of `transformers`: reading, converting, and computing them with the implementations of `ops`."""
+"""Sparse blocks of `transformers`: reading and converting them, and computing them with the implementations of
+`ops`."""

@@ -1,9 +1,8 @@
 """Computes the experts of `transformers` MoE models with this package, as an `experts_implementation`.
 
-Importing this module registers a function in the interface of `transformers`. Only models that select it by name use
-it.
+Importing this module registers a function in the interface of `transformers`. Only models that select it use it.
 
-Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
+Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ BACKEND_NAME = "mixture_of_experts"
 BACKEND_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
     name: make() for name, make in TORCH_ACTIVATIONS.items()
-}  # without parameters
+}  # none of them has parameters
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute tokens `(t, d)` with the experts `(t, k)` that a router chose; return `(t, d)`. Ids of e or above are
+    """Compute tokens `(t, d)` with the experts `(t, k)` that a router chose, and return `(t, d)`. Ids of e or above are
     skipped.
 
-    The flags of the interface are respected: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`,
-    `has_post_expert_norm`, and a class's own `_apply_gate`.
+    The flags of the interface are respected: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
+    `has_post_expert_norm`, as well as a class's own `_apply_gate`.
 
     Raises:
         TypeError: the weights are quantized or sharded.
@@ -42,9 +41,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     for weight in (first, down):
         if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in BACKEND_DTYPES:
             raise TypeError(
-                f"experts_implementation={BACKEND_NAME!r} computes plain weights of "
-                f"{', '.join(map(str, BACKEND_DTYPES))}, not "
-                f"{type(weight).__name__} of {weight.dtype}: load the model with another experts_implementation"
+                f"experts_implementation={BACKEND_NAME!r} expects plain weights of dtype "
+                f"{', '.join(map(str, BACKEND_DTYPES))}, but got {type(weight).__name__} of {weight.dtype}; load the "
+                "model with another experts_implementation"
             )
     if not self.is_transposed:
         first, down = first.mT, down.mT  # (e, in, out), as views
@@ -58,7 +57,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = hidden_states.to(first.dtype)
     if not self.has_post_expert_norm:
         return compute(x, top_k_index, top_k_weights).to(hidden_states.dtype)
-    # the norm comes before the weight, so every choice is computed as a token of its own
+    # the norm is applied before the router weight, so every choice is computed as a separate token
     k = top_k_index.shape[-1]
     alone = top_k_index.reshape(-1, 1)
     results = compute(x.repeat_interleave(k, dim=0), alone, torch.ones_like(alone, dtype=torch.float32))
@@ -67,8 +66,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
-    """The activation of a class of experts, if possible one that `ops` supports, and the layout of gate and up, as
-    arguments of `moe_ffn`."""
+    """Return the activation of a class of experts (one that `ops` supports, if possible) and the layout of gate and up,
+    as arguments of `moe_ffn`."""
     if not experts.has_gate or has_default_gating(experts):
         activation: Any = BACKEND_ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)
         return activation, "concatenated" if experts.has_gate else None
@@ -81,7 +80,7 @@ def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
 class CustomGating(nn.Module):
     """The gating of a class of experts as a function of gate and up.
 
-    It is a module because `torch.compile` cannot read the signature of a function inside another function.
+    It is a module because `torch.compile` cannot read the signature of a nested function.
     """
 
     def __init__(self, experts: Any, gate_up: str) -> None:

@@ -1,8 +1,8 @@
-"""The sparse blocks of `transformers` that compute what a recipe describes, and where they store it."""
+"""The sparse blocks of `transformers` that compute what a recipe describes, and the attributes where they store it."""
 
 from __future__ import annotations
 
-#: classes of blocks, by the name of their recipe in `recipes.MODELS`
+#: classes of blocks, keyed by the name of their recipe in `recipes.MODELS`
 BLOCK_CLASSES: dict[str, str] = {
     "switch": "SwitchTransformersSparseMLP",
     "mixtral": "MixtralSparseMoeBlock MiniMaxSparseMoeBlock Qwen3VLMoeTextSparseMoeBlock",
@@ -48,7 +48,7 @@ BLOCK_CLASSES: dict[str, str] = {
 }
 #: the recipe of each class of a block
 RECIPES_BY_BLOCK: dict[str, str] = {block: name for name, blocks in BLOCK_CLASSES.items() for block in blocks.split()}
-#: the results of the blocks' routers, where they are not `ExternalRouter.returns`
+#: the results of the blocks' routers, if they differ from `ExternalRouter.returns`
 ROUTER_RETURNS: dict[str, tuple[str | None, ...]] = {
     "switch": (None, None, "logits"),
     "jetmoe": (None, None, None, None, "logits"),

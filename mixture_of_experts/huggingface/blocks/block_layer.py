@@ -35,10 +35,10 @@ WeightViews = list[Tensor]
 
 
 class ParsedBlock(BlockSettings):
-    """A block as a layer.
+    """A sparse block, parsed into a layer.
 
     Attributes:
-        layer: a layer with the block's sizes and settings. It shares the block's modules where a layer can use them
+        layer: a layer with the block's sizes and settings. It shares the block's modules if a layer can use them
             unchanged. Other weights are on the meta device.
     """
 
@@ -69,7 +69,7 @@ class ParsedBlock(BlockSettings):
         return kind(self.dim, e, **settings)
 
     def make_stack(self) -> Any:
-        """The stacked experts."""
+        """Return the stacked experts."""
         weights = self.get_expert_weights()
         e, (d, h) = sum(map(len, weights["w1"])), weights["w1"][0].shape[1:]
         kind: Any = GatedExperts if "w3" in weights else Experts
@@ -78,7 +78,7 @@ class ParsedBlock(BlockSettings):
         return stack
 
     def make_expert_activation(self) -> Any:
-        """The activation of the stacked experts."""
+        """Return the activation of the stacked experts."""
         experts = self.experts
         limit, alpha = (
             find_attribute(experts, *BLOCK_ATTRIBUTES["limit"]),
@@ -98,7 +98,7 @@ class ParsedBlock(BlockSettings):
         return copy.deepcopy(act)
 
     def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
-        """The experts with their wrappers, and the shared expert if it is not part of them."""
+        """Return the experts with their wrappers, and the shared expert if it is not part of them."""
         if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
         if self.recipe.apply_router_weight_on_input:
@@ -116,7 +116,7 @@ class ParsedBlock(BlockSettings):
         if any(part is not None for part in parts.values()):
             experts = LatentExperts(experts, **parts)
         vector = find_attribute(self.module, *BLOCK_ATTRIBUTES["shift"])
-        if isinstance(vector, nn.Parameter):  # is added to the output of the experts
+        if isinstance(vector, nn.Parameter):  # it is added to the output of the experts
             shift = Shift(len(vector))
             shift.bias = vector
             experts = LatentExperts(experts, after=shift)
@@ -130,7 +130,7 @@ class ParsedBlock(BlockSettings):
         return nn.Sequential(shared, Scale(0.5)) if self.averages_shared_expert else shared
 
     def chain_modules(self, *parts: str) -> nn.Module | None:
-        """The modules that tokens pass through in sequence; None if none of them has an effect."""
+        """Return the modules that tokens pass through in sequence, or None if none of them has an effect."""
         modules = [self.read_attribute(part) for part in parts]
         modules = [module for module in modules if not isinstance(module, nn.Identity | None)]
         return nn.Sequential(*modules) if len(modules) > 1 else next(iter(modules), None)
@@ -138,7 +138,7 @@ class ParsedBlock(BlockSettings):
     # the weights
 
     def get_weight_views(self) -> dict[str, WeightViews]:
-        """The block's weights under the names and in the layout of this package."""
+        """Return the block's weights under the names and in the layout of this package."""
         block = {id(tensor) for tensor in get_named_tensors(self.module).values()}
         found = {name: [tensor] for name, tensor in get_named_tensors(self.layer).items() if id(tensor) in block}
         path = next(name for name, module in self.layer.named_modules() if module is self.stack)
@@ -165,7 +165,7 @@ class ParsedBlock(BlockSettings):
         return pieces
 
     def get_expert_weights(self) -> dict[str, WeightViews]:
-        """The weights of the stacked experts, by name."""
+        """Return the weights of the stacked experts, keyed by name."""
         experts = self.experts
         if isinstance(experts, nn.ModuleDict):
             networks: Any = experts.values()
@@ -173,7 +173,7 @@ class ParsedBlock(BlockSettings):
                 "w1": [one.wi.weight.T[None] for one in networks],
                 "w2": [one.wo.weight.T[None] for one in networks],
             }
-        if hasattr(experts, "mlp"):  # weights are stacked along rows
+        if hasattr(experts, "mlp"):  # the weights are stacked along the rows
             mlp = experts.mlp
             w1, w3, w2 = (weight.unflatten(0, (experts.num_experts, -1)) for weight in (mlp.w1, mlp.v1, mlp.w2))
             return {"w1": [w1.mT], "w3": [w3.mT], "w2": [w2]}

@@ -1,7 +1,6 @@
-"""Reads the settings of routers from sparse blocks of `transformers`; `block_classes.py` lists the names of their
-attributes.
+"""Reads the settings of routers from sparse blocks of `transformers`, whose attribute names `block_classes.py` lists.
 
-Axes: k choices of a token.
+Axes: k choices per token.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from mixture_of_experts.providers import ExternalRouter
 from mixture_of_experts.recipes import MODELS, Recipe
 from mixture_of_experts.support.private_torch import get_original_class
 
-#: the score functions of routers, by the classes of transformers that compute them
+#: the score functions of routers, keyed by the transformers classes that compute them
 SCORE_NAMES = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
 
 
 def find_attribute(holder: Any, *names: str) -> Any:
-    """The first of these attributes of `holder` that is not None; None if there is none. A name may be a dotted
-    path."""
+    """Return the first of these attributes of `holder` that is not None, or None if there is none. Names may be dotted
+    paths."""
     for name in names:
         found = holder
         for part in name.split("."):
@@ -39,22 +38,22 @@ def find_attribute(holder: Any, *names: str) -> Any:
 
 
 def find_recipe(block: nn.Module) -> str | None:
-    """The name of the recipe of a block that has a known class and holds a router; None for anything else."""
+    """Return the name of a block's recipe if its class is known and it holds a router, or None otherwise."""
     kind = get_original_class(block)
     known = RECIPES_BY_BLOCK.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
     return known if known is not None and find_attribute(block, *BLOCK_ATTRIBUTES["router"]) is not None else None
 
 
 class BlockSettings(ExternalRouter):
-    """The settings of a block's router: taken from the block, or from its recipe where the block has none."""
+    """The settings of a block's router, taken from the block, or from its recipe if the block lacks them."""
 
     module: Any
     recipe: Recipe
     path: str
     returns: tuple[str | None, ...]
-    remedy: str = "convert its block by from_transformers"
+    remedy: str = "convert its block with from_transformers"
     aux_loss_remedy: str = (
-        "call the model with output_router_logits=True, and its own loss has one, or convert its block by "
+        "call the model with output_router_logits=True, so that its own loss includes one, or convert its block with "
         "from_transformers"
     )
 
@@ -68,7 +67,7 @@ class BlockSettings(ExternalRouter):
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
     def read_attribute(self, role: str) -> Any:
-        """The attribute that fills `role`, of the router or else of the block; None if neither has it."""
+        """Return the attribute that fills `role` in the router or else in the block, or None if neither has it."""
         found = find_attribute(self.router, *BLOCK_ATTRIBUTES[role])
         return find_attribute(self.module, *BLOCK_ATTRIBUTES[role]) if found is None else found
 
@@ -78,7 +77,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def num_weighted_experts(self) -> int:
-        """The number of experts that the router weights, with shared ones."""
+        """The number of experts that the router weights, including shared experts."""
         return self.router.num_router_classes if self.router_weight is None else self.router_weight.shape[0]
 
     @property
@@ -87,7 +86,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def num_always_chosen(self) -> int:
-        """The number of shared experts that the router weights; they have the last ids."""
+        """The number of shared experts that the router weights, which have the last ids."""
         return self.module.shared_experts.n_shared_experts if self.recipe.scales == "all" else 0
 
     @property
@@ -105,12 +104,12 @@ class BlockSettings(ExternalRouter):
 
     @property
     def capacity(self) -> int | None:
-        """Slots per expert and sequence, independent of the sequence length; None if dropless."""
+        """Slots per expert and sequence, independent of the sequence length, or None if dropless."""
         return find_attribute(self.router, "expert_capacity")
 
     @property
     def router_bias(self) -> Any:
-        """The bias of the router's matrix; None if there is none, or the router's forward does not add it."""
+        """The bias of the router's matrix, or None if there is none or the router's forward does not add it."""
         if self.has_router_network or hasattr(
             self.router, "get_topk_indices"
         ):  # these have a bias that they do not add
@@ -127,7 +126,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def experts_of_id(self) -> Any:
-        """`(v, k)`, the experts of each token id, if token ids choose the experts; None otherwise."""
+        """`(v, k)`, the experts of each token id if token ids choose the experts, or None otherwise."""
         return self.read_attribute("experts_of_id")
 
     @property
@@ -144,7 +143,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def scale(self) -> float:
-        """The router's scale times that of the block, which multiplies the output of the experts."""
+        """The router's scale times the block's scale, which multiplies the output of the experts."""
         product = 1.0
         for holder in (self.router, self.module):
             factor = find_attribute(holder, *BLOCK_ATTRIBUTES["scale"])
@@ -158,7 +157,7 @@ class BlockSettings(ExternalRouter):
         return averages and find_attribute(self.module, *BLOCK_ATTRIBUTES["shared"]) is not None
 
     def gate_arguments(self) -> dict[str, Any]:
-        """Arguments of the gate, without modules."""
+        """Return the arguments of the gate, without modules."""
         if "tolerance" in self.recipe.gate:
             return dict(k=self.recipe.gate["k"], tolerance=float(self.read_attribute("tolerance")))
         excluded = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
@@ -189,7 +188,7 @@ class BlockSettings(ExternalRouter):
         return dict(num_groups=groups, top_groups=best, group_score=self.recipe.gate.get("group_score", "two_best"))
 
     def logits_arguments(self) -> dict[str, Any]:
-        """Arguments of `RouterLogits`."""
+        """Return the arguments of `RouterLogits`."""
         settings = dict(self.recipe.logits or {})
         if "norm_eps" in settings:
             return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)
@@ -199,7 +198,7 @@ class BlockSettings(ExternalRouter):
 
     def check_rule(self, rule: Any, name: str) -> None:
         if rule.reads_scores:
-            settings = self.gate_arguments()  # of the gate that a conversion would create
+            settings = self.gate_arguments()  # those of the gate that a conversion would create
             select, num_groups = settings.get("select", "score"), settings.get("num_groups")
             check_scores(rule, repr(name), settings["k"], self.num_experts, select, num_groups)
         super().check_rule(rule, name)

@@ -1,6 +1,6 @@
-"""Converts sparse blocks of `transformers` to `MoE` layers and back: the same weights in a different layout.
+"""Converts sparse blocks of `transformers` to `MoE` layers and back, changing only the layout of the weights.
 
-A block's recipe in `recipes.MODELS`, and its attributes listed in `block_classes.py`, define what it computes.
+A block's recipe in `recipes.MODELS` and its attributes listed in `block_classes.py` define what it computes.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -23,7 +23,7 @@ from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.wrappers import list_nested_experts
 
-EXPERT_COUNTS_KEY = "gate.expert_counts"  # no block has it
+EXPERT_COUNTS_KEY = "gate.expert_counts"  # blocks have no such counts
 COMPARED_ATTRIBUTES = (
     "k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups", "group_score",
     "tolerance", "logits", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity",
@@ -31,16 +31,16 @@ COMPARED_ATTRIBUTES = (
 
 
 def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
-    """A `MoE` that computes the same as a block, with copies of its weights. Frozen weights stay frozen."""
+    """Return a `MoE` that computes the same as a block, with copies of its weights. Frozen weights stay frozen."""
     block_layer = read_block(block, balance_over, **coefs)
     with torch.enable_grad():  # so that views show which weights are frozen
         views = block_layer.get_weight_views()
     moe = copy.deepcopy(block_layer.layer)
     state = {name: concatenate_pieces(pieces) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
-        state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it is updated in small steps
+        state["gate.expert_bias"] = state["gate.expert_bias"].float()  # float32, because it is updated in small steps
         state[EXPERT_COUNTS_KEY] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
-    moe.load_state_dict(state, assign=True)  # keeps the block's dtypes and device
+    moe.load_state_dict(state, assign=True)  # assign=True keeps the block's dtypes and device
     for name, parameter in moe.named_parameters():
         parameter.grad = None
         parameter.requires_grad_(any(piece.requires_grad for piece in views[name]))
@@ -49,7 +49,7 @@ def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
 
 @torch.no_grad()
 def copy_to_block(moe: MoE, block: nn.Module) -> nn.Module:
-    """Copy the weights of a layer into a block that computes the same; return the block."""
+    """Copy the weights of a layer into a block that computes the same, and return the block."""
     check_same_computation(moe, block)
     own = get_named_tensors(moe)
     for name, pieces in read_block(block).get_weight_views().items():
@@ -59,14 +59,14 @@ def copy_to_block(moe: MoE, block: nn.Module) -> nn.Module:
 
 
 def check_plain_weights(module: nn.Module, name: str) -> None:
-    """Raise for layers with PEFT adapters or quantized experts, which no stock class supports."""
+    """Raise if a layer has PEFT adapters or quantized experts, which no stock class supports."""
     for part in module.modules():
         if is_peft_wrapper(part):
-            raise ValueError(f"{name} has adapters of PEFT, which no stock class has: merge_and_unload() them first")
+            raise ValueError(f"{name} has PEFT adapters, which no stock class supports; call merge_and_unload() first")
         if isinstance(part, QuantizedExperts):
             raise ValueError(
-                f"{name} has experts in {part.bits} bits, which no stock class has: use the model as it was before "
-                "quantize_experts()"
+                f"{name} has experts quantized to {part.bits} bits, which no stock class supports; use the model from "
+                "before quantize_experts()"
             )
 
 
@@ -74,52 +74,52 @@ def check_same_computation(moe: MoE, block: nn.Module) -> None:
     """Raise ValueError if a layer does not compute the same as a block."""
     check_plain_weights(moe, "the layer")
     if differ := find_differences(moe, block):
-        raise ValueError(f"the layer does not compute what a {type(block).__name__} does: {'; '.join(differ)}")
+        raise ValueError(f"the layer does not compute the same as a {type(block).__name__}: {'; '.join(differ)}")
 
 
 def find_differences(moe: MoE, block: nn.Module) -> list[str]:
-    """The differences between what a layer and a block compute, in words."""
+    """Describe each difference between what a layer and a block compute."""
     ours, theirs = describe_computation(moe), describe_computation(read_block(block).layer)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
-    return [f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ]
+    return [f"{what} {ours.get(what)}, but the block has {theirs.get(what)}" for what in differ]
 
 
 def describe_computation(moe: MoE) -> dict[str, str]:
-    """What a layer computes, in words."""
+    """Describe what a layer computes."""
     gate, parts = moe.gate, list_nested_experts(moe.experts)
     weights = {name: tensor for name, tensor in get_named_tensors(moe).items() if name != EXPERT_COUNTS_KEY}
     return {
         "the gate is": type(gate).__name__,
         **{f"the gate has {name}": repr(find_attribute(gate, name)) for name in COMPARED_ATTRIBUTES},
         "the experts have the activation": repr(find_attribute(parts[-1], "act")),
-        "the experts are": " around ".join(type(part).__name__ for part in parts),
+        "the experts are": " wrapping ".join(type(part).__name__ for part in parts),
         **{f"{name} has shape": str(tuple(tensor.shape)) for name, tensor in weights.items()},
     }
 
 
 def concatenate_pieces(pieces: WeightViews) -> Tensor:
-    """The pieces as one tensor with memory of its own."""
+    """Return the concatenated pieces as one tensor with its own memory."""
     if len(pieces) > 1:
         return torch.cat([piece.detach() for piece in pieces])
     return pieces[0].detach().clone(memory_format=torch.contiguous_format)
 
 
 def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> ParsedBlock:
-    """Read a block; raise ValueError if it is unknown, or computes something that no layer supports."""
+    """Read a block, or raise ValueError if it is unknown or computes something that no layer supports."""
     name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(
-            f"a {name} is not known: huggingface.blocks.block_classes has the {len(RECIPES_BY_BLOCK)} known classes, "
-            "such as DeepseekV3MoE, GptOssMLP and MixtralSparseMoeBlock"
+            f"{name} is not a known block; huggingface.blocks.block_classes has the {len(RECIPES_BY_BLOCK)} known "
+            "classes, such as DeepseekV3MoE, GptOssMLP and MixtralSparseMoeBlock"
         )
     check_not_offloaded(block, f"a {name}")
     if any(is_peft_wrapper(module) for module in block.modules()):
-        raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
+        raise ValueError(f"a {name} has PEFT adapters, which the layer would lose; merge them first")
     for attribute in BLOCK_ATTRIBUTES["jitter"]:
         for holder in (block, find_attribute(block, *BLOCK_ATTRIBUTES["router"])):
             if getattr(holder, attribute, None):
                 raise ValueError(
-                    f"{name} has {attribute}={getattr(holder, attribute)}, which disturbs what its experts read too, "
-                    "as no gate does: set it to 0"
+                    f"{name} has {attribute}={getattr(holder, attribute)}, which also perturbs the inputs of its "
+                    "experts; no gate supports this, so set it to 0"
                 )
     return ParsedBlock(block, recipe, balance_over, **coefs)

@@ -1,4 +1,4 @@
-"""`from_transformers` and `to_transformers`: conversion of sparse blocks, and of whole models with them, in both
+"""`from_transformers` and `to_transformers`, which convert sparse blocks, and whole models that contain them, in both
 directions."""
 
 from __future__ import annotations
@@ -56,28 +56,28 @@ def from_transformers(
 ) -> Any:
     """Convert a sparse block of `transformers` to a `MoE` that computes the same, or convert all blocks of a model.
 
-    docs/published_mixtures.md has a table of the known blocks, and lists what is not supported. If a layer itself holds
-    router and experts (Gemma 4), the `MoE` computes the part between the layer's feed-forward input and the addition of
-    both networks.
+    docs/published_mixtures.md has a table of the known blocks and lists what is not supported. If a decoder layer
+    itself holds the router and experts (Gemma 4), the `MoE` computes the part between the layer's feed-forward input
+    and the addition of both networks.
 
     If a model is passed, each of its sparse blocks is replaced by a layer in place, one at a time, and the model is
-    returned. It trains as before: the model adds its own auxiliary loss to its loss if `output_router_logits` is set,
-    as an argument or in its configuration, with the coefficient of its configuration, and returns router logits. With a
-    `loss_coef` the losses of the layers replace that loss, as after `replace_ffn`. Padding is ignored in all losses and
-    statistics, and the model is saved and loaded with its layers. Weights of layers are new tensors: construct the
-    optimizer afterwards. `to_transformers` converts the model back to a stock model.
+    returned. It trains as before: if `output_router_logits` is set, as an argument or in its configuration, the model
+    returns router logits and adds its own auxiliary loss to its loss, with the coefficient of its configuration. With a
+    `loss_coef`, the losses of the layers replace that loss, as after `replace_ffn`. Padding is ignored in all losses
+    and statistics, and the model is saved and loaded with its layers. Weights of layers are new tensors, so construct
+    the optimizer afterwards. `to_transformers` converts the model back to a stock model.
 
     Args:
         block: a block of a loaded model, such as `model.model.layers[0].mlp`, or a model.
-        loss_coef: coefficient of each layer's balancing loss, which replaces the model's own auxiliary loss. None:
+        loss_coef: coefficient of each layer's balancing loss, which replaces the model's own auxiliary loss. If None,
             layers have no such loss, and the model keeps its own.
         z_loss_coef: coefficient of each layer's z-loss.
-        balance_over: see `TopKGating`; `transformers` computes its loss over the batch.
+        balance_over: see `TopKGating`. `transformers` computes its loss over the batch.
 
     Raises:
         TypeError: `block` is not a module.
-        ValueError: the block is unknown; or it has jitter, which in `transformers` also perturbs the experts' inputs;
-            or it is a wrapper or has PEFT adapters. For a model: this holds for any of its blocks, or its weights are
+        ValueError: the block is unknown, has jitter (which in `transformers` also perturbs the experts' inputs), is a
+            wrapper, or has PEFT adapters. For a model, any of its blocks has such a problem, or its weights are
             quantized; the model is unchanged in this case.
 
     Example:
@@ -99,14 +99,14 @@ def from_transformers(
     replace_blocks(block, dict.fromkeys(find_sparse_blocks(block), settings))
     if loss_coef is not None:
         override_router_coef(block)
-    block.name_or_path = block.config.name_or_path  # the source of these weights
+    block.name_or_path = block.config.name_or_path  # records the source of these weights
     return block
 
 
 def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
-    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same; return the block.
+    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same, and return the block.
 
-    Without a block: convert a model that `from_transformers` changed back to a stock model, in place, and return it.
+    Without a block, convert a model that `from_transformers` changed back to a stock model, in place, and return it.
     Converting a block with `from_transformers` and back reproduces its weights bit for bit.
 
     Args:
@@ -115,63 +115,67 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
 
     Raises:
         TypeError: `moe` is not a layer, or `block` is not a module.
-        ValueError: the block is unknown, or computes something different; weights are on the meta device; or the model
-            is a wrapper, or also has other layers. Nothing is changed in this case.
+        ValueError: the block is unknown or computes something different, weights are on the meta device, or the model
+            is a wrapper or also has other layers. Nothing is changed in this case.
     """
     check_not_wrapped(check_model("moe", moe))
     if block is not None:
         if not isinstance(moe, MoE):
-            raise TypeError(f"moe must be a MoE layer, got a {type(moe).__name__}: give its moe, or no block")
+            raise TypeError(
+                f"expected moe to be a MoE layer, but got a {type(moe).__name__}; pass its moe, or omit block"
+            )
         check_not_on_meta(moe, "moe")
         check_not_on_meta(check_model("block", block), "block")
         return copy_to_block(moe, block)
     if not isinstance(moe, PreTrainedModel):
-        raise ValueError(f"without a block a model of transformers is changed, not a {type(moe).__name__}: give block=")
+        raise ValueError(
+            f"expected a transformers model, because block is None, but got a {type(moe).__name__}; pass block="
+        )
     return restore_stock_blocks(moe)
 
 
 def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
-    """The paths of all sparse blocks of a model; ValueError if there are none, or one cannot be converted."""
+    """Return the paths of all sparse blocks of a model. Raise ValueError if there are none or one is unsupported."""
     check_not_packed(model)
     if getattr(model, "is_quantized", False) and not is_from_gguf(model):
-        raise ValueError(f"{type(model).__name__} is quantised: load it without quantization_config")
+        raise ValueError(f"{type(model).__name__} is quantized; load it without quantization_config")
     found: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(f"{above}.") for above in found):
             continue
         if isinstance(module, MoEFeedForward):
-            found.append(name)  # excludes what is inside
+            found.append(name)  # so that the search skips its submodules
         elif find_recipe(module) is not None:
             if hasattr(module, "self_attn"):  # Gemma 4
-                raise_not_convertible(model, name, "is a whole layer, which also holds router and experts")
+                raise_not_convertible(model, name, "is a whole decoder layer that also holds the router and experts")
             read_block(module)
             found.append(name)
         elif has_experts(module) and name:
-            raise_not_convertible(model, name, "is of no class that is known")
+            raise_not_convertible(model, name, "has an unknown class")
     found = [name for name in found if not isinstance(model.get_submodule(name), MoEFeedForward)]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no sparse block: upcycle and replace_ffn are for dense models")
+        raise ValueError(f"{type(model).__name__} has no sparse block; use upcycle or replace_ffn for dense models")
     return found
 
 
 def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
-        f"{type(model).__name__} cannot be changed as a whole: {kind} at {name} {why}. Convert known blocks, which "
-        "huggingface.blocks.block_classes has, one by one"
+        f"{type(model).__name__} cannot be converted as a whole, because {kind} at {name} {why}; convert known blocks, "
+        "listed in huggingface.blocks.block_classes, one by one"
     )
 
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace blocks by layers, one at a time; `settings` has the layers' coefficients, by path."""
+    """Replace blocks by layers, one at a time. `settings` holds the layers' coefficients, keyed by path."""
     for name, coefs in settings.items():
         block = model.get_submodule(name)
         moe = convert_to_layer(block, **layer_settings(coefs))
         masked, path = uses_model_mask(model, name), find_router_path(block)
         reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(
             moe.gate
-        )  # logits of a router with a state are not reported
+        )  # the logits of a router with a state are not reported
         with next(moe.parameters()).device:
             layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
         replace_module(model, block, layer.train(block.training))
@@ -180,18 +184,18 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
 
 
 def layer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a layer, from the arguments for it; without a `loss_coef` it has no balancing loss."""
+    """Return the settings of a layer, given the arguments for it. Without a `loss_coef` it has no balancing loss."""
     settings = {name: given[name] for name in LOSS_ARGUMENTS if name in given}
     return settings | ({"loss_coef": 0.0} if given.get("loss_coef") is None else {})
 
 
 def find_router_path(block: nn.Module) -> str:
-    """The path of the module that holds the router's matrix; "" if there is none."""
+    """Return the path of the module that holds the router's matrix, or "" if there is none."""
     paths = [f"{router}.{weight}" for router in BLOCK_ATTRIBUTES["router"] for weight in BLOCK_ATTRIBUTES["weight"]]
     return next((path.rpartition(".")[0] for path in paths if isinstance(find_attribute(block, path), Tensor)), "")
 
 
-# Back
+# Conversion back
 
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
@@ -212,28 +216,29 @@ def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class StockPlan(NamedTuple):
-    """The stock model of a model that `from_transformers` changed, on the meta device, and the layers that become
-    blocks, by path."""
+    """The stock model, on the meta device, of a model that `from_transformers` changed, and the layers that become
+    blocks, keyed by path."""
 
     stock_model: Any
     layers: Mapping[str, Any]
 
     def convert_layer(self, path: str) -> dict[str, Tensor]:
-        """The weights of the block that is equivalent to a layer, by their names in the stock model."""
+        """Return the weights of the block that is equivalent to a layer, keyed by their names in the stock model."""
         return copy_to_block_state(self.layers[path].moe, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """All other weights, which are the same in both models."""
+        """Return all other weights, which are the same in both models."""
         return state
 
 
 def plan_stock_model(model: PreTrainedModel) -> StockPlan:
-    """The stock model that a model can become; ValueError if there is none. No weights are read."""
+    """Return a plan for the stock model that a model can become, without reading weights. Raise ValueError if there is
+    none."""
     layers = find_layers(model)
     others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
     if not layers or others:
-        why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
-        raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
+        why = "has layers from replace_ffn or upcycle" if others else "has no layer that replaced a block"
+        raise ValueError(f"{type(model).__name__} {why}; only models changed by from_transformers have a stock class")
     stock = make_meta_stock_model(model)
     for name, layer in layers.items():
         check_not_offloaded(layer, name)
@@ -242,7 +247,7 @@ def plan_stock_model(model: PreTrainedModel) -> StockPlan:
 
 
 def plan_stock_export(model: PreTrainedModel) -> StockPlan:
-    """`plan_stock_model` for a stock model that is saved in place of the model, with a configuration of its own."""
+    """Return `plan_stock_model` for a stock model with its own configuration, to be saved in place of the model."""
     plan = plan_stock_model(model)
     stock = plan.stock_model
     stock.config = copy.deepcopy(model.config)
@@ -251,9 +256,10 @@ def plan_stock_export(model: PreTrainedModel) -> StockPlan:
     return plan
 
 
-@torch.inference_mode(False)  # as in `restore_stock_blocks`
+@torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def copy_to_block_state(moe: MoE, stock_model: Any, path: str) -> dict[str, Tensor]:
-    """The weights of a layer by the names of the equivalent block in a stock model, which stays on the meta device."""
+    """Return the weights of a layer under the names of the equivalent block in a stock model, which stays on the meta
+    device."""
     block = stock_model.get_submodule(path)
     copy_to_block(moe, materialize_block(block, moe))
     state = block.state_dict(prefix=f"{path}.")
@@ -262,7 +268,7 @@ def copy_to_block_state(moe: MoE, stock_model: Any, path: str) -> dict[str, Tens
 
 
 def make_meta_stock_model(model: PreTrainedModel) -> Any:
-    """The stock model of a model's own configuration, on the meta device."""
+    """Return the stock model, on the meta device, for a model's own configuration."""
     config: Any = model.config
     kind, held = type(config), dict(vars(config))
     remove_layers_from_config(config)
@@ -278,8 +284,8 @@ def make_meta_stock_model(model: PreTrainedModel) -> Any:
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def materialize_block(block: nn.Module, moe: MoE) -> nn.Module:
-    """Move a block from the meta device to the device of a layer. Each weight gets the dtype of the layer's weight, and
-    is frozen if that is frozen."""
+    """Move a block from the meta device to the device of a layer. Each weight gets the dtype of the corresponding
+    weight of the layer, and is frozen if that weight is frozen."""
     own = get_named_tensors(moe)
     block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
     for weight in get_named_tensors(block).values():

@@ -1,9 +1,9 @@
-"""The exchange of this package for MoE models of `transformers`:
+"""This package's exchange for MoE models of `transformers`:
 `DistributedConfig(ep_implementation=EP_IMPLEMENTATION_NAME)`.
 
-Importing this module registers it. Experts are computed by their model's `experts_implementation`.
+Importing this module registers it. A model's `experts_implementation` computes its experts.
 
-Axes: t tokens, k choices of a token, e experts of all ranks, l experts of one rank, r rows sorted by expert, d model
+Axes: t tokens, k choices per token, e experts of all ranks, l experts of one rank, r rows sorted by expert, d model
 dim.
 """
 
@@ -23,9 +23,10 @@ EP_IMPLEMENTATION_NAME = "mixture_of_experts"
 
 
 class ExchangeImplementation(EPImplementation):
-    """Sends each row to the rank of its expert, and applies the router weights on the rank of the tokens.
+    """An implementation that sends each row to the rank of its expert, and applies router weights on the rank of the
+    tokens.
 
-    If the calls of the ranks differ, every rank raises an error that describes both.
+    If the calls of the ranks differ, every rank raises an error that describes both calls.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
@@ -36,7 +37,7 @@ class ExchangeImplementation(EPImplementation):
         self.channel: Channel = Channel(ep_mesh.get_group(), shared_batch=shared_batch)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids of e or above are skipped."""
+        """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`, skipping ids of e or above."""
         permutation = permute_without_gaps(assign_experts(top_k_index, top_k_weights, self.num_experts))
         assert permutation.rows_per_expert is not None
         rows, training = dispatch(hidden_states, permutation), self.experts.training
@@ -46,8 +47,8 @@ class ExchangeImplementation(EPImplementation):
         )
 
     def compute_local_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Compute rows `(r, d)` with this rank's experts; `counts` `(l,)` are the row counts of the experts."""
-        if not rows.shape[0]:  # a row of zeros, so that the backward runs here too: other ranks wait for it
+        """Compute rows `(r, d)` with this rank's experts, whose row counts are `counts` `(l,)`."""
+        if not rows.shape[0]:  # compute a row of zeros, because other ranks wait for this rank's backward pass
             nothing = rows.sum(dim=0, keepdim=True)
             return self.experts_forward(nothing, counts.new_zeros(1, 1), nothing.new_ones(1, 1))[:0]
         index = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=rows.shape[0])

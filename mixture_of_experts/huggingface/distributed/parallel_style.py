@@ -1,4 +1,4 @@
-"""A parallel style of `transformers` for sharded experts of this package. Importing this module registers it."""
+"""A `transformers` parallel style for sharded experts of this package. Importing this module registers it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ STYLE_NAME = "mixture_of_experts"
 
 
 class StyleName(str):
-    """A style name in plans and in the registry of styles. It compares equal to the name of the `transformers` style,
-    because `transformers` uses that comparison in three places to detect experts that get tokens of other ranks; but
-    its hash differs, so that a dict lookup finds the entry of this name."""
+    """A style name for plans and for the registry of styles.
+
+    It compares equal to the name of the `transformers` style, because `transformers` uses that comparison in three
+    places to detect experts that receive tokens from other ranks. Its hash differs, so that a dict lookup finds the
+    entry of this package."""
 
     def __hash__(self) -> int:
         return str.__hash__(self)
@@ -31,7 +33,7 @@ EXPERTS_STYLE = StyleName(STYLE_NAME)
 
 
 class ShardedExpertsParallel(EpDispatchExpertsParallel):
-    """Shards experts over the `ep` ranks. Ranks of one `tp` group share a batch, and each sends a part of it."""
+    """A style that shards experts over the `ep` ranks. Ranks of a `tp` group share a batch; each sends part of it."""
 
     def install_forward(
         self, module: nn.Module, ep_mesh: DeviceMesh, *, tp_mesh: DeviceMesh, ep_implementation: str = "auto"
@@ -39,7 +41,7 @@ class ShardedExpertsParallel(EpDispatchExpertsParallel):
         count: Any = getattr(module, "num_experts", None)
         dims = count if isinstance(count, tuple) else (count,)
         check_divisible(dims, ep_mesh)
-        # the sum of the ranks' losses: transformers divides by the number of batches
+        # the losses of the ranks are summed, because transformers divides by the number of batches
         sharding = ExpertSharding(
             ep_mesh, dims, "sum", static_shapes=False,
             sharded_names=find_sharded_names(module, dims, ()), shared_batch=tp_mesh if tp_mesh.size() > 1 else None,

@@ -1,6 +1,6 @@
-"""Adds layers with experts to the parallel plans of a model, and assigns process groups of its mesh to their gates.
+"""Adds layers with experts to a model's parallel plans, and assigns process groups of its mesh to their gates.
 
-`from_pretrained(..., distributed_config=...)` of `transformers` reads the plans of a model that has no weights yet.
+`from_pretrained(..., distributed_config=...)` of `transformers` reads the plans before the model has weights.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mixture_of_experts.parallel.style import find_experts_to_shard
 def update_parallel_plans(model: Any) -> None:
     """Update the plans of a model whose feed-forward networks were replaced by layers with experts.
 
-    The experts get a rule in `ep_plan`. Rules for replaced modules are removed. Rules cover all layers of a model, so
-    under tensor parallelism the remaining dense networks are then replicated on every rank.
+    The experts get a rule in `ep_plan`, and rules for replaced modules are removed. Rules cover all layers of a model,
+    so under tensor parallelism the remaining dense networks are replicated on every rank.
     """
     layers = find_layers(model)
     for block in dict.fromkeys(get_block_path(name) for name in layers):
@@ -35,13 +35,14 @@ def update_parallel_plans(model: Any) -> None:
 
 
 def get_block_path(name: str) -> str:
-    """The path of the numbered block that contains a module: `model.layers.3` for `model.layers.3.mlp`."""
+    """Return the path of the numbered block that contains a module: `model.layers.3` for `model.layers.3.mlp`."""
     numbered = re.match(r"(.*\.\d+)\.", name)
     return numbered[1] if numbered else name.rpartition(".")[0]
 
 
 def find_remaining_parts(block: nn.Module) -> set[str]:
-    """The names of the modules and parameters in a block, with "*" for numbers, except those of layers with experts."""
+    """Return the names of the modules and parameters in a block, with "*" for numbers, excluding those of layers with
+    experts."""
     named = (*block.named_modules(), *block.named_parameters())
     replaced = [name for name, part in named if isinstance(part, MoEFeedForward | nn.Identity)]
     left = [name for name, _ in named if not any(f"{name}.".startswith(f"{other}.") for other in replaced)]
@@ -52,7 +53,7 @@ def set_gate_process_groups(model: Any) -> None:
     """Make gates compute losses over the ranks that have different tokens, if the model has a mesh from
     `distributed_config`.
 
-    Tensor-parallel ranks have the same tokens, which count once.
+    Tensor-parallel ranks have the same tokens, which count only once.
     """
     mesh = get_data_mesh(model)
     if mesh is None or model.config.distributed_config.dp_size == 1:

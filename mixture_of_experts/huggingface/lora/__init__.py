@@ -17,16 +17,16 @@ from mixture_of_experts.support.private_torch import get_original_class
 def fast_lora(model: ModelT) -> ModelT:
     """Compute LoRA on stacked experts inside the layer, without materializing `W + scaling B A` for all experts.
 
-    PEFT wraps a stacked weight (`target_parameters`) and, in each forward, recomputes the whole stack. After this call
-    `Experts` and `GatedExperts` multiply an expert's rows by its factors. Parameters, their names, saving, loading,
-    merging and the selection of adapters remain PEFT's own; outputs and gradients are equal up to rounding. The
-    gradient of a frozen stack is not computed. PEFT's own computation is still used for weights that are trained along
-    with their adapters, biases, slots without assignments, and everything other than stacked experts of this package.
-    If adapters are added to other weights later, call `fast_lora` again.
+    PEFT wraps a stacked weight (`target_parameters`) and recomputes the whole stack in each forward pass. After this
+    call, `Experts` and `GatedExperts` multiply each expert's rows by its factors instead. PEFT still handles
+    parameters, their names, saving, loading, merging and the selection of adapters; outputs and gradients are equal up
+    to rounding. The gradient of a frozen stack is not computed. PEFT's own computation is still used for weights that
+    are trained along with their adapters, biases, slots without assignments, and everything other than stacked experts
+    of this package. If adapters are added to other weights later, call `fast_lora` again.
 
     Args:
-        model: a model that PEFT has prepared, by `get_peft_model` or `inject_adapter_in_model`. It is changed in place,
-            on any device, including meta. Call `fast_lora` before the model is wrapped in `torch.compile`, DDP or
+        model: a model that PEFT has prepared with `get_peft_model` or `inject_adapter_in_model`. It is modified in
+            place, on any device, including meta. Call `fast_lora` before wrapping the model in `torch.compile`, DDP or
             FSDP2.
 
     Returns:
@@ -35,7 +35,7 @@ def fast_lora(model: ModelT) -> ModelT:
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a module.
-        ValueError: no weight of stacked experts of this package has adapters, or PEFT skipped some of
+        ValueError: no weight of stacked experts of this package has adapters, or PEFT skipped some of the
             `target_parameters`.
 
     Example:
@@ -52,7 +52,7 @@ def fast_lora(model: ModelT) -> ModelT:
     try:
         from peft.tuners.lora import layer
     except ImportError as error:
-        raise ImportError("LoRA on stacked experts needs PEFT: pip install 'peft>=0.21'") from error
+        raise ImportError("LoRA on stacked experts requires PEFT: pip install 'peft>=0.21'") from error
     from mixture_of_experts.huggingface.lora.wrapper import NETWORK_TENSOR_NAMES, ParamWrapper
 
     found, unsupported = [], []
@@ -67,18 +67,17 @@ def fast_lora(model: ModelT) -> ModelT:
             unsupported.append(f"{weight} of {type(experts).__name__} in a {type(module).__name__}")
     if missing := find_missed_targets(model):
         raise ValueError(
-            f"{type(model).__name__} has no adapters for {', '.join(missing)} of target_parameters: PEFT passed over "
-            f"it. "
-            "If experts are quantized, let it prepare the model within weights_shown(model); else look at the names"
+            f"{type(model).__name__} has no adapters for {', '.join(missing)} of target_parameters, because PEFT "
+            "skipped them; if experts are quantized, let PEFT prepare the model within weights_shown(model), otherwise "
+            "check the names"
         )
     if not found:
         raise ValueError(
             f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(unsupported)) or 'no stack'}, but fast_lora "
-            f"serves {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts that have no forward of their "
-            f"own. Give PEFT's "
-            "LoraConfig target_parameters, such as ['experts.w1', 'experts.w3', 'experts.w2'], and prepare the model "
-            "with it first; in a model of transformers that has experts of its own, from_transformers() before that "
-            "makes them ours"
+            f"supports only {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts whose forward is not "
+            "overridden; pass target_parameters to PEFT's LoraConfig, such as ['experts.w1', 'experts.w3', "
+            "'experts.w2'], and prepare the model with it first. If the model is from transformers and has its own "
+            "experts, convert it with from_transformers() before that"
         )
     for module in found:
         module.__class__ = ParamWrapper
@@ -87,16 +86,15 @@ def fast_lora(model: ModelT) -> ModelT:
 
 @contextmanager
 def weights_shown(model: nn.Module) -> Iterator[None]:
-    """Make the weights of `QuantizedExperts` visible to PEFT while the context is active, so that it can add or load
-    LoRA.
+    """Context manager that makes the weights of `QuantizedExperts` visible to PEFT, so that it can add or load LoRA.
 
     PEFT looks for parameters, and quantized weights are not parameters. In this context they appear under their names,
-    "w1", "w3" and "w2", with their shapes, but without values or memory. Call `fast_lora` afterwards, because adapted
-    quantized experts only work with it. Outside of this context PEFT skips them, and the first forward of a
+    "w1", "w3" and "w2", with their shapes, but without values or memory. Call `fast_lora` afterwards, because adapters
+    on quantized experts work only with it. Outside of this context PEFT skips them, and the first forward pass of a
     `transformers` model raises an error.
 
     Args:
-        model: a model with `QuantizedExperts`, or one that PEFT has prepared, for another adapter.
+        model: a model with `QuantizedExperts`, or one that PEFT has already prepared, to add another adapter.
 
     Raises:
         ValueError: the model has no `QuantizedExperts`.
@@ -117,12 +115,14 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
     found = [module for module in check_model("model", model).modules() if isinstance(module, QuantizedExperts)]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no QuantizedExperts: PEFT finds the weights of other experts itself"
+            f"{type(model).__name__} has no QuantizedExperts; PEFT finds the weights of other experts without "
+            "weights_shown"
         )
     with ExitStack() as stack:
         for experts in found:
             for name in ("w1", "w3", "w2"):
-                if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):  # not shown by an outer context
+                # not already shown by an outer context
+                if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):
                     experts.register_parameter(
                         name, nn.Parameter(experts.placeholder_weight(name), requires_grad=False)
                     )

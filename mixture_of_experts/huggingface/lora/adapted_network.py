@@ -1,4 +1,4 @@
-"""A network whose weights have low-rank parts, `w + down @ up` for each expert; only the parts are trained.
+"""A network whose weights have low-rank parts, `w + down @ up` for each expert. Only these parts are trained.
 
 Axes: e experts, p inner and q outer dimension of a weight, k rank.
 """
@@ -15,9 +15,9 @@ from mixture_of_experts.ops.network import Network
 
 
 class LowRankWeight(NamedTuple):
-    """A weight `(e, p, q)` and its low-rank part, down `(e, p, k)` and up `(e, k, q)`."""
+    """A weight `(e, p, q)` and its low-rank part: down `(e, p, k)` and up `(e, k, q)`."""
 
-    name: str  # in `Network.tensors`
+    name: str  # its name in `Network.tensors`
     weight: Tensor
     down: Tensor
     up: Tensor
@@ -40,11 +40,11 @@ class LowRankWeight(NamedTuple):
 
 
 class AdaptedNetwork(Network):
-    """The weights of all experts, some of which are a `LowRankWeight`. The tensors of a low-rank part are named "down."
-    and "up." followed by the name of its weight."""
+    """The weights of all experts, at least one of which is a `LowRankWeight`. The tensors of a low-rank part are named
+    "down." and "up." followed by the name of its weight."""
 
     def get_low_rank_weights(self) -> list[LowRankWeight]:
-        """The weights that have a low-rank part; those of `w_in` come first."""
+        """Return the weights that have a low-rank part, those of `w_in` first."""
         return [weight for weight in (*self.w_in, self.w_out) if isinstance(weight, LowRankWeight)]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -61,6 +61,6 @@ class AdaptedNetwork(Network):
         return AdaptedNetwork(**vars(super().with_tensors(whole)))
 
     def merged(self) -> Network:
-        """The network with the low-rank parts added to its weights."""
+        """Return the network with the low-rank parts added to its weights."""
         sums = {name: torch.baddbmm(weight, down, up) for name, weight, down, up in self.get_low_rank_weights()}
         return super().with_tensors(super().tensors() | sums)

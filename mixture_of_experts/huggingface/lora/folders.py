@@ -1,4 +1,4 @@
-"""Merges adapters of PEFT into saved models, one weight at a time."""
+"""Merges PEFT adapters into saved models, one weight at a time."""
 
 from __future__ import annotations
 
@@ -20,45 +20,45 @@ ADAPTER_FILE = "adapter_model.safetensors"
 def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: int = 10**9) -> None:
     """Merge LoRA adapters into a saved model with experts, as PEFT's `merge_and_unload(safe_merge=True)` would.
 
-    PEFT's function copies all adapted weights at once; this function copies one layer at a time.
+    PEFT's function copies all adapted weights at once, whereas this one copies one layer at a time.
 
     Args:
-        source: a folder that `save_pretrained` or another command wrote; its experts are not quantized.
+        source: a folder that `save_pretrained` or another command wrote. Its experts must not be quantized.
         target: a new folder.
         adapter: a folder with adapters that PEFT saved.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: the folder has no experts, or quantized ones; an adapter cannot be merged, adapts tied embeddings,
-            or produces weights that are not finite; or the names or shapes of weights do not match those in the files.
-        FileNotFoundError: the source is no folder, or `adapter` has no adapters.
+        ValueError: the folder has no experts, or quantized ones. An adapter cannot be merged, adapts tied embeddings,
+            or produces non-finite weights. The names or shapes of weights do not match those in the files.
+        FileNotFoundError: the source is not a folder, or `adapter` has no adapters.
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
     """
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ImportError("merging adapters needs PEFT: pip install 'peft>=0.21'") from error
+        raise ImportError("merging adapters requires PEFT: pip install 'peft>=0.21'") from error
     if not (adapter / ADAPTER_FILE).is_file():
-        raise FileNotFoundError(f"{adapter} has no {ADAPTER_FILE}: give the folder to which PEFT saved the adapters")
+        raise FileNotFoundError(f"{adapter} has no {ADAPTER_FILE}; pass the folder to which PEFT saved the adapters")
     model = read_experts_model(source, "merge adapters into")
     if any(isinstance(module, QuantizedExperts) for module in model.modules()):
         raise ValueError(
-            f"{source} has quantized experts, which adapters cannot be merged into: give the folder that is not "
+            f"{source} has quantized experts, into which adapters cannot be merged; pass the folder that is not "
             "quantized"
         )
     state = model.state_dict()
     adapted: Any = PeftModel.from_pretrained(model, str(adapter))
-    if unknown := adapted.load_adapter(str(adapter), "default").unexpected_keys:  # PEFT ignores them
+    if unknown := adapted.load_adapter(str(adapter), "default").unexpected_keys:  # PEFT would ignore them
         raise ValueError(
-            f"{adapter} has {unknown[0]}, but the model in {source} has no weight of that name: give the model that "
+            f"{adapter} has {unknown[0]}, but the model in {source} has no weight of that name; pass the model that "
             "the adapter was trained with"
         )
     merged = find_merged_weights(adapted.get_base_model())
-    adapted.base_model.unload()  # the wrappers, which `merged` holds, keep their factors
+    adapted.base_model.unload()  # the wrappers that `merged` refers to keep their factors
     if tied := sorted({*merged} & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}):
-        raise ValueError(f"{tied[0]} is tied, and merging would untie it: train without adapters on embeddings")
+        raise ValueError(f"{tied[0]} is tied, and merging would untie it; train without adapters on embeddings")
 
     def read(name: str) -> Tensor:
         return merged[name]() if name in merged else state[name]
@@ -70,8 +70,8 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
 
 
 def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """Functions that return the merged weights: one for each weight that PEFT adapted, by its name in the model without
-    adapters."""
+    """Return functions that compute the merged weights, one for each weight that PEFT adapted, keyed by its name in the
+    model without adapters."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path, module in model.named_modules():
         name = strip_wrappers(path)
@@ -82,25 +82,25 @@ def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
             found |= {f"{name}.{key}": partial(copy.state_dict().__getitem__, key) for key in copy.state_dict()}
         elif "base_layer" in module._modules and hasattr(module, "merge"):
             found |= {f"{name}.{key}": partial(merge_weight, module, key) for key in list_adapted(module)}
-        elif hasattr(module, "unload_and_optionally_merge_module"):  # such as that of trainable tokens
+        elif hasattr(module, "unload_and_optionally_merge_module"):  # for example, the wrapper for trainable tokens
             raise ValueError(
-                f"{name} has a {type(module).__name__}, which is not supported here: load the model, and use PEFT's "
-                "merge_and_unload()"
+                f"{name} has a {type(module).__name__}, which cannot be merged in a folder; load the model and use "
+                "PEFT's merge_and_unload()"
             )
     return found
 
 
 def list_adapted(wrapper: Any) -> list[str]:
-    """The names of the weights that a wrapper changes, in the module that it wraps."""
+    """Return the names, within the wrapped module, of the weights that a wrapper changes."""
     name = getattr(wrapper, "parameter_name", None)
     return [name] if name else [name for name, _ in wrapper.get_base_layer().named_parameters(recurse=False)]
 
 
 def merge_weight(wrapper: Any, name: str) -> Tensor:
-    """A weight with its adapters merged, as a new tensor. The wrapped module is not changed."""
+    """Return a weight with its adapters merged, as a new tensor, without changing the wrapped module."""
     base = wrapper.get_base_layer()
     before = {name: weight.data for name, weight in base.named_parameters(recurse=False)}
-    wrapper.merge(safe_merge=True)  # assigns new tensors; otherwise it would add in place
+    wrapper.merge(safe_merge=True)  # safe_merge assigns new tensors instead of adding in place
     found = base.get_parameter(name).data
     for name, weight in before.items():
         base.get_parameter(name).data = weight

@@ -1,4 +1,4 @@
-"""The implementations of `ops` for adapted networks: all compute low-rank parts on rows, and none sums weights."""
+"""Implementations of `ops` for adapted networks. All of them compute low-rank parts on rows; none sums weights."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mixture_of_experts.support.implementations import Implementation
 
 
 def run_grouped(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`."""
+    """Compute a call and return `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
         return batched.run_rows(call, grouped.GroupedLayout, adapted_row_network)
     return run_with_operators(call, grouped.grouped_matmul)
 
 
 def run_with_operators(call: Call, product: plain.ProductFunction = plain.expert_product) -> Tensor:
-    """Compute a call with operators that autograd differentiates; return `(t, o)`."""
+    """Compute a call with operators that autograd differentiates, and return `(t, o)`."""
     permutation = plain.choose_permutation(call.assignments)
     return plain.run_permuted(call.x, permutation, call.network, partial(multiply_adapted, product))
 
 
 def multiply_adapted(product: Any, x: Tensor, weight: Any, rows_per_expert: Any) -> Tensor:
-    """`product(x, weight, rows_per_expert)`, of a weight that may have a low-rank part."""
+    """Return `product(x, weight, rows_per_expert)` for a weight that may have a low-rank part."""
     if isinstance(weight, Tensor):
         return product(x, weight, rows_per_expert)
     low_rank_activation = product(x, weight.down, rows_per_expert)
@@ -36,8 +36,8 @@ def multiply_adapted(product: Any, x: Tensor, weight: Any, rows_per_expert: Any)
 
 
 def run_on_cpu(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`. A weight takes three products, so computing expert by expert is faster for a
-    single token only."""
+    """Compute a call and return `(t, o)`. Each adapted weight takes three products, so computing expert by expert is
+    faster only for a single token."""
     if call.x.shape[0] == 1 and call.is_inference():
         return decode.compute_expert_by_expert(call, partial(multiply_adapted, grouped.multiply_by_expert))
     return chunked.run(call, adapted_row_network)

@@ -1,6 +1,6 @@
-"""Checks that adapters which PEFT loads into a model with layers of this package reach their experts.
+"""Checks that adapters reach the experts when PEFT loads them into a model with layers of this package.
 
-PEFT ignores weights in an adapter's file for which the model has no parameter, so experts would compute without the
+PEFT ignores weights in an adapter's file for which the model has no parameter. Experts would then compute without the
 adapter, or with one that was never trained.
 """
 
@@ -14,21 +14,22 @@ from mixture_of_experts.quantize import QuantizedExperts
 
 
 def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-    """Pre-hook of `load_state_dict` on a model with layers: gives adapter weights of experts their names in the model.
+    """Pre-hook of `load_state_dict` on a model with layers that renames adapter weights of experts to their names in
+    the model.
 
-    On loading, PEFT renames adapter weights by the rules for checkpoints of the model's class, which may also match the
-    names of layers: Mistral Large 4 inserts `.mlp` before `.experts.`.
+    When loading, PEFT renames adapter weights by the rules for checkpoints of the model's class, which may also match
+    the names of layers: Mistral Large 4 inserts `.mlp` before `.experts.`.
 
     Args:
         model: the model.
-        state_dict: what is loaded; it is changed in place.
-        prefix: the model's path in the model that loads it.
+        state_dict: the state dict being loaded, which is modified in place.
+        prefix: the model's path in the model that loads the state dict.
         args: the other arguments of such a hook.
 
     Raises:
-        ValueError: it contains adapter weights of a layer that the layer does not have.
+        ValueError: the state dict has adapter weights for a layer that the layer does not have.
     """
-    # quantized experts have no weights for PEFT to adapt outside of `weights_shown`; their forward raises
+    # quantized experts have no weights for PEFT to adapt outside of `weights_shown`, and their forward pass raises
     adaptable = [path for path, layer in find_layers(model).items() if not has_quantized_experts(layer)]
     layers = tuple(f"{prefix}{path}." for path in adaptable)
     own = {name for name, _ in model.named_parameters() if ".lora_" in name}
@@ -44,9 +45,10 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
                 unknown.remove(prefix + renamed)
     if unknown:
         raise ValueError(
-            f"the adapter has {min(unknown)}, but the layer there has no such weight, so its experts would compute "
-            "without it. An adapter of the stock model: load it there, and merge_and_unload() it before "
-            "from_transformers(). An adapter of this model: load it before all others, with the same target_parameters"
+            f"the adapter has {min(unknown)}, but the layer has no such weight, so its experts would compute without "
+            "it; if the adapter is for the stock model, load it there and call merge_and_unload() before "
+            "from_transformers(); if it is for this model, load it before all other adapters, with the same "
+            "target_parameters"
         )
 
 

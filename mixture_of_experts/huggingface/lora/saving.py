@@ -1,4 +1,4 @@
-"""Saves adapters of models with experts for stock models: as PEFT loads them, or with factors for each expert.
+"""Saves adapters of models with experts for stock models, in PEFT's layout or with factors for each expert.
 
 Axes: e experts, d model dim, h hidden dim, k rank.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("peft", "per_expert", "mixture_of_experts")
 WEIGHTS_FILE = "adapter_model.safetensors"
-#: names of an expert's w1, w3 and w2 for classes whose checkpoints have stacked experts, by model type
+#: names of an expert's w1, w3 and w2, keyed by model type, for classes whose checkpoints have stacked experts
 STACKED_EXPERT_NAMES = {"gpt_oss": ("w1", "w3", "w2")}
 
 
@@ -45,28 +45,28 @@ def save_adapter(
     adapter: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Save a LoRA adapter for the stock model, which `to_transformers` or `export` creates from the base model.
+    """Save a LoRA adapter for the stock model that `to_transformers` or `export` creates from the base model.
 
-    PEFT's own `save_pretrained` writes an adapter for models with layers of this package. With the adapter that this
-    function writes, the stock model computes the same, up to rounding. Scaling factors are folded into the weights.
+    PEFT's own `save_pretrained` writes an adapter for models with layers of this package. With the adapter written by
+    this function, the stock model computes the same, up to rounding. Scaling factors are folded into the weights.
 
     Args:
-        model: a `PeftModel` whose base model `from_transformers`, `upcycle` or `replace_ffn` changed; or that is a
-            stock model, with adapters on its stacked experts. It is not modified.
-        folder: where `adapter_config.json` and `adapter_model.safetensors` are written.
+        model: a `PeftModel` whose base model was changed by `from_transformers`, `upcycle` or `replace_ffn`, or is a
+            stock model with adapters on its stacked experts. It is not modified.
+        folder: where to write `adapter_config.json` and `adapter_model.safetensors`.
         layout: "peft" for `PeftModel.from_pretrained` on the stock model; vLLM also reads it for gpt-oss. The rank of
             an adapter on gate and up projections is the sum of both ranks. "per_expert" has factors for each expert and
-            projection, by the names of the class's checkpoints, which vLLM reads for other models.
+            projection, under the names of the class's checkpoints, and is what vLLM reads for other models.
             "mixture_of_experts" is the reverse: an adapter for the model that `from_transformers` creates.
-        adapter: its name. Default: the active one.
-        base_model: the folder or name of the stock model, which is written into the configuration.
+        adapter: name of the adapter. Default: the active adapter.
+        base_model: folder or name of the stock model, to be written into the configuration.
 
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a `PeftModel`.
-        ValueError: there is no such adapter or layout; the adapter is not LoRA, has no experts, or PEFT skipped some of
-            its `target_parameters`; something that it adapts or saves has no counterpart in the stock model; or the
-            layout cannot hold it. Nothing is written in this case.
+        ValueError: the adapter or layout does not exist; the adapter is not LoRA, has no experts, or PEFT skipped some
+            of its `target_parameters`; something that it adapts or saves has no counterpart in the stock model; or the
+            layout cannot represent it. Nothing is written in this case.
 
     Example:
         >>> import copy, tempfile
@@ -88,19 +88,21 @@ def save_adapter(
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ImportError("adapters need PEFT: pip install 'peft>=0.21'") from error
+        raise ImportError("saving adapters requires PEFT: pip install 'peft>=0.21'") from error
     from mixture_of_experts.huggingface.lora.stock_adapter import read_adapter
 
     if not isinstance(model, PeftModel):
-        raise TypeError(f"model must be a PeftModel, got a {type(model).__name__}: wrap it with get_peft_model")
+        raise TypeError(
+            f"expected model to be a PeftModel, but got a {type(model).__name__}; wrap it with get_peft_model"
+        )
     if layout not in LAYOUTS:
-        raise ValueError(f"layout must be {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+        raise ValueError(f"expected layout to be one of {', '.join(map(repr, LAYOUTS))}, but got {layout!r}")
     name = choose_adapter(model, adapter)
     found = read_adapter(model, name)
     if not found.experts:
         raise ValueError(
-            f"the adapter {name!r} of {type(model.get_base_model()).__name__} is on no experts: save it with "
-            "save_pretrained, or name stacked weights in target_parameters, such as 'experts.w1'"
+            f"the adapter {name!r} of {type(model.get_base_model()).__name__} does not adapt any experts; save it with "
+            "save_pretrained, or list stacked weights in target_parameters, such as 'experts.w1'"
         )
     settings = dict(
         task_type=model.peft_config[name].task_type, base_model_name_or_path=base_model, inference_mode=True
@@ -111,17 +113,17 @@ def save_adapter(
 
 
 def choose_adapter(model: Any, adapter: str | None) -> str:
-    """The name of the adapter to save; ValueError if there is no such adapter, or if it cannot be saved."""
+    """Return the name of the adapter to save, or raise ValueError if it does not exist or cannot be saved."""
     name: Any = model.active_adapter if adapter is None else adapter
     config = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None:
-        raise ValueError(f"there is no adapter {name!r}: pass adapter=, one of {', '.join(model.peft_config)}")
+        raise ValueError(f"there is no adapter {name!r}; pass adapter= as one of {', '.join(model.peft_config)}")
     if config.peft_type != "LORA":
-        raise ValueError(f"only LoRA can be saved, and the adapter {name!r} is {config.peft_type.value}")
+        raise ValueError(f"only LoRA adapters can be saved, but the adapter {name!r} is {config.peft_type.value}")
     if missing := find_missed_targets(model):
         raise ValueError(
-            f"PEFT found no weight for {', '.join(missing)} of target_parameters, so the adapter {name!r} lacks them: "
-            "correct the names; experts of this package have w1, w3 and w2"
+            f"the adapter {name!r} lacks {', '.join(missing)} of target_parameters, because PEFT found no such "
+            "weights; correct the names: experts of this package have w1, w3 and w2"
         )
     return name
 
@@ -130,7 +132,7 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
 
 
 def write_for_stock_model(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the adapter of the stock model."""
+    """Write the adapter for the stock model."""
     stacks = {  # in the layout of the stock model's weights
         f"{path}.{name}": (left, right) if found.blocks[path].is_transposed else (right.mT, left.mT)
         for path, updates in found.experts.items()
@@ -140,11 +142,11 @@ def write_for_stock_model(found: StockAdapter, folder: Path, settings: Mapping[s
 
 
 def write_for_layers(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the adapter of what `from_transformers` makes of the stock model."""
+    """Write the adapter for the model that `from_transformers` creates from the stock model."""
     if found.whole_modules:
         raise ValueError(
-            f"the adapter holds {', '.join(sorted(found.whole_modules))} whole, which is converted for stock models "
-            "only: train without modules_to_save"
+            f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which can be converted "
+            "only for stock models; train without modules_to_save"
         )
     replace_blocks(found.model, {path: {"balance_over": "batch"} for path in find_sparse_blocks(found.model)})
     stacks = {}
@@ -162,23 +164,24 @@ def write_with_peft(
 
     Args:
         found: the adapter, whose model has the weights to adapt.
-        stacks: the updates of stacked weights, in the weights' layout, by name.
+        stacks: the updates of stacked weights, in the layout of the weights, keyed by name.
         folder: where to write.
         settings: further settings of the configuration.
     """
     from peft import get_peft_model
 
-    rank = max(right.shape[1] for _, right in stacks.values())  # one for all: PEFT warns about patterns for stacks
+    # the same for all, because PEFT warns about patterns for stacks
+    rank = max(right.shape[1] for _, right in stacks.values())
     ranks = dict.fromkeys(stacks, rank) | {path: len(a) for path, (_, a) in found.linear.items()}
     whole = dict(modules_to_save=sorted(found.whole_modules) or None)
     targets = dict(target_modules=sorted(found.linear), target_parameters=sorted(stacks))
-    found.model.name_or_path = settings["base_model_name_or_path"] or ""  # PEFT writes this one
+    found.model.name_or_path = settings["base_model_name_or_path"] or ""  # PEFT writes it into the configuration
     adapted: Any = get_peft_model(found.model, make_lora_config(rank, ranks, **settings, **targets, **whole))
     wrappers = find_wrappers(adapted)
     if wrappers.keys() != ranks.keys():
         raise ValueError(
-            f"PEFT would adapt other parts of {type(found.model).__name__}; the difference is "
-            f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}: adapt experts and attention only"
+            f"PEFT would adapt other parts of {type(found.model).__name__}, which differ in "
+            f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}; adapt only experts and attention"
         )
     if not find_layers(found.model):
         check_loads(adapted.get_base_model())
@@ -199,16 +202,16 @@ def check_loads(stock: Any) -> None:
     names = [name for name, _ in stock.named_parameters() if ".lora_" in name]
     for renamed in find_renamed_weights(stock, names, "default"):
         raise ValueError(
-            f"PEFT would look for {renamed} when it loads the adapter, which {type(stock).__name__} does not have, and "
-            "ignore the weights there: merge_and_unload() the adapter, and save the whole model"
+            f"when loading the adapter, PEFT would look for {renamed}, which {type(stock).__name__} does not have, and "
+            "ignore these weights; call merge_and_unload() and save the whole model"
         )
 
 
 def stack_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """The updates of a stock model's stacked weights, from those of w1, w3 and w2.
+    """Return the updates of a stock model's stacked weights, given those of w1, w3 and w2.
 
-    Weights without an adapter get zeros: an adapter on one weight has the same names as one on the other, and engines
-    expect both.
+    Weights without an adapter get zeros, because an adapter on one weight has the same names as one on the other, and
+    engines expect both.
     """
     whole = complete_updates(found, path, updates)
     first = {name: updates[name] for name in ("w1", "w3") if name in updates} or {"w1": whole["w1"]}
@@ -224,12 +227,12 @@ def stack_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankU
     for name, (_, part) in first.items():
         halves[name][:, start : start + part.shape[1]] = part
         start += 0 if shares_left else part.shape[1]
-    more = len(found.blocks[path].experts.gate_up_proj) - e  # zero-computation experts have rows in some classes
+    more = len(found.blocks[path].experts.gate_up_proj) - e  # some classes have rows for zero-computation experts
     return {"gate_up_proj": (pad(left, (0,) * 5 + (more,)), pad(right, (0,) * 5 + (more,))), "down_proj": whole["w2"]}
 
 
 def find_wrappers(adapted: Any) -> dict[str, Any]:
-    """PEFT's wrappers of linear layers and stacked weights, by the path of the layer or weight."""
+    """Return PEFT's wrappers of linear layers and stacked weights, keyed by the path of the layer or weight."""
     from peft.tuners.lora import layer
 
     found = {}
@@ -241,7 +244,8 @@ def find_wrappers(adapted: Any) -> dict[str, Any]:
 
 
 def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> Any:
-    """A configuration in which every scaling is 1, so that readers that ignore the patterns also scale correctly."""
+    """Return a configuration in which every scaling is 1, so that readers that ignore the patterns still scale
+    correctly."""
     from peft import LoraConfig
 
     other = {re.escape(path): k for path, k in ranks.items() if k != rank}
@@ -252,11 +256,11 @@ def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> An
 
 
 def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write factors for each expert and projection, with zeros for projections without an adapter, which vLLM needs."""
+    """Write factors for each expert and projection, with zeros for those without an adapter, which vLLM requires."""
     if found.whole_modules:
         raise ValueError(
-            f"the adapter holds {', '.join(sorted(found.whole_modules))} whole, which engines do not read from "
-            "adapters: merge_and_unload() the adapter and export the model, or train without modules_to_save"
+            f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which engines do not read "
+            "from adapters; call merge_and_unload() and export the model, or train without modules_to_save"
         )
     pairs = dict(found.linear)
     for path, updates in found.experts.items():
@@ -277,7 +281,7 @@ def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, A
 
 
 def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """The updates of all projections of the experts at a path."""
+    """Return the updates of all projections of the experts at a path, with zeros for those without an adapter."""
     left, right = next(iter(updates.values()))
     e, k = len(left), right.shape[1]
     out_dim, in_dim = found.blocks[path].experts.down_proj.shape[1:]
@@ -292,10 +296,10 @@ def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRa
 
 
 def list_expert_names(found: StockAdapter, path: str) -> dict[str, list[str]]:
-    """The names of each expert's w1, w3 and w2 in checkpoints of the stock model's class.
+    """Return the names of each expert's w1, w3 and w2 in checkpoints of the stock model's class.
 
-    They are found by converting a state dict with numbers instead of weights. For checkpoints with stacked experts, the
-    numbered names that vLLM uses are returned.
+    The names are found by converting a state dict with numbers instead of weights. For checkpoints with stacked
+    experts, the numbered names that vLLM uses are returned.
     """
     experts = found.blocks[path].experts
     e, first = len(experts.down_proj), found.first_weight(path)

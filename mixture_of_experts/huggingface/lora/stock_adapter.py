@@ -1,4 +1,4 @@
-"""Reads the adapter of a model with experts, as an adapter of the equivalent stock model.
+"""Reads the adapter of a model with experts as an adapter of the equivalent stock model.
 
 Axes: e experts, d model dim, h hidden dim, k rank.
 """
@@ -29,7 +29,7 @@ from mixture_of_experts.huggingface.private_peft import is_plain_lora, read_stac
 from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 
-LowRankUpdate = tuple[Tensor, Tensor]  # what is added to a weight is the product of both; of linear layers (B, A)
+LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; (B, A) for linear layers
 
 
 @dataclass
@@ -37,15 +37,15 @@ class StockAdapter:
     """An adapter of a stock model. Scaling factors are part of the updates."""
 
     model: Any  # the stock model, on the meta device
-    linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, by path
-    #: updates of w1, w3 and w2, `(e, in, k)` and `(e, k, out)`, by path of the experts
+    linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
+    #: updates of w1, w3 and w2, `(e, in, k)` and `(e, k, out)`, keyed by path of the experts
     experts: dict[str, dict[str, LowRankUpdate]] = field(default_factory=dict)
-    whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # state of trained modules, by path
+    whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # state of trained modules, keyed by path
 
-    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # by path of the experts
+    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # keyed by path of the experts
 
     def first_weight(self, path: str) -> str:
-        """The name of the weight of the experts at a path that holds w1, and also w3 if there is a w3."""
+        """Return the name of the experts' weight that holds w1, and also w3 if there is a w3, given their path."""
         return "gate_up_proj" if hasattr(self.blocks[path].experts, "gate_up_proj") else "up_proj"
 
     def gate_up_order(self, path: str) -> Any:
@@ -53,7 +53,7 @@ class StockAdapter:
 
 
 def read_adapter(model: Any, adapter: str) -> StockAdapter:
-    """Read an adapter of a `PeftModel`; ValueError if something in it has no counterpart in the stock model."""
+    """Read an adapter of a `PeftModel`, or raise ValueError if part of it has no counterpart in the stock model."""
     plain = copy_to_meta(model).unload()
     layers = find_layers(plain)
     found = StockAdapter(make_stock_model(plain, layers))
@@ -61,7 +61,7 @@ def read_adapter(model: Any, adapter: str) -> StockAdapter:
         path = strip_wrappers(name)
         if isinstance(module, layer.LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}:
             if not is_plain_lora(module, adapter):
-                raise ValueError(f"{path} has a variant of LoRA, such as DoRA or biases: only A and B can be saved")
+                raise ValueError(f"{path} has a variant of LoRA, such as DoRA or biases, but only A and B can be saved")
             if isinstance(module, layer.ParamWrapper):
                 add_expert_update(found, layers, path, module, adapter)
             else:
@@ -72,7 +72,7 @@ def read_adapter(model: Any, adapter: str) -> StockAdapter:
 
 
 def copy_to_meta(model: nn.Module) -> Any:
-    """A copy of a model on the meta device."""
+    """Return a copy of a model on the meta device."""
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor.detach().to("meta") for tensor in tensors}
     memo |= {id(weight): nn.Parameter(memo[id(weight)], requires_grad=False) for weight in model.parameters()}
@@ -80,8 +80,8 @@ def copy_to_meta(model: nn.Module) -> Any:
 
 
 def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
-    """The stock model, on the meta device, that is equivalent to a model without adapters: `to_transformers` or
-    `export` of it; or the model itself if it has no layers."""
+    """Return the stock model, on the meta device, that is equivalent to a model without adapters: the result of
+    `to_transformers` or `export`, or the model itself if it has no layers."""
     if not layers:
         return plain
     if all(isinstance(module, SparseFeedForward) for module in layers.values()):
@@ -90,7 +90,8 @@ def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
 
 
 def split_layer_path(layers: Mapping[str, MoEFeedForward], path: str) -> tuple[str | None, str]:
-    """The path of the layer that contains a module, and the module's path in it; (None, path) if no layer does."""
+    """Return the path of the layer that contains a module and the module's path in it, or (None, path) if no layer
+    contains it."""
     found = next((name for name in layers if path.startswith(f"{name}.")), None)
     return found, path if found is None else path.removeprefix(f"{found}.")
 
@@ -124,7 +125,7 @@ def add_expert_update(
 def split_stock_update(
     found: StockAdapter, path: str, name: str, left: Tensor, right: Tensor
 ) -> Iterator[tuple[str, LowRankUpdate]]:
-    """The updates of w1, w3 and w2 that an update of a stock model's stacked weight consists of."""
+    """Yield the updates of w1, w3 and w2 that make up an update of a stock model's stacked weight."""
     if name == "down_proj":
         yield "w2", (left, right)
     elif name == "up_proj":
@@ -136,7 +137,7 @@ def split_stock_update(
 
 
 def add_block(found: StockAdapter, path: str) -> str:
-    """Add the sparse block at a path; return the path of its stacked experts."""
+    """Add the sparse block at a path, and return the path of its stacked experts."""
     block = found.model.get_submodule(path)
     parsed = read_block(block)
     name = next(name for name, module in block.named_modules() if module is parsed.experts)
@@ -144,7 +145,7 @@ def add_block(found: StockAdapter, path: str) -> str:
     if not (hasattr(parsed.experts, "down_proj") and any(hasattr(parsed.experts, weight) for weight in weights)):
         raise ValueError(
             f"the experts of a {type(block).__name__} are not stacked as {' or '.join(weights)} and down_proj, so PEFT "
-            "has no adapter for them: merge_and_unload() the adapter, and save the whole model"
+            "cannot adapt them; call merge_and_unload() and save the whole model"
         )
     experts = f"{path}.{name}" if name else path
     found.blocks[experts] = parsed
@@ -159,8 +160,8 @@ def add_linear_update(
     theirs = dict(found.model.named_modules()).get(path)
     if layer_path is not None or not isinstance(theirs, nn.Linear) or adapter not in wrapper.lora_A:
         raise ValueError(
-            f"{path} has an adapter, but {type(found.model).__name__} has no equal linear layer there: adapt experts "
-            "and attention only, or merge_and_unload() the adapter and save the whole model"
+            f"{path} has an adapter, but {type(found.model).__name__} has no equivalent linear layer; adapt only "
+            "experts and attention, or call merge_and_unload() and save the whole model"
         )
     b = wrapper.lora_B[adapter].weight.detach() * wrapper.scaling[adapter]
     found.linear[path] = b, wrapper.lora_A[adapter].weight.detach()
@@ -187,7 +188,8 @@ def add_whole_module(
 
 @torch.no_grad()
 def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """The path of the router in a block on the meta device, and the router's state that corresponds to a gate's."""
+    """Return the path of the router in a block on the meta device, and the router's state that corresponds to that of a
+    gate."""
     block, own = copy.deepcopy(block), get_named_tensors(gate)
     path = find_router(block)
     for tensor in get_named_tensors(block.get_submodule(path).to_empty(device="cpu").double()).values():
@@ -203,7 +205,7 @@ def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tens
 
 
 def find_router(block: nn.Module) -> str:
-    """The path of the module that has the weights of a block's router; ValueError if there is no such module."""
+    """Return the path of the module that has the weights of a block's router, or raise ValueError if there is none."""
     views = [view for pieces in read_block(block).get_router_weights().values() for view in pieces if len(view)]
     names = {id(tensor): name for name, tensor in get_named_tensors(block).items()}
     paths = {names[id(get_whole_tensor(view))].rpartition(".")[0] for view in views}
@@ -211,7 +213,7 @@ def find_router(block: nn.Module) -> str:
     if len(paths) > 1 or not path:
         raise ValueError(
             f"the weights of the router of a {type(block).__name__} are not in one module, so an adapter cannot hold "
-            "them: merge_and_unload() the adapter, and save the whole model"
+            "them; call merge_and_unload() and save the whole model"
         )
     return path
 

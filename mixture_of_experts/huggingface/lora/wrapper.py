@@ -1,4 +1,4 @@
-"""PEFT's wrapper of a stacked weight, which passes its factors to the experts instead of adding their product.
+"""PEFT's wrapper of a stacked weight, changed to pass its factors to the experts instead of adding their product.
 
 Axes: e experts, p inner and q outer dimension of a weight, k rank.
 """
@@ -24,7 +24,7 @@ NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names 
 
 
 class AdaptedFFN:
-    """Computes tokens like `routed_ffn`, with a network whose weights have low-rank parts."""
+    """A callable that computes tokens like `routed_ffn`, using a network whose weights have low-rank parts."""
 
     def __init__(self, factors: Mapping[str, LowRankFactors]) -> None:
         self.factors = factors
@@ -33,16 +33,16 @@ class AdaptedFFN:
         weights = network.tensors()
         adapted = {name: LowRankWeight(name, weights[name], *part) for name, part in self.factors.items()}
         whole = AdaptedNetwork(**vars(network.with_tensors(weights | adapted)))
-        if any(stored.requires_grad for stored in weights.values()):  # gradients of the sums are required
+        if any(stored.requires_grad for stored in weights.values()):  # these need the gradients of the summed weights
             return routed_ffn(x, assignments, whole.merged(), training=training)
         return routed_ffn(x, assignments, whole, training=training, implementations=LORA_IMPLEMENTATIONS)
 
 
 class ParamWrapper(layer.ParamWrapper):
-    """PEFT's wrapper with a fast forward; the class name is the one that PEFT expects. Unsupported cases are left to
-    PEFT, except for quantized experts, which have no weight that PEFT could add to: there an error is raised."""
+    """PEFT's wrapper with a fast forward; PEFT expects this class name. PEFT's own forward handles unsupported cases,
+    except for quantized experts, which raise an error because they have no weight that PEFT could add to."""
 
-    passes_factors = True  # to the experts, in calls for their outputs; read by `quantize_experts`
+    passes_factors = True  # to the experts when computing outputs, for `quantize_experts`
 
     def get_param(self) -> Tensor:
         experts = self.get_base_layer()
@@ -58,7 +58,7 @@ class ParamWrapper(layer.ParamWrapper):
             return super().forward(x, *args, **kwargs)
         is_supported = self.num_experts > 1 and isinstance(args[0] if args else kwargs.get("assignments"), Assignments)
         if not is_supported:
-            self.check_not_quantized("are computed for slots")
+            self.check_not_quantized("be computed for slots")
         if self.merged or not is_supported or kwargs.get("adapter_names"):
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
@@ -67,22 +67,22 @@ class ParamWrapper(layer.ParamWrapper):
         return self.base_layer(x, *args, ffn=AdaptedFFN(parts), **kwargs)
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        self.check_not_quantized("can be merged")
+        self.check_not_quantized("be merged")
         super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
-        self.check_not_quantized("can be taken out of it")
+        self.check_not_quantized("be unmerged")
         super().unmerge()
 
     def check_not_quantized(self, what: str) -> None:
         if isinstance(experts := self.get_base_layer(), QuantizedExperts):
             raise ValueError(
-                f"no adapters {what} where {self.parameter_name} is in {experts.bits} bits: keep adapters beside it, "
-                "or load them into the model that is not quantized, and merge there"
+                f"adapters cannot {what}, because {self.parameter_name} is quantized to {experts.bits} bits; keep "
+                "adapters separate, or load them into the model that is not quantized and merge there"
             )
 
     def combine_factors(self, adapters: list[str]) -> LowRankFactors:
-        """The sum of what the active adapters add to the weight."""
+        """Return the factors of everything that the active adapters add to the weight."""
         first, *others = map(self.read_factors, adapters)
         if not others:
             return first
@@ -90,7 +90,7 @@ class ParamWrapper(layer.ParamWrapper):
         return torch.cat(downs, -1), torch.cat(ups, -2)
 
     def read_factors(self, adapter: str) -> LowRankFactors:
-        """The factors that an adapter adds to the weight."""
+        """Return the factors that an adapter adds to the weight."""
         dtype = self.get_param().dtype
         down, up = read_stack_factors(self, adapter)
         return down.to(dtype), up.to(dtype)

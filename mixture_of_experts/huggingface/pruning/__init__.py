@@ -1,1 +1,1 @@
-"""Removes experts of layers, based on what they contribute on calibration data."""
+"""Removes experts of layers based on what they contribute on calibration data."""

@@ -20,19 +20,19 @@ from mixture_of_experts.support.private_torch import unwrap_module
 def prune_folder(
     source: Path, target: Path, *, by: Any, keep: int | None = None, max_shard_size: int = 5 * 10**9
 ) -> KeptExperts:
-    """Remove experts of a saved model with experts; return the ids that each layer keeps, by the name of its gate.
+    """Remove experts of a saved model, and return the ids that each layer keeps, keyed by the name of its gate.
 
     Args:
-        source: a folder that `save_pretrained` or another command wrote; its experts are not quantized.
+        source: a folder that `save_pretrained` or another command wrote. Its experts must not be quantized.
         target: a new folder.
-        by, keep: as in `prune`, but without calibration: "random", or scores or ids by the names of gates. To measure
-            scores, call `expert_scores` on the model loaded from the folder.
+        by, keep: as in `prune`, but without calibration: "random", or scores or ids keyed by the names of gates. To
+            measure scores, call `expert_scores` on the model loaded from the folder.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
-        ValueError, TypeError: as in `prune`; or the folder has no experts, or its weights and those of the files differ
-            in names or shapes.
-        FileNotFoundError: the source is no folder.
+        ValueError, TypeError: as in `prune`; also if the folder has no experts, or if the names or shapes of its
+            weights and those of the files differ.
+        FileNotFoundError: the source is not a folder.
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
     """
@@ -41,7 +41,7 @@ def prune_folder(
     paths = {unwrap_module(layer.moe): path for path, layer in find_layers(model).items()}
     smaller = {paths[get_layer(router)]: router for router, ids in kept.items() if len(ids) < router.num_experts}
     read = model.state_dict().__getitem__
-    configure()  # layers are described when the configuration is saved
+    configure()  # saving the configuration describes the layers
 
     def change(path: str) -> dict[str, Tensor]:
         slice_experts(smaller[path], kept[smaller[path]])
@@ -52,6 +52,6 @@ def prune_folder(
 
 
 def read_scores(file: Path) -> dict[str, Any]:
-    """Scores or ids by names of gates, from safetensors or JSON; ValueError if the file is neither."""
+    """Return scores or ids, keyed by names of gates, from safetensors or JSON, or raise ValueError for other files."""
     with name_unreadable_file(file):
         return dict(json.loads(file.read_text()) if file.suffix == ".json" else load_file(file))

@@ -1,4 +1,4 @@
-"""`prune`, which removes experts from the layers of a model, and `expert_scores`, the scores that it uses."""
+"""`prune`, which removes experts from the layers of a model, and `expert_scores`, which computes the scores it uses."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ def prune(
     calibration: Any = None,
     gates: GateSelection | None = None,
 ) -> KeptExperts:
-    """Remove experts of a model's layers in place; return the ids that each layer keeps, by the name of its gate.
+    """Remove experts of a model's layers in place, and return the ids that each layer keeps, keyed by its gate's name.
 
-    The router's columns for the removed experts are dropped, along with their entries in its bias, the expert bias and
-    its counts. All expert groups keep the same number of experts. The order of the remaining experts, k and all
+    The columns of the router for the removed experts are dropped, along with their entries in its bias, the expert bias
+    and its counts. All expert groups keep the same number of experts. The order of the remaining experts, k and all
     settings stay the same. The configuration is updated, so that the model saves, loads and exports as before.
-    Parameters are new tensors: construct the optimizer afterwards.
+    Parameters become new tensors.
 
     Args:
         model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed.
             Construct the optimizer and wrappers (DDP, FSDP2) afterwards.
         keep: number of experts that each layer keeps, at least k.
-        by: which experts to keep. "reap": those with the largest mean of router weight times norm of the expert's
-            output, over the tokens that they compute (arXiv 2510.13999, equation 9). "frequency": those with the most
-            tokens. "random": a random choice by torch's generator. Alternatively a mapping from names of gates to
-            scores `(e,)`, floating, as returned by `expert_scores`, or to the ids to keep, in which case `keep` is not
-            needed. Layers that the mapping does not name are not changed.
-        calibration: for "reap" and "frequency" ("random" needs none): batches of data: tensors, or dicts or tuples of
+        by: which experts to keep. "reap" keeps those with the largest mean of router weight times norm of the expert's
+            output, over the tokens that they compute (arXiv 2510.13999, equation 9). "frequency" keeps those with the
+            most tokens. "random" chooses with torch's generator. Alternatively a mapping from names of gates to scores
+            `(e,)`, floating, as returned by `expert_scores`, or to the ids to keep, in which case `keep` is not needed.
+            Layers missing from the mapping are not changed.
+        calibration: batches of data for "reap" and "frequency" ("random" needs none): tensors, or dicts or tuples of
             the model's inputs, on its device. Padding is ignored.
-        gates: the gates whose layers are pruned, as names or modules. Default: all.
+        gates: the gates whose layers to prune, as names or modules. Default: all.
 
     Raises:
-        TypeError: a router's experts cannot be pruned (the error names it and the reason), or an argument has a wrong
-            type.
-        ValueError: a number or id is invalid, the calibration has no tokens, or the model's weights are not in memory.
-            The model is unchanged in this case.
+        TypeError: a router's experts cannot be pruned (the error names the router and the reason), or an argument has
+            the wrong type.
+        ValueError: a number or id is invalid, the calibration data has no tokens, or the model's weights are not in
+            memory. The model is unchanged in this case.
 
     Example:
         >>> import torch
@@ -90,15 +90,14 @@ def prune(
 def plan_pruning(
     model: nn.Module, keep: int | None, by: Any, calibration: Any = None, gates: GateSelection | None = None
 ) -> tuple[dict[RouterHandle, list[int]], Callable[[], None]]:
-    """Check the arguments, and return the ids that each router keeps and a function that updates the model's
-    configuration, which must be called before the model is saved. The model is not changed. Arguments and errors are
-    those of `prune`."""
+    """Check the arguments without changing the model, and return the ids that each router keeps and a function that
+    updates the model's configuration, which must be called before saving. Arguments and errors are as in `prune`."""
     if isinstance(by, Mapping):
         if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
-            raise ValueError("by has names of gates, which tell all: leave gates and calibration out")
+            raise ValueError("by already maps names of gates to experts; omit gates and calibration")
         gates = list(by)
     elif check_choice("by", by, PRUNE_RULES) and keep is None:
-        raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
+        raise ValueError(f"by={by!r} requires keep=, the number of experts that each layer keeps")
     routers = find_prunable_routers(model, gates)
     if keep is not None:
         for router in routers:
@@ -126,7 +125,8 @@ def plan_pruning(
 def expert_scores(
     model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: GateSelection | None = None
 ) -> dict[str, Tensor]:
-    """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps those with the largest scores.
+    """Return the scores `(e,)` of each layer's experts, keyed by the name of its gate. `prune` keeps the experts with
+    the largest scores.
 
     Args:
         model, calibration, gates: as in `prune`. The model is not changed.
@@ -146,7 +146,7 @@ def expert_scores(
 
 
 def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list[RouterHandle]:
-    """The routers whose experts can be pruned; TypeError if one of them does not support it."""
+    """Return the routers whose experts can be pruned, or raise TypeError if one does not support pruning."""
     routers = check_supported(find_routers(model, "prune", gates), "prune", pruning_unsupported_reason)
     stacks = Counter(map(get_expert_stack, routers))
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
@@ -154,20 +154,20 @@ def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list
         weights = [id(getattr(module, name)) for module, name, _ in iter_expert_tensors(router)]
         if stacks[get_expert_stack(router)] > 1 or any(holders[weight] > 1 for weight in weights):
             raise TypeError(
-                f"prune cannot serve {router.name!r}: something else holds its experts, or weights of its router or "
-                "experts, too: untie them"
+                f"prune does not support {router.name!r}, because another module shares its experts, or weights of its "
+                "router or experts; untie them"
             )
     check_not_on_meta(model, type(model).__name__)
     return routers
 
 
 def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None) -> list[int]:
-    """The ids to keep, the same number in each expert group, from scores or from ids; ValueError or TypeError if these
-    are invalid."""
+    """Return the ids to keep, the same number in each expert group, given scores or ids. Raise ValueError or TypeError
+    if these are invalid."""
     e, groups = router.num_experts, getattr(router.gate, "num_groups", None) or 1
     wrong = (
-        f"by[{router.name!r}] must be scores ({e},), floating and finite, or different ids below {e}, got "
-        f"{scores_or_ids!r:.99}"
+        f"expected by[{router.name!r}] to be finite floating-point scores of shape ({e},), or distinct ids below {e}, "
+        f"but got {scores_or_ids!r:.99}"
     )
     try:
         values = torch.as_tensor(scores_or_ids).detach().cpu()
@@ -178,7 +178,7 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
         if values.shape != (e,) or not values.isfinite().all():
             raise ValueError(wrong)
         if keep is None:
-            raise ValueError("scores need keep=, the number of experts that each layer keeps")
+            raise ValueError("scores require keep=, the number of experts that each layer keeps")
         order = values.view_as(kept).argsort(dim=-1, descending=True, stable=True)  # ties go to the lowest id
         kept.scatter_(1, order[:, : keep // groups], True)
     else:
@@ -186,11 +186,13 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
         if values.dtype == torch.bool or values.ndim != 1 or len({*ids}.intersection(range(e))) < len(ids):
             raise ValueError(wrong)
         if keep not in (None, len(ids)):
-            raise ValueError(f"keep={keep}, but by[{router.name!r}] has {len(ids)} ids: leave keep out")
+            raise ValueError(f"keep={keep}, but by[{router.name!r}] has {len(ids)} ids; omit keep")
         check_num_kept(router, len(ids))
         kept.view(-1)[ids] = True
         if len({*(counts := kept.sum(dim=-1).tolist())}) > 1:
-            raise ValueError(f"{router.name!r} keeps equally many experts of each of its groups, got {counts}: {ids}")
+            raise ValueError(
+                f"expected {router.name!r} to keep equally many experts per group, but got {counts} from {ids}"
+            )
     return kept.flatten().nonzero().flatten().tolist()
 
 
@@ -198,16 +200,16 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 
 
 def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
-    """The settings of a configuration that hold the number of experts in layers, and that number before and after
-    pruning.
+    """Return the settings of a configuration that hold the number of experts in layers, and that number before and
+    after pruning.
 
     Args:
-        models: the models of transformers in a model, outermost first.
+        models: the `transformers` models within a model, outermost first.
         numbers: the number of remaining experts of each pruned layer.
 
     Raises:
-        ValueError: layers that were blocks would differ, but the configuration has a single number; or none of its
-            settings holds it.
+        ValueError: layers that replaced blocks would differ, but the configuration has a single number, or none of its
+            settings holds the number.
     """
     layers = [*find_layers(models[0]).values()] if models else []
     blocks = [layer.moe for layer in layers if isinstance(layer, SparseFeedForward)]
@@ -219,12 +221,14 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
     new, *differ = sorted({numbers.get(moe, moe.num_experts) for moe in blocks or moes[:1]})
     if differ:
         raise ValueError(
-            f"the layers of {type(models[0]).__name__} were blocks, whose configuration has one number of experts "
-            f"for all: keep equally many in each, got {[new, *differ]}"
+            f"the layers of {type(models[0]).__name__} replaced blocks, whose configuration has a single number of "
+            f"experts; keep equally many in each layer, but got {[new, *differ]}"
         )
     names = (
         [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]
-    )  # set by `add_router_config`
+    )  # `add_router_config` sets it
     if new < old and blocks and not any(vars(text)[name] == old for name in names):
-        raise ValueError(f"no setting of {type(text).__name__} is known to tell the {old} experts of its blocks")
+        raise ValueError(
+            f"found no setting of {type(text).__name__} that holds {old}, the number of experts of its blocks"
+        )
     return [*names, "num_experts"], old, new

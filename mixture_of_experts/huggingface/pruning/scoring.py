@@ -1,4 +1,4 @@
-"""Scores experts by what they compute in forwards on calibration data.
+"""Scores experts by what they compute in forward passes on calibration data.
 
 Axes: r rows, e experts.
 """
@@ -30,20 +30,19 @@ MEASURED_RULES = ("reap", "frequency")
 def measure_scores(
     model: nn.Module, routers: list[RouterHandle], by: str, calibration: Any
 ) -> dict[RouterHandle, Tensor]:
-    """The scores `(e,)`, float64, of each router's experts."""
+    """Return the scores `(e,)` of each router's experts, in float64."""
     several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | Mapping | str)
     with Attachments() as attached, eval_mode(model), torch.no_grad(), disable_compilation(model):
         totals = {router: attach_score_hooks(attached, router, by) for router in routers}
         for batch in calibration if several else [calibration]:
             run_calibration_batch(model, batch)
     if unused := [router.name for router, (counts, _) in totals.items() if not counts.any()]:
-        raise ValueError(f"calibration has no tokens for {', '.join(unused)}: give batches that reach these gates")
+        raise ValueError(f"calibration has no tokens for {', '.join(unused)}; pass batches that reach these gates")
     return {router: sums / counts.clamp(min=1) if by == "reap" else counts for router, (counts, sums) in totals.items()}
 
 
 def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> Tensor:
-    """Register hooks that accumulate the statistics of a router's experts in the returned tensor; see
-    `measure_call`."""
+    """Register hooks that accumulate statistics of a router's experts (see `measure_call`) in the returned tensor."""
     total = torch.zeros(2, router.num_experts, dtype=torch.float64)
     last: list[Routing] = []
 
@@ -59,13 +58,13 @@ def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> 
 
 
 def find_computing_experts(router: RouterHandle) -> nn.Module:
-    """The experts of a router that compute rows of tokens, without the modules that wrap them."""
+    """Return the experts of a router that compute rows of tokens, without the modules that wrap them."""
     return next(e for e in list_nested_experts(get_layer(router).experts) if getattr(e, "works_on", None) != "tokens")
 
 
 def measure_call(experts: Any, x: Tensor, assignments: Assignments, by: str) -> Tensor:
-    """`(2, e)`: the number of tokens that each expert computes, and for "reap" the sum of weight times norm of its
-    output over these tokens."""
+    """Return `(2, e)`: the number of tokens that each expert computes and, for "reap", the sum of router weight times
+    output norm over these tokens."""
     permutation = permute_without_gaps(assignments)
     counts = permutation.rows_per_expert
     assert counts is not None
@@ -86,7 +85,7 @@ def run_calibration_batch(model: nn.Module, batch: Any) -> None:
     parts = batch.values() if named else batch if several else [batch]
     if not any(isinstance(part, Tensor) for part in parts):
         raise TypeError(
-            "calibration must be batches of tokens: tensors, or dicts or tuples with tensors (a tokenizer returns them "
-            f"with return_tensors='pt'), got {batch!r:.99}"
+            "expected calibration to be batches of tokens (tensors, or dicts or tuples with tensors, which a tokenizer "
+            f"returns with return_tensors='pt'), but got {batch!r:.99}"
         )
     _ = model(**batch) if named else model(*parts)

@@ -1,4 +1,4 @@
-"""Reduces a layer to a subset of its experts, in place: its gate, its experts, and their stored numbers of experts.
+"""Reduces a layer to a subset of its experts, in place: its gate, its experts, and the expert counts that they store.
 
 Axes: e experts, d model dim.
 """
@@ -34,33 +34,33 @@ SUPPORTED_GATE_PARTS = (RouterLogits, LearnedScale, NormalizeBy)
 
 
 def get_layer(router: RouterHandle) -> Any:
-    """The layer that contains a gate."""
+    """Return the layer that contains a gate."""
     return unwrap_module(router.locations[0].layer)  # type: ignore[arg-type]
 
 
 def get_expert_stack(router: RouterHandle) -> Any:
-    """The experts of a gate, without wrappers."""
+    """Return the experts of a gate, without wrappers."""
     return list_nested_experts(get_layer(router).experts)[-1]
 
 
 def pruning_unsupported_reason(router: RouterHandle) -> str | None:
-    """The reason why a router's experts cannot be pruned, whichever are kept; None if they can."""
+    """Return why a router's experts cannot be pruned, whichever are kept, or None if they can."""
     if router.is_external:
-        return "it is no gate of this package: make its block a layer by from_transformers"
+        return "it is not a gate of this package; convert its block to a layer with from_transformers"
     layers = {location.layer for location in router.locations}
     if len(layers) > 1:
         return f"it routes for several layers ({', '.join(router.names)})"
     if None in layers:
-        return "it stands in no layer"
+        return "it is not part of a layer"
     layer = get_layer(router)
     if router.outer_expert_dims or not isinstance(layer, MoE):
         return f"it is a level of a {get_original_class(layer).__name__}"
     if any(map(is_peft_wrapper, layer.modules())):
-        return "its layer has adapters of PEFT: merge them first"
+        return "its layer has PEFT adapters; merge them first"
     if any(
         map(is_wrapper_subclass, (*get_named_tensors(router.gate).values(), *get_named_tensors(layer.experts).values()))
     ):
-        return "its weights are sharded or quantised: prune before that"
+        return "its weights are sharded or quantized; prune before that"
     return gate_pruning_unsupported_reason(router.gate) or experts_pruning_unsupported_reason(layer.experts)
 
 
@@ -73,7 +73,7 @@ def gate_pruning_unsupported_reason(gate: Any) -> str | None:
     if getattr(getattr(gate, "bias_rule", None), "shares", None) is not None:
         unknown.append("bias_rule.shares")
     unknown += sorted(get_named_tensors(gate).keys() - GATE_EXPERT_AXES.keys() - {*GATE_TENSORS_WITHOUT_EXPERTS})
-    return f"it is not known what of {', '.join(unknown)} belongs to which expert" if unknown else None
+    return f"pruning does not know which parts of {', '.join(unknown)} belong to which expert" if unknown else None
 
 
 def experts_pruning_unsupported_reason(experts: nn.Module) -> str | None:
@@ -85,28 +85,28 @@ def experts_pruning_unsupported_reason(experts: nn.Module) -> str | None:
         name for name in get_named_tensors(stack) if name not in STACK_EXPERT_AXES and not name.startswith("act.")
     )
     if unknown and not isinstance(stack, ExpertList):
-        return f"its experts also hold {', '.join(unknown)}: merge adapters, and remove parametrizations, first"
+        return f"its experts also hold {', '.join(unknown)}; merge adapters and remove parametrizations first"
     return None
 
 
 def check_num_kept(router: RouterHandle, number: int) -> None:
-    """Raise ValueError if the layer of a gate has fewer experts than this, or does not work with so few."""
+    """Raise ValueError if the layer of a gate has fewer experts than `number`, or does not work with so few."""
     gate: Any = router.gate
     k, groups = getattr(gate, "k", 1), getattr(gate, "num_groups", None) or 1
     minimum = k + isinstance(gate, NoisyTopKGating)  # the smallest number with which the gate works
-    prefix = f"prune cannot leave {number} of {router.num_experts} experts to {router.name!r}"
+    prefix = f"prune cannot keep {number} of {router.num_experts} experts of {router.name!r}"
     if not minimum <= number <= router.num_experts:
-        raise ValueError(f"{prefix}: keep from {minimum}, because of its k, to {router.num_experts}")
-    minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # experts of a group
+        raise ValueError(f"{prefix}; keep at least {minimum}, because of its k, and at most {router.num_experts}")
+    minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # experts per group
     if number % groups or (groups > 1 and (gate.top_groups * number // groups < k or number // groups < minimum)):
         raise ValueError(
-            f"{prefix}: its num_groups={groups} keep equally many, two at least if their two best score them, and "
-            f"top_groups={gate.top_groups} of them, which are open to a token, hold at least {k}"
+            f"{prefix}; its num_groups={groups} must keep equally many experts each, at least two if group_score is "
+            f"'two_best', and the top_groups={gate.top_groups} groups available to a token must hold at least {k}"
         )
 
 
 def iter_expert_tensors(router: RouterHandle) -> Iterator[tuple[nn.Module, str, int]]:
-    """Iterate over the tensors with an expert axis, as (module, name in it, axis)."""
+    """Iterate over the tensors with an expert axis, as (module, name in the module, axis)."""
     for module, axes in ((router.gate, GATE_EXPERT_AXES), (get_expert_stack(router), STACK_EXPERT_AXES)):
         for name, tensor in get_named_tensors(module).items():
             if name in axes and tensor.shape[axes[name]] == router.num_experts:
@@ -117,7 +117,7 @@ def iter_expert_tensors(router: RouterHandle) -> Iterator[tuple[nn.Module, str, 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 @torch.no_grad()
 def slice_experts(router: RouterHandle, ids: list[int]) -> None:
-    """Keep only these experts, in place."""
+    """Keep only these experts of a router's layer, in place."""
     for module, name, axis in list(iter_expert_tensors(router)):
         old = getattr(module, name)
         new = old.detach().index_select(axis, torch.tensor(ids, device=old.device))
@@ -130,8 +130,8 @@ def slice_experts(router: RouterHandle, ids: list[int]) -> None:
     if isinstance(stack, ExpertList):
         for i in sorted({*range(router.num_experts)} - {*ids}, reverse=True):
             del stack[i]
-        parts.append(vars(stack).get("empty", stack))  # of `UnstackedExperts`
+        parts.append(vars(stack).get("empty", stack))  # `UnstackedExperts` has one
     for part in parts:
         for name, size in (("num_experts", len(ids)), ("expert_dims", (len(ids),))):
-            if name in vars(part):  # a size, which modules otherwise set only once
+            if name in vars(part):  # modules otherwise set a size only once
                 vars(part)[name] = size

@@ -1,9 +1,9 @@
-"""Traces a module's forward: runs it once, with random numbers in place of the results of its linear layers.
+"""Traces a module's forward by running it once with random numbers in place of the results of its linear layers.
 
-Everything between two linear layers is computed on these numbers, which shows the inputs of each layer and what they
-are computed from. Everything else is unknown, and represented by symbols (`torch.fx.Proxy`) that stand for any value.
-So a run needs neither inputs nor weights, and a module may be on the meta device. It runs on a copy, without side
-effects on the module, torch or the process.
+Everything between two linear layers is computed on these numbers, which shows the inputs of each layer and how they are
+computed. Everything else is unknown and represented by symbols (`torch.fx.Proxy`) that stand for any value. A run
+therefore needs neither inputs nor weights, and the module may be on the meta device. A copy of the module runs, without
+side effects on the module, torch or the process.
 
 Axes: d model dim, h hidden dim, w width of a layer.
 """
@@ -26,9 +26,9 @@ from transformers.pytorch_utils import Conv1D
 
 
 class TracedTensor(Tensor):
-    """Random numbers `(2, 3, w)`, or values computed from them, for results of linear layers."""
+    """Random numbers `(2, 3, w)` that stand for results of linear layers, or values computed from them."""
 
-    sources: frozenset[str | float]  # paths of layers, and locations of dropouts, that computed them
+    sources: frozenset[str | float]  # paths of layers and locations of dropouts that computed it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -36,13 +36,14 @@ class TracedTensor(Tensor):
         if func is F.dropout:
             if (place := locate_dropout(kwargs)) is None:
                 return args[0]
-            func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}  # -2 marks its location
+            # the factor -2 marks the location of the dropout
+            func, args, kwargs, source = torch.mul, (args[0], -2), {}, source | {place}
         out = super().__torch_function__(func, types, args, kwargs)
         for numbers in find_traced_tensors(out):
             numbers.sources = source
         written = isinstance(out, Tensor) and any(type(value) is Tensor and value.is_set_to(out) for value in args)
         if written or out is None or isinstance(out, float):
-            raise TypeError(f"{func} writes numbers into another tensor or reads them: it is not known where they go")
+            raise TypeError(f"{func} reads numbers or writes them into another tensor, where they cannot be traced")
         return out
 
 
@@ -53,7 +54,7 @@ class TracedSetting(float):
 
 
 class LinearChain(NamedTuple):
-    """Linear layers that may form a feed-forward network: the input of the last one is computed from the first ones."""
+    """Linear layers that may form a feed-forward network, where the first ones compute the input of the last one."""
 
     ups: list[str]  # paths of the first layers, in the order of their calls
     down: str  # path of the last layer
@@ -65,22 +66,22 @@ class BlockTracer(GraphAppendingTracer):
     """A traced run of a module's forward in training mode.
 
     Args:
-        bypass: submodules that are not run, by path. Such a submodule returns the given number; if that is None, it
-            returns its input, or random numbers if it has linear layers.
+        bypass: submodules that are not run, keyed by path. Such a submodule returns the given number. If that is None,
+            it returns its input, or random numbers if it has linear layers.
     """
 
     module: nn.Module
     bypass: dict[str, float | None]
-    symbols: list[Proxy]  # the arguments that the forward needs
+    symbols: list[Proxy]  # the required arguments of the forward
     has_one_argument: bool
-    output: Any  # what the forward returns, with `Node`s in place of symbols
+    output: Any  # what the module returns, with `Node`s in place of symbols
 
     def __init__(self, module: nn.Module, bypass: dict[str, float | None] | None = None) -> None:
         super().__init__(Graph())
         self.module, self.bypass = module, bypass or {}
         self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of all calls of each submodule
-        self.results: dict[str, TracedTensor] = {}  # of linear layers
-        self.other_parts: dict[str, nn.Module] = {}  # other layers whose input was numbers
+        self.results: dict[str, TracedTensor] = {}  # results of linear layers
+        self.other_parts: dict[str, nn.Module] = {}  # other layers that received numbers as input
         self.source_uses: list[
             str | float
         ] = []  # sources of numbers, once for each linear layer or symbol that reads them
@@ -92,12 +93,12 @@ class BlockTracer(GraphAppendingTracer):
         try:
             with torch.device("cpu"):
                 self.output = self.create_arg(type(module).forward(self.copy_module(), *self.symbols))
-        except Exception:  # unknown code, run on symbols
+        except Exception:  # unknown code may fail on symbols
             self.chains.clear()
 
     def copy_module(self) -> Any:
-        """A copy of the module in training mode, which shares everything except modules and whose submodules are run by
-        `call_part`. Its weights and buffers have arbitrary values."""
+        """Return a copy of the module in training mode whose submodules are run by `call_part`. It shares everything
+        except modules, and its weights and buffers have arbitrary values."""
         memo: dict[int, Any] = {}
         for part in self.module.modules():
             for name, value in vars(part).items():
@@ -115,8 +116,8 @@ class BlockTracer(GraphAppendingTracer):
         return copied
 
     def call_part(self, part: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        """The result of a submodule: random numbers, or the result of its forward; or a symbol, if the submodule is not
-        needed or cannot be run."""
+        """Return the result of a submodule: random numbers, the result of its forward, or a symbol if the submodule is
+        not needed or cannot be run."""
         self.calls[path].append(args)
         given, before = find_traced_tensors((args, kwargs)), len(self.chains)
         outer = any(map(is_linear_layer, part.modules()))
@@ -126,7 +127,8 @@ class BlockTracer(GraphAppendingTracer):
             return self.bypass[path] or (self.draw_result(path, 8) if outer else x)
         if is_linear_layer(part):
             return self.call_linear(part, path, *args, **kwargs)
-        if not runs and given and all(p.ndim < 2 for p in part.parameters()):  # others may mix tokens
+        # modules with larger parameters may mix tokens
+        if not runs and given and all(p.ndim < 2 for p in part.parameters()):
             runs, self.other_parts[path] = True, part
         try:
             if runs:
@@ -134,12 +136,12 @@ class BlockTracer(GraphAppendingTracer):
                 for numbers in find_traced_tensors(out):
                     numbers.sources |= {path}
                 return out
-        except Exception:  # unknown code
+        except Exception:  # unknown code may fail on symbols
             del self.chains[before:]
         return self.create_proxy("call_module", path, args, kwargs)
 
     def call_linear(self, layer: nn.Module, path: str, x: Any) -> Any:
-        """A symbol, if the layer can be the last of a network; random numbers otherwise."""
+        """Return a symbol if the layer can be the last of a network, or random numbers otherwise."""
         source = x.sources if isinstance(x, TracedTensor) else frozenset()
         self.source_uses += source
         ups = [up for up in self.results if up in source]
@@ -152,30 +154,30 @@ class BlockTracer(GraphAppendingTracer):
         return self.draw_result(path, d)
 
     def get_argument_ids(self, paths: list[str]) -> set[int]:
-        """The ids (`id()`) of the arguments of submodules in their last calls."""
+        """Return the ids (`id()`) of the arguments of submodules in their last calls."""
         return {id(x) for path in paths for x in self.calls[path][-1]}
 
     def draw_result(self, path: str, width: int) -> Tensor:
-        """Random numbers for the result of a layer."""
+        """Draw random numbers that stand for the result of a layer."""
         generator = torch.Generator().manual_seed(len(self.results))
         drawn = torch.randn(2, 3, width, generator=generator, dtype=torch.float32)
         self.results[path] = numbers = drawn.as_subclass(TracedTensor)
         numbers.sources = frozenset([path])
-        return numbers.clone()  # which in-place activations may overwrite
+        return numbers.clone()  # a copy, because in-place activations may overwrite it
 
     def proxy(self, node: Node) -> Proxy:
         symbol: Any = Proxy(node, self)
-        symbol.dtype = torch.float32  # like the numbers, so that no code casts them
+        symbol.dtype = torch.float32  # the dtype of the numbers, so that no code casts them
         return symbol
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Conditions on values, such as checks for infinities, are False."""
+        """Return False for conditions on values, such as checks for infinities."""
         if len(self.graph.nodes) > 5000:
-            raise TraceError("a loop that ends by a value")
+            raise TraceError("a loop depends on a value")
         return False
 
     def create_arg(self, a: Any) -> Any:
-        """An operand of a symbol."""
+        """Return an operand of a symbol."""
         if isinstance(a, TracedTensor):
             self.source_uses += a.sources
         if isinstance(a, TracedSetting):
@@ -183,7 +185,7 @@ class BlockTracer(GraphAppendingTracer):
         try:
             return super().create_arg(a)
         except NotImplementedError:
-            return a  # any other object
+            return a  # any other object is kept
 
 
 def find_traced_tensors(values: Any) -> list[TracedTensor]:
@@ -193,18 +195,19 @@ def find_traced_tensors(values: Any) -> list[TracedTensor]:
 
 
 def locate_dropout(settings: Any) -> str | float | None:
-    """The location of a dropout: the path of its rate, or the rate itself if it has none; None if it drops nothing."""
+    """Return the location of a dropout: the path of its rate, or the rate itself if it has no path. Return None if it
+    drops nothing."""
     p = settings["p"]
     return getattr(p, "path", p) if p and settings["training"] else None
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of any kind, including quantized layers and layers with adapters."""
+    """Return whether a module is a linear layer of any kind, including quantized layers and layers with adapters."""
     return all(isinstance(size, int) for size in get_linear_sizes(module))
 
 
 def get_linear_sizes(linear: Any) -> tuple[Any, Any]:
-    """The numbers of input and output features of a linear layer."""
+    """Return the numbers of input and output features of a linear layer."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return getattr(linear, "in_features", None), getattr(linear, "out_features", None)

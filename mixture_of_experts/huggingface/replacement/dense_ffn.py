@@ -1,4 +1,4 @@
-"""Adapters locate the parts of a feed-forward network; `read_dense_ffn` reads a network with an adapter.
+"""Adapters, which locate the parts of a feed-forward network, and `read_dense_ffn`, which reads a network with one.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -26,7 +26,7 @@ GateUpOrder = Literal["gate_up", "up_gate", "interleaved"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """The parts of a feed-forward network, as paths below its module.
+    """The parts of a feed-forward network, as paths relative to its module.
 
     Args:
         up: the first linear layer; in a gated network, the one whose output is not passed through the activation.
@@ -34,14 +34,14 @@ class Adapter:
         gate: the linear layer of a gated network whose output is passed through the activation. Equal to `up` if one
             layer computes both.
         activation: the path of the activation (a module or a function), or the module itself.
-        hidden_dropout: dropout between activation and `down`: the path of a module or of a rate, or the rate itself.
+        hidden_dropout: dropout between activation and `down`: the path of a module or rate, or the rate itself.
         output_dropout: dropout after `down`, in the same format.
-        slot: whether the module also does other things, and calls the parts one by one. If so, the MoE replaces `down`,
-            and identities replace `hidden_dropout` and the parts listed in `bypass`. Otherwise the MoE replaces the
-            whole module.
-        bypass: with `slot`: paths of parts that become identities.
-        ones: with `slot`: the path of a part that returns 1 instead, because the model multiplies by its result.
-        halves: how the outputs for `gate` and `up` are ordered if one layer computes both.
+        slot: whether the module also does other things and calls the parts individually. If so, the MoE replaces
+            `down`, and identities replace `hidden_dropout` and the parts listed in `bypass`. Otherwise the MoE replaces
+            the whole module.
+        bypass: with `slot`, paths of parts that become identities.
+        ones: with `slot`, the path of a part that returns 1 instead, because the model multiplies by its result.
+        halves: the order of the outputs for `gate` and `up` if one layer computes both.
     """
 
     up: str
@@ -56,7 +56,8 @@ class Adapter:
     halves: GateUpOrder = "gate_up"
 
     def linears(self) -> dict[str, str]:
-        """The paths of the linear layers, by their number in the names of expert weights: "1", "2", "3"."""
+        """Return the paths of the linear layers, keyed by their number in the names of expert weights: "1", "2",
+        "3"."""
         paths = {"1": self.gate or self.up, "2": self.down}
         return paths if self.gate is None else {**paths, "3": self.up}
 
@@ -76,11 +77,11 @@ class NetworkLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class DenseFFN:
-    """A dense feed-forward network: `act(x w1 + b1) w2 + b2`, or gated, `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
+    """A dense feed-forward network: `act(x w1 + b1) w2 + b2` or, if gated, `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
 
     Args:
-        weights: views of the network's weights, by their names in experts: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3 `(h,)`,
-            b2 `(d,)`. They require gradients where the network's weights do.
+        weights: views of the network's weights, keyed by their names in experts: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3
+            `(h,)`, b2 `(d,)`. They require gradients if the network's weights do.
     """
 
     weights: dict[str, Tensor]
@@ -89,7 +90,7 @@ class DenseFFN:
 
     @property
     def reference_weight(self) -> Tensor:
-        """A weight that has the network's dtype and device."""
+        """A weight with the network's dtype and device."""
         return self.weights["w1"]
 
     @property
@@ -105,7 +106,7 @@ class DenseFFN:
         return self.weights["w2"].shape[0]
 
     def compute(self, x: Tensor) -> Tensor:
-        """The output `(..., d)` of the network for tokens `(..., d)`."""
+        """Return the output `(..., d)` of the network for tokens `(..., d)`."""
         hidden = self.activation(self._linear(x, "1"))
         if self.is_gated:
             hidden = hidden * self._linear(x, "3")
@@ -141,49 +142,49 @@ def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     )
     dropout = read_dropout(module, adapter.hidden_dropout)
     if dropout is not None:
-        activation = nn.Sequential(activation, dropout)  # also correct in a gated network, because dropout multiplies
+        activation = nn.Sequential(activation, dropout)  # also correct if gated, because dropout is a factor
     return DenseFFN(weights, activation, read_dropout(module, adapter.output_dropout))
 
 
 def check_not_offloaded(module: nn.Module, name: str) -> None:
-    """Raise for weights that a `device_map` left on disk or in another memory: the modules do not hold them."""
+    """Raise if a `device_map` left weights on disk or in another memory, because the modules do not hold them."""
     if any(map(is_offloaded, module.modules())):
         raise ValueError(
-            f"the weights of {name} are not in memory, because of the model's device_map: load the model without it, "
-            "or change its folder by python -m mixture_of_experts.huggingface"
+            f"the weights of {name} are not in memory because of the model's device_map; load the model without it, or "
+            "change its folder with python -m mixture_of_experts.huggingface"
         )
 
 
 def check_not_on_meta(module: nn.Module, name: str) -> None:
-    """Raise for weights that are not in memory."""
+    """Raise if weights are not in memory."""
     check_not_offloaded(module, name)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
-            f"{name} has weights on the meta device: load them first, or change its folder by python -m "
+            f"{name} has weights on the meta device; load them first, or change its folder with python -m "
             "mixture_of_experts.huggingface"
         )
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise for a wrapper of a model: the model inside is what loads, saves and returns a loss."""
+    """Raise for a wrapper of a model, because the model inside is what loads, saves and returns a loss."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
-            f"{type(model).__name__} is a wrapper: change the model in it (PEFT's get_base_model(), _orig_mod of "
-            "torch.compile, module of DDP), or change the model before you wrap it"
+            f"{type(model).__name__} is a wrapper; change the model inside it (PEFT's get_base_model(), _orig_mod of "
+            "torch.compile, module of DDP), or change the model before wrapping it"
         )
 
 
 def check_not_packed(model: nn.Module) -> None:
-    """Raise for a model whose weights are packed as in a GGUF file."""
+    """Raise if the weights of a model are packed as in a GGUF file."""
     if any(map(is_packed_gguf, model.modules())):
         raise ValueError(
-            f"{type(model).__name__} holds weights packed as in its GGUF file: load it with quantization_config="
+            f"{type(model).__name__} holds weights packed as in its GGUF file; load it with quantization_config="
             "GgufConfig(dequantize=True)"
         )
 
 
 def split_gate_up(tensor: Tensor, order: GateUpOrder) -> tuple[Tensor, Tensor]:
-    """Gate and up, each `(..., h)`, from a weight or bias `(..., 2 h)`."""
+    """Split a weight or bias `(..., 2 h)` into gate and up, each `(..., h)`."""
     if order == "interleaved":
         return tensor[..., ::2], tensor[..., 1::2]
     first, second = tensor.chunk(2, dim=-1)
@@ -191,7 +192,8 @@ def split_gate_up(tensor: Tensor, order: GateUpOrder) -> tuple[Tensor, Tensor]:
 
 
 def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
-    """The dropout as a module, from the path of a module or rate, or from a rate; None if it drops nothing."""
+    """Return the dropout as a module, given the path of a module or rate, or a rate. Return None if it drops
+    nothing."""
     found = attrgetter(dropout)(module) if isinstance(dropout, str) else dropout
     if found is None or getattr(found, "p", found) == 0:
         return None
@@ -199,20 +201,20 @@ def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | 
 
 
 def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
-    """Check that a layer is a plain linear one, or GPT-2's `Conv1D`, which stores its weight as `(in, out)`. With
-    `slot`, what it computes is not verified by running the module, so custom forwards are rejected too."""
+    """Check that a layer is a plain linear layer, or GPT-2's `Conv1D`, which stores its weight as `(in, out)`. With
+    `slot`, the module is not run to verify what the layer computes, so custom forwards are rejected too."""
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
     )
     if not plain or (slot and type(layer).forward not in (nn.Linear.forward, Conv1D.forward)):
         raise TypeError(
-            f"{name} is {type(layer).__name__}, not nn.Linear: replace feed-forward networks before a model is "
-            "quantised, sharded or given adapters"
+            f"expected {name} to be an nn.Linear, but it is a {type(layer).__name__}; replace feed-forward networks "
+            "before quantizing or sharding the model or adding adapters to it"
         )
 
 
 def call_or_none(compute: Callable[[], Any]) -> Tensor | None:
-    """The tensor that unknown code returns; None if it raises, or returns something else."""
+    """Return the tensor that unknown code returns, or None if it raises or returns something else."""
     try:
         out = compute()
     except Exception:
@@ -233,7 +235,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-#: torch's modules for activations of `transformers`: experts have fast implementations for them
+#: torch's modules for activations of `transformers`, for which experts have fast implementations
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),
@@ -243,6 +245,6 @@ TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def read_activation(activation: Any) -> nn.Module:
-    """The torch module that computes an activation; the activation itself if there is none."""
+    """Return the torch module that computes an activation, or the activation itself if there is none."""
     make = TORCH_ACTIVATIONS.get(type(activation).__name__)
     return make_activation(activation) if make is None else make()

@@ -1,9 +1,9 @@
-"""Finds feed-forward networks by their structure, in models of unknown classes.
+"""Finds feed-forward networks by their structure in models of unknown classes.
 
-A network consists of two linear layers with an activation between them, or of three layers, where the outputs of two
-are multiplied. Both ends have the width of the residual stream, the middle is no narrower, and all layers are inside a
-numbered block. A trace of the block (`block_tracer.py`) shows the input of the last layer when the first ones return
-random numbers. The activation that computes this input, and the layer that it is applied to, are found by trial.
+A network consists of two linear layers with an activation between them, or of three layers, two of whose outputs are
+multiplied. Both ends have the width of the residual stream, the middle is no narrower, and all layers are inside a
+numbered block. A trace of the block (`block_tracer.py`) shows the input of the last layer when the first layers return
+random numbers. The activation that computes this input, and the layer it is applied to, are found by trial.
 
 Axes: d model dim, h hidden dim.
 """
@@ -35,16 +35,16 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import (
 )
 from mixture_of_experts.ops.activations import SquaredReLU
 
-#: parts of paths or class names of modules that are experts, or not the feed-forward network of a block
+#: parts of paths or class names of modules that are experts, or are not the feed-forward network of a block
 EXCLUDED_NAMES = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )
-PATH_NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.|$)")  # in a path
+PATH_NUMBER = re.compile(r"(^|(?<=\.))\d+(?=\.|$)")  # a number in a path
 EXPERT_NAMES = re.compile(r"router|expert", re.I)
 
 
 class UnsupportedNetwork(NamedTuple):
-    """A network that was found, but cannot be replaced."""
+    """A network that was found but cannot be replaced."""
 
     name: str  # path of its last linear layer
     class_name: str  # class of the module that calls this layer
@@ -54,10 +54,10 @@ class UnsupportedNetwork(NamedTuple):
 def search_networks(
     model: nn.Module, known_networks: Mapping[str, Adapter | UnsupportedNetwork]
 ) -> tuple[list[NetworkLocation], list[UnsupportedNetwork]]:
-    """The networks of a model that can be replaced, and those that are not supported.
+    """Return the networks of a model that can be replaced, and those that are not supported.
 
     Args:
-        known_networks: what is already known about the networks of some modules, by their paths.
+        known_networks: what is already known about the networks of some modules, keyed by path.
     """
     names = {module: name for name, module in model.named_modules()}
     excluded = [
@@ -69,7 +69,7 @@ def search_networks(
     found: list[NetworkLocation] = []
     unsupported: list[UnsupportedNetwork] = []
     seen = set[nn.Module]()
-    for module, name in reversed(names.items()):  # every module after its submodules
+    for module, name in reversed(names.items()):  # visits submodules before their parents
         known = known_networks.get(name)
         if isinstance(known, Adapter):
             found.append(NetworkLocation(name, module, known))
@@ -97,34 +97,34 @@ def search_networks(
 
 
 def matches_residual_width(block: nn.Module, parts: list[nn.Module]) -> bool:
-    """Whether the width of a network equals that of a norm, or of another layer's output, in its block."""
+    """Return whether the width of a network equals that of a norm, or of another layer's output, in its block."""
     others = set(block.modules()).difference(parts)
     widths = {len(p) for other in others for p in other.parameters(recurse=False) if 0 < p.ndim < 3}
     return not widths or get_linear_sizes(parts[-1])[1] in widths
 
 
 def has_experts(module: nn.Module) -> bool:
-    """Whether a module has children that are experts, with or without a router."""
+    """Return whether a module has children that are experts, with or without a router."""
     return any(EXPERT_NAMES.search(name) for name, _ in module.named_children())
 
 
 class UnsupportedNetworkError(Exception):
-    """Raised with the reason why a network cannot be replaced."""
+    """Raised if a network cannot be replaced, with the reason."""
 
 
 def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
-    """The adapter that locates a network's parts.
+    """Return the adapter that locates a network's parts.
 
     Raises:
         UnsupportedNetworkError: the network cannot be replaced.
     """
     ups, out = chain.ups, trial.output
     if any(trial.source_uses.count(up) > 1 for up in ups):
-        raise UnsupportedNetworkError("what is between its linear layers is used elsewhere too")
+        raise UnsupportedNetworkError("the values between its linear layers are also used elsewhere")
     found = match_adapter(trial, chain)
     if getattr(out, "target", None) is F.dropout:
         found, out = replace(found, output_dropout=locate_dropout(out.kwargs)), out.args[0]
-    # the module does nothing else if its output is this network's, its only argument is the tokens, and it has no
+    # the module does nothing else if its output is this network's, the tokens are its only argument, and it has no
     # other linear layers (which it might call in eval)
     alone = sum(map(is_linear_layer, trial.module.modules())) == len(ups) + 1
     if (
@@ -138,7 +138,7 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
 
 
 def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
-    """The first adapter that reproduces the input of the last layer from the results of the first layers.
+    """Return the first adapter that reproduces the input of the last layer from the results of the first layers.
 
     Raises:
         UnsupportedNetworkError: there is none.
@@ -146,16 +146,16 @@ def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     hidden = chain.hidden
     known = (nn.SiLU(), nn.GELU("tanh"), nn.GELU(), nn.ReLU(), SquaredReLU(), nn.Tanh())
     own: dict[nn.Module, Any] = {part: path for path, part in trial.other_parts.items() if path in hidden.sources}
-    dropout = next(iter(hidden.sources.difference(trial.calls)), None)  # with two of them, no candidate matches
+    dropout = next(iter(hidden.sources.difference(trial.calls)), None)  # with two dropouts, no candidate matches
     for activation in (*known, *(own or (nn.Sigmoid(), nn.Identity()))):
         for adapter, b, a in list_candidates(trial, chain):
             if reproduces_hidden(activation, b, a, hidden if dropout is None else hidden / -2):
                 return replace(adapter, activation=own.get(activation, activation), hidden_dropout=dropout)
-    raise UnsupportedNetworkError("no activation is known that computes its hidden layer")
+    raise UnsupportedNetworkError("no known activation computes its hidden layer")
 
 
 def list_candidates(trial: BlockTracer, chain: LinearChain) -> list[tuple[Adapter, Tensor, Any]]:
-    """The candidates for a product of a and the activation of b, as (adapter, b, a)."""
+    """Return the candidates for a product of a and the activation of b, as (adapter, b, a)."""
     first, last, down = chain.ups[0], chain.ups[-1], chain.down
     one, two = trial.results[first], trial.results[last]
     if first != last:
@@ -166,36 +166,36 @@ def list_candidates(trial: BlockTracer, chain: LinearChain) -> list[tuple[Adapte
 
 
 def reproduces_hidden(activation: nn.Module, b: Tensor, a: Any, wanted: Tensor) -> bool:
-    """Whether the elementwise activation of b, times a, equals `wanted`."""
+    """Return whether the elementwise activation of b, times a, equals `wanted`."""
     made = call_or_none(lambda: type(activation).forward(activation, b.reshape(-1, 1)).view(b.shape) * a)
     return made is not None and made.shape == wanted.shape and torch.allclose(made, wanted, atol=2e-6, rtol=2e-5)
 
 
 def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapter) -> Adapter:
-    """The adapter of a network in a module that does other things too: its parts are bypassed.
+    """Return an adapter that bypasses a network's parts, for a network in a module that also does other things.
 
     Raises:
-        UnsupportedNetworkError: tokens would then not reach its last layer, or something else would change.
+        UnsupportedNetworkError: tokens would not reach its last layer, or something else would change.
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]
-    # layers between the linear ones, and modules with the tokens as only input: the first linear layers, their parents
+    # layers between the linear ones, and modules whose only input is the tokens: the first linear layers, their parents
     inner = [path for path in inner if path in trial.other_parts or len(trial.get_argument_ids([path, *ups])) == 1]
     bypass = [path for path in inner if not path.startswith(tuple(f"{outer}." for outer in inner))]
     reused = [path for path in (*bypass, down) if len(trial.calls[path]) > 1]
     if reused:
-        raise UnsupportedNetworkError(f"{reused[0]} is called for something else too")
+        raise UnsupportedNetworkError(f"{reused[0]} is also called for something else")
     ones = found.up if len(ups) == 2 and found.up in bypass else None
     second_trace = BlockTracer(trial.module, {path: 1.0 if path == ones else None for path in bypass})
     bypassed = [match_adapter(second_trace, each) for each in second_trace.chains if each.down == down]
     if not bypassed or bypassed[0].gate or not isinstance(bypassed[0].activation, nn.Identity):
         raise UnsupportedNetworkError(
-            f"what is between its linear layers is part of the code of {type(trial.module).__name__}"
+            f"the computation between its linear layers is part of the code of {type(trial.module).__name__}"
         )
-    output_dropout = None  # set if the dropout is also used after the last layer, because then the MoE must include it
+    output_dropout = None  # the MoE must include the dropout if it is also used after the last layer
     if bypassed[0].hidden_dropout is not None:
         after = [locate_dropout(node.kwargs) for node in chain.output.users if node.target is F.dropout].count(dropout)
         if not isinstance(dropout, str) or trial.source_uses.count(dropout) > 1 + after:
-            raise UnsupportedNetworkError(f"its dropout ({dropout}) cannot be turned off alone")
+            raise UnsupportedNetworkError(f"its dropout ({dropout}) cannot be disabled separately")
         output_dropout = dropout if after else None
     return replace(found, output_dropout=output_dropout, slot=True, bypass=tuple(bypass), ones=ones)

@@ -1,4 +1,4 @@
-"""Replaces feed-forward networks of a loaded model by mixtures of experts, which are new or copies of the networks.
+"""Replaces feed-forward networks of a loaded model by mixtures of new experts, or of copies of the networks.
 
 Axes: d model dim, h hidden dim, e experts, g slices of a network.
 """
@@ -47,7 +47,7 @@ from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 from mixture_of_experts.support.private_torch import move_hooks
 
-#: the axis of the hidden units in weights of a network
+#: the axis of the hidden units in the weights of a network
 HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
 LayerSelection = Iterable[str | int] | Callable[[str], bool] | None
 
@@ -66,35 +66,35 @@ def replace_ffn(
     loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
-    """Replace a model's feed-forward networks by `MoE` layers with new experts. The model is changed.
+    """Replace a model's feed-forward networks by `MoE` layers with new experts, in place.
 
     The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual connections and
     return types of the model are unchanged. Padding is ignored in all losses and statistics. The loss of a training
-    forward with labels includes the auxiliary loss (`aux_loss`). Weights of layers are new tensors: construct the
-    optimizer afterwards. Before adding PEFT adapters, whose files do not include routers, save the model and load it
-    again.
+    forward pass with labels includes the auxiliary loss (`aux_loss`). Weights of layers are new tensors, so construct
+    the optimizer afterwards. Before adding PEFT adapters, whose files do not include routers, save the model and load
+    it again.
 
     Args:
-        model: a model of `transformers`. Pass the model that you train, so that its loss is found, before it is wrapped
+        model: a `transformers` model. Pass the model that you train, so that its loss is found, before wrapping it
             (PEFT, `torch.compile`, DDP).
         num_experts: e, the number of experts.
         k: number of experts per token, for the default gate.
         layers: which networks to replace: block numbers, names (as returned), or a predicate on names. Default: all.
         gate: a function `(dim, num_experts)` that constructs a new gate for each layer. Default:
-            `TopKGating(dim, num_experts, k)`, which drops no tokens. A gate that reads `token_ids` (`HashGating`) gets
-            the model's `input_ids`.
+            `TopKGating(dim, num_experts, k)`, which drops no tokens. A gate that reads `token_ids` (`HashGating`)
+            receives the model's `input_ids`.
         hidden_dim: hidden dim of an expert. Default: that of the network.
         shared_expert: hidden dim of a new shared expert, which processes every token. Default: no shared expert.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
-        adapters: adapters for networks that are not found automatically, by class name.
+        adapters: adapters for networks that are not found automatically, keyed by class name.
 
     Returns:
         The paths of the new layers.
 
     Raises:
-        ValueError: no network, or none of `layers`, was found (the error lists what there is); the model is a wrapper;
-            a network shares weights with another module; `gate` returned the same gate for two layers; or a size is not
-            a positive integer.
+        ValueError: no network, or none of `layers`, was found (the error lists the available ones); the model is a
+            wrapper; a network shares weights with another module; `gate` returned the same gate for two layers; or a
+            size is not a positive integer.
         TypeError: a network's linear layers are not plain; `gate` is not a function of two sizes that returns a gate;
             or `layers` contains something other than numbers and names.
 
@@ -140,17 +140,17 @@ def upcycle(
 
     Before training, the model computes the same as before, up to rounding, unless `noise` or `redraw` are used. This
     requires that a gate's weights have the same sum for every token, and that it drops no tokens in eval. Frozen
-    weights (`requires_grad=False`) are also frozen in the experts; routers are trainable. The optimizer and adapters
-    must be created afterwards, as in `replace_ffn`.
+    weights (`requires_grad=False`) are also frozen in the experts, and routers are trainable. Create the optimizer and
+    adapters afterwards, as for `replace_ffn`.
 
-    With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
-    are the slices of copy i. They start with equal router weights, so that tokens choose them together. Therefore
-    `num_experts` and the gate's number of choices must be multiples of g.
+    With `granularity=g`, an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to
+    `g i + g - 1` are the slices of copy i. They start with equal router weights, so that tokens choose them together.
+    Therefore `num_experts` and the gate's number of choices must be multiples of g.
 
     Args:
         granularity: g, as above.
         shared_expert: number of hidden units that become a shared expert, which processes every token. These are the
-            first units of the network; experts are copies of the others.
+            first units of the network; the experts are copies of the remaining ones.
         noise: standard deviation of the Gaussian noise added to the experts' weights, relative to that of each weight
             tensor.
         redraw: fraction of each expert's hidden units whose weights are redrawn from a normal distribution with the
@@ -159,7 +159,7 @@ def upcycle(
 
     Raises:
         ValueError, TypeError: as in `replace_ffn`; also if the sum of the gate's weights varies (k = 1 without
-            normalization), if it drops tokens in eval, or if sizes are not divisible.
+            normalization), if the gate drops tokens in eval, or if sizes are not divisible.
 
     Example:
         >>> import torch
@@ -175,10 +175,10 @@ def upcycle(
     shared = check_optional_size("shared_expert", shared_expert)
     check_number("noise", noise, at_least=0.0)
     if check_number("redraw", redraw, at_least=0.0) > 1:
-        raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
+        raise ValueError(f"expected redraw to be a fraction from 0 to 1, but got {redraw!r}")
     if check_size("num_experts", num_experts) % g:
         raise ValueError(
-            f"num_experts={num_experts} must be a multiple of granularity={g}: an expert is a slice of a copy"
+            f"num_experts={num_experts} must be a multiple of granularity={g}, because an expert is a slice of a copy"
         )
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     make_gate = make_gate_factory(gate, k, model)
@@ -187,7 +187,8 @@ def upcycle(
         rest = dense.hidden_dim - (shared or 0)
         if rest < 1 or rest % g:
             raise ValueError(
-                f"granularity={g} must divide the {rest} hidden units of a network that shared_expert={shared} leaves"
+                f"granularity={g} must divide the {rest} hidden units of a network that remain with "
+                f"shared_expert={shared}"
             )
         moe: Any = build_moe(dense, num_experts, make_gate, rest // g, coefs, shared, init_weights=False)
         repeat_router_columns(moe.gate, g)
@@ -205,12 +206,12 @@ def upcycle(
 def find_networks(
     model: nn.Module, layers: LayerSelection, adapters: Mapping[str, Adapter] | None
 ) -> list[NetworkLocation]:
-    """The networks of a model that have an adapter or are found by structure, restricted to `layers`."""
+    """Return the networks of a model that have an adapter or are found by structure, restricted to `layers`."""
     check_not_wrapped(check_model("model", model))
     check_not_packed(model)
     adapters = {} if adapters is None else adapters
     if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
-        raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
+        raise TypeError(f"expected adapters to be a dict {{class name: Adapter(...)}}, but got {adapters!r:.99}")
     known = find_torch_layers(model)
     known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
     check_not_chunked(model)
@@ -222,15 +223,15 @@ def find_networks(
     if layers is None and (unsupported or (unsupported := find_inconsistent_modules(model, locations))):
         some = ", ".join(dict.fromkeys(to_path_pattern(location.moe_path) for location in locations))
         raise ValueError(
-            f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
-            f"{explain_unsupported(model, unsupported)}. Or name the networks that you want by layers="
+            f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), but others cannot"
+            f"{explain_unsupported(model, unsupported)}, or select the networks to replace with layers="
         )
     chosen = select_layers([location.moe_path for location in locations], layers)
     return [location for location in locations if location.moe_path in chosen]
 
 
 def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNetwork]) -> str:
-    """The reasons why networks of a model cannot be replaced, for an error message."""
+    """Return, for an error message, the reasons why networks of a model cannot be replaced."""
     if unsupported:
         reasons = "; ".join(
             dict.fromkeys(
@@ -238,19 +239,19 @@ def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNet
             )
         )
     elif any(map(has_experts, model.modules())):
-        reasons = "its blocks have routers and experts already"
+        reasons = "its blocks already have routers and experts"
     else:
         reasons = f"its modules are {', '.join(sorted({type(module).__name__ for module in model.modules()}))}"
-    return f": {reasons}. Tell by adapters={{class name: Adapter(...)}} where a network's parts are"
+    return f": {reasons}. Pass adapters={{class name: Adapter(...)}} to locate a network's parts"
 
 
 def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]) -> list[UnsupportedNetwork]:
-    """Modules in which no network was found, although modules of the same class at the same location in a block have
-    one."""
+    """Return the modules in which no network was found, although modules of the same class at the same location in a
+    block have one."""
     found = {(to_path_pattern(location.name), type(location.module)) for location in locations}
     names = {location.name for location in locations}
     return [
-        UnsupportedNetwork(name, type(module).__name__, "it differs from others of its class")
+        UnsupportedNetwork(name, type(module).__name__, "it differs from other modules of its class")
         for name, module in model.named_modules()
         if (to_path_pattern(name), type(module)) in found
         and name not in names
@@ -259,7 +260,7 @@ def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]
 
 
 def to_path_pattern(name: str) -> str:
-    """A path in which each number is replaced by a star."""
+    """Return a path with each number replaced by a star."""
     return PATH_NUMBER.sub("*", name)
 
 
@@ -267,13 +268,13 @@ def check_not_chunked(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "chunk_size_feed_forward", 0):
             raise ValueError(
-                f"{name} computes its feed-forward network in chunks, but a router has to see whole sequences: "
-                "set config.chunk_size_feed_forward = 0 before the model is built"
+                f"{name} computes its feed-forward network in chunks, but a router must see whole sequences; "
+                "set config.chunk_size_feed_forward = 0 before building the model"
             )
 
 
 def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
-    """The names that `layers` selects, all of which must exist."""
+    """Return the names that `layers` selects, all of which must exist."""
     if layers is None:
         return names
     requested: Any = layers
@@ -284,18 +285,18 @@ def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
             raise TypeError(
-                "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a name, "
-                f"got {entry!r}: for all layers leave it out"
+                "expected layers to be block numbers (integers, such as 1), names (as returned) or a function of a "
+                f"name, but got {entry!r}; omit layers to replace all networks"
             )
     chosen = [name for name in names if name in entries or parse_block_number(name) in entries]
     unmatched = [entry for entry in entries if entry not in {*chosen, *map(parse_block_number, chosen)}]
     if unmatched or not chosen:
-        raise ValueError(f"layers: {unmatched or 'what is asked for'} is not there; there are {', '.join(names)}")
+        raise ValueError(f"layers selects {unmatched or 'no network'}, but the networks are {', '.join(names)}")
     return chosen
 
 
 def parse_block_number(name: str) -> int | None:
-    """The first number in a path, which is that of the block; None if there is none."""
+    """Return the first number in a path, which is that of the block, or None if there is none."""
     match = PATH_NUMBER.search(name)
     return None if match is None else int(match[0])
 
@@ -304,12 +305,13 @@ def parse_block_number(name: str) -> int | None:
 
 
 def make_gate_factory(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
-    """A function that creates gates with `gate` (default: `TopKGating`) and checks that each layer gets a new one."""
+    """Return a function that creates gates with `gate` (default: `TopKGating`) and checks that each layer gets a new
+    one."""
     if gate is None:
         return lambda dim, num_experts: TopKGating(dim, num_experts, k)
-    wanted = "gate must be a function that makes a new gate for each layer, as lambda d, e: TopKGating(d, e, k=2) does"
+    wanted = "expected gate to return a new gate for each layer, as lambda d, e: TopKGating(d, e, k=2) does"
     if isinstance(gate, nn.Module) or not callable(gate):
-        raise TypeError(f"{wanted}, got {gate!r}")
+        raise TypeError(f"{wanted}, but got {gate!r}")
     taken = set(model.modules())
 
     def make(dim: int, num_experts: int) -> nn.Module:
@@ -317,7 +319,9 @@ def make_gate_factory(gate: GateFactory | None, k: int, model: nn.Module) -> Gat
         if not isinstance(made, nn.Module):
             raise TypeError(f"{wanted}, but it returned {made!r}")
         if made in taken:
-            raise ValueError(f"{wanted}, but it returned a {type(made).__name__} that the model or another layer has")
+            raise ValueError(
+                f"{wanted}, but it returned a {type(made).__name__} that the model or another layer already uses"
+            )
         taken.add(made)
         return made
 
@@ -334,13 +338,13 @@ def build_moe(
     *,
     init_weights: bool = True,
 ) -> MoE:
-    """A layer with the network's device and dtype, and matching experts. Without `init_weights`, the experts are on the
-    meta device."""
+    """Return a layer with matching experts and the network's device and dtype. Without `init_weights`, the experts are
+    on the meta device."""
     kind = GatedExperts if dense.is_gated else Experts
     device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
     with device if init_weights else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
-        experts.is_transposed = True  # weights are (e, in, out); PEFT reads this for LoRA
+        experts.is_transposed = True  # PEFT reads this for LoRA: weights are (e, in, out)
         if shared is not None:
             activation = copy.deepcopy(dense.activation)  # with its own dropout
             shared_expert = SharedExpert(
@@ -357,7 +361,7 @@ def build_moe(
 def replace_networks(
     model: nn.Module, locations: list[NetworkLocation], build: Callable[[NetworkLocation, DenseFFN], MoE]
 ) -> list[str]:
-    """Build all layers, then insert them into the model, so that errors leave it unchanged; return their paths."""
+    """Build all layers before inserting them into the model, so that errors leave it unchanged. Return their paths."""
     built = []
     check_not_tied(model, locations)
     for location in locations:
@@ -390,7 +394,7 @@ def register_layers(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
-    """Raise if a module does not compute, on random tokens, the same as the network that was read from it."""
+    """Raise if a module computes something different, on random tokens, from the network that was read from it."""
     if dense.reference_weight.is_meta:
         return
     x = torch.randn(2, 3, dense.dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
@@ -401,9 +405,8 @@ def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
         found, wanted = call_or_none(lambda: location.module(x)), dense.compute(x)
     if found is None or found.shape != wanted.shape or not (found - wanted).norm() <= tolerance * wanted.norm():
         raise ValueError(
-            f"{location.name} is no feed-forward network of tokens alone, or its adapter is wrong: it returns "
-            f"something "
-            f"else than {location.adapter} does"
+            f"{location.name} is not a feed-forward network of tokens alone, or its adapter is wrong: it returns "
+            f"something different from what {location.adapter} describes"
         )
 
 
@@ -422,7 +425,7 @@ def insert_layer(model: nn.Module, location: NetworkLocation, feed_forward: MoEF
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module at all of its paths, keeping its hooks: a network that several layers share becomes one MoE."""
+    """Replace a module at all its paths, keeping its hooks. A network that several layers share becomes one MoE."""
     remove_capturing_hooks(old)
     move_hooks(old, new)
     for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
@@ -430,21 +433,20 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
-    """Raise for networks that share weights with other modules, because experts would not share them."""
+    """Raise if networks share weights with other modules, because experts would not share them."""
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for location in locations:
         for path in location.adapter.linears().values():
             weights = location.module.get_submodule(path).parameters(recurse=False)
             if any(holders[id(weight)] > 1 for weight in weights):
                 raise ValueError(
-                    f"{location.name}.{path} shares a weight with another module, and would share none as experts: "
-                    f"give "
-                    "one of them a copy (its weight = nn.Parameter(weight.clone())), or leave both out by layers="
+                    f"{location.name}.{path} shares a weight with another module, but its experts would not share it; "
+                    "copy one of them (its weight = nn.Parameter(weight.clone())), or exclude both with layers="
                 )
 
 
 class One(nn.Module):
-    """Returns 1, in place of a factor."""
+    """A module that returns 1 in place of a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())
@@ -465,14 +467,17 @@ def repeat_router_columns(gate: Any, g: int) -> None:
     with torch.no_grad():
         for name, parameter in gate.named_parameters():
             if parameter.shape[-1] != gate.num_experts:
-                raise ValueError(f"granularity={g} needs a gate whose weights end in the experts, unlike its {name}")
+                raise ValueError(
+                    f"granularity={g} requires a gate whose weights have the experts as the last axis, but {name} does "
+                    "not"
+                )
             parameter.copy_(parameter[..., ::g].repeat_interleave(g, dim=-1))
 
 
 @torch.no_grad()
 def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float) -> None:
-    """Copy slice i mod g of the network's hidden units, from `first` on, to expert i. The weights of the last layer are
-    scaled to compensate for the gate's weights, whose sum is `total`. Frozen weights stay frozen."""
+    """Copy slice i mod g of the network's hidden units, starting at `first`, to expert i. The weights of the last layer
+    are scaled to compensate for the gate's weights, whose sum is `total`. Frozen weights stay frozen."""
     e, h = experts.num_experts, experts.hidden_dim
     for name, _ in list(experts.named_parameters(recurse=False)):  # excludes the shared activation
         stack = torch.stack([select_hidden_units(dense, name, first + i % g * h, h) for i in range(e)])
@@ -483,7 +488,7 @@ def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float
 
 @torch.no_grad()
 def fill_shared_expert(shared_expert: Any, dense: DenseFFN) -> None:
-    """Copy the first hidden units of a network to a shared expert, without its last bias, which is in the experts."""
+    """Copy the first hidden units of a network to a shared expert, except for its last bias, which the experts have."""
     if shared_expert is None:
         return
     names = ("gate_proj", "down_proj", "up_proj") if dense.is_gated else ("up_proj", "down_proj")
@@ -497,16 +502,15 @@ def fill_shared_expert(shared_expert: Any, dense: DenseFFN) -> None:
 
 
 def select_hidden_units(network: DenseFFN, name: str, start: int, number: int) -> Tensor:
-    """The part of a weight or bias that belongs to a range of hidden units; `b2` belongs to none and is returned
-    whole."""
+    """Return the part of a weight or bias that belongs to a range of hidden units, or all of `b2`, which belongs to
+    none."""
     weight = network.weights[name]
     return weight.narrow(HIDDEN_AXIS[name], start, number) if name in HIDDEN_AXIS else weight
 
 
 @torch.no_grad()
 def perturb_experts(experts: Any, noise: float, redraw: float) -> None:
-    """Make copies differ, by adding noise to weights and by redrawing the same number of hidden units in each
-    expert."""
+    """Make copies differ by adding noise to weights and by redrawing the same number of hidden units in each expert."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
     for weight in weights.values() if noise else ():
         weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())

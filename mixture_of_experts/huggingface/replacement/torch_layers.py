@@ -28,7 +28,7 @@ TORCH_LAYER_CLASSES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwork]:
-    """The torch layers of a model, by path; those without `batch_first` cannot be replaced."""
+    """Return the torch layers of a model, keyed by path. Layers without `batch_first` cannot be replaced."""
     found: dict[str, Adapter | UnsupportedNetwork] = {}
     own = [kind._ff_block for kind in TORCH_LAYER_CLASSES]
     for name, module in model.named_modules():
@@ -38,13 +38,13 @@ def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwor
         if layer.self_attn.batch_first:
             found[name] = TORCH_LAYER_ADAPTER
         else:
-            reason = "it reads tokens (n, b, d), and a router needs sequences first: make the layers with batch_first="
-            found[name] = UnsupportedNetwork(name, type(module).__name__, f"{reason}True, and load the same weights")
+            reason = "it takes tokens (n, b, d), but a router needs sequences first; build the layers with batch_first="
+            found[name] = UnsupportedNetwork(name, type(module).__name__, f"{reason}True and load the same weights")
     return found
 
 
 class LayerReader(ArgumentsReader):
-    """Reads which tokens of a layer of torch are real, from the layer's arguments."""
+    """A reader that determines from the arguments of a torch layer which of its tokens are real."""
 
     argument_names: ClassVar[tuple[str, ...]] = ("src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask")
 
@@ -54,7 +54,7 @@ class LayerReader(ArgumentsReader):
         if x is None or x.is_nested or x.ndim not in (2, 3):
             return TokenMetadata()
         shape = (1, x.shape[0]) if x.ndim == 2 else (x.shape[0], x.shape[1])
-        padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))  # True, or -inf
+        padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))  # padding is True or -inf
         return TokenMetadata(shape=shape, mask=None if padding is None else (padding == 0).view(shape))
 
 

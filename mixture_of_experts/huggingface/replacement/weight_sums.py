@@ -1,4 +1,4 @@
-"""The sum of the router weights of a token, which determines the scale of upcycled experts."""
+"""The sum of a token's router weights, which determines the scale of upcycled experts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mixture_of_experts.moe import MoE
 
 @torch.no_grad()
 def get_constant_weight_sum(moe: MoE, g: int) -> float:
-    """The sum of a token's router weights in eval, which must be the same for all tokens and for the g slices of a
-    copy.
+    """Return the sum of a token's router weights in eval, which must be the same for all tokens and for the g slices of
+    a copy.
 
     Raises:
         ValueError: the sum varies, or the gate drops tokens in eval.
     """
     gate: Any = moe.gate
-    dense = "the upcycled model would not compute what the dense one does"
-    others = "or start with new experts by replace_ffn"
+    dense = "the upcycled model would not compute the same as the dense model"
+    others = "or start with new experts by calling replace_ffn"
     factor = getattr(gate, "capacity_factor_eval", None)
     if factor is not None and factor * (gate.k if gate.capacity_per_choice else 1) < gate.num_experts:
         raise ValueError(
-            f"{type(gate).__name__} with capacity_factor_eval={factor} drops choices in eval, so {dense}: give it "
+            f"{type(gate).__name__} with capacity_factor_eval={factor} drops choices in eval, so {dense}; set "
             f"capacity_factor_eval=None, {others}"
         )
     weight = next(gate.parameters(), torch.empty(0))
@@ -37,18 +37,18 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
         routing = gate(tokens, **({"token_ids": ids} if "token_ids" in get_side_inputs(gate) else {}))
     if routing.k is None:
         raise ValueError(
-            f"in {type(gate).__name__} experts choose, so a token may have none: take a gate in which tokens choose, "
-            f"{others}"
+            f"in {type(gate).__name__} experts choose tokens, so a token may have no expert; use a gate in which "
+            f"tokens choose experts, {others}"
         )
     cells = routing.combine_tensor().sum(dim=-1).double().view(1024, -1, g)  # tokens, copies, slices
     totals = cells.sum(dim=1) * g
     total = totals.mean().item()
     if not total > 0 or (totals / total - 1).abs().max() > 1e-3:
         raise ValueError(
-            f"the weights that {type(gate).__name__} gives the experts of a token do not add up to one number: from "
-            f"{totals.min().item():.3g} to {totals.max().item():.3g}. So {dense}. Take a gate that normalises them "
-            "and, in eval, drops none at random (TopKGating with normalize=True, Top2Gating with "
-            "second_policy_eval='all'); with granularity its number of choices must be a multiple of the granularity; "
+            f"the weights that {type(gate).__name__} assigns to a token's experts do not have a constant sum (from "
+            f"{totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}; use a gate that normalizes "
+            "them and, in eval, drops none at random (TopKGating with normalize=True, Top2Gating with "
+            "second_policy_eval='all'), with a number of choices that is a multiple of the granularity, "
             f"{others}"
         )
     return total

@@ -5,9 +5,9 @@
      "dense_config": {"model_type": "llama", ..., "quantization_config": {"quant_method": "mixture_of_experts",
                                                                          "layers": [...]}}}
 
-Without this package, `AutoConfig`, and so every Auto class, rejects this model type. With it, they get the dense
-configuration, with `ExpertsLoader` as the quantizer. A model's own class finds `dense_config` without help: it looks
-for a sub-configuration with its own `model_type`.
+Without this package, `AutoConfig`, and therefore every Auto class, rejects this model type. With it, they get the dense
+configuration, with `ExpertsLoader` as the quantizer. A model's own class finds `dense_config` even without it, because
+it looks for a sub-configuration with its own `model_type`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ UNSTACKED_FORM = {"class": "UnstackedExperts"}  # one of the forms of experts
 
 
 class ExpertsConfig(PreTrainedConfig):
-    """Reads the saved configuration of a model with experts, and returns the configuration of the dense model."""
+    """A configuration that reads the saved one of a model with experts, and returns the configuration of the dense
+    model."""
 
     model_type = MODEL_TYPE
 
@@ -43,7 +44,7 @@ class ExpertsConfig(PreTrainedConfig):
         name = dense.get("model_type")
         if name not in CONFIG_MAPPING:
             raise ValueError(
-                f"this configuration of a model with experts names no dense model that transformers knows: "
+                f"this configuration of a model with experts does not name a dense model known to transformers: "
                 f"{DENSE_CONFIG_KEY}.model_type is {name!r}"
             )
         return make_config_class(CONFIG_MAPPING[name]).from_dict(dense, **kwargs)
@@ -53,7 +54,7 @@ AutoConfig.register(MODEL_TYPE, ExpertsConfig)
 
 
 class ExpertsConfigMixin:
-    """A mixin for the class of a model's configuration: the file that it writes describes the experts."""
+    """A mixin for the class of a model's configuration that writes a description of the experts to its file."""
 
     def to_dict(self: Any) -> dict[str, Any]:
         found = super().to_dict()  # type: ignore[misc]
@@ -62,23 +63,22 @@ class ExpertsConfigMixin:
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
         if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # its file would lack the layers
             raise ValueError(
-                f"a model with experts that is quantised ({type(self.quantization_config).__name__}) cannot be saved: "
-                "save the model before it is quantised, and of this one adapters alone"
+                f"a model with experts that is quantized ({type(self.quantization_config).__name__}) cannot be saved; "
+                "save the model before quantizing it, and only adapters afterwards"
             )
         layers = read_layer_entries(self)
         if any("block" in layer and UNSTACKED_FORM in layer.get("forms", {}).values() for layer in layers):
             raise ValueError(
-                f"{type(self).__name__}: where layers were blocks, a class may load linear layers of experts into "
-                "stacks of its own: restack() the model before it is saved"
+                f"{type(self).__name__}: if layers replaced blocks, a class may load linear layers of experts into "
+                "stacks of its own; call restack() on the model before saving it"
             )
         records = vars(self).get(LAYERS_KEY)
         records = records if isinstance(records, dict) else {}
         undescribed = [f"{path} of {name}" for name, record in records.items() for path in record.find_undescribed()]
         if undescribed:
             warnings.warn(
-                f"config.json cannot tell {', '.join(undescribed)}, which was changed after the layer was put in: "
-                f"set it "
-                "again after loading",
+                f"config.json cannot describe {', '.join(undescribed)}, which was changed after the layer was "
+                "inserted; set it again after loading",
                 stacklevel=2,
             )
         dense = self.to_diff_dict() if use_diff else self.to_dict()
@@ -94,20 +94,22 @@ class ExpertsConfigMixin:
 
 @cache
 def make_config_class(plain: type[PreTrainedConfig]) -> Any:
-    """The class of a dense model's configuration with `ExpertsConfigMixin`; its name is unchanged, because transformers
-    looks it up."""
+    """Return the class of a dense model's configuration with `ExpertsConfigMixin` added. Its name is unchanged, because
+    transformers looks it up."""
     if issubclass(plain, ExpertsConfigMixin):
         return plain
     return type(plain.__name__, (ExpertsConfigMixin, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
 
 
 def empty(plain: type[PreTrainedConfig]) -> Any:
-    """An empty configuration, for copies and pickles: given only the class name, pickle would find the dense class."""
+    """Return an empty configuration, for copies and pickles. Pickle would find the dense class if it had only the class
+    name."""
     return object.__new__(make_config_class(plain))
 
 
 def read_layer_entries(config: Any) -> list[dict[str, Any]]:
-    """The descriptions of layers with experts in a configuration, of a model in memory or from a file; [] if none."""
+    """Return the descriptions of layers with experts in a configuration, of a model in memory or from a file, or [] if
+    there are none."""
     found, read = getattr(config, LAYERS_KEY, None), read_quantization(config)
     if found is None and read.get("quant_method") == MODEL_TYPE:
         found = read.get("layers")
@@ -115,7 +117,7 @@ def read_layer_entries(config: Any) -> list[dict[str, Any]]:
 
 
 def read_quantization(config: Any) -> dict[str, Any]:
-    """The quantizer settings in a configuration; {} if there are none."""
+    """Return the quantizer settings in a configuration, or {} if there are none."""
     read = getattr(config, "quantization_config", None) or {}
     return read if isinstance(read, dict) else vars(read)
 
@@ -124,8 +126,8 @@ def store_layers_in_config(model: nn.Module) -> None:
     """Add the layers with experts to the model's configuration.
 
     The model gets a separate configuration, because other models may share the old one. A model without a head keeps
-    the old one: it may be part of a model with a head, whose configuration must describe the experts too. If the module
-    is not a `transformers` model, this is applied to the models in it that have such layers.
+    the old one, because it may be part of a model with a head, whose configuration must describe the experts too. For a
+    module that is not a `transformers` model, this applies to the models in it that have such layers.
     """
     if not isinstance(model, PreTrainedModel):
         for inner in model.children():

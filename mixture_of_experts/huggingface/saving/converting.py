@@ -1,5 +1,5 @@
-"""Converts saved models to folders with layers of this package. Loading memory-maps their weights, and a call only
-reads the experts that it chooses."""
+"""Converts saved models to folders with layers of this package. Loading memory-maps their weights, and a call reads
+only the experts that it chooses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def convert_folder(
     three copies of a layer and one output file are in memory at a time.
 
     Args:
-        source: the folder of a stock model, whose sparse blocks are converted as by `from_transformers`; or a folder
+        source: the folder of a stock model, whose sparse blocks are converted as in `from_transformers`, or a folder
             written by `save_pretrained` or another command.
         target: a new folder.
         bits: bits per weight of quantized experts, 8 or 4. Default: experts are not quantized.
@@ -64,17 +64,17 @@ def convert_folder(
         loss_coef: coefficient of each layer's balancing loss. Default: the one saved in the folder, or as in
             `from_transformers` for a stock model.
         max_shard_size: maximum size of a weight file, in bytes.
-        group, rounding: as in `quantize_experts`; only used with `bits`.
+        group, rounding: as in `quantize_experts`. Used only with `bits`.
 
     Raises:
-        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is already quantized and
-            `bits` is given, or its weights and those of the files differ in names or shapes.
-        FileNotFoundError: the source is no folder.
+        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; also if the model is already quantized
+            and `bits` is passed, or if the names or shapes of its weights and those of the files differ.
+        FileNotFoundError: the source is not a folder.
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
     """
     if block not in (None, *BLOCKS):
-        raise ValueError(f"block must be one of {', '.join(map(str, BLOCKS))} or None, got {block!r}")
+        raise ValueError(f"expected block to be one of {', '.join(map(str, BLOCKS))} or None, but got {block!r}")
     config = read_config(source)
     stock = not read_layer_entries(config)
     if stock:
@@ -118,13 +118,14 @@ def convert_folder(
 def quantize_folder(
     source: Path, target: Path, *, bits: int = 8, block: int | None = PORTABLE_BLOCK, **settings: Any
 ) -> None:
-    """`convert_folder` with different defaults: 8 bits, and for 4-bit weights the CPU-independent layout of
+    """Run `convert_folder` with different defaults: 8 bits and, for 4-bit weights, the CPU-independent layout of
     `ops/int4.py`, which every machine rearranges in memory when loading."""
     convert_folder(source, target, bits=bits, block=block, **settings)
 
 
 def plan_dtypes(config: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtype that `from_pretrained(dtype=dtype)` gives each floating-point weight of a saved model, by name."""
+    """Return the dtype that `from_pretrained(dtype=dtype)` assigns to each floating-point weight of a saved model,
+    keyed by name."""
     model_class = find_saved_class(config)
     with torch.device("meta"), default_dtype(dtype, model_class):
         model = model_class(config)

@@ -1,9 +1,9 @@
 """Writes folders of stock models that inference engines read correctly.
 
-`transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`; llama.cpp
-and mlx-lm read the file, and some of their models fall back to a default where the earlier entry is missing.
-For a model returned by `export` or `to_transformers`, `save_pretrained` also writes the earlier entries, copies the
-source model's tokenizer, and warns about engines whose results would differ.
+`transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`, whereas
+llama.cpp and mlx-lm read the file itself, and some of their models fall back to a default if the earlier entry is
+missing. For a model returned by `export` or `to_transformers`, `save_pretrained` also writes the earlier entries,
+copies the source model's tokenizer, and warns about engines whose results would differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "tokenizer.model",  # without it, the converter of llama.cpp has no SentencePiece tokenizer
+    "tokenizer.model",  # llama.cpp's converter needs it for a SentencePiece tokenizer
     "spiece.model",
     "vocab.json",
     "vocab.txt",
@@ -41,7 +41,7 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts")  # names of the same entry
 
 
 class EngineFault(NamedTuple):
-    """A setting that engines silently ignore for some model types. `tests/test_inference_engines.py` runs each."""
+    """A setting that engines silently ignore for some model types. `tests/test_inference_engines.py` runs each one."""
 
     engines: str
     model_types: tuple[str, ...]
@@ -93,13 +93,13 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "vLLM, llama.cpp and mlx-lm",
-        ("mixtral",),
+        ("mixtral", "qwen3_moe"),
         lambda config: config.get("hidden_act", "silu") != "silu",
         "they compute SiLU in every expert (hidden_act)",
     ),
     EngineFault(
         "llama.cpp and mlx-lm",
-        QWEN,
+        ("qwen2_moe",),  # vLLM raises an error for its shared expert
         lambda config: config.get("hidden_act", "silu") != "silu",
         "they compute SiLU in every expert (hidden_act)",
     ),
@@ -107,16 +107,17 @@ ENGINE_FAULTS = (
 
 
 def find_engine_faults(config: Config) -> Iterator[str]:
-    """The engines that would compute something different from `transformers`, and why."""
+    """Yield the engines that would compute something different from `transformers`, with the reason."""
     for fault in ENGINE_FAULTS:
         if config.get("model_type") in fault.model_types and fault.applies(config):
             yield f"{fault.engines}: {fault.reason}"
 
 
 def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str, Any]:
-    """The entries that engines look for but the file lacks; `aliases` maps alternative names of entries to names."""
+    """Return the entries that engines look for but the file lacks. `aliases` maps alternative names of entries to their
+    names."""
     rope, entries = config.get("rope_parameters"), {}
-    if isinstance(rope, Mapping) and "rope_theta" in rope:  # one for all layers
+    if isinstance(rope, Mapping) and "rope_theta" in rope:  # the same for all layers
         entries["rope_theta"] = rope["rope_theta"]
         if find_rope_type(config) != "default":
             entries["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -130,43 +131,43 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
     """Add what engines need to the folder of a stock model, and warn about engines whose results would differ.
 
     Args:
-        folder: contains `config.json`.
-        aliases: other names of entries of the configuration.
+        folder: the folder, which contains `config.json`.
+        aliases: alternative names of entries of the configuration.
         source: the folder or cached repository whose tokenizer is copied if `folder` has none.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config |= find_engine_entries(config, aliases)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    # files of two tokenizers in one folder would give an engine the wrong one
+    # with files of two tokenizers in one folder, an engine could read the wrong one
     has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
     for name in TOKENIZER_FILES if source and not has_tokenizer else ():
         if (found := find_file(source, name)) is not None:
             shutil.copy2(found, folder / name)
     if faults := list(find_engine_faults(config)):
         warnings.warn(
-            f"not every engine computes what this {config['model_type']} computes in transformers: "
-            f"{'; '.join(faults)}. docs/published_mixtures.md lists what each engine serves",
+            f"not every engine computes the same as transformers for this {config['model_type']}: "
+            f"{'; '.join(faults)}. docs/published_mixtures.md lists what each engine supports",
             stacklevel=3,
         )
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """A file in a folder, or of a repository in the hub cache; None if there is none."""
+    """Return the path of a file in a folder or in the hub cache of a repository, or None if there is none."""
     if Path(source).is_dir():
         found: Any = Path(source) / name
     else:
         try:
             found = try_to_load_from_cache(source, name)
-        except HFValidationError:  # a folder that is gone
+        except HFValidationError:  # a folder that no longer exists
             found = None
     return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
 
 
 class EngineSave:
-    """Replaces `save_pretrained` on a stock model, to write folders for engines.
+    """A replacement for `save_pretrained` on a stock model that writes folders for engines.
 
-    It refers to the model weakly: with a reference cycle, only the garbage collector would free the model. In
+    It refers to the model weakly, because only the garbage collector would free a model in a reference cycle. In
     `export(model).save_pretrained(folder)`, the exported model is freed before the call, so a twin with the same
     modules is saved instead. A pickled model gets the method of its class, so that it loads without this package.
     """
@@ -180,7 +181,7 @@ class EngineSave:
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("push_to_hub"):
             raise ValueError(
-                "push_to_hub=True uploads the folder before the entries that engines read are written: call "
+                "push_to_hub=True would upload the folder before the entries for engines are written; call "
                 "model.push_to_hub(repo_id) instead"
             )
         model = self.model() or self.twin
@@ -201,7 +202,7 @@ class EngineSave:
 
 
 def save_for_engines(model: nn.Module, source: str) -> None:
-    """Make `save_pretrained` of a stock model write folders that engines read, with the tokenizer of `source`."""
+    """Make `save_pretrained` of a stock model write folders that engines can read, with the tokenizer of `source`."""
     vars(model)["save_pretrained"] = EngineSave(model, source)
 
 

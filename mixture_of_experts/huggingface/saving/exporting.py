@@ -1,8 +1,8 @@
 """Exports a model with experts as an equivalent model of `transformers`.
 
-`plan_export` makes all decisions without reading weights, so it also works for models whose weights are in files.
-Weights are then converted layer by layer: each layer is brought into the form of a sparse block, into which its weights
-are copied.
+`plan_export` makes all decisions without reading weights, so it also works for models whose weights are in files. The
+weights are then converted layer by layer: each layer is rewritten in the form of a sparse block, and its weights are
+copied into one.
 
 Axes: e experts, d model dim, h hidden dim.
 """
@@ -37,10 +37,10 @@ LayersByPath = Mapping[str, MoEFeedForward]
 
 
 class ExportTarget(NamedTuple):
-    """A family of `transformers` models with experts, and what it supports."""
+    """A family of `transformers` models with experts, and its features."""
 
     prefix: str  # prefix of its classes
-    dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ only in experts
+    dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ from it only in experts
     needs_all_layers: bool = False  # whether every layer must have experts
     has_shared_expert: bool = False  # whether each layer has a shared expert
     has_sliding_window: bool = False  # whether it supports the sliding-window attention of the dense families
@@ -66,13 +66,13 @@ EXPORT_TARGETS = (
     ),
 )
 
-# hidden dim of the all-zero shared expert of layers that have none; llama.cpp quantizes weights in blocks of 32
+# hidden dim of the all-zero shared expert for layers without one, as llama.cpp quantizes weights in blocks of 32
 NO_SHARED_EXPERT_DIM = 32
 
 # biases that are zero in an exported model if the dense model lacks them
 OPTIONAL_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
-# settings that do not affect the computation, or that are handled here
+# settings that do not affect the computation or are handled here
 IGNORED_SETTINGS = {
     "model_type",
     "architectures",
@@ -92,20 +92,20 @@ IGNORED_SETTINGS |= {
 
 
 class ExportPlan(NamedTuple):
-    """The exported model, on the meta device, and the layers that become blocks, by path."""
+    """The exported model, on the meta device, and the layers that become blocks, keyed by path."""
 
     stock_model: Any
     layers: LayersByPath
     target: ExportTarget
 
     def convert_layer(self, path: str) -> dict[str, Tensor]:
-        """The weights of the block that is equivalent to a layer, by their names in the exported model."""
+        """Return the weights of the block that is equivalent to a layer, keyed by their names in the exported model."""
         like = adapt_to_block(self.layers[path].moe, self.target.has_shared_expert)
         return copy_to_block_state(like, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All other weights of the exported model, from the state dict of the model; no two share memory. A tied head
-        is included only if the exported model's head is untied."""
+        """Return all other weights of the exported model, given the state dict of the model. No two share memory. A
+        tied head is included only if the exported model's head is untied."""
         changed, tied = tuple(f"{path}." for path in self.layers), self.stock_model.all_tied_weights_keys
         rest, seen = {}, set()
         for name, like in self.stock_model.state_dict().items():
@@ -123,13 +123,13 @@ class ExportPlan(NamedTuple):
 def export(model: nn.Module) -> Any:
     """Return an equivalent model of a `transformers` class with experts, which runs without this package.
 
-    Llama and Mistral become Mixtral, or Qwen2-MoE if only some layers have experts, if there is a shared expert, or if
-    router weights are not normalized. Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. Settings that only affect
-    training (loss coefficients, jitter, `capacity_factor_train`) are dropped. Additional entries of the configuration,
-    which are not settings of its class, are preserved.
+    Llama and Mistral become Mixtral, or Qwen2-MoE if only some layers have experts, there is a shared expert, or router
+    weights are not normalized. Qwen2 becomes Qwen2-MoE, and Qwen3 becomes Qwen3-MoE. Settings that affect only training
+    (loss coefficients, jitter, `capacity_factor_train`) are dropped. Additional entries of the configuration, which are
+    not settings of its class, are preserved.
 
     Args:
-        model: a model of `transformers` that `replace_ffn` or `upcycle` changed. It is not modified.
+        model: a `transformers` model that `replace_ffn` or `upcycle` changed. It is not modified.
 
     Returns:
         A model with copies of the weights and the same dtype, device and mode. Its logits are equal up to rounding.
@@ -169,21 +169,21 @@ def export(model: nn.Module) -> Any:
 
 
 def plan_export(model: Any) -> ExportPlan:
-    """Find the class for a model; ValueError if it does not support a property of the model. No weights are read."""
+    """Find the class for a model without reading weights. Raise ValueError if no class supports all its properties."""
     name = type(model).__name__
     layers = find_layers(model)
     if not layers:
-        raise ValueError(f"{name} has no layers with experts: there is nothing to export")
+        raise ValueError(f"{name} has no layers with experts, so there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
-        raise ValueError(f"{name} has layers that were blocks: to_transformers makes a stock model of it")
+        raise ValueError(f"{name} has layers that replaced blocks; use to_transformers to convert it to a stock model")
     check_plain_weights(model, name)
     check_not_wrapped(model)
-    found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # such as LlamaForCausalLM
+    found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # for example, LlamaForCausalLM
     family, head = (name, "") if found is None else found.groups()
     candidates = [target for target in EXPORT_TARGETS if family in target.dense_prefixes]
     if not candidates:
         known = ", ".join(sorted({source for target in EXPORT_TARGETS for source in target.dense_prefixes}))
-        raise ValueError(f"no class of transformers is a {name} with experts; there are classes for {known}")
+        raise ValueError(f"transformers has no class for a {name} with experts; it has classes for {known}")
     reasons = []
     for target in candidates:
         stock = make_target_model(model, target, head, layers)
@@ -191,11 +191,11 @@ def plan_export(model: Any) -> ExportPlan:
         if not problems:
             return ExportPlan(stock, layers, target)
         reasons.append(f"{target.prefix}: {', '.join(problems)}")
-    raise ValueError(f"{name} has what has no counterpart in {'; '.join(reasons)}")
+    raise ValueError(f"{name} has properties without a counterpart in {'; '.join(reasons)}")
 
 
 def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPath, stock: Any) -> Iterator[str]:
-    """The properties of the model that the target does not support, in words; equal layers yield equal texts."""
+    """Describe the properties of the model that the target does not support. Equal layers yield equal texts."""
     config = model.config
     dense = [i for i in range(config.num_hidden_layers) if i not in map(parse_block_number, layers)]
     if target.needs_all_layers and dense:
@@ -206,25 +206,25 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
     slides = target.has_sliding_window and "sliding_window" in defaults
     if not slides and (getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))):
         yield "sliding attention"
-    for name, default in defaults.items():  # names that the dense class does not know are additional entries
+    for name, default in defaults.items():  # names unknown to the dense class are additional entries
         if name not in kept and name not in IGNORED_SETTINGS and getattr(config, name) != default:
             yield f"{name}={getattr(config, name)!r} of the configuration"
     own, theirs, paths = model.state_dict().keys(), stock.state_dict().keys(), tuple(f"{path}." for path in layers)
     differ = own ^ theirs - {name for name in theirs - own if name.endswith(OPTIONAL_BIASES)}
     if differ := sorted(name for name in differ if not name.startswith(paths)):
-        yield f"weights that one of both lacks, such as {differ[0]}"
+        yield f"weights that only one of the two models has, such as {differ[0]}"
 
 
 def select_carried_settings(config: Any, target: ExportTarget) -> dict[str, Any]:
-    """The settings of a dense configuration that the target's configuration also has, and the additional entries that
-    neither class knows."""
+    """Return the settings of a dense configuration that the target's configuration also has, and the additional entries
+    that neither class knows."""
     own, theirs = (kind().to_dict().keys() for kind in (type(config), getattr(transformers, f"{target.prefix}Config")))
     settings = {name: value for name, value in config.to_dict().items() if name not in IGNORED_SETTINGS}
     return {n: value for n, value in settings.items() if n == "head_dim" or (n in own) == (n in theirs)}
 
 
 def make_target_model(model: Any, target: ExportTarget, head: str, layers: LayersByPath) -> Any:
-    """A model of the target, on the meta device, with the sizes of the model and of its first layer."""
+    """Return a model of the target on the meta device, with the sizes of the model and of its first layer."""
     moe: Any = next(iter(layers.values())).moe
     settings = {
         **select_carried_settings(model.config, target),
@@ -251,14 +251,14 @@ def make_target_model(model: Any, target: ExportTarget, head: str, layers: Layer
 
 @torch.no_grad()
 def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
-    """A layer in the form of a block, with or without a shared expert, that computes the same as `moe` in eval and
-    shares its weights."""
+    """Return a layer in the form of a block, with or without a shared expert, that computes the same as `moe` in eval
+    and shares its weights."""
     like = copy.copy(moe)
     like._modules = dict(moe._modules)
     if type(moe.gate) is TopKGating:
         gate = like.gate = copy.copy(moe.gate)
         gate.capacity_factor_train, gate.eps = None, 1e-20 if gate.eps <= 1e-9 else gate.eps
-        gate.min_expert_capacity = 4  # the default: it only matters in training
+        gate.min_expert_capacity = 4  # the default, because it matters only in training
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
         w = next(moe.experts.parameters(), next(moe.parameters()))  # quantized experts have none
         factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
@@ -274,10 +274,10 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
 
 
 def make_half_open_gate(like: Tensor) -> Tensor:
-    """The weight `(1, d)` of a shared expert's gate for which the sigmoid rounds to 1/2.
+    """Return the weight `(1, d)` of a shared expert's gate for which the sigmoid rounds to 1/2.
 
     Its elements are tiny. They are nonzero because llama.cpp computes the sigmoid of z as `silu(z) / z`, and they
-    differ because inputs may sum to zero.
+    differ from each other because inputs may sum to zero.
     """
     limits = torch.finfo(like.dtype)
     return torch.linspace(1, 2, like.shape[-1]).mul(max(2.0**-60, limits.smallest_normal * limits.eps)).expand_as(like)

@@ -1,4 +1,4 @@
-"""Changes saved models layer by layer, with a few copies of one layer and one output file in memory.
+"""Changes saved models layer by layer, holding only a few copies of one layer and one output file in memory.
 
 A folder is written under a temporary name in the parent folder of its target, and renamed when it is complete.
 """
@@ -54,15 +54,15 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         settings: arguments of `upcycle`.
 
     Raises:
-        ValueError, TypeError: as in `upcycle`; or the model has experts already, or its weights and those of the
-            files differ in names or shapes.
-        FileNotFoundError: the source is no folder.
+        ValueError, TypeError: as in `upcycle`; also if the model already has experts, or if the names or shapes of its
+            weights and those of the files differ.
+        FileNotFoundError: the source is not a folder.
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
     """
     config = read_config(source)
     if read_layer_entries(config):
-        raise ValueError(f"{source} has experts already")
+        raise ValueError(f"{source} already has experts")
     model = read_model(source, config)
     state, locations = model.state_dict(), find_networks(model, settings.pop("layers", None), settings.get("adapters"))
 
@@ -75,9 +75,9 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
-    """Export a saved model with experts; weights get the names used in the exported class's own checkpoints.
+    """Export a saved model with experts. Weights get the names used in the exported class's own checkpoints.
 
-    A model that was converted by `from_transformers` becomes a stock model again, as by `to_transformers`.
+    A model that was converted by `from_transformers` becomes a stock model again, as with `to_transformers`.
 
     Args:
         source: a folder that `save_pretrained` or another command wrote.
@@ -85,9 +85,9 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
-        ValueError: as in `export` and `to_transformers`; or the model's weights and those of the files differ in names
-            or shapes.
-        FileNotFoundError: the source is no folder.
+        ValueError: as in `export` and `to_transformers`; also if the names or shapes of the model's weights and those
+            of the files differ.
+        FileNotFoundError: the source is not a folder.
         FileExistsError: the target exists.
         OSError: a file cannot be written, as on a full disk.
     """
@@ -113,14 +113,14 @@ def rewrite_folder(
     max_shard_size: int,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a folder next to the target and rename it to the target at the end; it is removed after an error.
+    """Write a folder next to the target and rename it to the target at the end. It is removed after an error.
 
-    It contains the layers at `paths` as returned by `change`, all other weights of the changed model as returned by
-    `read`, and copies of the source's other files (tokenizer etc.). `finish` may change the folder before it is
-    renamed. A process that is ended by SIGKILL leaves `.NAME.xxxx.unfinished` behind, without a `config.json`.
+    The folder contains the layers at `paths` as returned by `change`, all other weights of the changed model as
+    returned by `read`, and copies of the source's other files (tokenizer etc.). `finish` may change the folder before
+    it is renamed. A process killed by SIGKILL leaves a folder `.NAME.xxxx.unfinished` without a `config.json`.
     """
     if target.exists():
-        raise FileExistsError(f"{target} exists: give another name, or remove it")
+        raise FileExistsError(f"{target} already exists; choose another name, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     place: Any = dict(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent)
     with tempfile.TemporaryDirectory(**place, ignore_cleanup_errors=True) as name:
@@ -131,7 +131,7 @@ def rewrite_folder(
             model.get_submodule(path).to("meta")
         tied = model.all_tied_weights_keys
         kept = [name for name in model.state_dict() if not name.startswith(changed) and name not in tied]
-        for _, names in groupby(kept, key=find_block_prefix):  # one block at a time, since `read` may copy
+        for _, names in groupby(kept, key=find_block_prefix):  # one block at a time, because `read` may copy
             shards.add_weights(convert_to_saved(model, {name: read(name) for name in names}))
         shards.close()
         for file in source.iterdir():
@@ -148,38 +148,38 @@ def rewrite_folder(
 
 
 def find_block_prefix(name: str) -> str:
-    """The part of a weight's name that identifies its block: up to the first number, or "" without one. Blocks are
-    saved independently of each other."""
+    """Return the part of a weight's name that identifies its block: everything up to the first number, or "" without a
+    number. Blocks are saved independently of each other."""
     found = re.match(r".*?\.\d+\.", name)
     return found[0] if found else ""
 
 
 @contextmanager
 def naming_unwritable_file(path: Path) -> Iterator[None]:
-    """Make the error of a write, such as that of a full disk, name the file of the target and the remedy."""
+    """Make errors while writing, such as on a full disk, name the file of the target and the remedy."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors has no OSError
+    except (OSError, SafetensorError) as error:  # safetensors does not raise OSError
         raise OSError(
-            f"cannot write {path} ({error}): free disk space, or choose a target on another disk; nothing is left of "
-            "this one"
+            f"cannot write {path} ({error}); free disk space, or choose a target on another disk. The unfinished "
+            "target was removed"
         ) from error
 
 
 def read_experts_model(source: Path, action: str) -> Any:
-    """The model with experts in a folder, as returned by `read_model`."""
+    """Return the model with experts in a folder, as returned by `read_model`."""
     config = read_config(source)
     if not read_layer_entries(config):
         raise ValueError(
-            f"{source} has no experts of this package: there is nothing to {action}. A stock model gets them by "
-            "from_transformers or upcycle"
+            f"{source} has no experts of this package, so there is nothing to {action}; add experts to a stock model "
+            "with from_transformers or upcycle"
         )
     return read_model(source, config)
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """The model in a folder, with the dtypes and the 4-bit layout of its files. The weights are memory-mapped, so only
-    the parts that are used are read."""
+    """Return the model in a folder, with the dtypes and the 4-bit layout of its files. The weights are memory-mapped,
+    so only the parts that are used are read."""
     weights = read_weights(source)
     if read_layer_entries(config):
         config = copy.copy(config)
@@ -189,7 +189,8 @@ def read_model(source: Path, config: Any) -> Any:
         model, info = find_saved_class(config).from_pretrained(None, **settings)
     except RuntimeError as error:
         raise find_wrong_shape(config, weights) or ValueError(
-            f"the weights of {source} do not fit its config.json: fetch both again, or correct config.json ({error})"
+            f"the weights of {source} do not match its config.json; download both again, or correct config.json "
+            f"({error})"
         ) from error
     check_all_used(source, info["unexpected_keys"])
     for name in sorted({*info["missing_keys"]}.difference(model.all_tied_weights_keys)):
@@ -199,13 +200,14 @@ def read_model(source: Path, config: Any) -> Any:
         if name in weights and tensor.is_floating_point():
             check_float(name, weights[name])
     for name, tensor in state.items():
-        if name in weights and weights[name].dtype != tensor.dtype:  # transformers uses a single dtype for all
+        if name in weights and weights[name].dtype != tensor.dtype:  # transformers uses a single dtype for all weights
             tensor.data = weights[name]
     return model
 
 
 def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError | None:
-    """The error for a weight that has another shape in the files than in the model: that of transformers names none."""
+    """Return an error for a weight whose shapes in the files and in the model differ, because the error of transformers
+    names no weight."""
     model = make_empty_model(config)
     if entries := read_layer_entries(config):
         insert_experts(model, entries)
@@ -216,26 +218,29 @@ def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError |
 
 
 def read_config(source: Path) -> Any:
-    """The configuration in a folder, whose model must not be quantized by another library. The hub is not accessed, and
-    no code in the folder runs."""
+    """Return the configuration in a folder, whose model must not be quantized by another library. This neither accesses
+    the hub nor runs code in the folder."""
     if not source.is_dir():
-        raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
+        raise FileNotFoundError(
+            f"{source} is not a folder, and nothing is downloaded automatically; download the model to a folder first"
+        )
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     method = read_quantization(config).get("quant_method", MODEL_TYPE)
     if method != MODEL_TYPE:
-        raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
+        raise ValueError(f"{source} is already quantized ({method}); pass the folder of the model before quantization")
     return config
 
 
 def make_empty_model(config: Any) -> Any:
-    """The model that was saved, on the meta device."""
+    """Return the saved model on the meta device."""
     with torch.device("meta"):
         model: Any = find_saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
 class ShardWriter:
-    """Writes weights to files, each as soon as it is full. Errors name the target, which the folder is renamed to."""
+    """A writer of weights to files, each as soon as it is full. Errors name the target, to which the folder is
+    renamed."""
 
     folder: Path
     max_size: int
@@ -271,7 +276,7 @@ class ShardWriter:
         self.pending = {}
 
     def close(self) -> None:
-        """Write the last file, and rename all files with their final numbers."""
+        """Write the last file, and rename all files to include their final numbers."""
         if self.pending:
             self.write_shard()
         n, weight_map = len(self.shard_names), {}

@@ -30,11 +30,11 @@ GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 GATE_CLASSES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
 ATTRIBUTE_NAMES = {"num_gates": "num_experts"}  # arguments that a gate stores under another name
 OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if this tensor exists
-#: described elsewhere in an entry, or specific to a run and not saved
+#: arguments that are described elsewhere in an entry, or are specific to a run and not saved
 EXCLUDED_ARGUMENTS = ("self", "device", "dtype", "settings", "process_group", "forced", "loss_coef", "z_loss_coef")
 FIXED_ARGUMENTS = {"ReLUGating": ("score", "normalize")}  # arguments that a gate passes to its base class
 JSON_TYPES = (bool, int, float, str, type(None))
-#: functions that convert stacked experts to other forms, by class name
+#: functions that convert stacked experts to other forms, keyed by class name
 EXPERT_FORMS: dict[str, Callable[..., nn.Module]] = {
     "QuantizedExperts": QuantizedExperts,
     "UnstackedExperts": unstack_experts,
@@ -42,13 +42,13 @@ EXPERT_FORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 class LayerRecord:
-    """The description of a layer. Its copy belongs to the copy of the layer, or describes the state of the original
+    """The description of a layer. A copy of it belongs to the copy of the layer, or describes the state of the original
     layer."""
 
     layer: Callable[[], MoEFeedForward | None] | None = None
 
     def __init__(self, layer: MoEFeedForward) -> None:
-        #: settings that a layer has right after it was built from its description
+        #: settings that a layer has immediately after being built from its description
         self.built: dict[str, Any] = {
             path: value for path, value in read_layer_settings(layer).items() if is_json_value(value)
         }
@@ -59,7 +59,7 @@ class LayerRecord:
         self.layer = self.layer or weakref.ref(layer)
 
     def read_entry(self) -> dict[str, Any]:
-        """The current entry of the layer; if the layer no longer exists, the entry that was last read."""
+        """Return the current entry of the layer, or the entry that was last read if the layer no longer exists."""
         layer = self.layer and self.layer()
         if layer is not None:
             entry, now = describe_feed_forward(layer), read_layer_settings(layer)
@@ -74,7 +74,7 @@ class LayerRecord:
         return self.entry
 
     def find_undescribed(self) -> list[str]:
-        """The settings that were changed, after the layer was inserted, to values that JSON cannot represent."""
+        """Return the settings that, after the layer was inserted, were changed to values that JSON cannot represent."""
         layer = self.layer and self.layer()
         return (
             []
@@ -87,7 +87,7 @@ class LayerRecord:
 
 
 def describe_layers(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
-    """The description of layers, given by path; layers with equal settings share an entry."""
+    """Return the descriptions of layers, keyed by path. Layers with equal settings share an entry."""
     names: dict[str, list[str]] = {}
     for name, record in records.items():
         names.setdefault(json.dumps(record.read_entry(), sort_keys=True), []).append(name)
@@ -106,7 +106,7 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
         if get_original_class(named_module.module).__name__ in EXPERT_FORMS
     }
     coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
-    if isinstance(feed_forward, SparseFeedForward):  # the stock model of the configuration has the rest
+    if isinstance(feed_forward, SparseFeedForward):  # the configuration's stock model determines the rest
         balance_over = getattr(gate, "balance_over", "batch")
         return {"block": feed_forward.block, "balance_over": balance_over, "forms": forms, **coefs}
     return {
@@ -121,7 +121,7 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
-    """The class and the arguments of a gate, in types that JSON can represent; None for a custom gate."""
+    """Return the class and arguments of a gate, in types that JSON can represent, or None for a custom gate."""
     kind = get_original_class(gate)
     if GATE_CLASSES.get(kind.__name__) is not kind:
         return None
@@ -130,7 +130,7 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
 
 
 def read_gate_arguments(gate: nn.Module, kind: type) -> dict[str, Any]:
-    """The constructor arguments for the current settings of a gate of class `kind`."""
+    """Return the constructor arguments for the current settings of a gate of class `kind`."""
     arguments = {}
     for name in list_gate_arguments(kind) or ():
         if name in OPTIONAL_TENSORS:
@@ -141,12 +141,12 @@ def read_gate_arguments(gate: nn.Module, kind: type) -> dict[str, Any]:
 
 
 def is_json_value(value: Any) -> bool:
-    """Whether JSON can represent a value."""
+    """Return whether JSON can represent a value."""
     return all(isinstance(item, JSON_TYPES) for item in (value if isinstance(value, list | tuple) else [value]))
 
 
 def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
-    """The settings of a layer that can be changed later, by path."""
+    """Return the settings of a layer that can be changed later, keyed by path."""
     found = {}
     for named_module in iter_named_modules(feed_forward):
         path, module = named_module.name, named_module.module
@@ -162,17 +162,17 @@ def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
-    """Set the settings of a layer that a file describes as changed, using their checks.
+    """Set the settings of a layer that a file describes as changed, applying the checks of these settings.
 
     Raises:
-        ValueError: one is not a setting in `read_layer_settings`, or its value is invalid.
+        ValueError: an entry is not a setting in `read_layer_settings`, or its value is invalid.
     """
     known = read_layer_settings(layer)
     for path, value in changes.items():
         if path not in known or not is_json_value(value):
             raise ValueError(
-                f"config.json changes {path!r} to {value!r}, which is no setting of a layer with experts, or no value "
-                f"of one: this layer has {', '.join(known)}"
+                f"config.json changes {path!r} to {value!r}, but this is not a valid setting and value for a layer "
+                f"with experts; the settings of this layer are {', '.join(known)}"
             )
     for path, value in changes.items():
         parent, _, name = path.rpartition(".")
@@ -190,7 +190,7 @@ def naming_rejected_entries(changes: Mapping[str, Any]) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         named = ", ".join(f"{path!r} to {value!r}" for path, value in changes.items())
-        raise ValueError(f"config.json changes {named}, which this layer does not take: {error}") from error
+        raise ValueError(f"config.json changes {named}, which this layer does not accept: {error}") from error
 
 
 def return_unchanged(name: str, value: Any) -> Any:
@@ -198,13 +198,13 @@ def return_unchanged(name: str, value: Any) -> Any:
 
 
 def check_share(name: str, value: Any) -> float:
-    """A number from 0 to 1."""
+    """Return a number, checked to be from 0 to 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
+        raise ValueError(f"expected {name} to be a number from 0 to 1, but got {value!r}")
     return value
 
 
-#: checks of settings that modules store unchecked
+#: checks for settings that modules do not check themselves
 SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": check_share}
 
 

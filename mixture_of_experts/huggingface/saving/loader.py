@@ -25,25 +25,25 @@ from mixture_of_experts.huggingface.saving.shards import check_float, check_shar
 from mixture_of_experts.huggingface.saving.weight_names import make_load_conversions
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a configuration would store them as settings
+NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # which a configuration would store as settings
 
 
 @register_quantization_config(MODEL_TYPE)
 @dataclass
 class ExpertsLoaderConfig(QuantizationConfigMixin):
-    """The description of layers with experts from a configuration file, and the arguments of `from_pretrained`."""
+    """The description of layers with experts in a configuration file, and the arguments of `from_pretrained`."""
 
     quant_method: Any = MODEL_TYPE
     layers: Any = ()
     gate: GateFactory | None = None
     adapters: Mapping[str, Adapter] | None = None
-    repack: bool = True  # whether to rearrange 4-bit weights in memory unless they have this machine's layout
+    repack: bool = True  # whether to rearrange 4-bit weights to this machine's layout in memory
 
 
 @register_quantizer(MODEL_TYPE)
 class ExpertsLoader(HfQuantizer):
-    """Inserts layers with experts into a model that has no weights yet. The model is not marked as quantized, because
-    trainers reject quantized models."""
+    """A quantizer that inserts layers with experts into a model before weights are loaded. It does not mark the model
+    as quantized, because trainers reject quantized models."""
 
     def preprocess_model(
         self, model: Any, *args: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -63,7 +63,7 @@ class ExpertsLoader(HfQuantizer):
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         loader_config: Any = self.quantization_config
         finish_loading(model, loader_config.repack)
-        for name, value in model.state_dict().items():  # integers are loaded as they are in the files
+        for name, value in model.state_dict().items():  # integers are loaded without conversion
             if name in self.float_names:
                 check_float(name, value)
         del model.hf_quantizer
@@ -86,21 +86,21 @@ def from_pretrained(
 ) -> Any:
     """Load a model that `replace_ffn` or `upcycle` changed and `save_pretrained` wrote.
 
-    Once this package is imported, Auto classes and the model's own class load it too. This function also accepts a
-    custom gate, and adapters.
+    Once this package is imported, Auto classes and the model's own class can load it too. This function also accepts a
+    custom gate and adapters.
 
     Args:
         path: the folder, or a name on the hub.
         model_class: a class of `transformers` or one of its `AutoModel...` classes. Default: the class that was saved.
-        gate: the function that was passed to `replace_ffn`. Only needed for custom gates; those of this package are
-            described in `config.json`.
+        gate: the function that was passed to `replace_ffn`. Needed only for custom gates, because `config.json`
+            describes those of this package.
         adapters: the adapters that were passed to `replace_ffn`.
         settings: arguments of the class's own `from_pretrained`, and settings of the configuration (`num_labels=3`).
-            `trust_remote_code` is False by default, so that code in the folder is not run and there is no prompt.
+            `trust_remote_code` is False by default, so code in the folder is not run and there is no prompt.
 
     Raises:
-        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers
-            do not have; or files of weights are outside of the folder, disagree with their index, or have integers for
+        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers do
+            not have; or weight files are outside of the folder, do not match their index, or have integers for
             floating-point weights.
 
     Example:
@@ -118,7 +118,8 @@ def from_pretrained(
     """
     if "quantization_config" in settings:
         raise ValueError(
-            "quantization_config cannot be given: load the model, then quantise it, as torchao's quantize_"
+            "quantization_config is not supported; load the model, and then quantize it, for example with torchao's "
+            "quantize_"
         )
     settings.setdefault("trust_remote_code", False)  # with None, transformers prompts on standard input
     config = settings.pop("config", None)
@@ -133,18 +134,20 @@ def from_pretrained(
         setattr(config, name, settings.pop(name))
     layers = read_layer_entries(config)
     if not layers:
-        raise ValueError(f"{path} has no experts: its configuration has no {LAYERS_KEY!r}. Load it by its own class")
+        raise ValueError(
+            f"{path} has no experts, because its configuration has no {LAYERS_KEY!r}; load it with its own class"
+        )
     config.quantization_config = {"quant_method": MODEL_TYPE, "layers": layers, "gate": gate, "adapters": adapters}
     return (model_class or find_saved_class(config)).from_pretrained(path, config=config, **settings)
 
 
 def find_saved_class(config: Any) -> Any:
-    """The `transformers` class of the model that was saved with a configuration."""
+    """Return the `transformers` class of the model that was saved with a configuration."""
     name = (config.architectures or ["?"])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"transformers has no model class {name!r}: pass model_class, or write the model's class into config.json, "
+            f"transformers has no model class {name!r}; pass model_class, or write the model's class to config.json, "
             'such as "architectures": ["LlamaForCausalLM"]'
         )
     return found

@@ -43,12 +43,12 @@ def insert_experts(
     gate: GateFactory | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
-    """Change a dense model so that the weights of a model with experts can be loaded. Its own weights are lost.
+    """Change a dense model such that the weights of a model with experts can be loaded. Its own weights are lost.
 
     Raises:
-        ValueError: a gate is not described, and no `gate` is given; none of the layers has a location in this model; or
-            a layer does not have a setting that is described as changed, or not with this value; or a gate or a form of
-            experts does not exist.
+        ValueError: a gate is not described and no `gate` is passed; none of the layers has a location in this model; a
+            layer does not have a setting that is described as changed, or does not accept its value; or a gate or a
+            form of experts does not exist.
         TypeError, ValueError: `gate` does not create a new gate for each layer.
     """
     entries: dict[str, dict[str, Any]] = {}
@@ -56,12 +56,12 @@ def insert_experts(
         if gate is None and entry.get("gate", "block") is None:
             raise ValueError(
                 f"the gate of {', '.join(entry['layers'])} is a {entry['gate_class']}, which config.json cannot "
-                "describe: pass gate=, the function that was given to replace_ffn, to "
+                "describe; pass gate=, the function that was passed to replace_ffn, to "
                 "mixture_of_experts.huggingface.from_pretrained"
             )
         entries |= {place: entry for name in entry["layers"] if (place := find_layer_path(model, name)) is not None}
     if not entries:
-        raise ValueError(f"{type(model).__name__} has no place for any of {[entry['layers'] for entry in layers]}")
+        raise ValueError(f"{type(model).__name__} has none of the layers {[entry['layers'] for entry in layers]}")
     if blocks := {place: entry for place, entry in entries.items() if "block" in entry}:
         replace_blocks(model, blocks)
     if networks := [place for place, entry in entries.items() if "block" not in entry]:
@@ -72,7 +72,7 @@ def insert_experts(
     for place, entry in entries.items():
         layer: Any = model.get_submodule(place)
         for path, form in entry.get("forms", {}).items():
-            with naming_rejected_description(f"gives {path!r} the form {form!r}", EXPERT_FORMS):
+            with naming_rejected_description(f"describes {path!r} as {form!r}", EXPERT_FORMS):
                 apply_form(layer, path, form)
         apply_changes(layer, entry.get("changed", {}))
     update_parallel_plans(model)
@@ -81,7 +81,7 @@ def insert_experts(
 def build_described_layer(
     entries: Mapping[str, Any], gate: GateFactory | None, location: NetworkLocation, dense: DenseFFN
 ) -> MoE:
-    """The layer for the location of a dense network, as described by its entry."""
+    """Return the layer described by the entry for the location of a dense network."""
     entry = entries[location.moe_path]
     coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
 
@@ -94,32 +94,33 @@ def build_described_layer(
 
 
 def apply_form(layer: Any, path: str, form: Any) -> None:
-    """Replace stacked experts of a layer by those of the form that is described, a class alone or with arguments."""
+    """Replace stacked experts of a layer by the described form, given as a class name or as a class with arguments."""
     arguments = {"class": form} if isinstance(form, str) else dict(form)
     make, stacked = EXPERT_FORMS[arguments.pop("class")], layer.get_submodule(path)
     if not isinstance(stacked, StackedExperts):
-        raise TypeError(f"{path} is a {type(stacked).__name__}, not stacked experts")
+        raise TypeError(f"expected {path} to be stacked experts, but it is a {type(stacked).__name__}")
     set_attribute(layer, path, make(stacked, **arguments))
 
 
 @contextmanager
 def naming_rejected_description(description: str, classes: Iterable[str]) -> Iterator[None]:
-    """Turn an error of building what config.json describes into a ValueError that names the entry and the classes."""
+    """Turn errors while building what config.json describes into a ValueError that names the entry and the classes."""
     try:
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"config.json {description}, which cannot be built ({type(error).__name__}: {error}): the classes are "
-            f"{', '.join(classes)}; correct this entry, or save the model anew"
+            f"config.json {description}, which cannot be built ({type(error).__name__}: {error}); the classes are "
+            f"{', '.join(classes)}. Correct this entry, or save the model again"
         ) from error
 
 
 def finish_loading(model: Any, repack: bool = True) -> None:
-    """Finish a model whose weights were loaded. Raises for a checkpoint that lacks weights of layers, which
-    transformers leaves uninitialized, except for weights that a `device_map` left on disk. With `repack`, copies 4-bit
-    weights that are in another layout into that of this machine; those in its own layout stay mapped. Lets gates
-    balance over the ranks that have different tokens, and makes the model save weights under its own names, whatever
-    the names in the files were."""
+    """Finish a model whose weights were loaded.
+
+    Raises for a checkpoint that lacks weights of layers, which transformers leaves uninitialized, except for weights
+    that a `device_map` left on disk. With `repack`, copies 4-bit weights in another layout into that of this machine;
+    those already in its layout stay mapped. Makes gates balance over the ranks that have different tokens, and makes
+    the model save weights under its own names, whatever the names in the files were."""
     model.name_or_path = model.config.name_or_path
     clear_weight_conversions(model)
     use_own_names_on_save(model)
@@ -128,8 +129,8 @@ def finish_loading(model: Any, repack: bool = True) -> None:
         lacks = [name for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
         if lacks:
             raise ValueError(
-                f"the checkpoint has no {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}: load a dense "
-                "model by its own class and upcycle it"
+                f"the checkpoint has no {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}; to load a dense "
+                "model, use its own class and upcycle it"
             )
     for module in model.modules():
         if isinstance(module, QuantizedExperts) and repack:
@@ -141,9 +142,9 @@ def finish_loading(model: Any, repack: bool = True) -> None:
 
 
 def find_layer_path(model: Any, name: str) -> str | None:
-    """The path of a described layer in this model: with a head, paths have an additional first component.
+    """Return the path of a described layer in this model. With a head, paths have an additional first component.
 
-    None if the model lacks this part; for example, it may be only the encoder of an encoder-decoder model.
+    Returns None if the model lacks this part; for example, it may be only the encoder of an encoder-decoder model.
     """
     paths, head = dict(model.named_modules()), f"{model.base_model_prefix}."
     return next((path for path in (name, head + name, name.removeprefix(head)) if path in paths), None)

@@ -1,4 +1,4 @@
-"""The files of a checkpoint and their index: files must be in the folder and must contain what the index lists."""
+"""The files of a checkpoint and their index. Files must be in the folder and contain what the index lists."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ def name_unreadable_file(path: Path) -> Iterator[None]:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{path} is missing, damaged or no such file ({problem}): fetch it again, or save the model anew"
+            f"{path} is missing, damaged or not a valid file of its kind ({problem}); download it again, or save the "
+            "model again"
         ) from error
 
 
 def make_missing_error(name: str) -> ValueError:
-    return ValueError(f"the files have no {name}: load the model by transformers and save it, which renames weights")
+    return ValueError(f"the files have no {name}; load the model with transformers and save it, which renames weights")
 
 
 def check_float(name: str, stored: Tensor) -> None:
-    """Raise ValueError if what is stored for a floating-point weight is not floating-point."""
+    """Raise ValueError if a tensor stored for a floating-point weight is not floating-point."""
     if not stored.is_floating_point():
         raise ValueError(
-            f"{name} has the dtype {stored.dtype} in the files, where the model has floating-point numbers: convert "
-            "the weight as its publisher describes, or save the model anew"
+            f"{name} has the dtype {stored.dtype} in the files, but the model has floating-point numbers; convert the "
+            "weight as its publisher describes, or save the model again"
         )
 
 
@@ -45,34 +46,36 @@ def check_all_used(folder: Path, unexpected: Collection[str]) -> None:
     if names := sorted(unexpected):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ValueError(
-            f"the model of {folder / 'config.json'} has no place for {names[0]}{more}, which the files have: correct "
-            "config.json, or load the model by transformers and save it, which leaves them out"
+            f"the files have {names[0]}{more}, but the model of {folder / 'config.json'} has no such weights; correct "
+            "config.json, or load the model with transformers and save it, which drops them"
         )
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The `weight_map` of an index: the file of each weight. All files must be in the folder of the index."""
+    """Return the `weight_map` of an index: the file of each weight. All files must be in the folder of the index."""
     with name_unreadable_file(index):
         weight_map: dict[str, str] = {**json.loads(index.read_text())["weight_map"]}
         for file in sorted({*weight_map.values()}):
             if PureWindowsPath(file).name != file:
-                raise ValueError(f"{file!r} of its weight_map is outside of the folder")
+                raise ValueError(f"{file!r} in its weight_map is outside of the folder")
     return weight_map
 
 
 def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[str, str]) -> None:
     """Raise ValueError if a file has weights that the index lacks, or lacks weights that the index assigns to it."""
     if unknown := sorted(set(names) - weight_map.keys()):
-        raise ValueError(f"{file} has {unknown[0]}, which its index lacks: fetch both again, or save the model anew")
+        raise ValueError(
+            f"{file} has {unknown[0]}, which its index lacks; download both again, or save the model again"
+        )
     if missing := sorted(name for name in weight_map if weight_map[name] == file.name and name not in names):
         raise make_missing_error(missing[0])
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights in the files of a folder, by name, each read from the file that the index assigns to it.
+    """Return the weights in the files of a folder, keyed by name, each read from the file that the index assigns to it.
 
-    As in `transformers`, an index is ignored if the weights are in a single file. Weights are views of the files, of
-    which only used parts are read.
+    As in `transformers`, an index is ignored if the weights are in a single file. Weights are views of the files,
+    so only the parts that are used are read.
     """
     index, weight_map, weights = folder / INDEX_FILE, None, {}
     if index.exists() and not (folder / ONE_FILE).exists():
@@ -88,10 +91,10 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_shards(folder: str, files: Sequence[str]) -> None:
-    """Check the files that `transformers` is going to read, from a local folder or fetched from the hub.
+    """Check the files that `transformers` is about to read, from a local folder or downloaded from the hub.
 
-    `transformers` resolves their names without checks, and if two files contain the same weight, it uses that of the
-    last file, whatever the index says.
+    `transformers` resolves their names without checks. If two files contain the same weight, it uses that of the last
+    file, whatever the index says.
 
     Raises:
         ValueError: a file is outside of the folder, or the files do not match their index.
@@ -100,7 +103,7 @@ def check_shards(folder: str, files: Sequence[str]) -> None:
     if Path(folder).is_dir():
         for path in paths:
             if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
-                raise ValueError(f"{path} of the weight_map of {folder} is outside of the folder")
+                raise ValueError(f"{path} in the weight_map of {folder} is outside of the folder")
     names = {path.name for path in paths}
     for index in sorted(paths[0].parent.glob("*.safetensors.index.json")) if paths else []:
         weight_map = read_index(index)
@@ -116,6 +119,6 @@ def check_shard(path: Path, weight_map: Mapping[str, str]) -> None:
     check_shard_names(path, names, weight_map)
     if strays := sorted(name for name in names if weight_map[name] != path.name):
         raise ValueError(
-            f"{path} has {strays[0]}, which its index assigns to {weight_map[strays[0]]}: fetch the files again, or "
-            "save the model anew"
+            f"{path} has {strays[0]}, which its index assigns to {weight_map[strays[0]]}; download the files again, or "
+            "save the model again"
         )

@@ -1,8 +1,8 @@
 """Names of weights in files.
 
-A `transformers` class may rename the weights of its checkpoints when it loads them, and rename them back when it saves
+A `transformers` class may rename the weights of its checkpoints when loading them, and rename them back when saving
 them. A model with layers saves all weights under its own names, because `Trainer` loads files without renaming: weights
-with other names would keep their current values when a run is resumed, or when its best model is loaded. Files with the
+with other names would keep their current values when a run is resumed or its best model is loaded. Files with the
 weights of layers under the class's names, as written by earlier versions, are also supported.
 """
 
@@ -24,18 +24,18 @@ from mixture_of_experts.huggingface.private_transformers import (
 
 
 def keep_names_on_saving(model: nn.Module) -> None:
-    """Make a model and each model inside it save weights under their own names if it has layers."""
+    """Make a model, and each model inside it, save weights under their own names if it has layers."""
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and find_layers(inner):
             use_own_names_on_save(inner)
 
 
 def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
-    """The conversions of names and weights while a model is loaded. Names in the files that are the model's own are
+    """Return the conversions of names and weights for loading a model. Names in the files that are the model's own are
     kept, and weights of layers have their own names afterwards.
 
     Renamings may also change the model's own names, and for weights of layers, renaming and reverse renaming may not be
-    inverses: `.gate.` may become `.mlp.gate.` after any prefix. So the first renaming replaces each name by a
+    inverses: `.gate.` may become `.mlp.gate.` after any prefix. Therefore the first renaming replaces each name by a
     placeholder, and the last one restores the name.
     """
     layers, weights = tuple(f"{name}." for name in find_layers(model)), list(model.state_dict())
@@ -43,7 +43,7 @@ def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
     numbers = {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)}
     files = own_names(model, numbers)
     files |= map_to_file_names(model, {name: number for name, number in numbers.items() if name.startswith(layers)})
-    placeholders = {file: f"\0{number.item()}" for file, number in files.items()}  # not matched by any renaming
+    placeholders = {file: f"\0{number.item()}" for file, number in files.items()}  # which no renaming matches
     names = {f"\0{number}": name for number, name in enumerate(weights)}
     return [
         FunctionRenaming(lambda name: placeholders.get(name, name)),
@@ -53,12 +53,13 @@ def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
 
 
 def map_to_file_names(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by all names that they may have in files: their own, and those in its class's checkpoints."""
+    """Return weights of a model under all names they may have in files: their own, and those in its class's
+    checkpoints."""
     own = own_names(model, weights)
     return {**own, **map_to_published_names(model, own)}
 
 
 def own_names(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of a model by their own names, with a head and without."""
+    """Return weights of a model under their own names, with and without a head."""
     prefix = f"{model.base_model_prefix}."
     return {start + name.removeprefix(prefix): weight for name, weight in weights.items() for start in ("", prefix)}

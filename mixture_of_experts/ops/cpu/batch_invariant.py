@@ -1,5 +1,5 @@
-"""The batch-invariant implementation for CPUs: `chunked`, with the rows of an expert in blocks, so that the output of a
-token has the same bits in any batch."""
+"""The batch-invariant implementation for CPUs, which runs `chunked` with the rows of an expert in blocks, so that the
+output of a token has the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from mixture_of_experts.support.batch_invariance import (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why the bits of a token's output depend, or may depend, on the other tokens of a call; None if they do not."""
+    """Return why the bits of a token's output may depend on the other tokens of a call, or None if they do not."""
     if (reason := cpu.unsupported_reason(call)) is not None:
         return reason
     if call.assignments.k is None:
-        return "experts choose tokens, so a token's experts depend on the other tokens"
+        return "experts choose tokens, so the experts of a token depend on other tokens"
     if not call.assignments.dropless:
-        return "a limited capacity drops a token's choice because of other tokens: set the capacity factors to None"
+        return "a limited capacity may drop choices because of other tokens; set the capacity factors to None"
     if call.assignments.slot_of_outer_choice is not None:
-        return "of two levels the first may drop tokens: take one level"
+        return "the first of two levels may drop tokens; use a layer with one level"
     return None
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`."""
+    """Compute a call, and return `(t, o)`."""
     network, hidden_dim = call.network, call.network.w_out.shape[-2]
     weights = [view for weight in (*network.w_in, network.w_out) for view in (weight, weight.mT)]
     size = max(find_block_rows(sample_products, weight.shape[-2:], weight) for weight in weights)
@@ -42,8 +42,11 @@ def run(call: Call) -> Tensor:
 
 
 def sample_products(x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
-    """What `chunked` computes from rows x `(n, r, p)` and weights `(n, p, q)`: products of several experts together and
-    of each alone, and these added to y `(n, r, q)`, written to memory with the offset of y."""
+    """Return the products that `chunked` computes from rows x `(n, r, p)` and weights `(n, p, q)`.
+
+    These are the products of several experts together and of each expert alone, and the same added to y `(n, r, q)`,
+    all written to memory with the offset of y.
+    """
     outs = [copy_at_offset(y, int(y.storage_offset())) for _ in range(4)]
     for add, (together, alone) in enumerate((outs[:2], outs[2:])):
         matmul_into(x, weight, together, accumulate=bool(add))

@@ -1,23 +1,22 @@
-"""Batches: experts that a CPU computes as one product. Chunks: batches that are computed together; the next chunk uses
-the same memory.
+"""Groups experts into batches, which a CPU computes as one product, and batches into chunks, which reuse memory.
 
-A batched product has the same number of rows for all its experts, so experts with fewer rows are padded.
+A batched product has the same number of rows for all of its experts, so experts with fewer rows are padded.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-# `python -m experiments.cpu_constants` times steps with other values of these
-PADDING_WORK = 1 << 18  # this many multiplications of padding take as long as one more product
-THREADED_PADDING_FACTOR = 32  # factor of PADDING_WORK with several threads, which split one expert's product badly
-MAX_PADDING_ROWS = 32  # maximum padding of a batch of small products: empty rows are moved and activated too
+# `python -m experiments.cpu_constants` times steps with other values of these constants
+PADDING_WORK = 1 << 18  # number of multiplications of padding that take as long as one additional product
+THREADED_PADDING_FACTOR = 32  # factor of PADDING_WORK for several threads, which split the product of one expert badly
+MAX_PADDING_ROWS = 32  # maximum padding of a batch of small products, because empty rows are moved and activated too
 FREE_PADDING_ROWS = 2  # padding rows per expert whose cost is negligible compared to reading its weights
 MAX_CHUNK_BYTES = 4 << 20  # maximum size of a thread's chunk (tokens, pre-activations), so that it stays in the caches
 
 
 class ExpertBatch(NamedTuple):
-    """Neighbouring experts computed as one product, each with as many rows as the fullest of them."""
+    """Adjacent experts that are computed as one product, each with as many rows as the most loaded of them."""
 
     experts: slice
     num_experts: int
@@ -27,14 +26,14 @@ class ExpertBatch(NamedTuple):
 
 
 def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) -> list[ExpertBatch]:
-    """Put every expert that has rows into a batch.
+    """Assign all experts that have rows to batches.
 
     Args:
         counts: number of rows of each expert.
-        row_work: multiplications of one row by one weight.
-        threads: number of threads. A batched product assigns whole experts to threads, so batches of a multiple of
-            `threads` experts are best.
-        max_rows: maximum number of rows of a batch of several experts.
+        row_work: number of multiplications of a row by a weight.
+        threads: number of threads. A batched product assigns whole experts to threads, so the number of experts in a
+            batch should be a multiple of `threads`.
+        max_rows: maximum number of rows in a batch of several experts.
     """
     batches: list[ExpertBatch] = []
     free = min(MAX_PADDING_ROWS, PADDING_WORK * (1 if threads == 1 else THREADED_PADDING_FACTOR) // row_work)
@@ -60,7 +59,7 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
 
 def make_chunks(batches: list[ExpertBatch], max_rows: int) -> list[list[ExpertBatch]]:
-    """Put consecutive batches into chunks of at most `max_rows` rows; a larger batch is a chunk of its own."""
+    """Assign consecutive batches to chunks of at most `max_rows` rows. Larger batches are separate chunks."""
     chunks: list[list[ExpertBatch]] = []
     for batch in batches:
         if chunks and batch.stop - chunks[-1][0].start <= max_rows:

@@ -1,10 +1,10 @@
-"""A whole call (dispatch, experts and combine) in one `torch.autograd.Function`, for CPUs.
+"""Computes a whole call (dispatch, experts and combine) in a single `torch.autograd.Function` on a CPU.
 
-Axes: t tokens, r rows (expert by expert, some of them padding), d model dim, o dim of the outputs.
+Axes: t tokens, r rows (sorted by expert, some of them padding), d model dim, o output dim.
 
-On a CPU, fresh memory costs as much time as arithmetic: a new page takes about a microsecond. So rows are computed in
-chunks of experts that are small enough for intermediate results to stay in the caches, and for the next chunk to reuse
-the same memory.
+On a CPU, allocating memory costs as much time as arithmetic, about a microsecond for a new page. Therefore rows are
+computed in chunks of experts that are small enough for intermediate results to stay in the caches, and for the next
+chunk to reuse the same memory.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mixture_of_experts.ops.network import Call, Network
 
 
 class RowBlocking(NamedTuple):
-    """How the rows of an expert are blocked so that a row's bits do not depend on the others; see `batch_invariant`.
+    """Block sizes for which the bits of a row do not depend on other rows; see `batch_invariant`.
 
     Attributes:
-        size: the number of rows of an expert is a multiple of this.
-        activated: maximum number of rows that an activation gets at a time, a multiple of `size`.
-        multiplied: maximum number of rows of an expert in a product, a multiple of `size`.
+        size: divisor of the number of rows of each expert.
+        activated: maximum number of rows that are passed to an activation at a time, a multiple of `size`.
+        multiplied: maximum number of rows per expert in a product, a multiple of `size`.
     """
 
     size: int
@@ -41,18 +41,17 @@ class RowBlocking(NamedTuple):
     multiplied: int
 
 
-def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None = None) -> Tensor:
-    """Compute a call; return `(t, o)`. `row_functions` computes the rows: `ops.row_network`, or a module with the same
-    functions."""
+def run(call: Call, row_functions: row_network.RowFunctions = row_network, blocks: RowBlocking | None = None) -> Tensor:
+    """Compute a call, and return `(t, o)`."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     permutation, chunks = permute_to_chunks(call.assignments, max(1, dim * h), row_bytes, blocks.size if blocks else 1)
-    layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout  # without chunks there are no rows
+    make_layout: Any = partial(ChunkLayout, chunks, blocks) if chunks else SlotLayout  # the latter for 0 rows
     pair = (
-        partial(row_network.forward_rows, layout, row_functions),
-        partial(row_network.backward_rows, layout, row_functions),
+        partial(row_network.forward_rows, make_layout, row_functions),
+        partial(row_network.backward_rows, make_layout, row_functions),
     )
     return autograd.run_differentiable(*pair, x, permutation, network)
 
@@ -60,19 +59,19 @@ def run(call: Call, row_functions: Any = row_network, blocks: RowBlocking | None
 def permute_to_chunks(
     assignments: Assignments, row_work: int, row_bytes: int, row_multiple: int = 1
 ) -> tuple[Permutation, list[list[ExpertBatch]]]:
-    """The permutation of a call, with padding rows, and the chunks of these rows.
+    """Return the permutation of a call, with padding rows, and the chunks of these rows.
 
     Args:
-        assignments: the gates' assignments.
-        row_work: multiplications of one row by one weight.
-        row_bytes: bytes of a row of tokens and of its pre-activations.
-        row_multiple: the number of rows of each expert is padded to a multiple of this.
+        assignments: the assignments of the call.
+        row_work: number of multiplications of a row by a weight.
+        row_bytes: number of bytes of a row of tokens and of its pre-activations.
+        row_multiple: divisor of the padded number of rows of each expert.
     """
     threads, chunks = torch.get_num_threads(), []
     max_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
 
     def pad(needed: Tensor) -> tuple[Tensor, int]:
-        """Pad each expert's rows to those of its batch; add the chunks to `chunks`."""
+        """Pad the rows of each expert to those of its batch, and add the chunks to `chunks`."""
         counts = [-(-count // row_multiple) * row_multiple for count in needed.tolist()]
         batches = make_batches(counts, row_work, threads, max_rows)
         padded = [0] * len(counts)
@@ -81,18 +80,19 @@ def permute_to_chunks(
         chunks.extend(make_chunks(batches, max_rows))
         return torch.tensor(padded, device=needed.device), sum(padded)
 
-    return permute_with_padding(assignments, pad), chunks
+    permutation = permute_with_padding(assignments, pad)
+    return permutation, chunks
 
 
 class ChunkLayout(row_network.RowLayout):
-    """Rows in chunks of batches, with a product for each batch. Totals are stored for the rows of all chunks.
+    """A layout of rows in chunks of batches, with one product per batch. Outputs are stored for the rows of all chunks.
 
     Attributes:
-        blocks: how many rows are computed at a time; None for all.
-        token_of_row: `(r,)`, the token of each row; any token for an empty row.
+        blocks: number of rows that are computed at a time; None for all.
+        token_of_row: `(r,)`, token of each row, arbitrary for empty rows.
         empty: `(r,)`, whether each row is empty.
-        here, token, padding: the rows of the current chunk, their tokens, and the empty ones among them.
-        chunk, sizes: the batches of the current chunk, and the number of rows of each.
+        here, token, padding: rows of the current chunk, their tokens, and the empty rows among them.
+        chunk, sizes: batches of the current chunk, and the number of rows of each batch.
     """
 
     blocks: RowBlocking | None
@@ -127,14 +127,15 @@ class ChunkLayout(row_network.RowLayout):
         return grads
 
     def split_batches(self, rows: Tensor) -> list[Tensor]:
-        """The rows of each batch: `(m, p)` for one expert, `(num_experts, m, p)` for several."""
+        """Return the rows of each batch, `(m, p)` for one expert, or `(num_experts, m, p)` for several."""
         split = zip(self.chunk, rows.split(self.sizes), strict=True)
         return [
             part if one.num_experts == 1 else part.view(one.num_experts, one.rows_per_expert, -1) for one, part in split
         ]
 
     def select_experts(self, stack: Tensor) -> list[Tensor]:
-        """The part of each batch in a stack `(e, ...)`: `(...)` for one expert, `(num_experts, ...)` for several."""
+        """Return the part of each batch in a stack `(e, ...)`, `(...)` for one expert, or `(num_experts, ...)` for
+        several."""
         return [
             stack.select(0, one.experts.start) if one.num_experts == 1 else stack[one.experts] for one in self.chunk
         ]
@@ -143,7 +144,8 @@ class ChunkLayout(row_network.RowLayout):
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
     def multiply_rows(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-        """Rows x times the weights of their experts, `(r, q)`: written to `out`, or added to it if `add`."""
+        """Multiply rows x by the weights of their experts, and write the result `(r, q)` to `out`, or add it if
+        `add`."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for operands in zip(self.split_batches(x), self.select_experts(weight), self.split_batches(out), strict=True):
             for part, matrix, result in self.split_blocks(*operands):
@@ -151,7 +153,8 @@ class ChunkLayout(row_network.RowLayout):
         return out
 
     def split_blocks(self, rows: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The operands of the product of a batch, or of several products of one expert each if it has too many rows."""
+        """Yield the operands of the product of a batch, or of several products of one expert each if a batch has too
+        many rows."""
         if self.blocks is None or rows.shape[-2] <= self.blocks.multiplied:
             yield rows, weight, out
             return
@@ -202,8 +205,10 @@ class ChunkLayout(row_network.RowLayout):
             return super().combine_rows()
         weight = permutation.weight.detach().view(
             permutation.num_tokens, permutation.k
-        )  # else `embedding_bag` prepares a backward
+        )  # otherwise `embedding_bag` prepares a backward
         row = permutation.row.view(weight.shape)
         if self.row_outputs.dtype != weight.dtype:
-            return sum_rows(self.row_outputs[:-1], weight, row, row, permutation.k, permutation.num_tokens)
+            return sum_rows(
+                self.row_outputs[:-1], weight, permutation.token, row, permutation.k, permutation.num_tokens
+            )
         return F.embedding_bag(row, self.row_outputs, per_sample_weights=weight, mode="sum")

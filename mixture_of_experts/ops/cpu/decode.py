@@ -1,12 +1,12 @@
-"""Small numbers of rows in inference on a CPU, as in decoding: the chosen experts' products, with few other operators.
+"""Computes small numbers of rows in inference on a CPU, as in decoding, with a minimum of operators besides products.
 
 Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
-o dim of the outputs.
+o output dim.
 
-The products of one token take less time than building the tables of a `Permutation`, so there is no permutation. For a
-few tokens, each row is computed separately. More tokens are computed expert by expert, with tables that are Python
-lists. Products are parameters, so this module also serves quantized and adapted weights. It is for eval mode without
-gradients only: in training, a recomputation must produce the same bits as its forward.
+The products of one token take less time than constructing a `Permutation`, so none is used. For up to
+`MAX_ROW_SUM_TOKENS` tokens, each row may be computed separately. More tokens are computed expert by expert, with tables
+that are Python lists. Products are parameters, so that this module also supports quantized and adapted weights. It is
+used only in eval mode without gradients, because in training a recomputation must produce the same bits as its forward.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from torch import Tensor
 from mixture_of_experts.ops.grouped import multiply_by_expert
 from mixture_of_experts.ops.network import Call, Network
 
-RowProduct = Callable[[Tensor, Any], Tensor]  # rows `(r, p)`, each times its own expert's weight in `(e, p, q)`
-MAX_DECODE_ROWS = 32  # of a call
-MAX_ROW_SUM_TOKENS = 4  # with more rows that share an expert, one product is faster than sums
-MIN_ROW_SUM_NUMEL = 1 << 16  # of an expert's weight; for a smaller one a product is faster than sums
+RowProduct = Callable[[Tensor, Any], Tensor]  # multiplies each row `(r, p)` by the weight of its expert in `(e, p, q)`
+MAX_DECODE_ROWS = 32  # maximum number of rows per call
+MAX_ROW_SUM_TOKENS = 4  # for more tokens, which share experts, one product is faster than sums
+MIN_ROW_SUM_NUMEL = 1 << 16  # for smaller weights of an expert, a product is faster than sums
 ROW_SUM_DTYPES = (torch.bfloat16, torch.float16)  # see `prefers_row_sums`
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call with plain weights; return `(t, o)`. The sum over a token's choices is taken in float32 at least.
+    """Compute a call with plain weights, and return `(t, o)`. The sum over the choices of a token is computed at least
+    in float32.
 
-    For a few tokens, each row may be computed separately, if all choices are kept.
+    For small numbers of tokens, each row may be computed separately if all choices are kept.
     """
     if not (prefers_row_sums(call.network) and has_few_kept_tokens(call)):
         return compute_expert_by_expert(call)
@@ -42,12 +43,12 @@ def run(call: Call) -> Tensor:
 
 
 def prefers_row_sums(network: Network) -> bool:
-    """Whether the product of one row is computed as a weighted sum of the weight's rows: for half-precision weights.
+    """Return whether the product of a row is computed as a weighted sum of the weight's rows, which is the case for
+    half-precision weights.
 
-    It depends on dtype and shape alone, so that every machine computes the same bits, and is the choice whose worst
-    case is better over the CPUs that were measured. On five of them, one thread, weights outside of the caches, a sum
-    takes 0.7x to 1.7x as long as a product in float32, and 0.05x to 1.0x in bfloat16
-    (`python -m experiments.cpu_constants --rows`).
+    This depends only on dtype and shape, so that all machines compute the same bits, and minimizes the worst case over
+    the CPUs that were measured. On five of them, with one thread and weights outside of the caches, a sum takes 0.7x to
+    1.7x as long as a product in float32, and 0.05x to 1.0x in bfloat16 (`python -m experiments.cpu_constants --rows`).
     """
     weights = (*network.w_in, network.w_out)
     return (
@@ -58,12 +59,12 @@ def prefers_row_sums(network: Network) -> bool:
 
 
 def has_few_kept_tokens(call: Call) -> bool:
-    """Whether a call has so few tokens that each row may be computed separately, and all choices are kept."""
+    """Return whether a call is small enough for rows to be computed separately, and all of its choices are kept."""
     return 0 < call.x.shape[0] <= MAX_ROW_SUM_TOKENS and False not in call.assignments.kept.tolist()
 
 
 def compute_row_by_row(call: Call, multiply_in: RowProduct, multiply_out: RowProduct) -> Tensor:
-    """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`."""
+    """Compute a call with a small number of tokens, whose rows are their choices in order, and return `(t, o)`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     (t, d), k, expert = x.shape, assignments.k, assignments.expert
@@ -76,8 +77,8 @@ def compute_row_by_row(call: Call, multiply_in: RowProduct, multiply_out: RowPro
 def compute_row_outputs(
     rows: Tensor, network: Network, expert: Any, multiply_in: RowProduct, multiply_out: RowProduct
 ) -> Tensor:
-    """The outputs `(r, o)` of rows `(r, d)`. `multiply_in` and `multiply_out` compute the products into and out of the
-    hidden layer. Biases need the `expert` of each row, `(r,)`."""
+    """Return the outputs `(r, o)` of rows `(r, d)`. `multiply_in` and `multiply_out` compute the products into and out
+    of the hidden layer. Biases need the `expert` of each row, `(r,)`."""
     pre = [multiply_in(rows, weight) for weight in network.w_in]
     for part, bias in zip(pre, network.b_in, strict=True):
         if bias is not None:
@@ -87,14 +88,14 @@ def compute_row_outputs(
 
 
 class GatherIndices(NamedTuple):
-    """For each of r rows, the indices of the p rows of its expert's weight, whose weighted sum is the product.
+    """The indices, for each of r rows, of the p rows of its expert's weight, whose weighted sum is the product.
 
-    Such a sum reads the weight once, from beginning to end. If there are more threads than rows, a weight's rows are
+    Such a sum reads the weight once from start to end. If there are more threads than rows, the rows of a weight are
     split into parts.
 
     Attributes:
-        indices: `(r parts p,)`, indices of the rows in the list of the rows of all weights.
-        offsets: `(r parts,)`, where each sum begins in `indices`.
+        indices: `(r parts p,)`, indices of rows among the rows of all weights.
+        offsets: `(r parts,)`, start of each sum in `indices`.
     """
 
     indices: Tensor
@@ -103,7 +104,7 @@ class GatherIndices(NamedTuple):
 
     @staticmethod
     def from_experts(expert: Tensor, weight: Tensor) -> GatherIndices:
-        """The indices for rows of these experts `(r,)` in a `weight` `(e, p, q)`."""
+        """Return the indices for rows of these experts `(r,)` in a `weight` `(e, p, q)`."""
         (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
         parts = -(-torch.get_num_threads() // r)
         parts = parts if q % parts == 0 else 1
@@ -114,7 +115,7 @@ class GatherIndices(NamedTuple):
         return GatherIndices(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
 
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, accumulated in at least float32."""
+        """Multiply each row of x `(r, p)` by the weight of its expert, accumulating at least in float32."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
         sums = torch.embedding_bag(rows, self.indices, self.offsets, False, 0, False, scale)[0]
@@ -122,7 +123,7 @@ class GatherIndices(NamedTuple):
 
 
 def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multiply_by_expert) -> Tensor:
-    """Compute a call with its rows sorted by expert; return `(t, o)`. `multiply` has the arguments of
+    """Compute a call with rows sorted by expert, and return `(t, o)`. `multiply` has the arguments of
     `multiply_by_expert`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None

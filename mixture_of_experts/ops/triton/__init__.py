@@ -1,5 +1,5 @@
-"""The implementation with Triton kernels, for NVIDIA GPUs. It is tested without a GPU, and checks itself on each card
-at first use; it has not been timed on one."""
+"""The implementation with Triton kernels for NVIDIA GPUs. It is tested without a GPU and runs a self-check on each card
+at first use, but has not been timed on one."""
 
 from __future__ import annotations
 
@@ -24,24 +24,26 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.tracing import get_device_capability
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DEFAULT_FAMILIES = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
-DECODING_FAMILIES = ((9, 0), (10, 0))  # families on which it is one kernel, but which a few tokens do not use
+DEFAULT_FAMILIES = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop over many kernels
+DECODING_FAMILIES = ((9, 0), (10, 0))  # families on which it is one kernel, which is not used for few tokens
 SIZE_MULTIPLE = 16  # sizes must be multiples of this: unaligned loads are slow and take more registers
-MAX_WIDTH = 1 << 24  # up to this width, offsets in a tile of 128 rows fit into int32
+MAX_WIDTH = 1 << 24  # maximum width for which offsets in a tile of 128 rows fit into int32
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Why the kernels do not compute a call: they cannot, or they are not requested and another implementation may be
-    as good. None if they do."""
+    """Return why the kernels do not compute a call, or None if they do.
+
+    The reason is that they do not support it, or that they are not requested and another implementation may be as fast.
+    """
     x, network = call.x, call.network
     if requested_implementation() != "triton" and (reason := _not_default_reason(call)) is not None:
         return reason
     if is_in_transform():
-        return "kernels do not run under transforms of torch.func"
+        return "the kernels do not support transforms of torch.func"
     if is_exporting():
-        return "an exported graph has torch's own operators only"
+        return "an exported graph may contain only torch's own operators"
     if call.assignments.k is None:
-        return "kernels compute token choice: experts that choose fill equal slots, which batched products compute"
+        return "the kernels support only token choice; batched products compute the equal slots of expert choice"
     return (
         device_unsupported_reason(x.device)
         or _unsupported_network_reason(x.dtype, network)
@@ -50,35 +52,36 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def _not_default_reason(call: Call) -> str | None:
-    """Why the kernels compute a call only on request; None if no other implementation is known to be as good."""
+    """Return why the kernels compute a call only on request, or None if no other implementation is known to be as
+    fast."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
-        return "kernels are for NVIDIA GPUs"
+        return "the kernels support only NVIDIA GPUs"
     family = find_card_family(get_device_capability(x.device))
     if family not in DEFAULT_FAMILIES and not (family in DECODING_FAMILIES and _is_decoding(call)):
-        return "on compute capability {}.{} they are not taken unless they are asked for".format(
+        return "on compute capability {}.{}, the kernels are used only on request".format(
             *get_device_capability(x.device)
         )
     if x.dtype == torch.float32:
-        return "float32 is computed by torch's products unless they are asked for"
+        return "for float32, the kernels are used only on request"
     return None
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`."""
-    from mixture_of_experts.ops.triton import forward_backward  # imports triton, which takes a second
+    """Compute a call, and return `(t, o)`."""
+    from mixture_of_experts.ops.triton import forward_backward  # importing triton takes a second
 
     return forward_backward.run(call)
 
 
 def _is_decoding(call: Call) -> bool:
-    """Whether a call is a decoding call on low tiles, which are multiplied by `mma.sync` on all cards."""
+    """Return whether a call is a decoding call with low tiles, which use `mma.sync` on all cards."""
     low = MAX_LOW_MEAN_ROWS * call.network.w_out.shape[0]
     return few_tokens.supports_call(call) and statically_known_true(count_permuted_rows(call.assignments) <= low)
 
 
 def _experts_check_failure(call: Call) -> str | None:
-    """What the self-check of the kernels on this card found wrong; None if nothing. Fake tensors are not checked."""
+    """Return which fault the self-check of the kernels found on this card, or None. Fake tensors are not checked."""
     x, network = call.x, call.network
     compiling = torch.compiler.is_compiling()
     if not x.is_cuda or (not compiling and is_fake_tensor(x)):
@@ -89,7 +92,7 @@ def _experts_check_failure(call: Call) -> str | None:
     assert form is not None
     assert call.assignments.k is not None
     return self_check.run_self_check(
-        # in a graph the number of tokens may be dynamic
+        # in a graph, the number of tokens may be dynamic
         None if compiling else count_permuted_rows(call.assignments) // network.w_out.shape[0],
         x.device,
         x.dtype,
@@ -104,19 +107,19 @@ def _experts_check_failure(call: Call) -> str | None:
 
 def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | None:
     if dtype not in KERNEL_DTYPES:
-        return f"kernels compute bfloat16, float16 and float32, not {dtype}"
+        return f"the kernels support bfloat16, float16 and float32, got {dtype}"
     if get_network_spec(network) is None:
-        return f"no kernel knows the activation {network.activation!r} of these experts"
+        return f"the kernels do not support the activation {network.activation!r}"
     if network.dropout:
         return network.unsupported_activation_reason()
     if len({bias is None for bias in network.b_in}) > 1:
-        return "kernels take a bias for every input weight or for none"
+        return "the kernels require biases for all input weights or for none"
     for weight in (*network.w_in, network.w_out):
         sizes = weight.shape[-2:]
-        # upper bound of the distance from its first to its last element
+        # upper bound of the distance between the first and the last element
         span = sum(size * stride for size, stride in zip(sizes, weight.stride()[-2:], strict=True))
         if any(size % SIZE_MULTIPLE for size in sizes):
-            return f"kernels want sizes that are multiples of {SIZE_MULTIPLE}, not {tuple(sizes)}"
+            return f"the kernels require sizes that are multiples of {SIZE_MULTIPLE}, got {tuple(sizes)}"
         if max(sizes) > MAX_WIDTH or max(math.prod(sizes), span) >= 1 << 31:
-            return f"an expert's matrix {tuple(sizes)} is too large: kernels index it by int32"
+            return f"the matrix {tuple(sizes)} of an expert is too large, because kernels index it with int32"
     return unknown_activation_reason(network.activation)

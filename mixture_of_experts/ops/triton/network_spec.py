@@ -1,4 +1,4 @@
-"""`NetworkSpec`: what kernels need to know of a network in addition to its tensors. Does not import triton."""
+"""`NetworkSpec`, what kernels need to know about a network in addition to its tensors. Does not import triton."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class NetworkSpec(NamedTuple):
     """The layout and the activation of a network.
 
     Attributes:
-        layout: layout of the input weights: "plain", one `(e, d, h)`; "gated", two of these; "concatenated" or
-            "interleaved", one `(e, d, 2 h)`.
+        layout: layout of the input weights: "plain" (one `(e, d, h)`), "gated" (two of them), "concatenated" or
+            "interleaved" (one `(e, d, 2 h)`).
         activation: name of the activation in `kernels/pointwise.py`.
         alpha, limit: arguments of clamped SwiGLU.
     """
@@ -27,20 +27,21 @@ class NetworkSpec(NamedTuple):
     limit: float = 0.0
 
     def kernel_constants(self) -> dict[str, Any]:
-        """The compile-time arguments of the kernels."""
+        """Return the compile-time arguments of the kernels."""
         interleaved = self.layout == "interleaved"
         return dict(ACTIVATION=self.activation, ALPHA=self.alpha, LIMIT=self.limit, INTERLEAVED=interleaved)
 
     def split_parts(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """Input weights, input biases or pre-activations as kernels read them: concatenated columns of gate and up are
-        split into two tensors, interleaved ones stay one."""
+        """Return input weights, input biases or pre-activations in the form that kernels read. Concatenated columns of
+        gate and up are split into two tensors, while interleaved columns stay in one."""
         if self.layout == "concatenated":
             return [half for tensor in tensors for half in tensor.chunk(2, dim=-1)]
         return list(tensors)
 
 
 def get_network_spec(network: Network) -> NetworkSpec | None:
-    """The spec of a network; None if no kernel has its activation. A subclass of a known activation is unknown."""
+    """Return the spec of a network, or None if the kernels do not support its activation. Subclasses of known
+    activations are not supported."""
     activation: Any = network.activation
     layout = network.gate_up or ("gated" if network.gated else "plain")
     kernel = (

@@ -1,11 +1,11 @@
-"""The routed feed-forward network and its gradients as two operators of torch, which launch the kernels.
+"""Two torch operators that launch the kernels for the routed feed-forward network and its gradients.
 
 Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
-o output dim, p input weights of an expert (1, or 2 of gated experts).
+o output dim, p input weights per expert (1, or 2 for gated experts).
 
-They are operators so that `torch.compile` sees one call with known shapes, and not the launches in it. The positions
-and the number of tiles stay inside, so one graph serves every number of tokens. The height of tiles is a constant of
-the compiled program: it changes with the mean number of rows.
+As operators, they appear to `torch.compile` as single calls with known shapes instead of separate launches. The
+positions and the number of tiles are internal, so that one graph supports any number of tokens. The height of tiles is
+a constant of the compiled program and depends on the mean number of rows.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from mixture_of_experts.ops.triton.schedule import (
 from mixture_of_experts.support.private_torch import is_fake_tensor
 
 NO_ACTIVATION = NetworkSpec("plain", "identity")
-MAX_KERNEL_ROWS = (1 << 31) - 256  # kernels count, in int32, up to two blocks of 128 rows after the last row
+MAX_KERNEL_ROWS = (1 << 31) - 256  # int32 indices extend up to two blocks of 128 rows past the last row
 
 
 class FFNOperands(NamedTuple):
-    """The operands of both operators; `OPERANDS_SCHEMA` is their schema for torch.
+    """The operands of both operators, whose torch schema is `OPERANDS_SCHEMA`.
 
     Attributes:
         x: `(t, d)`.
-        weight: `(a,)` float32, of each assignment.
-        token, assignment: `(r,)` int32, of each row.
-        row: `(a,)` int32, of each assignment; r where it has none.
-        counts: `(e,)` int64, the number of rows of each expert.
-        num_choices: k, the assignments of each token.
+        weight: `(a,)` float32, weight of each assignment.
+        token, assignment: `(r,)` int32, token and assignment of each row.
+        row: `(a,)` int32, row of each assignment, or r for assignments without a row.
+        counts: `(e,)` int64, number of rows of each expert.
+        num_choices: k, number of assignments per token.
         w_in, w_out: `(e, d, h)`, or as described by `spec.layout`, and `(e, h, o)`, with any strides, in x's dtype.
-        b_in, b_out: `(e, h)` for each of w_in, or none; one `(e, o)`, or none.
+        b_in, b_out: `(e, h)` for each weight of w_in, or none; one `(e, o)`, or none.
         spec: layout and activation.
     """
 
@@ -63,17 +63,18 @@ class FFNOperands(NamedTuple):
     spec: NetworkSpec
 
     def flatten(self) -> list[Any]:
-        """The arguments of an operator, which does not accept tuples."""
+        """Return the flat arguments of an operator, because operators do not accept tuples."""
         return [*self[:-1], *self.spec]
 
     def list_differentiable(self) -> list[Tensor]:
-        """The tensors that have gradients."""
+        """Return the tensors that have gradients."""
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *self.b_out]
 
     def align_tensors(self) -> FFNOperands:
-        """Return the operands aligned as in the self-check: others would be read by programs that were not checked."""
+        """Return the operands aligned as in the self-check, because other alignments use programs that it does not
+        check."""
         w_in = [make_dense(weight) for weight in self.w_in]
-        if len({weight.stride() for weight in w_in}) > 1:  # kernels read both with one set of strides
+        if len({weight.stride() for weight in w_in}) > 1:  # kernels use the same strides for both
             w_in = [weight.contiguous() for weight in w_in]
         b_in, b_out = ([align_tensor(bias) for bias in biases] for biases in (self.b_in, self.b_out))
         tables, weights = map(align_tensor, self[:6]), (w_in, make_dense(self.w_out), b_in, b_out)
@@ -81,14 +82,14 @@ class FFNOperands(NamedTuple):
 
 
 def make_dense(weight: Tensor) -> Tensor:
-    """Return the weight, copied if neither its rows nor its columns are contiguous: loads would not be aligned."""
+    """Return the weight, copied if neither its rows nor its columns are contiguous, so that loads are aligned."""
     inner, outer = sorted(weight.stride()[1:])
     regular = inner == 1 and outer % 16 == weight.stride(0) % 16 == 0
     return align_tensor(weight, contiguous=not regular)
 
 
 def align_tensor(tensor: Tensor, contiguous: bool = True) -> Tensor:
-    """Return the tensor, copied if it does not begin at a multiple of 16 bytes; made contiguous if `contiguous`."""
+    """Return the tensor, copied if it does not start at a multiple of 16 bytes, and made contiguous if requested."""
     tensor = tensor.contiguous() if contiguous else tensor
     return tensor if is_fake_tensor(tensor) or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -100,7 +101,7 @@ OPERANDS_SCHEMA = (
 
 
 def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOperands, Sequence[Any]]:
-    """Split the arguments of an operator into operands, checked to be on one device with `others`, and the rest."""
+    """Split the arguments of an operator into operands and the rest, and check that all tensors are on one device."""
     form = FFNOperands._fields.index("spec")
     end = form + len(NetworkSpec._fields)
     given = FFNOperands._make([*arguments[:form], NetworkSpec(*arguments[form:end])])
@@ -109,7 +110,7 @@ def split_arguments(arguments: Sequence[Any], *others: Tensor) -> tuple[FFNOpera
 
 
 class TileTable(NamedTuple):
-    """The tiles of the rows, of up to `height` rows each; see `find_tiles_kernel`."""
+    """The tiles of rows, each of which has up to `height` rows; see `find_tiles_kernel`."""
 
     table: Tensor
     expert_ends: Tensor
@@ -122,9 +123,9 @@ class TileTable(NamedTuple):
     schema=f"({OPERANDS_SCHEMA}, bool keep) -> (Tensor, Tensor)",
 )
 def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
-    """Return the outputs of the tokens `(t, o)`, and the products with each of w_in `(p, r, q)`.
+    """Return the outputs of tokens `(t, o)`, and the products with the weights of w_in `(p, r, q)`.
 
-    Without `keep` the products have no rows.
+    Without `keep`, the products have no rows.
     """
     given, (keep,) = split_arguments(arguments)
     out, pre = allocate_outputs(given, keep)
@@ -153,11 +154,11 @@ def _(*arguments):
     schema=f"(Tensor grad, Tensor pre, {OPERANDS_SCHEMA}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
 )
 def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
-    """Return the gradients of x, weight, w_in, w_out, b_in and b_out. One that is not needed has no elements; that of
-    weight is always computed.
+    """Return the gradients of x, weight, w_in, w_out, b_in and b_out. Gradients that are not needed have no elements,
+    except that of weight, which is always computed.
 
     Args:
-        grad: `(t, o)` gradient of the tokens' outputs.
+        grad: `(t, o)` gradient of the outputs of tokens.
         pre: the products that `triton_ffn` returned.
         arguments: the operands of `triton_ffn`, and which gradients are needed.
     """
@@ -196,19 +197,22 @@ def _(grad, pre, *arguments):
 
 @triton_ffn_backward.register_autograd
 def _(ctx, *grads):
-    raise RuntimeError("the Triton kernels have no second derivative: compute with ops.use('plain') to take one")
+    raise RuntimeError("the Triton kernels do not support second derivatives; use ops.use('plain') to compute them")
 
 
 def allocate_outputs(operands: FFNOperands, keep: bool) -> tuple[Tensor, Tensor]:
-    """Return memory for the outputs of tokens and for the products with the input weights."""
+    """Allocate memory for the outputs of tokens and for the products with the input weights."""
     rows = operands.token.shape[0] if keep else 0
     pre = operands.x.new_empty(len(operands.w_in), rows, operands.w_in[0].shape[-1])
     return operands.x.new_empty(operands.x.shape[0], operands.w_out.shape[-1]), pre
 
 
 def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out: bool) -> FFNOperands:
-    """Return the operands with differentiable tensors replaced by memory for their gradients; one that is not needed
-    has no elements. Gradients of two input weights have equal strides, which kernels rely on."""
+    """Return the operands with differentiable tensors replaced by memory for their gradients.
+
+    Gradients that are not needed have no elements. Gradients of two input weights have equal strides, as the kernels
+    require.
+    """
 
     def like(tensor: Tensor, needed: bool) -> Tensor:
         return torch.empty_like(tensor) if needed else tensor.new_empty(0)
@@ -224,11 +228,12 @@ def allocate_grads(operands: FFNOperands, need_x: bool, need_in: bool, need_out:
 
 
 def check_same_device(first: Tensor, *others: Tensor | None) -> None:
-    """Check that all tensors are on one device: kernels would read any address, and fake tensors do not check them."""
+    """Check that all tensors are on one device, because kernels would read invalid addresses, and fake tensors are not
+    checked otherwise."""
     for tensor in others:
         if tensor is not None and tensor.device != first.device:
             raise RuntimeError(
-                f"all tensors of a routed network must be on one device, got {first.device}, {tensor.device}"
+                f"all tensors of a routed network must be on the same device, got {first.device} and {tensor.device}"
             )
 
 
@@ -238,7 +243,7 @@ def get_schedule(x: Tensor, mean_rows: int) -> Schedule:
 
 
 def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
-    """Return the sizes of blocks for a call, and its tiles."""
+    """Return the block sizes and the tiles of a call."""
     rows = operands.token.shape[0]
     check_row_count(operands.row.shape[0])
     schedule = get_schedule(operands.x, rows // operands.w_out.shape[0])
@@ -246,15 +251,16 @@ def make_tiles(operands: FFNOperands) -> tuple[Schedule, TileTable]:
 
 
 def check_row_count(number: int) -> None:
-    """Raise an error if there are more rows than kernels count in int32, with room for blocks that are not full."""
+    """Raise an error if there are more rows than kernels can index with int32, including partially filled blocks."""
     if number > MAX_KERNEL_ROWS:
         raise ValueError(
-            f"the kernels count at most {MAX_KERNEL_ROWS} rows, not {number}: call with fewer tokens at a time"
+            f"the kernels support at most {MAX_KERNEL_ROWS} rows, got {number}; pass fewer tokens per call"
         )
 
 
 def launch_find_tiles(counts: Tensor, rows: int, height: int) -> TileTable:
-    """Return the tiles, in a table of the largest possible number: each expert may have one that is not full."""
+    """Return the tiles in a table of the maximum possible size, because each expert may have a partially filled
+    tile."""
     check_row_count(rows)
     experts = counts.shape[0]
     number = count_max_tiles(rows, experts, height)
@@ -275,7 +281,7 @@ def launch_find_tiles(counts: Tensor, rows: int, height: int) -> TileTable:
 
 
 def count_max_tiles(rows: int, experts: int, height: int) -> int:
-    """Return the largest possible number of tiles: every expert with a row may have one tile that is not full."""
+    """Return the maximum number of tiles, where each expert with rows may have one partially filled tile."""
     experts = min(rows, experts)
     return experts + (rows - experts) // height
 
@@ -291,7 +297,7 @@ def launch_grouped_matmul(
     token: Tensor | None = None,
     pre: Sequence[Tensor] = (),
 ) -> None:
-    """Launch *up*, which gathers tokens, or *down*, which does not."""
+    """Launch the *up* product, which gathers tokens, or the *down* product, which does not."""
     parts, biases, pre = map(spec.split_parts, (weights, biases, pre))
     launch_product(
         kernels.grouped_matmul_kernel,
@@ -323,7 +329,8 @@ def launch_hidden_grads(
     hidden: Tensor | None,
     grad_pre: Tensor,
 ) -> Tensor:
-    """Write the gradients of the pre-activations; return `(r, blocks)`, partial sums of those of the rows' weights."""
+    """Write the gradients of the pre-activations, and return `(r, blocks)`, partial sums of the gradients of the
+    weights of rows."""
     hidden_dim = operands.w_out.shape[1]
     partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
     launch_product(
@@ -355,7 +362,7 @@ def launch_hidden_grads(
 def launch_row_grads(
     blocks: BlockSizes, tiles: TileTable, grad_pre: Tensor, weights: Sequence[Tensor], out: Tensor
 ) -> None:
-    """Launch the gradients of the rows of tokens."""
+    """Launch the kernel for the gradients of the rows of tokens."""
     launch_product(
         kernels.row_grads,
         tiles,
@@ -382,9 +389,9 @@ def launch_product(
     width: int,
     **arguments: Any,
 ) -> None:
-    """Launch a kernel that multiplies rows by weights, whose axes are e, c (summed over) and n.
+    """Launch a kernel that multiplies rows by weights with the axes e, c (which is summed over) and n.
 
-    A program writes `width` of the `columns` of the result.
+    Each program writes `width` of the `columns` of the result.
     """
     length = weight.shape[axes.index("c")]
     launch_kernel(
@@ -416,7 +423,7 @@ def launch_weight_grads(
     *,
     of_inputs: bool,
 ) -> None:
-    """Write `x^T y` of every expert. For input weights x is gathered, for output weights y."""
+    """Write `x^T y` for each expert. The gathered operand is x for input weights and y for output weights."""
     experts, lines, columns = grads[0].shape
     launch_kernel(
         kernels.weight_grads,
@@ -441,7 +448,7 @@ def launch_weight_grads(
 
 
 def launch_bias_grads(tiles: TileTable, y: Tensor, out: Tensor, operands: FFNOperands | None = None) -> None:
-    """Launch the sums of each expert's rows: of y itself or, with `operands`, of the weighted rows gathered from y."""
+    """Launch the kernel that sums each expert's rows of y, or with `operands` the weighted rows gathered from y."""
     (experts, columns), block = out.shape, 64
     token, weight, assignment = (
         (None,) * 3 if operands is None else (operands.token, operands.weight, operands.assignment)
@@ -472,7 +479,8 @@ def launch_sum_rows(
     partial: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Launch the sums of each token's rows: weighted in the forward; with gradients of the weights in the backward."""
+    """Launch the kernel that sums each token's rows, weighted in the forward, and with gradients of the weights in the
+    backward."""
     dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch_kernel(
@@ -494,12 +502,12 @@ def launch_sum_rows(
 
 
 def make_pair_arguments(name: str, tensors: Iterable[Tensor]) -> dict[str, Tensor | None]:
-    """Return two tensors, one or none as the arguments `name` and `name_up`."""
+    """Return up to two tensors as the arguments `name` and `name_up`."""
     first, second, *_ = *tensors, None, None
     return {name: first, f"{name}_up": second}
 
 
 def make_stride_arguments(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
-    """Return the strides of the first tensor, shared by all, as the arguments `name_axis`; zeros without a tensor."""
+    """Return the strides that all tensors share as the arguments `name_axis`, or zeros without tensors."""
     values = tensors[0].stride() if tensors else (0,) * len(axes)
     return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}

@@ -1,6 +1,6 @@
-"""The permutation of a call with token choice, made by one kernel.
+"""Computes the permutation of a call with token choice in a single kernel.
 
-Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
+Axes: a assignments per call (t tokens, k choices), e experts, b groups.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mixture_of_experts.kernels.launching import make_contiguous
 from mixture_of_experts.ops.triton import operators
 from mixture_of_experts.ops.triton.schedule import MAX_COMPARED_ASSIGNMENTS, count_permuted_rows, uses_comparison
 
-ROW_TABLE_BLOCK = 128  # assignments of a program
+ROW_TABLE_BLOCK = 128  # assignments per program
 
 
 class RowTables(NamedTuple):
-    """The outputs of the kernels, under their names there: `row` `(a,)`, and `assignment` and `token` of each row, in
-    int32, and the number of rows of each expert `(e,)`, as in a `Permutation`."""
+    """The outputs of the kernels, with the same names: `row` `(a,)`, `assignment` and `token` of each row, all int32,
+    and the number of rows of each expert `(e,)`, as in a `Permutation`."""
 
     row: Tensor
     assignment: Tensor
@@ -33,10 +33,11 @@ class RowTables(NamedTuple):
 
 
 def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> Permutation:
-    """The permutation with rows without gaps, as `permute_without_gaps(assignments)` makes it, with two differences.
+    """Return the permutation to rows without gaps. It differs from `permute_without_gaps(assignments)` in two ways.
 
-    An assignment of weight 0 that occupies a slot has a row with a token, although the row is never read. And there are
-    no more rows than slots. Up to `max_compared` assignments need no queues: each counts those before it.
+    Assignments of weight 0 that occupy a slot have a row with a token, although this row is never read, and there are
+    at most as many rows as slots. Up to `max_compared` assignments are ranked without queues, by counting the preceding
+    ones.
     """
     k, e, rows = assignments.k, math.prod(assignments.expert_dims), count_permuted_rows(assignments, max_compared)
     assert k is not None
@@ -52,9 +53,9 @@ def permute_by_kernel(assignments: Assignments, max_compared: int = MAX_COMPARED
 def queued_choices(
     assignments: Assignments,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
-    """The choices that queue (with two levels those of level two): their experts, positions, which of them queue and
-    which are kept `(a,)`; the rows that each queue needs `(e b,)`; `Assignments.slot_of_outer_choice`; and the
-    number of tokens of a group, choices of a token and experts of one router."""
+    """Return the data of all choices, for two levels those of level two: experts, positions, which choices queue and
+    which are kept, all `(a,)`; the number of rows that each queue needs `(e b,)`; `Assignments.slot_of_outer_choice`;
+    and the numbers of tokens per group, choices per token and experts per router."""
     routing, k = assignments.routing, assignments.k
     assert k is not None
     if routing is None:  # all tokens are one group
@@ -69,9 +70,9 @@ def queued_choices(
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
 def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `RowTables` of few assignments, from `expert` `(a,)` int64 and `kept` `(a,)` bool.
+    """Return the `RowTables` of a small number of assignments, given `expert` `(a,)` int64 and `kept` `(a,)` bool.
 
-    Its time grows with the square of a. Only kept assignments have a row.
+    The time grows with the square of a. Only kept assignments have a row.
     """
     number = expert.shape[0]
     tables = allocate_tables(number, number, num_experts, expert, kept)
@@ -109,16 +110,17 @@ def triton_plan(
     k: int,
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `RowTables`.
+    """Return the `RowTables` of any number of assignments.
 
     Args:
-        expert, ..., experts_of_router: `queued_choices`.
-        num_experts, k, num_rows: e, the choices of a token, and r, at least the sum of `length` and at most a.
+        expert, ..., experts_of_router: the results of `queued_choices`.
+        num_experts, k, num_rows: e, the number of choices per token, and r, which is at least the sum of `length` and
+            at most a.
     """
     number = count_assignments(expert, slot, choices_of_gate)
     operators.check_row_count(number)
     tables = allocate_tables(number, num_rows, num_experts, expert, position, chosen, kept, length, slot)
-    if slot is not None:  # a custom gate may fill slots without a token: their rows are unused
+    if slot is not None:  # custom gates may choose experts for slots without a token, whose rows are unused
         tables.assignment.fill_(number)
         tables.token.fill_(number // k)
     if number == 0:
@@ -153,12 +155,13 @@ def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_
 
 
 def count_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
-    """Return a: with one level the gate's choices, with two levels `choices_of_gate` for each choice of level one."""
+    """Return the number of assignments a, which is the number of choices of the gate, or for two levels
+    `choices_of_gate` times the number of choices of level one."""
     return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
 
 
 def allocate_tables(number: int, num_rows: int, num_experts: int, expert: Tensor, *others: Tensor | None) -> RowTables:
-    """Return memory for the tables, on the device that all tensors are on."""
+    """Allocate memory for the tables on the device of all tensors."""
     operators.check_same_device(expert, *others)
     row, assignment, token = (expert.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows))
     return RowTables(row, assignment, token, expert.new_empty(num_experts))

@@ -1,8 +1,8 @@
-"""Block sizes, warps and stages of every kernel: a table for each class of cards, by the height of tiles.
+"""Block sizes, warps and stages of all kernels, in a table for each class of cards, by the height of tiles.
 
-`tests/support/triton_machine_code.py` compiles every entry ahead of time for the cards of its class. It checks that
-shared memory suffices, no registers spill, operands are copied asynchronously in all stages, and products use tensor
-cores (IEEE float32 has none). No entry has been timed on a GPU.
+`tests/support/triton_machine_code.py` compiles all entries ahead of time for the cards of their class. It checks that
+shared memory is sufficient, no registers spill, operands are copied asynchronously in all stages, and products use
+tensor cores (which do not exist for IEEE float32). No entry has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from mixture_of_experts.kernels.launching import find_card_family
 from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import get_device_capability, symbolic_min
 
-MAX_LOW_MEAN_ROWS = 16  # mean rows of an expert up to which tiles have 16 or 32 rows
-MAX_COMPARED_ASSIGNMENTS = 2048  # up to this many assignments, a kernel compares them with each other
+MAX_LOW_MEAN_ROWS = 16  # maximum mean number of rows per expert for tiles of 16 or 32 rows
+MAX_COMPARED_ASSIGNMENTS = 2048  # maximum number of assignments that a kernel compares with each other
 
 
 class BlockSizes(NamedTuple):
-    """Blocks of a product of rows and weights: `n` columns of the weight; sums run over `c` at a time."""
+    """Block sizes of a product of rows and weights: `n` columns of the weight, summed over `c` inputs at a time."""
 
     n: int
     c: int
@@ -30,7 +30,7 @@ class BlockSizes(NamedTuple):
 
 
 class WeightBlockSizes(NamedTuple):
-    """Blocks `(m, n)` of the gradient of a weight; sums run over `c` rows at a time."""
+    """Block sizes `(m, n)` of the gradient of a weight, summed over `c` rows at a time."""
 
     m: int
     n: int
@@ -40,8 +40,11 @@ class WeightBlockSizes(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Sizes for one call: `rows` of a tile, and the blocks of each kernel. `cost` is the estimated time of a row in a
-    full tile, relative to the highest tiles. For gated experts with two weights, half of `n` are columns of each."""
+    """Sizes for a call: the number of `rows` per tile, and the blocks of each kernel.
+
+    `cost` is the estimated time per row of a full tile, relative to the highest tiles. For gated experts with two
+    weights, each of them provides half of the `n` columns.
+    """
 
     rows: int
     cost: float
@@ -55,27 +58,31 @@ class Schedule(NamedTuple):
 def _make_half_entry(
     weights: WeightBlockSizes, rows: int, cost: float, stages: int, warps: int = 4, down: int = 128, row_grads: int = 64
 ) -> Schedule:
-    """An entry for bfloat16 or float16; `down` and `row_grads` are the columns of these kernels."""
+    """Return an entry for bfloat16 or float16. `down` and `row_grads` are the numbers of columns for these kernels."""
     blocks = BlockSizes(128, 64, warps, stages)
     narrow = blocks._replace(n=64)
     return Schedule(rows, cost, blocks, blocks._replace(n=down), narrow, blocks._replace(n=row_grads), weights)
 
 
 def _make_low_entries(weights: WeightBlockSizes, *costs: float) -> list[Schedule]:
-    """Tiles of 16, 32 and 64 rows. They read weights more often: a program of m rows and 128 columns reads
-    `1 / m + 1 / 128` elements for each multiplication, which costs more where products are faster."""
+    """Return entries with tiles of 16, 32 and 64 rows.
+
+    Low tiles read weights more often. A program with m rows and 128 columns reads `1 / m + 1 / 128` elements per
+    multiplication, which matters more on cards with faster products.
+    """
     return [_make_half_entry(weights, *entry) for entry in zip((16, 32, 64), costs, (4, 3, 3), strict=True)]
 
 
 def _make_float32_entry(rows: int, cost: float, c: int, warps: int) -> Schedule:
-    """An entry for float32. Its row_grads are narrow: on sm_100 two sums of 64 columns spill registers."""
+    """Return an entry for float32. Its row_grads are narrow, because two sums of 64 columns spill registers on
+    sm_100."""
     blocks = BlockSizes(64, c, warps, 3)
     return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlockSizes(64, 64, c, 8, 4))
 
 
 _MMA, _GROUPS = WeightBlockSizes(128, 128, 32, 8, 4), WeightBlockSizes(128, 128, 64, 8, 3)
 *_lower, _highest = _make_low_entries(_MMA, 2.8, 1.6, 1.15)
-# with 4 warps the clamped activation of weights that are stored transposed spills registers, with Triton 3.6 and 3.7
+# with 4 warps, the clamped activation for transposed weights spills registers in Triton 3.6 and 3.7
 _LOW_MMA = (*_lower, _highest._replace(up=BlockSizes(128, 64, 8, 3)))
 _LOW_GROUPS = _make_low_entries(_GROUPS, 4.2, 2.3, 1.35)
 _SMALL = _make_half_entry(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
@@ -84,7 +91,7 @@ _SMALL = _make_half_entry(_MMA, 128, 1.0, stages=3, warps=8, row_grads=128)
 HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
     (8, 0): (*_LOW_MMA, _make_half_entry(_MMA, 128, 1.0, stages=4, warps=8, row_grads=128)),  # 163 KB of shared memory
     (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
-    # 227 KB, groups of warps multiply
+    # 227 KB, products by groups of warps
     (9, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, down=256, row_grads=256)),
     (10, 0): (*_LOW_GROUPS, _make_half_entry(_GROUPS, 128, 1.0, stages=3, warps=8, row_grads=128)),
     (12, 0): (*_LOW_MMA, _SMALL),
@@ -93,13 +100,11 @@ HALF_SCHEDULES: dict[tuple[int, int], tuple[Schedule, ...]] = {
 FLOAT32_SCHEDULES: dict[str, tuple[Schedule, ...]] = {
     "tf32": (
         _make_float32_entry(16, 4, 32, 4),
-        _make_float32_entry(32, 2, 32, 4)._replace(
-            up=BlockSizes(64, 32, 8, 3)
-        ),  # with 4 warps it spills registers on sm_100
+        _make_float32_entry(32, 2, 32, 4)._replace(up=BlockSizes(64, 32, 8, 3)),  # 4 warps spill registers on sm_100
         _make_float32_entry(64, 1.2, 32, 4),
         _make_float32_entry(128, 1.0, 32, 8),
     ),
-    # on sm_90 the hidden layer's gradients with 4 warps spill registers
+    # gradients of the hidden layer spill registers with 4 warps on sm_90
     "ieee": (
         _make_float32_entry(16, 2.0, 16, 4)._replace(hidden_grads=BlockSizes(64, 16, 8, 3)),
         _make_float32_entry(64, 1.0, 16, 8),
@@ -111,7 +116,7 @@ def _make_uniform_entry(rows: int, cost: float, blocks: BlockSizes, weights: Wei
     return Schedule(rows, cost, blocks, blocks, blocks, blocks, weights)
 
 
-#: entries for Triton's interpreter: small, so that a call that takes a second has several tiles and blocks
+#: entries for Triton's interpreter, small enough that a call of a second has several tiles and blocks
 INTERPRETER_SCHEDULES: tuple[Schedule, ...] = (
     _make_uniform_entry(16, 1.5, BlockSizes(32, 16, 1, 1), WeightBlockSizes(16, 32, 16, 1, 1)),
     _make_uniform_entry(32, 1.0, BlockSizes(64, 16, 1, 1), WeightBlockSizes(32, 32, 32, 1, 1)),
@@ -125,7 +130,7 @@ def get_input_precision(dtype: torch.dtype) -> str:
 
 
 def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """The entries for operands of this dtype on a card; on a CPU those of the interpreter."""
+    """Return the entries for operands with this dtype on a card, or those of the interpreter on a CPU."""
     if device.type == "cpu":
         return INTERPRETER_SCHEDULES
     family = find_card_family(get_device_capability(device))
@@ -134,23 +139,26 @@ def find_entries(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ..
 
 
 def uses_comparison(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> bool:
-    """Whether the permutation compares assignments, at most `max_compared`, with each other, without queues."""
+    """Return whether the permutation is computed without queues, by comparing at most `max_compared` assignments with
+    each other."""
     number = assignments.weight.shape[0]
     return statically_known_true(number <= max_compared) and statically_known_true(number == assignments.max_rows)
 
 
 def count_permuted_rows(assignments: Assignments, max_compared: int = MAX_COMPARED_ASSIGNMENTS) -> int:
-    """The number of rows of a call's permutation, from which the self-check and the launch find the same entry."""
+    """Return the number of rows in the permutation of a call, from which both the self-check and the launch select an
+    entry."""
     if assignments.routing is None or uses_comparison(assignments, max_compared):
         return assignments.max_rows
     return symbolic_min(assignments.max_rows, assignments.num_slots)
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
-    """The entry with the least estimated time for experts with `mean_rows` rows on average."""
+    """Return the entry with the smallest estimated time for experts with `mean_rows` rows on average."""
     return min(entries, key=lambda entry: entry.cost * estimate_computed_rows(mean_rows, entry.rows))
 
 
 def estimate_computed_rows(mean_rows: int, height: int) -> float:
-    """The rows computed for an expert: whole tiles, the last of which is half empty on average."""
+    """Return the estimated number of rows computed per expert: whole tiles, the last of which is half empty on
+    average."""
     return max(height, mean_rows + height / 2)

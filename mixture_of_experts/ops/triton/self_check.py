@@ -1,13 +1,13 @@
-"""Checks on this card that the kernels compute what they should, before their first use.
+"""Checks the results of the kernels on this card before their first use.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 
-A `CallKind` describes what the kernels' programs depend on. For each kind and each entry of the schedule, the kernels
-compute outputs and all gradients of generated tokens, three times. Every row of each is compared with that of the
-batched implementation in float32, and all repetitions must have equal bits. The sums are long enough that each buffer
-of a pipeline is used several times. If anything differs or raises, the Triton implementation is disabled for the
-process, with a warning. The check does not catch what a process cannot survive: an illegal access ends the CUDA
-context, and a kernel that hangs, hangs here.
+A `CallKind` describes what the compiled programs depend on. For each kind and each entry of the schedule, the kernels
+compute outputs and all gradients of generated tokens three times. All rows are compared with those of the batched
+implementation in float32, and all repetitions must be bitwise identical. The sums are long enough that each buffer of a
+pipeline is used several times. If anything differs or raises, the Triton implementation is disabled for the process,
+with a warning. The check cannot catch faults that a process does not survive: an illegal access destroys the CUDA
+context, and a kernel that hangs also hangs the check.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 from mixture_of_experts.ops.triton.schedule import Schedule, find_entries, find_schedule
 from mixture_of_experts.support.private_torch import assume_constant_result
 
-MIN_ROWS, MIN_DIM = 512, 704  # minimum sizes of the generated call; a kind's `sizes` are added to MIN_DIM
+MIN_ROWS, MIN_DIM = 512, 704  # minimum sizes of the generated call; the `sizes` of a kind are added to MIN_DIM
 BUSIEST_EXPERT_SHARE = 0.6  # share of rows of the first expert, so that sums over its rows are long
-NUM_REPEATS = 3  # how often the kernels compute it
-#: largest difference of a row between the kernels and the batched implementation in float32, relative to its norm
+NUM_REPEATS = 3  # number of times that the kernels compute the call
+#: maximum difference between a row of the kernels and of the batched implementation in float32, relative to its norm
 MAX_ROW_ERRORS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 
-#: all activations of the kernels that have no arguments
+#: all activations of the kernels without arguments
 KERNEL_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_tanh": partial(nn.GELU, "tanh"),
@@ -47,14 +47,14 @@ KERNEL_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class CallKind(NamedTuple):
-    """What the kernels' programs depend on.
+    """The properties of a call that the compiled programs depend on.
 
     Attributes:
         device: the GPU.
         dtype: dtype of x and weights.
         spec: layout and activation of the network.
-        biases: whether there are input biases, and whether there are output biases.
-        transposed: whether the input weights, and whether the output weights, are stored transposed.
+        biases: whether there are input biases and output biases.
+        transposed: whether input weights and output weights are stored transposed.
         sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
         num_choices: k.
         decoding: whether only the forward is launched.
@@ -70,18 +70,17 @@ class CallKind(NamedTuple):
     decoding: bool
 
 
-EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of the schedule
+EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # for each kind and entry of the schedule
 
 
-@assume_constant_result  # a traced graph runs this function instead of tracing it
+@assume_constant_result  # this function runs during tracing instead of being traced
 def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
-    """Check the kernels for a kind of calls whose experts have `mean_rows` rows on average (None: any number).
+    """Check the kernels for a kind of calls with `mean_rows` rows per expert on average (None for any number).
 
-    The kind is passed as plain tuples, the only ones that a graph supports. Returns what is wrong with the kernels, or
-    None.
+    The kind is passed as plain tuples, because a graph supports no others. Return which fault the check found, or None.
     """
     if not torch.cuda.is_available():
-        return None  # the call's tensors are fake
+        return None  # the tensors of the call are fake
     kind = CallKind(*kind_of_call)
     entries = find_entries(kind.device, kind.dtype)
     wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
@@ -89,7 +88,7 @@ def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
 
 
 def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
-    """Check the kernels with the `wanted` entries of the schedule. Returns what is wrong with them, or None."""
+    """Check the kernels with the `wanted` entries of the schedule, and return which fault was found, or None."""
     for entry in wanted:
         if wrong := EXPERTS_SELF_CHECK.failure_reason(
             kind.device, (kind, entry), partial(find_fault, kind, entries, entry)
@@ -99,9 +98,9 @@ def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[S
 
 
 def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
-    """What is wrong with the kernels for one entry of the schedule; None if nothing."""
+    """Return which fault the kernels have for one entry of the schedule, or None."""
     call = make_call(kind, *find_call_size(entries, entry))
-    said = f"on {kind.spec.layout} experts of {kind.spec.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
+    said = f"for {kind.spec.layout} experts with {kind.spec.activation} in {kind.dtype} and tiles of {entry.rows} rows,"
     found = compute_by_kernels(call, kind)
     if not are_permutations_equal(call.assignments):
         return f"{said} the permutations of few and of many assignments differ"
@@ -109,24 +108,24 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -
     for name, got in found.items():
         error = compute_max_row_error(got, wanted[name.partition(", ")[0]])
         if not error < MAX_ROW_ERRORS[kind.dtype]:
-            return f"{said} a row of {name} differs from the batched way's by {error:.1e} of its norm"
+            return f"{said} a row of {name} differs from the batched implementation by {error:.1e} of its norm"
     del wanted
     for _ in range(NUM_REPEATS - 1):
         for name, again in compute_by_kernels(call, kind).items():
             if not torch.equal(again, found[name]):
-                return f"{said} {name} differs between two equal calls"
+                return f"{said} {name} differs between two identical calls"
     return None
 
 
 def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
-    """The smallest numbers of rows and experts (at least three) that use an entry of the schedule."""
+    """Return the smallest numbers of rows and experts (at least three) for which an entry of the schedule is used."""
     sizes = ((rows, e) for rows in (MIN_ROWS, 2 * MIN_ROWS) for e in range(3, rows // 8 + 1))
     return next(size for size in sizes if find_schedule(entries, size[0] // size[1]) is entry)
 
 
 def compute_max_row_error(got: Tensor, want: Tensor) -> float:
-    """The largest error of a row of `(..., p, q)`, relative to its norm or, if that is larger, to the mean norm of the
-    matrix's rows: the norm of the whole tensor would hide a few wrong numbers."""
+    """Return the maximum error of a row of `(..., p, q)`, relative to the larger of its norm and the mean norm of the
+    matrix's rows. Relative to the norm of the whole tensor, isolated wrong values would go unnoticed."""
     got, want = (tensor.double().unsqueeze(-1) if tensor.ndim == 1 else tensor.double() for tensor in (got, want))
     norms = want.norm(dim=-1)
     mean = norms.square().mean(dim=-1, keepdim=True).sqrt()
@@ -135,11 +134,11 @@ def compute_max_row_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_call(kind: CallKind, rows: int, experts: int) -> Call:
-    """A generated call with values of unit scale. The first expert has most rows, some choices have no expert, and the
-    second expert has no tokens.
+    """Return a generated call with values of unit scale. The first expert has most of the rows, some choices have no
+    expert, and the second expert has no tokens.
 
-    Tokens, input weights and their biases are small integers times a power of two. So the pre-activations are exact in
-    every dtype and order of summation, and rounding does not move them across a kink of the activation.
+    Tokens, input weights and their biases are small integers times a power of two, so that pre-activations are exact in
+    all dtypes and orders of summation, and rounding does not move them across a kink of the activation.
     """
     options: Any = dict(generator=torch.Generator(kind.device).manual_seed(0), device=kind.device)
 
@@ -175,8 +174,8 @@ def make_call(kind: CallKind, rows: int, experts: int) -> Call:
 
 
 def are_permutations_equal(assignments: Assignments) -> bool:
-    """Whether the kernel for many assignments makes the same permutation as the one for few, which the checked call
-    uses."""
+    """Return whether the kernel for many assignments computes the same permutation as the kernel for few assignments,
+    which the checked call uses."""
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
     one, other = (permute_by_kernel(assignments, few).tensors() for few in (0, assignments.weight.shape[0]))
@@ -184,14 +183,14 @@ def are_permutations_equal(assignments: Assignments) -> bool:
 
 
 def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """A random gradient of the output, with values that `dtype` represents."""
+    """Return a random gradient of the output with values that are exact in `dtype`."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
     return drawn.to(dtype).to(out.dtype)
 
 
 def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
-    """Outputs of the kernels in inference and, unless the kind is decoding, in training with their gradients: all of
-    them, and those of the choices' weights alone. Each of these uses different programs."""
+    """Return the outputs of the kernels in inference and, unless the kind is decoding, in training, with all gradients
+    and with only those of the weights of choices. Each of these cases uses different programs."""
     from mixture_of_experts.ops.triton.forward_backward import triton_backward, triton_forward
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
@@ -207,7 +206,7 @@ def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
 
 
 def compute_by_operators(call: Call) -> dict[str, Tensor]:
-    """The same results with the batched implementation in float32."""
+    """Return the same results, computed by the batched implementation in float32."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
