@@ -149,7 +149,7 @@ def test_arguments_of_flash_attention(checkpointed, monkeypatch):
     torch.testing.assert_close(aux_loss(model), loss, atol=1e-9, rtol=1e-9)
     total = logits.square().sum() + aux_loss(model)
     grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
-    torch.testing.assert_close(grads, wanted_grads, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(grads, wanted_grads, atol=1e-6, rtol=1e-6)  # rotations are float32
 
 
 def test_layers_that_cannot_pack_keep_a_row_as_one_group():
