@@ -232,7 +232,7 @@ def test_dense_layers_are_kept(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(DeepseekV3ForCausalLM.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has layers of replace_ffn or upcycle"):
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has layers from replace_ffn or upcycle"):
         to_transformers(model)
     assert state.keys() == model.state_dict().keys()
 
