@@ -77,7 +77,7 @@ def test_statistics(run_checks: Checks):
         ("bf16", "RTX 4090", "triton", None),
         ("f16", "RTX 5090", "triton", None),
         ("f32", "A100", "batched", "only on request"),
-        ("f64", "A100", "batched", "not torch.float64"),
+        ("f64", "A100", "batched", "got torch.float64"),
         ("f16", "H100", "batched", "only on request"),
         ("bf16", "Orin", "triton", None),
         ("bf16", "GB10", "triton", None),

@@ -288,7 +288,7 @@ def test_rejected(kind, settings, message):
 
 
 def test_a_module_of_logits_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"logits must return \(1, 2, 4\), .*got \(1, 2, 3"):
+    with pytest.raises(ValueError, match=r"logits must return .* \(1, 2, 4\), .*got \(1, 2, 3"):
         TopKGating(4, 4, logits=nn.Linear(4, 3))(torch.randn(1, 2, 4))
 
 

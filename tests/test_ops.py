@@ -213,7 +213,7 @@ def test_explain_call_describes_the_gate():
     parametrize.register_parametrization(layer.gate, "w_gating", nn.Identity())
     assert ops.explain_call(layer, token).gates == (ops.Explanation("numbers"),)
     own = type("Own", (TopKGating,), {"decide": lambda self, tokens: TopKGating.decide(self, tokens)})(D, E)
-    assert "Own has a decide" in ops.explain_call(MoE(D, E, gate=own).eval(), token).gates[0].reasons["numbers"]
+    assert "Own overrides decide" in ops.explain_call(MoE(D, E, gate=own).eval(), token).gates[0].reasons["numbers"]
     both = nn.Sequential(OutputOnly(layer), OutputOnly(layer))
     assert len(ops.explain_call(both, token).gates) == 1
 
