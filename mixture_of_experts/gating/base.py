@@ -27,6 +27,7 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.dispatch.segments import SEGMENT_IDS, Segments, check_segment_ids, find_segments
 from mixture_of_experts.gating.balance_losses import (
     BALANCE_LOSSES,
+    BALANCE_OVER,
     OF_EXPERT_GROUPS,
     BalanceInputs,
     BalanceOver,
@@ -528,7 +529,7 @@ class TokenChoiceGate(Gate):
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
-            return balance_loss_over(self.balance_over, load, proxy, length, None, k, self.process_group)
+            return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
         return losses.load_balancing_loss_from_choices(
             expert, counted, proxy, length, k, self.process_group
         )  # avoids a tensor of loads
