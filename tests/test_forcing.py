@@ -153,7 +153,7 @@ def test_rejects_bad_arguments():
     with pytest.raises(TypeError, match=r"\(ExpertChoiceGating\): tokens make no choices"), force_routing(own):
         pass
     assert gate.forced is None
-    with force_routing(gate), pytest.raises(ValueError, match="cannot use given_experts while force_routing forces balanced"):
+    with force_routing(gate), pytest.raises(ValueError, match="given_experts while force_routing forces balanced"):
         gate(x, given_experts=torch.zeros(1, 3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="forced must be one of"):
         gate.forced = True
