@@ -124,7 +124,7 @@ def test_rejects_non_models_on_entry(call, model):
 
 def test_rejects_zero_hidden_dim():
     """0 is no word for the network's own."""
-    assert_rejected(replace_ffn, dict(hidden_dim=0), "hidden_dim must be an integer of at least 1, got 0: ")
+    assert_rejected(replace_ffn, dict(hidden_dim=0), "hidden_dim must be an integer of at least 1, got 0; ")
 
 
 def assert_rejected(change, settings, problem):
