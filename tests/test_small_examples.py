@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_hex
 
-from mixture_of_experts import TopKGating
+from mixture_of_experts import MoE, TopKGating
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -22,6 +22,7 @@ import gpt  # noqa: E402
 import gptq  # noqa: E402
 import migrate  # noqa: E402
 import muon  # noqa: E402
+import older_choices  # noqa: E402
 import provider  # noqa: E402
 import routed_text  # noqa: E402
 import train_gpu  # noqa: E402
@@ -66,6 +67,20 @@ def test_an_expert_bias_balances_favored_experts() -> None:
     assert before > 4.5
     assert after < 1.2
     assert expert_bias.train(None)[1] > 4.4
+
+
+def test_choices_of_older_weights_are_those_of_the_step_in_which_a_batch_was_fetched() -> None:
+    moe, delay = MoE(dim=8, gate=TopKGating(8, 4)), 2
+    batches = torch.randn(5, 1, 6, 8)
+    fetched = [moe.gate(batch).expert.sort().values for batch in batches[: delay + 1]]
+    for i, (batch, records) in enumerate(older_choices.with_older_choices(moe, batches, delay)):
+        assert batch is not batches[i - 1]
+        assert batch.equal(batches[i])
+        if i <= delay:
+            assert records["gate"][0].view(1, -1).sort().values.equal(fetched[i])
+        torch.nn.init.normal_(moe.gate.w_gating)  # an optimizer step
+    losses = older_choices.main()
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_routers_of_another_library_are_tracked(
