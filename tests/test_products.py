@@ -207,12 +207,7 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch):
     [
         ((5, 8), (3, 8, 4), [9, 1, 1], r"at most 5, the rows of x, got \[9, 1, 1\]"),
         ((5, 8), (3, 8, 4), [7, -1, -1], r"nonnegative .* got \[7, -1, -1\]"),
-        (
-            (5, 8),
-            (3, 8, 4),
-            [5, 0],
-            r"int64 of shape \(3,\), the number of rows of each expert, got torch.int64 of shape \(2,\)",
-        ),
+        ((5, 8), (3, 8, 4), [5, 0], r"int64 of shape \(3,\), the number of rows .* got torch.int64 of shape \(2,\)"),
         ((5, 8), (3, 8, 4), [1.0, 1.0, 1.0], "must be int64"),
         ((5, 7), (3, 8, 4), [1, 1, 1], r"x must have shape \(r, 8\) and weight \(e, p, q\), got \(5, 7\)"),
         ((5, 8), (8, 4), [1, 1, 1], r"weight \(e, p, q\), got \(5, 8\) and \(8, 4\)"),

@@ -333,7 +333,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {(kind, entries[1]): None})
             times[0] = 0
             patch.setattr(operators, "launch_kernel", planted(name, fault))
-            with pytest.warns(UserWarning, match="off in this process"):
+            with pytest.warns(UserWarning, match="disabled in this process"):
                 wrong = judge()
             assert wrong is not None, (name, fault)
             described = {"raises": "they raise RuntimeError", "now and then": "between two identical"}
@@ -357,7 +357,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
         for name, seen in (("grouped_matmul_kernel", True), ("row_grads", False)):  # decoding has no backward
             patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
             patch.setattr(operators, "launch_kernel", planted(name, "a vector"))
-            with pytest.warns(UserWarning, match="off in this process") if seen else nullcontext():
+            with pytest.warns(UserWarning, match="disabled in this process") if seen else nullcontext():
                 found = self_check.check_entries(kind._replace(decoding=True), entries, entries[:1])
             assert (found is not None) == seen
 
