@@ -472,10 +472,12 @@ def test_scalars_are_those_of_the_last_step(make_stats):
 
 def test_the_documented_lines_for_a_logger(make_stats):
     page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
-    (lines,) = [block for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "wandb" in block]
-    wandb = Mock()
-    exec(lines, {"wandb": wandb, "stats": make_stats, "step": 7})
-    wandb.log.assert_called_once_with(make_stats.scalars(), step=7)
+    (lines,) = [block for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "writer" in block]
+    writer = Mock()
+    exec(lines, {"writer": writer, "stats": make_stats, "step": 7})
+    assert [added.args for added in writer.add_scalar.mock_calls] == [
+        (name, value, 7) for name, value in make_stats.scalars().items()
+    ]
 
 
 # Errors

@@ -110,7 +110,7 @@ class ShiftedSwiGLU(ops.ClampedSwiGLU):
     ("reason", "d", "h", "activation", "dtype"),
     [
         ("multiples of 16", 16, 24, nn.SiLU(), torch.float32),
-        ("not torch.float64", 16, 32, nn.SiLU(), torch.float64),
+        ("got torch.float64", 16, 32, nn.SiLU(), torch.float64),
         ("activation Tanh", 16, 32, nn.Tanh(), torch.float32),
         ("activation QuickGELU", 16, 32, QuickGELU(), torch.float32),
         ("activation ShiftedSwiGLU", 16, 32, ShiftedSwiGLU(), torch.float32),

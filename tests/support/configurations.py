@@ -146,7 +146,7 @@ def find_side_input_error(c: Configuration) -> str | None:
     known = set().union(*(reads_side_input(c, level) for level in range(len(c.routers))))
     if unknown := set(c.side) - known:
         named = "".join(f"(?=.*'{name}')" for name in sorted(unknown))  # in the order of the call
-        return f"the gate does not support the side input {named}[^:]*: it reads"
+        return f"the gate does not support the side input {named}[^;]*; it reads"
     for level, router in enumerate(c.routers):
         if router.kind == "hash" and not {"token_ids", GIVEN_INNER if level else GIVEN_EXPERTS} & set(c.side):
             return "HashGating requires token ids"

@@ -251,7 +251,7 @@ def check_capturing() -> None:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
         patch.setattr(launching, "isolate_from_modes", nullcontext)
         check = launching.SelfCheck("some kernels")
-        with pytest.warns(UserWarning, match="before some kernels were checked"):
+        with pytest.warns(UserWarning, match="without some kernels, because they have not been checked"):
             assert check.failure_reason(torch.device("cuda", 1), "kind", lambda: None) is not None
         current[0] = 1
         assert check.failure_reason(torch.device("cuda", 0), "kind", lambda: None) is None
