@@ -140,33 +140,6 @@ def test_initial_weights_of_the_recipe_reach_the_experts():
     assert [round(parameter.std().item(), 3) for parameter in experts.parameters()] == [0.02, 0.02]
 
 
-def test_choices_of_older_weights_are_those_of_a_copy():
-    """Of the model some steps before. Weights are live; the balancing loss and the bias count the older choices."""
-    (block,) = (block for block in BLOCKS if "with_older_choices" in block.code)
-    names = block.run()
-    moe, optimizer = names["moe"], names["optimizer"]
-    older, seen, changed = [copy.deepcopy(moe)], [], []
-    moe.gate.register_forward_hook(lambda gate, args, routing: seen.append(routing))
-    for step, (batch, records) in enumerate(names["with_older_choices"](moe, torch.randn(6, 2, 16, 32), 3)):
-        was, now = (model.gate(batch) for model in (older[max(step - 3, 0)], moe))
-        with names["replay_routing"](moe, records):
-            out, aux_loss = moe(batch)
-        routing = seen[-1]
-        assert torch.equal(routing.expert, was.expert)
-        probs = now.probs.gather(-1, was.expert.view(2, 16, 2))
-        torch.testing.assert_close(routing.weight.view(2, 16, 2), probs / probs.sum(-1, keepdim=True))
-        load = torch.stack([row.bincount(minlength=8) for row in was.expert])
-        torch.testing.assert_close(routing.balance_loss, (load / 16 * now.probs.mean(1)).sum(-1).mean() * 8 / 2)
-        (out.square().mean() + aux_loss).backward()
-        assert torch.equal(moe.gate.expert_counts, load.sum(0))
-        optimizer.step()
-        optimizer.zero_grad()
-        older.append(copy.deepcopy(moe))
-        changed.append(not torch.equal(now.expert, was.expert))
-    assert len(changed) == 6
-    assert changed[-1]
-
-
 def test_saturated_logits_of_the_custom_sigmoid_router_are_finite():
     """The sigmoids of all experts underflow to 0 in float32."""
     (block,) = (block for block in BLOCKS if "class SigmoidGating" in block.code)

@@ -1,6 +1,7 @@
 """The examples that make their own data run, and each mixture does what its example says."""
 
 import ast
+import copy
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_hex
 
-from mixture_of_experts import MoE, TopKGating
+from mixture_of_experts import MoE, TopKGating, balance_experts
+from mixture_of_experts.replay import replay_routing
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -69,18 +71,33 @@ def test_an_expert_bias_balances_favored_experts() -> None:
     assert expert_bias.train(None)[1] > 4.4
 
 
-def test_choices_of_older_weights_are_those_of_the_step_in_which_a_batch_was_fetched() -> None:
-    moe, delay = MoE(dim=8, gate=TopKGating(8, 4)), 2
-    batches = torch.randn(5, 1, 6, 8)
-    fetched = [moe.gate(batch).expert.sort().values for batch in batches[: delay + 1]]
-    for i, (batch, records) in enumerate(older_choices.with_older_choices(moe, batches, delay)):
-        assert batch is not batches[i - 1]
-        assert batch.equal(batches[i])
-        if i <= delay:
-            assert records["gate"][0].view(1, -1).sort().values.equal(fetched[i])
-        torch.nn.init.normal_(moe.gate.w_gating)  # an optimizer step
+def test_choices_of_older_weights_are_those_of_a_copy():
+    """Of the model some steps before. Weights are live; the balancing loss and the bias count the older choices."""
     losses = older_choices.main()
     assert losses[-1] < 0.8 * losses[0]
+    moe = MoE(dim=32, gate=TopKGating(32, 8, expert_bias=True))
+    optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2)
+    balance_experts(moe, optimizer)
+    older, seen, changed = [copy.deepcopy(moe)], [], []
+    moe.gate.register_forward_hook(lambda gate, args, routing: seen.append(routing))
+    for step, (batch, records) in enumerate(older_choices.with_older_choices(moe, torch.randn(6, 2, 16, 32), 3)):
+        was, now = (model.gate(batch) for model in (older[max(step - 3, 0)], moe))
+        with replay_routing(moe, records):
+            out, aux_loss = moe(batch)
+        routing = seen[-1]
+        assert torch.equal(routing.expert, was.expert)
+        probs = now.probs.gather(-1, was.expert.view(2, 16, 2))
+        torch.testing.assert_close(routing.weight.view(2, 16, 2), probs / probs.sum(-1, keepdim=True))
+        load = torch.stack([row.bincount(minlength=8) for row in was.expert])
+        torch.testing.assert_close(routing.balance_loss, (load / 16 * now.probs.mean(1)).sum(-1).mean() * 8 / 2)
+        (out.square().mean() + aux_loss).backward()
+        assert torch.equal(moe.gate.expert_counts, load.sum(0))
+        optimizer.step()
+        optimizer.zero_grad()
+        older.append(copy.deepcopy(moe))
+        changed.append(not torch.equal(now.expert, was.expert))
+    assert len(changed) == 6
+    assert changed[-1]
 
 
 def test_routers_of_another_library_are_tracked(
