@@ -45,7 +45,7 @@ def quantize_experts(
     group: int = 64,
     rounding: RoundingFunction | None = None,
 ) -> ModelT:
-    """Replace all stacked experts of a model by `QuantizedExperts` in place, and return the model.
+    """Replace all stacked experts in a model with `QuantizedExperts`, in place, and return the model.
 
     The quantized weights cannot be trained. Gradients still flow to tokens, routers and all other parameters, including
     LoRA adapters on these weights if `mixture_of_experts.huggingface.fast_lora` has prepared the model. Forward and

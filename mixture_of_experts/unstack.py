@@ -64,7 +64,7 @@ class UnstackedExperts(ExpertList):
 
 
 def unstack(model: ModelT) -> ModelT:
-    """Replace all stacked experts of a model by plain linear layers in place, and return the model.
+    """Replace all stacked experts in a model with plain linear layers, in place, and return the model.
 
     The model computes the same results up to rounding, one expert at a time. The weights are copies, so create the
     optimizer afterwards. Forward and backward hooks of experts are kept. `restack` reverses the conversion.

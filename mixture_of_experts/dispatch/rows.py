@@ -1,10 +1,9 @@
-"""Moves tokens to the rows that experts compute, and combines the results.
+"""`dispatch` and `combine`, for experts with `compute` or slots, and for `ops.plain`: move tokens to rows, and back.
 
 Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
 Forward and backward of both directions are gathers by the indices of a `Permutation`. No two writes overlap, so results
-are deterministic. In `ops`, only `plain` calls `dispatch` and `combine`; the other implementations gather and combine
-rows themselves.
+are deterministic. The other implementations in `ops` gather and combine rows themselves (`ops/row_network.py`).
 """
 
 from __future__ import annotations

@@ -235,8 +235,8 @@ class Gate(FixedShapeModule):
         if self.outer_expert_dims or length is not None:
             what = f"outer_expert_dims={self.outer_expert_dims}" if self.outer_expert_dims else "length="
             raise ValueError(
-                f"{SEGMENT_IDS} requires a gate of one level without length=, because each document becomes a group "
-                f"with its own length, got {what}. Pass each document as a separate row, with mask="
+                f"{SEGMENT_IDS} requires a single-level gate without length=, but got {what}: each document becomes a "
+                "group with its own length. Pass each document as a separate row, with mask="
             )
         return find_segments(check_segment_ids(ids, x.shape[:-1]), mask)
 
@@ -562,7 +562,7 @@ class TokenChoiceGate(Gate):
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group
             return balance_loss_over(self.balance_over, load, sum_probs(proxy, tokens.segments), *settings)
-        alone = statically_known_true(tokens.num_tokens == 1)  # saves a kernel launch in decoding
+        alone = statically_known_true(tokens.num_tokens == 1)  # saves a kernel launch during decoding
         return self.balance(expert, counted, proxy.squeeze(-2) if alone else proxy.sum(dim=-2), tokens.length, k)
 
     def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:

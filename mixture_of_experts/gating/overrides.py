@@ -35,7 +35,7 @@ def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None =
     """Combine given choices `(..., b, n, k)` with the gate's `own` choices where they are `KEEP_ROUTER_CHOICE`.
 
     Args:
-        overrides: given choices, encoded as above, or None if the gate makes all choices.
+        overrides: choices that replace those of the gate, encoded as above; None if there are none.
         own, made: the gate's own experts, and which of them it chooses (None for all).
 
     Returns:

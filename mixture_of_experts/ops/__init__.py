@@ -243,8 +243,8 @@ def moe_ffn(
         w2: `(e, h, o)`; o may differ from d.
         w3: `(e, d, h)`, for gated experts with separate weights.
         activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts, it may also be a
-            function `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. Parameters of a module get
-            gradients.
+            function `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. The parameters of a
+            module receive gradients.
         gate_up: layout of gate and up projections in w1: "concatenated" (gate, then up) or "interleaved" (alternating
             columns). None if w1 holds a single projection.
         b1, b2, b3: biases of `w1`, `w2` and `w3`: `(e, h)` (`(e, 2 h)` with `gate_up`), `(e, o)` and `(e, h)`.

@@ -297,8 +297,8 @@ def compute_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def round_up_to_vectors(size: int, *widths: int) -> int:
-    """Return the smallest multiple of `size`, a power of two up to 64, such that this number of rows of any of these
-    widths fills whole vectors. The result divides `MAX_ROWS`."""
+    """Return the smallest multiple of `size`, which is a power of two up to 64, for which that many rows of each of the
+    given widths fill a whole number of SIMD vectors. The result divides `MAX_ROWS`."""
     return max([size * VECTOR_NUMEL // math.gcd(VECTOR_NUMEL, size * width) for width in widths], default=size)
 
 

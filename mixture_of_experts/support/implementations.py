@@ -88,7 +88,7 @@ def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
 
 
 class Implementation(NamedTuple):
-    """The two functions of an implementation that is not a separate module."""
+    """The two functions of an implementation that has no module of its own."""
 
     unsupported_reason: Callable[..., str | None]
     run: Callable[..., Any]

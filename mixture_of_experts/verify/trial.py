@@ -229,7 +229,7 @@ def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
 
 
 def infer_width(trial: Trial) -> int:
-    """Return the only size of the weights with which the module runs as width."""
+    """Return the one weight dimension that works as the module's input width."""
     found = []
     for size in sorted({size for parameter in trial.module.parameters() for size in parameter.shape if size > 1}):
         with suppress(Exception):

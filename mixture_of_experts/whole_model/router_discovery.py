@@ -136,7 +136,7 @@ def check_supported(
 def select_routers(routers: list[RouterHandle], feature: str, gates: GateSelection) -> list[RouterHandle]:
     """Return the routers that `gates` selects, in the model's order."""
     if not isinstance(gates, str | nn.Module | Iterable):
-        raise TypeError(f"expected gates of {feature} to be a list of names or modules of gates, but got {gates!r}")
+        raise TypeError(f"expected gates= of {feature} to be a list of gate names or gate modules, but got {gates!r}")
     selectors = [gates] if isinstance(gates, str | nn.Module) else list(gates)
     for selector in selectors:
         if not any(matches_selector(router, selector) for router in routers):

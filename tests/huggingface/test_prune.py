@@ -226,7 +226,7 @@ BAD_ARGUMENTS = {
     "no tokens": (dict(keep=4, calibration=[]), ValueError, "calibration has no tokens for gate"),
     "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), but got \[1, 2\]"),
     "a text for scores": (dict(keep=4, by={"gate": torch.rand(E)}, calibration=X), ValueError, "omit gates and calib"),
-    "too few": (dict(keep=1, by="random"), ValueError, "1 of 8 experts of 'gate'; keep at least 2"),
+    "too few": (dict(keep=1, by="random"), ValueError, "1 of 8 experts of 'gate'; keep between 2"),
     "too many": (dict(keep=9, by="random"), ValueError, "cannot keep 9 of 8"),
     "no number of experts": (dict(keep=2.5, by="random"), ValueError, "keep must be an integer"),
     "an id that is none": (dict(by={"gate": [0, 8]}), ValueError, r"distinct ids below 8, but got \[0, 8\]"),
@@ -266,7 +266,7 @@ def test_groups_keep_equally_many():
         prune(make_layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
-    with pytest.raises(ValueError, match="keep at least 3"):
+    with pytest.raises(ValueError, match="keep between 3"):
         prune(make_layer(NoisyTopKGating(D, E, 2)), 2, "random")
 
 

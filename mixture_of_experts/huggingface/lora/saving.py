@@ -1,4 +1,4 @@
-"""Saves adapters of models with experts for stock models, in PEFT's layout or with factors for each expert.
+"""Saves LoRA adapters so that stock models can load them, in PEFT's layout or with separate factors per expert.
 
 Axes: e experts, d model dim, h hidden dim, k rank.
 """
@@ -146,7 +146,7 @@ def write_for_layers(found: StockAdapter, folder: Path, settings: Mapping[str, A
     if found.whole_modules:
         raise ValueError(
             f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which can be converted "
-            "only for stock models; train without modules_to_save"
+            "only if the base model is a stock model; train without modules_to_save"
         )
     replace_blocks(found.model, {path: {"balance_over": "batch"} for path in find_sparse_blocks(found.model)})
     stacks = {}

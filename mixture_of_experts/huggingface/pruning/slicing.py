@@ -96,7 +96,7 @@ def check_num_kept(router: RouterHandle, number: int) -> None:
     minimum = k + isinstance(gate, NoisyTopKGating)  # the smallest number with which the gate works
     prefix = f"prune cannot keep {number} of {router.num_experts} experts of {router.name!r}"
     if not minimum <= number <= router.num_experts:
-        raise ValueError(f"{prefix}; keep at least {minimum}, because of its k, and at most {router.num_experts}")
+        raise ValueError(f"{prefix}; keep between {minimum}, the k of the router, and {router.num_experts}")
     minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # experts per group
     if number % groups or (groups > 1 and (gate.top_groups * number // groups < k or number // groups < minimum)):
         raise ValueError(

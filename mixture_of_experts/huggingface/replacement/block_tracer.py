@@ -173,7 +173,7 @@ class BlockTracer(GraphAppendingTracer):
     def to_bool(self, obj: Proxy) -> bool:
         """Return False for conditions on values, such as checks for infinities."""
         if len(self.graph.nodes) > 5000:
-            raise TraceError("a loop depends on a value")
+            raise TraceError("it has a data-dependent loop")
         return False
 
     def create_arg(self, a: Any) -> Any:

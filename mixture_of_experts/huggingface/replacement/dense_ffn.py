@@ -151,7 +151,7 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
     if any(map(is_offloaded, module.modules())):
         raise ValueError(
             f"the weights of {name} are not in memory because of the model's device_map; load the model without it, or "
-            "change its folder with python -m mixture_of_experts.huggingface"
+            "convert its folder with python -m mixture_of_experts.huggingface"
         )
 
 
@@ -160,7 +160,7 @@ def check_not_on_meta(module: nn.Module, name: str) -> None:
     check_not_offloaded(module, name)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
-            f"{name} has weights on the meta device; load them first, or change its folder with python -m "
+            f"{name} has weights on the meta device; load them first, or convert its folder with python -m "
             "mixture_of_experts.huggingface"
         )
 

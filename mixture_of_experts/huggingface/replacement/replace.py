@@ -224,7 +224,7 @@ def find_networks(
         some = ", ".join(dict.fromkeys(to_path_pattern(location.moe_path) for location in locations))
         raise ValueError(
             f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), but others cannot"
-            f"{explain_unsupported(model, unsupported)}, or select the networks to replace with layers="
+            f"{explain_unsupported(model, unsupported)}, or use layers= to select the networks that are replaced"
         )
     chosen = select_layers([location.moe_path for location in locations], layers)
     return [location for location in locations if location.moe_path in chosen]

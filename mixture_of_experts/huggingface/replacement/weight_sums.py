@@ -45,10 +45,9 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
     total = totals.mean().item()
     if not total > 0 or (totals / total - 1).abs().max() > 1e-3:
         raise ValueError(
-            f"the weights that {type(gate).__name__} assigns to a token's experts do not have a constant sum (from "
-            f"{totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}; use a gate that normalizes "
-            "them and, in eval, drops none at random (TopKGating with normalize=True, Top2Gating with "
-            "second_policy_eval='all'), with a number of choices that is a multiple of the granularity, "
-            f"{others}"
+            f"the weights that {type(gate).__name__} assigns to a token's experts do not have a constant sum (sums "
+            f"from {totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}. Use a gate that normalizes "
+            "the weights and drops no choices at random in eval (TopKGating with normalize=True, Top2Gating with "
+            f"second_policy_eval='all'), and make k a multiple of the granularity, {others}"
         )
     return total

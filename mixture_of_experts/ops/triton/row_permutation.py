@@ -110,7 +110,7 @@ def triton_plan(
     k: int,
     num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the `RowTables` of any number of assignments.
+    """Return the `RowTables` for an arbitrary number of assignments.
 
     Args:
         expert, ..., experts_of_router: the results of `queued_choices`.

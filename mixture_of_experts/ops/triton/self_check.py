@@ -134,7 +134,7 @@ def compute_max_row_error(got: Tensor, want: Tensor) -> float:
 
 
 def make_call(kind: CallKind, rows: int, experts: int) -> Call:
-    """Return a generated call with values of unit scale. The first expert has most of the rows, some choices have no
+    """Return a random call whose values have unit scale. The first expert has most of the rows, some choices have no
     expert, and the second expert has no tokens.
 
     Tokens, input weights and their biases are small integers times a power of two, so that pre-activations are exact in
