@@ -1,4 +1,4 @@
-"""Which expert computes which token: a text in which each token has the colour of its expert. A function to import.
+"""Which expert computes which token: a text in which each token has the color of its expert. A function to import.
 
 It needs Matplotlib. The routing is what `mixture_of_experts.stats.routing_of(model, ids)` has of a token-choice gate.
 """
@@ -12,24 +12,24 @@ from mixture_of_experts import Routing
 
 
 def draw_text(tokens: Sequence[str], routing: Routing, width: int = 100) -> Figure:
-    """A text in which each token has the colour of the expert that computes it with the largest weight. A token that no
+    """A text in which each token has the color of the expert that computes it with the largest weight. A token that no
     expert computes is white."""
     if routing.k is None:
         raise ValueError("in expert choice tokens have no choices: give the routing of another gate")
     weight, expert = (each.view(len(tokens), routing.k) for each in (routing.weight, routing.expert))
     largest, choice = weight.max(dim=1, keepdim=True)
     computed = zip(largest.flatten().tolist(), expert.gather(1, choice).flatten().tolist(), strict=True)
-    colours = [f"C{number % 10}" if share else "white" for share, number in computed]
+    colors = [f"C{number % 10}" if share else "white" for share, number in computed]
     placed, x, y = [], 0, 0
-    for token, colour in zip(tokens, colours, strict=True):
+    for token, color in zip(tokens, colors, strict=True):
         for sign in token:
-            placed.append((x, y, sign, colour))
+            placed.append((x, y, sign, color))
             x, y = (0, y + 1) if sign == "\n" or x + 1 == width else (x + 1, y)
     figure = Figure(figsize=(width / 10, (y + 1) / 5))
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(y + 1, 0))
     ax.axis("off")
-    for x, y, sign, colour in placed:
-        ax.add_patch(Rectangle((x, y), 1, 0.94, color=colour, alpha=0.6, linewidth=0))
+    for x, y, sign, color in placed:
+        ax.add_patch(Rectangle((x, y), 1, 0.94, color=color, alpha=0.6, linewidth=0))
         shown = sign if sign.isprintable() else "·"
         ax.text(x + 0.5, y + 0.5, shown, family="monospace", ha="center", va="center", parse_math=False)
     return figure

@@ -5,7 +5,7 @@
 It needs the extras `examples` and `hf`. The last layers get eight copies of their feed-forward network each, of which a
 token uses two; copies and routers learn from the sources of Python's library, and the rest of the model stays as it is.
 The page `routing.html` has the load of the experts over the steps; in the picture `routing.png` each token of a text
-has the colour of its expert. If you have no model at hand, `python -m tests.support.pretrained`, in a clone, fetches
+has the color of its expert. If you have no model at hand, `python -m tests.support.pretrained`, in a clone, fetches
 SmolLM2-135M-Instruct, and prints its folder.
 """
 

@@ -210,8 +210,8 @@ def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
         The 0-dim average over all outer experts (`...`) with nonzero values.
     """
     total = global_sum(values, group) + (values - values.detach()) * world_size(group)
-    centre = total.mean(dim=-1)
-    used = centre.detach() != 0
-    square = torch.where(used, centre.square(), torch.ones_like(centre))
+    center = total.mean(dim=-1)
+    used = center.detach() != 0
+    square = torch.where(used, center.square(), torch.ones_like(center))
     variation = torch.where(used, total.var(dim=-1, unbiased=False) / square, 0.0)
     return mean(variation.sum(), used.sum())
