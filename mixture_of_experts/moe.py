@@ -38,8 +38,8 @@ from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, get_optional_l
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.levels import (
     check_slots_have_tokens,
+    dispatch_to_inner_gate,
     join_levels,
-    make_inner_arguments,
     side_inputs_of_levels,
 )
 from mixture_of_experts.gating.overrides import STATE
@@ -370,7 +370,7 @@ class HeirarchicalMoE(MoEBase):
         outer_arguments |= self.requested_losses(self.gate_outer)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **outer_arguments))
         outer_permutation = permute_to_slots(join_groups(outer, in_slots=True))
-        level_two = make_inner_arguments(groups, outer, outer_permutation, self.group_size, inner_side)
+        level_two = dispatch_to_inner_gate(groups, outer, outer_permutation, self.group_size, inner_side)
         inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
         check_slots_have_tokens(self.gate_inner, inner, outer_permutation)
         out = run_experts(self.experts, groups.flatten(0, 1), join_levels(outer, outer_permutation, inner))

@@ -17,7 +17,7 @@ from mixture_of_experts.dispatch.permutation import (
     permute_with_padding,
     permute_without_gaps,
 )
-from mixture_of_experts.gating.levels import join_levels, make_inner_arguments
+from mixture_of_experts.gating.levels import dispatch_to_inner_gate, join_levels
 
 pytest.importorskip("triton")
 
@@ -141,7 +141,7 @@ def test_two_levels_of_choices(name, inner_factor):
     settings = dict(capacity_factor_eval=inner_factor, min_expert_capacity=1, outer_expert_dims=E)
     gate = TopKGating(D, 3, k=2, **settings).double().eval()
     gate.w_gating.data.copy_(normal(gen, E, D, 3))
-    inner = gate(**make_inner_arguments(normal(make_generator(2), B, N, D), outer, slots, None, {}))
+    inner = gate(**dispatch_to_inner_gate(normal(make_generator(2), B, N, D), outer, slots, None, {}))
     assignments = join_levels(outer, slots, inner)
     expert, token, weight, kept = [], [], [], []
     for b in range(B):
@@ -201,7 +201,7 @@ def test_kernel_choices_match_plan_rows_on_level_two(factor: float | None):
     inner = inner.double().eval()
     inner.w_gating.data.copy_(normal(make_generator(3), E, D, 2))
     slots = permute_to_slots(join_groups(outer, in_slots=True))
-    described = inner(**make_inner_arguments(normal(make_generator(2), B, N, D), outer, slots, None, {}))
+    described = inner(**dispatch_to_inner_gate(normal(make_generator(2), B, N, D), outer, slots, None, {}))
     assignments = join_levels(outer, slots, described)
     permutation = permute_without_gaps(assignments)
     assert rows_of(assignments, E * 2) == [

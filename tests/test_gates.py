@@ -16,7 +16,7 @@ from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE
 from mixture_of_experts.dispatch.assignments import join_groups
 from mixture_of_experts.dispatch.permutation import permute_to_slots
 from mixture_of_experts.gating import Choices, ReLUGating, SparseMixerGating, TokenChoiceGate, get_optional_losses
-from mixture_of_experts.gating.levels import make_inner_arguments, side_inputs_of_levels
+from mixture_of_experts.gating.levels import dispatch_to_inner_gate, side_inputs_of_levels
 
 DIM = 6
 
@@ -122,7 +122,7 @@ def test_dropless_a_choice_of_no_weight_is_none(masked):
 def test_expert_choice_hands_on_nothing():
     outer = ExpertChoiceGating(DIM, 4)(torch.randn(2, 6, DIM))
     with pytest.raises(ValueError, match="token-choice router"):
-        make_inner_arguments(
+        dispatch_to_inner_gate(
             torch.randn(2, 6, DIM), outer, permute_to_slots(join_groups(outer, in_slots=True)), None, {}
         )
 
@@ -134,7 +134,7 @@ def test_each_level_has_its_own_given_experts():
     outer = TopKGating(DIM, 4)(torch.randn(2, 6, DIM))
     for shape in ((2, 6, 3, 2), (2, 6, 2)):
         with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of level two\)"):
-            make_inner_arguments(
+            dispatch_to_inner_gate(
                 torch.randn(2, 6, DIM),
                 outer,
                 permute_to_slots(join_groups(outer, in_slots=True)),

@@ -1,4 +1,4 @@
-"""`dispatch` and `combine`, for experts with `compute` or slots, and for `ops.plain`: move tokens to rows, and back.
+"""`dispatch` moves tokens to rows, and `combine` sums results: for level two, your own experts, and `ops.plain`.
 
 Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, d model dim.
 

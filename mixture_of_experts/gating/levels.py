@@ -37,7 +37,7 @@ def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[s
     return set(outer) - of_one_level, own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 
-def make_inner_arguments(
+def dispatch_to_inner_gate(
     groups: Tensor, outer: Routing, outer_permutation: Permutation, group_size: int | None, side: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the slots of level one as arguments for the gate of level two, with a group per (outer expert, group).

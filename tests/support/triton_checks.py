@@ -35,7 +35,7 @@ from mixture_of_experts.dispatch import queues
 from mixture_of_experts.dispatch.assignments import count_queue_rows, join_groups
 from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slots, permute_without_gaps
 from mixture_of_experts.gating import Choices, recomputing, top2_by_kernel, topk_by_kernel
-from mixture_of_experts.gating.levels import join_levels, make_inner_arguments
+from mixture_of_experts.gating.levels import dispatch_to_inner_gate, join_levels
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.kernels import ffn as kernels
 from mixture_of_experts.kernels import launching, queueing, top_2, top_k
@@ -509,7 +509,7 @@ def decide_twice(outer: Top2Gating, inner: Top2Gating, mask: Tensor | None = Non
     groups = torch.randn(2, 45, 8)
     decided = outer(groups, mask=mask)
     slots = permute_to_slots(join_groups(decided, in_slots=True))
-    return slots, join_levels(decided, slots, inner(**make_inner_arguments(groups, decided, slots, None, {})))
+    return slots, join_levels(decided, slots, inner(**dispatch_to_inner_gate(groups, decided, slots, None, {})))
 
 
 def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
