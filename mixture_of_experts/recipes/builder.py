@@ -216,9 +216,9 @@ def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str,
     may_be_all = k == 1 or recipe.gate_class in (TopPGating, ReLUGating)  # tokens may choose fewer than k experts
     if k is None or "k" in changes or total > k or (total == k and may_be_all):
         return
-    beside = f" plus {spare} zero-computation experts" if spare else ""
+    extra = f" plus {spare} zero-computation experts" if spare else ""
     raise ValueError(
-        f"num_experts={e}{beside} must exceed the published model's k={k} choices per token; increase num_experts, or "
+        f"num_experts={e}{extra} must exceed the published model's k={k} choices per token; increase num_experts, or "
         f"pass another k, such as k={max(total // 4, 1)} (k={total} if every expert should compute every token)"
     )
 
