@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import upcycle
 from mixture_of_experts.quantize import quantize_experts
 
@@ -27,9 +28,9 @@ def make_llama(hidden: int) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=hidden, tie_word_embeddings=True))
 
 
-def make_upcycled(bits: int | None) -> PreTrainedModel:
+def make_upcycled(k: int, bits: int | None = None) -> PreTrainedModel:
     model = make_llama(HIDDEN).requires_grad_(False)
-    upcycle(model, num_experts=EXPERTS)
+    upcycle(model, num_experts=EXPERTS, gate=partial(TopKGating, k=k, normalize=True))
     if bits is not None:
         quantize_experts(model, bits=bits)
     return model
@@ -45,9 +46,10 @@ def make_mixtral(implementation: str) -> PreTrainedModel:
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "twin": partial(make_llama, 2 * HIDDEN),
     "dense": partial(make_llama, HIDDEN),
-    "2 of 4 experts": partial(make_upcycled, None),
-    "8 bits": partial(make_upcycled, 8),
-    "4 bits": partial(make_upcycled, 4),
+    "1 of 4 experts": partial(make_upcycled, 1),
+    "2 of 4 experts": partial(make_upcycled, 2),
+    "8 bits": partial(make_upcycled, 2, 8),
+    "4 bits": partial(make_upcycled, 2, 4),
     "Mixtral, eager": partial(make_mixtral, "eager"),
     "Mixtral, grouped_mm": partial(make_mixtral, "grouped_mm"),
 }

@@ -246,6 +246,10 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
     shape_attributes: ClassVar[tuple[str, ...]] = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
     w1: nn.Parameter
     w2: nn.Parameter
+    w3: nn.Parameter  # gated experts only
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
+    b3: nn.Parameter | None  # gated experts only
     dropout: float = checked_setting(_check_dropout)
 
     def __init__(
@@ -309,10 +313,9 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
 
     def _build_network(self) -> Network:
         """Return the weights as a network, with a grid of experts flattened to one dimension."""
-        numbers = ("1", "3") if self.gated else ("1",)
-        w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
+        w_in, b_in = ((self.w1, self.w3), (self.b1, self.b3)) if self.gated else ((self.w1,), (self.b1,))
         dropout = self.dropout if self.training else 0.0
-        network = Network(w_in, self.w2, self.act, b_in, getattr(self, "b2", None), dropout=dropout)
+        network = Network(w_in, self.w2, self.act, b_in, self.b2, dropout=dropout)
         if len(self.expert_dims) == 1:
             return network
         last = len(self.expert_dims) - 1

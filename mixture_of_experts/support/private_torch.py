@@ -83,7 +83,7 @@ def unsafe_view(x: Tensor, shape: Any) -> Tensor:
     Callers may then write `out += x`, which fails on a view after expert choice. FSDP2 warns about modules that return
     views, because its hooks on views are lost. torch's own products of more than two dimensions end with this operator.
     """
-    return torch.ops.aten._unsafe_view(x, shape)
+    return torch.ops.aten._unsafe_view.default(x, shape)
 
 
 def is_fake_tensor(tensor: Tensor) -> bool:

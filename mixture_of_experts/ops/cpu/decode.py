@@ -11,9 +11,9 @@ used only in eval mode without gradients, because in training a recomputation mu
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from itertools import compress, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -127,9 +127,10 @@ def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multi
     `multiply_by_expert`."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
-    expert, weight, kept = assignments.expert.tolist(), assignments.weight.tolist(), assignments.kept.tolist()
-    order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
-    used, k, device = list(Counter(expert[a] for a in order).items()), assignments.k, x.device
+    expert, k, device = assignments.expert.tolist(), assignments.k, x.device
+    kept = compress(range(len(expert)), assignments.kept.tolist())
+    order = sorted(kept, key=expert.__getitem__)  # assignment of each row
+    used = [(e, len(list(rows))) for e, rows in groupby([expert[a] for a in order])]
     token = None  # token of each row; None for a single token
     if x.shape[0] != 1:
         token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
@@ -141,7 +142,10 @@ def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multi
     rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
     y = compute_row_outputs(rows, network, of_row, product, product)
     dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), assignments.weight.dtype)
-    y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=device).unsqueeze(-1)
+    weight = assignments.weight
+    if order != list(range(len(weight))):
+        weight = weight.index_select(0, torch.tensor(order, dtype=torch.int64, device=device))
+    y = y * weight.to(dtype).unsqueeze(-1)
     if token is None:
         return y.sum(dim=0, keepdim=True).to(x.dtype)
     return y.new_zeros(x.shape[0], y.shape[-1]).index_add_(0, token, y).to(x.dtype)
