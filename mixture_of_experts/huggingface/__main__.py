@@ -40,8 +40,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_gate(text: str) -> GateFactory:
-    """Parse a gate such as `TopKGating(k=4, score="sigmoid")` and return a function that constructs this gate for a
-    layer."""
+    """Parse a gate such as `TopKGating(k=4, score="sigmoid")` and return a function that constructs it."""
     try:
         call: Any = ast.parse(text, mode="eval").body
         settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -64,7 +63,7 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def parse_scores(text: str) -> Any:
-    """Return "random" unchanged, or read scores or expert ids from a file. They are keyed by gate name."""
+    """Return "random" unchanged, or read scores or expert ids, keyed by gate name, from a file."""
     if text == "random":
         return text
     try:

@@ -15,19 +15,19 @@ from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_ex
 
 
 class RoutingCallback(TrainerCallback):
-    """A callback that adds routing statistics to the Trainer's logs. They cover all micro-batches of the last optimizer
-    step.
+    """A callback that adds routing statistics to the Trainer's logs. The statistics cover all micro-batches of the last
+    optimizer step in which any gate ran.
 
     `routing/balance` (1 is balanced), `routing/entropy` (in nats) and `routing/dropped` (the fraction of dropped
     choices) are averaged over layers. `routing/max_load` is the highest expert load in any layer (1 is balanced), and
-    `routing/dead_experts` is the total number of dead experts. Only layers whose gates ran in the last step with any
-    gate activity are included. The callback supports models with `MoE` layers and the MoE models of `transformers`.
+    `routing/dead_experts` is the total number of dead experts. Layers whose gates did not run in this step are ignored.
+    The callback supports models with `MoE` layers and the MoE models of `transformers`.
 
-    Use `log_routing` to add this callback to a Trainer. If it were passed to the Trainer's constructor, it would run
-    after the reporting callbacks, and the statistics would appear only in `log_history`.
+    Use `log_routing` to add this callback to a Trainer. If this callback were passed to the Trainer's constructor, it
+    would run after the reporting callbacks, and the statistics would appear only in `log_history`.
 
     Args:
-        layers: whether to log each layer's statistics in addition, as `routing/<gate>/<name>`.
+        layers: whether to also log the statistics of each layer, as `routing/<gate>/<name>`.
     """
 
     def __init__(self, layers: bool = False) -> None:
@@ -70,10 +70,10 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
     """Log routing statistics to all of a Trainer's reporting integrations. Call this function before `trainer.train()`.
 
     Args:
-        layers: whether to log each layer's statistics in addition to those for the whole model.
+        layers: whether to also log the statistics of each layer.
 
     Returns:
-        The callback. Its `stats` attribute can be read and plotted during and after training.
+        The callback, whose `stats` attribute can be read and plotted during and after training.
     """
     callback = RoutingCallback(layers)
     trainer.callback_handler.callbacks.insert(0, callback)  # before the reporting callbacks

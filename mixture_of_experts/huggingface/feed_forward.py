@@ -30,7 +30,7 @@ class ModelCall(ForwardCall):
     """The state of a running forward pass of the enclosing model.
 
     Args:
-        tokens: what the model knows about the tokens of the forward pass.
+        tokens: metadata of the tokens in the forward pass.
         enclosing_call: the `ModelCall` of a larger model that contains this one.
     """
 
@@ -54,12 +54,12 @@ class ModelCall(ForwardCall):
 
 
 class Replaced(nn.Module):
-    """A placeholder for a linear layer of the dense network. It prevents checkpoints from being loaded into the wrong
-    model.
+    """A placeholder for a linear layer of the dense network. The placeholder prevents checkpoints from being loaded
+    into the wrong model.
 
     A checkpoint of the modified model stores a three-dimensional tensor under the linear layer's name. The dense
-    `transformers` class expects a matrix there, so it fails to load the checkpoint. Without the placeholder, it would
-    start from randomly initialized feed-forward networks.
+    `transformers` class expects a matrix there, so it fails to load the checkpoint. Without the placeholder, loading
+    would succeed and leave the feed-forward networks randomly initialized.
     """
 
     weight: Tensor
@@ -88,14 +88,14 @@ class MoEFeedForward(Replaced):
     """A `MoE` layer that replaces a feed-forward network and maps tokens to tokens.
 
     During a forward pass of the enclosing model, this module receives the padding mask, receives token ids if its gate
-    reads them, and reports its auxiliary loss to the model (see `model_watch.py`). Outside of such a pass, no mask and
-    no token ids are available, and the auxiliary loss is discarded.
+    reads them, and reports its auxiliary loss to the model (see `model_watch.py`). Outside of such a pass, neither a
+    mask nor token ids are available, and the auxiliary loss is discarded.
 
     Args:
         moe: the `MoE` layer.
         dropout: the dropout module applied to the layer's output, if the dense network had one.
         masked: whether the enclosing model's mask applies to this module's tokens.
-        replaced_path: where to insert the placeholder `Replaced`, as the replaced linear layer's path in this module.
+        replaced_path: path of the linear layer for which a `Replaced` placeholder is inserted, relative to this module.
             If "", this module itself is the placeholder.
 
     Shape:
@@ -161,8 +161,7 @@ class MoEFeedForward(Replaced):
     def _get_segment_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
         """Return the document ids of packed tokens `(b, n, d)` as a side input.
 
-        Return {} if the rows are not packed, or if the layer does not support packing; it then treats each row as one
-        group.
+        Return {} if the rows are not packed, or if the layer does not support packing and treats each row as one group.
         """
         ids = call.tokens.segment_ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
@@ -171,8 +170,8 @@ class MoEFeedForward(Replaced):
         return {SEGMENT_IDS: ids} if reason is None else {}
 
     def _check_checkpointing(self, call: ModelCall) -> None:
-        """Raise RuntimeError if this module runs under activation checkpointing that the model did not set up itself,
-        because the recomputation would have no mask and no token ids."""
+        """Raise RuntimeError if this module runs under activation checkpointing other than the model's own. A
+        recomputation would have neither the mask nor the token ids."""
         if torch.compiler.is_compiling() or not self.training or not call.grad_enabled or call.is_checkpointed:
             return
         if is_in_activation_checkpoint(call.frame):
@@ -184,11 +183,11 @@ class MoEFeedForward(Replaced):
     def _get_mask_input(self, call: ModelCall, x: Tensor) -> dict[str, Tensor]:
         """Return the padding mask `(b, n)` as a side input, given tokens `(b, n, d)` or `(b n, d)`.
 
-        The name of the side input determines how the layer handles padding. The result is {} if there is no padding.
+        The name of the side input determines how the layer handles padding. Return {} if there is no padding.
 
-        Dense networks process padding tokens like all others, and models use the results: with left padding, the first
-        token is predicted from a padding token. Dropless gates therefore route padding tokens, but exclude them from
-        all statistics and losses.
+        Dense networks also process padding tokens, and models use the results: with left padding, the first token is
+        predicted from a padding token. Dropless gates therefore route padding tokens, but exclude them from all
+        statistics and losses.
         """
         mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
@@ -246,13 +245,14 @@ class SparseFeedForward(MoEFeedForward):
 
     Args:
         block: the class name of the replaced block.
-        reports: whether the layer supplies its logits to the model, which can then return them (`output_router_logits`)
-            and compute its own auxiliary loss from them.
+        reports: whether the layer passes its router logits to the model, which can then return them
+            (`output_router_logits`) and compute its own auxiliary loss from them.
         settings: the remaining arguments of `MoEFeedForward`.
 
     Shape:
         The same as for `MoEFeedForward`, with two exceptions. If the replaced block also returned router scores, the
-        output is (tokens, None). If its router takes a state as an additional input, the output is (tokens, state).
+        output is (tokens, None). If the block's router takes a state as an additional input, the output is (tokens,
+        state).
     """
 
     reports: bool = False
@@ -314,8 +314,8 @@ def add_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
 def find_feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
     """Return all `MoEFeedForward` modules of a model in model order. The model may be wrapped.
 
-    This function runs in every forward pass, and therefore once per token during decoding. It skips modules without
-    children, which makes it 3x faster than iterating over `model.modules()`.
+    This function runs in every forward pass, and therefore once per token during decoding. The function skips modules
+    without children, which makes it 3x faster than iterating over `model.modules()`.
     """
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

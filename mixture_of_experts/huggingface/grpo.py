@@ -30,14 +30,14 @@ class ReplayRouting:
 
     The mixin records the experts that the model chooses while the trainer generates. If an inference engine generates
     the completions instead, the trainer's `rollout_func` must return the engine's choices for prompts and completions
-    as an additional field "routed_experts". Its value is a `RoutingRecords` object, or a list of the objects that
+    in an additional field "routed_experts". Its value is a `RoutingRecords` object, or a list of the objects that
     `RoutingRecords.from_requests` accepts.
 
     The choices are replayed in every forward pass that computes log-probabilities of these completions: in all
     mini-batches and iterations of training, when old log-probabilities are computed, and in evaluation. The last token
     of a completion was never an input to the model, so the gates choose its experts. A separate reference model makes
-    its own choices. With PEFT, the reference model is the model without its adapter. It also replays the choices, but
-    uses its own router weights.
+    its own choices. With PEFT, the reference model is the model without its adapter. This reference model also replays
+    the choices, but uses its own router weights.
 
     Raises:
         ValueError: in the constructor, if the model has no gate or the trainer uses an unsupported generation method
@@ -88,7 +88,7 @@ class ReplayRouting:
 
     @property
     def _trainer(self) -> Any:
-        """A proxy that calls the trainer's own methods, as `super()` does."""
+        """The `super()` proxy, which calls the trainer's own methods."""
         return super()
 
     def _record_generation(self) -> Any:
@@ -106,8 +106,8 @@ class ReplayRouting:
         return generated
 
     def _run_rollout(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """Run a rollout function and store the expert choices that it returns. The other fields of its output are
-        returned."""
+        """Run a rollout function and store the expert choices that it returns. Return the other fields of its
+        output."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
             return output  # the trainer's own error says what is missing

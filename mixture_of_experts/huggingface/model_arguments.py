@@ -95,7 +95,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
 
     Documents are identified in the same way as in the attention of `transformers`: from `seq_idx`, from the cumulative
     lengths of a single row, or from positions that do not increase by one. Return None if there is a mask or a cache,
-    or if the arguments contain readable values that show that the rows are not packed.
+    or if the values can be read on the host and show that the rows are not packed.
     """
     b, n = shape
     if arguments.get("attention_mask") is not None or get_cache(arguments) is not None:
@@ -144,8 +144,8 @@ def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return the attention mask that was passed to a model. If it is a dictionary of masks for different layer types,
-    return the mask for full attention or, if there is only one mask, that mask."""
+    """Return the attention mask that was passed to a model. If a model uses different masks for different layer types,
+    return the mask for full attention or the only mask."""
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Mapping):
         return mask

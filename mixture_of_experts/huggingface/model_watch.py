@@ -56,7 +56,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     with gradients, `out.loss` already includes the sum.
 
     Args:
-        model: a model that `replace_ffn` or `upcycle` changed. It may be wrapped.
+        model: a model that `replace_ffn` or `upcycle` changed. The model may be wrapped.
 
     Raises:
         RuntimeError: the model has not run a forward pass in this thread.
@@ -97,8 +97,8 @@ class LastCall(threading.local):
 
 
 def watch_model(model: nn.Module, names: Sequence[str]) -> None:
-    """Attach watches to a model, whose loss will include the auxiliary losses, and to the innermost models that contain
-    the named modules."""
+    """Attach watches to a model and to the innermost models that contain the named modules. The model's loss will
+    include the auxiliary losses."""
     last = next(iter(find_last_calls(model)), None) or LastCall()
     readers = {find_padding_source(model, name) for name in names}
     for around in {model, *readers}:
@@ -130,7 +130,7 @@ def find_last_calls(model: nn.Module) -> list[LastCall]:
 
 
 def uses_model_mask(model: nn.Module, name: str) -> bool:
-    """Return whether the enclosing model's mask applies to the tokens of the module at `name`. This is not the case in
+    """Return whether the enclosing model's mask applies to the tokens of the module at `name`. The result is False in
     audio models."""
     return getattr(find_padding_source(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
@@ -178,7 +178,7 @@ class ModelWatch(ForwardWatch):
 
     def read_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokenMetadata:
         """Return the token metadata of a forward pass. If this module's arguments contain no token ids, use those of
-        the enclosing model, provided that they have the same shape."""
+        the enclosing model if they have the same shape."""
         outer = TokenMetadata() if around is None else around.tokens
         if not self.reads:
             own = self.reader.pick_arguments(args, kwargs).get("input_ids")
@@ -188,8 +188,8 @@ class ModelWatch(ForwardWatch):
         return tokens._replace(ids=outer.ids) if tokens.ids is None and has_same_shape else tokens
 
     def replace_arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments with which the model runs instead of those that a trainer passed, and record the
-        trainer's requests in the call.
+        """Return the arguments to pass to the model instead of those from a trainer, and record the trainer's requests
+        in the call.
 
         With gradient accumulation, the `Trainer` passes the label count of the whole batch with each micro-batch, and
         expects each loss to be the micro-batch's share of the batch loss. Some models nevertheless return a mean over

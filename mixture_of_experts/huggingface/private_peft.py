@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 
 def is_peft_wrapper(module: nn.Module) -> bool:
-    """Return whether a module is a PEFT wrapper, that is, an instance of a class that PEFT defines or of a subclass of
-    one."""
+    """Return whether a module is a PEFT wrapper, which means that its class or one of its base classes is defined in
+    PEFT."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
@@ -35,8 +35,8 @@ def get_active_copy(wrapper: Any) -> nn.Module:
 
 
 def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
-    """Return all copies in a `modules_to_save` wrapper, each with a flag for whether it is the one that runs. Return
-    None if `module` is not such a wrapper."""
+    """Return all copies in a `modules_to_save` wrapper, each with a flag that indicates whether this copy is the one
+    that runs. Return None if `module` is not such a wrapper."""
     children: Any = module._modules
     if "modules_to_save" not in children or not is_peft_wrapper(module):
         return None
@@ -46,8 +46,8 @@ def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
 
 
 def find_tensors_not_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of those `tensors` of a model that its adapter files will not contain. In addition to adapter
-    weights, these files contain the modules in `modules_to_save`. Return [] if the model has no adapters."""
+    """Return the names of the given model tensors that the model's adapter files will not contain. In addition to
+    adapter weights, these files contain the modules in `modules_to_save`. Return [] if the model has no adapters."""
     held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
     return [n for n, t in tensors.items() if t not in held] if any(map(is_peft_wrapper, model.modules())) else []
 
@@ -86,8 +86,8 @@ def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor) -> None:
-    """Set the A and B of a stacked weight, so that `read_stack_factors` returns `left` and `right` if the scaling
-    factor is 1."""
+    """Set the LoRA factors A and B of a stacked weight, so that `read_stack_factors` returns `left` and `right` if the
+    scaling factor is 1."""
     b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)  # (e, width of B, k), (e, k, width of A)
     wrapper.lora_A[adapter].weight = nn.Parameter(a.flatten(0, 1).contiguous())
     wrapper.lora_B[adapter].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1).contiguous())

@@ -48,8 +48,8 @@ class FunctionRenaming(WeightRenaming):
 
 
 class NoConversions(list[Any]):
-    """The empty list of conversions of a model that saves its state dict unchanged. `stock` stores the original
-    conversions."""
+    """An empty list of weight conversions, which makes a model save its state dict unchanged. `stock` stores the
+    original conversions."""
 
     stock: list[Any] | None
 
@@ -92,7 +92,8 @@ def clear_weight_conversions(model: nn.Module) -> None:
 
 
 def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load some weights of a stock model from checkpoint names and layout. All other weights remain unchanged."""
+    """Load some weights of a stock model. Their names and layout are those of the class's checkpoints. All other
+    weights remain unchanged."""
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
@@ -151,8 +152,8 @@ def apply_gating(experts: Any, gate_up: Tensor) -> Tensor:
 
 
 def has_default_gating(experts: Any) -> bool:
-    """Return whether experts use the default gating function of `transformers`. It splits gate and up into halves
-    regardless of `is_concatenated`."""
+    """Return whether experts use the default gating function of `transformers`. The default function splits gate and up
+    into halves regardless of `is_concatenated`."""
     return type(experts)._apply_gate is _default_apply_gate
 
 
@@ -228,7 +229,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def is_from_gguf(model: nn.Module) -> bool:
-    """Return whether a model was loaded from a GGUF file. Its weights may be packed or dequantized."""
+    """Return whether a model was loaded from a GGUF file. The weights may be packed or dequantized."""
     return getattr(model, "quantization_method", None) == QuantizationMethod.GGUF
 
 
@@ -239,7 +240,7 @@ def is_packed_gguf(model: nn.Module) -> bool:
 
 def clear_gguf_quantizer(model: Any) -> None:
     """Remove the GGUF quantizer from a model after its weights were dequantized. Otherwise, trainers and
-    `save_pretrained` would reject the model because it counts as quantized."""
+    `save_pretrained` would treat the model as quantized and reject it."""
     if is_from_gguf(model):
         model.hf_quantizer.remove_quantization_config(model)
 

@@ -20,8 +20,8 @@ def add_router_config(model: nn.Module, moe: Any) -> None:
     """Make TRL's trainers request the auxiliary loss of a model that contains `MoE` layers. The model's watch then
     returns the loss as `out.aux_loss`.
 
-    These trainers compute losses from log-probabilities and ignore the model's own loss. They request the auxiliary
-    loss if the model's configuration contains router settings. The settings are taken from `moe`.
+    These trainers compute losses from log-probabilities and ignore the model's own loss. The trainers request the
+    auxiliary loss if the model's configuration contains router settings. The settings are taken from `moe`.
     """
     config = find_text_config(model)
     if config is None or has_own_routers(config) or getattr(model, "base_model", model) is model:
@@ -69,7 +69,8 @@ def has_own_routers(config: Any) -> bool:
 
 def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Return whether an argument or the configuration requests router logits from a forward pass. The result is False
-    if the layers' losses replace the model's own auxiliary loss, because no router logits are available then."""
+    if the layers' losses replace the model's own auxiliary loss, because router logits are not available in that
+    case."""
     asked = kwargs.get("output_router_logits")
     if asked is not None and not asked:
         return False
@@ -79,8 +80,8 @@ def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 
 def get_aux_loss_factor(config: Any) -> float:
-    """Return the factor by which the auxiliary loss is multiplied. It is 1 unless `router_aux_loss_coef` was changed,
-    for example by a trainer."""
+    """Return the factor by which the auxiliary loss is multiplied. The factor is 1 unless `router_aux_loss_coef` was
+    changed, for example by a trainer."""
     unit = get_unit_aux_loss_coef(config)
     return 1.0 if unit is None else (config.router_aux_loss_coef or 0.0) / unit
 

@@ -1,6 +1,7 @@
 """An `experts_implementation` for `transformers` that runs a model's experts with this package.
 
-Importing this module registers the implementation with `transformers`. Models use it only if they select it.
+Importing this module registers the implementation with `transformers`. The implementation is used only by models that
+select it.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 """
@@ -29,7 +30,8 @@ BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts that a router chose for each token, and return the weighted sums of their outputs.
 
-    Tokens and outputs are `(t, d)`. Expert ids and router weights are `(t, k)`; ids that are not below e are skipped.
+    Tokens and outputs are `(t, d)`. Expert ids and router weights are `(t, k)`. Ids greater than or equal to e are
+    skipped.
 
     The function supports the `transformers` flags `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
     `has_post_expert_norm`, and classes that define their own `_apply_gate`.
@@ -67,8 +69,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
-    """Return the experts' activation and their gate/up layout, as arguments for `moe_ffn`. The activation is one that
-    `ops` supports if possible."""
+    """Return the experts' activation and their gate/up layout, as arguments for `moe_ffn`. If possible, the activation
+    is one that `ops` supports."""
     if not experts.has_gate or has_default_gating(experts):
         activation: Any = BACKEND_ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)
         return activation, "concatenated" if experts.has_gate else None

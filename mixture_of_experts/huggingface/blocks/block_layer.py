@@ -38,8 +38,8 @@ class ParsedBlock(BlockSettings):
     """A sparse block and the equivalent `MoE` layer.
 
     Attributes:
-        layer: a layer with the same dimensions and settings as the block. It shares those of the block's modules that a
-            `MoE` can use unchanged. All other weights are on the meta device.
+        layer: a layer with the same dimensions and settings as the block. Modules of the block that a `MoE` can use
+            unchanged are shared. All other weights are on the meta device.
     """
 
     def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:
@@ -131,8 +131,8 @@ class ParsedBlock(BlockSettings):
         return nn.Sequential(shared, Scale(0.5)) if self.averages_shared_expert else shared
 
     def chain_modules(self, *parts: str) -> nn.Module | None:
-        """Chain the modules that fill these roles into one module. Return None if there are no such modules, or only
-        identities."""
+        """Chain the modules named by `parts` into a single module. Return None if there are no such modules or all of
+        them are identities."""
         modules = [self.read_attribute(part) for part in parts]
         modules = [module for module in modules if not isinstance(module, nn.Identity | None)]
         return nn.Sequential(*modules) if len(modules) > 1 else next(iter(modules), None)

@@ -68,7 +68,8 @@ class BlockSettings(ExternalRouter):
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
     def read_attribute(self, role: str) -> Any:
-        """Look up the attribute for `role` in the router first, then in the block. Return None if neither has it."""
+        """Look up the attribute for `role` in the router first, then in the block. Return None if neither has such an
+        attribute."""
         found = find_attribute(self.router, *BLOCK_ATTRIBUTES[role])
         return find_attribute(self.module, *BLOCK_ATTRIBUTES[role]) if found is None else found
 
@@ -87,7 +88,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def num_always_chosen(self) -> int:
-        """The number of shared experts to which the router assigns weights. They have the highest expert ids."""
+        """The number of shared experts to which the router assigns weights. Shared experts have the highest ids."""
         return self.module.shared_experts.n_shared_experts if self.recipe.scales == "all" else 0
 
     @property

@@ -57,15 +57,16 @@ def from_transformers(
     """Convert a `transformers` sparse block to an equivalent `MoE`, or convert all sparse blocks of a model.
 
     docs/published_mixtures.md lists the supported blocks and the unsupported features. In Gemma 4, the decoder layer
-    itself holds the router and the experts. Its `MoE` maps the decoder layer's feed-forward input to the output that
-    the decoder layer adds to that of its dense network.
+    itself holds the router and the experts. For Gemma 4, the `MoE` takes the decoder layer's feed-forward input and
+    returns the experts' output before it is added to the dense network's output.
 
     If `block` is a model, this function replaces its sparse blocks in place, one at a time, and returns the model.
-    Training works as before: with `output_router_logits=True`, in the configuration or as an argument, the model
-    returns router logits and adds its own auxiliary loss, scaled by the coefficient in its configuration. If
-    `loss_coef` is passed, the layers' losses replace the model's auxiliary loss, as after `replace_ffn`. All losses and
-    statistics ignore padding. The model can be saved and loaded with its layers. The layers' weights are new tensors,
-    so construct the optimizer afterwards. To restore the stock model, call `to_transformers`.
+    Training works as before. With `output_router_logits=True`, set in the configuration or passed as an argument, the
+    model returns router logits and adds its own auxiliary loss to its loss. The auxiliary loss is scaled by the
+    coefficient in the configuration. If `loss_coef` is passed, the layers' losses replace the model's auxiliary loss,
+    as after `replace_ffn`. All losses and statistics ignore padding. The converted model can be saved and loaded like
+    any other. The layers' weights are new tensors, so construct the optimizer afterwards. To restore the stock model,
+    call `to_transformers`.
 
     Args:
         block: a sparse block of a loaded model, such as `model.model.layers[0].mlp`, or a whole model.
@@ -106,9 +107,9 @@ def from_transformers(
 def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     """Copy the weights of a `MoE` into an equivalent `transformers` sparse block, and return the block.
 
-    If `block` is omitted, `moe` must be a model that `from_transformers` changed. It is converted back to a stock model
-    in place and returned. A round trip through `from_transformers` and `to_transformers` reproduces a block's weights
-    bit for bit.
+    If `block` is omitted, `moe` must be a model that `from_transformers` changed. The model is converted back to a
+    stock model in place and returned. A round trip through `from_transformers` and `to_transformers` reproduces a
+    block's weights bit for bit.
 
     Args:
         moe: the `MoE` layer, or the model to convert back.
@@ -117,8 +118,8 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     Raises:
         TypeError: `moe` or `block` is not a module, or `block` is passed and `moe` is not a `MoE`.
         ValueError: the block's class is unknown, the block is not equivalent to the layer, or weights are on the meta
-            device. For a model: it is a wrapper, or some of its layers come from `replace_ffn` or `upcycle`. Nothing is
-            changed in these cases.
+            device. For a model, also raised if it is a wrapper or if some of its layers come from `replace_ffn` or
+            `upcycle`. Nothing is changed in these cases.
     """
     check_not_wrapped(check_model("moe", moe))
     if block is not None:
@@ -188,8 +189,8 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
 
 
 def layer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a layer's loss arguments, taken from `given`. If `loss_coef` is missing or None, the load-balancing loss
-    is disabled."""
+    """Select a layer's loss arguments from `given`. If `loss_coef` is missing or None, the load-balancing loss is
+    disabled."""
     settings = {name: given[name] for name in LOSS_ARGUMENTS if name in given}
     return settings | ({"loss_coef": 0.0} if given.get("loss_coef") is None else {})
 
@@ -232,13 +233,13 @@ class StockPlan(NamedTuple):
         return copy_to_block_state(self.layers[path].moe, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return the weights outside of the layers. They are the same in both models."""
+        """Return the weights outside of the layers, which are the same in both models."""
         return state
 
 
 def plan_stock_model(model: PreTrainedModel) -> StockPlan:
-    """Plan the conversion of a model back to a stock model, without reading weights. Raise ValueError if this is not
-    possible."""
+    """Plan the conversion of a model back to a stock model, without reading weights. Raise ValueError if the model
+    cannot be converted."""
     layers = find_layers(model)
     others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
     if not layers or others:
@@ -272,7 +273,7 @@ def copy_to_block_state(moe: MoE, stock_model: Any, path: str) -> dict[str, Tens
 
 
 def make_meta_stock_model(model: PreTrainedModel) -> Any:
-    """Build the stock model for a model's own configuration, on the meta device."""
+    """Build the stock counterpart of a model on the meta device, using the model's own configuration."""
     config: Any = model.config
     kind, held = type(config), dict(vars(config))
     remove_layers_from_config(config)
@@ -289,7 +290,7 @@ def make_meta_stock_model(model: PreTrainedModel) -> Any:
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def materialize_block(block: nn.Module, moe: MoE) -> nn.Module:
     """Move a block from the meta device to the layer's device. Each of its weights has the same dtype as the
-    corresponding weight of the layer, and is frozen if that weight is."""
+    corresponding weight of the layer, and is frozen if that weight is frozen."""
     own = get_named_tensors(moe)
     block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
     for weight in get_named_tensors(block).values():

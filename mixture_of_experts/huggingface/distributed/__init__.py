@@ -1,4 +1,4 @@
-"""Integrates layers with experts into the `DistributedConfig` of `transformers`: its meshes, its parallel plans, and
-this package's token exchange."""
+"""Supports the `DistributedConfig` of `transformers`: adds layers with experts to parallel plans, uses the device
+meshes, and registers this package's token exchange."""
 
 from mixture_of_experts.huggingface.distributed import ep_implementation as ep_implementation  # registers itself

@@ -39,7 +39,7 @@ class ExchangeImplementation(EPImplementation):
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return the experts' output `(t, d)` for tokens `(t, d)`, given expert ids and router weights `(t, k)`. Ids
-        that are not below e are skipped."""
+        greater than or equal to e are skipped."""
         permutation = permute_without_gaps(assign_experts(top_k_index, top_k_weights, self.num_experts))
         assert permutation.rows_per_expert is not None
         rows, training = dispatch(hidden_states, permutation), self.experts.training
@@ -49,8 +49,8 @@ class ExchangeImplementation(EPImplementation):
         )
 
     def compute_local_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Run this rank's experts on rows `(r, d)` sorted by expert. `counts` `(l,)` is the number of rows for each
-        expert."""
+        """Run this rank's experts on rows `(r, d)` sorted by expert. `counts` `(l,)` contains the number of rows for
+        each expert."""
         if not rows.shape[0]:  # compute a row of zeros, because other ranks wait for this rank's backward pass
             nothing = rows.sum(dim=0, keepdim=True)
             return self.experts_forward(nothing, counts.new_zeros(1, 1), nothing.new_ones(1, 1))[:0]

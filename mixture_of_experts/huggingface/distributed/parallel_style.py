@@ -1,4 +1,5 @@
-"""A `transformers` parallel style that shards the experts of this package. Importing this module registers it."""
+"""A `transformers` parallel style that shards the experts of this package. Importing this module registers the
+style."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ STYLE_NAME = "mixture_of_experts"
 class StyleName(str):
     """The name of a parallel style, used in plans and in the registry of styles.
 
-    It compares equal to "ep_dispatch_experts", the name that `transformers` checks in three places to detect experts
-    that receive tokens from other ranks. Its hash is different, so that a dictionary lookup finds the style of this
-    package.
+    The name compares equal to "ep_dispatch_experts", the name that `transformers` checks in three places to detect
+    experts that receive tokens from other ranks. The hash is different, so that a dictionary lookup finds the style of
+    this package.
     """
 
     def __hash__(self) -> int:

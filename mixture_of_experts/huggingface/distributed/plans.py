@@ -20,7 +20,7 @@ from mixture_of_experts.parallel.style import find_experts_to_shard
 
 
 def update_parallel_plans(model: Any) -> None:
-    """Update a model's parallel plans after its feed-forward networks were replaced with layers with experts.
+    """Update a model's parallel plans after its feed-forward networks were replaced with `MoE` layers.
 
     This function adds a rule for the experts to `ep_plan`, and removes the rules for replaced modules. A rule applies
     to all layers of a model, so the remaining dense networks are replicated on every rank under tensor parallelism.
@@ -52,8 +52,8 @@ def find_remaining_parts(block: nn.Module) -> set[str]:
 
 
 def set_gate_process_groups(model: Any) -> None:
-    """Set the process groups of a model's gates, so that their losses cover all data-parallel ranks. Without a mesh
-    from `distributed_config`, nothing changes.
+    """Set the process groups of a model's gates, so that their losses cover all data-parallel ranks. This function has
+    no effect if the model has no mesh from `distributed_config`.
 
     Tensor-parallel ranks process the same tokens, so these tokens are counted only once.
     """

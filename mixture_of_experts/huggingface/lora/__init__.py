@@ -27,8 +27,9 @@ def fast_lora(model: ModelT) -> ModelT:
     weights, call `fast_lora` again.
 
     Args:
-        model: a model returned by `get_peft_model` or `inject_adapter_in_model`. It is modified in place and may be on
-            any device, including meta. Call `fast_lora` before wrapping the model in `torch.compile`, DDP or FSDP2.
+        model: a model returned by `get_peft_model` or `inject_adapter_in_model`. The model is modified in place and may
+            be on any device, including meta. Call `fast_lora` before wrapping the model in `torch.compile`, DDP or
+            FSDP2.
 
     Returns:
         The model.
@@ -90,13 +91,13 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
     """Context manager that makes the weights of `QuantizedExperts` visible to PEFT, so that PEFT can add or load LoRA
     adapters.
 
-    PEFT adapts parameters, but quantized weights are not parameters. Inside this context, they are visible as
-    placeholders "w1", "w3" and "w2", which have the weights' shapes but no values and use no memory. Call `fast_lora`
-    afterwards, because adapters on quantized experts work only with it. Without this context, PEFT skips these weights,
-    and a `transformers` model then raises an error in its first forward pass.
+    PEFT adapts parameters, but quantized weights are not parameters. Inside this context, quantized weights appear as
+    placeholders named "w1", "w3" and "w2". The placeholders have the weights' shapes, but no values, and use no memory.
+    Call `fast_lora` afterwards, because adapters on quantized experts work only with it. Without this context, PEFT
+    skips these weights, and a `transformers` model then raises an error in its first forward pass.
 
     Args:
-        model: a model with `QuantizedExperts`. It may already have PEFT adapters.
+        model: a model with `QuantizedExperts`. The model may already have PEFT adapters.
 
     Raises:
         ValueError: the model has no `QuantizedExperts`.

@@ -37,8 +37,8 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Run `ops.row_network.backpropagate_network` and also return the gradients of the low-rank factors. `saved` is the
-    result of `run_network`."""
+    """Run `ops.row_network.backpropagate_network`, but return the gradients of the low-rank factors instead of those of
+    the weights. `saved` is the result of `run_network`."""
     number, names = len(network.w_in), [weight.name for weight in network.get_low_rank_weights()]
     adapted: Any = GradientLayout(layout)
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
@@ -60,7 +60,7 @@ class AdaptedLayout:
         self.low_rank_activations: dict[str, Tensor] = {}  # rows times each down, keyed by weight name
 
     def project_down(self, x: Tensor, weight: LowRankWeight) -> Tensor:
-        """Return `x @ down`, which is `(r, k)`. It is computed only once for each weight."""
+        """Return `x @ down`, which is `(r, k)`. The product is computed only once for each weight."""
         if weight.name not in self.low_rank_activations:
             self.low_rank_activations[weight.name] = self.layout.multiply_rows(x, weight.down)
         return self.low_rank_activations[weight.name]

@@ -24,15 +24,16 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
     PEFT copies all adapted weights at once, whereas this function copies one layer at a time.
 
     Args:
-        source: a folder written by `save_pretrained` or another command. Its experts must not be quantized.
-        target: a new folder.
+        source: a folder written by `save_pretrained` or another command. The model's experts must not be quantized.
+        target: path of the new folder, which must not exist yet.
         adapter: a folder to which PEFT saved adapters.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: the model has no experts or quantized experts; an adapter cannot be merged, adapts tied embeddings,
-            or produces non-finite weights; or the names or shapes of the model's weights do not match the files.
+        ValueError: the model has no experts, or its experts are quantized; an adapter cannot be merged, adapts tied
+            embeddings, or produces non-finite weights; or the names or shapes of the model's weights do not match the
+            files.
         FileNotFoundError: `source` is not a folder, or `adapter` contains no adapters.
         FileExistsError: `target` already exists.
         OSError: a file cannot be written, for example because the disk is full.
@@ -71,7 +72,7 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
 
 
 def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """Return a function that computes the merged weight, for each weight that PEFT adapted. The keys are the names of
+    """For each weight that PEFT adapted, return a function that computes the merged weight. The keys are the names of
     the weights in the model without adapters."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path, module in model.named_modules():

@@ -1,5 +1,5 @@
-"""Implementations from `ops` for networks with low-rank updates. They multiply rows by the low-rank factors and never
-add an update to its weight."""
+"""Variants of the implementations in `ops` for networks with low-rank updates. Rows are multiplied by the low-rank
+factors, and updates are never added to the weights."""
 
 from __future__ import annotations
 

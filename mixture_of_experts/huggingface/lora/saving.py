@@ -46,22 +46,22 @@ def save_adapter(
     adapter: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Save a LoRA adapter in a format for the stock model that `to_transformers` or `export` creates from the base
-    model.
+    """Save a LoRA adapter so that it can be loaded into the stock model that `to_transformers` or `export` creates from
+    the base model.
 
     PEFT's own `save_pretrained` writes an adapter for a model with layers of this package. With the adapter written by
     `save_adapter`, the stock model returns the same outputs up to rounding. Scaling factors are folded into the
     weights.
 
     Args:
-        model: a `PeftModel` that is not modified. Its base model was changed by `from_transformers`, `upcycle` or
+        model: a `PeftModel`. The model is not modified. Its base model was changed by `from_transformers`, `upcycle` or
             `replace_ffn`, or is a stock model with adapters on its stacked experts.
         folder: the folder in which to save `adapter_config.json` and `adapter_model.safetensors`.
         layout: "peft" writes an adapter that `PeftModel.from_pretrained` loads into the stock model, and that vLLM
             loads for gpt-oss. If both the gate and up projections are adapted, the rank of their joint adapter is the
             sum of the two ranks. "per_expert" writes separate factors for each expert and projection, named as in the
-            checkpoints of the stock class. vLLM reads this layout for all other models. "mixture_of_experts" is for the
-            opposite direction: it writes an adapter for the model that `from_transformers` creates.
+            checkpoints of the stock class. vLLM reads this layout for all other models. "mixture_of_experts" converts
+            in the opposite direction, and writes an adapter for the model that `from_transformers` creates.
         adapter: name of the adapter to save. Default: the active adapter.
         base_model: folder or name of the stock model, which is stored in `adapter_config.json`.
 
@@ -69,8 +69,9 @@ def save_adapter(
         ImportError: PEFT is not installed.
         TypeError: `model` is not a `PeftModel`.
         ValueError: `adapter` or `layout` does not exist, the adapter is not a LoRA adapter or does not adapt any
-            experts, PEFT skipped some of its `target_parameters`, a module that it adapts or saves has no counterpart
-            in the stock model, or the layout cannot represent the adapter. Nothing is written in these cases.
+            experts, PEFT skipped some of its `target_parameters`, the adapter contains weights of a module that has no
+            counterpart in the stock model, or the layout cannot represent the adapter. Nothing is written in these
+            cases.
 
     Example:
         >>> import copy, tempfile
@@ -167,7 +168,7 @@ def write_with_peft(
     """Add PEFT adapters to the model on the meta device, assign their weights, and save them with PEFT.
 
     Args:
-        found: the adapter. Its `model` is the model to adapt.
+        found: the adapter to write. `found.model` is the model to adapt.
         stacks: the updates of the stacked weights, in the same layout as the weights, keyed by weight name.
         folder: the output folder.
         settings: additional settings for the adapter configuration.
@@ -215,7 +216,7 @@ def stack_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankU
     """Combine the updates of w1, w3 and w2 into updates of a stock model's stacked weights.
 
     Weights without an adapter get an update of zeros. The file must contain both stacked weights, because engines
-    expect both and the names of an adapter do not show which of the two weights it belongs to.
+    expect both, and the names of an adapter do not indicate which of the two weights it belongs to.
     """
     whole = complete_updates(found, path, updates)
     first = {name: updates[name] for name in ("w1", "w3") if name in updates} or {"w1": whole["w1"]}
@@ -260,8 +261,8 @@ def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> An
 
 
 def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write separate factors for each expert and projection. Factors without an adapter are zeros, because vLLM
-    requires all of them."""
+    """Write separate factors for each expert and projection. vLLM requires the factors of all projections, so those
+    without an adapter are filled with zeros."""
     if found.whole_modules:
         raise ValueError(
             f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which engines do not read "
@@ -304,8 +305,8 @@ def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRa
 def list_expert_names(found: StockAdapter, path: str) -> dict[str, list[str]]:
     """Return the names of each expert's w1, w3 and w2 in checkpoints of the stock class.
 
-    To find the names, this function converts a state dict that contains numbers instead of weights. If checkpoints of
-    the class contain stacked experts, it returns the per-expert names that vLLM uses.
+    To find the names, this function converts a state dict in which identifying numbers replace the weights. If
+    checkpoints of the class contain stacked experts, it returns the per-expert names that vLLM uses.
     """
     experts = found.blocks[path].experts
     e, first = len(experts.down_proj), found.first_weight(path)

@@ -34,7 +34,7 @@ LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; (B,
 
 @dataclass
 class StockAdapter:
-    """A LoRA adapter of a stock model. Its updates include the scaling factors."""
+    """A LoRA adapter of a stock model. The updates include the scaling factors."""
 
     model: Any  # the stock model, on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
@@ -95,8 +95,8 @@ def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
 
 
 def split_layer_path(layers: Mapping[str, MoEFeedForward], path: str) -> tuple[str | None, str]:
-    """Split the path of a module into the path of the layer that contains it and its path in this layer. Return (None,
-    path) if no layer contains the module."""
+    """Split the path of a module into the path of the layer that contains it and the module's path in that layer.
+    Return (None, path) if no layer contains the module."""
     found = next((name for name in layers if path.startswith(f"{name}.")), None)
     return found, path if found is None else path.removeprefix(f"{found}.")
 
@@ -175,8 +175,8 @@ def add_linear_update(
 def add_whole_module(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
-    """Add a module in `modules_to_save` to `found`. The module is a gate, which is converted to the block's router, or
-    is not in a layer with experts."""
+    """Add a module in `modules_to_save` to `found`. If the module is a gate, it is converted to the block's router.
+    Otherwise, it must be outside of all layers with experts."""
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return
@@ -194,8 +194,8 @@ def add_whole_module(
 
 @torch.no_grad()
 def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Convert the state of a gate to that of the router in a block, which is on the meta device. Return the router's
-    path and its state."""
+    """Convert the state of a gate to the state of a block's router. The block is on the meta device. Return the
+    router's path and its state."""
     block, own = copy.deepcopy(block), get_named_tensors(gate)
     path = find_router(block)
     for tensor in get_named_tensors(block.get_submodule(path).to_empty(device="cpu").double()).values():

@@ -25,7 +25,7 @@ NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names 
 
 
 class AdaptedFFN:
-    """A replacement for `routed_ffn` that adds low-rank updates to the network's weights."""
+    """A replacement for `routed_ffn` that applies low-rank updates along with the network's weights."""
 
     def __init__(self, factors: Mapping[str, LowRankFactors]) -> None:
         self.factors = factors
@@ -86,7 +86,7 @@ class ParamWrapper(layer.ParamWrapper):
             )
 
     def combine_factors(self, adapters: list[str]) -> LowRankFactors:
-        """Return the factors of the sum of all updates that the active adapters add to the weight."""
+        """Combine the updates that the active adapters add to the weight, and return the factors of their sum."""
         first, *others = map(self.read_factors, adapters)
         if not others:
             return first

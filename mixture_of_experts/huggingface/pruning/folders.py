@@ -20,11 +20,11 @@ from mixture_of_experts.support.private_torch import unwrap_module
 def prune_folder(
     source: Path, target: Path, *, by: Any, keep: int | None = None, max_shard_size: int = 5 * 10**9
 ) -> KeptExperts:
-    """Remove experts from a saved model. Returns the ids of the experts that each layer keeps, keyed by gate name.
+    """Remove experts from a saved model. Return the ids of the experts that each layer keeps, keyed by gate name.
 
     Args:
-        source: a folder written by `save_pretrained` or another command. Its experts must not be quantized.
-        target: a new folder.
+        source: a folder written by `save_pretrained` or another command. The model's experts must not be quantized.
+        target: path of the new folder, which must not exist yet.
         by, keep: as in `prune`, except that `by` must be "random" or a mapping from gate names to scores or expert ids.
             To compute scores, load the model from the folder and call `expert_scores`.
         max_shard_size: maximum size of a weight file, in bytes.

@@ -41,8 +41,8 @@ def prune(
     calibration: Any = None,
     gates: GateSelection | None = None,
 ) -> KeptExperts:
-    """Remove experts from a model's layers in place. Returns the ids of the experts that each layer keeps, keyed by
-    gate name.
+    """Remove experts from a model's layers in place. Return the ids of the experts that each layer keeps, keyed by gate
+    name.
 
     This function also removes the corresponding columns of the router's weight and the corresponding elements of its
     bias, its expert bias and its expert counts. All expert groups keep the same number of experts. The order of the
@@ -52,7 +52,7 @@ def prune(
     Args:
         model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed.
             Construct the optimizer and wrap the model (DDP, FSDP2) after pruning.
-        keep: number of experts that each layer keeps. It must be at least k.
+        keep: number of experts that each layer keeps, which must be at least k.
         by: which experts to keep. "reap" multiplies the router weight by the norm of the expert's output, and keeps the
             experts with the largest mean of this product over the tokens that they process (arXiv 2510.13999, equation
             9). "frequency" keeps the experts that process the most tokens. "random" chooses experts with torch's random
@@ -64,8 +64,8 @@ def prune(
         gates: the gates of the layers to prune, specified as names or as modules. Default: all gates.
 
     Raises:
-        TypeError: the experts of a router cannot be pruned, or an argument has the wrong type. The error states the
-            router and the reason.
+        TypeError: the experts of a router cannot be pruned, or an argument has the wrong type. The error message names
+            the router and the reason.
         ValueError: an argument has an invalid value, a layer receives no tokens from the calibration data, or the
             model's weights are not in memory. The model is not changed in these cases.
 
@@ -206,8 +206,8 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 
 
 def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
-    """Return the names of the configuration's settings that store the number of experts, and this number before and
-    after pruning.
+    """Return the names of the configuration settings that store the number of experts, and this number before and after
+    pruning.
 
     Args:
         models: all `transformers` models inside the pruned model, starting with the outermost.

@@ -1,5 +1,5 @@
-"""Reduces a layer to a subset of its experts in place. This slices the tensors of the gate and of the experts, and
-updates the expert counts that modules store.
+"""Reduces a layer to a subset of its experts in place. The tensors of the gate and the experts are sliced, and the
+number of experts that modules store is updated.
 
 Axes: e experts, d model dim.
 """

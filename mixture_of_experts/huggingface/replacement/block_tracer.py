@@ -99,7 +99,7 @@ class BlockTracer(GraphAppendingTracer):
 
     def copy_module(self) -> Any:
         """Return a copy of the module in training mode, in which `call_part` runs the submodules. The copy shares all
-        attributes except modules, weights and buffers. Its weights and buffers have arbitrary values."""
+        attributes except modules, weights and buffers. The copy's weights and buffers have arbitrary values."""
         memo: dict[int, Any] = {}
         for part in self.module.modules():
             for name, value in vars(part).items():

@@ -32,7 +32,7 @@ class Adapter:
         up: path of the first linear layer. In a gated network, this is the layer whose output does not pass through the
             activation.
         down: path of the last linear layer.
-        gate: path of the linear layer whose output passes through the activation, in a gated network. If a single layer
+        gate: in a gated network, path of the linear layer whose output passes through the activation. If a single layer
             computes both outputs, this is the same path as `up`.
         activation: path of the activation module or function, or the activation module itself.
         hidden_dropout: the dropout between the activation and `down`, specified as the path of a module, the path of a
@@ -124,8 +124,7 @@ def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     """Read the dense network that an adapter describes.
 
     Raises:
-        TypeError: a linear layer is not a plain linear layer, for example because it is quantized or has a LoRA
-            adapter.
+        TypeError: a part is not a plain linear layer, for example because it is quantized or has a LoRA adapter.
         ValueError: the weights are not in memory.
     """
     weights: dict[str, Tensor] = {}

@@ -1,10 +1,10 @@
 """Finds feed-forward networks in models of unknown classes based on their structure.
 
 A network consists of two linear layers with an activation between them, or of three linear layers where the outputs of
-two layers are multiplied. The network's input and output dimensions are that of the residual stream, its hidden
-dimension is not smaller, and all of its layers are in a numbered block. A trace of the block (see `block_tracer.py`)
-shows the input of the last layer when the first layers return random numbers. The search then tries different
-activations, and different layers to which they may be applied, until the result matches this input.
+two layers are multiplied. The network's input and output have the dimension of the residual stream, its hidden
+dimension is at least as large, and all of its layers are in a numbered block. A trace of the block (see
+`block_tracer.py`) shows the input of the last layer when the first layers return random numbers. The search then tries
+different activations, and different layers to which they may be applied, until the result matches this input.
 
 Axes: d model dim, h hidden dim.
 """

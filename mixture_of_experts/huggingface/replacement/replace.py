@@ -1,5 +1,5 @@
-"""Replaces the feed-forward networks of a loaded model with `MoE` layers. Their experts are newly initialized or are
-copies of the networks.
+"""Replaces the feed-forward networks of a loaded model with `MoE` layers. The experts are newly initialized or are
+copies of the original networks.
 
 Axes: d model dim, h hidden dim, e experts, g slices per network.
 """
@@ -67,7 +67,7 @@ def replace_ffn(
     loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
-    """Replace a model's feed-forward networks with `MoE` layers with newly initialized experts, in place.
+    """Replace a model's feed-forward networks in place with `MoE` layers whose experts are newly initialized.
 
     The experts have the same activation, biases, dropout, dtype and device as the original networks. The model's norms,
     residual connections and return types are unchanged. All losses and statistics ignore padding. In training, the loss
@@ -76,7 +76,7 @@ def replace_ffn(
     because adapter files do not include the routers.
 
     Args:
-        model: a `transformers` model. Pass the model that computes the training loss, before wrapping it (PEFT,
+        model: a `transformers` model. Pass the model that computes the training loss, before it is wrapped (PEFT,
             `torch.compile`, DDP).
         num_experts: number of experts in each layer.
         k: number of experts per token. Used only by the default gate.
@@ -146,7 +146,7 @@ def upcycle(
     Until it is trained, the upcycled model returns the same outputs as the original model up to rounding, unless
     `noise` or `redraw` is used. This requires that the gate's router weights have the same sum for every token, and
     that the gate does not drop tokens in eval mode. Experts copied from frozen weights (`requires_grad=False`) are also
-    frozen, but routers are trainable. As for `replace_ffn`, construct the optimizer and add PEFT adapters afterwards.
+    frozen, but routers are trainable. As with `replace_ffn`, construct the optimizer and add PEFT adapters afterwards.
 
     With `granularity=g`, each expert is a slice of the network with `h / g` hidden units (arXiv 2410.07524). Experts
     `g i` to `g i + g - 1` are the slices of copy i. All slices of a copy start with equal router weights, so that
@@ -461,7 +461,7 @@ def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
 
 
 class One(nn.Module):
-    """A module that returns 1. It replaces a module whose output is used as a factor."""
+    """A module that returns 1, used in place of a module whose output is a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())

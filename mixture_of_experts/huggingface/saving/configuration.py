@@ -93,8 +93,8 @@ class ExpertsConfigMixin:
 
 @cache
 def make_config_class(plain: type[PreTrainedConfig]) -> Any:
-    """Add `ExpertsConfigMixin` to the configuration class of a dense model, and return the new class. It keeps the
-    original name, because `transformers` looks up classes by name."""
+    """Add `ExpertsConfigMixin` to the configuration class of a dense model, and return the new class. The new class
+    keeps the original name, because `transformers` looks up classes by name."""
     if issubclass(plain, ExpertsConfigMixin):
         return plain
     return type(plain.__name__, (ExpertsConfigMixin, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
@@ -124,9 +124,10 @@ def read_quantization(config: Any) -> dict[str, Any]:
 def store_layers_in_config(model: nn.Module) -> None:
     """Add descriptions of the layers with experts to a model's configuration.
 
-    The configuration is copied first, because other models may share it. A model without a head keeps the original,
-    because it may be part of a model with a head, whose configuration must describe the experts as well. If `model` is
-    not a `transformers` model, this function processes the models inside it that have such layers.
+    The configuration is copied first, because other models may share it. A model without a head keeps the original
+    configuration, because it may be part of a model with a head, whose configuration must describe the experts as well.
+    If `model` is not a `transformers` model, this function processes the `transformers` models inside it that have such
+    layers.
     """
     if not isinstance(model, PreTrainedModel):
         for inner in model.children():

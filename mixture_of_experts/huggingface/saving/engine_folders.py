@@ -2,8 +2,8 @@
 
 `transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`, but
 llama.cpp and mlx-lm read the file itself. Some of their models use a default value if the old entry is missing. If a
-model was returned by `export` or `to_transformers`, `save_pretrained` therefore writes the old entries in addition,
-copies the source model's tokenizer, and warns about engines whose results would differ.
+model was returned by `export` or `to_transformers`, `save_pretrained` therefore also writes the old entries, copies the
+source model's tokenizer, and warns about engines whose results would differ.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
     would differ.
 
     Args:
-        folder: the folder of the stock model. It must contain `config.json`.
+        folder: the folder of the stock model, which must contain `config.json`.
         aliases: the current names of configuration entries, keyed by alternative name.
         source: the folder or cached hub repository from which the tokenizer is copied if `folder` has no tokenizer.
     """
@@ -169,10 +169,10 @@ def find_file(source: str, name: str) -> Path | None:
 class EngineSave:
     """A replacement for a stock model's `save_pretrained` that writes folders for inference engines.
 
-    This object holds a weak reference to the model, because with a reference cycle the model would be freed only by the
-    garbage collector. In `export(model).save_pretrained(folder)`, the exported model is freed before the call, so a
-    twin with the same modules is saved instead. Pickling replaces this object with the class's own method, so that the
-    model can be unpickled without this package.
+    This object holds only a weak reference to the model. A strong reference would create a cycle, so that only the
+    garbage collector could free the model. In `export(model).save_pretrained(folder)`, the exported model is freed
+    before the call, so a twin with the same modules is saved instead. Pickling replaces this object with the class's
+    own method, so that the model can be unpickled without this package.
     """
 
     def __init__(self, model: nn.Module, source: str) -> None:

@@ -105,8 +105,8 @@ class ExportPlan(NamedTuple):
         return copy_to_block_state(like, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return all other weights of the exported model, given the state dict of the original. The returned weights do
-        not share memory. A tied head is included only if the exported model's head is untied."""
+        """Return all other weights of the exported model, given the state dict of the original. No two of the returned
+        weights share memory. A tied head is included only if the exported model's head is untied."""
         changed, tied = tuple(f"{path}." for path in self.layers), self.stock_model.all_tied_weights_keys
         rest, seen = {}, set()
         for name, like in self.stock_model.state_dict().items():
@@ -131,15 +131,15 @@ def export(model: nn.Module) -> Any:
     preserved.
 
     Args:
-        model: a `transformers` model that `replace_ffn` or `upcycle` changed. It is not modified.
+        model: a `transformers` model that `replace_ffn` or `upcycle` changed. The model is not modified.
 
     Returns:
-        A stock model with copies of the weights and with the same dtype, device and mode. Its logits are equal to those
-        of `model` up to rounding.
+        A stock model with copies of the weights and with the same dtype, device and mode. The stock model's logits are
+        equal to those of `model` up to rounding.
 
     Raises:
         ValueError: the model is a wrapper, has weights that are not in memory, or has a property that none of these
-            classes supports. In the last case, the error describes the property.
+            classes supports. If a property is not supported, the error message describes it.
 
     Example:
         >>> import torch
@@ -229,8 +229,8 @@ def select_carried_settings(config: Any, target: ExportTarget) -> dict[str, Any]
 
 
 def make_target_model(model: Any, target: ExportTarget, head: str, layers: LayersByPath) -> Any:
-    """Build the target's model on the meta device. Its dimensions are those of the original model and of the original's
-    first `MoE` layer."""
+    """Build the target's model on the meta device. The dimensions are taken from the original model and its first `MoE`
+    layer."""
     moe: Any = next(iter(layers.values())).moe
     settings = {
         **select_carried_settings(model.config, target),
@@ -282,8 +282,8 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
 def make_half_open_gate(like: Tensor) -> Tensor:
     """Return a weight `(1, d)` for a shared expert's gate that makes the gate's sigmoid round to 1/2.
 
-    The elements of the weight are tiny. They are nonzero because llama.cpp computes the sigmoid of z as `silu(z) / z`.
-    They differ from each other because the elements of an input may sum to zero.
+    The elements of the weight are tiny. The elements are nonzero because llama.cpp computes the sigmoid of z as
+    `silu(z) / z`. The elements differ from each other because those of an input may sum to zero.
     """
     limits = torch.finfo(like.dtype)
     return torch.linspace(1, 2, like.shape[-1]).mul(max(2.0**-60, limits.smallest_normal * limits.eps)).expand_as(like)

@@ -45,13 +45,14 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".g
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
-    """Upcycle a saved dense model. The new folder is the same as `save_pretrained` would write for the upcycled model.
+    """Upcycle a saved dense model. The new folder has the contents that `save_pretrained` would write for the upcycled
+    model.
 
     Args:
         source: a folder with `config.json` and safetensors files.
-        target: a new folder.
+        target: path of the new folder, which must not exist yet.
         max_shard_size: maximum size of a weight file, in bytes.
-        settings: arguments of `upcycle`.
+        settings: additional arguments, which are passed to `upcycle`.
 
     Raises:
         ValueError, TypeError: as in `upcycle`. Also raised if the model already has experts, or if the names or shapes
@@ -82,7 +83,7 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
 
     Args:
         source: a folder written by `save_pretrained` or another command.
-        target: a new folder.
+        target: path of the new folder, which must not exist yet.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
@@ -182,8 +183,8 @@ def read_experts_model(source: Path, action: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """Return the model in a folder. Its weights keep their stored dtypes and 4-bit layout. They are memory-mapped, so
-    only the parts that are used are read."""
+    """Return the model in a folder. The weights keep their stored dtypes and 4-bit layout. All weights are
+    memory-mapped, so only the parts that are used are read."""
     weights = read_weights(source)
     if read_layer_entries(config):
         config = copy.copy(config)
@@ -280,7 +281,7 @@ class ShardWriter:
         self.pending = {}
 
     def close(self) -> None:
-        """Write the last file, and rename all files so that their names contain the final number of files."""
+        """Write the last file, and rename all files so that their names contain the total number of files."""
         if self.pending:
             self.write_shard()
         n, weight_map = len(self.shard_names), {}

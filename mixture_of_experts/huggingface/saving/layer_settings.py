@@ -74,7 +74,7 @@ class LayerRecord:
         return self.entry
 
     def find_undescribed(self) -> list[str]:
-        """Return the settings that were changed to values that JSON cannot represent after the layer was inserted."""
+        """Return the settings that were changed, after the layer was inserted, to values that JSON cannot represent."""
         layer = self.layer and self.layer()
         return (
             []
@@ -87,8 +87,8 @@ class LayerRecord:
 
 
 def describe_layers(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
-    """Return the description of the layers whose records are passed, keyed by path. Layers with the same settings share
-    an entry."""
+    """Return the descriptions of layers, given their records keyed by path. Layers with the same settings share an
+    entry."""
     names: dict[str, list[str]] = {}
     for name, record in records.items():
         names.setdefault(json.dumps(record.read_entry(), sort_keys=True), []).append(name)
@@ -148,7 +148,7 @@ def is_json_value(value: Any) -> bool:
 
 
 def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
-    """Return the settings of a layer that can be changed later, keyed by path."""
+    """Return the settings of a layer that can be changed after construction, keyed by path."""
     found = {}
     for named_module in iter_named_modules(feed_forward):
         path, module = named_module.name, named_module.module
@@ -187,7 +187,7 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
 
 @contextmanager
 def naming_rejected_entries(changes: Mapping[str, Any]) -> Iterator[None]:
-    """Context manager that turns errors from checks into a ValueError that names the file's entries."""
+    """Context manager that turns errors about invalid settings into a ValueError that names the entries in the file."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -1,7 +1,7 @@
 """Loads saved models with experts through the `from_pretrained` methods of `transformers`.
 
 The loader uses the quantizer interface of `transformers`, because a quantizer can modify a model before its weights are
-loaded. It does not quantize anything.
+loaded. The loader does not quantize anything.
 """
 
 from __future__ import annotations

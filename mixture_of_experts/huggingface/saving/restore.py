@@ -106,8 +106,8 @@ def apply_form(layer: Any, path: str, form: Any) -> None:
 
 @contextmanager
 def naming_rejected_description(description: str, classes: Iterable[str]) -> Iterator[None]:
-    """Context manager that turns errors about a description in config.json into a ValueError. Its message contains the
-    description and the available classes."""
+    """Context manager that turns errors about a description in config.json into a ValueError. The error message
+    contains the description and the available classes."""
     try:
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -147,7 +147,7 @@ def finish_loading(model: Any, repack: bool = True) -> None:
 
 
 def find_layer_path(model: Any, name: str) -> str | None:
-    """Return the path in this model of a layer that a description calls `name`. In models with a head, paths have an
+    """Return a layer's path in this model, given its path in the description. In models with a head, paths have an
     additional first component.
 
     Return None if the model does not contain this layer, for example because it is only the encoder of an

@@ -94,8 +94,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_shards(folder: str, files: Sequence[str]) -> None:
-    """Check the weight files that `transformers` is about to read. They are in a local folder or were downloaded from
-    the hub.
+    """Check the weight files that `transformers` is about to read. The files are in a local folder or were downloaded
+    from the hub.
 
     `transformers` does not check the file names in an index. If two files contain the same weight, it uses the weight
     from the last file, regardless of the index.

@@ -32,13 +32,13 @@ def keep_names_on_saving(model: nn.Module) -> None:
 
 
 def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
-    """Return the name and weight conversions for loading a model. They preserve names that already exist in the model,
-    and map the names of the layers' weights to those in the model.
+    """Return the name and weight conversions for loading a model. The conversions preserve names that already exist in
+    the model, and map the names of the layers' weights to those in the model.
 
-    The class's own renamings may also match names that already exist in the model. For the layers' weights, a renaming
-    may not be undone by its reverse: `.gate.` may become `.mlp.gate.` after any prefix. Therefore, the first returned
-    renaming replaces each name with a placeholder, and the last renaming replaces the placeholder with the model's
-    name.
+    The class's own renamings may also match names that already exist in the model. For the layers' weights, reversing a
+    renaming may not restore the original name: `.gate.` may become `.mlp.gate.` after any prefix. Therefore, the first
+    returned renaming replaces each name with a placeholder, and the last renaming replaces the placeholder with the
+    model's name.
     """
     layers, weights = tuple(f"{name}." for name in find_layers(model)), list(model.state_dict())
     # three axes, because saving may concatenate weights along any of them
