@@ -96,11 +96,11 @@ class MoEFeedForward(Replaced):
         dropout: the dropout module applied to the layer's output, if the dense network had one.
         masked: whether the enclosing model's mask applies to this module's tokens.
         replaced_path: path of the linear layer for which a `Replaced` placeholder is inserted, relative to this module.
-            If "", this module itself is the placeholder.
+            If `replaced_path` is "", this module itself is the placeholder.
 
     Shape:
-        The input is `(b, n, d)`, or flattened to `(b n, d)`. The output has the same shape. If the caller passes side
-        inputs, the output is a tuple (tokens, router state).
+        The input has shape `(b, n, d)`, or `(b n, d)` if it is flattened. The output has the same shape as the input.
+        If the caller passes side inputs, the output is a tuple (tokens, router state).
     """
 
     record: Any = None  #: the layer's description in `config.json`, a `LayerRecord`

@@ -40,12 +40,14 @@ class ReplayRouting:
     the choices, but uses its own router weights.
 
     Raises:
-        ValueError: in the constructor, if the model has no gate or the trainer uses an unsupported generation method
-            (tools, or vLLM or continuous batching without `rollout_func`). During training, if generation does not use
-            a cache, if `rollout_func` returns no choices or choices that do not match its tokens, if a prompt has
-            images, or if log-probabilities with gradients are computed in chunks or twice before a backward pass.
-        TypeError: when a subclass is defined, if it lists this class after the trainer. In the constructor, if the
-            trainer lacks a TRL method that this class needs, or if the choices or weights of a gate cannot be recorded.
+        ValueError: raised by the constructor if the model has no gate or the trainer uses an unsupported generation
+            method (tools, or vLLM or continuous batching without `rollout_func`). Raised during training if generation
+            does not use a cache, if `rollout_func` returns no choices or choices that do not match its tokens, if a
+            prompt has images, or if log-probabilities with gradients are computed in chunks or twice before a backward
+            pass.
+        TypeError: raised when a subclass that lists this class after the trainer is defined. Raised by the constructor
+            if the trainer lacks a TRL method that this class needs, or if the choices or weights of a gate cannot be
+            recorded.
     """
 
     #: whether to record and replay weights in addition to choices; set it in your subclass
@@ -208,8 +210,8 @@ class ReplayRouting:
 
 
 def is_reference_model(model: torch.nn.Module) -> bool:
-    """Return whether a model currently acts as its own reference model. This is the case if its PEFT adapters are
-    disabled or TRL's adapter copy "ref" is active."""
+    """Return whether a model currently acts as its own reference model, either with its PEFT adapters disabled or with
+    TRL's adapter copy "ref"."""
     return any(
         getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())
         for each in model.modules()

@@ -20,8 +20,8 @@ def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
     """Return the model whose arguments describe the tokens, given a list of nested modules that starts with the
     outermost.
 
-    This is the innermost `transformers` model that reads an attention mask for these tokens. If no model does, return
-    the innermost model, or None if there is no model.
+    This is the innermost `transformers` model that reads an attention mask for these tokens. If no model reads one,
+    return the innermost model, or None if there are no models.
     """
     models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # only in transformers
     for model in models:
@@ -144,8 +144,8 @@ def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return the attention mask that was passed to a model. If a model uses different masks for different layer types,
-    return the mask for full attention or the only mask."""
+    """Return the attention mask that was passed to a model. If a dictionary of masks was passed, return the mask for
+    full attention, or the only mask if there is just one."""
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Mapping):
         return mask

@@ -85,7 +85,8 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 class LastCall(threading.local):
-    """Stores the last completed outermost call of each thread. Copies of a model start with an empty call."""
+    """For each thread, stores the `ModelCall` of the last completed outermost forward pass. Copies of a model start
+    with an empty call."""
 
     box: list[ModelCall]
 

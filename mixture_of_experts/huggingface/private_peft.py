@@ -65,13 +65,13 @@ def find_missed_targets(model: nn.Module) -> list[str]:
 
 
 def applies_b_first(wrapper: Any) -> bool:
-    """Return whether the adapter of a stacked weight multiplies tokens by B first and then by A, instead of A first."""
+    """Return whether the adapter of a stacked weight multiplies tokens by B before A. Otherwise, A is applied first."""
     return wrapper._did_swap_in_out_features
 
 
 def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return the factors of the update that an adapter adds to a stacked weight. The weight is `(e, p, q)`, and the
-    factors are `(e, p, k)` and `(e, k, q)`.
+    """Return the factors of the update that an adapter adds to a stacked weight. The weight has shape `(e, p, q)`, and
+    the factors have shapes `(e, p, k)` and `(e, k, q)`.
 
     PEFT stores A as `(e k, width)`, with experts as the outer dimension, and B as `(width, k e)`, with experts as the
     inner dimension. The experts' `is_transposed` attribute determines whether p is the width of A or of B.

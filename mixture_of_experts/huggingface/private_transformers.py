@@ -92,8 +92,8 @@ def clear_weight_conversions(model: nn.Module) -> None:
 
 
 def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load some weights of a stock model. Their names and layout are those of the class's checkpoints. All other
-    weights remain unchanged."""
+    """Load a subset of a stock model's weights. `weights` has the names and layout of the class's checkpoints. All
+    other weights remain unchanged."""
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)

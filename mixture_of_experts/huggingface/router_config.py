@@ -33,7 +33,7 @@ def add_router_config(model: nn.Module, moe: Any) -> None:
 
 
 def override_router_coef(model: nn.Module) -> None:
-    """Replace a model's own auxiliary loss with the losses of its layers, because the routers of the original loss were
+    """Replace a model's own auxiliary loss with the losses of its layers, because the model's own routers were
     removed."""
     config = find_text_config(model)
     if config is not None and has_own_routers(config) and get_unit_aux_loss_coef(config) is None:

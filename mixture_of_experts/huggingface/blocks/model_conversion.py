@@ -71,7 +71,7 @@ def from_transformers(
     Args:
         block: a sparse block of a loaded model, such as `model.model.layers[0].mlp`, or a whole model.
         loss_coef: coefficient of each layer's load-balancing loss, which replaces the model's own auxiliary loss. If
-            None, the layers add no load-balancing loss and the model keeps its own auxiliary loss.
+            `loss_coef` is None, the layers add no load-balancing loss, and the model keeps its own auxiliary loss.
         z_loss_coef: coefficient of each layer's z-loss.
         balance_over: see `TopKGating`. The default matches `transformers`, which computes the loss over the batch.
 
@@ -118,8 +118,8 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     Raises:
         TypeError: `moe` or `block` is not a module, or `block` is passed and `moe` is not a `MoE`.
         ValueError: the block's class is unknown, the block is not equivalent to the layer, or weights are on the meta
-            device. For a model, also raised if it is a wrapper or if some of its layers come from `replace_ffn` or
-            `upcycle`. Nothing is changed in these cases.
+            device. Also raised for a model that is a wrapper or that contains layers from `replace_ffn` or `upcycle`.
+            Nothing is changed in these cases.
     """
     check_not_wrapped(check_model("moe", moe))
     if block is not None:

@@ -4,7 +4,7 @@ uses the functions of `ops.row_network` with matrix products that support low-ra
 Axes: r rows, e experts, p input and q output features of a weight, k rank.
 
 The stored weights are constant, so no gradient is computed for them. For each low-rank update, the forward pass
-computes `x @ down`, which is `(r, k)`, and saves it along with the pre-activations.
+computes `x @ down`, which has shape `(r, k)`, and saves it along with the pre-activations.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class AdaptedLayout:
         self.low_rank_activations: dict[str, Tensor] = {}  # rows times each down, keyed by weight name
 
     def project_down(self, x: Tensor, weight: LowRankWeight) -> Tensor:
-        """Return `x @ down`, which is `(r, k)`. The product is computed only once for each weight."""
+        """Return `x @ down`, which has shape `(r, k)`. The product is computed only once for each weight."""
         if weight.name not in self.low_rank_activations:
             self.low_rank_activations[weight.name] = self.layout.multiply_rows(x, weight.down)
         return self.low_rank_activations[weight.name]

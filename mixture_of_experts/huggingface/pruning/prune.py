@@ -56,9 +56,10 @@ def prune(
         by: which experts to keep. "reap" multiplies the router weight by the norm of the expert's output, and keeps the
             experts with the largest mean of this product over the tokens that they process (arXiv 2510.13999, equation
             9). "frequency" keeps the experts that process the most tokens. "random" chooses experts with torch's random
-            generator. A mapping from gate names to floating-point scores `(e,)`, such as those returned by
-            `expert_scores`, keeps the experts with the largest scores. A mapping from gate names to expert ids keeps
-            these experts, and `keep` can be omitted. Layers that are not in the mapping are not changed.
+            generator. With a mapping from gate names to floating-point scores `(e,)`, such as those returned by
+            `expert_scores`, each layer keeps the experts with the largest scores. With a mapping from gate names to
+            expert ids, each layer keeps these experts, and `keep` can be omitted. Layers that are not in the mapping
+            are not changed.
         calibration: batches of data for "reap" and "frequency". Each batch is a tensor, or a dictionary or tuple of the
             model's inputs, on the model's device. Padding is ignored.
         gates: the gates of the layers to prune, specified as names or as modules. Default: all gates.

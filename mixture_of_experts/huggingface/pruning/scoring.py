@@ -65,8 +65,8 @@ def find_computing_experts(router: RouterHandle) -> nn.Module:
 
 def measure_call(experts: Any, x: Tensor, assignments: Assignments, by: str) -> Tensor:
     """Return statistics `(2, e)` for one call to the experts. The first row contains the number of tokens that each
-    expert processes. For "reap", the second row contains the sum over these tokens of the router weight times the
-    output norm."""
+    expert processes. For "reap", the second row contains the router weight times the output norm, summed over these
+    tokens."""
     permutation = permute_without_gaps(assignments)
     counts = permutation.rows_per_expert
     assert counts is not None

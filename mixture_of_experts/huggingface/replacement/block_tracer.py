@@ -117,8 +117,8 @@ class BlockTracer(GraphAppendingTracer):
         return copied
 
     def call_part(self, part: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Run a submodule and return its output. The output consists of random numbers, is computed by the submodule's
-        `forward`, or is a symbol if the submodule is not needed or cannot be run."""
+        """Run a submodule and return its output. The output is random numbers, the result of the submodule's `forward`
+        or, if the submodule is not needed or cannot be run, a symbol."""
         self.calls[path].append(args)
         given, before = find_traced_tensors((args, kwargs)), len(self.chains)
         outer = any(map(is_linear_layer, part.modules()))

@@ -55,7 +55,7 @@ class UnsupportedNetwork(NamedTuple):
 def search_networks(
     model: nn.Module, known_networks: Mapping[str, Adapter | UnsupportedNetwork]
 ) -> tuple[list[NetworkLocation], list[UnsupportedNetwork]]:
-    """Search a model for feed-forward networks. Return the networks that can be replaced, and the networks that cannot.
+    """Search a model for feed-forward networks. Return the networks that can be replaced, and the unsupported networks.
 
     Args:
         known_networks: networks that are already known, keyed by the paths of their modules.

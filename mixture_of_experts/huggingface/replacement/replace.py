@@ -99,7 +99,7 @@ def replace_ffn(
         ValueError: the model has no feed-forward networks or none that match `layers` (the error lists the available
             networks), the model is a wrapper, a network shares weights with another module, `gate` returned the same
             gate for two layers, or a size is not a positive integer.
-        TypeError: a network's linear layers are quantized, sharded or have adapters, `gate` is not a function
+        TypeError: a network has linear layers that are quantized or sharded or have adapters, `gate` is not a function
             `(dim, num_experts)` that returns a gate, or `layers` contains elements other than numbers and names.
 
     Example:

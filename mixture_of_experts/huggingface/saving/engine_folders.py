@@ -1,9 +1,9 @@
 """Saves stock models in folders that inference engines read correctly.
 
 `transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`, but
-llama.cpp and mlx-lm read the file itself. Some of their models use a default value if the old entry is missing. If a
-model was returned by `export` or `to_transformers`, `save_pretrained` therefore also writes the old entries, copies the
-source model's tokenizer, and warns about engines whose results would differ.
+llama.cpp and mlx-lm read the file itself. Some llama.cpp and mlx-lm models use a default value if the old entry is
+missing. If a model was returned by `export` or `to_transformers`, `save_pretrained` therefore also writes the old
+entries, copies the source model's tokenizer, and warns about engines whose results would differ.
 """
 
 from __future__ import annotations

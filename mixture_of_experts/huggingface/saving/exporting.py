@@ -283,7 +283,7 @@ def make_half_open_gate(like: Tensor) -> Tensor:
     """Return a weight `(1, d)` for a shared expert's gate that makes the gate's sigmoid round to 1/2.
 
     The elements of the weight are tiny. The elements are nonzero because llama.cpp computes the sigmoid of z as
-    `silu(z) / z`. The elements differ from each other because those of an input may sum to zero.
+    `silu(z) / z`. Different elements are used because the elements of an input may sum to zero.
     """
     limits = torch.finfo(like.dtype)
     return torch.linspace(1, 2, like.shape[-1]).mul(max(2.0**-60, limits.smallest_normal * limits.eps)).expand_as(like)

@@ -97,8 +97,8 @@ def check_shards(folder: str, files: Sequence[str]) -> None:
     """Check the weight files that `transformers` is about to read. The files are in a local folder or were downloaded
     from the hub.
 
-    `transformers` does not check the file names in an index. If two files contain the same weight, it uses the weight
-    from the last file, regardless of the index.
+    `transformers` does not check the file names in an index. If two files contain the same weight, `transformers` uses
+    the weight from the last file, regardless of the index.
 
     Raises:
         ValueError: a file is outside of the folder, or the files do not match their index.
