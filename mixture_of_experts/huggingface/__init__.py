@@ -1,4 +1,5 @@
-"""Mixtures of experts in `transformers` models: replace or upcycle feed-forward networks, train, save, load."""
+"""Mixture-of-experts layers for `transformers` models: replacing or upcycling feed-forward networks, training, saving
+and loading."""
 
 from mixture_of_experts.huggingface.blocks.backend import experts_forward
 from mixture_of_experts.huggingface.blocks.model_conversion import from_transformers, to_transformers

@@ -1,5 +1,5 @@
-"""Commands for saved models: `python -m mixture_of_experts.huggingface convert IN OUT`, `quantize`, `upcycle`, `prune`,
-`merge`, `export`."""
+"""Commands for saved models, run as `python -m mixture_of_experts.huggingface COMMAND IN OUT`. COMMAND is `convert`,
+`quantize`, `upcycle`, `prune`, `merge` or `export`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_gate(text: str) -> GateFactory:
-    """Parse a gate such as `TopKGating(k=4, score="sigmoid")` and return a function that constructs one per layer."""
+    """Parse a gate such as `TopKGating(k=4, score="sigmoid")` and return a function that constructs it."""
     try:
         call: Any = ast.parse(text, mode="eval").body
         settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
@@ -63,7 +63,7 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def parse_scores(text: str) -> Any:
-    """Return `random`, or the scores or expert ids in a file, keyed by the names of gates."""
+    """Return "random" unchanged, or read scores or expert ids, keyed by gate name, from a file."""
     if text == "random":
         return text
     try:
@@ -73,7 +73,7 @@ def parse_scores(text: str) -> Any:
 
 
 def add_upcycle_options(add: Any) -> None:
-    """Add the options of `upcycle`."""
+    """Add the options of the `upcycle` command."""
     add("--num-experts", type=int, default=8, help="experts of a layer")
     add("--k", type=int, default=2, help="experts of a token, for the default gate")
     add("--gate", type=parse_gate, help="such as 'TopKGating(k=4, score=\"sigmoid\")'")
@@ -87,28 +87,28 @@ def add_upcycle_options(add: Any) -> None:
 
 
 def add_convert_options(add: Any) -> None:
-    """Add the options of `convert`."""
+    """Add the options of the `convert` command."""
     add("--bits", type=int, choices=(8, 4), help="bits per weight of experts; by default not quantized")
     add_rounding_options(add)
     add("--block", type=int, choices=BLOCKS, help=f"{BLOCK_HELP}; by default that of this machine")
 
 
 def add_quantize_options(add: Any) -> None:
-    """Add the options of `quantize`."""
+    """Add the options of the `quantize` command."""
     add("--bits", type=int, default=8, choices=(8, 4), help="bits per weight of experts")
     add_rounding_options(add)
     add("--block", type=int, default=PORTABLE_BLOCK, choices=BLOCKS, help=BLOCK_HELP)
 
 
 def add_rounding_options(add: Any) -> None:
-    """Add the options that `convert` and `quantize` share."""
+    """Add the options that the `convert` and `quantize` commands share."""
     add("--group", type=int, default=64, choices=GROUP_SIZES, help="with 4 bits, number of inputs that share a step")
     add("--dtype", type=parse_dtype, help=f"dtype of weights, {', '.join(DTYPES)}; by default as stored")
     add("--loss-coef", type=float, help="coefficient of each layer's balancing loss; by default as saved")
 
 
 def add_prune_options(add: Any) -> None:
-    """Add the options of `prune`."""
+    """Add the options of the `prune` command."""
     scores = "safetensors with the scores that expert_scores returned, or JSON with the ids to keep, by names of gates"
     add("--by", type=parse_scores, required=True, help=f"'random', or a file: {scores}")
     add("--keep", type=int, help="experts that each layer keeps; not needed with ids")
@@ -168,7 +168,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit with the usual status, 143, on SIGTERM, so that the unfinished folder is removed."""
+    """Context manager that turns SIGTERM into SystemExit(143), so that the unfinished output folder is removed."""
     if threading.current_thread() is not threading.main_thread():  # elsewhere, Python cannot set signal handlers
         yield
         return
@@ -185,9 +185,10 @@ def exiting_on_sigterm() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status, which is 1 after an error. Errors are printed to standard error.
+    """Run a command and return its exit status. If the command fails, the error is printed to standard error and the
+    status is 1.
 
-    SIGTERM raises SystemExit while the command runs.
+    While the command is running, SIGTERM raises SystemExit.
     """
     settings = vars(parse_arguments(arguments))
     run = settings.pop("run")

@@ -1,4 +1,4 @@
-"""Callbacks for a `Trainer`: one logs routing statistics, the other updates the expert bias after each step."""
+"""`Trainer` callbacks that log routing statistics and that update expert biases after each optimizer step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_ex
 
 
 class RoutingCallback(TrainerCallback):
-    """A callback that adds the routing statistics of the last optimizer step, over all its micro-batches, to the logs.
+    """A callback that adds routing statistics to the Trainer's logs. The statistics cover all micro-batches of the last
+    optimizer step in which any gate ran.
 
-    `routing/balance` (1 is balanced), `routing/entropy` (in nats) and `routing/dropped` (the share of dropped choices)
-    are means over the layers whose gates ran in the last step with any gate activity; other layers are ignored.
-    `routing/max_load` is the largest load of an expert in any layer (1 is balanced), and `routing/dead_experts` the
-    number of dead experts in all layers. The callback supports models with `MoE` layers and the MoE models of
-    `transformers`.
+    `routing/balance` (1 is balanced), `routing/entropy` (in nats) and `routing/dropped` (the fraction of dropped
+    choices) are averaged over layers. `routing/max_load` is the highest expert load in any layer (1 is balanced), and
+    `routing/dead_experts` is the total number of dead experts. Layers whose gates did not run in this step are ignored.
+    The callback supports models with `MoE` layers and the MoE models of `transformers`.
 
-    Use `log_routing` to add it to a Trainer. A callback passed to the Trainer's constructor would run after the
-    reporting callbacks, so these values would appear only in `log_history`.
+    Use `log_routing` to add this callback to a Trainer. If this callback were passed to the Trainer's constructor, it
+    would run after the reporting callbacks, and the statistics would appear only in `log_history`.
 
     Args:
-        layers: whether to log each layer separately as well, as `routing/<gate>/<name>`.
+        layers: whether to also log the statistics of each layer, as `routing/<gate>/<name>`.
     """
 
     def __init__(self, layers: bool = False) -> None:
@@ -67,13 +67,13 @@ class RoutingCallback(TrainerCallback):
 
 
 def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
-    """Make a Trainer log routing statistics to all its reporting integrations. Call this before `trainer.train()`.
+    """Log routing statistics to all of a Trainer's reporting integrations. Call this function before `trainer.train()`.
 
     Args:
-        layers: whether to log each layer separately as well.
+        layers: whether to also log the statistics of each layer.
 
     Returns:
-        The callback. Its `stats` can be read and plotted, including after training.
+        The callback, whose `stats` attribute can be read and plotted during and after training.
     """
     callback = RoutingCallback(layers)
     trainer.callback_handler.callbacks.insert(0, callback)  # before the reporting callbacks
@@ -81,7 +81,7 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
 
 
 def summarize_records(records: list[Record]) -> dict[str, float]:
-    """Return statistics that combine all layers."""
+    """Combine the layers' statistics into one value for each metric."""
     return {
         "routing/balance": fmean(record.losses.get("balance", 0.0) for record in records),
         "routing/entropy": fmean(record.entropy for record in records),
@@ -92,7 +92,7 @@ def summarize_records(records: list[Record]) -> dict[str, float]:
 
 
 class BalanceCallback(TrainerCallback):
-    """A callback that updates the expert bias of every gate after each optimizer step, using `balance_experts`.
+    """A callback that uses `balance_experts` to update the expert bias of every gate after each optimizer step.
 
     Pass it to the Trainer: `Trainer(..., callbacks=[BalanceCallback()])`.
 

@@ -27,11 +27,11 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall
 
 
 class ModelCall(ForwardCall):
-    """A running forward pass of the enclosing model.
+    """The state of a running forward pass of the enclosing model.
 
     Args:
-        tokens: the tokens of the forward pass, as far as the model knows them.
-        enclosing_call: the call of a larger model that contains this one.
+        tokens: metadata of the tokens in the forward pass.
+        enclosing_call: the `ModelCall` of a larger model that contains this one.
     """
 
     config: Any = None  # the part of the model's configuration that describes routers
@@ -54,11 +54,12 @@ class ModelCall(ForwardCall):
 
 
 class Replaced(nn.Module):
-    """A placeholder for a linear layer of the dense network. It keeps checkpoints from loading into the wrong model.
+    """A placeholder for a linear layer of the dense network. The placeholder prevents checkpoints from being loaded
+    into the wrong model.
 
-    A checkpoint of the changed model has a three-dimensional tensor under the layer's name. A `transformers` class
-    without experts expects a matrix there and fails to load the checkpoint, instead of starting from randomly
-    initialized feed-forward networks.
+    A checkpoint of the modified model stores a three-dimensional tensor under the linear layer's name. The dense
+    `transformers` class expects a matrix there, so it fails to load the checkpoint. Without the placeholder, loading
+    would succeed and leave the feed-forward networks randomly initialized.
     """
 
     weight: Tensor
@@ -86,20 +87,20 @@ class Replaced(nn.Module):
 class MoEFeedForward(Replaced):
     """A `MoE` layer that replaces a feed-forward network and maps tokens to tokens.
 
-    The forward pass of the enclosing model supplies the padding mask, and token ids for gates that read them, and
-    collects the auxiliary loss (`model_watch.py`). Outside of such a pass there is no mask, no token ids are supplied,
-    and the loss is dropped.
+    During a forward pass of the enclosing model, this module receives the padding mask, receives token ids if its gate
+    reads them, and reports its auxiliary loss to the model (see `model_watch.py`). Outside of such a pass, neither a
+    mask nor token ids are available, and the auxiliary loss is discarded.
 
     Args:
-        moe: the layer.
-        dropout: the dropout after the layer, if the network had one.
-        masked: whether the mask of the enclosing model describes these tokens.
-        replaced_path: path, relative to this module, of the linear layer that a `Replaced` stands in for; "" for the
-            module itself.
+        moe: the `MoE` layer.
+        dropout: the dropout module applied to the layer's output, if the dense network had one.
+        masked: whether the enclosing model's mask applies to this module's tokens.
+        replaced_path: path of the linear layer for which a `Replaced` placeholder is inserted, relative to this module.
+            If `replaced_path` is "", this module itself is the placeholder.
 
     Shape:
-        Input `(b, n, d)`, or flattened `(b n, d)`; output of the same shape, or (tokens, router state) if the caller
-        passes side inputs.
+        The input has shape `(b, n, d)`, or `(b n, d)` if it is flattened. The output has the same shape as the input.
+        If the caller passes side inputs, the output is a tuple (tokens, router state).
     """
 
     record: Any = None  #: the layer's description in `config.json`, a `LayerRecord`
@@ -132,7 +133,8 @@ class MoEFeedForward(Replaced):
         return (out, *state) if side_inputs else out
 
     def _collect_aux_loss(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
-        """Add the auxiliary loss to the call, and register hooks that record whether gradients reach it."""
+        """Add the auxiliary loss to the model's call, and register hooks that record whether gradients reach the
+        loss."""
         call.losses.append(aux_loss)
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
@@ -144,7 +146,7 @@ class MoEFeedForward(Replaced):
             aux_loss.register_hook(lambda _: reached.add("losses"))
 
     def _get_token_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
-        """Return the ids of tokens `(b, n, d)` as a side input if the gate reads them, or {} otherwise."""
+        """Return the token ids as a side input, or {} if the gate does not read them. `tokens` is `(b, n, d)`."""
         if "token_ids" not in get_side_inputs(self.moe.gate):
             return {}
         ids = call.tokens.ids if self.masked else None
@@ -157,8 +159,10 @@ class MoEFeedForward(Replaced):
         return {"token_ids": ids}
 
     def _get_segment_ids_input(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
-        """Return the documents of packed tokens `(b, n, d)` as a side input, or {} if rows are not packed or the layer
-        does not support packing and treats each row as one group."""
+        """Return the document ids of packed tokens `(b, n, d)` as a side input.
+
+        Return {} if the rows are not packed, or if the layer does not support packing and treats each row as one group.
+        """
         ids = call.tokens.segment_ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
             return {}
@@ -166,7 +170,8 @@ class MoEFeedForward(Replaced):
         return {SEGMENT_IDS: ids} if reason is None else {}
 
     def _check_checkpointing(self, call: ModelCall) -> None:
-        """Raise if checkpointing is not the model's own, because recomputation would lack the mask and token ids."""
+        """Raise RuntimeError if this module runs under activation checkpointing other than the model's own. A
+        recomputation would have neither the mask nor the token ids."""
         if torch.compiler.is_compiling() or not self.training or not call.grad_enabled or call.is_checkpointed:
             return
         if is_in_activation_checkpoint(call.frame):
@@ -176,12 +181,13 @@ class MoEFeedForward(Replaced):
             )
 
     def _get_mask_input(self, call: ModelCall, x: Tensor) -> dict[str, Tensor]:
-        """Return the mask `(b, n)` of tokens `(b, n, d)` or `(b n, d)`, keyed by the side input that defines how the
-        layer handles padding, or {} if all tokens are real.
+        """Return the padding mask `(b, n)` as a side input, given tokens `(b, n, d)` or `(b n, d)`.
 
-        Dense networks compute padding tokens, and models use their outputs: with left padding, the first token is
-        predicted from a padding token. Dropless gates therefore compute them too, but exclude them from all statistics
-        and losses.
+        The name of the side input determines how the layer handles padding. Return {} if there is no padding.
+
+        Dense networks also process padding tokens, and models use the results: with left padding, the first token is
+        predicted from a padding token. Dropless gates therefore route padding tokens, but exclude them from all
+        statistics and losses.
         """
         mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
@@ -206,10 +212,10 @@ class MoEFeedForward(Replaced):
 
 
 class LogitsCall(ForwardCall):
-    """A running call of a gate whose logits the model returns.
+    """The state of a running call to a gate whose logits the model returns.
 
     Args:
-        x: the tokens, in the form in which the block's router would receive them.
+        x: the tokens as the stock block's router would receive them.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -220,8 +226,11 @@ class LogitsCall(ForwardCall):
 
 
 def collect_logits(gate: Any, args: object, output: object) -> None:
-    """Forward hook of a gate that adds the logits `(t, e)` of all tokens to those that `transformers` collects. The
-    gate's own logits may be grouped, contain additional tokens or lack padding."""
+    """A forward hook for gates that adds the logits `(t, e)` of all tokens to those that `transformers` collects.
+
+    The hook computes these logits itself, because the gate's own logits may be grouped, contain additional tokens, or
+    lack the padding tokens.
+    """
     call = call_stack.current_call(gate)
     if call is None:
         return
@@ -235,14 +244,15 @@ class SparseFeedForward(MoEFeedForward):
     """A `MoE` layer that replaces a sparse block of `transformers` and keeps its call signature.
 
     Args:
-        block: the class of the block.
-        reports: whether the model can return the logits of the block's router (`output_router_logits`) and compute its
-            own auxiliary loss from them. The layer then supplies its logits.
-        settings: the other arguments of `MoEFeedForward`.
+        block: the class name of the replaced block.
+        reports: whether the layer passes its router logits to the model, which can then return them
+            (`output_router_logits`) and compute its own auxiliary loss from them.
+        settings: the remaining arguments of `MoEFeedForward`.
 
     Shape:
-        As in `MoEFeedForward`, except that the output is (tokens, None) if the block also returned router scores, and
-        (tokens, state) if its router takes a state as an additional input.
+        The same as for `MoEFeedForward`, with two exceptions. If the replaced block also returned router scores, the
+        output is (tokens, None). If the block's router takes a state as an additional input, the output is (tokens,
+        state).
     """
 
     reports: bool = False
@@ -302,10 +312,11 @@ def add_submodule(module: nn.Module, path: str, child: nn.Module) -> None:
 
 
 def find_feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
-    """Return all `MoEFeedForward` modules of a model, wrapped or not, in model order.
+    """Return all `MoEFeedForward` modules of a model in model order. The model may be wrapped.
 
-    This runs in every forward pass, and thus for every token during decoding. To be faster than `model.modules()`, it
-    visits neither modules without children nor the parts of a `MoEFeedForward`, which contain no other.
+    This function runs in every forward pass, and therefore once per token during decoding. To be faster than
+    `model.modules()`, it visits neither modules without children nor the parts of a `MoEFeedForward`, which contain no
+    other one.
     """
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

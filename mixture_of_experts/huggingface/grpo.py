@@ -1,5 +1,5 @@
-"""Routing replay for TRL's `GRPOTrainer`: training uses the experts that were chosen during generation. This module
-does not import TRL."""
+"""Routing replay for TRL's `GRPOTrainer`, which makes training use the experts that were chosen during generation. This
+module does not import TRL."""
 
 from __future__ import annotations
 
@@ -26,22 +26,28 @@ SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, a
 class ReplayRouting:
     """A mixin that makes TRL's `GRPOTrainer` compute log-probabilities with the experts chosen during generation.
 
-    List this class before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
-    trainer generates. Alternatively, the trainer's `rollout_func` returns the choices of an inference engine: in
-    addition to TRL's own fields, "routed_experts" is a list of the objects that `RoutingRecords.from_requests` accepts,
-    or `RoutingRecords`, for prompts and completions. The choices are replayed in every forward pass that computes
-    log-probabilities of these completions: in training, over all mini-batches and iterations, in the computation of old
-    log-probabilities, and in evaluation. The last token of a completion was never an input of the model, so the gates
-    choose its experts. A separate reference model makes its own choices. With PEFT, the reference is the model without
-    its adapter; it replays the choices too, with its own weights.
+    List this class before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`.
+
+    The mixin records the experts that the model chooses while the trainer generates. If an inference engine generates
+    the completions instead, the trainer's `rollout_func` must return the engine's choices for prompts and completions
+    in an additional field "routed_experts". Its value is a `RoutingRecords` object, or a list of the objects that
+    `RoutingRecords.from_requests` accepts.
+
+    The choices are replayed in every forward pass that computes log-probabilities of these completions: in all
+    mini-batches and iterations of training, when old log-probabilities are computed, and in evaluation. The last token
+    of a completion was never an input to the model, so the gates choose its experts. A separate reference model makes
+    its own choices. With PEFT, the reference model is the model without its adapter. This reference model also replays
+    the choices, but uses its own router weights.
 
     Raises:
-        ValueError: in the constructor, if the trainer generates with an unsupported method (vLLM or continuous batching
-            without `rollout_func`, or tools) or its model has no gate. In training, if generation does not use a cache,
-            `rollout_func` returns no choices or choices of other tokens, a prompt has images, or log-probabilities with
-            gradients are computed in chunks or twice before a backward pass.
-        TypeError: when the subclass is defined, if it lists this class after the trainer. In the constructor, if the
-            trainer lacks a TRL method that this class needs, or a gate has choices or weights that cannot be recorded.
+        ValueError: raised by the constructor if the model has no gate or the trainer uses an unsupported generation
+            method (tools, or vLLM or continuous batching without `rollout_func`). Raised during training if generation
+            does not use a cache, if `rollout_func` returns no choices or choices that do not match its tokens, if a
+            prompt has images, or if log-probabilities with gradients are computed in chunks or twice before a backward
+            pass.
+        TypeError: raised when a subclass that lists this class after the trainer is defined. Raised by the constructor
+            if the trainer lacks a TRL method that this class needs, or if the choices or weights of a gate cannot be
+            recorded.
     """
 
     #: whether to record and replay weights in addition to choices; set it in your subclass
@@ -84,7 +90,7 @@ class ReplayRouting:
 
     @property
     def _trainer(self) -> Any:
-        """The trainer, for calls of its own methods."""
+        """The `super()` proxy, which calls the trainer's own methods."""
         return super()
 
     def _record_generation(self) -> Any:
@@ -102,8 +108,8 @@ class ReplayRouting:
         return generated
 
     def _run_rollout(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """Run a rollout function and return its output without the choices, which are kept for the
-        log-probabilities."""
+        """Run a rollout function and store the expert choices that it returns. Return the other fields of its
+        output."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
             return output  # the trainer's own error says what is missing
@@ -180,8 +186,8 @@ class ReplayRouting:
         )
 
     def _check_single_forward(self, number: int, size: int) -> None:
-        """Raise if a second forward pass with gradients precedes a backward pass: a recomputation could belong to
-        either."""
+        """Raise ValueError if a second forward pass with gradients starts before the backward pass of the first,
+        because a recomputation could then belong to either pass."""
         if size < number:
             raise ValueError(
                 f"log-probabilities with gradients of {number} sequences are computed in chunks of {size}, but "
@@ -198,14 +204,14 @@ class ReplayRouting:
         self._replay_stack.callback(setattr, self, "_replay_is_active", False)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the trainer's step, keeping the replay active until the backward pass has ended."""
+        """Run the trainer's step, and keep the replay active until the backward pass has ended."""
         with self._replay_stack:
             return self._trainer.training_step(*args, **kwargs)
 
 
 def is_reference_model(model: torch.nn.Module) -> bool:
-    """Return whether a model acts as its own reference: PEFT's adapters are disabled, or TRL's adapter copy "ref" is
-    active."""
+    """Return whether a model currently acts as its own reference model, either with its PEFT adapters disabled or with
+    TRL's adapter copy "ref"."""
     return any(
         getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())
         for each in model.modules()

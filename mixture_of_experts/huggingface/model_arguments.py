@@ -1,4 +1,4 @@
-"""Reads from the arguments of a `transformers` model which tokens are real, and what their ids are.
+"""Reads the padding mask and the token ids from the arguments of a `transformers` model.
 
 Axes: b sequences, n tokens of the forward pass, m tokens including those in the cache.
 """
@@ -17,10 +17,11 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 
 def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
-    """Return the model whose arguments describe the tokens, given nested modules, outermost first.
+    """Return the model whose arguments describe the tokens, given a list of nested modules that starts with the
+    outermost.
 
-    This is the innermost model of `transformers` that reads an attention mask for them, or else the innermost model.
-    Returns None if there is no model.
+    This is the innermost `transformers` model that reads an attention mask for these tokens. If no model reads one,
+    return the innermost model, or None if there are no models.
     """
     models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # only in transformers
     for model in models:
@@ -32,8 +33,8 @@ def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
 
 
 class ArgumentsReader(TokensReader):
-    """A reader that takes the tokens of a forward pass from the arguments of `model`, by the parameter names of its
-    `forward`."""
+    """Reads the token metadata of a forward pass from the model's arguments. Positional arguments are identified by the
+    parameter names of `model.forward`."""
 
     argument_names: ClassVar[tuple[str, ...]] = (
         "attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values",
@@ -50,7 +51,7 @@ class ArgumentsReader(TokensReader):
         return read_token_metadata(self.pick_arguments(args, kwargs))
 
     def pick_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments listed in `argument_names`, keyed by name."""
+        """Select the arguments that are listed in `argument_names`, and return them keyed by name."""
         arguments = {name: args[place] for name, place in self.positions.items() if place < len(args)}
         return arguments | {name: kwargs[name] for name in self.argument_names if name in kwargs}
 
@@ -59,14 +60,14 @@ class ArgumentsReader(TokensReader):
         return get_cache(arguments), count_seen_tokens(arguments)
 
     def get_cached_keys(self, cache: Any) -> Tensor | None:
-        """Return the keys of the first layer of a cache that has keys, or None if no layer has any."""
+        """Return the keys in the first cache layer that contains keys, or None if no layer contains any."""
         cache = getattr(cache, "self_attention_cache", cache)
         found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
         return next((keys for keys in found if isinstance(keys, Tensor)), None)
 
 
 def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
-    """Return the metadata of the tokens that a model's arguments describe."""
+    """Return the token metadata that a model's arguments describe."""
     tokens, embeds, mask = arguments.get("input_ids"), arguments.get("inputs_embeds"), get_attention_mask(arguments)
     shape = () if embeds is None else embeds.shape[:-1]
     shape = shape if tokens is None else tokens.shape
@@ -90,11 +91,11 @@ def read_token_metadata(arguments: Mapping[str, Any]) -> TokenMetadata:
 
 
 def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tensor | None:
-    """Return the document of each token in packed rows as `(b, n)` integers.
+    """Return the document id of each token in packed rows, as an integer tensor `(b, n)`.
 
-    Documents are identified as attention in `transformers` does: by `seq_idx`, by the cumulative lengths of a single
-    row, or by positions that do not increase by one. Returns None if there is a mask or a cache, or if the values can
-    be read and show that rows are not packed.
+    Documents are identified in the same way as in the attention of `transformers`: from `seq_idx`, from the cumulative
+    lengths of a single row, or from positions that do not increase by one. Return None if there is a mask or a cache,
+    or if the values can be read on the host and show that the rows are not packed.
     """
     b, n = shape
     if arguments.get("attention_mask") is not None or get_cache(arguments) is not None:
@@ -121,7 +122,7 @@ def is_distributed() -> bool:
 
 
 def get_cache(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among a model's arguments, or None if there is none."""
+    """Return the cache that was passed to a model, or None if no cache was passed."""
     return arguments.get("cache", arguments.get("past_key_values"))
 
 
@@ -132,7 +133,8 @@ def count_cached_tokens(arguments: Mapping[str, Any]) -> int:
 
 
 def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
-    """Return the number of real tokens in the cache, as `(b,)` or as one number that holds for all sequences."""
+    """Return the number of cached tokens that are not padding, as a tensor `(b,)` or as one number for all
+    sequences."""
     mask, cached = get_attention_mask(arguments), count_cached_tokens(arguments)
     if mask is None or not cached:
         return cached
@@ -142,8 +144,8 @@ def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return the attention mask among a model's arguments. If each kind of layer has its own mask, return the one for
-    full attention, or the only one."""
+    """Return the attention mask that was passed to a model. If a dictionary of masks was passed, return the mask for
+    full attention, or the only mask if there is just one."""
     mask = arguments.get("attention_mask")
     if not isinstance(mask, Mapping):
         return mask
@@ -151,19 +153,22 @@ def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def select_first_head(mask: Tensor) -> Tensor:
-    """Return the mask `(b, n, m)` of the first head, given a mask `(b, n, m)` or `(b, heads, n, m)`."""
+    """Return the first head's mask `(b, n, m)`, given a mask `(b, n, m)` or `(b, heads, n, m)`."""
     return mask[:, 0] if mask.ndim == 4 else mask
 
 
 def to_bool_mask(mask: Tensor) -> Tensor:
-    """Return an attention mask as bool, True where attention is allowed."""
+    """Convert an attention mask to a bool mask that is True where attention is allowed."""
     return mask if mask.dtype == torch.bool else mask >= 0 if mask.is_floating_point() else mask > 0
 
 
 def mask_from_diagonal(mask: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Return a `(b, n)` bool mask of the real tokens, given a mask `(b, n, m)` or `(b, heads, n, m)`. Real tokens
-    attend to themselves, whereas padding does not. Return None for a single token, because a decoded token is never
-    padding."""
+    """Return a bool mask `(b, n)` of the tokens that are not padding, given an attention mask `(b, n, m)` or
+    `(b, heads, n, m)`.
+
+    The mask is read from the diagonal, because padding does not attend to itself. Return None for a single token,
+    because a decoded token is never padding.
+    """
     n = mask.shape[-2]
     if n == 1:
         return None

@@ -1,9 +1,9 @@
-"""Passes the mask and token ids from a model's arguments to its feed-forward networks, and adds their losses to its
-loss.
+"""Passes the padding mask and the token ids from a model's arguments to its feed-forward networks, and adds their
+auxiliary losses to the model's loss.
 
-A watch keeps a `ModelCall` active during a forward pass. It is attached to the model that was changed, and to the
-innermost models that contain its networks (for example an encoder and a decoder). Activation checkpointing runs layers
-again after the forward pass, so the checkpointed function is wrapped to run with the call of that pass.
+A watch keeps a `ModelCall` active during each forward pass. Watches are attached to the modified model and to the
+innermost models that contain its networks, such as an encoder and a decoder. Activation checkpointing runs layers again
+after the forward pass, so the checkpointing function is wrapped to activate the original call again.
 """
 
 from __future__ import annotations
@@ -49,16 +49,17 @@ MODEL_WATCH_HOOK = "mixture_of_experts"  # name of the hooks
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """Return the sum of the auxiliary losses of a model's last forward pass in this thread, in training or eval mode.
+    """Return the sum of the auxiliary losses from a model's last forward pass in this thread, in training or eval mode.
 
-    The sum is 0-dim and differentiable; inside a forward pass it is the sum so far. Add it to a loss that you compute
-    yourself. If labels are passed to a training forward pass with gradients, `out.loss` already includes it.
+    The result is a differentiable 0-dim tensor. During a forward pass, it contains the losses of the layers that have
+    already run. If you compute the loss yourself, add this sum to it. If you pass labels in a training forward pass
+    with gradients, `out.loss` already includes the sum.
 
     Args:
-        model: a model that `replace_ffn` or `upcycle` changed, wrapped or not.
+        model: a model that `replace_ffn` or `upcycle` changed. The model may be wrapped.
 
     Raises:
-        RuntimeError: no forward pass has run.
+        RuntimeError: the model has not run a forward pass in this thread.
 
     Example:
         >>> import torch
@@ -84,7 +85,8 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 class LastCall(threading.local):
-    """The last outermost call that has ended, per thread. A copy of a model starts without one."""
+    """For each thread, stores the `ModelCall` of the last completed outermost forward pass. Copies of a model start
+    with an empty call."""
 
     box: list[ModelCall]
 
@@ -96,7 +98,8 @@ class LastCall(threading.local):
 
 
 def watch_model(model: nn.Module, names: Sequence[str]) -> None:
-    """Attach watches to a model, which returns the losses, and to the models that contain the named modules."""
+    """Attach watches to a model and to the innermost models that contain the named modules. The model's loss will
+    include the auxiliary losses."""
     last = next(iter(find_last_calls(model)), None) or LastCall()
     readers = {find_padding_source(model, name) for name in names}
     for around in {model, *readers}:
@@ -122,31 +125,31 @@ def get_watch(module: nn.Module) -> Any:
 
 
 def find_last_calls(model: nn.Module) -> list[LastCall]:
-    """Return the `LastCall` of each changed model in `model`, including `model` itself."""
+    """Return the `LastCall` of each modified model among `model` and its submodules."""
     watches = map(get_watch, model.modules())
     return list(dict.fromkeys(watch.last for watch in watches if watch is not None))
 
 
 def uses_model_mask(model: nn.Module, name: str) -> bool:
-    """Return whether the mask of the model that contains a module describes the module's tokens, which is not the case
-    in audio models."""
+    """Return whether the enclosing model's mask applies to the tokens of the module at `name`. The result is False in
+    audio models."""
     return getattr(find_padding_source(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
 
 def find_padding_source(model: nn.Module, name: str) -> nn.Module:
-    """Return the module that contains a network and whose arguments describe its padding: a torch layer or a model."""
+    """Return the torch layer or model that contains the network at `name` and whose arguments describe its padding."""
     path = name.split(".")[:-1]
     above = [model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)]
     return above[-1] if isinstance(above[-1], TORCH_LAYER_CLASSES) else find_enclosing_model(above)
 
 
 class ModelWatch(ForwardWatch):
-    """A watch that provides the tokens of each forward pass to a model's feed-forward networks and collects their
-    losses. Copying the model copies the watch.
+    """Provides token metadata to a model's feed-forward networks in each forward pass, and collects their losses.
+    Copying the model also copies the watch.
 
     Args:
         around: the watched module.
-        last: the storage for the call of the last outermost forward pass.
+        last: the object that stores the call of the last outermost forward pass.
     """
 
     reads: bool = False  # whether it reads the tokens; otherwise an enclosing model does
@@ -175,8 +178,8 @@ class ModelWatch(ForwardWatch):
         return call
 
     def read_tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokenMetadata:
-        """Return the tokens of a forward pass. Token ids that this module's arguments lack come from an enclosing model
-        with tokens of the same shape."""
+        """Return the token metadata of a forward pass. If this module's arguments contain no token ids, use those of
+        the enclosing model if they have the same shape."""
         outer = TokenMetadata() if around is None else around.tokens
         if not self.reads:
             own = self.reader.pick_arguments(args, kwargs).get("input_ids")
@@ -186,12 +189,13 @@ class ModelWatch(ForwardWatch):
         return tokens._replace(ids=outer.ids) if tokens.ids is None and has_same_shape else tokens
 
     def replace_arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that replace those of a trainer, and record in the call what the trainer requested.
+        """Return the arguments to pass to the model instead of those from a trainer, and record the trainer's requests
+        in the call.
 
-        With gradient accumulation, the `Trainer` passes the number of labels in the whole batch with each micro-batch
-        and interprets the loss as its share of the batch loss. Some models nevertheless return means over the
-        micro-batch, and the auxiliary loss is such a mean as well. The model therefore gets the number of its own
-        labels, and its loss is multiplied by their share.
+        With gradient accumulation, the `Trainer` passes the label count of the whole batch with each micro-batch, and
+        expects each loss to be the micro-batch's share of the batch loss. Some models nevertheless return a mean over
+        the micro-batch, and the auxiliary loss is also such a mean. The model is therefore called with the label count
+        of its micro-batch, and its loss is multiplied by the fraction of labels that are in this micro-batch.
         """
         arguments, config = dict(kwargs), find_text_config(model)
         call.config, fused = config, bool(kwargs.get("fused_lm_head"))
@@ -223,8 +227,8 @@ class ModelWatch(ForwardWatch):
         return changed
 
     def add_losses(self, call: ModelCall, output: Any) -> Any:
-        """Return the output with the auxiliary loss added to its training loss, or None if nothing changes. If router
-        logits were requested from the model, set `aux_loss` of the output too."""
+        """Add the auxiliary loss to the output's training loss and return the output, or return None if nothing
+        changes. If the caller requested router logits, also set the output's `aux_loss`."""
         aux = sum_losses(call.losses) if call.losses else None
         named = isinstance(output, MutableMapping)
         if aux is not None and call.aux_loss_requested and named:
@@ -247,8 +251,8 @@ class ModelWatch(ForwardWatch):
         return (loss, *output[1:]) if isinstance(output, tuple) else loss
 
     def get_reported_loss(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
-        """Return the `aux_loss` of an output, which a trainer multiplies by a coefficient. It includes the loss of the
-        model's own routers, if there is one."""
+        """Return the value of the output's `aux_loss`, which trainers multiply by a coefficient. If the model has its
+        own routers, the value includes their loss."""
         if (unit := get_unit_aux_loss_coef(config)) is not None:
             return aux / unit
         if not (has_own_routers(config) and isinstance(theirs, Tensor)):
@@ -257,8 +261,8 @@ class ModelWatch(ForwardWatch):
         return theirs + aux.to(theirs.device) / coef if coef else theirs
 
     def warn_once(self, call: ModelCall, model: nn.Module) -> None:
-        """Warn once if adapters lack routers, and once if the last backward pass reached the outputs of networks but
-        not their auxiliary losses."""
+        """Warn once if adapters do not save the routers, and once if the last backward pass reached the networks'
+        outputs but not their auxiliary losses."""
         if not self.adapted and "peft_config" in vars(model):
             check_adapters_loaded(model)
             self.adapted = True
@@ -280,8 +284,8 @@ class ModelWatch(ForwardWatch):
 
 
 def check_adapters_loaded(model: nn.Module) -> None:
-    """Raise ValueError if PEFT skipped quantized experts that its adapters target. PEFT only warns, and the model would
-    run without the adapters."""
+    """Raise ValueError if PEFT skipped quantized experts that are in `target_parameters`. PEFT itself only issues a
+    warning, and the model would run without these adapters."""
     quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
     if quantized and (missed := [name for name in find_missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
         raise ValueError(
@@ -291,7 +295,7 @@ def check_adapters_loaded(model: nn.Module) -> None:
 
 
 def warn_unsaved_routers(model: nn.Module) -> None:
-    """Warn if PEFT adapters lack the routers of a model that was not saved to a folder either."""
+    """Warn if a model was never saved to a folder and its PEFT adapters do not save its routers."""
     routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
     if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(
@@ -305,7 +309,8 @@ def warn_unsaved_routers(model: nn.Module) -> None:
 
 @torch.compiler.disable
 def wrap_checkpointing(model: nn.Module) -> None:
-    """Wrap the model's own checkpointing, so that recomputed layers run with their call."""
+    """Wrap the model's own checkpointing functions, so that recomputed layers see the call of the original forward
+    pass."""
     for module in model.modules():
         checkpoint = get_checkpoint_function(module)
         if checkpoint is not None and not isinstance(checkpoint, CheckpointWithCall) and find_feed_forwards(module):
@@ -313,10 +318,9 @@ def wrap_checkpointing(model: nn.Module) -> None:
 
 
 class CheckpointWithCall:
-    """A wrapper of one layer's checkpointing function, so that everything it runs, including recomputations, sees the
-    calls that are active now.
+    """Wraps a layer's checkpointing function so that the layer sees the same calls when it is recomputed.
 
-    Compiled models have a graph break here, because a graph cannot hold the calls.
+    This causes a graph break in compiled models, because a graph cannot store the calls.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], layer: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""Prefetches the chosen experts of a memory-mapped model by requesting them together before they are computed.
+"""Prefetches the chosen experts of a memory-mapped model by requesting all of their weights before the experts run.
 
-By default, a mapped weight is read when it is first used. The system then reads ahead beyond each page, including pages
-of experts that were not chosen (megabytes if the disk's `read_ahead_kb` is large), and handles one request after
-another.
+Without prefetching, the operating system reads a mapped weight page by page when it is first used, and handles one
+request after another. The operating system also reads ahead beyond each page, including pages of experts that were not
+chosen. If the disk's `read_ahead_kb` is large, each read-ahead can cover megabytes.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ MAX_CHOSEN_SHARE = 0.5
 def prefetch_experts(model: nn.Module) -> Iterator[None]:
     """Context manager that prefetches the chosen experts of a memory-mapped model.
 
-    Use it for models whose experts are larger than memory and were mapped by `from_pretrained`. Each layer requests the
-    weights of its chosen experts before computing them; without prefetching, they are read page by page as they are
-    used, along with neighboring pages. Results are the same. Nothing is prefetched for weights that are not mapped, or
-    if a layer chooses more than half of its experts, as for long prompts.
+    Use this context manager if the experts do not fit into memory and `from_pretrained` mapped them from files. Each
+    layer then requests the weights of its chosen experts before running them. Without prefetching, these weights are
+    read page by page as they are used, along with neighboring pages. Prefetching does not change any results. Weights
+    that are not mapped are not prefetched. If a layer chooses more than half of its experts, as is common for long
+    prompts, that layer prefetches nothing.
 
     Args:
         model: a model with `Experts`, `GatedExperts` or `QuantizedExperts` on the CPU.
 
     Raises:
-        OSError: the system is not Linux.
-        ValueError: no weights of experts are mapped from a file. `from_pretrained` maps them if it loads a folder
-            written by this package on the CPU in the dtype of its files and, for 4-bit weights, in the layout of this
-            machine.
+        OSError: the operating system is not Linux.
+        ValueError: no expert weights are mapped from a file. `from_pretrained` maps the weights if it loads a folder
+            written by this package onto the CPU in the dtype of its files. In addition, 4-bit weights must be stored in
+            the layout for this machine.
 
     Example:
         >>> import tempfile
@@ -81,7 +82,7 @@ def prefetch_experts(model: nn.Module) -> Iterator[None]:
 
 
 def find_mapped_stacks(model: nn.Module) -> dict[Any, list[str]]:
-    """Return the names of the weights that are mapped from a file, for each stack of experts."""
+    """For each stack of experts, return the names of the weights that are mapped from a file."""
     files = MappedFiles.read()
     return {
         module: [name for name, weight in get_named_tensors(module, recurse=False).items() if files.contains(weight)]
@@ -91,7 +92,7 @@ def find_mapped_stacks(model: nn.Module) -> dict[Any, list[str]]:
 
 
 def prefetch_chosen(names: list[str], advise: Callable[..., int], experts: Any, args: Any, kwargs: Any = None) -> None:
-    """Forward pre-hook of experts that asks the system to read the weights of the chosen ones."""
+    """A forward pre-hook that asks the operating system to read the weights of the chosen experts."""
     found = (given for given in (*args, *(kwargs or {}).values()) if isinstance(given, Assignments))
     assignments = next(found, None)
     if assignments is None or not is_host_readable(assignments.weight):
@@ -109,14 +110,14 @@ def prefetch_chosen(names: list[str], advise: Callable[..., int], experts: Any, 
 
 
 def load_madvise() -> Callable[..., int]:
-    """Return the system's `madvise(address, length, advice)`. Unsupported advice has no effect."""
+    """Return the C library's `madvise(address, length, advice)`. Unsupported advice has no effect."""
     found = ctypes.CDLL(None).madvise
     found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return found
 
 
 class MappedFiles(NamedTuple):
-    """The addresses at which files are mapped, in ascending order."""
+    """The address ranges to which files are mapped, in ascending order."""
 
     starts: list[int]
     stops: list[int]

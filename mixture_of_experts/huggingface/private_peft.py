@@ -1,6 +1,6 @@
-"""Internals of PEFT that this package relies on. Only `find_renamed_weights` imports PEFT.
+"""Wraps the PEFT internals that this package relies on. Only `find_renamed_weights` imports PEFT.
 
-`tests/huggingface/test_private_peft.py` shows which of them break in a new version.
+`tests/huggingface/test_private_peft.py` shows which internals a new PEFT version breaks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 
 def is_peft_wrapper(module: nn.Module) -> bool:
-    """Return whether the module is a PEFT wrapper: an instance of one of PEFT's classes, or of a subclass."""
+    """Return whether a module is a PEFT wrapper, which means that its class or one of its base classes is defined in
+    PEFT."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """Return the module that computes inside a PEFT wrapper, or None if the module is not a wrapper."""
+    """Return the module that a PEFT wrapper currently runs, or None if `module` is not a wrapper."""
     children: Any = module._modules
     if not ("modules_to_save" in children or "base_layer" in children) or not is_peft_wrapper(module):
         return None
@@ -27,14 +28,15 @@ def get_peft_wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def get_active_copy(wrapper: Any) -> nn.Module:
-    """Return the module that computes in the wrapper of a saved module: the active adapter's copy, or the original."""
+    """Return the module that a `modules_to_save` wrapper currently runs: the active adapter's copy, or the original
+    module."""
     active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)  # it may have no copy here
     return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
 
 
 def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
-    """Return PEFT's copies of a saved module, each with whether it computes (only one does), or None if the module does
-    not wrap such copies."""
+    """Return all copies in a `modules_to_save` wrapper, each with a flag that indicates whether this copy is the one
+    that runs. Return None if `module` is not such a wrapper."""
     children: Any = module._modules
     if "modules_to_save" not in children or not is_peft_wrapper(module):
         return None
@@ -44,14 +46,14 @@ def list_copies(module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
 
 
 def find_tensors_not_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of a model's tensors that no file of its adapters will contain, or [] if it has no adapters. In
-    addition to their own weights, these files contain the complete modules in `modules_to_save`."""
+    """Return the names of the given model tensors that the model's adapter files will not contain. In addition to
+    adapter weights, these files contain the modules in `modules_to_save`. Return [] if the model has no adapters."""
     held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
     return [n for n, t in tensors.items() if t not in held] if any(map(is_peft_wrapper, model.modules())) else []
 
 
 def find_missed_targets(model: nn.Module) -> list[str]:
-    """Return the `target_parameters` of a model's adapters for which PEFT found no parameter."""
+    """Return the `target_parameters` for which PEFT found no parameter in the model."""
     adapted = [
         f".{name}.{parameter}".replace(".base_layer", "")
         for name, module in model.named_modules()
@@ -63,15 +65,16 @@ def find_missed_targets(model: nn.Module) -> list[str]:
 
 
 def applies_b_first(wrapper: Any) -> bool:
-    """Return whether tokens are multiplied by B of a stacked weight first and then by A, rather than by A first."""
+    """Return whether the adapter of a stacked weight multiplies tokens by B before A. Otherwise, A is applied first."""
     return wrapper._did_swap_in_out_features
 
 
 def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return the factors `(e, p, k)` and `(e, k, q)` whose product an adapter adds to a stacked weight `(e, p, q)`.
+    """Return the factors of the update that an adapter adds to a stacked weight. The weight has shape `(e, p, q)`, and
+    the factors have shapes `(e, p, k)` and `(e, k, q)`.
 
-    PEFT stores A as `(e k, width)`, expert by expert, and B as `(width, k e)`, with experts last. The `is_transposed`
-    attribute of the experts determines which of them has the dimension p.
+    PEFT stores A as `(e k, width)`, with experts as the outer dimension, and B as `(width, k e)`, with experts as the
+    inner dimension. The experts' `is_transposed` attribute determines whether p is the width of A or of B.
     """
     a: Tensor = wrapper.lora_A[adapter].weight * wrapper.scaling[adapter]
     b: Tensor = wrapper.lora_B[adapter].weight
@@ -83,29 +86,30 @@ def read_stack_factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def write_stack_factors(wrapper: Any, adapter: str, left: Tensor, right: Tensor) -> None:
-    """Set A and B of a stacked weight so that `read_stack_factors` returns these factors if the scaling is 1."""
+    """Set the LoRA factors A and B of a stacked weight, so that `read_stack_factors` returns `left` and `right` if the
+    scaling factor is 1."""
     b, a = (left, right) if applies_b_first(wrapper) else (right.mT, left.mT)  # (e, width of B, k), (e, k, width of A)
     wrapper.lora_A[adapter].weight = nn.Parameter(a.flatten(0, 1).contiguous())
     wrapper.lora_B[adapter].weight = nn.Parameter(b.permute(1, 2, 0).flatten(1).contiguous())
 
 
 def is_plain_lora(wrapper: Any, adapter: str) -> bool:
-    """Return whether an adapter consists only of A, B and a scaling factor, without DoRA, other variants or biases."""
+    """Return whether an adapter is plain LoRA, without DoRA, other variants or biases."""
     has_variant = adapter in wrapper.lora_variant or wrapper.use_dora.get(adapter, False)
     return not has_variant and not wrapper.lora_bias.get(adapter, False)
 
 
 def strip_wrappers(name: str) -> str:
-    """Return the path of a module without the parts that PEFT's wrappers add to it."""
+    """Remove the parts that PEFT wrappers add to the path of a module."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
 def find_renamed_weights(model: Any, names: Iterable[str], adapter: str) -> dict[str, str]:
-    """Find the adapter weights that PEFT would look up under names that the model lacks. Return their names in the
-    model, keyed by the names that PEFT would use.
+    """Return the adapter weights that PEFT would look up under names that do not exist in the model. The values are the
+    weights' names in the model, and the keys are the names that PEFT would use.
 
-    When loading, PEFT applies the weight conversions of the model's class to the names in an adapter's file, which do
-    not contain the adapter's name.
+    When PEFT loads an adapter, it applies the weight conversions of the model's class to the names in the file. These
+    names do not contain the adapter's name.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 

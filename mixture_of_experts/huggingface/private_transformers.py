@@ -1,6 +1,6 @@
-"""All undocumented names of `transformers` and accelerate that this package uses.
+"""Wraps all undocumented APIs of `transformers` and accelerate that this package uses.
 
-`tests/huggingface/test_private_transformers.py` shows which of them break in a new version.
+`tests/huggingface/test_private_transformers.py` shows which of these APIs a new version breaks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 
 class FunctionRenaming(WeightRenaming):
-    """A renaming that applies a function to each name when a model is loaded, but not when it is saved."""
+    """A renaming that applies a function to each weight name when a model is loaded, but not when it is saved."""
 
     __slots__ = ("function",)
 
@@ -48,7 +48,7 @@ class FunctionRenaming(WeightRenaming):
 
 
 class NoConversions(list[Any]):
-    """The (empty) conversions of a model that saves its weights as they are in its state dict. `stock` holds its
+    """An empty list of weight conversions, which makes a model save its state dict unchanged. `stock` stores the
     original conversions."""
 
     stock: list[Any] | None
@@ -59,7 +59,7 @@ class NoConversions(list[Any]):
 
 
 def use_own_names_on_save(model: nn.Module) -> None:
-    """Make a model save its weights under the names, and in the layout, of its state dict."""
+    """Make a model save its weights with the names and layout of its state dict."""
     stock = vars(model).get("_weight_conversions")
     if not isinstance(stock, NoConversions):
         model._weight_conversions = NoConversions(stock)  # pyright: ignore[reportArgumentType]
@@ -74,26 +74,26 @@ def save_stock_names(model: nn.Module) -> None:
 
 
 def convert_to_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of a model under the names, and in the layout, that `save_pretrained` writes."""
+    """Convert a model's weights to the names and layout that `save_pretrained` writes."""
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
 
 
 def map_to_published_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of a model under the names, and in the layout, of its class's checkpoints, regardless of how the
-    model itself is saved."""
+    """Convert a model's weights to the names and layout of its class's checkpoints, regardless of how the model itself
+    is saved."""
     model = copy.copy(model)
     clear_weight_conversions(model)
     return convert_to_saved(model, weights)
 
 
 def clear_weight_conversions(model: nn.Module) -> None:
-    """Make a model that loaded a state dict save its weights under the names of its class's checkpoints."""
+    """Make a model that was created from a state dict save its weights with the names in its class's checkpoints."""
     vars(model).pop("_weight_conversions", None)
 
 
 def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Load some weights of a stock model, under the names and in the layout of its class's checkpoints. The other
-    weights stay unchanged."""
+    """Load a subset of a stock model's weights. `weights` has the names and layout of the class's checkpoints. All
+    other weights remain unchanged."""
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
@@ -117,21 +117,21 @@ def make_shape_error(name: str, stored: Sequence[int], expected: Sequence[int]) 
 
 
 def find_unexpected_names(model: Any, names: Collection[str]) -> set[str]:
-    """Return those of the unexpected weight names that transformers does not ignore."""
+    """Return the unexpected weight names, except those that `transformers` ignores for the model's class."""
     found: Any = SimpleNamespace(missing_keys=set(), unexpected_keys={*names})
     model._adjust_missing_and_unexpected_keys(found)
     return found.unexpected_keys
 
 
 def default_dtype(dtype: torch.dtype, model_class: type[PreTrainedModel]) -> AbstractContextManager[None]:
-    """Return a context in which models are constructed in a dtype, as in `from_pretrained`."""
+    """Return a context manager in which models are constructed in `dtype`, as in `from_pretrained`."""
     return local_torch_dtype(dtype, model_class.__name__)
 
 
 def get_loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the dtypes to which `from_pretrained(dtype=dtype)` casts a model's floating-point weights, keyed by name.
+    """Return the dtype to which `from_pretrained(dtype=dtype)` casts each floating-point weight, keyed by weight name.
 
-    The model must have been constructed in `default_dtype`. Some weights are always float32.
+    The model must have been constructed within `default_dtype`. Some weights are always loaded in float32.
     """
     plan = model._get_dtype_plan(dtype)
     found = {name: weight.dtype for name, weight in model.state_dict().items() if weight.is_floating_point()}
@@ -147,13 +147,13 @@ def get_loaded_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def apply_gating(experts: Any, gate_up: Tensor) -> Tensor:
-    """Apply the gating of a class of experts to gate and up `(t, 2 h)`, in the layout of its weights."""
+    """Apply the experts' own gating function to the concatenated or interleaved gate and up outputs `(t, 2 h)`."""
     return experts._apply_gate(gate_up)
 
 
 def has_default_gating(experts: Any) -> bool:
-    """Return whether a class of experts uses the default gating of the interface, which splits gate and up into halves
-    regardless of `is_concatenated`."""
+    """Return whether experts use the default gating function of `transformers`. The default function splits gate and up
+    into halves regardless of `is_concatenated`."""
     return type(experts)._apply_gate is _default_apply_gate
 
 
@@ -161,8 +161,8 @@ def has_default_gating(experts: Any) -> bool:
 
 
 def get_checkpoint_function(module: nn.Module) -> Any:
-    """Return the function that runs a layer under the model's own activation checkpointing, or None if there is
-    none."""
+    """Return the function that runs a layer under the model's own activation checkpointing, or None if checkpointing is
+    not enabled."""
     return vars(module).get("_gradient_checkpointing_func")
 
 
@@ -171,21 +171,22 @@ def set_checkpoint_function(module: nn.Module, function: Any) -> None:
 
 
 def predicts_next_token(model: nn.Module) -> bool:
-    """Return whether position i predicts label i + 1 according to the `Trainer`'s rule."""
+    """Return whether position i predicts label i + 1, according to the rule that the `Trainer` applies."""
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def remove_capturing_hooks(module: nn.Module) -> None:
-    """Remove the hooks that capture a module's outputs for the model to return, because its replacement has its own."""
+    """Remove the hooks that capture a module's outputs for the model's return value. The module's replacement has its
+    own hooks."""
     for number, hook in list(module._forward_hooks.items()):
         if getattr(hook, "__module__", None) == maybe_install_capturing_hooks.__module__:
             del module._forward_hooks[number]
 
 
 def copy_output_capturing(model: nn.Module, other: nn.Module) -> None:
-    """Register the hooks that capture outputs of submodules wherever `other` has them. A model registers them only
-    once, so blocks that are added later need their own."""
+    """Register output-capturing hooks on the submodules of `model` at the same paths as in `other`. A model registers
+    these hooks only once, so blocks that are added later need their own."""
     for name, module in other.named_modules():
         if getattr(module, "_output_capturing_hooks_installed", False):
             inner: Any = model.get_submodule(name)
@@ -193,7 +194,7 @@ def copy_output_capturing(model: nn.Module, other: nn.Module) -> None:
 
 
 def has_recorded_logits(model: nn.Module, block: nn.Module) -> bool:
-    """Return whether a model returns the logits of a sparse block's router with `output_router_logits=True`."""
+    """Return whether `output_router_logits=True` makes a model return the logits of a sparse block's router."""
     recorders = [
         recorder
         for inner in model.modules()
@@ -207,8 +208,8 @@ def has_recorded_logits(model: nn.Module, block: nn.Module) -> bool:
 
 
 def collected_logits() -> list[Tensor] | None:
-    """Return the router logits that the running forward pass has collected for its output so far, or None if it
-    collects none."""
+    """Return the router logits that the current forward pass has collected so far, or None if it does not collect
+    any."""
     collected: Any = _active_collector.get()
     return None if collected is None else collected.get("router_logits")
 
@@ -217,34 +218,35 @@ def collected_logits() -> list[Tensor] | None:
 
 
 def was_loaded(tensor: Tensor) -> bool:
-    """Return whether the checkpoint of a model that is being loaded contained a parameter or buffer."""
+    """Return whether a parameter or buffer was loaded from the model's checkpoint."""
     return getattr(tensor, "_is_hf_initialized", False)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Return whether a `device_map` keeps the weights of a module on disk or in another memory."""
+    """Return whether a `device_map` has offloaded the weights of a module to disk or to the memory of another
+    device."""
     return hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False))
 
 
 def is_from_gguf(model: nn.Module) -> bool:
-    """Return whether a model was loaded from a GGUF file, packed or unpacked."""
+    """Return whether a model was loaded from a GGUF file. The weights may be packed or dequantized."""
     return getattr(model, "quantization_method", None) == QuantizationMethod.GGUF
 
 
 def is_packed_gguf(model: nn.Module) -> bool:
-    """Return whether any weights of a model are still packed as in its GGUF file."""
+    """Return whether any of a model's weights are still packed in GGUF format."""
     return is_from_gguf(model) and not all(weight.is_floating_point() for weight in model.parameters())
 
 
 def clear_gguf_quantizer(model: Any) -> None:
-    """Remove the GGUF quantizer from a model whose weights were dequantized, because trainers and `save_pretrained`
-    would otherwise reject the model as quantized."""
+    """Remove the GGUF quantizer from a model after its weights were dequantized. Otherwise, trainers and
+    `save_pretrained` would treat the model as quantized and reject it."""
     if is_from_gguf(model):
         model.hf_quantizer.remove_quantization_config(model)
 
 
 def get_data_mesh(model: Any) -> Any:
-    """Return the mesh ("dp_replicate", "fsdp") of the ranks that have different tokens, or None without a
-    `distributed_config`."""
+    """Return the mesh ("dp_replicate", "fsdp") of the data-parallel ranks, which process different tokens. Return None
+    if the model has no `distributed_config`."""
     meshes = getattr(model, "_mesh_manager", None)
     return None if meshes is None else meshes.get_mesh(("dp_replicate", "fsdp"))

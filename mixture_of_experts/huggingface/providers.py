@@ -1,4 +1,4 @@
-"""Providers for `transformers` and PEFT, which `mixture_of_experts.providers` imports when they are first needed."""
+"""Providers for `transformers` and PEFT. `mixture_of_experts.providers` imports this module when it is first needed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOKENWISE_CLASSES = (
 
 
 class TransformersProvider(Provider):
-    """A provider that describes sparse blocks and models of `transformers`."""
+    """A provider that describes the sparse blocks and the models of `transformers`."""
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
         recipe = find_recipe(block)
@@ -53,7 +53,7 @@ class TransformersProvider(Provider):
 
 
 class PeftProvider(Provider):
-    """A provider that describes PEFT's wrappers of modules."""
+    """A provider that describes the module wrappers of PEFT."""
 
     gate_remedy: str | None = "PEFT can train a router only with modules_to_save=['gate']"
 

@@ -1,4 +1,4 @@
-"""Router settings in the configuration of a changed model, for trainers that request an auxiliary loss from MoE
+"""Adds router settings to the configuration of a modified model, for trainers that request the auxiliary loss of MoE
 models."""
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ ROUTER_KEYS = ("output_router_logits", "router_aux_loss_coef", INITIAL_COEF_KEY,
 
 
 def add_router_config(model: nn.Module, moe: Any) -> None:
-    """Make TRL's trainers request the auxiliary loss of a model with layers such as `moe`. The model's watch returns
-    the loss as `out.aux_loss`.
+    """Make TRL's trainers request the auxiliary loss of a model that contains `MoE` layers. The model's watch then
+    returns the loss as `out.aux_loss`.
 
-    These trainers compute losses from log-probabilities and ignore the model's own loss. They request the auxiliary
-    loss of a model if its configuration says that it has routers.
+    These trainers compute losses from log-probabilities and ignore the model's own loss. The trainers request the
+    auxiliary loss if the model's configuration contains router settings. The settings are taken from `moe`.
     """
     config = find_text_config(model)
     if config is None or has_own_routers(config) or getattr(model, "base_model", model) is model:
@@ -33,7 +33,8 @@ def add_router_config(model: nn.Module, moe: Any) -> None:
 
 
 def override_router_coef(model: nn.Module) -> None:
-    """Make the losses of a model's layers replace the model's own auxiliary loss, whose routers were removed."""
+    """Replace a model's own auxiliary loss with the losses of its layers, because the model's own routers were
+    removed."""
     config = find_text_config(model)
     if config is not None and has_own_routers(config) and get_unit_aux_loss_coef(config) is None:
         setattr(config, INITIAL_COEF_KEY, getattr(config, "router_aux_loss_coef", None))
@@ -55,19 +56,21 @@ def restore_router_config(model: nn.Module) -> None:
 
 
 def find_text_config(model: nn.Module) -> Any:
-    """Return the part of a model's configuration that describes routers, or None if it has no configuration."""
+    """Return the part of a model's configuration that contains the router settings, or None if the model has no
+    configuration."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else None
 
 
 def has_own_routers(config: Any) -> bool:
-    """Return whether models of this configuration have routers of their own."""
+    """Return whether the stock models with this type of configuration have their own routers."""
     return hasattr(type(config), "output_router_logits")
 
 
 def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Return whether a forward pass must return router logits, according to an argument or the configuration. There are
-    none if the losses of the layers replace the model's own."""
+    """Return whether an argument or the configuration requests router logits from a forward pass. The result is False
+    if the layers' losses replace the model's own auxiliary loss, because router logits are not available in that
+    case."""
     asked = kwargs.get("output_router_logits")
     if asked is not None and not asked:
         return False
@@ -77,12 +80,13 @@ def requests_router_logits(model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
 
 
 def get_aux_loss_factor(config: Any) -> float:
-    """Return the factor of the auxiliary loss: 1, or the value that follows from a trainer's `router_aux_loss_coef`."""
+    """Return the factor by which the auxiliary loss is multiplied. The factor is 1 unless `router_aux_loss_coef` was
+    changed, for example by a trainer."""
     unit = get_unit_aux_loss_coef(config)
     return 1.0 if unit is None else (config.router_aux_loss_coef or 0.0) / unit
 
 
 def get_unit_aux_loss_coef(config: Any) -> float | None:
-    """Return the `router_aux_loss_coef` that corresponds to a factor of 1, or None if the setting does not apply to the
-    layers."""
+    """Return the value of `router_aux_loss_coef` that corresponds to a factor of 1, or None if this setting does not
+    affect the layers."""
     return (getattr(config, INITIAL_COEF_KEY) or 1.0) if hasattr(config, INITIAL_COEF_KEY) else None

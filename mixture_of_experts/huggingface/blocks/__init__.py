@@ -1,2 +1,1 @@
-"""Sparse blocks of `transformers`: reading and converting them, and computing them with the implementations of
-`ops`."""
+"""Reads and converts the sparse blocks of `transformers`, and runs their experts with the implementations in `ops`."""

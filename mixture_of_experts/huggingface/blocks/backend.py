@@ -1,6 +1,7 @@
-"""Computes the experts of `transformers` MoE models with this package, as an `experts_implementation`.
+"""An `experts_implementation` for `transformers` that runs a model's experts with this package.
 
-Importing this module registers a function in the interface of `transformers`. Only models that select it use it.
+Importing this module registers the implementation with `transformers`. The implementation is used only by models that
+select it.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 """
@@ -27,11 +28,13 @@ BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Compute tokens `(t, d)` with the experts `(t, k)` that a router chose, and return `(t, d)`. Ids of e or above are
-    skipped.
+    """Run the experts that a router chose for each token, and return the weighted sums of their outputs.
 
-    The flags of the interface are respected: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
-    `has_post_expert_norm`, as well as a class's own `_apply_gate`.
+    Tokens and outputs have shape `(t, d)`. Expert ids and router weights have shape `(t, k)`. Ids greater than or equal
+    to e are skipped.
+
+    The function supports the `transformers` flags `is_transposed`, `is_concatenated`, `has_bias`, `has_gate` and
+    `has_post_expert_norm`, and classes that define their own `_apply_gate`.
 
     Raises:
         TypeError: the weights are quantized or sharded.
@@ -66,8 +69,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
-    """Return the activation of a class of experts (one that `ops` supports, if possible) and the layout of gate and up,
-    as arguments of `moe_ffn`."""
+    """Return the experts' activation and their gate/up layout, as arguments for `moe_ffn`. If possible, the activation
+    is one that `ops` supports."""
     if not experts.has_gate or has_default_gating(experts):
         activation: Any = BACKEND_ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)
         return activation, "concatenated" if experts.has_gate else None
@@ -78,9 +81,9 @@ def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
 
 
 class CustomGating(nn.Module):
-    """The gating of a class of experts as a function of gate and up.
+    """Applies the experts' own gating function to separate gate and up tensors.
 
-    It is a module because `torch.compile` cannot read the signature of a nested function.
+    This is a module because `torch.compile` cannot read the signature of a nested function.
     """
 
     def __init__(self, experts: Any, gate_up: str) -> None:

@@ -1,4 +1,5 @@
-"""The sparse blocks of `transformers` that compute what a recipe describes, and the attributes where they store it."""
+"""Maps the recipes of this package to `transformers` sparse blocks, and lists the attributes in which blocks store
+their settings, weights and modules."""
 
 from __future__ import annotations
 

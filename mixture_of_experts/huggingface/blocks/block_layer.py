@@ -1,4 +1,4 @@
-"""Reads a sparse block of `transformers` as a layer, with the block's weights under the names of this package.
+"""Builds a `MoE` layer from a `transformers` sparse block, and maps the block's weights to this package's names.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -35,11 +35,11 @@ WeightViews = list[Tensor]
 
 
 class ParsedBlock(BlockSettings):
-    """A sparse block, parsed into a layer.
+    """A sparse block and the equivalent `MoE` layer.
 
     Attributes:
-        layer: a layer with the block's sizes and settings. It shares the block's modules if a layer can use them
-            unchanged. Other weights are on the meta device.
+        layer: a layer with the same dimensions and settings as the block. Modules of the block that a `MoE` can use
+            unchanged are shared. All other weights are on the meta device.
     """
 
     def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:
@@ -98,7 +98,8 @@ class ParsedBlock(BlockSettings):
         return copy.deepcopy(act)
 
     def wrap_experts(self, experts: Any) -> tuple[nn.Module, nn.Module | None]:
-        """Return the experts with their wrappers, and the shared expert if it is not part of them."""
+        """Return the wrapped experts and the shared expert. The shared expert is None if the block has none or a
+        wrapper contains it."""
         if (norm := find_attribute(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, norm)
         if self.recipe.apply_router_weight_on_input:
@@ -130,7 +131,8 @@ class ParsedBlock(BlockSettings):
         return nn.Sequential(shared, Scale(0.5)) if self.averages_shared_expert else shared
 
     def chain_modules(self, *parts: str) -> nn.Module | None:
-        """Return the modules that tokens pass through in sequence, or None if none of them has an effect."""
+        """Chain the modules named by `parts` into a single module. Return None if there are no such modules or all of
+        them are identities."""
         modules = [self.read_attribute(part) for part in parts]
         modules = [module for module in modules if not isinstance(module, nn.Identity | None)]
         return nn.Sequential(*modules) if len(modules) > 1 else next(iter(modules), None)
@@ -138,7 +140,7 @@ class ParsedBlock(BlockSettings):
     # the weights
 
     def get_weight_views(self) -> dict[str, WeightViews]:
-        """Return the block's weights under the names and in the layout of this package."""
+        """Return views of the block's weights, with the names and layout that this package uses."""
         block = {id(tensor) for tensor in get_named_tensors(self.module).values()}
         found = {name: [tensor] for name, tensor in get_named_tensors(self.layer).items() if id(tensor) in block}
         path = next(name for name, module in self.layer.named_modules() if module is self.stack)
@@ -165,7 +167,7 @@ class ParsedBlock(BlockSettings):
         return pieces
 
     def get_expert_weights(self) -> dict[str, WeightViews]:
-        """Return the weights of the stacked experts, keyed by name."""
+        """Return views of the stacked expert weights, keyed by name."""
         experts = self.experts
         if isinstance(experts, nn.ModuleDict):
             networks: Any = experts.values()
@@ -186,7 +188,7 @@ class ParsedBlock(BlockSettings):
 
     @property
     def is_transposed(self) -> bool:
-        """Whether stacked weights are `(e, in, out)`."""
+        """Whether the stacked weights have the shape `(e, in, out)` rather than `(e, out, in)`."""
         return bool(getattr(self.experts, "is_transposed", self.recipe.apply_router_weight_on_input))
 
     def get_stacked_weights(self) -> dict[str, WeightViews]:

@@ -1,4 +1,4 @@
-"""Reads the settings of routers from sparse blocks of `transformers`, whose attribute names `block_classes.py` lists.
+"""Reads router settings from `transformers` sparse blocks, using the attribute names listed in `block_classes.py`.
 
 Axes: k choices per token.
 """
@@ -26,8 +26,8 @@ SCORE_NAMES = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivati
 
 
 def find_attribute(holder: Any, *names: str) -> Any:
-    """Return the first of these attributes of `holder` that is not None, or None if there is none. Names may be dotted
-    paths."""
+    """Return the first attribute in `names` that exists on `holder` and is not None. Return None if there is no such
+    attribute. Names may be dotted paths."""
     for name in names:
         found = holder
         for part in name.split("."):
@@ -38,14 +38,15 @@ def find_attribute(holder: Any, *names: str) -> Any:
 
 
 def find_recipe(block: nn.Module) -> str | None:
-    """Return the name of a block's recipe if its class is known and it holds a router, or None otherwise."""
+    """Return the name of a block's recipe, or None if the block's class is unknown or the block has no router."""
     kind = get_original_class(block)
     known = RECIPES_BY_BLOCK.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
     return known if known is not None and find_attribute(block, *BLOCK_ATTRIBUTES["router"]) is not None else None
 
 
 class BlockSettings(ExternalRouter):
-    """The settings of a block's router, taken from the block, or from its recipe if the block lacks them."""
+    """The router settings of a sparse block. If the block does not store a setting, it comes from the block's
+    recipe."""
 
     module: Any
     recipe: Recipe
@@ -67,7 +68,8 @@ class BlockSettings(ExternalRouter):
         self.router_weight: Any = None if self.has_router_network else self.read_attribute("weight")
 
     def read_attribute(self, role: str) -> Any:
-        """Return the attribute that fills `role` in the router or else in the block, or None if neither has it."""
+        """Look up the attribute for `role` in the router first, then in the block. Return None if neither has such an
+        attribute."""
         found = find_attribute(self.router, *BLOCK_ATTRIBUTES[role])
         return find_attribute(self.module, *BLOCK_ATTRIBUTES[role]) if found is None else found
 
@@ -77,7 +79,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def num_weighted_experts(self) -> int:
-        """The number of experts that the router weights, including shared experts."""
+        """The number of experts to which the router assigns weights, including shared experts."""
         return self.router.num_router_classes if self.router_weight is None else self.router_weight.shape[0]
 
     @property
@@ -86,7 +88,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def num_always_chosen(self) -> int:
-        """The number of shared experts that the router weights, which have the last ids."""
+        """The number of shared experts to which the router assigns weights. Shared experts have the highest ids."""
         return self.module.shared_experts.n_shared_experts if self.recipe.scales == "all" else 0
 
     @property
@@ -104,12 +106,12 @@ class BlockSettings(ExternalRouter):
 
     @property
     def capacity(self) -> int | None:
-        """Slots per expert and sequence, independent of the sequence length, or None if dropless."""
+        """The expert capacity for each sequence, independent of its length, or None if no tokens are dropped."""
         return find_attribute(self.router, "expert_capacity")
 
     @property
     def router_bias(self) -> Any:
-        """The bias of the router's matrix, or None if there is none or the router's forward does not add it."""
+        """The bias added to the router logits, or None if the router adds no bias."""
         if self.has_router_network or hasattr(
             self.router, "get_topk_indices"
         ):  # these have a bias that they do not add
@@ -126,7 +128,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def experts_of_id(self) -> Any:
-        """`(v, k)`, the experts of each token id if token ids choose the experts, or None otherwise."""
+        """The experts assigned to each token id, as `(v, k)`, or None if the router does not choose by token id."""
         return self.read_attribute("experts_of_id")
 
     @property
@@ -143,7 +145,7 @@ class BlockSettings(ExternalRouter):
 
     @property
     def scale(self) -> float:
-        """The router's scale times the block's scale, which multiplies the output of the experts."""
+        """The factor applied to the experts' output: the product of the router's scale and the block's scale."""
         product = 1.0
         for holder in (self.router, self.module):
             factor = find_attribute(holder, *BLOCK_ATTRIBUTES["scale"])
@@ -152,12 +154,12 @@ class BlockSettings(ExternalRouter):
 
     @property
     def averages_shared_expert(self) -> bool:
-        """Whether the block returns the mean of the outputs of the experts and the shared expert."""
+        """Whether the block averages the output of the routed experts with that of the shared expert."""
         averages = find_attribute(self.module, "shared_expert_combination_strategy") == "average"
         return averages and find_attribute(self.module, *BLOCK_ATTRIBUTES["shared"]) is not None
 
     def gate_arguments(self) -> dict[str, Any]:
-        """Return the arguments of the gate, without modules."""
+        """Return the gate's constructor arguments, except those that are modules."""
         if "tolerance" in self.recipe.gate:
             return dict(k=self.recipe.gate["k"], tolerance=float(self.read_attribute("tolerance")))
         excluded = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
@@ -188,7 +190,7 @@ class BlockSettings(ExternalRouter):
         return dict(num_groups=groups, top_groups=best, group_score=self.recipe.gate.get("group_score", "two_best"))
 
     def logits_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `RouterLogits`."""
+        """Return the constructor arguments for `RouterLogits`."""
         settings = dict(self.recipe.logits or {})
         if "norm_eps" in settings:
             return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)

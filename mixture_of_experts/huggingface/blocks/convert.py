@@ -1,6 +1,6 @@
-"""Converts sparse blocks of `transformers` to `MoE` layers and back, changing only the layout of the weights.
+"""Converts `transformers` sparse blocks to `MoE` layers and back. Only the layout of the weights changes.
 
-A block's recipe in `recipes.MODELS` and its attributes listed in `block_classes.py` define what it computes.
+A block's computation is defined by its recipe in `recipes.MODELS` and by the attributes listed in `block_classes.py`.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -31,7 +31,8 @@ COMPARED_ATTRIBUTES = (
 
 
 def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
-    """Return a `MoE` that computes the same as a block, with copies of its weights. Frozen weights stay frozen."""
+    """Return a `MoE` that is equivalent to a sparse block and has copies of its weights. Frozen weights remain
+    frozen."""
     block_layer = read_block(block, balance_over, **coefs)
     with torch.enable_grad():  # so that views show which weights are frozen
         views = block_layer.get_weight_views()
@@ -49,7 +50,7 @@ def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
 
 @torch.no_grad()
 def copy_to_block(moe: MoE, block: nn.Module) -> nn.Module:
-    """Copy the weights of a layer into a block that computes the same, and return the block."""
+    """Copy a layer's weights into an equivalent sparse block, and return the block."""
     check_same_computation(moe, block)
     own = get_named_tensors(moe)
     for name, pieces in read_block(block).get_weight_views().items():
@@ -59,7 +60,7 @@ def copy_to_block(moe: MoE, block: nn.Module) -> nn.Module:
 
 
 def check_plain_weights(module: nn.Module, name: str) -> None:
-    """Raise if a layer has PEFT adapters or quantized experts, which no stock class supports."""
+    """Raise ValueError if a layer has PEFT adapters or quantized experts, which no stock class supports."""
     for part in module.modules():
         if is_peft_wrapper(part):
             raise ValueError(f"{name} has PEFT adapters, which no stock class supports; call merge_and_unload() first")
@@ -71,21 +72,21 @@ def check_plain_weights(module: nn.Module, name: str) -> None:
 
 
 def check_same_computation(moe: MoE, block: nn.Module) -> None:
-    """Raise ValueError if a layer does not compute the same as a block."""
+    """Raise ValueError if a `MoE` layer is not equivalent to a sparse block."""
     check_plain_weights(moe, "the layer")
     if differ := find_differences(moe, block):
         raise ValueError(f"the layer does not compute the same as a {type(block).__name__}: {'; '.join(differ)}")
 
 
 def find_differences(moe: MoE, block: nn.Module) -> list[str]:
-    """Describe each difference between what a layer and a block compute."""
+    """Describe each difference between the computations of a layer and a sparse block."""
     ours, theirs = describe_computation(moe), describe_computation(read_block(block).layer)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
     return [f"{what} {ours.get(what)}, but the block has {theirs.get(what)}" for what in differ]
 
 
 def describe_computation(moe: MoE) -> dict[str, str]:
-    """Describe what a layer computes."""
+    """Return a textual description of each property that determines a layer's computation."""
     gate, parts = moe.gate, list_nested_experts(moe.experts)
     weights = {name: tensor for name, tensor in get_named_tensors(moe).items() if name != EXPERT_COUNTS_KEY}
     return {
@@ -98,14 +99,14 @@ def describe_computation(moe: MoE) -> dict[str, str]:
 
 
 def concatenate_pieces(pieces: WeightViews) -> Tensor:
-    """Return the concatenated pieces as one tensor with its own memory."""
+    """Concatenate the pieces into a tensor that shares no memory with them."""
     if len(pieces) > 1:
         return torch.cat([piece.detach() for piece in pieces])
     return pieces[0].detach().clone(memory_format=torch.contiguous_format)
 
 
 def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> ParsedBlock:
-    """Read a block, or raise ValueError if it is unknown or computes something that no layer supports."""
+    """Read a sparse block. Raise ValueError if its class is unknown or its computation is not supported."""
     name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(

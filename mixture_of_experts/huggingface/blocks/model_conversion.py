@@ -1,5 +1,5 @@
-"""`from_transformers` and `to_transformers`, which convert sparse blocks, and whole models that contain them, in both
-directions."""
+"""Converts sparse blocks to `MoE` layers with `from_transformers`, and back with `to_transformers`. Both functions also
+accept whole models."""
 
 from __future__ import annotations
 
@@ -54,31 +54,32 @@ LOSS_ARGUMENTS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 def from_transformers(
     block: nn.Module, *, loss_coef: float | None = None, z_loss_coef: float = 0.0, balance_over: Any = "batch"
 ) -> Any:
-    """Convert a sparse block of `transformers` to a `MoE` that computes the same, or convert all blocks of a model.
+    """Convert a `transformers` sparse block to an equivalent `MoE`, or convert all sparse blocks of a model.
 
-    docs/published_mixtures.md has a table of the known blocks and lists what is not supported. If a decoder layer
-    itself holds the router and experts (Gemma 4), the `MoE` computes the part between the layer's feed-forward input
-    and the addition of both networks.
+    docs/published_mixtures.md lists the supported blocks and the unsupported features. In Gemma 4, the decoder layer
+    itself holds the router and the experts. For Gemma 4, the `MoE` takes the decoder layer's feed-forward input and
+    returns the experts' output before it is added to the dense network's output.
 
-    If a model is passed, each of its sparse blocks is replaced by a layer in place, one at a time, and the model is
-    returned. It trains as before: if `output_router_logits` is set, as an argument or in its configuration, the model
-    returns router logits and adds its own auxiliary loss to its loss, with the coefficient of its configuration. With a
-    `loss_coef`, the losses of the layers replace that loss, as after `replace_ffn`. Padding is ignored in all losses
-    and statistics, and the model is saved and loaded with its layers. Weights of layers are new tensors, so construct
-    the optimizer afterwards. `to_transformers` converts the model back to a stock model.
+    If `block` is a model, this function replaces its sparse blocks in place, one at a time, and returns the model.
+    Training works as before. With `output_router_logits=True`, set in the configuration or passed as an argument, the
+    model returns router logits and adds its own auxiliary loss to its loss. The auxiliary loss is scaled by the
+    coefficient in the configuration. If `loss_coef` is passed, the layers' losses replace the model's auxiliary loss,
+    as after `replace_ffn`. All losses and statistics ignore padding. The converted model can be saved and loaded like
+    any other. The layers' weights are new tensors, so construct the optimizer afterwards. To restore the stock model,
+    call `to_transformers`.
 
     Args:
-        block: a block of a loaded model, such as `model.model.layers[0].mlp`, or a model.
-        loss_coef: coefficient of each layer's balancing loss, which replaces the model's own auxiliary loss. If None,
-            layers have no such loss, and the model keeps its own.
+        block: a sparse block of a loaded model, such as `model.model.layers[0].mlp`, or a whole model.
+        loss_coef: coefficient of each layer's load-balancing loss, which replaces the model's own auxiliary loss. If
+            `loss_coef` is None, the layers add no load-balancing loss, and the model keeps its own auxiliary loss.
         z_loss_coef: coefficient of each layer's z-loss.
-        balance_over: see `TopKGating`. `transformers` computes its loss over the batch.
+        balance_over: see `TopKGating`. The default matches `transformers`, which computes the loss over the batch.
 
     Raises:
         TypeError: `block` is not a module.
-        ValueError: the block is unknown, has jitter (which in `transformers` also perturbs the experts' inputs), is a
-            wrapper, or has PEFT adapters. For a model, any of its blocks has such a problem, or its weights are
-            quantized; the model is unchanged in this case.
+        ValueError: the block's class is unknown, or the block is a wrapper, has PEFT adapters, or uses jitter (which in
+            `transformers` also perturbs the experts' inputs). For a model, this error is raised if any of its blocks
+            has such a problem or if its weights are quantized. The model is then left unchanged.
 
     Example:
         >>> import torch
@@ -104,19 +105,21 @@ def from_transformers(
 
 
 def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
-    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same, and return the block.
+    """Copy the weights of a `MoE` into an equivalent `transformers` sparse block, and return the block.
 
-    Without a block, convert a model that `from_transformers` changed back to a stock model, in place, and return it.
-    Converting a block with `from_transformers` and back reproduces its weights bit for bit.
+    If `block` is omitted, `moe` must be a model that `from_transformers` changed. The model is converted back to a
+    stock model in place and returned. A round trip through `from_transformers` and `to_transformers` reproduces a
+    block's weights bit for bit.
 
     Args:
-        moe: the layer, or the model.
-        block: a block with the layer's sizes and settings.
+        moe: the `MoE` layer, or the model to convert back.
+        block: a sparse block with the same dimensions and settings as the layer.
 
     Raises:
-        TypeError: `moe` is not a layer, or `block` is not a module.
-        ValueError: the block is unknown or computes something different, weights are on the meta device, or the model
-            is a wrapper or also has other layers. Nothing is changed in this case.
+        TypeError: `moe` or `block` is not a module, or `block` is passed and `moe` is not a `MoE`.
+        ValueError: the block's class is unknown, the block is not equivalent to the layer, or weights are on the meta
+            device. Also raised for a model that is a wrapper or that contains layers from `replace_ffn` or `upcycle`.
+            Nothing is changed in these cases.
     """
     check_not_wrapped(check_model("moe", moe))
     if block is not None:
@@ -135,7 +138,8 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
 
 
 def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
-    """Return the paths of all sparse blocks of a model. Raise ValueError if there are none or one is unsupported."""
+    """Return the paths of all sparse blocks of a model. Raise ValueError if there are no blocks or any block is
+    unsupported."""
     check_not_packed(model)
     if getattr(model, "is_quantized", False) and not is_from_gguf(model):
         raise ValueError(f"{type(model).__name__} is quantized; load it without quantization_config")
@@ -168,7 +172,8 @@ def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Replace blocks by layers, one at a time. `settings` holds the layers' coefficients, keyed by path."""
+    """Replace sparse blocks with `MoE` layers, one at a time. `settings` contains each layer's loss coefficients, keyed
+    by path."""
     for name, coefs in settings.items():
         block = model.get_submodule(name)
         moe = convert_to_layer(block, **layer_settings(coefs))
@@ -184,13 +189,14 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
 
 
 def layer_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a layer, given the arguments for it. Without a `loss_coef` it has no balancing loss."""
+    """Select a layer's loss arguments from `given`. If `loss_coef` is missing or None, the load-balancing loss is
+    disabled."""
     settings = {name: given[name] for name in LOSS_ARGUMENTS if name in given}
     return settings | ({"loss_coef": 0.0} if given.get("loss_coef") is None else {})
 
 
 def find_router_path(block: nn.Module) -> str:
-    """Return the path of the module that holds the router's matrix, or "" if there is none."""
+    """Return the path of the module that holds the router's weight matrix, or "" if the block has no such matrix."""
     paths = [f"{router}.{weight}" for router in BLOCK_ATTRIBUTES["router"] for weight in BLOCK_ATTRIBUTES["weight"]]
     return next((path.rpartition(".")[0] for path in paths if isinstance(find_attribute(block, path), Tensor)), "")
 
@@ -200,7 +206,7 @@ def find_router_path(block: nn.Module) -> str:
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
-    """Replace a model's layers by stock blocks, and remove everything that `from_transformers` added."""
+    """Replace a model's `MoE` layers with stock blocks, and remove everything that `from_transformers` added."""
     plan = plan_stock_model(model)
     for name, layer in plan.layers.items():
         block = plan.stock_model.get_submodule(name)
@@ -216,24 +222,24 @@ def restore_stock_blocks(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class StockPlan(NamedTuple):
-    """The stock model, on the meta device, of a model that `from_transformers` changed, and the layers that become
-    blocks, keyed by path."""
+    """A plan for converting a model back to a stock model: the stock model, on the meta device, and the layers that
+    become blocks, keyed by path."""
 
     stock_model: Any
     layers: Mapping[str, Any]
 
     def convert_layer(self, path: str) -> dict[str, Tensor]:
-        """Return the weights of the block that is equivalent to a layer, keyed by their names in the stock model."""
+        """Convert the layer at `path`, and return the block's weights, keyed by their names in the stock model."""
         return copy_to_block_state(self.layers[path].moe, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return all other weights, which are the same in both models."""
+        """Return the weights outside of the layers, which are the same in both models."""
         return state
 
 
 def plan_stock_model(model: PreTrainedModel) -> StockPlan:
-    """Return a plan for the stock model that a model can become, without reading weights. Raise ValueError if there is
-    none."""
+    """Plan the conversion of a model back to a stock model, without reading weights. Raise ValueError if the model
+    cannot be converted."""
     layers = find_layers(model)
     others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
     if not layers or others:
@@ -247,7 +253,7 @@ def plan_stock_model(model: PreTrainedModel) -> StockPlan:
 
 
 def plan_stock_export(model: PreTrainedModel) -> StockPlan:
-    """Return `plan_stock_model` for a stock model with its own configuration, to be saved in place of the model."""
+    """Like `plan_stock_model`, but give the stock model its own configuration, so that it can be saved separately."""
     plan = plan_stock_model(model)
     stock = plan.stock_model
     stock.config = copy.deepcopy(model.config)
@@ -258,8 +264,7 @@ def plan_stock_export(model: PreTrainedModel) -> StockPlan:
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def copy_to_block_state(moe: MoE, stock_model: Any, path: str) -> dict[str, Tensor]:
-    """Return the weights of a layer under the names of the equivalent block in a stock model, which stays on the meta
-    device."""
+    """Return a layer's weights, keyed by their names in the stock model. The stock model remains on the meta device."""
     block = stock_model.get_submodule(path)
     copy_to_block(moe, materialize_block(block, moe))
     state = block.state_dict(prefix=f"{path}.")
@@ -268,7 +273,7 @@ def copy_to_block_state(moe: MoE, stock_model: Any, path: str) -> dict[str, Tens
 
 
 def make_meta_stock_model(model: PreTrainedModel) -> Any:
-    """Return the stock model, on the meta device, for a model's own configuration."""
+    """Build the stock counterpart of a model on the meta device, using the model's own configuration."""
     config: Any = model.config
     kind, held = type(config), dict(vars(config))
     remove_layers_from_config(config)
@@ -284,8 +289,8 @@ def make_meta_stock_model(model: PreTrainedModel) -> Any:
 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 def materialize_block(block: nn.Module, moe: MoE) -> nn.Module:
-    """Move a block from the meta device to the device of a layer. Each weight gets the dtype of the corresponding
-    weight of the layer, and is frozen if that weight is frozen."""
+    """Move a block from the meta device to the layer's device. Each of its weights has the same dtype as the
+    corresponding weight of the layer, and is frozen if that weight is frozen."""
     own = get_named_tensors(moe)
     block.to(next(moe.experts.parameters()).dtype).to_empty(device=next(moe.parameters()).device)
     for weight in get_named_tensors(block).values():

@@ -1,7 +1,8 @@
-"""This package's exchange for MoE models of `transformers`:
+"""Runs `transformers` MoE models with this package's token exchange, if they are loaded with
 `DistributedConfig(ep_implementation=EP_IMPLEMENTATION_NAME)`.
 
-Importing this module registers it. A model's `experts_implementation` computes its experts.
+Importing this module registers the implementation. The experts themselves run with the model's
+`experts_implementation`.
 
 Axes: t tokens, k choices per token, e experts of all ranks, l experts of one rank, r rows sorted by expert, d model
 dim.
@@ -23,10 +24,10 @@ EP_IMPLEMENTATION_NAME = "mixture_of_experts"
 
 
 class ExchangeImplementation(EPImplementation):
-    """An implementation that sends each row to the rank of its expert, and applies router weights on the rank of the
-    tokens.
+    """An expert-parallel implementation that sends each row to the rank that holds its expert. Router weights are
+    applied after the rows return to the ranks of their tokens.
 
-    If the calls of the ranks differ, every rank raises an error that describes both calls.
+    If the calls on different ranks do not match, every rank raises an error that describes both calls.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
@@ -37,7 +38,8 @@ class ExchangeImplementation(EPImplementation):
         self.channel: Channel = Channel(ep_mesh.get_group(), shared_batch=shared_batch)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`, skipping ids of e or above."""
+        """Return the experts' output `(t, d)` for tokens `(t, d)`, given expert ids and router weights `(t, k)`. Ids
+        greater than or equal to e are skipped."""
         permutation = permute_without_gaps(assign_experts(top_k_index, top_k_weights, self.num_experts))
         assert permutation.rows_per_expert is not None
         rows, training = dispatch(hidden_states, permutation), self.experts.training
@@ -47,7 +49,8 @@ class ExchangeImplementation(EPImplementation):
         )
 
     def compute_local_experts(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Compute rows `(r, d)` with this rank's experts, whose row counts are `counts` `(l,)`."""
+        """Run this rank's experts on rows `(r, d)` sorted by expert. `counts` `(l,)` contains the number of rows for
+        each expert."""
         if not rows.shape[0]:  # compute a row of zeros, because other ranks wait for this rank's backward pass
             nothing = rows.sum(dim=0, keepdim=True)
             return self.experts_forward(nothing, counts.new_zeros(1, 1), nothing.new_ones(1, 1))[:0]

@@ -1,4 +1,5 @@
-"""A `transformers` parallel style for sharded experts of this package. Importing this module registers it."""
+"""A `transformers` parallel style that shards the experts of this package. Importing this module registers the
+style."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ STYLE_NAME = "mixture_of_experts"
 
 
 class StyleName(str):
-    """A style name for plans and for the registry of styles.
+    """The name of a parallel style, used in plans and in the registry of styles.
 
-    It compares equal to the name of the `transformers` style, because `transformers` uses that comparison in three
-    places to detect experts that receive tokens from other ranks. Its hash differs, so that a dict lookup finds the
-    entry of this package."""
+    The name compares equal to "ep_dispatch_experts", the name that `transformers` checks in three places to detect
+    experts that receive tokens from other ranks. The hash is different, so that a dictionary lookup finds the style of
+    this package.
+    """
 
     def __hash__(self) -> int:
         return str.__hash__(self)
@@ -33,7 +35,8 @@ EXPERTS_STYLE = StyleName(STYLE_NAME)
 
 
 class ShardedExpertsParallel(EpDispatchExpertsParallel):
-    """A style that shards experts over the `ep` ranks. Ranks of a `tp` group share a batch; each sends part of it."""
+    """A parallel style that shards experts across the `ep` ranks. The ranks of a `tp` group have the same batch, and
+    each rank sends part of it."""
 
     def install_forward(
         self, module: nn.Module, ep_mesh: DeviceMesh, *, tp_mesh: DeviceMesh, ep_implementation: str = "auto"

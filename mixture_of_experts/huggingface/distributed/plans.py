@@ -1,6 +1,7 @@
-"""Adds layers with experts to a model's parallel plans, and assigns process groups of its mesh to their gates.
+"""Adds layers with experts to a model's parallel plans, and sets the process groups of their gates from the model's
+mesh.
 
-`from_pretrained(..., distributed_config=...)` of `transformers` reads the plans before the model has weights.
+`transformers` reads the plans in `from_pretrained(..., distributed_config=...)`, before it loads the weights.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from mixture_of_experts.parallel.style import find_experts_to_shard
 
 
 def update_parallel_plans(model: Any) -> None:
-    """Update the plans of a model whose feed-forward networks were replaced by layers with experts.
+    """Update a model's parallel plans after its feed-forward networks were replaced with `MoE` layers.
 
-    The experts get a rule in `ep_plan`, and rules for replaced modules are removed. Rules cover all layers of a model,
-    so under tensor parallelism the remaining dense networks are replicated on every rank.
+    This function adds a rule for the experts to `ep_plan`, and removes the rules for replaced modules. A rule applies
+    to all layers of a model, so the remaining dense networks are replicated on every rank under tensor parallelism.
     """
     layers = find_layers(model)
     for block in dict.fromkeys(get_block_path(name) for name in layers):
@@ -35,14 +36,15 @@ def update_parallel_plans(model: Any) -> None:
 
 
 def get_block_path(name: str) -> str:
-    """Return the path of the numbered block that contains a module: `model.layers.3` for `model.layers.3.mlp`."""
+    """Return the path of the numbered block that contains a module, such as `model.layers.3` for
+    `model.layers.3.mlp`."""
     numbered = re.match(r"(.*\.\d+)\.", name)
     return numbered[1] if numbered else name.rpartition(".")[0]
 
 
 def find_remaining_parts(block: nn.Module) -> set[str]:
-    """Return the names of the modules and parameters in a block, with "*" for numbers, excluding those of layers with
-    experts."""
+    """Return the names of a block's modules and parameters, except those in layers with experts. Numbers are replaced
+    with "*"."""
     named = (*block.named_modules(), *block.named_parameters())
     replaced = [name for name, part in named if isinstance(part, MoEFeedForward | nn.Identity)]
     left = [name for name, _ in named if not any(f"{name}.".startswith(f"{other}.") for other in replaced)]
@@ -50,10 +52,10 @@ def find_remaining_parts(block: nn.Module) -> set[str]:
 
 
 def set_gate_process_groups(model: Any) -> None:
-    """Make gates compute losses over the ranks that have different tokens, if the model has a mesh from
-    `distributed_config`.
+    """Set the process groups of a model's gates, so that their losses cover all data-parallel ranks. This function has
+    no effect if the model has no mesh from `distributed_config`.
 
-    Tensor-parallel ranks have the same tokens, which count only once.
+    Tensor-parallel ranks process the same tokens, so these tokens are counted only once.
     """
     mesh = get_data_mesh(model)
     if mesh is None or model.config.distributed_config.dp_size == 1:

@@ -1,4 +1,4 @@
-"""PEFT's LoRA on stacked experts, computed inside the layer."""
+"""Computes PEFT's LoRA adapters on stacked experts inside the experts' forward pass."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from mixture_of_experts.support.private_torch import get_original_class
 
 
 def fast_lora(model: ModelT) -> ModelT:
-    """Compute LoRA on stacked experts inside the layer, without materializing `W + scaling B A` for all experts.
+    """Apply the LoRA factors of stacked experts directly to their inputs, instead of materializing `W + scaling B A`.
 
-    PEFT wraps a stacked weight (`target_parameters`) and recomputes the whole stack in each forward pass. After this
-    call, `Experts` and `GatedExperts` multiply each expert's rows by its factors instead. PEFT still handles
-    parameters, their names, saving, loading, merging and the selection of adapters; outputs and gradients are equal up
-    to rounding. The gradient of a frozen stack is not computed. PEFT's own computation is still used for weights that
-    are trained along with their adapters, biases, slots without assignments, and everything other than stacked experts
-    of this package. If adapters are added to other weights later, call `fast_lora` again.
+    By default, PEFT wraps each stacked weight in `target_parameters` and recomputes the adapted weights of all experts
+    in every forward pass. After `fast_lora`, `Experts` and `GatedExperts` multiply each expert's rows by its low-rank
+    factors instead. Outputs and gradients are equal up to rounding, and no gradient is computed for a frozen stack.
+    PEFT still manages the parameters and their names, and it still saves, loads, merges and selects adapters.
+
+    PEFT's own computation is used for weights that are trained along with their adapters, for biases, for slots without
+    assignments, and for all modules other than this package's stacked experts. If you later add adapters to other
+    weights, call `fast_lora` again.
 
     Args:
-        model: a model that PEFT has prepared with `get_peft_model` or `inject_adapter_in_model`. It is modified in
-            place, on any device, including meta. Call `fast_lora` before wrapping the model in `torch.compile`, DDP or
+        model: a model returned by `get_peft_model` or `inject_adapter_in_model`. The model is modified in place and may
+            be on any device, including meta. Call `fast_lora` before wrapping the model in `torch.compile`, DDP or
             FSDP2.
 
     Returns:
@@ -35,7 +37,7 @@ def fast_lora(model: ModelT) -> ModelT:
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a module.
-        ValueError: no weight of stacked experts of this package has adapters, or PEFT skipped some of the
+        ValueError: none of this package's stacked expert weights has an adapter, or PEFT skipped some of the
             `target_parameters`.
 
     Example:
@@ -86,15 +88,16 @@ def fast_lora(model: ModelT) -> ModelT:
 
 @contextmanager
 def weights_shown(model: nn.Module) -> Iterator[None]:
-    """Context manager that makes the weights of `QuantizedExperts` visible to PEFT, so that it can add or load LoRA.
+    """Context manager that makes the weights of `QuantizedExperts` visible to PEFT, so that PEFT can add or load LoRA
+    adapters.
 
-    PEFT looks for parameters, and quantized weights are not parameters. In this context they appear under their names,
-    "w1", "w3" and "w2", with their shapes, but without values or memory. Call `fast_lora` afterwards, because adapters
-    on quantized experts work only with it. Outside of this context PEFT skips them, and the first forward pass of a
-    `transformers` model raises an error.
+    PEFT adapts parameters, but quantized weights are not parameters. Inside this context, quantized weights appear as
+    placeholders named "w1", "w3" and "w2". The placeholders have the weights' shapes, but no values, and use no memory.
+    Call `fast_lora` afterwards, because adapters on quantized experts work only with it. Without this context, PEFT
+    skips these weights, and a `transformers` model then raises an error in its first forward pass.
 
     Args:
-        model: a model with `QuantizedExperts`, or one that PEFT has already prepared, to add another adapter.
+        model: a model with `QuantizedExperts`. The model may already have PEFT adapters.
 
     Raises:
         ValueError: the model has no `QuantizedExperts`.

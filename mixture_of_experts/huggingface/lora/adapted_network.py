@@ -1,6 +1,7 @@
-"""A network whose weights have low-rank parts, `w + down @ up` for each expert. Only these parts are trained.
+"""Expert networks whose weights have a low-rank update: `w + down @ up` for each expert. Only `down` and `up` are
+trained.
 
-Axes: e experts, p inner and q outer dimension of a weight, k rank.
+Axes: e experts, p input and q output features of a weight, k rank.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from mixture_of_experts.ops.network import Network
 
 
 class LowRankWeight(NamedTuple):
-    """A weight `(e, p, q)` and its low-rank part: down `(e, p, k)` and up `(e, k, q)`."""
+    """A weight `(e, p, q)` and its low-rank update, which consists of `down` `(e, p, k)` and `up` `(e, k, q)`."""
 
     name: str  # its name in `Network.tensors`
     weight: Tensor
@@ -40,11 +41,11 @@ class LowRankWeight(NamedTuple):
 
 
 class AdaptedNetwork(Network):
-    """The weights of all experts, at least one of which is a `LowRankWeight`. The tensors of a low-rank part are named
-    "down." and "up." followed by the name of its weight."""
+    """The weights of all experts, at least one of which is a `LowRankWeight`. The factors are named after the weight,
+    with the prefix "down." or "up."."""
 
     def get_low_rank_weights(self) -> list[LowRankWeight]:
-        """Return the weights that have a low-rank part, those of `w_in` first."""
+        """Return the weights that have a low-rank update, starting with those in `w_in`."""
         return [weight for weight in (*self.w_in, self.w_out) if isinstance(weight, LowRankWeight)]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -61,6 +62,6 @@ class AdaptedNetwork(Network):
         return AdaptedNetwork(**vars(super().with_tensors(whole)))
 
     def merged(self) -> Network:
-        """Return the network with the low-rank parts added to its weights."""
+        """Return a network in which the low-rank updates are added to the weights."""
         sums = {name: torch.baddbmm(weight, down, up) for name, weight, down, up in self.get_low_rank_weights()}
         return super().with_tensors(super().tensors() | sums)

@@ -1,10 +1,10 @@
-"""An adapted network on rows sorted by expert, and the gradients of its low-rank parts. It applies the functions of
-`ops.row_network` with products that support such parts.
+"""Runs an adapted network on rows sorted by expert, and computes the gradients of its low-rank factors. This module
+uses the functions of `ops.row_network` with matrix products that support low-rank updates.
 
-Axes: r rows, e experts, p inner and q outer dimension of a weight, k rank.
+Axes: r rows, e experts, p input and q output features of a weight, k rank.
 
-The stored weights are constant and get no gradient. A product with a low-rank part computes x times down, rows of width
-k, which are saved along with the pre-activations.
+The stored weights are constant, so no gradient is computed for them. For each low-rank update, the forward pass
+computes `x @ down`, which has shape `(r, k)`, and saves it along with the pre-activations.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mixture_of_experts.ops.cpu.chunked import ChunkLayout
 
 
 def run_network(layout: row_network.RowLayout, x: Tensor, network: AdaptedNetwork, save: bool) -> list[Tensor]:
-    """Run `ops.row_network.run_network`, and append the rows times each down to the pre-activations it returns."""
+    """Run `ops.row_network.run_network`, and append the products `x @ down` to the pre-activations that it returns."""
     adapted: Any = AdaptedLayout(layout)
     pre = row_network.run_network(adapted, x, network, save)
     return [*pre, *adapted.low_rank_activations.values()] if save else []
@@ -37,8 +37,8 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Run `ops.row_network.backpropagate_network` with the gradients of low-rank parts, where `saved` is the result of
-    `run_network`."""
+    """Run `ops.row_network.backpropagate_network`, but return the gradients of the low-rank factors instead of those of
+    the weights. `saved` is the result of `run_network`."""
     number, names = len(network.w_in), [weight.name for weight in network.get_low_rank_weights()]
     adapted: Any = GradientLayout(layout)
     adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
@@ -50,7 +50,7 @@ def backpropagate_network(
 
 
 class AdaptedLayout:
-    """`row_network.RowLayout` for weights that may have low-rank parts."""
+    """A `row_network.RowLayout` for weights that may have low-rank updates."""
 
     def __init__(self, layout: Any) -> None:
         self.layout = layout
@@ -60,7 +60,7 @@ class AdaptedLayout:
         self.low_rank_activations: dict[str, Tensor] = {}  # rows times each down, keyed by weight name
 
     def project_down(self, x: Tensor, weight: LowRankWeight) -> Tensor:
-        """Return x times down, `(r, k)`, computed once for each weight."""
+        """Return `x @ down`, which has shape `(r, k)`. The product is computed only once for each weight."""
         if weight.name not in self.low_rank_activations:
             self.low_rank_activations[weight.name] = self.layout.multiply_rows(x, weight.down)
         return self.low_rank_activations[weight.name]
@@ -83,7 +83,7 @@ class AdaptedLayout:
 
 
 class GradientLayout(AdaptedLayout):
-    """`AdaptedLayout` for a backward pass, which stores the gradients of the low-rank parts."""
+    """An `AdaptedLayout` for the backward pass that stores the gradients of the low-rank factors."""
 
     x: Tensor  # (t, d), tokens
     scale: Tensor  # (r, 1), router weight of each row
@@ -93,11 +93,12 @@ class GradientLayout(AdaptedLayout):
     grads: dict[str, Tensor]
 
     def outer_products(self, x: Tensor, y: Tensor, out: object) -> None:
-        """Store the gradients of the low-rank part of `w_out` instead of its own. The rows y are already weighted."""
+        """Store the gradients of the low-rank factors of `w_out`, not of `w_out` itself. The rows `y` are already
+        multiplied by the router weights."""
         self.store_gradients("w_out", x, y, self.saved["w_out"])
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Any]]) -> Tensor:
-        """Compute the gradients of tokens, and store those of the low-rank parts of `w_in`."""
+        """Compute the gradients of the tokens, and store those of the low-rank factors of `w_in`."""
         total = super().multiply_and_sum(pairs)
         adapted = {weight.name: y for y, weight in pairs if isinstance(weight, LowRankWeight)}
         tokens = self.gather_rows(self.x) if adapted else self.x
@@ -106,8 +107,8 @@ class GradientLayout(AdaptedLayout):
         return total
 
     def store_gradients(self, name: str, x: Tensor, y: Tensor, low_rank_activation: Tensor) -> None:
-        """Store the gradients of a weight's low-rank part, where x is the weight's input, y the gradient of the product
-        and `low_rank_activation` is x times down."""
+        """Store the gradients of a weight's low-rank factors. `x` is the weight's input, `y` is the gradient of its
+        output, and `low_rank_activation` is `x @ down`."""
         for part, left, right in (
             (f"down.{name}", x, self.low_rank_activations[name] * self.scale),
             (f"up.{name}", low_rank_activation, y),

@@ -18,23 +18,25 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: int = 10**9) -> None:
-    """Merge LoRA adapters into a saved model with experts, as PEFT's `merge_and_unload(safe_merge=True)` would.
+    """Merge LoRA adapters into a saved model with experts. The result is the same as that of PEFT's
+    `merge_and_unload(safe_merge=True)`.
 
-    PEFT's function copies all adapted weights at once, whereas this one copies one layer at a time.
+    PEFT copies all adapted weights at once, whereas this function copies one layer at a time.
 
     Args:
-        source: a folder that `save_pretrained` or another command wrote. Its experts must not be quantized.
-        target: a new folder.
-        adapter: a folder with adapters that PEFT saved.
+        source: a folder written by `save_pretrained` or another command. The model's experts must not be quantized.
+        target: path of the new folder, which must not exist yet.
+        adapter: a folder to which PEFT saved adapters.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: the folder has no experts, or quantized ones. An adapter cannot be merged, adapts tied embeddings,
-            or produces non-finite weights. The names or shapes of weights do not match those in the files.
-        FileNotFoundError: the source is not a folder, or `adapter` has no adapters.
-        FileExistsError: the target exists.
-        OSError: a file cannot be written, as on a full disk.
+        ValueError: the model has no experts, or its experts are quantized; an adapter cannot be merged, adapts tied
+            embeddings, or produces non-finite weights; or the names or shapes of the model's weights do not match the
+            files.
+        FileNotFoundError: `source` is not a folder, or `adapter` contains no adapters.
+        FileExistsError: `target` already exists.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     try:
         from peft import PeftModel
@@ -70,8 +72,8 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
 
 
 def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """Return functions that compute the merged weights, one for each weight that PEFT adapted, keyed by its name in the
-    model without adapters."""
+    """For each weight that PEFT adapted, return a function that computes the merged weight. The keys are the names of
+    the weights in the model without adapters."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path, module in model.named_modules():
         name = strip_wrappers(path)
@@ -91,13 +93,13 @@ def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def list_adapted(wrapper: Any) -> list[str]:
-    """Return the names, within the wrapped module, of the weights that a wrapper changes."""
+    """Return the names of the weights that a PEFT wrapper adapts, relative to the wrapped module."""
     name = getattr(wrapper, "parameter_name", None)
     return [name] if name else [name for name, _ in wrapper.get_base_layer().named_parameters(recurse=False)]
 
 
 def merge_weight(wrapper: Any, name: str) -> Tensor:
-    """Return a weight with its adapters merged, as a new tensor, without changing the wrapped module."""
+    """Return a copy of a weight with its adapters merged. The wrapped module is not changed."""
     base = wrapper.get_base_layer()
     before = {name: weight.data for name, weight in base.named_parameters(recurse=False)}
     wrapper.merge(safe_merge=True)  # safe_merge assigns new tensors instead of adding in place

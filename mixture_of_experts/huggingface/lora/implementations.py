@@ -1,4 +1,5 @@
-"""Implementations of `ops` for adapted networks. All of them compute low-rank parts on rows; none sums weights."""
+"""Variants of the implementations in `ops` for networks with low-rank updates. Rows are multiplied by the low-rank
+factors, and updates are never added to the weights."""
 
 from __future__ import annotations
 
@@ -15,20 +16,20 @@ from mixture_of_experts.support.implementations import Implementation
 
 
 def run_grouped(call: Call) -> Tensor:
-    """Compute a call and return `(t, o)`."""
+    """Run the experts with grouped matrix multiplication, and return their output `(t, o)`."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
         return batched.run_rows(call, grouped.GroupedLayout, adapted_row_network)
     return run_with_operators(call, grouped.grouped_matmul)
 
 
 def run_with_operators(call: Call, product: plain.ProductFunction = plain.expert_product) -> Tensor:
-    """Compute a call with operators that autograd differentiates, and return `(t, o)`."""
+    """Run the experts with operators that autograd can differentiate, and return their output `(t, o)`."""
     permutation = plain.choose_permutation(call.assignments)
     return plain.run_permuted(call.x, permutation, call.network, partial(multiply_adapted, product))
 
 
 def multiply_adapted(product: Any, x: Tensor, weight: Any, rows_per_expert: Any) -> Tensor:
-    """Return `product(x, weight, rows_per_expert)` for a weight that may have a low-rank part."""
+    """Return `product(x, weight, rows_per_expert)` for a weight that may have a low-rank update."""
     if isinstance(weight, Tensor):
         return product(x, weight, rows_per_expert)
     low_rank_activation = product(x, weight.down, rows_per_expert)
@@ -36,8 +37,8 @@ def multiply_adapted(product: Any, x: Tensor, weight: Any, rows_per_expert: Any)
 
 
 def run_on_cpu(call: Call) -> Tensor:
-    """Compute a call and return `(t, o)`. Each adapted weight takes three products, so computing expert by expert is
-    faster only for a single token."""
+    """Run the experts on the CPU, and return their output `(t, o)`. Each adapted weight requires three matrix products,
+    so running the experts one by one is faster only for a single token."""
     if call.x.shape[0] == 1 and call.is_inference():
         return decode.compute_expert_by_expert(call, partial(multiply_adapted, grouped.multiply_by_expert))
     return chunked.run(call, adapted_row_network)

@@ -1,7 +1,8 @@
-"""Checks that adapters reach the experts when PEFT loads them into a model with layers of this package.
+"""Checks that the experts receive their adapters when PEFT loads an adapter file into a model with layers of this
+package.
 
-PEFT ignores weights in an adapter's file for which the model has no parameter. Experts would then compute without the
-adapter, or with one that was never trained.
+PEFT ignores weights in an adapter file if the model has no matching parameter. The experts would then run without the
+adapter, or with an untrained one.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from mixture_of_experts.quantize import QuantizedExperts
 
 
 def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-    """Pre-hook of `load_state_dict` on a model with layers that renames adapter weights of experts to their names in
-    the model.
+    """A `load_state_dict` pre-hook that renames the experts' adapter weights to their names in the model.
 
-    When loading, PEFT renames adapter weights by the rules for checkpoints of the model's class, which may also match
-    the names of layers: Mistral Large 4 inserts `.mlp` before `.experts.`.
+    When PEFT loads an adapter, it renames the weights according to the checkpoint rules of the model's class. These
+    rules may also match names in layers of this package. For example, the rules of Mistral Large 4 insert `.mlp` before
+    `.experts.`.
 
     Args:
-        model: the model.
+        model: a model with layers of this package.
         state_dict: the state dict being loaded, which is modified in place.
-        prefix: the model's path in the model that loads the state dict.
-        args: the other arguments of such a hook.
+        prefix: the path of `model` in the module that loads the state dict.
+        args: the remaining arguments of a pre-hook, which are ignored.
 
     Raises:
-        ValueError: the state dict has adapter weights for a layer that the layer does not have.
+        ValueError: the state dict contains adapter weights that a layer does not have.
     """
     # quantized experts have no weights for PEFT to adapt outside of `weights_shown`, and their forward pass raises
     adaptable = [path for path, layer in find_layers(model).items() if not has_quantized_experts(layer)]

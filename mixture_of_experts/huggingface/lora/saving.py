@@ -1,4 +1,5 @@
-"""Saves LoRA adapters so that stock models can load them, in PEFT's layout or with separate factors per expert.
+"""Saves LoRA adapters in formats that stock models can load: in PEFT's layout, or with separate factors for each
+expert.
 
 Axes: e experts, d model dim, h hidden dim, k rank.
 """
@@ -45,28 +46,32 @@ def save_adapter(
     adapter: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Save a LoRA adapter for the stock model that `to_transformers` or `export` creates from the base model.
+    """Save a LoRA adapter so that it can be loaded into the stock model that `to_transformers` or `export` creates from
+    the base model.
 
-    PEFT's own `save_pretrained` writes an adapter for models with layers of this package. With the adapter written by
-    this function, the stock model computes the same, up to rounding. Scaling factors are folded into the weights.
+    PEFT's own `save_pretrained` writes an adapter for a model with layers of this package. With the adapter written by
+    `save_adapter`, the stock model returns the same outputs up to rounding. Scaling factors are folded into the
+    weights.
 
     Args:
-        model: a `PeftModel` whose base model was changed by `from_transformers`, `upcycle` or `replace_ffn`, or is a
-            stock model with adapters on its stacked experts. It is not modified.
-        folder: where to write `adapter_config.json` and `adapter_model.safetensors`.
-        layout: "peft" for `PeftModel.from_pretrained` on the stock model; vLLM also reads it for gpt-oss. The rank of
-            an adapter on gate and up projections is the sum of both ranks. "per_expert" has factors for each expert and
-            projection, under the names of the class's checkpoints, and is what vLLM reads for other models.
-            "mixture_of_experts" is the reverse: an adapter for the model that `from_transformers` creates.
-        adapter: name of the adapter. Default: the active adapter.
-        base_model: folder or name of the stock model, to be written into the configuration.
+        model: a `PeftModel`. The model is not modified. Its base model was changed by `from_transformers`, `upcycle` or
+            `replace_ffn`, or is a stock model with adapters on its stacked experts.
+        folder: the folder in which to save `adapter_config.json` and `adapter_model.safetensors`.
+        layout: "peft" writes an adapter that `PeftModel.from_pretrained` loads into the stock model, and that vLLM
+            loads for gpt-oss. If both the gate and up projections are adapted, the rank of their joint adapter is the
+            sum of the two ranks. "per_expert" writes separate factors for each expert and projection, named as in the
+            checkpoints of the stock class. vLLM reads this layout for all other models. "mixture_of_experts" converts
+            in the opposite direction, and writes an adapter for the model that `from_transformers` creates.
+        adapter: name of the adapter to save. Default: the active adapter.
+        base_model: folder or name of the stock model, which is stored in `adapter_config.json`.
 
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is not a `PeftModel`.
-        ValueError: the adapter or layout does not exist; the adapter is not LoRA, has no experts, or PEFT skipped some
-            of its `target_parameters`; something that it adapts or saves has no counterpart in the stock model; or the
-            layout cannot represent it. Nothing is written in this case.
+        ValueError: `adapter` or `layout` does not exist, the adapter is not a LoRA adapter or does not adapt any
+            experts, PEFT skipped some of its `target_parameters`, the adapter contains weights of a module that has no
+            counterpart in the stock model, or the layout cannot represent the adapter. Nothing is written in these
+            cases.
 
     Example:
         >>> import copy, tempfile
@@ -113,7 +118,7 @@ def save_adapter(
 
 
 def choose_adapter(model: Any, adapter: str | None) -> str:
-    """Return the name of the adapter to save, or raise ValueError if it does not exist or cannot be saved."""
+    """Return the name of the adapter to save. Raise ValueError if the adapter does not exist or cannot be saved."""
     name: Any = model.active_adapter if adapter is None else adapter
     config = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None:
@@ -132,7 +137,7 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
 
 
 def write_for_stock_model(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the adapter for the stock model."""
+    """Write the adapter in PEFT's layout for the stock model."""
     stacks = {  # in the layout of the stock model's weights
         f"{path}.{name}": (left, right) if found.blocks[path].is_transposed else (right.mT, left.mT)
         for path, updates in found.experts.items()
@@ -142,7 +147,7 @@ def write_for_stock_model(found: StockAdapter, folder: Path, settings: Mapping[s
 
 
 def write_for_layers(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the adapter for the model that `from_transformers` creates from the stock model."""
+    """Write the adapter in PEFT's layout for the model that `from_transformers` creates from the stock model."""
     if found.whole_modules:
         raise ValueError(
             f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which can be converted "
@@ -160,13 +165,13 @@ def write_for_layers(found: StockAdapter, folder: Path, settings: Mapping[str, A
 def write_with_peft(
     found: StockAdapter, stacks: Mapping[str, LowRankUpdate], folder: Path, settings: Mapping[str, Any]
 ) -> None:
-    """Add adapters to the model on the meta device, set their weights, and let PEFT save them.
+    """Add PEFT adapters to the model on the meta device, assign their weights, and save them with PEFT.
 
     Args:
-        found: the adapter, whose model has the weights to adapt.
-        stacks: the updates of stacked weights, in the layout of the weights, keyed by name.
-        folder: where to write.
-        settings: further settings of the configuration.
+        found: the adapter to write. `found.model` is the model to adapt.
+        stacks: the updates of the stacked weights, in the same layout as the weights, keyed by weight name.
+        folder: the output folder.
+        settings: additional settings for the adapter configuration.
     """
     from peft import get_peft_model
 
@@ -198,7 +203,7 @@ def write_with_peft(
 
 
 def check_loads(stock: Any) -> None:
-    """Raise ValueError if PEFT would lose weights of a stock model's adapter when it loads them."""
+    """Raise ValueError if PEFT would ignore some of a stock model's adapter weights when loading them."""
     names = [name for name, _ in stock.named_parameters() if ".lora_" in name]
     for renamed in find_renamed_weights(stock, names, "default"):
         raise ValueError(
@@ -208,10 +213,10 @@ def check_loads(stock: Any) -> None:
 
 
 def stack_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """Return the updates of a stock model's stacked weights, given those of w1, w3 and w2.
+    """Combine the updates of w1, w3 and w2 into updates of a stock model's stacked weights.
 
-    Weights without an adapter get zeros, because an adapter on one weight has the same names as one on the other, and
-    engines expect both.
+    Weights without an adapter get an update of zeros. The file must contain both stacked weights, because engines
+    expect both, and the names of an adapter do not indicate which of the two weights it belongs to.
     """
     whole = complete_updates(found, path, updates)
     first = {name: updates[name] for name in ("w1", "w3") if name in updates} or {"w1": whole["w1"]}
@@ -232,7 +237,7 @@ def stack_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankU
 
 
 def find_wrappers(adapted: Any) -> dict[str, Any]:
-    """Return PEFT's wrappers of linear layers and stacked weights, keyed by the path of the layer or weight."""
+    """Return the PEFT wrappers of linear layers and stacked weights, keyed by the path of the layer or weight."""
     from peft.tuners.lora import layer
 
     found = {}
@@ -244,8 +249,8 @@ def find_wrappers(adapted: Any) -> dict[str, Any]:
 
 
 def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> Any:
-    """Return a configuration in which every scaling is 1, so that readers that ignore the patterns still scale
-    correctly."""
+    """Return a LoRA configuration in which every scaling factor is 1, so that scaling is correct even for readers that
+    ignore `rank_pattern` and `alpha_pattern`."""
     from peft import LoraConfig
 
     other = {re.escape(path): k for path, k in ranks.items() if k != rank}
@@ -256,7 +261,8 @@ def make_lora_config(rank: int, ranks: Mapping[str, int], **settings: Any) -> An
 
 
 def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write factors for each expert and projection, with zeros for those without an adapter, which vLLM requires."""
+    """Write separate factors for each expert and projection. vLLM requires the factors of all projections, so those
+    without an adapter are filled with zeros."""
     if found.whole_modules:
         raise ValueError(
             f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which engines do not read "
@@ -281,7 +287,8 @@ def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, A
 
 
 def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRankUpdate]) -> dict[str, LowRankUpdate]:
-    """Return the updates of all projections of the experts at a path, with zeros for those without an adapter."""
+    """Return the updates of all projections of the experts at `path`. Projections without an adapter get an update of
+    zeros."""
     left, right = next(iter(updates.values()))
     e, k = len(left), right.shape[1]
     out_dim, in_dim = found.blocks[path].experts.down_proj.shape[1:]
@@ -296,10 +303,10 @@ def complete_updates(found: StockAdapter, path: str, updates: Mapping[str, LowRa
 
 
 def list_expert_names(found: StockAdapter, path: str) -> dict[str, list[str]]:
-    """Return the names of each expert's w1, w3 and w2 in checkpoints of the stock model's class.
+    """Return the names of each expert's w1, w3 and w2 in checkpoints of the stock class.
 
-    The names are found by converting a state dict with numbers instead of weights. For checkpoints with stacked
-    experts, the numbered names that vLLM uses are returned.
+    To find the names, this function converts a state dict in which identifying numbers replace the weights. If
+    checkpoints of the class contain stacked experts, it returns the per-expert names that vLLM uses.
     """
     experts = found.blocks[path].experts
     e, first = len(experts.down_proj), found.first_weight(path)

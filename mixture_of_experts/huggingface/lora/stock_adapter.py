@@ -1,4 +1,4 @@
-"""Reads the adapter of a model with experts as an adapter of the equivalent stock model.
+"""Converts the adapter of a model with experts to an adapter of the equivalent stock model.
 
 Axes: e experts, d model dim, h hidden dim, k rank.
 """
@@ -34,7 +34,7 @@ LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; (B,
 
 @dataclass
 class StockAdapter:
-    """An adapter of a stock model. Scaling factors are part of the updates."""
+    """A LoRA adapter of a stock model. The updates include the scaling factors."""
 
     model: Any  # the stock model, on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
@@ -45,7 +45,8 @@ class StockAdapter:
     blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # keyed by path of the experts
 
     def first_weight(self, path: str) -> str:
-        """Return the name of the experts' weight that holds w1, and also w3 if there is a w3, given their path."""
+        """Return the name of the weight that contains w1 and, for gated experts, w3. `path` is the path of the
+        experts."""
         return "gate_up_proj" if hasattr(self.blocks[path].experts, "gate_up_proj") else "up_proj"
 
     def gate_up_order(self, path: str) -> Any:
@@ -53,7 +54,8 @@ class StockAdapter:
 
 
 def read_adapter(model: Any, adapter: str) -> StockAdapter:
-    """Read an adapter of a `PeftModel`, or raise ValueError if part of it has no counterpart in the stock model."""
+    """Read an adapter of a `PeftModel`. Raise ValueError if any part of the adapter has no counterpart in the stock
+    model."""
     plain = copy_to_meta(model).unload()
     layers = find_layers(plain)
     found = StockAdapter(make_stock_model(plain, layers))
@@ -80,8 +82,11 @@ def copy_to_meta(model: nn.Module) -> Any:
 
 
 def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
-    """Return the stock model, on the meta device, that is equivalent to a model without adapters: the result of
-    `to_transformers` or `export`, or the model itself if it has no layers."""
+    """Return the equivalent stock model on the meta device, given a model without adapters.
+
+    This is the model that `to_transformers` or `export` would return, or the model itself if it has no layers with
+    experts.
+    """
     if not layers:
         return plain
     if all(isinstance(module, SparseFeedForward) for module in layers.values()):
@@ -90,8 +95,8 @@ def make_stock_model(plain: Any, layers: Mapping[str, MoEFeedForward]) -> Any:
 
 
 def split_layer_path(layers: Mapping[str, MoEFeedForward], path: str) -> tuple[str | None, str]:
-    """Return the path of the layer that contains a module and the module's path in it, or (None, path) if no layer
-    contains it."""
+    """Split the path of a module into the path of the layer that contains it and the module's path in that layer.
+    Return (None, path) if no layer contains the module."""
     found = next((name for name in layers if path.startswith(f"{name}.")), None)
     return found, path if found is None else path.removeprefix(f"{found}.")
 
@@ -99,7 +104,7 @@ def split_layer_path(layers: Mapping[str, MoEFeedForward], path: str) -> tuple[s
 def add_expert_update(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
-    """Add the update of a stacked weight of experts."""
+    """Add the update of a stacked expert weight to `found`."""
     name, (left, right) = wrapper.parameter_name, read_stack_factors(wrapper, adapter)
     left, right = left.detach(), right.detach()
     layer_path, _ = split_layer_path(layers, path)
@@ -125,7 +130,7 @@ def add_expert_update(
 def split_stock_update(
     found: StockAdapter, path: str, name: str, left: Tensor, right: Tensor
 ) -> Iterator[tuple[str, LowRankUpdate]]:
-    """Yield the updates of w1, w3 and w2 that make up an update of a stock model's stacked weight."""
+    """Split the update of a stock model's stacked weight into updates of w1, w3 and w2."""
     if name == "down_proj":
         yield "w2", (left, right)
     elif name == "up_proj":
@@ -137,7 +142,7 @@ def split_stock_update(
 
 
 def add_block(found: StockAdapter, path: str) -> str:
-    """Add the sparse block at a path, and return the path of its stacked experts."""
+    """Add the sparse block at `path` to `found`, and return the path of its stacked experts."""
     block = found.model.get_submodule(path)
     parsed = read_block(block)
     name = next(name for name, module in block.named_modules() if module is parsed.experts)
@@ -155,7 +160,7 @@ def add_block(found: StockAdapter, path: str) -> str:
 def add_linear_update(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
-    """Add the update of a linear layer outside of layers with experts."""
+    """Add the update of a linear layer to `found`. The linear layer must not be in a layer with experts."""
     layer_path, _ = split_layer_path(layers, path)
     theirs = dict(found.model.named_modules()).get(path)
     if layer_path is not None or not isinstance(theirs, nn.Linear) or adapter not in wrapper.lora_A:
@@ -170,7 +175,8 @@ def add_linear_update(
 def add_whole_module(
     found: StockAdapter, layers: Mapping[str, MoEFeedForward], path: str, wrapper: Any, adapter: str
 ) -> None:
-    """Add a module that is trained and saved whole: a gate, as the block's router, or a module outside of layers."""
+    """Add a module in `modules_to_save` to `found`. If the module is a gate, it is converted to the block's router.
+    Otherwise, it must be outside of all layers with experts."""
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return
@@ -188,8 +194,8 @@ def add_whole_module(
 
 @torch.no_grad()
 def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tensor]]:
-    """Return the path of the router in a block on the meta device, and the router's state that corresponds to that of a
-    gate."""
+    """Convert the state of a gate to the state of a block's router. The block is on the meta device. Return the
+    router's path and its state."""
     block, own = copy.deepcopy(block), get_named_tensors(gate)
     path = find_router(block)
     for tensor in get_named_tensors(block.get_submodule(path).to_empty(device="cpu").double()).values():
@@ -205,7 +211,8 @@ def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tens
 
 
 def find_router(block: nn.Module) -> str:
-    """Return the path of the module that has the weights of a block's router, or raise ValueError if there is none."""
+    """Return the path of the module that contains all weights of a block's router. Raise ValueError if there is no such
+    module."""
     views = [view for pieces in read_block(block).get_router_weights().values() for view in pieces if len(view)]
     names = {id(tensor): name for name, tensor in get_named_tensors(block).items()}
     paths = {names[id(get_whole_tensor(view))].rpartition(".")[0] for view in views}

@@ -1,6 +1,7 @@
-"""PEFT's wrapper of a stacked weight, changed to pass its factors to the experts instead of adding their product.
+"""A PEFT wrapper for stacked weights that passes the low-rank factors to the experts instead of adding their product to
+the weight.
 
-Axes: e experts, p inner and q outer dimension of a weight, k rank.
+Axes: e experts, p input and q output features of a weight, k rank.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names 
 
 
 class AdaptedFFN:
-    """A callable that computes tokens like `routed_ffn`, using a network whose weights have low-rank parts."""
+    """A replacement for `routed_ffn` that applies low-rank updates along with the network's weights."""
 
     def __init__(self, factors: Mapping[str, LowRankFactors]) -> None:
         self.factors = factors
@@ -39,8 +40,11 @@ class AdaptedFFN:
 
 
 class ParamWrapper(layer.ParamWrapper):
-    """PEFT's wrapper with a fast forward; PEFT expects this class name. PEFT's own forward handles unsupported cases,
-    except for quantized experts, which raise an error because they have no weight that PEFT could add to."""
+    """PEFT's `ParamWrapper` with a faster `forward`. PEFT requires this class name.
+
+    Unsupported cases are handled by PEFT's own `forward`. Quantized experts raise an error in these cases, because they
+    have no weight to which PEFT could add an update.
+    """
 
     passes_factors = True  # to the experts when computing outputs, for `quantize_experts`
 
@@ -82,7 +86,7 @@ class ParamWrapper(layer.ParamWrapper):
             )
 
     def combine_factors(self, adapters: list[str]) -> LowRankFactors:
-        """Return the factors of everything that the active adapters add to the weight."""
+        """Combine the updates that the active adapters add to the weight, and return the factors of their sum."""
         first, *others = map(self.read_factors, adapters)
         if not others:
             return first
@@ -90,7 +94,7 @@ class ParamWrapper(layer.ParamWrapper):
         return torch.cat(downs, -1), torch.cat(ups, -2)
 
     def read_factors(self, adapter: str) -> LowRankFactors:
-        """Return the factors that an adapter adds to the weight."""
+        """Return the factors of the update that an adapter adds to the weight."""
         dtype = self.get_param().dtype
         down, up = read_stack_factors(self, adapter)
         return down.to(dtype), up.to(dtype)

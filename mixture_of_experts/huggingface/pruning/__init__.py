@@ -1,1 +1,1 @@
-"""Removes experts of layers based on what they contribute on calibration data."""
+"""Removes experts from layers, based on how much they contribute on calibration data."""

@@ -1,4 +1,4 @@
-"""Prunes saved models, one layer at a time."""
+"""Prunes the experts of saved models, one layer at a time."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from mixture_of_experts.support.private_torch import unwrap_module
 def prune_folder(
     source: Path, target: Path, *, by: Any, keep: int | None = None, max_shard_size: int = 5 * 10**9
 ) -> KeptExperts:
-    """Remove experts of a saved model, and return the ids that each layer keeps, keyed by the name of its gate.
+    """Remove experts from a saved model. Return the ids of the experts that each layer keeps, keyed by gate name.
 
     Args:
-        source: a folder that `save_pretrained` or another command wrote. Its experts must not be quantized.
-        target: a new folder.
-        by, keep: as in `prune`, but without calibration: "random", or scores or ids keyed by the names of gates. To
-            measure scores, call `expert_scores` on the model loaded from the folder.
+        source: a folder written by `save_pretrained` or another command. The model's experts must not be quantized.
+        target: path of the new folder, which must not exist yet.
+        by, keep: as in `prune`, except that `by` must be "random" or a mapping from gate names to scores or expert ids.
+            To compute scores, load the model from the folder and call `expert_scores`.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
-        ValueError, TypeError: as in `prune`; also if the folder has no experts, or if the names or shapes of its
-            weights and those of the files differ.
-        FileNotFoundError: the source is not a folder.
-        FileExistsError: the target exists.
-        OSError: a file cannot be written, as on a full disk.
+        ValueError, TypeError: as in `prune`. Also raised if the model has no experts, or if the names or shapes of its
+            weights do not match the files.
+        FileNotFoundError: `source` is not a folder.
+        FileExistsError: `target` already exists.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     model = read_experts_model(source, "prune")
     kept, configure = plan_pruning(model, keep, by)
@@ -52,6 +52,7 @@ def prune_folder(
 
 
 def read_scores(file: Path) -> dict[str, Any]:
-    """Return scores or ids, keyed by names of gates, from safetensors or JSON, or raise ValueError for other files."""
+    """Read scores or expert ids, keyed by gate name, from a safetensors or JSON file. Raise ValueError for any other
+    file."""
     with name_unreadable_file(file):
         return dict(json.loads(file.read_text()) if file.suffix == ".json" else load_file(file))

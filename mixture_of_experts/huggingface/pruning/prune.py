@@ -1,4 +1,4 @@
-"""`prune`, which removes experts from the layers of a model, and `expert_scores`, which computes the scores it uses."""
+"""Removes experts from a model with `prune`, and computes the scores of its experts with `expert_scores`."""
 
 from __future__ import annotations
 
@@ -41,31 +41,34 @@ def prune(
     calibration: Any = None,
     gates: GateSelection | None = None,
 ) -> KeptExperts:
-    """Remove experts of a model's layers in place, and return the ids that each layer keeps, keyed by its gate's name.
+    """Remove experts from a model's layers in place. Return the ids of the experts that each layer keeps, keyed by gate
+    name.
 
-    The columns of the router for the removed experts are dropped, along with their entries in its bias, the expert bias
-    and its counts. All expert groups keep the same number of experts. The order of the remaining experts, k and all
-    settings stay the same. The configuration is updated, so that the model saves, loads and exports as before.
-    Parameters become new tensors.
+    This function also removes the corresponding columns of the router's weight and the corresponding elements of its
+    bias, its expert bias and its expert counts. All expert groups keep the same number of experts. The order of the
+    remaining experts, k and all other settings are unchanged. The configuration is updated, so that the model can still
+    be saved, loaded and exported. The remaining parameters are new tensors.
 
     Args:
         model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed.
-            Construct the optimizer and wrappers (DDP, FSDP2) afterwards.
-        keep: number of experts that each layer keeps, at least k.
-        by: which experts to keep. "reap" keeps those with the largest mean of router weight times norm of the expert's
-            output, over the tokens that they compute (arXiv 2510.13999, equation 9). "frequency" keeps those with the
-            most tokens. "random" chooses with torch's generator. Alternatively a mapping from names of gates to scores
-            `(e,)`, floating, as returned by `expert_scores`, or to the ids to keep, in which case `keep` is not needed.
-            Layers missing from the mapping are not changed.
-        calibration: batches of data for "reap" and "frequency" ("random" needs none): tensors, or dicts or tuples of
-            the model's inputs, on its device. Padding is ignored.
-        gates: the gates whose layers to prune, as names or modules. Default: all.
+            Construct the optimizer and wrap the model (DDP, FSDP2) after pruning.
+        keep: number of experts that each layer keeps, which must be at least k.
+        by: which experts to keep. "reap" multiplies the router weight by the norm of the expert's output, and keeps the
+            experts with the largest mean of this product over the tokens that they process (arXiv 2510.13999, equation
+            9). "frequency" keeps the experts that process the most tokens. "random" chooses experts with torch's random
+            generator. With a mapping from gate names to floating-point scores `(e,)`, such as those returned by
+            `expert_scores`, each layer keeps the experts with the largest scores. With a mapping from gate names to
+            expert ids, each layer keeps these experts, and `keep` can be omitted. Layers that are not in the mapping
+            are not changed.
+        calibration: batches of data for "reap" and "frequency". Each batch is a tensor, or a dictionary or tuple of the
+            model's inputs, on the model's device. Padding is ignored.
+        gates: the gates of the layers to prune, specified as names or as modules. Default: all gates.
 
     Raises:
-        TypeError: a router's experts cannot be pruned (the error names the router and the reason), or an argument has
-            the wrong type.
-        ValueError: a number or id is invalid, the calibration data has no tokens, or the model's weights are not in
-            memory. The model is unchanged in this case.
+        TypeError: the experts of a router cannot be pruned, or an argument has the wrong type. The error message names
+            the router and the reason.
+        ValueError: an argument has an invalid value, a layer receives no tokens from the calibration data, or the
+            model's weights are not in memory. The model is not changed in these cases.
 
     Example:
         >>> import torch
@@ -90,8 +93,11 @@ def prune(
 def plan_pruning(
     model: nn.Module, keep: int | None, by: Any, calibration: Any = None, gates: GateSelection | None = None
 ) -> tuple[dict[RouterHandle, list[int]], Callable[[], None]]:
-    """Check the arguments without changing the model, and return the ids that each router keeps and a function that
-    updates the model's configuration, which must be called before saving. Arguments and errors are as in `prune`."""
+    """Check the arguments of `prune`, and choose the experts that each router keeps. The model is not changed.
+
+    Return the ids of these experts, and a function that updates the model's configuration. This function must be called
+    before the model is saved. Arguments and errors are the same as for `prune`.
+    """
     if isinstance(by, Mapping):
         if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
             raise ValueError("by already maps names of gates to experts; omit gates and calibration")
@@ -125,12 +131,12 @@ def plan_pruning(
 def expert_scores(
     model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: GateSelection | None = None
 ) -> dict[str, Tensor]:
-    """Return the scores `(e,)` of each layer's experts, keyed by the name of its gate. `prune` keeps the experts with
-    the largest scores.
+    """Compute the scores `(e,)` of each layer's experts, and return them keyed by gate name. `prune` keeps the experts
+    with the largest scores.
 
     Args:
-        model, calibration, gates: as in `prune`. The model is not changed.
-        by: "reap" or "frequency".
+        model, calibration, gates: see `prune`. The model is not changed.
+        by: the type of score, "reap" or "frequency"; see `prune`.
 
     Example:
         >>> import torch
@@ -146,7 +152,8 @@ def expert_scores(
 
 
 def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list[RouterHandle]:
-    """Return the routers whose experts can be pruned, or raise TypeError if one does not support pruning."""
+    """Return the routers selected by `gates`. Raise TypeError if the experts of any selected router cannot be
+    pruned."""
     routers = check_supported(find_routers(model, "prune", gates), "prune", pruning_unsupported_reason)
     stacks = Counter(map(get_expert_stack, routers))
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
@@ -162,8 +169,8 @@ def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list
 
 
 def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None) -> list[int]:
-    """Return the ids to keep, the same number in each expert group, given scores or ids. Raise ValueError or TypeError
-    if these are invalid."""
+    """Choose which experts a router keeps, given their scores or the ids to keep, and return their ids. Each expert
+    group keeps the same number of experts. Raise ValueError or TypeError if the scores or ids are invalid."""
     e, groups = router.num_experts, getattr(router.gate, "num_groups", None) or 1
     wrong = (
         f"expected by[{router.name!r}] to be finite floating-point scores of shape ({e},), or distinct ids below {e}, "
@@ -200,16 +207,16 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
 
 
 def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[Any, int]) -> tuple[list[str], int, int]:
-    """Return the settings of a configuration that hold the number of experts in layers, and that number before and
-    after pruning.
+    """Return the names of the configuration settings that store the number of experts, and this number before and after
+    pruning.
 
     Args:
-        models: the `transformers` models within a model, outermost first.
-        numbers: the number of remaining experts of each pruned layer.
+        models: all `transformers` models inside the pruned model, starting with the outermost.
+        numbers: the number of experts that remain in each pruned layer.
 
     Raises:
-        ValueError: layers that replaced blocks would differ, but the configuration has a single number, or none of its
-            settings holds the number.
+        ValueError: converted sparse blocks would have different numbers of experts, but the configuration stores a
+            single number; or no setting of the configuration stores the number of experts.
     """
     layers = [*find_layers(models[0]).values()] if models else []
     blocks = [layer.moe for layer in layers if isinstance(layer, SparseFeedForward)]

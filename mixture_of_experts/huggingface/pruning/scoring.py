@@ -1,4 +1,4 @@
-"""Scores experts by what they compute in forward passes on calibration data.
+"""Scores experts based on forward passes on calibration data.
 
 Axes: r rows, e experts.
 """
@@ -30,7 +30,7 @@ MEASURED_RULES = ("reap", "frequency")
 def measure_scores(
     model: nn.Module, routers: list[RouterHandle], by: str, calibration: Any
 ) -> dict[RouterHandle, Tensor]:
-    """Return the scores `(e,)` of each router's experts, in float64."""
+    """Compute the scores `(e,)` of each router's experts in float64."""
     several = isinstance(calibration, Iterable) and not isinstance(calibration, Tensor | Mapping | str)
     with Attachments() as attached, eval_mode(model), torch.no_grad(), disable_compilation(model):
         totals = {router: attach_score_hooks(attached, router, by) for router in routers}
@@ -42,7 +42,8 @@ def measure_scores(
 
 
 def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> Tensor:
-    """Register hooks that accumulate statistics of a router's experts (see `measure_call`) in the returned tensor."""
+    """Register hooks that accumulate the results of `measure_call` for a router's experts, and return the tensor that
+    accumulates them."""
     total = torch.zeros(2, router.num_experts, dtype=torch.float64)
     last: list[Routing] = []
 
@@ -58,13 +59,14 @@ def attach_score_hooks(attached: Attachments, router: RouterHandle, by: str) -> 
 
 
 def find_computing_experts(router: RouterHandle) -> nn.Module:
-    """Return the experts of a router that compute rows of tokens, without the modules that wrap them."""
+    """Return the module that runs a router's experts on rows of tokens, without the modules that wrap it."""
     return next(e for e in list_nested_experts(get_layer(router).experts) if getattr(e, "works_on", None) != "tokens")
 
 
 def measure_call(experts: Any, x: Tensor, assignments: Assignments, by: str) -> Tensor:
-    """Return `(2, e)`: the number of tokens that each expert computes and, for "reap", the sum of router weight times
-    output norm over these tokens."""
+    """Return statistics `(2, e)` for one call to the experts. The first row contains the number of tokens that each
+    expert processes. For "reap", the second row contains the router weight times the output norm, summed over these
+    tokens."""
     permutation = permute_without_gaps(assignments)
     counts = permutation.rows_per_expert
     assert counts is not None
@@ -80,7 +82,7 @@ def measure_call(experts: Any, x: Tensor, assignments: Assignments, by: str) -> 
 
 
 def run_calibration_batch(model: nn.Module, batch: Any) -> None:
-    """Run the model on a batch."""
+    """Run the model on a batch of calibration data."""
     named, several = isinstance(batch, Mapping), isinstance(batch, tuple | list)
     parts = batch.values() if named else batch if several else [batch]
     if not any(isinstance(part, Tensor) for part in parts):

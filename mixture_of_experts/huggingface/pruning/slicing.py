@@ -1,4 +1,5 @@
-"""Reduces a layer to a subset of its experts, in place: its gate, its experts, and the expert counts that they store.
+"""Reduces a layer to a subset of its experts in place. The tensors of the gate and the experts are sliced, and the
+number of experts that modules store is updated.
 
 Axes: e experts, d model dim.
 """
@@ -34,17 +35,17 @@ SUPPORTED_GATE_PARTS = (RouterLogits, LearnedScale, NormalizeBy)
 
 
 def get_layer(router: RouterHandle) -> Any:
-    """Return the layer that contains a gate."""
+    """Return the layer that contains a router's gate."""
     return unwrap_module(router.locations[0].layer)  # type: ignore[arg-type]
 
 
 def get_expert_stack(router: RouterHandle) -> Any:
-    """Return the experts of a gate, without wrappers."""
+    """Return a router's experts without the modules that wrap them."""
     return list_nested_experts(get_layer(router).experts)[-1]
 
 
 def pruning_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why a router's experts cannot be pruned, whichever are kept, or None if they can."""
+    """Return the reason why a router's experts cannot be pruned, or None if pruning is supported."""
     if router.is_external:
         return "it is not a gate of this package; convert its block to a layer with from_transformers"
     layers = {location.layer for location in router.locations}
@@ -90,7 +91,8 @@ def experts_pruning_unsupported_reason(experts: nn.Module) -> str | None:
 
 
 def check_num_kept(router: RouterHandle, number: int) -> None:
-    """Raise ValueError if the layer of a gate has fewer experts than `number`, or does not work with so few."""
+    """Raise ValueError if a router has fewer experts than `number`, or does not support such a small number of
+    experts."""
     gate: Any = router.gate
     k, groups = getattr(gate, "k", 1), getattr(gate, "num_groups", None) or 1
     minimum = k + isinstance(gate, NoisyTopKGating)  # the smallest number with which the gate works
@@ -106,7 +108,8 @@ def check_num_kept(router: RouterHandle, number: int) -> None:
 
 
 def iter_expert_tensors(router: RouterHandle) -> Iterator[tuple[nn.Module, str, int]]:
-    """Iterate over the tensors with an expert axis, as (module, name in the module, axis)."""
+    """Iterate over the tensors that have an expert axis. The items are tuples (module, name in the module, expert
+    axis)."""
     for module, axes in ((router.gate, GATE_EXPERT_AXES), (get_expert_stack(router), STACK_EXPERT_AXES)):
         for name, tensor in get_named_tensors(module).items():
             if name in axes and tensor.shape[axes[name]] == router.num_experts:
@@ -117,7 +120,7 @@ def iter_expert_tensors(router: RouterHandle) -> Iterator[tuple[nn.Module, str, 
 @torch.inference_mode(False)  # tensors created in inference mode cannot be trained
 @torch.no_grad()
 def slice_experts(router: RouterHandle, ids: list[int]) -> None:
-    """Keep only these experts of a router's layer, in place."""
+    """Remove all experts except `ids` from a router's layer, in place."""
     for module, name, axis in list(iter_expert_tensors(router)):
         old = getattr(module, name)
         new = old.detach().index_select(axis, torch.tensor(ids, device=old.device))

@@ -1,1 +1,1 @@
-"""Finds feed-forward networks in a model and replaces them by mixtures of experts."""
+"""Finds feed-forward networks in a model and replaces them with `MoE` layers."""

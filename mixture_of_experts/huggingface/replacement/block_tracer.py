@@ -1,11 +1,11 @@
-"""Traces a module's forward by running it once with random numbers in place of the results of its linear layers.
+"""Traces a module's `forward` by running it once with random numbers in place of the outputs of its linear layers.
 
-Everything between two linear layers is computed on these numbers, which shows the inputs of each layer and how they are
-computed. Everything else is unknown and represented by symbols (`torch.fx.Proxy`) that stand for any value. A run
-therefore needs neither inputs nor weights, and the module may be on the meta device. A copy of the module runs, without
-side effects on the module, torch or the process.
+The operations between two linear layers run on these random numbers, which reveals how the input of each layer is
+computed. All other values are unknown and represented by symbols (`torch.fx.Proxy`). A trace therefore requires neither
+inputs nor weights, and the module may be on the meta device. The trace runs a copy of the module, and has no side
+effects on the module, torch or the process.
 
-Axes: d model dim, h hidden dim, w width of a layer.
+Axes: d model dim, h hidden dim, w output features of a linear layer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class TracedTensor(Tensor):
-    """Random numbers `(2, 3, w)` that stand for results of linear layers, or values computed from them."""
+    """Random numbers `(2, 3, w)` that represent the output of a linear layer, or values computed from such numbers."""
 
     sources: frozenset[str | float]  # paths of layers and locations of dropouts that computed it
 
@@ -48,13 +48,14 @@ class TracedTensor(Tensor):
 
 
 class TracedSetting(float):
-    """A float attribute of a module, with the path of the attribute."""
+    """The value of a module's float attribute, along with the path of this attribute."""
 
     path: str
 
 
 class LinearChain(NamedTuple):
-    """Linear layers that may form a feed-forward network, where the first ones compute the input of the last one."""
+    """Linear layers that may form a feed-forward network. The input of the last layer is computed from the outputs of
+    the others."""
 
     ups: list[str]  # paths of the first layers, in the order of their calls
     down: str  # path of the last layer
@@ -63,11 +64,11 @@ class LinearChain(NamedTuple):
 
 
 class BlockTracer(GraphAppendingTracer):
-    """A traced run of a module's forward in training mode.
+    """A trace of a module's `forward` in training mode.
 
     Args:
-        bypass: submodules that are not run, keyed by path. Such a submodule returns the given number. If that is None,
-            it returns its input, or random numbers if it has linear layers.
+        bypass: maps the paths of submodules that are not run to the numbers that they return. If the number is None,
+            the submodule returns its input or, if it contains linear layers, random numbers.
     """
 
     module: nn.Module
@@ -97,8 +98,8 @@ class BlockTracer(GraphAppendingTracer):
             self.chains.clear()
 
     def copy_module(self) -> Any:
-        """Return a copy of the module in training mode whose submodules are run by `call_part`. It shares everything
-        except modules, and its weights and buffers have arbitrary values."""
+        """Return a copy of the module in training mode, in which `call_part` runs the submodules. The copy shares all
+        attributes except modules, weights and buffers. The copy's weights and buffers have arbitrary values."""
         memo: dict[int, Any] = {}
         for part in self.module.modules():
             for name, value in vars(part).items():
@@ -116,8 +117,8 @@ class BlockTracer(GraphAppendingTracer):
         return copied
 
     def call_part(self, part: Any, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Return the result of a submodule: random numbers, the result of its forward, or a symbol if the submodule is
-        not needed or cannot be run."""
+        """Run a submodule and return its output. The output is random numbers, the result of the submodule's `forward`
+        or, if the submodule is not needed or cannot be run, a symbol."""
         self.calls[path].append(args)
         given, before = find_traced_tensors((args, kwargs)), len(self.chains)
         outer = any(map(is_linear_layer, part.modules()))
@@ -141,7 +142,7 @@ class BlockTracer(GraphAppendingTracer):
         return self.create_proxy("call_module", path, args, kwargs)
 
     def call_linear(self, layer: nn.Module, path: str, x: Any) -> Any:
-        """Return a symbol if the layer can be the last of a network, or random numbers otherwise."""
+        """Return a symbol if a linear layer can be the last layer of a network. Otherwise, return random numbers."""
         source = x.sources if isinstance(x, TracedTensor) else frozenset()
         self.source_uses += source
         ups = [up for up in self.results if up in source]
@@ -154,11 +155,11 @@ class BlockTracer(GraphAppendingTracer):
         return self.draw_result(path, d)
 
     def get_argument_ids(self, paths: list[str]) -> set[int]:
-        """Return the ids (`id()`) of the arguments of submodules in their last calls."""
+        """Return the `id()` of each argument that was passed to the submodules at `paths` in their last calls."""
         return {id(x) for path in paths for x in self.calls[path][-1]}
 
     def draw_result(self, path: str, width: int) -> Tensor:
-        """Draw random numbers that stand for the result of a layer."""
+        """Draw random numbers that represent the output of a linear layer."""
         generator = torch.Generator().manual_seed(len(self.results))
         drawn = torch.randn(2, 3, width, generator=generator, dtype=torch.float32)
         self.results[path] = numbers = drawn.as_subclass(TracedTensor)
@@ -171,13 +172,13 @@ class BlockTracer(GraphAppendingTracer):
         return symbol
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Return False for conditions on values, such as checks for infinities."""
+        """Return False for conditions on unknown values, such as checks for infinities."""
         if len(self.graph.nodes) > 5000:
             raise TraceError("it has a data-dependent loop")
         return False
 
     def create_arg(self, a: Any) -> Any:
-        """Return an operand of a symbol."""
+        """Convert an argument to an operand of a symbol."""
         if isinstance(a, TracedTensor):
             self.source_uses += a.sources
         if isinstance(a, TracedSetting):
@@ -195,19 +196,19 @@ def find_traced_tensors(values: Any) -> list[TracedTensor]:
 
 
 def locate_dropout(settings: Any) -> str | float | None:
-    """Return the location of a dropout: the path of its rate, or the rate itself if it has no path. Return None if it
-    drops nothing."""
+    """Return the path of a dropout's rate, or the rate itself if it has no path. Return None if the dropout is
+    inactive."""
     p = settings["p"]
     return getattr(p, "path", p) if p and settings["training"] else None
 
 
 def is_linear_layer(module: nn.Module) -> bool:
-    """Return whether a module is a linear layer of any kind, including quantized layers and layers with adapters."""
+    """Return whether a module is a linear layer, including quantized linear layers and linear layers with adapters."""
     return all(isinstance(size, int) for size in get_linear_sizes(module))
 
 
 def get_linear_sizes(linear: Any) -> tuple[Any, Any]:
-    """Return the numbers of input and output features of a linear layer."""
+    """Return the number of input features and the number of output features of a linear layer."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return getattr(linear, "in_features", None), getattr(linear, "out_features", None)

@@ -1,4 +1,4 @@
-"""Adapters, which locate the parts of a feed-forward network, and `read_dense_ffn`, which reads a network with one.
+"""Locates the parts of dense feed-forward networks with an `Adapter`, and reads their weights with `read_dense_ffn`.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -26,22 +26,25 @@ GateUpOrder = Literal["gate_up", "up_gate", "interleaved"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """The parts of a feed-forward network, as paths relative to its module.
+    """Describes where the parts of a feed-forward network are located. Paths are relative to the network's module.
 
     Args:
-        up: the first linear layer; in a gated network, the one whose output is not passed through the activation.
-        down: the last linear layer.
-        gate: the linear layer of a gated network whose output is passed through the activation. Equal to `up` if one
-            layer computes both.
-        activation: the path of the activation (a module or a function), or the module itself.
-        hidden_dropout: dropout between activation and `down`: the path of a module or rate, or the rate itself.
-        output_dropout: dropout after `down`, in the same format.
-        slot: whether the module also does other things and calls the parts individually. If so, the MoE replaces
-            `down`, and identities replace `hidden_dropout` and the parts listed in `bypass`. Otherwise the MoE replaces
-            the whole module.
-        bypass: with `slot`, paths of parts that become identities.
-        ones: with `slot`, the path of a part that returns 1 instead, because the model multiplies by its result.
-        halves: the order of the outputs for `gate` and `up` if one layer computes both.
+        up: path of the first linear layer. In a gated network, this is the layer whose output does not pass through the
+            activation.
+        down: path of the last linear layer.
+        gate: in a gated network, path of the linear layer whose output passes through the activation. If a single layer
+            computes both outputs, this is the same path as `up`.
+        activation: path of the activation module or function, or the activation module itself.
+        hidden_dropout: the dropout between the activation and `down`, specified as the path of a module, the path of a
+            rate, or a rate.
+        output_dropout: the dropout after `down`, specified in the same way.
+        slot: whether the module has other functions besides the network and calls the network's parts individually. If
+            True, the `MoE` replaces only `down`, and identities replace `hidden_dropout` and the parts listed in
+            `bypass`. If False, the `MoE` replaces the whole module.
+        bypass: paths of the parts that are replaced with identities. Used only with `slot=True`.
+        ones: path of a part that is replaced with a module that returns 1, because the model multiplies by the part's
+            output. Used only with `slot=True`.
+        halves: the order of the gate and up outputs if a single layer computes both.
     """
 
     up: str
@@ -56,14 +59,14 @@ class Adapter:
     halves: GateUpOrder = "gate_up"
 
     def linears(self) -> dict[str, str]:
-        """Return the paths of the linear layers, keyed by their number in the names of expert weights: "1", "2",
-        "3"."""
+        """Return the paths of the linear layers. The keys "1", "2" and "3" are the numbers in the names of the
+        corresponding expert weights."""
         paths = {"1": self.gate or self.up, "2": self.down}
         return paths if self.gate is None else {**paths, "3": self.up}
 
 
 class NetworkLocation(NamedTuple):
-    """A feed-forward network in a model."""
+    """The location of a feed-forward network in a model."""
 
     name: str  # path of the module that the adapter describes
     module: nn.Module
@@ -71,7 +74,7 @@ class NetworkLocation(NamedTuple):
 
     @property
     def moe_path(self) -> str:
-        """The path of the future MoE."""
+        """The path at which the `MoE` layer will be inserted."""
         return f"{self.name}.{self.adapter.down}".removeprefix(".") if self.adapter.slot else self.name
 
 
@@ -80,8 +83,8 @@ class DenseFFN:
     """A dense feed-forward network: `act(x w1 + b1) w2 + b2` or, if gated, `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
 
     Args:
-        weights: views of the network's weights, keyed by their names in experts: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3
-            `(h,)`, b2 `(d,)`. They require gradients if the network's weights do.
+        weights: views of the network's weights, keyed by the names that experts use: w1 and w3 `(d, h)`, w2 `(h, d)`,
+            b1 and b3 `(h,)`, b2 `(d,)`. A view requires gradients if the network's weight does.
     """
 
     weights: dict[str, Tensor]
@@ -90,7 +93,7 @@ class DenseFFN:
 
     @property
     def reference_weight(self) -> Tensor:
-        """A weight with the network's dtype and device."""
+        """A weight that has the dtype and device of the network."""
         return self.weights["w1"]
 
     @property
@@ -106,7 +109,7 @@ class DenseFFN:
         return self.weights["w2"].shape[0]
 
     def compute(self, x: Tensor) -> Tensor:
-        """Return the output `(..., d)` of the network for tokens `(..., d)`."""
+        """Return the network's output `(..., d)` for tokens `(..., d)`."""
         hidden = self.activation(self._linear(x, "1"))
         if self.is_gated:
             hidden = hidden * self._linear(x, "3")
@@ -118,11 +121,11 @@ class DenseFFN:
 
 @torch.enable_grad()  # so that views show which weights are frozen
 def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
-    """Read a network with its adapter.
+    """Read the dense network that an adapter describes.
 
     Raises:
-        TypeError: a part is not a plain linear layer; for example, it is quantized or has a LoRA adapter.
-        ValueError: weights are not in memory.
+        TypeError: a part is not a plain linear layer, for example because it is quantized or has a LoRA adapter.
+        ValueError: the weights are not in memory.
     """
     weights: dict[str, Tensor] = {}
     for number, path in adapter.linears().items():
@@ -147,7 +150,8 @@ def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
 
 
 def check_not_offloaded(module: nn.Module, name: str) -> None:
-    """Raise if a `device_map` left weights on disk or in another memory, because the modules do not hold them."""
+    """Raise ValueError if a `device_map` offloaded weights to disk or to another device's memory, because the modules
+    then do not contain them."""
     if any(map(is_offloaded, module.modules())):
         raise ValueError(
             f"the weights of {name} are not in memory because of the model's device_map; load the model without it, or "
@@ -156,7 +160,7 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
 
 
 def check_not_on_meta(module: nn.Module, name: str) -> None:
-    """Raise if weights are not in memory."""
+    """Raise ValueError if the weights of a module are not in memory."""
     check_not_offloaded(module, name)
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(
@@ -166,7 +170,8 @@ def check_not_on_meta(module: nn.Module, name: str) -> None:
 
 
 def check_not_wrapped(model: nn.Module) -> None:
-    """Raise for a wrapper of a model, because the model inside is what loads, saves and returns a loss."""
+    """Raise ValueError if a model is a wrapper, because the wrapped model is the one that is loaded and saved and that
+    returns a loss."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
             f"{type(model).__name__} is a wrapper; change the model inside it (PEFT's get_base_model(), _orig_mod of "
@@ -175,7 +180,7 @@ def check_not_wrapped(model: nn.Module) -> None:
 
 
 def check_not_packed(model: nn.Module) -> None:
-    """Raise if the weights of a model are packed as in a GGUF file."""
+    """Raise ValueError if any of a model's weights are packed in GGUF format."""
     if any(map(is_packed_gguf, model.modules())):
         raise ValueError(
             f"{type(model).__name__} holds weights packed as in its GGUF file; load it with quantization_config="
@@ -184,7 +189,7 @@ def check_not_packed(model: nn.Module) -> None:
 
 
 def split_gate_up(tensor: Tensor, order: GateUpOrder) -> tuple[Tensor, Tensor]:
-    """Split a weight or bias `(..., 2 h)` into gate and up, each `(..., h)`."""
+    """Split a weight or bias `(..., 2 h)` into its gate and up parts, each `(..., h)`."""
     if order == "interleaved":
         return tensor[..., ::2], tensor[..., 1::2]
     first, second = tensor.chunk(2, dim=-1)
@@ -192,8 +197,8 @@ def split_gate_up(tensor: Tensor, order: GateUpOrder) -> tuple[Tensor, Tensor]:
 
 
 def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
-    """Return the dropout as a module, given the path of a module or rate, or a rate. Return None if it drops
-    nothing."""
+    """Return a dropout as a module, given the path of a module, the path of a rate, or a rate. Return None if the
+    dropout is inactive."""
     found = attrgetter(dropout)(module) if isinstance(dropout, str) else dropout
     if found is None or getattr(found, "p", found) == 0:
         return None
@@ -201,8 +206,12 @@ def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | 
 
 
 def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
-    """Check that a layer is a plain linear layer, or GPT-2's `Conv1D`, which stores its weight as `(in, out)`. With
-    `slot`, the module is not run to verify what the layer computes, so custom forwards are rejected too."""
+    """Raise TypeError if a layer is neither a plain linear layer nor GPT-2's `Conv1D`, which stores its weight as
+    `(in, out)`.
+
+    With `slot`, layers with a custom `forward` are also rejected, because the module is not run to verify their
+    outputs.
+    """
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
     )
@@ -214,7 +223,8 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
 
 
 def call_or_none(compute: Callable[[], Any]) -> Tensor | None:
-    """Return the tensor that unknown code returns, or None if it raises or returns something else."""
+    """Call unknown code and return the resulting tensor. Return None if the code raises an exception or does not return
+    a tensor."""
     try:
         out = compute()
     except Exception:
@@ -224,7 +234,7 @@ def call_or_none(compute: Callable[[], Any]) -> Tensor | None:
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put modules and their submodules into evaluation mode while the context is active."""
+    """Context manager that puts modules and their submodules into evaluation mode."""
     modes = {part: part.training for module in modules for part in module.modules()}
     try:
         for module in modules:
@@ -245,6 +255,6 @@ TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def read_activation(activation: Any) -> nn.Module:
-    """Return the torch module that computes an activation, or the activation itself if there is none."""
+    """Convert an activation to the equivalent torch module. Return the activation itself if there is no such module."""
     make = TORCH_ACTIVATIONS.get(type(activation).__name__)
     return make_activation(activation) if make is None else make()

@@ -1,9 +1,10 @@
-"""Finds feed-forward networks by their structure in models of unknown classes.
+"""Finds feed-forward networks in models of unknown classes based on their structure.
 
-A network consists of two linear layers with an activation between them, or of three layers, two of whose outputs are
-multiplied. Both ends have the width of the residual stream, the middle is no narrower, and all layers are inside a
-numbered block. A trace of the block (`block_tracer.py`) shows the input of the last layer when the first layers return
-random numbers. The activation that computes this input, and the layer it is applied to, are found by trial.
+A network consists of two linear layers with an activation between them, or of three linear layers where the outputs of
+two layers are multiplied. The network's input and output have the dimension of the residual stream, its hidden
+dimension is at least as large, and all of its layers are in a numbered block. A trace of the block (see
+`block_tracer.py`) shows the input of the last layer when the first layers return random numbers. The search then tries
+different activations, and different layers to which they may be applied, until the result matches this input.
 
 Axes: d model dim, h hidden dim.
 """
@@ -54,10 +55,10 @@ class UnsupportedNetwork(NamedTuple):
 def search_networks(
     model: nn.Module, known_networks: Mapping[str, Adapter | UnsupportedNetwork]
 ) -> tuple[list[NetworkLocation], list[UnsupportedNetwork]]:
-    """Return the networks of a model that can be replaced, and those that are not supported.
+    """Search a model for feed-forward networks. Return the networks that can be replaced, and the unsupported networks.
 
     Args:
-        known_networks: what is already known about the networks of some modules, keyed by path.
+        known_networks: networks that are already known, keyed by the paths of their modules.
     """
     names = {module: name for name, module in model.named_modules()}
     excluded = [
@@ -97,23 +98,23 @@ def search_networks(
 
 
 def matches_residual_width(block: nn.Module, parts: list[nn.Module]) -> bool:
-    """Return whether the width of a network equals that of a norm, or of another layer's output, in its block."""
+    """Return whether a network's output dimension matches a norm or the output of another layer in the same block."""
     others = set(block.modules()).difference(parts)
     widths = {len(p) for other in others for p in other.parameters(recurse=False) if 0 < p.ndim < 3}
     return not widths or get_linear_sizes(parts[-1])[1] in widths
 
 
 def has_experts(module: nn.Module) -> bool:
-    """Return whether a module has children that are experts, with or without a router."""
+    """Return whether a module has experts or a router among its children."""
     return any(EXPERT_NAMES.search(name) for name, _ in module.named_children())
 
 
 class UnsupportedNetworkError(Exception):
-    """Raised if a network cannot be replaced, with the reason."""
+    """Raised if a network cannot be replaced. The message states the reason."""
 
 
 def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
-    """Return the adapter that locates a network's parts.
+    """Return an adapter that describes where a network's parts are located.
 
     Raises:
         UnsupportedNetworkError: the network cannot be replaced.
@@ -138,10 +139,10 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
 
 
 def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
-    """Return the first adapter that reproduces the input of the last layer from the results of the first layers.
+    """Return the first adapter that reproduces the last layer's input from the outputs of the first layers.
 
     Raises:
-        UnsupportedNetworkError: there is none.
+        UnsupportedNetworkError: no adapter reproduces the input.
     """
     hidden = chain.hidden
     known = (nn.SiLU(), nn.GELU("tanh"), nn.GELU(), nn.ReLU(), SquaredReLU(), nn.Tanh())
@@ -155,7 +156,7 @@ def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
 
 
 def list_candidates(trial: BlockTracer, chain: LinearChain) -> list[tuple[Adapter, Tensor, Any]]:
-    """Return the candidates for a product of a and the activation of b, as (adapter, b, a)."""
+    """List the products `a * activation(b)` that the network may compute. Each candidate is a tuple (adapter, b, a)."""
     first, last, down = chain.ups[0], chain.ups[-1], chain.down
     one, two = trial.results[first], trial.results[last]
     if first != last:
@@ -166,16 +167,18 @@ def list_candidates(trial: BlockTracer, chain: LinearChain) -> list[tuple[Adapte
 
 
 def reproduces_hidden(activation: nn.Module, b: Tensor, a: Any, wanted: Tensor) -> bool:
-    """Return whether the elementwise activation of b, times a, equals `wanted`."""
+    """Return whether `a * activation(b)` is equal to `wanted`, for an elementwise activation."""
     made = call_or_none(lambda: type(activation).forward(activation, b.reshape(-1, 1)).view(b.shape) * a)
     return made is not None and made.shape == wanted.shape and torch.allclose(made, wanted, atol=2e-6, rtol=2e-5)
 
 
 def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapter) -> Adapter:
-    """Return an adapter that bypasses a network's parts, for a network in a module that also does other things.
+    """Return an adapter with `slot=True` for a network in a module that also has other functions. The adapter lists the
+    parts to bypass.
 
     Raises:
-        UnsupportedNetworkError: tokens would not reach its last layer, or something else would change.
+        UnsupportedNetworkError: with the parts bypassed, tokens would not reach the network's last layer unchanged, or
+            other computations of the module would change.
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]

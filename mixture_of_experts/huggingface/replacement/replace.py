@@ -1,6 +1,7 @@
-"""Replaces feed-forward networks of a loaded model by mixtures of new experts, or of copies of the networks.
+"""Replaces the feed-forward networks of a loaded model with `MoE` layers. The experts are newly initialized or are
+copies of the original networks.
 
-Axes: d model dim, h hidden dim, e experts, g slices of a network.
+Axes: d model dim, h hidden dim, e experts, g slices per network.
 """
 
 from __future__ import annotations
@@ -66,37 +67,40 @@ def replace_ffn(
     loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
-    """Replace a model's feed-forward networks by `MoE` layers with new experts, in place.
+    """Replace a model's feed-forward networks in place with `MoE` layers whose experts are newly initialized.
 
-    The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual connections and
-    return types of the model are unchanged. Padding is ignored in all losses and statistics. The loss of a training
-    forward pass with labels includes the auxiliary loss (`aux_loss`). Weights of layers are new tensors, so construct
-    the optimizer afterwards. Before adding PEFT adapters, whose files do not include routers, save the model and load
-    it again.
+    The experts have the same activation, biases, dropout, dtype and device as the original networks. The model's norms,
+    residual connections and return types are unchanged. All losses and statistics ignore padding. In training, the loss
+    that the model returns for labels includes the auxiliary loss (see `aux_loss`). The layers' weights are new tensors,
+    so construct the optimizer afterwards. If you want to add PEFT adapters, first save the model and load it again,
+    because adapter files do not include the routers.
 
     Args:
-        model: a `transformers` model. Pass the model that you train, so that its loss is found, before wrapping it
-            (PEFT, `torch.compile`, DDP).
-        num_experts: e, the number of experts.
-        k: number of experts per token, for the default gate.
-        layers: which networks to replace: block numbers, names (as returned), or a predicate on names. Default: all.
-        gate: a function `(dim, num_experts)` that constructs a new gate for each layer. Default:
-            `TopKGating(dim, num_experts, k)`, which drops no tokens. A gate that reads `token_ids` (`HashGating`)
-            receives the model's `input_ids`.
-        hidden_dim: hidden dim of an expert. Default: that of the network.
-        shared_expert: hidden dim of a new shared expert, which processes every token. Default: no shared expert.
+        model: a `transformers` model. Pass the model that computes the training loss, before it is wrapped (PEFT,
+            `torch.compile`, DDP).
+        num_experts: number of experts in each layer.
+        k: number of experts per token. Used only by the default gate.
+        layers: the networks to replace, specified as block numbers, names (as returned by this function), or a
+            predicate on names. Default: all networks.
+        gate: a function `(dim, num_experts)` that returns a new gate for each layer. Default:
+            `TopKGating(dim, num_experts, k)`, which does not drop any tokens. Gates that read `token_ids`, such as
+            `HashGating`, receive the model's `input_ids`.
+        hidden_dim: hidden dim of each expert. Default: the hidden dim of the original network.
+        shared_expert: hidden dim of a newly initialized shared expert, which processes every token. Default: no shared
+            expert.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
-        adapters: adapters for networks that are not found automatically, keyed by class name.
+        adapters: adapters for networks that are not found automatically, keyed by the class name of the network's
+            module.
 
     Returns:
-        The paths of the new layers.
+        The paths of the new layers in the model.
 
     Raises:
-        ValueError: no network, or none of `layers`, was found (the error lists the available ones); the model is a
-            wrapper; a network shares weights with another module; `gate` returned the same gate for two layers; or a
-            size is not a positive integer.
-        TypeError: a network's linear layers are not plain; `gate` is not a function of two sizes that returns a gate;
-            or `layers` contains something other than numbers and names.
+        ValueError: the model has no feed-forward networks or none that match `layers` (the error lists the available
+            networks), the model is a wrapper, a network shares weights with another module, `gate` returned the same
+            gate for two layers, or a size is not a positive integer.
+        TypeError: a network has linear layers that are quantized or sharded or have adapters, `gate` is not a function
+            `(dim, num_experts)` that returns a gate, or `layers` contains elements other than numbers and names.
 
     Example:
         >>> import torch
@@ -136,30 +140,33 @@ def upcycle(
     loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
-    """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
+    """Replace a model's feed-forward networks with `MoE` layers whose experts are initialized as copies of these
+    networks (arXiv 2212.05055).
 
-    Before training, the model computes the same as before, up to rounding, unless `noise` or `redraw` are used. This
-    requires that a gate's weights have the same sum for every token, and that it drops no tokens in eval. Frozen
-    weights (`requires_grad=False`) are also frozen in the experts, and routers are trainable. Create the optimizer and
-    adapters afterwards, as for `replace_ffn`.
+    Until it is trained, the upcycled model returns the same outputs as the original model up to rounding, unless
+    `noise` or `redraw` is used. This requires that the gate's router weights have the same sum for every token, and
+    that the gate does not drop tokens in eval mode. Experts copied from frozen weights (`requires_grad=False`) are also
+    frozen, but routers are trainable. As with `replace_ffn`, construct the optimizer and add PEFT adapters afterwards.
 
-    With `granularity=g`, an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to
-    `g i + g - 1` are the slices of copy i. They start with equal router weights, so that tokens choose them together.
-    Therefore `num_experts` and the gate's number of choices must be multiples of g.
+    With `granularity=g`, each expert is a slice of the network with `h / g` hidden units (arXiv 2410.07524). Experts
+    `g i` to `g i + g - 1` are the slices of copy i. All slices of a copy start with equal router weights, so that
+    tokens choose them together. Therefore, `num_experts` and the gate's number of choices must be multiples of g.
 
     Args:
-        granularity: g, as above.
-        shared_expert: number of hidden units that become a shared expert, which processes every token. These are the
-            first units of the network; the experts are copies of the remaining ones.
-        noise: standard deviation of the Gaussian noise added to the experts' weights, relative to that of each weight
-            tensor.
-        redraw: fraction of each expert's hidden units whose weights are redrawn from a normal distribution with the
-            mean and standard deviation of the weights (arXiv 2502.19261).
-        others: as in `replace_ffn`.
+        granularity: number of slices g into which each copy is divided.
+        shared_expert: number of hidden units that are moved to a shared expert, which processes every token. The shared
+            expert contains the first hidden units of the network, and the other experts are copies of the remaining
+            hidden units.
+        noise: standard deviation of Gaussian noise that is added to the experts' weights, relative to the standard
+            deviation of each weight tensor.
+        redraw: fraction of each expert's hidden units that are reinitialized. Their weights are drawn from a normal
+            distribution with the mean and standard deviation of the original weights (arXiv 2502.19261).
+        others: see `replace_ffn`.
 
     Raises:
-        ValueError, TypeError: as in `replace_ffn`; also if the sum of the gate's weights varies (k = 1 without
-            normalization), if the gate drops tokens in eval, or if sizes are not divisible.
+        ValueError, TypeError: as in `replace_ffn`. Also raised if the sum of the router weights varies between tokens
+            (for example, with k = 1 and without normalization), if the gate drops tokens in eval mode, or if a size is
+            not divisible by `granularity`.
 
     Example:
         >>> import torch
@@ -206,7 +213,8 @@ def upcycle(
 def find_networks(
     model: nn.Module, layers: LayerSelection, adapters: Mapping[str, Adapter] | None
 ) -> list[NetworkLocation]:
-    """Return the networks of a model that have an adapter or are found by structure, restricted to `layers`."""
+    """Return the networks in a model that are selected by `layers`. Networks are located with `adapters` or by their
+    structure."""
     check_not_wrapped(check_model("model", model))
     check_not_packed(model)
     adapters = {} if adapters is None else adapters
@@ -231,7 +239,7 @@ def find_networks(
 
 
 def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNetwork]) -> str:
-    """Return, for an error message, the reasons why networks of a model cannot be replaced."""
+    """Describe the reasons why networks of a model cannot be replaced, as part of an error message."""
     if unsupported:
         reasons = "; ".join(
             dict.fromkeys(
@@ -246,8 +254,8 @@ def explain_unsupported(model: nn.Module, unsupported: Collection[UnsupportedNet
 
 
 def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]) -> list[UnsupportedNetwork]:
-    """Return the modules in which no network was found, although modules of the same class at the same location in a
-    block have one."""
+    """Return the modules in which no network was found, although a network was found in modules of the same class in
+    other blocks."""
     found = {(to_path_pattern(location.name), type(location.module)) for location in locations}
     names = {location.name for location in locations}
     return [
@@ -260,7 +268,7 @@ def find_inconsistent_modules(model: nn.Module, locations: list[NetworkLocation]
 
 
 def to_path_pattern(name: str) -> str:
-    """Return a path with each number replaced by a star."""
+    """Replace each number in a path with "*"."""
     return PATH_NUMBER.sub("*", name)
 
 
@@ -274,7 +282,7 @@ def check_not_chunked(model: nn.Module) -> None:
 
 
 def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
-    """Return the names that `layers` selects, all of which must exist."""
+    """Return the names that `layers` selects. Raise ValueError if an entry of `layers` does not match any name."""
     if layers is None:
         return names
     requested: Any = layers
@@ -296,7 +304,7 @@ def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
 
 
 def parse_block_number(name: str) -> int | None:
-    """Return the first number in a path, which is that of the block, or None if there is none."""
+    """Return the first number in a path, which is the block number. Return None if the path contains no number."""
     match = PATH_NUMBER.search(name)
     return None if match is None else int(match[0])
 
@@ -305,8 +313,8 @@ def parse_block_number(name: str) -> int | None:
 
 
 def make_gate_factory(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
-    """Return a function that creates gates with `gate` (default: `TopKGating`) and checks that each layer gets a new
-    one."""
+    """Wrap `gate` in a function that checks that every layer receives a new gate. If `gate` is None, the returned
+    function constructs a `TopKGating`."""
     if gate is None:
         return lambda dim, num_experts: TopKGating(dim, num_experts, k)
     wanted = "expected gate to return a new gate for each layer, as lambda d, e: TopKGating(d, e, k=2) does"
@@ -338,8 +346,8 @@ def build_moe(
     *,
     init_weights: bool = True,
 ) -> MoE:
-    """Return a layer with matching experts and the network's device and dtype. Without `init_weights`, the experts are
-    on the meta device."""
+    """Build a layer whose experts have the same architecture, device and dtype as a dense network. If `init_weights` is
+    False, the experts are on the meta device."""
     kind = GatedExperts if dense.is_gated else Experts
     device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
     with device if init_weights else torch.device("meta"):
@@ -361,7 +369,8 @@ def build_moe(
 def replace_networks(
     model: nn.Module, locations: list[NetworkLocation], build: Callable[[NetworkLocation, DenseFFN], MoE]
 ) -> list[str]:
-    """Build all layers before inserting them into the model, so that errors leave it unchanged. Return their paths."""
+    """Replace networks with layers, and return the paths of the layers. All layers are built before the first layer is
+    inserted, so that errors leave the model unchanged."""
     built = []
     check_not_tied(model, locations)
     for location in locations:
@@ -382,8 +391,11 @@ def replace_networks(
 
 
 def register_layers(model: nn.Module, names: Sequence[str]) -> None:
-    """Register layers with the enclosing model, which then supplies their masks, adds their losses, saves their weights
-    under their own names, and describes them in its configuration."""
+    """Register layers with the enclosing model.
+
+    The model then supplies the layers' masks, adds their losses to its own loss, saves their weights under their own
+    names, and describes them in its configuration.
+    """
     for module in model.modules():
         clear_gguf_quantizer(module)
     watch_model(model, names)
@@ -394,7 +406,8 @@ def register_layers(model: nn.Module, names: Sequence[str]) -> None:
 
 @torch.no_grad()
 def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
-    """Raise if a module computes something different, on random tokens, from the network that was read from it."""
+    """Raise ValueError if the output of a module on random tokens differs from that of the network that was read from
+    it."""
     if dense.reference_weight.is_meta:
         return
     x = torch.randn(2, 3, dense.dim, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(
@@ -411,7 +424,7 @@ def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
 
 
 def insert_layer(model: nn.Module, location: NetworkLocation, feed_forward: MoEFeedForward) -> None:
-    """Insert a layer into the model, and replace the network's other parts by identities."""
+    """Insert a layer into the model, and replace the network's other parts with identities."""
     adapter = location.adapter
     if not adapter.slot:
         replace_module(model, location.module, feed_forward)
@@ -425,7 +438,8 @@ def insert_layer(model: nn.Module, location: NetworkLocation, feed_forward: MoEF
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace a module at all its paths, keeping its hooks. A network that several layers share becomes one MoE."""
+    """Replace a module at all of its paths, and move its hooks to the new module. A network that several layers share
+    is replaced with a single shared `MoE`."""
     remove_capturing_hooks(old)
     move_hooks(old, new)
     for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
@@ -433,7 +447,8 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
-    """Raise if networks share weights with other modules, because experts would not share them."""
+    """Raise ValueError if networks share weights with other modules, because the experts would not share these
+    weights."""
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for location in locations:
         for path in location.adapter.linears().values():
@@ -446,7 +461,7 @@ def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
 
 
 class One(nn.Module):
-    """A module that returns 1 in place of a factor."""
+    """A module that returns 1, used in place of a module whose output is a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())
@@ -461,7 +476,7 @@ def set_attribute(module: nn.Module, path: str, value: Any) -> None:
 
 
 def repeat_router_columns(gate: Any, g: int) -> None:
-    """Make the router weights of the g slices of each copy equal."""
+    """Copy the router's columns so that all g slices of a copy start with the same router weights."""
     if g == 1:
         return
     with torch.no_grad():
@@ -476,8 +491,12 @@ def repeat_router_columns(gate: Any, g: int) -> None:
 
 @torch.no_grad()
 def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float) -> None:
-    """Copy slice i mod g of the network's hidden units, starting at `first`, to expert i. The weights of the last layer
-    are scaled to compensate for the gate's weights, whose sum is `total`. Frozen weights stay frozen."""
+    """Copy a slice of the network's hidden units to each expert.
+
+    The hidden units from `first` onwards are divided into g slices, and expert i receives slice i mod g. The weights of
+    the last layer are scaled to compensate for the router weights, whose sum is `total`. Frozen weights remain
+    frozen.
+    """
     e, h = experts.num_experts, experts.hidden_dim
     for name, _ in list(experts.named_parameters(recurse=False)):  # excludes the shared activation
         stack = torch.stack([select_hidden_units(dense, name, first + i % g * h, h) for i in range(e)])
@@ -488,7 +507,8 @@ def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float
 
 @torch.no_grad()
 def fill_shared_expert(shared_expert: Any, dense: DenseFFN) -> None:
-    """Copy the first hidden units of a network to a shared expert, except for its last bias, which the experts have."""
+    """Copy the first hidden units of a network to a shared expert. The bias of the last layer is not copied, because
+    the other experts contain it."""
     if shared_expert is None:
         return
     names = ("gate_proj", "down_proj", "up_proj") if dense.is_gated else ("up_proj", "down_proj")
@@ -502,15 +522,16 @@ def fill_shared_expert(shared_expert: Any, dense: DenseFFN) -> None:
 
 
 def select_hidden_units(network: DenseFFN, name: str, start: int, number: int) -> Tensor:
-    """Return the part of a weight or bias that belongs to a range of hidden units, or all of `b2`, which belongs to
-    none."""
+    """Return the part of a weight or bias that belongs to a range of hidden units. `b2` does not depend on hidden units
+    and is returned whole."""
     weight = network.weights[name]
     return weight.narrow(HIDDEN_AXIS[name], start, number) if name in HIDDEN_AXIS else weight
 
 
 @torch.no_grad()
 def perturb_experts(experts: Any, noise: float, redraw: float) -> None:
-    """Make copies differ by adding noise to weights and by redrawing the same number of hidden units in each expert."""
+    """Make the copies differ by adding noise to their weights, and by reinitializing the same number of hidden units in
+    each expert."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
     for weight in weights.values() if noise else ():
         weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())

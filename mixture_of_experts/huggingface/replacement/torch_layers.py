@@ -1,7 +1,9 @@
-"""`nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`: their networks, their padding, and their fused path.
+"""Supports `nn.TransformerEncoderLayer` and `nn.TransformerDecoderLayer`: locates their networks, reads their padding
+masks, and disables their fused path.
 
-In eval without gradients, an encoder layer runs a single fused operator, which reads the weights of `linear1` and
-`linear2`. `nn.TransformerEncoder` reads those of its first layer before it removes padding for that operator.
+In eval mode without gradients, an encoder layer runs a single fused operator that reads the weights of `linear1` and
+`linear2`. `nn.TransformerEncoder` reads the same weights of its first layer before it removes padding for this
+operator.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ TORCH_LAYER_CLASSES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwork]:
-    """Return the torch layers of a model, keyed by path. Layers without `batch_first` cannot be replaced."""
+    """Return the torch layers in a model, keyed by path. Networks in layers without `batch_first` are reported as
+    unsupported."""
     found: dict[str, Adapter | UnsupportedNetwork] = {}
     own = [kind._ff_block for kind in TORCH_LAYER_CLASSES]
     for name, module in model.named_modules():
@@ -44,7 +47,7 @@ def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwor
 
 
 class LayerReader(ArgumentsReader):
-    """A reader that determines from the arguments of a torch layer which of its tokens are real."""
+    """Reads the shape and padding mask of a torch layer's tokens from the layer's arguments."""
 
     argument_names: ClassVar[tuple[str, ...]] = ("src", "tgt", "src_key_padding_mask", "tgt_key_padding_mask")
 
@@ -59,8 +62,8 @@ class LayerReader(ArgumentsReader):
 
 
 def disable_fused_path(model: nn.Module) -> None:
-    """Disable the fused operator of torch's encoder layers whose network is replaced, so that they call their parts in
-    eval too."""
+    """Disable the fused operator in torch encoder layers whose networks were replaced, so that they also call their
+    submodules in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not has_dense_ffn(module):
             module.activation_relu_or_gelu = 0  # torch's marker for an activation that the operator does not support

@@ -1,4 +1,4 @@
-"""The sum of a token's router weights, which determines the scale of upcycled experts."""
+"""Computes the sum of a token's router weights, which determines how the weights of upcycled experts are scaled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mixture_of_experts.moe import MoE
 
 @torch.no_grad()
 def get_constant_weight_sum(moe: MoE, g: int) -> float:
-    """Return the sum of a token's router weights in eval, which must be the same for all tokens and for the g slices of
-    a copy.
+    """Return the sum of a token's router weights in eval mode. The sum must be the same for all tokens, and each of the
+    g slices must account for the same share of it.
 
     Raises:
-        ValueError: the sum varies, or the gate drops tokens in eval.
+        ValueError: the sum varies between tokens, or the gate drops tokens in eval mode.
     """
     gate: Any = moe.gate
     dense = "the upcycled model would not compute the same as the dense model"

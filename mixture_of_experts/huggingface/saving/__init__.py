@@ -1,1 +1,1 @@
-"""Saves and loads models with layers, and exports them as stock models of `transformers`."""
+"""Saves and loads models with `MoE` layers, and exports them as stock `transformers` models."""

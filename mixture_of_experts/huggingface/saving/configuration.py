@@ -5,9 +5,9 @@
      "dense_config": {"model_type": "llama", ..., "quantization_config": {"quant_method": "mixture_of_experts",
                                                                          "layers": [...]}}}
 
-Without this package, `AutoConfig`, and therefore every Auto class, rejects this model type. With it, they get the dense
-configuration, with `ExpertsLoader` as the quantizer. A model's own class finds `dense_config` by itself, because it
-looks for a sub-configuration with its own `model_type`.
+Without this package, `AutoConfig` and all other Auto classes reject this model type. If this package is imported,
+`AutoConfig` returns the dense configuration, with `ExpertsLoader` as the quantizer. A model's own class also finds
+`dense_config`, because it looks for a sub-configuration with its own `model_type`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ UNSTACKED_FORM = {"class": "UnstackedExperts"}  # one of the forms of experts
 
 
 class ExpertsConfig(PreTrainedConfig):
-    """A configuration that reads the saved one of a model with experts, and returns the configuration of the dense
-    model."""
+    """Reads the saved configuration of a model with experts, and returns the configuration of the dense model."""
 
     model_type = MODEL_TYPE
 
@@ -54,7 +53,7 @@ AutoConfig.register(MODEL_TYPE, ExpertsConfig)
 
 
 class ExpertsConfigMixin:
-    """A mixin for the class of a model's configuration that writes a description of the experts to its file."""
+    """A mixin for configuration classes that adds a description of the experts to the saved file."""
 
     def to_dict(self: Any) -> dict[str, Any]:
         found = super().to_dict()  # type: ignore[misc]
@@ -94,22 +93,22 @@ class ExpertsConfigMixin:
 
 @cache
 def make_config_class(plain: type[PreTrainedConfig]) -> Any:
-    """Return the class of a dense model's configuration with `ExpertsConfigMixin` added. Its name is unchanged, because
-    transformers looks it up."""
+    """Add `ExpertsConfigMixin` to the configuration class of a dense model, and return the new class. The new class
+    keeps the original name, because `transformers` looks up classes by name."""
     if issubclass(plain, ExpertsConfigMixin):
         return plain
     return type(plain.__name__, (ExpertsConfigMixin, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
 
 
 def empty(plain: type[PreTrainedConfig]) -> Any:
-    """Return an empty configuration, for copies and pickles. Pickle would find the dense class if it had only the class
-    name."""
+    """Return an empty configuration for `copy` and `pickle`. Pickle cannot store the class by name, because the name
+    refers to the dense class."""
     return object.__new__(make_config_class(plain))
 
 
 def read_layer_entries(config: Any) -> list[dict[str, Any]]:
-    """Return the descriptions of layers with experts in a configuration, of a model in memory or from a file, or [] if
-    there are none."""
+    """Return the descriptions of layers with experts in a configuration, or [] if it does not describe any. The
+    configuration may belong to a model in memory or come from a file."""
     found, read = getattr(config, LAYERS_KEY, None), read_quantization(config)
     if found is None and read.get("quant_method") == MODEL_TYPE:
         found = read.get("layers")
@@ -117,17 +116,18 @@ def read_layer_entries(config: Any) -> list[dict[str, Any]]:
 
 
 def read_quantization(config: Any) -> dict[str, Any]:
-    """Return the quantizer settings in a configuration, or {} if there are none."""
+    """Return a configuration's quantizer settings, or {} if it has none."""
     read = getattr(config, "quantization_config", None) or {}
     return read if isinstance(read, dict) else vars(read)
 
 
 def store_layers_in_config(model: nn.Module) -> None:
-    """Add the layers with experts to the model's configuration.
+    """Add descriptions of the layers with experts to a model's configuration.
 
-    The model gets a separate configuration, because other models may share the old one. A model without a head keeps
-    the old one, because it may be part of a model with a head, whose configuration must describe the experts too. For a
-    module that is not a `transformers` model, this applies to the models in it that have such layers.
+    The configuration is copied first, because other models may share it. A model without a head keeps the original
+    configuration, because it may be part of a model with a head, whose configuration must describe the experts as well.
+    If `model` is not a `transformers` model, this function processes the `transformers` models inside it that have such
+    layers.
     """
     if not isinstance(model, PreTrainedModel):
         for inner in model.children():
@@ -155,7 +155,7 @@ def store_layers_in_config(model: nn.Module) -> None:
 
 
 def remove_layers_from_config(config: Any) -> None:
-    """Remove everything that describes experts from a configuration in memory."""
+    """Remove the descriptions of experts from a configuration in memory."""
     if isinstance(config, ExpertsConfigMixin):
         config.__class__ = type(config).__bases__[1]
         for name in (LAYERS_KEY, "quantization_config"):

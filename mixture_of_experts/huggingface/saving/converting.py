@@ -1,5 +1,5 @@
-"""Converts saved models to folders with layers of this package. Loading memory-maps their weights, and a call reads
-only the experts that it chooses."""
+"""Converts saved models to models with layers of this package, and writes them to new folders. Loading such a folder
+memory-maps the weights, and a forward pass reads only the chosen experts."""
 
 from __future__ import annotations
 
@@ -48,30 +48,33 @@ def convert_folder(
     group: int = 64,
     rounding: RoundingFunction | None = None,
 ) -> None:
-    """Convert a saved model layer by layer, and write the folder that `save_pretrained` would write.
+    """Convert a saved model layer by layer. The new folder has the contents that `save_pretrained` would write for the
+    converted model.
 
-    `from_pretrained` memory-maps the stacked experts of this folder, so models larger than memory can run. At most
-    three copies of a layer and one output file are in memory at a time.
+    `from_pretrained` memory-maps the stacked experts in the new folder, so models that do not fit into memory can run.
+    The conversion holds at most three copies of a layer and one output file in memory.
 
     Args:
-        source: the folder of a stock model, whose sparse blocks are converted as in `from_transformers`, or a folder
-            written by `save_pretrained` or another command.
-        target: a new folder.
-        bits: bits per weight of quantized experts, 8 or 4. Default: experts are not quantized.
-        block: layout of 4-bit weights, as in `QuantizedExperts`. Default: that of this machine's CPU, so that weights
-            stay mapped when they are loaded here. Weights in another layout are rearranged in memory.
-        dtype: cast floating-point weights as `from_pretrained(dtype=...)` would. Default: keep the stored dtypes.
-        loss_coef: coefficient of each layer's balancing loss. Default: the one saved in the folder, or as in
-            `from_transformers` for a stock model.
+        source: the folder of a stock model, or a folder written by `save_pretrained` or another command. The sparse
+            blocks of a stock model are converted as in `from_transformers`.
+        target: path of the new folder, which must not exist yet.
+        bits: number of bits per weight to which experts are quantized, 8 or 4. Default: experts are not quantized.
+        block: layout of 4-bit weights; see `QuantizedExperts`. Default: the layout for this machine's CPU, so that
+            weights remain memory-mapped when they are loaded here. Weights in another layout are rearranged in memory
+            when they are loaded.
+        dtype: dtype to which floating-point weights are cast, as in `from_pretrained(dtype=...)`. Default: weights keep
+            their stored dtypes.
+        loss_coef: coefficient of each layer's load-balancing loss. Default: the saved coefficient or, for a stock
+            model, the same behavior as in `from_transformers`.
         max_shard_size: maximum size of a weight file, in bytes.
-        group, rounding: as in `quantize_experts`. Used only with `bits`.
+        group, rounding: see `quantize_experts`. These arguments are used only with `bits`.
 
     Raises:
-        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; also if the model is already quantized
-            and `bits` is passed, or if the names or shapes of its weights and those of the files differ.
-        FileNotFoundError: the source is not a folder.
-        FileExistsError: the target exists.
-        OSError: a file cannot be written, as on a full disk.
+        ValueError, TypeError: as in `quantize_experts` and `from_transformers`. Also raised if `bits` is passed for a
+            model that is already quantized, or if the names or shapes of the model's weights do not match the files.
+        FileNotFoundError: `source` is not a folder.
+        FileExistsError: `target` already exists.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     if block not in (None, *BLOCKS):
         raise ValueError(f"expected block to be one of {', '.join(map(str, BLOCKS))} or None, but got {block!r}")
@@ -118,14 +121,14 @@ def convert_folder(
 def quantize_folder(
     source: Path, target: Path, *, bits: int = 8, block: int | None = PORTABLE_BLOCK, **settings: Any
 ) -> None:
-    """Run `convert_folder` with different defaults: 8 bits and, for 4-bit weights, the CPU-independent layout of
-    `ops/int4.py`, which every machine rearranges in memory when loading."""
+    """Run `convert_folder` with different defaults: 8 bits, and a CPU-independent layout for 4-bit weights (see
+    `ops/int4.py`). Every machine rearranges this layout in memory when it loads the weights."""
     convert_folder(source, target, bits=bits, block=block, **settings)
 
 
 def plan_dtypes(config: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the dtype that `from_pretrained(dtype=dtype)` assigns to each floating-point weight of a saved model,
-    keyed by name."""
+    """Return the dtype to which `from_pretrained(dtype=dtype)` casts each floating-point weight of a saved model, keyed
+    by weight name."""
     model_class = find_saved_class(config)
     with torch.device("meta"), default_dtype(dtype, model_class):
         model = model_class(config)
@@ -139,7 +142,7 @@ def cast_weight(name: str, weight: Tensor, dtypes: Dtypes) -> Tensor:
 
 
 def load_weights(stock: Any, tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Load weights of a stock model in the dtypes of their files."""
+    """Load the weights of a stock model, keeping the dtypes in which they are stored."""
     found = {}
     for name, tensor in tensors.items():
         stored = {file: weights[file] for file in map_to_file_names(stock, {name: tensor}) if file in weights}

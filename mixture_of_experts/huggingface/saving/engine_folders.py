@@ -1,9 +1,9 @@
-"""Writes folders of stock models that inference engines read correctly.
+"""Saves stock models in folders that inference engines read correctly.
 
-`transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`, whereas
-llama.cpp and mlx-lm read the file itself, and some of their models fall back to a default if the earlier entry is
-missing. For a model returned by `export` or `to_transformers`, `save_pretrained` also writes the earlier entries,
-copies the source model's tokenizer, and warns about engines whose results would differ.
+`transformers` 5 moved and renamed entries of `config.json`. vLLM reads configurations through `transformers`, but
+llama.cpp and mlx-lm read the file itself. Some llama.cpp and mlx-lm models use a default value if the old entry is
+missing. If a model was returned by `export` or `to_transformers`, `save_pretrained` therefore also writes the old
+entries, copies the source model's tokenizer, and warns about engines whose results would differ.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts")  # names of the same entry
 
 
 class EngineFault(NamedTuple):
-    """A setting that engines silently ignore for some model types. `tests/test_inference_engines.py` runs each one."""
+    """A setting that an engine silently ignores for some model types. `tests/test_inference_engines.py` tests each of
+    these settings."""
 
     engines: str
     model_types: tuple[str, ...]
@@ -107,15 +108,15 @@ ENGINE_FAULTS = (
 
 
 def find_engine_faults(config: Config) -> Iterator[str]:
-    """Yield the engines that would compute something different from `transformers`, with the reason."""
+    """Yield the engines whose results would differ from those of `transformers`, and the reason."""
     for fault in ENGINE_FAULTS:
         if config.get("model_type") in fault.model_types and fault.applies(config):
             yield f"{fault.engines}: {fault.reason}"
 
 
 def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str, Any]:
-    """Return the entries that engines look for but the file lacks. `aliases` maps alternative names of entries to their
-    names."""
+    """Return the entries that engines look for but that are missing from the configuration. `aliases` maps alternative
+    entry names to the current names."""
     rope, entries = config.get("rope_parameters"), {}
     if isinstance(rope, Mapping) and "rope_theta" in rope:  # the same for all layers
         entries["rope_theta"] = rope["rope_theta"]
@@ -128,12 +129,13 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
 
 
 def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") -> None:
-    """Add what engines need to the folder of a stock model, and warn about engines whose results would differ.
+    """Add the entries and files that engines need to the folder of a stock model, and warn about engines whose results
+    would differ.
 
     Args:
-        folder: the folder, which contains `config.json`.
-        aliases: alternative names of entries of the configuration.
-        source: the folder or cached repository whose tokenizer is copied if `folder` has none.
+        folder: the folder of the stock model, which must contain `config.json`.
+        aliases: the current names of configuration entries, keyed by alternative name.
+        source: the folder or cached hub repository from which the tokenizer is copied if `folder` has no tokenizer.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -153,7 +155,7 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """Return the path of a file in a folder or in the hub cache of a repository, or None if there is none."""
+    """Return the path of a file in a folder or in a repository's hub cache, or None if the file does not exist."""
     if Path(source).is_dir():
         found: Any = Path(source) / name
     else:
@@ -165,11 +167,12 @@ def find_file(source: str, name: str) -> Path | None:
 
 
 class EngineSave:
-    """A replacement for `save_pretrained` on a stock model that writes folders for engines.
+    """A replacement for a stock model's `save_pretrained` that writes folders for inference engines.
 
-    It refers to the model weakly, because only the garbage collector would free a model in a reference cycle. In
-    `export(model).save_pretrained(folder)`, the exported model is freed before the call, so a twin with the same
-    modules is saved instead. A pickled model gets the method of its class, so that it loads without this package.
+    This object holds only a weak reference to the model. A strong reference would create a cycle, so that only the
+    garbage collector could free the model. In `export(model).save_pretrained(folder)`, the exported model is freed
+    before the call, so a twin with the same modules is saved instead. Pickling replaces this object with the class's
+    own method, so that the model can be unpickled without this package.
     """
 
     def __init__(self, model: nn.Module, source: str) -> None:
@@ -202,7 +205,8 @@ class EngineSave:
 
 
 def save_for_engines(model: nn.Module, source: str) -> None:
-    """Make `save_pretrained` of a stock model write folders that engines can read, with the tokenizer of `source`."""
+    """Make a stock model's `save_pretrained` write folders that engines can read, including the tokenizer from
+    `source`."""
     vars(model)["save_pretrained"] = EngineSave(model, source)
 
 

@@ -1,8 +1,8 @@
-"""Exports a model with experts as an equivalent model of `transformers`.
+"""Exports a model with experts as an equivalent stock model of `transformers`.
 
-`plan_export` makes all decisions without reading weights, so it also works for models whose weights are in files. The
-weights are then converted layer by layer: each layer is rewritten in the form of a sparse block, and its weights are
-copied into one.
+`plan_export` makes all decisions without reading weights, so it also supports models whose weights are in files. The
+weights are then converted layer by layer: each layer is adapted to the form of a sparse block, and its weights are
+copied into that block.
 
 Axes: e experts, d model dim, h hidden dim.
 """
@@ -37,7 +37,7 @@ LayersByPath = Mapping[str, MoEFeedForward]
 
 
 class ExportTarget(NamedTuple):
-    """A family of `transformers` models with experts, and its features."""
+    """A family of `transformers` models with experts, and the features that it supports."""
 
     prefix: str  # prefix of its classes
     dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ from it only in experts
@@ -92,20 +92,21 @@ IGNORED_SETTINGS |= {
 
 
 class ExportPlan(NamedTuple):
-    """The exported model, on the meta device, and the layers that become blocks, keyed by path."""
+    """A plan for exporting a model: the exported model on the meta device, and the layers that become blocks, keyed by
+    path."""
 
     stock_model: Any
     layers: LayersByPath
     target: ExportTarget
 
     def convert_layer(self, path: str) -> dict[str, Tensor]:
-        """Return the weights of the block that is equivalent to a layer, keyed by their names in the exported model."""
+        """Convert the layer at `path`, and return the block's weights, keyed by their names in the exported model."""
         like = adapt_to_block(self.layers[path].moe, self.target.has_shared_expert)
         return copy_to_block_state(like, self.stock_model, path)
 
     def convert_rest(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return all other weights of the exported model, given the state dict of the model. No two share memory. A
-        tied head is included only if the exported model's head is untied."""
+        """Return all other weights of the exported model, given the state dict of the original. No two of the returned
+        weights share memory. A tied head is included only if the exported model's head is untied."""
         changed, tied = tuple(f"{path}." for path in self.layers), self.stock_model.all_tied_weights_keys
         rest, seen = {}, set()
         for name, like in self.stock_model.state_dict().items():
@@ -121,22 +122,24 @@ class ExportPlan(NamedTuple):
 
 
 def export(model: nn.Module) -> Any:
-    """Return an equivalent model of a `transformers` class with experts, which runs without this package.
+    """Export a model as an equivalent stock model of `transformers`, which runs without this package.
 
-    Llama and Mistral become Mixtral, or Qwen2-MoE if only some layers have experts, there is a shared expert, or router
-    weights are not normalized. Qwen2 becomes Qwen2-MoE, and Qwen3 becomes Qwen3-MoE. Settings that affect only training
-    (loss coefficients, jitter, `capacity_factor_train`) are dropped. Additional entries of the configuration, which are
-    not settings of its class, are preserved.
+    Llama and Mistral models are exported as Mixtral. If only some of their layers have experts, if they have a shared
+    expert, or if their router weights are not normalized, they are exported as Qwen2-MoE instead. Qwen2 is exported as
+    Qwen2-MoE, and Qwen3 as Qwen3-MoE. Settings that affect only training (loss coefficients, jitter,
+    `capacity_factor_train`) are dropped. Configuration entries that are not settings of the configuration's class are
+    preserved.
 
     Args:
-        model: a `transformers` model that `replace_ffn` or `upcycle` changed. It is not modified.
+        model: a `transformers` model that `replace_ffn` or `upcycle` changed. The model is not modified.
 
     Returns:
-        A model with copies of the weights and the same dtype, device and mode. Its logits are equal up to rounding.
+        A stock model with copies of the weights and with the same dtype, device and mode. The stock model's logits are
+        equal to those of `model` up to rounding.
 
     Raises:
-        ValueError: the model has a property that no such class supports (the error names it), is a wrapper, or has
-            weights that are not in memory.
+        ValueError: the model is a wrapper, has weights that are not in memory, or has a property that none of these
+            classes supports. If a property is not supported, the error message describes it.
 
     Example:
         >>> import torch
@@ -169,7 +172,8 @@ def export(model: nn.Module) -> Any:
 
 
 def plan_export(model: Any) -> ExportPlan:
-    """Find the class for a model without reading weights. Raise ValueError if no class supports all its properties."""
+    """Find a stock class to which a model can be exported, without reading weights. Raise ValueError if no class
+    supports all properties of the model."""
     name = type(model).__name__
     layers = find_layers(model)
     if not layers:
@@ -195,7 +199,8 @@ def plan_export(model: Any) -> ExportPlan:
 
 
 def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPath, stock: Any) -> Iterator[str]:
-    """Describe the properties of the model that the target does not support. Equal layers yield equal texts."""
+    """Yield descriptions of the model's properties that the target does not support. Layers with the same properties
+    yield the same descriptions."""
     config = model.config
     dense = [i for i in range(config.num_hidden_layers) if i not in map(parse_block_number, layers)]
     if target.needs_all_layers and dense:
@@ -216,15 +221,16 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
 
 
 def select_carried_settings(config: Any, target: ExportTarget) -> dict[str, Any]:
-    """Return the settings of a dense configuration that the target's configuration also has, and the additional entries
-    that neither class knows."""
+    """Return the settings of a dense configuration that can be copied to the target's configuration. These are the
+    settings that both classes have, and entries that are settings of neither class."""
     own, theirs = (kind().to_dict().keys() for kind in (type(config), getattr(transformers, f"{target.prefix}Config")))
     settings = {name: value for name, value in config.to_dict().items() if name not in IGNORED_SETTINGS}
     return {n: value for n, value in settings.items() if n == "head_dim" or (n in own) == (n in theirs)}
 
 
 def make_target_model(model: Any, target: ExportTarget, head: str, layers: LayersByPath) -> Any:
-    """Return a model of the target on the meta device, with the sizes of the model and of its first layer."""
+    """Build the target's model on the meta device. The dimensions are taken from the original model and its first `MoE`
+    layer."""
     moe: Any = next(iter(layers.values())).moe
     settings = {
         **select_carried_settings(model.config, target),
@@ -251,8 +257,8 @@ def make_target_model(model: Any, target: ExportTarget, head: str, layers: Layer
 
 @torch.no_grad()
 def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
-    """Return a layer in the form of a block, with or without a shared expert, that computes the same as `moe` in eval
-    and shares its weights."""
+    """Return a layer that is equivalent to `moe` in eval mode and has the form of a sparse block. The layer shares its
+    weights with `moe`. With `shared_expert`, the block has a gated shared expert."""
     like = copy.copy(moe)
     like._modules = dict(moe._modules)
     if type(moe.gate) is TopKGating:
@@ -274,10 +280,10 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
 
 
 def make_half_open_gate(like: Tensor) -> Tensor:
-    """Return the weight `(1, d)` of a shared expert's gate for which the sigmoid rounds to 1/2.
+    """Return a weight `(1, d)` for a shared expert's gate that makes the gate's sigmoid round to 1/2.
 
-    Its elements are tiny. They are nonzero because llama.cpp computes the sigmoid of z as `silu(z) / z`, and they
-    differ from each other because inputs may sum to zero.
+    The elements of the weight are tiny. The elements are nonzero because llama.cpp computes the sigmoid of z as
+    `silu(z) / z`. Different elements are used because the elements of an input may sum to zero.
     """
     limits = torch.finfo(like.dtype)
     return torch.linspace(1, 2, like.shape[-1]).mul(max(2.0**-60, limits.smallest_normal * limits.eps)).expand_as(like)

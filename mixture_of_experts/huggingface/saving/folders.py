@@ -1,6 +1,6 @@
-"""Changes saved models layer by layer, holding only a few copies of one layer and one output file in memory.
+"""Converts saved models layer by layer, with only a few copies of one layer and one output file in memory.
 
-A folder is written under a temporary name in the parent folder of its target, and renamed when it is complete.
+Each folder is written under a temporary name next to its target, and is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -45,20 +45,21 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".g
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
-    """Upcycle a saved dense model and write the folder that `save_pretrained` would write.
+    """Upcycle a saved dense model. The new folder has the contents that `save_pretrained` would write for the upcycled
+    model.
 
     Args:
-        source: a folder with `config.json` and safetensors.
-        target: a new folder.
+        source: a folder with `config.json` and safetensors files.
+        target: path of the new folder, which must not exist yet.
         max_shard_size: maximum size of a weight file, in bytes.
-        settings: arguments of `upcycle`.
+        settings: additional arguments, which are passed to `upcycle`.
 
     Raises:
-        ValueError, TypeError: as in `upcycle`; also if the model already has experts, or if the names or shapes of its
-            weights and those of the files differ.
-        FileNotFoundError: the source is not a folder.
-        FileExistsError: the target exists.
-        OSError: a file cannot be written, as on a full disk.
+        ValueError, TypeError: as in `upcycle`. Also raised if the model already has experts, or if the names or shapes
+            of its weights do not match the files.
+        FileNotFoundError: `source` is not a folder.
+        FileExistsError: `target` already exists.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     config = read_config(source)
     if read_layer_entries(config):
@@ -75,21 +76,22 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
-    """Export a saved model with experts. Weights get the names used in the exported class's own checkpoints.
+    """Export a saved model with experts as a stock model. The weights have the same names as in checkpoints of the
+    stock class.
 
-    A model that was converted by `from_transformers` becomes a stock model again, as with `to_transformers`.
+    A model that `from_transformers` converted is converted back, as in `to_transformers`.
 
     Args:
-        source: a folder that `save_pretrained` or another command wrote.
-        target: a new folder.
+        source: a folder written by `save_pretrained` or another command.
+        target: path of the new folder, which must not exist yet.
         max_shard_size: maximum size of a weight file, in bytes.
 
     Raises:
-        ValueError: as in `export` and `to_transformers`; also if the names or shapes of the model's weights and those
-            of the files differ.
-        FileNotFoundError: the source is not a folder.
-        FileExistsError: the target exists.
-        OSError: a file cannot be written, as on a full disk.
+        ValueError: as in `export` and `to_transformers`. Also raised if the names or shapes of the model's weights do
+            not match the files.
+        FileNotFoundError: `source` is not a folder.
+        FileExistsError: `target` already exists.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     model = read_experts_model(source, "export")
     blocks = any(isinstance(layer, SparseFeedForward) for layer in find_layers(model).values())
@@ -113,11 +115,13 @@ def rewrite_folder(
     max_shard_size: int,
     finish: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a folder next to the target and rename it to the target at the end. It is removed after an error.
+    """Write a new folder next to the target, and rename it to the target when it is complete. If an error occurs, the
+    new folder is removed.
 
-    The folder contains the layers at `paths` as returned by `change`, all other weights of the changed model as
-    returned by `read`, and copies of the source's other files (tokenizer etc.). `finish` may change the folder before
-    it is renamed. A process killed by SIGKILL leaves a folder `.NAME.xxxx.unfinished` without a `config.json`.
+    The new folder contains the weights of the layers at `paths`, as returned by `change`, all other weights of the
+    model, as returned by `read`, and copies of the source's other files, such as the tokenizer. `finish` may modify the
+    folder before it is renamed. If the process is killed by SIGKILL, a folder `.NAME.xxxx.unfinished` without
+    `config.json` remains.
     """
     if target.exists():
         raise FileExistsError(f"{target} already exists; choose another name, or remove it")
@@ -148,15 +152,16 @@ def rewrite_folder(
 
 
 def find_block_prefix(name: str) -> str:
-    """Return the part of a weight's name that identifies its block: everything up to the first number, or "" without a
-    number. Blocks are saved independently of each other."""
+    """Return the prefix of a weight name up to and including the first number, which identifies the weight's block. If
+    the name contains no number, return "". Blocks are saved independently of each other."""
     found = re.match(r".*?\.\d+\.", name)
     return found[0] if found else ""
 
 
 @contextmanager
 def naming_unwritable_file(path: Path) -> Iterator[None]:
-    """Make errors while writing, such as on a full disk, name the file of the target and the remedy."""
+    """Context manager that turns errors during writing, such as a full disk, into an OSError that names the target file
+    and the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors does not raise OSError
@@ -167,7 +172,7 @@ def naming_unwritable_file(path: Path) -> Iterator[None]:
 
 
 def read_experts_model(source: Path, action: str) -> Any:
-    """Return the model with experts in a folder, as returned by `read_model`."""
+    """Like `read_model`, but raise ValueError if the model in the folder has no experts."""
     config = read_config(source)
     if not read_layer_entries(config):
         raise ValueError(
@@ -178,8 +183,8 @@ def read_experts_model(source: Path, action: str) -> Any:
 
 
 def read_model(source: Path, config: Any) -> Any:
-    """Return the model in a folder, with the dtypes and the 4-bit layout of its files. The weights are memory-mapped,
-    so only the parts that are used are read."""
+    """Return the model in a folder. The weights keep their stored dtypes and 4-bit layout. All weights are
+    memory-mapped, so only the parts that are used are read."""
     weights = read_weights(source)
     if read_layer_entries(config):
         config = copy.copy(config)
@@ -206,8 +211,8 @@ def read_model(source: Path, config: Any) -> Any:
 
 
 def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError | None:
-    """Return an error for a weight whose shapes in the files and in the model differ, because the error of transformers
-    names no weight."""
+    """Find a weight whose shape in the files differs from that in the model, and return an error that names it, or None
+    if all shapes match. The error that `transformers` raises does not name the weight."""
     model = make_empty_model(config)
     if entries := read_layer_entries(config):
         insert_experts(model, entries)
@@ -218,8 +223,8 @@ def find_wrong_shape(config: Any, weights: Mapping[str, Tensor]) -> ValueError |
 
 
 def read_config(source: Path) -> Any:
-    """Return the configuration in a folder, whose model must not be quantized by another library. This neither accesses
-    the hub nor runs code in the folder."""
+    """Return the configuration in a folder, without accessing the hub or running code from the folder. Raise ValueError
+    if the model is quantized by another library."""
     if not source.is_dir():
         raise FileNotFoundError(
             f"{source} is not a folder, and nothing is downloaded automatically; download the model to a folder first"
@@ -232,15 +237,15 @@ def read_config(source: Path) -> Any:
 
 
 def make_empty_model(config: Any) -> Any:
-    """Return the saved model on the meta device."""
+    """Build the saved model on the meta device."""
     with torch.device("meta"):
         model: Any = find_saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
 class ShardWriter:
-    """A writer of weights to files, each as soon as it is full. Errors name the target, to which the folder is
-    renamed."""
+    """Writes weights to files, and starts a new file when the current file is full. Errors refer to the target, because
+    the folder is later renamed to it."""
 
     folder: Path
     max_size: int
@@ -260,8 +265,8 @@ class ShardWriter:
             self.pending[name] = value.detach().contiguous()
 
     def add_layer(self, weights: Mapping[str, Tensor]) -> None:
-        """Add the weights of a layer. If another layer of this size would not fit into the file, write the file now, so
-        that these weights do not stay in memory while the next layer is converted."""
+        """Add the weights of a layer. If the file cannot hold another layer of this size, it is written immediately, so
+        that these weights are freed before the next layer is converted."""
         self.add_weights(weights)
         size = sum(value.nbytes for value in weights.values())
         if size + sum(waiting.nbytes for waiting in self.pending.values()) > self.max_size:
@@ -276,7 +281,7 @@ class ShardWriter:
         self.pending = {}
 
     def close(self) -> None:
-        """Write the last file, and rename all files to include their final numbers."""
+        """Write the last file, and rename all files so that their names contain the total number of files."""
         if self.pending:
             self.write_shard()
         n, weight_map = len(self.shard_names), {}

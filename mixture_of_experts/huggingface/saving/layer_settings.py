@@ -1,7 +1,7 @@
-"""Describes a model's layers with experts, so that they can be built before weights are loaded.
+"""Describes a model's layers with experts, so that they can be constructed before the weights are loaded.
 
-The description is a list of entries, each with the names of some layers and the settings that they share. It is read
-from the layers on demand, so that it includes settings that were changed after a layer was inserted.
+The description is a list of entries. Each entry contains the names of some layers and the settings that these layers
+share. The entries are generated on demand, so they include settings that were changed after a layer was inserted.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ EXPERT_FORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 class LayerRecord:
-    """The description of a layer. A copy of it belongs to the copy of the layer, or describes the state of the original
-    layer."""
+    """The description of a layer. If a layer is copied, the copied record describes the copied layer. If only the
+    record is copied, the copy describes the state of the original layer."""
 
     layer: Callable[[], MoEFeedForward | None] | None = None
 
@@ -59,7 +59,7 @@ class LayerRecord:
         self.layer = self.layer or weakref.ref(layer)
 
     def read_entry(self) -> dict[str, Any]:
-        """Return the current entry of the layer, or the entry that was last read if the layer no longer exists."""
+        """Return the layer's current entry. If the layer no longer exists, return the last entry that was read."""
         layer = self.layer and self.layer()
         if layer is not None:
             entry, now = describe_feed_forward(layer), read_layer_settings(layer)
@@ -74,7 +74,7 @@ class LayerRecord:
         return self.entry
 
     def find_undescribed(self) -> list[str]:
-        """Return the settings that, after the layer was inserted, were changed to values that JSON cannot represent."""
+        """Return the settings that were changed, after the layer was inserted, to values that JSON cannot represent."""
         layer = self.layer and self.layer()
         return (
             []
@@ -87,7 +87,8 @@ class LayerRecord:
 
 
 def describe_layers(records: Mapping[str, LayerRecord]) -> list[dict[str, Any]]:
-    """Return the descriptions of layers, keyed by path. Layers with equal settings share an entry."""
+    """Return the descriptions of layers, given their records keyed by path. Layers with the same settings share an
+    entry."""
     names: dict[str, list[str]] = {}
     for name, record in records.items():
         names.setdefault(json.dumps(record.read_entry(), sort_keys=True), []).append(name)
@@ -121,7 +122,8 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
-    """Return the class and arguments of a gate, in types that JSON can represent, or None for a custom gate."""
+    """Return a gate's class and arguments as values that JSON can represent. Return None if the gate is a custom
+    gate."""
     kind = get_original_class(gate)
     if GATE_CLASSES.get(kind.__name__) is not kind:
         return None
@@ -130,7 +132,7 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
 
 
 def read_gate_arguments(gate: nn.Module, kind: type) -> dict[str, Any]:
-    """Return the constructor arguments for the current settings of a gate of class `kind`."""
+    """Return the constructor arguments of class `kind` that correspond to the gate's current settings."""
     arguments = {}
     for name in list_gate_arguments(kind) or ():
         if name in OPTIONAL_TENSORS:
@@ -146,7 +148,7 @@ def is_json_value(value: Any) -> bool:
 
 
 def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
-    """Return the settings of a layer that can be changed later, keyed by path."""
+    """Return the settings of a layer that can be changed after construction, keyed by path."""
     found = {}
     for named_module in iter_named_modules(feed_forward):
         path, module = named_module.name, named_module.module
@@ -162,10 +164,10 @@ def read_layer_settings(feed_forward: MoEFeedForward) -> dict[str, Any]:
 
 
 def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
-    """Set the settings of a layer that a file describes as changed, applying the checks of these settings.
+    """Apply the changed settings described in a file to a layer, and check that their values are valid.
 
     Raises:
-        ValueError: an entry is not a setting in `read_layer_settings`, or its value is invalid.
+        ValueError: an entry is not one of the settings in `read_layer_settings`, or its value is invalid.
     """
     known = read_layer_settings(layer)
     for path, value in changes.items():
@@ -185,7 +187,7 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
 
 @contextmanager
 def naming_rejected_entries(changes: Mapping[str, Any]) -> Iterator[None]:
-    """Make errors of checks name the entries of the file."""
+    """Context manager that turns errors about invalid settings into a ValueError that names the entries in the file."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -198,7 +200,7 @@ def return_unchanged(name: str, value: Any) -> Any:
 
 
 def check_share(name: str, value: Any) -> float:
-    """Return a number, checked to be from 0 to 1."""
+    """Return `value` if it is a number from 0 to 1, or raise ValueError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ValueError(f"expected {name} to be a number from 0 to 1, but got {value!r}")
     return value
@@ -209,7 +211,7 @@ SETTING_CHECKS: dict[str, Callable[[str, Any], Any]] = {"k": check_size, "p": ch
 
 
 def check_gate_settings(gate: nn.Module) -> None:
-    """Raise the error of the constructor of a gate's class if it would reject the gate's current settings."""
+    """Check a gate's current settings with the constructor of its class, which raises an error if they are invalid."""
     kind = get_original_class(gate)
     if GATE_CLASSES.get(kind.__name__) is kind:
         arguments = read_gate_arguments(gate, kind)

@@ -1,6 +1,7 @@
-"""Loads saved models with experts through `from_pretrained` of `transformers`.
+"""Loads saved models with experts through the `from_pretrained` methods of `transformers`.
 
-It uses the quantizer interface, which can change a model before weights are loaded. Nothing is quantized.
+The loader uses the quantizer interface of `transformers`, because a quantizer can modify a model before its weights are
+loaded. The loader does not quantize anything.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # which 
 @register_quantization_config(MODEL_TYPE)
 @dataclass
 class ExpertsLoaderConfig(QuantizationConfigMixin):
-    """The description of layers with experts in a configuration file, and the arguments of `from_pretrained`."""
+    """The description of layers with experts from a configuration file, and arguments that were passed to
+    `from_pretrained`."""
 
     quant_method: Any = MODEL_TYPE
     layers: Any = ()
@@ -42,7 +44,7 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
 
 @register_quantizer(MODEL_TYPE)
 class ExpertsLoader(HfQuantizer):
-    """A quantizer that inserts layers with experts into a model before weights are loaded. It does not mark the model
+    """A quantizer that inserts layers with experts into a model before its weights are loaded. The model is not marked
     as quantized, because trainers reject quantized models."""
 
     def preprocess_model(
@@ -84,24 +86,24 @@ def from_pretrained(
     adapters: Mapping[str, Adapter] | None = None,
     **settings: Any,
 ) -> Any:
-    """Load a model that `replace_ffn` or `upcycle` changed and `save_pretrained` wrote.
+    """Load a model that was changed by `replace_ffn` or `upcycle` and saved with `save_pretrained`.
 
-    Once this package is imported, Auto classes and the model's own class can load it too. This function also accepts a
-    custom gate and adapters.
+    If this package is imported, such a model can also be loaded with the Auto classes or with its own class. In
+    addition, this function accepts a custom gate and adapters.
 
     Args:
-        path: the folder, or a name on the hub.
-        model_class: a class of `transformers` or one of its `AutoModel...` classes. Default: the class that was saved.
-        gate: the function that was passed to `replace_ffn`. Needed only for custom gates, because `config.json`
-            describes those of this package.
+        path: the folder of the model, or its name on the Hugging Face Hub.
+        model_class: a model class or an `AutoModel...` class of `transformers`. Default: the class of the saved model.
+        gate: the function that was passed to `replace_ffn`. It is required only for custom gates, because `config.json`
+            describes this package's own gates.
         adapters: the adapters that were passed to `replace_ffn`.
-        settings: arguments of the class's own `from_pretrained`, and settings of the configuration (`num_labels=3`).
-            `trust_remote_code` is False by default, so code in the folder is not run and there is no prompt.
+        settings: arguments for the class's own `from_pretrained`, and configuration settings such as `num_labels=3`.
+            `trust_remote_code` is False by default, so that no code from the folder is run and no prompt appears.
 
     Raises:
-        ValueError: the configuration has no experts, does not describe their gate, or describes settings that layers do
-            not have; or weight files are outside of the folder, do not match their index, or have integers for
-            floating-point weights.
+        ValueError: the configuration does not describe any experts, does not describe their gate, or contains settings
+            that the layers do not have. Also raised if weight files are outside of the folder, do not match their
+            index, or contain integers for floating-point weights.
 
     Example:
         >>> import tempfile
@@ -142,7 +144,7 @@ def from_pretrained(
 
 
 def find_saved_class(config: Any) -> Any:
-    """Return the `transformers` class of the model that was saved with a configuration."""
+    """Return the `transformers` class of the saved model to which a configuration belongs."""
     name = (config.architectures or ["?"])[0]
     found = getattr(transformers, name, None)
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):

@@ -1,4 +1,4 @@
-"""Builds layers with experts in a dense model from the description in its configuration."""
+"""Inserts layers with experts into a dense model, as described in its configuration."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ def insert_experts(
     gate: GateFactory | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
-    """Change a dense model such that the weights of a model with experts can be loaded. Its own weights are lost.
+    """Insert layers with experts into a dense model, so that the weights of a model with experts can be loaded. The
+    weights of the replaced networks are lost.
 
     Raises:
-        ValueError: a gate is not described and no `gate` is passed; none of the layers has a location in this model; a
-            layer does not have a setting that is described as changed, or does not accept its value; or a gate or a
-            form of experts does not exist.
-        TypeError, ValueError: `gate` does not create a new gate for each layer.
+        ValueError: no `gate` is passed although the description of a gate is missing, none of the described layers
+            exists in this model, a layer does not have a described setting or does not accept its value, or a described
+            gate or form of experts does not exist.
+        TypeError, ValueError: `gate` does not return a new gate for each layer.
     """
     entries: dict[str, dict[str, Any]] = {}
     for entry in layers:
@@ -81,7 +82,7 @@ def insert_experts(
 def build_described_layer(
     entries: Mapping[str, Any], gate: GateFactory | None, location: NetworkLocation, dense: DenseFFN
 ) -> MoE:
-    """Return the layer described by the entry for the location of a dense network."""
+    """Build the layer that replaces the dense network at `location`, as described in its entry."""
     entry = entries[location.moe_path]
     coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
 
@@ -94,7 +95,8 @@ def build_described_layer(
 
 
 def apply_form(layer: Any, path: str, form: Any) -> None:
-    """Replace stacked experts of a layer by the described form, given as a class name or as a class with arguments."""
+    """Convert the stacked experts at `path` to the described form. `form` is a class name, or a dictionary with the
+    class name and its arguments."""
     arguments = {"class": form} if isinstance(form, str) else dict(form)
     make, stacked = EXPERT_FORMS[arguments.pop("class")], layer.get_submodule(path)
     if not isinstance(stacked, StackedExperts):
@@ -104,7 +106,8 @@ def apply_form(layer: Any, path: str, form: Any) -> None:
 
 @contextmanager
 def naming_rejected_description(description: str, classes: Iterable[str]) -> Iterator[None]:
-    """Turn errors while building what config.json describes into a ValueError that names the entry and the classes."""
+    """Context manager that turns errors about a description in config.json into a ValueError. The error message
+    contains the description and the available classes."""
     try:
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -115,12 +118,14 @@ def naming_rejected_description(description: str, classes: Iterable[str]) -> Ite
 
 
 def finish_loading(model: Any, repack: bool = True) -> None:
-    """Finish a model whose weights were loaded.
+    """Complete the loading of a model after `transformers` has loaded its weights.
 
-    Raises for a checkpoint that lacks weights of layers, which transformers leaves uninitialized, except for weights
-    that a `device_map` left on disk. With `repack`, copies 4-bit weights in another layout into that of this machine;
-    those already in its layout stay mapped. Makes gates balance over the ranks that have different tokens, and makes
-    the model save weights under its own names, whatever the names in the files were."""
+    Raise ValueError if the checkpoint lacks weights of layers, which `transformers` would leave uninitialized. Weights
+    that a `device_map` offloaded to disk are not checked. With `repack`, 4-bit weights in another layout are copied to
+    the layout for this machine, whereas weights already in this layout remain memory-mapped. Gates are set up to
+    balance load across the data-parallel ranks, and the model is set up to save weights under its own names, regardless
+    of the names in the files.
+    """
     model.name_or_path = model.config.name_or_path
     clear_weight_conversions(model)
     use_own_names_on_save(model)
@@ -142,9 +147,11 @@ def finish_loading(model: Any, repack: bool = True) -> None:
 
 
 def find_layer_path(model: Any, name: str) -> str | None:
-    """Return the path of a described layer in this model. With a head, paths have an additional first component.
+    """Return a layer's path in this model, given its path in the description. In models with a head, paths have an
+    additional first component.
 
-    Returns None if the model lacks this part; for example, it may be only the encoder of an encoder-decoder model.
+    Return None if the model does not contain this layer, for example because it is only the encoder of an
+    encoder-decoder model.
     """
     paths, head = dict(model.named_modules()), f"{model.base_model_prefix}."
     return next((path for path in (name, head + name, name.removeprefix(head)) if path in paths), None)

@@ -1,4 +1,5 @@
-"""The files of a checkpoint and their index. Files must be in the folder and contain what the index lists."""
+"""Reads the weight files of a checkpoint and their index. All files must be in the folder and contain the weights that
+the index lists."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ INDEX_FILE = f"{ONE_FILE}.index.json"
 
 @contextmanager
 def name_unreadable_file(path: Path) -> Iterator[None]:
-    """Turn any error into a ValueError that names the file."""
+    """Context manager that turns any error into a ValueError that names the file."""
     try:
         yield
     except Exception as error:
@@ -33,7 +34,7 @@ def make_missing_error(name: str) -> ValueError:
 
 
 def check_float(name: str, stored: Tensor) -> None:
-    """Raise ValueError if a tensor stored for a floating-point weight is not floating-point."""
+    """Raise ValueError if the tensor stored for a floating-point weight does not have a floating-point dtype."""
     if not stored.is_floating_point():
         raise ValueError(
             f"{name} has the dtype {stored.dtype} in the files, but the model has floating-point numbers; convert the "
@@ -42,7 +43,7 @@ def check_float(name: str, stored: Tensor) -> None:
 
 
 def check_all_used(folder: Path, unexpected: Collection[str]) -> None:
-    """Raise ValueError if the files of a folder have weights that its model does not have."""
+    """Raise ValueError if the files contain weights that do not exist in the model."""
     if names := sorted(unexpected):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ValueError(
@@ -52,7 +53,8 @@ def check_all_used(folder: Path, unexpected: Collection[str]) -> None:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Return the `weight_map` of an index: the file of each weight. All files must be in the folder of the index."""
+    """Return the `weight_map` of an index, which maps each weight name to a file. Raise ValueError if a file is outside
+    of the index's folder."""
     with name_unreadable_file(index):
         weight_map: dict[str, str] = {**json.loads(index.read_text())["weight_map"]}
         for file in sorted({*weight_map.values()}):
@@ -62,7 +64,8 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[str, str]) -> None:
-    """Raise ValueError if a file has weights that the index lacks, or lacks weights that the index assigns to it."""
+    """Raise ValueError if a file contains weights that are not in the index, or lacks weights that the index assigns to
+    it."""
     if unknown := sorted(set(names) - weight_map.keys()):
         raise ValueError(
             f"{file} has {unknown[0]}, which its index lacks; download both again, or save the model again"
@@ -72,10 +75,10 @@ def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[st
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the weights in the files of a folder, keyed by name, each read from the file that the index assigns to it.
+    """Return the weights in a folder, keyed by name. Each weight is read from the file to which the index assigns it.
 
-    As in `transformers`, an index is ignored if the weights are in a single file. Weights are views of the files,
-    so only the parts that are used are read.
+    As in `transformers`, the index is ignored if there is a `model.safetensors`. The weights are views of memory-mapped
+    files, so only the parts that are used are read.
     """
     index, weight_map, weights = folder / INDEX_FILE, None, {}
     if index.exists() and not (folder / ONE_FILE).exists():
@@ -91,10 +94,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def check_shards(folder: str, files: Sequence[str]) -> None:
-    """Check the files that `transformers` is about to read, from a local folder or downloaded from the hub.
+    """Check the weight files that `transformers` is about to read. The files are in a local folder or were downloaded
+    from the hub.
 
-    `transformers` resolves their names without checks. If two files contain the same weight, it uses that of the last
-    file, whatever the index says.
+    `transformers` does not check the file names in an index. If two files contain the same weight, `transformers` uses
+    the weight from the last file, regardless of the index.
 
     Raises:
         ValueError: a file is outside of the folder, or the files do not match their index.
@@ -113,7 +117,7 @@ def check_shards(folder: str, files: Sequence[str]) -> None:
 
 
 def check_shard(path: Path, weight_map: Mapping[str, str]) -> None:
-    """Raise ValueError if a file does not match its index. Only the names of weights are read."""
+    """Raise ValueError if a file does not match its index. This function reads only the names of the weights."""
     with name_unreadable_file(path), safe_open(path, framework="pt") as file:
         names = list(file.keys())
     check_shard_names(path, names, weight_map)

@@ -1,9 +1,9 @@
-"""Names of weights in files.
+"""Maps the weight names in files to those in a model.
 
-A `transformers` class may rename the weights of its checkpoints when loading them, and rename them back when saving
-them. A model with layers saves all weights under its own names, because `Trainer` loads files without renaming: weights
-with other names would keep their current values when a run is resumed or its best model is loaded. Files with the
-weights of layers under the class's names, as written by earlier versions, are also supported.
+A `transformers` class may rename the weights of its checkpoints when it loads them, and restore the original names when
+it saves them. A model with layers of this package saves all weights under its own names, because the `Trainer` does not
+rename weights when it resumes a run or loads the best model. Weights with other names would keep their current values.
+Earlier versions of this package saved the layers' weights under the class's names. Such files are also supported.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from mixture_of_experts.huggingface.private_transformers import (
 
 
 def keep_names_on_saving(model: nn.Module) -> None:
-    """Make a model, and each model inside it, save weights under their own names if it has layers."""
+    """Make a model and all models inside it save weights under their own names, if they contain layers of this
+    package."""
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and find_layers(inner):
             use_own_names_on_save(inner)
 
 
 def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
-    """Return the conversions of names and weights for loading a model. Names in the files that are the model's own are
-    kept, and weights of layers have their own names afterwards.
+    """Return the name and weight conversions for loading a model. The conversions preserve names that already exist in
+    the model, and map the names of the layers' weights to those in the model.
 
-    Renamings may also change the model's own names, and for weights of layers, renaming and reverse renaming may not be
-    inverses: `.gate.` may become `.mlp.gate.` after any prefix. Therefore the first renaming replaces each name by a
-    placeholder, and the last one restores the name.
+    The class's own renamings may also match names that already exist in the model. For the layers' weights, reversing a
+    renaming may not restore the original name: `.gate.` may become `.mlp.gate.` after any prefix. Therefore, the first
+    returned renaming replaces each name with a placeholder, and the last renaming replaces the placeholder with the
+    model's name.
     """
     layers, weights = tuple(f"{name}." for name in find_layers(model)), list(model.state_dict())
     # three axes, because saving may concatenate weights along any of them
@@ -53,13 +55,13 @@ def make_load_conversions(model: Any, conversions: list[Any]) -> list[Any]:
 
 
 def map_to_file_names(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of a model under all names they may have in files: their own, and those in its class's
-    checkpoints."""
+    """Return a model's weights under all names that they may have in files: their own names, and the names in the
+    class's checkpoints."""
     own = own_names(model, weights)
     return {**own, **map_to_published_names(model, own)}
 
 
 def own_names(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of a model under their own names, with and without a head."""
+    """Return a model's weights under their own names, each with and without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     return {start + name.removeprefix(prefix): weight for name, weight in weights.items() for start in ("", prefix)}
