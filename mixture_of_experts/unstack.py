@@ -30,7 +30,7 @@ class FeedForward(nn.Module):
     elements of the input to `w2` are zeroed with probability `dropout`.
 
     Shape:
-        Maps `(n, d)` to `(n, o)`.
+        The expert maps `(n, d)` to `(n, o)`.
     """
 
     w1: nn.Module
