@@ -31,7 +31,7 @@ def as_experts(experts: Any) -> nn.Module | None:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Return whether the module can be called, unlike a plain `nn.ModuleList`."""
+    """Return whether the module is callable, which a plain `nn.ModuleList` is not."""
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 

@@ -450,7 +450,8 @@ class ExpertList(RoutedExperts, nn.ModuleList):
 
     If the capacity is limited, each module receives all slots of its expert, and empty slots are filled with zeros. In
     dropless calls, it receives only its expert's rows, which requires one host sync to read the row counts. Slots are
-    also used if tensor values are not available: in traced graphs, in `torch.func` transforms, and on the meta device.
+    also used if tensor values are not available, which is the case in traced graphs, in `torch.func` transforms, and on
+    the meta device.
 
     Args:
         experts: one module per expert, in outer-major order for a grid of experts.

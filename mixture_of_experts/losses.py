@@ -1,4 +1,4 @@
-"""Router losses as pure functions of token counts and probabilities.
+"""Implements router losses as pure functions of token counts and probabilities.
 
 Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts.
 
@@ -95,7 +95,7 @@ def load_balancing_loss_from_choices(
     Args:
         expert: `(..., b, n, k)` int64, the chosen experts.
         counted: `(..., b, n, k)` or `(..., b, n, 1)` bool mask of the choices to count, or None to count all.
-        proxy, length, k, group: as in `load_balancing_loss`.
+        proxy, length, k, group: see `load_balancing_loss`.
     """
     chosen = proxy.gather(-1, expert.flatten(-2))
     if counted is not None:
@@ -155,7 +155,7 @@ def load_balancing_loss_over_documents(
         load: `(b n, e)`, how often each expert was chosen in each document; carries no gradient.
         probs: `(b n, e)` router probabilities, which are 0 for tokens that are not counted.
         segments: the documents in the packed rows.
-        k, group: as in `load_balancing_loss`.
+        k, group: see `load_balancing_loss`.
     """
     load = load.detach().to(probs.dtype).index_select(0, segments.document.flatten())
     length = segments.length.to(probs.dtype).clamp(min=1).square()
@@ -175,7 +175,8 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
 
 
 def logsumexp_from_expert(logit: Tensor, prob: Tensor) -> Tensor:
-    """Return the logsumexp `(..., n)` of each token's logits, computed from one expert's logit and softmax probability.
+    """Compute the logsumexp `(..., n)` of each token's logits from the logit and softmax probability of a single
+    expert.
 
     Computing `logit - log(prob)` avoids a pass over all experts, and the backward pass does not need the logits.
 

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers: `MoE`, and `HeirarchicalMoE` with two levels of gating.
+"""Defines the mixture-of-experts layers `MoE` and `HeirarchicalMoE`, which has two levels of gating.
 
 Axes: b groups, n tokens per group, t = b n tokens per call, d model dim, e experts, c capacity, s slots, r rows.
 
@@ -192,7 +192,8 @@ class MoE(MoEBase):
         `segment_ids` `(..., n)` are integers that describe packed sequences: tokens in the same row with equal ids form
         a document, and each document is a separate group. They require a token-choice gate and cannot be combined with
         `group_size`. If `router_state` is passed (None in the first layer), the layer also returns its router's state
-        `(..., n, anything)`: `out, aux_loss, state = moe(x, router_state=state)`. See `gating.DepthAveragedGating`.
+        `(..., n, anything)`, as in `out, aux_loss, state = moe(x,
+        router_state=state)`. See `gating.DepthAveragedGating`.
 
     Raises:
         ValueError, TypeError: if an argument is invalid. The error is raised before any state changes, and its message
@@ -266,10 +267,10 @@ class MoE(MoEBase):
 class HeirarchicalMoE(MoEBase):
     """Mixture of experts with two levels of gating over a grid of experts (Shazeer et al. 2017, appendix B; GShard).
 
-    Level one routes each token to outer experts, where each outer expert is a row of inner experts. Level two then
-    routes the token to inner experts, using separate router weights for each outer expert. A token's combine weight is
-    the product of the weights from both levels. The level-two gate reads tokens from the level-one slots, while the
-    experts read them from the inputs.
+    Level one routes each token to outer experts. Each outer expert is a row of inner experts. Level two then routes the
+    token to inner experts, using separate router weights for each outer expert. A token's combine weight is the product
+    of the weights from both levels. The level-two gate reads tokens from the level-one slots, while the experts read
+    tokens from the inputs.
 
     Args:
         num_experts: `(eo, ei)`, the numbers of outer and inner experts. Default: inferred from the gates or `experts`,
@@ -279,12 +280,12 @@ class HeirarchicalMoE(MoEBase):
         capacity_factor_second_level: capacity factor of level two during training and evaluation. Default: same as
             level one.
         other arguments: see `MoE`. Gating arguments apply to both levels. `experts` maps `(eo, ei, s, d)` to the same
-            shape, or is a list of eo * ei modules, outer-major.
+            shape, or is a list of eo * ei modules in outer-major order.
 
     Shape:
         See `MoE`. The load-balancing loss is the sum of both levels' losses. Side inputs are passed to the gates that
-        accept them. `given_experts` `(..., n, k)` are the choices of level one, and `given_experts_inner` `(..., n, k,
-        k2)` are the choices of level two for each choice of level one.
+        accept them. `given_experts` `(..., n, k)` specifies the level-one choices, and `given_experts_inner`
+        `(..., n, k, k2)` specifies the level-two choices for each level-one choice.
 
     Example:
         >>> import torch

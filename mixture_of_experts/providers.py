@@ -26,7 +26,7 @@ BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # defines `PROVIDER
 
 
 class ExternalRouter:
-    """Describes the settings and return values of another library's router, which chooses k experts for each token.
+    """Describes another library's router, which chooses k experts for each token, by its settings and return values.
 
     The router's block is the module that calls it. `Provider.find_router` returns this object for the block. Subclasses
     may implement settings as properties that read them from the block.
@@ -85,7 +85,7 @@ class ExternalRouter:
             )
 
     def check_rule(self, rule: Any, name: str) -> None:
-        """Raise ValueError if an expert-bias rule does not support the router, whose name is `name`."""
+        """Raise ValueError if an expert-bias rule does not support the router `name`."""
         if rule.reads_scores:
             raise ValueError(
                 f"{rule!r} reads scores, which the router {name!r} does not return; use rule='sign', or {self.remedy}"
@@ -121,8 +121,7 @@ class TokensReader:
 
 
 class Provider:
-    """Describes the modules of one library. By default, the methods provide no information; subclasses override
-    them."""
+    """Describes the modules of one library. The default methods provide no information, so subclasses override them."""
 
     gate_remedy: str | None = None  #: advice in the error message for a gate whose sizes differ from its layer's
 
@@ -153,8 +152,8 @@ class Provider:
         return None
 
     def is_tokenwise(self, module: nn.Module) -> bool | None:
-        """Return whether a module processes each row independently and uses only torch operators whose result for a row
-        does not depend on the batch. The module's children are checked separately."""
+        """Return whether a module processes each row independently, using only torch operators whose results do not
+        depend on the other rows. The module's children are checked separately."""
         return None
 
     def is_linear(self, module: nn.Module) -> bool | None:

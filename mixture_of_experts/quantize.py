@@ -63,7 +63,7 @@ def quantize_experts(
             a float32 copy of the weight with grouped inputs, `(n, group, outputs)`. Each weight becomes
             `(level - 8) * step + zero`. The levels `(n, group, outputs)` must be integers from 0 to 15. The step and
             zero point `(n, 1, outputs)` are stored in bfloat16 and must yield finite weights for all levels. If the
-            function returns None for a matrix, its weights are rounded to the nearest level.
+            function returns None, the matrix is rounded to the nearest levels.
 
     Raises:
         ValueError: if the model has no stacked experts or consists only of them. Also raised if experts are trainable,
@@ -158,12 +158,12 @@ def call_rounding(
 class QuantizedExperts(RoutedExperts):
     """Frozen experts with 8-bit or 4-bit weights, created from `Experts` or `GatedExperts` by `quantize_experts`.
 
-    Each weight is divided by the scale of its output channel. With 8 bits, it is then rounded to one of 256 levels,
-    evenly spaced between the smallest and the largest weight of its row (the weights of one input channel of an
-    expert). With 4 bits, it is rounded to one of 16 evenly spaced levels of its group (adjacent inputs of one output).
-    Only experts that have tokens are unpacked, one expert at a time and in parts. On a CPU, a small number of rows is
-    multiplied directly by the packed bytes; with 4 bits, these rows are first rounded to bfloat16. On a GPU, every
-    matrix product requires a sync to read the row counts.
+    Each weight is divided by the scale of its output channel. With 8 bits, the result is rounded to one of 256 levels
+    that are evenly spaced between the smallest and the largest weight in its row. A row contains the weights of one
+    input channel of an expert. With 4 bits, the result is rounded to one of 16 evenly spaced levels of its group, which
+    contains adjacent inputs of one output. Only experts that have tokens are unpacked, one expert at a time and in
+    parts. On a CPU, a small number of rows is multiplied directly by the packed bytes; with 4 bits, these rows are
+    first rounded to bfloat16. On a GPU, every matrix product requires a sync to read the row counts.
 
     Attributes:
         w1_packed, w3_packed, w2_packed: uint8 buffers; `w3_packed` exists only if gated. The shape with 8 bits is
@@ -177,9 +177,9 @@ class QuantizedExperts(RoutedExperts):
 
     Args:
         experts: the stacked experts to quantize.
-        bits, group: as in `quantize_experts`.
+        bits, group: see `quantize_experts`.
         block: block size b. Default: the block size of this machine's operator for packed matrix products.
-        rounding: as in `quantize_experts`, but its first argument is "w1", "w3" or "w2".
+        rounding: see `quantize_experts`, but here its first argument is "w1", "w3" or "w2".
     """
 
     act: nn.Module
@@ -324,7 +324,8 @@ def run_expert_by_expert(call: Call) -> Tensor:
 
 
 def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: Tensor) -> Tensor:
-    """Map rows `(r, d)` sorted by expert to `(r, o)`, unpacking the weights of experts with many rows."""
+    """Apply the experts to rows `(r, d)` sorted by expert, and return `(r, o)`. Unpack the weights of experts with many
+    rows."""
     dtype = get_operand_dtype(rows.device.type, rows.dtype)
     network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
 
@@ -432,8 +433,8 @@ def rows_by_packed(
 ) -> Tensor:
     """Multiply rows `(r, p)`, sorted by expert, by their experts' packed weights, which have the scale `(e, q)`.
 
-    The result is `(r, q)`, with zeros past the rows of the last expert. If `transposed`, map the gradient of these
-    products `(r, q)` to the gradient of the rows `(r, p)`.
+    The result is `(r, q)`, with zeros after the last expert's rows. If `transposed`, map the gradient of these products
+    `(r, q)` to the gradient of the rows `(r, p)`.
     """
     out, start = x.new_zeros(x.shape[0], output_width(packed, scale, transposed)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):

@@ -34,14 +34,14 @@ class Cost(NamedTuple):
     """Parameter and operation counts of a model or one of its layers.
 
     Attributes:
-        parameters: total number of parameters; shared parameters count once.
+        parameters: total number of parameters, where shared parameters are counted once.
         active: number of parameters that each token uses, which is k / e of the experts' parameters plus all other
             parameters. If layers share experts, the largest k is used.
-        flops: floating-point operations in one token's forward pass, counting two for each element of each weight
-            matrix that multiplies the token. The backward pass takes twice as many. Convolutions and products between
+        flops: floating-point operations in one token's forward pass. Each element of a weight matrix that multiplies
+            the token counts as two operations. The backward pass takes twice as many. Convolutions and products between
             tokens (attention) are not counted.
-        at_most: whether `active` and `flops` are upper bounds because the scores determine how many of the k choices a
-            token uses, as in `TopPGating` and for the second choice of `Top2Gating`.
+        at_most: whether `active` and `flops` are upper bounds, because the scores determine how many of the k choices a
+            token uses. This applies to `TopPGating` and to the second choice of `Top2Gating`.
     """
 
     parameters: int
@@ -98,7 +98,7 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         ValueError: if the number of experts per token is unknown because a gate has no `k`.
-        TypeError: if a block from another library has experts, but the share of them that a token uses is unknown.
+        TypeError: if a block from another library has experts, but the fraction of them that a token uses is unknown.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating

@@ -85,7 +85,7 @@ class LatentExperts(ExpertsWrapper):
 
     Args:
         experts: any experts whose input width matches the output width of `before`.
-        before, after, beside: modules that map tokens `(t, d)`, or None to skip the step.
+        before, after, beside: modules applied to tokens `(t, d)`, or None to skip the step.
         dim_out: width of the outputs. Default: `after.out_features` (an attribute of `nn.Linear`), or `experts.dim_out`
             if `after` is None. If this attribute is missing, the output width is that of the inputs.
 
@@ -152,7 +152,7 @@ class ZeroComputationExperts(ExpertsWrapper):
 
     Args:
         experts: `Experts`, `GatedExperts` or another `RoutedExperts`. They keep the ids 0 to e - 1.
-        num_identity: number of experts that return the token. Their ids follow those of `experts`.
+        num_identity: number of experts that return the token. Their ids follow the ids of `experts`.
         num_zero: number of experts that return zero. They have the highest ids.
 
     Raises:

@@ -109,8 +109,8 @@ def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple
 
     Args:
         assignments: the assignments of a call.
-        pad: a function that maps the number of rows each expert needs, int64 `(e,)`, to the number of rows each expert
-            gets, int64 `(e,)`, and the total number of rows. The total must be at least the sum of the experts' rows.
+        pad: a function of the number of rows that each expert needs, int64 `(e,)`. It returns the number of rows that
+            each expert gets, int64 `(e,)`, and the total number of rows, which must be at least their sum.
     """
     queue, position, length = assignments.locate()
     rows_per_expert, num_rows = pad(_join_queues(assignments, length))

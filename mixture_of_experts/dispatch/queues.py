@@ -158,7 +158,7 @@ def find_positions_in_documents(
 
     Args:
         document: `(b, n)` int64, the index of each token's document, which is at most b n.
-        expert, sent, num_experts, k, priority, score: as in `queue_up`.
+        expert, sent, num_experts, k, priority, score: see `queue_up`.
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
     queue = document.repeat_interleave(k, dim=-1) * (num_experts + 1) + queue

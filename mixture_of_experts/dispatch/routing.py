@@ -148,8 +148,8 @@ class Routing:
 
     @property
     def queue_length(self) -> Tensor:
-        """The length of each expert's queue before the capacity is applied, int64 `(..., b, e)`. For packed rows, this
-        is `(b n, e)`, with one row per document."""
+        """The length of each expert's queue before the capacity is applied, int64 `(..., b, e)`. For packed rows, the
+        lengths are `(b n, e)`, with one row per document."""
         if self.segments is not None:
             choices = (*self.segments.document.shape, self.k or 1)
             expert, sent = self.expert.view(choices), self.sent.view(choices)

@@ -81,7 +81,7 @@ class Tokens:
         makes_any_choice: `(..., b, n)` bool mask of the tokens with importance above 0, which make at least their top
             choice, or None if all tokens do.
         length: `(..., b)` number of tokens used for capacity and balancing losses, or n if every group has n tokens.
-        side: side inputs by name, `(..., b, n)` or `(..., b, n, anything)`.
+        side: side inputs `(..., b, n)` or `(..., b, n, anything)`, keyed by name.
         losses: names of the losses requested in addition to the gate's own losses.
         segments: the documents in packed rows, or None if rows are not packed. If set, `length` describes documents
             instead of groups.
@@ -162,8 +162,8 @@ class Gate(FixedShapeModule):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The process group across which the batch is split. Copies of the gate keep the group, and so do unpickled
-        gates if it still exists."""
+        """The process group across which the batch is split. Copies of the gate keep the process group. Unpickled gates
+        keep it if it still exists."""
         return self._ranks.group
 
     @process_group.setter
@@ -338,7 +338,7 @@ class TokenChoiceGate(Gate):
         super().__setattr__(name, self.check_k(value) if name == "k" else value)
 
     def check_k(self, k: Any) -> int:
-        """Return `k`, or raise ValueError if the gate cannot make k choices per token."""
+        """Return `k`, or raise ValueError if the gate does not support k choices per token."""
         return check_size("k", k)
 
     def variant_reason(self) -> str | None:
@@ -375,7 +375,7 @@ class TokenChoiceGate(Gate):
         `gating/overrides.py`.
 
         Args:
-            tokens: the argument of `decide`.
+            tokens: the argument passed to `decide`.
             expert: `(..., b, n, k)` int64, the gate's own choices.
             chosen: `(..., b, n, k)` bool mask of the choices that the gate makes, or None if it makes all of them.
 
@@ -427,8 +427,8 @@ class TokenChoiceGate(Gate):
             importance: `(*outer, b, n)`. Tokens with importance 1 make k choices, and tokens with importance 0 make
                 none. All other tokens make only their top choice and are not counted in losses.
             mask: `(*outer, b, n)` bool, True for real tokens.
-            length: number of tokens used to compute the capacity and means. Either integers `(*outer, b)` of at most n,
-                or a `queues.Length`. Default: the number of real tokens.
+            length: number of tokens used to compute the capacity and means, given as integers `(*outer, b)` of at most
+                n or as a `queues.Length`. Default: the number of real tokens.
             losses: names of additional losses from `optional_losses` to report. Losses over expert groups are omitted
                 if the gate has no expert groups.
             side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)` whose names are listed in `side_inputs`. For
@@ -509,8 +509,8 @@ class TokenChoiceGate(Gate):
         return torch.cat([tokens.makes_any_choice.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
-        """Return the number of slots per expert, or None if the gate is dropless, and each group's limit `(..., b)`, or
-        None if no tokens are masked."""
+        """Return the number of slots per expert (None if the gate is dropless), and the limit of each group `(..., b)`
+        (None if no tokens are masked)."""
         factor = self._capacity_factor_train if self.training else self._capacity_factor_eval  # ratios
         if factor is None:
             return None, None
@@ -527,7 +527,7 @@ class TokenChoiceGate(Gate):
         Args:
             expert: `(..., b, n, k)` int64, the chosen experts.
             counted: `(..., b, n, k)` or `(..., b, n, 1)` bool mask of the choices to count, or None to count all.
-            proxy, length, k: as in `losses.load_balancing_loss`.
+            proxy, length, k: see `losses.load_balancing_loss`.
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
@@ -543,7 +543,7 @@ class TokenChoiceGate(Gate):
         select.
 
         Args:
-            tokens: the argument of `decide`.
+            tokens: the argument passed to `decide`.
             probs: `(..., b, n, e)` router probabilities.
             expert: `(..., b, n, k)` int64, the chosen experts.
             chosen: `(..., b, n, k)` bool mask of the choices that are made, or None if all are made.
@@ -569,8 +569,8 @@ class TokenChoiceGate(Gate):
         return self.balance(expert, counted, proxy.squeeze(-2) if alone else proxy.sum(dim=-2), tokens.length, k)
 
     def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return a `(..., b, n, k)` or `(..., b, n, 1)` bool mask of the choices to count, or None to count all, and
-        the probabilities, which are set to 0 for tokens that are not counted."""
+        """Return a mask of the choices to count and the probabilities, which are set to 0 for tokens that are not
+        counted. The bool mask is `(..., b, n, k)` or `(..., b, n, 1)`, or None to count all choices."""
         if tokens.counted is None:
             return chosen, probs
         counted = tokens.counted.unsqueeze(-1)

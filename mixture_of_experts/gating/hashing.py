@@ -28,8 +28,8 @@ class HashGating(TopKGating):
 
     Shape:
         The gate maps `x` `(b, n, d)` and `token_ids` `(b, n)`, integers from 0 to v - 1, to a `Routing`.
-        `experts_of_id` is a random int64 buffer `(v, k)` that assigns nearly the same number of ids, up to a difference
-        of one, to every expert.
+        `experts_of_id` is a random int64 buffer `(v, k)`. The numbers of ids assigned to any two experts differ by at
+        most one.
 
     Example:
         >>> import torch
@@ -91,8 +91,8 @@ class HashGating(TopKGating):
 
 
 def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
-    """Assign k different random experts to each token id, and return int64 `(v, k)`. Every expert is assigned nearly
-    the same number of ids, up to a difference of one."""
+    """Assign k different random experts to each token id, and return int64 `(v, k)`. The numbers of ids assigned to any
+    two experts differ by at most one."""
     order = torch.randperm(num_experts)
     start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order get the next k experts in turn
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

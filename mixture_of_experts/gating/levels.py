@@ -46,10 +46,10 @@ def dispatch_to_inner_gate(
 
     If level one has a capacity limit, the level-two load-balancing loss is averaged over all level-one slots, but
     counts only the slots that contain a first choice. At perfect balance, the loss is therefore the square of the share
-    of these slots, not 1. If level one is dropless, its capacity is treated as large enough for all choices, and only
-    occupied slots are tokens. Capacity and means are then computed as if the choices were evenly distributed over the
-    experts. If there is only one expert, its length is n, because each token chooses an expert at most once. Level two
-    never gets more slots than this even share, whatever its capacity factor.
+    of these slots, not 1. If level one is dropless, its capacity is treated as unlimited, and only occupied slots count
+    as tokens. Capacity and means are then computed as if the choices were evenly distributed over the experts. If there
+    is only one expert, its length is n, because each token chooses an expert at most once. Level two never gets more
+    slots than this even share, whatever its capacity factor.
 
     Args:
         groups: `(b, n, d)`.

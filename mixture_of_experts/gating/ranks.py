@@ -13,8 +13,8 @@ from mixture_of_experts.support.private_torch import find_process_group
 class Ranks:
     """Holds a process group or None. Copies share the group, while a pickle stores only the group's name and ranks.
 
-    Unpickling in the same job restores the group. In any other process, the holder is empty. If that process has
-    process groups, a warning reports that the gate's losses cover only one rank.
+    Unpickling in the same job restores the group. In any other process, the holder is empty. If process groups are
+    initialized there, a warning reports that the gate's losses cover only one rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:

@@ -45,7 +45,7 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
-    """Return `values.gather(-1, index)`. On a GPU, the values are not saved for the backward pass."""
+    """Return `values.gather(-1, index)` without saving `values` for the backward pass on a GPU."""
     if not _on_gpu(values) or is_in_forward_mode():
         return values.gather(-1, index)
     return _Choose.apply(values, index)

@@ -45,7 +45,7 @@ class ReLUGating(TopKGating):
         dim, num_experts: model dimension d and number of experts e.
         k: maximum number of choices per token, which determines all shapes. The paper uses k = e.
         mean_choices: target mean number of choices per token, which must be at most k.
-        balance_over, settings: as in `TopKGating`.
+        balance_over, settings: see `TopKGating`.
 
     Shape:
         The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. Its `chosen` mask
@@ -134,10 +134,10 @@ class ReLUGating(TopKGating):
         """Multiply `l1_coef` by `rate` if tokens make more than `mean_choices` choices on average, or divide it if they
         make fewer.
 
-        Call this method once per optimizer step. It counts the positive logits of real tokens in all training forward
-        passes whose backward pass ran since the last call. Counts are summed over the ranks in `group`, regardless of
-        the gate's `process_group`, and all of these ranks must call this method. By default, the group contains all
-        ranks if `torch.distributed` is initialized. If nothing was counted, the coefficient is not changed. Under
+        Call this method once per optimizer step. It counts the positive logits of real tokens in all training steps
+        whose backward pass ran since the last call. Counts are summed over the ranks in `group`, regardless of the
+        gate's `process_group`, and all of these ranks must call this method. By default, the group contains all ranks
+        if `torch.distributed` is initialized. If nothing was counted, the coefficient is not changed. Under
         `DistributedDataParallel`, each rank keeps its own counts, as in `TopKGating.update_bias`.
         """
         check_number("rate", rate, above=1.0)

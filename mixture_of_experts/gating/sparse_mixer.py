@@ -37,7 +37,7 @@ class SparseMixerGating(TokenChoiceGate):
         tolerance: an expert is considered nearly as good as the best if `best - logit <= 2 * tolerance *
             max(abs(logit), best)`.
         device, dtype: device and dtype of the weights, as in `torch.nn`.
-        settings: as in `TopKGating`.
+        settings: see `TopKGating`.
 
     Shape:
         The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. `w_gating` has the

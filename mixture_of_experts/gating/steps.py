@@ -67,7 +67,7 @@ class AlwaysChosen:
     """A `select` step in which every token chooses the last `num` experts. All other choices are based on biased
     scores.
 
-    Use it for shared experts that are weighted by the router.
+    Use this step for shared experts that are weighted by the router.
 
     Example:
         >>> import torch
@@ -92,7 +92,7 @@ class AlwaysChosen:
 
 class OpenGroups:
     """A `select` step that sets the biased scores of experts in closed groups to 0, instead of ranking them below all
-    others. They therefore rank above experts in open groups whose biased scores are negative."""
+    others. These experts therefore rank above experts in open groups that have negative biased scores."""
 
     num_groups: int
     top_groups: int

@@ -171,8 +171,8 @@ def grads_by_operators(
 
 
 def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
-    """Compare the kernels with torch's operators on this device, using generated tokens for a gate with these settings.
-    Return a description of the difference, or None if they agree."""
+    """Compare the kernels with torch's operators on this device, using generated tokens and the gate's settings. Return
+    a description of the difference, or None if they agree."""
     device, masked = tokens.x.device, tokens.makes_all_choices is not None
     kind = device, gate.num_experts, gate.second[0], masked, gate.eps
     return SELF_CHECK.failure_reason(device, kind, partial(_find_fault, gate, device, masked))

@@ -32,7 +32,7 @@ class TopPGating(TopKGating):
         k: maximum number of choices per token, which determines all shapes. For tokens that make k choices, the sum of
             probabilities may be less than p.
         p: target for the sum of probabilities, greater than 0 and less than 1. The paper uses 0.4.
-        normalize, settings: as in `TopKGating`.
+        normalize, settings: see `TopKGating`.
 
     Shape:
         The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. Its `chosen` mask

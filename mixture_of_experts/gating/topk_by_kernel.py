@@ -59,7 +59,7 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """Return whether the gates' kernels support these tensors. The tensors must be plain, on one device, and not
+    """Return whether the gates' kernels support these tensors, which must be plain tensors on a single device and not
     float64."""
     tensors = (x, *weights)
     return can_launch_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
@@ -105,8 +105,8 @@ def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
 
 
 def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
-    """Compare the kernel with torch's operators on this device, using generated tokens for a gate with these settings.
-    Return a description of the difference, or None if they agree."""
+    """Compare the kernel with torch's operators on this device, using generated tokens and the gate's settings. Return
+    a description of the difference, or None if they agree."""
     kind = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
     return SELF_CHECK.failure_reason(x.device, kind, partial(_find_fault, gate, x))
 
