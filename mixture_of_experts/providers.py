@@ -152,8 +152,8 @@ class Provider:
         return None
 
     def is_tokenwise(self, module: nn.Module) -> bool | None:
-        """Return whether a module processes each row independently, using only torch operators whose results do not
-        depend on the other rows. The module's children are checked separately."""
+        """Return whether a module processes each row independently, using only torch operators whose result for a row
+        does not depend on the rest of the batch. The module's children are checked separately."""
         return None
 
     def is_linear(self, module: nn.Module) -> bool | None:

@@ -134,11 +134,11 @@ class ReLUGating(TopKGating):
         """Multiply `l1_coef` by `rate` if tokens make more than `mean_choices` choices on average, or divide it if they
         make fewer.
 
-        Call this method once per optimizer step. It counts the positive logits of real tokens in all training steps
-        whose backward pass ran since the last call. Counts are summed over the ranks in `group`, regardless of the
-        gate's `process_group`, and all of these ranks must call this method. By default, the group contains all ranks
-        if `torch.distributed` is initialized. If nothing was counted, the coefficient is not changed. Under
-        `DistributedDataParallel`, each rank keeps its own counts, as in `TopKGating.update_bias`.
+        Call this method once per optimizer step. It counts the positive logits of real tokens in all training forward
+        passes that were followed by a backward pass since the last call. Counts are summed over the ranks in `group`,
+        regardless of the gate's `process_group`, and all of these ranks must call this method. By default, the group
+        contains all ranks if `torch.distributed` is initialized. If nothing was counted, the coefficient is not
+        changed. Under `DistributedDataParallel`, each rank keeps its own counts, as in `TopKGating.update_bias`.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)

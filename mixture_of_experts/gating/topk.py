@@ -403,12 +403,12 @@ class TopKGating(TokenChoiceGate):
         `rate * sign(mean load - load)`.
 
         Call this method once per optimizer step (`optimizer.register_step_post_hook`). An expert's load is the number
-        of real tokens that chose it, before the capacity limit, in all training steps whose backward pass ran since the
-        last call. Loads are summed over the ranks in `group`, and all of these ranks must call this method. By default,
-        the group contains all ranks if `torch.distributed` is initialized. The gate's `process_group` applies only to
-        losses. All ranks that hold this gate need the same bias, so pass them as `group` if some ranks hold other
-        layers. A rate of 0 leaves the bias unchanged. Under `DistributedDataParallel`, each rank keeps its own counts.
-        If `find_unused_parameters=True`, a warning explains what to call first.
+        of real tokens that chose it, before the capacity limit, in all training forward passes that were followed by a
+        backward pass since the last call. Loads are summed over the ranks in `group`, and all of these ranks must call
+        this method. By default, the group contains all ranks if `torch.distributed` is initialized. The gate's
+        `process_group` applies only to losses. All ranks that hold this gate need the same bias, so pass them as
+        `group` if some ranks hold other layers. A rate of 0 leaves the bias unchanged. Under `DistributedDataParallel`,
+        each rank keeps its own counts. If `find_unused_parameters=True`, a warning explains what to call first.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
