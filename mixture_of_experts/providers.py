@@ -1,7 +1,7 @@
 """Defines providers, which describe the modules of other libraries.
 
-This package supports its own modules and those of torch directly. Features that act on whole models ask another
-library's provider which of the library's modules call routers, wrap other modules, or receive arguments that describe
+This package supports its own modules and those of torch directly. For other libraries, features that act on whole
+models query a provider to find modules that call routers, wrap other modules, or receive arguments that describe
 tokens. The providers for a module are those registered for the top-level packages that define its class and base
 classes. The providers for `BUNDLED_LIBRARIES` are defined in `mixture_of_experts.huggingface` and imported when a
 module from one of these libraries is first encountered. Call `register_provider` to add others.

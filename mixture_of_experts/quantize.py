@@ -53,8 +53,8 @@ def quantize_experts(
 
     Args:
         model: a model that contains `MoE` layers with frozen experts.
-        bits: bits per weight. Each weight is rounded to the nearest of 256 or 16 levels. The error with 4 bits is 12x
-            as large as with 8 bits.
+        bits: number of bits per weight. Each weight is rounded to the nearest of 256 or 16 levels. The error with 4
+            bits is 12x as large as with 8 bits.
         group: for 4 bits, the number of adjacent inputs per output that share a step and a zero point: 32, 64, 128 or
             256. It must divide the experts' `dim` and `hidden_dim`. Smaller groups are more accurate but need more
             memory. Groups of 32 use 5 bits per weight, and groups of 64 use 4.5.
@@ -393,8 +393,8 @@ def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Itera
 
 
 def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, transposed: bool) -> Tensor:
-    """Multiply `x` by a packed weight with scale `(q,)`, or by its transpose if `transposed`. `x` is `(r, p)` or, if
-    transposed, `(r, q)`."""
+    """Multiply `x` by a packed weight with scale `(q,)`, or by its transpose if `transposed` is True. `x` is `(r, p)`
+    or, if transposed, `(r, q)`."""
     form = int8 if groups is None else int4
     if (
         not transposed
@@ -433,8 +433,8 @@ def rows_by_packed(
 ) -> Tensor:
     """Multiply rows `(r, p)`, sorted by expert, by their experts' packed weights, which have the scale `(e, q)`.
 
-    The result is `(r, q)`, with zeros after the last expert's rows. If `transposed`, map the gradient of these products
-    `(r, q)` to the gradient of the rows `(r, p)`.
+    The result is `(r, q)`, with zeros after the last expert's rows. If `transposed` is True, map the gradient of these
+    products `(r, q)` to the gradient of the rows `(r, p)`.
     """
     out, start = x.new_zeros(x.shape[0], output_width(packed, scale, transposed)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):

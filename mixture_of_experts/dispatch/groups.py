@@ -54,7 +54,7 @@ def group_side_inputs(
         side: tensors `(..., n)` or `(..., n, anything)`, keyed by name, with one entry per token. Values of None are
             ignored.
         names: the names of the side inputs that the gates read.
-        mask: `(..., n)` or None.
+        mask: `(..., n)` bool mask of the real tokens, or None.
         shape: the shape `(..., n)` of the inputs without the last dimension.
         groups: `(b, n, d)`, the grouped inputs.
     """

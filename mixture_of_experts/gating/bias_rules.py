@@ -57,7 +57,7 @@ class BiasRule:
 
 
 class SignRule(BiasRule):
-    """Update rule that adds `rate * sign(mean load - load)` to the expert bias (Wang et al. 2024, arXiv 2408.15664).
+    """An update rule that adds `rate * sign(mean load - load)` to the expert bias (Wang et al. 2024, arXiv 2408.15664).
 
     Args:
         centred: whether to subtract the mean from the bias after each step, so that the mean cannot drift. Up to

@@ -21,7 +21,7 @@ from mixture_of_experts.support.tracing import disable_autocast
 
 
 class DepthAveragedGating(TopKGating):
-    """Router that computes its logits from a state accumulated over layers, as in ZAYA1 and ZONOS2.
+    """A router that computes its logits from a state accumulated over layers, as in ZAYA1 and ZONOS2.
 
     The previous layer's router state is added to the state of this layer (arXiv 2605.05365, section II-A, equations 1
     to 3; introduced in arXiv 2511.17127). If `router_state` is passed (None in the first layer), the layer also returns

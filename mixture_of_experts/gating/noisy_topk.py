@@ -1,4 +1,4 @@
-"""Noisy top-k router from the original paper on sparsely gated mixtures of experts."""
+"""The noisy top-k router from the original paper on sparsely gated mixtures of experts."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Top2Gating(TokenChoiceGate):
     Args:
         dim: model dimension, d.
         num_gates: number of experts, e.
-        eps: prevents division by zero when the two weights are normalized and when policy "random" divides by its
+        eps: prevents division by zero when the two weights are normalized and when the "random" policy divides by its
             threshold.
         outer_expert_dims: leading dimensions of weights and inputs, used by level two of a two-level layer.
         second_policy_train, second_policy_eval: which second choices are used: "all", "none", "threshold" (if the
@@ -221,8 +221,8 @@ class Top2Gating(TokenChoiceGate):
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         """Return the requested losses, which count the choices that the policy sends.
 
-        The same policy determines whether externally specified choices that are not computed are counted. Under policy
-        "random", such second choices are excluded, because the outcome of the draw is unknown.
+        The same policy determines whether externally specified choices that are not computed are counted. If the policy
+        is "random", such second choices are excluded, because the outcome of the draw is unknown.
         """
         sent, given = choices.sent, tokens.side.get(GIVEN)
         if given is not None and sent is not None:

@@ -90,7 +90,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
 
 
 class Decided(NamedTuple):
-    """The results of the forward kernel and their sums."""
+    """The results of the forward kernel, including the sums from which losses are computed."""
 
     expert: Tensor  # (..., b, n, 2) int64
     weight: Tensor  # (..., b, n, 2)

@@ -256,8 +256,8 @@ def _make_experts(
 
 
 def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_coef: bool) -> dict[str, Any]:
-    """Return a recipe's loss coefficients for a model with `layers` of these layers. If `has_loss_coef`, the caller
-    passes the coefficient of the load-balancing loss."""
+    """Return a recipe's loss coefficients for a model with `layers` of these layers. If `has_loss_coef` is True, the
+    caller passes the coefficient of the load-balancing loss."""
     coefs = dict(recipe.layer)
     if "loss_coefs" in coefs and not getattr(gate, "num_groups", None):
         coefs["loss_coefs"] = {n: coef for n, coef in coefs["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
