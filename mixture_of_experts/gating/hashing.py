@@ -18,7 +18,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 class HashGating(TopKGating):
     """A router that maps each token id to k fixed experts. The weights of the experts are learned as in `TopKGating`.
 
-    No load-balancing loss is needed, but the load is only as balanced as the id frequencies (Roller et al. 2021, arXiv
+    Without a load-balancing loss, the load is as balanced as the token id frequencies (Roller et al. 2021, arXiv
     2106.04426). The first layers of DeepSeek-V4 use this router. Call the layer as `moe(x, token_ids=ids)`.
 
     Args:
