@@ -1,4 +1,4 @@
-"""Resolves constructor arguments of the layers, and checks that gates, experts and the layer match."""
+"""Resolves the layers' constructor arguments, and checks that a layer's gates and experts match it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def as_experts(experts: Any) -> nn.Module | None:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Return whether the module can be called, unlike a plain `nn.ModuleList`."""
+    """Return whether the module is callable, which a plain `nn.ModuleList` is not."""
     return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
@@ -47,7 +47,7 @@ def check_shared_expert(shared_expert: Any) -> nn.Module | None:
 
 
 def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
-    """Return `num_experts` if it is not None, else the number of the gate, of the experts, or 16."""
+    """Return `num_experts`. If it is None, infer it from the gate or the experts, with 16 as the fallback."""
     if num_experts is None:
         num_experts = getattr(gate, "num_experts", None) or getattr(experts, "num_experts", None) or 16
     return check_size("num_experts", num_experts)
@@ -56,7 +56,8 @@ def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts
 def resolve_expert_grid(
     num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
 ) -> tuple[int, int]:
-    """Return (outer, inner): `num_experts` if it is not None, else the sizes of gates, of experts, or (4, 4)."""
+    """Return `num_experts` as a pair (outer, inner). If it is None, infer it from the gates and experts, with (4, 4) as
+    the fallback."""
     if num_experts is None:
         default = getattr(experts, "num_experts", None)
         default = default if isinstance(default, tuple) and len(default) == 2 else (4, 4)
@@ -81,7 +82,7 @@ def reject_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
 
 
 def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
-    """Raise an error for arguments that would have no effect because `part` is passed."""
+    """Raise an error if `arguments` has settings that would be ignored because the caller passed `part`."""
     if arguments:
         written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
         raise ValueError(f"{written} would be ignored because you also pass {part}; set it on {part} instead")
@@ -91,7 +92,7 @@ K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other 
 
 
 def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
-    """Raise an error that explains where to pass an argument that belongs to the router, not to the layer."""
+    """Raise an error if an argument belongs to the router rather than the layer, and suggest where to pass it."""
     parameters = inspect.signature(layer.__init__).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
@@ -107,7 +108,7 @@ def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
 
 
 def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
-    """Raise an error if the priority of a gate differs from the layer's, because both levels must use the same one.
+    """Raise an error if a gate's priority differs from the layer's. Both levels must use the same priority.
 
     The priority of a dropless gate has no effect and is not checked.
     """
@@ -123,7 +124,8 @@ def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -
 def check_gate(
     name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), is_level: bool = False
 ) -> None:
-    """Check that a gate is callable and matches the layer's sizes, and that a gate of a level uses token choice."""
+    """Check that a gate is callable and matches the layer's dimensions. Gates of a two-level layer must use token
+    choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
     given = ["mask", "importance"] if outer else ["mask"]
@@ -144,7 +146,7 @@ def check_gate(
 
 
 def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
-    """Return whether the module's signature allows a call with one tensor and these keywords."""
+    """Return whether the module can be called with one tensor and these keyword arguments."""
     try:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
@@ -155,7 +157,7 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
 
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
-    """Check that the experts match the layer's sizes, if they have the corresponding attributes."""
+    """Check that the experts' `num_experts` and `dim`, where defined, match those of the layer."""
     experts = unwrap_module(experts)  # an adapter of a bias may have num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
@@ -175,7 +177,7 @@ def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) ->
 def check_packed_call(
     side: Mapping[str, Any], group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module
 ) -> None:
-    """Check that a layer supports packed rows if the call has `segment_ids`, which make each document a group."""
+    """Check that the layer supports packed rows if `segment_ids` are passed. Each document is then a group."""
     if side.get(SEGMENT_IDS) is None:
         return
     if (reason := packing_unsupported_reason(group_size, gates, experts)) is not None:
@@ -186,7 +188,7 @@ def check_packed_call(
 
 
 def packing_unsupported_reason(group_size: int | None, gates: Sequence[nn.Module], experts: nn.Module) -> str | None:
-    """Return why a layer does not support packed rows, with the remedy; None if it does."""
+    """Return why the layer does not support packed rows and how to fix it, or None if it supports them."""
     if group_size is not None:
         return f"group_size={group_size} groups tokens differently; set it to None"
     if len(gates) > 1:

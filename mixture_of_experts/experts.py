@@ -1,10 +1,10 @@
-"""Expert networks: stacked weights for all experts, lists of plain modules, and the two interfaces of experts.
+"""Expert networks with stacked weights, lists of expert modules, and the two interfaces that experts can have.
 
 Axes: e experts (one or two dimensions, `*e`), t tokens, s slots per expert, r rows sorted by expert, d model dim,
 h hidden dim, o output dim.
 
-1. *Slots*, for any module: `experts(slots)` maps `(*e, s, d)` to the same shape.
-2. *Tokens*, for `RoutedExperts`: `experts(x, assignments)` maps the tokens `(t, d)` of a whole call to `(t, o)`.
+1. *Slots*, supported by any module: `experts(slots)` maps `(*e, s, d)` to the same shape.
+2. *Tokens*, supported by `RoutedExperts`: `experts(x, assignments)` maps all tokens of a call, `(t, d)`, to `(t, o)`.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ MAX_SLOTS_PER_CHOICE = 4  # calls with more slots per choice emit a warning
 
 
 class RoutedExperts(nn.Module):
-    """Base class of experts that read the tokens of a whole call and the gates' `Assignments`.
+    """Base class for experts that receive all tokens of a call and their `Assignments`.
 
-    Subclasses implement `compute`, which maps rows sorted by expert to the same number of rows. The rows of different
-    experts follow each other without padding, and results past the rows of the last expert are ignored. If the outputs
-    have another width than the tokens, set the attribute `dim_out`. The base class handles dispatch, combine, capacity
-    and levels. A subclass whose `forward` has no `assignments` argument reads slots instead, like any other module.
+    Subclasses implement `compute`, which receives rows sorted by expert and returns one output row per input row. There
+    is no padding between the rows of consecutive experts, and outputs beyond the last expert's rows are ignored. If the
+    output width differs from the input width, set the `dim_out` attribute. The base class handles dispatching,
+    combining, expert capacity and two-level gating. A subclass whose `forward` has no `assignments` argument receives
+    slots instead, like any other module.
 
     Example:
         >>> import torch
@@ -94,12 +95,12 @@ class RoutedExperts(nn.Module):
         cls.allocates_outputs = is_package_class(next(base for base in cls.__mro__ if "forward" in base.__dict__))
 
     def variant_reason(self) -> str | None:
-        """Return why a token's output may depend on the batch under `ops.use("batch_invariant")`, or None if it does
+        """Return why outputs may depend on the batch even under `ops.use("batch_invariant")`, or None if they do
         not."""
         return f"{type(self).__name__} implements its own computation of rows; use Experts or GatedExperts"
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
-        """Map tokens `(t, d)` to `(t, o)` if assignments are passed, else slots `(*e, s, d)` to `(*e, s, o)`."""
+        """Map tokens `(t, d)` to `(t, o)` if assignments are passed, otherwise slots `(*e, s, d)` to `(*e, s, o)`."""
         if assignments is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
@@ -118,12 +119,12 @@ class RoutedExperts(nn.Module):
         return out
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Apply each expert to its own rows, and return the same number of rows.
+        """Apply each expert to its own rows, and return one output row per input row.
 
         Args:
-            rows: `(r, d)`, sorted by expert. Unused rows may follow those of the last expert; their results are
+            rows: `(r, d)`, sorted by expert. Unused rows may follow the last expert's rows, and their outputs are
                 ignored.
-            num_tokens_per_expert: `(e,)` int64, number of rows of each expert; outer-major for a grid of experts.
+            num_tokens_per_expert: `(e,)` int64, number of rows per expert, in outer-major order for a grid of experts.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement compute(rows, num_tokens_per_expert), or a forward that reads slots"
@@ -131,7 +132,7 @@ class RoutedExperts(nn.Module):
 
 
 def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tensor:
-    """Map the tokens `(t, d)` of a call to `(t, o)`, with experts that have either interface."""
+    """Apply experts with either interface to the tokens `(t, d)` of a call, and return `(t, o)`."""
     unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
     )  # some adapters hide attributes
@@ -145,7 +146,7 @@ def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tens
 
 
 def binds_assignments(forward: Callable) -> bool:
-    """Return whether a forward `(self, x, ...)` has `assignments` as its second argument, or accepts `*args`."""
+    """Return whether `forward(self, x, ...)` accepts `assignments` as its second argument, or accepts `*args`."""
     of_self, *parameters = inspect.signature(forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in (of_self, *parameters)):
         return True
@@ -160,7 +161,7 @@ def binds_assignments(forward: Callable) -> bool:
 
 
 def reads_assignments(experts: nn.Module) -> bool:
-    """Return whether a module, or the module inside its wrappers, accepts tokens and assignments."""
+    """Return whether a module, including any module that it wraps, accepts tokens and assignments."""
     while not isinstance(experts, RoutedExperts):
         wrapped = get_wrapped_module(experts)
         if wrapped is None or not binds_assignments(type(experts).forward):  # unknown wrappers read slots
@@ -170,7 +171,7 @@ def reads_assignments(experts: nn.Module) -> bool:
 
 
 def check_slot_inputs(experts: Any, x: Tensor, assignments: Any) -> None:
-    """Check that x has the shape `(*e, s, d)` of slots, and that no assignments are passed."""
+    """Check that `x` has the slot shape `(*e, s, d)` and that no assignments were passed."""
     wanted = (*experts.expert_dims, "s", experts.dim)
     fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
     if assignments is not None or not fits:
@@ -188,7 +189,7 @@ def check_slot_inputs(experts: Any, x: Tensor, assignments: Any) -> None:
 def run_experts_on_slots(
     compute: Callable[[Tensor], Tensor], x: Tensor, assignments: Assignments, dim_out: int | None = None
 ) -> Tensor:
-    """Dispatch tokens to slots (empty slots are filled with zeros), compute them, and combine the results."""
+    """Dispatch tokens to slots, fill empty slots with zeros, apply the experts, and combine the results."""
     permutation = permute_dropless_slots(assignments) if assignments.routing is None else permute_to_slots(assignments)
     slots = dispatch(x, permutation)
     slots = slots.view(
@@ -200,10 +201,10 @@ def run_experts_on_slots(
 
 
 def permute_dropless_slots(assignments: Assignments) -> Permutation:
-    """Return the permutation of a dropless call to slots.
+    """Return a permutation that assigns the tokens of a dropless call to slots.
 
-    If values can be read without a sync, each expert gets as many slots as the most loaded one needs. Otherwise it gets
-    one slot per token, with a warning if most of them are bound to stay empty.
+    If the host can read the assignments without a sync, each expert gets as many slots as the busiest expert needs.
+    Otherwise, each expert gets one slot per token, and a warning is emitted if most slots would remain empty.
     """
     t, e = assignments.num_tokens, math.prod(assignments.expert_dims)
     if is_host_readable(assignments.kept):
@@ -224,16 +225,16 @@ def permute_dropless_slots(assignments: Assignments) -> Permutation:
 
 
 def _check_dropout(name: str, value: Any) -> float:
-    """Check that the rate is below 1. A rate of 0 becomes an integer, because compiled graphs with dynamic sizes treat
-    a float as an input."""
+    """Check that the dropout rate is below 1. A rate of 0 is returned as an integer, because compiled graphs with
+    dynamic shapes treat floats as inputs."""
     return check_number(name, value, at_least=0.0, below=1.0) or 0
 
 
 class StackedExperts(FixedShapeModule, RoutedExperts):
-    """Base class of experts with stacked weights: initialization, checks of shapes, and both interfaces.
+    """Base class for experts with stacked weights, which implements initialization, shape checks and both interfaces.
 
-    Tokens with assignments are passed to `ops.routed_ffn`, which dispatches and computes them with the fastest
-    implementation. `compute` and slots serve wrappers, expert parallelism, and callers that sort rows themselves.
+    `forward` passes tokens and assignments to `ops.routed_ffn`, which selects the fastest implementation. Wrappers,
+    expert parallelism, and callers that sort rows themselves use `compute` or slots instead.
     """
 
     dim: int
@@ -292,7 +293,8 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
     def forward(
         self, x: Tensor, assignments: Assignments | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
     ) -> Tensor:
-        """Map as in `RoutedExperts`. A wrapper may pass another `ffn` to compute tokens with assignments."""
+        """Apply the experts to tokens or slots; see `RoutedExperts`. A wrapper can pass its own `ffn` to process
+        tokens."""
         network = self._build_network()
         if isinstance(assignments, Assignments):
             return ffn(x, assignments, network, training=self.training)
@@ -307,12 +309,13 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         return None if reason is None else f"{reason}; use an activation of this package, without hooks"
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Compute rows that a wrapper or another rank has sorted by expert. `forward` does not call this method."""
+        """Apply the experts to rows that a wrapper or another rank has sorted by expert. `forward` does not call this
+        method."""
         rows, network = cast_operands(rows, self._build_network())
         return feed_forward(rows, network, num_tokens_per_expert, grouped_matmul)
 
     def _build_network(self) -> Network:
-        """Return the weights as a network, with a grid of experts flattened to one dimension."""
+        """Return the weights as a `Network`, flattening a grid of experts to one dimension."""
         w_in, b_in = ((self.w1, self.w3), (self.b1, self.b3)) if self.gated else ((self.w1,), (self.b1,))
         dropout = self.dropout if self.training else 0.0
         network = Network(w_in, self.w2, self.act, b_in, self.b2, dropout=dropout)
@@ -322,8 +325,8 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         return network.map(lambda tensor: tensor.flatten(0, last))
 
     def reset_parameters(self) -> None:
-        """Draw the weights of each expert from a uniform distribution with standard deviation 1 / sqrt(fan in), and set
-        biases to 0."""
+        """Initialize each expert's weights from a uniform distribution with standard deviation 1 / sqrt(fan_in), and
+        set all biases to 0."""
         init_expert_weights(self)
 
     def extra_repr(self) -> str:
@@ -334,8 +337,8 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
 
 
 def init_expert_weights(module: nn.Module) -> None:
-    """Draw weights `(..., d, h)` from a uniform distribution with standard deviation 1 / sqrt(fan in), and set biases
-    (`b1` and so on) to 0."""
+    """Initialize weights `(..., d, h)` from a uniform distribution with standard deviation 1 / sqrt(fan_in). Biases,
+    whose names start with `b`, are set to 0."""
     for name, parameter in module.named_parameters(recurse=False):
         if name.startswith("b"):
             nn.init.zeros_(parameter)
@@ -351,16 +354,16 @@ class Experts(StackedExperts):
         dim: model dimension, d.
         num_experts: number of experts, e, or a tuple for a grid of experts.
         hidden_dim: hidden dimension, h. Default: 4 d.
-        activation: a class such as `nn.GELU`, a module, or a function of a tensor.
+        activation: a class such as `nn.GELU`, a module, or a function.
         bias: whether to add biases `b1 (*e, h)` and `b2 (*e, o)`.
         dim_out: width of the outputs, o. Default: d.
-        dropout: probability of dropping an element of the hidden layer in training ("expert dropout" of Switch, arXiv
-            2101.03961). A forward with dropout uses torch's own operators.
+        dropout: probability of zeroing an element of the hidden layer during training ("expert dropout" in Switch,
+            arXiv 2101.03961). With dropout, the forward pass uses PyTorch's own operators.
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        Maps slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` has the shape
-        `(*e, d, h)`, and `w2` has the shape `(*e, h, o)`.
+        The experts map slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` and their assignments to `(t, o)`. `w1`
+        has the shape `(*e, d, h)`, and `w2` has the shape `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -394,17 +397,17 @@ class GatedExperts(StackedExperts):
         dim: model dimension, d.
         num_experts: number of experts, e, or a tuple for a grid of experts.
         hidden_dim: hidden dimension, h. Default: 4 d.
-        activation: a class such as `nn.SiLU`, a module, or a function of a tensor. A function of two tensors,
-            `(x w1, x w3)`, such as `ops.ClampedSwiGLU`, must return the whole hidden layer.
+        activation: a class such as `nn.SiLU`, a module, or a function. A function of two tensors, `x w1` and `x w3`,
+            such as `ops.ClampedSwiGLU`, must return the complete hidden activations.
         bias: whether to add biases `b1, b3 (*e, h)` and `b2 (*e, o)`.
         dim_out: width of the outputs, o. Default: d.
-        dropout: probability of dropping an element of the hidden layer in training ("expert dropout" of Switch, arXiv
-            2101.03961). A forward with dropout uses torch's own operators.
+        dropout: probability of zeroing an element of the hidden layer during training ("expert dropout" in Switch,
+            arXiv 2101.03961). With dropout, the forward pass uses PyTorch's own operators.
         device, dtype: device and dtype of the parameters.
 
     Shape:
-        Maps slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with assignments to `(t, o)`. `w1` and `w3` have the
-        shape `(*e, d, h)`, and `w2` has the shape `(*e, h, o)`.
+        The experts map slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` and their assignments to `(t, o)`. `w1`
+        and `w3` have the shape `(*e, d, h)`, and `w2` has the shape `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -434,7 +437,7 @@ class GatedExperts(StackedExperts):
 
 
 def check_expert_modules(experts: Any) -> list[nn.Module]:
-    """Check that all items of a list of experts are modules, and return the list."""
+    """Check that all elements of `experts` are modules, and return them as a list."""
     if not isinstance(experts, Iterable):
         raise TypeError(f"experts must be a list of modules, got a {type(experts).__name__}")
     modules = list(experts)
@@ -446,14 +449,15 @@ def check_expert_modules(experts: Any) -> list[nn.Module]:
 
 
 class ExpertList(RoutedExperts, nn.ModuleList):
-    """Experts that are a list of modules, each of which maps `(n, d)` to `(n, d)`.
+    """A list of expert modules that each map `(n, d)` to `(n, d)`.
 
-    With limited capacity, each module receives all slots of its expert, and empty slots are filled with zeros. In
-    dropless calls, it receives only the rows of its expert, which requires one host sync to read the row counts. Slots
-    are also used where values cannot be read: in traced graphs, in transforms of `torch.func`, and on the meta device.
+    If the capacity is limited, each module receives all slots of its expert, and empty slots are filled with zeros. In
+    dropless calls, it receives only its expert's rows, which requires one host sync to read the row counts. Slots are
+    also used if tensor values are not available, which is the case in traced graphs, in `torch.func` transforms, and on
+    the meta device.
 
     Args:
-        experts: one module for each expert; outer-major for a grid of experts.
+        experts: one module per expert, in outer-major order for a grid of experts.
         dim_out: width of the outputs, o. Default: d.
 
     Example:

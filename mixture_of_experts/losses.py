@@ -1,8 +1,9 @@
-"""Router losses as pure functions of token counts and probabilities.
+"""Implements router losses as pure functions of token counts and probabilities.
 
 Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts.
 
-Every loss is a single `mean`, a total divided by a count, so that it is exact across ranks. An empty mean is 0.
+Every loss is a single `mean`, which divides a total by a count, so the result is exact across ranks. The mean of zero
+elements is 0.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mixture_of_experts.support.tracing import symbolic_max, symbolic_min
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the sum of `value` over the ranks of `group`, without gradient. Without a group, return the detached
+    """Sum `value` over the ranks of `group` without tracking gradients. If `group` is None, return the detached
     value."""
     value = value.detach()
     if group is None or world_size(group) == 1:
@@ -34,15 +35,16 @@ def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Return the number of ranks of a process group, or 1 without a group."""
+    """Return the number of ranks in a process group, or 1 if `group` is None."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, each: float = 1.0) -> Tensor:
     """Return `total / (count * each)`, or 0 if the count is 0.
 
-    With several ranks, each returns `local total * number of ranks / (global count * each)`. The averages over ranks of
-    this value and of its gradients are exact for the whole batch, even if ranks have different shares of it.
+    With several ranks, each rank returns `local total * number of ranks / (global count * each)`. Averaging this value
+    or its gradients over the ranks yields the exact result for the whole batch, even if some ranks hold more of it than
+    others.
     """
     alone = world_size(group) == 1
     if not isinstance(count, Tensor):
@@ -55,7 +57,7 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
 
 
 def count_expert_load(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-    """Return `(..., e)` int64, the number of times that each expert is among the `counted` choices `(..., n, k)`."""
+    """Count how often each expert is selected by the `counted` choices `(..., n, k)`, and return int64 `(..., e)`."""
     ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
     zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
     return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
@@ -66,15 +68,15 @@ def load_balancing_loss(
 ) -> Tensor:
     """Compute the load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, eq. 4).
 
-    The result is the 0-dim `e / k * sum_e f_e P_e`, where f and P are the means of load and proxy over the tokens of a
-    group, averaged over all groups that have tokens. It is 1.0 if f and P are uniform.
+    The loss is `e / k * sum_e f_e P_e`, averaged over all groups that have tokens. f and P are the means of `load` and
+    `proxy` over a group's tokens. The result is 0-dimensional and equals 1.0 if f and P are uniform.
 
     Args:
-        load: `(..., b, e)` number of choices of each expert; carries no gradient.
-        proxy: `(..., b, e)` sum of the probabilities over the group's tokens.
-        length: number of real tokens of each group `(..., b)`, or n if all groups have n tokens.
+        load: `(..., b, e)`, how often each expert was chosen; carries no gradient.
+        proxy: `(..., b, e)`, the router probabilities summed over each group's tokens.
+        length: number of real tokens in each group, `(..., b)`, or n if every group has n tokens.
         k: number of choices per token.
-        group: process group that shares the batch.
+        group: process group across which the batch is split.
     """
     return _mean_of_products(load.detach() * proxy, length, k / load.shape[-1], group)
 
@@ -87,12 +89,13 @@ def load_balancing_loss_from_choices(
     k: float = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Compute `load_balancing_loss` from choices instead of loads: `sum_e load_e P_e` is the sum of P over choices.
+    """Compute `load_balancing_loss` from choices instead of loads. `sum_e load_e P_e` equals the sum of P over all
+    choices.
 
     Args:
-        expert: `(..., b, n, k)` int64, the choices.
-        counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, which choices count; None if all do.
-        proxy, length, k, group: as in `load_balancing_loss`.
+        expert: `(..., b, n, k)` int64, the chosen experts.
+        counted: `(..., b, n, k)` or `(..., b, n, 1)` bool mask of the choices to count, or None to count all.
+        proxy, length, k, group: see `load_balancing_loss`.
     """
     chosen = proxy.gather(-1, expert.flatten(-2))
     if counted is not None:
@@ -101,7 +104,8 @@ def load_balancing_loss_from_choices(
 
 
 def _mean_of_products(products: Tensor, length: Length | int, factor: float, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the mean over groups of the sum of `products` `(..., b, any)`, divided by length^2 and by `factor`."""
+    """Sum `products` `(..., b, any)` within each group, divide by `length^2 * factor`, and return the mean over
+    groups."""
     if isinstance(length, Length):
         return _mean_over_groups(products, length.tokens(products.dtype), factor, group)
     groups = math.prod(products.shape[:-1]) * symbolic_min(length, 1)
@@ -111,7 +115,7 @@ def _mean_of_products(products: Tensor, length: Length | int, factor: float, gro
 def _mean_over_groups(
     products: Tensor, tokens: Tensor, factor: float, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Return the same for groups with `tokens` `(..., b)`, ignoring groups without tokens."""
+    """Compute `_mean_of_products` for groups that have `tokens` `(..., b)` tokens each, ignoring empty groups."""
     if tokens.shape != products.shape[:-1]:
         raise ValueError(
             f"lengths of shape {tuple(tokens.shape)} do not match values of shape {tuple(products.shape[:-1])}. If the "
@@ -125,10 +129,11 @@ def _mean_over_groups(
 def load_balancing_loss_over_batch(
     load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Compute `load_balancing_loss` with f and P over all tokens of the call (global-batch balance, arXiv 2501.11873).
+    """Compute `load_balancing_loss` with f and P averaged over all tokens of the call (global-batch balance, arXiv
+    2501.11873).
 
-    f is the mean over all ranks of `group` and carries no gradient. With outer experts (`...`), the loss is computed
-    for each of them and averaged over those that have tokens. Arguments are as in `load_balancing_loss`.
+    f is also averaged over all ranks of `group` and carries no gradient. The loss is computed separately for each outer
+    expert (`...`) and averaged over the outer experts that have tokens. See `load_balancing_loss` for the arguments.
     """
     if isinstance(length, Length):
         tokens = length.sum().tokens(proxy.dtype)
@@ -141,16 +146,16 @@ def load_balancing_loss_over_batch(
 def load_balancing_loss_over_documents(
     load: Tensor, probs: Tensor, segments: Segments, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Compute `load_balancing_loss` for packed rows, with documents as groups.
+    """Compute `load_balancing_loss` for packed rows, treating each document as a group.
 
     `sum_e load_e P_e` is computed as a sum over tokens, using the load of each token's document. Summing probabilities
     per document would be nondeterministic on a GPU, because the order of additions varies between runs.
 
     Args:
-        load: `(b n, e)` number of choices of each expert in each document; carries no gradient.
-        probs: `(b n, e)` probabilities of the tokens, 0 for tokens that do not count.
-        segments: the documents.
-        k, group: as in `load_balancing_loss`.
+        load: `(b n, e)`, how often each expert was chosen in each document; carries no gradient.
+        probs: `(b n, e)` router probabilities, which are 0 for tokens that are not counted.
+        segments: the documents in the packed rows.
+        k, group: see `load_balancing_loss`.
     """
     load = load.detach().to(probs.dtype).index_select(0, segments.document.flatten())
     length = segments.length.to(probs.dtype).clamp(min=1).square()
@@ -163,19 +168,20 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
 
     Args:
         logits: `(..., n, e)`.
-        counted: `(..., n)` bool, which tokens count; None if all do.
-        group: process group that shares the batch.
+        counted: `(..., n)` bool mask of the tokens to count, or None to count all.
+        group: process group across which the batch is split.
     """
     return token_mean(logits.logsumexp(dim=-1).square(), counted, group)
 
 
 def logsumexp_from_expert(logit: Tensor, prob: Tensor) -> Tensor:
-    """Return the logsumexp `(..., n)` of each token's logits, computed as logit - log p from one expert of a softmax.
+    """Compute the logsumexp `(..., n)` of each token's logits from the logit and softmax probability of a single
+    expert.
 
-    This avoids a pass over all experts, and its backward does not need the logits.
+    Computing `logit - log(prob)` avoids a pass over all experts, and the backward pass does not need the logits.
 
     Args:
-        logit, prob: `(..., n, 1)`, logit and probability of a likely expert, such as the first choice.
+        logit, prob: `(..., n, 1)`, the logit and probability of a likely expert, such as the first choice.
     """
     return (logit - prob.log()).squeeze(-1)
 
@@ -183,14 +189,14 @@ def logsumexp_from_expert(logit: Tensor, prob: Tensor) -> Tensor:
 def z_loss_from_expert(
     logit: Tensor, prob: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Compute `z_loss` from one expert per token, with `logsumexp_from_expert`. Arguments are as in both."""
+    """Compute `z_loss` from one expert per token. See `z_loss` and `logsumexp_from_expert` for the arguments."""
     if counted is None and not torch.is_grad_enabled():  # fewer launches
         return mean(F.mse_loss(logit, prob.log(), reduction="sum"), math.prod(logit.shape), group)
     return token_mean(logsumexp_from_expert(logit, prob).square(), counted, group)
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the mean of `values` where `counted`, a bool tensor of the same shape, is True; None counts all."""
+    """Return the mean of the `values` selected by the bool mask `counted`, or of all values if it is None."""
     if counted is None:
         return mean(values.sum(), math.prod(values.shape), group)
     return mean(torch.where(counted, values, 0.0).sum(), counted.sum(), group)
@@ -199,15 +205,15 @@ def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.Proces
 def cv_squared(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Compute the squared coefficient of variation over experts, variance / mean^2 (arXiv 1701.06538, eq. 7 and 11).
 
-    It uses the population variance, because its gradient is 0 at perfect balance, where the gradient of the standard
-    deviation is not finite.
+    The variance is the population variance. At perfect balance, its gradient is 0, whereas the standard deviation has
+    no finite gradient.
 
     Args:
         values: `(..., e)` importance or load of each expert, summed over the call.
-        group: process group that shares the batch; `values` are first summed over its ranks.
+        group: process group across which the batch is split. `values` are first summed over its ranks.
 
     Returns:
-        The 0-dim average over all outer experts (`...`) with nonzero values.
+        The average over all outer experts (`...`) with nonzero values, as a 0-dimensional tensor.
     """
     total = global_sum(values, group) + (values - values.detach()) * world_size(group)
     center = total.mean(dim=-1)

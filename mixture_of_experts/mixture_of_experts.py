@@ -1,4 +1,4 @@
-"""Keeps imports written for mixture-of-experts 0.2.3 working. New code should import from the package itself."""
+"""Supports imports written for mixture-of-experts 0.2.3. New code should import from the top-level package."""
 
 from mixture_of_experts.experts import Experts
 from mixture_of_experts.gating import Top2Gating

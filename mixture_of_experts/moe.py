@@ -1,9 +1,9 @@
-"""Mixture-of-experts layers: `MoE`, and `HeirarchicalMoE` with two levels of gating.
+"""Defines the mixture-of-experts layers `MoE` and `HeirarchicalMoE`, which has two levels of gating.
 
 Axes: b groups, n tokens per group, t = b n tokens per call, d model dim, e experts, c capacity, s slots, r rows.
 
 A gate decides which experts process each token and returns a `Routing`. Experts receive the tokens and the call's
-`Assignments`. Stacked experts run an implementation from `ops`, which chooses its own layout of rows; other experts
+`Assignments`. Stacked experts run an implementation from `ops` that chooses its own row layout, while other experts
 receive rows or slots from `dispatch`.
 """
 
@@ -57,7 +57,7 @@ LOSS_COEF_ARGUMENTS = {"balance": "loss_coef", "z": "z_loss_coef"}
 
 
 class MoEBase(CheckedModule):
-    """Base class of both layers: stores settings, checks gates and experts, and computes the auxiliary loss."""
+    """Base class for both layers, which stores settings, checks gates and experts, and computes the auxiliary loss."""
 
     dim: int
     shared_expert: nn.Module | None
@@ -93,7 +93,7 @@ class MoEBase(CheckedModule):
         self.shared_expert = shared_expert
 
     def check_part(self, name: str, part: Any) -> None:
-        """Check that a gate or the experts match the layer's sizes."""
+        """Check that a gate or the experts match the layer's dimensions."""
         sizes = self.num_experts if isinstance(self.num_experts, tuple) else (self.num_experts,)
         if name == "experts":
             check_experts(part, self.dim, sizes)
@@ -109,7 +109,8 @@ class MoEBase(CheckedModule):
         super().__setattr__(name, value)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
-        """Return the 0-dim weighted sum of the losses of all levels. Losses without a coefficient are ignored."""
+        """Return the weighted sum of all levels' losses as a 0-dimensional tensor. Losses without a coefficient are
+        ignored."""
         loss = self.loss_coef * sum((routing.balance_loss for routing in levels[1:]), levels[0].balance_loss)
         for name, coef in (("z", self.z_loss_coef), *self.loss_coefs.items()):
             if coef:
@@ -152,47 +153,50 @@ class MoE(MoEBase):
     number of parameters grows with the number of experts while the computation per token does not.
 
     Args:
-        dim: d, model dimension.
-        num_experts: number of experts, e. Default: taken from `gate` or `experts`, otherwise 16.
+        dim: model dimension, d.
+        num_experts: number of experts, e. Default: inferred from `gate` or `experts`, otherwise 16.
         hidden_dim: hidden dimension of each expert. Default: 4 d.
         activation: activation of the default experts: a class such as `nn.GELU`, a module or a function.
-        second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: when a token uses its
-            second choice; see `Top2Gating`.
-        capacity_factor_train, capacity_factor_eval: expert capacity (slots per expert) in units of n / e, or None for
-            no token dropping. They configure the default gate and have no effect on a custom `gate`, which has its own.
+        second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: conditions under which a
+            token uses its second choice; see `Top2Gating`.
+        capacity_factor_train, capacity_factor_eval: expert capacity (slots per expert) as a multiple of n / e, or None
+            to disable token dropping. These arguments only apply to the default gate; a custom `gate` has its own
+            capacity factors.
         loss_coef: coefficient of the load-balancing loss in `aux_loss`.
         experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that each map `(s, d)` to the
             same shape.
         min_expert_capacity: minimum number of slots per expert and group.
         second_place_loss: whether the load-balancing loss also covers second choices.
         priority: which choices keep their slots when an expert overflows: "choice", "token" (causal) or "score".
-        gate: a gate, such as `TopKGating(...)`, that replaces the default `Top2Gating` configured by the arguments
-            above.
-        group_size: number of tokens that share the expert capacity. Default: each sequence is a group.
+        gate: a gate such as `TopKGating(...)`, which replaces the default `Top2Gating` and the arguments that configure
+            it.
+        group_size: number of tokens per group. The tokens of a group share the expert capacity. Default: each sequence
+            is a group.
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
-        loss_coefs: coefficients of further losses in `aux_loss`, keyed by their names in `Routing.losses`: losses that
-            your gate reports, parts of the load-balancing loss, or any of `gating.BALANCE_LOSSES`, which are computed
-            only if they are listed here, as in `{"balance_batch": 1e-2}`. For "balance" and "z", use `loss_coef` and
-            `z_loss_coef`.
-        shared_expert: a module that maps `(..., n, d)` to the same shape. Its output is added for every token. It
-            receives the inputs themselves, not a copy, so an in-place operation such as `nn.ReLU(inplace=True)`
-            overwrites them.
+        loss_coefs: coefficients of additional losses in `aux_loss`, keyed by their names in `Routing.losses`, as in
+            `{"balance_batch": 1e-2}`. The names can be losses that the gate reports, parts of the load-balancing loss,
+            or any of `gating.BALANCE_LOSSES`, which are only computed if listed here. For "balance" and "z", use
+            `loss_coef` and `z_loss_coef` instead.
+        shared_expert: a module that maps `(..., n, d)` to the same shape. It processes every token, and its output is
+            added to that of the routed experts. It receives the inputs themselves, not a copy, so an in-place operation
+            such as `nn.ReLU(inplace=True)` overwrites them.
         device, dtype: device and dtype of the weights that the layer creates, as in `torch.nn`.
 
     Shape:
-        The inputs are `(..., n, d)`, with an optional bool mask `(..., n)`. The layer returns `out`, with the inputs'
-        shape and dtype, and the 0-dim `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus the weighted
-        losses of `loss_coefs`.
+        The inputs have the shape `(..., n, d)`, and the optional bool mask has the shape `(..., n)`. The layer returns
+        `out`, which has the same shape and dtype as the inputs, and the 0-dimensional `aux_loss`. This loss is
+        `loss_coef * balance_loss + z_loss_coef * z_loss` plus the weighted losses from `loss_coefs`.
 
-        Side inputs `(..., n)` or `(..., n, anything)` hold one entry per token. Pass them as keyword arguments that the
-        gate reads; a value of None is ignored. `router_input` `(..., n, d)` replaces the inputs that the gate sees.
-        `segment_ids` `(..., n)` are integers for packed sequences: tokens of a row with equal ids form a document,
-        and each document is a group of its own. They require a token-choice gate and no `group_size`. With
-        `router_state` (None in the first layer), the call returns the state of its router `(..., n, anything)` as a
-        third result: `out, aux_loss, state = moe(x, router_state=state)`; see `gating.DepthAveragedGating`.
+        Side inputs `(..., n)` or `(..., n, anything)` contain one entry per token. Pass them as keyword arguments that
+        the gate accepts; None is ignored. `router_input` `(..., n, d)` is passed to the gate in place of the inputs.
+        `segment_ids` `(..., n)` are integers that describe packed sequences: tokens in the same row with equal ids form
+        a document, and each document is a separate group. They require a token-choice gate and cannot be combined with
+        `group_size`. If `router_state` is passed (None in the first layer), the layer also returns its router's state
+        `(..., n, anything)`, as in `out, aux_loss, state = moe(x,
+        router_state=state)`. See `gating.DepthAveragedGating`.
 
     Raises:
-        ValueError, TypeError: an argument is invalid. The error is raised before any state changes, and the message
+        ValueError, TypeError: if an argument is invalid. The error is raised before any state changes, and its message
             lists the allowed values.
 
     Example:
@@ -263,24 +267,25 @@ class MoE(MoEBase):
 class HeirarchicalMoE(MoEBase):
     """Mixture of experts with two levels of gating over a grid of experts (Shazeer et al. 2017, appendix B; GShard).
 
-    Level one routes each token to outer experts, each of which is a row of inner experts. Level two, which has separate
-    weights for each outer expert, routes the token to inner experts. A token's weight is the product of the weights of
-    both levels. The gate of level two reads tokens from the slots of level one, while the experts read them from the
-    inputs.
+    Level one routes each token to outer experts. Each outer expert is a row of inner experts. Level two then routes the
+    token to inner experts, using separate router weights for each outer expert. A token's combine weight is the product
+    of the weights from both levels. The level-two gate reads tokens from the level-one slots, while the experts read
+    tokens from the inputs.
 
     Args:
-        num_experts: `(eo, ei)`, the numbers of outer and inner experts. Default: taken from the gates or `experts`,
+        num_experts: `(eo, ei)`, the numbers of outer and inner experts. Default: inferred from the gates or `experts`,
             otherwise (4, 4).
         gate_outer, gate_inner: token-choice gates for levels one and two that replace the default `Top2Gating`.
             `gate_inner` must have `outer_expert_dims=(eo,)`.
-        capacity_factor_second_level: capacity factor of level two in training and eval. Default: that of level one.
-        the others: as in `MoE`; gating arguments apply to both levels. `experts` maps `(eo, ei, s, d)` to the same
-            shape, or is a list of eo * ei modules, outer-major.
+        capacity_factor_second_level: capacity factor of level two during training and evaluation. Default: same as
+            level one.
+        other arguments: see `MoE`. Gating arguments apply to both levels. `experts` maps `(eo, ei, s, d)` to the same
+            shape, or is a list of eo * ei modules in outer-major order.
 
     Shape:
-        As in `MoE`; the load-balancing loss is the sum of both levels' losses. Side inputs are passed to the gates that
-        read them. `given_experts` `(..., n, k)` are the choices of level one, and `given_experts_inner`
-        `(..., n, k, k2)` are the choices of level two for each choice of level one.
+        See `MoE`. The load-balancing loss is the sum of both levels' losses. Side inputs are passed to the gates that
+        accept them. `given_experts` `(..., n, k)` specifies the level-one choices, and `given_experts_inner`
+        `(..., n, k, k2)` specifies the level-two choices for each level-one choice.
 
     Example:
         >>> import torch
@@ -382,16 +387,16 @@ HierarchicalMoE = HeirarchicalMoE
 
 
 class OutputOnly(nn.Module):
-    """A wrapper that returns only the output of a layer, for `nn.Sequential` or lists of experts.
+    """Wraps a layer to return only its output, for use in `nn.Sequential` or lists of experts.
 
-    Use `collect_aux` to obtain the auxiliary loss. Without this loss, nothing balances the experts unless the layer's
-    gate has an expert bias.
+    Use `collect_aux` to obtain the auxiliary loss. Without this loss, the expert load is not balanced unless the
+    layer's gate has an expert bias.
 
     Args:
         moe: a `MoE` or a `HeirarchicalMoE`.
 
     Shape:
-        As in `MoE`, without the loss. The mask and side inputs are passed on.
+        Same as `MoE`, but the loss is not returned. The mask and side inputs are passed to the layer.
 
     Example:
         >>> import torch

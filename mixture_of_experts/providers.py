@@ -1,10 +1,10 @@
-"""Providers, which describe the modules of other libraries.
+"""Defines providers, which describe the modules of other libraries.
 
-This package supports its own modules and those of torch directly. For modules of other libraries, features that act on
-whole models query the library's provider: which modules call routers, wrap other modules, or receive arguments that
-describe tokens. A module belongs to the top-level packages that define its class and its base classes. The providers of
-`BUNDLED_LIBRARIES` are in `mixture_of_experts.huggingface` and are imported when a module of such a library is first
-encountered. Call `register_provider` to add others.
+This package supports its own modules and those of torch directly. For other libraries, features that act on whole
+models query a provider to find modules that call routers, wrap other modules, or receive arguments that describe
+tokens. The providers for a module are those registered for the top-level packages that define its class and base
+classes. The providers for `BUNDLED_LIBRARIES` are defined in `mixture_of_experts.huggingface` and imported when a
+module from one of these libraries is first encountered. Call `register_provider` to add others.
 """
 
 from __future__ import annotations
@@ -26,31 +26,32 @@ BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # defines `PROVIDER
 
 
 class ExternalRouter:
-    """The settings and return values of a router in another library that chooses k experts for each token.
+    """Describes another library's router, which chooses k experts for each token, by its settings and return values.
 
-    The router's block is the module that calls it, and for which `Provider.find_router` returns this object. Subclasses
+    The router's block is the module that calls it. `Provider.find_router` returns this object for the block. Subclasses
     may implement settings as properties that read them from the block.
 
     Args:
         path: path of the router relative to the block.
         num_experts: number of experts that the router scores.
         k: number of choices per token.
-        settings: values of any of the other attributes.
+        settings: values for any of the attributes listed below.
 
     Attributes:
-        returns: what the router returns for flattened tokens `(t, ...)`, in order: "logits" or "probs", "weights",
-            "experts", or None for any other value. More values may follow. Without "experts", the experts with the
-            largest logits are the choices.
+        returns: the values that the router returns for flattened tokens `(t, ...)`, in order. Each is "logits",
+            "probs", "weights", "experts", or None for any other value. The router may return additional values at the
+            end. If "experts" is missing, the experts with the largest logits are chosen.
         score: the function that computes probabilities from logits: "softmax", "sigmoid" or "sqrt_softplus".
         experts_path: path of the experts relative to the block.
-        expert_bias: the tensor that `balance_experts` updates to influence which experts are chosen, or None. If the
-            model may move to another device, implement it as a property.
-        capacity: slots per expert and sequence; None if dropless.
-        group_sizes: the number of expert groups, and how many of them a token may use; (None, None) without groups.
-        zero_weight_expert: the expert that a choice with weight 0 selects; None if such choices are not special.
+        expert_bias: the tensor that `balance_experts` updates to influence which experts are chosen, or None. Implement
+            it as a property if the model may be moved to another device.
+        capacity: number of slots per expert and sequence, or None if the router is dropless.
+        group_sizes: number of expert groups, and number of groups that a token may use; (None, None) if there are no
+            groups.
+        zero_weight_expert: the expert that choices with weight 0 are replaced with, or None to keep such choices.
         chooses_by_token_ids: whether experts are looked up in a table by token id.
-        remedy: advice in error messages of features that do not support the router.
-        aux_loss_remedy: how to get its auxiliary loss, for the error message of `collect_aux`.
+        remedy: advice for the error message that is raised if a feature does not support the router.
+        aux_loss_remedy: advice for the error message of `collect_aux` on how to obtain the router's auxiliary loss.
     """
 
     path: str
@@ -84,7 +85,7 @@ class ExternalRouter:
             )
 
     def check_rule(self, rule: Any, name: str) -> None:
-        """Raise ValueError if a rule for the expert bias does not support the router. `name` is the router's name."""
+        """Raise ValueError if an expert-bias rule does not support the router `name`."""
         if rule.reads_scores:
             raise ValueError(
                 f"{rule!r} reads scores, which the router {name!r} does not return; use rule='sign', or {self.remedy}"
@@ -92,7 +93,7 @@ class ExternalRouter:
 
 
 class TokenMetadata(NamedTuple):
-    """What the arguments of a model reveal about the tokens of a forward."""
+    """Information about the tokens in a forward pass, extracted from the model's arguments."""
 
     mask: Tensor | None = None  # (b, n) bool, True for real tokens; None if all tokens are real
     shape: tuple[int, int] | None = None  # (b, n), None if it is unknown
@@ -102,33 +103,34 @@ class TokenMetadata(NamedTuple):
 
 
 class TokensReader:
-    """Extracts the tokens of a forward from the arguments of a model. The base class extracts nothing."""
+    """Extracts token metadata from the arguments of a model's forward pass. The base class extracts nothing."""
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokenMetadata:
-        """Return the tokens of a forward with these arguments."""
+        """Return the metadata of the tokens in a forward pass with these arguments."""
         return TokenMetadata()
 
     def read_cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Tensor | int]:
-        """Return the cache of a forward with these arguments (None if there is none), and the number of real tokens in
-        it, as `(b,)` or as one number for all sequences."""
+        """Return the cache passed in these arguments, or None, and the number of real tokens that it contains. The
+        number is either a tensor `(b,)` or an integer that applies to all sequences."""
         return None, 0
 
     def get_cached_keys(self, cache: Any) -> Tensor | None:
-        """Return a tensor that the cache replaces when its sequences are reordered, or None if it has none."""
+        """Return a tensor that the cache replaces when its sequences are reordered, or None if there is no such
+        tensor."""
         return None
 
 
 class Provider:
-    """Describes the modules of one library. Subclasses override methods, whose defaults describe nothing."""
+    """Describes the modules of one library. The default methods provide no information, so subclasses override them."""
 
     gate_remedy: str | None = None  #: advice in the error message for a gate whose sizes differ from its layer's
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
-        """Return the router that a module calls, or None if it calls none."""
+        """Return the router that a module calls, or None if it does not call one."""
         return None
 
     def find_experts(self, module: nn.Module) -> nn.Module | None:
-        """Return the experts of a module of this library, even if its router is unknown, or None if it has none."""
+        """Return a module's experts, even if its router is unknown, or None if it has no experts."""
         return None
 
     def get_wrapped_module(self, module: nn.Module) -> nn.Module | None:
@@ -136,30 +138,31 @@ class Provider:
         return None
 
     def list_children(self, module: nn.Module) -> list[tuple[nn.Module, bool]] | None:
-        """Return the direct children of a module and whether they compute, or None if all children do."""
+        """Return a module's direct children and whether each is used in its computation, or None if all of them are."""
         return None
 
     def find_enclosing_model(self, modules: Sequence[nn.Module]) -> nn.Module | None:
-        """Return which of several nested modules (outermost first) has arguments that describe the tokens of the
-        innermost, or None if it is unknown."""
+        """Return the module whose arguments describe the tokens that the innermost module receives, or None if unknown.
+        The modules are nested, and the outermost comes first."""
         return None
 
     def make_tokens_reader(self, model: nn.Module) -> TokensReader | None:
-        """Return a reader of tokens for a model, possibly of another library, or None if its arguments are unknown."""
+        """Return a `TokensReader` for a model, or None if its arguments are unknown. The model may come from another
+        library."""
         return None
 
     def is_tokenwise(self, module: nn.Module) -> bool | None:
-        """Return whether a module maps each row independently, using only torch operators whose result for a row does
-        not depend on the batch. Its children are checked separately."""
+        """Return whether a module processes each row independently, using only torch operators whose result for a row
+        does not depend on the rest of the batch. The module's children are checked separately."""
         return None
 
     def is_linear(self, module: nn.Module) -> bool | None:
-        """Return whether a module multiplies each token by its matrices."""
+        """Return whether a module multiplies each token by its weight matrices."""
         return None
 
     def unsaved_reason(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
-        """Return a warning if any of these named tensors, which are updated in training, will not be saved, or None if
-        all of them are saved."""
+        """Return a warning if any of these named tensors will not be saved, or None if all of them will. The tensors
+        are updated during training."""
         return None
 
 
@@ -171,7 +174,7 @@ BUNDLED_PROVIDERS: dict[str, Provider] = {}
 
 
 def register_provider(library: str, provider: Provider) -> None:
-    """Register the provider of a library for this process, replacing the library's previous provider.
+    """Register the provider for a library in the current process, replacing any previous provider for it.
 
     Args:
         library: name of the top-level package that defines the classes.
@@ -194,7 +197,8 @@ def register_provider(library: str, provider: Provider) -> None:
 
 
 def find_providers(module: nn.Module) -> list[Provider]:
-    """Return the providers of the libraries that define a module's class and its base classes, in this order."""
+    """Return the providers of the libraries that define a module's class and base classes, in method resolution
+    order."""
     found: list[Provider] = []
     for library in dict.fromkeys([kind.__module__.partition(".")[0] for kind in type(module).__mro__]):
         if library in REGISTERED_PROVIDERS:
@@ -205,7 +209,7 @@ def find_providers(module: nn.Module) -> list[Provider]:
 
 
 def ask_providers(module: nn.Module, question: Callable[[Provider], AnswerT | None]) -> AnswerT | None:
-    """Return the first answer of a module's providers that is not None, or None if there is no answer."""
+    """Return the first answer from a module's providers that is not None, or None if no provider has an answer."""
     for provider in find_providers(module):
         if (answer := question(provider)) is not None:
             return answer
@@ -215,8 +219,7 @@ def ask_providers(module: nn.Module, question: Callable[[Provider], AnswerT | No
 def load_bundled_providers() -> bool:
     """Import the bundled providers and return True.
 
-    Call this function before reading `BUNDLED_PROVIDERS`, because a graph that is being traced does not see later
-    changes.
+    Call this function before reading `BUNDLED_PROVIDERS`, because a traced graph does not reflect later changes.
     """
     if not BUNDLED_PROVIDERS:
         try:
@@ -230,7 +233,8 @@ def load_bundled_providers() -> bool:
 
 
 def list_providers() -> list[Provider]:
-    """Return the registered providers, and the bundled ones if a supported version of their libraries is imported."""
+    """Return all registered providers, including the bundled ones if a supported version of their libraries is
+    imported."""
     if any(library in sys.modules for library in BUNDLED_LIBRARIES):
         with suppress(ImportError):
             load_bundled_providers()

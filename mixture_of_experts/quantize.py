@@ -1,4 +1,4 @@
-"""Frozen experts quantized to 8 or 4 bits per weight, which need half or two sevenths of the memory of bfloat16.
+"""Frozen experts quantized to 8 or 4 bits per weight, which use 1/2 or 2/7 of the memory of bfloat16 experts.
 
 Axes: e experts, t tokens, k choices, r rows (sorted by expert, or the choices of each token in order), p inner and q
 outer dimension of a weight, d model dim, o output dim.
@@ -45,33 +45,33 @@ def quantize_experts(
     group: int = 64,
     rounding: RoundingFunction | None = None,
 ) -> ModelT:
-    """Replace all stacked experts in a model with `QuantizedExperts`, in place, and return the model.
+    """Replace all stacked experts in a model with `QuantizedExperts` in place, and return the model.
 
     The quantized weights cannot be trained. Gradients still flow to tokens, routers and all other parameters, including
-    LoRA adapters on these weights if `mixture_of_experts.huggingface.fast_lora` has prepared the model. Forward and
-    backward hooks of experts are kept.
+    LoRA adapters on these weights if `mixture_of_experts.huggingface.fast_lora` has prepared the model. The experts'
+    forward and backward hooks are preserved.
 
     Args:
         model: a model that contains `MoE` layers with frozen experts.
-        bits: bits per weight. Each weight is rounded to the nearest of 256 or 16 levels; the error with 4 bits is 12x
-            as large.
-        group: with 4 bits, the number of inputs of each output that share a step and a zero point: 32, 64, 128 or 256.
-            It must divide the sizes of the experts. Smaller groups are more accurate but need more memory: groups of 32
-            use 5 bits per weight, groups of 64 use 4.5.
-        rounding: with 4 bits, a function that chooses the levels of each matrix: `levels, step, zero = rounding(name,
-            expert, weight)`. Its arguments are the name of the stacked parameter in the model, the index of the expert,
-            and a float32 copy of the weight with inputs in groups, `(n, group, outputs)`. Each weight becomes
+        bits: number of bits per weight. Each weight is rounded to the nearest of 256 or 16 levels. The error with 4
+            bits is 12x as large as with 8 bits.
+        group: for 4 bits, the number of adjacent inputs per output that share a step and a zero point: 32, 64, 128 or
+            256. It must divide the experts' `dim` and `hidden_dim`. Smaller groups are more accurate but need more
+            memory. Groups of 32 use 5 bits per weight, and groups of 64 use 4.5.
+        rounding: for 4 bits, a function that chooses the levels of each matrix: `levels, step, zero = rounding(name,
+            expert, weight)`. Its arguments are the name of the stacked parameter in the model, the expert's index, and
+            a float32 copy of the weight with grouped inputs, `(n, group, outputs)`. Each weight becomes
             `(level - 8) * step + zero`. The levels `(n, group, outputs)` must be integers from 0 to 15. The step and
-            zero `(n, 1, outputs)` are stored in bfloat16, and must yield finite weights for all levels. If the function
-            returns None for a matrix, its weights are rounded to the nearest level.
+            zero point `(n, 1, outputs)` are stored in bfloat16 and must yield finite weights for all levels. If the
+            function returns None, the matrix is rounded to the nearest levels.
 
     Raises:
-        ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
-            finite, compiled, have state-dict hooks, or are inside a wrapper that computes with their weights, such as
-            adapters without `fast_lora`; `group` does not divide their sizes; an argument is invalid; or `rounding`
-            returns an invalid result.
-        TypeError: weights are not plain parameters (for example, they are sharded across processes), or experts have a
-            custom `forward` or `compute`, in their class or set on the module.
+        ValueError: if the model has no stacked experts or consists only of them. Also raised if experts are trainable,
+            on the meta device, non-finite or compiled, have state-dict hooks, or are inside a wrapper that uses their
+            weights, such as adapters without `fast_lora`. Also raised if an argument is invalid, `group` does not
+            divide the experts' dimensions, or `rounding` returns an invalid result.
+        TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
+            experts have a custom `forward` or `compute`, defined in their class or assigned to the module.
 
     Example:
         >>> import torch
@@ -100,7 +100,8 @@ def quantize_experts(
 def quantize_stacked_experts(
     experts: StackedExperts, name: str, bits: int, group: int, rounding: RoundingFunction | None
 ) -> QuantizedExperts:
-    """Quantize experts after checking that their weights are plain, frozen, materialized and of suitable sizes."""
+    """Quantize experts after checking that their weights are plain, frozen and materialized, and have suitable
+    dimensions."""
     for key, weight in get_plain_weights(experts, name).items():
         if weight.requires_grad:
             raise ValueError(
@@ -155,30 +156,30 @@ def call_rounding(
 
 
 class QuantizedExperts(RoutedExperts):
-    """Frozen experts with 8-bit or 4-bit weights, which `quantize_experts` creates from `Experts` and `GatedExperts`.
+    """Frozen experts with 8-bit or 4-bit weights, created from `Experts` or `GatedExperts` by `quantize_experts`.
 
-    Each weight is divided by the scale of its output channel. With 8 bits, it is then rounded to one of 256 levels,
-    evenly spaced between the smallest and the largest weight of its row (the weights of one input channel of an
-    expert). With 4 bits, it is rounded to one of 16 evenly spaced levels of its group (adjacent inputs of one output).
-    Experts that have tokens are unpacked one at a time, in parts, never as a whole stack. On a CPU, small numbers of
-    rows are multiplied directly with the packed bytes; with 4 bits, the rows are rounded to bfloat16 first. On a GPU,
-    every product waits for the row counts.
+    Each weight is divided by the scale of its output channel. With 8 bits, the result is rounded to one of 256 levels
+    that are evenly spaced between the smallest and the largest weight in its row. A row contains the weights of one
+    input channel of an expert. With 4 bits, the result is rounded to one of 16 evenly spaced levels of its group, which
+    contains adjacent inputs of one output. Only experts that have tokens are unpacked, one expert at a time and in
+    parts. On a CPU, a small number of rows is multiplied directly by the packed bytes; with 4 bits, these rows are
+    first rounded to bfloat16. On a GPU, every matrix product requires a sync to read the row counts.
 
     Attributes:
-        w1_packed, w3_packed, w2_packed: uint8 buffers; w3 only if gated. With 8 bits, `(*e, p, q + 8)`, where each row
-            also holds its step and smallest weight. With 4 bits, `(*e, q / b, p, b / 2)`, two weights per byte, in
-            blocks of b outputs.
-        w1_groups, w3_groups, w2_groups: with 4 bits, uint8 buffers `(*e, p / group, q, 4)` with the step and the zero
-            point of each group in bfloat16.
-        w1_scale, w3_scale, w2_scale: buffers `(*e, q)` with values that both bfloat16 and float16 represent exactly.
-            They are 1 for matrices rounded by `rounding`.
+        w1_packed, w3_packed, w2_packed: uint8 buffers; `w3_packed` exists only if gated. The shape with 8 bits is
+            `(*e, p, q + 8)`, and each row also contains its step and smallest weight. The shape with 4 bits is
+            `(*e, q / b, p, b / 2)`, with two weights per byte in blocks of b outputs.
+        w1_groups, w3_groups, w2_groups: for 4 bits, uint8 buffers `(*e, p / group, q, 4)` that contain each group's
+            step and zero point in bfloat16.
+        w1_scale, w3_scale, w2_scale: buffers `(*e, q)` whose values are exactly representable in both bfloat16 and
+            float16. The scale is 1 for matrices that `rounding` quantized.
         b1, b3, b2: biases `(*e, q)` as buffers, or None.
 
     Args:
-        experts: the experts whose settings and weights are used.
-        bits, group: as in `quantize_experts`.
-        block: block size b. Default: that of this machine's operator, which multiplies without unpacking.
-        rounding: as in `quantize_experts`, but called with the name "w1", "w3" or "w2".
+        experts: the stacked experts to quantize.
+        bits, group: see `quantize_experts`.
+        block: block size b. Default: the block size of this machine's operator for packed matrix products.
+        rounding: see `quantize_experts`, but here its first argument is "w1", "w3" or "w2".
     """
 
     act: nn.Module
@@ -226,7 +227,8 @@ class QuantizedExperts(RoutedExperts):
     def repack(self, block: int | None = None) -> None:
         """Repack 4-bit weights for another block size.
 
-        Weights on a CPU are by default repacked for this machine's operator, because they may come from another one.
+        By default, weights on a CPU are repacked for this machine's operator, because another machine may have packed
+        them.
         """
         for name, value in self.named_buffers(recurse=False):
             if self.bits == 4 and name.endswith("_packed") and (block or value.is_cpu):
@@ -243,7 +245,8 @@ class QuantizedExperts(RoutedExperts):
         return f"{self.bits}-bit experts implement their own computation of rows; use experts that are not quantized"
 
     def forward(self, x: Tensor, assignments: Assignments | None = None, *, ffn: Any = None) -> Tensor:
-        """Map as in `RoutedExperts`. Adapters may pass an `ffn`, whose `factors` are added to the weights."""
+        """Apply the experts to tokens or slots; see `RoutedExperts`. Adapters can pass an `ffn` whose `factors` are
+        added to the weights."""
         reject_batch_invariance(self.variant_reason())
         if not isinstance(assignments, Assignments):
             check_slot_inputs(self, x, assignments)
@@ -255,8 +258,8 @@ class QuantizedExperts(RoutedExperts):
         return compute_sorted_rows(rows, self._build_network(), num_tokens_per_expert)
 
     def _build_network(self, parts: Any = None) -> Network:
-        """Return the network. Its weights are pairs of the stored tensors (packed, groups, scale) and the factors of an
-        adapter from `parts`, or None."""
+        """Return the network. Each weight is a pair that contains the stored tensors (packed, groups, scale) and an
+        adapter's factors from `parts`, or None."""
         last, dropout = len(self.expert_dims) - 1, self.dropout if self.training else 0.0
 
         def layer(number: int, name: str) -> Any:
@@ -270,8 +273,8 @@ class QuantizedExperts(RoutedExperts):
         return Network(w_in, w_out, self.act, b_in, b_out, dropout=dropout)
 
     def placeholder_weight(self, name: str) -> Tensor:
-        """Return a tensor with the shape `(*e, p, q)`, dtype and device of a weight ("w1", "w3" or "w2"), without
-        allocating its values."""
+        """Return a placeholder with the shape `(*e, p, q)`, dtype and device of a weight ("w1", "w3" or "w2"), without
+        allocating memory for its elements."""
         packed, scale = self.get_buffer(f"{name}_packed"), self.get_buffer(f"{name}_scale")
         nothing = torch.full((), torch.nan, dtype=scale.dtype, device=scale.device)
         return nothing.expand(*self.expert_dims, packed.shape[-2], scale.shape[-1])
@@ -281,7 +284,7 @@ class QuantizedExperts(RoutedExperts):
 
 
 def row_by_row_unsupported_reason(call: Call) -> str | None:
-    """Return why the rows of a call cannot be multiplied one by one with the packed bytes, or None if they can."""
+    """Return why the rows of a call cannot be multiplied by the packed bytes one by one, or None if they can."""
     network: Any = call.network
     (packed, groups, _), _ = network.w_in[0]
     if not call.is_inference():
@@ -304,7 +307,7 @@ def row_by_row_unsupported_reason(call: Call) -> str | None:
 
 
 def run_row_by_row(call: Call) -> Tensor:
-    """Compute a call with a small number of tokens in float32, without sorting rows by expert, and return `(t, o)`."""
+    """Process a small number of tokens in float32 without sorting rows by expert, and return `(t, o)`."""
 
     def multiply(x: Tensor, weight: Any) -> Tensor:
         return multiply_few_rows(x, *weight[0], expert=call.assignments.expert)
@@ -314,14 +317,15 @@ def run_row_by_row(call: Call) -> Tensor:
 
 
 def run_expert_by_expert(call: Call) -> Tensor:
-    """Compute a call with rows sorted by expert, and return `(t, o)`."""
+    """Process all tokens of a call after sorting rows by expert, and return `(t, o)`."""
     permutation: Any = permute_without_gaps(call.assignments)
     rows = dispatch(call.x, permutation)
     return combine(compute_sorted_rows(rows, call.network, permutation.rows_per_expert), permutation)
 
 
 def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: Tensor) -> Tensor:
-    """Map rows `(r, d)` sorted by expert to `(r, o)`, unpacking the weights of experts with many rows."""
+    """Apply the experts to rows `(r, d)` sorted by expert, and return `(r, o)`. Unpack the weights of experts with many
+    rows."""
     dtype = get_operand_dtype(rows.device.type, rows.dtype)
     network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
 
@@ -351,8 +355,8 @@ def pack_stack(
     block: int | None = None,
     rounding: Callable[..., RoundedLevels | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Return the stored tensors of weights `(*e, p, q)`: "packed", "groups" (4 bits only), and the "scale" `(*e, q)` of
-    outputs, which is 1 for matrices rounded by `rounding`."""
+    """Return the tensors that represent weights `(*e, p, q)`: "packed", "groups" (4 bits only), and the output "scale"
+    `(*e, q)`, which is 1 for matrices that `rounding` quantized."""
     if weight.ndim > 2:
         flat = weight.flatten(0, -3)
         some = flat[:1] if weight.is_meta else flat  # on the meta device, one matrix represents all
@@ -371,9 +375,10 @@ def pack_stack(
 
 
 def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the float32 values of one weight `(p, q)` without its scale, in parts that contain whole groups.
+    """Unpack one weight `(p, q)` to float32 without applying its scale, and yield it in parts that contain whole
+    groups.
 
-    Each part is a pair of the slice of inputs and their values.
+    Each part is a pair: a slice of the inputs and the unpacked values.
     """
     p, q, most = packed.shape[-2], scale.shape[-1], max(int4.GROUP_SIZES)
     size = most * max(1, MAX_UNPACKED_NUMEL // q // most)
@@ -388,7 +393,8 @@ def iter_unpacked(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Itera
 
 
 def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, transposed: bool) -> Tensor:
-    """Multiply x `(r, p)` by one packed weight with scale `(q,)`; if `transposed`, x `(r, q)` by its transpose."""
+    """Multiply `x` by a packed weight with scale `(q,)`, or by its transpose if `transposed` is True. `x` is `(r, p)`
+    or, if transposed, `(r, q)`."""
     form = int8 if groups is None else int4
     if (
         not transposed
@@ -414,8 +420,8 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
 def multiply_few_rows(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None
 ) -> Tensor:
-    """Multiply x `(r, p)` by one packed weight, or each row by the weight of its expert in a stack, using torch's
-    operator, and return float32 `(r, q)`."""
+    """Multiply `x` `(r, p)` by a packed weight using torch's operator, and return float32 `(r, q)`. If `expert` is
+    passed, multiply each row by its own expert's weight from a stack."""
     out = int8.multiply_rows(x, packed, expert) if groups is None else int4.multiply_rows(x, packed, groups, expert)
     out = out if out.shape[-1] == scale.shape[-1] else out[:, : scale.shape[-1]]
     return out * (scale if expert is None else scale.index_select(0, expert))
@@ -425,9 +431,9 @@ def multiply_few_rows(
 def rows_by_packed(
     x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, transposed: bool
 ) -> Tensor:
-    """Multiply rows `(r, p)` sorted by expert by the packed weights of their experts with scale `(e, q)`.
+    """Multiply rows `(r, p)`, sorted by expert, by their experts' packed weights, which have the scale `(e, q)`.
 
-    The result is `(r, q)`, with zeros past the rows of the last expert. If `transposed`, map the gradient of these
+    The result is `(r, q)`, with zeros after the last expert's rows. If `transposed` is True, map the gradient of these
     products `(r, q)` to the gradient of the rows `(r, p)`.
     """
     out, start = x.new_zeros(x.shape[0], output_width(packed, scale, transposed)), 0
@@ -439,7 +445,7 @@ def rows_by_packed(
 
 
 def output_width(packed: Tensor, scale: Tensor, transposed: bool) -> int:
-    """Return the width of the rows that `rows_by_packed` returns."""
+    """Return the width of the output rows of `rows_by_packed`."""
     return packed.shape[-2] if transposed else scale.shape[-1]
 
 
@@ -449,7 +455,7 @@ def _(x: Tensor, packed: Tensor, groups: Any, scale: Tensor, num_tokens_per_expe
 
 
 class _PackedMatmul(torch.autograd.Function):
-    """`rows_by_packed` with derivatives of any order. Transforms of torch.func require an autograd function."""
+    """Makes `rows_by_packed` differentiable to any order. `torch.func` transforms require an autograd function."""
 
     generate_vmap_rule = True
 

@@ -31,17 +31,17 @@ class ActiveModules(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Parameter and operation counts of a model or of one of its layers.
+    """Parameter and operation counts of a model or one of its layers.
 
     Attributes:
-        parameters: total number of parameters; shared parameters count once.
-        active: number of parameters that a token uses: k / e of the experts' parameters, and all others. If layers
-            share experts, the largest k is used.
-        flops: floating-point operations of one token's forward, two for each weight of each matrix that multiplies the
-            token. A backward takes twice as many. Convolutions and products of tokens with each other (attention) are
-            not counted.
-        at_most: whether `active` and `flops` are upper bounds because scores determine how many of its k choices a
-            token uses (`TopPGating`, and the second choice of `Top2Gating`).
+        parameters: total number of parameters, where shared parameters are counted once.
+        active: number of parameters that each token uses, which is k / e of the experts' parameters plus all other
+            parameters. If layers share experts, the largest k is used.
+        flops: floating-point operations in one token's forward pass. Each element of a weight matrix that multiplies
+            the token counts as two operations. The backward pass takes twice as many. Convolutions and products between
+            tokens (attention) are not counted.
+        at_most: whether `active` and `flops` are upper bounds, because the scores determine how many of the k choices a
+            token uses. This applies to `TopPGating` and to the second choice of `Top2Gating`.
     """
 
     parameters: int
@@ -51,11 +51,11 @@ class Cost(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """The result of `summary`, which `print` shows as a table.
+    """The result of `summary`, which prints as a table.
 
     Attributes:
-        model: counts of the whole model.
-        layers: counts of each MoE layer, keyed by path.
+        model: counts for the whole model.
+        layers: counts for each MoE layer, keyed by path.
     """
 
     model: Cost
@@ -86,19 +86,19 @@ class Summary(NamedTuple):
 def summary(model: nn.Module) -> Summary:
     """Count a model's total and active parameters and its floating-point operations per token.
 
-    Each layer counts once. A token is assumed to use k experts, or the gate's `expected_choices`: `mean_choices`, which
-    `control_sparsity` maintains, for `ReLUGating`, and the capacity factor for `ExpertChoiceGating`. With two levels, a
-    token's first choice at level one leads to k choices at level two, and each other choice to one. With a limited
-    capacity, a token may use fewer experts. The counts depend on the sizes of layers, not on the implementation that
-    computes them. Models of any size can be counted on the meta device.
+    Each layer is counted once. A token is assumed to use k experts, or the gate's `expected_choices` if it has this
+    attribute. For `ReLUGating`, this is `mean_choices`, which `control_sparsity` maintains; for `ExpertChoiceGating`,
+    it is the capacity factor. With two levels, a token's first choice at level one leads to k choices at level two, and
+    every other choice leads to one. If the capacity is limited, a token may use fewer experts. The counts depend on the
+    layers' dimensions, not on their implementation. Models of any size can be counted on the meta device.
 
     Args:
-        model: a model with any number of `MoE` and `HeirarchicalMoE` layers, and of sparse blocks of libraries with a
-            provider.
+        model: a model with any number of `MoE` layers, `HeirarchicalMoE` layers, and sparse blocks from libraries that
+            have a provider.
 
     Raises:
-        ValueError: the number of experts that a token chooses is unknown because a gate has no `k`.
-        TypeError: a block of such a library has experts, but the share of them that a token uses is unknown.
+        ValueError: if the number of experts per token is unknown because a gate has no `k`.
+        TypeError: if a block from another library has experts, but the fraction of them that a token uses is unknown.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -127,7 +127,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
-    """Raise TypeError if a block of another library has experts whose active share is unknown."""
+    """Raise TypeError if a block from another library has experts whose active share is unknown."""
     known = {part for parts in shares.values() for part in parts}
     for place in iter_named_modules(model):
         experts = ask_providers(place.module, lambda provider, place=place: provider.find_experts(place.module))
@@ -139,7 +139,7 @@ def reject_unknown_blocks(model: nn.Module, shares: ActiveShares) -> None:
 
 
 def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, float]:
-    """Return the share, 0 to 1, of a layer's experts and second-level gates that a token uses."""
+    """Return the fraction (0 to 1) of a layer's experts and level-two gates that a token uses."""
     number, e = choices_per_token(site), site.num_experts
     if site.level_one is None:
         experts = layer.experts if site.external is None else layer.get_submodule(site.external.experts_path)
@@ -151,7 +151,8 @@ def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, flo
 
 
 def choices_per_token(site: RouterHandle) -> float:
-    """Return the mean number of experts that a gate chooses for a token if the gate knows it, else the maximum."""
+    """Return the mean number of experts that a gate chooses per token if the gate provides it, otherwise the
+    maximum."""
     expected = getattr(site.gate, "expected_choices", None)
     number = site.k if expected is None else expected
     if number is None:
@@ -175,7 +176,7 @@ def compute_cost(model: nn.Module, active_modules: ActiveModules) -> Cost:
 
 
 def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tuple[nn.Module, float]]:
-    """Yield each module of each layer once, with the share, 0 to 1, that a token uses."""
+    """Yield each module of each layer once, along with the fraction (0 to 1) of it that a token uses."""
     seen: set[tuple[nn.Module | None, nn.Module]] = set()
     todo: list[tuple[nn.Module, float, nn.Module | None, float]] = [(model, 1.0, None, 1.0)]
     while todo:
@@ -195,13 +196,13 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
 
 
 def list_children(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """Return the direct children of a module and whether they compute."""
+    """Return a module's direct children and whether each is used in its computation."""
     found = ask_providers(module, lambda provider: provider.list_children(module))
     return [(child, True) for child in module.children()] if found is None else found
 
 
 def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's own parameters by name, with placeholders of the same sizes for quantized weights."""
+    """Return a module's own parameters by name, using placeholders of the same shape for quantized weights."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if isinstance(module, QuantizedExperts):
         names = [name.removesuffix("_packed") for name in module._buffers if name.endswith("_packed")]
@@ -210,7 +211,8 @@ def get_direct_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def count_matrix_weights(module: nn.Module, active_modules: ActiveModules) -> int:
-    """Return the number of weights in the matrices of a linear layer, experts or a router, or 0 for other modules."""
+    """Return the number of elements in the weight matrices of a linear layer, experts or a router, or 0 for other
+    modules."""
     known = (
         isinstance(module, nn.Linear | RoutedExperts | Gate | RouterLogits) or module in active_modules.external_modules
     )

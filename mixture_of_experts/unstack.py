@@ -1,6 +1,7 @@
 """Converts stacked experts to plain linear layers and back.
 
-Quantizers, adapters and optimizers look for `nn.Linear` modules or matrices, and silently skip tensors `(e, d, h)`.
+Quantizers, adapters and optimizers look for `nn.Linear` modules or matrices, and silently skip tensors of shape
+`(e, d, h)`.
 
 Axes: e experts, d model dim, h hidden dim, o output dim.
 """
@@ -23,13 +24,13 @@ from mixture_of_experts.support.private_torch import move_hooks, replacement_pro
 
 
 class FeedForward(nn.Module):
-    """One expert made of linear layers: `w2(act(w1(x)))`, or if gated `w2(act(w1(x)) * w3(x))` or
-    `w2(act(w1(x), w3(x)))`.
+    """A single expert made of linear layers.
 
-    In training, elements of the input of `w2` are dropped with probability `dropout`.
+    It computes `w2(act(w1(x)))`, or, if gated, `w2(act(w1(x)) * w3(x))` or `w2(act(w1(x), w3(x)))`. During training,
+    elements of the input to `w2` are zeroed with probability `dropout`.
 
     Shape:
-        Maps `(n, d)` to `(n, o)`.
+        The expert maps `(n, d)` to `(n, o)`.
     """
 
     w1: nn.Module
@@ -50,10 +51,10 @@ class FeedForward(nn.Module):
 
 
 class UnstackedExperts(ExpertList):
-    """Experts made of linear layers, which `unstack` creates from stacked experts.
+    """Experts made of linear layers, created from stacked experts by `unstack`.
 
     Args:
-        experts: one module for each expert, outer-major for a grid.
+        experts: one module per expert, in outer-major order for a grid of experts.
         empty: the stacked experts without their weights, used by `restack`.
     """
 
@@ -64,19 +65,20 @@ class UnstackedExperts(ExpertList):
 
 
 def unstack(model: ModelT) -> ModelT:
-    """Replace all stacked experts in a model with plain linear layers, in place, and return the model.
+    """Replace all stacked experts in a model with plain linear layers in place, and return the model.
 
-    The model computes the same results up to rounding, one expert at a time. The weights are copies, so create the
-    optimizer afterwards. Forward and backward hooks of experts are kept. `restack` reverses the conversion.
+    The model produces the same results up to rounding, but processes one expert at a time. The linear layers contain
+    copies of the weights, so create the optimizer after the conversion. The experts' forward and backward hooks are
+    preserved. `restack` reverses the conversion.
 
     Args:
         model: a model that contains `MoE` layers.
 
     Raises:
-        ValueError: the model has no stacked experts, or is itself one; or experts are compiled separately, have
-            adapters, or have state-dict hooks.
-        TypeError: weights are not plain parameters (for example, they are sharded across processes), or experts have a
-            custom `forward` or `compute`, in their class or set on the module.
+        ValueError: if the model has no stacked experts or consists only of them, or if experts are compiled separately,
+            have adapters, or have state-dict hooks.
+        TypeError: if weights are not plain parameters (for example, because they are sharded across processes), or if
+            experts have a custom `forward` or `compute`, defined in their class or assigned to the module.
 
     Example:
         >>> import torch
@@ -96,12 +98,12 @@ def unstack(model: ModelT) -> ModelT:
 
 
 def restack(model: ModelT) -> ModelT:
-    """Restore all stacked experts that `unstack` converted to linear layers in place, and return the model.
+    """Convert all experts created by `unstack` back to stacked experts in place, and return the model.
 
     Raises:
-        ValueError: the model has no experts created by `unstack`, or is itself one; or experts are compiled separately
-            or have state-dict hooks.
-        TypeError: a layer is not a plain `nn.Linear`, because it was quantized or has unmerged adapters.
+        ValueError: if the model has no experts created by `unstack` or consists only of them, or if experts are
+            compiled separately or have state-dict hooks.
+        TypeError: if a layer is not a plain `nn.Linear`, because it was quantized or has unmerged adapters.
     """
     return replace_modules(model, UnstackedExperts, restack_experts, "experts created by unstack()")
 
@@ -114,7 +116,8 @@ def replace_modules(
     description: str,
     allow_adapters: bool = False,
 ) -> ModelT:
-    """Replace every module of a class by `make(module, path)`, also under adapters of `fast_lora` if `allow_adapters`.
+    """Replace every instance of `module_class` with `make(module, path)`. `allow_adapters` also permits modules inside
+    `fast_lora` adapters.
 
     All replacements are created before the first module is replaced.
     """
@@ -154,8 +157,8 @@ def replace_modules(
 
 
 def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> None:
-    """Raise an error if replacing a module would lose a custom `forward` or `compute`, in its class or set on the
-    module, or something attached to its weights."""
+    """Raise an error if replacing a module would discard anything attached to its weights, or a custom `forward` or
+    `compute`, defined in its class or assigned to the module."""
     for method in ("forward", "compute"):
         if method in vars(module) or getattr(type(module), method) is not getattr(kind, method):
             raise TypeError(
@@ -166,7 +169,7 @@ def check_exchangeable(module: nn.Module, kind: type[nn.Module], name: str) -> N
 
 
 def get_plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return the stacked weights and biases of experts after checking that they are plain parameters."""
+    """Return the experts' stacked weights and biases after checking that they are plain parameters."""
     weights = dict(experts.named_parameters(recurse=False))
     for key, weight in weights.items():
         if type(weight) is not nn.Parameter:

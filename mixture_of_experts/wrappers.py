@@ -1,4 +1,4 @@
-"""Wrappers of experts: latent experts, zero-computation experts, weighted inputs, and normed outputs.
+"""Wrappers for experts: latent experts, zero-computation experts, weighted inputs and normalized outputs.
 
 Axes: t tokens per call, k choices, r rows sorted by expert, e experts, d model dim.
 """
@@ -27,13 +27,13 @@ WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
 
 
 class ExpertsWrapper(RoutedExperts):
-    """Base class of experts that wrap other experts.
+    """Base class for experts that wrap other experts.
 
     Args:
         experts: the wrapped experts.
 
     Raises:
-        ValueError: the wrapper works on rows, and the wrapped experts do more than `compute` rows.
+        ValueError: if the wrapper transforms rows, but the wrapped experts transform tokens or rows outside `compute`.
     """
 
     #: what the wrapper works on: the tokens before and after all experts ("tokens"), the rows that experts read
@@ -58,7 +58,7 @@ class ExpertsWrapper(RoutedExperts):
 
 
 def list_nested_experts(experts: nn.Module) -> list[Any]:
-    """Return the experts and those nested in them, outermost first, without adapters or FSDP2."""
+    """Return the experts and all experts nested in them, outermost first, after unwrapping adapters and FSDP2."""
     found: list[Any] = [unwrap_module(experts)]
     while isinstance(found[-1], ExpertsWrapper):
         found.append(unwrap_module(found[-1].experts))
@@ -66,9 +66,10 @@ def list_nested_experts(experts: nn.Module) -> list[Any]:
 
 
 def reads_slots(experts: nn.Module) -> bool:
-    """Return whether experts, or experts nested in them, read slots if the capacity is limited.
+    """Return whether the experts, or any experts nested in them, receive slots if the capacity is limited.
 
-    Sharded experts read assignments themselves, but exchange rows or slots depending on the class of the local experts.
+    Sharded experts receive assignments, but the class of their local experts determines whether they exchange rows or
+    slots.
     """
     for each in [experts, *list_nested_experts(experts)]:
         local = getattr(each, "local_class", None)
@@ -80,13 +81,13 @@ def reads_slots(experts: nn.Module) -> bool:
 class LatentExperts(ExpertsWrapper):
     """Latent experts, which compute `after(experts(before(x)) + beside(x))`.
 
-    The experts work in a narrower space that all of them share (arXiv 2601.18089).
+    All experts operate in a shared space of lower dimension (arXiv 2601.18089).
 
     Args:
-        experts: any experts whose width is that of the outputs of `before`.
-        before, after, beside: modules that map tokens `(t, d)`, or None to skip the step.
-        dim_out: width of the outputs. Default: `after.out_features`, an attribute of `nn.Linear`, or `experts.dim_out`
-            without `after`; if the attribute is missing, the width of the inputs.
+        experts: any experts whose input width matches the output width of `before`.
+        before, after, beside: modules applied to tokens `(t, d)`, or None to skip the step.
+        dim_out: width of the outputs. Default: `after.out_features` (an attribute of `nn.Linear`), or `experts.dim_out`
+            if `after` is None. If this attribute is missing, the output width is that of the inputs.
 
     Example:
         >>> import torch
@@ -134,7 +135,8 @@ class LatentExperts(ExpertsWrapper):
 
 
 def mask_routed_tokens(assignments: Assignments) -> Tensor:
-    """Return `(t,)` bool, which tokens are routed to experts, even beyond their capacity. Padding is not routed."""
+    """Return a bool mask `(t,)` of the tokens that are routed to experts, including tokens that exceed the capacity.
+    Padding is not routed."""
     if assignments.k is not None:
         return assignments.sent.view(-1, assignments.k).any(dim=-1)
     assert assignments.token is not None
@@ -143,18 +145,18 @@ def mask_routed_tokens(assignments: Assignments) -> Tensor:
 
 
 class ZeroComputationExperts(ExpertsWrapper):
-    """Experts extended by zero-computation experts, which return the token itself or zero.
+    """Extends experts with zero-computation experts, which return the token itself or zero.
 
-    See LongCat-Flash (arXiv 2509.01322) and MoE++ (arXiv 2410.07348). To balance the added and the computing experts
-    separately, use an expert bias updated by `SignRule(shares=...)`.
+    See LongCat-Flash (arXiv 2509.01322) and MoE++ (arXiv 2410.07348). To balance zero-computation and regular experts
+    separately, update an expert bias with `SignRule(shares=...)`.
 
     Args:
-        experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they keep the ids 0 to e - 1.
-        num_identity: number of experts that return the token; they get the next ids.
-        num_zero: number of experts that return zero; they get the last ids.
+        experts: `Experts`, `GatedExperts` or another `RoutedExperts`. They keep the ids 0 to e - 1.
+        num_identity: number of experts that return the token. Their ids follow the ids of `experts`.
+        num_zero: number of experts that return zero. They have the highest ids.
 
     Raises:
-        ValueError: there are identity experts, but the outputs of `experts` have another width than tokens.
+        ValueError: if there are identity experts, but the output width of `experts` differs from the token width.
 
     Example:
         >>> import torch
@@ -187,7 +189,7 @@ class ZeroComputationExperts(ExpertsWrapper):
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
-        """Raise ValueError if there are identity experts and outputs have another width than tokens."""
+        """Raise ValueError if there are identity experts, but the output width differs from the token width."""
         if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
             raise ValueError(
                 f"the experts map width {dim} to {dim_out}, but the {self.num_identity} identity experts return tokens "
@@ -215,7 +217,7 @@ class ZeroComputationExperts(ExpertsWrapper):
 
 
 def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
-    """Return `(t, 1)`, the sum of the weights of each token's `selected` `(a,)` assignments."""
+    """Sum the weights of each token's `selected` `(a,)` assignments, and return `(t, 1)`."""
     weight = torch.where(assignments.kept & selected, assignments.weight, 0)
     if assignments.k is not None:
         return weight.view(-1, assignments.k).sum(dim=-1, keepdim=True)
@@ -224,10 +226,10 @@ def _sum_weights_of(assignments: Assignments, selected: Tensor) -> Tensor:
 
 
 def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Return the results of experts for rows `(r, d)` sorted by expert.
+    """Apply experts to rows `(r, d)` sorted by expert.
 
-    If the experts have a wrapper, it is called with each row as a token, because adapters change weights only in its
-    forward.
+    If the experts are wrapped, the wrapper is called with each row as a token, because adapters change weights only in
+    the wrapper's `forward`.
     """
     if get_wrapped_module(experts) is None:
         return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
@@ -238,7 +240,7 @@ def _compute_inner_rows(experts: nn.Module, rows: Tensor, num_tokens_per_expert:
 
 
 class InputWeightedExperts(ExpertsWrapper):
-    """Experts whose inputs, instead of outputs, are multiplied by the weights of the assignments (Llama 4).
+    """Experts whose inputs, rather than outputs, are multiplied by the routing weights, as in Llama 4.
 
     Args:
         experts: experts with a `compute` method, such as `GatedExperts`.
@@ -269,12 +271,12 @@ class InputWeightedExperts(ExpertsWrapper):
 
 
 class NormedExperts(ExpertsWrapper):
-    """Experts whose outputs are normalized before they are multiplied by the weights of the assignments.
+    """Experts whose outputs are normalized before they are multiplied by the routing weights.
 
     Args:
         experts: experts with a `compute` method, such as `GatedExperts`. To combine both wrappers, wrap `NormedExperts`
-            in `InputWeightedExperts`, not the other way round.
-        norm: a module that maps rows `(r, d)`.
+            in `InputWeightedExperts`, not vice versa.
+        norm: a module that normalizes rows `(r, d)`.
 
     Example:
         >>> import torch

@@ -1,11 +1,11 @@
-"""`Assignments` of tokens to experts for a whole call, independent of groups and levels of gating.
+"""`Assignments` of tokens to experts for a whole call, regardless of groups and gating levels.
 
 Axes: t tokens per call, k choices, a assignments (t k for token choice), e experts, b groups, c slots per expert and
-group. There are e b queues, one for each expert and group.
+group. Each pair of expert and group has one queue, so there are e b queues.
 
-Gates return a `Routing` by groups, while experts receive `Assignments`. `join_groups` constructs them from the routing
-of one gate, `join_levels` in `gating/levels.py` from the routings of two levels, and `assign_experts` from experts and
-weights chosen by the caller.
+Gates return a `Routing` for each group, while experts receive `Assignments`. `join_groups` constructs assignments from
+the routing of a single gate, and `join_levels` in `gating/levels.py` constructs them from both levels' routings.
+`assign_experts` constructs them from experts and weights specified by the caller.
 """
 
 from __future__ import annotations
@@ -22,28 +22,29 @@ from mixture_of_experts.support.tracing import add_scaled, symbolic_min
 
 
 class Assignments:
-    """The assignments of a call: which experts compute each token, and with which weights.
+    """The assignments of a call, which specify the experts that process each token and their weights.
 
-    The class is neither a pytree nor a dataclass, because the mixed precision of FSDP2 casts all tensors that it finds
-    in the arguments of experts, and the weights must stay in float32.
+    This class is neither a pytree nor a dataclass, because FSDP2's mixed precision would otherwise cast its tensors,
+    and the weights must remain in float32.
 
     Attributes:
-        stored_expert: `(a,)` int64, expert of each assignment, arbitrary where it is not kept; None for two levels,
-            where it is derived from the slots.
-        weight: `(a,)`, weight of each assignment; 0 where it is not kept.
-        kept: `(a,)` bool, which assignments experts compute: those kept in the routing, and computed padding.
-        sent: `(a,)` bool, which assignments queue at an expert; a limited capacity keeps some of them. For two
-            levels, whose capacities have been applied, it is `kept`.
-        k: number of choices per token, where assignment i belongs to token i // k; None for expert choice.
-        token: `(a,)` int64, token of each assignment in expert choice; None otherwise.
-        num_tokens: t.
-        expert_dims: e, or for two levels the numbers of outer and inner experts.
-        dropless: whether the assignments have no slots, either because the gate is dropless, or because the rows are
-            packed and the capacity of each document has already been applied to `kept`.
-        routing: the routing of the gate whose slots the assignments occupy (for two levels, the gate of level two).
-            None if there are no slots, so that assignments queue at their experts in the order of tokens.
-        slot_of_outer_choice: `(t k1,)` int64, for two levels the slot of each choice of level one, which is a token of
-            level two, or the number of slots if the choice has none. None for one level.
+        stored_expert: `(a,)` int64, the expert of each assignment, or None for two levels, where experts are derived
+            from the slots. The expert is arbitrary for assignments that are not kept.
+        weight: `(a,)`, the weight of each assignment, which is 0 for assignments that are not kept.
+        kept: `(a,)` bool mask of the assignments that experts compute. It includes assignments kept in the routing and
+            computed padding.
+        sent: `(a,)` bool mask of the assignments in the experts' queues, only some of which are kept if the capacity is
+            limited. For two levels, it equals `kept`, because the capacities have already been applied.
+        k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
+        token: `(a,)` int64, the token of each assignment for expert choice, otherwise None.
+        num_tokens: number of tokens, t.
+        expert_dims: number of experts, or the numbers of outer and inner experts for two levels.
+        dropless: whether the assignments have no slots. This is the case if the gate is dropless, or if rows are
+            packed, because each document's capacity has then already been applied to `kept`.
+        routing: the routing of the gate whose slots the assignments occupy, which is the level-two gate if there are
+            two levels. If there are no slots, `routing` is None, and each expert's queue is in token order.
+        slot_of_outer_choice: `(t k1,)` int64, the slot of each level-one choice, or None for a single level. Each slot
+            is a token at level two. Choices without a slot have an index equal to the number of slots.
     """
 
     stored_expert: Tensor | None
@@ -79,7 +80,8 @@ class Assignments:
 
     @property
     def expert(self) -> Tensor:
-        """`(a,)` int64, expert of each assignment, outer-major for two levels; arbitrary where it is not kept."""
+        """The expert of each assignment as int64 `(a,)`, in outer-major order for two levels. Experts are arbitrary for
+        assignments that are not kept."""
         return self.locate()[0] // self.queues_per_expert if self.stored_expert is None else self.stored_expert
 
     @property
@@ -99,7 +101,7 @@ class Assignments:
 
     @property
     def max_rows(self) -> int:
-        """An upper bound on the number of kept assignments; at most a."""
+        """An upper bound on the number of kept assignments, which is at most a."""
         if self.slot_of_outer_choice is None or self.routing is None:
             return self.weight.shape[0]
         # the number of choices of all slots (most of which may be empty) or of all tokens, whichever is smaller
@@ -121,8 +123,8 @@ class Assignments:
         return queue, add_scaled(slot, queue, -self.slots_per_queue), length
 
     def find_slots(self) -> Tensor:
-        """Return `(a,)` int64, the slot of each assignment among the slots of all experts, arbitrary where it is not
-        kept."""
+        """Return the index of each assignment's slot among all experts' slots, as int64 `(a,)`. Slots are arbitrary for
+        assignments that are not kept."""
         if self.routing is None:
             queue, position, _ = self.locate()
         else:
@@ -133,8 +135,9 @@ class Assignments:
         return gather_choices(slot, self.routing.k, self.slot_of_outer_choice)
 
     def prefers_rows(self) -> bool:
-        """Return whether rows without gaps are a better layout than slots, because the call is dropless or has
-        certainly fewer rows than slots. The implementation `cpu` never uses slots and does not call this method."""
+        """Return whether rows without gaps are preferable to slots. This is the case if the call is dropless or is
+        guaranteed to have fewer rows than slots. The `cpu` implementation never uses slots and does not call this
+        method."""
         if self.dropless:
             return True
         if is_exporting() or self.k is None:
@@ -144,7 +147,8 @@ class Assignments:
 
 
 def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignments:
-    """Return assignments for given experts and weights `(t, k)`. Ids outside of 0 to e - 1 mean no choice."""
+    """Create assignments from experts and weights `(t, k)`. Expert ids outside the range from 0 to e - 1 mean no
+    choice."""
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     kept = kept.flatten()
@@ -152,7 +156,7 @@ def assign_experts(expert: Tensor, weight: Tensor, num_experts: int) -> Assignme
 
 
 def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignments:
-    """Return the assignments with only those to the first `num_experts` experts kept."""
+    """Return a copy of the assignments that keeps only those to the first `num_experts` experts."""
     kept = assignments.kept & (assignments.expert < num_experts)
     expert, weight = torch.where(kept, assignments.expert, 0), torch.where(kept, assignments.weight, 0)
     k, token, t = assignments.k, assignments.token, assignments.num_tokens
@@ -160,10 +164,11 @@ def keep_first_experts(assignments: Assignments, num_experts: int) -> Assignment
 
 
 def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
-    """Return the assignments of one gate.
+    """Return the assignments of a single gate.
 
-    With a limited capacity, they occupy slots, except in packed rows, where the capacity applies to each document. With
-    `in_slots`, they always occupy slots. The implementation decides whether experts compute slots.
+    Assignments occupy slots if the capacity is limited, except in packed rows, where the capacity applies to each
+    document. If `in_slots` is set, they always occupy slots. The implementation determines whether experts process
+    slots or rows.
     """
     dropless = routing.capacity is None or routing.segments is not None
     weight, kept, sent, token = routing.weight, routing.kept, routing.sent, routing.token_index
@@ -187,13 +192,13 @@ def join_groups(routing: Routing, *, in_slots: bool = False) -> Assignments:
 
 
 def gather_choices(values: Tensor, k: int | None, slot_of_outer_choice: Tensor) -> Tensor:
-    """Return the values of the choices of level two `(t k1 k2,)` for the slot of each choice of level one, or 0 without
-    a slot."""
+    """Return the values `(t k1 k2,)` of the level-two choices for the slot of each level-one choice. The values are 0
+    for choices without a slot."""
     return append(values.reshape(-1, k or 1), 0)[slot_of_outer_choice].flatten()
 
 
 def find_queue(routing: Routing) -> Tensor:
-    """Return `(a,)` int64, the queue of each assignment of a gate, `(router e + expert) b + group`."""
+    """Return the queue of each assignment of a gate, `(router e + expert) b + group`, as int64 `(a,)`."""
     *outer, b, a = routing.expert.shape
     e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
     first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
@@ -203,11 +208,11 @@ def find_queue(routing: Routing) -> Tensor:
 
 
 def count_queue_rows(routing: Routing) -> Tensor:
-    """Return `(e b,)` int64, the number of occupied slots in each queue of a gate, which is the number of rows that it
-    needs."""
+    """Return the number of occupied slots in each queue of a gate, as int64 `(e b,)`. This is the number of rows that
+    the queue needs."""
     return routing.count_occupied_slots().transpose(-2, -1).flatten()
 
 
 def append(values: Tensor, last: int) -> Tensor:
-    """Append an entry to `values` that is read by the index that means "none"."""
+    """Append an element to `values` for the index that means "none"."""
     return torch.cat([values, values.new_full((1, *values.shape[1:]), last)])

@@ -1,4 +1,4 @@
-"""Splits the caller's inputs into groups of tokens, and joins the results.
+"""Splits the inputs of a layer into groups of tokens, and joins the results.
 
 Axes: b groups, n tokens per group, m groups after a split, d model dim.
 """
@@ -27,7 +27,7 @@ def mask_and_group(
     """Check the arguments, set masked tokens to 0, and split the inputs into groups.
 
     Returns:
-        The inputs with zeros at masked tokens, their groups `(b, n, d)`, and the mask of the groups `(b, n)` or None.
+        The inputs with masked tokens set to zero, their groups `(b, n, d)`, and the grouped mask `(b, n)` or None.
     """
     check_tokens("inputs", inputs, dim, min_ndim=2)
     x = inputs
@@ -48,14 +48,15 @@ def mask_and_group(
 def group_side_inputs(
     side: Mapping[str, Tensor | None], names: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
 ) -> dict[str, Tensor]:
-    """Split side inputs into groups in the same way as the inputs, and set entries of masked tokens to 0.
+    """Split side inputs into the same groups as the inputs, and set the entries of masked tokens to 0.
 
     Args:
-        side: tensors `(..., n)` or `(..., n, anything)` by name, with one entry per token; None is ignored.
-        names: the names that the gates read.
-        mask: `(..., n)` or None.
-        shape: `(..., n)` of the inputs.
-        groups: `(b, n, d)`, the inputs in groups.
+        side: tensors `(..., n)` or `(..., n, anything)`, keyed by name, with one entry per token. Values of None are
+            ignored.
+        names: the names of the side inputs that the gates read.
+        mask: `(..., n)` bool mask of the real tokens, or None.
+        shape: the shape `(..., n)` of the inputs without the last dimension.
+        groups: `(b, n, d)`, the grouped inputs.
     """
     if unknown := [repr(name) for name in side if name not in names]:
         known = f"it reads {', '.join(sorted(names))}" if names else "it reads none"
@@ -78,8 +79,8 @@ def group_side_inputs(
 
 
 def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
-    """Return the number of groups m and their length n, where m is `max(1, positions // group_size)`, increased until
-    it divides the number of positions. Warn if n is less than half of `group_size`.
+    """Return the number of groups m and their length n. m starts at `max(1, positions // group_size)` and is increased
+    until it divides the number of positions. Warn if n is less than half of `group_size`.
     """
     groups = max(1, num_positions // group_size)
     length = num_positions // groups  # below 2 * group_size, so the search is short
@@ -96,8 +97,8 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
 
 
 def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
-    """Return the results of the experts in the shape and dtype of the inputs x, plus those of the shared expert, with
-    zeros at masked tokens."""
+    """Convert the experts' outputs to the shape and dtype of the inputs `x`, and add the shared expert's output. Masked
+    tokens are set to zero."""
     out = unsafe_view(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out
@@ -107,6 +108,6 @@ def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_e
 
 
 def ungroup_state(state: Any, x: Tensor) -> Any:
-    """Reshape the state of a router `(b, n, ...)` to the leading dimensions of the inputs x, `(..., n, ...)`. None
-    stays None."""
+    """Reshape a router's state `(b, n, ...)` to `(..., n, ...)`, the leading dimensions of the inputs `x`. If the state
+    is None, None is returned."""
     return None if state is None else state.reshape(*x.shape[:-1], *state.shape[2:])

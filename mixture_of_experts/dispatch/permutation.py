@@ -3,8 +3,8 @@
 Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, e experts, b groups, c slots per
 expert and group.
 
-A row is the vector of a token as the input or output of one expert. Rows are sorted by expert, in one of three layouts.
-Each of them has a function that constructs the permutation:
+A row is a token's input to an expert, or the expert's output for this token. Rows are sorted by expert. There are three
+layouts, each of which has its own function to construct the permutation::
 
     permute_to_slots        all slots (e, b, c), the same number for each expert, some of them empty. Used for experts
                             that read slots, for batched products if there are fewer slots than choices, and for level
@@ -28,18 +28,18 @@ from mixture_of_experts.support.private_torch import statically_known_true
 
 
 class Permutation(NamedTuple):
-    """The mapping between rows and assignments.
+    """A mapping between rows and assignments.
 
     Attributes:
-        row: `(a,)` integers, row of each assignment, or `num_rows` for an assignment without a row.
-        assignment: `(r,)` integers, assignment of each row, or a for an empty row.
-        weight: `(a,)` weight of each assignment, or 0 for an assignment without a row.
-        token: `(r,)` integers, token of each row, or t for an empty row.
-        rows_per_expert: `(e,)` int64 number of rows of each expert, including padding; None for slots.
-        k: number of choices per token, where assignment i belongs to token i // k; None for expert choice.
-        num_tokens, num_rows: t and r.
-        expert_dims: e, or for two levels the numbers of outer and inner experts.
-        table: another tensor that the products of an implementation read (see `ops/batched.py`), or None.
+        row: `(a,)` integers, the row of each assignment, or `num_rows` for assignments without a row.
+        assignment: `(r,)` integers, the assignment of each row. Empty rows have the value a, the number of assignments.
+        weight: `(a,)`, the weight of each assignment, or 0 for assignments without a row.
+        token: `(r,)` integers, the token of each row. Empty rows have the value t, the number of tokens.
+        rows_per_expert: `(e,)` int64, the number of rows per expert, including padding, or None if the rows are slots.
+        k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
+        num_tokens, num_rows: numbers of tokens, t, and rows, r.
+        expert_dims: number of experts, or the numbers of outer and inner experts for two levels.
+        table: an additional tensor that an implementation's matrix products read (see `ops/batched.py`), or None.
     """
 
     row: Tensor
@@ -54,18 +54,19 @@ class Permutation(NamedTuple):
     table: Tensor | None = None
 
     def row_weight(self) -> Tensor:
-        """Return `(r,)`, the weight of each row, or 0 for empty rows."""
+        """Return the weight of each row, `(r,)`, or 0 for empty rows."""
         weight = self.weight.new_zeros(self.num_rows + 1).scatter(0, self.row, self.weight)
         return weight[: self.num_rows]  # assignments without a row write to the last entry
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of the permutation by attribute name."""
+        """Return all tensors of the permutation, keyed by attribute name."""
         return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
     def tensors_to_save(self) -> dict[str, Tensor]:
-        """Return the tensors from which `from_saved` restores the permutation in a backward, smaller than `tensors`.
+        """Return the tensors that `from_saved` needs to restore the permutation in a backward pass. They are smaller
+        than `tensors`.
 
-        Tokens are omitted if they can be computed from the assignments. Indices are int32 for fewer than 2^31
+        Tokens are omitted if they can be computed from the assignments. Indices are int32 if there are fewer than 2^31
         assignments.
         """
         tensors = self.tensors()
@@ -80,7 +81,7 @@ class Permutation(NamedTuple):
         return self._replace(**dict.fromkeys(self.tensors()))
 
     def from_saved(self, tensors: Mapping[str, Tensor]) -> Permutation:
-        """Return the permutation with the sizes of this one and the saved tensors."""
+        """Restore a permutation from this permutation's non-tensor attributes and the saved tensors."""
         permutation = self._replace(**tensors)
         if permutation.token is not None or permutation.k is None:
             return permutation
@@ -88,14 +89,15 @@ class Permutation(NamedTuple):
 
 
 def permute_to_slots(assignments: Assignments) -> Permutation:
-    """Return the permutation whose rows are all slots `(e, b, c)`, for experts that read slots."""
+    """Return a permutation whose rows are all slots `(e, b, c)`, for experts that read slots."""
     return _permute(assignments, assignments.find_slots(), assignments.num_slots, None)
 
 
 def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutation:
-    """Return the permutation whose rows are the kept assignments, for grouped products.
+    """Return a permutation whose rows are the kept assignments, for grouped matrix products.
 
-    Unused rows may follow them. The last `spare` rows are always unused, while the others may all be filled.
+    Unused rows may follow the kept assignments. The last `spare` rows are always unused, while all other rows may be
+    filled.
     """
     queue, position, length = assignments.locate()
     row = (length.cumsum(0) - length).gather(0, queue) + position
@@ -103,12 +105,12 @@ def permute_without_gaps(assignments: Assignments, spare: int = 0) -> Permutatio
 
 
 def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple[Tensor, int]]) -> Permutation:
-    """Return the permutation in which the caller chooses the number of rows of each expert, for batched products.
+    """Return a permutation with a number of rows per expert that the caller chooses, for batched matrix products.
 
     Args:
         assignments: the assignments of a call.
-        pad: a function that maps the number of rows that each expert needs, `(e,)` int64, to the number of rows that it
-            gets, `(e,)` int64, and the total number of rows, which must be at least their sum.
+        pad: a function of the number of rows that each expert needs, int64 `(e,)`. It returns the number of rows that
+            each expert gets, int64 `(e,)`, and the total number of rows, which must be at least their sum.
     """
     queue, position, length = assignments.locate()
     rows_per_expert, num_rows = pad(_join_queues(assignments, length))
@@ -120,14 +122,15 @@ def permute_with_padding(assignments: Assignments, pad: Callable[[Tensor], tuple
 
 
 def _join_queues(assignments: Assignments, length: Tensor) -> Tensor:
-    """Return `(e,)` int64, the number of rows that each expert needs, given the numbers for its queues `(e b,)`."""
+    """Sum the lengths of each expert's queues `(e b,)`, and return the number of rows that each expert needs, int64
+    `(e,)`."""
     if statically_known_true(assignments.queues_per_expert == 1):
         return length
     return length.view(math.prod(assignments.expert_dims), -1).sum(dim=-1)
 
 
 def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expert: Tensor | None) -> Permutation:
-    """Return the permutation that maps kept assignments to the given rows."""
+    """Return a permutation that maps kept assignments to the rows in `row`."""
     row = torch.where(assignments.kept, row, num_rows)
     number = row.shape[0]
     empty = row.new_full((num_rows + 1,), number)
@@ -141,5 +144,5 @@ def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expe
 
 
 def find_tokens(assignment: Tensor, k: int) -> Tensor:
-    """Return the tokens of assignments if each token has k assignments."""
+    """Return the token of each assignment if every token has k assignments."""
     return assignment if k == 1 else assignment // k

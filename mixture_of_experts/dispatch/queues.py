@@ -1,5 +1,5 @@
-"""The capacity of an expert, and the order in which tokens queue for its slots. Without a capacity, a queue holds all
-rows of an expert, so it also sorts rows by expert.
+"""Computes the expert capacity and the order in which tokens queue for slots. Without a capacity limit, a queue
+contains all rows of an expert, so queues also serve to sort rows by expert.
 
 Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts, k choices per token, a choices per
 group (n * k).
@@ -35,8 +35,8 @@ MAX_TABLE_ENTRIES = 4096  # for smaller tables, the implementation with the fewe
 
 
 def bounded_ratio(factor: float) -> tuple[int, int]:
-    """Return a capacity factor as a ratio of two integers with a denominator of at most 2^20, which is exact for usual
-    factors."""
+    """Convert a capacity factor to a ratio of two integers with a denominator of at most 2^20. The ratio is exact for
+    common factors."""
     ratio = Fraction(factor).limit_denominator(MAX_DENOMINATOR) or Fraction(1, MAX_DENOMINATOR)
     return ratio.numerator, ratio.denominator
 
@@ -44,19 +44,19 @@ def bounded_ratio(factor: float) -> tuple[int, int]:
 def expert_capacity(
     num_tokens: int, length: Length | int, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1
 ) -> tuple[int, Tensor | None]:
-    """Compute the slots per expert for a group of n tokens, `max(min(n, int(k n factor / e)), minimum)`, or 0 for n =
-    0.
+    """Compute the number of slots per expert for a group of n tokens, `max(min(n, int(k n factor / e)), minimum)`. If n
+    is 0, the result is 0.
 
     Args:
-        num_tokens: n.
-        length: number of real tokens of each group `(..., b)`, or n if all groups have n tokens.
-        factor: the capacity factor as a result of `bounded_ratio`.
-        num_experts, minimum: e, and the minimum number of slots.
+        num_tokens: number of tokens per group, n.
+        length: number of real tokens in each group, `(..., b)`, or n if every group has n tokens.
+        factor: the capacity factor, as returned by `bounded_ratio`.
+        num_experts, minimum: number of experts, e, and minimum number of slots.
         k: number of choices per token.
 
     Returns:
-        The slots for n tokens, and the slots for the real tokens of each group `(..., b)` int64, or None if all groups
-        have n tokens.
+        The number of slots for n tokens, and the number of slots for each group's real tokens, int64 `(..., b)`, or
+        None if every group has n tokens.
     """
     slots, tokens = k * factor[0], num_experts * factor[1]
     if slots >= tokens:  # at most 1 slot per token, so that products cannot overflow int64
@@ -72,33 +72,35 @@ def expert_capacity(
 
 @dataclass(frozen=True, eq=False)
 class Length:
-    """Numbers of real tokens as ratios of integers, because the share of tokens in a second level may be fractional.
+    """The number of real tokens in each group as a ratio of integers, because a group may have a fractional share of
+    the tokens at level two.
 
     Attributes:
-        parts: `(..., b)` int64, the number of tokens of each group in units of 1 / parts_per_token.
-        parts_per_token: the number of parts per token.
+        parts: `(..., b)` int64, the number of tokens in each group, in units of `1 / parts_per_token`.
+        parts_per_token: the number of parts that make up a token.
     """
 
     parts: Tensor
     parts_per_token: int = 1
 
     def tokens(self, dtype: torch.dtype) -> Tensor:
-        """Return `(..., b)`, the number of tokens in a floating dtype."""
+        """Return the number of tokens, `(..., b)`, in a floating-point dtype."""
         parts = self.parts.to(dtype)
         return parts if self.parts_per_token == 1 else parts / self.parts_per_token
 
     def sum(self) -> Length:
-        """Return the total number of tokens `(...)` of all groups."""
+        """Return the total number of tokens in all groups, `(...)`."""
         return Length(self.parts.sum(dim=-1), self.parts_per_token)
 
 
 @dataclass(frozen=True, eq=False)
 class Queues:
-    """The positions of assignments in the queues of their experts.
+    """The positions of assignments in their experts' queues.
 
     Attributes:
-        position: `(..., a)` int64, position of each assignment in its queue, from 0; arbitrary if it does not queue.
-        length: `(..., q)` int64, number of assignments in each queue.
+        position: `(..., a)` int64, the position of each assignment in its queue, starting from 0. Positions are
+            arbitrary for assignments that are not in a queue.
+        length: `(..., q)` int64, the number of assignments in each queue.
     """
 
     position: Tensor
@@ -116,20 +118,21 @@ def queue_up(
     priority: Priority = "choice",
     score: Tensor | None = None,
 ) -> Queues:
-    """Queue each assignment at its expert, with one queue per expert.
+    """Add each assignment to the queue of its expert.
 
     Args:
-        expert: `(..., a)` int64, expert of each assignment, ordered by token, with the best choice of a token first.
-        sent: `(..., a)` bool, which assignments queue; None if all do.
-        num_experts: e.
-        k: number of choices per token; a is n k.
+        expert: `(..., a)` int64, the expert of each assignment. Assignments are ordered by token, and the best choice
+            of each token comes first.
+        sent: `(..., a)` bool mask of the assignments to add, or None to add all.
+        num_experts: number of experts, e.
+        k: number of choices per token. The number of assignments a is n k.
         priority: "choice" queues all first choices before all second choices (GShard). "token" queues all choices of a
-            token before those of later tokens (causal). "score" is like "choice", with tokens in order of descending
-            score (batch-priority routing, arXiv 2106.05974).
-        score: `(..., n)` for priority "score".
+            token before the choices of later tokens (causal). "score" is like "choice", but queues tokens in order of
+            descending score (batch-priority routing, arXiv 2106.05974).
+        score: `(..., n)`, the scores of the tokens, required for priority "score".
 
     Returns:
-        Queues with positions `(..., a)` and lengths `(..., e)`.
+        The queues, with positions `(..., a)` and lengths `(..., e)`.
     """
     order = order_of_priority(priority, score)
     # for one token, all orders are the same
@@ -148,13 +151,14 @@ def find_positions_in_documents(
     priority: Priority = "choice",
     score: Tensor | None = None,
 ) -> Tensor:
-    """Return `(b, a)` int64, the position of each assignment in its queue, with one queue per document and expert.
+    """Return the position of each assignment in its queue, int64 `(b, a)`. Each pair of document and expert has its own
+    queue.
 
-    There may be as many queues as tokens times experts, so positions are computed by sorting, without a table.
+    There may be as many queues as tokens times experts, so positions are computed by sorting instead of using a table.
 
     Args:
-        document: `(b, n)` int64, index of each token's document, at most b n.
-        expert, sent, num_experts, k, priority, score: as in `queue_up`.
+        document: `(b, n)` int64, the index of each token's document, which is at most b n.
+        expert, sent, num_experts, k, priority, score: see `queue_up`.
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
     queue = document.repeat_interleave(k, dim=-1) * (num_experts + 1) + queue
@@ -165,7 +169,7 @@ def find_positions_in_documents(
 
 
 def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None:
-    """Return `(..., n)` int64, the order of tokens with priority "score", or None for other priorities."""
+    """Return the order of tokens for priority "score", int64 `(..., n)`, or None for other priorities."""
     if priority != "score":
         return None
     assert score is not None
@@ -173,7 +177,7 @@ def order_of_priority(priority: Priority, score: Tensor | None) -> Tensor | None
 
 
 def find_places_in_runs(queue: Tensor) -> Tensor:
-    """Return the position `(..., a)` of each assignment among those with the same value in `queue`."""
+    """Return the position `(..., a)` of each assignment among the assignments with the same value in `queue`."""
     ordered, order = stable_sort(queue)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
     starts = ordered != ordered.roll(1, dims=-1)  # the first run needs no mark, because its index is 0
@@ -189,9 +193,10 @@ def find_places_in_runs(queue: Tensor) -> Tensor:
 def _by_operators(
     expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
 ) -> Queues:
-    """Queue assignments in the order in which they are stored, or with all first choices before all second choices.
+    """Queue assignments in their original order if `in_order` is set. Otherwise, queue all first choices before all
+    second choices.
 
-    Assignments that do not queue are put into an additional last queue.
+    Assignments that are not sent are placed in an additional last queue.
     """
     queue = expert if sent is None else torch.where(sent, expert, num_experts)
     return Queues(*_place_in_order(partial(_places, num_experts=num_experts), queue, order, k, in_order))
@@ -200,8 +205,8 @@ def _by_operators(
 def _place_in_order(
     places: Callable[[Tensor], tuple[Tensor, ...]], queue: Tensor, order: Tensor | None, k: int, in_order: bool
 ) -> tuple[Tensor, ...]:
-    """Call `places` on assignments in order of priority, and return its results with positions `(..., a)` in the order
-    in which assignments are stored."""
+    """Call `places` on the assignments in order of priority. Return its results after restoring the original order of
+    the positions `(..., a)`."""
     if in_order:
         return places(queue)
     queue = rearrange(queue, "... (n k) -> ... k n", k=k)
@@ -215,8 +220,8 @@ def _place_in_order(
 
 
 def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return the position `(..., a)` of each assignment in its queue, 0 to e, and the lengths `(..., e)` of all queues
-    except the last."""
+    """Return the position `(..., a)` of each assignment in its queue, and the lengths `(..., e)` of all queues except
+    the last. `queue` contains indices from 0 to e."""
     if statically_known_true(queue.numel() * num_experts <= MAX_TABLE_ENTRIES) or is_exporting_to_onnx():
         # a table (..., a, e + 1) needs fewer operators than sorting, and ONNX supports all of them
         index = queue.unsqueeze(-1)
@@ -236,7 +241,7 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
-    """Return whether the kernels support these assignments, and pass the self-check on their device."""
+    """Return whether the kernels support these assignments and pass the self-check on their device."""
     if expert.numel() == 0 or num_experts > MAX_KERNEL_EXPERTS or is_wrapper_subclass(expert):
         return False
     return (
@@ -249,7 +254,7 @@ def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
 def _by_kernels(
     expert: Tensor, sent: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> Queues:
-    """Return the same as `_by_operators`, using three kernel launches."""
+    """Compute the result of `_by_operators` with three kernel launches."""
     from mixture_of_experts.kernels.queueing import queue_assignments  # importing triton takes a second
 
     sent, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (sent, order))
@@ -258,7 +263,8 @@ def _by_kernels(
 
 
 def _find_queue_fault(device: torch.device) -> str | None:
-    """Return what differs between the two implementations on generated assignments, or None if nothing does."""
+    """Compare both implementations on generated assignments. Return a description of what differs, or None if nothing
+    differs."""
     generator = torch.Generator(device).manual_seed(0)
     e, k, n = 37, 3, 90
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)
@@ -274,12 +280,14 @@ def _find_queue_fault(device: torch.device) -> str | None:
 
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:
-    """Return indices `(..., n)` that sort the last dimension; equal values keep their order."""
+    """Return indices `(..., n)` that sort the last dimension. The sort is stable, so the order of equal values is
+    preserved."""
     return stable_sort(values, descending)[1]
 
 
 def stable_sort(values: Tensor, descending: bool = False) -> tuple[Tensor, Tensor]:
-    """Sort the last dimension of values `(..., n)`, and return values and indices; equal values keep their order."""
+    """Sort the last dimension of `values` `(..., n)`, and return the sorted values and their indices. The sort is
+    stable, so the order of equal values is preserved."""
     if is_exporting_to_onnx():  # ONNX has no stable sort, but its TopK returns equal values lowest index first
         ordered, order = values.topk(values.shape[-1], dim=-1, largest=descending)
     else:

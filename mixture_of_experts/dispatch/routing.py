@@ -1,4 +1,4 @@
-"""`Routing`, the result of all gates, and its dense tensors.
+"""Defines `Routing`, which all gates return, and its dense tensors.
 
 Axes: b groups (sequences, unless the layer has a `group_size`; preceded by outer experts, `...`), n tokens per group,
 e experts, c capacity, k choices per token, a assignments per group (n * k for token choice).
@@ -20,62 +20,66 @@ from mixture_of_experts.support.private_torch import register_dataclass
 # compared and hashed by identity, because == of tensors is not a single bool
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Routing:
-    """The routing decision of a gate: the expert, slot and weight of each assignment of a token.
+    """The routing decision of a gate, which contains the expert, slot and weight of each assignment.
 
-    A routing does not move tokens. Losses and statistics read it, and `Assignments`, which move tokens, are constructed
-    from it. Unpack it to get the dense tensors of the papers and the balancing loss: `dispatch, combine, loss =
-    routing`.
+    A routing does not move tokens. It is used to compute losses and statistics, and to construct `Assignments`, which
+    move tokens. Unpack it to get the balancing loss and the dense tensors described in the papers:
+    `dispatch, combine, loss = routing`.
 
-    An assignment is one choice of one token, or in expert choice one token of one expert. Each assignment passes
-    through three stages. `decide` returns the first two, and a limited capacity may drop assignments that are sent:
+    An assignment is a choice made by a token or, for expert choice, by an expert. Each assignment passes through three
+    stages. `decide` returns the first two, and assignments that are sent may be dropped if the capacity is limited::
 
         chosen    the assignment shares the token's weight
         sent      it is chosen and queues at its expert
         kept      it is sent and computed, because it has a slot and a nonzero weight
 
-    =============================  ======  ====  ====  ============================================
-    choice of a token              chosen  sent  kept  reason
-    =============================  ======  ====  ====  ============================================
-    computed                       yes     yes   yes
-    dropped                        yes     yes   no    the expert's queue is longer than the capacity
-    of weight 0, with a capacity   yes     yes   no    it occupies a slot in which nothing is computed
-    of weight 0, dropless          yes     no    no
-    weighed without computation    yes     no    no    `Choices.sent`; `given_experts` of -2 - i
-    not made                       no      no    no    `Choices.chosen`; `given_experts` of -1
-    of a token that is excluded    any     no    no    mask; importance
-    of computed padding            any     no    no    `counted=`; its weight is `padding_weight`
-    =============================  ======  ====  ====  ============================================
+    The following table shows which stages each choice reaches::
 
-    `chosen` is the result of `decide`, while masks and importance change only `sent` and `kept`. Experts compute
-    assignments that are kept, and computed padding. Statistics read `sent` and `kept`; records read `chosen` and
-    `kept`.
+        =============================  ======  ====  ====  ============================================
+        choice of a token              chosen  sent  kept  reason
+        =============================  ======  ====  ====  ============================================
+        computed                       yes     yes   yes
+        dropped                        yes     yes   no    the expert's queue is longer than the capacity
+        of weight 0, with a capacity   yes     yes   no    it occupies a slot in which nothing is computed
+        of weight 0, dropless          yes     no    no
+        weighed without computation    yes     no    no    `Choices.sent`; `given_experts` of -2 - i
+        not made                       no      no    no    `Choices.chosen`; `given_experts` of -1
+        of a token that is excluded    any     no    no    mask; importance
+        of computed padding            any     no    no    `counted=`; its weight is `padding_weight`
+        =============================  ======  ====  ====  ============================================
+
+    `chosen` is the result of `decide`, while masks and importance affect only `sent` and `kept`. Experts compute both
+    kept assignments and computed padding. Statistics use `sent` and `kept`, and records use `chosen` and `kept`.
 
     Attributes:
-        expert: `(..., b, a)` int64, expert of each assignment.
-        kept: `(..., b, a)` bool, which assignments the expert computes, without computed padding.
-        weight: `(..., b, a)` float32 (float64 in a float64 module), weight of the expert's output; 0 where not kept.
-        probs: `(..., b, n, e)` probabilities of the router (normalized scores).
-        num_tokens, num_experts: n and e.
-        capacity: c, slots per expert and group; None if dropless.
-        k: number of choices per token, where assignment i belongs to token i // k; None for expert choice.
-        sent: `(..., b, a)` bool, which assignments queue at their expert.
-        queues: positions and lengths of the queues of each group before capacity is applied; None if dropless, where
-            `find_queues` computes them for readers, and `Assignments.locate` sorts the rows of experts.
-        token_index: `(..., b, a)` int64, token of each assignment in expert choice; None otherwise.
-        limit: `(..., b)` int64, capacity of each group if a mask makes it smaller; None otherwise. With `segments`, the
-            capacity of each document `(b n,)`.
-        mask: `(..., b, n)` bool, which tokens are not padding; None if there is no padding.
-        losses: 0-dim losses by name, without coefficients: "balance" and "z", which are 0 if the gate does not report
-            them, and further losses of the gate, such as the parts of its balancing loss.
-        primary: `(..., b, a)` bool, which assignments count as first choices in a second level; None for the first
-            assignment of each token.
-        padding_weight: `(..., b, a)` weights of computed padding without gradient, 0 for other tokens; None if there is
-            no computed padding.
-        chosen: `(..., b, a)` bool, which assignments share their token's weight; None if all do.
-        state: `(..., b, n, anything)`, passed to the router of the next layer; None for most routers.
-        segments: the documents of packed rows, each of which is a group; None if each row is a group. With segments and
-            a limited capacity there are no slots, and `kept` marks the assignments within the capacity of their
-            document.
+        expert: `(..., b, a)` int64, the expert of each assignment.
+        kept: `(..., b, a)` bool mask of the assignments that experts compute, excluding computed padding.
+        weight: `(..., b, a)` float32 (float64 in a float64 module), the weight of the expert's output, which is 0 for
+            assignments that are not kept.
+        probs: `(..., b, n, e)`, the router probabilities (normalized scores).
+        num_tokens, num_experts: number of tokens per group, n, and number of experts, e.
+        capacity: number of slots per expert and group, c, or None if dropless.
+        k: number of choices per token, or None for expert choice. Assignment i belongs to token i // k.
+        sent: `(..., b, a)` bool mask of the assignments in the experts' queues.
+        queues: positions in each group's queues and the queue lengths, before the capacity is applied, or None if
+            dropless. For dropless gates, `find_queues` computes the queues on request, and `Assignments.locate` sorts
+            rows by expert.
+        token_index: `(..., b, a)` int64, the token of each assignment for expert choice, otherwise None.
+        limit: `(..., b)` int64, the capacity of each group if it is reduced by a mask, otherwise None. If `segments` is
+            set, this is the capacity of each document, `(b n,)`.
+        mask: `(..., b, n)` bool mask of the real tokens, or None if there is no padding.
+        losses: 0-dim losses, keyed by name and not multiplied by coefficients. "balance" and "z" are always present,
+            and are 0 if the gate does not report them. Gates may report additional losses, such as the parts of their
+            balancing loss.
+        primary: `(..., b, a)` bool mask of the assignments that count as first choices at level two. If None, the first
+            assignment of each token counts.
+        padding_weight: `(..., b, a)`, detached weights of computed padding, or None if there is none. The weights are 0
+            for all other tokens.
+        chosen: `(..., b, a)` bool mask of the assignments that share their token's weight, or None if all do.
+        state: `(..., b, n, anything)`, the state passed to the next layer's router, or None for most routers.
+        segments: the documents in packed rows, each of which is a group, or None if each row is a group. If `segments`
+            is set and the capacity is limited, there are no slots, and `kept` marks the assignments within their
+            document's capacity.
 
     Example:
         >>> import torch
@@ -113,12 +117,12 @@ class Routing:
 
     @property
     def balance_loss(self) -> Tensor:
-        """The 0-dim balancing loss, `losses["balance"]`, whose coefficient is a layer's `loss_coef`."""
+        """The 0-dim balancing loss, `losses["balance"]`. A layer multiplies it by `loss_coef`."""
         return self.losses["balance"]
 
     @property
     def z_loss(self) -> Tensor:
-        """The 0-dim router z-loss, `losses["z"]`, whose coefficient is a layer's `z_loss_coef`."""
+        """The 0-dim router z-loss, `losses["z"]`. A layer multiplies it by `z_loss_coef`."""
         return self.losses["z"]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -129,7 +133,7 @@ class Routing:
 
     @property
     def token(self) -> Tensor:
-        """`(..., b, a)` int64, token of each assignment as an index into the group."""
+        """The token of each assignment, as an int64 index `(..., b, a)` into its group."""
         if self.token_index is not None:
             return self.token_index
         assert self.k is not None
@@ -138,14 +142,14 @@ class Routing:
 
     @property
     def position(self) -> Tensor:
-        """`(..., b, a)` int64, position of each assignment in its expert's queue of this group, which is its slot;
-        arbitrary where not `kept`."""
+        """The position of each assignment in its group's queue for the expert, int64 `(..., b, a)`. This is the slot of
+        the assignment. Positions are arbitrary for assignments that are not `kept`."""
         return self.find_queues().position
 
     @property
     def queue_length(self) -> Tensor:
-        """`(..., b, e)` int64, length of each expert's queue before capacity is applied; `(b n, e)` by document for
-        packed rows."""
+        """The length of each expert's queue before the capacity is applied, int64 `(..., b, e)`. For packed rows, the
+        lengths are `(b n, e)`, with one row per document."""
         if self.segments is not None:
             choices = (*self.segments.document.shape, self.k or 1)
             expert, sent = self.expert.view(choices), self.sent.view(choices)
@@ -156,7 +160,7 @@ class Routing:
         return none.scatter_add(-1, self.expert, self.sent.to(none.dtype))
 
     def find_queues(self) -> Queues:
-        """Return the queues of each group. For a dropless gate, compute them in the order of tokens."""
+        """Return the queues of each group. For a dropless gate, compute the queues in token order."""
         if self.queues is not None:
             return self.queues
         if self.segments is not None and self.capacity is not None:
@@ -169,8 +173,8 @@ class Routing:
 
     @property
     def importance(self) -> Tensor:
-        """`(..., b, a)`, importance of each assignment in a second level: 1 if it is primary, 0 if it is not kept, and
-        0.5 otherwise. Expert choice raises ValueError."""
+        """The importance of each assignment at level two, `(..., b, a)`. It is 1 if the assignment is primary, 0 if it
+        is not kept, and 0.5 otherwise. Raises ValueError for expert choice."""
         if self.k is None:
             raise ValueError("expert choice does not support a second level, because tokens have no first choice")
         primary = self.primary
@@ -180,18 +184,19 @@ class Routing:
 
     @property
     def slots_per_queue(self) -> int:
-        """Slots per expert and group: the capacity, or n if dropless."""
+        """The number of slots per expert and group, which is the capacity, or n if dropless."""
         return self.num_tokens if self.capacity is None else self.capacity
 
     def count_occupied_slots(self) -> Tensor:
-        """Return `(..., b, e)` int64, the number of occupied slots of each queue, which is its length limited by the
-        capacity."""
+        """Return the number of occupied slots in each queue, int64 `(..., b, e)`. This is the queue's length, limited
+        by the capacity."""
         length = self.find_queues().length
         occupied = length if self.capacity is None else length.clamp(max=self.capacity)
         return occupied if self.limit is None else torch.minimum(occupied, self.limit.unsqueeze(-1))
 
     def combine_tensor(self) -> Tensor:
-        """Return the combine tensor of the papers `(..., b, n, e, c)`, the weight of slot c of expert e for token n."""
+        """Return the combine tensor `(..., b, n, e, c)` described in the papers, the weight of slot c of expert e for
+        token n."""
         n, e, c = self.num_tokens, self.num_experts, self.slots_per_queue
         cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.position, 0)
         dense = self.weight.new_zeros(*self.weight.shape[:-1], n * e * c)
@@ -199,13 +204,13 @@ class Routing:
         return dense.scatter_add(-1, cell, self.weight).unflatten(-1, (n, e, c))
 
     def dispatch_tensor(self) -> Tensor:
-        """Return the dispatch tensor of the papers `(..., b, n, e, c)`, which is 1 where the combine tensor is not
-        0."""
+        """Return the dispatch tensor `(..., b, n, e, c)` described in the papers, which is 1 where the combine tensor
+        is nonzero."""
         return occupied(self.combine_tensor())
 
 
 def occupied(combine: Tensor) -> Tensor:
-    """Return 1 where a combine tensor is not 0, and 0 elsewhere."""
+    """Return 1 where a combine tensor is nonzero, and 0 elsewhere."""
     return (combine != 0).to(combine.dtype)
 
 
@@ -215,7 +220,7 @@ register_dataclass(Routing, "mixture_of_experts.Routing", EXPORTED_NAMES)
 
 
 def check_routing(name: str, routing: object) -> Routing:
-    """Check that the result of a gate is a `Routing`, and return it."""
+    """Check that a gate returned a `Routing`, and return it."""
     if not isinstance(routing, Routing):
         raise TypeError(
             f"{name} must return a Routing, got {type(routing).__name__}; derive the gate from TokenChoiceGate, and "

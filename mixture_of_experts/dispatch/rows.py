@@ -1,9 +1,11 @@
-"""`dispatch` moves tokens to rows, and `combine` sums results: for level two, your own experts, and `ops.plain`.
+"""`dispatch` moves tokens to rows, and `combine` sums the results. They are used by level two, custom experts and
+`ops.plain`.
 
 Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
-Forward and backward of both directions are gathers by the indices of a `Permutation`. No two writes overlap, so results
-are deterministic. The other implementations in `ops` gather and combine rows themselves (`ops/row_network.py`).
+The forward and backward passes of both functions gather rows at the indices of a `Permutation`. No two writes overlap,
+so the results are deterministic. The other implementations in `ops` gather and combine rows themselves
+(`ops/row_network.py`).
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from mixture_of_experts.dispatch.permutation import Permutation
 
 
 def dispatch(x: Tensor, permutation: Permutation) -> Tensor:
-    """Return the rows `(r, d)` of tokens `(t, d)`, with zeros in empty rows."""
+    """Move tokens `(t, d)` to rows `(r, d)`. Empty rows are filled with zeros."""
     return _Dispatch.apply(x, permutation.token, permutation.row, permutation.k)
 
 
 def combine(rows: Tensor, permutation: Permutation) -> Tensor:
-    """Return the weighted sum `(t, d)` of each token's rows `(r, d)`, computed in float32 and cast once."""
+    """Compute the weighted sum `(t, d)` of each token's rows `(r, d)` in float32, and cast the result."""
     # with one choice per token, both are the same tensor, which a graph does not accept twice
     assignment = None if permutation.token is permutation.assignment else permutation.assignment
     return _Combine.apply(
@@ -30,7 +32,7 @@ def combine(rows: Tensor, permutation: Permutation) -> Tensor:
 
 
 class _Dispatch(torch.autograd.Function):
-    """Gathers rows of tokens. The gradient is the sum of each token's rows."""
+    """Gathers tokens into rows. The gradient of a token is the sum of its rows' gradients."""
 
     generate_vmap_rule = True
 
@@ -51,7 +53,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Sums each token's rows, weighted if `weight` is not None. If `assignment` is None, it equals `token`."""
+    """Sums each token's rows, multiplied by `weight` unless it is None. If `assignment` is None, `token` is used
+    instead."""
 
     generate_vmap_rule = True
 
@@ -88,7 +91,7 @@ class _Combine(torch.autograd.Function):
 
 
 def read_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Return the rows of x by index, with zeros where the index is `len(x)`, which means none."""
+    """Return the rows of `x` at `index`. The index `len(x)` means "none" and yields zeros."""
     length = x.shape[0]
     if length == 0:
         return x.new_zeros(index.shape[0], *x.shape[1:])
@@ -97,9 +100,10 @@ def read_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k: int | None, num_tokens: int) -> Tensor:
-    """Return the sum `(t, d)` of each token's rows times `weight` by assignment, computed at least in float32.
+    """Return the sum `(t, d)` of each token's rows, multiplied by the weights of their assignments, computed in at
+    least float32.
 
-    In expert choice (`k` is None), `weight` has an entry for each row, and `token` is the token of each row.
+    For expert choice, `k` is None, `weight` has one entry per row, and `token` contains the token of each row.
     """
     dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
     if weight is not None:
@@ -121,7 +125,8 @@ def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k:
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Add `rows` to `total` at `index` in a deterministic order, which `index_add` does not guarantee on CUDA."""
+    """Add `rows` to `total` at `index` in a deterministic order. On CUDA, `index_add` does not guarantee such an
+    order."""
     if total.is_cuda:
         return total.index_put((index,), rows, accumulate=True)
     return total.index_add(0, index, rows)

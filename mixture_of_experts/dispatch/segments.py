@@ -1,7 +1,7 @@
-"""`Segments`, the documents of packed rows, each of which is a separate group of tokens.
+"""Defines `Segments`, the documents in packed rows. Each document is a separate group of tokens.
 
 Axes: b rows, n tokens per row, k choices per token, e experts. Documents are numbered from 0 to b n - 1. Unused numbers
-denote empty documents, so that no size depends on the number of documents.
+represent empty documents, so that no shape depends on the number of documents.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Segments:
     """The documents to which the tokens of packed rows belong.
 
     Attributes:
-        document: `(b, n)` int64, index of each token's document.
-        length: `(b n,)` int64, number of real tokens of each document.
+        document: `(b, n)` int64, the index of each token's document.
+        length: `(b n,)` int64, the number of real tokens in each document.
     """
 
     document: Tensor
@@ -29,19 +29,20 @@ class Segments:
 
     @property
     def num_documents(self) -> Tensor:
-        """The number of documents with real tokens, 0-dim int64."""
+        """The number of documents that contain real tokens, as a 0-dim int64 tensor."""
         return (self.length > 0).sum()
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """Return the values of each token's document `(b, n, ...)`, given the values of documents `(b n, ...)`."""
+        """Map per-document values `(b n, ...)` to tokens, and return `(b, n, ...)`."""
         return values.index_select(0, self.document.flatten()).unflatten(0, self.document.shape)
 
     def of_assignments(self, values: Tensor, k: int) -> Tensor:
-        """Return the values of each assignment's document `(b, n k)`, given the values of documents `(b n,)`."""
+        """Map per-document values `(b n,)` to assignments, and return `(b, n k)`."""
         return self.of_tokens(values).repeat_interleave(k, dim=-1)
 
     def count_experts(self, expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-        """Return `(b n, e)` int64, how often each expert is among the `counted` choices `(b, n, k)` of a document."""
+        """Count how often the `counted` choices `(b, n, k)` of each document select each expert, and return int64
+        `(b n, e)`."""
         cell = (self.document.unsqueeze(-1) * num_experts + expert).flatten()
         ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
         # `scatter_add` copies the expanded zero, so that only one table is allocated
@@ -49,7 +50,7 @@ class Segments:
         return empty.scatter_add(0, cell, ones.flatten()).unflatten(0, (-1, num_experts))
 
     def sum_counts(self, counts: Tensor) -> Tensor:
-        """Return `(b n, e)`, the sums of integers `(b, n, e)` over the tokens of each document."""
+        """Sum integers `(b, n, e)` over the tokens of each document, and return `(b n, e)`."""
         counts = counts.to(torch.int64).flatten(0, 1)
         return torch.zeros_like(counts).scatter_add(0, self.document.flatten().unsqueeze(-1).expand_as(counts), counts)
 
@@ -58,11 +59,12 @@ torch.export.register_dataclass(Segments, serialized_type_name="mixture_of_exper
 
 
 def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
-    """Return the documents of packed rows, which are the tokens of a row with equal ids, not necessarily contiguous.
+    """Return the documents in packed rows. The tokens in a row with equal ids form a document, even if they are not
+    contiguous.
 
     Args:
         ids: `(b, n)` integers.
-        mask: `(b, n)` bool, which tokens are not padding; None if there is no padding.
+        mask: `(b, n)` bool mask of the real tokens, or None if there is no padding.
     """
     b, n = ids.shape
     ordered, order = ids.sort(dim=-1)
@@ -76,7 +78,7 @@ def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
 
 
 def check_segment_ids(ids: Tensor, shape: torch.Size) -> Tensor:
-    """Check that ids are integers of `shape`, with one entry per token, and return them in a signed dtype."""
+    """Check that `ids` contains one integer per token and has the given shape, and return it in a signed dtype."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(
             f"{SEGMENT_IDS} must be integers, got {ids.dtype}; tokens of a row with equal ids form a document"

@@ -1,4 +1,4 @@
-"""Gates, modules that return a `Routing`. Derive custom gates from `TokenChoiceGate` or `Gate`."""
+"""Gates are modules that return a `Routing`. Custom gates should subclass `TokenChoiceGate` or `Gate`."""
 
 from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, get_optional_losses, get_side_inputs

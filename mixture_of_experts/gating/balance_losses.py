@@ -1,7 +1,8 @@
-"""Load-balancing losses by name, which apply `losses.load_balancing_loss` to different counts of the same choices.
+"""Named load-balancing losses, which apply `losses.load_balancing_loss` to the same choices, counted in different ways.
 
-Token-choice gates compute them only on request: `gate(x, losses=("balance_device",))`. A layer requests those that have
-a coefficient in its `loss_coefs`. `balance_over="group"` or "batch" selects one of the first two as a gate's own loss::
+Token-choice gates compute these losses only on request, as in `gate(x, losses=("balance_device",))`. A layer requests
+the losses that have a coefficient in its `loss_coefs`. The setting `balance_over` of a gate determines whether its own
+loss equals "balance_group" or "balance_batch"::
 
     balance_group            over each group of tokens (a sequence), averaged over groups
     balance_batch            over all tokens of the batch; f is summed over the ranks
@@ -38,18 +39,18 @@ BalanceOver = Literal["group", "batch"]
 
 @dataclass(frozen=True)
 class BalanceInputs:
-    """Choices and probabilities of the tokens that count in a loss.
+    """The choices and probabilities from which a balancing loss is computed.
 
     Attributes:
-        expert: `(..., b, n, k)` int64, the choices.
-        chosen: `(..., b, n, k)` or `(..., b, n, 1)` bool, which choices are made; None if all are.
-        probs: `(..., b, n, e)` normalized scores, 0 for tokens that do not count.
-        load, proxy: `(..., b, e)`, the number of choices of each expert and the sum of its probabilities; in packed
-            rows `(b n, e)`, load by document and probabilities by token.
-        length: number of real tokens of each group `(..., b)`, or n if all groups have n tokens.
-        k: number of choices per token, by which f is divided.
-        num_groups, top_groups: number of expert groups, and number of groups that a token may choose from.
-        process_group: the ranks that share the batch.
+        expert: `(..., b, n, k)` int64, the chosen experts.
+        chosen: `(..., b, n, k)` or `(..., b, n, 1)` bool mask of the choices that are made, or None if all are made.
+        probs: `(..., b, n, e)` normalized scores, which are 0 for tokens that are not counted.
+        load, proxy: `(..., b, e)`, how often each expert was chosen and the sum of its probabilities. For packed rows,
+            both are `(b n, e)`, where `load` has one row per document and `proxy` has one row per token.
+        length: number of real tokens in each group, `(..., b)`, or n if every group has n tokens.
+        k: number of choices per token, used to normalize f.
+        num_groups, top_groups: number of expert groups, and number of groups from which a token may choose.
+        process_group: process group across which the batch is split.
     """
 
     expert: Tensor
@@ -65,7 +66,7 @@ class BalanceInputs:
     segments: Segments | None = None
 
     def loss(self, over: BalanceOver = "group") -> Tensor:
-        """Return the 0-dim `e / k * sum_e f_e P_e`, with f and P of these tokens."""
+        """Return `e / k * sum_e f_e P_e` as a 0-dim tensor, with f and P computed over these tokens."""
         return balance_loss_over(over, self.load, self.proxy, self.length, self.segments, self.k, self.process_group)
 
 
@@ -78,26 +79,28 @@ def balance_loss_over(
     k: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Return the 0-dim balancing loss over groups of tokens or over the batch. Arguments are as in `BalanceInputs`."""
+    """Return the load-balancing loss over token groups or over the batch. See `BalanceInputs` for the arguments."""
     if segments is not None and over == "group":
         return load_balancing_loss_over_documents(load, proxy, segments, k, group)
     return BALANCE_OVER[over](load, proxy, length, k, group)
 
 
 def count_load(expert: Tensor, chosen: Tensor | None, num_experts: int, segments: Segments | None) -> Tensor:
-    """Return `(..., b, e)`, or `(b n, e)` by document: how often each expert is among the choices `(..., b, n, k)`."""
+    """Count how often the choices `(..., b, n, k)` select each expert. The result is `(..., b, e)`, or `(b n, e)` with
+    one row per document."""
     if segments is None:
         return count_expert_load(expert, chosen, num_experts)
     return segments.count_experts(expert, chosen, num_experts)
 
 
 def sum_counts(counts: Tensor, segments: Segments | None) -> Tensor:
-    """Return `(..., b, e)`, or `(b n, e)` by document: the sums of integers `(..., b, n, e)` over the tokens."""
+    """Sum integers `(..., b, n, e)` over tokens. The result is `(..., b, e)`, or `(b n, e)` with one row per
+    document."""
     return counts.sum(dim=-2) if segments is None else segments.sum_counts(counts)
 
 
 def sum_probs(probs: Tensor, segments: Segments | None) -> Tensor:
-    """Return the `proxy` of `BalanceInputs`, from probabilities `(..., b, n, e)`."""
+    """Compute `BalanceInputs.proxy` from probabilities `(..., b, n, e)`."""
     return probs.sum(dim=-2) if segments is None else probs.flatten(0, 1)
 
 
@@ -111,8 +114,8 @@ BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
 def over_score(inputs: BalanceInputs) -> Tensor:
     """Return the complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20).
 
-    f counts the experts with the k largest scores among all experts, without their bias. P uses scores that are
-    normalized over all experts.
+    f counts the experts with the k largest scores among all experts, excluding the expert bias. P is computed from
+    scores that are normalized over all experts.
     """
     e = inputs.probs.shape[-1]
     k = min(inputs.expert.shape[-1], e)  # `Top2Gating` makes two choices even for a single expert, one of weight 0
@@ -123,7 +126,7 @@ def over_score(inputs: BalanceInputs) -> Tensor:
 def over_devices(inputs: BalanceInputs) -> Tensor:
     """Return the device-level loss of DeepSeek-V2 (arXiv 2405.04434, equations 26 to 28).
 
-    Expert groups play the role of devices: f is the mean over the experts of a group, and P is their sum.
+    Each expert group represents a device. f is averaged over the experts in a group, and P is summed over them.
     """
     load, proxy = (of_expert_groups(values, inputs.num_groups) for values in (inputs.load, inputs.proxy))
     return replace(inputs, load=load, proxy=proxy).loss()
@@ -132,7 +135,7 @@ def over_devices(inputs: BalanceInputs) -> Tensor:
 def over_communication(inputs: BalanceInputs) -> Tensor:
     """Return the communication loss of DeepSeek-V2 (arXiv 2405.04434, equations 29 to 31).
 
-    f counts each token that an expert group receives once, and is divided by `top_groups`.
+    f is the number of tokens that an expert group receives, divided by `top_groups`. Each token counts once per group.
     """
     size = inputs.probs.shape[-1] // inputs.num_groups
     groups = torch.arange(inputs.num_groups, device=inputs.expert.device)
@@ -145,7 +148,7 @@ def over_communication(inputs: BalanceInputs) -> Tensor:
 
 
 def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
-    """Sum the values of experts `(..., e)` within each expert group, and return `(..., g)`."""
+    """Sum per-expert values `(..., e)` within each expert group, and return `(..., g)`."""
     return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
 
 

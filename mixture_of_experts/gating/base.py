@@ -1,4 +1,4 @@
-"""Base classes of gates, which check arguments, assign slots to choices, and construct the `Routing`.
+"""Base classes for gates, which check arguments, assign slots to choices, and construct the `Routing`.
 
 Axes: b groups (preceded by outer experts, `...`), n tokens per group, d model dim, e experts, k choices.
 """
@@ -71,19 +71,20 @@ from mixture_of_experts.support.subclassing import is_unchanged
 
 @dataclass(frozen=True)  # before torch 2.12, torch.compile cannot trace properties of named tuples
 class Tokens:
-    """The tokens that a gate routes. Their mask and importance determine how many choices each of them makes.
+    """The tokens that a gate routes. The mask and the importance determine how many choices each token makes.
 
     Attributes:
-        x: `(..., b, n, d)`; masked tokens are zeros.
-        mask: `(..., b, n)` bool, which tokens are not padding; None if there is no padding.
-        makes_all_choices: `(..., b, n)` bool, which tokens have importance 1 and make k choices; None if all do.
-        makes_any_choice: `(..., b, n)` bool, which tokens have importance above 0 and make their top choice; None if
-            all do.
-        length: `(..., b)` number of tokens, for capacity and balancing losses, or n if all groups have n tokens.
-        side: side inputs by name, `(..., b, n)` or `(..., b, n, anything)`.
-        losses: names of the losses that are requested in addition to the gate's own.
-        segments: the documents of packed rows, which then serve as the groups that `length` describes; None if rows are
-            not packed.
+        x: `(..., b, n, d)`, where masked tokens are set to zero.
+        mask: `(..., b, n)` bool mask of the real tokens, or None if there is no padding.
+        makes_all_choices: `(..., b, n)` bool mask of the tokens with importance 1, which make k choices, or None if all
+            tokens do.
+        makes_any_choice: `(..., b, n)` bool mask of the tokens with importance above 0, which make at least their top
+            choice, or None if all tokens do.
+        length: `(..., b)` number of tokens used for capacity and balancing losses, or n if every group has n tokens.
+        side: side inputs `(..., b, n)` or `(..., b, n, anything)`, keyed by name.
+        losses: names of the losses requested in addition to the gate's own losses.
+        segments: the documents in packed rows, or None if rows are not packed. If set, `length` describes documents
+            instead of groups.
     """
 
     x: Tensor
@@ -101,25 +102,26 @@ class Tokens:
 
     @property
     def counted(self) -> Tensor | None:
-        """`(..., b, n)` bool, which tokens count in losses because they make all choices; None if all do."""
+        """A `(..., b, n)` bool mask of the tokens that count in losses because they make all k choices, or None if all
+        do."""
         return self.mask if self.makes_all_choices is None else self.makes_all_choices
 
     @property
     def computed_padding(self) -> Tensor | None:
-        """`(..., b, n, 1)` bool, which tokens are padding whose choices are computed but never counted; None if there
-        is none."""
+        """A `(..., b, n, 1)` bool mask of padding whose choices are computed but never counted, or None if there is
+        none."""
         return None if self.mask is None or self.makes_all_choices is not None else ~self.mask.unsqueeze(-1)
 
 
 class Gate(FixedShapeModule):
-    """Base class of all gates, which stores sizes and checks arguments.
+    """Base class for all gates, which stores dimensions and checks arguments.
 
     Args:
         dim: model dimension, d.
         num_experts: number of experts, e.
-        outer_expert_dims: leading dimensions of weights and inputs, with one router for each outer expert.
-        process_group: the ranks that share the batch, so that losses cover the whole batch. With None, losses cover
-            only this rank's tokens.
+        outer_expert_dims: leading dimensions of weights and inputs, where each outer expert has its own router.
+        process_group: process group across which the batch is split, so that losses cover the whole batch. If None,
+            losses cover only this rank's tokens.
     """
 
     dim: int
@@ -154,14 +156,14 @@ class Gate(FixedShapeModule):
         return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
 
     def reset_parameters(self) -> None:
-        """Draw the matrix `w_gating`, if the gate has one, with standard deviation 1 / sqrt(d)."""
+        """Initialize `w_gating`, if present, from a normal distribution with standard deviation 1 / sqrt(d)."""
         if isinstance(weight := getattr(self, "w_gating", None), Tensor):
             nn.init.normal_(weight, std=self.dim**-0.5)
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the batch. Copies of the gate keep it, as do unpickled gates if the group still
-        exists."""
+        """The process group across which the batch is split. Copies of the gate keep the process group. Unpickled gates
+        keep it if it still exists."""
         return self._ranks.group
 
     @process_group.setter
@@ -178,11 +180,10 @@ class Gate(FixedShapeModule):
         return self
 
     def variant_reason(self) -> str | None:
-        """Return why the choices of a token or the bits of their weights may depend on the batch under
+        """Return why choices or the exact bits of their weights may depend on the batch even under
         `ops.use("batch_invariant")`, or None if they do not.
 
-        Override this method in a class that reads more than one token at a time, or does not compute logits with
-        `product`.
+        Override this method if the class processes several tokens jointly, or does not compute logits with `product`.
         """
         return f"{type(self).__name__} does not declare that it routes each token independently"
 
@@ -195,7 +196,8 @@ class Gate(FixedShapeModule):
         side: Mapping[str, Tensor] | None = None,
         losses: Collection[str] = (),
     ) -> Tokens:
-        """Check the arguments of `TokenChoiceGate.forward`, combine mask and importance, and return the `Tokens`."""
+        """Check the arguments of `TokenChoiceGate.forward`, combine the mask with the importance, and return the
+        `Tokens`."""
         outer, side = self.outer_expert_dims, dict(side or {})
         if unknown := sorted(side.keys() - set(self.side_inputs)):
             names = ", ".join(map(repr, unknown))
@@ -253,7 +255,7 @@ class Gate(FixedShapeModule):
         check_mask(counted, x.shape[:-1], COUNTED)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Multiply tokens x by a router matrix, and return logits `(..., b, n, e)` in float32 (float64 for float64
+        """Multiply tokens `x` by a router matrix, and return logits `(..., b, n, e)` in float32 (float64 for float64
         weights), even under autocast. Custom gates should compute their logits with this method."""
         return router_logits(x, weight, bias)
 
@@ -270,18 +272,18 @@ class TokenChoiceSettings(TypedDict, total=False):
 
 
 class TokenChoiceGate(Gate):
-    """Base class of gates in which each token chooses its experts.
+    """Base class for gates in which each token chooses its experts.
 
     Custom gates implement `decide`, which returns the choices of all tokens, their weights, and losses. The base class
-    handles masks, capacity, priorities, levels and statistics.
+    handles masks, expert capacity, priorities, two-level gating and statistics.
 
     Args:
         dim, num_experts, outer_expert_dims, process_group: see `Gate`.
         k: number of choices per token.
-        capacity_factor_train, capacity_factor_eval: slots per expert in units of k n / e (of n / e if the class sets
-            `capacity_per_choice = False`), or None for a dropless gate.
-        min_expert_capacity: minimum number of slots per expert, applied last.
-        priority: which choices keep their slots when an expert overflows; see `queues.queue_up`.
+        capacity_factor_train, capacity_factor_eval: number of slots per expert as a multiple of k n / e (n / e if the
+            class sets `capacity_per_choice = False`), or None for a dropless gate.
+        min_expert_capacity: minimum number of slots per expert, which takes precedence over all other limits.
+        priority: determines which choices keep their slots when an expert overflows; see `queues.queue_up`.
     """
 
     k: int
@@ -336,7 +338,7 @@ class TokenChoiceGate(Gate):
         super().__setattr__(name, self.check_k(value) if name == "k" else value)
 
     def check_k(self, k: Any) -> int:
-        """Return `k`, or raise ValueError if the gate cannot make k choices per token."""
+        """Return `k`, or raise ValueError if the gate does not support k choices per token."""
         return check_size("k", k)
 
     def variant_reason(self) -> str | None:
@@ -350,41 +352,41 @@ class TokenChoiceGate(Gate):
 
     @property
     def capacity_factor(self) -> float | None:
-        """The capacity factor of the current mode, training or eval."""
+        """The capacity factor for the current mode, either training or evaluation."""
         return self.capacity_factor_train if self.training else self.capacity_factor_eval
 
     @property
     def choices_at_balance(self) -> float:
-        """The intended number of choices per token, by which balancing losses are divided; k by default."""
+        """The intended number of choices per token, used to normalize balancing losses. The default is k."""
         return self.k
 
     @property
     def expected_choices(self) -> float | None:
-        """The mean number of choices per token, or None if scores determine how many of the k choices are made."""
+        """The mean number of choices per token, or None if the scores determine how many of the k choices are made."""
         return self.k
 
     def apply_overrides(
         self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Replace the gate's own choices where the side input "given_experts" overrides them.
+        """Replace the gate's own choices with those specified by the side input "given_experts".
 
-        Call this method in `decide` if the gate lists "given_experts" in its `side_inputs`. This input is
-        `(..., b, n, k)` int64 with the id of an expert, -1 for no choice, or another value described in
+        Call this method in `decide` if the gate lists "given_experts" in its `side_inputs`. This input is an int64
+        tensor `(..., b, n, k)`. Each element is an expert id, -1 for no choice, or another value described in
         `gating/overrides.py`.
 
         Args:
-            tokens: the argument of `decide`.
+            tokens: the argument passed to `decide`.
             expert: `(..., b, n, k)` int64, the gate's own choices.
-            chosen: `(..., b, n, k)` bool, which of its choices the gate makes; None if all.
+            chosen: `(..., b, n, k)` bool mask of the choices that the gate makes, or None if it makes all of them.
 
         Returns:
-            `expert` and `chosen` for `Choices`. The chosen experts share the token's weight, although some of them may
-            be excluded from computation by the given choices.
+            `expert` and `chosen` for `Choices`. The chosen experts share the token's weight, even if the side input
+            excludes some of them from computation.
         """
         return merge_overrides(self.given(tokens), expert, chosen)
 
     def given(self, tokens: Tokens) -> Tensor | None:
-        """Check the given choices `(..., b, n, k)` and return them, or None if there are none."""
+        """Check the externally specified choices `(..., b, n, k)`, and return them, or None if there are none."""
         given = tokens.side.get(GIVEN)
         if given is None:
             return None
@@ -400,12 +402,12 @@ class TokenChoiceGate(Gate):
         return given
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Return the choices of all tokens. Custom gates implement this method.
+        """Return the choices of all tokens. Custom gates must implement this method.
 
         Choices that a token is not allowed to make are removed afterwards. Losses must cover only the tokens in
-        `tokens.counted`, as `balance_loss`, `z_loss` and `token_mean` of this class do. Return losses even if the layer
-        has no coefficient for them, because statistics report them. List the side inputs that the gate reads in
-        `side_inputs`. Call `apply_overrides` if routing decisions may come from outside.
+        `tokens.counted`; the methods `balance_loss`, `z_loss` and `token_mean` ensure this. Return losses even if the
+        layer has no coefficient for them, because they are included in the statistics. List the side inputs that the
+        gate reads in `side_inputs`. Call `apply_overrides` to support externally specified choices.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement decide(tokens) and return Choices")
 
@@ -422,15 +424,15 @@ class TokenChoiceGate(Gate):
 
         Args:
             x: `(*outer, b, n, d)`.
-            importance: `(*outer, b, n)`. Tokens with importance 1 make k choices, tokens with importance 0 make none.
-                Tokens in between make only their top choice and do not count in losses.
+            importance: `(*outer, b, n)`. Tokens with importance 1 make k choices, and tokens with importance 0 make
+                none. All other tokens make only their top choice and are not counted in losses.
             mask: `(*outer, b, n)` bool, True for real tokens.
-            length: number of tokens for capacity and means, as integers `(*outer, b)`, at most n, or a `queues.Length`.
-                Default: the number of real tokens.
-            losses: names from `optional_losses` of losses to report in addition to those of `decide`. Losses of expert
-                groups are omitted if the gate has no expert groups.
-            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)` with names from `side_inputs`. For example,
-                `segment_ids` `(b, n)` make each document of packed rows a group with its own length.
+            length: number of tokens used to compute the capacity and means, given as integers `(*outer, b)` of at most
+                n or as a `queues.Length`. Default: the number of real tokens.
+            losses: names of additional losses from `optional_losses` to report. Losses over expert groups are omitted
+                if the gate has no expert groups.
+            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)` whose names are listed in `side_inputs`. For
+                example, `segment_ids` `(b, n)` turn each document in packed rows into a group with its own length.
         """
         tokens = self.read(x, importance, mask, length, side, losses)
         if self.forced is not None:
@@ -440,10 +442,10 @@ class TokenChoiceGate(Gate):
         return run_first_supported("gate", self.implementations, self, tokens)
 
     def decide_and_route(self, tokens: Tokens) -> Routing:
-        """Call `decide` and return the `Routing` of its choices.
+        """Call `decide`, and return the `Routing` for its choices.
 
         Raises:
-            TypeError: `decide` does not return `Choices`, or reads a side input that is missing.
+            TypeError: if `decide` does not return `Choices` or requires a side input that was not passed.
         """
         name = type(self).__name__
         try:
@@ -464,7 +466,7 @@ class TokenChoiceGate(Gate):
         return self.route(tokens, choices)
 
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
-        """Return the tokens with forced experts as their given choices."""
+        """Return a copy of the tokens whose externally specified choices are forced experts."""
         if GIVEN in tokens.side:
             raise ValueError(f"cannot use {GIVEN} while force_routing forces {how} experts; use only one of them")
         x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
@@ -472,8 +474,8 @@ class TokenChoiceGate(Gate):
         return replace(tokens, side={**tokens.side, GIVEN: forced})
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """Return those `BALANCE_LOSSES` among `names` that the gate supports. They count all choices that are made,
-        including given choices that are not computed."""
+        """Compute the `BALANCE_LOSSES` in `names` that the gate supports. They count all choices that are made,
+        including externally specified choices that are not computed."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
@@ -496,10 +498,10 @@ class TokenChoiceGate(Gate):
         return {name: BALANCE_LOSSES[name](inputs) for name in known}
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
-        """Return which choices importance allows, `(..., b, n, k)` bool, or None if it allows all.
+        """Return a `(..., b, n, k)` bool mask of the choices that the importance allows, or None if it allows all.
 
-        Tokens with importance 1 make k choices, tokens with importance 0 make none, and tokens in between make their
-        top choice. This is choice 0, except in `Top2Gating`, where it is choice 1.
+        Tokens with importance 1 make k choices, tokens with importance 0 make none, and all other tokens make only
+        their top choice. The top choice is choice 0, except in `Top2Gating`, where it is choice 1.
         """
         if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
@@ -507,8 +509,8 @@ class TokenChoiceGate(Gate):
         return torch.cat([tokens.makes_any_choice.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
-        """Return the slots per expert, or None if dropless, and the limit of each group `(..., b)`, or None without
-        masked tokens."""
+        """Return the number of slots per expert (None if the gate is dropless), and the limit of each group `(..., b)`
+        (None if no tokens are masked)."""
         factor = self._capacity_factor_train if self.training else self._capacity_factor_eval  # ratios
         if factor is None:
             return None, None
@@ -519,13 +521,13 @@ class TokenChoiceGate(Gate):
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
     ) -> Tensor:
-        """Return the 0-dim load-balancing loss of GShard and Switch over the tokens that `balance_over` selects. It is
+        """Return the load-balancing loss of GShard and Switch over the tokens that `balance_over` selects. The loss is
         1.0 if choices and probabilities are uniform.
 
         Args:
-            expert: `(..., b, n, k)` int64, the choices.
-            counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, which choices count; None if all do.
-            proxy, length, k: as in `losses.load_balancing_loss`.
+            expert: `(..., b, n, k)` int64, the chosen experts.
+            counted: `(..., b, n, k)` or `(..., b, n, 1)` bool mask of the choices to count, or None to count all.
+            proxy, length, k: see `losses.load_balancing_loss`.
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             load = losses.count_expert_load(expert, counted, self.num_experts)
@@ -537,14 +539,15 @@ class TokenChoiceGate(Gate):
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
     ) -> Tensor:
-        """Return the 0-dim load-balancing loss, `balance`, over the tokens that count given mask and importance.
+        """Return the load-balancing loss, computed by `balance`, over the tokens that the mask and the importance
+        select.
 
         Args:
-            tokens: the argument of `decide`.
-            probs: `(..., b, n, e)`, probabilities.
-            expert: `(..., b, n, k)` int64, the choices.
-            chosen: `(..., b, n, k)` bool, which choices are made; None if all are.
-            k: number of choices per token, by which the loss is divided so that it is 1.0 at balance.
+            tokens: the argument passed to `decide`.
+            probs: `(..., b, n, e)` router probabilities.
+            expert: `(..., b, n, k)` int64, the chosen experts.
+            chosen: `(..., b, n, k)` bool mask of the choices that are made, or None if all are made.
+            k: number of choices per token. The loss is divided by k so that it is 1.0 at perfect balance.
         """
         chosen, probs = self.select_counted(tokens, chosen, probs)
         return self._balance_of_tokens(tokens, expert, chosen, probs, k)
@@ -552,7 +555,7 @@ class TokenChoiceGate(Gate):
     def _balance_of_tokens(
         self, tokens: Tokens, expert: Tensor, counted: Tensor | None, proxy: Tensor, k: float = 1
     ) -> Tensor:
-        """Return the loss of `balance` for a proxy `(..., b, n, e)` that is 0 for tokens that do not count."""
+        """Return the loss of `balance` for a proxy `(..., b, n, e)` that is 0 for tokens that are not counted."""
         if tokens.segments is not None:
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
@@ -566,28 +569,28 @@ class TokenChoiceGate(Gate):
         return self.balance(expert, counted, proxy.squeeze(-2) if alone else proxy.sum(dim=-2), tokens.length, k)
 
     def select_counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Return which choices count, `(..., b, n, k)` or `(..., b, n, 1)` bool, or None if all do; and the
-        probabilities, with 0 for tokens that do not count."""
+        """Return a mask of the choices to count and the probabilities, which are set to 0 for tokens that are not
+        counted. The bool mask is `(..., b, n, k)` or `(..., b, n, 1)`, or None to count all choices."""
         if tokens.counted is None:
             return chosen, probs
         counted = tokens.counted.unsqueeze(-1)
         return both(chosen, counted), torch.where(counted, probs, 0.0)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
-        """Return the 0-dim router z-loss of logits `(..., b, n, e)` over the tokens that count."""
+        """Return the router z-loss of logits `(..., b, n, e)`, averaged over the counted tokens."""
         return losses.z_loss(logits, tokens.counted, self.process_group)
 
     def token_mean(self, tokens: Tokens, values: Tensor) -> Tensor:
-        """Return the 0-dim mean of `values` `(..., b, n)` over the tokens that count on all ranks, for custom
+        """Return the mean of `values` `(..., b, n)` over the counted tokens on all ranks. Use this method in custom
         losses."""
         return losses.token_mean(values, tokens.counted, self.process_group)
 
     def route(self, tokens: Tokens, choices: Choices) -> Routing:
-        """Return the `Routing` of choices, with slots if the capacity is limited.
+        """Convert choices to a `Routing`, which assigns slots if the capacity is limited.
 
-        Choices that a token is not allowed to make are removed. Shapes and dtypes are checked. For gates outside this
-        package, and for subclasses that override a method, values on a CPU are checked too: all experts must exist, and
-        no token may choose an expert twice.
+        Choices that a token is not allowed to make are removed. Shapes and dtypes are checked. For gates defined
+        outside this package and subclasses that override a method, the values of CPU tensors are also checked: all
+        experts must exist, and no token may choose the same expert twice.
 
         Args:
             tokens: the result of `read`.
@@ -647,8 +650,8 @@ class TokenChoiceGate(Gate):
         capacity: int,
         limit: Tensor | None,
     ) -> tuple[Queues | None, Tensor | None]:
-        """Return the queues, or None for packed rows, and which assignments are within the capacity, `(..., b, a)`
-        bool, or None if all are."""
+        """Return the queues, or None for packed rows, and a `(..., b, a)` bool mask of the assignments within the
+        capacity, or None if all of them are."""
         score = choices.priority_score
         if self.priority == "score" and score is None:
             score = choices.probs.detach().amax(dim=-1)
@@ -663,8 +666,8 @@ class TokenChoiceGate(Gate):
         return queues, queues.position < (capacity if limit is None else limit.unsqueeze(-1))
 
     def _restrict_choices(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Return which choices are sent (None if all are), the weights, and the weights of computed padding without
-        gradient (None if there is none). Each is `(..., b, n, k)`."""
+        """Return three tensors `(..., b, n, k)`: a mask of the choices that are sent (None if all are), the weights,
+        and the detached weights of computed padding (None if there is none)."""
         sent = both(choices.chosen, choices.sent)
         if not choices.is_masked:
             sent = both(sent, self.allowed(tokens))
@@ -681,10 +684,10 @@ class TokenChoiceGate(Gate):
 
 
 def get_side_inputs(gate: nn.Module) -> tuple[str, ...]:
-    """Return the names of the side inputs that a (possibly wrapped) gate reads."""
+    """Return the names of the side inputs that a gate, which may be wrapped, reads."""
     return tuple(getattr(unwrap_module(gate), "side_inputs", ()))
 
 
 def get_optional_losses(gate: nn.Module) -> tuple[str, ...]:
-    """Return the names of the losses that a (possibly wrapped) gate computes on request."""
+    """Return the names of the losses that a gate, which may be wrapped, computes on request."""
     return tuple(getattr(unwrap_module(gate), "optional_losses", ()))

@@ -1,4 +1,5 @@
-"""Update rules of the expert bias: what each training forward counts, and how the counts of a step change the bias.
+"""Update rules for the expert bias, which define what each training forward pass counts and how the counts change the
+bias.
 
 Axes: t tokens, k choices per token, e experts; `...` are outer experts.
 """
@@ -18,7 +19,7 @@ from mixture_of_experts.support.checks import check_choice, check_flag, check_si
 
 
 class ForwardChoices(NamedTuple):
-    """The choices of a router in a training forward, which a rule counts."""
+    """The router's choices in a training forward pass, which a rule counts."""
 
     expert: Tensor  #: (..., t, k) int64
     chosen: Tensor | None  #: (..., t, k) bool, which choices are made; None if all are
@@ -28,7 +29,7 @@ class ForwardChoices(NamedTuple):
 
 
 class BiasRule:
-    """Base class of rules. Custom rules implement `count` and `step`."""
+    """Base class for update rules of the expert bias. Custom rules implement `count` and `step`."""
 
     #: bins of each expert's histogram in the buffer `expert_histogram`, or 0 for a single count in `expert_counts`
     bins: int = 0
@@ -38,31 +39,32 @@ class BiasRule:
     reads_scores: ClassVar[bool] = False
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Return the counts of one forward: integers `(..., e)`, or `(..., e, bins)` for a rule with `bins`."""
+        """Return the counts of one forward pass: integers `(..., e)`, or `(..., e, bins)` if the rule has `bins`."""
         raise NotImplementedError(f"{type(self).__name__} must implement count(choices)")
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        """Return the step `(..., e)` to add to the bias, which must be 0 if nothing was counted.
+        """Return the step `(..., e)` to add to the bias. The step must be 0 if nothing was counted.
 
-        Experts that `AlwaysChosen` assigns to every token are excluded from e, and their choices from k.
+        Here, e and k exclude the experts that `AlwaysChosen` assigns to every token.
 
         Args:
-            counts: sums of the results of `count` over all micro-batches and ranks.
+            counts: results of `count`, summed over all micro-batches and ranks.
             bias: `(..., e)`.
             k: number of choices per token.
-            rate: the rate of `balance_experts`.
+            rate: the update rate passed to `balance_experts`.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement step(counts, bias, k, rate)")
 
 
 class SignRule(BiasRule):
-    """A rule that adds `rate * sign(mean load - load)` to the bias (Wang et al. 2024, arXiv 2408.15664).
+    """An update rule that adds `rate * sign(mean load - load)` to the expert bias (Wang et al. 2024, arXiv 2408.15664).
 
     Args:
-        centred: whether to subtract the mean of the bias after each step, so that the bias cannot drift as a whole.
-            This does not change which experts are chosen, up to rounding.
-        shares: e integers above 0, the target proportions of choices; None for equal shares. With shares, experts that
-            compute and `ZeroComputationExperts` can be balanced separately.
+        centred: whether to subtract the mean from the bias after each step, so that the mean cannot drift. Up to
+            rounding, this does not change which experts are chosen.
+        shares: e positive integers that specify each expert's target share of the choices, or None for equal shares.
+            They allow zero-computation experts and regular experts to be balanced separately; see
+            `ZeroComputationExperts`.
 
     Example:
         >>> import torch
@@ -80,7 +82,7 @@ class SignRule(BiasRule):
         self.shares = None if shares is None else check_shares(shares)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Return the number of choices of each expert, `(..., e)` int64."""
+        """Return how often each expert was chosen, as int64 `(..., e)`."""
         return count_expert_load(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
@@ -103,7 +105,7 @@ class SignRule(BiasRule):
 
 
 def check_shares(shares: Any) -> tuple[int, ...]:
-    """Check that shares are positive integers whose products with counts fit into int64."""
+    """Check that the shares are positive integers whose products with counts fit into int64."""
     try:
         found = check_sizes("shares", tuple(shares))
     except (TypeError, ValueError):
@@ -116,22 +118,23 @@ def check_shares(shares: Any) -> tuple[int, ...]:
 
 
 class QuantileRule(BiasRule):
-    """Quantile balancing (Kimi K3, section 2.3.3), which moves each bias directly to where its expert gets its share.
+    """Quantile balancing (Kimi K3, section 2.3.3), which moves each bias directly to the value that balances its
+    expert.
 
-    A token is routed to an expert if its biased score exceeds alpha, the (k + 1)-th largest biased score. Equivalently,
-    the bias of the expert exceeds `r = alpha - score`. If an expert's bias were the k / e quantile of its r and the
-    other biases stayed fixed, the expert would receive k / e of the tokens. The new bias is this quantile, minus the
-    mean over all experts.
+    A token is routed to an expert if the expert's biased score exceeds alpha, the token's (k + 1)-th largest biased
+    score. Equivalently, the expert's bias must exceed `r = alpha - score`. If the bias were equal to the k / e quantile
+    of r and all other biases were fixed, the expert would receive k / e of the tokens. The new bias is this quantile
+    minus the mean over all experts.
 
-    Quantiles are interpolated linearly in histograms over `[min b - 1, max b + 1]`. If scores are between 0 and 1, all
-    r are within this range. Values of r outside the range are counted at its ends; the bias then moves by at most about
-    1 per step, and the range moves with it.
+    Quantiles are interpolated linearly in histograms over the range `[min b - 1, max b + 1]`, where b is the bias. If
+    all scores are between 0 and 1, every r is within this range. Otherwise, values outside the range are counted in the
+    first or last bin. In this case, the bias moves by at most about 1 per step, and the range moves with it.
 
-    Tokens do not count if they are masked, make fewer than k choices (at a second level), or have a NaN score. With a
-    `rate` below 1, the bias moves that fraction of the way.
+    Tokens are not counted if they are masked, make fewer than k choices (at level two), or have a NaN score. If `rate`
+    is below 1, the bias moves only that fraction of the way.
 
     Args:
-        bins: number of bins of each expert's histogram. The error of a quantile is at most the width of a bin.
+        bins: number of bins in each expert's histogram. The error of a quantile is at most the width of a bin.
 
     Example:
         Two experts, one choice, and 4 bins over [-1, 1]. Half of the 4 tokens have an r below 0 for the first expert,
@@ -150,7 +153,7 @@ class QuantileRule(BiasRule):
         self.bins: int = check_size("bins", bins)
 
     def count(self, choices: ForwardChoices) -> Tensor:
-        """Return histograms of r, `(..., e, bins)` int32."""
+        """Return the histograms of r as int32 `(..., e, bins)`."""
         score, bias, full = choices.score, choices.bias, choices.full
         assert score is not None
         score, bias = score.detach(), bias.to(score.dtype).unsqueeze(-2)
@@ -181,7 +184,7 @@ class QuantileRule(BiasRule):
 
 
 def histogram_range(bias: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Return the lower end of the histograms for biases `(..., e)` and the width of a bin, both `(..., 1)`."""
+    """Return the histograms' lower bound and bin width, both `(..., 1)`, for biases `(..., e)`."""
     low, high = bias.amin(dim=-1, keepdim=True) - 1, bias.amax(dim=-1, keepdim=True) + 1
     return low, (high - low) / bins
 
@@ -196,12 +199,12 @@ RULES: Mapping[str, Callable[[], BiasRule]] = {
 
 
 def check_rule(name: str, rule: Any) -> BiasRule:
-    """Return a new rule with this name, or `rule` itself if it is an instance of a rule."""
+    """Return `rule` if it is a `BiasRule`; otherwise, create the rule with this name."""
     return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]()
 
 
 def step_of(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, always: int = 0) -> Tensor:
-    """Return the step `(..., e)` of a rule from its counts `(..., e)` or `(..., e, bins)`. The step is 0 for the last
+    """Compute the step `(..., e)` of a rule from its counts `(..., e)` or `(..., e, bins)`. The step is 0 for the last
     `always` experts, which every token chooses."""
     competing = bias.shape[-1] - always
     step = rule.step(counts.narrow(bias.ndim - 1, 0, competing), bias[..., :competing], k - always, rate)
@@ -217,9 +220,9 @@ def check_scores(
     num_groups: int | None,
     why: str | None = None,
 ) -> None:
-    """Raise ValueError if `rule` reads scores, but the scores of the router do not determine the load of experts.
+    """Raise ValueError if `rule` reads scores, but the router's scores do not determine the expert load.
 
-    `why` is a reason that the router itself states.
+    `why` is an optional reason reported by the router itself.
     """
     if not rule.reads_scores:
         return

@@ -1,4 +1,4 @@
-"""A descriptor for the capacity factor of a gate, which checks every assigned value."""
+"""A descriptor for a gate's capacity factor, which validates every assigned value."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mixture_of_experts.support.checks import check_number
 
 
 class CapacityFactor:
-    """An attribute of gates that is a finite number above 0, or (unless `dropless=False`) None for no token dropping.
+    """A capacity factor: a finite positive number, or None (unless `dropless=False`) to disable token dropping.
 
-    It is stored as a ratio of two integers, from which the capacity is computed (`queues.bounded_ratio`), because
-    `torch.compile` treats integers of a module as constants. A float may become a symbol (with `dynamic=True`, or if
-    layers with different factors are compiled one after the other), and torch cannot pass sizes that depend on it to an
-    autograd function.
+    The factor is stored as a ratio of two integers, because `torch.compile` treats integer attributes of a module as
+    constants. `queues.bounded_ratio` computes the capacity from these integers. A float may become a symbol (with
+    `dynamic=True`, or if layers with different factors are compiled one after another), and torch cannot pass sizes
+    that depend on a symbolic float to an autograd function.
     """
 
     def __init__(self, dropless: bool = True) -> None:

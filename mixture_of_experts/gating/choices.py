@@ -1,4 +1,4 @@
-"""`Choices`, the result of `decide`, with checks of their values and the selection of the largest scores.
+"""`Choices`, the return type of `decide`, as well as functions that check choices and select the largest scores.
 
 Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts, k choices per token.
 """
@@ -20,7 +20,7 @@ from mixture_of_experts.support.tracing import is_host_readable
 class Choices(NamedTuple):
     """The choices of all tokens, before priorities and capacity are applied.
 
-    `TokenChoiceGate.route` applies mask and importance, but gates may also read them.
+    `TokenChoiceGate.route` applies the mask and the importance, but gates may also read them.
     """
 
     expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be different experts
@@ -37,7 +37,7 @@ class Choices(NamedTuple):
 
 
 def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
-    """Check the shapes and dtypes of a gate's choices for tokens with `shape` `(..., b, n)`."""
+    """Check the shapes and dtypes of a gate's choices for tokens of shape `(..., b, n)`."""
     of_choices, of_experts = (*shape, k), (*shape, num_experts)
     for name, wanted, kind in (
         ("expert", of_choices, "int64"),
@@ -67,8 +67,8 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
 
 
 def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_experts: int) -> None:
-    """Check that the ids `expert` `(..., k)` are from 0 to e - 1, and that the `computed` choices of a token are
-    different experts. The check reads values, so it is skipped on a GPU and in a graph."""
+    """Check that the expert ids `expert` `(..., k)` are between 0 and e - 1, and that a token's `computed` choices are
+    distinct. The check reads tensor values, so it is skipped on a GPU and in traced graphs."""
     if not is_host_readable(expert) or is_functorch_wrapped(computed):
         return
     if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
@@ -84,7 +84,7 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_exp
 
 
 def expert_twice(expert: Tensor) -> int | None:
-    """Return an expert that occurs twice in a row `(..., k)` of choices, or None. This reads values."""
+    """Return an expert that occurs twice among the k choices of a token, or None. This function reads tensor values."""
     for distance in range(1, expert.shape[-1]):
         one, other = expert[..., distance:], expert[..., :-distance]
         if (same := (one == other) & (one >= 0)).any():
@@ -93,7 +93,7 @@ def expert_twice(expert: Tensor) -> int | None:
 
 
 def check_k_of_experts(k: int, num_experts: int) -> int:
-    """Return `k` after checking that there are at least k experts."""
+    """Check that there are at least k experts, and return `k`."""
     if k > num_experts:
         raise ValueError(
             f"k must be at most num_experts={num_experts}, got {k}, because a token chooses each expert at most once"
@@ -102,15 +102,15 @@ def check_k_of_experts(k: int, num_experts: int) -> int:
 
 
 def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Return the logical and of two conditions, where None is always True."""
+    """Return the logical AND of two conditions, where None means that a condition is always true."""
     return first if second is None else second if first is None else first & second
 
 
 def top_choices(score: Tensor, k: int) -> Tensor:
     """Return the indices `(..., k)` of the k largest scores, best first. Ties go to the lowest index.
 
-    `argmax` guarantees this order of equal scores, while `torch.topk` does not. A stable sort selects all choices at
-    once, which is faster from 3 choices on a GPU and from about 32 on a CPU.
+    `argmax` guarantees this order for equal scores, but `torch.topk` does not. A stable sort selects all choices at
+    once, which is faster for at least 3 choices on a GPU or about 32 choices on a CPU.
     """
     if k > score.shape[-1]:
         raise ValueError(

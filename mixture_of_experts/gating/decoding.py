@@ -1,4 +1,4 @@
-"""Warns about decoding with a gate whose choices for a single token differ from those for the whole sequence."""
+"""Warns if a gate used for decoding chooses different experts for a single token than for a whole sequence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 def warn_of_decoding(gate: Any) -> None:
-    """Warn if a token-choice gate whose choices depend on other tokens (capacity) or are random gets groups of one
-    token in eval. There is no warning in a traced graph or at a second level."""
+    """Warn if a token-choice gate receives single-token groups in eval mode, but its choices are random or depend on
+    other tokens because of the capacity. Traced graphs and level-two gates do not warn."""
     if gate.outer_expert_dims or torch.compiler.is_compiling():
         return
     found = {}  # name: (its value, the value to set instead)

@@ -1,4 +1,4 @@
-"""Routers that pass a state from layer to layer (exponential depth averaging).
+"""Routers that pass a state from one layer to the next (exponential depth averaging).
 
 Axes: b groups, n tokens per group, d model dim, r width of the state, e experts.
 """
@@ -21,29 +21,30 @@ from mixture_of_experts.support.tracing import disable_autocast
 
 
 class DepthAveragedGating(TopKGating):
-    """A router whose logits are computed from a state that accumulates over layers, as in ZAYA1 and ZONOS2.
+    """A router that computes its logits from a state accumulated over layers, as in ZAYA1 and ZONOS2.
 
-    The state of the router in the previous layer is added to the state of this one (arXiv 2605.05365, section II-A,
-    equations 1 to 3; introduced in arXiv 2511.17127). A call with `router_state`, which is None in the first layer,
-    returns the state for the next layer::
+    The previous layer's router state is added to the state of this layer (arXiv 2605.05365, section II-A, equations 1
+    to 3; introduced in arXiv 2511.17127). If `router_state` is passed (None in the first layer), the layer also returns
+    the state for the next layer::
 
         out, aux_loss, state = moe(x, router_state=state)
 
     Args:
-        dim, num_experts, k: model dimension d, number of experts e, and number of experts per token.
+        dim, num_experts, k: model dimension d, number of experts e, and number of choices per token.
         state_dim: width of the state, r.
-        first: whether this is the first layer, which receives no state. All other layers require one.
-        logits: a module that maps states `(..., b, n, r)` to logits `(..., b, n, e)`. Default: a norm and three linear
-            layers with GELU in between, as in ZAYA1.
-        settings: further arguments of `TopKGating`, except `outer_expert_dims`.
+        first: whether this is the first layer, which receives no state. All other layers require a state.
+        logits: a module that maps states `(..., b, n, r)` to logits `(..., b, n, e)`. Default: a normalization layer
+            followed by three linear layers with GELU activations in between, as in ZAYA1.
+        settings: other arguments of `TopKGating`, except `outer_expert_dims`.
 
     Shape:
-        Maps x `(b, n, d)`, and `router_state` `(b, n, r)` unless it is the first layer, to a `Routing` with `state`
-        `(b, n, r) = down(x) + state_scale * router_state`, in float32 (float64 for float64 weights). `down` is a linear
-        layer from d to r, and `state_scale` is `(r,)`.
+        The gate maps `x` `(b, n, d)` and, except in the first layer, `router_state` `(b, n, r)` to a `Routing`. Its
+        `state` `(b, n, r)` is `down(x) + state_scale * router_state`, computed in float32 (float64 for float64
+        weights). `down` is a linear layer from d to r, and `state_scale` has the shape `(r,)`.
 
     Raises:
-        TypeError, ValueError: the state is missing or has a wrong shape or dtype, or the first layer gets a state.
+        TypeError, ValueError: if the state is missing or has the wrong shape or dtype, or if the first layer receives a
+            state.
 
     Example:
         >>> import torch
@@ -94,7 +95,7 @@ class DepthAveragedGating(TopKGating):
         self.state_scale = None if self.first else nn.Parameter(torch.ones(r, **factory))
 
     def reset_parameters(self) -> None:
-        """Set the scale to 1, and biases and counts to 0. The modules `down` and `logits` reset themselves."""
+        """Set the scale to 1, and all biases and counts to 0. The modules `down` and `logits` reset themselves."""
         super().reset_parameters()
         if (scale := self._parameters.get("state_scale")) is not None:
             nn.init.ones_(scale)
@@ -103,7 +104,7 @@ class DepthAveragedGating(TopKGating):
         return f"{type(self).__name__} computes its logits with linear layers; use TopKGating"
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose experts from the state, and return the state with the choices."""
+        """Choose experts based on the state, and return the choices and the state."""
         dtype = torch.float64 if self.down.weight.dtype == torch.float64 else torch.float32
         with disable_autocast(tokens.x.device):
             state = in_dtype(self.down, tokens.x, dtype)

@@ -1,7 +1,7 @@
-"""Counts the load of experts, from which the expert bias is updated (arXiv 2408.15664).
+"""Counts the load of each expert to update the expert bias (arXiv 2408.15664).
 
-The counts of a forward are added when its backward runs. Each forward therefore counts once, even if activation
-checkpointing runs it twice, and evaluation does not count.
+A forward pass is counted when its backward pass runs. Each forward pass is therefore counted once, even if activation
+checkpointing runs it twice, and evaluation is not counted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ RANK_LOCAL_BUFFERS = ("expert_counts", "expert_histogram", "choice_counts", "l1_
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})
 def move_counts(counts: Tensor, total: Tensor) -> None:
-    """Add `counts` to `total`, then set `counts` to 0, so that a second backward through the same graph adds nothing.
+    """Add `counts` to `total`, and then set `counts` to 0, so that a second backward pass through the same graph adds
+    nothing.
 
-    This is a custom operator because a compiled backward cannot modify a buffer otherwise.
+    A custom operator is required because compiled backward passes cannot modify buffers otherwise.
     """
     total.add_(counts)
     counts.zero_()
@@ -50,9 +51,10 @@ ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class _CountInBackward(torch.autograd.Function):
-    """The identity of `weight`, whose backward adds counts.
+    """Returns `weight` unchanged, and adds counts in the backward pass.
 
-    The counts are attributes of the context, because checkpointing would recompute tensors in `save_for_backward`.
+    The counts are stored as attributes of the context, because checkpointing would recompute tensors saved with
+    `save_for_backward`.
     """
 
     generate_vmap_rule = True
@@ -72,13 +74,13 @@ class _CountInBackward(torch.autograd.Function):
 
 
 def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
-    """Return `weight` as a tensor whose first backward adds `counts` to `total`.
+    """Return `weight` as a tensor that adds `counts` to `total` in its first backward pass.
 
     Args:
-        weight: weights of the choices. The result requires a gradient even if they do not, because a router may be
-            frozen while the experts are trained.
-        counts: integers of any shape, in a tensor that only this forward uses. It is set to 0 after it was added.
-        total: the buffer, with the same shape.
+        weight: weights of the choices. The result requires a gradient even if `weight` does not, because the experts
+            may be trained with a frozen router.
+        counts: integer tensor of any shape that only this forward pass uses. It is set to 0 after being added.
+        total: a buffer with the same shape as `counts`.
     """
     if is_in_ddp():  # a graph is retraced in another DDP
         # even without gradients, which reentrant checkpointing enables only in the backward
@@ -91,8 +93,8 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
 
 @assume_constant_result  # runs during tracing
 def keep_rank_counts(traced: bool) -> None:
-    """Prevent a running `DistributedDataParallel` from overwriting each rank's counts with those of the first rank
-    before the next forward. Before the first forward, all counts are 0."""
+    """Prevent the currently running `DistributedDataParallel` from overwriting each rank's counts with those of the
+    first rank before the next forward pass. Before the first forward pass, all counts are 0."""
     if copied := exclude_from_ddp_broadcast(RANK_LOCAL_BUFFERS, traced):
         warnings.warn(
             f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so gradient "
@@ -105,8 +107,8 @@ def keep_rank_counts(traced: bool) -> None:
 class StepsWithoutUpdate:
     """Warns if a router is trained while its expert bias is never updated.
 
-    Optimizer steps are detected by the version counter of the router's weight. Under FSDP2, which gathers weights for
-    each forward, the counter does not reveal steps, so the warning depends on the number of forwards.
+    Optimizer steps are detected from the version counter of the router's weight. Under FSDP2, which gathers weights for
+    each forward pass, this counter does not reveal optimizer steps, so forward passes are counted instead.
     """
 
     MAX_STEPS = 50  #: optimizer steps before the warning
@@ -117,11 +119,12 @@ class StepsWithoutUpdate:
     warned: bool = False  #: whether the warning was emitted since the last update
 
     def bias_moved(self) -> None:
-        """Reset the counts after an update of the bias."""
+        """Reset the counts after the bias is updated."""
         self.steps, self.forwards, self.warned = 0, 0, False
 
     def training_forward(self, weight: Tensor | None) -> None:
-        """Count a training forward of a router with this weight. Frozen routers may keep their bias on purpose."""
+        """Count a training forward pass of a router with this weight. Frozen routers are ignored, because they may keep
+        their bias intentionally."""
         if torch.compiler.is_compiling() or weight is None or not weight.requires_grad or is_in_transform():
             return
         self.forwards += 1

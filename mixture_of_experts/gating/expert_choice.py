@@ -18,19 +18,21 @@ from mixture_of_experts.losses import token_mean
 
 
 class ExpertChoiceGating(Gate):
-    """A router in which each expert chooses its top tokens of a group (Zhou et al. 2022, arXiv 2202.09368).
+    """A router in which each expert chooses its top tokens from a group (Zhou et al. 2022, arXiv 2202.09368).
 
-    The load is balanced by construction (`balance_loss` is 0), but a token may be chosen by no expert or by all.
+    The load is balanced by construction, so `balance_loss` is 0. However, a token may be chosen by any number of
+    experts, including none.
 
-    This router is NOT CAUSAL, because experts see the whole group when they choose. In a language model, later tokens
-    would determine whether an earlier token is computed. Use it where the whole group is known, as in encoders.
+    This router is NOT CAUSAL, because experts see the whole group when they choose tokens. In a language model, later
+    tokens would affect whether an earlier token is processed. Use this router only if the whole group is known, as in
+    encoders.
 
     Args:
         dim: model dimension, d.
         num_experts: number of experts, e.
-        capacity_factor: mean number of experts per token; each expert chooses `min(n, max(1, int(n * factor / e)))`
+        capacity_factor: mean number of experts per token. Each expert chooses `min(n, max(1, int(n * factor / e)))`
             tokens.
-        process_group: the ranks that share the batch; see `Gate`.
+        process_group: process group across which the batch is split; see `Gate`.
         device, dtype: device and dtype of the weights, as in `torch.nn`.
 
     Example:
@@ -65,7 +67,7 @@ class ExpertChoiceGating(Gate):
 
     @property
     def expected_choices(self) -> float:
-        """The mean number of experts that choose a token, which is the capacity factor up to rounding."""
+        """The mean number of experts that choose a token, which equals the capacity factor up to rounding."""
         factor: Any = self.capacity_factor
         return factor
 
@@ -76,10 +78,11 @@ class ExpertChoiceGating(Gate):
 
         Args:
             x: `(b, n, d)`.
-            importance: must be None, because this gate cannot be a level of a hierarchy; otherwise raises ValueError.
-            mask: `(b, n)` bool, True for real tokens. Experts choose only real tokens, and the number of tokens per
-                expert is computed from the number of real tokens.
-            side: `router_input` `(b, n, d)`, which replaces x.
+            importance: must be None, because this gate does not support two-level gating. Other values raise a
+                ValueError.
+            mask: `(b, n)` bool, True for real tokens. Experts choose only from the real tokens, whose number determines
+                how many tokens each expert chooses.
+            side: `router_input` `(b, n, d)`, from which logits are computed in place of `x`.
         """
         if importance is not None:
             raise ValueError("expert choice does not support importance; use a token-choice gate")
@@ -116,7 +119,7 @@ class ExpertChoiceGating(Gate):
         )
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return probabilities `(b, n, e)` and the logsumexp `(b, n)` of the logits."""
+        """Return the probabilities `(b, n, e)` and the logsumexp of the logits `(b, n)`."""
         logits = router_logits(x, weight)
         return logits.softmax(dim=-1), logits.logsumexp(dim=-1)
 

@@ -1,4 +1,4 @@
-"""Hash layers, in which the id of a token determines its experts."""
+"""Hash layers, in which a token's id determines its experts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 
 class HashGating(TopKGating):
-    """A router with k fixed experts for each token id, whose weights are learned as in `TopKGating`.
+    """A router that maps each token id to k fixed experts. The weights of the experts are learned as in `TopKGating`.
 
-    Without a loss, the load is as balanced as the frequencies of ids (Roller et al. 2021, arXiv 2106.04426). The first
-    layers of DeepSeek-V4 use this router. Call the layer as `moe(x, token_ids=ids)`.
+    Without a load-balancing loss, the load is as balanced as the token id frequencies (Roller et al. 2021, arXiv
+    2106.04426). The first layers of DeepSeek-V4 use this router. Call the layer as `moe(x, token_ids=ids)`.
 
     Args:
-        dim, num_experts, k: model dimension d, number of experts e, and number of experts per id.
+        dim, num_experts, k: model dimension d, number of experts e, and number of experts per token id.
         num_ids: number of token ids, v.
-        settings: further arguments of `TopKGating`.
+        settings: other arguments of `TopKGating`.
 
     Shape:
-        Maps x `(b, n, d)` and token_ids `(b, n)`, integers from 0 to v - 1, to a `Routing`. `experts_of_id` is a
-        `(v, k)` int64 buffer, drawn so that the numbers of ids per expert differ by at most one.
+        The gate maps `x` `(b, n, d)` and `token_ids` `(b, n)`, integers from 0 to v - 1, to a `Routing`.
+        `experts_of_id` is a random int64 buffer `(v, k)`. The numbers of ids assigned to any two experts differ by at
+        most one.
 
     Example:
         >>> import torch
@@ -55,13 +56,13 @@ class HashGating(TopKGating):
         self.register_buffer("experts_of_id", draw_experts(v, k, num_experts).to(device))
 
     def reset_parameters(self) -> None:
-        """Draw the weights and the experts of each id."""
+        """Initialize the weights randomly, and assign random experts to each token id."""
         super().reset_parameters()
         if (table := self._buffers.get("experts_of_id")) is not None:  # None while the base class is constructed
             table.copy_(draw_experts(self.num_ids, table.shape[1], self.num_experts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the experts of the tokens' ids."""
+        """Return the experts assigned to the tokens' ids."""
         if (ids := tokens.side.get("token_ids")) is not None:
             if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
                 raise TypeError(f"token_ids must be integers, got {ids.dtype}")
@@ -76,7 +77,8 @@ class HashGating(TopKGating):
         )
 
     def _check_range(self, ids: Tensor) -> None:
-        """Check that ids are below `num_ids`. The check reads values, so it is skipped on a GPU and in a graph."""
+        """Check that the token ids are below `num_ids`. The check reads tensor values, so it is skipped on a GPU and in
+        traced graphs."""
         if is_host_readable(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
             raise ValueError(
                 f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Set num_ids to the size of the "
@@ -89,8 +91,8 @@ class HashGating(TopKGating):
 
 
 def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
-    """Draw k different experts for each id, `(v, k)` int64, so that the numbers of ids per expert differ by at most
-    one."""
+    """Assign k different random experts to each token id, and return int64 `(v, k)`. The numbers of ids assigned to any
+    two experts differ by at most one."""
     order = torch.randperm(num_experts)
     start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order get the next k experts in turn
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

@@ -1,4 +1,4 @@
-"""Combines two levels of gating: arguments of the second gate from the routing of the first, and joint assignments.
+"""Combines two levels of gating. Computes the arguments of the level-two gate and the joint assignments of both levels.
 
 Axes: b groups, n tokens per group, d model dim, eo outer experts, c slots per outer expert and group, k1 and k2 choices
 per token at levels one and two.
@@ -27,10 +27,11 @@ GIVEN_INNER = "given_experts_inner"
 
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
-    """Return which side inputs the gates of levels one and two receive, given the names that each gate reads.
+    """Return the names of the side inputs that the level-one and level-two gates receive, given the names that each
+    gate reads.
 
-    Given choices have a different name at each level. `counted`, `given_weights` and `segment_ids` are supported only
-    in layers with one level.
+    Externally specified choices have a different name at each level. Only single-level layers support `counted`,
+    `given_weights` and `segment_ids`.
     """
     of_one_level = {COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS}
     own = {name for name in inner if name not in {GIVEN, *of_one_level}}
@@ -40,21 +41,23 @@ def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[s
 def dispatch_to_inner_gate(
     groups: Tensor, outer: Routing, outer_permutation: Permutation, group_size: int | None, side: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the slots of level one as arguments for the gate of level two, with a group per (outer expert, group).
+    """Convert the level-one slots to arguments for the level-two gate, with one group for each pair of outer expert and
+    group.
 
-    With a capacity, the load-balancing loss of level two averages over all slots of level one, but counts only those
-    that hold a first choice: at balance it is the square of their share, not 1. If level one is dropless, the result is
-    as with a capacity that never overflows, where only occupied slots are tokens. Capacity and means then use each
-    expert's even share of the choices as length (n for a single expert, because a token chooses each expert at most
-    once). No capacity factor provides level two with more slots than that share.
+    If level one has a capacity limit, the level-two load-balancing loss is averaged over all level-one slots, but
+    counts only the slots that contain a first choice. At perfect balance, the loss is therefore the square of the share
+    of these slots, not 1. If level one is dropless, its capacity is treated as unlimited, and only occupied slots count
+    as tokens. Capacity and means are then computed as if the choices were evenly distributed over the experts. If there
+    is only one expert, its length is n, because each token chooses an expert at most once. Level two never gets more
+    slots than this even share, whatever its capacity factor.
 
     Args:
         groups: `(b, n, d)`.
         outer: the routing of level one.
         outer_permutation: `permute_to_slots(join_groups(outer, in_slots=True))`.
-        group_size: group size of level two, or None to keep the groups.
-        side: `(b, n, ...)` side inputs of the gate. Empty slots get zeros and importance 0. `given_experts_inner`
-            `(b, n, k, k2)` has an entry for each choice of a token.
+        group_size: group size at level two, or None to keep the level-one groups.
+        side: side inputs `(b, n, ...)` of the gate. Empty slots get zeros and importance 0. `given_experts_inner`
+            `(b, n, k, k2)` has an entry for each level-one choice of a token.
     """
     if outer.k is None:
         raise ValueError("gate_outer must be a token-choice router, but its Routing has no k choices per token")
@@ -78,15 +81,15 @@ def dispatch_to_inner_gate(
 
 
 def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) -> Assignments:
-    """Return the joint assignments of two levels.
+    """Return the joint assignments of both levels.
 
-    Each token has the choices of all its slots, in order, and their weights are the products of the weights of both
-    levels. Experts therefore read tokens from the inputs, not from the slots of level one.
+    Each token has the choices of all its slots, in order. The weight of a choice is the product of its weights at both
+    levels. Experts therefore read tokens from the inputs, not from the level-one slots.
 
     Args:
         outer: the routing of level one.
-        outer_permutation: its permutation to slots, which are the tokens of level two.
-        inner: the routing of level two, with one router for each expert of level one.
+        outer_permutation: the permutation of tokens to level-one slots, which are the tokens of level two.
+        inner: the routing of level two, which has a separate router for each outer expert.
     """
     if outer_permutation.k is None or inner.k is None:
         raise ValueError("both levels must be token-choice routers, because expert choice has no k choices per token")
@@ -108,9 +111,9 @@ def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) 
 
 
 def check_slots_have_tokens(gate: nn.Module, inner: Routing, outer_permutation: Permutation) -> None:
-    """Check that a custom gate of level two chooses no expert for an empty slot.
+    """Check that a custom level-two gate does not choose experts for empty slots.
 
-    The check reads values, so it is skipped on a GPU and in a graph.
+    The check reads tensor values, so it is skipped on a GPU and in traced graphs.
     """
     if (
         inner.k is None
@@ -127,8 +130,8 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, outer_permutation: 
 
 
 def _side_of_slots(side: Mapping[str, Tensor], k: int, outer_permutation: Permutation) -> dict[str, Tensor]:
-    """Return the side inputs of slots `(r, ...)` from those of tokens `(b, n, ...)`, and `given_experts` `(r, k2)` from
-    those of choices `(b, n, k, k2)`. Empty slots get zeros, and -1 as given experts."""
+    """Map the side inputs of tokens `(b, n, ...)` to slots `(r, ...)`, and `given_experts_inner` `(b, n, k, k2)` to
+    `given_experts` `(r, k2)`. For empty slots, side inputs are 0, and `given_experts` is -1."""
     found = {}
     for name, value in side.items():
         if name != GIVEN_INNER:

@@ -1,6 +1,6 @@
-"""Router logits, computed by a matrix or a module, in float32 for inputs of any dtype.
+"""Computes router logits with a matrix or a module, in float32 for inputs of any dtype.
 
-Axes: t tokens, d model dim, e experts; `...` are outer experts. For modules also b groups, n tokens per group.
+Axes: t tokens, d model dim, e experts; `...` are outer experts. Modules also use b groups and n tokens per group.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from mixture_of_experts.support.tracing import disable_autocast
 
 
 def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return logits `(..., b, n, e)` of tokens x `(..., b, n, d)` for a matrix `(..., d, e)` and a bias `(..., e)`.
+    """Compute logits `(..., b, n, e)` from tokens `(..., b, n, d)`, a matrix `(..., d, e)` and a bias `(..., e)`.
 
-    They are computed in float32 (float64 for a float64 matrix), even under autocast. x is saved for the backward in its
-    own dtype, while autograd would save a float32 copy, which may be twice as large.
+    The logits are computed in float32 (float64 for a float64 matrix), even under autocast. `x` is saved for the
+    backward pass in its own dtype, whereas autograd would save a float32 copy, which may be twice as large.
     """
     check_devices("the router's weights", x, (weight,))
     dtype, rows = torch.float64 if weight.dtype == torch.float64 else torch.float32, x.flatten(-3, -2)
@@ -54,8 +54,8 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
-    """Return the logits of tokens `(..., b, n, d)` computed by a module, in float32 (or float64 if the module returns
-    float64), even under autocast. The module computes in the wider dtype of tokens and weights."""
+    """Compute the logits of tokens `(..., b, n, d)` with a module, and return them in float32 (float64 if the module
+    returns float64), even under autocast. The module runs in the wider of the tokens' and the weights' dtypes."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if not isinstance(module, RouterLogits):
         reject_batch_invariance(f"logits are computed by {type(module).__name__}")
@@ -74,7 +74,7 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
 
 
 def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Call a module on x with inputs and weights cast to `dtype`."""
+    """Call a module on `x`, with both inputs and weights cast to `dtype`."""
     weights = {name: weight for name, weight in module.named_parameters() if weight.is_floating_point()}
     if next(iter(weights.values())).dtype == dtype:
         return module(x.to(dtype))
@@ -82,21 +82,22 @@ def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class RouterLogits(FixedShapeModule):
-    """A router module with logits `multiplier * norm(x) w`, optionally soft-capped, computed in float32.
+    """A router module that computes the logits `multiplier * norm(x) w` in float32 and optionally soft-caps them.
 
     Args:
         dim, num_experts: model dimension d and number of experts e.
-        norm_eps: epsilon of the norm, which divides tokens by their root mean square and multiplies them by
-            `norm_weight (*outer, d)`; None for no norm.
-        multiplier: factor of the logits.
-        softcap: bound of the logits, applied as `softcap * tanh(logits / softcap)`; None for no bound.
+        norm_eps: epsilon of the RMS normalization, which divides tokens by their root mean square and multiplies them
+            by `norm_weight (*outer, d)`. None disables normalization.
+        multiplier: factor by which the logits are multiplied.
+        softcap: bound for the magnitude of the logits, applied as `softcap * tanh(logits / softcap)`, or None for no
+            bound.
         bias: whether to add `bias (*outer, e)` to the product.
         outer_expert_dims: leading dimensions of weights and inputs, as in `TopKGating`.
         device, dtype: device and dtype of the weights.
 
     Shape:
-        Maps `(*outer, b, n, d)` to `(*outer, b, n, e)` in float32, or float64 for float64 weights. `weight` is
-        `(*outer, d, e)`.
+        The module maps `(*outer, b, n, d)` to `(*outer, b, n, e)` in float32, or in float64 for float64 weights.
+        `weight` has the shape `(*outer, d, e)`.
 
     Example:
         >>> import torch
@@ -142,8 +143,8 @@ class RouterLogits(FixedShapeModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight with standard deviation 1 / sqrt(d), and set the bias to 0 and the weight of the norm to
-        1."""
+        """Initialize `weight` from a normal distribution with standard deviation 1 / sqrt(d), `bias` with zeros, and
+        `norm_weight` with ones."""
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
@@ -193,10 +194,10 @@ class _Logits(torch.autograd.Function):
 def _narrow_grads(
     x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of bfloat16 operands without float32 copies of the operands or of the gradient of tokens.
+    """Compute the gradients of bfloat16 operands without float32 copies of the operands or the tokens' gradient.
 
-    `grad` is split into two bfloat16 numbers whose sum lacks only the last 8 bits of float32. Products are accumulated
-    in float32. The error is a hundredth of that from rounding the results to bfloat16.
+    `grad` is split into two bfloat16 tensors whose sum lacks only the last 8 bits of float32. Products are accumulated
+    in float32. The resulting error is 100x smaller than the error from rounding the results to bfloat16.
     """
     *outer, t, e = grad.shape
     wide = grad.new_empty(*outer, t, 2, e, dtype=x.dtype)
@@ -239,14 +240,15 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _has_wide_product(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `_wide_product` supports these operands. AMD's libraries and DTensors lack this product."""
+    """Return whether `_wide_product` supports these operands. AMD's libraries and DTensors do not implement this
+    product."""
     if not x.is_cuda or torch.version.hip is not None:
         return False
     return x.dtype == weight.dtype and x.ndim == weight.ndim and not any(map(is_wrapper_subclass, (x, weight)))
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x @ weight` in float32 without float32 copies of the operands, with the same sums."""
+    """Compute `x @ weight` in float32 without float32 copies of the operands, with the same sums."""
     *outer, t, d = x.shape
     if not outer:
         mm: Any = torch.mm

@@ -1,4 +1,4 @@
-"""The noisy top-k router of the original sparsely gated mixture of experts."""
+"""The noisy top-k router from the original paper on sparsely gated mixtures of experts."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 class NoisyTopKGating(TokenChoiceGate):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538, section 2.1 and appendix A).
 
-    The scores are `H = x w_gating + eps * softplus(x w_noise)` in training, with standard normal eps, and
-    `H = x w_gating` in eval. The weights are the softmax over the k largest scores. Both matrices are initialized to
-    zero, so that initially only noise determines the choices and the load is balanced. `balance_loss` is the sum of
-    `losses["importance"]` and `losses["load"]`, which are squared coefficients of variation.
+    The scores are `H = x w_gating + eps * softplus(x w_noise)` during training, where eps is standard normal noise, and
+    `H = x w_gating` during evaluation. The weights are the softmax over the k largest scores. Both matrices are
+    initialized to zero, so initially only the noise determines the choices, and the load is balanced. `balance_loss` is
+    the sum of `losses["importance"]` and `losses["load"]`, which are squared coefficients of variation.
 
-    For k = 1, the weight is the constant 1, and only the losses train the router.
+    If k = 1, the weight is always 1, so the router is trained only by the losses.
 
     Args:
         dim: model dimension, d.
         num_experts: number of experts, e.
-        k: number of choices per token, which must be below e because the load loss needs the next best score.
-        device, dtype, settings: as in `TopKGating`; dropless by default.
+        k: number of choices per token, which must be less than e because the load loss requires the (k + 1)-th largest
+            score.
+        device, dtype, settings: as in `TopKGating`. The gate is dropless by default.
 
     Example:
         >>> import torch
@@ -77,7 +78,7 @@ class NoisyTopKGating(TokenChoiceGate):
         return "the router draws noise in training; call eval()" if self.training else super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose the experts with the k largest noisy scores of each token."""
+        """Choose the experts with the k largest noisy scores for each token."""
         clean = router_logits(tokens.x, self.w_gating)
         spread = F.softplus(router_logits(tokens.x, self.w_noise))
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
@@ -111,11 +112,12 @@ class NoisyTopKGating(TokenChoiceGate):
 
 
 def load_probability(clean: Tensor, noisy: Tensor, spread: Tensor, best: Tensor) -> Tensor:
-    """Return P(x, i) `(..., e)`, the probability that expert i is chosen if only its own noise is redrawn (appendix A,
-    equation 9).
+    """Return P(x, i) `(..., e)`, the probability that expert i is chosen if only its own noise is resampled (appendix
+    A, equation 9).
 
     Args:
-        clean, noisy, spread: `(..., e)`, scores without and with noise, and the standard deviation of the noise.
+        clean, noisy, spread: `(..., e)`, the scores without noise, the scores with noise, and the noise standard
+            deviation.
         best: `(..., k + 1)`, the experts with the largest noisy scores.
     """
     within = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, best[..., :-1], True)

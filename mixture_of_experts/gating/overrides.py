@@ -1,13 +1,15 @@
-"""External routing decisions (given choices): how they are encoded and combined with a gate's own choices.
+"""Combines externally specified choices with a gate's own choices.
 
 Axes: b groups, n tokens per group, k choices per token; `...` are outer experts.
+
+Externally specified choices are encoded as follows::
 
     0 and above           this expert computes the token
     -1                    no choice
     -2 - i                expert i takes its share of the token's weight, but does not compute the token
     KEEP_ROUTER_CHOICE    the gate chooses
 
-Forced choices, used in benchmarks, are given choices that depend only on shapes.
+Forced choices, which benchmarks use, are externally specified choices that depend only on shapes.
 """
 
 from __future__ import annotations
@@ -32,14 +34,15 @@ KEEP_ROUTER_CHOICE = -(1 << 15)  # minimum of int16
 
 
 def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Combine given choices `(..., b, n, k)` with the gate's `own` choices where they are `KEEP_ROUTER_CHOICE`.
+    """Use the `overrides` `(..., b, n, k)` in place of the gate's `own` choices, except where they are
+    `KEEP_ROUTER_CHOICE`.
 
     Args:
-        overrides: choices that replace those of the gate, encoded as above; None if there are none.
-        own, made: the gate's own experts, and which of them it chooses (None for all).
+        overrides: externally specified choices, encoded as described in this module, or None.
+        own, made: the gate's own experts, and a mask of those that it chooses (None for all).
 
     Returns:
-        The experts, from 0 to e - 1, and which of them are chosen (None if all are).
+        The experts, from 0 to e - 1, and a mask of those that are chosen (None if all are).
     """
     if overrides is None:
         return own, made
@@ -51,14 +54,14 @@ def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None =
 
 
 def is_computed(given: Tensor) -> Tensor:
-    """Return which given choices are computed if they are chosen. Choices that only take their share of the weight are
-    not."""
+    """Return a mask of the externally specified choices that are computed if chosen. Choices that only take their share
+    of the weight are not computed."""
     return (given >= -1) | (given == KEEP_ROUTER_CHOICE)
 
 
 def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
-    """Replace weights `(..., b, n, k)` by given values, except where these are NaN and at padding `(..., b, n, 1)`,
-    which has no given weights."""
+    """Replace weights `(..., b, n, k)` with externally specified weights. Weights are kept if the new weight is NaN or
+    the token is padding, as indicated by the mask `padding` `(..., b, n, 1)`."""
     if given.shape != weight.shape or not given.is_floating_point():
         raise ValueError(
             f"{GIVEN_WEIGHTS} must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
@@ -69,8 +72,8 @@ def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> T
 
 
 def check_overrides(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:
-    """Check that given choices `(..., k)` are valid, and that no `active` `(...)` token has an expert twice. The check
-    reads values, so it is skipped on a GPU and in a graph."""
+    """Check that externally specified choices `(..., k)` are valid, and that no `active` `(...)` token has the same
+    expert twice. The check reads tensor values, so it is skipped on a GPU and in traced graphs."""
     if not is_host_readable(given):
         return
     given = given if active is None else torch.where(active.unsqueeze(-1), given, -1)
@@ -93,7 +96,7 @@ Forced = Literal["balanced", "random"]
 
 
 def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
-    """Assign experts in turn to all `chosen` choices. Each rank starts where the previous one ends."""
+    """Assign experts to all `chosen` choices in round-robin order. Each rank starts where the previous rank ends."""
     *_, b, n, k = shape
     if chosen is None:
         chosen = torch.ones(*shape, dtype=torch.bool, device=device)
@@ -102,7 +105,7 @@ def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, devi
 
 
 def random(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
-    """Draw k different experts for each token with equal probabilities."""
+    """Sample k different experts uniformly for each token."""
     return torch.rand(*shape[:-1], num_experts, device=device).topk(shape[-1], dim=-1).indices
 
 
@@ -121,13 +124,13 @@ def forced_experts(
     chosen: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Return forced experts `(..., b, n, k)` int64, with -1 for choices beyond the number of experts.
+    """Return forced experts as int64 `(..., b, n, k)`, with -1 for choices beyond the number of experts.
 
     Args:
         how: "balanced" or "random".
         shape: `(..., b, n, k)`.
-        chosen: `(..., b, n, k)` bool, which choices are made; None if all are.
-        group: the ranks that share the batch.
+        chosen: `(..., b, n, k)` bool mask of the choices that are made, or None if all are made.
+        group: process group across which the batch is split.
     """
     *outer, k = shape
     there = min(k, num_experts)  # with two choices and one expert, the second choice is not made

@@ -1,4 +1,4 @@
-"""Process groups as attributes of modules that can be copied and pickled, and the ranks that share a batch."""
+"""Stores process groups in modules that can be copied and pickled, and finds the ranks that share a batch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mixture_of_experts.support.private_torch import find_process_group
 
 
 class Ranks:
-    """A holder of a process group or None. Copies share the group, while a pickle stores only its name and ranks.
+    """Holds a process group or None. Copies share the group, while a pickle stores only the group's name and ranks.
 
-    Unpickling in the same job restores the group. In a process without process groups, the holder is empty. In all
-    other cases it is empty too, and a warning reports that the losses of the gate cover only one rank.
+    Unpickling in the same job restores the group. In any other process, the holder is empty. If process groups are
+    initialized there, a warning reports that the gate's losses cover only one rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -30,7 +30,8 @@ class Ranks:
 
 
 def find_ranks(name: str, ranks: list[int]) -> Ranks:
-    """Return a holder of the process group with this name and these ranks, or an empty holder if it is not found."""
+    """Return a holder for the process group with this name and these ranks, or an empty holder if there is no such
+    group."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks(None)
     group = find_process_group(name)
@@ -45,10 +46,10 @@ def find_ranks(name: str, ranks: list[int]) -> Ranks:
 
 
 def ranks_of_batch(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the ranks over which counts are summed: `group`, by default all ranks, or None in a single process.
+    """Return the group over which counts are summed: `group` if set, otherwise all ranks, or None in a single process.
 
-    A gate's own `process_group` is not used, because it may contain only some of the ranks that hold the gate, while
-    updates from counts must be the same on all of them.
+    A gate's own `process_group` is not used, because it may contain only some of the ranks that hold the gate, whereas
+    all of these ranks must compute the same update from the counts.
     """
     if group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD

@@ -1,4 +1,4 @@
-"""Saves memory in routers by recomputing large results for all tokens and experts in the backward on a GPU.
+"""Saves router memory on a GPU by recomputing large results for all tokens and experts in the backward pass.
 
 Axes: n tokens, d model dim, e experts, k choices.
 """
@@ -22,12 +22,12 @@ MIN_ROUTER_WEIGHTS = 1 << 16  # results of smaller routers are saved, because la
 def recomputed_on_gpu(
     function: Callable[..., Results], x: Tensor, weight: Tensor | None, *others: Tensor | None
 ) -> Results:
-    """Return `function(x, weight, *others)`, the results `(..., n, e)` of tokens `(..., n, d)` and a router `(..., d,
-    e)`.
+    """Return `function(x, weight, *others)`, which computes results `(..., n, e)` from tokens `(..., n, d)` and a
+    router `(..., d, e)`.
 
-    On a GPU, the backward recomputes large results instead of saving them, at the cost of another pass over the tokens.
-    Results are saved on a CPU, where recomputing is slow and memory is cheap, and if a module instead of a matrix
-    computes them, because it may draw random numbers.
+    On a GPU, large results are recomputed in the backward pass instead of being saved, at the cost of another pass over
+    the tokens. Results are saved on a CPU, where recomputation is slow and memory is cheap. They are also saved if a
+    module rather than a matrix computes them, because the module may draw random numbers.
     """
     large = weight is not None and _on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)
     if not large or is_exporting() or is_in_transform():
@@ -45,14 +45,14 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
-    """Return `values.gather(-1, index)` for `(..., n, e)` at `(..., n, k)`, without saving the values on a GPU."""
+    """Return `values.gather(-1, index)` without saving `values` for the backward pass on a GPU."""
     if not _on_gpu(values) or is_in_forward_mode():
         return values.gather(-1, index)
     return _Choose.apply(values, index)
 
 
 def without_whole(index: Tensor) -> Tensor:
-    """Copy a part of a tensor on a GPU, so that saving the part does not keep the whole tensor alive."""
+    """Copy a slice of a tensor on a GPU, so that saving the slice does not keep the whole tensor alive."""
     return index.contiguous() if _on_gpu(index) else index
 
 

@@ -1,4 +1,4 @@
-"""ReLU routing, in which tokens choose the experts with positive logits, and the task's gradient reaches these logits.
+"""ReLU routing, in which tokens choose the experts with positive logits, so the task loss trains these logits directly.
 
 Axes: b groups, n tokens per group, e experts, k maximum number of choices per token; `...` are outer experts.
 """
@@ -29,27 +29,27 @@ MIN_L1_COEF, MAX_L1_COEF = 1e-12, 1e3
 
 
 class ReLUGating(TopKGating):
-    """A router in which tokens choose at most k experts with positive logits, which are the weights (ReMoE, arXiv
-    2412.14711).
+    """A router in which each token chooses at most k experts with positive logits (ReMoE, arXiv 2412.14711). The logits
+    serve as weights.
 
     The number of experts per token is learned. The balancing loss (equation 11 in the paper) is
-    `l1_coef * e / mean_choices * sum_e f_e R_e`, the L1 norm of the weights, each multiplied by the load of its expert,
-    where R is the mean weight. Set `loss_coef=1` in the layer. `l1_coef` is a buffer initialized to 1e-8.
-    `control_sparsity(model, optimizer)` multiplies or divides it after each step until tokens make `mean_choices`
-    choices on average (equations 7 and 8). It stays between 1e-12 and 1000.
+    `l1_coef * e / mean_choices * sum_e f_e R_e`, where R is the mean weight. This is an L1 norm of the weights in which
+    each weight is multiplied by its expert's load f. Set `loss_coef=1` in the layer. `l1_coef` is a buffer initialized
+    to 1e-8. After each step, `control_sparsity(model, optimizer)` multiplies or divides it until tokens make
+    `mean_choices` choices on average (equations 7 and 8). It is clamped between 1e-12 and 1000.
 
-    A token whose logits are all negative has no expert. Initially about half of the logits are positive, which may be
-    more than k; the norm and the load count all of them.
+    A token whose logits are all negative has no expert. Initially, about half of the logits are positive. If there are
+    more than k of them, the norm and the load still include all positive logits.
 
     Args:
         dim, num_experts: model dimension d and number of experts e.
-        k: maximum number of choices per token, which determines all shapes; k = e in the paper.
-        mean_choices: target for the mean number of choices per token, at most k.
-        balance_over, settings: as in `TopKGating`.
+        k: maximum number of choices per token, which determines all shapes. The paper uses k = e.
+        mean_choices: target mean number of choices per token, which must be at most k.
+        balance_over, settings: see `TopKGating`.
 
     Shape:
-        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token; `chosen` marks those that are
-        made.
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. Its `chosen` mask
+        marks the choices that are made.
 
     Example:
         >>> import torch
@@ -103,7 +103,7 @@ class ReLUGating(TopKGating):
         return self.mean_choices
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose the experts with positive logits of each token, at most the k largest."""
+        """Choose each token's experts with positive logits, limited to the k largest."""
         decided = super().decide(tokens)
         if not self.training:
             return decided
@@ -115,7 +115,7 @@ class ReLUGating(TopKGating):
         return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the experts with the largest logits. Choices are made if the logit is positive."""
+        """Return the experts with the largest logits. A choice is made only if its logit is positive."""
         expert, chosen = super().own_choices(tokens, ranked, probs)
         return expert, both(chosen, probs.detach().gather(-1, expert) > 0)
 
@@ -131,13 +131,14 @@ class ReLUGating(TopKGating):
 
     @torch.no_grad()
     def update_l1(self, rate: float = 1.2, group: dist.ProcessGroup | None = None) -> None:
-        """Multiply the coefficient by `rate` if tokens make more than `mean_choices` choices, or divide it if fewer.
+        """Multiply `l1_coef` by `rate` if tokens make more than `mean_choices` choices on average, or divide it if they
+        make fewer.
 
-        Call this method once per optimizer step. It counts the positive logits of real tokens in all training forwards
-        whose backward ran since the last call. Counts are summed over the ranks of `group`, by default all ranks if
-        `torch.distributed` is initialized, regardless of the gate's `process_group`; all of these ranks must make the
-        call. Without counts, the coefficient does not change. Under `DistributedDataParallel`, each rank keeps its own
-        counts, as in `TopKGating.update_bias`.
+        Call this method once per optimizer step. It counts the positive logits of real tokens in all training forward
+        passes that were followed by a backward pass since the last call. Counts are summed over the ranks in `group`,
+        regardless of the gate's `process_group`, and all of these ranks must call this method. By default, the group
+        contains all ranks if `torch.distributed` is initialized. If nothing was counted, the coefficient is not
+        changed. Under `DistributedDataParallel`, each rank keeps its own counts, as in `TopKGating.update_bias`.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)
@@ -145,11 +146,12 @@ class ReLUGating(TopKGating):
         self.choice_counts.zero_()
 
     def excess(self, counts: Tensor) -> Tensor:
-        """Return the excess of choices over `mean_choices` per token in counts `(2,)`, as a 0-dim float64."""
+        """Return the number of choices in excess of `mean_choices` per token, as a 0-dim float64 tensor. `counts`
+        `(2,)` contains the numbers of choices and tokens."""
         choices, tokens = counts.to(torch.float64)
         return choices - self.mean_choices * tokens
 
     def scale_l1(self, rate: float, excess: Tensor) -> None:
-        """Multiply the coefficient by `rate` if `excess` is positive, or divide it if `excess` is negative, and clamp
-        it to `MIN_L1_COEF` and `MAX_L1_COEF`."""
+        """Multiply `l1_coef` by `rate` if `excess` is positive, or divide it if `excess` is negative. The result is
+        clamped between `MIN_L1_COEF` and `MAX_L1_COEF`."""
         self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef)).clamp_(MIN_L1_COEF, MAX_L1_COEF)

@@ -1,4 +1,4 @@
-"""SparseMixer, which samples experts in training and estimates the gradient of the expected output for the router.
+"""SparseMixer, which samples experts during training and estimates the router's gradient of the expected output.
 
 Axes: b groups, n tokens per group, d model dim, e experts, k choices per token; `...` are outer experts.
 """
@@ -24,23 +24,24 @@ if TYPE_CHECKING:
 class SparseMixerGating(TokenChoiceGate):
     """SparseMixer routing (Liu, Gao and Chen 2023, arXiv 2310.00811), as in GRIN and Phi-3.5-MoE (arXiv 2409.12136).
 
-    A token chooses experts one at a time. The candidates are the best remaining expert and those that are nearly as
-    good. In training, one of them is sampled from the softmax over their logits; in eval, the best is chosen. The
-    weight is the probability in this softmax. In training, three out of four choices that are not the best get only a
-    third of this weight, but its full gradient, which is Heun's third-order estimate of the gradient of the
-    expectation.
+    Each token chooses experts one at a time. The candidates are the best remaining expert and all experts that are
+    nearly as good. During training, an expert is sampled from the softmax over the candidates' logits. During
+    evaluation, the best expert is chosen. The weight is the expert's probability in this softmax. During training,
+    three out of four sampled choices other than the best are scaled to a third of their weight, while their gradient is
+    unchanged. This is Heun's third-order estimate of the gradient of the expectation.
 
     Args:
         dim: model dimension, d.
         num_experts: number of experts, e.
         k: number of choices per token.
-        tolerance: experts with `best - logit <= 2 * tolerance * max(abs(logit), best)` are nearly as good as the best.
+        tolerance: an expert is considered nearly as good as the best if `best - logit <= 2 * tolerance *
+            max(abs(logit), best)`.
         device, dtype: device and dtype of the weights, as in `torch.nn`.
-        settings: as in `TopKGating`.
+        settings: see `TopKGating`.
 
     Shape:
-        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. `w_gating` is
-        `(*outer_expert_dims, d, e)`.
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. `w_gating` has the
+        shape `(*outer_expert_dims, d, e)`.
 
     Example:
         >>> import torch
@@ -77,7 +78,7 @@ class SparseMixerGating(TokenChoiceGate):
         return "the router samples experts in training; call eval()" if self.training else super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose k experts for each token, one at a time."""
+        """Choose k experts for each token, one after another."""
         logits = router_logits(tokens.x, self.w_gating)
         left, given, columns = logits, self.given(tokens), []
         for i in range(self.k):
@@ -95,10 +96,11 @@ class SparseMixerGating(TokenChoiceGate):
         return Choices(expert, weight, probs, losses, chosen=chosen)
 
     def _choose(self, logits: Tensor, left: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Choose one expert per token, where `left` is -inf for experts that are already chosen.
+        """Choose one expert per token. `left` is -inf for experts that are already chosen.
 
         Returns:
-            The expert, whether it is chosen (None if all are), and its weight, each `(..., b, n, 1)`.
+            Three tensors `(..., b, n, 1)`: the expert, a mask of whether it is chosen (None if all are), and its
+            weight.
         """
         with torch.no_grad():
             best, likeliest = left.max(dim=-1, keepdim=True)

@@ -1,6 +1,8 @@
-"""The named steps of a top-k router. Each step may be replaced by a custom function or module.
+"""The named steps of a top-k router.
 
 Axes: b groups, n tokens per group, e experts, g expert groups, k choices per token; `...` are outer experts.
+
+Each of the following steps can be replaced with a custom function or module::
 
     score      maps logits `(..., b, n, e)` to nonnegative scores of the same shape
     select     determines whether experts are chosen by scores or logits
@@ -29,7 +31,8 @@ Normalize = bool | Callable[[Tensor], Tensor] | None
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
-    """Compute `sqrt(log(1 + exp(logits)))`. Where it is 0 (below about -104 in float32), its gradient is 0, not NaN."""
+    """Compute `sqrt(log(1 + exp(logits)))`. If the result is 0, as for logits below about -104 in float32, the gradient
+    is 0 instead of NaN."""
     total = F.softplus(logits)
     is_zero = total == 0
     return total.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
@@ -50,7 +53,7 @@ STEPS: dict[str, Collection[str]] = {"score": SCORES, "select": SELECTS, "group_
 
 
 def check_step(name: str, value: Any) -> Any:
-    """Check that a step is one of its allowed names, a function or a module."""
+    """Check that a step is one of the allowed names, a function or a module."""
     allowed = STEPS[name]
     if callable(value) and not isinstance(value, type):
         return value
@@ -61,9 +64,10 @@ def check_step(name: str, value: Any) -> Any:
 
 
 class AlwaysChosen:
-    """A `select` step in which every token chooses the last `num` experts, and the remaining ones by biased scores.
+    """A `select` step in which every token chooses the last `num` experts. All other choices are based on biased
+    scores.
 
-    Use it for shared experts that are weighted by the router.
+    Use this step for shared experts that are weighted by the router.
 
     Example:
         >>> import torch
@@ -87,8 +91,8 @@ class AlwaysChosen:
 
 
 class OpenGroups:
-    """A `select` step by expert groups that ranks experts of closed groups as 0 instead of below all others. They
-    therefore precede experts of open groups with negative biased scores."""
+    """A `select` step that sets the biased scores of experts in closed groups to 0, instead of ranking them below all
+    others. These experts therefore rank above experts in open groups that have negative biased scores."""
 
     num_groups: int
     top_groups: int
@@ -107,7 +111,7 @@ class OpenGroups:
 
 
 class NormalizeBy:
-    """A `normalize` step that divides the weights by their norm of order `p`, or by `least` if the norm is smaller."""
+    """A `normalize` step that divides the weights by their `p`-norm, or by `least` if the norm is smaller."""
 
     p: float
     least: float
@@ -124,10 +128,10 @@ class NormalizeBy:
 
 
 class LearnedScale(nn.Module):
-    """A `weigh` step that multiplies normalized scores by learned scales, one per expert or one for all.
+    """A `weigh` step that multiplies normalized scores by a learned scale, which is shared or specific to each expert.
 
     Args:
-        num_scales: number of experts e, or 1.
+        num_scales: number of scales, either e for one per expert or 1 for a shared scale.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""The top-2 router of GShard, as implemented in the TensorFlow code for mixtures of experts."""
+"""The top-2 router of GShard, as implemented in TensorFlow's mixture-of-experts code."""
 
 from __future__ import annotations
 
@@ -28,28 +28,30 @@ POLICIES = ("all", "none", "threshold", "random")
 
 
 class Top2Gating(TokenChoiceGate):
-    """Top-2 gating with limited capacity (GShard, arXiv 2006.16668, algorithm 1).
+    """Top-2 gating with a limited expert capacity (GShard, arXiv 2006.16668, algorithm 1).
 
     Args:
         dim: model dimension, d.
         num_gates: number of experts, e.
-        eps: prevents division by zero when the two weights are normalized, and in the threshold of policy "random".
-        outer_expert_dims: leading dimensions of weights and inputs, for the second level of a hierarchy.
-        second_policy_train, second_policy_eval: which second choices are sent: "all", "none", "threshold" (if the
-            weight is above the threshold) or "random" (with probability weight / threshold).
-        second_threshold_train, second_threshold_eval: the threshold of the policy.
-        capacity_factor_train, capacity_factor_eval: slots per expert in units of n / e (not of k n / e), or None for a
-            dropless gate.
-        min_expert_capacity: minimum number of slots per expert, applied last.
-        second_place_loss: whether to add half of the balancing loss over second choices. The two parts are then also
-            reported as `losses["first_place"]` and `losses["second_place"]`.
-        priority: "choice" (GShard), "token" (causal) or "score" (batch priority).
-        process_group: the ranks that share the batch; see `Gate`.
+        eps: prevents division by zero when the two weights are normalized and when the "random" policy divides by its
+            threshold.
+        outer_expert_dims: leading dimensions of weights and inputs, used by level two of a two-level layer.
+        second_policy_train, second_policy_eval: which second choices are used: "all", "none", "threshold" (if the
+            weight exceeds the threshold) or "random" (with probability weight / threshold).
+        second_threshold_train, second_threshold_eval: threshold for the policies "threshold" and "random".
+        capacity_factor_train, capacity_factor_eval: number of slots per expert as a multiple of n / e (not k n / e), or
+            None for a dropless gate.
+        min_expert_capacity: minimum number of slots per expert, which takes precedence over all other limits.
+        second_place_loss: whether to add half of the balancing loss over second choices. Both parts are then also
+            reported, as `losses["first_place"]` and `losses["second_place"]`.
+        priority: determines which choices keep their slots: "choice" (GShard), "token" (causal) or "score" (batch
+            priority).
+        process_group: process group across which the batch is split; see `Gate`.
         device, dtype: device and dtype of the weights, as in `torch.nn`.
 
     Shape:
-        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices per token. `w_gating` is
-        `(*outer_expert_dims, d, e)`, drawn with standard deviation 1 / sqrt(d).
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices per token. `w_gating`
+        `(*outer_expert_dims, d, e)` is initialized from a normal distribution with standard deviation 1 / sqrt(d).
 
     Example:
         >>> import torch
@@ -122,7 +124,7 @@ class Top2Gating(TokenChoiceGate):
 
     @property
     def second(self) -> tuple[SecondPolicy, float]:
-        """The policy of second choices in the current mode, and its threshold."""
+        """The policy for second choices in the current mode, and its threshold."""
         if self.training:
             return self.second_policy_train, self.second_threshold_train
         return self.second_policy_eval, self.second_threshold_eval
@@ -133,9 +135,9 @@ class Top2Gating(TokenChoiceGate):
         return super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Make two choices for each token by algorithm 1 of GShard.
+        """Make two choices for each token according to algorithm 1 of GShard.
 
-        Tokens with importance between 0 and 1 make no first choice, and their second choice is their top expert.
+        Tokens with an importance between 0 and 1 make no first choice, and their second choice is their top expert.
         """
         logits, probs = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)
 
@@ -171,14 +173,15 @@ class Top2Gating(TokenChoiceGate):
         return logits, logits.softmax(dim=-1)
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
-        """Return which choices importance allows, `(..., b, n, 2)` bool: both if it is 1, the second if it is between 0
-        and 1, and none if it is 0."""
+        """Return a `(..., b, n, 2)` bool mask of the choices that the importance allows: both choices if it is 1, only
+        the second if it is between 0 and 1, and none if it is 0."""
         if tokens.makes_all_choices is None or tokens.makes_any_choice is None:
             return None
         return torch.stack([tokens.makes_all_choices, tokens.makes_any_choice], dim=-1)
 
     def _without_first(self, probs: Tensor, expert_1: Tensor, makes_both: Tensor | None) -> Tensor:
-        """Return the probabilities with 0 at the first choice of tokens that make one."""
+        """Return the probabilities after setting each token's first choice to 0. Tokens without a first choice are
+        unchanged."""
         if makes_both is None:
             return probs.scatter(-1, expert_1, 0.0)
         return torch.where(
@@ -186,10 +189,10 @@ class Top2Gating(TokenChoiceGate):
         )
 
     def _weights(self, p_1: Tensor, p_2: Tensor, same: Tensor, makes_both: Tensor | None) -> Tensor:
-        """Return the normalized weights `(..., b, n, 2)`, with 0 for first choices that are not made.
+        """Return the normalized weights `(..., b, n, 2)`, which are 0 for first choices that are not made.
 
-        `same` is True where both choices are the same expert because all other probabilities are exactly 0. The second
-        choice then has weight 0.
+        `same` is True if both choices are the same expert because all other probabilities are exactly 0. In this case,
+        the weight of the second choice is 0.
         """
         if makes_both is not None:
             makes_both = makes_both.unsqueeze(-1)
@@ -202,8 +205,8 @@ class Top2Gating(TokenChoiceGate):
         return weight.masked_fill(torch.cat([torch.zeros_like(same), same], dim=-1), 0.0)
 
     def _sent(self, weight: Tensor) -> Tensor | None:
-        """Return which choices the policy of the current mode sends given their weights, `(..., b, n, 2)` bool, or None
-        if all."""
+        """Return a `(..., b, n, 2)` bool mask of the choices that the current mode's policy sends, or None if it sends
+        all."""
         (policy, threshold), second, sent = self.second, weight[..., 1].detach(), None
         if policy == "none":
             sent = torch.zeros_like(second, dtype=torch.bool)
@@ -216,10 +219,10 @@ class Top2Gating(TokenChoiceGate):
         return sent if self.num_experts > 1 else both(sent, weight != 0)  # a single expert allows no second choice
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """Return requested losses, which count the choices that the policy sends.
+        """Return the requested losses, which count the choices that the policy sends.
 
-        Given choices that are not computed count by the same policy. Under policy "random", their second choices are
-        excluded, because the outcome of the draw is unknown.
+        The same policy determines whether externally specified choices that are not computed are counted. If the policy
+        is "random", such second choices are excluded, because the outcome of the draw is unknown.
         """
         sent, given = choices.sent, tokens.side.get(GIVEN)
         if given is not None and sent is not None:
@@ -233,8 +236,8 @@ class Top2Gating(TokenChoiceGate):
     def _losses(
         self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, chosen: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return the balancing loss over first choices, or with `second_place_loss` two parts: this loss, and half of
-        the loss over second choices."""
+        """Return the balancing loss over first choices. If `second_place_loss` is set, return two parts: this loss, and
+        half of the loss over second choices."""
         first, second = (None, None) if chosen is None else (chosen[..., :1], chosen[..., 1:])
         first_place = self.balance_loss(tokens, probs, expert_1, first)
         if not self.second_place_loss:

@@ -1,9 +1,9 @@
-"""Implements `Top2Gating` on NVIDIA GPUs with one kernel for the forward and another for the gradient.
+"""Implements `Top2Gating` on NVIDIA GPUs with one kernel for the forward pass and another for the gradient.
 
 Axes: b groups (preceded by outer experts, `...`), n tokens per group, d model dim, e experts.
 
-The first call of each kind runs a self-check. Kernels that raise or differ from torch's operators are disabled for the
-process, with a warning.
+The first call of each kind runs a self-check. If the kernels raise an error or their results differ from those of
+torch's operators, they are disabled for the process, and a warning is emitted.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def unsupported_reason(gate: Top2Gating, tokens: Tokens) -> str | None:
 
 
 def run(gate: Top2Gating, tokens: Tokens) -> Routing:
-    """Return the `Routing` of a call, computed by the kernels."""
+    """Compute the `Routing` of a call with the kernels."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 
 
 def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
-    """Return the gate's choices, computed by the kernels."""
+    """Compute the gate's choices with the kernels."""
     (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
     uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
     settings = tokens.makes_all_choices, tokens.makes_any_choice, uniform, policy, threshold, gate.eps
@@ -90,7 +90,7 @@ def choose_by_kernel(gate: Top2Gating, tokens: Tokens) -> Choices:
 
 
 class Decided(NamedTuple):
-    """The results of the kernel and their sums."""
+    """The results of the forward kernel, including the sums from which losses are computed."""
 
     expert: Tensor  # (..., b, n, 2) int64
     weight: Tensor  # (..., b, n, 2)
@@ -105,7 +105,7 @@ class Decided(NamedTuple):
 
 
 class _TwoBest(torch.autograd.Function):
-    """Saves probabilities, choices and `log_total`. Second derivatives are computed from these tensors."""
+    """Saves the probabilities, the choices and `log_total`, from which second derivatives are computed."""
 
     @staticmethod
     def forward(
@@ -149,8 +149,8 @@ def grads_by_operators(
     eps: float,
     grads: Sequence[Tensor | None],
 ) -> Tensor:
-    """Return the gradient of the logits `(..., b, n, e)`, computed by operators that support autograd and vmap.
-    Arguments are as in `Decided`."""
+    """Compute the gradient of the logits `(..., b, n, e)` with operators that support autograd and vmap. See `Decided`
+    for the arguments."""
     grad_weight, grad_probs, grad_log_total, grad_proxy, grad_squares = grads
     counts = torch.ones_like(log_total, dtype=torch.bool) if full is None else full
     grad = torch.zeros_like(probs) if grad_probs is None else grad_probs
@@ -171,15 +171,15 @@ def grads_by_operators(
 
 
 def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
-    """Return how the kernels differ from torch's operators on this device, for generated tokens of such a gate, or None
-    if they agree."""
+    """Compare the kernels with torch's operators on this device, using generated tokens and the gate's settings. Return
+    a description of the difference, or None if they agree."""
     device, masked = tokens.x.device, tokens.makes_all_choices is not None
     kind = device, gate.num_experts, gate.second[0], masked, gate.eps
     return SELF_CHECK.failure_reason(device, kind, partial(_find_fault, gate, device, masked))
 
 
 def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
-    """Return what differs, or None if nothing does."""
+    """Return a description of what differs, or None if nothing differs."""
     generator = torch.Generator(device).manual_seed(0)
     forked = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
     groups, length, dim, (policy, threshold) = 2, 150, 8, gate.second

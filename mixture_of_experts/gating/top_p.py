@@ -1,4 +1,4 @@
-"""Top-p routing, in which tokens choose experts until their total probability reaches p.
+"""Top-p routing, in which each token chooses experts until their total probability reaches p.
 
 Axes: b groups, n tokens per group, e experts, k maximum number of choices per token; `...` are outer experts.
 """
@@ -21,20 +21,22 @@ from mixture_of_experts.support.checks import check_number
 class TopPGating(TopKGating):
     """A router in which each token chooses the smallest number of experts, at most k, whose probabilities add up to p.
 
-    See arXiv 2403.07652. A token chooses one expert if the router is confident, otherwise several. The weights are the
-    probabilities, as in the paper; `normalize=True` divides them by their sum. The balancing loss is `e sum_e f_e P_e`
-    (equation 8 in the paper), which equals the mean number of choices at balance. `loss_coefs={"entropy": 1e-4}` adds
-    the dynamic loss of the paper, the mean entropy of the probabilities, which makes the router more confident.
+    See arXiv 2403.07652. A token chooses a single expert if the router is confident, and several experts otherwise. The
+    weights are the probabilities, as in the paper; `normalize=True` divides them by their sum. The balancing loss is
+    `e sum_e f_e P_e` (equation 8 in the paper). At perfect balance, it equals the mean number of choices.
+    `loss_coefs={"entropy": 1e-4}` adds the paper's dynamic loss, the mean entropy of the probabilities, which makes the
+    router more confident.
 
     Args:
         dim, num_experts: model dimension d and number of experts e.
-        k: maximum number of choices per token, which determines all shapes. Tokens that reach it may stay below p.
-        p: target for the sum of probabilities, above 0 and below 1; 0.4 in the paper.
-        normalize, settings: as in `TopKGating`.
+        k: maximum number of choices per token, which determines all shapes. For tokens that make k choices, the sum of
+            probabilities may be less than p.
+        p: target for the sum of probabilities, greater than 0 and less than 1. The paper uses 0.4.
+        normalize, settings: see `TopKGating`.
 
     Shape:
-        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token; `chosen` marks those that are
-        made.
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. Its `chosen` mask
+        marks the choices that are made.
 
     Example:
         >>> import torch
@@ -66,7 +68,8 @@ class TopPGating(TopKGating):
         return None
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the experts with the largest scores. A choice is made if the choices before it do not reach p."""
+        """Return the experts with the largest scores. A choice is made if the previous choices do not reach a total of
+        p."""
         expert, chosen = super().own_choices(tokens, ranked, probs)
         prob = probs.detach().gather(-1, expert)
         return expert, both(chosen, exclusive_sums(prob) < self.p)
@@ -82,7 +85,7 @@ class TopPGating(TopKGating):
 def exclusive_sums(values: Tensor) -> Tensor:
     """Return the exclusive cumulative sum along the last dimension.
 
-    The span of the sums doubles in each step, because `cumsum` on a GPU is not guaranteed to be deterministic.
+    The implementation doubles the span of the sums in each step, because `cumsum` may be nondeterministic on a GPU.
     """
     total, span = F.pad(values[..., :-1], (1, 0)), 1
     while span < values.shape[-1]:

@@ -1,4 +1,4 @@
-"""Top-k gating: logits and scores of all experts, the choice of k experts, and the weights of the choices.
+"""Top-k gating, which computes the logits and scores of all experts, chooses k experts, and weights the choices.
 
 Axes: b groups, n tokens per group, d model dim, e experts, k choices per token; `...` are outer experts.
 """
@@ -65,40 +65,43 @@ class TopKGating(TokenChoiceGate):
         dim: model dimension, d.
         num_experts: number of experts, e.
         k: number of choices per token.
-        score: "softmax" over all experts, "sigmoid" of each logit, "sqrt_softplus" (`sqrt(log(1 + exp(logit)))`), or a
-            function of the logits `(..., b, n, e)`.
+        score: function that computes scores from logits: "softmax" over all experts, "sigmoid", "sqrt_softplus"
+            (`sqrt(log(1 + exp(logit)))`), or a function of the logits `(..., b, n, e)`.
         normalize: whether to divide the k weights by their sum, or a function of the weights `(..., b, n, k)`. Default:
-            True if k > 1, because a single weight would be the constant 1, without gradient for the router.
-        scale: factor of the weights.
-        bias: whether the logits have a bias, `b_gating`.
-        jitter: multiplies the router's input by U(1 - jitter, 1 + jitter) in training (Switch, arXiv 2101.03961).
-        num_groups, top_groups: splits the experts into `num_groups` equal expert groups. Each token chooses only from
-            the `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
-        expert_bias: whether scores have a bias that affects only which experts are chosen and is updated by
+            True if k > 1. A single normalized weight would always be 1, so the router would receive no gradient.
+        scale: factor by which the weights are multiplied.
+        bias: whether to add a bias, `b_gating`, to the logits.
+        jitter: during training, the router's input is multiplied by noise from U(1 - jitter, 1 + jitter) (Switch, arXiv
+            2101.03961).
+        num_groups, top_groups: the experts are split into `num_groups` expert groups of equal size. Each token chooses
+            only from the `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
+        expert_bias: whether to add a bias to the scores that affects only the choice of experts and is updated by
             `update_bias` (auxiliary-loss-free balancing, arXiv 2408.15664).
-        balance_over: whether the balancing loss is averaged over each "group" or computed over the whole "batch". It
-            has the value of "balance_group" or "balance_batch" in `BALANCE_LOSSES`, which are computed on request.
-        logits: a module that maps `(..., b, n, d)` to logits `(..., b, n, e)` and replaces the matrix `w_gating`: a
-            network, or `RouterLogits`, which provides a norm, a multiplier and a soft cap.
-        select: whether experts are chosen by "score" or "logits", plus the expert bias. A function
-            `(logits, scores, expert_bias)` must return the values `(..., b, n, e)` by which experts are chosen, and
-            must handle the bias and expert groups itself. Experts with -inf are not chosen, so a token with fewer than
-            k other experts makes fewer choices.
-        group_score: the score of an expert group: the sum of its "two_best" scores, its "best" score, or a function of
-            scores `(..., b, n, num_groups, e / num_groups)`. Groups with -inf are closed.
+        balance_over: "group" computes the balancing loss for each group and averages it, and "batch" computes it over
+            the whole batch. The loss equals "balance_group" or "balance_batch" in `BALANCE_LOSSES`, which are computed
+            on request.
+        logits: a module that replaces the matrix `w_gating` and maps `(..., b, n, d)` to logits `(..., b, n, e)`. It
+            can be any network, or `RouterLogits`, which supports normalization, a multiplier and soft-capping.
+        select: whether experts are ranked by "score" or by "logits", after adding the expert bias. A custom function
+            `(logits, scores, expert_bias)` must return the ranking values `(..., b, n, e)` and handle the bias and
+            expert groups itself. Experts with the value -inf are not chosen, so a token with fewer than k other experts
+            makes fewer choices.
+        group_score: score of an expert group. "two_best" is the sum of its two largest scores, and "best" is its
+            largest score. A custom function receives scores `(..., b, n, num_groups, e / num_groups)`. Groups with the
+            score -inf are closed.
         weigh: whether the weight of a choice is its "score" or the "softmax" over the logits of the chosen experts. A
-            function `(logits, scores, expert)` must return the weights `(..., b, n, k)`; `normalize` then defaults to
-            False.
-        eps: added to the sum by which `normalize` divides.
+            custom function `(logits, scores, expert)` must return the weights `(..., b, n, k)`. In this case,
+            `normalize` defaults to False.
+        eps: value added to the sum of the weights when they are normalized.
         device, dtype: device and dtype of the weights, as in `torch.nn`.
-        settings: `capacity_factor_train`, `capacity_factor_eval` (slots per expert in units of k n / e; the default
-            None is dropless), `min_expert_capacity=4` (minimum number of slots, applied last), `priority` ("choice",
-            "token", which is causal, or "score"), `outer_expert_dims` (leading dimensions of weights and inputs) and
-            `process_group` (the ranks that share the batch); see `TokenChoiceGate`.
+        settings: `capacity_factor_train`, `capacity_factor_eval` (slots per expert as a multiple of k n / e; the
+            default None is dropless), `min_expert_capacity=4` (minimum number of slots), `priority` ("choice", "token",
+            which is causal, or "score"), `outer_expert_dims` (leading dimensions of weights and inputs) and
+            `process_group` (process group across which the batch is split). See `TokenChoiceGate`.
 
     Shape:
-        Maps x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. `w_gating` is
-        `(*outer_expert_dims, d, e)`, or None if `logits` is passed.
+        The gate maps `x` `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices per token. `w_gating` has the
+        shape `(*outer_expert_dims, d, e)`, or is None if `logits` is passed.
 
     Example:
         >>> import torch
@@ -187,8 +190,8 @@ class TopKGating(TokenChoiceGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights with standard deviation 1 / sqrt(d), except those of `logits`, and set biases and counts to
-        0."""
+        """Initialize `w_gating` from a normal distribution with standard deviation 1 / sqrt(d), and set biases and
+        counts to 0. A `logits` module is not reset."""
         super().reset_parameters()
         for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts, self.expert_histogram):
             if start_at_zero is not None:
@@ -206,7 +209,7 @@ class TopKGating(TokenChoiceGate):
         return super().variant_reason()
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Choose the experts with the k largest scores of each token."""
+        """Choose the experts with the k largest scores for each token."""
         x = self._jittered(tokens.x) if self.training and self.jitter else tokens.x
         logits, score, probs, log_total = recomputed_on_gpu(self._scored, x, self.w_gating, self.b_gating)
         ranked = self._ranked(logits, score)
@@ -241,12 +244,12 @@ class TopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the choices of tokens by biased scores `(..., b, n, e)`.
+        """Choose experts by their biased scores `(..., b, n, e)`.
 
         Returns:
-            The experts `(..., b, n, k)` int64, best first, and which of these choices are made, bool, or None if all
-            are. Choices with a score of -inf are not made. Only custom functions and modules can produce such scores,
-            so scores are not checked otherwise.
+            The experts as int64 `(..., b, n, k)`, best first, and a bool mask of the choices that are made, or None if
+            all are made. Choices with a score of -inf are not made. Only custom functions and modules can produce such
+            scores, so no other scores are checked.
         """
         of_select = not isinstance(self.select, (str, AlwaysChosen, OpenGroups))
         of_logits = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
@@ -260,11 +263,11 @@ class TopKGating(TokenChoiceGate):
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
     ) -> Tensor:
-        """Return the 0-dim balancing loss of scores and probabilities `(..., b, n, e)` and the `chosen` choices."""
+        """Return the balancing loss for the `chosen` choices, given scores and probabilities `(..., b, n, e)`."""
         return self.balance_loss(tokens, probs, expert, chosen, k=self.choices_at_balance)
 
     def logits_of(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """Return logits `(..., b, n, e)` of tokens `(..., b, n, d)`, computed by a matrix and its bias or by the
+        """Compute logits `(..., b, n, e)` from tokens `(..., b, n, d)`, using either the matrix and its bias or the
         module."""
         if weight is not None:
             return router_logits(x, weight, bias)
@@ -273,14 +276,14 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def first_is_likeliest(self) -> bool:
-        """Whether scores are a softmax and the first choice of a token is always its most probable expert, so that the
+        """Whether the scores are a softmax and each token's first choice is always its most likely expert. If so, the
         z-loss can be computed from this choice. Subclasses that choose experts differently must return False."""
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
     def _scored(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Scored:
-        """Return the logits, scores and probabilities `(..., b, n, e)`, and the logsumexp of the logits `(..., b, n)`,
-        or None if it is computed from the first choice."""
+        """Return the logits, scores and probabilities `(..., b, n, e)`, and the logsumexp of the logits `(..., b, n)`.
+        The logsumexp is None if it is computed from the first choice."""
         logits = self.logits_of(x, weight, bias)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self.first_is_likeliest else logits.logsumexp(dim=-1)
@@ -288,13 +291,14 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def _jittered(self, x: Tensor) -> Tensor:
-        """Multiply x by U(1 - jitter, 1 + jitter), at least in float32, because bfloat16 cannot represent 1.005."""
+        """Multiply `x` by noise from U(1 - jitter, 1 + jitter). The product is computed in at least float32, because
+        bfloat16 cannot represent values such as 1.005."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
     def _ranked(self, logits: Tensor, score: Tensor) -> Tensor:
-        """Return the biased scores `(..., b, n, e)` by which experts are chosen, with -inf outside the best expert
-        groups."""
+        """Return the biased scores `(..., b, n, e)` by which experts are chosen. Scores outside the best expert groups
+        are -inf."""
         bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
         if not isinstance(self.select, str):
             return self.select(logits.detach(), score.detach(), bias).detach()
@@ -311,8 +315,8 @@ class TopKGating(TokenChoiceGate):
         return torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
 
     def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
-        """Return the weights of the choices before normalization, `(..., b, n, k)`. A softmax covers only those that
-        are `chosen`."""
+        """Return the weights `(..., b, n, k)` of the choices before normalization. A softmax is computed only over the
+        `chosen` choices."""
         if self.weigh == "score":
             return gather_chosen(score, expert)
         if self.weigh == "softmax":
@@ -335,8 +339,8 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def bias_rule(self) -> BiasRule:
-        """The update rule of the expert bias, which determines what training forwards count. Set it to a rule or the
-        name of a rule, or use `balance_experts`."""
+        """The update rule of the expert bias, which determines what is counted during training. Set this attribute to a
+        rule or its name, or use `balance_experts`."""
         return self._bias_rule
 
     @bias_rule.setter
@@ -355,12 +359,12 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def bias_counts(self) -> Tensor | None:
-        """The counts of the rule since the last update of the bias, or None without an expert bias."""
+        """The rule's counts since the last update of the expert bias, or None if there is no expert bias."""
         return self.expert_histogram if self._bias_rule.bins else self.expert_counts
 
     @property
     def always_chosen(self) -> int:
-        """The number of last experts that `AlwaysChosen` assigns to every token. Their bias is not updated."""
+        """The number of trailing experts that `AlwaysChosen` assigns to every token. Their bias is not updated."""
         return self.select.num if isinstance(self.select, AlwaysChosen) else 0
 
     def _counted_in_backward(
@@ -372,7 +376,8 @@ class TopKGating(TokenChoiceGate):
         expert: Tensor,
         allowed: Tensor | None,
     ) -> Tensor:
-        """Return the weights `(..., b, n, k)` as a tensor whose backward adds this forward to `bias_counts`."""
+        """Return the weights `(..., b, n, k)` as a tensor whose backward pass adds this forward pass to
+        `bias_counts`."""
         bias, counts = self.expert_bias, self.bias_counts
         assert bias is not None
         assert counts is not None
@@ -394,15 +399,16 @@ class TopKGating(TokenChoiceGate):
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
-        """Update the expert bias by its rule, `rate * sign(mean load - load)` by default, and set the counts to 0.
+        """Update the expert bias according to its rule, and reset the counts. The default rule adds
+        `rate * sign(mean load - load)`.
 
-        Call this method once per optimizer step (`optimizer.register_step_post_hook`). The load of an expert is the
-        number of choices of real tokens, before capacity, in training forwards whose backward ran since the last call.
-        Loads are summed over the ranks of `group`, by default all ranks if `torch.distributed` is initialized; all of
-        these ranks must make the call. The gate's `process_group` applies only to losses. All ranks that hold this gate
-        need the same bias, so pass them as `group` if some ranks hold other layers. A rate of 0 keeps the bias
-        unchanged. Under `DistributedDataParallel`, each rank keeps its own counts; with `find_unused_parameters=True`,
-        a warning explains what to call first.
+        Call this method once per optimizer step (`optimizer.register_step_post_hook`). An expert's load is the number
+        of real tokens that chose it, before the capacity limit, in all training forward passes that were followed by a
+        backward pass since the last call. Loads are summed over the ranks in `group`, and all of these ranks must call
+        this method. By default, the group contains all ranks if `torch.distributed` is initialized. The gate's
+        `process_group` applies only to losses. All ranks that hold this gate need the same bias, so pass them as
+        `group` if some ranks hold other layers. A rate of 0 leaves the bias unchanged. Under `DistributedDataParallel`,
+        each rank keeps its own counts. If `find_unused_parameters=True`, a warning explains what to call first.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
@@ -436,7 +442,8 @@ class TopKGating(TokenChoiceGate):
 
 
 def check_logits(logits: Any, bias: bool) -> nn.Module | None:
-    """Check that `logits` is a module or None, and that `bias`, which belongs to the matrix, is False with a module."""
+    """Check that `logits` is a module or None, and that `bias` is False if it is a module, because only the matrix has
+    a bias."""
     if logits is None:
         return None
     if not isinstance(logits, nn.Module):
@@ -450,7 +457,8 @@ def check_logits(logits: Any, bias: bool) -> nn.Module | None:
 def check_expert_groups(
     num_experts: int, k: int, num_groups: int | None, top_groups: int | None
 ) -> tuple[int | None, int | None]:
-    """Check that expert groups have equal sizes, and that the groups open to a token contain at least k experts."""
+    """Check that the expert groups have equal sizes, and that the groups open to each token contain at least k
+    experts."""
     if num_groups is None and top_groups is None:
         return None, None
     if num_groups is None or top_groups is None:

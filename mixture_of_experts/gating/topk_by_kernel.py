@@ -1,9 +1,10 @@
-"""Implements `TopKGating` for short groups in inference with a single kernel on NVIDIA GPUs.
+"""Implements `TopKGating` with a single kernel for inference on short groups on NVIDIA GPUs.
 
 Axes: b groups, n tokens per group, d model dim, e experts, k choices.
 
-Each program processes one group, so groups must be short, as in decoding. The first call of each kind runs a
-self-check. If the kernel raises or differs from torch's operators, it is disabled for the process, with a warning.
+Each kernel program processes one group, so groups must be short, as they are during decoding. The first call of each
+kind runs a self-check. If the kernel raises an error or its results differ from those of torch's operators, it is
+disabled for the process, and a warning is emitted.
 """
 
 from __future__ import annotations
@@ -53,19 +54,20 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
 
 
 def run(gate: TopKGating, tokens: Tokens) -> Routing:
-    """Return the `Routing` of a call, computed by the kernel."""
+    """Compute the `Routing` of a call with the kernel."""
     return gate.route(tokens, choose_by_kernel(gate, tokens))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """Return whether kernels of gates support these tensors on one device, which must be plain and not float64."""
+    """Return whether the gates' kernels support these tensors, which must be plain tensors on a single device and not
+    float64."""
     tensors = (x, *weights)
     return can_launch_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
 def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLACED_METHODS) -> str | None:
-    """Return why the kernel and the implementation "numbers" do not support the gate's settings, or its overrides of
-    the `replaced` methods, or None if they do."""
+    """Return why the kernel and the "numbers" implementation do not support the gate's settings or overridden methods,
+    or None if they do. Only overrides of the `replaced` methods are checked."""
     if (method := find_overridden(gate, find_declaring_class(type(gate), "implementations"), replaced)) is not None:
         return f"{type(gate).__name__} overrides {method}"
     if type(gate.logits) not in (type(None), RouterLogits):
@@ -83,7 +85,7 @@ def unknown_settings_reason(gate: TopKGating, replaced: Collection[str] = REPLAC
 
 
 def choose_by_kernel(gate: TopKGating, tokens: Tokens) -> Choices:
-    """Return the gate's choices, computed by the kernel."""
+    """Compute the gate's choices with the kernel."""
     from mixture_of_experts.kernels.top_k import choose_top_k  # importing triton takes a second
 
     logits = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating)
@@ -97,21 +99,21 @@ def choose_by_kernel(gate: TopKGating, tokens: Tokens) -> Choices:
 
 
 def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
-    """Return k, whether scores are a softmax, whether weights are a softmax over the chosen, whether they are
-    normalized, their scale, and epsilon."""
+    """Return the kernel's settings: k, whether scores are a softmax, whether weights are a softmax over the chosen
+    experts, whether weights are normalized, their scale, and epsilon."""
     return gate.k, gate.score == "softmax", gate.weigh == "softmax", gate.normalize is True, gate.scale, gate.eps
 
 
 def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
-    """Return how the kernel differs from torch's operators on this device, for generated tokens of such a gate, or None
-    if they agree."""
+    """Compare the kernel with torch's operators on this device, using generated tokens and the gate's settings. Return
+    a description of the difference, or None if they agree."""
     kind = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
     return SELF_CHECK.failure_reason(x.device, kind, partial(_find_fault, gate, x))
 
 
 @torch.no_grad()
 def _find_fault(gate: TopKGating, x: Tensor) -> str | None:
-    """Return what differs, or None if nothing does."""
+    """Return a description of what differs, or None if nothing differs."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
     tokens = Tokens(made_up, None, None, None, 2)
@@ -125,9 +127,9 @@ def _find_fault(gate: TopKGating, x: Tensor) -> str | None:
 
 
 def difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], atol: float) -> str | None:
-    """Return how results of kernels differ from those of torch's operators, or None if they agree.
+    """Return a description of how a kernel's results differ from those of torch's operators, or None if they agree.
 
-    One token may choose different experts, because its scores may be equal up to rounding.
+    A single token is allowed to choose different experts, because its scores may be equal up to rounding.
     """
     for name, want in wanted.items():
         differ = torch.isclose(found[name], want, rtol=TOLERANCE, atol=atol, equal_nan=True).logical_not().sum()

@@ -1,9 +1,9 @@
-"""Implements `TopKGating` for a single token in inference on a CPU with Python numbers, which are faster than
+"""Implements `TopKGating` for inference on a single token on a CPU, using Python numbers, which are faster than
 operators.
 
 Axes: d model dim, e experts, k choices.
 
-Logits and scores are computed as in any other call. For the steps after them, the overhead of operators would dominate.
+Logits and scores are computed as in any other call. In the remaining steps, operator overhead would dominate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MIN_TOTAL = 1e-9  # minimum sum of weights that are normalized
 
 
 def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
-    """Return why Python numbers are not supported for this gate and these tokens, or None if they are."""
+    """Return why this gate and these tokens cannot be processed with Python numbers, or None if they can."""
     x = tokens.x
     if gate.training or torch.is_grad_enabled():
         return "it supports only eval mode without gradients"
@@ -52,10 +52,11 @@ def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
 
 
 def run(gate: TopKGating, tokens: Tokens) -> Routing:
-    """Return the `Routing` of a token `(1, 1, d)`.
+    """Compute the `Routing` of a single token `(1, 1, d)`.
 
-    Operators compute it if a score is not finite, or if weights that must be normalized are close to 0. Scores of
-    improbable experts that are chosen because of their bias may round to 0, while a softmax over their logits does not.
+    Operators are used instead if a score is not finite, or if weights that must be normalized are close to 0. The
+    scores of unlikely experts that are chosen because of their bias may round to 0, whereas a softmax over their logits
+    does not.
     """
     logits, k, e = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)

@@ -1,9 +1,9 @@
-"""Recipes for published models: the settings of their routers and experts::
+"""Recipes for published models, which contain the settings of their routers and experts::
 
     recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
     recipes.MODELS["mixtral"]                                 # its recipe
 
-The table is in `models.py`. The functions that build layers from it are in `builder.py`.
+`models.py` contains the recipes, and `builder.py` contains the functions that build layers from them.
 """
 
 from mixture_of_experts.recipes.builder import (

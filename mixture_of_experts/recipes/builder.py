@@ -1,4 +1,4 @@
-"""Builds a layer from a recipe: the gate, the experts with their wrappers, and the loss coefficients."""
+"""Builds a layer from a recipe, including the gate, the experts with their wrappers, and the loss coefficients."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from mixture_of_experts.wrappers import GatedSharedExpert, InputWeightedExperts,
 
 
 class PublishedModel(NamedTuple):
-    """A published model, according to its paper or model card.
+    """A published model as described in its paper or model card.
 
     Attributes:
         name: name of the model.
         num_experts: number of experts per layer, excluding shared experts.
-        active, total: parameters used per token, and all parameters, in billions. None if not published.
+        active, total: number of parameters used per token and total number of parameters, in billions, or None if not
+            published.
     """
 
     name: str
@@ -40,30 +41,32 @@ class PublishedModel(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """The recipe of a model's layers.
+    """A recipe for a model's layers.
 
     Attributes:
-        paper: arXiv number of its paper.
-        summary: description of its layers, used as the docstring of the function with its name.
-        gate: arguments of the gate, as published.
+        paper: arXiv number of the paper.
+        summary: description of the layers, used as the docstring of the recipe's function.
+        gate: the gate's arguments, as published.
         gate_class: the class of the gate.
-        logits: arguments of `RouterLogits` if the router is more than a matrix. A `multiplier` may be "1/sqrt(d)".
-        scales: learned scales that multiply the normalized weights: "expert" for one per expert, "all" for a single
-            scale.
-        experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias"; for a clamped activation also
-            "limit", "alpha" and "after".
+        logits: arguments of `RouterLogits`, if the router consists of more than a matrix. `multiplier` may be
+            "1/sqrt(d)".
+        scales: learned scales that multiply the normalized weights. "expert" uses one scale per expert, and "all" uses
+            a single scale.
+        experts: settings of the experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias".
+            Clamped activations also have "limit", "alpha" and "after".
         apply_router_weight_on_input: whether router weights multiply the experts' inputs.
-        latent: width of latent experts, which are followed by a norm, as a fraction of d; 0 for none.
-        identity: number of experts that return the token, as a fraction of the number of experts that compute.
-        zero: number of experts that return zero.
-        shared: width of the shared expert, in hidden widths of an expert; 0 for none.
-        shared_gate: whether a learned gate per token multiplies the shared expert's output.
-        layer: arguments of `MoE`: the loss coefficients. Those for expert groups apply only if the gate has such
-            groups.
+        latent: width of the latent space as a fraction of d, or 0 for no latent experts. Latent experts are followed by
+            a normalization layer.
+        identity: number of identity experts, which return the token, as a fraction of the number of regular experts.
+        zero: number of zero experts, which return zero.
+        shared: hidden width of the shared expert as a multiple of an expert's hidden width, or 0 for no shared expert.
+        shared_gate: whether the shared expert's output is multiplied by a learned gate for each token.
+        layer: loss coefficients, passed as arguments to `MoE`. Coefficients for expert groups apply only if the gate
+            has expert groups.
         router_aux_loss_coef: coefficient of a loss that the published model computes once over all layers, and the
-            number of layers; `loss_coef` is coefficient * k / layers. The coefficient is that of the model's published
-            configuration, or the default of its class.
-        published: a model that has these layers, if its sizes are known.
+            number of layers, as a pair. `loss_coef` is then coefficient * k / layers. The coefficient comes from the
+            model's published configuration or is the default of the configuration class.
+        published: a model with these layers, if its dimensions are known.
     """
 
     paper: str = ""
@@ -99,13 +102,13 @@ LAYER_ARGUMENTS = ("loss_coef", "z_loss_coef", "loss_coefs", "group_size", "shar
 
 
 class SharedExpert(nn.Module):
-    """A feed-forward network for every token: `(act(x gate) * (x up)) down`, or `act(x up) down`.
+    """A feed-forward network that processes every token: `(act(x gate) * (x up)) down` or `act(x up) down`.
 
     Args:
-        dim, hidden_dim: d and h.
-        activation: a class, a module or a function. For a gated network, also a function of `(x gate, x up)`.
+        dim, hidden_dim: model dimension d and hidden dimension h.
+        activation: a class, a module or a function. Gated networks also accept a function of `(x gate, x up)`.
         gated: whether the network has a gate projection.
-        bias: whether its linear layers have biases.
+        bias: whether the linear layers have biases.
 
     Example:
         >>> import torch
@@ -160,21 +163,22 @@ def build(
 
     Args:
         recipe: one of `MODELS`, or a custom recipe.
-        dim, num_experts: d, and e, the number of experts that compute.
-        hidden_dim: h, the hidden width of an expert. Default: 4 d.
-        layers: number of such layers in your model, by which the coefficient of a loss over all layers is divided.
-            Default: the published number. Recipes whose papers specify coefficients per layer do not accept it.
-        latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089). Default: that of the
-            recipe, or d.
-        activation: activation of the networks that are built, instead of the recipe's; as in `MoE`.
-        gate, experts: replacements for those that the recipe describes; as in `MoE`.
+        dim, num_experts: model dimension d, and number of experts e, excluding zero-computation experts.
+        hidden_dim: hidden dimension of each expert, h. Default: 4 d.
+        layers: number of these layers in your model. The coefficient of a loss over all layers is divided by this
+            number. Default: the published number of layers. Recipes whose papers specify coefficients per layer do not
+            accept this argument.
+        latent_dim: width of the latent space in which experts operate, between two linear layers (arXiv 2601.18089).
+            Default: the recipe's width, or d.
+        activation: activation that replaces the recipe's activation; see `MoE`.
+        gate, experts: modules that replace the recipe's gate and experts; see `MoE`.
         device, dtype: device and dtype of the weights.
-        changes: arguments that replace the recipe's: those of `MoE` (`loss_coef`, `z_loss_coef`, `loss_coefs`,
-            `group_size`, `shared_expert`) and of the gate (`k`, `capacity_factor_train` and all others).
+        changes: arguments that replace the recipe's settings. They are arguments of `MoE` (`loss_coef`, `z_loss_coef`,
+            `loss_coefs`, `group_size`, `shared_expert`) or of the gate (`k`, `capacity_factor_train` and all others).
 
     Raises:
-        ValueError: `num_experts` is at most the published k, so that every expert would be chosen, or an argument would
-            have no effect.
+        ValueError: if `num_experts` is at most the published k, so that every expert would be chosen, or if an argument
+            would have no effect.
 
     Example:
         >>> import torch
@@ -211,7 +215,8 @@ def build(
 
 
 def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str, Any]) -> None:
-    """Raise ValueError if the published k would choose all experts. A k passed by the caller may choose all."""
+    """Raise ValueError if the published k would choose all experts. If the caller passes k, it may choose all of
+    them."""
     k, total = recipe.gate.get("k"), e + spare
     may_be_all = k == 1 or recipe.gate_class in (TopPGating, ReLUGating)  # tokens may choose fewer than k experts
     if k is None or "k" in changes or total > k or (total == k and may_be_all):
@@ -233,7 +238,7 @@ def _make_experts(
     activation: Any,
     factory: dict[str, Any],
 ) -> nn.Module:
-    """Return the experts of a recipe: `e` that compute, additional zero-computation experts, and their wrappers."""
+    """Return a recipe's experts: `e` regular experts, additional zero-computation experts, and their wrappers."""
     if latent_dim is None and recipe.latent:
         latent_dim = round(recipe.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
@@ -251,8 +256,8 @@ def _make_experts(
 
 
 def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_coef: bool) -> dict[str, Any]:
-    """Return the loss coefficients of a recipe for a model with `layers` such layers. With `has_loss_coef`, the caller
-    passes that of the load-balancing loss."""
+    """Return a recipe's loss coefficients for a model with `layers` of these layers. If `has_loss_coef` is True, the
+    caller passes the coefficient of the load-balancing loss."""
     coefs = dict(recipe.layer)
     if "loss_coefs" in coefs and not getattr(gate, "num_groups", None):
         coefs["loss_coefs"] = {n: coef for n, coef in coefs["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
@@ -275,7 +280,7 @@ def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_c
 
 
 def make_gate(recipe: Recipe, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
-    """Return the gate of a recipe for `num_experts` experts, with settings replaced by `changes`."""
+    """Return a recipe's gate for `num_experts` experts. `changes` override the recipe's settings."""
     known = list_gate_arguments(recipe.gate_class)
     if known is not None and (unknown := sorted(changes.keys() - known)):
         raise TypeError(
@@ -295,7 +300,7 @@ def make_gate(recipe: Recipe, dim: int, num_experts: int, changes: Mapping[str, 
 
 
 def list_gate_arguments(router: type) -> list[str] | None:
-    """Return the names of a gate's arguments, including those passed on to its base, or None if they are unknown."""
+    """Return the names of a gate's arguments, including those passed to its base class, or None if they are unknown."""
     names: dict[str, None] = {}
     for cls in router.__mro__:
         found = inspect.signature(cls.__init__).parameters
@@ -317,7 +322,7 @@ def make_recipe_activation(recipe: Recipe) -> nn.Module:
 
 
 class RecipeFunction(Protocol):
-    """A function that builds a layer from one of `MODELS` with `build`, whose other arguments it also accepts."""
+    """A function that builds a layer from one of `MODELS`. It also accepts all other arguments of `build`."""
 
     def __call__(self, dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE: ...
 

@@ -1,4 +1,4 @@
-"""The table of recipes: one entry for each published model."""
+"""A table of recipes with one entry for each published model."""
 
 from __future__ import annotations
 
