@@ -3,8 +3,8 @@ preallocated memory.
 
 Axes: r rows, h hidden dim.
 
-An activation is a function of one tensor, `act(x w1)`. Gated experts multiply its result by `x w3`. For gated experts,
-an activation may also be a function `(gate, up)` of both products that returns the hidden layer.
+An activation is a function of one tensor, `act(x w1)`. Gated experts multiply the activation's result by `x w3`. For
+gated experts, an activation may also be a function `(gate, up)` of both products that returns the hidden layer.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ class FunctionActivation(nn.Module):
 
 
 def make_activation(activation: ActivationLike) -> nn.Module:
-    """Convert an activation to a module. Classes, and other factories that take no arguments, are called."""
+    """Convert an activation to a module. Classes and other factories without arguments are called to create the
+    module."""
     if isinstance(activation, nn.Module):
         return activation
     if not callable(activation):
@@ -189,8 +190,7 @@ def takes_gate_and_up(activation: ActivationLike) -> bool:
 
 
 def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
-    """Compute the hidden layer `(..., h)` of a network from its pre-activations, which are one tensor, or gate and
-    up."""
+    """Compute a network's hidden layer `(..., h)`, given either a single pre-activation, or gate and up."""
     if len(parts) == 1 or takes_gate_and_up(activation):
         return activation(*parts)
     return activation(parts[0]) * parts[1]
@@ -205,7 +205,7 @@ def _needs_two_arguments(function: Callable, leading_arguments: int) -> bool:
 
 
 def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
-    """Return whether a function accepts `num_arguments` arguments. This is False for built-in functions without a
+    """Return whether a function accepts `num_arguments` arguments. The result is False for built-in functions without a
     signature."""
     try:
         inspect.signature(function).bind(*range(num_arguments))
@@ -244,7 +244,7 @@ class KnownActivation(NamedTuple):
             out.mul_(pre[1])
 
     def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        """Write the gradient of the gate, or of the single pre-activation. This overwrites `grad`."""
+        """Overwrite `grad`, and write the gradient of the gate or of the single pre-activation."""
         if len(pre) == 2:
             grad.mul_(pre[1])
         self.write_grad(grad, pre[0], grad_pre[0])

@@ -83,7 +83,7 @@ class SlotLayout(row_network.RowLayout):
         return terms.view(permutation.num_tokens, permutation.k, terms.shape[-1]).sum(dim=1)
 
     def gather_outputs(self) -> Tensor:
-        """Return the output of each assignment, `(a, o)`. Assignments without a row get zeros."""
+        """Return the output of each assignment, `(a, o)`. The output of an assignment without a row is zero."""
         return self.row_outputs.index_select(0, self.permutation.row)
 
     def view_batches(self, rows: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class SlotLayout(row_network.RowLayout):
 
 class BlockLayout(SlotLayout):
     """Arranges rows in blocks of equal size. Each block contains rows of one expert, and has its own copy of that
-    expert's weight. The table of the permutation contains the expert of each block.
+    expert's weight. The permutation's table contains the expert of each block.
 
-    This layout needs no host sync, because the number of blocks is the maximum for any row counts. A block has about as
-    many rows as the average expert, so there are at most about 2 e blocks. Pre-activations are saved only for
-    assignments, not for all rows.
+    This layout needs no host sync, because it always uses the maximum number of blocks. A block has about as many rows
+    as the average expert, so there are at most about 2 e blocks. Pre-activations are saved only for assignments, not
+    for all rows.
     """
 
     num_experts: int

@@ -1,12 +1,12 @@
-"""Computes small numbers of tokens during inference, such as decoding on a GPU, with torch operators and no
-permutation.
+"""Computes calls with a small number of tokens during inference, such as decoding on a GPU. This takes only torch
+operators and no permutation.
 
 Axes: t tokens, k choices, e experts, d model dim, o output dim.
 
-For small row counts, kernel launches and moving weights take most of the time. Each choice uses a copy of its expert's
-weights. If these copies would move more bytes than reading all weights, every expert computes all tokens instead, and
-the results that no token chose are ignored. This path is used only in eval mode without gradients, because a
-recomputation must use the same implementation as the forward pass.
+For small row counts, the run time is dominated by kernel launches and by memory traffic for the weights. Each choice
+uses a copy of its expert's weights. If these copies would move more bytes than reading all weights, every expert
+computes all tokens instead, and the results that no token chose are ignored. This path is used only in eval mode
+without gradients, because a recomputation must use the same implementation as the forward pass.
 """
 
 from __future__ import annotations

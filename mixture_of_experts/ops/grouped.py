@@ -48,12 +48,12 @@ def run(call: Call) -> Tensor:
 
 
 class GroupedLayout(batched.SlotLayout):
-    """Arranges rows without gaps, and uses torch's grouped product on CUDA. The table of the permutation contains the
-    end of each expert's rows.
+    """Arranges rows without gaps, and uses torch's grouped product on CUDA. The permutation's table contains the end of
+    each expert's rows.
 
-    Rows past those of the last expert may contain any values. Only the last of these rows is read, by assignments
-    without a row, which multiply it by 0. This row is finite, because no expert fills it. If these assignments read a
-    token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
+    Rows past those of the last expert may contain any values. Only the last of these rows is read: assignments that
+    have no row of their own multiply it by 0. This row is finite, because no expert fills it. If these assignments read
+    a token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
     """
 
     ends: Tensor
@@ -82,7 +82,8 @@ class GroupedLayout(batched.SlotLayout):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the total with the permutation's spare row set to 0, so that no row needs to be appended."""
+        """Return the sum of the products, with the permutation's spare row set to 0, so that no row needs to be
+        appended."""
         (x, weight), *others = pairs
         self.row_outputs: Any = self.multiply_rows(x, weight)
         for x, weight in others:
@@ -134,7 +135,8 @@ def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     The arguments and the result are the same as in `plain.expert_product`.
 
     Raises:
-        ValueError: the shapes do not match, or (on a CPU) a count is negative or their sum exceeds the number of rows.
+        ValueError: the shapes do not match, or (on a CPU) a count is negative or the sum of the counts exceeds the
+            number of rows.
     """
     check_operands(x, weight, num_tokens_per_expert)
     if num_tokens_per_expert is None or no_operator_reason(x, weight, num_tokens_per_expert) is not None:
@@ -159,8 +161,8 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
-    """Return the counts as a list of integers. Raise a ValueError if a count is negative or their sum exceeds the
-    number of rows."""
+    """Return the counts as a list of integers. Raise a ValueError if a count is negative or the sum of the counts
+    exceeds the number of rows."""
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
@@ -265,11 +267,12 @@ def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
 
 
 def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
-    """Multiply rows x, sorted by expert, by the weights of their experts. Rows past those of the last expert get zeros.
+    """Multiply rows x, sorted by expert, by the weights of their experts. The result is 0 for rows past those of the
+    last expert.
 
     A product with a small number of rows runs on a single thread. Two consecutive experts with the same number of rows
-    are therefore computed as one batched product on two threads. This is possible because any two weights in a stack
-    form a slice with a step.
+    are therefore computed as one batched product on two threads. This is possible because a slice with a step can
+    select any two weights in a stack.
 
     Args:
         rows_per_expert: (expert, number of rows) pairs for the experts that have rows, in ascending order.

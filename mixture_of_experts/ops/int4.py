@@ -1,5 +1,5 @@
-"""Implements 4-bit weights with two 16-bit parameters per group of inputs. They need two sevenths of the memory of
-bfloat16.
+"""Implements 4-bit weights with two 16-bit parameters per group of inputs. These weights need two sevenths of the
+memory of bfloat16 weights.
 
 Axes: e experts, r rows, p inner dimension and q outer dimension of a weight, g inputs per group, b outputs per block.
 

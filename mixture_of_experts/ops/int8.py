@@ -2,9 +2,9 @@
 
 Axes: e experts, r rows, p inner dimension and q outer dimension of a weight.
 
-A weight is packed into `(p, q + 8)` bytes in the format of torch's 8-bit embedding tables. Each of its p rows contains
-q levels from 0 to 255, followed by the step size and the smallest weight in float32. The product of a token and the
-weight is a weighted sum of the rows of this table. Torch's operator computes the sum without unpacking.
+A weight is packed into `(p, q + 8)` bytes in the format of torch's 8-bit embedding tables. Each of the table's p rows
+contains q levels from 0 to 255, followed by the step size and the smallest weight in float32. The product of a token
+and the weight is a weighted sum of the rows of this table. Torch's operator computes the sum without unpacking.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ MAX_CAST_NUMEL = (
 
 
 def matmul_into(x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """Write `x @ y` to `out`, or add it to `out` if `accumulate` is True. x is `(n, m, p)` and y is `(n, p, q)`, or
-    both are single matrices."""
+    """Write `x @ y` to `out`, or add it to `out` if `accumulate` is True. The operands are `(n, m, p)` and `(n, p, q)`,
+    or single matrices."""
     if private_torch.has_native_matmul(x.dtype):
         if accumulate:
             (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y)

@@ -1,5 +1,5 @@
-"""Defines the inputs of all implementations: `Network`, which contains the weights of all experts, and `Call`. Also
-casts operands to a common dtype.
+"""Defines the inputs of all implementations: `Network`, which contains the weights of all experts, and `Call`. This
+module also casts operands to a common dtype.
 
 Axes: t tokens, e experts, d model dim, h hidden dim, o output dim.
 """
@@ -36,10 +36,10 @@ class Network:
         w_out: `(e, h, o)`.
         activation: a function of one tensor, or of `(gate, up)`.
         b_in: a bias `(e, q)` or None for each weight `(e, d, q)` in `w_in`. Default: no biases.
-        b_out: `(e, o)` or None.
-        gate_up: layout of the gate and up projections in a single weight, "concatenated" or "interleaved". None if no
-            single weight contains both.
-        dropout: probability of zeroing an element of the hidden layer. The other elements are scaled up.
+        b_out: bias `(e, o)`, or None.
+        gate_up: layout of the gate and up projections in a single weight, "concatenated" or "interleaved". None if the
+            projections are separate weights or there is no gate projection.
+        dropout: probability of zeroing an element of the hidden layer. The remaining elements are scaled up.
     """
 
     w_in: tuple[Tensor, ...]
@@ -81,8 +81,8 @@ class Network:
         return self
 
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return gate and up, or the single pre-activation, as views of `pre`. `pre` contains the products with the
-        weights in `w_in`."""
+        """Return the gate and up projections, or the single pre-activation, as views of `pre`. `pre` contains the
+        products with the weights in `w_in`."""
         if self.gate_up is None:
             return pre
         return pre[0].chunk(2, dim=-1) if self.gate_up == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
@@ -125,7 +125,7 @@ class Call(NamedTuple):
 
     Attributes:
         x: `(t, d)`, tokens.
-        assignments: the assignments of these tokens.
+        assignments: the expert assignments of the tokens.
         network: the weights of all experts.
         training: whether the experts are in training mode. This mode, not the grad mode, determines the implementation,
             because a recomputation must use the same implementation as the forward pass.

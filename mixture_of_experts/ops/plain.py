@@ -3,8 +3,8 @@
 Axes: t tokens, r rows (sorted by expert), e experts, s slots per expert, p inner dimension and q outer dimension of a
 weight.
 
-It supports any device and dtype, compiled and exported graphs, `vmap`, and reverse-mode derivatives of any order. All
-other implementations are compared against it.
+The reference implementation supports any device and dtype, compiled and exported graphs, `vmap`, and reverse-mode
+derivatives of any order. All other implementations are compared against this one.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ def run(call: Call) -> Tensor:
 
 
 def choose_permutation(assignments: Assignments) -> Permutation:
-    """Return the permutation to rows without gaps if there are certainly fewer rows than slots, and otherwise the
-    permutation to slots."""
+    """Permute to rows without gaps if there are certainly fewer rows than slots, and to slots otherwise."""
     return permute_without_gaps(assignments) if assignments.prefers_rows() else permute_to_slots(assignments)
 
 
@@ -77,8 +76,8 @@ def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
 def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
     """Multiply each expert's rows by its weight without a host sync.
 
-    Rows are arranged in blocks of equal size, and each block contains rows of one expert. The number of blocks is the
-    maximum for any load, so no shape depends on the number of rows per expert.
+    Rows are arranged in blocks of equal size, and each block contains rows of one expert. The maximum number of blocks
+    is always used, so no shape depends on the number of rows per expert.
 
     Args:
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
@@ -117,7 +116,7 @@ def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor
 def compute_gradients(x: Tensor, permutation: Permutation, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
     """Return the gradients of x, the assignment weights, and all tensors of the network.
 
-    Unlike the gradients of other implementations, these operators support vmap and second derivatives.
+    Unlike the gradients of other implementations, these gradients support vmap and second derivatives.
     """
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:

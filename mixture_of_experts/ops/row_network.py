@@ -49,11 +49,11 @@ class RowLayout(ABC):
 
     @abstractmethod
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Sum `multiply_rows` over pairs (x, weight), store the sum in `row_outputs`, and return it."""
+        """Sum the results of `multiply_rows` over pairs (x, weight), store the sum in `row_outputs`, and return it."""
 
     @abstractmethod
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        """Add each expert's bias, from `(e, q)`, to its `rows` `(r, q)` in place."""
+        """Add the experts' biases `(e, q)` to their rows `(r, q)` in place."""
 
     @abstractmethod
     def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
@@ -81,7 +81,7 @@ class RowLayout(ABC):
         """Make all methods refer to the rows of a chunk."""
 
     def select_chunk(self, values: Tensor) -> Tensor:
-        """Select the values for the current chunk's rows from `values`, which covers all rows."""
+        """Select the current chunk's rows from `values`, which contains values for all rows."""
         return values
 
     def pack(self, pre: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class RowLayout(ABC):
 
 
 class RowFunctions(Protocol):
-    """The functions that compute the network on rows. This module or another one may provide them."""
+    """Protocol for modules, such as this one, that compute the network and its gradients on rows."""
 
     @property
     def run_network(self) -> Callable[..., list[Tensor]]: ...
@@ -193,7 +193,7 @@ def backpropagate_network(
         scale: weight of each row, `(r, 1)`.
         grad_scale: memory for the gradients of the row weights, `(r,)`.
         wanted: names of the requested gradients, which are "x" and names in `Network.tensors`.
-        memory: preallocated memory for the gradients of the network, keyed by name. It may be empty.
+        memory: preallocated memory for the gradients of the network, keyed by name, or an empty mapping.
     """
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
     grad_rows = layout.gather_rows(grad)

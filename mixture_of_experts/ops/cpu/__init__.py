@@ -11,8 +11,8 @@ from mixture_of_experts.support.private_torch import is_in_transform
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why this implementation does not support a call, or None if it does. It requires plain readable CPU
-    tensors and a known activation."""
+    """Return why this implementation does not support a call, or None if it does. The implementation requires plain,
+    readable CPU tensors and a known activation."""
     if call.x.device.type != "cpu":
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():

@@ -1,5 +1,5 @@
-"""Batch-invariant implementation for CPUs. It runs `chunked` with each expert's rows in blocks, so that a token's
-output has the same bits in any batch."""
+"""Batch-invariant implementation for CPUs. This implementation runs `chunked` with each expert's rows in blocks, so
+that a token's output has the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def run(call: Call) -> Tensor:
 def sample_products(x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
     """Return the products that `chunked` computes for rows x `(n, r, p)` and weights `(n, p, q)`.
 
-    They are computed for several experts together and for each expert alone, and are either written or added to y
-    `(n, r, q)`. All results have the same memory offset as y.
+    The products are computed for several experts together and for each expert alone, and are either written or added to
+    y `(n, r, q)`. All results have the same memory offset as y.
     """
     outs = [copy_at_offset(y, int(y.storage_offset())) for _ in range(4)]
     for add, (together, alone) in enumerate((outs[:2], outs[2:])):

@@ -17,7 +17,8 @@ MAX_CHUNK_BYTES = 4 << 20  # maximum size of a thread's chunk (tokens, pre-activ
 
 
 class ExpertBatch(NamedTuple):
-    """Adjacent experts that are computed as one product. Each has as many rows as the most loaded expert among them."""
+    """Adjacent experts that are computed as one product. Every expert is padded to the row count of the most loaded
+    expert in the batch."""
 
     experts: slice
     num_experts: int
@@ -31,7 +32,7 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
     Args:
         counts: number of rows of each expert.
-        row_work: number of multiplications when a row is multiplied by a weight.
+        row_work: number of multiplications in the product of a row and a weight.
         threads: number of threads. A batched product assigns whole experts to threads, so the number of experts in a
             batch should be a multiple of `threads`.
         max_rows: maximum number of rows in a batch that contains several experts.
@@ -60,7 +61,7 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
 
 def make_chunks(batches: list[ExpertBatch], max_rows: int) -> list[list[ExpertBatch]]:
-    """Assign consecutive batches to chunks of at most `max_rows` rows. A larger batch forms its own chunk."""
+    """Assign consecutive batches to chunks of at most `max_rows` rows. A batch with more rows forms its own chunk."""
     chunks: list[list[ExpertBatch]] = []
     for batch in batches:
         if chunks and batch.stop - chunks[-1][0].start <= max_rows:

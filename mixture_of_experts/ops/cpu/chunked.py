@@ -2,9 +2,9 @@
 
 Axes: t tokens, r rows (sorted by expert, some of them padding), d model dim, o output dim.
 
-On a CPU, allocating memory takes as much time as arithmetic, about a microsecond for each new page. Rows are therefore
-computed in chunks of experts. The chunks are small enough that intermediate results stay in the caches, and the next
-chunk reuses the same memory.
+On a CPU, allocating memory takes as much time as the arithmetic: about a microsecond for each new page. Rows are
+therefore computed in chunks of experts. The chunks are small enough that intermediate results stay in the caches, and
+the next chunk reuses the same memory.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def run(call: Call, row_functions: row_network.RowFunctions = row_network, block
 def permute_to_chunks(
     assignments: Assignments, row_work: int, row_bytes: int, row_multiple: int = 1
 ) -> tuple[Permutation, list[list[ExpertBatch]]]:
-    """Return a call's permutation with padding rows, and the chunks of these rows.
+    """Return a call's permutation, which includes padding rows, and its chunks of rows.
 
     Args:
         assignments: the assignments of the call.
-        row_work: number of multiplications when a row is multiplied by a weight.
+        row_work: number of multiplications in the product of a row and a weight.
         row_bytes: number of bytes in a token's row and its pre-activations.
         row_multiple: a divisor of each expert's padded number of rows.
     """
@@ -89,8 +89,8 @@ class ChunkLayout(row_network.RowLayout):
 
     Attributes:
         blocks: limits on the number of rows that are computed at a time, or None for no limit.
-        token_of_row: the token of each row, `(r,)`. Empty rows have an arbitrary token.
-        empty: whether each row is empty, `(r,)`.
+        token_of_row: the token of each row, `(r,)`. The token of an empty row is arbitrary.
+        empty: bool mask of the empty rows, `(r,)`.
         here, token, padding: the rows of the current chunk, their tokens, and the empty rows among them.
         chunk, sizes: the batches of the current chunk, and the number of rows in each batch.
     """
@@ -135,8 +135,8 @@ class ChunkLayout(row_network.RowLayout):
         ]
 
     def select_experts(self, stack: Tensor) -> list[Tensor]:
-        """Select each batch's part of a stack `(e, ...)`. Its shape is `(...)` for one expert, or `(num_experts, ...)`
-        for several."""
+        """Select each batch's part of a stack `(e, ...)`. Each part has the shape `(...)` for one expert, or
+        `(num_experts, ...)` for several."""
         return [
             stack.select(0, one.experts.start) if one.num_experts == 1 else stack[one.experts] for one in self.chunk
         ]
