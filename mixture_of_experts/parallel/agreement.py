@@ -16,7 +16,7 @@ MAX_REPORTED_DIFFERENCES = 3  # maximum number of differences in an error messag
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
     """Raise an error on all ranks if `describe` fails on any rank or its results differ between ranks.
 
-    This requires one collective.
+    The check requires one collective.
 
     Args:
         describe: a function that returns the values that must be equal on all ranks, keyed by name.

@@ -47,8 +47,8 @@ def fingerprint_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def check_fingerprints(fingerprints: list[list[int]]) -> None:
-    """Check that all ranks that share a batch have the same fingerprint of choices. Batch 0 marks a batch that is not
-    shared."""
+    """Check that all ranks that share a batch have the same fingerprint of choices. A batch of 0 means that the batch
+    is not shared."""
     chosen: dict[int, int] = {}
     for batch, choices in fingerprints:
         if batch and chosen.setdefault(batch, choices) != choices:

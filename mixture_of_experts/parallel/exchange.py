@@ -107,10 +107,11 @@ def exchange_slots(
     Args:
         x: this rank's slots for all experts, `(*e, s, d)`.
         dims: the expert dimensions `*e`, of which the first is divided among the ranks.
-        compute: a function that maps slots from all ranks for this rank's experts, `(*l, s', d)`, to `(*l, s', o)`.
+        compute: a function that maps the slots of this rank's experts, gathered from all ranks, `(*l, s', d)`, to
+            `(*l, s', o)`.
         channel: the communication channel to the other ranks.
         training: whether the layer is in training mode.
-        static_shapes: whether all ranks are guaranteed to make the same call with the same s. Otherwise, the ranks
+        static_shapes: whether all ranks are guaranteed to make identical calls with the same s. Otherwise, the ranks
             exchange this information, which requires a host sync.
     """
     if channel.size == 1:
@@ -139,10 +140,11 @@ def exchange_slots(
 
 
 def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: Channel, training: bool) -> Tensor:
-    """Compute this rank's rows on the ranks that own their experts, and return `(r, o)`. This requires one host sync.
+    """Compute this rank's rows on the ranks that own their experts, and return `(r, o)`. This function requires one
+    host sync.
 
     Args:
-        x: rows sorted by expert, `(r, d)`. The results for rows beyond the sum of the counts are 0.
+        x: rows sorted by expert, `(r, d)`. The result is 0 for rows beyond the sum of the counts.
         counts: number of rows for each expert, `(e,)` int64.
         compute: a function that maps rows `(r', d)`, sorted by this rank's experts, and their counts `(l,)` to outputs
             `(r', o)`.
@@ -181,14 +183,14 @@ def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def exchange_counts(
     form: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
 ) -> tuple[list[int], list[int], Tensor]:
-    """Exchange a description of the call on `x` and the number of rows for each expert, `(e,)`. This requires one host
-    sync.
+    """Exchange a description of the call on `x` and the number of rows for each expert, `(e,)`, with the other ranks.
+    This function requires one host sync.
 
     Every rank receives all descriptions, so every rank raises a ValueError if they differ.
 
     Returns:
-        The row counts to send to each rank and to receive from each rank, `(p)`, and the row counts `(p, l)` from each
-        rank for each of this rank's experts.
+        The row counts to send to and receive from each rank, both `(p)`, and the row counts `(p, l)` that each rank
+        sends to each of this rank's experts.
     """
     ranks = channel.size
     sent = counts.view(ranks, -1)

@@ -52,7 +52,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
 
     Call this function once before each optimizer step. With expert parallelism alone, pass the replicated parameters.
     In combination with DDP, pass the experts of data-parallel replicas. A missing gradient counts as 0. If no rank has
-    a gradient for a parameter, the gradient remains None. Frozen parameters are skipped.
+    a gradient for a parameter, its gradient remains None. Frozen parameters are skipped.
 
     Args:
         parameters: the parameters whose gradients are reduced. They must be the same on all ranks.

@@ -38,7 +38,7 @@ def use_local_experts(experts: Any) -> Iterator[Any]:
     The experts themselves are not modified, so other threads may read them, and attributes set by those threads are
     kept. A graph cannot contain a different object, so the experts themselves are used during tracing.
     `torch.func.functional_call` is not suitable: it replaces only tensors, and it calls hooks, which must run only for
-    the whole forward.
+    the whole forward pass.
     """
     if torch.compiler.is_compiling():
         with hold_local_shards(experts, experts.sharding):
@@ -65,7 +65,7 @@ def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[None]:
-    """Context manager within which a module holds this rank's part of its tensors and reports local expert counts."""
+    """Context manager that makes a module hold this rank's part of its tensors and report local expert counts."""
     changes = [(table, name, table[name], part) for table, name, part in iter_local_shards(experts, sharding)]
     try:
         for table, name, _, part in changes:

@@ -1,5 +1,5 @@
-"""Defines experts that are sharded over ranks. Their class derives from the original class and keeps both of its
-interfaces.
+"""Defines experts that are sharded over ranks. The class of sharded experts derives from the original class and keeps
+both of its interfaces.
 
 An `ExpertSharding` describes which experts are local to a rank. In the forward pass, tokens are sent to the ranks that
 own their experts (see `exchange.py`). The experts' own code then runs as if the module contained only this rank's
@@ -86,7 +86,7 @@ class ShardedExperts(nn.Module):
 
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
         """Compute slots `(*l, s, d)`, or rows and their counts, with this rank's experts. The experts' hooks are not
-        called here, because they run for the whole forward."""
+        called here, because they apply to the whole forward pass."""
         local: Any = self.local_class
         with use_local_experts(self) as here:
             out = (local.compute if counts else local.forward)(here, x, *counts)

@@ -33,13 +33,13 @@ class ExpertParallel(ParallelStyle):
     With latent experts (`LatentExperts`), tokens are exchanged in the latent dimension.
 
     Args:
-        gradient: whether expert gradients are those of the "mean" or the "sum" of the losses on which the ranks call
-            `backward`. Use "mean" if other gradients are averaged, as in DDP and FSDP2.
-        static_shapes: whether batches always have the same shape on all ranks. With limited capacity, setting this
+        gradient: how the losses on which the ranks call `backward` are reduced for expert gradients, "mean" or "sum".
+            Use "mean" if other gradients are averaged, as in DDP and FSDP2.
+        static_shapes: whether batches always have the same shape on all ranks. With limited capacity, this setting
             avoids a size exchange and its host sync. Dropless routing always requires both.
         batch_group: the ranks that share the batch, as a process group or 1-D mesh. Gates compute their losses over
             these ranks. By default, gates without a process group use that of the mesh. With data parallelism, pass a
-            group that spans both kinds of ranks.
+            group that spans the expert-parallel and data-parallel ranks.
         replicated: names of expert parameters and buffers that are not stacked over experts although their shape
             suggests it, such as a bias `(d,)` that all experts share if d = e.
 
@@ -96,7 +96,8 @@ class ExpertParallel(ParallelStyle):
 
 
 def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
-    """Return the process group for a process group or 1-D mesh, or None for None."""
+    """Convert `group` to a process group. A 1-D mesh is replaced with its process group, and None is returned
+    unchanged."""
     if isinstance(group, DeviceMesh):
         check_mesh(group)
         return group.get_group()
