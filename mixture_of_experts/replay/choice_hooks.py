@@ -67,7 +67,7 @@ class ChoiceHooks:
     def layer_pre_hook(
         self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any = None
     ) -> Any:
-        """Forward pre-hook for a layer, or for a gate outside of a layer."""
+        """Forward pre-hook for a layer, or for a gate that is not part of a layer."""
         if kwargs is None or ((call := sequences.current_call(point)) is None and not is_recomputing()):
             return None  # the hook is being attached or removed, or another thread runs the layer
         x, sizes, mask = point.read_inputs(args, kwargs)

@@ -27,28 +27,28 @@ def record_routing(
 ) -> Iterator[RoutingRecords]:
     """Context manager that records the choices of every gate in `model` for `replay_routing`.
 
-    It finds the same gates as `track_routing`. Each must be a token-choice gate of this package, or a router of another
-    library that chooses experts with `torch.topk`. Padding is excluded according to the layer's mask or the attention
-    mask of the enclosing model.
+    This function finds the same gates as `track_routing`. Each gate must be a token-choice gate of this package, or a
+    router of another library that chooses experts with `torch.topk`. Padding is excluded according to the layer's mask
+    or the attention mask of the enclosing model.
 
     Each forward pass appends its sequences to the records, in batch order. Each document in a packed row
     (`segment_ids`) counts as a sequence. Documents are ordered by their first tokens. A forward pass that continues a
     cache, as in `generate`, appends its tokens to the sequences of the previous pass. If the cache was cropped, the
     records are cropped too. Beam search raises an error because it swaps sequences in the cache. Without a cache, every
     generation step records its sequences again from their first token. Only forward passes in the current thread are
-    recorded. Each is recorded once, even under activation checkpointing. The recorded data remains on the device until
-    it is read.
+    recorded. Each forward pass is recorded once, even under activation checkpointing. The recorded data remains on the
+    device until it is read.
 
     Args:
         model: the module that you call.
-        gates: the gates to record, selected by name, as modules, or by layers that contain them. Default: all.
-        weights: whether to also record and replay the weights of the choices. This is supported only for gates of this
-            package.
+        gates: the gates to record, as gate names, gate modules, or layers that contain gates. Default: all.
+        weights: whether to also record and replay the weights of the choices. Weights are supported only for gates of
+            this package.
 
     Raises:
         ValueError: the model has no gate.
-        TypeError: the tokens at a gate do not make k choices each (expert choice), or the gate's weights cannot be
-            recorded. Also raised in a forward pass if a block of another library does not choose with `torch.topk`.
+        TypeError: a gate does not make k choices for each token (expert choice), or its weights cannot be recorded.
+            Also raised in a forward pass if a block of another library does not choose with `torch.topk`.
         RuntimeError: in a forward pass, a gate ran twice, outside of `model`, or in a graph compiled before the context
             was entered, or beam search swapped sequences. Also raised when the records are read, if a forward pass
             continued sequences that were not recorded.

@@ -35,8 +35,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     """A mapping from each gate's name to its expert choices, as a list with one tensor per sequence. Padding is
     excluded.
 
-    A choice is an integer: the index of an expert, -1 for no choice, or -2 - i if expert i keeps its share of the
-    token's weight but does not compute the token because capacity or a policy dropped it.
+    A choice is an integer: the index of an expert, or -1 for no choice. The value -2 - i means that expert i keeps its
+    share of the token's weight but does not compute the token, because capacity or a policy dropped it.
 
     Args:
         experts: lists of integer tensors `(s, k)`, one tensor per sequence, keyed by gate name.
@@ -191,8 +191,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         Args:
             requests: an array, tensor or nested list of shape `(s, l, k)` for each request. Axis l indexes the layers
                 that have gates, in the model's order.
-            weights: the floating-point weights `(s, l, k)` of these choices, one array per request. They multiply the
-                experts' outputs. Where the gate chooses, it also computes the weights.
+            weights: the floating-point weights `(s, l, k)` by which the experts' outputs are multiplied, one array per
+                request. Where the gate chooses, it also computes the weights.
 
         Raises:
             ValueError: an array has the wrong shape or dtype, or the shapes of the requests or weights are
@@ -321,8 +321,8 @@ def append_forwards(
 
 
 def split_sequences(values: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Split the values `(b, n, k)` of a forward pass into one tensor `(s, k)` per sequence. `mask` is the mask
-    `(b, n)`, or for packed rows the sequence index of each token, as in `RecordedForward`."""
+    """Split the values `(b, n, k)` of a forward pass into one tensor `(s, k)` per sequence. `mask` is `(b, n)` bool or,
+    for packed rows, the sequence index of each token, as in `RecordedForward`."""
     if mask is None or mask.dtype == torch.bool:
         return list(values) if mask is None else [*map(Tensor.__getitem__, values, mask)]
     real, sequence = values[mask >= 0], mask[mask >= 0]

@@ -214,7 +214,7 @@ class SequenceWatch(ForwardWatch):
             )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
-        """Return the current forward pass, or None in another thread or while a backward pass recomputes."""
+        """Return the current forward pass, or None in another thread or during recomputation in a backward pass."""
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(
