@@ -71,8 +71,8 @@ def diagnose_gate(
 
 
 def find_starved_experts(late: Record) -> Tensor:
-    """Return a bool mask, shaped like the load, of the experts that compute some tokens but far fewer than chance
-    explains."""
+    """Return a bool mask, shaped like the load, of the experts that compute some tokens, but far fewer than chance can
+    explain."""
     mean = late.requested.to(torch.float64).mean()
     few = (late.requested < WARN_LOAD_BELOW * mean) & (late.requested < mean - 5 * mean.sqrt())
     return few & (late.load > 0)
@@ -87,5 +87,5 @@ def format_expert_list(experts: Tensor) -> str:
 
 
 def format_expert_names(experts: Tensor) -> list[str]:
-    """Return the names of the experts selected by a bool mask, such as "1.3" on a second level."""
+    """Return the names of the experts selected by a bool mask, such as "1.3" for outer index 1 and inner index 3."""
     return [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]

@@ -33,11 +33,11 @@ def render_page(
     over_steps: Mapping[str, Figure],
     left_out: str = "",
 ) -> str:
-    """Render the page as HTML.
+    """Render the report as HTML.
 
     Args:
-        name: title of the page.
-        cells: rows of the table, each a dictionary from header to cell.
+        name: title of the report.
+        cells: rows of the table, each as a dictionary from column header to cell text.
         notes: the warnings about each gate.
         overview: figures that show all gates, keyed by title.
         over_steps: a figure of each drawn gate over the steps, keyed by gate name.

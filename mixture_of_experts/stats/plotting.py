@@ -1,9 +1,9 @@
 """Plots the decisions of a model's gates. Matplotlib (the `plot` extra) is imported only when a plot is drawn.
 
-The load colormap ranges from purple (underloaded) through white (balanced) to orange (overloaded). It is
+The load colormap ranges from purple (underloaded) through white (balanced) to orange (overloaded). The colormap is
 colorblind-safe and print-friendly.
 
-Axes: e experts (outer-major on a second level), s steps.
+Axes: e experts (in outer-major order on a second level), s steps.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_steps(ax: Axes, edges: Sequence[float], loads: Tensor, num_inner: int) -> Figure:
-    """Draw the relative loads `(e, s)` of one gate over its steps. `edges` are the boundaries of the steps. Horizontal
-    lines separate blocks of `num_inner` experts."""
+    """Draw the relative loads `(e, s)` of one gate over its steps. `edges` contains the boundaries of the steps.
+    Horizontal lines separate blocks of `num_inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(
         edges, y, loads.clamp(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD).numpy(), rasterized=True, **make_load_colormap()

@@ -25,8 +25,8 @@ NUM_SUMS = 8  # scalars of a forward pass that are summed over forward passes
 
 @dataclass(frozen=True)
 class Record:
-    """The routing statistics of one gate over one or more steps. Masked tokens are not counted. A mean over no elements
-    is 0.
+    """The routing statistics of one gate over one or more steps. Masked tokens are not counted. The mean over an empty
+    set is 0.
 
     Attributes:
         layer: path of the gate in the model.
@@ -34,12 +34,12 @@ class Record:
         forwards: number of forward passes of the gate in this record.
         losses: the gate's losses without coefficients, keyed by name (such as "balance" and "z") and averaged over
             forward passes.
-        tokens: number of tokens that took part in routing. On a second level, this is the number of choices that the
-            first level forwarded.
+        tokens: number of tokens that took part in routing. On the second level of a hierarchy, this is the number of
+            choices that the first level forwarded.
         groups: number of token groups that requested at least one expert.
         requested: number of choices of each expert before capacity is applied, in the same shape as `load`.
-        choices_per_token: mean number of choices per token before capacity is applied. It varies for routers such as
-            `TopPGating`.
+        choices_per_token: mean number of choices per token before capacity is applied. This number varies for routers
+            such as `TopPGating`.
         imbalance: ratio of the maximum to the mean number of requests per expert in a token group, averaged over
             groups. 1 is balanced. If each sequence favors different experts, `requested` looks balanced, but
             `imbalance` does not.
@@ -49,7 +49,7 @@ class Record:
         dropped: fraction of the requested choices that were dropped because their expert had no free slot.
         unavoidable: fraction of the requested choices that exceed the total slots of their token group and would be
             dropped under any load distribution. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots per token
-            for 2 choices, so it drops some even if the load is balanced.
+            for 2 choices, so it drops some choices even if the load is balanced.
         unseen: fraction of the tokens that are not computed by any expert.
         entropy: mean entropy of a token's probabilities, in nats, from 0 (certain) to ln(e) (uniform).
         confidence: mean over tokens of the largest probability.
@@ -74,7 +74,8 @@ class Record:
 
     @property
     def relative_load(self) -> Tensor:
-        """`load` divided by its mean, in float64. 1 is a balanced load, and 0 is an expert without tokens."""
+        """`load` divided by its mean, in float64. A value of 1 means a balanced load, and 0 means that the expert got
+        no tokens."""
         return relative(self.load)
 
     @property
@@ -115,8 +116,8 @@ def to_json_value(value: Any) -> Any:
 
 
 def format_cells(total: Record, steps: Sequence[Record]) -> dict[str, str]:
-    """Return a gate's row in the summary and report tables, keyed by column header. It shows the totals over all steps,
-    and the worst step."""
+    """Return a gate's row in the summary and report tables, keyed by column header. The row shows the totals over all
+    steps and the worst step."""
     first = {"gate": total.layer, "experts": "x".join(map(str, total.load.shape)), "forwards": f"{total.forwards}"}
     worst, at = max(((float(record.relative_requested.max()), -record.step) for record in steps), default=(0, 0))
     rest = {

@@ -1,9 +1,9 @@
 """Stores the most recent forward passes of each gate in a ring buffer on the gate's device, with one row per pass.
 
 A forward hook on each gate reduces its `Routing` to one short row and writes it in place into the ring buffer. This
-bounds memory use, lets `torch.compile` trace the hook, and needs no host sync until the records are read. Recomputation
-under activation checkpointing is not recorded, because it runs outside a forward pass of the tracked model. Each
-forward pass keeps its state in its own `TrackedCall`, so threads do not interfere.
+design bounds memory use, lets `torch.compile` trace the hook, and needs no host sync until the records are read.
+Recomputation under activation checkpointing is not recorded, because it runs outside of a forward pass of the tracked
+model. Each forward pass keeps its state in its own `TrackedCall`, so threads do not interfere.
 """
 
 from __future__ import annotations
@@ -103,14 +103,15 @@ class PartForwards(ForwardWatch):
 
 
 def hold_write_lock() -> AbstractContextManager[Any]:
-    """Return a context manager that allows only one thread at a time to write. It does nothing in a traced graph."""
+    """Return a context manager that allows only one thread at a time to write. The context manager does nothing in a
+    traced graph."""
     return nullcontext() if torch.compiler.is_compiling() else WRITE_LOCK
 
 
 @dataclass(eq=False)
 class GateRingBuffer:
     """The most recent rows of one gate. A row stores the losses and statistics in float32, which is exact for up to 16
-    million choices per forward pass. Its step number and forward number are int64, so runs can have any length.
+    million choices per forward pass. A row's step number and forward number are int64, so runs can have any length.
 
     Attributes:
         loss_names: names of the losses.
@@ -177,8 +178,8 @@ class GateRingBuffer:
                 self.num_written.add_(1)
 
     def read_steps(self, by_steps: bool) -> list[StepRows]:
-        """Return every stored step, or every forward pass unless `by_steps`, oldest first. Each item contains the
-        number and the rows `(forwards, width)`, in float64 on the CPU."""
+        """Return every stored step if `by_steps` is True, and every forward pass otherwise, from oldest to newest. Each
+        item contains the step or forward number, and the rows `(forwards, width)` in float64 on the CPU."""
         call_stack.current_call(self.counter)  # detects interrupted forward passes of this thread
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD

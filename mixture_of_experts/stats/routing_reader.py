@@ -4,7 +4,7 @@ Most routers of other libraries return `(logits, weights, experts)` for flattene
 choices are recomputed from its logits, as described by its provider. The arguments of the enclosing model determine
 which tokens are padding and where sequences end.
 
-Axes: b sequences, n tokens of a sequence, e experts, k choices per token.
+Axes: b sequences, n tokens per sequence, e experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -103,13 +103,14 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
     gate.
 
     Args:
-        model: a model that contains gates, as in `track_routing`. It must not be compiled, because compiled graphs have
-            no hooks.
+        model: a model that contains gates, as in `track_routing`. The model must not be compiled, because compiled
+            graphs have no hooks.
         args, kwargs: arguments to pass to the model.
 
     Returns:
-        A dictionary from each gate's path in the model to its `Routing`. If a gate ran more than once, only its last
-        call is returned. For a router of another library, the `Routing` is constructed from the router's outputs.
+        A dictionary from each gate's path in the model to its `Routing`. If a gate ran more than once, the `Routing` of
+        its last call is returned. For a router of another library, the `Routing` is constructed from the router's
+        outputs.
 
     Raises:
         ValueError: the model has no gate.

@@ -42,10 +42,10 @@ def track_routing(
 ) -> Iterator[RoutingStats]:
     """Context manager that records the routing decisions of every gate in `model`.
 
-    It covers all gates in `MoE` and `HeirarchicalMoE` layers, whatever their class, all other modules derived from
-    `Gate`, and the routers of other libraries that have a provider (see `mixture_of_experts.providers`). For routers of
-    other libraries, the attention mask determines which tokens are padding. The records can be read inside the context
-    and after it has exited.
+    The context covers all gates in `MoE` and `HeirarchicalMoE` layers, whatever their class, all other modules derived
+    from `Gate`, and the routers of other libraries that have a provider (see `mixture_of_experts.providers`). For
+    routers of other libraries, the attention mask determines which tokens are padding. The records can be read inside
+    the context and after it has exited.
 
     A step is one forward pass of `model`. A separate call of an inner model whose arguments describe the tokens is also
     a step, such as when generation calls an encoder. If you call `stats.step()` after each optimizer step, all forward
@@ -60,7 +60,7 @@ def track_routing(
         model: the module that you call. Gates are recorded only during a forward pass of this module.
         keep: number of forward passes to keep per gate. The oldest passes are discarded.
         when: "training" or "eval" to record only forward passes in that mode, or "always" to record all.
-        gates: the gates to record, selected by name, as modules, or by layers that contain them. Default: all.
+        gates: the gates to record, as gate names, gate modules, or layers that contain gates. Default: all.
 
     Raises:
         ValueError: the model has no gate, or an argument is invalid.
@@ -92,8 +92,8 @@ def track_routing(
 
 
 class RoutingStats:
-    """The routing records that `track_routing` collects. Reading the records synchronizes with the device, but `step`
-    and `layers` do not.
+    """The routing records that `track_routing` collects. Reading records synchronizes with the device, unlike `step`
+    and `layers`.
 
     The object can be pickled and copied. A copy contains the records so far, on the CPU, and records nothing further.
     """
@@ -137,7 +137,7 @@ class RoutingStats:
         return [self.last(layer) for layer in self.layers if self._read_steps(layer)]
 
     def total(self, layer: str) -> Record:
-        """Return all stored steps of a gate as one record. Its `dead` experts got no tokens in any step."""
+        """Return all stored steps of a gate as one record. The record's `dead` experts got no tokens in any step."""
         return replace(self._get_buffer(layer).make_record(self._read_steps(layer)), step=-1)
 
     def scalars(self) -> dict[str, float]:
@@ -147,12 +147,12 @@ class RoutingStats:
     def summary(self) -> str:
         """Return a table with one row per gate, aggregated over all stored steps.
 
-        "requested" and "load" are the minimum and maximum over experts before and after capacity is applied, relative
-        to a balanced load. "in a group" contains the `imbalance` and `worst_imbalance` of `Record`. "worst step"
-        contains the highest `relative_requested` of any expert in any step, and the number of that step. Lines below
-        the table warn about dead experts, NaN probabilities, and gates whose avoidable drops exceed 10 % of their
-        choices. They also warn about gates that, in the last quarter of the steps, requested an expert more than twice
-        or less than a tenth as often as with a balanced load.
+        The columns "requested" and "load" contain the minimum and maximum over experts, before and after capacity is
+        applied, relative to a balanced load. The column "in a group" contains the `imbalance` and `worst_imbalance` of
+        `Record`. The column "worst step" contains the highest `relative_requested` of any expert in any step, and the
+        number of that step. Lines below the table warn about dead experts, NaN probabilities, and gates whose avoidable
+        drops exceed 10 % of their choices. Further lines warn about gates that, in the last quarter of the steps,
+        requested an expert more than twice or less than a tenth as often as with a balanced load.
         """
         cells = [self._format_cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
@@ -213,9 +213,9 @@ class RoutingStats:
     def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
         """Write a self-contained HTML report of the recorded routing decisions.
 
-        It shows each gate's load over all stored steps, before and after capacity is applied, the table of `summary`,
-        and the requests for each gate's experts over the steps. If there are more than 24 gates, the report draws only
-        24, starting with those that have warnings, and notes this.
+        The report contains the table of `summary`, each gate's load over all stored steps (before and after capacity is
+        applied), and the requests for each gate's experts over the steps. If there are more than 24 gates, the report
+        draws only 24, starting with those that have warnings, and notes this.
 
         Args:
             path: path of the HTML file. An existing file is overwritten.
