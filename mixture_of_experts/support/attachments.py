@@ -1,6 +1,7 @@
 """Manages hooks and attributes that a context sets on modules and removes on exit.
 
-Copies and pickles of these modules do not contain them, even if they are created while the context is active.
+Copies and pickles of these modules do not contain these hooks and attributes, even if they are created while the
+context is active.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ MISSING = object()
 
 
 class Attachments(ExitStack):
-    """A collection of hooks and attributes that are temporarily set on modules. They are removed by `close()` or at the
-    end of a `with` block.
+    """A collection of hooks and attributes that are temporarily set on modules. The hooks and attributes are removed by
+    `close()` or at the end of a `with` block.
 
     Other threads may run the modules at the same time. While a hook is being set or removed, torch may call it without
     the keyword arguments that it requested. Hooks must therefore have defaults for these arguments, and do nothing in
@@ -86,9 +87,10 @@ class Attachments(ExitStack):
 
 
 class DetachedState:
-    """A temporary `__getstate__` for a module with attachments, which returns the module's state without them.
+    """A temporary `__getstate__` for a module with attachments, which returns the module's state without the
+    attachments.
 
-    Copying and pickling call `__getstate__`. This method is set on the module itself, so the module's class does not
+    Copying and pickling call `__getstate__`. `__getstate__` is set on the module itself, so the module's class does not
     change. If the class defines `__deepcopy__`, as parametrized modules do, that method is called with a stand-in that
     has the stripped state.
     """

@@ -6,11 +6,11 @@ give the same bits as each block alone, and at most `MAX_ROWS` rows are multipli
 sampling the actual function, with operands of the same dtypes, shapes and strides, and with the same number of threads.
 
 Torch vectorizes elementwise functions, such as `sigmoid`, and rounds elements that do not fill a vector differently.
-Tensors with `GRAIN_SIZE` or more elements are split among threads, and each part may end with such elements. These
-functions therefore receive whole vectors, with fewer than `GRAIN_SIZE` elements in total.
+Tensors with `GRAIN_SIZE` or more elements are split among threads, and each part may end with such elements.
+Elementwise functions therefore receive whole vectors, with fewer than `GRAIN_SIZE` elements in total.
 
-`ops.use("batch_invariant")` enables these computations. Modules raise an error unless they are listed here or their
-class implements `variant_reason`.
+`ops.use("batch_invariant")` enables batch-invariant computation. Modules raise an error unless they are listed here or
+their class implements `variant_reason`.
 
 Axes: t tokens, p inner dimension and q outer dimension of a matrix product, r rows.
 """
@@ -125,7 +125,7 @@ def variant_reason(module: nn.Module) -> str | None:
 
 def find_overridden_attribute(module: nn.Module) -> str | None:
     """Return the name of an attribute of a package class that the module itself or a class outside the package
-    overrides, or None."""
+    overrides, or None if there is none."""
     kinds = get_original_class(module).__mro__
     ours = next(kind for kind in kinds if is_package_class(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
@@ -240,8 +240,8 @@ def make_sums_cancel(
 def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
     """Context manager for sampling, with autocast to `narrow`, or without autocast if `narrow` is None.
 
-    Dispatch modes and saved-tensor hooks are disabled inside, because activation checkpointing counts the tensors that
-    a forward pass saves, and a recomputation does not sample again.
+    Dispatch modes and saved-tensor hooks are disabled inside the context, because activation checkpointing counts the
+    tensors that a forward pass saves, and a recomputation does not sample again.
     """
     same: Any = lambda tensor: tensor  # noqa: E731
     autocast = torch.autocast("cpu", narrow or torch.bfloat16, enabled=narrow is not None, cache_enabled=False)
@@ -285,8 +285,8 @@ def copy_at_offset(tensor: Tensor, offset: int) -> Tensor:
 
 
 def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """Implement a `SampledFunction` for a differentiable function. It returns the results without and with grad mode,
-    and the gradient of x."""
+    """Implement a `SampledFunction` for a differentiable function. The function returns the results without and with
+    grad mode, and the gradient of x."""
     alone = function(x)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -325,7 +325,7 @@ def find_max_rows(block: int, width: int) -> int:
 def multiply_batch_invariant(
     product: Callable[..., Tensor], compute: SampledFunction, x: Tensor, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Compute `product(x, weight, dtype)` in blocks, which maps tokens `(..., t, p)` to `(..., t, q)`.
+    """Compute `product(x, weight, dtype)` in blocks. The product maps tokens `(..., t, p)` to `(..., t, q)`.
 
     The block size is found by sampling `compute`. Operands are zero-padded to whole blocks of tokens and whole vectors
     of columns.
@@ -355,7 +355,8 @@ def call_module_batch_invariant(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def apply_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply an elementwise function to `x`. If batch invariance is requested, it is computed in whole vectors."""
+    """Apply an elementwise function to `x`. If batch invariance is requested, the function is computed on whole
+    vectors."""
     if requested_implementation() != BATCH_INVARIANT:
         return function(x)
     padded = F.pad(x.flatten(), (0, -x.numel() % VECTOR_NUMEL))

@@ -15,7 +15,7 @@ class _CheckedSetting(NamedTuple):
 
 
 def checked_setting(check: Callable[..., Any], **bounds: Any) -> Any:
-    """Declare a checked attribute of a `CheckedModule`. Setting it stores the result of
+    """Declare a checked attribute of a `CheckedModule`. Setting the attribute stores the result of
     `check(name, value, **bounds)`."""
     return _CheckedSetting(partial(check, **bounds))
 

@@ -1,5 +1,4 @@
-"""Checks arguments. Each function returns a valid value, or raises an error that states what is allowed and what to
-do."""
+"""Checks arguments. Each check returns a valid value, or raises an error that states what is allowed and what to do."""
 
 from __future__ import annotations
 

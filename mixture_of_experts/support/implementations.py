@@ -3,11 +3,11 @@ call.
 
 An implementation is a module or an `Implementation` that provides two functions with the same arguments.
 `unsupported_reason` returns why the implementation does not support the call, or None if it does. `run` computes the
-call. Gates and all kinds of experts have a table of implementations by name. The fastest comes first, and the last
-supports all calls.
+call. Gates and all kinds of experts have a table of implementations by name. The fastest implementation comes first,
+and the last one supports all calls.
 
-The requested implementation is a process-wide setting. `MIXTURE_OF_EXPERTS_KERNELS` sets its initial value, and
-`ops.use` changes it.
+The requested implementation is a process-wide setting. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets its
+initial value, and `ops.use` changes it.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class Explanation:
     """Describes which implementation computed a call, and why faster ones were not used.
 
     Attributes:
-        implementation: name of the implementation, as in `use`. For quantized experts, it is "row_by_row" or
+        implementation: name of the implementation, as in `use`. For quantized experts, the name is "row_by_row" or
             "expert_by_expert". For experts that no implementation computes (modules on slots, experts with a custom
-            `compute`, and experts on other ranks), it is "module".
+            `compute`, and experts on other ranks), the name is "module".
         reasons: why each faster implementation was not selected, keyed by name.
-        gates: the explanation for each gate, in call order. The implementation "operators" is a gate's `decide` method.
+        gates: the explanation for each gate, in call order. The name "operators" refers to a gate's `decide` method.
     """
 
     implementation: str

@@ -56,7 +56,7 @@ def is_in_transform() -> bool:
 
 def is_in_forward_mode() -> bool:
     """Return whether forward-mode AD (`torch.func.jvp` or `torch.autograd.forward_ad`) is active outside of a traced
-    graph. In this mode, a `torch.autograd.Function` that only has a backward raises an error."""
+    graph. In this mode, a `torch.autograd.Function` that defines only a backward raises an error."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
@@ -84,7 +84,7 @@ def unsafe_view(x: Tensor, shape: Any) -> Tensor:
 
     Callers may then write `out += x`, which would fail on a view after expert choice. FSDP2 warns about modules that
     return views, because its hooks on views are lost. Torch's own matrix products with more than two dimensions also
-    end with this operator.
+    end with `_unsafe_view`.
     """
     return torch.ops.aten._unsafe_view(x, shape)
 
@@ -110,8 +110,8 @@ def disable_dispatch_modes() -> AbstractContextManager[Any]:
 def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
     """Register an operator's FLOP formula with all active counters of this thread that do not have one.
 
-    Torch's `register_flop_formula` would register it for all counters. However, importing its module imports Triton,
-    which takes a sixth of the time of importing torch.
+    Torch's `register_flop_formula` would register the formula for all counters. However, importing its module imports
+    Triton, which takes a sixth of the time of importing torch.
     """
     if torch.compiler.is_compiling():
         return
@@ -236,7 +236,8 @@ def get_original_class(module: nn.Module) -> type[nn.Module]:
 def disable_compilation(model: nn.Module) -> Iterator[None]:
     """Context manager that runs a model's modules without `torch.compile`, so that their hooks are called.
 
-    Unlike `torch.compiler.set_stance`, which applies to the whole process, it does not affect other models.
+    Unlike `torch.compiler.set_stance`, which applies to the whole process, this context manager does not affect other
+    models.
     """
     compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
@@ -337,7 +338,7 @@ def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: T
     Args:
         indices: `(m,)` int64, the row indices of all sums, in the order of the sums.
         offsets: `(s,)` int64, the start of each sum in `indices`.
-        weights: `(m,)` float32. They must be contiguous, because the operator ignores strides.
+        weights: `(m,)` float32. The weights must be contiguous, because the operator ignores strides.
     """
     assert weights.is_contiguous()
     rows = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
@@ -395,11 +396,11 @@ def is_in_ddp() -> bool:
 
 def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[str]:
     """Exclude buffers whose last name is in `endings` from the broadcasts of the running `DistributedDataParallel`
-    module. It then no longer copies them from the first rank before a forward pass.
+    module. DDP then no longer copies these buffers from the first rank before a forward pass.
 
     Returns:
-        The names of the buffers that cannot be excluded. All ranks must exclude the same buffers, but a rank may not
-        reach this function. This happens if parameters may be unused, or if ranks have different numbers of inputs.
+        The names of the buffers that cannot be excluded. All ranks must exclude the same buffers, but some ranks may
+        not call this function. This happens if parameters may be unused, or if ranks have different numbers of inputs.
         Before torch 2.13, it also happens if a graph is `traced`, because a graph traced outside of DDP is not retraced
         on all ranks.
     """

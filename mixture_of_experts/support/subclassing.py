@@ -1,7 +1,7 @@
 """Detects which methods of a package class are overridden by subclasses or by instance attributes.
 
-Fast implementations replace the methods of a class. They also apply to subclasses that do not override these methods,
-such as the classes that FSDP2 and parametrizations generate for a module.
+Fast implementations replace the methods of a class. Fast implementations also apply to subclasses that do not override
+these methods, such as the classes that FSDP2 and parametrizations generate for a module.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def is_package_class(kind: type) -> bool:
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Return whether a module computes the same as the class of this package that it derives from.
+    """Return whether a module computes the same results as the class of this package from which it derives.
 
     Methods of `nn.Module` are ignored, because FSDP2 overrides `_apply`, and other libraries' hooks set `forward` on
     the module. Among these methods, only a `forward` defined in the class changes the computation.

@@ -1,4 +1,4 @@
-"""Queries the state of tracing and recomputation: symbolic sizes, exporters, transforms and checkpointing."""
+"""Helpers for tracing and recomputation: symbolic sizes, exporters, transforms and checkpointing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_exporting_to_onnx() -> bool:
 
 
 def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
-    """Return `values + times * others`. This takes one operator, or two in exported graphs, because ONNX does not
+    """Return `values + times * others`. The sum takes one operator, or two in exported graphs, because ONNX does not
     support a dynamic `alpha`."""
     return values + others * times if is_exporting() else torch.add(values, others, alpha=times)
 
@@ -64,7 +64,7 @@ def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
 
 
 def get_device_capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device. It is a constant in traced graphs."""
+    """Return the compute capability of a CUDA device. The result is a constant in traced graphs."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
