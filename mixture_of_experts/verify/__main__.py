@@ -1,7 +1,8 @@
 """Command-line interface: `python -m mixture_of_experts.verify FACTORY` verifies the module that `FACTORY`
 ("package.module:function") returns.
 
-The function takes no arguments. It returns a module, or a pair of a module and a dictionary of arguments for `verify`.
+The function takes no arguments. The function returns a module, or a pair of a module and a dictionary of arguments for
+`verify`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Measures batching properties: independence of padding, other sequences and later tokens, and edge-case batches."""
+"""Measures batching properties: results are independent of padding, other sequences and later tokens, and edge cases
+work."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def select_tokens(outcome: Outcome, index: Any) -> Outcome:
 
 
 def mark_all_tokens(trial: Trial) -> Tensor:
-    """Return a bool mask that selects all tokens. Indexing with it flattens the sequences."""
+    """Return a bool mask that selects all tokens. Indexing with this mask flattens the sequences."""
     return torch.ones(trial.case[:2], dtype=torch.bool)
 
 

@@ -26,7 +26,7 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
 
 
 def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield properties that a router may lack, with the reason."""
+    """Yield the properties that a router may lack, together with the reason."""
     gate = site.gate
     if site.external is not None:
         yield ("router_bfloat16", "router_autocast"), "the router computes in the dtype of its weights"

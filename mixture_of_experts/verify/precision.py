@@ -58,8 +58,8 @@ def gradients(trial: Trial) -> Deviations:
 
 @torch.no_grad()
 def randomize_zero_parameters(module: nn.Module, seed: int) -> None:
-    """Randomize parameters that contain only zeros. If the router is zero, all scores tie, and any step changes the
-    choices. Other zero parameters hide the gradients that they multiply."""
+    """Randomize parameters that contain only zeros. If all router weights are zero, all scores tie, and any step
+    changes the choices. Other zero parameters hide the gradients that they multiply."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if not parameter.any():

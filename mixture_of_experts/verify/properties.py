@@ -30,7 +30,7 @@ class Property:
         needs: the required argument of `verify` ("mask", "loss", "router" or "segment_ids"), or an empty string if none
             is required.
         cases: the cases to measure, from small to large, so that the first failing case is the smallest example.
-        modes: the modes in which the property must hold. True is training, and False is eval.
+        modes: the modes in which the property must hold. True means training mode, and False means eval mode.
         is_deterministic_only: whether to measure only modes in which the module draws no random numbers.
         limit: the largest deviation for which the property holds. If None, the trial's rounding limit is used.
         is_opt_in: whether the property is measured only if it is requested by name.

@@ -29,7 +29,7 @@ ROUNDING_LIMIT = 1e-4  # largest difference due to rounding, relative to the lar
 
 
 class NotApplicableError(Exception):
-    """Raised if a property does not apply to a module. The message is the reason."""
+    """Raised if a property does not apply to a module. The error message states the reason."""
 
 
 class Deviation(NamedTuple):
@@ -68,7 +68,8 @@ class Trial:
         module, dim, mask, loss, router, segment_ids: see `verify`.
         case, training: the case that defines the tokens, and whether the module is in training mode.
         limit: the largest difference that counts as rounding error.
-        deterministic_modes: the modes in which the module draws no random numbers. True is training, and False is eval.
+        deterministic_modes: the modes in which the module draws no random numbers. True means training mode, and False
+            means eval mode.
     """
 
     module: nn.Module
@@ -193,14 +194,14 @@ class Trial:
         )
 
     def estimate_rounding(self) -> float:
-        """Return the second-order difference of the output when the inputs are scaled. It is large only if the module
-        computes in bfloat16."""
+        """Return the second-order difference of the output when the inputs are scaled. The result is large only if the
+        module computes in bfloat16."""
         a, b, c = (self.forward(self.make_tokens() * factor)["output"] for factor in (0.9999, 1, 1.0001))
         return compare_outcomes({"output": (a + c) / 2}, {"output": b}).value
 
 
 def infer_arguments(trial: Trial) -> Trial:
-    """Fill in the arguments of a trial that can be inferred from its module."""
+    """Infer a trial's missing arguments from its module."""
     module = trial.module
     if isinstance(module, MoE | HeirarchicalMoE):
         loss = 1 if trial.loss is None else trial.loss
@@ -224,7 +225,8 @@ def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
-    """Return why a layer cannot compute packed rows. Return None if it can or is not a layer of this package."""
+    """Return why a layer cannot compute packed rows. Return None if the layer can, or if the module is not a layer of
+    this package."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         return None
     gates = [getattr(module, name) for name in module.gate_names]

@@ -15,10 +15,11 @@ class Finding:
     Attributes:
         name, promise: the property's name, and its promise in one sentence.
         verdict: "holds", "fails", "does not apply" or "not asked".
-        number: the largest measured deviation. None if no deviation was measured or it is not finite.
+        number: the largest measured deviation. None if there is no finite deviation.
         limit: the largest deviation for which the property holds.
         detail: where the property fails in the smallest example, or why it does not apply or was not measured.
-        expected: why this kind of layer is expected to fail. Empty if a failure may be a bug.
+        expected: the reason why this kind of layer is expected to fail. An empty string means that a failure may be a
+            bug.
     """
 
     name: str
