@@ -26,9 +26,9 @@ REENTRANT_ERROR = (
 def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iterator[AuxLosses]:
     """Context manager that collects the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model`.
 
-    Use it for models whose blocks return only a layer's output and discard its loss. The context may enclose a single
-    forward pass or the whole training run. `take()` returns the sum of the losses over all training forward passes
-    since the last `take()`. Evaluation passes and passes that raised an error are not counted.
+    Use this context manager for models whose blocks return only a layer's output and discard its loss. The context may
+    enclose a single forward pass or the whole training run. `take()` returns the sum of the losses over all training
+    forward passes since the last `take()`. Evaluation passes and passes that raised an error are not counted.
 
     Losses are collected only from forward passes in the thread that entered the context. Other threads may enter their
     own contexts, or run the model while the context is being entered. With `torch.compile`, enter the context before
@@ -36,8 +36,7 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
     Args:
         model: the module that you call.
-        gates: the gates from whose layers losses are collected, selected by name, as modules, or by layers that contain
-            them.
+        gates: the gates whose layers' losses are collected, as gate names, gate modules, or layers that contain gates.
             Default: all.
 
     Raises:
@@ -169,8 +168,8 @@ class AuxLossCollector(ForwardWatch):
 
 
 def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None:
-    """Raise a RuntimeError under reentrant checkpointing. Its first run disables gradients, so the loss would have no
-    gradient.
+    """Raise a RuntimeError under reentrant checkpointing, because its first run disables gradients and the loss would
+    have no gradient.
 
     Args:
         is_checkpointed: whether the layer is known to run under any implementation of activation checkpointing.

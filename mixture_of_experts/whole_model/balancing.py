@@ -44,18 +44,18 @@ def balance_experts(
 ) -> ExpertBalancing:
     """Update the expert bias of every gate in `model` after each step of `optimizer`.
 
-    This covers every `TopKGating(expert_bias=True)`, and routers of other libraries with such a bias (DeepSeek-V3, GLM
-    4, Kimi, MiniMax-M2, Ernie 4.5, ...). For these routers, the attention mask identifies padding. Each update uses the
-    choices of all real tokens before capacity is applied. It covers the training forward passes whose backward pass has
-    run since the last step. Every micro-batch therefore counts exactly once, even under activation checkpointing. If a
-    gradient scaler skips a step, the bias does not change, and the choices count in the next step. The bias is part of
-    the state dict, and no other state needs to be saved after a step. Warnings are issued if adapter files will lack
-    the bias, or if the optimizer was constructed before the layers.
+    This function covers every `TopKGating(expert_bias=True)`, and routers of other libraries with such a bias
+    (DeepSeek-V3, GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...). For these routers, the attention mask identifies padding.
+    Each update uses the choices of all real tokens before capacity is applied. The update covers the training forward
+    passes whose backward pass has run since the last step. Every micro-batch therefore counts exactly once, even under
+    activation checkpointing. If a gradient scaler skips a step, the bias does not change, and the choices count in the
+    next step. The bias is part of the state dict, and no other state needs to be saved after a step. Warnings are
+    issued if adapter files will lack the bias, or if the optimizer was constructed before the layers.
 
     Args:
-        model: the model, before it is wrapped in DDP or `torch.compile`. In this order, DDP does not synchronize the
-            ranks' counts.
-        optimizer: the optimizer whose steps trigger the updates. It may be wrapped by accelerate.
+        model: the model, before it is wrapped in DDP or `torch.compile`. DDP then does not synchronize the counts of
+            the ranks.
+        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
         rule: how to update the bias. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
             "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves the bias toward the
             value that would have balanced these tokens (Kimi K3, section 2.3.3), and requires scores between 0 and 1.
@@ -63,21 +63,22 @@ def balance_experts(
             rule.
         rate: step size of the updates. Default: 1e-3 for the sign rules, and 1 (a full step) for "quantile". You may
             change `balancing.rate` later. A rate of 0 freezes the bias, as DeepSeek-V3 does at the end of training.
-        group: the ranks that hold these gates. Their counts are summed. Default: all ranks if `torch.distributed` is
-            initialized, regardless of the gates' `process_group`. All ranks in the group must take the step.
+        group: the ranks that hold these gates and over which counts are summed. Default: all ranks if
+            `torch.distributed` is initialized, regardless of the gates' `process_group`. All ranks in the group must
+            take the step.
 
-        gates: the gates to balance, selected by name, as modules, or by layers that contain them. Default: all gates
-            with an expert bias. `balancing.gates` lists the names of the selected gates.
+        gates: the gates to balance, as gate names, gate modules, or layers that contain gates. Default: all gates with
+            an expert bias. `balancing.gates` lists the names of the selected gates.
 
     Returns:
-        An object that stops the balancing when `close()` is called. It can also be used as a context manager.
+        An object that stops the balancing when `close()` is called. The object can also be used as a context manager.
 
     Raises:
         TypeError: a gate in `gates` has no expert bias, or a router of another library has an expert bias but does not
             return its choices and their weights.
-        ValueError: no gate has an expert bias, an argument is invalid, or "quantile" does not support a gate. It does
-            not support routers of other libraries, or gates that choose experts in groups, by a function or by token
-            ids, or that make fewer than k choices for some tokens.
+        ValueError: no gate has an expert bias, an argument is invalid, or "quantile" does not support a gate. The
+            "quantile" rule does not support routers of other libraries, or gates that choose experts in groups, by a
+            function or by token ids, or that make fewer than k choices for some tokens.
 
     Example:
         >>> import torch
@@ -244,8 +245,8 @@ class ExternalBiasUpdater:
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of a router that counts the choices `(t, k)` of real tokens. They are counted when the gradient
-        of the router weights is computed."""
+        """Forward hook of a router that counts the choices `(t, k)` of real tokens. The choices are counted when the
+        gradient of the router weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
         _, weight, expert = read_router_output(self.router, output)

@@ -1,11 +1,11 @@
 """Tracks forward passes. Each running call of a model is visible only to its own thread, and `ForwardWatch` reports
 when a forward pass begins and how it ends.
 
-The losses, masks and statistics of a forward pass are not stored on modules or globally. They are stored in a
+The losses, masks and statistics of a forward pass are not stored on modules or globally. Instead, they are stored in a
 `ForwardCall` on a stack of the thread that runs the pass. Compiled graphs read this stack and install guards on it.
-Activation checkpointing reruns modules during the backward pass, which on a GPU happens in another thread. This
-recomputation does not see the calls that were running when the backward pass began. `activate_calls` provides it with
-its own calls.
+Activation checkpointing reruns modules during the backward pass, which runs in another thread on a GPU. This
+recomputation does not see the calls that were running when the backward pass began. `activate_calls` provides a
+recomputation with its own calls.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[No
 def active_calls(key: Hashable) -> list[Any] | None:
     """Return the running calls of `key` in this thread, innermost last.
 
-    This also removes interrupted calls whose frames are no longer on the stack, because no hook runs after a
+    This function also removes interrupted calls whose frames are no longer on the stack, because no hook runs after a
     KeyboardInterrupt.
     """
     calls = CALL_STACKS.calls.get(key)
@@ -134,9 +134,9 @@ class ForwardWatch:
     """Base class that observes the beginning and the outcome of a module's forward passes.
 
     Hooks on the module begin a call. Until the call ends, `current_call(watch)` returns it. If a module was compiled
-    with its hooks, the graph does the same. A call ends with `on_success`, or with `on_failure` if the forward pass
-    raised an error or was interrupted. Results that count only for successful passes are kept in the call until it
-    ends, or are undone by `on_failure`.
+    with its hooks, the compiled graph also begins and ends calls. A call ends with `on_success`, or with `on_failure`
+    if the forward pass raised an error or was interrupted. Results that count only for successful passes are kept in
+    the call until it ends, or are undone by `on_failure`.
 
     Attributes:
         owner: if set, observe only forward passes outside of a backward pass in threads that have a running call of

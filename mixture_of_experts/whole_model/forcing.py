@@ -29,9 +29,9 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
     Args:
         model: a model whose gates accept `given_experts`. For a single gate, set its `forced` attribute instead.
         how: "balanced" cycles through the experts, so that the numbers of real tokens per expert differ by at most one.
-            It starts with expert 0 in every call, so every decoding step uses the same experts. "random" draws k
+            The cycle starts with expert 0 in every call, so every decoding step uses the same experts. "random" draws k
             different experts for each token from torch's random generator, like a router that is balanced on average.
-        gates: the gates to force, selected by name, as modules, or by layers that contain them. Default: all.
+        gates: the gates to force, as gate names, gate modules, or layers that contain gates. Default: all.
 
     Raises:
         ValueError: `how` is not one of these values, or the model has no gate.

@@ -23,8 +23,8 @@ def find_enclosing_model(modules: Sequence[nn.Module]) -> nn.Module:
 
 
 def make_tokens_reader(model: nn.Module) -> TokensReader:
-    """Return a reader for a model's tokens. It comes from the provider of the model's library, or otherwise from any
-    provider that knows the model's arguments."""
+    """Return a reader for a model's tokens. The reader comes from the provider of the model's library, or otherwise
+    from any provider that knows the model's arguments."""
     for provider in dict.fromkeys((*find_providers(model), *list_providers())):
         if (reader := provider.make_tokens_reader(model)) is not None:
             return reader

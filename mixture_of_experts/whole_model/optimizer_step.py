@@ -51,7 +51,8 @@ class OptimizerStepHook(ExitStack):
         self.close()
 
     def pop_all(self) -> ExitStack:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a stack that takes over stopping the updates, so that they continue after a `with` block."""
+        """Transfer the responsibility for stopping the updates to a new stack, so that they continue after a `with`
+        block."""
         ending, handed = copy.copy(self), ExitStack()
         super().__init__()  # this object has nothing left to undo
         handed.callback(ending.close)
@@ -109,7 +110,7 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Warn if an optimizer lacks weights of the model that have gradients, but contains weights outside of the model
+    """Warn if an optimizer is missing model weights that have gradients, but contains weights from outside the model
     that have none."""
     optimizer_weights = {weight for group in optimizer.param_groups for weight in group["params"]}
     missing = [

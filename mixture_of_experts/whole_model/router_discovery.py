@@ -24,7 +24,7 @@ GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
 
 
 class RouterLocation(NamedTuple):
-    """A location of a gate in a model."""
+    """The location of a gate in a model."""
 
     name: str  # its path, without wrappers
     layer: nn.Module | None = None  # the layer, or external block, that calls it; None for a standalone gate
@@ -93,7 +93,7 @@ def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = N
     Args:
         model: the model to search.
         feature: the name of the calling function, which appears in error messages.
-        gates: the routers to select, given by name, as gates, or as layers that contain gates. Default: all.
+        gates: the routers to select, as names, gates, or layers that contain gates. Default: all.
 
     Raises:
         ValueError: the model has no router, or an element of `gates` is not one of its routers.
@@ -168,7 +168,7 @@ class NamedModule(NamedTuple):
     ancestors: tuple[nn.Module, ...]  # the modules that contain it, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
-        """Return the handle of the router at a path below this module, called by `layer`. An empty path refers to the
+        """Return the handle of the router that `layer` calls, at a path below this module. An empty path refers to the
         module itself."""
         called = self.module.get_submodule(path) if path else self.outermost
         location = RouterLocation(f"{self.name}.{path}".strip(".") or "gate", layer)

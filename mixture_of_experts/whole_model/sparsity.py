@@ -34,22 +34,22 @@ def control_sparsity(
     All gates are updated together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient is multiplied by `rate`
     if the tokens of all layers make more than `mean_choices` choices on average, and divided by `rate` if they make
     fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step because of a gradient
-    scaler, the choices count in the next step. The coefficient remains between 1e-12 and 1000. If it reaches 1000 and
-    tokens still make too many choices, a warning lists possible reasons. This check runs every 100 steps and
-    synchronizes with the device.
+    scaler, the choices count in the next step. The coefficient remains between 1e-12 and 1000. If the coefficient
+    reaches 1000 and tokens still make too many choices, a warning lists possible reasons. This check runs every 100
+    steps and synchronizes with the device.
 
     Args:
         model: the model, before it is wrapped in DDP or `torch.compile`.
-        optimizer: the optimizer whose steps trigger the updates. It may be wrapped by accelerate.
+        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
         rate: the factor by which the coefficient changes, which must be greater than 1.
-        group: the ranks that hold these gates. Their counts are summed. Default: all ranks if `torch.distributed` is
-            initialized, regardless of the gates' `process_group`.
+        group: the ranks that hold these gates and over which counts are summed. Default: all ranks if
+            `torch.distributed` is initialized, regardless of the gates' `process_group`.
 
-        gates: the gates to control, selected by name, as modules, or by layers that contain them. Default: every
+        gates: the gates to control, as gate names, gate modules, or layers that contain gates. Default: every
             `ReLUGating`. `control.gates` lists the names of the selected gates.
 
     Returns:
-        An object that stops the updates when `close()` is called. It can also be used as a context manager.
+        An object that stops the updates when `close()` is called. The object can also be used as a context manager.
 
     Raises:
         TypeError: a gate in `gates` is not a `ReLUGating`.
