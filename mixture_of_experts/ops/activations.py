@@ -96,7 +96,7 @@ class ClampedGLU(nn.Module):
 class SiTU(nn.Module):
     """The sigmoid tanh unit of Kimi K3, `beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta)`.
 
-    It is a SwiGLU whose two factors are smoothly bounded.
+    `SiTU` is a SwiGLU whose two factors are smoothly bounded.
 
     Args:
         beta, linear_beta: the bounds of the two factors.

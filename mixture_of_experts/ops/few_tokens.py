@@ -1,5 +1,5 @@
-"""Computes calls with a small number of tokens during inference, such as decoding on a GPU. This takes only torch
-operators and no permutation.
+"""Computes calls with a small number of tokens during inference, such as decoding on a GPU. No permutation is needed,
+and only torch operators are used.
 
 Axes: t tokens, k choices, e experts, d model dim, o output dim.
 

@@ -51,9 +51,9 @@ class GroupedLayout(batched.SlotLayout):
     """Arranges rows without gaps, and uses torch's grouped product on CUDA. The permutation's table contains the end of
     each expert's rows.
 
-    Rows past those of the last expert may contain any values. Only the last of these rows is read: assignments that
-    have no row of their own multiply it by 0. This row is finite, because no expert fills it. If these assignments read
-    a token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
+    Rows after the last expert's rows may contain any values. Only the last of these rows is read: assignments that have
+    no row of their own multiply it by 0. This row is finite, because no expert fills it. If these assignments read a
+    token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
     """
 
     ends: Tensor
@@ -183,7 +183,7 @@ def no_operator_reason(*operands: Tensor) -> str | None:
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Multiplies each expert's rows by its weight, or computes `x^T y` over each expert's rows. Each of these
+    """Multiplies each expert's rows by its weight, or computes `x^T y` over each expert's rows. Each of the two
     operations is part of the other's gradient."""
 
     @staticmethod
@@ -267,8 +267,8 @@ def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
 
 
 def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
-    """Multiply rows x, sorted by expert, by the weights of their experts. The result is 0 for rows past those of the
-    last expert.
+    """Multiply rows x, sorted by expert, by the weights of their experts. The result is 0 for rows after the last
+    expert's rows.
 
     A product with a small number of rows runs on a single thread. Two consecutive experts with the same number of rows
     are therefore computed as one batched product on two threads. This is possible because a slice with a step can

@@ -38,7 +38,7 @@ class Network:
         b_in: a bias `(e, q)` or None for each weight `(e, d, q)` in `w_in`. Default: no biases.
         b_out: bias `(e, o)`, or None.
         gate_up: layout of the gate and up projections in a single weight, "concatenated" or "interleaved". None if the
-            projections are separate weights or there is no gate projection.
+            projections are separate or there is no gate projection.
         dropout: probability of zeroing an element of the hidden layer. The remaining elements are scaled up.
     """
 
@@ -102,9 +102,9 @@ class Network:
 def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which weights of the given dtype are multiplied.
 
-    This is the autocast dtype if autocast is enabled, because autocast itself does not cast the operands of grouped
-    products. Otherwise, it is `dtype`. `dtype` is also returned on a CPU without native products in the autocast dtype,
-    where autocast would only be slower.
+    The result is the autocast dtype if autocast is enabled, because autocast itself does not cast the operands of
+    grouped products. Otherwise, the result is `dtype`. `dtype` is also returned on a CPU without native products in the
+    autocast dtype, where autocast would only be slower.
     """
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
@@ -127,7 +127,7 @@ class Call(NamedTuple):
         x: `(t, d)`, tokens.
         assignments: the expert assignments of the tokens.
         network: the weights of all experts.
-        training: whether the experts are in training mode. This mode, not the grad mode, determines the implementation,
+        training: whether the experts are in training mode. The mode, not the grad mode, determines the implementation,
             because a recomputation must use the same implementation as the forward pass.
     """
 

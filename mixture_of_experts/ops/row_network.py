@@ -1,5 +1,5 @@
 """Computes the network and its gradients on rows sorted by expert, for the implementations `cpu`, `grouped` and
-`batched`. Also defines `RowLayout`, the base class of their row layouts.
+`batched`. This module also defines `RowLayout`, the base class of their row layouts.
 
 Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o output dim, p inner dimension and q outer dimension of a
 weight.

@@ -19,7 +19,8 @@ from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of sharded experts, keyed by name. They differ between ranks, so DDP must ignore them."""
+    """Return the parameters of sharded experts, keyed by name. The parameters differ between ranks, so DDP must ignore
+    them."""
     own = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -55,7 +56,7 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
     a gradient for a parameter, its gradient remains None. Frozen parameters are skipped.
 
     Args:
-        parameters: the parameters whose gradients are reduced. They must be the same on all ranks.
+        parameters: the parameters whose gradients are reduced. All ranks must pass the same parameters.
         group: a process group or a 1-D mesh.
         op: "mean" or "sum".
     """
@@ -93,8 +94,8 @@ def clip_grad_norm_(
         error_if_nonfinite: whether to raise a RuntimeError if the total norm is infinite or NaN.
 
     Returns:
-        The total norm before clipping, as a 0-dim tensor. It equals the norm that `torch.nn.utils.clip_grad_norm_`
-        returns in a single process.
+        The total norm before clipping, as a 0-dim tensor. The result equals the norm that
+        `torch.nn.utils.clip_grad_norm_` returns in a single process.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")

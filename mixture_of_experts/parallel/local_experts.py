@@ -31,9 +31,9 @@ class _ScaleGradient(torch.autograd.Function):
 def use_local_experts(experts: Any) -> Iterator[Any]:
     """Context manager that yields a stand-in for sharded experts.
 
-    The stand-in is an instance of the experts' original class. It holds this rank's part of each stacked tensor, and
-    reports the local number of experts. On exit, attributes and buffers that the forward pass set on the stand-in are
-    copied to the experts.
+    The stand-in is an instance of the experts' original class. The stand-in holds this rank's part of each stacked
+    tensor, and reports the local number of experts. On exit, attributes and buffers that the forward pass set on the
+    stand-in are copied to the experts.
 
     The experts themselves are not modified, so other threads may read them, and attributes set by those threads are
     kept. A graph cannot contain a different object, so the experts themselves are used during tracing.

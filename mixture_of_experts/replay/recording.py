@@ -48,10 +48,10 @@ def record_routing(
     Raises:
         ValueError: the model has no gate.
         TypeError: a gate does not make k choices for each token (expert choice), or its weights cannot be recorded.
-            Also raised in a forward pass if a block of another library does not choose with `torch.topk`.
+            This error is also raised in a forward pass if a block of another library does not choose with `torch.topk`.
         RuntimeError: in a forward pass, a gate ran twice, outside of `model`, or in a graph compiled before the context
-            was entered, or beam search swapped sequences. Also raised when the records are read, if a forward pass
-            continued sequences that were not recorded.
+            was entered, or beam search swapped sequences. This error is also raised when the records are read, if a
+            forward pass continued sequences that were not recorded.
 
     Example:
         >>> import torch

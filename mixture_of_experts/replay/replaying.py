@@ -40,13 +40,13 @@ def replay_routing(
     """Context manager that makes every gate in `model` choose the experts in `records`.
 
     Each gate still computes the weights of these experts from its live scores, with gradients. Blocks of other
-    libraries compute them in their own code. If the records contain weights, they replace the live weights bit for bit,
-    and their gradient is passed to the live weights. Losses are computed from the recorded choices. Records exclude
-    padding, so a replay may place padding differently or omit it.
+    libraries compute the weights in their own code. If the records contain weights, they replace the live weights bit
+    for bit, and their gradient is passed to the live weights. Losses are computed from the recorded choices. Records
+    exclude padding, so a replay may place padding differently or omit it.
 
     Each forward pass in the current thread must contain all sequences of the records, in the same order. Use
-    `records.select` to create records for another batch. A forward pass that continues a cache must contain the tokens
-    that follow those in the cache. With activation checkpointing, also run the backward pass inside the context.
+    `records.select` to create records for another batch. A forward pass that continues a cache must contain the next
+    tokens after the cache. With activation checkpointing, also run the backward pass inside the context.
 
     Args:
         model: the module that you call.
@@ -58,10 +58,10 @@ def replay_routing(
 
     Raises:
         ValueError: on entry, the model and the records differ in the number of gates, choices or experts, or a gate
-            does not accept choices. Also raised in a forward pass, before its first gate runs, if the number of
-            sequences or tokens differs from the records.
-        TypeError: a gate does not make k choices for each token (expert choice). Also raised in a forward pass if a
-            block of another library does not choose with `torch.topk`.
+            does not accept choices. This error is also raised in a forward pass, before its first gate runs, if the
+            number of sequences or tokens differs from the records.
+        TypeError: a gate does not make k choices for each token (expert choice). This error is also raised in a forward
+            pass if a block of another library does not choose with `torch.topk`.
         RuntimeError: a forward pass runs under reentrant checkpointing or outside of `model`, or a backward pass
             recomputes gates after the context has exited.
 

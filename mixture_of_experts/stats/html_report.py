@@ -1,7 +1,7 @@
 """Renders the HTML report of `RoutingStats.report`, which shows the routing decisions of a model's gates.
 
-The report is a single file with embedded figures and styles. Its template is `report.html`. Gate names are escaped when
-they are inserted.
+The report is a single file with embedded figures and styles. The template of the report is `report.html`. Gate names
+are escaped when they are inserted.
 """
 
 from __future__ import annotations

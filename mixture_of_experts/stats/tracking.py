@@ -66,8 +66,8 @@ def track_routing(
         ValueError: the model has no gate, or an argument is invalid.
         TypeError: in a forward pass, a router returned outputs that cannot be read.
         RuntimeError: in a forward pass, a gate ran outside of `model` and its inner models, or `model` itself ran
-            inside `torch.utils.checkpoint`. In both cases, track the module that you call. Also raised when the records
-            are read, if nothing was recorded.
+            inside `torch.utils.checkpoint`. In both cases, track the module that you call. This error is also raised
+            when the records are read, if nothing was recorded.
 
     Example:
         >>> import torch
@@ -215,7 +215,7 @@ class RoutingStats:
 
         The report contains the table of `summary`, each gate's load over all stored steps (before and after capacity is
         applied), and the requests for each gate's experts over the steps. If there are more than 24 gates, the report
-        draws only 24, starting with those that have warnings, and notes this.
+        draws only 24, starting with those that have warnings, and says so.
 
         Args:
             path: path of the HTML file. An existing file is overwritten.

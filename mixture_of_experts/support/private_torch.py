@@ -336,7 +336,7 @@ def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: T
     """Return weighted sums `(s, q)` of rows from an 8-bit table `(n, q + 8)` on a CPU, in float32.
 
     Args:
-        indices: `(m,)` int64, the row indices of all sums, in the order of the sums.
+        indices: `(m,)` int64, the row indices of all sums, one sum after another.
         offsets: `(s,)` int64, the start of each sum in `indices`.
         weights: `(m,)` float32. The weights must be contiguous, because the operator ignores strides.
     """
@@ -400,9 +400,9 @@ def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[s
 
     Returns:
         The names of the buffers that cannot be excluded. All ranks must exclude the same buffers, but some ranks may
-        not call this function. This happens if parameters may be unused, or if ranks have different numbers of inputs.
-        Before torch 2.13, it also happens if a graph is `traced`, because a graph traced outside of DDP is not retraced
-        on all ranks.
+        not call this function. Buffers cannot be excluded if parameters may be unused, or if ranks have different
+        numbers of inputs. Before torch 2.13, it also happens if a graph is `traced`, because a graph traced outside of
+        DDP is not retraced on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:

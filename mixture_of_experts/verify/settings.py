@@ -24,8 +24,8 @@ def read_settings() -> dict[str, Any]:
 
 @contextmanager
 def preserve_settings() -> Iterator[None]:
-    """Context manager that restores process-wide and thread-local settings on exit, including the grad mode, if they
-    would otherwise remain changed."""
+    """Context manager that undoes lasting changes to process-wide and thread-local settings on exit, including the grad
+    mode."""
     before, dtype = read_settings(), torch.get_default_dtype()
     try:
         yield

@@ -3,9 +3,9 @@ when a forward pass begins and how it ends.
 
 The losses, masks and statistics of a forward pass are not stored on modules or globally. Instead, they are stored in a
 `ForwardCall` on a stack of the thread that runs the pass. Compiled graphs read this stack and install guards on it.
-Activation checkpointing reruns modules during the backward pass, which runs in another thread on a GPU. This
-recomputation does not see the calls that were running when the backward pass began. `activate_calls` provides a
-recomputation with its own calls.
+Activation checkpointing reruns modules during the backward pass, which runs in another thread on a GPU. Recomputation
+does not see the calls that were running when the backward pass began. `activate_calls` provides a recomputation with
+its own calls.
 """
 
 from __future__ import annotations

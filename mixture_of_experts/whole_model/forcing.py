@@ -36,7 +36,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSele
     Raises:
         ValueError: `how` is not one of these values, or the model has no gate.
         TypeError: a gate does not accept `given_experts`, or a router of another library does not return its experts.
-            Also raised in a forward pass if such a router does not return what its provider describes.
+            This error is also raised in a forward pass if such a router does not return what its provider describes.
 
     Example:
         >>> import torch

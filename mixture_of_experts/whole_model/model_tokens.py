@@ -14,8 +14,8 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 
 
 def find_enclosing_model(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return the model whose arguments describe the tokens. `modules` are nested, with the outermost module first. This
-    is the model that a provider of these modules knows, or otherwise the outermost module."""
+    """Return the model whose arguments describe the tokens. `modules` are nested, with the outermost module first. The
+    result is the model that a provider of these modules knows, or otherwise the outermost module."""
     for provider in dict.fromkeys(each for module in modules for each in find_providers(module)):
         if (model := provider.find_enclosing_model(modules)) is not None:
             return model

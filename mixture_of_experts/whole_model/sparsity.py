@@ -35,7 +35,7 @@ def control_sparsity(
     if the tokens of all layers make more than `mean_choices` choices on average, and divided by `rate` if they make
     fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step because of a gradient
     scaler, the choices count in the next step. The coefficient remains between 1e-12 and 1000. If the coefficient
-    reaches 1000 and tokens still make too many choices, a warning lists possible reasons. This check runs every 100
+    reaches 1000 and tokens still make too many choices, a warning lists possible reasons. The check runs every 100
     steps and synchronizes with the device.
 
     Args:
