@@ -46,7 +46,7 @@ def verify(
     Args:
         module: a module that maps `(b, n, d)` to a tensor of the same shape, or to a tuple that starts with such a
             tensor. A small module is sufficient, because the properties do not depend on its size.
-        dim: the model dimension d. By default, it is inferred as the only weight dimension that works as the input width.
+        dim: the model dimension d. Default: the only weight dimension that works as the input width.
         mask: name of the argument for a bool mask `(b, n)` that is True for real tokens, or a function
             `(module, x, mask)` that calls the module.
         loss: index or key of the auxiliary loss in the module's return value, or a function `(module, returned)` that
