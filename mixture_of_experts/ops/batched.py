@@ -98,8 +98,8 @@ class BlockLayout(SlotLayout):
     expert's weight. The permutation's table contains the expert of each block.
 
     This layout needs no host sync, because it always uses the maximum number of blocks. A block has about as many rows
-    as the average expert, so there are at most about 2 e blocks. Pre-activations are saved only for assignments, not
-    for all rows.
+    as the average expert, so there are at most about 2 e blocks. Pre-activations are saved for assignments, but not for
+    empty rows.
     """
 
     num_experts: int

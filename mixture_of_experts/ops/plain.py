@@ -83,7 +83,7 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
         weight: `(e, p, q)`, in the same dtype as `x`.
         num_tokens_per_expert: number of rows for each expert, `(e,)` int64, if `x` contains rows. The result is 0 for
-            rows past the sum of these counts.
+            rows beyond the total count.
 
     Returns:
         `(e, s, q)` or `(r, q)`.

@@ -144,7 +144,7 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: 
     host sync.
 
     Args:
-        x: rows sorted by expert, `(r, d)`. The result is 0 for rows beyond the sum of the counts.
+        x: rows sorted by expert, `(r, d)`. The result is 0 for rows beyond the total count.
         counts: number of rows for each expert, `(e,)` int64.
         compute: a function that maps rows `(r', d)`, sorted by this rank's experts, and their counts `(l,)` to outputs
             `(r', o)`.

@@ -51,9 +51,10 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
     """Replace gradients with their mean or sum over the ranks of a group.
 
-    Call this function once before each optimizer step. With expert parallelism alone, pass the replicated parameters.
-    In combination with DDP, pass the experts of data-parallel replicas. A missing gradient counts as 0. If no rank has
-    a gradient for a parameter, its gradient remains None. Frozen parameters are skipped.
+    Call this function once before each optimizer step. If only expert parallelism is used, pass the replicated
+    parameters. If expert parallelism is combined with DDP, pass the experts of data-parallel replicas. A missing
+    gradient counts as 0. If no rank has a gradient for a parameter, its gradient remains None. Frozen parameters are
+    skipped.
 
     Args:
         parameters: the parameters whose gradients are reduced. All ranks must pass the same parameters.

@@ -192,7 +192,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             requests: an array, tensor or nested list of shape `(s, l, k)` for each request. Axis l indexes the layers
                 that have gates, in the model's order.
             weights: the floating-point weights `(s, l, k)` by which the experts' outputs are multiplied, one array per
-                request. Where the gate chooses, it also computes the weights.
+                request. If the gate chooses a token's experts, it also computes their weights.
 
         Raises:
             ValueError: an array has the wrong shape or dtype, or the shapes of the requests or weights are

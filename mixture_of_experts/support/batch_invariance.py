@@ -2,7 +2,7 @@
 
 Libraries choose the order of summation based on the number of rows, so a single row is rounded differently than the
 same row in a batch. Rows are therefore multiplied in blocks. The block size is chosen so that several blocks together
-give the same bits as each block alone, and at most `MAX_ROWS` rows are multiplied at a time. The block size is found by
+give the same bits as each block alone. At most `MAX_ROWS` rows are multiplied at a time. The block size is found by
 sampling the actual function, with operands of the same dtypes, shapes and strides, and with the same number of threads.
 
 Torch vectorizes elementwise functions, such as `sigmoid`, and rounds elements that do not fill a vector differently.

@@ -399,10 +399,10 @@ def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[s
     module. DDP then no longer copies these buffers from the first rank before a forward pass.
 
     Returns:
-        The names of the buffers that cannot be excluded. All ranks must exclude the same buffers, but some ranks may
-        not call this function. Buffers cannot be excluded if parameters may be unused, or if ranks have different
-        numbers of inputs. Before torch 2.13, buffers also cannot be excluded if a graph is `traced`, because a graph
-        traced outside of DDP is not retraced on all ranks.
+        The names of the buffers that cannot be excluded. A buffer can only be excluded if all ranks exclude it, but
+        some ranks may not call this function. Buffers cannot be excluded if parameters may be unused, or if ranks have
+        different numbers of inputs. Before torch 2.13, buffers also cannot be excluded if a graph is `traced`, because
+        a graph traced outside of DDP is not retraced on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:

@@ -177,7 +177,8 @@ class NamedModule(NamedTuple):
 
 
 def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
-    """Iterate over every module at every path in a model. Wrappers, and copies that do not compute, are skipped."""
+    """Iterate over every module at every path in a model. Wrappers, and copies that do not take part in the
+    computation, are skipped."""
     pending = [NamedModule("", model, unwrap_module(model), ())]
     while pending:
         entry = pending.pop()
