@@ -1,9 +1,10 @@
-"""Activations of experts: conversion of a user's argument to a module, and activations that write into given memory.
+"""Implements the activations of experts. Converts user arguments to modules, and defines activations that write into
+preallocated memory.
 
 Axes: r rows, h hidden dim.
 
-An activation is a function of one tensor, `act(x w1)`, which gated experts multiply by `x w3`. For gated experts, it
-may also be a function `(gate, up)` of both products that returns the hidden layer.
+An activation is a function of one tensor, `act(x w1)`. Gated experts multiply the activation's result by `x w3`. For
+gated experts, an activation may also be a function `(gate, up)` of both products that returns the hidden layer.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, 
 
 
 class ClampedSwiGLU(nn.Module):
-    """The activation of GPT-OSS (arXiv 2508.10925), `gate sigmoid(alpha gate) (up + 1)` with clamped gate and up.
+    """The activation of GPT-OSS (arXiv 2508.10925), `gate sigmoid(alpha gate) (up + 1)`, where `gate` and `up` are
+    clamped.
 
     Args:
         alpha: steepness of the sigmoid.
-        limit: clamping bound: `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
+        limit: clamping bound. `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
 
     Shape:
-        Maps gate and up `(..., h)` to `(..., h)`.
+        Maps `gate` and `up` of shape `(..., h)` to a tensor of the same shape.
 
     Example:
         >>> import torch
@@ -58,15 +60,15 @@ class ClampedSwiGLU(nn.Module):
 
 
 class ClampedGLU(nn.Module):
-    """The activation `act(gate) * up` with clamped gate and up, as in DeepSeek-V4, GLM-5 and Step-3.7.
+    """The activation `act(gate) * up`, where `gate` and `up` are clamped, as in DeepSeek-V4, GLM-5 and Step-3.7.
 
     Args:
-        activation: activation of the gate; a class, a module or a function.
-        limit: clamping bound: `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
-        after: whether gate is clamped after the activation instead of before it.
+        activation: the activation of the gate, as a class, module or function.
+        limit: clamping bound. `gate` is clamped to at most `limit`, and `up` to the range from -limit to limit.
+        after: whether to clamp the gate after the activation instead of before it.
 
     Shape:
-        Maps gate and up `(..., h)` to `(..., h)`.
+        Maps `gate` and `up` of shape `(..., h)` to a tensor of the same shape.
 
     Example:
         >>> import torch
@@ -92,15 +94,15 @@ class ClampedGLU(nn.Module):
 
 
 class SiTU(nn.Module):
-    """The sigmoid tanh unit of Kimi K3: `beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta)`.
+    """The sigmoid tanh unit of Kimi K3, `beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta)`.
 
-    It is a SwiGLU with two smoothly bounded factors.
+    `SiTU` is a SwiGLU whose two factors are smoothly bounded.
 
     Args:
         beta, linear_beta: the bounds of the two factors.
 
     Shape:
-        Maps gate and up `(..., h)` to `(..., h)`.
+        Maps `gate` and `up` of shape `(..., h)` to a tensor of the same shape.
 
     Example:
         >>> import torch
@@ -129,7 +131,7 @@ class SquaredReLU(nn.Module):
     """The squared ReLU, `relu(x)^2` (Primer, arXiv 2109.08668).
 
     Shape:
-        Maps `(..., h)` to the same shape.
+        Maps a tensor of shape `(..., h)` to a tensor of the same shape.
 
     Example:
         >>> import torch
@@ -144,7 +146,7 @@ class SquaredReLU(nn.Module):
 
 
 class FunctionActivation(nn.Module):
-    """A module that calls a function."""
+    """Wraps a function in a module."""
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -158,7 +160,8 @@ class FunctionActivation(nn.Module):
 
 
 def make_activation(activation: ActivationLike) -> nn.Module:
-    """Return the activation as a module. Classes and other factories without arguments are called."""
+    """Convert an activation to a module. Classes and other factories without arguments are called to create the
+    module."""
     if isinstance(activation, nn.Module):
         return activation
     if not callable(activation):
@@ -176,7 +179,7 @@ def make_activation(activation: ActivationLike) -> nn.Module:
 
 
 def takes_gate_and_up(activation: ActivationLike) -> bool:
-    """Return whether the activation is a function of `(gate, up)`, which cannot be called with a single tensor."""
+    """Return whether an activation is a function of `(gate, up)` that cannot be called with a single tensor."""
     if type(activation) in KNOWN_ACTIVATIONS or isinstance(activation, ClampedSwiGLU):
         return isinstance(activation, ClampedSwiGLU)
     if isinstance(activation, FunctionActivation):
@@ -187,7 +190,7 @@ def takes_gate_and_up(activation: ActivationLike) -> bool:
 
 
 def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
-    """Return the hidden layer `(..., h)` of a network, given the product with the tokens, or gate and up."""
+    """Compute a network's hidden layer `(..., h)`, given either a single pre-activation, or gate and up."""
     if len(parts) == 1 or takes_gate_and_up(activation):
         return activation(*parts)
     return activation(parts[0]) * parts[1]
@@ -195,14 +198,15 @@ def compute_hidden(activation: ActivationLike, parts: Sequence[Tensor]) -> Tenso
 
 @assume_constant_result  # a traced graph cannot read signatures
 def _needs_two_arguments(function: Callable, leading_arguments: int) -> bool:
-    """Return whether a function accepts two arguments but not one, in addition to `leading_arguments`."""
+    """Return whether a function accepts two but not one argument after `leading_arguments` other arguments."""
     return not _accepts_num_arguments(function, 1 + leading_arguments) and _accepts_num_arguments(
         function, 2 + leading_arguments
     )
 
 
 def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
-    """Return whether a function accepts `num_arguments` arguments. This is False for builtins without a signature."""
+    """Return whether a function accepts `num_arguments` arguments. The result is False for built-in functions without a
+    signature."""
     try:
         inspect.signature(function).bind(*range(num_arguments))
     except (TypeError, ValueError):
@@ -211,16 +215,16 @@ def _accepts_num_arguments(function: Callable, num_arguments: int) -> bool:
 
 
 class KnownActivation(NamedTuple):
-    """An activation of one tensor that can write its result and its gradient into preallocated memory or in place.
+    """A single-tensor activation that can write its result and its gradient into preallocated memory or in place.
 
     `forward`, `recompute` and `backward` compute the hidden layer and its gradients from the pre-activations `pre`,
-    which are one tensor, or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden layer.
-    `backward` may then overwrite `grad`, so that the gradient of the gate can use its memory.
+    which are either one tensor, or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden
+    layer. `backward` may then overwrite `grad`, so that its memory can be reused for the gradient of the gate.
 
     Attributes:
-        write: `write(h, out)` writes the activation of h.
-        write_grad: `write_grad(grad, h, out)` writes the gradient of h.
-        kernel_name: name of the activation in `kernels/pointwise.py`, or None if there is none.
+        write: a function `write(h, out)` that writes the activation of h to `out`.
+        write_grad: a function `write_grad(grad, h, out)` that writes the gradient of h to `out`.
+        kernel_name: the activation's name in `kernels/pointwise.py`, or None if it has no kernel there.
     """
 
     write: Callable[[Tensor, Tensor], object]
@@ -233,21 +237,21 @@ class KnownActivation(NamedTuple):
             out.mul_(pre[1])
 
     def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
-        """Write the recomputed hidden layer and the gradient of up."""
+        """Recompute the hidden layer, and write it and the gradient of up."""
         self.write(pre[0], out)
         if len(pre) == 2:
             torch.mul(out, grad, out=grad_pre[1])
             out.mul_(pre[1])
 
     def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        """Write the gradient of the gate or of the single pre-activation, overwriting `grad`."""
+        """Overwrite `grad`, and write the gradient of the gate or of the single pre-activation."""
         if len(pre) == 2:
             grad.mul_(pre[1])
         self.write_grad(grad, pre[0], grad_pre[0])
 
 
 class KnownClampedSwiGLU(NamedTuple):
-    """Clamped SwiGLU, a function of gate and up, with the methods of `KnownActivation`."""
+    """The clamped SwiGLU, a function of gate and up that implements the methods of `KnownActivation`."""
 
     act: ClampedSwiGLU
     kernel_name = "clamped_swiglu"
@@ -259,7 +263,8 @@ class KnownClampedSwiGLU(NamedTuple):
         self.forward(pre, out)
 
     def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        """Write the gradients of `gate s (up + 1)` with `s = sigmoid(alpha gate)`, which are 0 for clamped values."""
+        """Write the gradients of `gate s (up + 1)` with `s = sigmoid(alpha gate)`. The gradient of a clamped value is
+        0."""
         alpha, limit = self.act.alpha, self.act.limit
         gate, up = pre[0].clamp(max=limit), pre[1].clamp(-limit, limit)
         s = torch.sigmoid(alpha * gate)
@@ -311,13 +316,13 @@ FUNCTION_MODULES: dict[Callable[..., Any], nn.Module] = {
 
 
 def module_for_function(activation: ActivationLike) -> Any:
-    """Return the module for a well-known function, such as `nn.SiLU()` for `F.silu`, or anything else unchanged."""
+    """Return the module for a well-known function, such as `nn.SiLU()` for `F.silu`. Return other activations
+    unchanged."""
     return next((module for function, module in FUNCTION_MODULES.items() if function is activation), activation)
 
 
 def unknown_activation_reason(activation: ActivationLike) -> str | None:
-    """Return why an implementation must call the user's activation instead of computing it itself, or None if it can
-    compute it."""
+    """Return why an implementation cannot compute an activation itself and must call it, or None if it can."""
     if type(activation) not in KNOWN_ACTIVATIONS:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN_ACTIVATIONS)}"

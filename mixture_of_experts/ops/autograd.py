@@ -1,9 +1,9 @@
-"""A single `torch.autograd.Function` for a whole call, used by implementations that compute their own gradients.
+"""Wraps a whole call in a single `torch.autograd.Function`, for implementations that compute their own gradients.
 
 Axes: t tokens, a assignments, d model dim, o output dim.
 
-Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply, and autocast is disabled. Second
-derivatives and batched gradients are computed by the reference implementation, `plain.py`.
+Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply. Autocast is disabled. The reference
+implementation, `plain.py`, computes second derivatives and batched gradients.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SavedTensors = Sequence[Tensor | None]
 
 
 class FFNGradients(NamedTuple):
-    """Gradients of a call.
+    """The gradients of a call.
 
     Attributes:
-        x: `(t, d)`, gradient of the tokens; None if it is not requested.
-        weight: `(a,)`, gradient of the weights of assignments.
-        network: the requested gradients of the experts' weights, with the names of `Network.tensors`.
+        x: gradient of the tokens, `(t, d)`, or None if it is not requested.
+        weight: gradient of the assignment weights, `(a,)`.
+        network: the requested gradients of the expert weights, with the same names as in `Network.tensors`.
     """
 
     x: Tensor | None
@@ -49,9 +49,9 @@ BackwardFunction = Callable[[Tensor, Permutation, Network, SavedTensors, Tensor,
 def run_differentiable(
     forward: ForwardFunction, backward: BackwardFunction, x: Tensor, permutation: Permutation, network: Network
 ) -> Tensor:
-    """Return the outputs `(t, o)` of tokens x `(t, d)`, computed by the `forward` and `backward` of an implementation.
+    """Compute the outputs `(t, o)` of tokens x `(t, d)` with the `forward` and `backward` of an implementation.
 
-    They are differentiable with respect to `x`, `permutation.weight` and all tensors of the network.
+    The outputs are differentiable with respect to `x`, `permutation.weight` and all tensors of the network.
     """
     weights = network.tensors().values()
     with disable_autocast(x.device):
@@ -61,8 +61,8 @@ def run_differentiable(
 
 
 def select_tables_to_save(permutation: Permutation) -> dict[str, Tensor]:
-    """Return the tensors of a permutation to save, by name. On a CPU, all of them are saved, because packing would take
-    too long."""
+    """Return the tensors of a permutation that must be saved, keyed by name. On a CPU, all tensors are saved, because
+    packing them would take too long."""
     return permutation.tensors() if permutation.row.device.type == "cpu" else permutation.tensors_to_save()
 
 

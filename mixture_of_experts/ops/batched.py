@@ -1,11 +1,11 @@
-"""Computes a whole call (dispatch, experts and combine) with batched products of torch's operators, on any GPU.
+"""Computes a whole call (dispatch, experts and combine) with torch's batched matrix products, on any GPU.
 
 Axes: t tokens, k choices, r rows (sorted by expert), e experts, s slots per expert, d model dim, h hidden dim, o output
-dim, p inner and q outer dimension of a weight.
+dim, p inner dimension and q outer dimension of a weight.
 
-A single gather and a single sum handle all choices. The layout of rows and their products are implemented by a class:
-`SlotLayout`, `BlockLayout`, or another one passed to `run`. Its `arrange` permutes the assignments, and may add a table
-for its products.
+All choices are handled by a single gather and a single sum. A layout class arranges the rows and implements their
+products: `SlotLayout`, `BlockLayout`, or another class passed to `run`. The layout's `arrange` method permutes the
+assignments, and may add a table for the products.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BIAS_GRAD_COLUMNS = (
 
 
 class SlotLayout(row_network.RowLayout):
-    """A layout of rows in slots. All experts have the same number of slots, and empty slots are zeros."""
+    """Arranges rows in slots. All experts have the same number of slots, and empty slots contain zeros."""
 
     num_batches: int
     empty: Tensor
@@ -83,7 +83,7 @@ class SlotLayout(row_network.RowLayout):
         return terms.view(permutation.num_tokens, permutation.k, terms.shape[-1]).sum(dim=1)
 
     def gather_outputs(self) -> Tensor:
-        """Return the output of each assignment `(a, o)`, with zeros for assignments without a row."""
+        """Return the output of each assignment, `(a, o)`. The output of an assignment without a row is zero."""
         return self.row_outputs.index_select(0, self.permutation.row)
 
     def view_batches(self, rows: Tensor) -> Tensor:
@@ -94,12 +94,12 @@ class SlotLayout(row_network.RowLayout):
 
 
 class BlockLayout(SlotLayout):
-    """A layout of rows in blocks of equal size. Each block contains rows of one expert, and a copy of its weight is
-    made for the block. The table of the permutation holds the expert of each block.
+    """Arranges rows in blocks of equal size. Each block contains rows of one expert, and has its own copy of that
+    expert's weight. The permutation's table contains the expert of each block.
 
-    This layout needs no host sync, because the number of blocks is the maximum for any row counts. A block has about as
-    many rows as the average expert, so there are at most about 2 e blocks. Pre-activations are saved only for
-    assignments, not for all rows.
+    This layout needs no host sync, because it always uses the maximum number of blocks. A block has about as many rows
+    as the average expert, so there are at most about 2 e blocks. Pre-activations are saved for assignments, but not for
+    empty rows.
     """
 
     num_experts: int
@@ -133,10 +133,10 @@ class BlockLayout(SlotLayout):
         return add_rows(zeros, self.expert, products)
 
     def pack(self, pre: Tensor) -> Tensor:
-        """Return the pre-activations of assignments, and a row of zeros that `unpack` reads for empty rows.
+        """Return the pre-activations of all assignments, followed by a row of zeros that `unpack` reads for empty rows.
 
-        If empty rows read an arbitrary assignment instead, a token that is not finite would affect the gradients of
-        experts that do not compute it.
+        If empty rows read the pre-activations of an arbitrary assignment instead, a non-finite token would affect the
+        gradients of experts that do not compute it.
         """
         row = self.permutation.row.clamp(max=self.permutation.num_rows - 1)
         packed = pre.new_empty(row.shape[0] + 1, pre.shape[-1])
@@ -152,8 +152,8 @@ class BlockLayout(SlotLayout):
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why this implementation does not support the call (an unknown activation, an export, or a transform), or
-    None if it does."""
+    """Return why this implementation does not support a call, or None if it does. Unknown activations, exports and
+    transforms are not supported."""
     if is_exporting():
         return "an exported graph may contain only torch's own operators"
     if is_in_transform():
@@ -162,7 +162,7 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def run(call: Call, layout: type[SlotLayout] = BlockLayout) -> Tensor:
-    """Compute a call, and return `(t, o)`. `layout` is used for calls that prefer rows without gaps."""
+    """Compute the outputs `(t, o)` of a call. `layout` is used if the call prefers rows without gaps."""
     return few_tokens.run(call) if few_tokens.supports_call(call) else run_rows(call, layout)
 
 

@@ -1,11 +1,12 @@
-"""Computes small numbers of tokens in inference, as in decoding on a GPU, with torch's operators and no permutation.
+"""Computes calls with a small number of tokens during inference, such as decoding on a GPU. No permutation is needed,
+and only torch operators are used.
 
 Axes: t tokens, k choices, e experts, d model dim, o output dim.
 
-For small numbers of rows, kernel launches and the bytes of weights dominate the time. Each choice uses a copy of its
-expert's weights. If these copies would move more bytes than all weights, every expert computes all tokens instead, and
-results that no token chose are ignored. This is used only in eval mode without gradients, because a recomputation must
-use the same implementation as its forward.
+For small row counts, the run time is dominated by kernel launches and by memory traffic for the weights. Each choice
+uses a copy of its expert's weights. If these copies would move more bytes than reading all weights, every expert
+computes all tokens instead, and the results that no token chose are ignored. This path is used only in eval mode
+without gradients, because a recomputation must use the same implementation as the forward pass.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ COPY_COST = 3  # a copied weight is read, written and read again
 
 
 def should_copy_weights(call: Call) -> bool:
-    """Return whether copying weights for each choice moves fewer bytes than reading all weights."""
+    """Return whether copying the weights for each choice moves fewer bytes than reading all weights."""
     return COPY_COST * call.assignments.weight.shape[0] < call.network.w_out.shape[0]
 
 
 def supports_call(call: Call) -> bool:
-    """Return whether a call uses token choice for a small number of tokens, in eval mode and without gradients."""
+    """Return whether a call routes a small number of tokens with token choice, in eval mode and without gradients."""
     tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
     if not (call.is_inference() and statically_known_true(tokens <= MAX_INFERENCE_TOKENS)):
         return False
@@ -37,7 +38,8 @@ def supports_call(call: Call) -> bool:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`. The sum over the choices of a token is computed at least in float32."""
+    """Compute the outputs `(t, o)` of a call. The weighted sum over each token's choices is computed in float32 or
+    higher precision."""
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     (t, d), experts, k = x.shape, network.w_out.shape[0], assignments.k

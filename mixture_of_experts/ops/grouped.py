@@ -1,9 +1,9 @@
-"""Grouped matrix products, in which one operator multiplies the rows of all experts by their weights, without padding.
+"""Implements grouped matrix products: one operator multiplies the rows of all experts by their weights without padding.
 
-Axes: e experts, r rows (sorted by expert), p inner and q outer dimension of a weight.
+Axes: e experts, r rows (sorted by expert), p inner dimension and q outer dimension of a weight.
 
-On CUDA, the operator is torch's own. On a CPU, it is defined by this package, so that compiled graphs can contain a
-loop over row counts in a tensor.
+On CUDA, torch's own operator is used. On a CPU, this package defines the operator, so that compiled graphs can contain
+a loop over row counts in a tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IS_AMD_GROUPED_GEMM_ENABLED = (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why there is no operator for a weight or its low-rank part, or None if all are supported."""
+    """Return why there is no operator for a weight or its low-rank part, or None if all of them are supported."""
     for tensor in call.network.tensors().values():
         if tensor.ndim == 3 and (reason := no_operator_reason(call.x, tensor)):
             return reason
@@ -41,19 +41,19 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`."""
+    """Compute the outputs `(t, o)` of a call."""
     if call.x.is_cuda and batched.unsupported_reason(call) is None:
         return batched.run(call, GroupedLayout)
     return plain.run_permuted(call.x, plain.choose_permutation(call.assignments), call.network, grouped_matmul)
 
 
 class GroupedLayout(batched.SlotLayout):
-    """A layout of rows without gaps, with torch's grouped product on CUDA. The table of the permutation holds the end
-    of each expert's rows.
+    """Arranges rows without gaps, and uses torch's grouped product on CUDA. The permutation's table contains the end of
+    each expert's rows.
 
-    Rows past those of the last expert may hold any values. Only the last row is read: assignments without a row
-    multiply it by 0. It is finite, because no expert fills it. If such assignments read the row of a token instead, a
-    token that is not finite would affect other tokens, because 0 * inf is NaN.
+    Rows after the last expert's rows may contain any values. Only the last of these rows is read: assignments that have
+    no row of their own multiply it by 0. This row is finite, because no expert fills it. If these assignments read a
+    token's row instead, a non-finite token would affect other tokens, because 0 * inf is NaN.
     """
 
     ends: Tensor
@@ -82,7 +82,8 @@ class GroupedLayout(batched.SlotLayout):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the total with the spare row of the permutation set to 0, so that no row has to be appended."""
+        """Return the sum of the products, with the permutation's spare row set to 0, so that no row needs to be
+        appended."""
         (x, weight), *others = pairs
         self.row_outputs: Any = self.multiply_rows(x, weight)
         for x, weight in others:
@@ -101,7 +102,7 @@ class GroupedLayout(batched.SlotLayout):
 
 
 def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
-    """Return `x^T y` over the rows of each expert, `(e, p, q)`."""
+    """Return `x^T y` over each expert's rows, as `(e, p, q)`."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
@@ -110,8 +111,7 @@ def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: T
 
 
 def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Return why torch's grouped product is a loop with a host sync instead of a single kernel, or None if it is a
-    single kernel."""
+    """Return why torch's grouped product runs as a loop with a host sync. Return None if it runs as a single kernel."""
     if torch.version.hip is not None:
         card = torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
         if card not in AMD_ARCHITECTURES or not IS_AMD_GROUPED_GEMM_ENABLED:
@@ -130,12 +130,13 @@ def no_kernel_reason(x: Tensor, weight: Tensor) -> str | None:
 
 
 def grouped_matmul(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """Multiply each expert's rows by its weight, with a grouped operator if there is one.
+    """Multiply each expert's rows by its weight, with a grouped operator if one is available.
 
-    Arguments and result are as in `plain.expert_product`.
+    The arguments and the result are the same as in `plain.expert_product`.
 
     Raises:
-        ValueError: shapes do not match, or (on a CPU) counts are negative or add up to more than the number of rows.
+        ValueError: the shapes do not match, or (on a CPU) a count is negative or the sum of the counts exceeds the
+            number of rows.
     """
     check_operands(x, weight, num_tokens_per_expert)
     if num_tokens_per_expert is None or no_operator_reason(x, weight, num_tokens_per_expert) is not None:
@@ -160,7 +161,8 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
-    """Return the counts as integers. Raise ValueError if they are negative or exceed the number of rows."""
+    """Return the counts as a list of integers. Raise a ValueError if a count is negative or the sum of the counts
+    exceeds the number of rows."""
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
@@ -181,12 +183,13 @@ def no_operator_reason(*operands: Tensor) -> str | None:
 
 
 class _GroupedMatmul(torch.autograd.Function):
-    """Multiplies each expert's rows by its weight, or computes `x^T y` over each expert's rows. Each of the two is part
-    of the gradient of the other."""
+    """Multiplies each expert's rows by its weight, or computes `x^T y` over each expert's rows. Each of the two
+    operations is part of the other's gradient."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, is_outer: bool) -> Tensor:
-        """Multiply x `(r, p)` by weights y `(e, p, q)`; if `is_outer`, return `x^T y` `(e, p, q)` for y `(r, q)`."""
+        """Multiply x `(r, p)` by the weights y `(e, p, q)`. If `is_outer`, return `x^T y` `(e, p, q)` for y `(r, q)`
+        instead."""
         if not x.is_cuda:
             own = torch.ops.mixture_of_experts
             operator = own.rows_by_rows if is_outer else own.rows_by_weights
@@ -240,7 +243,7 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
 def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Return the gradient of the weights, `x^T y` over the rows of each expert."""
+    """Return the gradient of the weights, which is `x^T y` over each expert's rows."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for expert, count in enumerate(read_counts(num_tokens_per_expert, x.shape[0])):
@@ -259,19 +262,20 @@ def _(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 
 def _count_grouped_flops(x: Tensor, y: Tensor, *_, **__) -> int:
-    """Return 2 r p q for x `(r, p)` and a weight `(..., p, q)` or rows `(r, q)`."""
+    """Return the FLOP count 2 r p q for x `(r, p)` and either a weight `(..., p, q)` or rows `(r, q)`."""
     return 2 * x.shape[0] * x.shape[1] * y.shape[-1]
 
 
 def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[int, int]]) -> Tensor:
-    """Multiply rows x sorted by expert by the weights of their experts, with zeros past the rows of the last expert.
+    """Multiply rows x, sorted by expert, by the weights of their experts. The result is 0 for rows after the last
+    expert's rows.
 
-    A product of a small number of rows runs on one thread. Therefore two consecutive experts with the same number of
-    rows are computed as one batched product on two threads, which is possible because any two weights of a stack are a
-    slice with a step.
+    A product with a small number of rows runs on a single thread. Two consecutive experts with the same number of rows
+    are therefore computed as one batched product on two threads. This is possible because a slice with a step can
+    select any two weights in a stack.
 
     Args:
-        rows_per_expert: (expert, number of rows) for each expert with rows, in ascending order.
+        rows_per_expert: (expert, number of rows) pairs for the experts that have rows, in ascending order.
     """
     out = x.new_empty(x.shape[0], weight.shape[-1])
     pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # otherwise torch copies the slice

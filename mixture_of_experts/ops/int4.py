@@ -1,12 +1,13 @@
-"""4-bit weights with two 16-bit parameters for each group of inputs, which need two sevenths of the memory of bfloat16.
+"""Implements 4-bit weights with two 16-bit parameters per group of inputs. These weights need two sevenths of the
+memory of bfloat16 weights.
 
-Axes: e experts, r rows, p inner and q outer dimension of a weight, g inputs per group, b outputs per block.
+Axes: e experts, r rows, p inner dimension and q outer dimension of a weight, g inputs per group, b outputs per block.
 
-A weight is `(level - 8) * step + zero`, where the level is an integer from 0 to 15 in four bits (a nibble). A group
-consists of g adjacent inputs of one output, and has its own step and zero in bfloat16. Two nibbles form a byte, in
-*blocks* of b outputs `(q / b, p, b / 2)`: the lower nibble of byte j belongs to output j, the upper one to output
-`j + b / 2`. The operator of each CPU supports a single b, 64 with AVX-512 and 32 with AVX2. `PORTABLE_BLOCK` is used
-only in files, and no CPU operator supports it.
+A weight is `(level - 8) * step + zero`, where the level is an integer from 0 to 15 stored in four bits (a nibble). A
+group consists of g adjacent inputs of one output, and has its own step and zero in bfloat16. Two nibbles form a byte.
+Bytes are stored in *blocks* of b outputs, `(q / b, p, b / 2)`. The lower nibble of byte j belongs to output j, and the
+upper nibble to output `j + b / 2`. Each CPU's operator supports only one value of b: 64 with AVX-512, and 32 with AVX2.
+`PORTABLE_BLOCK` is used only in files, and is not supported by any CPU operator.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ BLOCKS = (PORTABLE_BLOCK, 32, 64)  # layouts of weights in files
 
 
 def pack_matrix(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
-    """Round float32 weights `(p, q)` to the nearest levels, and pack them."""
+    """Round float32 weights `(p, q)` to the nearest levels, and pack the levels."""
     levels, step, zero = round_to_nearest(weight.unflatten(0, (-1, group)))
     return pack_levels(levels, step, zero, block)
 
 
 def pack_levels(levels: Tensor, step: Tensor, zero: Tensor, block: int) -> dict[str, Tensor]:
-    """Pack levels `(p / g, g, q)` into nibbles `(q / b, p, b / 2)`, and step and zero of each group, both
-    `(p / g, 1, q)`, into bytes `(p / g, q, 4)`, so that casting a model does not change them."""
+    """Pack levels `(p / g, g, q)` into nibbles `(q / b, p, b / 2)`. The step and zero of each group, both
+    `(p / g, 1, q)`, are stored as bytes `(p / g, q, 4)`, so that casting a model does not change them."""
     levels, step, zero = (F.pad(part, (0, -part.shape[-1] % MAX_BLOCK)) for part in (levels, step, zero))
     groups = torch.cat([step, zero], dim=1).mT.bfloat16().contiguous().view(torch.uint8)
     return {"packed": pack_nibbles(levels.to(torch.uint8).flatten(0, 1), block), "groups": groups}
 
 
 def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
-    """Return the levels of weights `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
+    """Return the levels for weights `(p / g, g, q)`, and the step and zero of each group, `(p / g, 1, q)`.
 
-    Levels are either evenly spaced between the smallest and the largest weight, or centered on 0, with the weight
-    farthest from 0 at level 0. Each group uses the option with the smaller error.
+    Levels are either evenly spaced between the smallest and largest weight, or centered on 0, where the weight farthest
+    from 0 gets level 0. Each group uses whichever option has the smaller error.
     """
     low, high = weight.aminmax(dim=1, keepdim=True)
     even, farthest = (high - low) / 15, torch.where(high > -low, high, low)
@@ -58,7 +59,7 @@ def round_to_nearest(weight: Tensor) -> Iterator[Tensor]:
 
 
 def round_to_levels(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
-    """Return the levels of weights, step and zero as stored, and the sum of squared errors of each group."""
+    """Return the levels of the weights, the step and zero as stored, and the sum of squared errors for each group."""
     step, zero = step.bfloat16().float(), zero.bfloat16().float()
     step = torch.where(step == 0, 1, step)
     levels = ((weight - zero) / step).round_().clamp_(-8, 7)
@@ -73,14 +74,14 @@ def pack_nibbles(levels: Tensor, block: int) -> Tensor:
 
 
 def unpack_nibbles(packed: Tensor, out: Tensor) -> Tensor:
-    """Write the levels to `out` `(p, q)`, which may have any dtype, and return it."""
+    """Write the levels to `out` `(p, q)`, which may have any dtype, and return `out`."""
     for i, levels in enumerate((packed & 15, packed >> 4)):
         out.view(-1, packed.shape[0], 2, packed.shape[2])[:, :, i].copy_(levels.transpose(0, 1))
     return out
 
 
 def repack_nibbles(packed: Tensor, block: int) -> Tensor:
-    """Convert nibbles `(..., q / b, p, b / 2)` from one b to another."""
+    """Convert nibbles `(..., q / b, p, b / 2)` to another block size b."""
     if 2 * packed.shape[-1] == block:
         return packed
     *dims, blocks, p, half = packed.shape
@@ -100,8 +101,9 @@ def unpack_matrix(packed: Tensor, groups: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | None = None) -> Tensor:
-    """Multiply x `(r, p)` by one packed weight, or each row by the weight of its expert in a stack, and return `(r, q)`
-    in float32. The operator rounds both operands to bfloat16, with an error of a fortieth of that of 4 bits."""
+    """Multiply x `(r, p)` by one packed weight, or multiply each row by its expert's weight in a stack. Returns
+    `(r, q)` in float32. The operator rounds both operands to bfloat16. The resulting error is a fortieth of the error
+    of 4-bit quantization."""
     rows, steps_and_zeros = x.bfloat16().contiguous(), groups.view(torch.bfloat16)
     group = x.shape[1] // groups.shape[-3]
     if expert is None:
@@ -111,14 +113,14 @@ def multiply_rows(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | No
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Return whether torch has an operator that multiplies by these nibbles without unpacking."""
+    """Return whether torch has an operator that multiplies by these nibbles without unpacking them."""
     return packed.is_cpu and PORTABLE_BLOCK != find_cpu_block() == 2 * packed.shape[-1]
 
 
 @cache
 def find_cpu_block() -> int:
-    """Return the b of this CPU's operator if its results match `unpack_matrix`, else `PORTABLE_BLOCK`. The check runs
-    at the first call."""
+    """Return the value of b that this CPU's operator supports if its results match `unpack_matrix`, and
+    `PORTABLE_BLOCK` otherwise. The check runs on the first call."""
     here: Any = {"dtype": torch.float32, "device": "cpu"}  # overrides defaults that the caller may have set
     weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
     for block in (64, 32):

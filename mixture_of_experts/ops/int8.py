@@ -1,10 +1,10 @@
-"""8-bit weights, which need half of the memory of bfloat16 and a quarter of that of float32.
+"""Implements 8-bit weights, which need half the memory of bfloat16 and a quarter of the memory of float32.
 
-Axes: e experts, r rows, p inner and q outer dimension of a weight.
+Axes: e experts, r rows, p inner dimension and q outer dimension of a weight.
 
-A weight is packed into `(p, q + 8)` bytes in the format of torch's 8-bit embedding tables. Each of its p rows has q
-levels, 0 to 255, followed by the step size and the smallest weight, both in float32. The weighted sum of the rows of
-such a table is the product of one token and the weight, and torch's operator computes it without unpacking.
+A weight is packed into `(p, q + 8)` bytes in the format of torch's 8-bit embedding tables. Each of the table's p rows
+contains q levels from 0 to 255, followed by the step size and the smallest weight in float32. The product of a token
+and the weight is a weighted sum of the rows of this table. Torch's operator computes the sum without unpacking.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def pack_matrix(weight: Tensor) -> dict[str, Tensor]:
 
 
 def unpack_matrix(packed: Tensor) -> Tensor:
-    """Unpack bytes `(..., p, q + 8)` to float32 weights `(..., p, q)`."""
+    """Unpack bytes `(..., p, q + 8)` into float32 weights `(..., p, q)`."""
     if packed.ndim == 2 and has_direct_matmul(packed):
         return unpack_rows(packed)
     extra = packed[..., -ROW_PARAMETER_BYTES:].clone(
@@ -46,8 +46,9 @@ def unpack_matrix(packed: Tensor) -> Tensor:
 
 
 def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Tensor:
-    """Multiply x `(r, p)` by one packed weight, or each row by the weight of its expert in a stack, and return `(r, q)`
-    in float32. If there are more threads than rows, each product is split into parts that are summed."""
+    """Multiply x `(r, p)` by one packed weight, or multiply each row by its expert's weight in a stack. Returns
+    `(r, q)` in float32. If there are more threads than rows, each product is split into parts, which are then
+    summed."""
     (r, p), threads = x.shape, torch.get_num_threads()
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1
@@ -60,13 +61,13 @@ def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Te
 
 
 def has_direct_matmul(packed: Tensor) -> bool:
-    """Return whether torch has an operator that multiplies by these bytes without unpacking."""
+    """Return whether torch has an operator that multiplies by these bytes without unpacking them."""
     return packed.is_cpu and has_packed_row_operators()
 
 
 @cache
 def has_packed_row_operators() -> bool:
-    """Return whether torch has CPU operators for packed rows whose results match `unpack_matrix`. The check runs at the
+    """Return whether torch has CPU operators for packed rows whose results match `unpack_matrix`. The check runs on the
     first call."""
     here: Any = {"dtype": torch.float32, "device": "cpu"}  # overrides defaults that the caller may have set
     weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5

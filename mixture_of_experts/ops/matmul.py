@@ -1,10 +1,10 @@
-"""Batched matrix products on a CPU, including dtypes without native products.
+"""Implements batched matrix products on a CPU, including in dtypes that the CPU does not support natively.
 
-Most CPUs multiply only in float32 and float64, and torch's half-precision products then take 10x to 200x as long as
-float32 products. Therefore operands are cast to float32, and the result is rounded. Sums are in float32, as in torch's
-own products.
+Most CPUs multiply only float32 and float64 natively. Torch's half-precision products then take 10x to 200x as long as
+float32 products. The operands are therefore cast to float32, and the result is rounded. Sums are accumulated in
+float32, as in torch's own products.
 
-Axes: n matrices, m rows per matrix, p inner and q outer dimension of a product.
+Axes: n matrices, m rows per matrix, p inner dimension and q outer dimension of a product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ MAX_CAST_NUMEL = (
 
 
 def matmul_into(x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-    """Write `x @ y` to `out`, or add it if `accumulate`, for x `(n, m, p)` and y `(n, p, q)` or single matrices."""
+    """Write `x @ y` to `out`, or add it to `out` if `accumulate` is True. The operands are `(n, m, p)` and `(n, p, q)`,
+    or single matrices."""
     if private_torch.has_native_matmul(x.dtype):
         if accumulate:
             (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y)

@@ -1,4 +1,5 @@
-"""The inputs of all implementations: `Network`, the weights of all experts, and `Call`. Casts operands to one dtype.
+"""Defines the inputs of all implementations: `Network`, which contains the weights of all experts, and `Call`. This
+module also casts operands to a common dtype.
 
 Axes: t tokens, e experts, d model dim, h hidden dim, o output dim.
 """
@@ -26,16 +27,19 @@ W_IN_NAMES, B_IN_NAMES = (
 
 @dataclass(frozen=True)
 class Network:
-    """The stored weights of all experts, which compute `act(x w_in) w_out`, gated or not, with or without biases.
+    """The stored weights of all experts, which compute `act(x w_in) w_out`. The experts may be gated, and may have
+    biases.
 
     Attributes:
-        w_in: one weight `(e, d, h)`, two weights (gate and up projection), or one weight `(e, d, 2 h)` for both.
+        w_in: one weight `(e, d, h)`, two weights for the gate and up projections, or one weight `(e, d, 2 h)` for both
+            projections.
         w_out: `(e, h, o)`.
         activation: a function of one tensor, or of `(gate, up)`.
-        b_in: a bias `(e, q)` or None for each weight `(e, d, q)` of `w_in`. Default: no biases.
-        b_out: `(e, o)` or None.
-        gate_up: layout of gate and up projection in a single weight, "concatenated" or "interleaved", or None.
-        dropout: probability of setting elements of the hidden layer to 0; other elements are scaled up.
+        b_in: a bias `(e, q)` or None for each weight `(e, d, q)` in `w_in`. Default: no biases.
+        b_out: bias `(e, o)`, or None.
+        gate_up: layout of the gate and up projections in a single weight, "concatenated" or "interleaved". None if the
+            projections are separate or there is no gate projection.
+        dropout: probability of zeroing an element of the hidden layer. The remaining elements are scaled up.
     """
 
     w_in: tuple[Tensor, ...]
@@ -55,36 +59,36 @@ class Network:
         return len(self.w_in) == 2 or self.gate_up is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all weights and biases that are not None, with the names "w_in.0", "w_in.1", "w_out", "b_in.0",
+        """Return all weights and biases that are not None, keyed by the names "w_in.0", "w_in.1", "w_out", "b_in.0",
         "b_in.1" and "b_out"."""
         names = (*W_IN_NAMES[: len(self.w_in)], "w_out", *B_IN_NAMES[: len(self.b_in)], "b_out")
         there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
         return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
-        """Return the network with these named weights and biases, and None for missing names."""
+        """Return a copy of the network with these named weights and biases. Missing names are set to None."""
         get: Any = tensors.get
         w_in, b_in = (tuple([get(name) for name in names[: len(self.w_in)]]) for names in (W_IN_NAMES, B_IN_NAMES))
         return Network(w_in, get("w_out"), self.activation, b_in, get("b_out"), self.gate_up, self.dropout)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
-        """Return the network with `function` applied to all weights and biases."""
+        """Return a copy of the network with `function` applied to all weights and biases."""
         return self.with_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def merged(self) -> Network:
-        """Return a network with the same outputs whose weights are plain tensors. Subclasses with other weights
-        override this method."""
+        """Return an equivalent network whose weights are plain tensors. Subclasses with other kinds of weights override
+        this method."""
         return self
 
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return gate and up, or the single pre-activation, as views of `pre`, the products with the weights of
-        `w_in`."""
+        """Return the gate and up projections, or the single pre-activation, as views of `pre`. `pre` contains the
+        products with the weights in `w_in`."""
         if self.gate_up is None:
             return pre
         return pre[0].chunk(2, dim=-1) if self.gate_up == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
 
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
-        """Return the hidden layer `(..., h)`, given `pre`, the products with the weights of `w_in`."""
+        """Return the hidden layer `(..., h)`. `pre` contains the products with the weights in `w_in`."""
         hidden = compute_hidden(self.activation, self.projections(pre))
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
@@ -96,11 +100,11 @@ class Network:
 
 
 def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights with a given dtype are multiplied.
+    """Return the dtype in which weights of the given dtype are multiplied.
 
-    This is the dtype of autocast if it is enabled (autocast itself does not cast operands of grouped products), and
-    `dtype` otherwise. `dtype` is also used on a CPU without native products in the dtype of autocast, which would only
-    be slower.
+    The result is the autocast dtype if autocast is enabled, because autocast itself does not cast the operands of
+    grouped products. Otherwise, the result is `dtype`. `dtype` is also returned on a CPU without native products in the
+    autocast dtype, where autocast would only be slower.
     """
     if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return dtype
@@ -109,7 +113,7 @@ def get_operand_dtype(device: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
-    """Cast tokens and weights to one dtype."""
+    """Cast tokens and weights to a common dtype."""
     dtype = network.w_out.dtype if x.dtype == torch.float64 else get_operand_dtype(x.device.type, network.w_out.dtype)
     if all(tensor.dtype == dtype for tensor in network.tensors().values()):
         return x.to(dtype), network
@@ -117,14 +121,14 @@ def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
 
 
 class Call(NamedTuple):
-    """One call, with all operands in one dtype.
+    """A call of the experts, with all operands in a common dtype.
 
     Attributes:
         x: `(t, d)`, tokens.
-        assignments: the assignments of these tokens.
-        network: the weights of the experts.
-        training: whether the experts are in training mode. The implementation is selected by this mode, not by the grad
-            mode, because a recomputation must use the same implementation as its forward.
+        assignments: the expert assignments of the tokens.
+        network: the weights of all experts.
+        training: whether the experts are in training mode. The mode, not the grad mode, determines the implementation,
+            because a recomputation must use the same implementation as the forward pass.
     """
 
     x: Tensor
@@ -133,5 +137,5 @@ class Call(NamedTuple):
     training: bool
 
     def is_inference(self) -> bool:
-        """Return whether the call uses token choice, in eval mode and without gradients."""
+        """Return whether the call uses token choice in eval mode without gradients."""
         return not (self.training or torch.is_grad_enabled() or self.assignments.k is None)

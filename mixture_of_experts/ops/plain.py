@@ -1,9 +1,10 @@
-"""The reference implementation: dispatch, products, activation and combine with plain torch operators.
+"""The reference implementation, which uses plain torch operators for dispatch, products, activation and combine.
 
-Axes: t tokens, r rows (sorted by expert), e experts, s slots per expert, p inner and q outer dimension of a weight.
+Axes: t tokens, r rows (sorted by expert), e experts, s slots per expert, p inner dimension and q outer dimension of a
+weight.
 
-It supports any device and dtype, compiled and exported graphs, `vmap`, and reverse-mode derivatives of any order. All
-other implementations are compared with it.
+The reference implementation supports any device and dtype, compiled and exported graphs, `vmap`, and reverse-mode
+derivatives of any order. All other implementations are compared against this one.
 """
 
 from __future__ import annotations
@@ -28,20 +29,20 @@ def unsupported_reason(call: Call) -> None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`."""
+    """Compute the outputs `(t, o)` of a call."""
     return run_permuted(call.x, choose_permutation(call.assignments), call.network)
 
 
 def choose_permutation(assignments: Assignments) -> Permutation:
-    """Return the permutation to rows without gaps if there are certainly fewer of them than slots, else to slots."""
+    """Permute to rows without gaps if there are certainly fewer rows than slots, and to slots otherwise."""
     return permute_without_gaps(assignments) if assignments.prefers_rows() else permute_to_slots(assignments)
 
 
 def run_permuted(
     x: Tensor, permutation: Permutation, network: Network, product: ProductFunction | None = None
 ) -> Tensor:
-    """Compute the outputs `(t, o)` of tokens x `(t, d)` with `product`, in rows or slots depending on the
-    permutation."""
+    """Compute the outputs `(t, o)` of tokens x `(t, d)` with `product`. The permutation determines whether rows or
+    slots are used."""
     rows, num_tokens_per_expert = dispatch(x, permutation), permutation.rows_per_expert
     if num_tokens_per_expert is None:
         experts = math.prod(permutation.expert_dims)
@@ -53,7 +54,8 @@ def run_permuted(
 def feed_forward(
     x: Tensor, network: Network, num_tokens_per_expert: Tensor | None = None, product: ProductFunction | None = None
 ) -> Tensor:
-    """Map slots `(e, s, d)` to `(e, s, o)`, or rows `(r, d)` to `(r, o)` if num_tokens_per_expert `(e,)` is passed."""
+    """Map slots `(e, s, d)` to `(e, s, o)`. If `num_tokens_per_expert` `(e,)` is passed, map rows `(r, d)` to `(r, o)`
+    instead."""
     product = product or expert_product
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,8 +67,8 @@ def feed_forward(
 
 
 def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
-    """Return the number of rows per block, about as many as the average expert has, and the number of blocks, at most
-    about 2 e."""
+    """Return the number of rows per block and the number of blocks. A block has about as many rows as the average
+    expert, so there are at most about 2 e blocks."""
     size = symbolic_max(2, rows // experts)  # torch's graphs would treat a size of 1 as static
     return size, symbolic_min(rows, rows // size + experts)
 
@@ -74,14 +76,14 @@ def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
 def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
     """Multiply each expert's rows by its weight without a host sync.
 
-    Rows are arranged in blocks of equal size, each of which contains rows of one expert. The number of blocks is the
-    maximum for any load, so that no shape depends on the number of rows per expert.
+    Rows are arranged in blocks of equal size, and each block contains rows of one expert. The maximum number of blocks
+    is always used, so no shape depends on the number of rows per expert.
 
     Args:
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
-        weight: `(e, p, q)`, with the same dtype.
-        num_tokens_per_expert: `(e,)` int64, number of rows of each expert if x contains rows. The result is 0 for rows
-            past their sum.
+        weight: `(e, p, q)`, in the same dtype as `x`.
+        num_tokens_per_expert: number of rows for each expert, `(e,)` int64, if `x` contains rows. The result is 0 for
+            rows beyond the total count.
 
     Returns:
         `(e, s, q)` or `(r, q)`.
@@ -105,16 +107,16 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Return `x^T y` over the rows of each expert, `(e, p, q)`, for x `(r, p)` and y `(r, q)`, and 0 for experts
-    without rows."""
+    """Return `x^T y` over each expert's rows, as `(e, p, q)`, for x `(r, p)` and y `(r, q)`. The result is 0 for
+    experts without rows."""
     weight = x.new_zeros(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     return torch.func.vjp(lambda weight: expert_product(x, weight, num_tokens_per_expert), weight)[1](y)[0]
 
 
 def compute_gradients(x: Tensor, permutation: Permutation, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of x, of the weights of assignments, and of all tensors of the network.
+    """Return the gradients of x, the assignment weights, and all tensors of the network.
 
-    The operators support vmap and second derivatives, unlike the gradients of other implementations.
+    Unlike the gradients of other implementations, these gradients support vmap and second derivatives.
     """
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
@@ -126,20 +128,22 @@ def compute_gradients(x: Tensor, permutation: Permutation, network: Network, gra
 
 
 def expand_bias(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -> Tensor:
-    """Expand biases `(e, q)` so that they can be added to slots, `(e, 1, q)`, or to `rows` rows, `(r, q)`."""
+    """Expand biases `(e, q)` so that they can be added to slots or rows. Returns `(e, 1, q)` for slots, and `(r, q)`
+    for `rows` rows."""
     if num_tokens_per_expert is None:
         return bias.unsqueeze(-2)
     return _take_rows(bias, _find_range(num_tokens_per_expert.cumsum(0), torch.arange(rows, device=bias.device)))
 
 
 def _find_range(ends: Tensor, index: Tensor) -> Tensor:
-    """Return the range that contains each index, where range i ends before `ends[i]`, or the last range if none does.
+    """Return the range that contains each index. Range i ends before `ends[i]`. If no range contains an index, return
+    the last range.
 
-    This uses comparisons, because ONNX has no searchsorted.
+    Comparisons are used because ONNX has no searchsorted.
     """
     return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
 
 
 def _take_rows(values: Tensor, index: Tensor) -> Tensor:
-    """Return `values[index]` with a gradient that is summed in a deterministic order."""
+    """Return `values[index]`, with a gradient that is summed in a deterministic order."""
     return values[index] if values.is_cuda else values.index_select(0, index)

@@ -1,11 +1,13 @@
-"""Functions that compute the network and its gradients on rows sorted by expert, for the implementations `cpu`,
-`grouped` and `batched`, and `RowLayout`, the base class of their row layouts.
+"""Computes the network and its gradients on rows sorted by expert, for the implementations `cpu`, `grouped` and
+`batched`. This module also defines `RowLayout`, the base class of their row layouts.
 
-Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o output dim, p inner and q outer dimension of a weight.
+Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o output dim, p inner dimension and q outer dimension of a
+weight.
 
-In addition to the input, the forward saves only the pre-activations, which are the products with `w_in`. The backward
-gathers rows and recomputes the activation. The weights of rows multiply rows of width d, not of width h. Their gradient
-is computed from the hidden layer, so that no outputs of rows are saved (as in SonicMoE, arXiv 2512.14080).
+In addition to the input, the forward pass saves only the pre-activations, which are the products with `w_in`. The
+backward pass gathers the rows again and recomputes the activation. Row weights multiply rows of width d, not rows of
+width h. The gradient of the row weights is computed from the hidden layer, so that no row outputs need to be saved (as
+in SonicMoE, arXiv 2512.14080).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from mixture_of_experts.ops.network import B_IN_NAMES, W_IN_NAMES, Network
 class RowLayout(ABC):
     """Base class of row layouts, which implement products on the rows of a permutation.
 
-    An object is used for one forward or one backward. Rows are computed chunk by chunk: after `enter_chunk`, all
+    Each instance is used for a single forward or backward pass. Rows are computed in chunks. After `enter_chunk`, all
     methods refer to the rows of that chunk. By default, a single chunk contains all rows.
     """
 
@@ -39,7 +41,7 @@ class RowLayout(ABC):
 
     @abstractmethod
     def gather_rows(self, x: Tensor) -> Tensor:
-        """Return the rows `(r, p)` of tokens `(t, p)`, with zeros in empty rows."""
+        """Gather the rows `(r, p)` of tokens `(t, p)`, with zeros in empty rows."""
 
     @abstractmethod
     def multiply_rows(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -47,23 +49,24 @@ class RowLayout(ABC):
 
     @abstractmethod
     def multiply_and_sum(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Return the sum of `multiply_rows` over pairs (x, weight), and store it in `row_outputs`."""
+        """Sum the results of `multiply_rows` over pairs (x, weight), store the sum in `row_outputs`, and return it."""
 
     @abstractmethod
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        """Add the bias `(e, q)` of each row's expert to `rows` `(r, q)` in place."""
+        """Add the experts' biases `(e, q)` to their rows `(r, q)` in place."""
 
     @abstractmethod
     def outer_products(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-        """Return `x^T y` `(e, p, q)` over each expert's rows of x `(r, p)` and y `(r, q)`, 0 for experts without rows.
-        `out` is memory for the result, if `gradients` returns any."""
+        """Return `x^T y` `(e, p, q)` over each expert's rows of x `(r, p)` and y `(r, q)`. The result is 0 for experts
+        without rows. `out` is memory for the result, if `gradients` provides it."""
 
     @abstractmethod
     def sum_scaled_rows(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
-        """Return the sum `(e, q)` of each expert's rows `(r, q)` times `scale` `(r, 1)`."""
+        """Multiply rows `(r, q)` by `scale` `(r, 1)`, and return the sum `(e, q)` over each expert's rows."""
 
     def combine_rows(self) -> Tensor:
-        """Return the weighted sum `(t, o)` of each token's `row_outputs`. The base class implements expert choice."""
+        """Return the weighted sum `(t, o)` of each token's `row_outputs`. The base class implements this method for
+        expert choice."""
         permutation = self.permutation
         return sum_rows(
             self.row_outputs[: permutation.num_rows],
@@ -78,11 +81,11 @@ class RowLayout(ABC):
         """Make all methods refer to the rows of a chunk."""
 
     def select_chunk(self, values: Tensor) -> Tensor:
-        """Select the rows of the current chunk from values for all rows."""
+        """Select the current chunk's rows from `values`, which contains values for all rows."""
         return values
 
     def pack(self, pre: Tensor) -> Tensor:
-        """Return the form in which the forward saves pre-activations `(r, q)`."""
+        """Convert pre-activations `(r, q)` to the form in which the forward pass saves them."""
         return pre
 
     def unpack(self, pre: Tensor) -> Tensor:
@@ -90,16 +93,17 @@ class RowLayout(ABC):
         return pre
 
     def gradients(self, network: Network, wanted: Collection[str]) -> dict[str, Tensor]:
-        """Return preallocated memory for the requested gradients of the network, by name. There is none by default."""
+        """Return preallocated memory for the requested gradients of the network, keyed by name. By default, no memory
+        is preallocated."""
         return {}
 
     def activate(self, method: Callable[..., None], *tensors: Any) -> None:
-        """Call a method of a known activation on rows `(r, h)` and lists of rows."""
+        """Call a method of a known activation. The arguments are rows `(r, h)` or lists of rows."""
         method(*tensors)
 
 
 class RowFunctions(Protocol):
-    """What computes the network on rows: this module, or another one with these two functions."""
+    """Protocol for modules, such as this one, that compute the network and its gradients on rows."""
 
     @property
     def run_network(self) -> Callable[..., list[Tensor]]: ...
@@ -149,9 +153,9 @@ def backward_rows(
 
 
 def run_network(layout: RowLayout, x: Tensor, network: Network, save: bool) -> list[Tensor]:
-    """Compute the layout's unweighted `row_outputs`, and return the pre-activations, one for each weight of `w_in`.
+    """Compute the layout's unweighted `row_outputs`, and return one pre-activation for each weight in `w_in`.
 
-    Without `save`, return an empty list, so that the hidden layer may overwrite the pre-activations.
+    If `save` is False, return an empty list, so that the hidden layer may overwrite the pre-activations.
     """
     rows = layout.gather_rows(x)
     pre = []
@@ -180,16 +184,16 @@ def backpropagate_network(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Compute the unweighted gradients of token rows as `row_outputs` of the layout, and return the gradients of the
-    network by name.
+    """Compute the unweighted gradients of the token rows, and store them in `layout.row_outputs`. Return the gradients
+    of the network, keyed by name.
 
     Args:
         layout, x, network, pre: the arguments of `run_network`, and the pre-activations that it returned.
-        grad: `(t, o)`, gradient of the outputs of tokens.
-        scale: `(r, 1)`, weight of each row.
-        grad_scale: `(r,)`, memory for the gradient of each row's weight.
-        wanted: names of the requested gradients, "x" and names of `Network.tensors`.
-        memory: memory for the gradients of the network by name; empty if none is preallocated.
+        grad: gradient of the token outputs, `(t, o)`.
+        scale: weight of each row, `(r, 1)`.
+        grad_scale: memory for the gradients of the row weights, `(r,)`.
+        wanted: names of the requested gradients, which are "x" and names in `Network.tensors`.
+        memory: preallocated memory for the gradients of the network, keyed by name, or an empty mapping.
     """
     act = KNOWN_ACTIVATIONS[type(network.activation)](network.activation)
     grad_rows = layout.gather_rows(grad)
@@ -234,7 +238,7 @@ def _compute_input_weight_gradients(
     wanted: Collection[str],
     memory: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Return the requested gradients of `w_in` by name. The rows of tokens are freed on return."""
+    """Return the requested gradients of `w_in`, keyed by name. The memory of the token rows is freed on return."""
     named = {name: part for name, part in zip(W_IN_NAMES, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}

@@ -1,4 +1,4 @@
-"""Expert parallelism with PyTorch's own distributed modules; see docs/distributed/expert_parallelism.md."""
+"""Implements expert parallelism with PyTorch's distributed modules. See docs/distributed/expert_parallelism.md."""
 
 from mixture_of_experts.parallel.gradients import (
     average_gradients,

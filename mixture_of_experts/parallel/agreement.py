@@ -1,4 +1,4 @@
-"""Compares the layers of all ranks during setup."""
+"""Checks during setup that all ranks have the same layers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MAX_REPORTED_DIFFERENCES = 3  # maximum number of differences in an error messag
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
-    """Raise an error on all ranks if `describe` raises on any rank or returns different values on different ranks.
+    """Raise an error on all ranks if `describe` fails on any rank or its results differ between ranks.
 
-    This takes one collective.
+    The check requires one collective.
 
     Args:
-        describe: a function that returns all values on which the ranks must agree, by name.
-        mesh: the 1-D mesh of ranks.
+        describe: a function that returns the values that must be equal on all ranks, keyed by name.
+        mesh: a 1-D mesh of the ranks.
     """
     description, problem = {}, None
     try:

@@ -1,4 +1,4 @@
-"""Splits rows among ranks that have the same tokens, as under tensor parallelism, so that no row is computed twice.
+"""Splits rows among ranks that hold the same tokens, as in tensor parallelism, so that no row is computed twice.
 
 Axes: r rows sorted by expert, e experts, s slots per expert.
 """
@@ -14,9 +14,10 @@ from torch.nn import functional
 
 
 def take_local_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return this rank's part of rows or slots x `(..., r, d)`, which are the same on all ranks.
+    """Return this rank's part of the rows or slots `x` `(..., r, d)`, which are equal on all ranks.
 
-    Parts have equal lengths and are padded with zeros at the end. In the backward, all ranks get the whole gradient.
+    All parts have the same length, and missing rows are padded with zeros. In the backward pass, all ranks receive the
+    whole gradient.
     """
     if missing := -x.shape[-2] % mesh.size():
         x = functional.pad(x, (0, 0, 0, missing))
@@ -25,29 +26,29 @@ def take_local_part(x: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def gather_parts(part: Tensor, size: int, mesh: DeviceMesh) -> Tensor:
-    """Concatenate the parts of all ranks, and return the first `size` rows or slots. In the backward, each rank gets
-    its part of the gradient."""
+    """Concatenate the parts of all ranks, and return the first `size` rows or slots. In the backward pass, each rank
+    receives its part of the gradient."""
     return DTensor.from_local(part, mesh, [Shard(part.ndim - 2)], run_check=False).full_tensor()[..., :size, :]
 
 
 def count_local_part(counts: Tensor, length: int, mesh: DeviceMesh) -> Tensor:
-    """Return the number of rows of each expert `(e,)` in this rank's part, which has `length` rows."""
+    """Return how many of the `length` rows in this rank's part belong to each expert, as `(e,)`."""
     begin = mesh.get_local_rank() * length
     ends = counts.cumsum(0).clamp(begin, begin + length)
     return ends.diff(prepend=ends.new_full((1,), begin))
 
 
 def fingerprint_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the fingerprint of a rank's batch, two integers that identify the ranks that share it and are a checksum
-    of the counts."""
+    """Return two integers as the fingerprint of a rank's batch. The first identifies the ranks that share the batch,
+    and the second is a checksum of the counts."""
     first = dist.get_process_group_ranks(mesh.get_group())[0]
     factors = torch.arange(1, len(counts) + 1, device=counts.device) ** 3 % 1000003
     return torch.stack([counts.new_tensor(first + 1), (counts * factors).sum()])
 
 
 def check_fingerprints(fingerprints: list[list[int]]) -> None:
-    """Check that ranks that share a batch have the same fingerprint of choices. A batch of 0 means that none is
-    shared."""
+    """Check that all ranks that share a batch have the same fingerprint of choices. A batch of 0 means that the batch
+    is not shared."""
     chosen: dict[int, int] = {}
     for batch, choices in fingerprints:
         if batch and chosen.setdefault(batch, choices) != choices:

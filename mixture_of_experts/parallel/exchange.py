@@ -1,10 +1,10 @@
-"""Moves tokens to the ranks that own their experts, and results back, with all-to-all collectives.
+"""Sends tokens to the ranks that own their experts, and sends the results back, with all-to-all collectives.
 
 Axes: p ranks in the group, e experts on all ranks, l = e / p experts per rank, s slots per expert on one rank, r rows
-of one rank sorted by expert, d model dim, o output dim.
+on one rank (sorted by expert), d model dim, o output dim.
 
-Rank q owns experts `q l` to `(q + 1) l - 1`, so that the rows for a rank are contiguous. Results are sent back in the
-dtype of the tokens, because the output dtype of experts may differ between ranks.
+Rank q owns experts `q l` to `(q + 1) l - 1`, so the rows sent to each rank are contiguous. Results are sent back in the
+dtype of the tokens, because the experts' output dtype may differ between ranks.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ ComputeFunction = Callable[..., Tensor]
 
 
 class Channel(NamedTuple):
-    """The connection between the ranks of a group.
+    """The communication channel between the ranks of a group.
 
     Attributes:
-        shared_batch: 1-D mesh of ranks with the same tokens, each of which sends a part; None if no ranks share tokens.
-        fingerprint: `(2,)` int64, `fingerprint_choices` of this rank's shared batch; None if the batch is not shared.
+        shared_batch: 1-D mesh of ranks that hold the same tokens and each send a part of them, or None if no tokens are
+            shared.
+        fingerprint: the result of `fingerprint_choices` for this rank's shared batch, `(2,)` int64, or None if the
+            batch is not shared.
     """
 
     group: dist.ProcessGroup
@@ -54,7 +56,8 @@ class Channel(NamedTuple):
         return self.group.size()
 
     def transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send each rank a block of the rows x `(sum(send), ...)`, and return the received blocks in order of ranks."""
+        """Send one block of the rows `x` `(sum(send), ...)` to each rank, and return the received blocks in rank
+        order."""
         try:
             return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
@@ -63,13 +66,14 @@ class Channel(NamedTuple):
     def compute_remotely(
         self, compute: Callable[[Tensor], Tensor], x: Tensor, send: list[int], receive: list[int]
     ) -> Tensor:
-        """Send rows x, compute received rows, and send the results back. Gradients are exchanged in the same way."""
+        """Send the rows `x`, compute the received rows, and send the results back. The backward pass exchanges
+        gradients in the same way."""
         result = compute(_AllToAll.apply(x, send, receive, self))
         return _AllToAll.apply(result.to(x.dtype), receive, send, self)
 
 
 class _AllToAll(torch.autograd.Function):
-    """`transfer` with a gradient that is sent back to the ranks that sent the rows."""
+    """`transfer` with a backward pass that sends gradients back to the ranks that sent the rows."""
 
     @staticmethod
     def forward(ctx, x: Tensor, send: list[int], receive: list[int], channel: Channel) -> Tensor:
@@ -82,7 +86,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _PermuteRows(torch.autograd.Function):
-    """Permutes rows with a gradient that is also a gather."""
+    """A row permutation whose backward pass is also a gather."""
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -98,16 +102,17 @@ class _PermuteRows(torch.autograd.Function):
 def exchange_slots(
     x: Tensor, dims: tuple[int, ...], compute: ComputeFunction, channel: Channel, training: bool, static_shapes: bool
 ) -> Tensor:
-    """Compute this rank's slots of all experts on the ranks that own the experts, and return `(*e, s, o)`.
+    """Compute this rank's slots on the ranks that own the experts, and return `(*e, s, o)`.
 
     Args:
-        x: `(*e, s, d)`, this rank's slots of all experts.
-        dims: `*e`, the first of which is divided among the ranks.
-        compute: a function that maps the slots of this rank's experts from all ranks `(*l, s', d)` to `(*l, s', o)`.
-        channel: the connection to the other ranks.
+        x: this rank's slots for all experts, `(*e, s, d)`.
+        dims: the expert dimensions `*e`, of which the first is divided among the ranks.
+        compute: a function that maps the slots of this rank's experts, gathered from all ranks, `(*l, s', d)`, to
+            `(*l, s', o)`.
+        channel: the communication channel to the other ranks.
         training: whether the layer is in training mode.
-        static_shapes: whether the calls and s are guaranteed to be the same on all ranks. Otherwise the ranks exchange
-            them, which requires a host sync.
+        static_shapes: whether all ranks are guaranteed to make identical calls with the same s. Otherwise, the ranks
+            exchange this information, which requires a host sync.
     """
     if channel.size == 1:
         return compute(x)
@@ -135,14 +140,15 @@ def exchange_slots(
 
 
 def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: Channel, training: bool) -> Tensor:
-    """Compute this rank's rows on the ranks that own their experts, and return `(r, o)`. This takes one host sync.
+    """Compute this rank's rows on the ranks that own their experts, and return `(r, o)`. This function requires one
+    host sync.
 
     Args:
-        x: `(r, d)`, rows sorted by expert. Results of rows past the sum of the counts are 0.
-        counts: `(e,)` int64, number of rows of each expert.
-        compute: a function that maps rows `(r', d)` sorted by this rank's experts, and their counts `(l,)`, to
+        x: rows sorted by expert, `(r, d)`. The result is 0 for rows beyond the total count.
+        counts: number of rows for each expert, `(e,)` int64.
+        compute: a function that maps rows `(r', d)`, sorted by this rank's experts, and their counts `(l,)` to outputs
             `(r', o)`.
-        channel: the connection to the other ranks.
+        channel: the communication channel to the other ranks.
         training: whether the layer is in training mode.
     """
     if channel.size == 1:
@@ -166,8 +172,8 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: ComputeFunction, channel: 
 
 
 def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Return the permutation of rows from rank-major to expert-major order and its inverse, for counts `received`
-    `(p, l)`."""
+    """Return the permutation that reorders rows from rank-major to expert-major, and its inverse. `received` contains
+    the row counts `(p, l)`."""
     expert = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
     order = expert.repeat_interleave(received.flatten(), output_size=num_rows).argsort(stable=True)
     index = torch.arange(num_rows, device=order.device)
@@ -177,13 +183,14 @@ def find_expert_order(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 def exchange_counts(
     form: int, x: Tensor, training: bool, counts: Tensor, channel: Channel
 ) -> tuple[list[int], list[int], Tensor]:
-    """Exchange descriptions of the call on x and the number of rows of each expert, `(e,)`. This takes one host sync.
+    """Exchange a description of the call on `x` and the number of rows for each expert, `(e,)`, with the other ranks.
+    This function requires one host sync.
 
-    All ranks receive all descriptions, so that all of them raise ValueError if these differ.
+    Every rank receives all descriptions, so every rank raises a ValueError if they differ.
 
     Returns:
-        The numbers of rows to send to each rank and to receive from each rank, `(p)`, and the number of rows from each
-        rank for each expert of this rank, `(p, l)`.
+        The row counts to send to and receive from each rank, both `(p)`, and the row counts `(p, l)` that each rank
+        sends to each of this rank's experts.
     """
     ranks = channel.size
     sent = counts.view(ranks, -1)

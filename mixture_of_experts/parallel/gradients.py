@@ -1,4 +1,4 @@
-"""Norms and averages of gradients, for parameters that are replicated on all ranks and for sharded DTensors."""
+"""Averages and clips the gradients of replicated parameters and sharded DTensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from mixture_of_experts.whole_model.balancing import find_rank_local_buffers
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the named parameters of sharded experts, which differ between ranks. DDP must ignore them."""
+    """Return the parameters of sharded experts, keyed by name. The parameters differ between ranks, so DDP must ignore
+    them."""
     own = {
         f"{prefix}.{name}".lstrip(".")
         for prefix, module in model.named_modules()
@@ -30,7 +31,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return all named parameters except `expert_parameters`. They are replicated on all ranks or sharded by FSDP2."""
+    """Return all named parameters except those of sharded experts. These parameters are replicated on all ranks or
+    sharded by FSDP2."""
     own = expert_parameters(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
@@ -38,8 +40,8 @@ def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     """Make `DistributedDataParallel(model)` ignore rank-specific tensors, and return the model.
 
-    Call this function before wrapping the model. Rank-specific tensors are sharded experts, and the counts of gates
-    with an expert bias, which DDP would overwrite in each forward with those of the first rank.
+    Call this function before wrapping the model. The rank-specific tensors are sharded experts and the counts of gates
+    with an expert bias. In each forward pass, DDP would overwrite these counts with those of the first rank.
     """
     ignore_in_ddp(model, find_rank_local_buffers(model) | expert_parameters(model).keys())
     return model
@@ -47,14 +49,15 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
-    """Replace gradients by their mean or sum over the ranks of a group.
+    """Replace gradients with their mean or sum over the ranks of a group.
 
-    Call this function once before each optimizer step: for replicated parameters if only expert parallelism is used,
-    and for the experts of data-parallel replicas if it is combined with DDP. Missing gradients count as 0, unless no
-    rank has a gradient for a parameter, which then stays None. Frozen parameters are skipped.
+    Call this function once before each optimizer step. If only expert parallelism is used, pass the replicated
+    parameters. If expert parallelism is combined with DDP, pass the experts of data-parallel replicas. A missing
+    gradient counts as 0. If no rank has a gradient for a parameter, its gradient remains None. Frozen parameters are
+    skipped.
 
     Args:
-        parameters: the same parameters on all ranks.
+        parameters: the parameters whose gradients are reduced. All ranks must pass the same parameters.
         group: a process group or a 1-D mesh.
         op: "mean" or "sum".
     """
@@ -82,17 +85,18 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> Tensor:
-    """Clip the total norm of gradients over all parameters and ranks to `max_norm`.
+    """Clip gradients in place so that their total norm over all parameters and ranks is at most `max_norm`.
 
     Args:
-        parameters: the model, or its parameters, which may be replicated tensors and DTensors on any meshes. They must
-            be the same on all ranks.
-        max_norm: maximum norm.
-        norm_type: order p of the norm, above 0 or inf.
-        error_if_nonfinite: whether to raise RuntimeError if the norm is infinite or NaN.
+        parameters: the model or its parameters, which may be replicated tensors and DTensors on any meshes. All ranks
+            must pass the same parameters.
+        max_norm: maximum norm of the gradients.
+        norm_type: order p of the norm, which must be positive or inf.
+        error_if_nonfinite: whether to raise a RuntimeError if the total norm is infinite or NaN.
 
     Returns:
-        The 0-dim total norm before clipping, equal to that of `torch.nn.utils.clip_grad_norm_` in a single process.
+        The total norm before clipping, as a 0-dim tensor. The result equals the norm that
+        `torch.nn.utils.clip_grad_norm_` returns in a single process.
     """
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
@@ -114,13 +118,13 @@ def clip_grad_norm_(
 
 
 def _to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor. Without autograd, it shares the tensor's memory."""
+    """Return this rank's part of a tensor. Without autograd, the result shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _make_buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
-    """Yield lists of parameters with the same dtype and device and about 2**25 elements each, to limit both the number
-    of collectives and the memory."""
+    """Yield buckets of parameters with the same dtype and device and about 2**25 elements each. This limits both the
+    number of collectives and the memory use."""
     open_buckets: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         kind = (parameter.dtype, parameter.device)

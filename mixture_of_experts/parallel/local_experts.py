@@ -1,4 +1,4 @@
-"""Presents sharded experts as if they consisted only of this rank's experts, so that their own code runs unchanged."""
+"""Makes sharded experts look as if they contained only this rank's experts, so that their code runs unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The identity of x, whose gradient is multiplied by a factor."""
+    """The identity function, with a gradient that is multiplied by a factor."""
 
     @staticmethod
     def forward(ctx, x: Tensor, factor: float) -> Tensor:
@@ -31,13 +31,14 @@ class _ScaleGradient(torch.autograd.Function):
 def use_local_experts(experts: Any) -> Iterator[Any]:
     """Context manager that yields a stand-in for sharded experts.
 
-    The stand-in has the original class of the experts, holds this rank's part of each stack, and reports the local
-    number of experts. At the end, attributes and buffers that a forward set on it are copied to the experts.
+    The stand-in is an instance of the experts' original class. The stand-in holds this rank's part of each stacked
+    tensor, and reports the local number of experts. On exit, attributes and buffers that the forward pass set on the
+    stand-in are copied to the experts.
 
-    The experts themselves do not change, so other threads may read them, and attributes that those threads set are
-    kept. A graph cannot contain a different object, so tracing uses the experts themselves.
-    `torch.func.functional_call` would replace only tensors, and would call hooks, which must run only for the whole
-    forward.
+    The experts themselves are not modified, so other threads may read them, and attributes set by those threads are
+    kept. A graph cannot contain a different object, so the experts themselves are used during tracing.
+    `torch.func.functional_call` is not suitable: it replaces only tensors, and it calls hooks, which must run only for
+    the whole forward pass.
     """
     if torch.compiler.is_compiling():
         with hold_local_shards(experts, experts.sharding):
@@ -64,7 +65,7 @@ def find_changes(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[None]:
-    """Context manager in which a module holds this rank's part of its tensors and reports the local sizes."""
+    """Context manager that makes a module hold this rank's part of its tensors and report local expert counts."""
     changes = [(table, name, table[name], part) for table, name, part in iter_local_shards(experts, sharding)]
     try:
         for table, name, _, part in changes:
@@ -78,8 +79,8 @@ def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
 
 
 def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Yield the dict that contains each sharded tensor or size of a module, its name in the dict, and its local
-    value."""
+    """Yield a tuple for each sharded tensor or size of a module: the dict that contains it, its name in the dict, and
+    its local value."""
     dims, local_dims = sharding.expert_dims, sharding.local_dims
     for path, module in experts.named_modules():
         for table in (module._parameters, module._buffers):
@@ -93,7 +94,7 @@ def iter_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
 
 
 def get_local_shard(whole: Any, sharding: ExpertSharding) -> Tensor:
-    """Return this rank's part of a parameter, or of a buffer with an entry per expert that all ranks store whole."""
+    """Return this rank's part of a sharded parameter, or of a buffer that every rank stores for all experts."""
     if isinstance(whole, DTensor):
         part = whole.to_local()
         return part if sharding.gradient_factor == 1 else _ScaleGradient.apply(part, sharding.gradient_factor)

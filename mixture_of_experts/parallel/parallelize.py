@@ -1,4 +1,4 @@
-"""A `parallelize_module` that checks on all ranks that every key of the plan matches a submodule."""
+"""Defines a version of `parallelize_module` that checks on all ranks that every plan key matches a submodule."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def parallelize_module(
 ) -> nn.Module:
     """Apply parallel styles to a model in place, and return the model.
 
-    Unlike `torch.distributed.tensor.parallel.parallelize_module`, this function raises an error if a key of the plan
-    does not match any submodule.
+    Unlike `torch.distributed.tensor.parallel.parallelize_module`, this function raises an error if a plan key does not
+    match any submodule.
 
     Args:
-        module: the model, which is changed in place.
+        module: the model to modify in place.
         device_mesh: a 1-D mesh.
-        parallelize_plan: a style, or a dict of styles by the names of submodules (`layers.*.ffn`).
-        src_data_rank: rank in the mesh whose parameters all ranks receive, or None to keep the parameters of each rank.
+        parallelize_plan: a parallel style, or a dict from submodule names (such as `layers.*.ffn`) to styles.
+        src_data_rank: the mesh rank whose parameters are sent to all ranks, or None to keep each rank's own parameters.
 
     Raises:
-        ValueError: a key does not match any submodule, or a layer cannot be sharded; the error names it.
+        ValueError: a plan key does not match any submodule, or a layer cannot be sharded. The message names the key or
+            layer.
     """
     plan = parallelize_plan if isinstance(parallelize_plan, dict) else {"": parallelize_plan}
     check_mesh(device_mesh)
@@ -45,8 +46,8 @@ def parallelize_module(
 
 
 def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
-    """Return all properties on which the models of all ranks must agree. Raise an error for an invalid plan or a layer
-    that cannot be sharded."""
+    """Return all model properties that must be the same on every rank. Raise an error if the plan is invalid or a layer
+    cannot be sharded."""
     description: dict[str, Any] = {}
     sharded_by: dict[Any, str] = {}  # experts
     for key, style in plan.items():
@@ -73,7 +74,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
 
 
 def find_matching_submodules(module: nn.Module, key: str) -> dict[nn.Module, str]:
-    """Return each submodule that matches a key of a plan, with its name. All parts of the key may contain wildcards."""
+    """Return the submodules that match a plan key, with their names. Any part of the key may contain wildcards."""
     found: dict[nn.Module, str] = {}
     for name, submodule in module.named_modules(remove_duplicate=False):
         if fnmatch(name, key) and name.count(".") == key.count(".") and (name or not key):

@@ -1,4 +1,4 @@
-"""Makes routers separate units under FSDP2, so that mixed precision does not cast their weights."""
+"""Makes each router a separate FSDP2 unit, so that mixed precision does not cast its weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from mixture_of_experts.gating import Gate
 
 
 def shard_routers(model: nn.Module, **options: Any) -> None:
-    """Apply `fully_shard` to each gate of a model. Call this function before sharding the modules that contain gates.
+    """Apply `fully_shard` to every gate in a model. Call this function before sharding the modules that contain the
+    gates.
 
-    If a gate is part of a larger unit, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` also casts its weights. For a
-    router that chooses 8 of 64 experts, 0.9 % of the tokens then choose a different set. Gates that are separate units
-    keep the dtype of their weights.
+    If a gate is part of a larger unit, `MixedPrecisionPolicy(param_dtype=torch.bfloat16)` also casts the gate's
+    weights. In a router that chooses 8 of 64 experts, this changes the set of chosen experts for 0.9 % of the tokens. A
+    gate that is a separate unit keeps the dtype of its weights.
 
     Args:
         model: a model that contains layers of this package.
-        options: arguments of `fully_shard`, such as `mesh`, except `mp_policy`.
+        options: keyword arguments of `fully_shard`, such as `mesh`, except for `mp_policy`.
 
     Example:
         >>> import torch

@@ -1,10 +1,12 @@
-"""Experts that are sharded over ranks, with a class derived from their original class, and the same two interfaces.
+"""Defines experts that are sharded over ranks. The class of sharded experts derives from the original class and keeps
+both of its interfaces.
 
-An `ExpertSharding` describes which experts are local. In a forward, tokens are sent to the ranks of their experts
-(`exchange.py`). The experts' own code then computes them, as if the module held only the experts of this rank.
+An `ExpertSharding` describes which experts are local to a rank. In the forward pass, tokens are sent to the ranks that
+own their experts (see `exchange.py`). The experts' own code then runs as if the module contained only this rank's
+experts.
 
-Axes: e experts on all ranks (`*e`, one or two dimensions; the first is divided), l experts per rank, s slots per
-expert, r rows.
+Axes: e experts on all ranks (`*e`, one or two dimensions, of which the first is divided), l experts per rank, s slots
+per expert, r rows.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ SEVERAL_BATCHES = "sharded experts compute the rows of several batches together"
 
 
 class ShardedExperts(nn.Module):
-    """Base class that `make_sharded_class` combines with a class of experts to shard them over ranks."""
+    """Base class that `make_sharded_class` combines with an expert class to shard its experts over ranks."""
 
     sharding: ExpertSharding
     local_class: type[nn.Module]
@@ -42,10 +44,12 @@ class ShardedExperts(nn.Module):
         return SEVERAL_BATCHES
 
     def forward(self, x: Tensor, assignments: Assignments | None = None) -> Tensor:
-        """Map tokens `(t, d)` to `(t, o)` if assignments are passed, else slots `(*e, s, d)` to `(*e, s, o)`.
+        """Map tokens `(t, d)` to `(t, o)` if `assignments` is passed, and otherwise map slots `(*e, s, d)` to
+        `(*e, s, o)`.
 
-        All ranks of the mesh must call this method together. Rows are exchanged if the call is dropless and the experts
-        accept rows; otherwise slots are. This does not depend on the batch, which differs between ranks.
+        This is a collective operation, so all ranks of the mesh must call it. If the call is dropless and the experts
+        accept rows, rows are exchanged. Otherwise, slots are exchanged. This decision does not depend on the batch,
+        which differs between ranks.
         """
         reject_batch_invariance(SEVERAL_BATCHES)
         if assignments is None:
@@ -73,16 +77,16 @@ class ShardedExperts(nn.Module):
         return exchange_slots(x, dims, self._compute, sharding.channel, self.training, sharding.static_shapes)
 
     def _dtype_of_tokens(self, x: Tensor) -> torch.dtype:
-        """Return the dtype in which tokens x and results are exchanged.
+        """Return the dtype in which tokens and results are exchanged.
 
-        For stacked experts, this is the dtype of their products, which halves the bytes under autocast. The output
-        dtype of other experts may differ between ranks.
+        For stacked experts, this is the dtype of their matrix products, which halves the transferred bytes under
+        autocast. For other experts, it is the dtype of `x`, because their output dtype may differ between ranks.
         """
         return get_operand_dtype(x.device.type, self.w2.dtype) if isinstance(self, StackedExperts) else x.dtype
 
     def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
-        """Compute slots `(*l, s, d)`, or rows with their counts, with this rank's experts. Hooks of the experts are not
-        called here, but for the whole forward."""
+        """Compute slots `(*l, s, d)`, or rows and their counts, with this rank's experts. The experts' hooks are not
+        called here, because they apply to the whole forward pass."""
         local: Any = self.local_class
         with use_local_experts(self) as here:
             out = (local.compute if counts else local.forward)(here, x, *counts)
@@ -104,7 +108,7 @@ class ShardedExperts(nn.Module):
         return twin
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load a state dict. Whole stacks, as saved by a single process, are reduced to this rank's part."""
+        """Load a state dict. Whole stacks saved by a single process are reduced to this rank's part."""
         for name, parameter in self.named_parameters(remove_duplicate=False):
             whole: Any = state_dict.get(prefix + name)
             if not isinstance(parameter, DTensor) or type(whole) not in (Tensor, nn.Parameter):
@@ -122,7 +126,7 @@ class ShardedExperts(nn.Module):
 
 @cache
 def make_sharded_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass of `cls` with experts that are sharded over ranks."""
+    """Return a subclass of `cls` whose experts are sharded over ranks."""
     members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     base = () if issubclass(cls, RoutedExperts) else (RoutedExperts,)
     return type(f"Parallel{cls.__name__}", (ShardedExperts, cls, *base), members)  # type: ignore[return-value]

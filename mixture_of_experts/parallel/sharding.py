@@ -1,6 +1,6 @@
-"""`ExpertSharding`, which describes how the experts of a layer are sharded over ranks.
+"""Defines `ExpertSharding`, which describes how a layer's experts are sharded over ranks.
 
-Axes: e experts on all ranks (`*e`, one or two dimensions; the first is divided).
+Axes: e experts on all ranks (`*e`, one or two dimensions, of which the first is divided).
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ GradientReduction = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class ExpertSharding:
-    """A description of how the experts of a layer are sharded over ranks.
+    """Describes how the experts of a layer are sharded over ranks.
 
     Attributes:
         mesh: 1-D mesh of the ranks that share the experts.
-        expert_dims: `*e`, number of experts on all ranks.
-        gradient: whether gradients of experts are those of the "mean" or the "sum" of the losses of all ranks.
-        static_shapes: whether all ranks always have the same number of slots.
-        sharded_names: names of the sharded parameters, and of buffers of which experts read only the local part.
-        shared_batch: 1-D mesh of ranks with the same tokens, each of which sends a part; None if no ranks share tokens.
+        expert_dims: `*e`, the total number of experts in each dimension.
+        gradient: how the losses of all ranks are reduced for expert gradients, "mean" or "sum".
+        static_shapes: whether the number of slots is always the same on all ranks.
+        sharded_names: names of the sharded parameters, and of the buffers from which experts read only the local part.
+        shared_batch: 1-D mesh of ranks that hold the same tokens and each send a part of them, or None if no tokens are
+            shared.
     """
 
     mesh: DeviceMesh
@@ -43,13 +44,13 @@ class ExpertSharding:
 
     @property
     def local_expert_ids(self) -> range:
-        """The flat indices of this rank's experts, outer-major."""
+        """The flat indices of this rank's experts, in outer-major order."""
         each, rank = math.prod(self.local_dims), self.mesh.get_local_rank()
         return range(rank * each, (rank + 1) * each)
 
     @property
     def gradient_factor(self) -> float:
-        """The factor for gradients of experts, which are computed as sums over the losses of all ranks."""
+        """The factor that scales expert gradients, which are computed as sums over the losses of all ranks."""
         return 1 / self.mesh.size() if self.gradient == "mean" else 1.0
 
     @property

@@ -1,4 +1,4 @@
-"""`ExpertParallel`, the parallel style that shards the experts of a layer over the ranks of a mesh."""
+"""Defines `ExpertParallel`, the parallel style that shards a layer's experts over the ranks of a mesh."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ RANK_SPECIFIC_PATTERN = re.compile(r" at 0x[0-9a-f]+|(?<=cuda):\d+")  # rank-spe
 
 
 class ExpertParallel(ParallelStyle):
-    """A parallel style that shards the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
+    """A parallel style that shards the experts of a `MoE` or `HeirarchicalMoE` layer over the ranks of a 1-D mesh.
 
-    Stacked expert parameters become DTensors that are sharded along the expert dimension (the outer one of two). Their
-    names in the state dict do not change. Everything else in the layer (gates, shared experts, the projections of
-    latent experts) is replicated on all ranks, with the values of `src_data_rank`, by default the first rank. If
-    `src_data_rank` is None, each rank keeps its own values. With latent experts (`LatentExperts`), tokens are exchanged
-    in the latent width.
+    Stacked expert parameters become DTensors that are sharded along the expert dimension. In two-level layers, this is
+    the outer expert dimension. Parameter names in the state dict do not change. All other parts of the layer (gates,
+    shared experts and the projections of latent experts) are replicated on all ranks with the values of
+    `src_data_rank`, which is the first rank by default. If `src_data_rank` is None, each rank keeps its own values.
+    With latent experts (`LatentExperts`), tokens are exchanged in the latent dimension.
 
     Args:
-        gradient: whether gradients of experts are those of the "mean" or the "sum" of the losses on which the ranks
-            call backward. Use "mean" if other gradients are averaged, as in DDP and FSDP2.
-        static_shapes: whether all ranks always have batches of the same shape. With limited capacity, this avoids the
-            exchange of sizes and its host sync; dropless routing requires both.
-        batch_group: the ranks that share the batch, as a process group or 1-D mesh. Gates compute losses over them.
-            Default: gates without a group use that of the mesh. In combination with data parallelism, pass a group that
-            spans both.
-        replicated: names of parameters and buffers of experts that only look like stacks over experts, such as a bias
-            `(d,)` that all experts share if d = e.
+        gradient: how the losses on which the ranks call `backward` are reduced for expert gradients, "mean" or "sum".
+            Use "mean" if other gradients are averaged, as in DDP and FSDP2.
+        static_shapes: whether batches always have the same shape on all ranks. With limited capacity, this setting
+            avoids a size exchange and its host sync. Dropless routing always requires both.
+        batch_group: the ranks that share the batch, as a process group or 1-D mesh. Gates compute their losses over
+            these ranks. By default, gates without a process group use that of the mesh. With data parallelism, pass a
+            group that spans the expert-parallel and data-parallel ranks.
+        replicated: names of expert parameters and buffers that are not stacked over experts although their shape
+            suggests it, such as a bias `(d,)` that all experts share if d = e.
 
     Raises:
-        ValueError: the mesh is not 1-D, its size does not divide the number of experts, or the layers of the ranks
-            differ. The error is raised on all ranks before anything is changed.
+        ValueError: the mesh is not 1-D, its size does not divide the number of experts, or the ranks have different
+            layers. The error is raised on all ranks before anything is modified.
 
     Example:
         >>> from torch import nn
@@ -70,14 +70,14 @@ class ExpertParallel(ParallelStyle):
         self.replicated: frozenset[str] = frozenset([replicated] if isinstance(replicated, str) else replicated)
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
-        """Return how the experts of a layer would be sharded, without changing the layer. Raise an error if they cannot
-        be sharded."""
+        """Return how a layer's experts would be sharded, without modifying the layer. Raise an error if the experts
+        cannot be sharded."""
         dims, experts = check_layer(module, mesh)
         stacked = find_sharded_names(experts, dims, self.replicated)
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Shard a layer. This method is called by `parallelize_module`."""
+        """Shard a layer. `parallelize_module` calls this method."""
         check_mesh(device_mesh)
         check_ranks_agree(lambda: describe_sharded_layer(module, self.sharding(module, device_mesh)), device_mesh)
         shard_experts(find_experts_to_shard(module)[1], self.sharding(module, device_mesh), self.src_data_rank)
@@ -96,7 +96,8 @@ class ExpertParallel(ParallelStyle):
 
 
 def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
-    """Convert a process group, a 1-D mesh or None to a process group or None."""
+    """Convert `group` to a process group. A 1-D mesh is replaced with its process group, and None is returned
+    unchanged."""
     if isinstance(group, DeviceMesh):
         check_mesh(group)
         return group.get_group()
@@ -114,8 +115,8 @@ def check_mesh(mesh: DeviceMesh) -> None:
 
 
 def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], nn.Module]:
-    """Return the number of experts as a tuple, and the experts of a layer. Raise an error if they cannot be sharded
-    over the mesh."""
+    """Return a layer's expert dimensions and its experts. Raise an error if the experts cannot be sharded over the
+    mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
             f"ExpertParallel must be applied to a MoE or HeirarchicalMoE, got {type(module).__name__}; use a plan key "
@@ -147,8 +148,8 @@ def check_divisible(dims: Sequence[int], mesh: DeviceMesh) -> None:
 
 
 def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Return the path and the module of the experts to shard. For latent experts, these are the inner ones, which
-    receive narrow tokens."""
+    """Return the path and the module of the experts to shard. For latent experts, these are the inner experts, which
+    receive tokens in the latent dimension."""
     path, experts = "experts", layer.get_submodule("experts")
     while getattr(experts, "works_on", None) == "tokens":
         path, experts = f"{path}.experts", experts.get_submodule("experts")
@@ -156,8 +157,8 @@ def find_experts_to_shard(layer: nn.Module) -> tuple[str, nn.Module]:
 
 
 def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
-    """Return all properties on which the layers of all ranks must agree: shapes and dtypes of tensors, and the repr of
-    modules."""
+    """Return all layer properties that must be the same on every rank: the shapes and dtypes of tensors, and the repr
+    of modules."""
     description: dict[str, Any] = {"number of experts": sharding.expert_dims}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -168,8 +169,8 @@ def describe_sharded_layer(module: nn.Module, sharding: ExpertSharding) -> dict[
 
 
 def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
-    """Return the names of parameters and buffers that are stacks over experts, which means that their first sizes are
-    `dims`."""
+    """Return the names of parameters and buffers that are stacked over experts, which means that their leading
+    dimensions are `dims`."""
     parameters = dict(experts.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(experts.named_buffers(remove_duplicate=False))}
     if unknown := set(replicated) - tensors.keys():
@@ -188,7 +189,7 @@ def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Co
 
 
 def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
-    """Reduce the stacks to this rank's part, and change the class of the experts to one that exchanges tokens with
+    """Reduce stacked tensors to this rank's part, and change the class of the experts to one that exchanges tokens with
     other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
     for name in sorted(sharding.sharded_names):  # in the same order on all ranks

@@ -1,4 +1,5 @@
-"""Records routing decisions and replays them: in another dtype, engine or batch, or in a recomputation."""
+"""Records routing decisions and replays them, for example in another dtype, engine or batch, or during
+recomputation."""
 
 from mixture_of_experts.replay.checkpointing import save_choices
 from mixture_of_experts.replay.recording import record_routing

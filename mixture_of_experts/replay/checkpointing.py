@@ -1,4 +1,5 @@
-"""`save_choices`: activation checkpointing that saves routing decisions instead of recomputing them."""
+"""Defines `save_choices`, an activation checkpointing policy that saves routing decisions instead of recomputing
+them."""
 
 from __future__ import annotations
 
@@ -15,18 +16,18 @@ CHOICE_OPERATORS = {
 
 
 def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Return a policy for selective activation checkpointing that saves choices and recomputes everything else.
+    """Selective activation checkpointing policy that saves expert choices and recomputes everything else.
 
-    On some GPUs, matrix products differ from run to run. A token whose best scores are nearly equal may then choose
-    other experts in the recomputation than in the forward pass, which makes its gradient wrong. This policy saves every
-    discrete result computed from floating-point numbers: argmax, top-k, sorting, comparisons. It therefore covers the
-    gates of this package, including policies and capacity, and routers of other libraries.
+    On some GPUs, matrix multiplications are nondeterministic. A token with nearly equal top scores may then be routed
+    to different experts during recomputation than in the forward pass, which makes its gradient wrong. This policy
+    saves the results of argmax, top-k, sorting and comparison operators on floating-point tensors. The policy therefore
+    covers this package's gates, including their policies and capacity, and routers of other libraries.
 
     Args:
         context, operator, args, kwargs: the arguments that `torch.utils.checkpoint` passes to a policy.
 
     Returns:
-        `MUST_SAVE` for such operators, and `PREFER_RECOMPUTE` otherwise.
+        `MUST_SAVE` for operators whose results are saved, and `PREFER_RECOMPUTE` for all others.
 
     Example:
         >>> from functools import partial

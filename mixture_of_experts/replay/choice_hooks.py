@@ -1,4 +1,4 @@
-"""Hooks on every routing point of a model and on the enclosing models, shared by recording and replay."""
+"""Defines hooks on a model's routing points and enclosing models, which recording and replay share."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, activate_call
 
 
 class ChoiceHooks:
-    """Base class of recording and replay. No call is current while a backward pass recomputes a part of the model.
+    """Base class for recording and replaying choices. While a backward pass recomputes a part of the model, there is no
+    current call.
 
     Attributes:
         points: the routing points of the model.
-        is_replay: whether choices are supplied to the gates.
-        pending_forwards: where a recording stores the choices of forward passes that succeeded; None in a replay.
+        is_replay: whether the hooks supply choices to the gates.
+        pending_forwards: the list in which a recording stores the choices of successful forward passes, or None in a
+            replay.
         supply_choices, supply_block_choices: see `RoutingReplayer`.
-        on_choices: called with `(point, call, output, kwargs)` after a layer that received choices, or after a gate
-            that made them.
-        on_block_choices: called with `(point, call, output, expert)` after an external block that chose experts
-            `(..., k)`.
+        on_choices: callback that receives `(point, call, output, kwargs)` after a layer has received choices or a gate
+            has made them.
+        on_block_choices: callback that receives `(point, call, output, expert)` after an external block has chosen
+            experts `(..., k)`.
     """
 
     is_replay: ClassVar[bool] = False
@@ -42,7 +44,7 @@ class ChoiceHooks:
         self.points: list[RoutingPoint] = points
 
     def attach_hooks(self, hooks: Attachments) -> None:
-        """Attach the hooks for forward passes in this thread."""
+        """Attach the hooks for forward passes in the current thread."""
         watches = {
             point.router.enclosing_model: SequenceWatch(self, point.router.enclosing_model) for point in self.points
         }
@@ -65,7 +67,7 @@ class ChoiceHooks:
     def layer_pre_hook(
         self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any = None
     ) -> Any:
-        """Run as a forward pre-hook of a layer, or of a gate without a layer."""
+        """Forward pre-hook for a layer, or for a gate that is not part of a layer."""
         if kwargs is None or ((call := sequences.current_call(point)) is None and not is_recomputing()):
             return None  # the hook is being attached or removed, or another thread runs the layer
         x, sizes, mask = point.read_inputs(args, kwargs)
@@ -85,7 +87,7 @@ class ChoiceHooks:
     def layer_hook(
         self, point: RoutingPoint, sequences: SequenceWatch, layer: object, args: Any, kwargs: Any, output: Any = None
     ) -> None:
-        """Run as a forward hook of the module that chooses: the layer in a replay, the gate in a recording."""
+        """Forward hook for the module that chooses experts: the layer in a replay, the gate in a recording."""
         call = sequences.current_call(point)
         if output is not None and call is not None and call.layer_path == point.layer_path:
             self.on_choices(point, call, output, kwargs)
@@ -93,7 +95,7 @@ class ChoiceHooks:
     def forward_block(
         self, point: RoutingPoint, sequences: SequenceWatch, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Replace the forward of an external block."""
+        """Replacement for the forward method of an external block."""
         call = sequences.current_call(point)
         if torch.compiler.is_compiling():
             raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph; compile without fullgraph=True")
@@ -121,7 +123,7 @@ class ChoiceHooks:
 
 
 def get_token_shape(point: RoutingPoint, tokens: TokenMetadata, num_tokens: int) -> tuple[int, int]:
-    """Return the shape `(b, n)` of the tokens of a block, given the arguments of its model."""
+    """Return the shape `(b, n)` of a block's tokens, based on the token metadata of the enclosing model."""
     b, n = tokens.shape or (1, num_tokens)
     if tokens.mask_unknown_reason is not None or b * n != num_tokens:
         why = tokens.mask_unknown_reason or f"its model got ({b}, {n}) tokens"

@@ -1,6 +1,6 @@
-"""Recording: hooks that store the choices of every real token of every sequence.
+"""Uses hooks to record the expert choices of every non-padding token.
 
-Axes: b sequences, n tokens of a forward pass, k choices per token.
+Axes: b sequences, n tokens per forward pass, k choices per token.
 """
 
 from __future__ import annotations
@@ -25,31 +25,33 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection
 def record_routing(
     model: nn.Module, *, gates: GateSelection | None = None, weights: bool = False
 ) -> Iterator[RoutingRecords]:
-    """Record the choices of every gate in `model` inside the context, for `replay_routing`.
+    """Context manager that records the choices of every gate in `model` for `replay_routing`.
 
-    This finds the same gates as `track_routing`. They must be token-choice gates of this package, or routers of other
-    libraries that choose with `torch.topk`. Padding is excluded, based on the layer's mask or on the attention mask of
-    the enclosing model.
+    This function finds the same gates as `track_routing`. Each gate must be a token-choice gate of this package, or a
+    router of another library that chooses experts with `torch.topk`. Padding is excluded according to the layer's mask
+    or the attention mask of the enclosing model.
 
-    Each forward pass appends its sequences to the records, in batch order. Documents of packed rows (`segment_ids`)
-    count as sequences, in the order of their first tokens. A forward pass that continues a cache (`generate`) appends
-    its tokens to the sequences of the previous pass. If the cache was cropped, the records are cropped too. Beam search
-    raises an error, because it swaps the sequences of the cache. Without a cache, every generation step adds its
-    sequences again, from their first token. Only forward passes of this thread are recorded, each of them once, even
-    under activation checkpointing. Data stays on the device until it is read.
+    Each forward pass appends its sequences to the records, in batch order. Each document in a packed row
+    (`segment_ids`) counts as a sequence. Documents are ordered by their first tokens. A forward pass that continues a
+    cache, as in `generate`, appends its tokens to the sequences of the previous pass. If the cache was cropped, the
+    records are cropped too. Beam search raises an error because it swaps sequences in the cache. Without a cache, every
+    generation step records its sequences again from their first token. Only forward passes in the current thread are
+    recorded. Each forward pass is recorded once, even under activation checkpointing. The recorded data remains on the
+    device until it is read.
 
     Args:
         model: the module that you call.
-        gates: the gates to record, as names or modules (gates, or layers that contain them). Default: all.
-        weights: whether to record, and thus replay, the weights of the choices too. Only for gates of this package.
+        gates: the gates to record, as gate names, gate modules, or layers that contain gates. Default: all.
+        weights: whether to also record and replay the weights of the choices. Weights are supported only for gates of
+            this package.
 
     Raises:
         ValueError: the model has no gate.
-        TypeError: tokens do not make k choices at a gate (expert choice), or its weights cannot be recorded; in a
-            forward pass, if a block of another library does not choose with `torch.topk`.
-        RuntimeError: in a forward pass, if a gate runs twice, outside of `model`, or in a graph that was compiled
-            before the context, or if beam search swapped sequences; on reading, if a forward pass continued sequences
-            that were not recorded.
+        TypeError: a gate does not make k choices for each token (expert choice), or its weights cannot be recorded.
+            This error is also raised in a forward pass if a block of another library does not choose with `torch.topk`.
+        RuntimeError: in a forward pass, a gate ran twice, outside of `model`, or in a graph compiled before the context
+            was entered, or beam search swapped sequences. This error is also raised when the records are read, if a
+            forward pass continued sequences that were not recorded.
 
     Example:
         >>> import torch
@@ -73,7 +75,7 @@ def record_routing(
 
 
 class RoutingRecorder(ChoiceHooks):
-    """A recorder, created by `record_routing`, that stores the choices of gates in `records`."""
+    """Stores the choices of gates in `records`. Created by `record_routing`."""
 
     records_weights: bool
 
@@ -98,7 +100,8 @@ class RoutingRecorder(ChoiceHooks):
         self.store_choices(point, call, expert)
 
     def store_choices(self, point: RoutingPoint, call: SequenceCall, expert: Tensor, *weight: Tensor) -> None:
-        """Store the choices of a gate in a forward pass, as int16 if it has few enough experts, or else as int32."""
+        """Store a gate's choices in one forward pass, as int16 if the number of experts allows it, and otherwise as
+        int32."""
         sizes, mask = call.entered_gates[point.name]
         small = torch.int16 if point.num_experts < 1 << 14 else torch.int32
         values = [each.reshape(*sizes, point.k) for each in (expert.detach().to(small), *weight)]

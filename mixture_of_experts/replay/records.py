@@ -1,4 +1,5 @@
-"""`RoutingRecords`: choices by gate, sequence and real token. They can be selected, saved, and read from engines.
+"""Defines `RoutingRecords`, which stores choices by gate, sequence and token. The records can be selected, saved, and
+created from the outputs of serving engines.
 
 Axes: s tokens of a sequence, l gates, k choices per token.
 """
@@ -31,20 +32,22 @@ RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):
-    """The experts of every real token of some sequences, as a mapping from each gate of a model to a list of sequences.
+    """A mapping from each gate's name to its expert choices, as a list with one tensor per sequence. Padding is
+    excluded.
 
-    A choice is an integer: the index of an expert; -1 for no choice; or -2 - i if expert i keeps its share of the
-    token's weight but does not compute the token (it was dropped by capacity or a policy).
+    A choice is an integer: the index of an expert, or -1 for no choice. The value -2 - i means that expert i keeps its
+    share of the token's weight but does not compute the token, because capacity or a policy dropped it.
 
     Args:
-        experts: for each gate name, one integer tensor `(s, k)` per sequence.
-        num_experts: for each gate name, the number of experts, if known.
-        weights: for each gate name, the weights `(s, k)` of these choices, one tensor per sequence. None if only the
+        experts: lists of integer tensors `(s, k)`, one tensor per sequence, keyed by gate name.
+        num_experts: the number of experts, if known, keyed by gate name.
+        weights: lists of the choices' weights `(s, k)`, one tensor per sequence, keyed by gate name. None if only the
             choices are known.
 
     Raises:
-        ValueError: gates have different numbers of sequences, sequences of a gate have different numbers of choices, a
-            record is not an integer tensor `(s, k)`, or the weights are not floating-point tensors of the same shapes.
+        ValueError: the gates have different numbers of sequences, the sequences of a gate have different numbers of
+            choices, a record is not an integer tensor `(s, k)`, or the weights are not floating-point tensors with the
+            same shapes as the choices.
 
     Example:
         >>> import torch
@@ -89,7 +92,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The gates, in the model's order."""
+        """The names of the gates, in the model's order."""
         return tuple(self._experts)
 
     def num_experts(self, layer: str) -> int | None:
@@ -98,13 +101,13 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @property
     def weights(self) -> dict[str, list[Tensor]] | None:
-        """For each gate, the weights `(s, k)` of its choices in each sequence, 0 if an expert does not compute. None if
-        only choices were recorded."""
+        """The weights `(s, k)` of the choices in each sequence, keyed by gate. The weight is 0 if the expert does not
+        compute the token. None if only the choices were recorded."""
         self._read_pending()
         return self._weights
 
     def lengths(self, layer: str) -> list[int]:
-        """Return the number of recorded tokens of each sequence at a gate."""
+        """Return how many tokens of each sequence were recorded at a gate."""
         return [len(record) for record in self[layer]]
 
     @property
@@ -125,7 +128,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return id(self)
 
     def __getitem__(self, layer: str) -> list[Tensor]:
-        """Return the choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
+        """Return a gate's choices on the CPU, as one `(s, k)` tensor per sequence."""
         if layer not in self._experts:
             raise KeyError(f"there is no gate {layer!r}; the gates are {', '.join(map(repr, self.layers))}")
         self._read_pending()
@@ -135,7 +138,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
     def _read_pending(self) -> None:
-        """Copy what a recording has stored from the device, for all gates, or for none if an error is raised."""
+        """Copy the pending choices of a recording from the device. If this raises an error, no gate's records
+        change."""
         if not self._unread:
             return
         with READ_LOCK:  # other threads may read, and a recording may append
@@ -151,11 +155,11 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             del self._unread[: len(unread)]
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
-        """Return the records of some sequences, in the given order, for use with another batch.
+        """Return the records of the selected sequences, in the given order, for use with another batch.
 
         Args:
             sequences: indices of the sequences, or a slice.
-            tokens: for each of these sequences, the maximum number of tokens to keep from its start. Default: all.
+            tokens: the maximum number of tokens to keep from the start of each selected sequence. Default: all.
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
@@ -176,21 +180,23 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @classmethod
     def from_requests(cls, requests: Sequence[Any], *, weights: Sequence[Any] | None = None) -> RoutingRecords:
-        """Create records from the results that a serving engine returns for each request.
+        """Create records from the routing results that a serving engine returns for each request.
 
         vLLM (started with `enable_return_routed_experts`) returns an integer array `(s, l, k)`
         (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang (`return_routed_experts`) returns
         base64-encoded int32 (sgl-project/sglang#12162). The last token of a completion has no record, because the
-        engine never processed it. If every entry of a row is -1, the engine did not record it, and the gate chooses.
+        engine never processed it. If all entries of a row are -1, the engine did not record the token, and the gate
+        chooses.
 
         Args:
-            requests: for each request, an array or tensor `(s, l, k)`, or nested lists. The axis l runs over the layers
+            requests: an array, tensor or nested list of shape `(s, l, k)` for each request. Axis l indexes the layers
                 that have gates, in the model's order.
-            weights: for each request, the floating-point weights `(s, l, k)` of these choices, by which the experts'
-                outputs are multiplied. If the gate chooses, it also computes the weights.
+            weights: the floating-point weights `(s, l, k)` by which the experts' outputs are multiplied, one array per
+                request. If the gate chooses a token's experts, it also computes their weights.
 
         Raises:
-            ValueError: an array has another shape or dtype, or the shapes of requests or weights differ.
+            ValueError: an array has the wrong shape or dtype, or the shapes of the requests or weights are
+                inconsistent.
 
         Example:
             >>> completion = [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]  # two tokens, two layers, two choices
@@ -208,7 +214,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return records
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a file that `load` can read. An existing file is replaced once the new one is complete."""
+        """Write the records to a file that `load` can read. An existing file is replaced only after the new one is
+        complete."""
         weights = None if self.weights is None else pack_records(self.weights)
         found = {
             "format": RECORDS_FORMAT,
@@ -221,10 +228,11 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RoutingRecords:
-        """Read a file that `save` wrote. No code in it is executed (`weights_only`).
+        """Read records from a file written by `save`. No code in the file is executed, because it is loaded with
+        `weights_only`.
 
         Raises:
-            ValueError: the file is of another kind, incomplete or corrupt.
+            ValueError: the file is incomplete or corrupt, or was not written by `save`.
         """
         with open(path, "rb") as file:
             try:
@@ -242,9 +250,9 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
 @contextmanager
 def replaced_when_complete(path: Path) -> Iterator[Path]:
-    """Context manager that yields a temporary path. At the end, the file there replaces that at `path`, or is removed
-    after an error. Links are followed, and the mode of an existing file is kept. If `path` is not a regular file, such
-    as a pipe, it is yielded itself."""
+    """Context manager that yields a temporary path. On success, the temporary file replaces the file at `path`. On
+    error, it is removed. Symbolic links are followed, and the mode of an existing file is kept. If `path` is not a
+    regular file (such as a pipe), the context manager yields `path` itself."""
     path = path.resolve()
     if path.exists() and not path.is_file():
         yield path
@@ -260,7 +268,8 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 
 def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
-    """Check that each gate has a list of tensors `(s, k)` of the required kind. Return these lists, keyed by gate."""
+    """Check that each gate has a list of tensors `(s, k)` of the required kind, and return these lists, keyed by
+    gate."""
     if not isinstance(given, Mapping):
         raise TypeError(f"expected {name} to be a dict from gates to records, but got a {type(given).__name__}")
     found = {gate: list(of) if isinstance(of, Iterable) else [of] for gate, of in given.items()}
@@ -273,12 +282,13 @@ def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], boo
 
 
 def pack_records(kept: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
-    """Copy the records so that those of a gate are views of one tensor. A file then stores one tensor per gate."""
+    """Copy the records so that all records of a gate are views of one tensor. A file then stores one tensor per
+    gate."""
     return {name: list(torch.cat(of).split([*map(len, of)])) if of else [] for name, of in kept.items()}
 
 
 def has_values(array: Tensor) -> bool:
-    """Return whether a tensor is dense and has data."""
+    """Return whether a tensor is dense and not on the meta device."""
     return array.layout is torch.strided and not array.is_meta
 
 
@@ -290,8 +300,8 @@ def is_integer_tensor(array: Tensor) -> bool:
 def append_forwards(
     name: str, before: list[Tensor], forwards: Iterable[tuple[Tensor, Tensor | None, Tensor | int]]
 ) -> list[Tensor]:
-    """Append forward passes (values, mask, number of earlier tokens) to a gate's records. A forward pass either starts
-    new sequences or continues the last ones."""
+    """Append forward passes, given as (values, mask, number of earlier tokens), to a gate's records. A forward pass
+    either starts new sequences or continues the most recent ones."""
     records = list(before)
     for values, mask, seen in forwards:
         found = values.cpu()
@@ -311,8 +321,8 @@ def append_forwards(
 
 
 def split_sequences(values: Tensor, mask: Tensor | None) -> list[Tensor]:
-    """Return the values `(s, k)` of each sequence, given those `(b, n, k)` of a forward pass and its mask `(b, n)`, or
-    for packed rows the sequence of each token, as in `RecordedForward`."""
+    """Split the values `(b, n, k)` of a forward pass into one tensor `(s, k)` per sequence. `mask` is `(b, n)` bool or,
+    for packed rows, the sequence index of each token, as in `RecordedForward`."""
     if mask is None or mask.dtype == torch.bool:
         return list(values) if mask is None else [*map(Tensor.__getitem__, values, mask)]
     real, sequence = values[mask >= 0], mask[mask >= 0]
@@ -320,17 +330,17 @@ def split_sequences(values: Tensor, mask: Tensor | None) -> list[Tensor]:
 
 
 def starts_sequences(seen: Tensor | int) -> bool:
-    """Return whether a forward pass starts new sequences, given the number of earlier tokens."""
+    """Return whether a forward pass with this number of earlier tokens starts new sequences."""
     return not isinstance(seen, Tensor) and seen == 0
 
 
 def previous_lengths(seen: Tensor | int, sequences: int) -> list[int]:
-    """Return the number of earlier tokens of each sequence of a forward pass."""
+    """Return the number of tokens that precede a forward pass in each of its sequences."""
     return seen.tolist() if isinstance(seen, Tensor) else [seen] * sequences
 
 
 def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
-    """Return the arrays `(s, k)` of all requests for each layer, keyed by layer number."""
+    """Return a list of `(s, k)` tensors for each layer, one per request, keyed by layer number."""
     arrays = [parse_request(number, request) for number, request in enumerate(requests)]
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
@@ -341,7 +351,7 @@ def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
 
 
 def parse_request(number: int, request: Any) -> tuple[Tensor, ...]:
-    """Return the arrays `(s, k)` of a request, one for each layer."""
+    """Split a request into one `(s, k)` tensor per layer."""
     try:
         return torch.as_tensor(request).cpu().unbind(1)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -353,7 +363,8 @@ def parse_request(number: int, request: Any) -> tuple[Tensor, ...]:
 
 
 def compact_choices(array: Tensor) -> Tensor:
-    """Return an engine's choices `(s, k)`, in int16 if they fit. If every entry of a row is -1, the gate chooses."""
+    """Convert an engine's choices `(s, k)` to int16 if they fit. If all entries of a row are -1, they are replaced so
+    that the gate chooses."""
     wide = array.to(torch.int64)
     small = wide.to(torch.int16)
     return torch.where((wide == -1).all(dim=-1, keepdim=True), KEEP_ROUTER_CHOICE, small if small.equal(wide) else wide)

@@ -1,6 +1,6 @@
-"""Replay: hooks pass recorded choices to gates, which weight them by their live scores.
+"""Replays recorded choices: hooks pass them to the gates, which compute their weights from live scores.
 
-Axes: b sequences, n tokens of a forward pass, s tokens of the longest record, k choices per token.
+Axes: b sequences, n tokens per forward pass, s tokens in the longest record, k choices per token.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ def replay_routing(
     beyond: BeyondMode = "error",
     gates: GateSelection | None = None,
 ) -> Iterator[None]:
-    """Make every gate in `model` choose the experts in `records` inside the context.
+    """Context manager that makes every gate in `model` choose the experts in `records`.
 
-    A token's experts are those in the records. The gate computes their weights from live scores, with gradients, by its
-    own rule; a block of another library does so in its own code. If the records contain weights, these are used, bit
-    for bit, and their gradient is passed to the live weights. Losses are those of the recorded choices. Records contain
-    only real tokens, so padding may be placed differently or be absent.
+    Each gate still computes the weights of these experts from its live scores, with gradients. Blocks of other
+    libraries compute the weights in their own code. If the records contain weights, they replace the live weights bit
+    for bit, and their gradient is passed to the live weights. Losses are computed from the recorded choices. Records
+    exclude padding, so a replay may place padding differently or omit it.
 
-    Each forward pass in this thread must have all sequences of the records, in their order; `records.select` creates
-    records for another batch. A forward pass that continues a cache has the tokens that follow. With activation
-    checkpointing, run the backward pass inside the context too.
+    Each forward pass in the current thread must contain all sequences of the records, in the same order. Use
+    `records.select` to create records for another batch. A forward pass that continues a cache must contain the next
+    tokens after the cache. With activation checkpointing, also run the backward pass inside the context.
 
     Args:
         model: the module that you call.
-        records: records of this model or a similar one. Gates are matched by name, or by order if names differ.
-        beyond: what to do with tokens beyond the end of their sequence's record. "error" raises, "choose" lets the gate
-            choose. The last token of a completion is such a token, because no engine has processed it.
-        gates: as in `record_routing`.
+        records: routing records of this model or of a similar one. Gates are matched by name, or by order if their
+            names differ.
+        beyond: how to handle tokens past the end of their sequence's record. "error" raises an error, and "choose" lets
+            the gate choose. Records never include the last token of a completion, because no engine has processed it.
+        gates: see `record_routing`.
 
     Raises:
-        ValueError: on entering, if the model and the records differ in the number of gates, choices or experts, or a
-            gate does not accept choices; in a forward pass, before its first gate, if the numbers of sequences or
-            tokens differ.
-        TypeError: tokens do not make k choices at a gate (expert choice); in a forward pass, if a block of another
-            library does not choose with `torch.topk`.
-        RuntimeError: a forward or backward pass cannot be replayed: under reentrant checkpointing, outside of `model`,
-            or in a backward pass after the context has exited.
+        ValueError: on entry, the model and the records differ in the number of gates, choices or experts, or a gate
+            does not accept choices. This error is also raised in a forward pass, before its first gate runs, if the
+            number of sequences or tokens differs from the records.
+        TypeError: a gate does not make k choices for each token (expert choice). This error is also raised in a forward
+            pass if a block of another library does not choose with `torch.topk`.
+        RuntimeError: a forward pass runs under reentrant checkpointing or outside of `model`, or a backward pass
+            recomputes gates after the context has exited.
 
     Example:
         >>> import torch
@@ -92,7 +93,7 @@ def replay_routing(
 
 
 class RoutingReplayer(ChoiceHooks):
-    """A replayer, created by `replay_routing`, that supplies the gates of a model with recorded choices."""
+    """Supplies recorded choices to the gates of a model. Created by `replay_routing`."""
 
     is_replay: ClassVar[bool] = True
     beyond: BeyondMode
@@ -123,8 +124,8 @@ class RoutingReplayer(ChoiceHooks):
     def supply_choices(
         self, point: RoutingPoint, call: SequenceCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
     ) -> list[Tensor]:
-        """Return the choices `(b, n, k)`, int64, for the tokens of a forward pass, and their weights if the records
-        contain them. `mask` is as returned by `RoutingPoint.read_inputs`."""
+        """Return the choices `(b, n, k)` in int64 for the tokens of a forward pass, followed by their weights if
+        recorded. `mask` is the mask returned by `RoutingPoint.read_inputs`."""
         tables, seen = self.choice_tables[point.name], 0 if call is None else call.num_seen
         if call is not None:
             self.check_forward(point, call, shape, mask)
@@ -144,8 +145,8 @@ class RoutingReplayer(ChoiceHooks):
         return [table.gather(1, inside) for table in tables]
 
     def supply_block_choices(self, point: RoutingPoint, call: SequenceCall | None, device: Any) -> Tensor:
-        """Return the choices `(b n, k)`, int64, for the tokens of a block. In a recomputation, return those of its last
-        forward pass."""
+        """Return the choices `(b n, k)` in int64 for a block's tokens. During recomputation, return the choices of the
+        block's last forward pass."""
         if call is None:
             self.awaiting_backward.discard(point.name)
             return self.recompute_choices[point.name]
@@ -164,7 +165,8 @@ class RoutingReplayer(ChoiceHooks):
     def check_forward(
         self, point: RoutingPoint, call: SequenceCall, shape: tuple[int, int], mask: Tensor | None
     ) -> None:
-        """Check that a forward pass fits the records in sequences and tokens. In a graph, check only sequences."""
+        """Check that the numbers of sequences and tokens in a forward pass match the records. In a compiled graph,
+        check only the number of sequences."""
         lengths = self.record_lengths[point.name]
         packed = None if mask is None or mask.dtype == torch.bool else mask  # the sequence of each token
         if packed is None:
@@ -212,7 +214,8 @@ class RoutingReplayer(ChoiceHooks):
             )
 
     def on_choices(self, point: RoutingPoint, call: SequenceCall, output: Any, more: Any) -> None:
-        """Make a backward pass after the context raise, because without hooks recomputed gates would choose freely."""
+        """Make a backward pass raise an error after the context has exited, because recomputed gates would choose
+        freely without hooks."""
         if torch.compiler.is_compiling() or not is_in_activation_checkpoint():
             return
         for part in output if isinstance(output, tuple) else (getattr(output, "weight", output),):
@@ -230,8 +233,8 @@ class RoutingReplayer(ChoiceHooks):
 
 
 def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords) -> list[Tensor]:
-    """Check that the records fit a gate, and return its choices `(b, s + 1, k)`, int64, and their weights if recorded.
-    Past the end of a record, choices are `KEEP_ROUTER_CHOICE` and weights are NaN."""
+    """Check that the records fit a gate, and return its choices `(b, s + 1, k)` in int64, followed by their weights if
+    recorded. Past the end of a record, choices are `KEEP_ROUTER_CHOICE` and weights are NaN."""
     prefix = f"{point.name!r}" + ("" if layer == point.name else f" ({layer!r} in the records)")
     if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
         raise ValueError(
@@ -257,6 +260,6 @@ def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords
 
 
 def pad_records(records: list[Tensor], k: int, filler: float) -> Tensor:
-    """Pad the records `(s, k)` of all sequences with `filler` to one tensor `(b, s + 1, k)`."""
+    """Pad the records `(s, k)` of all sequences with `filler`, and stack them into one tensor `(b, s + 1, k)`."""
     longest = torch.full((max([0, *map(len, records)]) + 1, k), filler)
     return pad_sequence([*records, longest], batch_first=True, padding_value=filler)[:-1]

@@ -1,6 +1,6 @@
-"""Finds where a model makes choices in each layer, and follows the calls of enclosing models and their sequences.
+"""Finds the routing points of a model, and tracks the sequences in forward passes of the enclosing models.
 
-Axes: b sequences, n tokens of a forward pass, k choices per token.
+Axes: b sequences, n tokens per forward pass, k choices per token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYER_INPUTS, GATE_INPUTS = ("inputs", "mask"), ("x", "importance", "mask")
 
 
 class RoutingPoint(NamedTuple):
-    """A gate in one layer, and the module whose arguments determine which tokens its choices are for."""
+    """A gate in one layer, and the module whose arguments identify the tokens that the gate routes."""
 
     name: str
     router: RouterHandle
@@ -51,8 +51,8 @@ class RoutingPoint(NamedTuple):
     def read_inputs(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
-        """Return the inputs `(..., n, d)` of a layer or gate, the shape `(b, n)` of their tokens, and their mask
-        `(b, n)`. For packed rows, the mask is replaced by the sequence of each token, as in `number_documents`."""
+        """Return the inputs `(..., n, d)` of a layer or gate, the shape `(b, n)` of the tokens, and the mask `(b, n)`.
+        For packed rows, the sequence index of each token replaces the mask, as in `number_documents`."""
         names = GATE_INPUTS if self.hook_target is self.router.hook_target else LAYER_INPUTS
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         x, mask = given[names[0]], given.get("mask")
@@ -66,12 +66,12 @@ class RoutingPoint(NamedTuple):
 def find_routing_points(
     model: nn.Module, feature: str, gates: GateSelection | None, weights: bool
 ) -> list[RoutingPoint]:
-    """Find a routing point for each layer that contains a gate, in the model's order. Blocks that choose by a table of
-    token ids are excluded, unless `gates` selects them.
+    """Find a routing point for each layer that contains a gate, in the model's order. Blocks that choose experts from a
+    table of token ids are excluded, unless `gates` selects them.
 
     Args:
         model, feature, gates: see `find_routers`.
-        weights: whether the weights of choices must be supported too.
+        weights: whether the weights of the choices must also be supported.
     """
     routers = find_routers(model, feature, gates)
     if gates is None:
@@ -94,7 +94,7 @@ def chooses_by_token_ids(router: RouterHandle) -> bool:
 
 
 def replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why the choices of a router can be neither recorded nor replayed, or None if they can."""
+    """Return why a router's choices cannot be recorded or replayed, or None if they can."""
     if chooses_by_token_ids(router):
         return "its experts are chosen by a table of token ids"
     if router.k is None or isinstance(router.gate, ExpertChoiceGating):
@@ -107,7 +107,7 @@ def replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why the weights of a router can be neither recorded nor replayed, or None if they can."""
+    """Return why a router's weights cannot be recorded or replayed, or None if they can."""
     if router.external is not None:
         return f"its own code computes the weights; {router.external.remedy}"
     if any(isinstance(location.layer, HeirarchicalMoE) for location in router.locations):
@@ -116,12 +116,12 @@ def weight_replay_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the sequence of each token of packed rows, as `(b, n)` int64. Documents are numbered across rows, in the
-    order of their first tokens. Padding gets -1.
+    """Return the sequence index of each token in packed rows, as an int64 tensor `(b, n)`. Documents are numbered
+    across rows, in the order of their first tokens. Padding gets -1.
 
     Args:
-        ids: `(b, n)` integers, equal for tokens of a row that belong to the same document.
-        mask: `(b, n)` bool, the tokens that are not padding. None if all are real.
+        ids: integers `(b, n)` that are equal for tokens of the same document in a row.
+        mask: bool `(b, n)`, True for tokens that are not padding. None if there is no padding.
     """
     document = find_segments(ids, None).document.flatten()
     real = torch.ones_like(document, dtype=torch.bool) if mask is None else mask.to(document.device).flatten()
@@ -137,7 +137,7 @@ def number_documents(ids: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(eq=False)
 class SequenceCall(ForwardCall):
-    """A forward pass, in progress, of a model that contains gates."""
+    """An ongoing forward pass of a model that contains gates."""
 
     tokens: TokenMetadata
     num_seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
@@ -148,7 +148,7 @@ class SequenceCall(ForwardCall):
     layer_path: str = ""  # path of the layer that is running
 
     def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
-        """Record that a gate is called for tokens of shape `sizes`, `(b, n)`, and this mask."""
+        """Record that a gate was called. `sizes` is the shape `(b, n)` of its tokens, and `mask` their mask."""
         if point.name in self.entered_gates:
             raise RuntimeError(
                 f"{point.name!r} ran twice in one forward pass, but only one call can be recorded; call it once"
@@ -162,11 +162,11 @@ class SequenceCall(ForwardCall):
 
 
 class SequenceWatch(ForwardWatch):
-    """A watch that tracks the sequences of the current forward pass of one model that contains gates.
+    """Tracks the sequences in forward passes of a model that contains gates.
 
     Args:
-        owner: the recorder or replayer, which is active in its own thread.
-        model: the model.
+        owner: the recorder or replayer, which is active only in its own thread.
+        model: the model to watch.
     """
 
     owner: Any
@@ -198,9 +198,10 @@ class SequenceWatch(ForwardWatch):
             self.owner.pending_forwards.append(call.choices)
 
     def check_no_beam_search(self, cache: Any) -> None:
-        """Raise if the sequences of the cache were swapped since the last forward pass, which would mix up the records.
+        """Raise an error if the cache's sequences were swapped since the last forward pass, which would mix up the
+        records.
 
-        Such a swap replaces tensors of the cache by others of the same shape.
+        Swapping replaces tensors in the cache with others of the same shape.
         """
         keys = self.reader.get_cached_keys(cache)
         if keys is None or self.last_cache is None or self.last_cache[0]() is not cache:
@@ -213,7 +214,7 @@ class SequenceWatch(ForwardWatch):
             )
 
     def current_call(self, point: RoutingPoint) -> SequenceCall | None:
-        """Return the forward pass in progress, or None in another thread and while a backward pass recomputes."""
+        """Return the current forward pass, or None in another thread or during recomputation in a backward pass."""
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(
@@ -223,5 +224,5 @@ class SequenceWatch(ForwardWatch):
 
 
 def is_recomputing() -> bool:
-    """Return whether a backward pass is recomputing a part of a forward pass."""
+    """Return whether a backward pass is currently recomputing a part of a forward pass."""
     return get_backward_id() != -1

@@ -1,6 +1,6 @@
-"""Records or replaces the choices of external blocks by intercepting their calls of `torch.topk`.
+"""Records or replaces the choices of external blocks by intercepting their calls to `torch.topk`.
 
-The block's own code thus computes the weights from live scores.
+The block's own code still computes the weights from live scores.
 
 Axes: t tokens, e experts, g expert groups, k choices per token.
 """
@@ -19,14 +19,15 @@ from mixture_of_experts.support.private_torch import get_function_modes
 
 
 class TopkMode(TorchFunctionMode):
-    """A function mode that intercepts calls of `torch.topk` in the forward pass of a block.
+    """A function mode that intercepts calls to `torch.topk` in a block's forward pass.
 
     Args:
         point: the routing point of the block.
-        choices: `(t, k)` int64, the choices that the block must make. None if it makes its own.
+        choices: the choices that the block must make, an int64 tensor `(t, k)`. If None, the block makes its own
+            choices.
 
     Attributes:
-        expert: the experts that the block chose. None before it has chosen.
+        expert: the experts that the block chose, or None before it has chosen.
     """
 
     point: RoutingPoint
@@ -60,6 +61,7 @@ class TopkMode(TorchFunctionMode):
         return found
 
     def mark_open_groups(self, choices: Tensor, groups: int) -> Tensor:
-        """Return `(t, g)` bool, the groups of the given experts, which are selected whatever their scores are."""
+        """Return a bool mask `(t, g)` of the groups that contain the given experts. These groups are selected
+        regardless of their scores."""
         group = torch.where(choices == KEEP_ROUTER_CHOICE, groups, choices // (self.point.num_experts // groups))
         return nn.functional.one_hot(group, groups + 1).any(dim=1)[:, :groups]

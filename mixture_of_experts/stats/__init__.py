@@ -1,4 +1,5 @@
-"""Router statistics: `track_routing` records load, drops, confidence and losses of every gate of a model."""
+"""Router statistics: `track_routing` records the load, dropped choices, confidence and losses of each gate in a
+model."""
 
 from mixture_of_experts.stats.record import Record, relative
 from mixture_of_experts.stats.routing_reader import routing_of

@@ -1,4 +1,4 @@
-"""Warnings about a gate, derived from its records."""
+"""Generates warnings about a gate from its records."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ StepRows = tuple[int, Tensor]  # the number of a step and the rows of its forwar
 def diagnose_gate(
     steps: Sequence[StepRows], make_record: Callable[[Sequence[StepRows]], Record], has_bias: bool = False
 ) -> Iterator[str]:
-    """Yield the warnings about a gate, as phrases that follow the gate's name.
+    """Yield warnings about a gate. Each warning is a phrase that follows the gate's name.
 
     Args:
-        steps: the gate's steps.
-        make_record: a function that combines some of the steps into one record.
+        steps: the recorded steps of the gate.
+        make_record: a function that combines several steps into one record.
         has_bias: whether the gate is balanced by an expert bias instead of a loss.
     """
     if not steps:
@@ -71,14 +71,15 @@ def diagnose_gate(
 
 
 def find_starved_experts(late: Record) -> Tensor:
-    """Find the experts that compute tokens, but far fewer than chance would explain, as bool of the load's shape."""
+    """Return a bool mask, shaped like the load, of the experts that compute some tokens, but far fewer than chance can
+    explain."""
     mean = late.requested.to(torch.float64).mean()
     few = (late.requested < WARN_LOAD_BELOW * mean) & (late.requested < mean - 5 * mean.sqrt())
     return few & (late.load > 0)
 
 
 def format_expert_list(experts: Tensor) -> str:
-    """Return the names of the experts where a bool tensor is True, as a list of at most `MAX_LISTED_EXPERTS`."""
+    """Format the experts selected by a bool mask as a list of at most `MAX_LISTED_EXPERTS` names."""
     names = format_expert_names(experts)
     return ", ".join(names[:MAX_LISTED_EXPERTS]) + (
         f" and {len(names) - MAX_LISTED_EXPERTS} more" if len(names) > MAX_LISTED_EXPERTS else ""
@@ -86,5 +87,5 @@ def format_expert_list(experts: Tensor) -> str:
 
 
 def format_expert_names(experts: Tensor) -> list[str]:
-    """Return the names of the experts where a tensor of the load's shape is True, such as "1.3" on a second level."""
+    """Return the names of the experts selected by a bool mask, such as "1.3" for outer index 1 and inner index 3."""
     return [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]

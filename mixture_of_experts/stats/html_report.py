@@ -1,7 +1,7 @@
-"""The page of `RoutingStats.report`, which shows the decisions of a model's gates.
+"""Renders the HTML report of `RoutingStats.report`, which shows the routing decisions of a model's gates.
 
-The page is a single file that includes its figures and styles (the template is `report.html`). Gate names are escaped
-where they are inserted.
+The report is a single file with embedded figures and styles. The template of the report is `report.html`. Gate names
+are escaped when they are inserted.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def render_page(
     over_steps: Mapping[str, Figure],
     left_out: str = "",
 ) -> str:
-    """Render the page as HTML.
+    """Render the report as HTML.
 
     Args:
-        name: title of the page.
-        cells: rows of the table, each a dictionary from header to cell.
+        name: title of the report.
+        cells: rows of the table, each as a dictionary from column header to cell text.
         notes: the warnings about each gate.
         overview: figures that show all gates, keyed by title.
-        over_steps: figures of single gates over the steps, keyed by gate; only the gates that are drawn.
-        left_out: one sentence about the gates that are not drawn.
+        over_steps: a figure of each drawn gate over the steps, keyed by gate name.
+        left_out: a sentence about the gates that are not drawn.
     """
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
     places = {layer: number for number, layer in enumerate(over_steps)}
@@ -63,12 +63,13 @@ def render_page(
 
 
 def link_gate(layer: str, place: int | None) -> str:
-    """Return the name of a gate as HTML, linked to the gate's figure if there is one."""
+    """Return a gate's name as HTML, with a link to the gate's figure if it was drawn."""
     return f"<b>{escape(layer)}</b>" if place is None else f'<a href="#gate-{place}">{escape(layer)}</a>'
 
 
 def render_figure(title: str, figure: Figure, number: int | None = None) -> str:
-    """Return a figure below its title, as HTML. With a `number`, it gets the anchor that `link_gate` links to."""
+    """Return a figure and its title as HTML. If `number` is given, the figure gets the anchor that `link_gate` links
+    to."""
     import matplotlib as mpl
 
     file = io.BytesIO()

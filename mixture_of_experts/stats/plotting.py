@@ -1,9 +1,9 @@
-"""Plots the decisions of a model's gates. Matplotlib (the extra `plot`) is imported only when something is drawn.
+"""Plots the decisions of a model's gates. Matplotlib (the `plot` extra) is imported only when a plot is drawn.
 
-The colormap of loads ranges from purple (too little) through white (balanced) to orange (too much). It is
-colorblind-safe, even in print.
+The load colormap ranges from purple (underloaded) through white (balanced) to orange (overloaded). The colormap is
+colorblind-safe and print-friendly.
 
-Axes: e experts, outer-major on a second level; s steps.
+Axes: e experts (in outer-major order on a second level), s steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MIN_NUMBER_WIDTH = 24  # in points; narrower cells show no number
 
 
 def make_axes(width: float, height: float) -> Axes:
-    """Return the axes of a new figure of a size in inches, or raise ImportError if matplotlib is not installed."""
+    """Return the axes of a new figure, given its size in inches. Raises ImportError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -43,14 +43,15 @@ def get_figure(ax: Axes) -> Figure:
 
 
 def make_load_colormap() -> dict[str, Any]:
-    """Return the colormap and norm of loads. White is balanced, and half and double are equally far from it."""
+    """Return the colormap and normalization for relative loads. A balanced load is white, and half and twice that load
+    are equally far from white."""
     from matplotlib.colors import LogNorm
 
     return {"cmap": "PuOr_r", "norm": LogNorm(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD)}
 
 
 def add_colorbar(ax: Axes) -> Figure:
-    """Add a colorbar of loads next to the axes, and return their figure."""
+    """Add a colorbar for the load next to the axes, and return the figure."""
     from matplotlib.cm import ScalarMappable
 
     bar = get_figure(ax).colorbar(ScalarMappable(**make_load_colormap()), ax=ax, pad=0.02, aspect=15)
@@ -60,9 +61,9 @@ def add_colorbar(ax: Axes) -> Figure:
 
 
 def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
-    """Draw one row per gate with the relative loads `(e,)` of its experts, which share the width of the row.
+    """Draw one row per gate, divided into cells that show the relative loads `(e,)` of its experts.
 
-    Cells show numbers if there is room. A cross marks an expert without tokens.
+    Cells show numbers if they are wide enough. A cross marks an expert without tokens.
     """
     max_experts = max(map(len, loads.values()))
     for y, load in enumerate(loads.values()):
@@ -87,8 +88,8 @@ def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
 
 
 def plot_steps(ax: Axes, edges: Sequence[float], loads: Tensor, num_inner: int) -> Figure:
-    """Draw one gate over its steps, given relative loads `(e, s)` and the edges of the steps. Lines separate blocks of
-    `num_inner` experts."""
+    """Draw the relative loads `(e, s)` of one gate over its steps. `edges` contains the boundaries of the steps.
+    Horizontal lines separate blocks of `num_inner` experts."""
     y = [expert - 0.5 for expert in range(len(loads) + 1)]
     ax.pcolormesh(
         edges, y, loads.clamp(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD).numpy(), rasterized=True, **make_load_colormap()

@@ -1,9 +1,9 @@
-"""`Record`: the decisions of a gate in one or more steps, as numbers to read, log and print.
+"""Defines `Record`, the statistics of a gate's decisions in one or more steps.
 
 Each statistic is an attribute of `Record`. `measure_routing` measures a forward pass, `make_record` aggregates forward
 passes, and `format_cells` formats the result.
 
-Axes: r forward passes, w numbers per forward pass, e experts (`(eo, ei)` on the second level of a hierarchy).
+Axes: r forward passes, w values per forward pass, e experts (`(eo, ei)` on the second level of a hierarchy).
 """
 
 from __future__ import annotations
@@ -25,31 +25,34 @@ NUM_SUMS = 8  # scalars of a forward pass that are summed over forward passes
 
 @dataclass(frozen=True)
 class Record:
-    """The decisions of one gate in one or more steps. Masked tokens are not counted. Means over nothing are 0.
+    """The routing statistics of one gate over one or more steps. Masked tokens are not counted. The mean over an empty
+    set is 0.
 
     Attributes:
         layer: path of the gate in the model.
-        step: number of the step, from 0; -1 for all steps together.
+        step: step number, starting at 0, or -1 for all steps together.
         forwards: number of forward passes of the gate in this record.
-        losses: the losses by name, without coefficients: "balance", "z" and others of the gate; means over forward
-            passes.
-        tokens: number of tokens that took part; on a second level, number of choices that the first level passed on.
+        losses: the gate's losses without coefficients, keyed by name (such as "balance" and "z") and averaged over
+            forward passes.
+        tokens: number of tokens that took part in routing. On the second level of a hierarchy, this is the number of
+            choices that the first level forwarded.
         groups: number of token groups that requested at least one expert.
-        requested: number of choices of each expert before capacity, of the load's shape.
-        choices_per_token: mean number of choices per token before capacity, which varies for routers such as
-            `TopPGating`.
-        imbalance: requests for a group's most requested expert over the group's mean, 1 if balanced; mean over groups.
-            If each sequence favors different experts, `requested` looks balanced, but this number does not.
-        worst_imbalance: imbalance of the worst group.
-        load: `(e,)` int64, number of choices that each expert computes. On the second level of a hierarchy it is
-            `(eo, ei)`, the load of the layer's experts.
-        dropped: fraction of the requested choices that found no slot.
-        unavoidable: fraction of the requested choices that exceed all slots of their group, so that any load would drop
-            them. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots for the 2 choices of a token, so even a
-            balanced load drops some.
-        unseen: fraction of the tokens that no expert computes.
+        requested: number of choices of each expert before capacity is applied, in the same shape as `load`.
+        choices_per_token: mean number of choices per token before capacity is applied. This number varies for routers
+            such as `TopPGating`.
+        imbalance: ratio of the maximum to the mean number of requests per expert in a token group, averaged over
+            groups. 1 is balanced. If each sequence favors different experts, `requested` looks balanced, but
+            `imbalance` does not.
+        worst_imbalance: the largest imbalance of any group.
+        load: number of choices that each expert computes, an int64 tensor of shape `(e,)`. On the second level of a
+            hierarchy, its shape is `(eo, ei)`, with one entry for each expert of the layer.
+        dropped: fraction of the requested choices that were dropped because their expert had no free slot.
+        unavoidable: fraction of the requested choices that exceed the total slots of their token group and would be
+            dropped under any load distribution. With a capacity factor of 1.25, `Top2Gating` has 1.25 slots per token
+            for 2 choices, so it drops some choices even if the load is balanced.
+        unseen: fraction of the tokens that are not computed by any expert.
         entropy: mean entropy of a token's probabilities, in nats, from 0 (certain) to ln(e) (uniform).
-        confidence: mean of a token's largest probability.
+        confidence: mean over tokens of the largest probability.
     """
 
     layer: str
@@ -71,25 +74,26 @@ class Record:
 
     @property
     def relative_load(self) -> Tensor:
-        """Load over mean load, float64 of the load's shape: 1 is balanced, 0 is an expert without tokens."""
+        """`load` divided by its mean, in float64. A value of 1 means a balanced load, and 0 means that the expert got
+        no tokens."""
         return relative(self.load)
 
     @property
     def relative_requested(self) -> Tensor:
-        """Requested choices over their mean, float64 of the load's shape.
+        """`requested` divided by its mean, in float64.
 
-        A router collapse is visible here, whereas capacity evens out `load`.
+        Router collapse is visible here, but not in `load`, which capacity evens out.
         """
         return relative(self.requested)
 
     @property
     def dead(self) -> list[Any]:
-        """Experts that computed no tokens, as indices or as pairs (outer, inner)."""
+        """Indices of the experts that computed no tokens, or (outer, inner) pairs on a second level."""
         index = (self.load == 0).nonzero()
         return index.flatten().tolist() if self.load.ndim == 1 else index.tolist()
 
     def scalars(self) -> dict[str, float]:
-        """Return the scalars, for a logger."""
+        """Return the scalar statistics as a dictionary for logging."""
         return {
             **{name: value for name, value in vars(self).items() if isinstance(value, float)},
             "max_load": float(self.relative_load.max()),
@@ -99,7 +103,7 @@ class Record:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole record in JSON-serializable types, with None for NaN and infinity."""
+        """Convert the record to JSON-serializable types. NaN and infinity become None."""
         return to_json_value({**vars(self), "dead": self.dead})
 
 
@@ -112,7 +116,8 @@ def to_json_value(value: Any) -> Any:
 
 
 def format_cells(total: Record, steps: Sequence[Record]) -> dict[str, str]:
-    """Return a gate's row in the summary and report, keyed by header: totals over all steps, and the worst step."""
+    """Return a gate's row in the summary and report tables, keyed by column header. The row shows the totals over all
+    steps and the worst step."""
     first = {"gate": total.layer, "experts": "x".join(map(str, total.load.shape)), "forwards": f"{total.forwards}"}
     worst, at = max(((float(record.relative_requested.max()), -record.step) for record in steps), default=(0, 0))
     rest = {
@@ -133,7 +138,7 @@ def format_cells(total: Record, steps: Sequence[Record]) -> dict[str, str]:
 
 
 def relative(counts: Tensor) -> Tensor:
-    """Return counts over their mean, in float64, or zeros if all counts are 0."""
+    """Return counts divided by their mean, in float64, or zeros if all counts are 0."""
     return counts / counts.to(torch.float64).mean().clamp(min=1 / counts.numel())
 
 
@@ -142,13 +147,14 @@ def format_range(values: Tensor) -> str:
 
 
 def count_measurements(shape: Sequence[int]) -> int:
-    """Return the number w of values per forward pass, given the shape of the load."""
+    """Return w, the number of values per forward pass for a load of the given shape."""
     return 1 + NUM_SUMS + 2 * math.prod(shape)
 
 
 def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
-    """Return the numbers of one forward pass, `(w,)` float32, on its device and without a host sync: the largest
-    imbalance, the sums, and the requests and load of each expert. A token takes part if it is real and makes a choice.
+    """Measure one forward pass on its device, without a host sync. Returns `(w,)` float32: the largest imbalance, the
+    sums, and the requests and load of each expert. A token takes part in routing if it is not padding and makes a
+    choice.
     """
     e, computed, probs = routing.num_experts, get_computed_mask(routing), routing.probs.detach().float()
     requested, load = routing.queue_length, count_expert_load(routing.expert, routing.kept, e)  # (..., b, e), (..., e)
@@ -176,7 +182,8 @@ def measure_routing(routing: Routing, importance: Tensor | None) -> Tensor:
 
 
 def make_record(layer: str, step: int, losses: Mapping[str, float], numbers: Tensor, shape: Sequence[int]) -> Record:
-    """Aggregate forward passes into one record, given their numbers `(r, w)` in float64 and the shape of the load."""
+    """Aggregate the float64 measurements `(r, w)` of several forward passes into one record. `shape` is the shape of
+    the load."""
     worst, sums, *counts = numbers.split([1, NUM_SUMS, math.prod(shape), math.prod(shape)], dim=1)
     tokens, groups, imbalance, dropped, unavoidable, unseen, entropy, confidence = sums.sum(dim=0).tolist()
     requested, load = (count.sum(dim=0).to(torch.int64).view(*shape) for count in counts)
@@ -203,7 +210,7 @@ def make_record(layer: str, step: int, losses: Mapping[str, float], numbers: Ten
 
 
 def get_computed_mask(routing: Routing) -> Tensor:
-    """Return `(..., b, n)` bool, True for tokens that an expert computes."""
+    """Return a `(..., b, n)` bool mask of the tokens that an expert computes."""
     if routing.k is not None:
         return routing.kept.unflatten(-1, (routing.num_tokens, routing.k)).any(dim=-1)
     zeros = torch.zeros_like(routing.probs[..., 0], dtype=torch.int64)

@@ -1,9 +1,9 @@
-"""Keeps the last forward passes of each gate in a ring buffer on the gate's device, one row of numbers per pass.
+"""Stores the most recent forward passes of each gate in a ring buffer on the gate's device, with one row per pass.
 
 A forward hook on each gate reduces its `Routing` to one short row and writes it in place into the ring buffer. This
-bounds the memory, lets `torch.compile` trace the hook, and needs no host sync until something is read. Recomputations
-under activation checkpointing are not recorded, because no forward pass of the tracked model is in progress then. The
-state of each forward pass is kept in its own `TrackedCall`, so threads do not interfere.
+design bounds memory use, lets `torch.compile` trace the hook, and needs no host sync until the records are read.
+Recomputation under activation checkpointing is not recorded, because it runs outside of a forward pass of the tracked
+model. Each forward pass keeps its state in its own `TrackedCall`, so threads do not interfere.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ INVALID_FORWARD = -1  # forward number of a row that was not written or whose fo
 
 @dataclass(eq=False)
 class TrackedCall(ForwardCall):
-    """A forward pass, in progress, of the tracked model."""
+    """An ongoing forward pass of the tracked model."""
 
     clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # their values when the pass started
 
 
 @dataclass(eq=False)
 class ForwardCounter(ForwardWatch):
-    """A watch that numbers the forward passes of the tracked model, and discards the rows of passes that raised.
+    """Numbers the forward passes of the tracked model, and discards the rows of passes that raised an error.
 
     Args:
         when: which forward passes to record, as in `track_routing`.
@@ -51,7 +51,8 @@ class ForwardCounter(ForwardWatch):
     thread_id: int = field(default_factory=threading.get_ident)  # of the thread that entered the context
 
     def stop_recording(self) -> None:
-        """Stop recording. A compiled graph keeps its hooks, but `when` is one of its guards, so it is recompiled."""
+        """Stop recording. A compiled graph keeps its hooks, but it is recompiled because `when` is one of its
+        guards."""
         self.when = "never"
 
     def is_recorded(self, module: nn.Module) -> bool:
@@ -79,10 +80,10 @@ class ForwardCounter(ForwardWatch):
 
 
 class PartForwards(ForwardWatch):
-    """A watch that records separate forward passes of a part of the tracked model, as in a call of `model.encoder` by
-    `generate`.
+    """Records forward passes of a submodule that run outside the tracked model's forward, such as when `generate` calls
+    `model.encoder`.
 
-    Within a forward pass of the tracked model, the part's forward belongs to that pass.
+    Within a forward pass of the tracked model, the submodule's forward belongs to that pass.
     """
 
     def __init__(self, forwards: ForwardCounter) -> None:
@@ -102,14 +103,15 @@ class PartForwards(ForwardWatch):
 
 
 def hold_write_lock() -> AbstractContextManager[Any]:
-    """Return a context manager that lets only one thread write at a time. It does nothing in a traced graph."""
+    """Return a context manager that allows only one thread at a time to write. The context manager does nothing in a
+    traced graph."""
     return nullcontext() if torch.compiler.is_compiling() else WRITE_LOCK
 
 
 @dataclass(eq=False)
 class GateRingBuffer:
-    """The last rows of one gate. A row holds the losses and the statistics in float32, which is exact up to 16 million
-    choices per forward pass. Its step number and forward number are int64, for runs of any length.
+    """The most recent rows of one gate. A row stores the losses and statistics in float32, which is exact for up to 16
+    million choices per forward pass. A row's step number and forward number are int64, so runs can have any length.
 
     Attributes:
         loss_names: names of the losses.
@@ -140,7 +142,7 @@ class GateRingBuffer:
         self.counter.buffers.append(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the records on the CPU, without the model. A copy can be read, but does not record."""
+        """Return the records on the CPU, without the model. A copy can be read, but it does not record anything."""
         state = {name: value for name, value in vars(self).items() if name not in ("router", "store_loss_names")}
         return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}
 
@@ -150,7 +152,8 @@ class GateRingBuffer:
         self.loss_names = losses
 
     def write_row(self, gate: nn.Module, routing: Routing, importance: Tensor | None) -> None:
-        """Add the row of a forward pass. `torch.compile` traces this method, so it only changes tensors, in place."""
+        """Append the row of a forward pass. `torch.compile` traces this method, so it only modifies tensors in
+        place."""
         self.store_loss_names(tuple(routing.losses))
         if not self.counter.is_recorded(gate):
             return
@@ -175,8 +178,8 @@ class GateRingBuffer:
                 self.num_written.add_(1)
 
     def read_steps(self, by_steps: bool) -> list[StepRows]:
-        """Return the number and the rows `(forwards, width)`, float64 on the CPU, of every stored step, or of every
-        forward pass unless `by_steps`, oldest first."""
+        """Return every stored step if `by_steps` is True, and every forward pass otherwise, from oldest to newest. Each
+        item contains the step or forward number, and the rows `(forwards, width)` in float64 on the CPU."""
         call_stack.current_call(self.counter)  # detects interrupted forward passes of this thread
         numbers, rows = self.numbers.cpu(), self.rows.cpu().to(torch.float64)
         written = numbers[:, 1] != INVALID_FORWARD
@@ -188,7 +191,7 @@ class GateRingBuffer:
         return steps[1:] if len(steps) > 1 and int(self.num_written) > self.keep else steps
 
     def make_record(self, steps: Sequence[StepRows]) -> Record:
-        """Combine some steps into one record, with the number of the first step."""
+        """Combine several steps into one record, which has the number of the first step."""
         rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
         losses = rows[:, :MAX_LOSSES].sum(dim=0) / max(len(rows), 1)
         named = dict(zip(self.loss_names, losses.tolist(), strict=False))

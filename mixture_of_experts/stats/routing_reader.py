@@ -1,10 +1,10 @@
-"""Reads the routing decisions of a model's gates in a forward pass, including routers of other libraries.
+"""Reads the routing decisions of a model's gates, including routers of other libraries, during a forward pass.
 
-Most of those routers return `(logits, weights, experts)` of flattened tokens. If one returns less, its choices are
-recomputed from its logits, as its provider describes them. The arguments of the enclosing model determine which tokens
-are padding and where sequences end.
+Most routers of other libraries return `(logits, weights, experts)` for flattened tokens. If a router returns less, its
+choices are recomputed from its logits, as described by its provider. The arguments of the enclosing model determine
+which tokens are padding and where sequences end.
 
-Axes: b sequences, n tokens of a sequence, e experts, k choices per token.
+Axes: b sequences, n tokens per sequence, e experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_r
 
 
 class RouterOutputReader(TokenWatch):
-    """A watch that reads the outputs of the routers in one model."""
+    """Converts the outputs of a model's external routers to `Routing` objects."""
 
     def to_routing(self, router: RouterHandle, output: Any) -> Routing:
         """Convert the output of a router to a `Routing`."""
@@ -99,15 +99,18 @@ def attach_gate_hooks(routers: Sequence[RouterHandle], on_routing: Callable[...,
 
 @torch.no_grad()
 def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing]:
-    """Run one forward pass of a model without gradients, in its current mode, and return the decisions of each gate.
+    """Run one forward pass without gradients, in the model's current mode, and return the routing decisions of each
+    gate.
 
     Args:
-        model: a model with gates, as for `track_routing`. It must not be compiled, because its graph has no hooks.
-        args, kwargs: arguments of the model.
+        model: a model that contains gates, as in `track_routing`. The model must not be compiled, because compiled
+            graphs have no hooks.
+        args, kwargs: arguments to pass to the model.
 
     Returns:
-        The `Routing` of each gate, keyed by its path in the model. If a gate ran more than once, it is that of the last
-        call. For a router of another library, it is constructed from what the router returned.
+        A dictionary from each gate's path in the model to its `Routing`. If a gate ran more than once, the `Routing` of
+        its last call is returned. For a router of another library, the `Routing` is constructed from the router's
+        outputs.
 
     Raises:
         ValueError: the model has no gate.

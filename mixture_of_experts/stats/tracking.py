@@ -1,5 +1,5 @@
-"""`track_routing`, which records the routing decisions of a model's gates, and `RoutingStats`, which gives access to
-them."""
+"""Defines `track_routing`, which records the routing decisions of a model's gates, and `RoutingStats`, which provides
+access to them."""
 
 from __future__ import annotations
 
@@ -40,33 +40,34 @@ NOTHING_RECORDED_ERROR = (
 def track_routing(
     model: nn.Module, *, keep: int = 1000, when: TrackingMode = "always", gates: GateSelection | None = None
 ) -> Iterator[RoutingStats]:
-    """Record the decisions of every gate in `model` inside the context.
+    """Context manager that records the routing decisions of every gate in `model`.
 
-    The recorded gates are those of `MoE` and `HeirarchicalMoE` layers, whatever their class, all other modules derived
-    from `Gate`, and the routers of other libraries that a provider describes (see `mixture_of_experts.providers`). For
-    the latter, the attention mask determines which tokens are padding. Records can be read inside the context and after
-    it.
+    The context covers all gates in `MoE` and `HeirarchicalMoE` layers, all other modules derived from `Gate`, and the
+    routers of other libraries that have a provider (see `mixture_of_experts.providers`). The gates of a layer may have
+    any class. For routers of other libraries, the attention mask determines which tokens are padding. The records can
+    be read inside the context and after it has exited.
 
-    A step is one forward pass of `model`, or of an inner model whose arguments describe the tokens and that is called
-    separately, as generation calls an encoder. If you call `stats.step()` after each optimizer step, all forward passes
-    since the last call form one step (gradient accumulation).
+    A step is one forward pass of `model`. If an inner model whose arguments describe the tokens is called separately,
+    that call is also a step, such as when generation calls an encoder. If you call `stats.step()` after each optimizer
+    step, all forward passes since the last such call form one step, which supports gradient accumulation.
 
-    With activation checkpointing, reentrant or not, a forward pass is recorded once. With `torch.compile`, enter the
-    context before the first compiled call. Each rank records its own tokens. Forward passes of all threads are
-    recorded, except those that started before the context was entered. A forward pass that raises is not counted.
+    With activation checkpointing (reentrant or not), each forward pass is recorded once. With `torch.compile`, enter
+    the context before the first compiled call. Each rank records its own tokens. Forward passes in all threads are
+    recorded, except those that started before the context was entered. A forward pass that raises an error is not
+    counted.
 
     Args:
-        model: the module that you call. A gate is recorded only within a forward pass of this module.
-        keep: number of forward passes to keep for each gate. The oldest are discarded.
-        when: which forward passes to record: those in "training" mode, in "eval" mode, or "always".
-        gates: the gates to record, as names or modules (gates, or layers that contain them). Default: all.
+        model: the module that you call. Gates are recorded only during a forward pass of this module.
+        keep: number of forward passes to keep per gate. The oldest passes are discarded.
+        when: "training" or "eval" to record only forward passes in that mode, or "always" to record all.
+        gates: the gates to record, as gate names, gate modules, or layers that contain gates. Default: all.
 
     Raises:
-        ValueError: the model has no gate, or an argument is not allowed.
-        TypeError: in a forward pass, if a router returns something that cannot be read.
-        RuntimeError: in a forward pass, if the model itself runs inside `torch.utils.checkpoint`, or only a part of it
-            is called that is not such an inner model (in both cases, track the module that you call); on reading, if
-            nothing was recorded.
+        ValueError: the model has no gate, or an argument is invalid.
+        TypeError: in a forward pass, a router returned outputs that cannot be read.
+        RuntimeError: in a forward pass, a gate ran outside of `model` and its inner models, or `model` itself ran
+            inside `torch.utils.checkpoint`. In both cases, track the module that you call. This error is also raised
+            when the records are read, if nothing was recorded.
 
     Example:
         >>> import torch
@@ -91,9 +92,10 @@ def track_routing(
 
 
 class RoutingStats:
-    """The records of `track_routing`. Reading them synchronizes with the device, except for `step` and `layers`.
+    """The routing records that `track_routing` collects. Reading records synchronizes with the device, unlike `step`
+    and `layers`.
 
-    The object can be pickled and copied. A copy has the records so far, on the CPU, and does not record.
+    The object can be pickled and copied. A copy contains the records so far, on the CPU, and records nothing further.
     """
 
     def __init__(self, routers: Sequence[RouterHandle], keep: int, when: TrackingMode) -> None:
@@ -104,13 +106,13 @@ class RoutingStats:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The paths of the gates in the model, in the model's order."""
+        """The paths of all gates, in the model's order."""
         return tuple(self._buffers)
 
     def step(self) -> None:
-        """End a step. All forward passes since the last call, or since the start, form one step.
+        """End a step. All forward passes since the last call of `step`, or since the start, form one step.
 
-        Raises a RuntimeError if no hook of a gate ran or was traced, because nothing is recorded in this case.
+        Raises a RuntimeError if no gate hook ran or was traced, because nothing is recorded in this case.
         """
         if not any(ring.loss_names for ring in self._buffers.values()):
             raise RuntimeError(NOTHING_RECORDED_ERROR)
@@ -135,22 +137,22 @@ class RoutingStats:
         return [self.last(layer) for layer in self.layers if self._read_steps(layer)]
 
     def total(self, layer: str) -> Record:
-        """Return all stored steps of a gate as one record. Experts that are `dead` in it got no tokens in any step."""
+        """Return all stored steps of a gate as one record. The record's `dead` experts got no tokens in any step."""
         return replace(self._get_buffer(layer).make_record(self._read_steps(layer)), step=-1)
 
     def scalars(self) -> dict[str, float]:
-        """Return the scalars of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
+        """Return the scalar statistics of each gate's last step, such as `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
         return {f"{record.layer}/{name}": value for record in self.latest() for name, value in record.scalars().items()}
 
     def summary(self) -> str:
-        """Return a table with one line for each gate, over all stored steps.
+        """Return a table with one row per gate, aggregated over all stored steps.
 
-        "requested" and "load" are the minimum and maximum over experts, before and after capacity, relative to a
-        balanced load. "in a group" is the load of a group's most requested expert, as the mean over groups and the
-        maximum. "worst step" is the highest relative request for an expert in any step, and the step's number. Lines
-        below the table warn about dead experts, gates that drop over 10 % more choices than they would with a balanced
-        load, gates that in the last quarter of the steps requested an expert more than twice or less than a tenth as
-        often as with a balanced load, and gates whose probabilities are NaN.
+        The columns "requested" and "load" contain the minimum and maximum over experts, before and after capacity is
+        applied, relative to a balanced load. The column "in a group" contains the `imbalance` and `worst_imbalance` of
+        `Record`. The column "worst step" contains the highest `relative_requested` of any expert in any step, and the
+        number of that step. Lines below the table warn about dead experts, NaN probabilities, and gates whose avoidable
+        drops exceed 10 % of their choices. Further lines warn about gates that, in the last quarter of the steps,
+        requested an expert more than twice or less than a tenth as often as with a balanced load.
         """
         cells = [self._format_cells(layer) for layer in self.layers]
         rows = [list(cells[0]), *(list(row.values()) for row in cells)]
@@ -161,7 +163,7 @@ class RoutingStats:
         return "\n".join([*(line.format(*row).rstrip() for row in rows), *warned])
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
-        """Write a JSON Lines file with every stored step of every gate, ordered by step.
+        """Write every stored step of every gate to a JSON Lines file, ordered by step.
 
         NaN and infinity are written as null.
         """
@@ -171,15 +173,15 @@ class RoutingStats:
             file.writelines(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records)
 
     def plot(self, layer: str | None = None, *, requested: bool = False, ax: Axes | None = None) -> Figure:
-        """Draw a heat map of the experts' relative load (1 is balanced), for all gates or for one gate over its steps.
+        """Draw a heat map of the experts' relative load, where 1 is balanced.
 
-        Without `layer`, each gate has one row that its experts share, over all stored steps. A cross marks an expert
-        without tokens. With `layer`, there is one row per expert and one column per step.
+        Without `layer`, the map has one row per gate, which shows its experts over all stored steps. A cross marks an
+        expert without tokens. With `layer`, the map has one row per expert and one column per step.
 
         Args:
-            layer: one of `layers`.
-            requested: whether to show the router's requests, before capacity, instead of what the experts computed.
-            ax: axes to draw in. Default: those of a new figure.
+            layer: the path of a gate, as listed in `layers`.
+            requested: whether to show the router's requests before capacity is applied, instead of the load.
+            ax: matplotlib axes to draw on. By default, a new figure is created.
 
         Returns:
             The figure.
@@ -209,15 +211,15 @@ class RoutingStats:
         return plot_steps(ax, edges, over_steps, last.load.shape[-1])
 
     def report(self, path: str | PathLike[str], *, name: str = "Routing") -> None:
-        """Write a self-contained HTML page that shows what was recorded.
+        """Write a self-contained HTML report of the recorded routing decisions.
 
-        The page shows the load of every gate, before and after capacity, over all stored steps, the table of `summary`,
-        and the requests for each gate's experts over the steps. With more than 24 gates, only 24 are drawn, those with
-        warnings first, and the page says so.
+        The report contains the table of `summary`, each gate's load over all stored steps (before and after capacity is
+        applied), and the requests for each gate's experts over the steps. If there are more than 24 gates, the report
+        draws only 24, starting with those that have warnings, and says so.
 
         Args:
-            path: path of the file. An existing file is overwritten.
-            name: title of the page, such as the name of the run. The date is shown below it.
+            path: path of the HTML file. An existing file is overwritten.
+            name: title of the report, such as the name of the run. The date is shown below the title.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -280,8 +282,8 @@ class RoutingStats:
 
 
 def gates_to_draw(layers: Sequence[str], notes: Mapping[str, Sequence[str]]) -> list[str]:
-    """Select at most `MAX_DRAWN` gates, those with warnings first, then others spread evenly over the model. They are
-    returned in the model's order."""
+    """Select at most `MAX_DRAWN` gates: first those with warnings, then others spread evenly over the model. The gates
+    are returned in the model's order."""
     noted = [layer for layer in layers if notes[layer]][:MAX_DRAWN]
     others, room = [layer for layer in layers if not notes[layer]], MAX_DRAWN - len(noted)
     if room < len(others):

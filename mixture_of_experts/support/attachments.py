@@ -1,6 +1,7 @@
-"""Hooks and settings that a context sets on modules, and removes at its end.
+"""Manages hooks and attributes that a context sets on modules and removes on exit.
 
-Copies and pickles of such modules do not contain them, even if they are created while the context is active.
+Copies and pickles of these modules do not contain these hooks and attributes, even if they are created while the
+context is active.
 """
 
 from __future__ import annotations
@@ -30,22 +31,25 @@ MISSING = object()
 
 
 class Attachments(ExitStack):
-    """Hooks and attributes that a context sets on modules. `close()`, or the end of a `with` block, removes them.
+    """A collection of hooks and attributes that are temporarily set on modules. The hooks and attributes are removed by
+    `close()` or at the end of a `with` block.
 
-    Other threads may run forwards of the modules. Torch may call a hook that is currently being set or removed without
-    the keyword arguments that it requested, so hooks must have defaults for them, and do nothing in such a forward.
+    Other threads may run the modules at the same time. While a hook is being set or removed, torch may call it without
+    the keyword arguments that it requested. Hooks must therefore have defaults for these arguments, and do nothing in
+    such a call.
     """
 
     def add_forward_pre_hook(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
-        """Set a forward pre-hook `(module, args, kwargs=None)`."""
+        """Register a forward pre-hook with the signature `(module, args, kwargs=None)`."""
         self._register_handle(module, module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True))
 
     def add_forward_hook(self, module: nn.Module, hook: Callable[..., Any], **settings: bool) -> None:
-        """Set a forward hook with the settings of `register_forward_hook`."""
+        """Register a forward hook with the given options of `register_forward_hook`."""
         self._register_handle(module, module.register_forward_hook(hook, **settings))
 
     def set_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute. If several contexts set it, the last one entered applies. They may end in any order."""
+        """Set an attribute of a module. If several contexts set the same attribute, the last context entered takes
+        precedence. The contexts may exit in any order."""
         with ATTACHMENT_LOCK:
             own, before = name in vars(module), getattr(module, name, MISSING)
             setattr(module, name, value)  # raises if the value is invalid
@@ -83,10 +87,12 @@ class Attachments(ExitStack):
 
 
 class DetachedState:
-    """The `__getstate__` of a module while something is attached to it, which returns the state without attachments.
+    """A temporary `__getstate__` for a module with attachments, which returns the module's state without the
+    attachments.
 
-    Copying and pickling call `__getstate__`. It is set on the module itself, so that its class does not change. If the
-    class has a custom `__deepcopy__`, as parametrized modules do, it is called with a stand-in that has this state.
+    Copying and pickling call `__getstate__`. `__getstate__` is set on the module itself, so the module's class does not
+    change. If the class defines `__deepcopy__`, as parametrized modules do, that method is called with a stand-in that
+    has the stripped state.
     """
 
     hook_ids: set[int]
@@ -102,7 +108,7 @@ class DetachedState:
         return self.strip_attachments(self.module.__dict__ if of_class is None else of_class(self.module))
 
     def strip_attachments(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a state without attachments."""
+        """Return a copy of a module's state without attachments."""
         state = {name: value for name, value in state.items() if name not in INSTANCE_OVERRIDES}
         for table in HOOK_TABLES:
             if table in state:
@@ -112,7 +118,7 @@ class DetachedState:
         return {name: value for name, value in state.items() if value is not MISSING}
 
     def deepcopy(self, memo: dict[int, Any]) -> Any:
-        """Implement the `__deepcopy__` of a module whose class has one."""
+        """Implement `__deepcopy__` for a module whose class defines it."""
         shadow = memo.get(id(self))
         if shadow is None:
             shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive

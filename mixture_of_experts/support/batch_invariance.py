@@ -1,18 +1,18 @@
-"""Batch-invariant computations on a CPU, in which the bits of a row do not depend on the other rows.
+"""Computes rows on a CPU so that each result is bitwise independent of the other rows in the batch.
 
-Libraries choose the order of summation by the number of rows, so that a single row is rounded differently from the same
-row in a batch. Therefore rows are multiplied in blocks of a size for which several blocks have the same bits as each
-block alone, and at most `MAX_ROWS` at a time. This size is determined by sampling the function that is used, with
-operands of the same dtypes, shapes and strides, and the same number of threads.
+Libraries choose the order of summation based on the number of rows, so a single row is rounded differently than the
+same row in a batch. Rows are therefore multiplied in blocks. The block size is chosen so that several blocks together
+give the same bits as each block alone. At most `MAX_ROWS` rows are multiplied at a time. The block size is found by
+sampling the actual function, with operands of the same dtypes, shapes and strides, and with the same number of threads.
 
-Torch computes elementwise functions, such as `sigmoid`, in vectors, and rounds elements that do not fill a vector
-differently. Tensors with `GRAIN_SIZE` elements or more are split among threads, and each part may end in such elements.
-Therefore these functions receive whole vectors, and fewer elements than `GRAIN_SIZE`.
+Torch vectorizes elementwise functions, such as `sigmoid`, and rounds elements that do not fill a vector differently.
+Tensors with `GRAIN_SIZE` or more elements are split among threads, and each part may end with such elements.
+Elementwise functions therefore receive whole vectors, with fewer than `GRAIN_SIZE` elements in total.
 
-`ops.use("batch_invariant")` enables these computations. Modules raise an error unless they are listed here or their
-class implements `variant_reason`.
+`ops.use("batch_invariant")` enables batch-invariant computation. Modules raise an error unless they are listed here or
+their class implements `variant_reason`.
 
-Axes: t tokens, p inner and q outer dimension of a product, r rows.
+Axes: t tokens, p inner dimension and q outer dimension of a matrix product, r rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ SampledFunction = Callable[..., list[Tensor]]
 
 
 class OperandLayout(NamedTuple):
-    """Properties of an operand, in addition to its values, that affect the bits of a product."""
+    """Properties of an operand, other than its values, that affect the bits of a product."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,7 +77,8 @@ class OperandLayout(NamedTuple):
 
 
 def reject_batch_invariance(what: str) -> None:
-    """Raise ValueError if batch invariance is requested. Call this for products that are not computed in blocks."""
+    """Raise a ValueError if batch invariance is requested. Call this function for products that are not computed in
+    blocks."""
     if requested_implementation() == BATCH_INVARIANT:
         raise ValueError(f"{BATCH_INVARIANT!r} is requested, but {what}. Request 'auto' to disable batch invariance")
 
@@ -86,9 +87,9 @@ def reject_batch_invariance(what: str) -> None:
 
 
 def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
-    """Raise ValueError if batch invariance is requested and a part of a layer is not known to be invariant.
+    """Raise a ValueError if batch invariance is requested but a part of a layer is not known to be batch-invariant.
 
-    Gates and experts implement `variant_reason`, while a `shared_expert` must consist of known modules.
+    Gates and experts must implement `variant_reason`, and a `shared_expert` must consist of known modules.
     """
     if requested_implementation() != BATCH_INVARIANT:
         return
@@ -103,7 +104,8 @@ def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
 
 
 def raise_not_invariant(name: str, reason: str) -> None:
-    """Raise ValueError for a part of a layer that is not known to be invariant. The reason includes a remedy."""
+    """Raise a ValueError for a part of a layer that is not known to be batch-invariant. `reason` must include a
+    remedy."""
     raise ValueError(
         f"{BATCH_INVARIANT!r} is requested, but the part {name} is not known to be batch-invariant: {reason}. "
         "Alternatively, request 'auto'"
@@ -111,8 +113,8 @@ def raise_not_invariant(name: str, reason: str) -> None:
 
 
 def variant_reason(module: nn.Module) -> str | None:
-    """Return why the bits of the results of a (possibly wrapped) gate or experts may depend on the batch, or None if
-    they do not."""
+    """Return why the results of a gate or experts may depend bitwise on the batch, or None if they do not. The module
+    may be wrapped."""
     inner: Any = unwrap_module(module)
     if not callable(getattr(inner, "variant_reason", None)):
         return f"{type(inner).__name__} is an unknown module; use one of this package"
@@ -122,8 +124,8 @@ def variant_reason(module: nn.Module) -> str | None:
 
 
 def find_overridden_attribute(module: nn.Module) -> str | None:
-    """Return an attribute of a class of this package that a class outside of it, or the module itself, overrides, or
-    None."""
+    """Return the name of an attribute of a package class that the module itself or a class outside the package
+    overrides, or None if there is none."""
     kinds = get_original_class(module).__mro__
     ours = next(kind for kind in kinds if is_package_class(kind))
     changes = [name for kind in kinds[: kinds.index(ours)] for name in vars(kind) if not name.startswith("__")]
@@ -132,8 +134,7 @@ def find_overridden_attribute(module: nn.Module) -> str | None:
 
 
 def not_tokenwise_reason(module: nn.Module) -> str | None:
-    """Return why a module may not map each token independently with bits that blocks preserve, or None if all of its
-    parts do."""
+    """Return why blockwise computation may change a module's result for a token, or None if it cannot."""
     for part in module.modules():
         kind = get_original_class(part)
         known = kind in TOKENWISE_MODULES or vars(kind).get("by_token")
@@ -149,7 +150,7 @@ def not_tokenwise_reason(module: nn.Module) -> str | None:
 
 
 def get_layout(tensor: Tensor) -> OperandLayout:
-    """Return the layout of a matrix or vector, or that of the first two matrices of a stack."""
+    """Return the layout of a matrix or vector. For a stack of matrices, return the layout of the first two."""
     stack = [min(2, n) for n in tensor.shape[:-2]]
     return OperandLayout(tensor.dtype, (*stack, *tensor.shape[len(stack) :]), tensor.stride())
 
@@ -157,10 +158,11 @@ def get_layout(tensor: Tensor) -> OperandLayout:
 def find_block_rows(
     compute: SampledFunction, sizes: Sequence[int], *operands: Tensor | None, dtype: torch.dtype | None = None
 ) -> int:
-    """Return the smallest of `BLOCK_SIZES` for which `compute` with these operands preserves the bits of rows.
+    """Return the smallest of `BLOCK_SIZES` for which `compute` gives each row the same bits in any batch with these
+    operands.
 
-    Rows are x `(..., p)` in `dtype`, by default that of the first operand. `sizes` are p and q. Raise RuntimeError if
-    no size preserves the bits.
+    The rows `x` `(..., p)` have the given `dtype`, or by default the dtype of the first operand. `sizes` contains p and
+    q. Raise a RuntimeError if no block size preserves the bits.
     """
     p, q = sizes
     layouts = tuple([None if operand is None else get_layout(operand) for operand in operands])
@@ -179,10 +181,10 @@ def _sample_block_rows(
     q: int,
     layouts: tuple[OperandLayout | None, ...],
 ) -> int:
-    """Implement `find_block_rows` by sampling, which is not a proof.
+    """Implement `find_block_rows` by sampling random operands, which does not prove that the bits never differ.
 
-    Sums of the random numbers cancel out, so that only rounding errors remain. With other numbers, rounding to half
-    precision usually hides the order of summation.
+    The random numbers are chosen so that sums cancel out and only rounding errors remain. Otherwise, rounding to half
+    precision would usually hide the order of summation.
     """
     assert layouts[0] is not None
     generator, stack = torch.Generator().manual_seed(0), layouts[0].shape[:-2]
@@ -211,10 +213,11 @@ def _sample_block_rows(
 def make_sums_cancel(
     x: Tensor, y: Tensor, weight: Tensor | None, *others: Tensor | None, order: torch.Generator
 ) -> None:
-    """Change values in place so that terms of the sums cancel out in pairs.
+    """Modify the operands in place so that the terms of each sum cancel out in pairs.
 
-    The sums are those of x `(..., r, p)` times the weight `(..., p, q)` or `(..., q, p)`, and of y `(..., r, q)` times
-    its transpose. Half of y and of other operands is set to 0, because they are added to such sums and would hide them.
+    The sums are the products of x `(..., r, p)` with the weight `(..., p, q)` or `(..., q, p)`, and of y `(..., r, q)`
+    with the transposed weight. Half of the values in y and in the other operands are set to 0, because they are added
+    to these sums and would hide the small remainders.
     """
     assert weight is not None
     matrix = weight if weight.shape[-2:] == (x.shape[-1], y.shape[-1]) else weight.mT
@@ -235,10 +238,10 @@ def make_sums_cancel(
 
 @contextmanager
 def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
-    """Context manager for sampling with autocast to `narrow`, or without autocast.
+    """Context manager for sampling, with autocast to `narrow`, or without autocast if `narrow` is None.
 
-    Modes and saved-tensor hooks do not apply inside, because activation checkpointing counts what a forward saves, and
-    a recomputation does not sample again.
+    Dispatch modes and saved-tensor hooks are disabled inside the context, because activation checkpointing counts the
+    tensors that a forward pass saves, and a recomputation does not sample again.
     """
     same: Any = lambda tensor: tensor  # noqa: E731
     autocast = torch.autocast("cpu", narrow or torch.bfloat16, enabled=narrow is not None, cache_enabled=False)
@@ -248,8 +251,9 @@ def isolate_sampling(narrow: torch.dtype | None) -> Iterator[None]:
 
 
 def iter_pieces(size: int) -> Iterator[tuple[int, int, int]]:
-    """Yield row counts (multiples of `size`), their first rows, and the number of preceding rows in memory (also a
-    multiple of `size`). The smallest counts come first, because they differ most."""
+    """Yield tuples of the row count, the first row, and the number of rows that precede it in memory. The row counts
+    and the numbers of preceding rows are multiples of `size`. The smallest row counts come first, because they differ
+    the most."""
     numbers = {*(size * many for many in (1, 2, 3, 4, 5, 7)), MAX_ROWS // 2 // size * size, MAX_ROWS}
     for number in sorted(number for number in numbers if number <= MAX_ROWS):
         starts = {0, MAX_ROWS - number} if number > 3 * size else {0, 1, 3, MAX_ROWS - number}
@@ -267,7 +271,7 @@ def is_bitwise_equal(
     start: int,
     before: int,
 ) -> bool:
-    """Return whether rows have the same bits as in `whole` if they are preceded by other rows in memory."""
+    """Return whether a range of rows has the same bits as in `whole` when other rows precede it in memory."""
     some = slice(start, start + number)
     rows, grads = (copy_at_offset(part[..., some, :], before * part.shape[-1]) for part in (x, y))
     results = zip(compute(rows, grads, *operands), whole, strict=True)
@@ -275,14 +279,14 @@ def is_bitwise_equal(
 
 
 def copy_at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """Return a contiguous copy at an offset in its memory, where vectors may not be aligned."""
+    """Return a contiguous copy that starts at an offset in its memory, where vectors may be unaligned."""
     memory = tensor.new_empty(offset + tensor.numel())
     return memory[offset:].view(tensor.shape).copy_(tensor)
 
 
 def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> list[Tensor]:
-    """Implement a `SampledFunction` for a differentiable function, returning its results without and with grad mode,
-    and the gradient of x."""
+    """Implement a `SampledFunction` for a differentiable function. The function returns the results without and with
+    grad mode, and the gradient of x."""
     alone = function(x)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
@@ -292,19 +296,19 @@ def compute_with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, y: Te
 
 
 def compute_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """Implement the `SampledFunction` of `nn.Linear`."""
+    """Implement the `SampledFunction` for `nn.Linear`."""
     return compute_with_gradient(lambda x: F.linear(x, weight, bias), x, y)
 
 
 def round_up_to_vectors(size: int, *widths: int) -> int:
-    """Return the smallest multiple of `size`, which is a power of two up to 64, for which that many rows of each of the
-    given widths fill a whole number of SIMD vectors. The result divides `MAX_ROWS`."""
+    """Return the smallest multiple of `size` for which that many rows of every given width fill whole SIMD vectors.
+    `size` must be a power of two up to 64. The result divides `MAX_ROWS`."""
     return max([size * VECTOR_NUMEL // math.gcd(VECTOR_NUMEL, size * width) for width in widths], default=size)
 
 
 def find_max_rows(block: int, width: int) -> int:
-    """Return the maximum number of rows `(r, width)` to pass to an elementwise function at a time, a multiple of
-    `block`. Raise ValueError if a single block is too large."""
+    """Return the maximum number of rows `(r, width)` that may be passed to an elementwise function at once, as a
+    multiple of `block`. Raise a ValueError if a single block is too large."""
     if torch.get_num_threads() == 1:
         return block << 40
     if block * width >= GRAIN_SIZE:
@@ -321,9 +325,9 @@ def find_max_rows(block: int, width: int) -> int:
 def multiply_batch_invariant(
     product: Callable[..., Tensor], compute: SampledFunction, x: Tensor, weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Compute `product(x, weight, dtype)` `(..., t, q)` of tokens `(..., t, p)` in blocks.
+    """Compute `product(x, weight, dtype)` in blocks. The product maps tokens `(..., t, p)` to `(..., t, q)`.
 
-    The block size is sampled with `compute`. Operands are padded with zeros to whole blocks of tokens and whole vectors
+    The block size is found by sampling `compute`. Operands are zero-padded to whole blocks of tokens and whole vectors
     of columns.
     """
     t, q = x.shape[-2], weight.shape[-1]
@@ -334,8 +338,8 @@ def multiply_batch_invariant(
 
 
 def call_module_batch_invariant(module: nn.Module, x: Tensor) -> Tensor:
-    """Return `module(x)` for a module that maps tokens `(..., p)` to `(..., q)` independently. The call is split into
-    blocks if batch invariance is requested."""
+    """Call a module that maps tokens `(..., p)` to `(..., q)` independently. If batch invariance is requested, the call
+    is split into blocks."""
     if requested_implementation() != BATCH_INVARIANT:
         return module(x)
     if (reason := not_tokenwise_reason(module)) is not None:
@@ -351,7 +355,8 @@ def call_module_batch_invariant(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def apply_elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return `function(x)` for an elementwise function, computed in whole vectors if batch invariance is requested."""
+    """Apply an elementwise function to `x`. If batch invariance is requested, the function is computed on whole
+    vectors."""
     if requested_implementation() != BATCH_INVARIANT:
         return function(x)
     padded = F.pad(x.flatten(), (0, -x.numel() % VECTOR_NUMEL))

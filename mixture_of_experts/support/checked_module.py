@@ -1,4 +1,4 @@
-"""Modules whose attributes are checked whenever they are set, during construction and later."""
+"""Defines modules whose attributes are checked whenever they are set, both during construction and later."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class _CheckedSetting(NamedTuple):
 
 
 def checked_setting(check: Callable[..., Any], **bounds: Any) -> Any:
-    """Declare an attribute of a `CheckedModule` that stores the result of `check(name, value, **bounds)` when it is
-    set."""
+    """Declare a checked attribute of a `CheckedModule`. Setting the attribute stores the result of
+    `check(name, value, **bounds)`."""
     return _CheckedSetting(partial(check, **bounds))
 
 
 class CheckedModule(nn.Module):
-    """A module with settings, which are checked when they are set, and sizes, which cannot change."""
+    """A module that checks its settings whenever they are set, and whose sizes cannot change."""
 
     #: attributes that determine the shapes of parameters, which can be set only once
     shape_attributes: ClassVar[tuple[str, ...]] = ()
@@ -50,10 +50,10 @@ class CheckedModule(nn.Module):
 
 
 class FixedShapeModule(CheckedModule):
-    """A module whose parameters cannot be replaced by parameters of another shape.
+    """A module whose parameters can only be replaced with parameters of the same shape.
 
-    Pruning or adding experts by replacing parameters would not update the module's sizes, from which the capacity is
-    computed. Casts, sharding, parametrizations and loading are supported, because they keep shapes or do not set
+    Replacing parameters to prune or add experts would not update the module's sizes, from which the capacity is
+    computed. Casting, sharding, parametrizing and loading are supported, because they preserve shapes or do not set
     attributes.
     """
 
@@ -68,8 +68,8 @@ class FixedShapeModule(CheckedModule):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        """Return constructor arguments and settings that differ from their defaults, except modules, which appear as
-        children."""
+        """Return the constructor arguments and settings that differ from their defaults. Modules are omitted, because
+        they are shown as children."""
         defaults: dict[str, Any] = {}
         for cls in reversed(type(self).__mro__):  # the base-most class with an argument defines its default
             for name, parameter in inspect.signature(cls.__init__).parameters.items():

@@ -1,4 +1,4 @@
-"""Checks of arguments, which return a valid value, or raise an error that states what is allowed and what to do."""
+"""Checks arguments. Each check returns a valid value, or raises an error that states what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def check_size(name: str, value: object) -> int:
-    """Check that a value is an integer of at least 1."""
+    """Check that a value is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}; pass a positive int")
     return int(value)  # the value may be a numpy integer
 
 
 def check_optional_size(name: str, value: object) -> int | None:
-    """Check that a value is an integer of at least 1, or None."""
+    """Check that a value is a positive integer or None."""
     return None if value is None else check_size(name, value)
 
 
 def check_sizes(name: str, value: object) -> tuple[int, ...]:
-    """Check that a value is a size or a tuple of sizes, and return a tuple."""
+    """Check that a value is a positive integer or a tuple of positive integers, and return a tuple."""
     sizes = value if isinstance(value, tuple | list) else (value,)
     return tuple(check_size(name, size) for size in sizes)
 
 
 def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
-    """Check that a value is one of the allowed words."""
+    """Check that a value is one of the allowed strings."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -64,14 +64,14 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_dtype(name: str, value: Any) -> torch.dtype | None:
-    """Check that a value is a floating dtype, or None."""
+    """Check that a value is a floating-point dtype or None."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise TypeError(f"{name} must be a floating torch.dtype such as torch.float32, or None, got {value!r}")
     return value
 
 
 def check_model(name: str, value: Any) -> nn.Module:
-    """Check that a value is a module."""
+    """Check that a value is an `nn.Module`."""
     if not isinstance(value, nn.Module):
         got = " ".join(repr(value).split())
         raise TypeError(f"{name} must be a model (an nn.Module), got {got:.99}; construct or load it first")
@@ -89,8 +89,8 @@ def check_process_group(name: str, value: Any) -> Any:
 
 
 def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str, float]:
-    """Check that a value is a dict of coefficients by name, without the names in `dedicated`, whose coefficients have
-    separate arguments."""
+    """Check that a value is a dict of coefficients, keyed by name. Names in `dedicated` are rejected, because their
+    coefficients have separate arguments."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
     for key in value:
@@ -100,7 +100,7 @@ def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str
 
 
 def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
-    """Check that a value is a dense floating point tensor `(..., n, dim)`."""
+    """Check that a value is a dense floating-point tensor `(..., n, dim)`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (..., n, {dim}), got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
@@ -129,8 +129,8 @@ def check_tensors(**values: Any) -> None:
 
 
 def check_devices(owner: str, tokens: Tensor, weights: Iterable[Tensor]) -> None:
-    """Check that tokens and the weights of `owner` are on devices of the same type. Torch allows mixing the meta device
-    with others, and raises later, if at all."""
+    """Check that the tokens and the weights of `owner` are on devices of the same type. Torch allows operations that
+    mix the meta device with others, and raises an error later or not at all."""
     for weight in weights:
         if tokens.device.type != weight.device.type:
             raise ValueError(
@@ -152,7 +152,7 @@ def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
 
 
 def check_importance(importance: Tensor, shape: torch.Size) -> None:
-    """Check that importance is a floating point tensor with one entry per token."""
+    """Check that `importance` is a floating-point tensor with one entry per token."""
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
         raise TypeError(f"importance must be a floating point tensor with values 0, 0.5 or 1, got {kind}")
@@ -163,7 +163,7 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
 
 
 def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
-    """Check that lengths are an integer tensor with the number of tokens of each group."""
+    """Check that `lengths` is an integer tensor with the number of tokens in each group."""
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
             f"length must be integers of shape {tuple(shape)}, the number of tokens of each group, got {lengths.dtype} "
@@ -173,14 +173,14 @@ def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
 
 
 def check_result(name: str, result: Any, shape: tuple[int, ...], remedy: str = "") -> Tensor:
-    """Check that the result of a module is a tensor of this shape."""
+    """Check that a module returned a tensor of the given shape."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
     raise ValueError(f"{name} must return a tensor of shape {tuple(shape)}, got {describe_shape(result)}{remedy}")
 
 
 def describe_shape(result: Any) -> str:
-    """Return the shape of a tensor, or the type of any other value, for an error message."""
+    """Return a tensor's shape, or the type of any other value, for use in an error message."""
     if isinstance(result, Tensor):
         return str(tuple(result.shape))
     remedy = " (wrap a MoE, which also returns its loss, in OutputOnly)"

@@ -1,4 +1,4 @@
-"""The error for a rank whose collective failed because other ranks did not join it."""
+"""Defines the error for a rank whose collective failed because other ranks did not join it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def collective_error(what: str, error: Exception, group: dist.ProcessGroup) -> R
     """Return the error to raise on a rank whose collective failed.
 
     Args:
-        what: what this rank could not do.
-        error: the error of the collective.
-        group: the ranks that should have joined.
+        what: description of what this rank failed to do.
+        error: the error that the collective raised.
+        group: the process group whose ranks should have joined.
     """
     return RuntimeError(
         f"{what}, on rank {group.rank()} of {group.size()}: {error}\nAnother rank has raised an error, is stuck, or "

@@ -1,11 +1,13 @@
-"""Computes a call with one of several implementations: the requested one, or the first that supports the call.
+"""Computes each call with one of several implementations: either the requested one, or the first that supports the
+call.
 
-An implementation is a module or an `Implementation` with two functions that take the same call. `unsupported_reason`
-returns the reason why the implementation does not support the call, or None, and `run` computes the call. Gates and all
-kinds of experts have tables of implementations by name, fastest first, the last of which supports all calls.
+An implementation is a module or an `Implementation` that provides two functions with the same arguments.
+`unsupported_reason` returns why the implementation does not support the call, or None if it does. `run` computes the
+call. Gates and all kinds of experts have a table of implementations by name. The fastest implementation comes first,
+and the last one supports all calls.
 
-The requested implementation is global to the process. `MIXTURE_OF_EXPERTS_KERNELS` sets its initial value, and
-`ops.use` changes it.
+The requested implementation is a process-wide setting. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets its
+initial value, and `ops.use` changes it.
 """
 
 from __future__ import annotations
@@ -27,13 +29,13 @@ _REQUEST_LOCK = threading.Lock()
 
 
 def requested_implementation() -> str:
-    """Return the name of the implementation that the user requests, or "auto"."""
+    """Return the name of the implementation that the user requested, or "auto"."""
     return _requested
 
 
 def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> None:
-    """Register contexts of `use` that are entered, and remove those that end. Contexts of several threads may end in
-    any order."""
+    """Register contexts of `use` when they are entered, and remove them when they exit. Contexts in different threads
+    may exit in any order."""
     global _requested
     with _REQUEST_LOCK:
         _open_contexts.update(opened)
@@ -44,14 +46,14 @@ def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> N
 
 @dataclass(frozen=True)
 class Explanation:
-    """The implementation that computed a call, and the reasons why faster ones were not used.
+    """Describes which implementation computed a call, and why faster ones were not used.
 
     Attributes:
-        implementation: name of the implementation, as in `use`; "row_by_row" or "expert_by_expert" for quantized
-            experts; "module" for experts that no implementation computes, which are modules on slots, experts with a
-            custom `compute`, and experts on other ranks.
-        reasons: why each faster implementation was not selected.
-        gates: the explanation of each gate, in the order of their calls; "operators" is a gate's `decide`.
+        implementation: name of the implementation, as in `use`. For quantized experts, the name is "row_by_row" or
+            "expert_by_expert". For experts that no implementation computes (modules on slots, experts with a custom
+            `compute`, and experts on other ranks), the name is "module".
+        reasons: why each faster implementation was not selected, keyed by name.
+        gates: the explanation for each gate, in call order. The name "operators" refers to a gate's `decide` method.
     """
 
     implementation: str
@@ -66,7 +68,7 @@ class Explanation:
 
 
 class ListenerStack(threading.local):
-    """The lists of each thread to which the implementations of calls are appended, innermost last."""
+    """A thread-local stack of lists to which the implementations of calls are appended. The innermost list is last."""
 
     def __init__(self) -> None:
         self.lists: list[list[tuple[str, Explanation]]] = []
@@ -77,7 +79,7 @@ LISTENERS = ListenerStack()
 
 @contextmanager
 def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
-    """Context manager that yields a list of the selected implementations, as pairs of "gate" or "experts" and the
+    """Context manager that yields a list of explanations. Each entry is a pair of "gate" or "experts" and an
     `Explanation`."""
     explanations: list[tuple[str, Explanation]] = []
     LISTENERS.lists.append(explanations)
@@ -88,7 +90,7 @@ def collect_explanations() -> Iterator[list[tuple[str, Explanation]]]:
 
 
 class Implementation(NamedTuple):
-    """The two functions of an implementation that has no module of its own."""
+    """An implementation that consists of two functions instead of a module."""
 
     unsupported_reason: Callable[..., str | None]
     run: Callable[..., Any]
@@ -99,8 +101,8 @@ def run_first_supported(part: str, implementations: Mapping[str, Any], *call: An
 
     Args:
         part: "gate" or "experts", which is reported to listeners.
-        implementations: the table of implementations.
-        call: the arguments of `unsupported_reason` and `run`.
+        implementations: the table of implementations, keyed by name.
+        call: the arguments to pass to `unsupported_reason` and `run`.
         requested: "auto", or the name of the only implementation to try.
 
     Raises:

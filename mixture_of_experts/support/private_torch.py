@@ -1,7 +1,9 @@
-"""All private modules, classes and functions of torch that this package uses. Torch may change them at any time.
+"""Contains all uses of private torch modules, classes and functions in this package. Torch may change these names at
+any time.
 
-Private attributes of `nn.Module`, such as `_modules`, are used directly elsewhere. All private names are tested with
-torch 2.10 to 2.13, and most of them with 2.15. `tests/test_private_torch.py` shows which of them a new version breaks.
+Private attributes of `nn.Module`, such as `_modules`, are also used directly in other files. All private names are
+tested with torch 2.10 to 2.13, and most of them with 2.15. `tests/test_private_torch.py` shows which private names a
+new torch version breaks.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 
 def statically_known_true(condition: object) -> bool:
-    """Return whether a condition on sizes is true for all dynamic lengths of a traced graph.
+    """Return whether a condition on sizes is true for all dynamic lengths in a traced graph.
 
-    The function of torch is imported only if a size may be a symbol, because the import takes most of a second.
+    The torch function is imported only if a size may be symbolic, because the import takes most of a second.
     """
     if isinstance(condition, bool) and not torch.compiler.is_compiling():
         return condition
@@ -41,26 +43,26 @@ def statically_known_true(condition: object) -> bool:
 
 
 def is_exporting() -> bool:
-    """Return whether `torch.export` is tracing. Before torch 2.13, `torch.compiler.is_exporting()` is True in all
+    """Return whether `torch.export` is tracing. Before torch 2.13, `torch.compiler.is_exporting()` returns True in all
     graphs."""
     return torch.compiler._is_exporting_flag  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_in_transform() -> bool:
-    """Return whether a transform of `torch.func` (vmap, grad, ...), in which values cannot be read, is running outside
-    of a traced graph."""
+    """Return whether a `torch.func` transform (such as vmap or grad) is running outside of a traced graph. Values
+    cannot be read inside a transform."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def is_in_forward_mode() -> bool:
-    """Return whether forward-mode derivatives (`torch.func.jvp`, `torch.autograd.forward_ad`) are computed outside of a
-    traced graph, where a `torch.autograd.Function` with only a backward raises an error."""
+    """Return whether forward-mode AD (`torch.func.jvp` or `torch.autograd.forward_ad`) is active outside of a traced
+    graph. In this mode, a `torch.autograd.Function` that defines only a backward raises an error."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def is_functorch_wrapped(tensor: Tensor) -> bool:
-    """Return whether a tensor may represent a batch of tensors, in a transform or as gradients with
-    `is_grads_batched`."""
+    """Return whether a tensor may represent a batch of tensors, either in a `torch.func` transform or as a gradient
+    with `is_grads_batched`."""
     if torch.compiler.is_compiling():
         return False
     many = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
@@ -68,7 +70,7 @@ def is_functorch_wrapped(tensor: Tensor) -> bool:
 
 
 def assume_constant_result(function: FunctionT) -> FunctionT:
-    """Do the same as `torch.compiler.assume_constant_result`, without importing torch's compiler, which takes a
+    """Equivalent to `torch.compiler.assume_constant_result`, but does not import torch's compiler, which takes a
     second."""
     function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
     return function
@@ -78,36 +80,38 @@ assume_constant_result(load_bundled_providers)  # traced graphs cannot import mo
 
 
 def unsafe_view(x: Tensor, shape: Any) -> Tensor:
-    """Reshape a tensor that has no other references, so that the result is not a view for autograd.
+    """Reshape a tensor that has no other references. For autograd, the result is not a view.
 
-    Callers may then write `out += x`, which fails on a view after expert choice. FSDP2 warns about modules that return
-    views, because its hooks on views are lost. torch's own products of more than two dimensions end with this operator.
+    Callers may then write `out += x`, which would fail on a view after expert choice. FSDP2 warns about modules that
+    return views, because its hooks on views are lost. Torch's own matrix products with more than two dimensions also
+    end with `_unsafe_view`.
     """
     return torch.ops.aten._unsafe_view.default(x, shape)
 
 
 def is_fake_tensor(tensor: Tensor) -> bool:
-    """Return whether the tensor is a fake tensor without data, as used by tracers and memory estimates."""
+    """Return whether a tensor is a fake tensor without data, as used in tracing and memory estimation."""
     from torch._subclasses import fake_tensor
 
     return fake_tensor.is_fake(tensor)
 
 
 def is_wrapper_subclass(tensor: Tensor) -> bool:
-    """Return whether the tensor wraps other tensors, like a DTensor."""
+    """Return whether a tensor wraps other tensors, as DTensor does."""
     return _python_dispatch.is_traceable_wrapper_subclass(tensor)
 
 
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
-    """Return a context in which modes, such as that of selective activation checkpointing, do not see operators."""
+    """Return a context in which operators bypass all dispatch modes, such as the mode for selective activation
+    checkpointing."""
     return _python_dispatch._disable_current_modes()
 
 
 def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
-    """Register the FLOP formula of an operator with all active counters of this thread that do not have it.
+    """Register an operator's FLOP formula with all active counters of this thread that do not have one.
 
-    torch's `register_flop_formula` would register it for all counters, but importing its module imports Triton, which
-    takes a sixth of the time of importing torch.
+    Torch's `register_flop_formula` would register the formula for all counters. However, importing its module imports
+    Triton, which takes a sixth of the time of importing torch.
     """
     if torch.compiler.is_compiling():
         return
@@ -118,13 +122,13 @@ def register_flop_formula(operator: Any, formula: Callable[..., int]) -> None:
 
 
 def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) -> None:
-    """Register a dataclass as a pytree, like `torch.export.register_dataclass`, but with different names of fields in
+    """Register a dataclass as a pytree, like `torch.export.register_dataclass`, but allow different field names in
     exported programs.
 
     Args:
-        cls: the dataclass.
-        name: name of its type in exported programs.
-        exported_names: names of fields in exported programs, for fields whose name differs.
+        cls: the dataclass to register.
+        name: name of the type in exported programs.
+        exported_names: a mapping from fields to their names in exported programs, for fields whose names differ.
     """
     fields = [field.name for field in dataclasses.fields(cls)]
     field_names = {exported_names.get(field, field): field for field in fields}
@@ -157,30 +161,30 @@ def register_dataclass(cls: type, name: str, exported_names: Mapping[str, str]) 
 
 
 def assert_in_graph(condition: Tensor, message: str) -> None:
-    """Raise RuntimeError if `condition` (0-dim bool) is False when a traced graph runs. On a GPU, this takes no
-    sync."""
+    """Raise a RuntimeError if `condition` (a 0-dim bool) is False when a traced graph runs. On a GPU, this check does
+    not synchronize."""
     torch._assert_async(condition, message)
 
 
 def get_function_modes() -> list[Any]:
-    """Return the active torch function modes of this thread. The last one sees a call first."""
+    """Return the torch function modes that are active in this thread. The last mode sees each call first."""
     return overrides._get_current_function_mode_stack()
 
 
 def are_saved_tensor_hooks_enabled() -> bool:
-    """Return whether saved-tensor hooks can be set. If they are disabled, there are none."""
+    """Return whether saved-tensor hooks can be set. If they are disabled, no such hooks are active."""
     return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Sum `value` over the ranks of a process group with an operator that graphs can contain."""
+    """Sum `value` over the ranks of a process group, using an operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
     return wait_tensor(all_reduce(value, "sum", group))
 
 
 def find_process_group(name: str) -> dist.ProcessGroup | None:
-    """Return the process group with this name in this process, or None if there is none."""
+    """Return the process group with this name, or None if this process has no such group."""
     try:
         return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
     except (LookupError, RuntimeError, ValueError):
@@ -188,7 +192,7 @@ def find_process_group(name: str) -> dist.ProcessGroup | None:
 
 
 def get_backward_id() -> int:
-    """Return the id of the backward that is running in this thread, or -1 if there is none."""
+    """Return the id of the backward pass that is running in this thread, or -1 if there is none."""
     return torch._C._current_graph_task_id()
 
 
@@ -197,8 +201,8 @@ WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def get_wrapped_module(module: nn.Module) -> nn.Module | None:
-    """Return the module inside a wrapper of torch or of a library with a provider, or None if the module is not a
-    wrapper."""
+    """Return the module that a wrapper contains, or None if the module is not a wrapper. The wrappers of torch and of
+    libraries with a provider are recognized."""
     children: Any = module._modules
     if not children:
         return None
@@ -216,7 +220,7 @@ def unwrap_module(module: nn.Module) -> nn.Module:
 
 
 def get_original_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that a module had before FSDP2 or parametrizations replaced it by a generated class."""
+    """Return the class that a module had before FSDP2 or parametrizations replaced it with a generated class."""
     kind = type(module)
     while True:
         first, *rest = kind.__bases__
@@ -230,9 +234,10 @@ def get_original_class(module: nn.Module) -> type[nn.Module]:
 
 @contextmanager
 def disable_compilation(model: nn.Module) -> Iterator[None]:
-    """Context manager in which the modules of a model run without `torch.compile`, so that hooks are called.
+    """Context manager that runs a model's modules without `torch.compile`, so that their hooks are called.
 
-    Other models are not affected, unlike with `torch.compiler.set_stance`, which applies to the whole process.
+    Unlike `torch.compiler.set_stance`, which applies to the whole process, this context manager does not affect other
+    models.
     """
     compiled: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
@@ -254,11 +259,11 @@ def disable_compilation(model: nn.Module) -> Iterator[None]:
 
 
 def register_named_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-    """Set a forward pre-hook `(module, args, kwargs)`, and a forward hook that is also called after an error, with a
-    fixed name.
+    """Register a forward pre-hook `(module, args, kwargs)` and a forward hook under a fixed name. The forward hook is
+    also called after an error.
 
-    Torch numbers hooks from 0 in each process, so that a new hook would replace a hook with the same number in an
-    unpickled module.
+    Torch numbers hooks from 0 in each process, so a newly registered hook would replace a hook with the same number in
+    an unpickled module.
     """
     hooks: Any = module
     hooks._forward_pre_hooks[name], hooks._forward_hooks[name] = before, after
@@ -266,10 +271,10 @@ def register_named_hooks(module: nn.Module, name: str, before: Callable[..., Any
 
 
 def set_load_hook(module: nn.Module, name: str, before: Callable[..., Any]) -> None:
-    """Set a pre-hook `(module, state_dict, prefix, ...)` of `load_state_dict` with a fixed name.
+    """Register a `load_state_dict` pre-hook `(module, state_dict, prefix, ...)` under a fixed name.
 
-    It holds a weak reference to the module, because a reference cycle would keep a deleted model in memory until the
-    next garbage collection.
+    The hook holds a weak reference to the module, because a reference cycle would keep a deleted model in memory until
+    the next garbage collection.
     """
     module._load_state_dict_pre_hooks[name] = _WrappedHook(before, module)  # pyright: ignore[reportArgumentType]
 
@@ -286,8 +291,8 @@ STATE_HOOKS = (
 
 
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Move the forward and backward hooks of a module to the module that replaces it. Both modules share the same
-    tables, so that handles of hooks remove them from the new module."""
+    """Move a module's forward and backward hooks to the module that replaces it. Both modules share the same hook
+    tables, so existing handles remove hooks from the new module."""
     for table in CALL_HOOKS:
         hooks = getattr(old, table)
         hooks.update(getattr(new, table))
@@ -296,8 +301,8 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def replacement_problem(module: nn.Module) -> str | None:
-    """Return a description of what would be lost if another module replaced this one, or None. Forward and backward
-    hooks are not lost, because `move_hooks` moves them."""
+    """Return what would be lost if another module replaced this one, or None if nothing would be lost. Forward and
+    backward hooks are not lost, because `move_hooks` moves them."""
     if any(getattr(module, table) for table in STATE_HOOKS):
         return "has state-dict hooks, which depend on the names and shapes of its weights; remove them first"
     if vars(module).get("_compiled_call_impl") is not None:
@@ -306,8 +311,8 @@ def replacement_problem(module: nn.Module) -> str | None:
 
 
 def set_first_hook(module: nn.Module, name: str, after: Callable[..., Any]) -> None:
-    """Set a forward hook with a fixed name unless it is already set. It runs before all other hooks, and before FSDP2
-    reshards the parameters of the module."""
+    """Register a forward hook under a fixed name, unless it is already registered. The hook runs before all other
+    hooks, and before FSDP2 reshards the module's parameters."""
     hooks: Any = module._forward_hooks
     if name not in hooks:
         hooks[name] = after
@@ -321,19 +326,19 @@ def has_hooks(module: object) -> bool:
 
 
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
-    """Exchange rows between the ranks of a process group with a differentiable operator that graphs can contain."""
+    """Exchange rows between the ranks of a process group, using a differentiable operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
     return wait_tensor(all_to_all_single(x, receive, send, group))
 
 
 def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
-    """Return weighted sums `(s, q)` of rows of an 8-bit table `(n, q + 8)` on a CPU, in float32.
+    """Return weighted sums `(s, q)` of rows from an 8-bit table `(n, q + 8)` on a CPU, in float32.
 
     Args:
-        indices: `(m,)` int64, indices of rows in the order of the sums.
-        offsets: `(s,)` int64, start of each sum in `indices`.
-        weights: `(m,)` float32, which must be contiguous, because the operator ignores strides.
+        indices: `(m,)` int64, the row indices of all sums, one sum after another.
+        offsets: `(s,)` int64, the start of each sum in `indices`.
+        weights: `(m,)` float32. The weights must be contiguous, because the operator ignores strides.
     """
     assert weights.is_contiguous()
     rows = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
@@ -341,22 +346,22 @@ def sum_packed_rows(packed: Tensor, indices: Tensor, offsets: Tensor, weights: T
 
 
 def unpack_rows(packed: Tensor) -> Tensor:
-    """Return the values `(n, q)` of an 8-bit table `(n, q + 8)` on a CPU, in float32."""
+    """Return the float32 values `(n, q)` of an 8-bit table `(n, q + 8)` on a CPU."""
     return torch.ops.quantized.embedding_bag_byte_unpack(packed)
 
 
 def pack_int4(levels: Tensor) -> Tensor:
-    """Pack levels `(q, p)` int32 from 0 to 15 into bytes `(q, p / 2)`, in an order that depends on the CPU."""
+    """Pack int32 levels `(q, p)` from 0 to 15 into bytes `(q, p / 2)`. The packing order depends on the CPU."""
     return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.contiguous(), 1)
 
 
 def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tensor) -> Tensor:
-    """Multiply x `(r, p)` by `(level - 8) * step + zero` `(p, q)` on a CPU in bfloat16, and return `(r, q)`.
+    """Multiply x `(r, p)` by the weight `(level - 8) * step + zero` `(p, q)` in bfloat16 on a CPU, and return `(r, q)`.
 
     Args:
         packed: the result of `pack_int4`, in any shape.
-        group: number of adjacent inputs that share step and zero.
-        scales_and_zeros: step and zero `(p / group, q, 2)`.
+        group: number of adjacent inputs that share a step and a zero.
+        scales_and_zeros: the steps and zeros, `(p / group, q, 2)`.
     """
     packed = packed.view(scales_and_zeros.shape[1], -1)
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, scales_and_zeros)
@@ -364,8 +369,8 @@ def multiply_int4(x: Tensor, packed: Tensor, group: int, scales_and_zeros: Tenso
 
 @assume_constant_result
 def has_native_matmul(dtype: torch.dtype) -> bool:
-    """Return whether the CPU has native products of this dtype, so that torch computes them as fast as float32
-    products. CPUs other than x86 are assumed to support all dtypes."""
+    """Return whether the CPU natively supports matrix products in this dtype, so that torch computes them as fast as in
+    float32. Non-x86 CPUs are assumed to support all dtypes."""
     if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
         return True
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
@@ -376,28 +381,28 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Make `DistributedDataParallel(model)` ignore these parameters and buffers in addition to those that it already
+    """Make `DistributedDataParallel(model)` ignore these parameters and buffers, in addition to those that it already
     ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]
 
 
 def is_in_ddp() -> bool:
-    """Return whether the forward of a `DistributedDataParallel` is running. Graphs that call this function are retraced
-    in another DDP, because of the guard that `id` installs."""
+    """Return whether the forward pass of a `DistributedDataParallel` module is running. Graphs that call this function
+    are retraced in another DDP module, because `id` installs a guard."""
     ddp = nn.parallel.DistributedDataParallel._active_ddp_module
     return ddp is not None and id(ddp) != 0
 
 
 def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[str]:
-    """Exclude buffers whose last name is one of `endings` from the broadcasts of a running `DistributedDataParallel`,
-    so that it no longer copies them from the first rank before its next forwards.
+    """Exclude buffers whose last name is in `endings` from the broadcasts of the running `DistributedDataParallel`
+    module. DDP then no longer copies these buffers from the first rank before a forward pass.
 
     Returns:
-        The names of buffers that cannot be excluded, because all ranks must exclude the same buffers, and a rank may
-        not reach the call of this function. This happens if parameters may be unused, or if ranks have different
-        numbers of inputs. Before torch 2.13 it also happens if a graph is `traced`, because a graph that was traced
-        outside of DDP is not retraced on all ranks.
+        The names of the buffers that cannot be excluded. A buffer can only be excluded if all ranks exclude it, but
+        some ranks may not call this function. Buffers cannot be excluded if parameters may be unused, or if ranks have
+        different numbers of inputs. Before torch 2.13, buffers also cannot be excluded if a graph is `traced`, because
+        a graph traced outside of DDP is not retraced on all ranks.
     """
     ddp: Any = nn.parallel.DistributedDataParallel._active_ddp_module
     if ddp is None or not ddp.broadcast_buffers or ddp.process_group.size() == 1:

@@ -1,7 +1,7 @@
-"""Detects which methods of a class in this package are overridden by subclasses or by attributes of an object.
+"""Detects which methods of a package class are overridden by subclasses or by instance attributes.
 
-Fast implementations replace methods of a class. They also apply to subclasses that do not override these methods, such
-as the classes that FSDP2 and parametrizations create for a module.
+Fast implementations replace the methods of a class. Fast implementations also apply to subclasses that do not override
+these methods, such as the classes that FSDP2 and parametrizations generate for a module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def find_overridden(module: Any, base: type, names: Collection[str]) -> str | None:
-    """Return the first of `names` that a module or its class does not inherit from `base`, or None if it inherits all.
+    """Return the first of `names` that a module or its class does not inherit from `base`, or None if all are
+    inherited.
 
     Example:
         >>> class Base:
@@ -37,8 +38,7 @@ def find_overridden(module: Any, base: type, names: Collection[str]) -> str | No
 
 
 def find_declaring_class(kind: type, name: str) -> type:
-    """Return the class of this package from which a class inherits its attribute `name`, even if it redefines the
-    attribute."""
+    """Return the class of this package from which `kind` inherits the attribute `name`, even if `kind` redefines it."""
     return next(base for base in kind.__mro__ if name in base.__dict__ and is_package_class(base))
 
 
@@ -48,10 +48,10 @@ def is_package_class(kind: type) -> bool:
 
 
 def is_unchanged(module: nn.Module) -> bool:
-    """Return whether a module computes the same as a class of this package, of which it may be a subclass.
+    """Return whether a module computes the same results as the class of this package from which it derives.
 
-    Methods of `nn.Module` are ignored, because FSDP2 overrides `_apply`, and hooks of other libraries set `forward` on
-    the module. Of these methods, only a `forward` that is defined in the class changes the computation.
+    Methods of `nn.Module` are ignored, because FSDP2 overrides `_apply`, and other libraries' hooks set `forward` on
+    the module. Among these methods, only a `forward` defined in the class changes the computation.
     """
     kind = type(module)
     base = next((base for base in kind.__mro__ if is_package_class(base)), None)
@@ -62,6 +62,6 @@ def is_unchanged(module: nn.Module) -> bool:
 
 @cache
 def list_members(kind: type) -> frozenset[str]:
-    """Return the names of methods and properties of a class that `nn.Module` does not have."""
+    """Return the names of a class's methods and properties that `nn.Module` does not have."""
     static = {name: inspect.getattr_static(kind, name) for name in set(dir(kind)) - set(dir(nn.Module))}
     return frozenset(name for name, found in static.items() if isinstance(found, FunctionType | property))

@@ -1,4 +1,4 @@
-"""Queries about tracing and recomputation: symbolic sizes, exporters, transforms, checkpointing."""
+"""Helpers for tracing and recomputation: symbolic sizes, exporters, transforms and checkpointing."""
 
 from __future__ import annotations
 
@@ -15,45 +15,46 @@ from mixture_of_experts.support.private_torch import is_exporting, is_functorch_
 
 
 def symbolic_min(first: int, second: int) -> int:
-    """Return the minimum, as a symbolic expression if a length is dynamic under export or compile."""
+    """Return the minimum, as a symbolic expression if a length is dynamic in an exported or compiled graph."""
     if isinstance(first, int) and isinstance(second, int):  # lengths are int under dynamo and symbols under exporters
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def symbolic_max(first: int, second: int) -> int:
-    """Return the maximum, as a symbolic expression if a length is dynamic under export or compile."""
+    """Return the maximum, as a symbolic expression if a length is dynamic in an exported or compiled graph."""
     if isinstance(first, int) and isinstance(second, int):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
 
 
 def is_exporting_to_onnx() -> bool:
-    """Return whether `torch.onnx.export` is tracing. ONNX has neither a stable sort nor searchsorted."""
+    """Return whether `torch.onnx.export` is tracing. ONNX supports neither stable sorting nor searchsorted."""
     return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def add_scaled(values: Tensor, others: Tensor, times: int) -> Tensor:
-    """Return `values + times * others`, computed by one operator, or by two in exported graphs, because ONNX has no
-    dynamic `alpha`."""
+    """Return `values + times * others`. The sum takes one operator, or two in exported graphs, because ONNX does not
+    support a dynamic `alpha`."""
     return values + others * times if is_exporting() else torch.add(values, others, alpha=times)
 
 
 def is_host_readable(tensor: Tensor) -> bool:
-    """Return whether the values of a tensor can be read without a sync, because it is on a CPU and outside of traces
-    and transforms."""
+    """Return whether a tensor's values can be read without a sync, which requires a CPU tensor outside of traces and
+    transforms."""
     if torch.compiler.is_compiling():
         return False
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_functorch_wrapped(tensor)
 
 
 def has_data(tensor: Tensor) -> bool:
-    """Return whether the values of a tensor can be read at all, possibly after waiting for a GPU."""
+    """Return whether a tensor's values can be read at all, possibly after waiting for a GPU."""
     return not (torch.compiler.is_compiling() or is_in_transform() or tensor.is_meta)
 
 
 def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
-    """Return whether a function of torch's activation checkpointing is on the call stack above the frame `within`."""
+    """Return whether the call stack above the frame `within` contains a function of torch's activation
+    checkpointing."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not within:
         if frame.f_code.co_filename == checkpoint.__file__:
@@ -63,12 +64,12 @@ def is_in_activation_checkpoint(within: FrameType | None = None) -> bool:
 
 
 def get_device_capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device, which is a constant in traced graphs."""
+    """Return the compute capability of a CUDA device. The result is a constant in traced graphs."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
 def disable_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which autocast is disabled, so that operators keep the dtype of their operands."""
+    """Return a context that disables autocast, so that operators keep the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

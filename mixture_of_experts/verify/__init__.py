@@ -1,4 +1,4 @@
-"""Verifies any mixture layer: a promise, a measured number and a verdict for each of thirty-two properties."""
+"""Verifies mixture-of-experts layers: each of thirty-two properties has a promise, a measurement and a verdict."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def verify(
     segment_ids: str | RunFunction | None = None,
     properties: Iterable[str] | None = None,
 ) -> Report:
-    """Measure which properties a mixture layer has, on copies of the module, which itself does not run.
+    """Measure the properties of a mixture-of-experts layer. Only copies of the module run, not the module itself.
 
-    Only `module` is required. Properties that need an argument are skipped without it. For `MoE` and `HeirarchicalMoE`,
-    all arguments are inferred. For blocks that contain one gate of this package, or one router of another library, the
-    router is inferred.
+    Only `module` is required. Properties that need a missing argument are skipped. For `MoE` and `HeirarchicalMoE`, all
+    arguments are inferred. The router is also inferred for blocks that contain one gate of this package or one router
+    of another library.
 
     Args:
-        module: a module that maps `(b, n, d)` to the same shape, or to a tuple that begins with it. Use a small one,
-            because the properties do not depend on its sizes.
-        dim: d. Default: the only size of its weights with which it runs.
-        mask: name of the argument for a mask `(b, n)` bool, True where a token is real, or a function `(module, x,
-            mask)` that calls the module.
-        loss: index or key of the auxiliary loss in what the module returns, or a function `(module, returned)` that
-            reads it.
-        router: a function `(module, x)` that returns the experts of each token: `(b, n, k)` integers, -1 for no expert,
-            or `(b, n, e)` bool.
-        segment_ids: name of the argument for the documents `(b, n)` of packed rows, integers, or a function `(module,
-            x, segment_ids)` that calls the module.
+        module: a module that maps `(b, n, d)` to a tensor of the same shape, or to a tuple that starts with such a
+            tensor. A small module is sufficient, because the properties do not depend on its size.
+        dim: the model dimension d. Default: the only weight dimension that works as the input width.
+        mask: name of the argument for a bool mask `(b, n)` that is True for real tokens, or a function
+            `(module, x, mask)` that calls the module.
+        loss: index or key of the auxiliary loss in the module's return value, or a function `(module, returned)` that
+            extracts it.
+        router: a function `(module, x)` that returns the experts of each token, either as integers `(b, n, k)` with -1
+            for no expert, or as a bool tensor `(b, n, e)`.
+        segment_ids: name of the argument for the integer document ids `(b, n)` of packed rows, or a function
+            `(module, x, segment_ids)` that calls the module.
         properties: names of the properties to measure. Default: all except "invariance" and "compile".
 
     Raises:
-        ValueError: a property is unknown, the module cannot be copied, or its width cannot be inferred.
+        ValueError: a property is unknown, the module cannot be copied, or its input width cannot be inferred.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -86,17 +86,17 @@ def verify(
 
 
 def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
-    """Assert that a module has the given properties. Use it in your own tests.
+    """Assert that a module has the given properties. Use this function in your own tests.
 
     Args:
-        module: as in `verify`.
-        properties: names of properties. Default: those that `verify` measures by default.
-        arguments: `dim`, `mask`, `loss`, `router` and `segment_ids`, as in `verify`.
+        module: see `verify`.
+        properties: names of the properties to check. Default: the properties that `verify` measures by default.
+        arguments: the arguments `dim`, `mask`, `loss`, `router` and `segment_ids` of `verify`.
 
     Raises:
-        AssertionError: a named property does not hold, because it fails, does not apply, or is not measured without its
-            argument. Omit properties that do not apply. Without `properties`, only failures raise. The message names
-            each such property with the reason, and includes the report.
+        AssertionError: a named property fails, does not apply, or is not measured because its argument is missing. Omit
+            properties that do not apply. If no properties are named, only failing properties raise an error. The
+            message gives the reason for each such property, and includes the report.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -113,7 +113,7 @@ def assert_holds(module: nn.Module, *properties: str, **arguments: Any) -> None:
 
 
 def phrase_of(verdict: str) -> str:
-    """Return a verdict as a phrase for an error message, with the remedy."""
+    """Convert a verdict to a phrase for an error message, including the remedy."""
     return {
         "does not apply": "does not apply to this layer (omit it)",
         "not asked": "was not measured",

@@ -1,6 +1,8 @@
-"""`python -m mixture_of_experts.verify FACTORY`: verify the module that `FACTORY`, "package.module:function", returns.
+"""Command-line interface: `python -m mixture_of_experts.verify FACTORY` verifies the module that `FACTORY`
+("package.module:function") returns.
 
-The function takes no arguments. It returns a module, or a pair of a module and a dictionary of arguments for `verify`.
+The function takes no arguments. The function returns a module, or a pair of a module and a dictionary of arguments for
+`verify`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from mixture_of_experts.verify import PROPERTIES, verify
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Verify a module, print the report, and return the exit status. Exit with 2 if the module cannot be verified."""
+    """Verify a module, print the report, and return the exit status. Exit with status 2 if the module cannot be
+    verified."""
     parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.verify", description=__doc__)
     parser.add_argument("factory", help='"package.module:function", importable from the current directory')
     parser.add_argument("--only", nargs="+", metavar="PROPERTY", help=f"measure only these of {', '.join(PROPERTIES)}")

@@ -1,4 +1,5 @@
-"""Properties of batching: results do not depend on padding, other sequences or later tokens; edge-case batches."""
+"""Measures batching properties: results are independent of padding, other sequences and later tokens, and edge cases
+work."""
 
 from __future__ import annotations
 
@@ -29,18 +30,18 @@ MAX_LOST_CHOICE_SHARE = 0.2  # fraction of the choices; an expert with few ReLU 
 
 
 def select_tokens(outcome: Outcome, index: Any) -> Outcome:
-    """Select some tokens or sequences from an outcome."""
+    """Select tokens or sequences from an outcome."""
     return {name: tensor[index] if name in TOKEN_TENSORS else tensor for name, tensor in outcome.items()}
 
 
 def mark_all_tokens(trial: Trial) -> Tensor:
-    """Return a bool index that selects all tokens and flattens the sequences."""
+    """Return a bool mask that selects all tokens. Indexing with this mask flattens the sequences."""
     return torch.ones(trial.case[:2], dtype=torch.bool)
 
 
 def make_padded_batch(trial: Trial, number: float) -> tuple[Tensor, Tensor]:
-    """Return the tokens scattered among padding with a constant value, followed by a sequence of padding only, and the
-    mask."""
+    """Return a padded batch and its mask. The tokens are scattered among constant padding, and the last sequence
+    consists only of padding."""
     b, n, seed, _ = trial.case
     x, noise = trial.make_tokens(), torch.rand(b + 1, 2 * n + 8, generator=torch.Generator().manual_seed(seed))
     mask = (noise.argsort(dim=-1) < n).to(x.device)
@@ -133,7 +134,8 @@ def decoding(trial: Trial) -> Deviations:
     is_opt_in=True,
 )
 def invariance(trial: Trial) -> Deviations:
-    """Compare outputs of a forward pass alone, and outputs and input gradients of a step on outputs alone."""
+    """Compare the outputs of a forward pass, and the outputs and input gradients of a step without the auxiliary
+    loss."""
     x = trial.make_tokens()
     tokens = x.flatten(0, 1)
     count = len(tokens)
@@ -176,8 +178,8 @@ def every_choice(trial: Trial) -> Deviations:
 
 
 def find_reached_weights(outcome: Outcome) -> Tensor:
-    """Return `(w)` bool, which parameters have a gradient; for parameters with three or more axes, which slices along
-    the first axis."""
+    """Return a `(w)` bool mask of the weights with a nonzero gradient. Parameters with three or more dimensions have
+    one entry for each slice along the first dimension. Other parameters have one entry."""
     grads = [tensor for name, tensor in outcome.items() if name.startswith("gradient")]
     return torch.cat([grad.reshape(len(grad) if grad.dim() > 2 else 1, -1).any(dim=-1) for grad in grads])
 

@@ -1,4 +1,4 @@
-"""Failures that are expected for a kind of layer, because its definition implies them."""
+"""Describes failures that are expected for a kind of layer because its definition implies them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CROSS_SEQUENCE_PROPERTIES = ("padding", "nan_padding", "order", "batch", "causal
 
 
 def expected_failures(module: nn.Module) -> dict[str, str]:
-    """Return the properties that may fail without a bug, keyed by name, with the reasons."""
+    """Return the reasons why properties may fail without a bug, keyed by property name."""
     found: dict[str, str] = {}
     for layer in module.modules():
         if isinstance(layer, MoE | HeirarchicalMoE) and layer.group_size is not None:
@@ -26,7 +26,7 @@ def expected_failures(module: nn.Module) -> dict[str, str]:
 
 
 def iter_reasons(site: RouterHandle) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield properties that a router may not have, with the reason."""
+    """Yield the properties that a router may lack, together with the reason."""
     gate = site.gate
     if site.external is not None:
         yield ("router_bfloat16", "router_autocast"), "the router computes in the dtype of its weights"

@@ -1,4 +1,4 @@
-"""Numerical properties: gradients compared with finite differences, and the effects of lower precision."""
+"""Measures numerical properties: gradients against finite differences, and the effects of lower precision."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def gradients(trial: Trial) -> Deviations:
 
 @torch.no_grad()
 def randomize_zero_parameters(module: nn.Module, seed: int) -> None:
-    """Randomize parameters that are all zero. With a zero router, all scores tie, so any step changes choices. Other
-    zeros hide the gradients that they multiply."""
+    """Randomize parameters that contain only zeros. If all router weights are zero, all scores tie, and any step
+    changes the choices. Other zero parameters hide the gradients that they multiply."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if not parameter.any():
@@ -67,7 +67,7 @@ def randomize_zero_parameters(module: nn.Module, seed: int) -> None:
 
 
 def compute_objective(trial: Trial, module: nn.Module, x: Tensor, weights: Tensor) -> float:
-    """Return the scalar that a step differentiates."""
+    """Return the scalar objective that a step differentiates."""
     outcome = trial.forward(x, module=copy.deepcopy(module))
     return (outcome["output"] * weights).sum().item() + float(outcome.get("loss", 0.0))
 
@@ -121,7 +121,7 @@ def measure_changed_choices(found: Tensor, wanted: Tensor) -> Deviation:
 
 
 def convert_module(trial: Trial, dtype: torch.dtype) -> nn.Module:
-    """Return the module in another dtype, or raise `NotApplicableError` if it does not run in it."""
+    """Return the module converted to `dtype`, or raise `NotApplicableError` if it does not run in that dtype."""
     module = trial.copy_module().to(dtype)
     try:
         trial.forward(trial.make_tokens(dtype=dtype), module=copy.deepcopy(module))
@@ -131,7 +131,7 @@ def convert_module(trial: Trial, dtype: torch.dtype) -> nn.Module:
 
 
 def convert_to_both_dtypes(trial: Trial) -> tuple[nn.Module, nn.Module]:
-    """Return the module in bfloat16 and in float64, with the same values."""
+    """Return the module in bfloat16 and in float64, with the same parameters and buffers."""
     low, exact = convert_module(trial, torch.bfloat16), convert_module(trial, torch.float64)
     exact.load_state_dict(low.state_dict())
     return low, exact

@@ -1,4 +1,4 @@
-"""`Property`: a promise and its measurement."""
+"""Defines `Property`, which consists of a promise and its measurement."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ TRAINING_ONLY, EVAL_ONLY = (True,), (False,)
 
 @dataclass(frozen=True)
 class Property:
-    """A property that a mixture layer should have.
+    """A property that a mixture-of-experts layer should have.
 
     Attributes:
         measure: a function that yields the deviations from the promise.
-        promise: one sentence.
-        needs: the argument of `verify` that is required: "mask", "loss", "router" or "segment_ids"; empty for none.
-        cases: cases from small to large, so that the first one that fails is the smallest example.
-        modes: the modes in which the property must hold, True for training.
-        is_deterministic_only: whether to measure only in modes in which the module draws no random numbers.
-        limit: the largest deviation with which the property holds. None for the rounding limit of the trial.
-        is_opt_in: whether to measure the property only if it is named.
+        promise: description of the property in one sentence.
+        needs: the required argument of `verify` ("mask", "loss", "router" or "segment_ids"), or an empty string if none
+            is required.
+        cases: the cases to measure, from small to large, so that the first failing case is the smallest example.
+        modes: the modes in which the property must hold. True means training mode, and False means eval mode.
+        is_deterministic_only: whether to measure only modes in which the module draws no random numbers.
+        limit: the largest deviation for which the property holds. If None, the trial's rounding limit is used.
+        is_opt_in: whether the property is measured only if it is requested by name.
     """
 
     measure: MeasureFunction
@@ -49,7 +50,7 @@ class Property:
         return self.measure.__name__
 
     def measure_module(self, trial: Trial) -> Finding:
-        """Measure the property of a module over all cases and modes."""
+        """Measure the property for all cases and modes."""
         finding, limit = partial(Finding, self.name, self.promise), trial.limit if self.limit is None else self.limit
         if self.needs and getattr(trial, self.needs) is None:
             return finding("not asked", detail=f"pass {self.needs}=")
@@ -77,5 +78,5 @@ class Property:
 
 
 def layer_property(promise: str, **settings: Any) -> Callable[[MeasureFunction], Property]:
-    """Return a decorator that turns a function that measures a property into a `Property`."""
+    """Return a decorator that creates a `Property` from the function that measures it."""
     return partial(Property, promise=promise, **settings)

@@ -1,4 +1,4 @@
-"""Process-wide and thread-local settings that a forward pass must not change."""
+"""Reads and restores process-wide and thread-local settings that a forward pass must not change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def read_settings() -> dict[str, Any]:
 
 @contextmanager
 def preserve_settings() -> Iterator[None]:
-    """Context manager that, on exit, restores the settings that would outlive a context, including the grad mode."""
+    """Context manager that undoes lasting changes to process-wide and thread-local settings on exit, including the grad
+    mode."""
     before, dtype = read_settings(), torch.get_default_dtype()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Properties of state: a call leaves no traces, and copies are complete."""
+"""Measures state properties: calls leave no traces, and copies are complete."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def threads(trial: Trial) -> Deviations:
 
 
 def run_two_threads(trial: Trial, path: str) -> list[Outcome]:
-    """Run a forward pass that pauses at a submodule, or at its end, while another thread runs one, and return both
+    """Run a forward pass that pauses at a submodule or at its end while another thread runs a second one. Return both
     outcomes."""
     module, other = trial.copy_module(), list[Future[Outcome]]()
     with ThreadPoolExecutor(1) as pool:
@@ -95,7 +95,7 @@ def run_two_threads(trial: Trial, path: str) -> list[Outcome]:
 
 
 def find_submodules(trial: Trial) -> list[str]:
-    """Return the paths of some submodules that a forward pass calls."""
+    """Return the paths of up to `MAX_PARTS` submodules that a forward pass calls."""
     module, called = trial.copy_module(), dict[str, None]()
     for path, part in list(module.named_modules())[1:]:
         part.register_forward_pre_hook(lambda part, inputs, path=path: called.update({path: None}))
@@ -119,7 +119,7 @@ def raised(trial: Trial) -> Deviations:
 
 
 class InjectedError(Exception):
-    """Raised in a forward pass on purpose."""
+    """An error that is raised on purpose in a forward pass."""
 
 
 def raise_injected_error(module: nn.Module, inputs: object) -> None:

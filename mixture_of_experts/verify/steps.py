@@ -1,4 +1,5 @@
-"""Properties of a training step: output, auxiliary loss, gradients and counts are correct however the step is run."""
+"""Measures properties of a training step: the output, auxiliary loss, gradients and counts are correct regardless of
+how the step is run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""`Trial`: a module with the tokens and mode of one measurement, and functions that compare outcomes.
+"""Defines `Trial`, which combines a module with the tokens and mode of one measurement, and functions that compare
+outcomes.
 
-Axes: b sequences, n tokens of a sequence, d model dim, e experts, k choices per token, w weights.
+Axes: b sequences, n tokens per sequence, d model dim, e experts, k choices per token, w weights.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ ROUNDING_LIMIT = 1e-4  # largest difference due to rounding, relative to the lar
 
 
 class NotApplicableError(Exception):
-    """Raised if a property does not apply to a module, with the reason."""
+    """Raised if a property does not apply to a module. The error message states the reason."""
 
 
 class Deviation(NamedTuple):
-    """A difference and where it occurs."""
+    """A measured difference and its location."""
 
     value: float
     where: str = ""
@@ -42,7 +43,7 @@ Deviations = Iterator[Deviation]
 
 
 class Case(NamedTuple):
-    """Sizes and seed of a batch. Similar tokens request the same experts."""
+    """The size and seed of a batch. If the tokens are similar, they request the same experts."""
 
     num_sequences: int
     num_tokens: int
@@ -61,13 +62,14 @@ DEFAULT_CASE = Case(2, 16, 0)
 
 @dataclass(frozen=True)
 class Trial:
-    """The configuration of one measurement. The module itself never runs, only fresh copies of it do.
+    """The configuration of one measurement. Only fresh copies of the module run, not the module itself.
 
     Attributes:
-        module, dim, mask, loss, router, segment_ids: as in `verify`.
-        case, training: the tokens and the mode.
-        limit: the largest difference that counts as rounding.
-        deterministic_modes: the modes in which the module draws no random numbers, True for training.
+        module, dim, mask, loss, router, segment_ids: see `verify`.
+        case, training: the case that defines the tokens, and whether the module is in training mode.
+        limit: the largest difference that counts as rounding error.
+        deterministic_modes: the modes in which the module draws no random numbers. True means training mode, and False
+            means eval mode.
     """
 
     module: nn.Module
@@ -85,11 +87,11 @@ class Trial:
         return f"{self.case}, in {'training' if self.training else 'eval'}"
 
     def copy_module(self) -> nn.Module:
-        """Return a copy of the module in the mode of the trial."""
+        """Return a copy of the module in the trial's mode."""
         return copy.deepcopy(self.module).train(self.training)
 
     def make_tokens(self, index: int = 0, dtype: torch.dtype | None = None) -> Tensor:
-        """Draw random tokens `(b, n, d)`, different ones for each `index`."""
+        """Draw random tokens `(b, n, d)`, which differ for each `index`."""
         b, n, seed, alike = self.case
         generator = torch.Generator().manual_seed(seed + 100 * index)
         x = torch.randn(b, n, self.dim, generator=generator, dtype=torch.float32)  # regardless of the default dtype
@@ -108,12 +110,14 @@ class Trial:
         seed: int = 0,
         segment_ids: Tensor | None = None,
     ) -> Outcome:
-        """Return the output, in the shape of the tokens, and the loss if `loss` is set. In eval, run without gradients.
+        """Return the output in the shape of the tokens, and the loss if `self.loss` is set. In eval mode, gradients are
+        enabled only if `x` requires them.
 
         Args:
-            x, module: tokens and module. Default: those of this trial, with a fresh copy of the module.
-            mask: `(b, n)` bool, True where a token is real.
-            segment_ids: `(b, n)` int64, the documents of packed rows.
+            x, module: the tokens and the module to run. By default, the trial's tokens and a fresh copy of its module
+                are used.
+            mask: bool `(b, n)`, True for real tokens.
+            segment_ids: int64 `(b, n)`, the document ids of packed rows.
         """
         x = self.make_tokens() if x is None else x
         module = self.copy_module() if module is None else module
@@ -148,9 +152,9 @@ class Trial:
         scale: float = 1,
         segment_ids: Tensor | None = None,
     ) -> Outcome:
-        """Run a forward pass, and a backward pass of the weighted output plus the loss, or of one of them (`loss_from`,
-        "output" or "loss"). The backward pass starts from `scale` times this sum, and gradients are divided by `scale`
-        afterwards."""
+        """Run a forward and a backward pass. The objective is the weighted output plus the loss, or only one of them if
+        `loss_from` is "output" or "loss". The objective is multiplied by `scale` for the backward pass, and the
+        gradients are divided by `scale` afterwards."""
         module = self.copy_module() if module is None else module
         x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are kept
         found = self.forward(x, mask, module, run, segment_ids=segment_ids)
@@ -167,7 +171,7 @@ class Trial:
         return {name: tensor.detach() for name, tensor in found.items()} | self.measure_buffer_changes(module)
 
     def measure_buffer_changes(self, module: nn.Module) -> Outcome:
-        """Return the differences between the buffers of a module and those of the module that never ran."""
+        """Return the differences between a module's buffers and those of the trial's module, which never ran."""
         found = {}
         for name, buffer in self.module.named_buffers():
             old, new = buffer.double(), module.get_buffer(name).double()
@@ -176,7 +180,7 @@ class Trial:
 
     @torch.no_grad()
     def read_choices(self, module: nn.Module, x: Tensor) -> Tensor:
-        """Return the experts of each token: `(b, n, k)` sorted integers, or `(b, n, e)` bool."""
+        """Return the experts of each token as sorted integers `(b, n, k)` or a bool tensor `(b, n, e)`."""
         torch.manual_seed(0)
         choices = self.router(module, x).reshape(*x.shape[:2], -1)
         return choices if choices.dtype == torch.bool else choices.sort(dim=-1).values
@@ -190,14 +194,14 @@ class Trial:
         )
 
     def estimate_rounding(self) -> float:
-        """Return the second difference of the output along the inputs, which is large only if the module computes in
-        bfloat16."""
+        """Return the second-order difference of the output when the inputs are scaled. The result is large only if the
+        module computes in bfloat16."""
         a, b, c = (self.forward(self.make_tokens() * factor)["output"] for factor in (0.9999, 1, 1.0001))
         return compare_outcomes({"output": (a + c) / 2}, {"output": b}).value
 
 
 def infer_arguments(trial: Trial) -> Trial:
-    """Complete a trial with the arguments that can be inferred from its module."""
+    """Infer a trial's missing arguments from its module."""
     module = trial.module
     if isinstance(module, MoE | HeirarchicalMoE):
         loss = 1 if trial.loss is None else trial.loss
@@ -214,14 +218,15 @@ def infer_arguments(trial: Trial) -> Trial:
 
 
 def make_output_weights(x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the weights of outputs in the sum that a step differentiates. They depend only on the token, and are 0 for
-    padding."""
+    """Return the output weights for the sum that a step differentiates. The weights depend only on the token, and are 0
+    for padding."""
     weights = 1 + x.detach().flip(-1)
     return weights if mask is None else torch.where(mask.unsqueeze(-1), weights, 0.0)
 
 
 def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
-    """Return why a layer of this package cannot compute packed rows, or None if it can or is another module."""
+    """Return why a layer cannot compute packed rows. Return None if the layer can, or if the module is not a layer of
+    this package."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         return None
     gates = [getattr(module, name) for name in module.gate_names]
@@ -229,7 +234,7 @@ def layer_packing_unsupported_reason(module: nn.Module) -> str | None:
 
 
 def infer_width(trial: Trial) -> int:
-    """Return the one weight dimension that works as the module's input width."""
+    """Return the only weight dimension that works as the module's input width."""
     found = []
     for size in sorted({size for parameter in trial.module.parameters() for size in parameter.shape if size > 1}):
         with suppress(Exception):
@@ -241,7 +246,8 @@ def infer_width(trial: Trial) -> int:
 
 
 def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
-    """Return `(..., n * e)` bool, the experts that compute each token, read from the module's only supported gate."""
+    """Return a bool tensor `(..., n * e)` of the experts that compute each token, read from the module's only supported
+    gate."""
     (routing,) = routing_of(module, x).values()
     cell = routing.token * routing.num_experts + routing.expert
     none = torch.zeros_like(routing.probs).flatten(-2)
@@ -252,14 +258,14 @@ def read_gate_choices(module: nn.Module, x: Tensor) -> Tensor:
 def compare_outcomes(
     found: Outcome, wanted: Outcome, names: str | tuple[str, ...] = "", context: str = ""
 ) -> Deviation:
-    """Return the largest difference of two outcomes, relative to the largest absolute value of the tensor. For
-    gradients, this value is at least a thousandth of that of the largest gradient. The difference is infinite if it is
-    NaN.
+    """Return the largest difference between two outcomes. Differences are relative to the largest absolute value of
+    each tensor. For gradients, the reference value is at least a thousandth of the largest gradient. A NaN difference
+    counts as infinite.
 
     Args:
-        found, wanted: the two outcomes.
-        names: prefix, or prefixes, of the names of the tensors to compare.
-        context: text appended to the place of the deviation.
+        found, wanted: the outcome to check and the expected outcome.
+        names: name prefix, or tuple of prefixes, of the tensors to compare.
+        context: text that is appended to the location of the deviation.
     """
     wanted = {name: tensor for name, tensor in wanted.items() if tensor.numel()}
     grads = [tensor.abs().max().item() for name, tensor in wanted.items() if "gradient" in name]
@@ -274,6 +280,6 @@ def compare_outcomes(
 
 
 def count_non_finite(outcome: Outcome, context: str) -> Deviation:
-    """Return how many tensors of an outcome have non-finite values, and which ones."""
+    """Return how many tensors of an outcome contain non-finite values, and their names."""
     wrong = [name for name, tensor in outcome.items() if not tensor.isfinite().all()]
     return Deviation(len(wrong), f"not finite: {', '.join(wrong)}{context}")

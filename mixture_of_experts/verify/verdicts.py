@@ -1,4 +1,4 @@
-"""`Finding` and `Report`: the results for a module, as a table and as JSON."""
+"""Defines `Finding` and `Report`, which present the results for a module as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """The result for one property of a module.
+    """The result of measuring one property of a module.
 
     Attributes:
-        name, promise: name of the property and its promise in one sentence.
+        name, promise: the property's name, and its promise in one sentence.
         verdict: "holds", "fails", "does not apply" or "not asked".
-        number: the largest measured number. None if there is none or it is not finite.
-        limit: the largest number with which the property holds.
-        detail: where it fails, in the smallest example, or why it does not apply or was not measured.
-        expected: why a failure is expected for this kind of layer. Empty if it may be a bug.
+        number: the largest measured deviation. None if there is no finite deviation.
+        limit: the largest deviation for which the property holds.
+        detail: where the property fails in the smallest example, or why it does not apply or was not measured.
+        expected: the reason why this kind of layer is expected to fail. An empty string means that a failure may be a
+            bug.
     """
 
     name: str
@@ -32,11 +33,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The results for one module. Printing it shows a table with one line per property.
+    """The verification results for one module. Printing the report shows a table with one row per property.
 
     Attributes:
-        module: class name and width of the module.
-        findings: the results, by property name.
+        module: class name and input width of the module.
+        findings: the results, keyed by property name.
     """
 
     module: str
@@ -44,7 +45,7 @@ class Report:
 
     @property
     def failed(self) -> list[str]:
-        """The names of the properties that fail."""
+        """The names of the properties that failed."""
         return [name for name, finding in self.findings.items() if finding.verdict == "fails"]
 
     @property

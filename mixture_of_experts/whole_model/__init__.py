@@ -1,2 +1,2 @@
-"""Functions for whole models: router discovery, monitoring of forward passes, auxiliary losses, balancing, forced
-routing."""
+"""Functions that act on whole models: router discovery, monitoring of forward passes, auxiliary losses, balancing and
+forced routing."""

@@ -1,4 +1,4 @@
-"""Collects the auxiliary losses of layers deep inside a model that does not return them."""
+"""Collects the auxiliary losses of layers inside a model that does not return them."""
 
 from __future__ import annotations
 
@@ -24,27 +24,28 @@ REENTRANT_ERROR = (
 
 @contextmanager
 def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iterator[AuxLosses]:
-    """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model` while the context is active.
+    """Context manager that collects the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model`.
 
-    Use this for models whose blocks return the output of a layer and drop its loss. The context may enclose a single
-    forward pass or the whole training run. `take()` returns the sum over all training forward passes since its last
-    call. Evaluation passes in between, and passes that raised, are not counted.
+    Use this context manager for models whose blocks return only a layer's output and discard its loss. The context may
+    enclose a single forward pass or the whole training run. `take()` returns the sum of the losses over all training
+    forward passes since the last `take()`. Evaluation passes and passes that raised an error are not counted.
 
-    Only forward passes of the thread that entered the context are collected. Another thread may enter its own context,
-    and the context may be entered while other threads run the model. With `torch.compile`, enter it before the first
-    compiled call and keep it active for the whole run, so that one graph serves all steps.
+    Losses are collected only from forward passes in the thread that entered the context. Other threads may enter their
+    own contexts, or run the model while the context is being entered. With `torch.compile`, enter the context before
+    the first compiled call and keep it active for the whole run, so that a single graph serves all steps.
 
     Args:
         model: the module that you call.
-        gates: gates of the layers to collect from, as names or modules (gates, or the layers that contain them).
+        gates: the gates whose layers' losses are collected, as gate names, gate modules, or layers that contain gates.
             Default: all.
 
     Raises:
         ValueError: `model` has no gate.
-        TypeError: a gate is not part of such a layer, because it is a router of another library or a standalone gate.
-        RuntimeError: in a forward pass whose losses would be wrong, because a layer is called without going through
-            `model` or runs under reentrant checkpointing. For checkpointing implementations other than torch's, the
-            error is raised in the backward pass.
+        TypeError: a gate does not belong to an `MoE` or `HeirarchicalMoE` layer, because it is a standalone gate or a
+            router of another library.
+        RuntimeError: a forward pass would yield wrong losses, because a layer is called outside of `model` or runs
+            under reentrant checkpointing. For checkpointing implementations other than torch's, the error is raised in
+            the backward pass.
 
     Example:
         >>> import torch
@@ -68,7 +69,7 @@ def collect_aux(model: nn.Module, *, gates: GateSelection | None = None) -> Iter
 
 
 def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
-    """Return why the auxiliary loss of a router cannot be collected, or None if it can."""
+    """Return why a router's auxiliary loss cannot be collected, or None if it can."""
     if router.external is not None:
         return f"its block returns no auxiliary loss; {router.external.aux_loss_remedy}"
     alone = all(location.layer is None for location in router.locations)
@@ -77,7 +78,7 @@ def aux_loss_unsupported_reason(router: RouterHandle) -> str | None:
 
 @dataclass(eq=False)
 class AuxCall(ForwardCall):
-    """A running forward pass of the model that was passed to `collect_aux`."""
+    """An ongoing forward pass of the model that was passed to `collect_aux`."""
 
     training: bool
     enclosing_call: AuxCall | None  # the forward pass of the same model that contains this one
@@ -85,7 +86,7 @@ class AuxCall(ForwardCall):
 
 
 def sum_losses(losses: list[Tensor]) -> Tensor:
-    """Return the sum of the losses, on the device of the first one."""
+    """Return the sum of the losses on the device of the first loss."""
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss.to(total.device)
@@ -93,17 +94,18 @@ def sum_losses(losses: list[Tensor]) -> Tensor:
 
 
 class AuxLosses:
-    """The losses that `collect_aux` collected."""
+    """The losses that `collect_aux` has collected."""
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
         self._evaluation: list[Tensor] = []  # of the last forward pass
 
     def take(self) -> Tensor:
-        """Return the sum (0-dim) of the auxiliary losses of all layers over all training passes since the last call.
+        """Return the sum of all layers' auxiliary losses over all training passes since the last call, as a 0-dim
+        tensor.
 
-        A training pass is a forward pass in training mode with gradients enabled. If there was none, the sum for the
-        last evaluation pass is returned. If there was no forward pass at all, RuntimeError is raised.
+        A training pass is a forward pass in training mode with gradients enabled. If there was no training pass, the
+        sum for the last evaluation pass is returned. If there was no forward pass at all, a RuntimeError is raised.
         """
         losses = self._training or self._evaluation
         if not losses:
@@ -119,7 +121,7 @@ class AuxLosses:
 
 
 class AuxLossCollector(ForwardWatch):
-    """A watch that collects the losses of layers during forward passes of the model into `aux`."""
+    """Collects the losses of layers into `aux` during forward passes of the model."""
 
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
@@ -138,7 +140,7 @@ class AuxLossCollector(ForwardWatch):
             self.aux._evaluation = call.losses
 
     def collect_layer_loss(self, layer: nn.Module, args: object, output: Any) -> None:
-        """Forward hook of a layer that collects its loss."""
+        """Forward hook that collects a layer's loss."""
         call = call_stack.current_call(self)
         if call is None:
             if torch.compiler.is_compiling():
@@ -166,11 +168,11 @@ class AuxLossCollector(ForwardWatch):
 
 
 def check_not_reentrant(layer: nn.Module, is_checkpointed: bool = False) -> None:
-    """Raise RuntimeError under reentrant checkpointing, whose first run disables gradients, so the loss would have
-    none.
+    """Raise a RuntimeError under reentrant checkpointing, because its first run disables gradients and the loss would
+    have no gradient.
 
     Args:
-        is_checkpointed: whether the layer is known to run under activation checkpointing, of any implementation.
+        is_checkpointed: whether the layer is known to run under any implementation of activation checkpointing.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not layer.training:
         return

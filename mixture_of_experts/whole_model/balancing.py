@@ -1,7 +1,7 @@
 """Updates the expert bias of every gate in a model once per optimizer step.
 
-A rule (`gating/bias_rules.py`) defines what to count and how the counts change the bias. Gates of this package do their
-own counting. For routers of other libraries, hooks count what the router returns.
+A rule (see `gating/bias_rules.py`) defines what is counted and how the counts change the bias. Gates of this package
+count choices themselves. For routers of other libraries, hooks count the choices that the router returns.
 
 Axes: t tokens, k choices per token, e experts.
 """
@@ -44,39 +44,41 @@ def balance_experts(
 ) -> ExpertBalancing:
     """Update the expert bias of every gate in `model` after each step of `optimizer`.
 
-    This covers every `TopKGating(expert_bias=True)` and the routers of other libraries with such a bias (DeepSeek-V3,
-    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...), where the attention mask identifies padding. A step uses the choices of
-    all real tokens, before capacity is applied, from the training forward passes whose backward pass ran since the last
-    step. All micro-batches therefore count, each exactly once, even under activation checkpointing. A step that a
-    gradient scaler skips does not change the bias; its choices count in the next step. The bias is in the state dict,
-    and there is no other state to save after a step. A warning is issued for adapters whose files will lack the bias,
-    and for an optimizer that was constructed before the layers.
+    This function covers every `TopKGating(expert_bias=True)`, and routers of other libraries with such a bias
+    (DeepSeek-V3, GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...). For these routers, the attention mask identifies padding.
+    Each update uses the choices of all real tokens before capacity is applied. The update covers the training forward
+    passes whose backward pass has run since the last step. Every micro-batch therefore counts exactly once, even under
+    activation checkpointing. If a gradient scaler skips a step, the bias does not change, and the choices count in the
+    next step. The bias is part of the state dict, and no other state needs to be saved after a step. Warnings are
+    issued if adapter files will lack the bias, or if the optimizer was constructed before the layers.
 
     Args:
-        model: the model, before it is wrapped in DDP or `torch.compile`. DDP then does not synchronize the ranks'
-            counts.
-        optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
-        rule: how the bias changes. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
-            "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves to the bias that
-            would have balanced these tokens (Kimi K3, section 2.3.3), for scores between 0 and 1. You can also pass an
-            instance, such as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a custom rule.
-        rate: step size. Default: 1e-3 for the sign rules, and 1 (a full step) for "quantile". You may change
-            `balancing.rate` later; 0 freezes the bias (as DeepSeek-V3 does at the end of training).
-        group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
-            is initialized, regardless of the gates' `process_group`. All these ranks must take the step.
+        model: the model, before it is wrapped in DDP or `torch.compile`. DDP then does not synchronize the counts of
+            the ranks.
+        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
+        rule: how to update the bias. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
+            "centred_sign" does the same and then subtracts the mean of the bias. "quantile" moves the bias toward the
+            value that would have balanced these tokens (Kimi K3, section 2.3.3), and requires scores between 0 and 1.
+            You can also pass a rule instance, such as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a custom
+            rule.
+        rate: step size of the updates. Default: 1e-3 for the sign rules, and 1 (a full step) for "quantile". You may
+            change `balancing.rate` later. A rate of 0 freezes the bias, as DeepSeek-V3 does at the end of training.
+        group: the ranks that hold these gates and over which counts are summed. Default: all ranks if
+            `torch.distributed` is initialized, regardless of the gates' `process_group`. All ranks in the group must
+            take the step.
 
-        gates: the gates to balance, as names or modules (gates, or the layers that contain them). Default: all that
-            have an expert bias. `balancing.gates` lists their names.
+        gates: the gates to balance, as gate names, gate modules, or layers that contain gates. Default: all gates with
+            an expert bias. `balancing.gates` lists the names of the selected gates.
 
     Returns:
-        An object whose `close()` stops the balancing. It is also a context manager.
+        An object that stops the balancing when `close()` is called. The object can also be used as a context manager.
 
     Raises:
-        TypeError: a gate in `gates` has no expert bias, or a router of another library has one but does not return its
-            choices and their weights.
-        ValueError: no gate has an expert bias, an argument is invalid, or "quantile" does not support a gate, because
-            it chooses experts in groups, by a function or by token ids, makes fewer than k choices for some tokens, or
-            is a router of another library.
+        TypeError: a gate in `gates` has no expert bias, or a router of another library has an expert bias but does not
+            return its choices and their weights.
+        ValueError: no gate has an expert bias, an argument is invalid, or "quantile" does not support a gate. The
+            "quantile" rule does not support routers of other libraries, or gates that choose experts in groups, by a
+            function or by token ids, or that make fewer than k choices for some tokens.
 
     Example:
         >>> import torch
@@ -121,10 +123,10 @@ def balance_experts(
 
 
 class ExpertBalancing(OptimizerStepHook):
-    """The object returned by `balance_experts`, which updates the bias of a model's gates after each optimizer step.
+    """Updates the expert bias of a model's gates after each optimizer step. Returned by `balance_experts`.
 
     Attributes:
-        gates: the names of the gates.
+        gates: the names of the balanced gates.
     """
 
     rule: BiasRule
@@ -148,10 +150,10 @@ class ExpertBalancing(OptimizerStepHook):
 
 
 class GateBiasUpdater:
-    """A bias updater for a gate of this package, which counts according to `rule` until `hooks` are closed.
+    """Updates the bias of a gate of this package. The gate counts according to `rule` until `hooks` are closed.
 
-    If a gate has several updaters, only the newest one changes the bias. When it is closed, the newest remaining one
-    takes over.
+    If a gate has several updaters, only the newest one changes the bias. When this updater is closed, the newest
+    remaining one takes over.
     """
 
     def __init__(self, gate: Any, rule: BiasRule, hooks: Attachments) -> None:
@@ -162,7 +164,7 @@ class GateBiasUpdater:
 
     @property
     def counts(self) -> Tensor | None:
-        """The gate's counts, or None if another updater is active or the gate's rule has changed since."""
+        """The gate's counts, or None if another updater is active or the gate's rule has been changed."""
         moves = self.gate.balanced_by is self and self.gate.bias_rule is self.rule
         return self.gate.bias_counts if moves else None
 
@@ -172,12 +174,13 @@ class GateBiasUpdater:
 
 
 def ignore_counts_in_ddp(model: nn.Module) -> None:
-    """Stop `DistributedDataParallel` from copying the counts of the first rank to the others before a forward pass."""
+    """Stop `DistributedDataParallel` from copying the first rank's counts to the other ranks before each forward
+    pass."""
     ignore_in_ddp(model, find_rank_local_buffers(model))
 
 
 def find_rank_local_buffers(model: nn.Module) -> set[str]:
-    """Return the names of the rank-local buffers of gates (`RANK_LOCAL_BUFFERS`)."""
+    """Return the names of the gates' rank-local buffers (see `RANK_LOCAL_BUFFERS`)."""
     return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in RANK_LOCAL_BUFFERS}
 
 
@@ -185,8 +188,8 @@ def find_rank_local_buffers(model: nn.Module) -> set[str]:
 
 
 class ExternalBiasUpdater:
-    """A bias updater for a router of another library, on which a hook counts until `hooks` are closed. If a
-    router has several updaters, all of them count, but only the newest one changes the bias."""
+    """Updates the bias of a router of another library. A hook on the router counts its choices until `hooks` are
+    closed. If a router has several updaters, all of them count, but only the newest one changes the bias."""
 
     def __init__(self, router: RouterHandle, rule: BiasRule, token_watch: TokenWatch, hooks: Attachments) -> None:
         self.router = router
@@ -218,7 +221,7 @@ class ExternalBiasUpdater:
 
     @property
     def flat_bias(self) -> Tensor:
-        """The bias as `(e,)` float32, flattened from any shape."""
+        """The bias as a float32 tensor of shape `(e,)`, regardless of its original shape."""
         return self.bias.detach().flatten().float()
 
     @property
@@ -229,7 +232,7 @@ class ExternalBiasUpdater:
 
     @property
     def is_active(self) -> bool:
-        """Whether this is the newest updater of its router."""
+        """Whether this updater is the newest one for its router."""
         hooks = self.hook_target._forward_hooks.values()
         counting = [
             owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), ExternalBiasUpdater)
@@ -242,8 +245,8 @@ class ExternalBiasUpdater:
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def count_router_output(self, router: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of a router. It counts the choices `(t, k)` of real tokens when the gradient of the router
-        weights is computed."""
+        """Forward hook of a router that counts the choices `(t, k)` of real tokens. The choices are counted when the
+        gradient of the router weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
         _, weight, expert = read_router_output(self.router, output)

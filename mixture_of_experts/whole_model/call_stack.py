@@ -1,10 +1,11 @@
-"""The state of a forward pass: the running calls of a model, each visible only to its own thread, and `ForwardWatch`,
-which reports when a forward pass begins and how it ends.
+"""Tracks forward passes. Each running call of a model is visible only to its own thread, and `ForwardWatch` reports
+when a forward pass begins and how it ends.
 
-The losses, masks and statistics of a forward pass are not stored on modules or globally, but in a `ForwardCall` on a
-stack of the thread that runs the pass. Compiled graphs read this stack and are guarded on it. Activation checkpointing
-runs modules again during a backward pass, which on a GPU happens in another thread. Such a recomputation does not see
-the calls that were running when the backward pass began; `activate_calls` provides it with its own.
+The losses, masks and statistics of a forward pass are not stored on modules or globally. Instead, they are stored in a
+`ForwardCall` on a stack of the thread that runs the pass. Compiled graphs read this stack and install guards on it.
+Activation checkpointing reruns modules during the backward pass, which runs in another thread on a GPU. Recomputation
+does not see the calls that were running when the backward pass began. `activate_calls` provides a recomputation with
+its own calls.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from mixture_of_experts.support.private_torch import get_backward_id
 
 
 class ForwardCall:
-    """One forward pass of a module. Subclasses add what is known about it and what it collects. An instance of this
-    base
-    class marks a thread that collects or records while no forward pass is running."""
+    """One forward pass of a module. Subclasses add information about the pass and the values that it collects. An
+    instance of this base class marks a thread that collects or records while no forward pass is running."""
 
     keys: Sequence[Hashable] = ()  # `current_call` finds the call by any of them
     replaced_arguments: tuple[Any, Any] | None = None  # arguments that replace the caller's
@@ -36,7 +36,7 @@ class ForwardCall:
 
 
 class CallStacks(threading.local):
-    """The running calls of a thread, keyed by `ForwardCall.keys`, innermost last."""
+    """The running calls of a thread, keyed by `ForwardCall.keys`. The innermost call is last."""
 
     def __init__(self) -> None:
         self.calls: dict[Hashable, list[Any]] = {}
@@ -46,9 +46,9 @@ CALL_STACKS = CallStacks()
 
 
 def push_call(call: ForwardCall, *keys: Hashable) -> None:
-    """Make a call the current one for all its keys, until `pop_call`.
+    """Make a call current for all its keys until `pop_call` removes it.
 
-    Hooks call this function, and the call runs in the frame that called the hook.
+    Hooks call this function. The frame that called the hook is the frame in which the forward pass runs.
     """
     call.keys = keys
     if not torch.compiler.is_compiling():
@@ -61,7 +61,7 @@ def push_call(call: ForwardCall, *keys: Hashable) -> None:
 
 
 def pop_call(key: Hashable) -> Any:
-    """End the innermost call of `key`, for all its keys, and return it, or None if there is none."""
+    """End the innermost call of `key` for all its keys. Return the call, or None if there is none."""
     calls = CALL_STACKS.calls.get(key)
     if not calls:
         return None
@@ -82,7 +82,7 @@ def remove_call(call: ForwardCall) -> None:
 def current_call(key: Hashable) -> Any:
     """Return the innermost running call of `key` in this thread, or None if there is none.
 
-    Inside a backward pass, calls that began outside of it are ignored, because what runs there is a recomputation.
+    Inside a backward pass, calls that began outside of it are ignored, because only recomputations run there.
     """
     calls = active_calls(key)
     if not calls:
@@ -93,7 +93,7 @@ def current_call(key: Hashable) -> Any:
 
 @contextmanager
 def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[None]:
-    """Make each call the current one for its key while the context is active."""
+    """Context manager that makes each call current for its key."""
     for key, call in calls:
         push_call(call, key)
         call.frame = None
@@ -107,7 +107,7 @@ def activate_calls(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[No
 def active_calls(key: Hashable) -> list[Any] | None:
     """Return the running calls of `key` in this thread, innermost last.
 
-    Interrupted calls, whose frames are no longer on the stack, are removed here, because no hook runs after a
+    This function also removes interrupted calls whose frames are no longer on the stack, because no hook runs after a
     KeyboardInterrupt.
     """
     calls = CALL_STACKS.calls.get(key)
@@ -123,7 +123,7 @@ def active_calls(key: Hashable) -> list[Any] | None:
 
 
 def is_on_stack(frame: FrameType) -> bool:
-    """Return whether a frame is on the stack of this thread."""
+    """Return whether a frame is on the current thread's stack."""
     caller: FrameType | None = sys._getframe(1)
     while caller is not None and caller is not frame:
         caller = caller.f_back
@@ -131,16 +131,16 @@ def is_on_stack(frame: FrameType) -> bool:
 
 
 class ForwardWatch:
-    """A base class that reports when a forward pass of a module begins and how it ends.
+    """Base class that observes the beginning and the outcome of a module's forward passes.
 
-    Hooks on the module begin a call, which `current_call(watch)` returns until it ends. A module that was compiled with
-    its hooks does the same in its graph. A call ends with `on_success`, or with `on_failure` if the forward pass raised
-    or was interrupted. Results that must count only for successful passes are kept in the call until then, or undone by
-    `on_failure`.
+    Hooks on the module begin a call. Until the call ends, `current_call(watch)` returns it. If a module was compiled
+    with its hooks, the compiled graph also begins and ends calls. A call ends with `on_success`, or with `on_failure`
+    if the forward pass raised an error or was interrupted. Results that count only for successful passes are kept in
+    the call until it ends, or are undone by `on_failure`.
 
     Attributes:
-        owner: if set, only forward passes in a thread with a running call of `owner`, and outside of any backward pass,
-            are observed. If None, all are.
+        owner: if set, observe only forward passes outside of a backward pass in threads that have a running call of
+            `owner`. If None, all forward passes are observed.
     """
 
     owner: Hashable | None = None
@@ -149,20 +149,20 @@ class ForwardWatch:
         self.owner = owner
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
-        """Return the call of a forward pass that begins, or None to ignore the pass. `current_call` finds the call by
-        this watch and by the call's `keys`."""
+        """Return the call for a forward pass that is beginning, or None to ignore the pass. `current_call` finds the
+        call by this watch and by the call's `keys`."""
         raise NotImplementedError
 
     def on_success(self, call: Any, output: Any) -> Any:
-        """Handle the successful end of a forward pass with `output`. A return value other than None replaces the
-        output."""
+        """Handle the successful end of a forward pass that returned `output`. If the return value is not None, it
+        replaces the output."""
 
     def on_failure(self, call: Any) -> None:
-        """Handle the end of a forward pass that raised or was interrupted."""
+        """Handle the end of a forward pass that raised an error or was interrupted."""
 
     def attach_to(self, module: nn.Module, hooks: Attachments, *, prepend: bool = True) -> None:
-        """Register the hooks on a module. If this is called last, they enclose all other hooks of the module. With
-        `prepend=False`, a call begins after the other pre-hooks."""
+        """Register the hooks on a module. If these hooks are registered last, they enclose all other hooks of the
+        module. With `prepend=False`, the call begins after the module's other pre-hooks."""
         hooks.callback(current_call, self)  # drops interrupted calls when the hooks are removed
         hooks.add_forward_pre_hook(module, self.begin, prepend=prepend)
         hooks.add_forward_hook(module, self.end, always_call=True)

@@ -1,6 +1,6 @@
-"""Reads and replaces the outputs of routers of other libraries, as their providers describe them.
+"""Reads and replaces the outputs of routers of other libraries, as described by their providers.
 
-Axes: b sequences, n tokens of a sequence, t tokens, e experts, k choices per token.
+Axes: b sequences, n tokens per sequence, t tokens, e experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 
 def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, given the output of an external
-    router.
+    """Read an external router's output, and return its logits `(t, e)` or `(b, n, e)`, and its weights and experts
+    `(..., k)`.
     """
     external: Any = router.external
     returns = external.returns
@@ -39,7 +39,7 @@ def read_router_output(router: RouterHandle, output: Any) -> tuple[Tensor, Tenso
 
 
 def replace_result(router: RouterHandle, output: tuple[Any, ...], name: str, value: Tensor) -> tuple[Any, ...]:
-    """Return the `output` of an external router with the named result replaced by another value."""
+    """Return an external router's `output` with the named result replaced by `value`."""
     external: Any = router.external
     position = external.returns.index(name)
     return (*output[:position], value, *output[position + 1 :])

@@ -1,4 +1,4 @@
-"""Forced routing, for benchmarks: every gate of a model sends tokens to experts that were not chosen by scores."""
+"""Forces routing for benchmarks: every gate in a model sends tokens to experts that are not chosen by scores."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 @contextmanager
 def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: GateSelection | None = None) -> Iterator[None]:
-    """Make every gate in `model` send tokens to forced experts while the context is active.
+    """Context manager that makes every gate in `model` send tokens to forced experts.
 
-    The time and memory of a layer then depend only on shapes. Every real token makes all k choices, each of a different
-    expert (with `ReLUGating`, only those with positive logits count). The gate computes the weights from the scores of
-    the forced experts, with gradients. In a router of another library, the forced experts get the weights of the
-    router's own choices, and padding is routed too.
+    The time and memory use of a layer then depend only on shapes. Every real token makes all k choices, each for a
+    different expert. With `ReLUGating`, only choices with positive logits count. Each gate computes the weights of the
+    forced experts from their scores, with gradients. A router of another library assigns the weights of its own choices
+    to the forced experts, and also routes padding.
 
     Args:
-        model: a model whose gates accept `given_experts`. For a single gate, set its attribute `forced` instead.
-        how: "balanced" cycles through the experts, so that the numbers of real tokens that choose them differ by at
-            most one. It starts with expert 0 in every call, so every decoding step uses the same experts. "random"
-            draws k different experts for each token with torch's generator, like a router that is balanced on average.
-        gates: the gates to force, as names or modules (gates, or the layers that contain them). Default: all.
+        model: a model whose gates accept `given_experts`. For a single gate, set its `forced` attribute instead.
+        how: "balanced" cycles through the experts, so that the numbers of real tokens per expert differ by at most one.
+            The cycle starts with expert 0 in every call, so every decoding step uses the same experts. "random" draws k
+            different experts for each token from torch's random generator, like a router that is balanced on average.
+        gates: the gates to force, as gate names, gate modules, or layers that contain gates. Default: all.
 
     Raises:
-        ValueError: `how` has another value, or the model has no gate.
-        TypeError: a gate cannot be forced, because it does not accept `given_experts` or is a router of another library
-            that returns no experts; in a forward pass, if such a router does not return what its provider describes.
+        ValueError: `how` is not one of these values, or the model has no gate.
+        TypeError: a gate does not accept `given_experts`, or a router of another library does not return its experts.
+            This error is also raised in a forward pass if such a router does not return what its provider describes.
 
     Example:
         >>> import torch
@@ -75,7 +75,7 @@ def forcing_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def replace_router_choices(router: RouterHandle, how: Forced, gate: nn.Module, args: object, output: Any) -> Any:
-    """Forward hook of a router of another library that replaces the experts `(t, k)` it returns."""
+    """Forward hook that replaces the experts `(t, k)` returned by a router of another library."""
     logits, _, expert = read_router_output(router, output)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
     return replace_result(router, output, "experts", forced.to(expert.dtype))

@@ -1,4 +1,4 @@
-"""The tokens of a model's running forward pass, as read by providers: which are real, and in which sequences."""
+"""Uses providers to read which tokens of a model's forward pass are real, and which sequences they belong to."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 
 
 def find_enclosing_model(modules: Sequence[nn.Module]) -> nn.Module:
-    """Return the model whose arguments describe the tokens, given nested modules, outermost first. It is the one that a
-    provider of these modules knows, or else the outermost module."""
+    """Return the model whose arguments describe the tokens. `modules` are nested, with the outermost module first. The
+    result is the model that a provider of these modules knows, or otherwise the outermost module."""
     for provider in dict.fromkeys(each for module in modules for each in find_providers(module)):
         if (model := provider.find_enclosing_model(modules)) is not None:
             return model
@@ -23,8 +23,8 @@ def find_enclosing_model(modules: Sequence[nn.Module]) -> nn.Module:
 
 
 def make_tokens_reader(model: nn.Module) -> TokensReader:
-    """Return a reader of the tokens of a model, from the provider of its library, or else from any other provider that
-    knows its arguments."""
+    """Return a reader for a model's tokens. The reader comes from the provider of the model's library, or otherwise
+    from any provider that knows the model's arguments."""
     for provider in dict.fromkeys((*find_providers(model), *list_providers())):
         if (reader := provider.make_tokens_reader(model)) is not None:
             return reader
@@ -33,13 +33,13 @@ def make_tokens_reader(model: nn.Module) -> TokensReader:
 
 @dataclass(eq=False)
 class TokenCall(ForwardCall):
-    """A running forward pass of a model that contains routers or experts."""
+    """An ongoing forward pass of a model that contains routers or experts."""
 
     tokens: TokenMetadata
 
 
 class TokenWatch(ForwardWatch):
-    """A watch that provides the tokens of the running forward pass of `model`."""
+    """Provides the token metadata of the ongoing forward pass of `model`."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -49,6 +49,7 @@ class TokenWatch(ForwardWatch):
         return TokenCall(self.reader(args, kwargs))
 
     def current_tokens(self) -> TokenMetadata:
-        """Return the tokens of the running forward pass. All fields are unknown if there is none."""
+        """Return the token metadata of the ongoing forward pass. If no forward pass is running, all fields are
+        unknown."""
         call = call_stack.current_call(self)
         return TokenMetadata() if call is None else call.tokens

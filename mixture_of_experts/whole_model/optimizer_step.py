@@ -1,4 +1,4 @@
-"""Shared code for updates after each optimizer step (expert bias, coefficient of ReLU routers)."""
+"""Implements updates that run after each optimizer step, for the expert bias and the coefficient of ReLU routers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 
 class OptimizerStepHook(ExitStack):
-    """A base class that runs an update after each step of an optimizer, until `close()` or the end of a `with` block.
+    """Base class that runs an update after each optimizer step, until `close()` is called or a `with` block ends.
 
-    Subclasses implement `after_step`, and call `start` once all arguments are checked.
+    Subclasses implement `after_step`, and call `start` after all arguments have been checked.
 
     Args:
-        optimizer: the optimizer, unwrapped or wrapped by accelerate.
-        group: the ranks that hold the gates. None for all ranks, if there are several.
+        optimizer: the optimizer, which may be wrapped by accelerate.
+        group: the ranks that hold the gates. If None, all ranks are used.
     """
 
     gates: tuple[str, ...]
@@ -38,7 +38,7 @@ class OptimizerStepHook(ExitStack):
         self._optimizer = unwrap_optimizer(optimizer)
 
     def start(self, model: nn.Module, buffers: Mapping[str, Any]) -> None:
-        """Start updating. `buffers` are the updated tensors, keyed by the names of their gates."""
+        """Start updating. `buffers` contains the updated tensors, keyed by gate name."""
         for provider in dict.fromkeys(each for module in model.modules() for each in find_providers(module)):
             if (reason := provider.unsaved_reason(model, buffers)) is not None:
                 warnings.warn(reason, stacklevel=3)
@@ -51,18 +51,19 @@ class OptimizerStepHook(ExitStack):
         self.close()
 
     def pop_all(self) -> ExitStack:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return a stack that stops the updates in place of this object, so that they continue after a `with` block."""
+        """Transfer the responsibility for stopping the updates to a new stack, so that they continue after a `with`
+        block."""
         ending, handed = copy.copy(self), ExitStack()
         super().__init__()  # this object has nothing left to undo
         handed.callback(ending.close)
         return handed
 
     def after_step(self, step_taken: Tensor | int) -> None:
-        """Apply the update. `step_taken` is 1, or 0 after a step that a fused optimizer skipped internally."""
+        """Apply the update for one step. `step_taken` is 1, or 0 if a fused optimizer skipped the step internally."""
         raise NotImplementedError
 
     def sum_over_ranks(self, counts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the counts of all gates, summed over the ranks in one collective."""
+        """Sum the counts of all gates over the ranks, using one collective."""
         group = ranks_of_batch(self.group)
         if not counts or world_size(group) == 1:
             return counts
@@ -86,8 +87,8 @@ def find_updatable_routers(
     unsupported_reason: Callable[[RouterHandle], str | None],
     empty_message: str,
 ) -> list[RouterHandle]:
-    """Return the routers selected by `gates`. By default, return all that support the feature, or raise `empty_message`
-    if there are none."""
+    """Return the routers that `gates` selects. If `gates` is None, return all routers that support the feature, or
+    raise a ValueError with `empty_message` if there are none."""
     routers = find_routers(model, feature, gates)
     if gates is None:
         routers = [router for router in routers if unsupported_reason(router) is None]
@@ -97,7 +98,7 @@ def find_updatable_routers(
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
-    """Return the wrapped optimizer, because accelerate's wrapper has no hooks."""
+    """Return the optimizer without accelerate's wrapper, because the wrapper has no hooks."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     if not hasattr(optimizer, "register_step_post_hook"):
@@ -109,7 +110,8 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
-    """Warn if an optimizer lacks weights of a model that have gradients, but holds other weights that have none."""
+    """Warn if an optimizer is missing model weights that have gradients, but contains weights from outside the model
+    that have none."""
     optimizer_weights = {weight for group in optimizer.param_groups for weight in group["params"]}
     missing = [
         name for name, weight in model.named_parameters() if weight.grad is not None and weight not in optimizer_weights
@@ -123,5 +125,5 @@ def warn_stale_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
 
 
 def step_factor(step_taken: Tensor | int, like: Tensor) -> Tensor | int:
-    """Return `step_taken` as a factor for the tensor `like`."""
+    """Convert `step_taken` to a factor with the device and dtype of `like`."""
     return step_taken if isinstance(step_taken, int) else step_taken.to(device=like.device, dtype=like.dtype)

@@ -1,7 +1,7 @@
-"""Finds the routers of a model: gates of this package, and routers of other libraries that providers describe.
+"""Finds the routers in a model: gates of this package, and routers of other libraries that providers describe.
 
-All features that act on whole models find their routers here. Modules are also found inside wrappers: `torch.compile`,
-checkpoint wrappers, adapters, DDP, FSDP2, parametrizations.
+All features that act on whole models use this file to find routers. Modules are also found inside the wrappers of
+`torch.compile`, activation checkpointing, adapters, DDP, FSDP2 and parametrizations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
 
 
 class RouterLocation(NamedTuple):
-    """A location of a gate in a model."""
+    """The location of a gate in a model."""
 
     name: str  # its path, without wrappers
     layer: nn.Module | None = None  # the layer, or external block, that calls it; None for a standalone gate
@@ -32,8 +32,8 @@ class RouterLocation(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class RouterHandle:
-    """A gate of a model, or a router of another library. A gate that two layers share has one handle with two
-    locations."""
+    """Describes a gate in a model, or a router of another library. A gate that is shared by two layers has one handle
+    with two locations."""
 
     gate: nn.Module  #: the routing module, without wrappers
     hook_target: (
@@ -56,7 +56,7 @@ class RouterHandle:
 
     @property
     def is_external(self) -> bool:
-        """Whether it is a router of another library rather than a gate of this package."""
+        """Whether this is a router of another library rather than a gate of this package."""
         return self.external is not None
 
     @property
@@ -72,8 +72,7 @@ class RouterHandle:
 
     @property
     def expert_bias(self) -> Tensor | None:
-        """The expert bias if it affects the choice of experts and is updated from counts of choices, or None
-        otherwise."""
+        """The expert bias, or None if it does not affect the choice of experts or is not updated from choice counts."""
         if self.external is not None:
             return self.external.expert_bias
         counts = getattr(self.gate, "expert_counts", None) is not None
@@ -81,7 +80,7 @@ class RouterHandle:
 
     @property
     def device(self) -> torch.device:
-        """The device of the gate's parameters or, if it has none, of the enclosing model."""
+        """The device of the gate's parameters, or of the enclosing model if the gate has none."""
         for module in (self.gate, self.enclosing_model):
             for tensor in (*module.parameters(), *module.buffers()):
                 return tensor.device
@@ -92,9 +91,9 @@ def find_routers(model: nn.Module, feature: str, gates: GateSelection | None = N
     """Return the routers of a model, in the model's order.
 
     Args:
-        model: the model.
-        feature: the name of the calling function, for errors.
-        gates: the routers to select: names, gates, or layers that contain gates. Default: all.
+        model: the model to search.
+        feature: the name of the calling function, which appears in error messages.
+        gates: the routers to select, as names, gates, or layers that contain gates. Default: all.
 
     Raises:
         ValueError: the model has no router, or an element of `gates` is not one of its routers.
@@ -117,7 +116,7 @@ def find_all_routers(model: nn.Module) -> list[RouterHandle]:
 def check_supported(
     routers: list[RouterHandle], feature: str, unsupported_reason: Callable[[RouterHandle], str | None]
 ) -> list[RouterHandle]:
-    """Return `routers` if a feature supports all of them, or raise TypeError otherwise.
+    """Return `routers` if a feature supports all of them, or raise a TypeError otherwise.
 
     Args:
         unsupported_reason: a function that returns why a router is not supported, or None if it is.
@@ -161,7 +160,7 @@ def matches_selector(router: RouterHandle, selector: Any) -> bool:
 
 
 class NamedModule(NamedTuple):
-    """A module at one of its paths."""
+    """A module and one of its paths in the model."""
 
     name: str  # the path, without wrappers
     outermost: nn.Module  # the outermost wrapper, or the module itself
@@ -169,7 +168,8 @@ class NamedModule(NamedTuple):
     ancestors: tuple[nn.Module, ...]  # the modules that contain it, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
-        """Return the handle of the router at a path below this module ("" is the module itself), called by `layer`."""
+        """Return the handle of the router that `layer` calls, at a path below this module. An empty path refers to the
+        module itself."""
         called = self.module.get_submodule(path) if path else self.outermost
         location = RouterLocation(f"{self.name}.{path}".strip(".") or "gate", layer)
         around = find_enclosing_model((*self.ancestors, self.outermost))
@@ -177,7 +177,8 @@ class NamedModule(NamedTuple):
 
 
 def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
-    """Iterate over every module of a model, at every path, skipping wrappers and copies that do not compute."""
+    """Iterate over every module at every path in a model. Wrappers, and copies that do not take part in the
+    computation, are skipped."""
     pending = [NamedModule("", model, unwrap_module(model), ())]
     while pending:
         entry = pending.pop()
@@ -192,7 +193,8 @@ def iter_named_modules(model: nn.Module) -> Iterator[NamedModule]:
 
 
 def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) -> Iterator[RouterHandle]:
-    """Yield the routers that belong to a module: those of its parts if it is a layer or block, or the module itself."""
+    """Yield the routers that belong to a module: the routers of its parts if it is a layer or block, or the module
+    itself if it is a gate."""
     module: Any = entry.module
     if isinstance(module, HeirarchicalMoE):
         outer = module.num_experts_outer
@@ -210,7 +212,7 @@ def find_routers_in(entry: NamedModule, found: dict[nn.Module, RouterHandle]) ->
 
 
 def merge_handles(first: RouterHandle, second: RouterHandle) -> RouterHandle:
-    """Merge the handles of a gate that has several locations."""
+    """Merge two handles of a gate that has several locations."""
     called = first.hook_target if first.hook_target is second.hook_target else first.gate
     locations = [each for each in dict.fromkeys((*first.locations, *second.locations)) if each.layer is not None]
     return replace(

@@ -31,29 +31,29 @@ def control_sparsity(
 ) -> SparsityControl:
     """Update `l1_coef` of every `ReLUGating` in `model` after each step of `optimizer`.
 
-    All gates are updated together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor
-    `rate` if the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if they make
-    fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step for a gradient scaler,
-    the choices count in the next step. The coefficient stays between 1e-12 and 1000. If tokens still make too many
-    choices at 1000, a warning lists possible reasons. This is checked every 100 steps, which synchronizes with the
-    device.
+    All gates are updated together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient is multiplied by `rate`
+    if the tokens of all layers make more than `mean_choices` choices on average, and divided by `rate` if they make
+    fewer. Each gate is compared with its own `mean_choices`. If a fused optimizer skips a step because of a gradient
+    scaler, the choices count in the next step. The coefficient remains between 1e-12 and 1000. If the coefficient
+    reaches 1000 and tokens still make too many choices, a warning lists possible reasons. The check runs every 100
+    steps and synchronizes with the device.
 
     Args:
         model: the model, before it is wrapped in DDP or `torch.compile`.
-        optimizer: the optimizer whose steps trigger the updates, unwrapped or wrapped by accelerate.
-        rate: the factor, above 1.
-        group: the ranks that hold these gates, over which counts are summed. Default: all ranks if `torch.distributed`
-            is initialized, regardless of the gates' `process_group`.
+        optimizer: the optimizer whose steps trigger the updates, possibly wrapped by accelerate.
+        rate: the factor by which the coefficient changes, which must be greater than 1.
+        group: the ranks that hold these gates and over which counts are summed. Default: all ranks if
+            `torch.distributed` is initialized, regardless of the gates' `process_group`.
 
-        gates: the gates to control, as names or modules (gates, or the layers that contain them). Default: every
-            `ReLUGating`. `control.gates` lists their names.
+        gates: the gates to control, as gate names, gate modules, or layers that contain gates. Default: every
+            `ReLUGating`. `control.gates` lists the names of the selected gates.
 
     Returns:
-        An object whose `close()` stops the control. It is also a context manager.
+        An object that stops the updates when `close()` is called. The object can also be used as a context manager.
 
     Raises:
         TypeError: a gate in `gates` is not a `ReLUGating`.
-        ValueError: the model has no such gate, or an argument is invalid.
+        ValueError: the model has no `ReLUGating`, or an argument is invalid.
 
     Example:
         >>> import torch
@@ -78,12 +78,11 @@ def control_sparsity(
 
 
 class SparsityControl(OptimizerStepHook):
-    """The object returned by `control_sparsity`, which updates `l1_coef` of a model's ReLU routers after each optimizer
-    step.
+    """Updates the `l1_coef` of a model's ReLU routers after each optimizer step. Returned by `control_sparsity`.
 
     Attributes:
-        gates: the names of the gates.
-        rate: the factor, above 1.
+        gates: the names of the controlled gates.
+        rate: the factor by which the coefficient changes.
     """
 
     rate: float
@@ -109,7 +108,7 @@ def sparsity_unsupported_reason(router: RouterHandle) -> str | None:
 
 
 def warn_if_unreachable(gates: Sequence[ReLUGating], excess: Tensor) -> None:
-    """Warn if the coefficient is at its maximum and tokens still make too many choices."""
+    """Warn if the coefficient is at its maximum but tokens still make too many choices."""
     if is_fake_tensor(excess) or not bool((gates[0].l1_coef >= MAX_L1_COEF) & (excess > 0)):
         return
     means = sorted({gate.mean_choices for gate in gates})

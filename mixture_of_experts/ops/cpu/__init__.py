@@ -1,4 +1,4 @@
-"""The implementation for CPUs, with a single autograd.Function for a whole call and a shorter path for decoding."""
+"""Implements calls on CPUs with a single `torch.autograd.Function`, and decoding with a shorter code path."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mixture_of_experts.support.private_torch import is_in_transform
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why this implementation does not support a call, or None for plain readable CPU tensors and a known
-    activation."""
+    """Return why this implementation does not support a call, or None if it does. The implementation requires plain,
+    readable CPU tensors and a known activation."""
     if call.x.device.type != "cpu":
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():
@@ -26,6 +26,6 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`."""
+    """Compute the outputs `(t, o)` of a call."""
     few = call.is_inference() and call.assignments.weight.numel() <= decode.MAX_DECODE_ROWS
     return decode.run(call) if few else chunked.run(call)

@@ -1,5 +1,5 @@
-"""The batch-invariant implementation for CPUs, which runs `chunked` with the rows of an expert in blocks, so that the
-output of a token has the same bits in any batch."""
+"""Batch-invariant implementation for CPUs. This implementation runs `chunked` with each expert's rows in blocks, so
+that a token's output has the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mixture_of_experts.support.batch_invariance import (
 
 
 def unsupported_reason(call: Call) -> str | None:
-    """Return why the bits of a token's output may depend on the other tokens of a call, or None if they do not."""
+    """Return why a token's output may depend bitwise on the other tokens in a call, or None if it does not."""
     if (reason := cpu.unsupported_reason(call)) is not None:
         return reason
     if call.assignments.k is None:
@@ -33,7 +33,7 @@ def unsupported_reason(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Compute a call, and return `(t, o)`."""
+    """Compute the outputs `(t, o)` of a call."""
     network, hidden_dim = call.network, call.network.w_out.shape[-2]
     weights = [view for weight in (*network.w_in, network.w_out) for view in (weight, weight.mT)]
     size = max(find_block_rows(sample_products, weight.shape[-2:], weight) for weight in weights)
@@ -42,10 +42,10 @@ def run(call: Call) -> Tensor:
 
 
 def sample_products(x: Tensor, y: Tensor, weight: Tensor) -> list[Tensor]:
-    """Return the products that `chunked` computes from rows x `(n, r, p)` and weights `(n, p, q)`.
+    """Return the products that `chunked` computes for rows x `(n, r, p)` and weights `(n, p, q)`.
 
-    These are the products of several experts together and of each expert alone, and the same added to y `(n, r, q)`,
-    all written to memory with the offset of y.
+    The products are computed for several experts together and for each expert alone. They are both written directly and
+    accumulated onto y `(n, r, q)`. All results have the same memory offset as y.
     """
     outs = [copy_at_offset(y, int(y.storage_offset())) for _ in range(4)]
     for add, (together, alone) in enumerate((outs[:2], outs[2:])):

@@ -1,6 +1,7 @@
-"""Groups experts into batches, which a CPU computes as one product, and batches into chunks, which reuse memory.
+"""Groups experts into batches that are computed as one product on a CPU, and groups batches into chunks that reuse
+memory.
 
-A batched product has the same number of rows for all of its experts, so experts with fewer rows are padded.
+All experts in a batched product have the same number of rows, so experts with fewer rows are padded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ MAX_CHUNK_BYTES = 4 << 20  # maximum size of a thread's chunk (tokens, pre-activ
 
 
 class ExpertBatch(NamedTuple):
-    """Adjacent experts that are computed as one product, each with as many rows as the most loaded of them."""
+    """Adjacent experts that are computed as one product. Every expert is padded to the row count of the most loaded
+    expert in the batch."""
 
     experts: slice
     num_experts: int
@@ -30,10 +32,10 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
     Args:
         counts: number of rows of each expert.
-        row_work: number of multiplications of a row by a weight.
+        row_work: number of multiplications in the product of a row and a weight.
         threads: number of threads. A batched product assigns whole experts to threads, so the number of experts in a
             batch should be a multiple of `threads`.
-        max_rows: maximum number of rows in a batch of several experts.
+        max_rows: maximum number of rows in a batch that contains several experts.
     """
     batches: list[ExpertBatch] = []
     free = min(MAX_PADDING_ROWS, PADDING_WORK * (1 if threads == 1 else THREADED_PADDING_FACTOR) // row_work)
@@ -59,7 +61,7 @@ def make_batches(counts: list[int], row_work: int, threads: int, max_rows: int) 
 
 
 def make_chunks(batches: list[ExpertBatch], max_rows: int) -> list[list[ExpertBatch]]:
-    """Assign consecutive batches to chunks of at most `max_rows` rows. Larger batches are separate chunks."""
+    """Assign consecutive batches to chunks of at most `max_rows` rows. A batch with more rows forms its own chunk."""
     chunks: list[list[ExpertBatch]] = []
     for batch in batches:
         if chunks and batch.stop - chunks[-1][0].start <= max_rows:

@@ -2,9 +2,9 @@
 
 Axes: t tokens, r rows (sorted by expert, some of them padding), d model dim, o output dim.
 
-On a CPU, allocating memory costs as much time as arithmetic, about a microsecond for a new page. Therefore rows are
-computed in chunks of experts that are small enough for intermediate results to stay in the caches, and for the next
-chunk to reuse the same memory.
+On a CPU, allocating memory takes as much time as the arithmetic: about a microsecond for each new page. Rows are
+therefore computed in chunks of experts. The chunks are small enough that intermediate results stay in the caches, and
+the next chunk reuses the same memory.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mixture_of_experts.ops.network import Call, Network
 
 
 class RowBlocking(NamedTuple):
-    """Block sizes for which the bits of a row do not depend on other rows; see `batch_invariant`.
+    """Block sizes for which the bits of a row do not depend on other rows (see `batch_invariant`).
 
     Attributes:
-        size: divisor of the number of rows of each expert.
-        activated: maximum number of rows that are passed to an activation at a time, a multiple of `size`.
-        multiplied: maximum number of rows per expert in a product, a multiple of `size`.
+        size: a divisor of each expert's number of rows.
+        activated: maximum number of rows that an activation computes at a time, which is a multiple of `size`.
+        multiplied: maximum number of rows per expert in a matrix product, which is a multiple of `size`.
     """
 
     size: int
@@ -42,7 +42,7 @@ class RowBlocking(NamedTuple):
 
 
 def run(call: Call, row_functions: row_network.RowFunctions = row_network, blocks: RowBlocking | None = None) -> Tensor:
-    """Compute a call, and return `(t, o)`."""
+    """Compute the outputs `(t, o)` of a call."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
@@ -59,19 +59,19 @@ def run(call: Call, row_functions: row_network.RowFunctions = row_network, block
 def permute_to_chunks(
     assignments: Assignments, row_work: int, row_bytes: int, row_multiple: int = 1
 ) -> tuple[Permutation, list[list[ExpertBatch]]]:
-    """Return the permutation of a call, with padding rows, and the chunks of these rows.
+    """Return a call's permutation, which includes padding rows, and its chunks of rows.
 
     Args:
         assignments: the assignments of the call.
-        row_work: number of multiplications of a row by a weight.
-        row_bytes: number of bytes of a row of tokens and of its pre-activations.
-        row_multiple: divisor of the padded number of rows of each expert.
+        row_work: number of multiplications in the product of a row and a weight.
+        row_bytes: number of bytes in a token's row and its pre-activations.
+        row_multiple: a divisor of each expert's padded number of rows.
     """
     threads, chunks = torch.get_num_threads(), []
     max_rows = max(1, MAX_CHUNK_BYTES * threads // row_bytes)
 
     def pad(needed: Tensor) -> tuple[Tensor, int]:
-        """Pad the rows of each expert to those of its batch, and add the chunks to `chunks`."""
+        """Pad each expert's rows to the size of its batch, and append the chunks to `chunks`."""
         counts = [-(-count // row_multiple) * row_multiple for count in needed.tolist()]
         batches = make_batches(counts, row_work, threads, max_rows)
         padded = [0] * len(counts)
@@ -85,14 +85,14 @@ def permute_to_chunks(
 
 
 class ChunkLayout(row_network.RowLayout):
-    """A layout of rows in chunks of batches, with one product per batch. Outputs are stored for the rows of all chunks.
+    """Arranges rows in chunks of batches, with one product per batch. Outputs are stored for the rows of all chunks.
 
     Attributes:
-        blocks: number of rows that are computed at a time; None for all.
-        token_of_row: `(r,)`, token of each row, arbitrary for empty rows.
-        empty: `(r,)`, whether each row is empty.
-        here, token, padding: rows of the current chunk, their tokens, and the empty rows among them.
-        chunk, sizes: batches of the current chunk, and the number of rows of each batch.
+        blocks: limits on the number of rows that are computed at a time, or None for no limit.
+        token_of_row: the token of each row, `(r,)`. The token of an empty row is arbitrary.
+        empty: bool mask of the empty rows, `(r,)`.
+        here, token, padding: the rows of the current chunk, their tokens, and the empty rows among them.
+        chunk, sizes: the batches of the current chunk, and the number of rows in each batch.
     """
 
     blocks: RowBlocking | None
@@ -127,15 +127,16 @@ class ChunkLayout(row_network.RowLayout):
         return grads
 
     def split_batches(self, rows: Tensor) -> list[Tensor]:
-        """Return the rows of each batch, `(m, p)` for one expert, or `(num_experts, m, p)` for several."""
+        """Split rows by batch. Each part has the shape `(m, p)` for one expert, or `(num_experts, m, p)` for
+        several."""
         split = zip(self.chunk, rows.split(self.sizes), strict=True)
         return [
             part if one.num_experts == 1 else part.view(one.num_experts, one.rows_per_expert, -1) for one, part in split
         ]
 
     def select_experts(self, stack: Tensor) -> list[Tensor]:
-        """Return the part of each batch in a stack `(e, ...)`, `(...)` for one expert, or `(num_experts, ...)` for
-        several."""
+        """Select each batch's part of a stack `(e, ...)`. Each part has the shape `(...)` for one expert, or
+        `(num_experts, ...)` for several."""
         return [
             stack.select(0, one.experts.start) if one.num_experts == 1 else stack[one.experts] for one in self.chunk
         ]
@@ -144,8 +145,8 @@ class ChunkLayout(row_network.RowLayout):
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
     def multiply_rows(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
-        """Multiply rows x by the weights of their experts, and write the result `(r, q)` to `out`, or add it if
-        `add`."""
+        """Multiply rows x by the weights of their experts. The result `(r, q)` is written to `out`, or added to it if
+        `add` is True."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for operands in zip(self.split_batches(x), self.select_experts(weight), self.split_batches(out), strict=True):
             for part, matrix, result in self.split_blocks(*operands):
@@ -153,8 +154,8 @@ class ChunkLayout(row_network.RowLayout):
         return out
 
     def split_blocks(self, rows: Tensor, weight: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the operands of the product of a batch, or of several products of one expert each if a batch has too
-        many rows."""
+        """Yield the operands of a batch's product. If the batch has too many rows, yield the operands of several
+        single-expert products."""
         if self.blocks is None or rows.shape[-2] <= self.blocks.multiplied:
             yield rows, weight, out
             return
