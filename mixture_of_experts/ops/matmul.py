@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mixture_of_experts.support import private_torch
 
-MAX_CAST_NUMEL = (
-    1 << 20
-)  # maximum number of elements of an operand or result that are cast at a time, so that they fit into the caches
+#: maximum number of elements of an operand or result that are cast at a time, so that they fit into the caches, and so
+#: that the allocator reuses their memory. Larger blocks may be returned to the system, and then each product pays for
+#: page faults
+MAX_CAST_NUMEL = 1 << 19
 
 
 def matmul_into(x: Tensor, y: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
