@@ -63,8 +63,7 @@ def format_row(name: str, model: Recipe) -> str:
     settings = {key: value for key, value in model.gate.items() if key not in ("balance_over", "k")}
     gate = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     gate = f"`{gate}`" if gate else ""
-    logits = "" if model.logits is None else ", ".join(f"{k}={v!r}" for k, v in model.logits.items())
-    logits = f"logits `{logits}`" if logits else ""
+    logits = "" if model.logits is None else f"logits `{', '.join(f'{k}={v!r}' for k, v in model.logits.items())}`"
     scales = "" if model.scales is None else f"and learned {model.scales} scales"
     parts = [model.experts.get("activation", "silu")]
     parts += [] if model.experts.get("gated", True) else ["not gated"]
