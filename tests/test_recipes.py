@@ -96,7 +96,7 @@ def test_recipe_causality_matches_cheat_sheet(name):
     moe = make_layer(name).eval()
     rows = cheat_sheet()
     claim = rows.get((type(moe.gate).__name__, False), rows["TopKGating", False])[2]  # one of one's own chooses as it
-    assert claim in ('dropless, or with `priority="token"`', "**no**")
+    assert claim in ('if dropless or `priority="token"`', "**no**")
     if name in ("gshard", "switch"):
         moe.gate.priority = "token"
         moe.gate.capacity_factor_eval = 0.5  # so that experts overflow

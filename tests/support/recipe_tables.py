@@ -63,17 +63,17 @@ def format_row(name: str, model: Recipe) -> str:
     settings = {key: value for key, value in model.gate.items() if key not in ("balance_over", "k")}
     gate = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     gate = f"`{gate}`" if gate else ""
-    logits = "" if model.logits is None else "logits: " + ", ".join(f"{k}={v!r}" for k, v in model.logits.items())
-    scales = "" if model.scales is None else f"learned scales: {model.scales}"
+    logits = "" if model.logits is None else f"logits `{', '.join(f'{k}={v!r}' for k, v in model.logits.items())}`"
+    scales = "" if model.scales is None else f"and learned {model.scales} scales"
     parts = [model.experts.get("activation", "silu")]
     parts += [] if model.experts.get("gated", True) else ["not gated"]
     parts += [f"limit {model.experts['limit']:g}"] if "limit" in model.experts else []
-    parts += ["biases"] if model.experts.get("bias") else []
-    parts += [f"latent: {model.latent:g} d, with a norm"] if model.latent else []
-    parts += ["weights applied to the inputs"] if model.apply_router_weight_on_input else []
-    parts += [f"identity experts: {model.identity:g} e"] if model.identity else []
-    parts += [f"zero experts: {model.zero}"] if model.zero else []
-    parts += [f"shared: {model.shared:g} h" + (", gated" if model.shared_gate else "")] if model.shared else []
+    parts += ["with biases"] if model.experts.get("bias") else []
+    parts += [f"latent dimension {model.latent:g} d with a norm"] if model.latent else []
+    parts += ["weights applied to expert inputs"] if model.apply_router_weight_on_input else []
+    parts += [f"{model.identity:g} e identity experts"] if model.identity else []
+    parts += [f"{model.zero} zero expert"] if model.zero else []
+    parts += ["gated " * model.shared_gate + f"shared expert ({model.shared:g} h)"] if model.shared else []
     kind = "" if model.gate_class is TopKGating else f"`{model.gate_class.__name__}`"
     says = inspect.getdoc(FUNCTIONS[name]).partition(":")[0]  # what the model is called
     says = f"[{says}](https://arxiv.org/abs/{model.paper})" if model.paper else says
@@ -96,7 +96,7 @@ def format_choices(model: Recipe) -> str:
 
 def format_billions(active: float | None, total: float) -> str:
     """Without the active ones if they are not published."""
-    return f"{total:,g} in all" if active is None else f"{active:,g} of {total:,g}"
+    return f"{total:,g} total" if active is None else f"{active:,g} of {total:,g}"
 
 
 def format_losses(model: Recipe) -> str:
@@ -105,8 +105,8 @@ def format_losses(model: Recipe) -> str:
     coefs.pop("loss_coefs", None)
     if model.router_aux_loss_coef is not None:
         coefs["loss_coef"] = "{:g} k / {}".format(*model.router_aux_loss_coef)
-    coefs.setdefault("loss_coef", "0.01, the package's own")
-    batch = ", over the batch" if model.gate.get("balance_over") == "batch" else ""
+    coefs.setdefault("loss_coef", "0.01, the package default")
+    batch = " (batch-level)" if model.gate.get("balance_over") == "batch" else ""
     text = [
         f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in coefs.items() if value
     ]
@@ -116,10 +116,10 @@ def format_losses(model: Recipe) -> str:
 #: of the second table: a property, and whether a recipe has it
 PROPERTIES = {
     "sigmoid scores": lambda model: model.gate.get("score") == "sigmoid",
-    "balanced by an expert bias": lambda model: "expert_bias" in model.gate,
+    "an expert bias": lambda model: "expert_bias" in model.gate,
     "a shared expert": lambda model: model.shared > 0,
-    "under 60 billion parameters": lambda model: model.published is not None and model.published.total < 60,
-    "over 200 billion parameters": lambda model: model.published is not None and model.published.total > 200,
+    "fewer than 60 billion parameters": lambda model: model.published is not None and model.published.total < 60,
+    "more than 200 billion parameters": lambda model: model.published is not None and model.published.total > 200,
 }
 
 

@@ -352,7 +352,7 @@ def find_jitter(given: dict, mode: str) -> str | None:
 
 DROPLESS = {"capacity_factor_train": None, "capacity_factor_eval": None}
 NUM_IDS = 7  # of a hash layer
-DEFAULT_KINDS = 'by default | dropless, or with `priority="token"`'  # of a row
+DEFAULT_KINDS = 'by default | if dropless or `priority="token"`'  # of a row
 
 KINDS: dict[str, Kind] = {
     "topk": Kind(TopKGating, any_topk_routers, make_reference_topk, draws=find_jitter, rare_arguments=5),
@@ -377,7 +377,7 @@ KINDS: dict[str, Kind] = {
         draws=lambda given, mode: "noise" if mode == "train" else None,
         refused=lambda k, e: rf"k must be below num_experts={e}, got {k}" if k >= e else None,
         is_in_tables={"NoisyTopK": lambda d, e: NoisyTopKGating(d, e, k=2)},
-        row=f"`NoisyTopKGating` | a token, k experts, by noisy scores | {DEFAULT_KINDS} | two losses",
+        row=f"`NoisyTopKGating` | each token chooses k experts by noisy scores | {DEFAULT_KINDS} | two losses",
     ),
     "expert_choice": Kind(
         ExpertChoiceGating,
@@ -387,7 +387,7 @@ KINDS: dict[str, Kind] = {
         described_arguments=False,
         rare_arguments=40,
         is_in_tables={"ExpertChoice": lambda d, e: ExpertChoiceGating(d, e, capacity_factor=1.5)},
-        row="`ExpertChoiceGating` | an expert, its top tokens | a token may get none | **no** | construction",
+        row="`ExpertChoiceGating` | each expert chooses tokens | a token may get no expert | **no** | construction",
     ),
     "sparse_mixer": Kind(
         SparseMixerGating,
@@ -396,7 +396,7 @@ KINDS: dict[str, Kind] = {
             gate.w_gating, **select_arguments(given, "k", "tolerance"), **common
         ),
         draws=lambda given, mode: "sampling" if mode == "train" else None,
-        row=f"`SparseMixerGating` | a token, k experts, drawn in training | {DEFAULT_KINDS} | loss",
+        row=f"`SparseMixerGating` | each token chooses k experts, sampled in training | {DEFAULT_KINDS} | loss",
     ),
     "hash": Kind(
         lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
@@ -404,14 +404,14 @@ KINDS: dict[str, Kind] = {
         make_reference_topk,
         draws=find_jitter,
         rare_arguments=5,
-        row=f"`HashGating` | a token's id, k experts | {DEFAULT_KINDS} | its table",
+        row=f"`HashGating` | each token's id determines k experts | {DEFAULT_KINDS} | its table",
     ),
     "top_p": Kind(
         TopPGating,
         lambda e: make_router("top_p", custom_routers(e)),
         make_reference_top_p,
         is_in_tables={"TopP": lambda d, e: TopPGating(d, e, k=2, p=0.6)},
-        row=f"`TopPGating` | a token, as many experts as reach a probability, at most k | {DEFAULT_KINDS} | loss",
+        row=f"`TopPGating` | each token chooses at most k experts, up to probability p | {DEFAULT_KINDS} | loss",
     ),
     "own": Kind(
         extract_recipe("A router of your own")["SureGating"],
