@@ -38,7 +38,7 @@ def test_the_page_on_training_has_the_table_of_the_records() -> None:
     page = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text()
     lines = regime.markdown([point for size in SIZES for point in regime.points(size, scaling.RECORDS)])
     assert len(lines) >= 7
-    table = page.split("| parameters in use | experts |")[1].split("\n\n")[0]
+    table = page.split("| active parameters | experts |")[1].split("\n\n")[0]
     assert table.splitlines()[2:] == lines
 
 

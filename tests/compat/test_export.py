@@ -183,7 +183,7 @@ def test_onnx_routers(router, onnx_session, limit):
         assert session.run(
             None, dict(zip(("inputs", "mask"), (t.numpy() for t in make_arguments(MASKED)), strict=True))
         )
-        limit("it runs, but onnxruntime draws other random numbers than torch: export with another policy")
+        limit("the model runs, but onnxruntime and torch draw different random numbers: export with another policy")
         return
     for shape in OTHER_SHAPES:
         assert_onnx_agrees(session, layer, make_arguments(MASKED, *shape, seed=7))

@@ -153,7 +153,7 @@ def check_randomness(router, layers, x, mask, limit):
     if router == "TopK, jitter, by score":
         with pytest.raises(RuntimeError, match="different inplace randomness"):
             run_ensemble(thrice, x, mask, randomness="different")
-        limit("in training with jitter, `vmap` needs `randomness='same'`: the factors are drawn in place")
+        limit("in training with jitter, `vmap` needs `randomness='same'` because the jitter factors are drawn in place")
     else:
         one, two, _ = run_ensemble(thrice, x, mask, randomness="different")[1][0]
         assert not torch.equal(one, two)

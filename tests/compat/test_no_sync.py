@@ -88,7 +88,7 @@ def test_captures(path, training, dtype, limit):
     if reads_counts(path):
         with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
             capture_graph(build, path, dtype)
-        limit("a list of modules reads, once per call, how many tokens each of them gets")
+        limit("`ExpertList` reads the token count of each module once per call")
         return
     record = capture_graph(build, path, dtype)
     kernel = path.experts in ("Experts", "GatedExperts") and path.capacity == "dropless" and dtype == torch.bfloat16
@@ -145,7 +145,7 @@ def test_sync_debug_mode(path, dtype, limit):
         if reads_counts(path):
             with pytest.raises(RuntimeError, match="synchroniz"):
                 layer(x, mask=mask)
-            limit("a list of modules reads, once per call, how many tokens each of them gets")
+            limit("`ExpertList` reads the token count of each module once per call")
         else:
             compute_gradients(layer, x, layer(x, mask=mask))
     finally:
@@ -158,7 +158,7 @@ def test_sync_debug_mode(path, dtype, limit):
 @paths
 def test_cuda_graph(path, dtype, limit):
     if reads_counts(path):
-        limit("a list of modules reads, once per call, how many tokens each of them gets")
+        limit("`ExpertList` reads the token count of each module once per call")
         return
     layer, x, mask = run_on_gpu(path, dtype)
     layer.eval()
