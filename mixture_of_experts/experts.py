@@ -1,7 +1,7 @@
 """Expert networks with stacked weights, lists of expert modules, and the two interfaces that experts can have.
 
-Axes: e experts (one or two dimensions, `*e`), t tokens, s slots per expert, r rows sorted by expert, d model dim,
-h hidden dim, o output dim.
+Axes: e (experts, one or two dimensions, `*e`), t (tokens), s (slots per expert), r (rows sorted by expert), d (model
+dimension), h (hidden dimension), o (output dimension).
 
 1. *Slots*, supported by any module: `experts(slots)` maps `(*e, s, d)` to the same shape.
 2. *Tokens*, supported by `RoutedExperts`: `experts(x, assignments)` maps all tokens of a call, `(t, d)`, to `(t, o)`.

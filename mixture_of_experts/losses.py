@@ -1,6 +1,6 @@
 """Implements router losses as pure functions of token counts and probabilities.
 
-Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts.
+Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts).
 
 Every loss is a single `mean`, which divides a total by a count, so the result is exact across ranks. The mean of zero
 elements is 0.

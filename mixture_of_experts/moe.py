@@ -1,6 +1,7 @@
 """Defines the mixture-of-experts layers `MoE` and `HeirarchicalMoE`, which has two levels of gating.
 
-Axes: b groups, n tokens per group, t = b n tokens per call, d model dim, e experts, c capacity, s slots, r rows.
+Axes: b (groups), n (tokens per group), t (tokens per call, b n), d (model dimension), e (experts), c (capacity), s
+(slots), r (rows).
 
 A gate decides which experts process each token and returns a `Routing`. Experts receive the tokens and the call's
 `Assignments`. Stacked experts run an implementation from `ops` that chooses its own row layout, while other experts

@@ -1,7 +1,7 @@
 """Frozen experts quantized to 8 or 4 bits per weight, which use 1/2 or 2/7 of the memory of bfloat16 experts.
 
-Axes: e experts, t tokens, k choices, r rows (sorted by expert, or the choices of each token in order), p inner and q
-outer dimension of a weight, d model dim, o output dim.
+Axes: e (experts), t (tokens), k (choices), r (rows, sorted by expert, or the choices of each token in order), p and q
+(inner and outer dimensions of a weight), d (model dimension), o (output dimension).
 
 A weight `(p, q)` is first divided by its scale `(q,)`, the largest magnitude in each output channel. See `ops/int8.py`
 and `ops/int4.py` for how the quotients are stored.

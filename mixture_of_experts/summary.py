@@ -1,6 +1,6 @@
 """Counts the total and active parameters of a model and its floating-point operations per token.
 
-Axes: e experts, k choices per token.
+Axes: e (experts), k (choices per token).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Quantizers, adapters and optimizers look for `nn.Linear` modules or matrices, and silently skip tensors of shape
 `(e, d, h)`.
 
-Axes: e experts, d model dim, h hidden dim, o output dim.
+Axes: e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Wrappers for experts: latent experts, zero-computation experts, weighted inputs and normalized outputs.
 
-Axes: t tokens per call, k choices, r rows sorted by expert, e experts, d model dim.
+Axes: t (tokens per call), k (choices), r (rows sorted by expert), e (experts), d (model dimension).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`Assignments` of tokens to experts for a whole call, regardless of groups and gating levels.
 
-Axes: t tokens per call, k choices, a assignments (t k for token choice), e experts, b groups, c slots per expert and
-group. Each pair of expert and group has one queue, so there are e b queues.
+Axes: t (tokens per call), k (choices), a (assignments, t k for token choice), e (experts), b (groups), c (slots per
+expert and group). Each pair of expert and group has one queue, so there are e b queues.
 
 Gates return a `Routing` for each group, while experts receive `Assignments`. `join_groups` constructs assignments from
 the routing of a single gate, and `join_levels` in `gating/levels.py` constructs them from both levels' routings.

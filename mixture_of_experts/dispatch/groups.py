@@ -1,6 +1,6 @@
 """Splits the inputs of a layer into groups of tokens, and joins the results.
 
-Axes: b groups, n tokens per group, m groups after a split, d model dim.
+Axes: b (groups), n (tokens per group), m (groups after a split), d (model dimension).
 """
 
 from __future__ import annotations

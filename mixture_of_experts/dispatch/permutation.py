@@ -1,7 +1,7 @@
 """`Permutation`, which maps assignments to the rows that experts compute.
 
-Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, e experts, b groups, c slots per
-expert and group.
+Axes: t (tokens per call), k (choices), a (assignments, t k for token choice), r (rows), e (experts), b (groups), c
+(slots per expert and group).
 
 A row is a token's input to an expert, or the expert's output for this token. Rows are sorted by expert. There are three
 layouts, each of which has its own function to construct the permutation::

@@ -1,8 +1,8 @@
 """Computes the expert capacity and the order in which tokens queue for slots. Without a capacity limit, a queue
 contains all rows of an expert, so queues also serve to sort rows by expert.
 
-Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts, k choices per token, a choices per
-group (n * k).
+Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts), k (choices per token), a (choices
+per group, n * k).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Defines `Routing`, which all gates return, and its dense tensors.
 
-Axes: b groups (sequences, unless the layer has a `group_size`; preceded by outer experts, `...`), n tokens per group,
-e experts, c capacity, k choices per token, a assignments per group (n * k for token choice).
+Axes: b (groups, which are sequences unless the layer has a `group_size`, preceded by outer experts, `...`), n (tokens
+per group), e (experts), c (capacity), k (choices per token), a (assignments per group, n * k for token choice).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`dispatch` moves tokens to rows, and `combine` sums the results. They are used by level two, custom experts and
 `ops.plain`.
 
-Axes: t tokens per call, k choices, a assignments (t k for token choice), r rows, d model dim.
+Axes: t (tokens per call), k (choices), a (assignments, t k for token choice), r (rows), d (model dimension).
 
 The forward and backward passes of both functions gather rows at the indices of a `Permutation`. No two writes overlap,
 so the results are deterministic. The other implementations in `ops` gather and combine rows themselves

@@ -1,7 +1,7 @@
 """Defines `Segments`, the documents in packed rows. Each document is a separate group of tokens.
 
-Axes: b rows, n tokens per row, k choices per token, e experts. Documents are numbered from 0 to b n - 1. Unused numbers
-represent empty documents, so that no shape depends on the number of documents.
+Axes: b (rows), n (tokens per row), k (choices per token), e (experts). Documents are numbered from 0 to b n - 1. Unused
+numbers represent empty documents, so that no shape depends on the number of documents.
 """
 
 from __future__ import annotations

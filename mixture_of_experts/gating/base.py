@@ -1,6 +1,6 @@
 """Base classes for gates, which check arguments, assign slots to choices, and construct the `Routing`.
 
-Axes: b groups (preceded by outer experts, `...`), n tokens per group, d model dim, e experts, k choices.
+Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), d (model dimension), e (experts), k (choices).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`Choices`, the return type of `decide`, as well as functions that check choices and select the largest scores.
 
-Axes: b groups (preceded by outer experts, `...`), n tokens per group, e experts, k choices per token.
+Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), e (experts), k (choices per token).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Routers that pass a state from one layer to the next (exponential depth averaging).
 
-Axes: b groups, n tokens per group, d model dim, r width of the state, e experts.
+Axes: b (groups), n (tokens per group), d (model dimension), r (width of the state), e (experts).
 """
 
 from __future__ import annotations

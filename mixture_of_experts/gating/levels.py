@@ -1,7 +1,7 @@
 """Combines two levels of gating. Computes the arguments of the level-two gate and the joint assignments of both levels.
 
-Axes: b groups, n tokens per group, d model dim, eo outer experts, c slots per outer expert and group, k1 and k2 choices
-per token at levels one and two.
+Axes: b (groups), n (tokens per group), d (model dimension), eo (outer experts), c (slots per outer expert and group),
+k1 and k2 (choices per token at levels one and two).
 """
 
 from __future__ import annotations

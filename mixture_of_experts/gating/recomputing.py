@@ -1,6 +1,6 @@
 """Saves router memory on a GPU by recomputing large results for all tokens and experts in the backward pass.
 
-Axes: n tokens, d model dim, e experts, k choices.
+Axes: n (tokens), d (model dimension), e (experts), k (choices).
 """
 
 from __future__ import annotations

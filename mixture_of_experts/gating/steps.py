@@ -1,6 +1,7 @@
 """The named steps of a top-k router.
 
-Axes: b groups, n tokens per group, e experts, g expert groups, k choices per token; `...` are outer experts.
+Axes: b (groups), n (tokens per group), e (experts), g (expert groups), k (choices per token). `...` stands for outer
+experts.
 
 Each of the following steps can be replaced with a custom function or module::
 

@@ -1,6 +1,6 @@
 """Implements `Top2Gating` on NVIDIA GPUs with one kernel for the forward pass and another for the gradient.
 
-Axes: b groups (preceded by outer experts, `...`), n tokens per group, d model dim, e experts.
+Axes: b (groups, preceded by outer experts, `...`), n (tokens per group), d (model dimension), e (experts).
 
 The first call of each kind runs a self-check. If the kernels raise an error or their results differ from those of
 torch's operators, they are disabled for the process, and a warning is emitted.

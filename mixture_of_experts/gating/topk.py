@@ -1,6 +1,7 @@
 """Top-k gating, which computes the logits and scores of all experts, chooses k experts, and weights the choices.
 
-Axes: b groups, n tokens per group, d model dim, e experts, k choices per token; `...` are outer experts.
+Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices per token). `...` stands for outer
+experts.
 """
 
 from __future__ import annotations

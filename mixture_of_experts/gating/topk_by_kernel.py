@@ -1,6 +1,6 @@
 """Implements `TopKGating` with a single kernel for inference on short groups on NVIDIA GPUs.
 
-Axes: b groups, n tokens per group, d model dim, e experts, k choices.
+Axes: b (groups), n (tokens per group), d (model dimension), e (experts), k (choices).
 
 Each kernel program processes one group, so groups must be short, as they are during decoding. The first call of each
 kind runs a self-check. If the kernel raises an error or its results differ from those of torch's operators, it is

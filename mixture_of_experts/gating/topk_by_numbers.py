@@ -1,7 +1,7 @@
 """Implements `TopKGating` for inference on a single token on a CPU, using Python numbers, which are faster than
 operators.
 
-Axes: d model dim, e experts, k choices.
+Axes: d (model dimension), e (experts), k (choices).
 
 Logits and scores are computed as in any other call. In the remaining steps, operator overhead would dominate.
 """

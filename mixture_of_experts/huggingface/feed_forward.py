@@ -1,6 +1,6 @@
 """`MoEFeedForward`, the module that replaces a feed-forward network.
 
-Axes: b sequences, n tokens of a sequence, d model dim.
+Axes: b (sequences), n (tokens of a sequence), d (model dimension).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads the padding mask and the token ids from the arguments of a `transformers` model.
 
-Axes: b sequences, n tokens of the forward pass, m tokens including those in the cache.
+Axes: b (sequences), n (tokens of the forward pass), m (tokens including those in the cache).
 """
 
 from __future__ import annotations

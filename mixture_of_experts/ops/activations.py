@@ -1,7 +1,7 @@
 """Implements the activations of experts. Converts user arguments to modules, and defines activations that write into
 preallocated memory.
 
-Axes: r rows, h hidden dim.
+Axes: r (rows), h (hidden dimension).
 
 An activation is a function of one tensor, `act(x w1)`. Gated experts multiply the activation's result by `x w3`. For
 gated experts, an activation may also be a function `(gate, up)` of both products that returns the hidden layer.

@@ -1,6 +1,6 @@
 """Wraps a whole call in a single `torch.autograd.Function`, for implementations that compute their own gradients.
 
-Axes: t tokens, a assignments, d model dim, o output dim.
+Axes: t (tokens), a (assignments), d (model dimension), o (output dimension).
 
 Tensors are saved with `save_for_backward`, so that saved-tensor hooks apply. Autocast is disabled. The reference
 implementation, `plain.py`, computes second derivatives and batched gradients.

@@ -1,7 +1,7 @@
 """Computes a whole call (dispatch, experts and combine) with torch's batched matrix products, on any GPU.
 
-Axes: t tokens, k choices, r rows (sorted by expert), e experts, s slots per expert, d model dim, h hidden dim, o output
-dim, p inner dimension and q outer dimension of a weight.
+Axes: t (tokens), k (choices), r (rows, sorted by expert), e (experts), s (slots per expert), d (model dimension), h
+(hidden dimension), o (output dimension), p and q (inner and outer dimensions of a weight).
 
 All choices are handled by a single gather and a single sum. A layout class arranges the rows and implements their
 products: `SlotLayout`, `BlockLayout`, or another class passed to `run`. The layout's `arrange` method permutes the

@@ -1,7 +1,7 @@
 """Computes calls with a small number of tokens during inference, such as decoding on a GPU. No permutation is needed,
 and only torch operators are used.
 
-Axes: t tokens, k choices, e experts, d model dim, o output dim.
+Axes: t (tokens), k (choices), e (experts), d (model dimension), o (output dimension).
 
 For small row counts, the run time is dominated by kernel launches and by memory traffic for the weights. Each choice
 uses a copy of its expert's weights. If these copies would move more bytes than reading all weights, every expert

@@ -1,6 +1,6 @@
 """Implements grouped matrix products: one operator multiplies the rows of all experts by their weights without padding.
 
-Axes: e experts, r rows (sorted by expert), p inner dimension and q outer dimension of a weight.
+Axes: e (experts), r (rows, sorted by expert), p and q (inner and outer dimensions of a weight).
 
 On CUDA, torch's own operator is used. On a CPU, this package defines the operator, so that compiled graphs can contain
 a loop over row counts in a tensor.

@@ -1,7 +1,8 @@
 """Implements 4-bit weights with two 16-bit parameters per group of inputs. These weights need two sevenths of the
 memory of bfloat16 weights.
 
-Axes: e experts, r rows, p inner dimension and q outer dimension of a weight, g inputs per group, b outputs per block.
+Axes: e (experts), r (rows), p and q (inner and outer dimensions of a weight), g (inputs per group), b (outputs per
+block).
 
 A weight is `(level - 8) * step + zero`, where the level is an integer from 0 to 15 stored in four bits (a nibble). A
 group consists of g adjacent inputs of one output, and has its own step and zero in bfloat16. Two nibbles form a byte.

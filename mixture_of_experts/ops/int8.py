@@ -1,6 +1,6 @@
 """Implements 8-bit weights, which need half the memory of bfloat16 and a quarter of the memory of float32.
 
-Axes: e experts, r rows, p inner dimension and q outer dimension of a weight.
+Axes: e (experts), r (rows), p and q (inner and outer dimensions of a weight).
 
 A weight is packed into `(p, q + 8)` bytes in the format of torch's 8-bit embedding tables. Each of the table's p rows
 contains q levels from 0 to 255, followed by the step size and the smallest weight in float32. The product of a token

@@ -4,7 +4,7 @@ Most CPUs multiply only float32 and float64 natively. Torch's half-precision pro
 float32 products. The operands are therefore cast to float32, and the result is rounded. Sums are accumulated in
 float32, as in torch's own products.
 
-Axes: n matrices, m rows per matrix, p inner dimension and q outer dimension of a product.
+Axes: n (matrices), m (rows per matrix), p and q (inner and outer dimensions of a product).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Defines the inputs of all implementations: `Network`, which contains the weights of all experts, and `Call`. This
 module also casts operands to a common dtype.
 
-Axes: t tokens, e experts, d model dim, h hidden dim, o output dim.
+Axes: t (tokens), e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The reference implementation, which uses plain torch operators for dispatch, products, activation and combine.
 
-Axes: t tokens, r rows (sorted by expert), e experts, s slots per expert, p inner dimension and q outer dimension of a
-weight.
+Axes: t (tokens), r (rows, sorted by expert), e (experts), s (slots per expert), p and q (inner and outer dimensions of
+a weight).
 
 The reference implementation supports any device and dtype, compiled and exported graphs, `vmap`, and reverse-mode
 derivatives of any order. All other implementations are compared against this one.

@@ -1,8 +1,8 @@
 """Computes the network and its gradients on rows sorted by expert, for the implementations `cpu`, `grouped` and
 `batched`. This module also defines `RowLayout`, the base class of their row layouts.
 
-Axes: t tokens, r rows, e experts, d model dim, h hidden dim, o output dim, p inner dimension and q outer dimension of a
-weight.
+Axes: t (tokens), r (rows), e (experts), d (model dimension), h (hidden dimension), o (output dimension), p and q (inner
+and outer dimensions of a weight).
 
 In addition to the input, the forward pass saves only the pre-activations, which are the products with `w_in`. The
 backward pass gathers the rows again and recomputes the activation. Row weights multiply rows of width d, not rows of

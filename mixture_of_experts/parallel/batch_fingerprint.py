@@ -1,6 +1,6 @@
 """Splits rows among ranks that hold the same tokens, as in tensor parallelism, so that no row is computed twice.
 
-Axes: r rows sorted by expert, e experts, s slots per expert.
+Axes: r (rows sorted by expert), e (experts), s (slots per expert).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sends tokens to the ranks that own their experts, and sends the results back, with all-to-all collectives.
 
-Axes: p ranks in the group, e experts on all ranks, l = e / p experts per rank, s slots per expert on one rank, r rows
-on one rank (sorted by expert), d model dim, o output dim.
+Axes: p (ranks in the group), e (experts on all ranks), l (experts per rank, e / p), s (slots per expert on one rank), r
+(rows on one rank, sorted by expert), d (model dimension), o (output dimension).
 
 Rank q owns experts `q l` to `(q + 1) l - 1`, so the rows sent to each rank are contiguous. Results are sent back in the
 dtype of the tokens, because the experts' output dtype may differ between ranks.

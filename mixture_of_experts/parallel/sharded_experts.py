@@ -5,8 +5,8 @@ An `ExpertSharding` describes which experts are local to a rank. In the forward 
 own their experts (see `exchange.py`). The experts' own code then runs as if the module contained only this rank's
 experts.
 
-Axes: e experts on all ranks (`*e`, one or two dimensions, of which the first is divided), l experts per rank, s slots
-per expert, r rows.
+Axes: e (experts on all ranks, `*e`, one or two dimensions, of which the first is divided), l (experts per rank), s
+(slots per expert), r (rows).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Defines `ExpertSharding`, which describes how a layer's experts are sharded over ranks.
 
-Axes: e experts on all ranks (`*e`, one or two dimensions, of which the first is divided).
+Axes: e (experts on all ranks, `*e`, one or two dimensions, of which the first is divided).
 """
 
 from __future__ import annotations

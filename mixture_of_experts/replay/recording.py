@@ -1,6 +1,6 @@
 """Uses hooks to record the expert choices of every non-padding token.
 
-Axes: b sequences, n tokens per forward pass, k choices per token.
+Axes: b (sequences), n (tokens per forward pass), k (choices per token).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Defines `RoutingRecords`, which stores choices by gate, sequence and token. The records can be selected, saved, and
 created from the outputs of serving engines.
 
-Axes: s tokens of a sequence, l gates, k choices per token.
+Axes: s (tokens of a sequence), l (gates), k (choices per token).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Replays recorded choices: hooks pass them to the gates, which compute their weights from live scores.
 
-Axes: b sequences, n tokens per forward pass, s tokens in the longest record, k choices per token.
+Axes: b (sequences), n (tokens per forward pass), s (tokens in the longest record), k (choices per token).
 """
 
 from __future__ import annotations

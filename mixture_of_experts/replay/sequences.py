@@ -1,6 +1,6 @@
 """Finds the routing points of a model, and tracks the sequences in forward passes of the enclosing models.
 
-Axes: b sequences, n tokens per forward pass, k choices per token.
+Axes: b (sequences), n (tokens per forward pass), k (choices per token).
 """
 
 from __future__ import annotations

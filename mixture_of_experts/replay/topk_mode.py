@@ -2,7 +2,7 @@
 
 The block's own code still computes the weights from live scores.
 
-Axes: t tokens, e experts, g expert groups, k choices per token.
+Axes: t (tokens), e (experts), g (expert groups), k (choices per token).
 """
 
 from __future__ import annotations

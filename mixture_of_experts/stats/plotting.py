@@ -3,7 +3,7 @@
 The load colormap ranges from purple (underloaded) through white (balanced) to orange (overloaded). The colormap is
 colorblind-safe and print-friendly.
 
-Axes: e experts (in outer-major order on a second level), s steps.
+Axes: e (experts, in outer-major order on a second level), s (steps).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each statistic is an attribute of `Record`. `measure_routing` measures a forward pass, `make_record` aggregates forward
 passes, and `format_cells` formats the result.
 
-Axes: r forward passes, w values per forward pass, e experts (`(eo, ei)` on the second level of a hierarchy).
+Axes: r (forward passes), w (values per forward pass), e (experts, or `(eo, ei)` on the second level of a hierarchy).
 """
 
 from __future__ import annotations

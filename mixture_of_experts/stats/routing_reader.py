@@ -4,7 +4,7 @@ Most routers of other libraries return `(logits, weights, experts)` for flattene
 choices are recomputed from its logits, as described by its provider. The arguments of the enclosing model determine
 which tokens are padding and where sequences end.
 
-Axes: b sequences, n tokens per sequence, e experts, k choices per token.
+Axes: b (sequences), n (tokens per sequence), e (experts), k (choices per token).
 """
 
 from __future__ import annotations

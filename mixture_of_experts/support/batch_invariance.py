@@ -12,7 +12,7 @@ Elementwise functions therefore receive whole vectors, with fewer than `GRAIN_SI
 `ops.use("batch_invariant")` enables batch-invariant computation. Modules raise an error unless they are listed here or
 their class implements `variant_reason`.
 
-Axes: t tokens, p inner dimension and q outer dimension of a matrix product, r rows.
+Axes: t (tokens), p (inner dimension and q outer dimension of a matrix product), r (rows).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Defines `Trial`, which combines a module with the tokens and mode of one measurement, and functions that compare
 outcomes.
 
-Axes: b sequences, n tokens per sequence, d model dim, e experts, k choices per token, w weights.
+Axes: b (sequences), n (tokens per sequence), d (model dimension), e (experts), k (choices per token), w (weights).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A rule (see `gating/bias_rules.py`) defines what is counted and how the counts change the bias. Gates of this package
 count choices themselves. For routers of other libraries, hooks count the choices that the router returns.
 
-Axes: t tokens, k choices per token, e experts.
+Axes: t (tokens), k (choices per token), e (experts).
 """
 
 from __future__ import annotations

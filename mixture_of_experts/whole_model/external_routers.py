@@ -1,6 +1,6 @@
 """Reads and replaces the outputs of routers of other libraries, as described by their providers.
 
-Axes: b sequences, n tokens per sequence, t tokens, e experts, k choices per token.
+Axes: b (sequences), n (tokens per sequence), t (tokens), e (experts), k (choices per token).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Importing this module registers the implementation with `transformers`. The implementation is used only by models that
 select it.
 
-Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
+Axes: t (tokens), k (choices), e (experts), d (model dimension), h (hidden dimension), o (output dimension).
 """
 
 from __future__ import annotations

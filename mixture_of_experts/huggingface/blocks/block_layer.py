@@ -1,6 +1,6 @@
 """Builds a `MoE` layer from a `transformers` sparse block, and maps the block's weights to this package's names.
 
-Axes: d model dim, h hidden dim, e experts.
+Axes: d (model dimension), h (hidden dimension), e (experts).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Reads router settings from `transformers` sparse blocks, using the attribute names listed in `block_classes.py`.
 
-Axes: k choices per token.
+Axes: k (choices per token).
 """
 
 from __future__ import annotations

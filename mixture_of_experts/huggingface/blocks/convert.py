@@ -2,7 +2,7 @@
 
 A block's computation is defined by its recipe in `recipes.MODELS` and by the attributes listed in `block_classes.py`.
 
-Axes: d model dim, h hidden dim, e experts.
+Axes: d (model dimension), h (hidden dimension), e (experts).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 Importing this module registers the implementation. The experts themselves run with the model's
 `experts_implementation`.
 
-Axes: t tokens, k choices per token, e experts of all ranks, l experts of one rank, r rows sorted by expert, d model
-dim.
+Axes: t (tokens), k (choices per token), e (experts of all ranks), l (experts of one rank), r (rows sorted by expert), d
+(model dimension).
 """
 
 from __future__ import annotations

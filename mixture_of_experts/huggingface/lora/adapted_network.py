@@ -1,7 +1,7 @@
 """Expert networks whose weights have a low-rank update: `w + down @ up` for each expert. Only `down` and `up` are
 trained.
 
-Axes: e experts, p input and q output features of a weight, k rank.
+Axes: e (experts), p and q (input and output features of a weight), k (rank).
 """
 
 from __future__ import annotations

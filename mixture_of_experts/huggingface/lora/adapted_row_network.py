@@ -1,7 +1,7 @@
 """Runs an adapted network on rows sorted by expert, and computes the gradients of its low-rank factors. This module
 uses the functions of `ops.row_network` with matrix products that support low-rank updates.
 
-Axes: r rows, e experts, p input and q output features of a weight, k rank.
+Axes: r (rows), e (experts), p and q (input and output features of a weight), k (rank).
 
 The stored weights are constant, so no gradient is computed for them. For each low-rank update, the forward pass
 computes `x @ down`, which has shape `(r, k)`, and saves it along with the pre-activations.

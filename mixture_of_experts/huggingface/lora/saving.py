@@ -1,7 +1,7 @@
 """Saves LoRA adapters in formats that stock models can load: in PEFT's layout, or with separate factors for each
 expert.
 
-Axes: e experts, d model dim, h hidden dim, k rank.
+Axes: e (experts), d (model dimension), h (hidden dimension), k (rank).
 """
 
 from __future__ import annotations

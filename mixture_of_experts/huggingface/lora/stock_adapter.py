@@ -1,6 +1,6 @@
 """Converts the adapter of a model with experts to an adapter of the equivalent stock model.
 
-Axes: e experts, d model dim, h hidden dim, k rank.
+Axes: e (experts), d (model dimension), h (hidden dimension), k (rank).
 """
 
 from __future__ import annotations

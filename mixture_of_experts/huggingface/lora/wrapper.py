@@ -1,7 +1,7 @@
 """A PEFT wrapper for stacked weights that passes the low-rank factors to the experts instead of adding their product to
 the weight.
 
-Axes: e experts, p input and q output features of a weight, k rank.
+Axes: e (experts), p and q (input and output features of a weight), k (rank).
 """
 
 from __future__ import annotations

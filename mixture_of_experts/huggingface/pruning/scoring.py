@@ -1,6 +1,6 @@
 """Scores experts based on forward passes on calibration data.
 
-Axes: r rows, e experts.
+Axes: r (rows), e (experts).
 """
 
 from __future__ import annotations

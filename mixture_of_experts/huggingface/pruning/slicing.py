@@ -1,7 +1,7 @@
 """Reduces a layer to a subset of its experts in place. The tensors of the gate and the experts are sliced, and the
 number of experts that modules store is updated.
 
-Axes: e experts, d model dim.
+Axes: e (experts), d (model dimension).
 """
 
 from __future__ import annotations

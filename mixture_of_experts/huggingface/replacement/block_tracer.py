@@ -5,7 +5,7 @@ computed. All other values are unknown and represented by symbols (`torch.fx.Pro
 inputs nor weights, and the module may be on the meta device. The trace runs a copy of the module, and has no side
 effects on the module, torch or the process.
 
-Axes: d model dim, h hidden dim, w output features of a linear layer.
+Axes: d (model dimension), h (hidden dimension), w (output features of a linear layer).
 """
 
 from __future__ import annotations

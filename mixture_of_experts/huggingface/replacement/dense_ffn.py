@@ -1,6 +1,6 @@
 """Locates the parts of dense feed-forward networks with an `Adapter`, and reads their weights with `read_dense_ffn`.
 
-Axes: d model dim, h hidden dim, e experts.
+Axes: d (model dimension), h (hidden dimension), e (experts).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ dimension is at least as large, and all of its layers are in a numbered block. A
 `block_tracer.py`) shows the input of the last layer when the first layers return random numbers. The search then tries
 different activations, and different layers to which they may be applied, until the result matches this input.
 
-Axes: d model dim, h hidden dim.
+Axes: d (model dimension), h (hidden dimension).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Replaces the feed-forward networks of a loaded model with `MoE` layers. The experts are newly initialized or are
 copies of the original networks.
 
-Axes: d model dim, h hidden dim, e experts, g slices per network.
+Axes: d (model dimension), h (hidden dimension), e (experts), g (slices per network).
 """
 
 from __future__ import annotations

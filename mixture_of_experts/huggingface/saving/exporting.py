@@ -4,7 +4,7 @@
 weights are then converted layer by layer: each layer is adapted to the form of a sparse block, and its weights are
 copied into that block.
 
-Axes: e experts, d model dim, h hidden dim.
+Axes: e (experts), d (model dimension), h (hidden dimension).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Computes a whole call (dispatch, experts and combine) in a single `torch.autograd.Function` on a CPU.
 
-Axes: t tokens, r rows (sorted by expert, some of them padding), d model dim, o output dim.
+Axes: t (tokens), r (rows, sorted by expert, some of them padding), d (model dimension), o (output dimension).
 
 On a CPU, allocating memory takes as much time as the arithmetic: about a microsecond for each new page. Rows are
 therefore computed in chunks of experts. The chunks are small enough that intermediate results stay in the caches, and

@@ -1,7 +1,7 @@
 """Computes small numbers of rows in inference on a CPU, as in decoding, with a minimum of operators besides products.
 
-Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
-o output dim.
+Axes: t (tokens), k (choices), a (assignments), r (rows), e (experts), p and q (inner and outer dimensions of a weight),
+d (model dimension), o (output dimension).
 
 The products of one token take less time than constructing a `Permutation`, so none is used. For up to
 `MAX_ROW_SUM_TOKENS` tokens, each row may be computed separately. More tokens are computed expert by expert, with tables
