@@ -27,6 +27,7 @@ TopKGating = Any  # avoids a circular import
 MAX_EXPERTS = 64  # operators are faster for more experts
 #: methods that the operators use and this implementation replaces
 REPLACED_METHODS = (*topk_by_kernel.REPLACED_METHODS, "route", "_restrict_choices", "capacity", "named_losses")
+MIN_NONZERO = 1e-37  # smaller weights may round to 0 in float32
 MIN_TOTAL = 1e-9  # minimum sum of weights that are normalized
 
 
@@ -60,8 +61,8 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
     """
     logits, k, e = gate.logits_of(tokens.x, gate.w_gating, gate.b_gating), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
-    numbers = score.flatten().tolist()
-    ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).flatten().tolist()
+    numbers = score.view(-1).tolist()
+    ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).view(-1).tolist()
     if not all(map(math.isfinite, ranks)):  # fsum raises for a sum of inf and -inf
         return gate.decide_and_route(tokens)
     expert = sorted(range(e), key=ranks.__getitem__, reverse=True)[:k]  # ties go to the lowest index
@@ -69,7 +70,7 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
     probs, share = score, sum(weight)
     if gate.score == "softmax":
         likeliest = max(range(e), key=numbers.__getitem__)
-        log_total = logits.flatten().tolist()[likeliest] - math.log(numbers[likeliest])
+        log_total = logits.view(-1).tolist()[likeliest] - math.log(numbers[likeliest])
     else:
         probs = score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         share, log_total = share / (math.fsum(numbers) + 1e-20), logits.logsumexp(dim=-1).item()
@@ -82,7 +83,8 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
         weight = [number * gate.scale for number in weight]
     like: Any = dict(dtype=logits.dtype, device=logits.device)
     weights = torch.tensor([weight], **like)
-    kept = weights != 0
+    nonzero = min(map(abs, weight)) > MIN_NONZERO
+    kept = torch.tensor([[True] * len(weight)], device=logits.device) if nonzero else weights != 0
     return Routing(
         expert=torch.tensor([expert], device=logits.device),
         kept=kept,

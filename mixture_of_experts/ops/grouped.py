@@ -23,7 +23,12 @@ from mixture_of_experts.ops.matmul import matmul_into
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.ops.row_network import RowLayout
 from mixture_of_experts.support.checks import check_tensors
-from mixture_of_experts.support.private_torch import is_exporting, is_functorch_wrapped, register_flop_formula
+from mixture_of_experts.support.private_torch import (
+    has_native_matmul,
+    is_exporting,
+    is_functorch_wrapped,
+    register_flop_formula,
+)
 from mixture_of_experts.support.tracing import get_device_capability
 
 AMD_ARCHITECTURES = ("gfx942", "gfx950")
@@ -277,6 +282,8 @@ def multiply_by_expert(x: Tensor, weight: Tensor, rows_per_expert: list[tuple[in
     Args:
         rows_per_expert: (expert, number of rows) pairs for the experts that have rows, in ascending order.
     """
+    if len(rows_per_expert) == 1 and rows_per_expert[0][1] == x.shape[0] and has_native_matmul(x.dtype):
+        return x @ weight[rows_per_expert[0][0]]
     out = x.new_empty(x.shape[0], weight.shape[-1])
     pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # otherwise torch copies the slice
     start = index = 0

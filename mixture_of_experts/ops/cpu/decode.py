@@ -139,13 +139,17 @@ def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multi
         of_row = torch.tensor([expert[a] for a in order], dtype=torch.int64, device=device)
 
     product = partial(multiply, rows_per_expert=used)
-    rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
+    rows = x
+    if token is not None:
+        rows = x.index_select(0, token)
+    elif len(order) != 1:
+        rows = x.expand(len(order), -1)
     y = compute_row_outputs(rows, network, of_row, product, product)
     dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), assignments.weight.dtype)
     weight = assignments.weight
     if order != list(range(len(weight))):
         weight = weight.index_select(0, torch.tensor(order, dtype=torch.int64, device=device))
-    y = y * weight.to(dtype).unsqueeze(-1)
+    y = y * weight.to(dtype).view(-1, 1)
     if token is None:
-        return y.sum(dim=0, keepdim=True).to(x.dtype)
+        return (y if len(order) == 1 else y.sum(dim=0, keepdim=True)).to(x.dtype)
     return y.new_zeros(x.shape[0], y.shape[-1]).index_add_(0, token, y).to(x.dtype)
