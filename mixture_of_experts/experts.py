@@ -126,7 +126,7 @@ class RoutedExperts(nn.Module):
             num_tokens_per_expert: `(e,)` int64, number of rows of each expert; outer-major for a grid of experts.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must implement compute(rows, num_tokens_per_expert), or a forward that reads slots"
+            f"{type(self).__name__} must implement compute(rows, num_tokens_per_expert) or a slot-based forward"
         )
 
 
@@ -154,7 +154,7 @@ def binds_assignments(forward: Callable) -> bool:
         return True
     if any(parameter.name == "assignments" for parameter in parameters):
         raise TypeError(
-            f"{forward.__qualname__} must have assignments as its second argument: forward(self, x, assignments)"
+            f"{forward.__qualname__} must accept `assignments` as its second argument: forward(self, x, assignments)"
         )
     return False
 
@@ -215,9 +215,9 @@ def permute_dropless_slots(assignments: Assignments) -> Permutation:
         return permute_with_padding(assignments, pad_to_fullest)
     if has_data(assignments.kept) and e * t > MAX_SLOTS_PER_CHOICE * assignments.weight.shape[0]:
         warnings.warn(
-            f"experts that read slots need {e} x {t} slots for {assignments.weight.shape[0]} choices because the gate "
-            "is dropless. To save memory, set its capacity_factor_train and capacity_factor_eval (2.0 is twice an even "
-            "share), or derive the experts from RoutedExperts",
+            f"the gate is dropless, so experts that read slots need {e} x {t} slots for {assignments.weight.shape[0]} "
+            "choices. To save memory, set capacity_factor_train and capacity_factor_eval on the gate (2.0 allows each "
+            "expert twice its even share), or derive the experts from RoutedExperts",
             stacklevel=2,
         )
     return permute_to_slots(assignments)
@@ -273,7 +273,7 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
             self.act.to(device=device, dtype=dtype)
         self.dropout = dropout
         if takes_gate_and_up(self.act) and not self.gated:
-            raise ValueError(f"activation {activation!r} is a function of (gate, up), which requires GatedExperts")
+            raise ValueError(f"activation {activation!r} takes (gate, up) as arguments, so it requires GatedExperts")
         weights = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
         biases = {"b1": (h,), "b3": (h,), "b2": (o,)}
         for name, size in (weights | biases).items():

@@ -74,12 +74,12 @@ class ExternalRouter:
         vars(self).update(path=path, num_experts=num_experts, k=k, **settings)
         if self.score not in ROUTER_SCORES or not {*self.returns} <= {*ROUTER_RESULTS}:
             raise ValueError(
-                f"score must be one of {ROUTER_SCORES}, and returns must contain only {ROUTER_RESULTS}, got "
+                f"`score` must be one of {ROUTER_SCORES}, and `returns` must contain only {ROUTER_RESULTS}, got "
                 f"score={self.score!r} and returns={self.returns!r}"
             )
         if not {"logits", "probs"} & {*self.returns} or ("probs" in self.returns and self.score != "softmax"):
             raise ValueError(
-                f"returns must contain 'logits', or 'probs' with score='softmax', got returns={self.returns!r} and "
+                f"`returns` must contain 'logits', or 'probs' with score='softmax', got returns={self.returns!r} and "
                 f"score={self.score!r}"
             )
 
@@ -224,7 +224,7 @@ def load_bundled_providers() -> bool:
         except ImportError as error:
             raise ImportError(
                 f"cannot import {BUNDLED_MODULE}, which describes the modules of {' and '.join(BUNDLED_LIBRARIES)}; "
-                f"install the versions that this package's extra 'hf' requires"
+                "install the versions required by this package's 'hf' extra"
             ) from error
     return True
 

@@ -92,7 +92,7 @@ def quantize_experts(
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     if rounding is not None and not (bits == 4 and callable(rounding)):
-        raise ValueError(f"rounding must be a function and requires bits=4, got {rounding!r} with bits={bits}")
+        raise ValueError(f"`rounding` must be a function and requires bits=4, got {rounding!r} with bits={bits}")
     make = partial(quantize_stacked_experts, bits=bits, group=group, rounding=rounding)
     return replace_modules(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)", allow_adapters=True)
 
@@ -116,9 +116,9 @@ def quantize_stacked_experts(
     uneven = [f"{key}={size}" for key in ("dim", "hidden_dim") if (size := getattr(experts, key)) % group]
     if bits == 4 and uneven:
         raise ValueError(
-            f"{name} has {' and '.join(uneven)}, which 4-bit quantization requires to be a multiple of group={group}. "
-            f"Pass a smaller group, one of {', '.join(map(str, int4.GROUP_SIZES))}, or quantize these experts "
-            "separately with bits=8"
+            f"4-bit quantization requires dimensions that are multiples of group={group}, but {name} has "
+            f"{' and '.join(uneven)}. Pass a smaller group (one of {', '.join(map(str, int4.GROUP_SIZES))}), or "
+            "quantize these experts separately with bits=8"
         )
     return QuantizedExperts(experts, bits, group, rounding=rounding and partial(call_rounding, rounding, name))
 
@@ -134,7 +134,7 @@ def call_rounding(
     shapes = [(n, group, q), (n, 1, q), (n, 1, q)]
     if not isinstance(found, tuple) or [getattr(part, "shape", None) for part in found] != shapes:
         raise ValueError(
-            f"{of} must return levels, step and zero of shapes {shapes}, or None to round to the nearest level, got "
+            f"{of} must return levels, step and zero with shapes {shapes}, or None to round to the nearest level, got "
             f"{found!r:.99}"
         )
     levels, step, zero = found
@@ -143,13 +143,15 @@ def call_rounding(
         raise ValueError(f"{of} must return integer levels from 0 to 15, got {found}; round and clamp them")
     for name, part in (("step", step), ("zero", zero)):
         if not part.bfloat16().isfinite().all():
-            raise ValueError(f"{of} must return a {name} finite in bfloat16, got {part.min()} to {part.max()}")
+            raise ValueError(
+                f"{of} must return a {name} that is finite in bfloat16, got values from {part.min()} to {part.max()}"
+            )
     step, zero = (part.bfloat16().float() for part in (step, zero))
     for level in (0, 15):  # extremes; the formula of `int4.unpack_matrix`, whose products may overflow
         if not (level * step + (zero - 8 * step)).isfinite().all():
             raise ValueError(
                 f"{of} must return a step and a zero that yield finite weights for all levels from 0 to 15, got steps "
-                f"of {step.min()} to {step.max()} and zeros of {zero.min()} to {zero.max()}; use smaller steps"
+                f"from {step.min()} to {step.max()} and zeros from {zero.min()} to {zero.max()}; use smaller steps"
             )
     return found
 

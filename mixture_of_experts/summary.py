@@ -157,7 +157,7 @@ def choices_per_token(site: RouterHandle) -> float:
     if number is None:
         raise ValueError(
             f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not specify how many experts "
-            "a token chooses; add an attribute k to it"
+            "a token chooses; add a `k` attribute to it"
         )
     return min(number, site.num_experts)
 

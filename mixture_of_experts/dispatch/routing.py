@@ -161,8 +161,8 @@ class Routing:
             return self.queues
         if self.segments is not None and self.capacity is not None:
             raise ValueError(
-                f"a Routing of packed rows ({SEGMENT_IDS}) with a limited capacity has no slots, and therefore no "
-                "dense tensors. Use its expert, kept and weight, or pass each document as a separate row, with mask="
+                f"packed rows ({SEGMENT_IDS}) with a limited capacity have no slots, so their Routing has no dense "
+                "tensors. Use its `expert`, `kept` and `weight`, or pass each document as a separate row with mask="
             )
         assert self.k is not None
         return queue_up(self.expert, self.sent, self.num_experts, self.k, "token")
@@ -172,7 +172,9 @@ class Routing:
         """`(..., b, a)`, importance of each assignment in a second level: 1 if it is primary, 0 if it is not kept, and
         0.5 otherwise. Expert choice raises ValueError."""
         if self.k is None:
-            raise ValueError("expert choice does not support a second level, because tokens have no first choice")
+            raise ValueError(
+                "expert-choice routing does not support a second level, because tokens have no first choice"
+            )
         primary = self.primary
         if primary is None:
             primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.k == 0

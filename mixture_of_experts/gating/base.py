@@ -235,20 +235,20 @@ class Gate(FixedShapeModule):
         if self.outer_expert_dims or length is not None:
             what = f"outer_expert_dims={self.outer_expert_dims}" if self.outer_expert_dims else "length="
             raise ValueError(
-                f"{SEGMENT_IDS} requires a single-level gate without length=, but got {what}: each document becomes a "
-                "group with its own length. Pass each document as a separate row, with mask="
+                f"{SEGMENT_IDS} requires a single-level gate without length=, because each document becomes a group "
+                f"with its own length, but got {what}. Pass each document as a separate row with mask="
             )
         return find_segments(check_segment_ids(ids, x.shape[:-1]), mask)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:
             raise ValueError(
-                "counted cannot be combined with mask or importance; pass the mask either as counted or as mask"
+                "`counted` cannot be combined with `mask` or `importance`; pass the mask as either `counted` or `mask`"
             )
         if (factor := getattr(self, "capacity_factor", None)) is not None:
             raise ValueError(
-                f"counted requires a dropless gate, got a capacity factor of {factor}; pass it as mask instead, so "
-                "that padding uses no slots"
+                f"`counted` requires a dropless gate, but the gate has a capacity factor of {factor}; pass the mask as "
+                "`mask` instead, so that padding uses no slots"
             )
         check_mask(counted, x.shape[:-1], COUNTED)
 
@@ -390,7 +390,9 @@ class TokenChoiceGate(Gate):
             return None
         wanted = (*tokens.x.shape[:-1], self.k)
         if given.shape != wanted or given.dtype != torch.int64:
-            raise ValueError(f"{GIVEN} must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
+            raise ValueError(
+                f"{GIVEN} must be an int64 tensor of shape {wanted}, got {given.dtype} {tuple(given.shape)}"
+            )
         if (padding := tokens.computed_padding) is not None:  # no choices are given for padding
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
@@ -466,7 +468,9 @@ class TokenChoiceGate(Gate):
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
         """Return the tokens with forced experts as their given choices."""
         if GIVEN in tokens.side:
-            raise ValueError(f"cannot use {GIVEN} while force_routing forces {how} experts; use only one of them")
+            raise ValueError(
+                f"{GIVEN} cannot be passed while force_routing selects {how} experts; use only one of them"
+            )
         x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
         forced = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
         return replace(tokens, side={**tokens.side, GIVEN: forced})
@@ -556,8 +560,8 @@ class TokenChoiceGate(Gate):
         if tokens.segments is not None:
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
-                    f"{type(self).__name__} overrides balance, which does not support packed documents. Override "
-                    "balance_loss instead, or pass each document as a row with mask= instead of segment_ids="
+                    f"{type(self).__name__} overrides `balance`, which does not support packed documents. Override "
+                    "`balance_loss` instead, or pass each document as a row with mask= instead of segment_ids="
                 )
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group

@@ -88,7 +88,7 @@ class SignRule(BiasRule):
         if self.shares is not None:
             if len(self.shares) != whole:
                 raise ValueError(
-                    f"shares must have one number for each of the {whole} experts, got {len(self.shares)} numbers"
+                    f"`shares` must have one entry for each of the {whole} experts, got {len(self.shares)} entries"
                 )
             parts, whole = torch.tensor(self.shares, device=counts.device), sum(self.shares)
         # 1 below the share, -1 above it and 0 at it; integers make the comparison exact
@@ -108,10 +108,10 @@ def check_shares(shares: Any) -> tuple[int, ...]:
         found = check_sizes("shares", tuple(shares))
     except (TypeError, ValueError):
         raise ValueError(
-            f"shares must be a proportion of integers of at least 1, such as [1, 9] for 10% and 90%, got {shares!r}"
+            f"`shares` must be positive integers that form a ratio, such as [1, 9] for 10% and 90%, got {shares!r}"
         ) from None
     if sum(found) >= 1 << 20:
-        raise ValueError(f"the sum of shares must be below 2^20, got {sum(found)}; use smaller integers")
+        raise ValueError(f"the sum of `shares` must be below 2^20, got {sum(found)}; use smaller integers")
     return found
 
 
@@ -233,6 +233,6 @@ def check_scores(
         why = "experts are chosen by a function of their scores"
     if why is not None:
         raise ValueError(
-            f"{rule!r} does not support {owner}: {why}, so scores do not determine the load of an expert. Use "
+            f"{rule!r} does not support {owner}: {why}, so the scores do not determine an expert's load. Use "
             "rule='sign'"
         )

@@ -53,8 +53,8 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
             continue
         if value.shape != wanted:
             raise ValueError(
-                f"{gate} returned {name} of shape {tuple(value.shape)}, expected {wanted} (groups, tokens"
-                f"{dict(priority_score='', probs=', experts').get(name, f', k={k} choices')})"
+                f"{gate} returned {name} of shape {tuple(value.shape)}, expected {wanted} (groups, "
+                f"tokens{dict(priority_score='', probs=', experts').get(name, f', k={k} choices')})"
             )
         got = "floating point" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         if got != kind:
@@ -62,7 +62,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
-                f"{gate} returned the loss {name!r} as {describe_shape(loss)}, expected a 0-dim tensor; return its mean"
+                f"{gate} must return the loss {name!r} as a 0-dim tensor, got {describe_shape(loss)}; return its mean"
             )
 
 
@@ -73,13 +73,13 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_exp
         return
     if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
         raise ValueError(
-            f"{gate} returned experts from {int(expert.min())} to {int(expert.max())}, expected ids from 0 to "
-            f"{num_experts - 1}. For a choice that is not made, return any valid id with chosen=False"
+            f"{gate} returned expert ids from {int(expert.min())} to {int(expert.max())}, but valid ids are 0 to "
+            f"{num_experts - 1}. To omit a choice, return any valid id with chosen=False"
         )
     if (twice := expert_twice(torch.where(computed, expert, -1))) is not None:
         raise ValueError(
-            f"{gate} chose expert {twice} twice for a token, but the experts of a token must be different. Add up the "
-            "two weights, and set the weight of the second choice to 0"
+            f"{gate} chose expert {twice} twice for a token, but a token's experts must be distinct. Assign the sum of "
+            "both weights to the first choice, and 0 to the second"
         )
 
 
@@ -96,7 +96,7 @@ def check_k_of_experts(k: int, num_experts: int) -> int:
     """Return `k` after checking that there are at least k experts."""
     if k > num_experts:
         raise ValueError(
-            f"k must be at most num_experts={num_experts}, got {k}, because a token chooses each expert at most once"
+            f"k must be at most num_experts={num_experts}, but got {k}; a token chooses each expert only once"
         )
     return k
 
@@ -114,7 +114,7 @@ def top_choices(score: Tensor, k: int) -> Tensor:
     """
     if k > score.shape[-1]:
         raise ValueError(
-            f"k must be at most the number of experts, {score.shape[-1]}, got {k}, because each is chosen at most once"
+            f"k must be at most the number of experts ({score.shape[-1]}), but got {k}; a token chooses each only once"
         )
     score = score.detach()
     if k >= (32 if score.device.type == "cpu" else 3):

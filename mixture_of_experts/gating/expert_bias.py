@@ -95,8 +95,8 @@ def keep_rank_counts(traced: bool) -> None:
     before the next forward. Before the first forward, all counts are 0."""
     if copied := exclude_from_ddp_broadcast(RANK_LOCAL_BUFFERS, traced):
         warnings.warn(
-            f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so gradient "
-            "accumulation over several forwards loses the counts of other ranks. Before wrapping the model, call "
+            f"DistributedDataParallel copies {copied[0]} from the first rank before each forward pass, so accumulating "
+            "gradients over several passes loses the counts from other ranks. Before wrapping the model, call "
             "balance_experts(model, optimizer) or mixture_of_experts.parallel.ignore_experts_in_ddp(model)",
             stacklevel=2,
         )
@@ -133,7 +133,7 @@ class StepsWithoutUpdate:
             self.warned = True
             warnings.warn(
                 f"expert_bias=True is set, but the bias was not updated in {count}. Use balance_experts(model, "
-                "optimizer), its callback in a Trainer, or gate.update_bias(rate) after each step (a rate of 0 keeps "
-                "the bias unchanged)",
+                "optimizer) or its Trainer callback, or call gate.update_bias(rate) after each step (rate=0 leaves the "
+                "bias unchanged)",
                 stacklevel=4,
             )

@@ -79,8 +79,8 @@ class HashGating(TopKGating):
         """Check that ids are below `num_ids`. The check reads values, so it is skipped on a GPU and in a graph."""
         if is_host_readable(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
             raise ValueError(
-                f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Set num_ids to the size of the "
-                "vocabulary when you construct the gate, and mask padding that has other ids"
+                f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Construct the gate with num_ids "
+                "set to the vocabulary size, and mask padding tokens with other ids"
             )
 
     @property

@@ -67,7 +67,7 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):
         wanted = (*x.shape[:-1], num_experts)
         raise ValueError(
-            f"logits must return a tensor of shape {wanted}, one logit per token and expert, got "
+            f"`logits` must return a tensor of shape {wanted}, with one logit per token and expert, got "
             f"{describe_shape(logits)}"
         )
     return logits if logits.dtype == torch.float64 else logits.float()

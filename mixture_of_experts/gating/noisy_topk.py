@@ -63,7 +63,7 @@ class NoisyTopKGating(TokenChoiceGate):
         k = super().check_k(k)
         if k >= self.num_experts:
             raise ValueError(
-                f"k must be below num_experts={self.num_experts}, got {k}, because the load of an expert is measured "
+                f"k must be less than num_experts={self.num_experts}, but got {k}; the load of an expert is measured "
                 "against the next best score. Use TopKGating to choose all experts"
             )
         return k

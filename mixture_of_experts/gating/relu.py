@@ -83,7 +83,9 @@ class ReLUGating(TopKGating):
         super().__init__(dim, num_experts, k, balance_over=balance_over, device=device, **fixed, **settings)
         self.mean_choices = mean_choices
         if mean_choices > k:
-            raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}; lower it or increase k")
+            raise ValueError(
+                f"mean_choices must be at most k={k}, got {mean_choices}; decrease mean_choices or increase k"
+            )
         self.register_buffer("l1_coef", torch.full((), INITIAL_L1_COEF, device=device, dtype=torch.float32))
         # numbers of choices and tokens since the last update of the coefficient
         self.register_buffer("choice_counts", torch.zeros(2, dtype=torch.int64, device=device))

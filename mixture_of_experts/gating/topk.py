@@ -441,9 +441,11 @@ def check_logits(logits: Any, bias: bool) -> nn.Module | None:
         return None
     if not isinstance(logits, nn.Module):
         got = f"the class {logits.__name__}; instantiate it first" if isinstance(logits, type) else repr(logits)
-        raise TypeError(f"logits must be a module that maps tokens (..., d) to logits (..., e), or None, got {got}")
+        raise TypeError(f"`logits` must be a module that maps tokens (..., d) to logits (..., e), or None, got {got}")
     if bias:
-        raise ValueError("bias=True cannot be combined with logits, which replaces w_gating; add the bias to logits")
+        raise ValueError(
+            "bias=True cannot be combined with `logits`, which replaces `w_gating`; add the bias to `logits` instead"
+        )
     return logits
 
 
@@ -462,12 +464,12 @@ def check_expert_groups(
     check_size("top_groups", top_groups)
     if num_experts % num_groups:
         raise ValueError(
-            f"num_groups={num_groups} must divide num_experts={num_experts}; pass another number of groups, or None "
-            "for num_groups and top_groups"
+            f"num_groups={num_groups} must divide num_experts={num_experts}; pass a different num_groups, or set "
+            "num_groups and top_groups to None"
         )
     if top_groups > num_groups or top_groups * (num_experts // num_groups) < k:
         raise ValueError(
-            f"top_groups={top_groups} must be at most num_groups={num_groups}, and this many groups must contain at "
-            f"least k={k} of the {num_experts} experts; pass other numbers, or None for both to disable groups"
+            f"top_groups={top_groups} must be at most num_groups={num_groups}, and that many groups must contain at "
+            f"least k={k} of the {num_experts} experts; pass other numbers, or set both to None to disable groups"
         )
     return num_groups, top_groups

@@ -50,7 +50,7 @@ def parse_gate(text: str) -> GateFactory:
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError):
         example = 'TopKGating(k=4, score="sigmoid")'
         raise argparse.ArgumentTypeError(
-            f"expected a gate such as {example}, but got {text!r}; the gates are {', '.join(GATE_CLASSES)}"
+            f"expected a gate such as {example}, but got {text!r}; the available gates are {', '.join(GATE_CLASSES)}"
         ) from None
     return lambda dim, num_experts: kind(dim, num_experts, **settings)
 
@@ -58,7 +58,7 @@ def parse_gate(text: str) -> GateFactory:
 def parse_dtype(text: str) -> torch.dtype:
     """Parse a dtype such as `bfloat16`."""
     if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"expected a dtype of weights ({', '.join(DTYPES)}), but got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected the dtype to be one of {', '.join(DTYPES)}, but got {text!r}")
     return getattr(torch, text)
 
 

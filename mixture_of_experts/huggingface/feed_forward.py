@@ -151,7 +151,7 @@ class MoEFeedForward(Replaced):
         if ids is None or ids.shape != tokens.shape[:-1]:
             got = "was called without ids, as with inputs_embeds" if ids is None else f"has {tuple(ids.shape)} ids"
             raise ValueError(
-                f"{type(self.moe.gate).__name__} needs the ids of {tuple(tokens.shape[:-1])} tokens, but the model "
+                f"{type(self.moe.gate).__name__} requires token ids of shape {tuple(tokens.shape[:-1])}, but the model "
                 f"{got}; call the model with input_ids"
             )
         return {"token_ids": ids}
@@ -186,13 +186,13 @@ class MoEFeedForward(Replaced):
         mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
         if self.masked and unknown is not None and (self.training or not dropless):  # otherwise padding has no effect
-            raise ValueError(f"the router cannot tell which tokens are padding: {unknown}")
+            raise ValueError(f"the router cannot determine which tokens are padding: {unknown}")
         if mask is None or not self.masked:
             return {}
         if mask.numel() * x.shape[-1] != x.numel() or (x.ndim == 3 and mask.shape != x.shape[:-1]):
             raise ValueError(
-                f"the attention mask is for {tuple(mask.shape)} tokens, but the feed-forward network got "
-                f"{tuple(x.shape[:-1])} tokens; call it once, with all tokens of the forward pass"
+                f"the attention mask has shape {tuple(mask.shape)}, but the feed-forward network received tokens of "
+                f"shape {tuple(x.shape[:-1])}; call the network once, with all tokens of the forward pass"
             )
         return {COUNTED if dropless and COUNTED in get_side_inputs(self.moe.gate) else "mask": mask}
 

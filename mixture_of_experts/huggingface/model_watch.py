@@ -272,9 +272,9 @@ class ModelWatch(ForwardWatch):
         ):
             self.warned = True
             warnings.warn(
-                "gradients reached the outputs of feed-forward networks, but not their auxiliary loss, so the experts "
-                f"will not stay balanced: {type(model).__name__} returned no loss that includes it, or another loss "
-                "was used. With label smoothing or a custom loss, add aux_loss(model) to the loss",
+                "gradients reached the outputs of feed-forward networks but not their auxiliary loss, so the experts "
+                f"will not stay balanced. Either the loss returned by {type(model).__name__} does not include it, or "
+                "another loss was used. With label smoothing or a custom loss, add aux_loss(model) to the loss",
                 stacklevel=2,
             )
 
@@ -285,8 +285,8 @@ def check_adapters_loaded(model: nn.Module) -> None:
     quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
     if quantized and (missed := [name for name in find_missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
         raise ValueError(
-            f"{type(model).__name__} has no adapters for {', '.join(missed)} of target_parameters, because these "
-            "experts are quantized; load the model again, and load the adapters within weights_shown(model)"
+            f"{type(model).__name__} has no adapters for {', '.join(missed)} in target_parameters, because these "
+            "experts are quantized; reload the model, and load the adapters within weights_shown(model)"
         )
 
 
@@ -295,8 +295,8 @@ def warn_unsaved_routers(model: nn.Module) -> None:
     routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
     if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(
-            f"the routers in {', '.join(lost)} were initialized in memory, and the adapters of {type(model).__name__} "
-            "do not save them; a newly created model would have different ones. Save the model and load it "
+            f"the routers in {', '.join(lost)} were initialized in memory and are not saved with the adapters of "
+            f"{type(model).__name__}, so a newly created model would have different routers. Save and reload the model "
             "(save_pretrained, from_pretrained) before adding adapters, list the gates in "
             "LoraConfig(modules_to_save=['gate']), or merge the adapters at the end and save the whole model",
             stacklevel=2,

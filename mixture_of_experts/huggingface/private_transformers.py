@@ -104,8 +104,8 @@ def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
         raise make_shape_error(name, stored, expected)
     for name in sorted(found.conversion_errors):  # for example, experts of different shapes cannot be stacked
         raise ValueError(
-            f"the files have weights for {name} that do not match the shapes in config.json; download both again, or "
-            "correct config.json"
+            f"the stored weights of {name} do not match the shapes in config.json; download both again, or correct "
+            "config.json"
         )
 
 

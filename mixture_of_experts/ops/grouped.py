@@ -154,8 +154,8 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
         )
     if counts is not None and (counts.shape != (e,) or counts.dtype != torch.int64):
         raise ValueError(
-            f"num_tokens_per_expert must be int64 of shape ({e},), the number of rows of each expert, got "
-            f"{counts.dtype} of shape {tuple(counts.shape)}"
+            f"num_tokens_per_expert must be an int64 tensor of shape ({e},) with the number of rows of each expert, "
+            f"got {counts.dtype} of shape {tuple(counts.shape)}"
         )
 
 
@@ -164,7 +164,7 @@ def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
-            f"num_tokens_per_expert must be nonnegative and add up to at most {num_rows}, the rows of x, got {counts}"
+            f"num_tokens_per_expert must be nonnegative and add up to at most the {num_rows} rows of x, got {counts}"
         )
     return counts
 

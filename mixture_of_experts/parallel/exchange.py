@@ -199,7 +199,7 @@ def exchange_counts(
             raise ValueError(
                 f"expert parallelism: rank {rank} sends {describe_call(other)}, but rank {channel.group.rank()} sends "
                 f"{describe_call(call)}. All ranks must call the layer with the same mode, dtype and model dimension, "
-                "and either all with gradients or all without"
+                "and gradients must be enabled on all ranks or on none"
             )
     check_fingerprints([row[-4:-2] for row in table])
     return [row[-2] for row in table], [row[-1] for row in table], received

@@ -108,8 +108,8 @@ def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
 def check_mesh(mesh: DeviceMesh) -> None:
     if mesh.ndim != 1:
         raise ValueError(
-            f"ExpertParallel requires a 1-D mesh, got {mesh.ndim} dimensions {mesh.mesh_dim_names}; slice the mesh, as "
-            "in mesh['ep']"
+            f"ExpertParallel requires a 1-D mesh, got a mesh with {mesh.ndim} dimensions {mesh.mesh_dim_names}; slice "
+            "the mesh, as in mesh['ep']"
         )
 
 
@@ -118,7 +118,7 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
     over the mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
-            f"ExpertParallel must be applied to a MoE or HeirarchicalMoE, got {type(module).__name__}; use a plan key "
+            f"ExpertParallel must be applied to an MoE or HeirarchicalMoE, got {type(module).__name__}; use a plan key "
             "that matches the layer itself"
         )
     path, experts = find_experts_to_shard(module)
@@ -126,8 +126,8 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
         raise ValueError("the experts of this layer are already sharded; apply ExpertParallel only once")
     if isinstance(experts, ExpertList):
         raise TypeError(
-            "a list of modules cannot be sharded over ranks; stack its weights in Experts, or in a custom module whose "
-            "parameters have the experts as their first dimension"
+            "a list of modules cannot be sharded across ranks; stack its weights in Experts, or in a custom module "
+            "whose parameters have the experts as their first dimension"
         )
     dims = check_sizes("num_experts", module.num_experts)
     check_divisible(dims, mesh)
@@ -180,9 +180,8 @@ def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Co
     if not names & parameters.keys():
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
-            f"{type(experts).__name__} must have parameters whose first dimensions are the {dims} experts, got "
-            f"{shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the model that is not "
-            "quantized"
+            f"{type(experts).__name__} must have parameters whose first dimensions are {dims}, the expert dimensions, "
+            f"got {shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the unquantized model"
         )
     return frozenset(names)
 

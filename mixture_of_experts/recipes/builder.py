@@ -219,7 +219,7 @@ def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str,
     extra = f" plus {spare} zero-computation experts" if spare else ""
     raise ValueError(
         f"num_experts={e}{extra} must exceed the published model's k={k} choices per token; increase num_experts, or "
-        f"pass another k, such as k={max(total // 4, 1)} (k={total} if every expert should compute every token)"
+        f"pass another k, such as k={max(total // 4, 1)} (or k={total} to send every token to every expert)"
     )
 
 

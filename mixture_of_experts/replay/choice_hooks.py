@@ -75,7 +75,7 @@ class ChoiceHooks:
             return None
         if GIVEN in kwargs:
             raise ValueError(
-                f"the caller of {point.name!r} passes {GIVEN} during a replay; either replay choices or pass them"
+                f"{GIVEN} was passed to {point.name!r} during a replay; either replay choices or pass them, not both"
             )
         given = [
             values.view(*x.shape[:-1], point.k) for values in self.supply_choices(point, call, sizes, mask, x.device)
@@ -96,7 +96,7 @@ class ChoiceHooks:
         """Replace the forward of an external block."""
         call = sequences.current_call(point)
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph; compile without fullgraph=True")
+            raise RuntimeError(f"the choices of {point.name!r} cannot be traced; compile without fullgraph=True")
         if call is None and not (self.is_replay and is_recomputing()):
             return forward(*args, **kwargs)
         hidden = (*args, *kwargs.values())[0]
@@ -112,7 +112,7 @@ class ChoiceHooks:
             external: Any = point.router.external
             raise TypeError(
                 f"{type(point.hook_target).__name__} at {point.name!r} does not choose its {point.k} of "
-                f"{point.num_experts} experts with torch.topk, so its choices can be neither recorded nor replayed; "
+                f"{point.num_experts} experts with torch.topk, so its choices cannot be recorded or replayed; "
                 f"{external.remedy}"
             )
         if call is not None:

@@ -74,17 +74,17 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         # what a recording stored for each forward pass, keyed by gate
         self._unread: list[dict[str, RecordedForward]] = []
         if not self._experts:
-            raise ValueError("experts is empty; pass a list of records for each gate")
+            raise ValueError("`experts` is empty; pass a list of records for each gate")
         wanted, got = (
             {name: [tuple(record.shape) for record in of] for name, of in kept.items()}
             for kept in (self._experts, self._weights or self._experts)
         )
         if wanted != got:
-            raise ValueError(f"expected weights to have the shapes {wanted} of the choices, but got {got}")
+            raise ValueError(f"expected `weights` to have the same shapes as the choices, {wanted}, but got {got}")
         if len(set(map(len, wanted.values()))) > 1 or any(len({k for _, k in of}) > 1 for of in wanted.values()):
             raise ValueError(
-                "expected all gates to have equally many sequences, each with one number of choices per gate, but got "
-                f"{wanted}"
+                "expected all gates to have the same number of sequences, and all sequences of a gate to have the same "
+                f"k, but got {wanted}"
             )
 
     @property
@@ -161,7 +161,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers) or any(cut is not None and cut < 0 for cut in cuts):
             raise ValueError(
-                f"expected tokens to be {len(numbers)} nonnegative numbers, one per sequence, but got {tokens}"
+                f"expected `tokens` to be {len(numbers)} nonnegative numbers, one per sequence, but got {tokens}"
             )
         if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
             raise IndexError(f"there is no sequence {wrong[0]}; there are {self.num_sequences} sequences")
@@ -233,7 +233,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 file.seek(0)
                 found = torch.load(file, weights_only=True, map_location="cpu")
                 if found["format"] != RECORDS_FORMAT:
-                    raise ValueError(f"its format is {found['format']!r}, but should be {RECORDS_FORMAT!r}")
+                    raise ValueError(f"expected the format {RECORDS_FORMAT!r}, but got {found['format']!r}")
                 return cls(found["experts"], found["num_experts"], found["weights"])
             except Exception as error:  # for a truncated file torch.load raises OSError, EOFError, TypeError and others
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
@@ -262,7 +262,7 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], bool]) -> dict[str, list[Tensor]]:
     """Check that each gate has a list of tensors `(s, k)` of the required kind. Return these lists, keyed by gate."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"expected {name} to be a dict from gates to records, but got a {type(given).__name__}")
+        raise TypeError(f"expected {name} to be a dict that maps gates to records, but got a {type(given).__name__}")
     found = {gate: list(of) if isinstance(of, Iterable) else [of] for gate, of in given.items()}
     for gate, sequences in found.items():
         for record in sequences:
@@ -303,7 +303,7 @@ def append_forwards(
         have = [len(record) for record in records[max(first, 0) :]]
         if first < 0 or any(map(int.__lt__, have, read)):
             raise RuntimeError(
-                f"{name!r}: a forward pass continues after {read} tokens of its sequences, but {have} were recorded"
+                f"{name!r}: a forward pass continues its sequences after {read} tokens, but {have} tokens were recorded"
             )
         for place, row, number in zip(range(first, len(records)), rows, read, strict=True):
             records[place] = torch.cat([records[place][:number], row])  # the cache may have been cropped
@@ -335,7 +335,7 @@ def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
         raise ValueError(
-            f"expected requests to be arrays (tokens, layers, k) of the same layers, but got {numbers} layers"
+            f"expected requests to be arrays (tokens, layers, k) with the same number of layers, but got {numbers}"
         )
     return {str(i): list(of_gate) for i, of_gate in enumerate(zip(*arrays, strict=True))}
 

@@ -155,8 +155,8 @@ class SequenceCall(ForwardCall):
             )
         if mask is not None and mask.dtype != torch.bool and not starts_sequences(self.num_seen):
             raise ValueError(
-                f"{point.name!r} got {SEGMENT_IDS} in a forward pass that continues a cache, whose sequences are rows; "
-                "record and replay packed rows without a cache (use_cache=False)"
+                f"{point.name!r} received {SEGMENT_IDS} in a forward pass that continues a cache, but each row of a "
+                "cache must be a single sequence; record and replay packed rows without a cache (use_cache=False)"
             )
         self.layer_path, self.entered_gates[point.name] = point.layer_path, (sizes, mask)
 
@@ -188,9 +188,9 @@ class SequenceWatch(ForwardWatch):
         if missing or not call.choices:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
-                f"hooks saw a forward pass that ran {what}. If a part of the model was compiled and called before, its "
-                "graph has no hooks; call torch.compiler.reset() first, or enter the context before the first compiled "
-                "call"
+                f"according to its hooks, the forward pass ran {what}. If part of the model was compiled and called "
+                "before, its graph has no hooks; call torch.compiler.reset() first, or enter the context before the "
+                "first compiled call"
             )
         keys = self.reader.get_cached_keys(call.cache)
         self.last_cache = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
@@ -207,8 +207,8 @@ class SequenceWatch(ForwardWatch):
             return
         if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
             raise RuntimeError(
-                "the sequences of the cache were swapped between two forward passes, as in beam search (num_beams > "
-                "1), so their choices can be neither recorded nor replayed; generate without beams, or run the "
+                "the sequences in the cache were reordered between two forward passes, as in beam search (num_beams > "
+                "1), so their choices cannot be recorded or replayed; generate without beam search, or run the "
                 "finished sequences once more"
             )
 
@@ -217,7 +217,7 @@ class SequenceWatch(ForwardWatch):
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(
-                f"{point.name!r} ran outside of a forward pass of the given module; pass the module that you call"
+                f"{point.name!r} ran outside a forward pass of the given module; pass the module that you actually call"
             )
         return call
 

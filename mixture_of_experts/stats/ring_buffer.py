@@ -158,8 +158,8 @@ class GateRingBuffer:
         if call is None:
             if not self.counter.was_called and (compiling or threading.get_ident() == self.counter.thread_id):
                 raise RuntimeError(
-                    f"{self.name!r} ran outside of a forward pass of the module passed to track_routing; pass the "
-                    "module that you call"
+                    f"{self.name!r} ran outside a forward pass of the module passed to track_routing; pass the module "
+                    "that you actually call"
                 )
             return  # a recomputation, or a forward pass that another thread started before the context
         # a graph cannot read the tensors of `call`, which was created outside of it

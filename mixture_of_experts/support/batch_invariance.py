@@ -105,7 +105,7 @@ def check_batch_invariant(x: Tensor, **parts: nn.Module | None) -> None:
 def raise_not_invariant(name: str, reason: str) -> None:
     """Raise ValueError for a part of a layer that is not known to be invariant. The reason includes a remedy."""
     raise ValueError(
-        f"{BATCH_INVARIANT!r} is requested, but the part {name} is not known to be batch-invariant: {reason}. "
+        f"{BATCH_INVARIANT!r} is requested, but the layer part {name} is not known to be batch-invariant: {reason}. "
         "Alternatively, request 'auto'"
     )
 
@@ -203,7 +203,7 @@ def _sample_block_rows(
             if all(is_bitwise_equal(compute, x, y, operands, whole, *piece) for piece in iter_pieces(size)):
                 return size
     raise RuntimeError(
-        f"{BATCH_INVARIANT!r} is requested, but products of {dtype}, {p} x {q}, with {threads} threads on this CPU "
+        f"{BATCH_INVARIANT!r} is requested, but with {threads} threads on this CPU, {p} x {q} products in {dtype} "
         f"depend on the batch for all block sizes up to {BLOCK_SIZES[-1]}; use another number of threads, or 'auto'"
     )
 
@@ -309,7 +309,7 @@ def find_max_rows(block: int, width: int) -> int:
         return block << 40
     if block * width >= GRAIN_SIZE:
         raise ValueError(
-            f"{BATCH_INVARIANT!r} is requested, but a width of {width} needs blocks of {block} rows, which would be "
+            f"{BATCH_INVARIANT!r} is requested, but a width of {width} requires blocks of {block} rows, which would be "
             f"split among threads; call torch.set_num_threads(1), or use a width that is a multiple of {VECTOR_NUMEL}"
         )
     return (GRAIN_SIZE - 1) // (block * width) * block

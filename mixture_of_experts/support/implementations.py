@@ -122,4 +122,4 @@ def run_first_supported(part: str, implementations: Mapping[str, Any], *call: An
             "calls to the end of the table, as in TokenChoiceGate.implementations"
         )
     reason = reasons.get(requested, "it is not available for this kind of network")
-    raise ValueError(f"{requested!r} is requested, but does not support this call: {reason}; request 'auto' instead")
+    raise ValueError(f"{requested!r} is requested, but it does not support this call: {reason}; request 'auto' instead")

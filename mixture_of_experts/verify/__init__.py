@@ -69,7 +69,7 @@ def verify(
     """
     names = {each.name for each in _ALL_PROPERTIES if not each.is_opt_in} if properties is None else set(properties)
     if unknown := names - set(PROPERTIES):
-        raise ValueError(f"unknown properties {sorted(unknown)}; the properties are {sorted(PROPERTIES)}")
+        raise ValueError(f"unknown properties {sorted(unknown)}; the available properties are {sorted(PROPERTIES)}")
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with preserve_settings():  # protects other measurements and the caller

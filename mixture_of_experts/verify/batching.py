@@ -170,7 +170,7 @@ def every_choice(trial: Trial) -> Deviations:
     choosing = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf).amin(dim=-1)
     own = choosing.isfinite() & reached.any(dim=0)
     if not own.any():
-        raise NotApplicableError("no weights belong to a single expert")
+        raise NotApplicableError("the module has no weights that belong to a single expert")
     lost = 1 - (reached.sum(dim=0)[own].sum() / choosing[own].sum()).item()
     yield Deviation(lost, f"{lost:.1%} of the choices reach no weights of their own")
 

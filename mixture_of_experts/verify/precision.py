@@ -29,7 +29,7 @@ MAX_CHANGED_SHARE = (
 @layer_property("gradients match finite differences in float64", limit=GRADIENT_TOLERANCE)
 def gradients(trial: Trial) -> Deviations:
     if trial.limit > GRADIENT_TOLERANCE:
-        raise NotApplicableError("it computes with fewer digits than finite differences need")
+        raise NotApplicableError("its precision is too low for finite differences")
     module, x = convert_module(trial, torch.float64), trial.make_tokens(dtype=torch.float64)
     randomize_zero_parameters(module, trial.case.seed)
     found, weights = trial.step(x, module=copy.deepcopy(module)), make_output_weights(x)

@@ -236,7 +236,9 @@ def infer_width(trial: Trial) -> int:
             replace(trial, dim=size).forward()
             found.append(size)
     if len(found) != 1:
-        raise ValueError(f"tokens of {type(trial.module).__name__} could have any of the widths {found}; pass dim=")
+        raise ValueError(
+            f"cannot infer the token width of {type(trial.module).__name__} from the candidates {found}; pass dim="
+        )
     return found[0]
 
 

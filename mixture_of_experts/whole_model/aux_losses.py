@@ -108,9 +108,9 @@ class AuxLosses:
         losses = self._training or self._evaluation
         if not losses:
             raise RuntimeError(
-                "no auxiliary loss was collected; call the model that was passed to collect_aux inside the context and "
-                "in its thread, then call take() once. If the model was compiled and called before, its graph has no "
-                "hooks; enter collect_aux before the first compiled call"
+                "no auxiliary loss was collected. Inside the context and in its thread, call the model that was passed "
+                "to collect_aux, and then call take() once. If the model was compiled and called before, its graph has "
+                "no hooks; enter collect_aux before the first compiled call"
             )
         total = sum_losses(losses)
         self._training.clear()
@@ -150,8 +150,8 @@ class AuxLossCollector(ForwardWatch):
             if not layer.training or not torch.is_grad_enabled():
                 return  # not a training pass
             raise RuntimeError(
-                f"a {type(layer).__name__} ran outside of a forward pass of the module passed to collect_aux; pass the "
-                "module that you call"
+                f"a {type(layer).__name__} ran outside a forward pass of the module passed to collect_aux; pass the "
+                "module that you actually call"
             )
         if not (isinstance(output, tuple) and len(output) > 1):
             raise TypeError(

@@ -64,7 +64,7 @@ def test_several_adapters_of_such_a_class(tmp_path):
             again.set_adapter("second")
             assert torch.equal(get_logits(again, given), wanted)
         else:
-            with pytest.raises(ValueError, match="if it is for this model, load it before all other adapters"):
+            with pytest.raises(ValueError, match="If it is for this model, load it before any other adapter"):
                 again.load_adapter(str(tmp_path / name), adapter_name="second")
 
 

@@ -212,7 +212,7 @@ def check_pickling_says_what_to_do() -> None:
     layer = parallelize_model(make_layer("top2"), make_mesh())
     for pickled in (layer, nn.ModuleDict({"ffn": layer})):
         for write in (pickle.dumps, lambda module: torch.save(module, io.BytesIO())):
-            with pytest.raises(TypeError, match=r"only a part of its .* with torch\.distributed\.checkpoint, or"):
+            with pytest.raises(TypeError, match=r"holds only some of its .* with torch\.distributed\.checkpoint, or"):
                 write(pickled)
     assert repr(copy.deepcopy(layer.experts)) == repr(layer.experts)
 

@@ -375,7 +375,7 @@ KINDS: dict[str, Kind] = {
         lambda e: noisy_routers(e) if e > 1 else st.just(Router("noisy", {"k": 1})),
         lambda gate, given, common: reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common),
         draws=lambda given, mode: "noise" if mode == "train" else None,
-        refused=lambda k, e: rf"k must be below num_experts={e}, got {k}" if k >= e else None,
+        refused=lambda k, e: rf"k must be less than num_experts={e}, but got {k}" if k >= e else None,
         is_in_tables={"NoisyTopK": lambda d, e: NoisyTopKGating(d, e, k=2)},
         row=f"`NoisyTopKGating` | a token, k experts, by noisy scores | {DEFAULT_KINDS} | two losses",
     ),

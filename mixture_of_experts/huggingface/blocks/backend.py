@@ -41,9 +41,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     for weight in (first, down):
         if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in BACKEND_DTYPES:
             raise TypeError(
-                f"experts_implementation={BACKEND_NAME!r} expects plain weights of dtype "
-                f"{', '.join(map(str, BACKEND_DTYPES))}, but got {type(weight).__name__} of {weight.dtype}; load the "
-                "model with another experts_implementation"
+                f"experts_implementation={BACKEND_NAME!r} requires plain weight tensors of dtype "
+                f"{', '.join(map(str, BACKEND_DTYPES))}, but got {type(weight).__name__} of dtype {weight.dtype}; load "
+                "the model with another experts_implementation"
             )
     if not self.is_transposed:
         first, down = first.mT, down.mT  # (e, in, out), as views

@@ -117,13 +117,13 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
     name: Any = model.active_adapter if adapter is None else adapter
     config = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None:
-        raise ValueError(f"there is no adapter {name!r}; pass adapter= as one of {', '.join(model.peft_config)}")
+        raise ValueError(f"there is no adapter {name!r}; set adapter= to one of {', '.join(model.peft_config)}")
     if config.peft_type != "LORA":
-        raise ValueError(f"only LoRA adapters can be saved, but the adapter {name!r} is {config.peft_type.value}")
+        raise ValueError(f"only LoRA adapters can be saved, but the adapter {name!r} has type {config.peft_type.value}")
     if missing := find_missed_targets(model):
         raise ValueError(
-            f"the adapter {name!r} lacks {', '.join(missing)} of target_parameters, because PEFT found no such "
-            "weights; correct the names: experts of this package have w1, w3 and w2"
+            f"the adapter {name!r} lacks {', '.join(missing)} from target_parameters, because PEFT found no such "
+            "weights; correct the names: experts in this package have the weights w1, w3 and w2"
         )
     return name
 
@@ -145,8 +145,8 @@ def write_for_layers(found: StockAdapter, folder: Path, settings: Mapping[str, A
     """Write the adapter for the model that `from_transformers` creates from the stock model."""
     if found.whole_modules:
         raise ValueError(
-            f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which can be converted "
-            "only if the base model is a stock model; train without modules_to_save"
+            f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which can be "
+            "converted only if the base model is a stock model; train without modules_to_save"
         )
     replace_blocks(found.model, {path: {"balance_over": "batch"} for path in find_sparse_blocks(found.model)})
     stacks = {}
@@ -180,8 +180,8 @@ def write_with_peft(
     wrappers = find_wrappers(adapted)
     if wrappers.keys() != ranks.keys():
         raise ValueError(
-            f"PEFT would adapt other parts of {type(found.model).__name__}, which differ in "
-            f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}; adapt only experts and attention"
+            f"PEFT would not adapt the same modules of {type(found.model).__name__} (the difference is "
+            f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}); adapt only experts and attention"
         )
     if not find_layers(found.model):
         check_loads(adapted.get_base_model())
@@ -202,8 +202,8 @@ def check_loads(stock: Any) -> None:
     names = [name for name, _ in stock.named_parameters() if ".lora_" in name]
     for renamed in find_renamed_weights(stock, names, "default"):
         raise ValueError(
-            f"when loading the adapter, PEFT would look for {renamed}, which {type(stock).__name__} does not have, and "
-            "ignore these weights; call merge_and_unload() and save the whole model"
+            f"PEFT would load weights of the adapter as {renamed}, which {type(stock).__name__} does not have, and "
+            "ignore them; call merge_and_unload() and save the whole model"
         )
 
 
@@ -259,8 +259,8 @@ def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, A
     """Write factors for each expert and projection, with zeros for those without an adapter, which vLLM requires."""
     if found.whole_modules:
         raise ValueError(
-            f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which engines do not read "
-            "from adapters; call merge_and_unload() and export the model, or train without modules_to_save"
+            f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which engines do "
+            "not read from adapters; call merge_and_unload() and export the model, or train without modules_to_save"
         )
     pairs = dict(found.linear)
     for path, updates in found.experts.items():

@@ -61,7 +61,9 @@ def read_adapter(model: Any, adapter: str) -> StockAdapter:
         path = strip_wrappers(name)
         if isinstance(module, layer.LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}:
             if not is_plain_lora(module, adapter):
-                raise ValueError(f"{path} has a variant of LoRA, such as DoRA or biases, but only A and B can be saved")
+                raise ValueError(
+                    f"{path} uses a LoRA variant, such as DoRA or biases, but only the matrices A and B can be saved"
+                )
             if isinstance(module, layer.ParamWrapper):
                 add_expert_update(found, layers, path, module, adapter)
             else:
@@ -116,8 +118,8 @@ def add_expert_update(
     e = len(found.blocks[experts].experts.down_proj)
     if not updates or len(left) != e:
         raise ValueError(
-            f"{path}.{name} {tuple(wrapper.get_param().shape)} has an adapter, but {experts} of "
-            f"{type(found.model).__name__}, with {e} experts, has no such weight"
+            f"{path}.{name} of shape {tuple(wrapper.get_param().shape)} has an adapter, but the {e} experts at "
+            f"{experts} in {type(found.model).__name__} have no corresponding weight"
         )
     found.experts.setdefault(experts, {}).update(updates)
 
@@ -212,7 +214,7 @@ def find_router(block: nn.Module) -> str:
     path = next(iter(paths))
     if len(paths) > 1 or not path:
         raise ValueError(
-            f"the weights of the router of a {type(block).__name__} are not in one module, so an adapter cannot hold "
+            f"{type(block).__name__} does not keep its router weights in a single module, so an adapter cannot store "
             "them; call merge_and_unload() and save the whole model"
         )
     return path

@@ -77,8 +77,8 @@ class ParamWrapper(layer.ParamWrapper):
     def check_not_quantized(self, what: str) -> None:
         if isinstance(experts := self.get_base_layer(), QuantizedExperts):
             raise ValueError(
-                f"adapters cannot {what}, because {self.parameter_name} is quantized to {experts.bits} bits; keep "
-                "adapters separate, or load them into the model that is not quantized and merge there"
+                f"adapters cannot {what}, because {self.parameter_name} is quantized to {experts.bits} bits; keep the "
+                "adapters separate, or load them into the unquantized model and merge them there"
             )
 
     def combine_factors(self, adapters: list[str]) -> LowRankFactors:

@@ -43,7 +43,7 @@ class TracedTensor(Tensor):
             numbers.sources = source
         written = isinstance(out, Tensor) and any(type(value) is Tensor and value.is_set_to(out) for value in args)
         if written or out is None or isinstance(out, float):
-            raise TypeError(f"{func} reads numbers or writes them into another tensor, where they cannot be traced")
+            raise TypeError(f"{func} reads values or writes them into another tensor, so it cannot be traced")
         return out
 
 
@@ -173,7 +173,7 @@ class BlockTracer(GraphAppendingTracer):
     def to_bool(self, obj: Proxy) -> bool:
         """Return False for conditions on values, such as checks for infinities."""
         if len(self.graph.nodes) > 5000:
-            raise TraceError("it has a data-dependent loop")
+            raise TraceError("the network has a data-dependent loop")
         return False
 
     def create_arg(self, a: Any) -> Any:

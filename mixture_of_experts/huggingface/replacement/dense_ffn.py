@@ -150,8 +150,8 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
     """Raise if a `device_map` left weights on disk or in another memory, because the modules do not hold them."""
     if any(map(is_offloaded, module.modules())):
         raise ValueError(
-            f"the weights of {name} are not in memory because of the model's device_map; load the model without it, or "
-            "convert its folder with python -m mixture_of_experts.huggingface"
+            f"the weights of {name} are not in memory because of the model's device_map; load the model without a "
+            "device_map, or convert its folder with python -m mixture_of_experts.huggingface"
         )
 
 
@@ -169,8 +169,8 @@ def check_not_wrapped(model: nn.Module) -> None:
     """Raise for a wrapper of a model, because the model inside is what loads, saves and returns a loss."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
-            f"{type(model).__name__} is a wrapper; change the model inside it (PEFT's get_base_model(), _orig_mod of "
-            "torch.compile, module of DDP), or change the model before wrapping it"
+            f"{type(model).__name__} is a wrapper; modify the wrapped model (get_base_model() for PEFT, _orig_mod for "
+            "torch.compile, module for DDP), or modify the model before wrapping it"
         )
 
 
@@ -178,8 +178,8 @@ def check_not_packed(model: nn.Module) -> None:
     """Raise if the weights of a model are packed as in a GGUF file."""
     if any(map(is_packed_gguf, model.modules())):
         raise ValueError(
-            f"{type(model).__name__} holds weights packed as in its GGUF file; load it with quantization_config="
-            "GgufConfig(dequantize=True)"
+            f"the weights of {type(model).__name__} are still packed in GGUF format; load the model with "
+            "quantization_config=GgufConfig(dequantize=True)"
         )
 
 
@@ -209,7 +209,7 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
     if not plain or (slot and type(layer).forward not in (nn.Linear.forward, Conv1D.forward)):
         raise TypeError(
             f"expected {name} to be an nn.Linear, but it is a {type(layer).__name__}; replace feed-forward networks "
-            "before quantizing or sharding the model or adding adapters to it"
+            "before quantizing the model, sharding it, or adding adapters"
         )
 
 

@@ -146,7 +146,7 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
             shutil.copy2(found, folder / name)
     if faults := list(find_engine_faults(config)):
         warnings.warn(
-            f"not every engine computes the same as transformers for this {config['model_type']}: "
+            f"some engines do not compute the same outputs as transformers for {config['model_type']}: "
             f"{'; '.join(faults)}. docs/published_mixtures.md lists what each engine supports",
             stacklevel=3,
         )

@@ -175,7 +175,9 @@ def plan_export(model: Any) -> ExportPlan:
     if not layers:
         raise ValueError(f"{name} has no layers with experts, so there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
-        raise ValueError(f"{name} has layers that replaced blocks; use to_transformers to convert it to a stock model")
+        raise ValueError(
+            f"{name} has layers created by from_transformers; use to_transformers to convert it to a stock model"
+        )
     check_plain_weights(model, name)
     check_not_wrapped(model)
     found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # for example, LlamaForCausalLM
@@ -191,7 +193,7 @@ def plan_export(model: Any) -> ExportPlan:
         if not problems:
             return ExportPlan(stock, layers, target)
         reasons.append(f"{target.prefix}: {', '.join(problems)}")
-    raise ValueError(f"{name} has properties without a counterpart in {'; '.join(reasons)}")
+    raise ValueError(f"no transformers class supports all properties of {name}. Unsupported: {'; '.join(reasons)}")
 
 
 def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPath, stock: Any) -> Iterator[str]:

@@ -171,8 +171,8 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
     for path, value in changes.items():
         if path not in known or not is_json_value(value):
             raise ValueError(
-                f"config.json changes {path!r} to {value!r}, but this is not a valid setting and value for a layer "
-                f"with experts; the settings of this layer are {', '.join(known)}"
+                f"config.json sets {path!r} to {value!r}, but the layer has no such setting or does not accept this "
+                f"value; its settings are {', '.join(known)}"
             )
     for path, value in changes.items():
         parent, _, name = path.rpartition(".")
@@ -190,7 +190,7 @@ def naming_rejected_entries(changes: Mapping[str, Any]) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         named = ", ".join(f"{path!r} to {value!r}" for path, value in changes.items())
-        raise ValueError(f"config.json changes {named}, which this layer does not accept: {error}") from error
+        raise ValueError(f"config.json sets {named}, which this layer does not accept: {error}") from error
 
 
 def return_unchanged(name: str, value: Any) -> Any:
