@@ -18,7 +18,7 @@ from mixture_of_experts.support.batch_invariance import call_module_batch_invari
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
 from mixture_of_experts.support.private_torch import unsafe_view
 
-MAX_GROUP_SHRINKAGE = 16  # raise ValueError if groups are more than this many times shorter than requested
+MAX_GROUP_SHRINKAGE = 16  # a ValueError is raised if groups are more than this many times shorter than requested
 
 
 def mask_and_group(
@@ -84,7 +84,7 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     it divides the number of positions. Warn if n is less than half of `group_size`.
     """
     groups = max(1, num_positions // group_size)
-    length = num_positions // groups  # below 2 * group_size, so the search is short
+    length = num_positions // groups  # this is below 2 * group_size, so the search is short
     while length and num_positions % length:
         length -= 1
     groups = num_positions // length if length else groups

@@ -211,7 +211,7 @@ def occupied(combine: Tensor) -> Tensor:
     return (combine != 0).to(combine.dtype)
 
 
-#: names of fields in exported programs of earlier versions, in which "chosen" denoted what is now `sent`
+#: field names in programs exported by earlier versions, in which "chosen" denoted what is now `sent`
 EXPORTED_NAMES = {"sent": "chosen", "mask": "real", "padding_weight": "uncounted", "chosen": "weighed"}
 register_dataclass(Routing, "mixture_of_experts.Routing", EXPORTED_NAMES)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SEGMENT_IDS = "segment_ids"  # name of the argument of layers and gates
-UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # many operators, such as sort, lack kernels for some of these
+SEGMENT_IDS = "segment_ids"  # argument name in layers and gates
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # many operators, such as sort, lack kernels for some of them
 
 
 @dataclass(frozen=True, eq=False)
