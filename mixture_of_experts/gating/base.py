@@ -127,7 +127,7 @@ class Gate(FixedShapeModule):
     outer_expert_dims: tuple[int, ...]
 
     shape_attributes: ClassVar[tuple[str, ...]] = ("dim", "num_experts", "outer_expert_dims")
-    #: names of the side inputs that the gate reads; all gates accept `router_input` `(..., n, d)`, which replaces x
+    #: names of the side inputs that the gate reads; every gate accepts `router_input` `(..., n, d)`, which replaces x
     side_inputs: ClassVar[tuple[str, ...]] = ("router_input",)
     #: names of the losses that the gate computes only on request, as in `gate(x, losses=names)`
     optional_losses: ClassVar[tuple[str, ...]] = ()
@@ -213,7 +213,7 @@ class Gate(FixedShapeModule):
         if importance is not None:
             check_importance(importance, x.shape[:-1])
             makes_all_choices, makes_any_choice = importance == 1, importance > 0
-        if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed, but does not count
+        if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed but not counted
             self._check_counted(counted, x, importance, mask)
             mask = counted
         elif mask is not None:
@@ -287,19 +287,19 @@ class TokenChoiceGate(Gate):
     k: int
 
     #: `counted` `(..., n)` bool replaces the mask of a dropless gate. Tokens where it is False are padding: their
-    #: choices are computed, without gradient for the router, but excluded from all losses, statistics and counts.
-    #: `given_weights` `(..., n, k)` replace the weights of choices, or NaN to keep a weight; gradients flow to the
-    #: gate's own weights. `segment_ids` `(..., n)` are integers for packed rows: the tokens of a row with equal ids
-    #: form a document, which is a group
+    #: choices are computed, without gradients for the router, but are excluded from all losses, statistics and counts.
+    #: `given_weights` `(..., n, k)` replaces the weights of choices; NaN keeps a weight, and gradients flow to the
+    #: gate's own weights. `segment_ids` `(..., n)` contains integers for packed rows: tokens in a row with equal ids
+    #: form a document, which becomes a group
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: implementations by name, fastest first. Each has `unsupported_reason(gate, tokens)`, which returns why it does
-    #: not support the call, or None, and must check `tokens.segments`; and `run(gate, tokens)`, which returns the
+    #: implementations, keyed by name, fastest first. Each has two functions: `unsupported_reason(gate, tokens)` returns
+    #: why it does not support the call, or None, and must check `tokens.segments`; `run(gate, tokens)` returns the
     #: `Routing`. The last implementation, "operators", calls `decide`
     implementations: ClassVar[Mapping[str, Any]] = {
         "operators": Implementation(lambda gate, tokens: None, lambda gate, tokens: gate.decide_and_route(tokens))
     }
-    balance_over: BalanceOver = "group"  #: the tokens over which the balancing loss of `decide` computes means
+    balance_over: BalanceOver = "group"  #: the tokens over which the balancing loss of `decide` is averaged
     #: whether the capacity factor refers to choices (True) or to tokens (False, in `Top2Gating`)
     capacity_per_choice = True
     capacity_factor_train: CapacityFactor = CapacityFactor()
@@ -308,7 +308,7 @@ class TokenChoiceGate(Gate):
     _capacity_factor_eval: tuple[int, int] | None
     min_expert_capacity: int = checked_setting(check_size)
     priority: Priority = checked_setting(check_choice, allowed=PRIORITIES)
-    #: "balanced" or "random" if experts are forced (see `force_routing`), None if the gate chooses them
+    #: "balanced" or "random" if experts are forced (see `force_routing`); None if the gate chooses the experts
     forced: Forced | None = checked_setting(check_forced)
 
     def __init__(
@@ -393,7 +393,7 @@ class TokenChoiceGate(Gate):
             raise ValueError(
                 f"{GIVEN} must be an int64 tensor of shape {wanted}, got {given.dtype} {tuple(given.shape)}"
             )
-        if (padding := tokens.computed_padding) is not None:  # no choices are given for padding
+        if (padding := tokens.computed_padding) is not None:  # padding has no given choices
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
             check_overrides(
@@ -536,7 +536,7 @@ class TokenChoiceGate(Gate):
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
         return losses.load_balancing_loss_from_choices(
             expert, counted, proxy, length, k, self.process_group
-        )  # avoids a tensor of loads
+        )  # this avoids creating a tensor of loads
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1

@@ -23,17 +23,17 @@ class Choices(NamedTuple):
     `TokenChoiceGate.route` applies mask and importance, but gates may also read them.
     """
 
-    expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be different experts
-    weight: Tensor  #: (..., b, n, k), multiplies the experts' outputs; choices with weight 0 are not computed
-    probs: Tensor  #: (..., b, n, e) probabilities of the router (normalized scores)
-    #: 0-dim losses by name; the layer multiplies "balance" by its loss_coef and "z" by its z_loss_coef
+    expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be distinct experts
+    weight: Tensor  #: (..., b, n, k), factors of the experts' outputs; choices with weight 0 are not computed
+    probs: Tensor  #: (..., b, n, e), the router's probabilities (normalized scores)
+    #: 0-dim losses, keyed by name; the layer multiplies "balance" by its loss_coef and "z" by its z_loss_coef
     losses: dict[str, Tensor]
-    chosen: Tensor | None = None  #: (..., b, n, k) bool, which choices share the token's weight; None if all do
-    priority_score: Tensor | None = None  #: (..., b, n) order for priority "score"; by default the top probability
-    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
-    sent: Tensor | None = None  #: (..., b, n, k) bool, which chosen experts receive the token; None if all do
-    is_masked: bool = False  #: whether `sent` already excludes choices that mask and importance do not allow
-    state: Tensor | None = None  #: (..., b, n, anything), passed to the router of the next layer
+    chosen: Tensor | None = None  #: (..., b, n, k) bool, True for choices that share the token's weight; None if all do
+    priority_score: Tensor | None = None  #: (..., b, n), the order for priority "score"; default: top probability
+    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; default: choice 0
+    sent: Tensor | None = None  #: (..., b, n, k) bool, True if the chosen expert receives the token; None if all do
+    is_masked: bool = False  #: whether `sent` already excludes the choices that the mask and importance do not allow
+    state: Tensor | None = None  #: (..., b, n, anything), the state passed to the next layer's router
 
 
 def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:

@@ -13,7 +13,7 @@ def warn_of_decoding(gate: Any) -> None:
     token in eval. There is no warning in a traced graph or at a second level."""
     if gate.outer_expert_dims or torch.compiler.is_compiling():
         return
-    found = {}  # name: (its value, the value to set instead)
+    found = {}  # maps a name to (its value, the value to set instead)
     if gate.capacity_factor_eval is not None:
         found["capacity_factor_eval"] = (gate.capacity_factor_eval, None)
     if getattr(gate, "second_policy_eval", None) == "random":

@@ -57,7 +57,7 @@ class HashGating(TopKGating):
     def reset_parameters(self) -> None:
         """Draw the weights and the experts of each id."""
         super().reset_parameters()
-        if (table := self._buffers.get("experts_of_id")) is not None:  # None while the base class is constructed
+        if (table := self._buffers.get("experts_of_id")) is not None:  # it is None while the base class is constructed
             table.copy_(draw_experts(self.num_ids, table.shape[1], self.num_experts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -92,5 +92,5 @@ def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
     """Draw k different experts for each id, `(v, k)` int64, so that the numbers of ids per expert differ by at most
     one."""
     order = torch.randperm(num_experts)
-    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order get the next k experts in turn
+    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order take the next k experts in turn
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

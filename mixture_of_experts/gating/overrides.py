@@ -25,10 +25,10 @@ from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import is_host_readable
 
 # Side inputs that override decisions of a gate or describe its tokens
-GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # choices of tokens, and their weights
-COUNTED = "counted"  # which tokens count if padding is computed too
+GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # experts chosen for tokens, and their weights
+COUNTED = "counted"  # the tokens that count if padding is also computed
 STATE = "router_state"  # state of the router in the previous layer
-KEEP_ROUTER_CHOICE = -(1 << 15)  # minimum of int16
+KEEP_ROUTER_CHOICE = -(1 << 15)  # the minimum int16 value
 
 
 def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
