@@ -114,7 +114,7 @@ def add_prune_options(add: Any) -> None:
     add("--keep", type=int, help="experts that each layer keeps; not needed with ids")
 
 
-#: keyed by the name of a command: function, description, and the function that adds its options
+#: command names with a function, its description, and the function that adds its options
 COMMANDS: dict[str, tuple[Callable[..., object], str, Callable[[Any], None]]] = {
     "convert": (
         convert_folder,
@@ -154,7 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=description,
             description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            argument_default=argparse.SUPPRESS,  # unset options get the function's own defaults
+            argument_default=argparse.SUPPRESS,  # options that are not set get the function's own defaults
         )
         command.set_defaults(run=run)
         add = command.add_argument
@@ -169,7 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 @contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
     """Raise SystemExit with the usual status, 143, on SIGTERM, so that the unfinished folder is removed."""
-    if threading.current_thread() is not threading.main_thread():  # elsewhere, Python cannot set signal handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
         yield
         return
 

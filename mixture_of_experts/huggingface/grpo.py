@@ -20,7 +20,7 @@ TRAINER_METHODS = (
     "_get_per_token_logps_and_entropies",
 )
 GENERATION_ENGINE_FLAGS = ("use_vllm", "use_transformers_continuous_batching")
-SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and the index of a sequence in them
+SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and a sequence's index in them
 
 
 class ReplayRouting:
@@ -74,11 +74,11 @@ class ReplayRouting:
                 f"pass on the engine's choices; remove {other[0]} and pass a rollout_func that queries your engine and "
                 "returns its choices as 'routed_experts' along with the ids"
             )
-        self._recorded_sequences: list[SequenceReference] = []  # for the next log-probabilities
+        self._recorded_sequences: list[SequenceReference] = []  # used for the next log-probabilities
         self._replay_stack = ExitStack()  # contexts that stay active until the backward pass has ended
         self._replay_is_active = False  # whether this stack holds the replay of a forward pass
         with self._record_generation():
-            pass  # raises if the model cannot be recorded
+            pass  # raises an error if the model cannot be recorded
         if self.rollout_func:
             self.rollout_func = partial(self._run_rollout, self.rollout_func)
 
@@ -106,7 +106,7 @@ class ReplayRouting:
         log-probabilities."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
-            return output  # the trainer's own error says what is missing
+            return output  # the trainer's own error reports what is missing
         given = output.pop("routed_experts", None)
         if given is None:
             raise ValueError(
@@ -135,7 +135,7 @@ class ReplayRouting:
         return {
             **batch,
             "routing": self._recorded_sequences,
-        }  # a list, which the trainer shuffles and splits along with the other fields
+        }  # a list, because the trainer shuffles and splits it along with the other fields
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._recorded_sequences = inputs["routing"]
@@ -165,7 +165,7 @@ class ReplayRouting:
                 attention_mask[part],
                 [number for _, number in self._recorded_sequences[part]],
             )
-            # rows keep generating after their end until the longest sequence has ended
+            # finished rows keep generating until the longest sequence has ended
             records = self._recorded_sequences[0][0].select(numbers, mask.sum(dim=-1).tolist())
             records = RoutingRecords(records) if is_reference_model(model) else records
             with ExitStack() as forward:  # the backward pass may rerun the model

@@ -45,7 +45,7 @@ from mixture_of_experts.whole_model.call_stack import ForwardWatch
 from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 from mixture_of_experts.whole_model.router_discovery import find_all_routers
 
-MODEL_WATCH_HOOK = "mixture_of_experts"  # name of the hooks
+MODEL_WATCH_HOOK = "mixture_of_experts"  # key under which the hooks are registered
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -149,8 +149,8 @@ class ModelWatch(ForwardWatch):
         last: the storage for the call of the last outermost forward pass.
     """
 
-    reads: bool = False  # whether it reads the tokens; otherwise an enclosing model does
-    adds: bool = False  # whether it adds the losses to the model's loss
+    reads: bool = False  # whether this watch reads the tokens; otherwise, an enclosing model's watch does
+    adds: bool = False  # whether this watch adds the losses to the model's loss
     warned: bool = False
     adapted: bool = False  # whether a forward pass with adapters has run
 
@@ -198,7 +198,7 @@ class ModelWatch(ForwardWatch):
         # TRL's trainers pass fused_lm_head, and request router logits unless their `router_aux_loss_coef` is 0
         call.aux_loss_requested = bool(kwargs.get("output_router_logits"))
         call.aux_loss_declined = fused and not call.aux_loss_requested
-        if get_unit_aux_loss_coef(config) is not None:  # no routers are left that could return logits
+        if get_unit_aux_loss_coef(config) is not None:  # no remaining router could return logits
             arguments.pop("output_router_logits", None)
             if fused or has_own_routers(config):
                 arguments["output_router_logits"] = False
@@ -216,7 +216,7 @@ class ModelWatch(ForwardWatch):
         changed = self.add_losses(call, output) if self.adds else None
         around, call.enclosing_call = call.enclosing_call, None
         if around is None:
-            if call.backward_id in (None, -1):  # not a recomputation in a backward pass
+            if call.backward_id in (None, -1):  # this is not a recomputation in a backward pass
                 self.last.box[0] = call
         elif not call.aux_loss_added and call.grad_enabled == around.grad_enabled:
             around.losses.extend(call.losses)

@@ -23,7 +23,7 @@ BACKEND_NAME = "mixture_of_experts"
 BACKEND_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
     name: make() for name, make in TORCH_ACTIVATIONS.items()
-}  # none of them has parameters
+}  # these activations have no parameters
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
                 "the model with another experts_implementation"
             )
     if not self.is_transposed:
-        first, down = first.mT, down.mT  # (e, in, out), as views
+        first, down = first.mT, down.mT  # views of shape (e, in, out)
     b1 = b2 = None
     if self.has_bias:
         b1, b2 = getattr(self, f"{name}_bias"), self.down_proj_bias
@@ -57,7 +57,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = hidden_states.to(first.dtype)
     if not self.has_post_expert_norm:
         return compute(x, top_k_index, top_k_weights).to(hidden_states.dtype)
-    # the norm is applied before the router weight, so every choice is computed as a separate token
+    # the norm precedes the router weight, so every choice is computed as a separate token
     k = top_k_index.shape[-1]
     alone = top_k_index.reshape(-1, 1)
     results = compute(x.repeat_interleave(k, dim=0), alone, torch.ones_like(alone, dtype=torch.float32))

@@ -33,7 +33,7 @@ COMPARED_ATTRIBUTES = (
 def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
     """Return a `MoE` that computes the same as a block, with copies of its weights. Frozen weights stay frozen."""
     block_layer = read_block(block, balance_over, **coefs)
-    with torch.enable_grad():  # so that views show which weights are frozen
+    with torch.enable_grad():  # enabled so that views show which weights are frozen
         views = block_layer.get_weight_views()
     moe = copy.deepcopy(block_layer.layer)
     state = {name: concatenate_pieces(pieces) for name, pieces in views.items()}

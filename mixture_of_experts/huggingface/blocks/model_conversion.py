@@ -99,7 +99,7 @@ def from_transformers(
     replace_blocks(block, dict.fromkeys(find_sparse_blocks(block), settings))
     if loss_coef is not None:
         override_router_coef(block)
-    block.name_or_path = block.config.name_or_path  # records the source of these weights
+    block.name_or_path = block.config.name_or_path  # record the source of these weights
     return block
 
 
@@ -145,7 +145,7 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
         if any(name.startswith(f"{above}.") for above in found):
             continue
         if isinstance(module, MoEFeedForward):
-            found.append(name)  # so that the search skips its submodules
+            found.append(name)  # this makes the search skip its submodules
         elif find_recipe(module) is not None:
             if hasattr(module, "self_attn"):  # Gemma 4
                 raise_not_convertible(model, name, "is a whole decoder layer that also holds the router and experts")
@@ -176,7 +176,7 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
         masked, path = uses_model_mask(model, name), find_router_path(block)
         reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(
             moe.gate
-        )  # the logits of a router with a state are not reported
+        )  # logits of stateful routers are not reported
         with next(moe.parameters()).device:
             layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
         replace_module(model, block, layer.train(block.training))

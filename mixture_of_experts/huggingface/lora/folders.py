@@ -50,13 +50,13 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
         )
     state = model.state_dict()
     adapted: Any = PeftModel.from_pretrained(model, str(adapter))
-    if unknown := adapted.load_adapter(str(adapter), "default").unexpected_keys:  # PEFT would ignore them
+    if unknown := adapted.load_adapter(str(adapter), "default").unexpected_keys:  # PEFT would ignore these keys
         raise ValueError(
             f"{adapter} contains {unknown[0]}, but the model in {source} has no weight with that name; pass the model "
             "that the adapter was trained on"
         )
     merged = find_merged_weights(adapted.get_base_model())
-    adapted.base_model.unload()  # the wrappers that `merged` refers to keep their factors
+    adapted.base_model.unload()  # the wrappers referenced by `merged` keep their factors
     if tied := sorted({*merged} & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}):
         raise ValueError(
             f"{tied[0]} is a tied weight, and merging would untie it; train without adapters on embeddings"

@@ -29,7 +29,8 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     Raises:
         ValueError: the state dict has adapter weights for a layer that the layer does not have.
     """
-    # quantized experts have no weights for PEFT to adapt outside of `weights_shown`, and their forward pass raises
+    # outside of `weights_shown`, quantized experts have no weights for PEFT to adapt, and their forward pass raises an
+    # error
     adaptable = [path for path, layer in find_layers(model).items() if not has_quantized_experts(layer)]
     layers = tuple(f"{prefix}{path}." for path in adaptable)
     own = {name for name, _ in model.named_parameters() if ".lora_" in name}

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("peft", "per_expert", "mixture_of_experts")
 WEIGHTS_FILE = "adapter_model.safetensors"
-#: names of an expert's w1, w3 and w2, keyed by model type, for classes whose checkpoints have stacked experts
+#: names of an expert's w1, w3 and w2 for classes whose checkpoints have stacked experts, keyed by model type
 STACKED_EXPERT_NAMES = {"gpt_oss": ("w1", "w3", "w2")}
 
 
@@ -133,7 +133,7 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
 
 def write_for_stock_model(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the adapter for the stock model."""
-    stacks = {  # in the layout of the stock model's weights
+    stacks = {  # stored in the layout of the stock model's weights
         f"{path}.{name}": (left, right) if found.blocks[path].is_transposed else (right.mT, left.mT)
         for path, updates in found.experts.items()
         for name, (left, right) in stack_updates(found, path, updates).items()
@@ -170,7 +170,7 @@ def write_with_peft(
     """
     from peft import get_peft_model
 
-    # the same for all, because PEFT warns about patterns for stacks
+    # use the same rank for all stacks, because PEFT warns about patterns for stacks
     rank = max(right.shape[1] for _, right in stacks.values())
     ranks = dict.fromkeys(stacks, rank) | {path: len(a) for path, (_, a) in found.linear.items()}
     whole = dict(modules_to_save=sorted(found.whole_modules) or None)

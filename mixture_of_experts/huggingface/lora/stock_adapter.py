@@ -29,7 +29,7 @@ from mixture_of_experts.huggingface.private_peft import is_plain_lora, read_stac
 from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 
-LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; (B, A) for linear layers
+LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; linear layers have (B, A)
 
 
 @dataclass
@@ -38,11 +38,11 @@ class StockAdapter:
 
     model: Any  # the stock model, on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
-    #: updates of w1, w3 and w2, `(e, in, k)` and `(e, k, out)`, keyed by path of the experts
+    #: updates `(e, in, k)` and `(e, k, out)` of w1, w3 and w2, keyed by the path of the experts
     experts: dict[str, dict[str, LowRankUpdate]] = field(default_factory=dict)
     whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # state of trained modules, keyed by path
 
-    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # keyed by path of the experts
+    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # blocks, keyed by the path of their experts
 
     def first_weight(self, path: str) -> str:
         """Return the name of the experts' weight that holds w1, and also w3 if there is a w3, given their path."""
@@ -176,7 +176,7 @@ def add_whole_module(
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return
-    if adapter in trained and isinstance(trained[adapter], Replaced):  # it computes nothing
+    if adapter in trained and isinstance(trained[adapter], Replaced):  # the replaced module computes nothing
         return
     layer_path, inner = split_layer_path(layers, path)
     if layer_path is not None and inner == "moe.gate" and adapter in trained:
@@ -201,7 +201,7 @@ def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tens
     for name, pieces in read_block(block).get_router_weights().items():
         for view, part in zip(pieces, own[name].split(list(map(len, pieces))), strict=True):
             whole = get_whole_tensor(view.copy_(part))
-            if id(whole) in names:  # not the empty bias of always-chosen experts
+            if id(whole) in names:  # skip the empty bias of always-chosen experts
                 state[names[id(whole)].removeprefix(f"{path}.")] = whole.detach().to(own[name].dtype)
     return path, state
 

@@ -29,7 +29,8 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 PruneRule = Literal["reap", "frequency", "random"]
 PRUNE_RULES = (*MEASURED_RULES, "random")
-NUM_EXPERTS_PATTERN = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")  # names of settings
+# names of settings that store the number of experts
+NUM_EXPERTS_PATTERN = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")
 KeptExperts = dict[str, list[int]]
 
 
@@ -226,7 +227,7 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
         )
     names = (
         [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]
-    )  # `add_router_config` sets it
+    )  # `add_router_config` sets this entry
     if new < old and blocks and not any(vars(text)[name] == old for name in names):
         raise ValueError(
             f"no setting of {type(text).__name__} has the value {old}, which is the number of experts in its blocks"

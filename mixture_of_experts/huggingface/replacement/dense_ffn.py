@@ -116,7 +116,7 @@ class DenseFFN:
         return F.linear(x, self.weights[f"w{number}"].T, self.weights.get(f"b{number}"))
 
 
-@torch.enable_grad()  # so that views show which weights are frozen
+@torch.enable_grad()  # enabled so that views show which weights are frozen
 def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     """Read a network with its adapter.
 
@@ -142,7 +142,7 @@ def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     )
     dropout = read_dropout(module, adapter.hidden_dropout)
     if dropout is not None:
-        activation = nn.Sequential(activation, dropout)  # also correct if gated, because dropout is a factor
+        activation = nn.Sequential(activation, dropout)  # also correct with a gate, because dropout is a factor
     return DenseFFN(weights, activation, read_dropout(module, adapter.output_dropout))
 
 
@@ -235,7 +235,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-#: torch's modules for activations of `transformers`, for which experts have fast implementations
+#: torch modules for the activations of `transformers` that have fast implementations in experts
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),

@@ -35,7 +35,7 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import (
 )
 from mixture_of_experts.ops.activations import SquaredReLU
 
-#: parts of paths or class names of modules that are experts, or are not the feed-forward network of a block
+#: matches paths or class names of modules that are experts, or are not the feed-forward network of a block
 EXCLUDED_NAMES = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )
@@ -46,7 +46,7 @@ EXPERT_NAMES = re.compile(r"router|expert", re.I)
 class UnsupportedNetwork(NamedTuple):
     """A network that was found but cannot be replaced."""
 
-    name: str  # path of its last linear layer
+    name: str  # path of the network's last linear layer
     class_name: str  # class of the module that calls this layer
     reason: str
 
@@ -69,7 +69,7 @@ def search_networks(
     found: list[NetworkLocation] = []
     unsupported: list[UnsupportedNetwork] = []
     seen = set[nn.Module]()
-    for module, name in reversed(names.items()):  # visits submodules before their parents
+    for module, name in reversed(names.items()):  # visit submodules before their parents
         known = known_networks.get(name)
         if isinstance(known, Adapter):
             found.append(NetworkLocation(name, module, known))
@@ -124,8 +124,8 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     found = match_adapter(trial, chain)
     if getattr(out, "target", None) is F.dropout:
         found, out = replace(found, output_dropout=locate_dropout(out.kwargs)), out.args[0]
-    # the module does nothing else if its output is this network's, the tokens are its only argument, and it has no
-    # other linear layers (which it might call in eval)
+    # the module does nothing else if its output is the network's output, the tokens are its only argument, and it has
+    # no other linear layers, which it might call in eval mode
     alone = sum(map(is_linear_layer, trial.module.modules())) == len(ups) + 1
     if (
         alone
@@ -179,7 +179,8 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]
-    # layers between the linear ones, and modules whose only input is the tokens: the first linear layers, their parents
+    # layers between the linear layers, and modules whose only input is the tokens (the first linear layers and their
+    # parents)
     inner = [path for path in inner if path in trial.other_parts or len(trial.get_argument_ids([path, *ups])) == 1]
     bypass = [path for path in inner if not path.startswith(tuple(f"{outer}." for outer in inner))]
     reused = [path for path in (*bypass, down) if len(trial.calls[path]) > 1]

@@ -47,7 +47,7 @@ from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 from mixture_of_experts.support.private_torch import move_hooks
 
-#: the axis of the hidden units in the weights of a network
+#: axis of the hidden units in each weight of a network
 HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
 LayerSelection = Iterable[str | int] | Callable[[str], bool] | None
 
@@ -342,9 +342,9 @@ def build_moe(
     device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
     with device if init_weights else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
-        experts.is_transposed = True  # PEFT reads this for LoRA: weights are (e, in, out)
+        experts.is_transposed = True  # PEFT reads this attribute for LoRA: weights are (e, in, out)
         if shared is not None:
-            activation = copy.deepcopy(dense.activation)  # with its own dropout
+            activation = copy.deepcopy(dense.activation)  # a copy with its own dropout
             shared_expert = SharedExpert(
                 dense.dim, shared, activation, dense.is_gated, bias="b1" in dense.weights, dtype=dtype
             )
@@ -477,9 +477,9 @@ def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float
     """Copy slice i mod g of the network's hidden units, starting at `first`, to expert i. The weights of the last layer
     are scaled to compensate for the gate's weights, whose sum is `total`. Frozen weights stay frozen."""
     e, h = experts.num_experts, experts.hidden_dim
-    for name, _ in list(experts.named_parameters(recurse=False)):  # excludes the shared activation
+    for name, _ in list(experts.named_parameters(recurse=False)):  # exclude the shared activation
         stack = torch.stack([select_hidden_units(dense, name, first + i % g * h, h) for i in range(e)])
-        if name in ("w2", "b2"):  # every slice has b2
+        if name in ("w2", "b2"):  # every slice includes b2
             stack *= (g if name == "w2" else 1) / total
         setattr(experts, name, nn.Parameter(stack, dense.weights[name].requires_grad))
 

@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-EXPERT_COUNTS = ("num_experts", "num_local_experts")  # names of the same entry
+EXPERT_COUNTS = ("num_experts", "num_local_experts")  # alternative names of the same entry
 
 
 class EngineFault(NamedTuple):
@@ -75,7 +75,7 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "mlx-lm",
-        ("mixtral", "qwen3_moe"),  # its Qwen2-MoE raises an error
+        ("mixtral", "qwen3_moe"),  # the Qwen2-MoE of mlx-lm raises an error
         lambda config: find_rope_type(config) != "default",
         "it does not scale the rotary embeddings of Mixtral and Qwen3-MoE (rope_type)",
     ),
@@ -117,7 +117,7 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
     """Return the entries that engines look for but the file lacks. `aliases` maps alternative names of entries to their
     names."""
     rope, entries = config.get("rope_parameters"), {}
-    if isinstance(rope, Mapping) and "rope_theta" in rope:  # the same for all layers
+    if isinstance(rope, Mapping) and "rope_theta" in rope:  # all layers use the same value
         entries["rope_theta"] = rope["rope_theta"]
         if find_rope_type(config) != "default":
             entries["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -159,7 +159,7 @@ def find_file(source: str, name: str) -> Path | None:
     else:
         try:
             found = try_to_load_from_cache(source, name)
-        except HFValidationError:  # a folder that no longer exists
+        except HFValidationError:  # the folder no longer exists
             found = None
     return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
 
