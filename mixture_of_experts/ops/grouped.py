@@ -29,7 +29,7 @@ from mixture_of_experts.support.tracing import get_device_capability
 AMD_ARCHITECTURES = ("gfx942", "gfx950")
 IS_AMD_GROUPED_GEMM_ENABLED = (
     os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
-)  # otherwise torch runs a loop on AMD GPUs
+)  # otherwise, torch runs a loop on AMD GPUs
 
 
 def unsupported_reason(call: Call) -> str | None:
@@ -71,8 +71,9 @@ class GroupedLayout(batched.SlotLayout):
         assert permutation.rows_per_expert is not None
         RowLayout.__init__(self, permutation)
         self.ends, self.num_tokens_per_expert = permutation.table, permutation.rows_per_expert
-        # Slots occupied by choices of weight 0 read the last token, multiplied by 0. If this token is not finite, the
-        # gradient of the expert's weights is not finite either. Writing zeros instead would take a pass over all rows.
+        # Slots with choices of weight 0 read the last token and multiply it by 0. If this token is not finite, the
+        # gradient of the expert's weights is not finite either. Writing zeros instead would require a pass over all
+        # rows.
         self.token = permutation.token.clamp(max=permutation.num_tokens - 1)
 
     def gather_rows(self, x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: T
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
-    # results of experts without rows are undefined on Blackwell (pytorch/pytorch#172439), and unknown on AMD
+    # results of experts without rows are undefined on Blackwell (pytorch/pytorch#172439) and unknown on AMD
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
