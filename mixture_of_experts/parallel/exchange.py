@@ -193,7 +193,7 @@ def exchange_counts(
     exchanged = channel.transfer(torch.cat([header, sent], dim=1), [1] * ranks, [1] * ranks)
     header, received = exchanged[:, : header.shape[1]], exchanged[:, header.shape[1] :]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
-    table = torch.cat([header, *sums], dim=1).tolist()  # the only host sync
+    table = torch.cat([header, *sums], dim=1).tolist()  # this is the only host synchronization
     for rank, (*other, _, _, _, _) in enumerate(table):
         if other != call:
             raise ValueError(

@@ -190,15 +190,15 @@ def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: i
     """Reduce the stacks to this rank's part, and change the class of the experts to one that exchanges tokens with
     other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
-    for name in sorted(sharding.sharded_names):  # in the same order on all ranks
+    for name in sorted(sharding.sharded_names):  # all ranks use the same order
         path, _, own_name = name.rpartition(".")
         parameters = experts.get_submodule(path)._parameters
         whole = parameters.get(own_name)
-        if whole is None:  # buffers stay whole
+        if whole is None:  # buffers are not sharded
             continue
-        if whole not in made:  # a tensor with two names remains a single tensor
+        if whole not in made:  # a tensor with two names must remain a single tensor
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank).to_local()
-            # cloned, because a view would keep the whole stack alive
+            # the part is cloned because a view would keep the whole stack alive
             sharded = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)
             made[whole] = nn.Parameter(sharded, whole.requires_grad)
         parameters[own_name] = made[whole]
