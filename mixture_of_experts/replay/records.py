@@ -24,9 +24,9 @@ from mixture_of_experts.support.checks import check_optional_size
 RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
 
-#: what a gate chose in a forward pass: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)`
-#: of real tokens, None if all are real, or for packed rows the sequence number of each token, int64, -1 for padding;
-#: the number of earlier tokens of each sequence, `(b,)` or one number for all
+#: what a gate chose in a forward pass: (1) the experts `(b, n, k)`, and their weights if recorded; (2) the mask
+#: `(b, n)` of real tokens, None if all are real, or, for packed rows, the sequence number of each token (int64, -1 for
+#: padding); (3) the number of earlier tokens in each sequence, `(b,)` or a single number for all
 RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
@@ -71,7 +71,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         self._num_experts = {
             name: check_optional_size(f"num_experts[{name!r}]", e) for name, e in (num_experts or {}).items()
         }
-        # what a recording stored for each forward pass, keyed by gate
+        # data recorded in each forward pass, keyed by gate
         self._unread: list[dict[str, RecordedForward]] = []
         if not self._experts:
             raise ValueError("`experts` is empty; pass a list of records for each gate")
@@ -119,7 +119,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return iter(self._experts)
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # by identity, because tensors compare elementwise
+        return self is other  # compare by identity, because tensors compare elementwise
 
     def __hash__(self) -> int:
         return id(self)
@@ -138,7 +138,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """Copy what a recording has stored from the device, for all gates, or for none if an error is raised."""
         if not self._unread:
             return
-        with READ_LOCK:  # other threads may read, and a recording may append
+        with READ_LOCK:  # other threads may read while a recording appends
             unread, both = self._unread.copy(), (self._experts, self._weights or {})
             read: tuple[dict[str, list[Tensor]], ...] = ({}, {})
             for kind, stored in enumerate(both):
@@ -200,7 +200,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """
         gate_weights = None
         if weights is not None:
-            of_gates = parse_requests(weights).items()  # floats become float32; integers raise below
+            of_gates = parse_requests(weights).items()  # floats become float32; integers raise an error below
             gate_weights = {name: [a.float() if a.is_floating_point() else a for a in of] for name, of in of_gates}
         records = cls(parse_requests(requests), None, gate_weights)
         for sequences in records._experts.values():

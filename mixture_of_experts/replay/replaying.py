@@ -107,10 +107,10 @@ class RoutingReplayer(ChoiceHooks):
                 f"the model has {len(points)} gates ({', '.join(names)}), but the records have {len(layers)} "
                 f"({', '.join(layers)})"
             )
-        self.record_lengths: dict[str, list[int]] = {}  # lengths of the sequences, for each gate
+        self.record_lengths: dict[str, list[int]] = {}  # sequence lengths, keyed by gate
         self.choice_tables: dict[
             str, list[Tensor]
-        ] = {}  # for each gate, its choices `(b, s + 1, k)`, and their weights if recorded
+        ] = {}  # choices `(b, s + 1, k)`, and their weights if recorded, keyed by gate
         for point, layer in zip(points, names if set(layers) == set(names) else layers, strict=True):
             self.record_lengths[point.name] = records.lengths(layer)
             self.choice_tables[point.name] = build_choice_tables(point, layer, records)
@@ -166,7 +166,7 @@ class RoutingReplayer(ChoiceHooks):
     ) -> None:
         """Check that a forward pass fits the records in sequences and tokens. In a graph, check only sequences."""
         lengths = self.record_lengths[point.name]
-        packed = None if mask is None or mask.dtype == torch.bool else mask  # the sequence of each token
+        packed = None if mask is None or mask.dtype == torch.bool else mask  # sequence number of each token
         if packed is None:
             self.check_number_of_sequences(point, shape[0], lengths)
         if torch.compiler.is_compiling():

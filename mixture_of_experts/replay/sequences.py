@@ -40,9 +40,9 @@ class RoutingPoint(NamedTuple):
 
     name: str
     router: RouterHandle
-    hook_target: nn.Module  # that module: the layer, a gate without a layer, an external block, or its router
+    hook_target: nn.Module  # the module: a layer, a gate without a layer, an external block, or its router
     k: int
-    layer_path: str  # its path, which identifies the location of a gate in several layers, even in a graph
+    layer_path: str  # path of the layer, which identifies one of a gate's locations in several layers, even in a graph
 
     @property
     def num_experts(self) -> int:
@@ -81,7 +81,7 @@ def find_routing_points(
         check_supported(routers, f"{feature} of weights", weight_replay_unsupported_reason)
     found = {}
     for router in routers:
-        for location in reversed(router.locations):  # a layer with two paths gets the name of the first one
+        for location in reversed(router.locations):  # a layer with two paths is named after the first
             called = router.hook_target if location.layer is None else location.layer
             path = location.name.rpartition(".")[0]
             found[router, location.layer] = RoutingPoint(location.name, router, called, router.k or 0, path)
@@ -140,12 +140,12 @@ class SequenceCall(ForwardCall):
     """A forward pass, in progress, of a model that contains gates."""
 
     tokens: TokenMetadata
-    num_seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
-    cache: Any  # the cache of keys and values, if there is one
+    num_seen: Tensor | int  # number of real tokens in each cached sequence, `(b,)` or a single number for all
+    cache: Any  # the key-value cache, if any
     entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, keyed by gate
     choices: dict[str, Any] = field(default_factory=dict)  # the choices that gates made or received
-    checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that it fits
-    layer_path: str = ""  # path of the layer that is running
+    checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that match it
+    layer_path: str = ""  # path of the layer that is currently running
 
     def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
         """Record that a gate is called for tokens of shape `sizes`, `(b, n)`, and this mask."""
@@ -175,7 +175,7 @@ class SequenceWatch(ForwardWatch):
         super().__init__(owner)
         self.reader: TokensReader = make_tokens_reader(model)
         self.last_cache: tuple[Any, Any, Any] | None = (
-            None  # weak references to the last cache and to its keys, and the shape of the keys
+            None  # weak references to the last cache and its keys, and the shape of the keys
         )
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:
