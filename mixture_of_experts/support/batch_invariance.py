@@ -38,13 +38,13 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.subclassing import is_package_class, list_members
 
 BATCH_INVARIANT = "batch_invariant"
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows per block, tried in this order
-MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, which is also the sampled number
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows per block, in the order in which they are tried
+MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, which is also the number of sampled rows
 MIN_COLUMNS = 16  # with fewer columns, the bits depend on the position of a row
 VECTOR_NUMEL = 64  # a multiple of the vector lengths of all dtypes
 GRAIN_SIZE = 32768  # minimum number of elements for which torch splits a tensor among threads
 
-#: modules of torch that map each row independently; containers only call the modules that they contain
+#: torch modules that map each row independently; containers only call the modules that they contain
 TOKENWISE_MODULES: set[type] = {
     nn.Linear,
     nn.RMSNorm,
@@ -62,8 +62,8 @@ CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrappe
 #: attributes of a class that do not affect outputs or are derived from other attributes
 IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_assignments", "allocates_outputs"}
 
-#: a function `compute(x, y, *operands)` that computes a product of rows x `(..., r, p)` with operands, and related
-#: results such as its gradient for rows y `(..., r, q)`. It returns tensors `(v, ..., r, anything)` with v results
+#: a function `compute(x, y, *operands)` that computes a product of rows x `(..., r, p)` with the operands, and related
+#: results, such as its gradient for rows y `(..., r, q)`. It returns tensors `(v, ..., r, anything)` with v results
 #: each, which must be equal
 SampledFunction = Callable[..., list[Tensor]]
 
@@ -224,7 +224,7 @@ def make_sums_cancel(
         rows.mul_(8)  # so that float16 can represent the small remainders
         rows[..., second] = -rows[..., first]
         rows[..., places[2 * half :]] = 0
-        for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # matrices of a stack may share memory
+        for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # the matrices of a stack may share memory
             each.index_copy_(dim, second, each.index_select(dim, first))
         if rows is y:
             rows[..., first[::2]] = rows[..., second[::2]] = 0

@@ -58,7 +58,7 @@ def check_number(
 
 def check_flag(name: str, value: Any) -> bool:
     """Check that a value is True or False."""
-    if type(value).__name__ not in ("bool", "bool_"):  # numpy's type is bool_
+    if type(value).__name__ not in ("bool", "bool_"):  # the numpy type is named bool_
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
-# read once, because compiled graphs can be guarded by a variable, but not by the environment
+# read only once, because compiled graphs can be guarded by a variable but not by the environment
 INITIAL_IMPLEMENTATION: str = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _requested = INITIAL_IMPLEMENTATION
 _open_contexts: dict[object, str] = {}  # active contexts of `use` in all threads; the last one applies
