@@ -23,7 +23,7 @@ _ALL_PROPERTIES = [
     each for file in (batching, steps, states, precision) for each in vars(file).values() if isinstance(each, Property)
 ]
 
-#: the promise of each property, in one sentence, keyed by property name
+#: maps property names to each property's promise, in one sentence
 PROPERTIES = {each.name: each.promise for each in _ALL_PROPERTIES}
 
 
