@@ -97,7 +97,7 @@ class AuxLosses:
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
-        self._evaluation: list[Tensor] = []  # of the last forward pass
+        self._evaluation: list[Tensor] = []  # losses of the last forward pass
 
     def take(self) -> Tensor:
         """Return the sum (0-dim) of the auxiliary losses of all layers over all training passes since the last call.
@@ -124,7 +124,7 @@ class AuxLossCollector(ForwardWatch):
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
         self.aux = aux
-        self.layers_without_grad: set[nn.Module] = set()  # in the last training forward pass
+        self.layers_without_grad: set[nn.Module] = set()  # set in the last training forward pass
 
     def make_call(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
         return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current_call(self))
@@ -143,12 +143,12 @@ class AuxLossCollector(ForwardWatch):
         if call is None:
             if torch.compiler.is_compiling():
                 return  # a recomputation
-            if call_stack.current_call(self.aux) is None:  # another thread, or a recomputation
+            if call_stack.current_call(self.aux) is None:  # called in another thread or in a recomputation
                 if layer in self.layers_without_grad and torch.is_grad_enabled():
                     raise RuntimeError(REENTRANT_ERROR.format(type(layer).__name__))
                 return
             if not layer.training or not torch.is_grad_enabled():
-                return  # not a training pass
+                return  # this is not a training pass
             raise RuntimeError(
                 f"a {type(layer).__name__} ran outside a forward pass of the module passed to collect_aux; pass the "
                 "module that you actually call"

@@ -26,8 +26,8 @@ GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
 class RouterLocation(NamedTuple):
     """A location of a gate in a model."""
 
-    name: str  # its path, without wrappers
-    layer: nn.Module | None = None  # the layer, or external block, that calls it; None for a standalone gate
+    name: str  # path without wrappers
+    layer: nn.Module | None = None  # the layer or external block that calls it; None for a standalone gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,13 @@ class RouterHandle:
     locations."""
 
     gate: nn.Module  #: the routing module, without wrappers
-    hook_target: (
-        nn.Module
-    )  #: the outermost wrapper, or the gate itself, on which a hook runs once for each call of a layer
+    hook_target: nn.Module  #: the outermost wrapper or the gate itself; its hooks run once per call of a layer
     num_experts: int
     enclosing_model: nn.Module  #: the model whose arguments describe the tokens
     locations: tuple[RouterLocation, ...]
     outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
-    level_one: RouterHandle | None = None  #: on level two, the router of level one
-    external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it is of another library
+    level_one: RouterHandle | None = None  #: at level two, the router of level one
+    external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it belongs to another library
 
     @property
     def name(self) -> str:
@@ -163,10 +161,10 @@ def matches_selector(router: RouterHandle, selector: Any) -> bool:
 class NamedModule(NamedTuple):
     """A module at one of its paths."""
 
-    name: str  # the path, without wrappers
-    outermost: nn.Module  # the outermost wrapper, or the module itself
+    name: str  # path without wrappers
+    outermost: nn.Module  # the outermost wrapper or the module itself
     module: nn.Module
-    ancestors: tuple[nn.Module, ...]  # the modules that contain it, outermost first
+    ancestors: tuple[nn.Module, ...]  # modules that contain it, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
         """Return the handle of the router at a path below this module ("" is the module itself), called by `layer`."""
