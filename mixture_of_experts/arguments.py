@@ -87,7 +87,7 @@ def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{written} would be ignored because you also pass {part}; set it on {part} instead")
 
 
-K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other libraries
+K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # names of `k` in other libraries
 
 
 def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
@@ -149,14 +149,14 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
         return False
-    except ValueError:  # a forward without a signature may accept anything
+    except ValueError:  # a forward without a readable signature may accept anything
         return True
     return True
 
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
     """Check that the experts match the layer's sizes, if they have the corresponding attributes."""
-    experts = unwrap_module(experts)  # an adapter of a bias may have num_experts=1
+    experts = unwrap_module(experts)  # the wrapper of an adapted bias may have num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)

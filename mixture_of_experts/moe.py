@@ -296,7 +296,7 @@ class HeirarchicalMoE(MoEBase):
     num_experts_inner: int
 
     num_experts: tuple[int, int]
-    gate_outer: Any  # a gate with token choice, or a module that wraps one
+    gate_outer: Any  # a token-choice gate, or a module that wraps one
 
     def __init__(
         self,

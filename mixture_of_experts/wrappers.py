@@ -36,8 +36,8 @@ class ExpertsWrapper(RoutedExperts):
         ValueError: the wrapper works on rows, and the wrapped experts do more than `compute` rows.
     """
 
-    #: what the wrapper works on: the tokens before and after all experts ("tokens"), the rows that experts read
-    #: ("inputs") or return ("outputs"), or the set of experts, to which it adds others ("experts")
+    #: what the wrapper works on: "tokens" (before and after all experts), "inputs" (rows that experts read), "outputs"
+    #: (rows that experts return), or "experts" (the set of experts, to which it adds others)
     works_on: ClassVar[WorksOn]
 
     experts: Any
