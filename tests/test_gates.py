@@ -154,7 +154,7 @@ def test_rejects_custom_gate_that_fills_empty_slots():
 
     gate = Heedless(DIM, 2, outer_expert_dims=(4,))
     moe, x = HeirarchicalMoE(DIM, (4, 2), capacity_factor_train=8.0, gate_inner=gate), torch.randn(2, 6, DIM)
-    with pytest.raises(ValueError, match=r"\(Heedless\) chose experts for \d+ empty slots"):
+    with pytest.raises(ValueError, match=r"\(Heedless\) chose experts for \d+ empty first-level slots"):
         moe(x)
     gate.heedless = False
     assert moe(x)[0].isfinite().all()

@@ -501,7 +501,7 @@ def test_rejects_wrong_gate_function_results():
             quantize_experts(model, 4, group=GROUP, rounding=partial(choose, answer=answer))
         assert all(value.equal(before[key]) for key, value in model.state_dict().items())
     for bits, given in ((8, choose), (4, "gptq")):
-        with pytest.raises(ValueError, match=f"rounding must be .* and requires bits=4, got .* with bits={bits}"):
+        with pytest.raises(ValueError, match=f"`rounding` must be .* and requires bits=4, got .* with bits={bits}"):
             quantize_experts(model, bits, group=GROUP, rounding=given)
     assert not any(isinstance(layer.experts, QuantizedExperts) for layer in model)
 

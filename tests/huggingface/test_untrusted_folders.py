@@ -243,7 +243,7 @@ def test_shards_that_disagree_with_their_index(tmp_path, capsys):
     before, after = (load_file(tmp_path / out / "model.safetensors") for out in ("before", "after"))
     assert all(torch.equal(before[key], after[key]) for key in before.keys() | after.keys())
     for load in LOADERS:
-        with pytest.raises(ValueError, match=rf"{last} has {name}, which its index assigns to {weight_map[name]}"):
+        with pytest.raises(ValueError, match=rf"{last} contains {name}, which its index assigns to {weight_map[name]}"):
             load(folder)
 
 

@@ -124,7 +124,7 @@ class Kind:
     reference: Callable[[Any, dict, dict], Any]
     defaults: Mapping[str, Any] = field(default_factory=lambda: DROPLESS)
     draws: Callable[[dict, str], str | None] = lambda given, mode: None
-    refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, got {k}" if k > e else None
+    refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, but got {k}" if k > e else None
     described_arguments: bool = True
     rare_arguments: int | None = None
     is_in_tables: Mapping[str, Callable[[int, int], nn.Module]] = field(default_factory=dict)
