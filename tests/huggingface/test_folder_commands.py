@@ -79,7 +79,7 @@ def test_gate_and_coefficients(tmp_path):
 
 
 GATES = ["Top", "TopKGating", "TopKGating(3)", "TopKGating(k=x)", "nn.Linear()", "import os", ""]
-NO_GATE = 'expected a gate such as TopKGating(k=4, score="sigmoid"), but got {!r}; the gates are '
+NO_GATE = 'expected a gate such as TopKGating(k=4, score="sigmoid"), but got {!r}; the available gates are '
 NO_SIZE = "expected a size such as 500MB or 5GB, but got {!r}"
 
 
