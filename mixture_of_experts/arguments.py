@@ -66,7 +66,7 @@ def resolve_expert_grid(
             for gate, size in zip((gate_outer, gate_inner), default, strict=True)
         )
     if not isinstance(num_experts, tuple | list) or len(num_experts) != 2:
-        raise ValueError(f"num_experts must be a pair (outer, inner) for two levels, got {num_experts!r}")
+        raise ValueError(f"num_experts must be a pair (outer, inner) for a two-level layer, got {num_experts!r}")
     return check_size("num_experts[0]", num_experts[0]), check_size("num_experts[1]", num_experts[1])
 
 
@@ -88,7 +88,7 @@ def reject_unused_arguments(part: str, arguments: Mapping[str, Any]) -> None:
         raise ValueError(f"{written} would be ignored because you also pass {part}; set it on {part} instead")
 
 
-K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other libraries
+K_ALIASES = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # names of `k` in other libraries
 
 
 def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
@@ -102,8 +102,8 @@ def reject_router_arguments(layer: type, arguments: Mapping[str, Any]) -> None:
             setting = "k" if name in K_ALIASES else name
             where = "gate=" if "gate" in parameters else "gate_outer= and gate_inner="
             raise TypeError(
-                f"{layer.__name__} has no argument {name!r}, which belongs to the router; pass "
-                f"{where}TopKGating(dim, num_experts, {setting}={value!r})"
+                f"{layer.__name__} does not accept {name!r}, a router argument; pass {where}TopKGating(dim, "
+                f"num_experts, {setting}={value!r})"
             )
 
 
@@ -116,8 +116,8 @@ def check_same_priority(name: str, gate: nn.Module | None, priority: Priority) -
     drops = any(getattr(gate, f"capacity_factor_{mode}", None) is not None for mode in ("train", "eval"))
     if own != priority and priority != TOP2_SETTINGS["priority"] and drops:
         raise ValueError(
-            f"priority={priority!r} is required by the layer, but {name} has priority={own!r} and a limited capacity; "
-            f"construct that gate with priority={priority!r} too"
+            f"the layer requires priority={priority!r}, but {name} has priority={own!r} and a limited capacity; "
+            f"construct that gate with priority={priority!r}"
         )
 
 
@@ -151,14 +151,14 @@ def accepts_keywords(module: nn.Module, keywords: list[str]) -> bool:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
         return False
-    except ValueError:  # a forward without a signature may accept anything
+    except ValueError:  # a forward without a readable signature may accept anything
         return True
     return True
 
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
     """Check that the experts' `num_experts` and `dim`, where defined, match those of the layer."""
-    experts = unwrap_module(experts)  # an adapter of a bias may have num_experts=1
+    experts = unwrap_module(experts)  # the wrapper of an adapted bias may have num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)
@@ -182,8 +182,8 @@ def check_packed_call(
         return
     if (reason := packing_unsupported_reason(group_size, gates, experts)) is not None:
         raise ValueError(
-            f"{SEGMENT_IDS} makes each document of a packed row a group, but {reason}. Alternatively, pass each "
-            "document as a separate padded row, with mask="
+            f"{SEGMENT_IDS} turns each document in a packed row into a group, but {reason}. Alternatively, pass each "
+            "document as a separate padded row with mask="
         )
 
 

@@ -87,7 +87,7 @@ class RoutedExperts(nn.Module):
     allocates_outputs: ClassVar[bool] = (
         True  #: whether outputs never share memory with the tokens; True for the classes of this package
     )
-    _version: int = 2  # stored in state dicts by torch; it was 1 in mixture-of-experts 0.2.3
+    _version: int = 2  # torch stores this version in state dicts; it was 1 in mixture-of-experts 0.2.3
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,7 +127,7 @@ class RoutedExperts(nn.Module):
             num_tokens_per_expert: `(e,)` int64, number of rows per expert, in outer-major order for a grid of experts.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must implement compute(rows, num_tokens_per_expert), or a forward that reads slots"
+            f"{type(self).__name__} must implement compute(rows, num_tokens_per_expert) or a slot-based forward"
         )
 
 
@@ -135,7 +135,7 @@ def run_experts(experts: nn.Module, x: Tensor, assignments: Assignments) -> Tens
     """Apply experts with either interface to the tokens `(t, d)` of a call, and return `(t, o)`."""
     unwrapped: Any = (
         experts if isinstance(experts, RoutedExperts) else unwrap_module(experts)
-    )  # some adapters hide attributes
+    )  # some adapters hide the experts' attributes
     dim_out = getattr(unwrapped, "dim_out", None)
     if not reads_assignments(experts):
         reject_batch_invariance(f"{type(experts).__name__} reads slots")
@@ -155,7 +155,7 @@ def binds_assignments(forward: Callable) -> bool:
         return True
     if any(parameter.name == "assignments" for parameter in parameters):
         raise TypeError(
-            f"{forward.__qualname__} must have assignments as its second argument: forward(self, x, assignments)"
+            f"{forward.__qualname__} must accept `assignments` as its second argument: forward(self, x, assignments)"
         )
     return False
 
@@ -164,7 +164,7 @@ def reads_assignments(experts: nn.Module) -> bool:
     """Return whether a module, including any module that it wraps, accepts tokens and assignments."""
     while not isinstance(experts, RoutedExperts):
         wrapped = get_wrapped_module(experts)
-        if wrapped is None or not binds_assignments(type(experts).forward):  # unknown wrappers read slots
+        if wrapped is None or not binds_assignments(type(experts).forward):  # assume that unknown wrappers read slots
             return False
         experts = wrapped
     return experts.reads_assignments
@@ -216,9 +216,9 @@ def permute_dropless_slots(assignments: Assignments) -> Permutation:
         return permute_with_padding(assignments, pad_to_fullest)
     if has_data(assignments.kept) and e * t > MAX_SLOTS_PER_CHOICE * assignments.weight.shape[0]:
         warnings.warn(
-            f"experts that read slots need {e} x {t} slots for {assignments.weight.shape[0]} choices because the gate "
-            "is dropless. To save memory, set its capacity_factor_train and capacity_factor_eval (2.0 is twice an even "
-            "share), or derive the experts from RoutedExperts",
+            f"the gate is dropless, so experts that read slots need {e} x {t} slots for {assignments.weight.shape[0]} "
+            "choices. To save memory, set capacity_factor_train and capacity_factor_eval on the gate (2.0 allows each "
+            "expert twice its even share), or derive the experts from RoutedExperts",
             stacklevel=2,
         )
     return permute_to_slots(assignments)
@@ -274,11 +274,11 @@ class StackedExperts(FixedShapeModule, RoutedExperts):
         self.expert_dims = check_sizes("num_experts", num_experts)
         h = self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
         self.act = make_activation(activation)
-        if self.act is not activation:  # activation classes of PyTorch create float32 parameters
+        if self.act is not activation:  # PyTorch's activation classes create float32 parameters
             self.act.to(device=device, dtype=dtype)
         self.dropout = dropout
         if takes_gate_and_up(self.act) and not self.gated:
-            raise ValueError(f"activation {activation!r} is a function of (gate, up), which requires GatedExperts")
+            raise ValueError(f"activation {activation!r} takes (gate, up) as arguments, so it requires GatedExperts")
         weights = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
         biases = {"b1": (h,), "b3": (h,), "b2": (o,)}
         for name, size in (weights | biases).items():
@@ -497,7 +497,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         return unsafe_view(results, (*x.shape[:-1], results.shape[-1]))
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        numbers = num_tokens_per_expert.tolist()  # the only host sync
+        numbers = num_tokens_per_expert.tolist()  # this is the only host synchronization
         parts = unsafe_view_each(rows.split([*numbers, rows.shape[0] - sum(numbers)]))
         results = [self._call_expert(i, part) for i, part in enumerate(parts[:-1])]
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
@@ -507,7 +507,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         try:
             out = expert(x)
         except RuntimeError:
-            check_devices(name, x, expert.parameters())  # not before the call, because its hooks may move weights
+            check_devices(name, x, expert.parameters())  # check only after the call, because its hooks may move weights
             raise
         check_devices(name, x, expert.parameters() if x.is_meta else ())  # some operators return meta tensors silently
         return check_result(name, out, (*x.shape[:-1], self.dim_out or x.shape[-1]), DIM_OUT_HINT)

@@ -31,7 +31,7 @@ def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     try:
         return all_reduce_sum(value, group)
     except RuntimeError as error:
-        raise collective_error("a gate could not sum over its process group", error, group) from error
+        raise collective_error("a gate could not sum values over its process group", error, group) from error
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:

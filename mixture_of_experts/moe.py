@@ -120,8 +120,8 @@ class MoEBase(CheckedModule):
                     reported = sorted({name for routing in levels for name in routing.losses})
                     raise ValueError(
                         f"loss_coefs contains {name!r}, but this layer's gates report only {reported}. Token-choice "
-                        f"gates can also compute {list(BALANCE_LOSSES)}; set num_groups on the gate for "
-                        f"{' and '.join(OF_EXPERT_GROUPS)}"
+                        f"gates can also compute {list(BALANCE_LOSSES)}; to compute {' and '.join(OF_EXPERT_GROUPS)}, "
+                        "set num_groups on the gate"
                     )
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
@@ -302,7 +302,7 @@ class HeirarchicalMoE(MoEBase):
     num_experts_inner: int
 
     num_experts: tuple[int, int]
-    gate_outer: Any  # a gate with token choice, or a module that wraps one
+    gate_outer: Any  # a token-choice gate, or a module that wraps one
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ AnswerT = TypeVar("AnswerT")
 ROUTER_SCORES = ("softmax", "sigmoid", "sqrt_softplus")
 ROUTER_RESULTS = ("logits", "probs", "weights", "experts", None)
 BUNDLED_LIBRARIES = ("transformers", "peft")
-BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # defines `PROVIDERS`, a dict by library
+BUNDLED_MODULE = "mixture_of_experts.huggingface.providers"  # this module defines `PROVIDERS`, a dict keyed by library
 
 
 class ExternalRouter:
@@ -75,12 +75,12 @@ class ExternalRouter:
         vars(self).update(path=path, num_experts=num_experts, k=k, **settings)
         if self.score not in ROUTER_SCORES or not {*self.returns} <= {*ROUTER_RESULTS}:
             raise ValueError(
-                f"score must be one of {ROUTER_SCORES}, and returns must contain only {ROUTER_RESULTS}, got "
+                f"`score` must be one of {ROUTER_SCORES}, and `returns` must contain only {ROUTER_RESULTS}, got "
                 f"score={self.score!r} and returns={self.returns!r}"
             )
         if not {"logits", "probs"} & {*self.returns} or ("probs" in self.returns and self.score != "softmax"):
             raise ValueError(
-                f"returns must contain 'logits', or 'probs' with score='softmax', got returns={self.returns!r} and "
+                f"`returns` must contain 'logits', or 'probs' with score='softmax', got returns={self.returns!r} and "
                 f"score={self.score!r}"
             )
 
@@ -96,10 +96,10 @@ class TokenMetadata(NamedTuple):
     """Information about the tokens in a forward pass, extracted from the model's arguments."""
 
     mask: Tensor | None = None  # (b, n) bool, True for real tokens; None if all tokens are real
-    shape: tuple[int, int] | None = None  # (b, n), None if it is unknown
-    mask_unknown_reason: str | None = None  # why the mask is unknown
-    ids: Tensor | None = None  # (b, n) integers, ids of the tokens; None if the model received embeddings
-    segment_ids: Tensor | None = None  # (b, n) integers, the documents of packed rows; None if rows are not packed
+    shape: tuple[int, int] | None = None  # (b, n), or None if unknown
+    mask_unknown_reason: str | None = None  # reason why the mask is unknown
+    ids: Tensor | None = None  # (b, n) integer token ids; None if the model received embeddings
+    segment_ids: Tensor | None = None  # (b, n) integer document ids of packed rows; None if rows are not packed
 
 
 class TokensReader:
@@ -123,7 +123,7 @@ class TokensReader:
 class Provider:
     """Describes the modules of one library. The default methods provide no information, so subclasses override them."""
 
-    gate_remedy: str | None = None  #: advice in the error message for a gate whose sizes differ from its layer's
+    gate_remedy: str | None = None  #: advice for the error raised when the gate's sizes differ from its layer's
 
     def find_router(self, block: nn.Module) -> ExternalRouter | None:
         """Return the router that a module calls, or None if it does not call one."""
@@ -166,10 +166,10 @@ class Provider:
         return None
 
 
-#: Providers by library. Like custom operators and pickling functions, they are registered process-wide when a library
-#: is imported, never during a forward.
+#: Providers, keyed by library. Like custom operators and pickling functions, they are registered for the whole process
+#: when a library is imported, and never during a forward pass.
 REGISTERED_PROVIDERS: dict[str, Provider] = {}
-#: providers of `BUNDLED_LIBRARIES`; filled once, by `load_bundled_providers`
+#: providers for `BUNDLED_LIBRARIES`; `load_bundled_providers` fills this dict once
 BUNDLED_PROVIDERS: dict[str, Provider] = {}
 
 
@@ -227,7 +227,7 @@ def load_bundled_providers() -> bool:
         except ImportError as error:
             raise ImportError(
                 f"cannot import {BUNDLED_MODULE}, which describes the modules of {' and '.join(BUNDLED_LIBRARIES)}; "
-                f"install the versions that this package's extra 'hf' requires"
+                "install the versions required by this package's 'hf' extra"
             ) from error
     return True
 

@@ -34,7 +34,7 @@ from mixture_of_experts.unstack import get_plain_weights, replace_modules
 RoundedLevels = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of a 4-bit weight
 RoundingFunction = Callable[[str, int, Tensor], RoundedLevels | None]  # arguments: stack name, expert index, weight
 
-MAX_SCALE = 65280  # representable in bfloat16 and float16
+MAX_SCALE = 65280  # bfloat16 and float16 can represent this value
 MAX_UNPACKED_NUMEL = 1 << 21  # maximum number of weight elements unpacked at a time
 
 
@@ -92,7 +92,7 @@ def quantize_experts(
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     if rounding is not None and not (bits == 4 and callable(rounding)):
-        raise ValueError(f"rounding must be a function and requires bits=4, got {rounding!r} with bits={bits}")
+        raise ValueError(f"`rounding` must be a function and requires bits=4, got {rounding!r} with bits={bits}")
     make = partial(quantize_stacked_experts, bits=bits, group=group, rounding=rounding)
     return replace_modules(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)", allow_adapters=True)
 
@@ -117,9 +117,9 @@ def quantize_stacked_experts(
     uneven = [f"{key}={size}" for key in ("dim", "hidden_dim") if (size := getattr(experts, key)) % group]
     if bits == 4 and uneven:
         raise ValueError(
-            f"{name} has {' and '.join(uneven)}, which 4-bit quantization requires to be a multiple of group={group}. "
-            f"Pass a smaller group, one of {', '.join(map(str, int4.GROUP_SIZES))}, or quantize these experts "
-            "separately with bits=8"
+            f"4-bit quantization requires dimensions that are multiples of group={group}, but {name} has "
+            f"{' and '.join(uneven)}. Pass a smaller group (one of {', '.join(map(str, int4.GROUP_SIZES))}), or "
+            "quantize these experts separately with bits=8"
         )
     return QuantizedExperts(experts, bits, group, rounding=rounding and partial(call_rounding, rounding, name))
 
@@ -135,7 +135,7 @@ def call_rounding(
     shapes = [(n, group, q), (n, 1, q), (n, 1, q)]
     if not isinstance(found, tuple) or [getattr(part, "shape", None) for part in found] != shapes:
         raise ValueError(
-            f"{of} must return levels, step and zero of shapes {shapes}, or None to round to the nearest level, got "
+            f"{of} must return levels, step and zero with shapes {shapes}, or None to round to the nearest level, got "
             f"{found!r:.99}"
         )
     levels, step, zero = found
@@ -144,13 +144,15 @@ def call_rounding(
         raise ValueError(f"{of} must return integer levels from 0 to 15, got {found}; round and clamp them")
     for name, part in (("step", step), ("zero", zero)):
         if not part.bfloat16().isfinite().all():
-            raise ValueError(f"{of} must return a {name} finite in bfloat16, got {part.min()} to {part.max()}")
+            raise ValueError(
+                f"{of} must return a {name} that is finite in bfloat16, got values from {part.min()} to {part.max()}"
+            )
     step, zero = (part.bfloat16().float() for part in (step, zero))
-    for level in (0, 15):  # extremes; the formula of `int4.unpack_matrix`, whose products may overflow
+    for level in (0, 15):  # check only extremes; products in `int4.unpack_matrix` may overflow
         if not (level * step + (zero - 8 * step)).isfinite().all():
             raise ValueError(
                 f"{of} must return a step and a zero that yield finite weights for all levels from 0 to 15, got steps "
-                f"of {step.min()} to {step.max()} and zeros of {zero.min()} to {zero.max()}; use smaller steps"
+                f"from {step.min()} to {step.max()} and zeros from {zero.min()} to {zero.max()}; use smaller steps"
             )
     return found
 
@@ -203,7 +205,7 @@ class QuantizedExperts(RoutedExperts):
         super().__init__()
         for name in (*experts.shape_attributes, "act", "dropout", "gated"):
             setattr(self, name, getattr(experts, name))
-        self.is_transposed = getattr(experts, "is_transposed", False)  # adapters read it
+        self.is_transposed = getattr(experts, "is_transposed", False)  # adapters read this attribute
         for number in (1, 3, 2) if self.gated else (1, 2):
             key = f"w{number}"
             choose = rounding and partial(rounding, key)
@@ -330,7 +332,7 @@ def compute_sorted_rows(rows: Tensor, network: Network, num_tokens_per_expert: T
     network = network.map(lambda part: part.to(dtype) if isinstance(part, Tensor) else part)  # casts biases
 
     def product(x: Tensor, weight: Any, counts: Tensor | None) -> Tensor:
-        x, (stored, factors) = x.to(dtype), weight  # under autocast an activation may return another dtype
+        x, (stored, factors) = x.to(dtype), weight  # under autocast, an activation may return another dtype
         with disable_autocast(x.device):
             out = _PackedMatmul.apply(x, *stored, counts, False)
             if factors is not None:
@@ -359,11 +361,11 @@ def pack_stack(
     `(*e, q)`, which is 1 for matrices that `rounding` quantized."""
     if weight.ndim > 2:
         flat = weight.flatten(0, -3)
-        some = flat[:1] if weight.is_meta else flat  # on the meta device, one matrix represents all
+        some = flat[:1] if weight.is_meta else flat  # on the meta device, one matrix represents all matrices
         made = [pack_stack(one, bits, group, block, rounding and partial(rounding, i)) for i, one in enumerate(some)]
         made *= len(flat) // len(some)
         return {name: torch.stack([each[name] for each in made]).unflatten(0, weight.shape[:-2]) for name in made[0]}
-    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # so that later casts are exact
+    scale = torch.maximum(weight.amax(dim=0), -weight.amin(dim=0)).to(torch.bfloat16)  # makes later casts exact
     scale = scale.clamp_(max=MAX_SCALE).to(weight.dtype)
     if given := rounding and rounding(weight.to(torch.float32, copy=True).unflatten(0, (-1, group))):
         return {**int4.pack_levels(*given, block or int4.find_cpu_block()), "scale": torch.ones_like(scale)}
@@ -405,7 +407,7 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
         return multiply_few_rows(x, packed, groups, scale)
     wide = x.is_cpu and not private_torch.has_native_matmul(x.dtype)
     rows, dtype = x.float() if wide else x, torch.float64 if x.dtype == torch.float64 else torch.float32
-    scaled = rows.dtype == torch.float16  # products without the scale would overflow
+    scaled = rows.dtype == torch.float16  # unscaled products would overflow
     rows = rows * scale.to(rows.dtype) if transposed and not scaled else rows
     out = rows.new_zeros(x.shape[0], output_width(packed, scale, transposed), dtype=dtype)
     for inputs, weight in iter_unpacked(packed, groups, scale):

@@ -19,14 +19,14 @@ from mixture_of_experts.support.private_torch import get_original_class, unwrap_
 from mixture_of_experts.whole_model.router_discovery import RouterHandle, find_all_routers, iter_named_modules
 from mixture_of_experts.wrappers import ExpertsWrapper
 
-ActiveShares = dict[Any, dict[nn.Module, float]]  # by layer and module: the share, 0 to 1, that a token uses
+ActiveShares = dict[Any, dict[nn.Module, float]]  # maps layers and modules to the fraction (0 to 1) that a token uses
 
 
 class ActiveModules(NamedTuple):
     """The parts of a model that a token uses."""
 
     active_shares: ActiveShares
-    variable_k_layers: set[nn.Module]  # layers in which the number of choices depends on scores
+    variable_k_layers: set[nn.Module]  # layers whose number of choices depends on scores
     external_modules: set[nn.Module]  # routers and experts of other libraries, which hold their weights directly
 
 
@@ -145,7 +145,7 @@ def compute_active_shares(site: RouterHandle, layer: Any) -> dict[nn.Module, flo
         experts = layer.experts if site.external is None else layer.get_submodule(site.external.experts_path)
         return {experts: number / e}
     outer, eo = choices_per_token(site.level_one), site.level_one.num_experts
-    # the first choice at level one leads to all choices at level two, each other choice to one
+    # at level one, the first choice leads to all choices at level two, and each other choice leads to one
     served = min(outer, 1.0) * number + max(outer - 1.0, 0.0)
     return {layer.experts: served / (eo * e), layer.gate_inner: outer / eo}
 
@@ -158,7 +158,7 @@ def choices_per_token(site: RouterHandle) -> float:
     if number is None:
         raise ValueError(
             f"the {site.class_name} of {site.name.rpartition('.')[0] or 'the layer'} does not specify how many experts "
-            "a token chooses; add an attribute k to it"
+            "a token chooses; add a `k` attribute to it"
         )
     return min(number, site.num_experts)
 
@@ -180,7 +180,7 @@ def iter_active_modules(model: nn.Module, shares: ActiveShares) -> Iterator[tupl
     seen: set[tuple[nn.Module | None, nn.Module]] = set()
     todo: list[tuple[nn.Module, float, nn.Module | None, float]] = [(model, 1.0, None, 1.0)]
     while todo:
-        module, part, layer, of_layer = todo.pop()  # the layer that contains it, and that layer's share
+        module, part, layer, of_layer = todo.pop()  # the layer that contains the module, and that layer's share
         if (layer, module) in seen:
             continue
         seen.add((layer, module))

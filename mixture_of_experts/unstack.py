@@ -175,7 +175,7 @@ def get_plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
         if type(weight) is not nn.Parameter:
             raise TypeError(
                 f"{name}.{key} must be a plain nn.Parameter, got {type(weight).__name__}; unstack or quantize experts "
-                "before they are sharded"
+                "before sharding them"
             )
     return weights
 

@@ -36,8 +36,8 @@ class ExpertsWrapper(RoutedExperts):
         ValueError: if the wrapper transforms rows, but the wrapped experts transform tokens or rows outside `compute`.
     """
 
-    #: what the wrapper works on: the tokens before and after all experts ("tokens"), the rows that experts read
-    #: ("inputs") or return ("outputs"), or the set of experts, to which it adds others ("experts")
+    #: what the wrapper works on: "tokens" (before and after all experts), "inputs" (rows that experts read), "outputs"
+    #: (rows that experts return), or "experts" (the set of experts, to which it adds others)
     works_on: ClassVar[WorksOn]
 
     experts: Any
@@ -49,9 +49,9 @@ class ExpertsWrapper(RoutedExperts):
         on_rows = self.works_on in ("inputs", "outputs")
         if on_rows and any(getattr(each, "works_on", "outputs") != "outputs" for each in list_nested_experts(experts)):
             raise ValueError(
-                f"{type(self).__name__} cannot wrap {type(experts).__name__}, which transforms the rows or tokens of "
-                f"its experts further. Reverse the order, so that {type(self).__name__} directly wraps the experts "
-                "that compute, as in InputWeightedExperts(NormedExperts(experts, norm))"
+                f"{type(self).__name__} cannot wrap {type(experts).__name__}, which also transforms the rows or tokens "
+                f"of its experts. Reverse the order so that {type(self).__name__} directly wraps the experts that "
+                "compute, as in InputWeightedExperts(NormedExperts(experts, norm))"
             )
         self.experts = experts
         self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
@@ -177,8 +177,8 @@ class ZeroComputationExperts(ExpertsWrapper):
         super().__init__(experts)
         if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
             raise TypeError(
-                f"experts must be RoutedExperts with an integer num_experts, such as Experts(...), got "
-                f"{type(experts).__name__}; the ids of the added experts follow theirs"
+                "experts must be RoutedExperts with an integer num_experts, such as Experts(...), got "
+                f"{type(experts).__name__}; the ids of the added experts follow the ids of these experts"
             )
         for name, number in {"num_identity": num_identity, "num_zero": num_zero}.items():
             if check_number(name, number, at_least=0) != int(number):
@@ -193,7 +193,7 @@ class ZeroComputationExperts(ExpertsWrapper):
         if self.num_identity and dim is not None and dim_out is not None and dim != dim_out:
             raise ValueError(
                 f"the experts map width {dim} to {dim_out}, but the {self.num_identity} identity experts return tokens "
-                f"of width {dim}; set num_identity=0, or use experts that keep the width"
+                f"of width {dim}; set num_identity=0, or use experts with equal input and output widths"
             )
 
     def variant_reason(self) -> str | None:

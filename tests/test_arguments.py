@@ -106,7 +106,7 @@ def test_default_gate_follows_arguments():
 def test_rejects_different_priorities(name, mode):
     settings = {f"capacity_factor_{mode}": 0.5}
     gate = TopKGating(8, 2, **settings) if name == "gate_outer" else inner_gate(**settings)
-    with pytest.raises(ValueError, match=rf"priority='token' .*{name} has priority='choice'"):
+    with pytest.raises(ValueError, match=rf"priority='token', but {name} has priority='choice'"):
         HeirarchicalMoE(8, (2, 2), **{name: gate}, priority="token")
     gate.priority = "token"
     assert HeirarchicalMoE(8, (2, 2), **{name: gate}, priority="token").gate_inner.priority == "token"

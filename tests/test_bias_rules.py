@@ -232,13 +232,13 @@ def test_shares():
     rule, load = SignRule(shares=[2, 2, 1, 1]), torch.tensor([[4, 5, 1, 2], [0, 0, 0, 0]])
     assert rule.step(load, torch.zeros(2, 4), 1, 0.5).tolist() == [[0.0, -0.5, 0.5, 0.0], [0.0] * 4]
     assert repr(rule) == "SignRule(centred=False, shares=(2, 2, 1, 1))"
-    with pytest.raises(ValueError, match=r"shares must have .* the 3 experts, got 4 numbers"):
+    with pytest.raises(ValueError, match=r"`shares` must have .* the 3 experts, got 4 entries"):
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
     for wrong in ([1, 0], [0.1, 0.9], "19", 9):
-        says = "shares must be a proportion of integers of at least 1, such as [1, 9] for 10% and 90%, got "
+        says = "`shares` must be positive integers that form a ratio, such as [1, 9] for 10% and 90%, got "
         with pytest.raises(ValueError, match=re.escape(says + repr(wrong))):
             SignRule(shares=wrong)
-    with pytest.raises(ValueError, match=r"the sum of shares must be below 2\^20"):
+    with pytest.raises(ValueError, match=r"the sum of `shares` must be below 2\^20"):
         SignRule(shares=[2**19, 2**19])
 
 

@@ -122,7 +122,7 @@ def test_foreign_checkpointing_counts_once(make_inputs):
 
 def test_rejects_calls_outside_the_model(make_inputs):
     model = Model()
-    with collect_aux(model), pytest.raises(RuntimeError, match="outside of a forward pass of the module"):
+    with collect_aux(model), pytest.raises(RuntimeError, match="outside a forward pass of the module"):
         model.blocks[0](make_inputs)
 
 

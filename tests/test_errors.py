@@ -131,8 +131,8 @@ REFUSED = [
     (ValueError, "jitter must be .* below 1.0, got 2.0", lambda: TopKGating(8, 4, jitter=2.0)),
     (ValueError, "alpha must be a finite number, got 'x'", lambda: ClampedSwiGLU("x", None)),
     (ValueError, "limit must be .* above 0.0, got 0.0", lambda: ClampedSwiGLU(1.0, 0.0)),
-    *((TypeError, "dtype must be a floating torch.dtype", lambda d=d: MoE(8, 2, dtype=d)) for d in NO_DTYPES),
-    *((TypeError, "dtype must be a floating torch.dtype", lambda d=d: Experts(8, 2, dtype=d)) for d in NO_DTYPES),
+    *((TypeError, "dtype must be a floating-point torch.dtype", lambda d=d: MoE(8, 2, dtype=d)) for d in NO_DTYPES),
+    *((TypeError, "dtype must be a floating-point torch.dtype", lambda d=d: Experts(8, 2, dtype=d)) for d in NO_DTYPES),
     # sizes that disagree
     (ValueError, "gate has num_experts=8, but the layer has num_experts=4", lambda: MoE(8, 4, gate=TopKGating(8, 8))),
     (ValueError, "gate has dim=16, but the layer has dim=8", lambda: MoE(8, gate=TopKGating(16, 4))),
@@ -167,17 +167,17 @@ REFUSED = [
     (ValueError, "second_place_loss must be True or False, got 0.5", lambda: MoE(8, 4, second_place_loss=0.5)),
     (ValueError, "num_gates must be an integer of at least 1, got 0", lambda: Top2Gating(8, 0)),
     (ValueError, "outer_expert_dims must be an.*, got 0", lambda: Top2Gating(8, 4, outer_expert_dims=(2, 0))),
-    (TypeError, r"dtype must be a floating torch\.dtype such as", lambda: MoE(8, 2, dtype="float32")),
-    (TypeError, r"dtype must be a floating torch\.dtype such as", lambda: Experts(8, 2, dtype=torch.int64)),
+    (TypeError, r"dtype must be a floating-point torch\.dtype such as", lambda: MoE(8, 2, dtype="float32")),
+    (TypeError, r"dtype must be a floating-point torch\.dtype such as", lambda: Experts(8, 2, dtype=torch.int64)),
     # routers
-    (ValueError, "k must be at most num_experts=4, got 5", lambda: TopKGating(8, 4, 5)),
+    (ValueError, "k must be at most num_experts=4, but got 5", lambda: TopKGating(8, 4, 5)),
     (ValueError, r"score must be one of 'softmax', .*got 'relu'", lambda: TopKGating(8, 4, score="relu")),
     (ValueError, "num_groups and top_groups must be passed together", lambda: TopKGating(8, 4, num_groups=2)),
     (ValueError, "num_groups=3 must divide num_experts=4", lambda: TopKGating(8, 4, num_groups=3, top_groups=1)),
     (ValueError, r"top_groups=1 .*num_groups=4.*k=2", lambda: TopKGating(8, 4, 2, num_groups=4, top_groups=1)),
     (RuntimeError, "expert_bias=True", lambda: TopKGating(8, 4).update_bias(0.001)),
     (ValueError, "rate", lambda: TopKGating(8, 4, expert_bias=True).update_bias(-1.0)),
-    (ValueError, "k must be below num_experts=4, got 4", lambda: NoisyTopKGating(8, 4, 4)),
+    (ValueError, "k must be less than num_experts=4, but got 4", lambda: NoisyTopKGating(8, 4, 4)),
     (ValueError, r"capacity_factor.*None", lambda: ExpertChoiceGating(8, 4, capacity_factor=None)),
     (ValueError, "importance", lambda: ExpertChoiceGating(8, 4)(torch.zeros(1, 5, 8), importance=torch.ones(1, 5))),
 ]
@@ -358,7 +358,7 @@ def test_an_argument_of_the_router(kind):
     ):
         with pytest.raises(TypeError) as error:
             make_layer(kind, **{name: value})
-        said = f"no argument {name!r}, which belongs to the router; pass {where}TopKGating(dim, num_experts, {setting})"
+        said = f"not accept {name!r}, a router argument; pass {where}TopKGating(dim, num_experts, {setting})"
         assert said in str(error.value)
 
     assert copy.deepcopy(CustomKGate(k=3)).gate.k == 3

@@ -258,7 +258,7 @@ def test_zero_cost_slots():
 def test_rejected():
     for inner in (InputWeightedExperts(Experts(D, E)), LatentExperts(Experts(D, E), beside=nn.Identity())):
         for experts in (inner, checkpoint_module(inner), ZeroComputationExperts(inner, num_zero=1)):
-            with pytest.raises(ValueError, match=r"Reverse the order, .* as in InputWeightedExperts\(NormedExperts\("):
+            with pytest.raises(ValueError, match=r"Reverse the order so .* in InputWeightedExperts\(NormedExperts\("):
                 NormedExperts(experts, nn.RMSNorm(D))  # type: ignore[arg-type]
             with pytest.raises(ValueError, match="Reverse the order"):
                 InputWeightedExperts(experts)

@@ -155,7 +155,7 @@ def test_rejects_bad_arguments():
     assert gate.forced is None
     with (
         force_routing(gate),
-        pytest.raises(ValueError, match="cannot use given_experts while force_routing"),
+        pytest.raises(ValueError, match="given_experts cannot be passed while force_routing"),
     ):
         gate(x, given_experts=torch.zeros(1, 3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="forced must be one of"):

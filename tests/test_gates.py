@@ -133,7 +133,7 @@ def test_each_level_has_its_own_given_experts():
     assert side_inputs_of_levels(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
     outer = TopKGating(DIM, 4)(torch.randn(2, 6, DIM))
     for shape in ((2, 6, 3, 2), (2, 6, 2)):
-        with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of level two\)"):
+        with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of gate_inner\)"):
             dispatch_to_inner_gate(
                 torch.randn(2, 6, DIM),
                 outer,
@@ -154,7 +154,7 @@ def test_rejects_custom_gate_that_fills_empty_slots():
 
     gate = Heedless(DIM, 2, outer_expert_dims=(4,))
     moe, x = HeirarchicalMoE(DIM, (4, 2), capacity_factor_train=8.0, gate_inner=gate), torch.randn(2, 6, DIM)
-    with pytest.raises(ValueError, match=r"\(Heedless\) chose experts for \d+ empty slots"):
+    with pytest.raises(ValueError, match=r"\(Heedless\) chose experts for \d+ empty first-level slots"):
         moe(x)
     gate.heedless = False
     assert moe(x)[0].isfinite().all()
@@ -191,14 +191,14 @@ class GivenGate(TokenChoiceGate):
             r"priority_score of shape \(1, 4, 1\), expected \(1, 4\) \(groups, tokens\)$",
         ),
         ({"primary": torch.ones(4, 2, dtype=torch.bool)}, r"primary of shape"),
-        ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as \(1,\), expected a 0-dim"),
-        ({"losses": {"mine": 0.5}}, r"loss 'mine' as a float"),
-        ({"losses": {"balance": torch.ones(1, 4)}}, r"loss 'balance' as \(1, 4\)"),
+        ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as a 0-dim tensor, got \(1,\)"),
+        ({"losses": {"mine": 0.5}}, r"loss 'mine' as a 0-dim tensor, got a float"),
+        ({"losses": {"balance": torch.ones(1, 4)}}, r"loss 'balance' as a 0-dim tensor, got \(1, 4\)"),
         ({"expert": torch.zeros(1, 4, 2)}, r"expert .*float32, expected int64"),
         ({"chosen": torch.ones(1, 4, 2)}, r"chosen .*float32, expected bool"),
         ({"expert": torch.full((1, 4, 2), 1)}, r"expert 1 twice for a token"),
-        ({"expert": torch.tensor([0, 3]).expand(1, 4, 2)}, r"returned experts from 0 to 3, expected ids from 0 to 2"),
-        ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"returned experts from -1 to 2"),
+        ({"expert": torch.tensor([0, 3]).expand(1, 4, 2)}, r"expert ids from 0 to 3, but valid ids are 0 to 2"),
+        ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"returned expert ids from -1 to 2"),
     ],
 )
 def test_mismatched_choices(made, message):

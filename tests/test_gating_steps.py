@@ -97,10 +97,10 @@ GROUPS = dict(num_groups=2, top_groups=1)
 @pytest.mark.parametrize(
     ("gate", "k", "message"),
     [
-        (lambda: TopKGating(2, 3), 4, "k must be at most num_experts=3, got 4"),
+        (lambda: TopKGating(2, 3), 4, "k must be at most num_experts=3, but got 4"),
         (lambda: TopKGating(2, 4, **GROUPS), 3, r"top_groups=1 must be at most num_groups=2, .* at least k=3"),
-        (lambda: SparseMixerGating(2, 3), 4, "k must be at most num_experts=3, got 4"),
-        (lambda: NoisyTopKGating(2, 3), 3, "k must be below num_experts=3, got 3"),
+        (lambda: SparseMixerGating(2, 3), 4, "k must be at most num_experts=3, but got 4"),
+        (lambda: NoisyTopKGating(2, 3), 3, "k must be less than num_experts=3, but got 3"),
         (lambda: HashGating(2, 3, num_ids=5), 1, "cannot change k of HashGating from 2 to 1"),
         *((lambda: TopKGating(2, 3), k, f"k must be an integer of at least 1, got {k!r}") for k in (0, "x", 1.5, True)),
     ],
@@ -265,8 +265,8 @@ def test_logits_of_a_module_without_weights_and_of_narrow_ones():
         (TopKGating, dict(num_groups=2, top_groups=0), "^top_groups must be"),
         (TopKGating, dict(normalize="yes"), "normalize must be True or False, got 'yes'"),
         (TopKGating, dict(eps=-1.0), "eps must be a finite number of at least 0"),
-        (TopKGating, dict(bias=True, logits=nn.Identity()), "bias=True cannot be combined with logits"),
-        (TopKGating, dict(logits=nn.Linear), "logits must be .*the class Linear; instantiate it"),
+        (TopKGating, dict(bias=True, logits=nn.Identity()), "bias=True cannot be combined with `logits`"),
+        (TopKGating, dict(logits=nn.Linear), "`logits` must be .*the class Linear; instantiate it"),
         (RouterLogits, dict(dim=0), "^dim must be"),
         (RouterLogits, dict(num_experts=0), "^num_experts must be"),
         (RouterLogits, dict(bias="yes"), "^bias must be True or False"),
@@ -288,7 +288,7 @@ def test_rejected(kind, settings, message):
 
 
 def test_a_module_of_logits_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"logits must return .* \(1, 2, 4\), .*got \(1, 2, 3"):
+    with pytest.raises(ValueError, match=r"`logits` must return .* \(1, 2, 4\), .*got \(1, 2, 3"):
         TopKGating(4, 4, logits=nn.Linear(4, 3))(torch.randn(1, 2, 4))
 
 

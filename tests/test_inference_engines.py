@@ -41,7 +41,7 @@ def save(name: str, made: Any, folder: Path) -> Served:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         made.save_pretrained(folder)
-    warned = [str(one.message) for one in caught if "not every engine computes" in str(one.message)]
+    warned = [str(one.message) for one in caught if "some engines do not compute" in str(one.message)]
     del made
     return Served(name, folder, run_transformers(folder, tokenize(), NEW_TOKENS), "".join(warned))
 

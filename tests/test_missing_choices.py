@@ -142,6 +142,6 @@ def test_rejects_duplicate_given_expert(gate):
     given[0, 1, 0] = -1
     moe(x, given_experts=given)
     records = RoutingRecords({"gate": [torch.tensor([[0, 1, 2], [2, 1, 1]])]})
-    wanted = "'gate': in the records, given_experts contains expert 1 twice for a token"
+    wanted = "invalid records for 'gate': given_experts contains expert 1 twice for a token"
     with pytest.raises(ValueError, match=wanted), replay_routing(moe, records):
         pass

@@ -395,7 +395,7 @@ def test_custom_two_argument_activation():
         layer = MoE(D, E, gate=TopKGating(D, E, 2), experts=GatedExperts(D, E, H, activation=activation))
         expected = layer(x)
         torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), expected)
-        with pytest.raises(ValueError, match=r"function of \(gate, up\), which requires GatedExperts"):
+        with pytest.raises(ValueError, match=r"takes \(gate, up\) as arguments, so it requires GatedExperts"):
             Experts(D, E, activation=activation)
 
 
@@ -460,7 +460,7 @@ def test_forward_arguments_are_replaced(kind):
 
 
 def test_rejects_misplaced_decide_at_class_creation():
-    with pytest.raises(TypeError, match="must have assignments as its second argument"):
+    with pytest.raises(TypeError, match="must accept `assignments` as its second argument"):
 
         class Wrong(Experts):
             def forward(self, x, *, assignments=None):
@@ -569,7 +569,7 @@ def test_unbounded_slots_warn(monkeypatch):
     """Where counts cannot be read, as on a GPU: the warning names what to set, and with a capacity there is none."""
     monkeypatch.setattr(experts_module, "is_host_readable", lambda tensor: False)
     moe, x = MoE(D, gate=TopKGating(D, 32), experts=Slots(32)), torch.randn(1, 1024, D)
-    with pytest.warns(UserWarning, match=r"32 x 1024 .*2048 choices.* set its capacity_factor_train"):
+    with pytest.warns(UserWarning, match=r"32 x 1024 .*2048 choices.* set capacity_factor_train"):
         moe(x)
     moe.gate.capacity_factor_train = 2.0
     moe(x)

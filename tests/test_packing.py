@@ -315,7 +315,7 @@ def test_segment_ids_are_checked():
     with pytest.raises(ValueError, match=r"segment_ids must have shape \(2, 24\), .* got \(2, 24, 1\)"):
         moe(x, segment_ids=ids.unsqueeze(-1))
     for wrong in (ids.double(), ids.bool()):
-        with pytest.raises(TypeError, match="segment_ids must be integers, got torch"):
+        with pytest.raises(TypeError, match="segment_ids must be an integer tensor, got torch"):
             moe(x, segment_ids=wrong)
     inner = TopKGating(DIM, 4, outer_expert_dims=(2,)).double()
     with pytest.raises(ValueError, match=r"a single-level gate .*outer_expert_dims=\(2,\)"):

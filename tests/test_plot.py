@@ -120,7 +120,7 @@ def test_errors(make_stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.setitem(sys.modules, name, None)  # as where it is not installed
     for draw in (make_stats.plot, lambda: make_stats.plot("gate")):
-        with pytest.raises(ImportError, match="extra 'plot'"):
+        with pytest.raises(ImportError, match="its 'plot' extra"):
             draw()
 
 

@@ -411,10 +411,10 @@ def test_rejects_wrong_providers_and_settings(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(TypeError, match=r"ExternalRouter has no setting 'top_k'; available settings are path"):
         ExternalRouter("router", num_experts=E, k=K, top_k=2)
     for wrong in (dict(score="tanh"), dict(returns=("logits", "indices"))):
-        with pytest.raises(ValueError, match=rf"score must be one of .* got .*{next(iter(wrong))}="):
+        with pytest.raises(ValueError, match=rf"`score` must be one of .* got .*{next(iter(wrong))}="):
             ExternalRouter("router", num_experts=E, k=K, **wrong)
     for wrong in (dict(returns=("weights", "experts")), dict(returns=("probs",), score="sigmoid")):
-        with pytest.raises(ValueError, match="returns must contain 'logits', or 'probs' with score='softmax'"):
+        with pytest.raises(ValueError, match="`returns` must contain 'logits', or 'probs' with score='softmax'"):
             ExternalRouter("router", num_experts=E, k=K, **wrong)
     assert {*providers.ROUTER_SCORES} == {*SCORES}
 
@@ -432,14 +432,14 @@ def test_bundled_providers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPat
     with record_routing(moe) as records:
         moe(torch.randn(B, N, D))
     assert records.layers == ("gate",)
-    with pytest.raises(ImportError, match=r"cannot import .* modules of transformers and peft; .*extra 'hf'"):
+    with pytest.raises(ImportError, match=r"cannot import .* modules of transformers and peft; .*'hf' extra"):
         track_routing(Stock(moe)).__enter__()
 
 
 def test_a_router_that_returns_something_else(acme: AcmeModel, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(AcmeRouter, "forward", lambda self, x: (x, x))
     with (
-        pytest.raises(TypeError, match=r"AcmeRouter does not return \(logits, experts, weights\)"),
+        pytest.raises(TypeError, match=r"AcmeRouter did not return \(logits, experts, weights\)"),
         track_routing(acme),
     ):
         acme.blocks[0].router(torch.randn(3, D))

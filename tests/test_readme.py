@@ -176,7 +176,7 @@ def test_tracking_a_lightning_module_raises():
     trainer = lightning.Trainer(max_steps=1, logger=False, enable_checkpointing=False)
     with (
         names["track_routing"](names["module"]),
-        pytest.raises(RuntimeError, match=r"'model.gate' ran outside of a forward pass of the module"),
+        pytest.raises(RuntimeError, match=r"'model.gate' ran outside a forward pass of the module"),
     ):
         trainer.fit(names["module"], names["batches"])
 

@@ -275,11 +275,11 @@ def test_rejects_mismatched_weights():
         (
             {"gate": [weight[:, :1]]},
             ValueError,
-            r"weights to have the shapes .*'gate': .*1, 2.* of the choices, but got",
+            r"`weights` to have the same shapes as the choices, .*'gate': .*1, 2.*, but got",
         ),
         ({"gate": [weight.long()]}, ValueError, r"weights\['gate'\] to be a list of dense tensors of floating point"),
-        ({"gate": []}, ValueError, "expected weights to have the shapes"),
-        ({"other": [weight]}, ValueError, "expected weights to have the shapes"),
+        ({"gate": []}, ValueError, "expected `weights` to have the same shapes"),
+        ({"other": [weight]}, ValueError, "expected `weights` to have the same shapes"),
         ([weight], TypeError, "expected weights to be a dict"),
         ({"gate": None}, ValueError, r"expected weights\['gate'\] to be a list of dense tensors"),
         ({"gate": weight.tolist()}, ValueError, r"expected weights\['gate'\] to be a list of dense tensors"),
@@ -287,7 +287,7 @@ def test_rejects_mismatched_weights():
         with pytest.raises(error, match=said):
             RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
-    with pytest.raises(ValueError, match=r"given_weights must be floating point of shape \(1, 1, 2\)"):
+    with pytest.raises(ValueError, match=r"given_weights must be a floating-point tensor of shape \(1, 1, 2\)"):
         moe.gate(torch.randn(1, 1, DIM), given_weights=torch.ones(1, 1, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="weights must be True or False"):
         record_routing(moe, weights="yes").__enter__()  # type: ignore[arg-type]
@@ -299,7 +299,7 @@ def test_rejects_wrong_argument_types_before_forward():
         with pytest.raises(TypeError, match="records to be RoutingRecords, as yielded by record_routing, but got a"):
             replay_routing(moe, records).__enter__()  # type: ignore[arg-type]
     with pytest.raises(
-        TypeError, match=r"gates= of record_routing to be a list of gate names or gate modules, but got 0"
+        TypeError, match=r"`gates` of record_routing to be a list of gate names or gate modules, but got 0"
     ):
         record_routing(moe, gates=0).__enter__()  # type: ignore[arg-type]
 
@@ -344,7 +344,7 @@ def make_records(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
     [
         (make_records((4, 2), (4, 2)), r"the model has 1 gates \(gate\), but the records have 2 \(0, 1\)"),
         (make_records((4, 3)), r"'gate' \('0' in the records\) makes 2 choices per token, but the records have 3"),
-        (make_records((4, 2), largest=4), "'gate' .*in the records, given_experts contains 4, .* from 0 to 3"),
+        (make_records((4, 2), largest=4), "invalid records for 'gate' .*: given_experts contains 4, .* from 0 to 3"),
         (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "but the records have 8"),
         (make_records((3, 2)), r"sequence 0 has 4 real tokens at 'gate', but its record has 3; pass beyond="),
         (make_records((5, 2)), r"4 real tokens at 'gate', but its record has 5; truncate it with records.select\("),
@@ -368,15 +368,15 @@ def test_gates_that_cannot_be_given_choices():
             record_routing(levels).__enter__()
     moe, x = MoE(DIM, gate=CustomGate()), torch.randn(1, 4, DIM)
     records = record_forward(moe, x)
-    with pytest.raises(ValueError, match=r"is a CustomGate, which does not accept choices; call `self.apply_overrides"):
+    with pytest.raises(ValueError, match=r"is a CustomGate, which does not accept choices; .* `self.apply_overrides"):
         replay_routing(moe, records).__enter__()
     shared = nn.Sequential(moe := DeepModel(), moe)
     with pytest.raises(RuntimeError, match="ran twice in one forward"), record_routing(shared):
         shared(x)
-    with pytest.raises(RuntimeError, match="ran outside of a forward pass of the given module"), record_routing(shared):
+    with pytest.raises(RuntimeError, match="ran outside a forward pass of the given module"), record_routing(shared):
         moe(x)
     records = record_forward(moe, x)
-    with pytest.raises(ValueError, match=r"the caller of .* passes given_experts"), replay_routing(moe.moe, records):
+    with pytest.raises(ValueError, match=r"given_experts was passed to .* a replay"), replay_routing(moe.moe, records):
         moe.moe(x, given_experts=torch.zeros(1, 4, 2, dtype=torch.int64))
 
 
@@ -418,14 +418,14 @@ def test_integers_of_every_width(dtype):
 NO_INTEGERS = (torch.complex64, torch.bool, torch.float32, torch.uint64)
 ROW, REQUEST = torch.zeros(3, 2, dtype=torch.int64), [[[0, 1]]]
 NO_RECORDS = [
-    ({}, "experts is empty"),
-    ([ROW], "expected experts to be a dict from gates to records, but got a list"),
+    ({}, "`experts` is empty"),
+    ([ROW], "expected experts to be a dict that maps gates to records, but got a list"),
     ({"a": [ROW, ROW[0]]}, r"expected experts\['a'\] to be a list of dense tensors .* got tensor\(\[0, 0"),
     *(({"a": [ROW.to(dtype)]}, r"experts\['a'\] to be a list of dense tensors of integers") for dtype in NO_INTEGERS),
 ]
 NO_REQUESTS = [
-    ([], r"expected requests to be arrays \(tokens, layers, k\) of the same layers, but got \[\] layers"),
-    ([REQUEST, [[[0, 1]] * 2]], r"of the same layers, but got \[1, 2\] layers"),
+    ([], r"expected requests to be arrays \(tokens, layers, k\) with the same number of layers, but got \[\]"),
+    ([REQUEST, [[[0, 1]] * 2]], r"with the same number of layers, but got \[1, 2\]"),
     ([REQUEST, None], r"expected request 1 to be an array \(tokens, layers, k\), but got a NoneType"),
     ([REQUEST, {"routed_experts": REQUEST}], "expected request 1 to be an array .* a dict"),
     ([REQUEST, [[[0, 1], [1]]]], "expected request 1 to be an array .* a list"),
@@ -473,10 +473,10 @@ def test_files_that_are_not_whole_or_of_another_kind(tmp_path):
         (b"", ""),
         (b"no records", ""),
         ({"weight": torch.zeros(2)}, "it has no 'format'"),
-        ({"format": "other"}, "its format is 'other', but should be"),
+        ({"format": "other"}, "expected the format .*, but got 'other'"),
         *(({name: of[name] for name in of if name != gone}, f"it has no '{gone}'") for gone in of),
         (of | {"experts": {"gate": [ROW.float()]}}, "to be a list of dense tensors of integers"),
-        (of | {"weights": {"gate": [ROW[:1].float()]}}, "expected weights to have the shapes"),
+        (of | {"weights": {"gate": [ROW[:1].float()]}}, "expected `weights` to have the same shapes"),
         (of | {"experts": {"gate": [ROW.to_sparse()]}}, "to be a list of dense tensors of integers"),
         (of | {"experts": {"gate": [ROW.to("meta")]}}, "to be a list of dense tensors of integers"),
         (of | {"num_experts": {"gate": "x"}}, r"num_experts\['gate'\] must be an integer of at least 1, got 'x'"),
@@ -624,7 +624,7 @@ def test_weights_of_engines():
         found, _ = moe(x)
     torch.testing.assert_close(found.view(8, DIM), torch.cat([out.view(8, DIM)[:7], free.view(8, DIM)[7:]]))
     assert not torch.allclose(free[0], out[0], atol=1e-2)
-    with pytest.raises(ValueError, match=r"shapes .*\(4, 2\), \(4, 2\)\]} of the choices, but got .*\[\(4, 2\)\]}"):
+    with pytest.raises(ValueError, match=r"shapes as the choices, .*\(4, 2\), \(4, 2\)\]}, but got .*\[\(4, 2\)\]}"):
         RoutingRecords.from_requests(experts, weights=weights[:1])
     with pytest.raises(ValueError, match=r"expected weights\['0'\] to be a list of dense tensors of floating point"):
         RoutingRecords.from_requests(experts, weights=experts)
@@ -636,10 +636,10 @@ def test_rejects_missing_records():
     with pytest.raises(IndexError, match="no sequence 1; there are 1"):
         records.select([1])
     for wrong in ([1, 2], [-1]):
-        with pytest.raises(ValueError, match=r"tokens to be 1 nonnegative numbers, one per sequence, but got \["):
+        with pytest.raises(ValueError, match=r"`tokens` to be 1 nonnegative numbers, one per sequence, but got \["):
             records.select([0], tokens=wrong)
     for wrong in ({"a": [ROW], "b": [ROW, ROW]}, {"a": [ROW, ROW[:, :1]]}):
-        with pytest.raises(ValueError, match="equally many sequences, each with one number of choices per gate"):
+        with pytest.raises(ValueError, match=r"the same number of sequences, and .* a gate to have the same k"):
             RoutingRecords(wrong)
     with pytest.raises(KeyError, match="no gate 'c'; the gates are 'a', 'b'"):
         records["c"]
@@ -721,7 +721,7 @@ def test_rejects_graphs_compiled_before_context(part):
         expected = model(x)
     (model if part == "model" else model.moe).compile(backend="eager")
     model(x)
-    message = r"hooks saw a forward pass that ran .*torch\.compiler\.reset\(\)"
+    message = r"according to its hooks, the forward pass ran .*torch\.compiler\.reset\(\)"
     with record_routing(model) as found, pytest.raises(RuntimeError, match=message):
         model(x)
     assert found.lengths("moe.gate") == []

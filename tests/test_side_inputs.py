@@ -74,7 +74,7 @@ def test_checks_names_and_shapes():
         MoE(DIM, 4)(x, token_ids=torch.zeros(2, 6))
     with pytest.raises(TypeError, match="TopKGating does not support the side input 'maks'; it reads router_input"):
         TopKGating(DIM, 4)(x, maks=torch.ones(2, 6, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"given_experts must be int64 .*\(2, 6, 2\), got .* \(2, 6, 3\)"):
+    with pytest.raises(ValueError, match=r"given_experts must be an int64 .*\(2, 6, 2\), got .* \(2, 6, 3\)"):
         MoE(DIM, gate=TopKGating(DIM, 4))(x, given_experts=torch.zeros(2, 6, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match=r"ExpertChoiceGating does not support .* 'losses'; it reads router_input"):
         ExpertChoiceGating(DIM, 4)(x, losses=("balance_group",))

@@ -212,7 +212,7 @@ def test_nothing_to_count_is_zero(name: str, case: str):
 
 def test_custom_gate():
     moe = MoE(DIM, 3, gate=OneExpert())
-    with track_routing(nn.Sequential(moe)) as stats, pytest.raises(RuntimeError, match="outside of a forward pass"):
+    with track_routing(nn.Sequential(moe)) as stats, pytest.raises(RuntimeError, match="outside a forward pass"):
         moe(torch.randn(2, 5, DIM))
     assert stats.layers == ("0.gate",)
     record = track_once(moe, torch.randn(2, 5, DIM))["gate"]

@@ -157,10 +157,10 @@ def test_compiled_and_exported():
 
 def test_rejects_incompatible_gates():
     x = make_tokens()
-    with pytest.raises(ValueError, match=r"counted requires a dropless gate, got .*1\.25"):
+    with pytest.raises(ValueError, match=r"`counted` requires a dropless gate, but .*1\.25"):
         MoE(DIM)(x, counted=MASK)
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
-    with pytest.raises(ValueError, match=r"counted cannot be combined with mask or importance"):
+    with pytest.raises(ValueError, match=r"`counted` cannot be combined with `mask` or `importance`"):
         moe(x, MASK, counted=MASK)
     with pytest.raises(TypeError, match="counted must be a boolean tensor"):
         moe(x, counted=MASK.long())

@@ -121,7 +121,7 @@ def test_requested_property_holds_or_raises():
         assert_holds(make_faulty_layer(), "padding")
     with pytest.raises(AssertionError, match="counts, padded to 2 x 12"):
         assert_holds(make_faulty_layer(FAULTS[0]), "padding", "causal", **DESCRIPTION)
-    with pytest.raises(ValueError, match=r"unknown properties \['cheap'\]; the properties are \['batch', "):
+    with pytest.raises(ValueError, match=r"unknown properties \['cheap'\]; the available properties are \['batch', "):
         verify(make_faulty_layer(), properties=["cheap"])
 
 
@@ -170,7 +170,7 @@ class InFloat32(nn.Linear):
     ("build", "name", "reason"),
     [
         (lambda: MoE(8, 4), "order", "it draws random numbers"),
-        (lambda: MoE(8, 4, second_policy_train="all"), "output_eval", "it draws random numbers in eval"),
+        (lambda: MoE(8, 4, second_policy_train="all"), "output_eval", "it draws random numbers in eval mode"),
         (lambda: InFloat32(4, 4), "gradients", "it does not run in torch.float64"),
     ],
 )
@@ -182,7 +182,7 @@ def test_inapplicable_properties(build, name, reason):
 
 def test_width_is_inferred_or_requested():
     assert verify(nn.Linear(6, 6), properties=["causal"]).module == "Linear, 6 wide"
-    with pytest.raises(ValueError, match=r"tokens of Linear could have any of the widths \[\]; pass dim="):
+    with pytest.raises(ValueError, match=r"the token width of Linear from the candidates \[\]; pass dim="):
         verify(nn.Linear(6, 7))
     with pytest.raises(ValueError, match="pass dim="):
         verify(nn.GELU())

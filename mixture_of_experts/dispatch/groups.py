@@ -18,7 +18,7 @@ from mixture_of_experts.support.batch_invariance import call_module_batch_invari
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens, describe_shape
 from mixture_of_experts.support.private_torch import unsafe_view
 
-MAX_GROUP_SHRINKAGE = 16  # raise ValueError if groups are more than this many times shorter than requested
+MAX_GROUP_SHRINKAGE = 16  # a ValueError is raised if groups are more than this many times shorter than requested
 
 
 def mask_and_group(
@@ -40,7 +40,7 @@ def mask_and_group(
         if 0 < MAX_GROUP_SHRINKAGE * shape[1] < group_size and shape[0] > 1:
             raise ValueError(
                 f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, "
-                "because no closer size divides them; pad the input, or choose a group_size that divides it"
+                f"because no closer size divides {shape[0] * shape[1]}; pad the input, or choose a group_size that does"
             )
     return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
 
@@ -60,7 +60,9 @@ def group_side_inputs(
     """
     if unknown := [repr(name) for name in side if name not in names]:
         known = f"it reads {', '.join(sorted(names))}" if names else "it reads none"
-        raise TypeError(f"the gate does not support the side input {', '.join(unknown)}; {known}. Pass masks as mask=")
+        raise TypeError(
+            f"the gate does not support the side input {', '.join(unknown)}; {known}. To pass a mask, use mask="
+        )
     grouped = {}
     for name, value in side.items():
         if value is None:
@@ -83,14 +85,14 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     until it divides the number of positions. Warn if n is less than half of `group_size`.
     """
     groups = max(1, num_positions // group_size)
-    length = num_positions // groups  # below 2 * group_size, so the search is short
+    length = num_positions // groups  # this is below 2 * group_size, so the search is short
     while length and num_positions % length:
         length -= 1
     groups = num_positions // length if length else groups
     if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
         warnings.warn(
             f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}, because no "
-            "closer size divides them. Pad the input, or choose a group_size that divides it",
+            f"closer size divides {num_positions}. Pad the input, or choose a group_size that does",
             stacklevel=3,
         )
     return groups, length

@@ -134,7 +134,7 @@ def _permute(assignments: Assignments, row: Tensor, num_rows: int, rows_per_expe
     row = torch.where(assignments.kept, row, num_rows)
     number = row.shape[0]
     empty = row.new_full((num_rows + 1,), number)
-    assignment = empty.scatter(0, row, torch.arange(number, device=row.device))[:num_rows]  # the last one is unused
+    assignment = empty.scatter(0, row, torch.arange(number, device=row.device))[:num_rows]  # the last entry is unused
     if assignments.token is None:
         token = find_tokens(assignment, assignments.k or 1)
     else:

@@ -30,7 +30,7 @@ Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
 MAX_DENOMINATOR = 1 << 20  # maximum denominator of a capacity factor
 QUEUES_SELF_CHECK = SelfCheck("the Triton kernels of queues")
-MAX_KERNEL_EXPERTS = 1024  # the tables of the kernels have a row for each expert
+MAX_KERNEL_EXPERTS = 1024  # the kernels' tables have one row per expert
 MAX_TABLE_ENTRIES = 4096  # for smaller tables, the implementation with the fewest operators is fastest
 
 
@@ -59,9 +59,9 @@ def expert_capacity(
         None if every group has n tokens.
     """
     slots, tokens = k * factor[0], num_experts * factor[1]
-    if slots >= tokens:  # at most 1 slot per token, so that products cannot overflow int64
+    if slots >= tokens:  # use at most 1 slot per token, so that products cannot overflow int64
         slots = tokens = 1
-    # without tokens there must be no slots, because a second level would count them as tokens
+    # with no tokens there must be no slots, because a second level would count them as tokens
     empty = statically_known_true(num_tokens == 0)
     capacity = 0 if empty else symbolic_max(num_tokens * slots // tokens, minimum)
     if not isinstance(length, Length):
@@ -180,9 +180,9 @@ def find_places_in_runs(queue: Tensor) -> Tensor:
     """Return the position `(..., a)` of each assignment among the assignments with the same value in `queue`."""
     ordered, order = stable_sort(queue)
     index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
-    starts = ordered != ordered.roll(1, dims=-1)  # the first run needs no mark, because its index is 0
+    starts = ordered != ordered.roll(1, dims=-1)  # the first run needs no mark because its index is 0
     first = torch.where(starts, index, 0)
-    if is_exporting_to_onnx():  # ONNX has no cummax, so look up the first index by the number of the run
+    if is_exporting_to_onnx():  # ONNX has no cummax, so look up each run's first index by the run's number
         run = starts.cumsum(dim=-1)
         first = run.new_zeros(*run.shape[:-1], run.shape[-1] + 1).scatter(-1, run * starts, first).gather(-1, run)
     else:
@@ -223,12 +223,12 @@ def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Return the position `(..., a)` of each assignment in its queue, and the lengths `(..., e)` of all queues except
     the last. `queue` contains indices from 0 to e."""
     if statically_known_true(queue.numel() * num_experts <= MAX_TABLE_ENTRIES) or is_exporting_to_onnx():
-        # a table (..., a, e + 1) needs fewer operators than sorting, and ONNX supports all of them
+        # a table (..., a, e + 1) needs fewer operators than a sort, and ONNX supports all of these operators
         index = queue.unsqueeze(-1)
         stands = index == torch.arange(num_experts + 1, device=queue.device)
         place = stands.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1) - 1
         return place, stands[..., :num_experts].sum(dim=-2)
-    # a stable sort of int16 is several times faster than one of int64
+    # a stable sort is several times faster for int16 than for int64
     narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int64
     ids = torch.arange(num_experts + 1, device=queue.device, dtype=narrow)
     ordered, order = queue.to(narrow).sort(dim=-1, stable=True)

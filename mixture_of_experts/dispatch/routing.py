@@ -165,8 +165,8 @@ class Routing:
             return self.queues
         if self.segments is not None and self.capacity is not None:
             raise ValueError(
-                f"a Routing of packed rows ({SEGMENT_IDS}) with a limited capacity has no slots, and therefore no "
-                "dense tensors. Use its expert, kept and weight, or pass each document as a separate row, with mask="
+                f"packed rows ({SEGMENT_IDS}) with a limited capacity have no slots, so their Routing has no dense "
+                "tensors. Use its `expert`, `kept` and `weight`, or pass each document as a separate row with mask="
             )
         assert self.k is not None
         return queue_up(self.expert, self.sent, self.num_experts, self.k, "token")
@@ -176,7 +176,9 @@ class Routing:
         """The importance of each assignment at level two, `(..., b, a)`. It is 1 if the assignment is primary, 0 if it
         is not kept, and 0.5 otherwise. Raises ValueError for expert choice."""
         if self.k is None:
-            raise ValueError("expert choice does not support a second level, because tokens have no first choice")
+            raise ValueError(
+                "expert-choice routing does not support a second level, because tokens have no first choice"
+            )
         primary = self.primary
         if primary is None:
             primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.k == 0
@@ -214,7 +216,7 @@ def occupied(combine: Tensor) -> Tensor:
     return (combine != 0).to(combine.dtype)
 
 
-#: names of fields in exported programs of earlier versions, in which "chosen" denoted what is now `sent`
+#: field names in programs exported by earlier versions, in which "chosen" denoted what is now `sent`
 EXPORTED_NAMES = {"sent": "chosen", "mask": "real", "padding_weight": "uncounted", "chosen": "weighed"}
 register_dataclass(Routing, "mixture_of_experts.Routing", EXPORTED_NAMES)
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SEGMENT_IDS = "segment_ids"  # name of the argument of layers and gates
-UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # many operators, such as sort, lack kernels for some of these
+SEGMENT_IDS = "segment_ids"  # argument name in layers and gates
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # many operators, such as sort, lack kernels for some of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +80,7 @@ def find_segments(ids: Tensor, mask: Tensor | None) -> Segments:
 def check_segment_ids(ids: Tensor, shape: torch.Size) -> Tensor:
     """Check that `ids` contains one integer per token and has the given shape, and return it in a signed dtype."""
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(
-            f"{SEGMENT_IDS} must be integers, got {ids.dtype}; tokens of a row with equal ids form a document"
-        )
+        raise TypeError(f"{SEGMENT_IDS} must be an integer tensor, got {ids.dtype}; equal ids in a row form a document")
     if ids.dtype in UNSIGNED:
         ids = ids.to(torch.int64)
     if ids.shape != shape:

@@ -105,7 +105,7 @@ def sum_probs(probs: Tensor, segments: Segments | None) -> Tensor:
     return probs.sum(dim=-2) if segments is None else probs.flatten(0, 1)
 
 
-#: balancing losses of gates, by the tokens over which f and P are computed
+#: balancing losses, keyed by the tokens over which f and P are computed
 BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
     "group": load_balancing_loss,
     "batch": load_balancing_loss_over_batch,
@@ -153,7 +153,7 @@ def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
     return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
 
 
-#: the losses by name
+#: functions that compute balancing losses, keyed by name
 BALANCE_LOSSES: Mapping[str, Callable[[BalanceInputs], Tensor]] = {
     "balance_group": partial(BalanceInputs.loss, over="group"),
     "balance_batch": partial(BalanceInputs.loss, over="batch"),

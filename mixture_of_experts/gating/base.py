@@ -129,7 +129,7 @@ class Gate(FixedShapeModule):
     outer_expert_dims: tuple[int, ...]
 
     shape_attributes: ClassVar[tuple[str, ...]] = ("dim", "num_experts", "outer_expert_dims")
-    #: names of the side inputs that the gate reads; all gates accept `router_input` `(..., n, d)`, which replaces x
+    #: names of the side inputs that the gate reads; every gate accepts `router_input` `(..., n, d)`, which replaces x
     side_inputs: ClassVar[tuple[str, ...]] = ("router_input",)
     #: names of the losses that the gate computes only on request, as in `gate(x, losses=names)`
     optional_losses: ClassVar[tuple[str, ...]] = ()
@@ -215,7 +215,7 @@ class Gate(FixedShapeModule):
         if importance is not None:
             check_importance(importance, x.shape[:-1])
             makes_all_choices, makes_any_choice = importance == 1, importance > 0
-        if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed, but does not count
+        if (counted := side.pop(COUNTED, None)) is not None:  # padding is computed but not counted
             self._check_counted(counted, x, importance, mask)
             mask = counted
         elif mask is not None:
@@ -237,20 +237,20 @@ class Gate(FixedShapeModule):
         if self.outer_expert_dims or length is not None:
             what = f"outer_expert_dims={self.outer_expert_dims}" if self.outer_expert_dims else "length="
             raise ValueError(
-                f"{SEGMENT_IDS} requires a single-level gate without length=, but got {what}: each document becomes a "
-                "group with its own length. Pass each document as a separate row, with mask="
+                f"{SEGMENT_IDS} requires a single-level gate without length=, because each document becomes a group "
+                f"with its own length, but got {what}. Pass each document as a separate row with mask="
             )
         return find_segments(check_segment_ids(ids, x.shape[:-1]), mask)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:
             raise ValueError(
-                "counted cannot be combined with mask or importance; pass the mask either as counted or as mask"
+                "`counted` cannot be combined with `mask` or `importance`; pass the mask as either `counted` or `mask`"
             )
         if (factor := getattr(self, "capacity_factor", None)) is not None:
             raise ValueError(
-                f"counted requires a dropless gate, got a capacity factor of {factor}; pass it as mask instead, so "
-                "that padding uses no slots"
+                f"`counted` requires a dropless gate, but the gate has a capacity factor of {factor}; pass the mask as "
+                "`mask` instead, so that padding uses no slots"
             )
         check_mask(counted, x.shape[:-1], COUNTED)
 
@@ -289,19 +289,19 @@ class TokenChoiceGate(Gate):
     k: int
 
     #: `counted` `(..., n)` bool replaces the mask of a dropless gate. Tokens where it is False are padding: their
-    #: choices are computed, without gradient for the router, but excluded from all losses, statistics and counts.
-    #: `given_weights` `(..., n, k)` replace the weights of choices, or NaN to keep a weight; gradients flow to the
-    #: gate's own weights. `segment_ids` `(..., n)` are integers for packed rows: the tokens of a row with equal ids
-    #: form a document, which is a group
+    #: choices are computed, without gradients for the router, but are excluded from all losses, statistics and counts.
+    #: `given_weights` `(..., n, k)` replaces the weights of choices; NaN keeps a weight, and gradients flow to the
+    #: gate's own weights. `segment_ids` `(..., n)` contains integers for packed rows: tokens in a row with equal ids
+    #: form a document, which becomes a group
     side_inputs: ClassVar[tuple[str, ...]] = (*Gate.side_inputs, COUNTED, GIVEN_WEIGHTS, SEGMENT_IDS)
     optional_losses: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: implementations by name, fastest first. Each has `unsupported_reason(gate, tokens)`, which returns why it does
-    #: not support the call, or None, and must check `tokens.segments`; and `run(gate, tokens)`, which returns the
+    #: implementations, keyed by name, fastest first. Each has two functions: `unsupported_reason(gate, tokens)` returns
+    #: why it does not support the call, or None, and must check `tokens.segments`; `run(gate, tokens)` returns the
     #: `Routing`. The last implementation, "operators", calls `decide`
     implementations: ClassVar[Mapping[str, Any]] = {
         "operators": Implementation(lambda gate, tokens: None, lambda gate, tokens: gate.decide_and_route(tokens))
     }
-    balance_over: BalanceOver = "group"  #: the tokens over which the balancing loss of `decide` computes means
+    balance_over: BalanceOver = "group"  #: the tokens over which the balancing loss of `decide` is averaged
     #: whether the capacity factor refers to choices (True) or to tokens (False, in `Top2Gating`)
     capacity_per_choice = True
     capacity_factor_train: CapacityFactor = CapacityFactor()
@@ -310,7 +310,7 @@ class TokenChoiceGate(Gate):
     _capacity_factor_eval: tuple[int, int] | None
     min_expert_capacity: int = checked_setting(check_size)
     priority: Priority = checked_setting(check_choice, allowed=PRIORITIES)
-    #: "balanced" or "random" if experts are forced (see `force_routing`), None if the gate chooses them
+    #: "balanced" or "random" if experts are forced (see `force_routing`); None if the gate chooses the experts
     forced: Forced | None = checked_setting(check_forced)
 
     def __init__(
@@ -392,8 +392,10 @@ class TokenChoiceGate(Gate):
             return None
         wanted = (*tokens.x.shape[:-1], self.k)
         if given.shape != wanted or given.dtype != torch.int64:
-            raise ValueError(f"{GIVEN} must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
-        if (padding := tokens.computed_padding) is not None:  # no choices are given for padding
+            raise ValueError(
+                f"{GIVEN} must be an int64 tensor of shape {wanted}, got {given.dtype} {tuple(given.shape)}"
+            )
+        if (padding := tokens.computed_padding) is not None:  # padding has no given choices
             given = torch.where(padding, KEEP_ROUTER_CHOICE, given)
         if self.forced is None:
             check_overrides(
@@ -468,7 +470,9 @@ class TokenChoiceGate(Gate):
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
         """Return a copy of the tokens whose externally specified choices are forced experts."""
         if GIVEN in tokens.side:
-            raise ValueError(f"cannot use {GIVEN} while force_routing forces {how} experts; use only one of them")
+            raise ValueError(
+                f"{GIVEN} cannot be passed while force_routing selects {how} experts; use only one of them"
+            )
         x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
         forced = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
         return replace(tokens, side={**tokens.side, GIVEN: forced})
@@ -534,7 +538,7 @@ class TokenChoiceGate(Gate):
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
         return losses.load_balancing_loss_from_choices(
             expert, counted, proxy, length, k, self.process_group
-        )  # avoids a tensor of loads
+        )  # this avoids creating a tensor of loads
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
@@ -559,8 +563,8 @@ class TokenChoiceGate(Gate):
         if tokens.segments is not None:
             if type(self).balance is not TokenChoiceGate.balance:
                 raise ValueError(
-                    f"{type(self).__name__} overrides balance, which does not support packed documents. Override "
-                    "balance_loss instead, or pass each document as a row with mask= instead of segment_ids="
+                    f"{type(self).__name__} overrides `balance`, which does not support packed documents. Override "
+                    "`balance_loss` instead, or pass each document as a row with mask= instead of segment_ids="
                 )
             load = count_load(expert, counted, self.num_experts, tokens.segments)
             settings = tokens.length, tokens.segments, k, self.process_group

@@ -22,16 +22,16 @@ class ForwardChoices(NamedTuple):
     """The router's choices in a training forward pass, which a rule counts."""
 
     expert: Tensor  #: (..., t, k) int64
-    chosen: Tensor | None  #: (..., t, k) bool, which choices are made; None if all are
-    score: Tensor | None  #: (..., t, e), scores that select experts, without the bias; None if the rule reads none
-    full: Tensor | None  #: (..., t) bool, which tokens make all their choices; None if all do
-    bias: Tensor  #: (..., e), the bias in this forward
+    chosen: Tensor | None  #: (..., t, k) bool, True for choices that are made; None if all are made
+    score: Tensor | None  #: (..., t, e), scores that select experts, without the bias; None if the rule reads no scores
+    full: Tensor | None  #: (..., t) bool, True for tokens that make all their choices; None if all tokens do
+    bias: Tensor  #: (..., e), the bias in this forward pass
 
 
 class BiasRule:
     """Base class for update rules of the expert bias. Custom rules implement `count` and `step`."""
 
-    #: bins of each expert's histogram in the buffer `expert_histogram`, or 0 for a single count in `expert_counts`
+    #: number of bins in each expert's histogram in `expert_histogram`, or 0 for a single count in `expert_counts`
     bins: int = 0
     #: default `rate` of `balance_experts`
     rate: ClassVar[float]
@@ -90,10 +90,10 @@ class SignRule(BiasRule):
         if self.shares is not None:
             if len(self.shares) != whole:
                 raise ValueError(
-                    f"shares must have one number for each of the {whole} experts, got {len(self.shares)} numbers"
+                    f"`shares` must have one entry for each of the {whole} experts, got {len(self.shares)} entries"
                 )
             parts, whole = torch.tensor(self.shares, device=counts.device), sum(self.shares)
-        # 1 below the share, -1 above it and 0 at it; integers make the comparison exact
+        # the sign is 1 below the share, -1 above it and 0 at it; integers make the comparison exact
         step = rate * torch.sign(counts.sum(dim=-1, keepdim=True) * parts - counts * whole)
         if not (self.centred and rate):
             return step
@@ -110,10 +110,10 @@ def check_shares(shares: Any) -> tuple[int, ...]:
         found = check_sizes("shares", tuple(shares))
     except (TypeError, ValueError):
         raise ValueError(
-            f"shares must be a proportion of integers of at least 1, such as [1, 9] for 10% and 90%, got {shares!r}"
+            f"`shares` must be positive integers that form a ratio, such as [1, 9] for 10% and 90%, got {shares!r}"
         ) from None
     if sum(found) >= 1 << 20:
-        raise ValueError(f"the sum of shares must be below 2^20, got {sum(found)}; use smaller integers")
+        raise ValueError(f"the sum of `shares` must be below 2^20, got {sum(found)}; use smaller integers")
     return found
 
 
@@ -190,7 +190,7 @@ def histogram_range(bias: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 
 RuleName = Literal["sign", "centred_sign", "quantile"]
-#: factories of rules; each gate has its own instance, because settings of a rule can be changed
+#: rule factories; each gate has its own instance, because the settings of a rule can be changed
 RULES: Mapping[str, Callable[[], BiasRule]] = {
     "sign": SignRule,
     "centred_sign": partial(SignRule, centred=True),
@@ -236,6 +236,6 @@ def check_scores(
         why = "experts are chosen by a function of their scores"
     if why is not None:
         raise ValueError(
-            f"{rule!r} does not support {owner}: {why}, so scores do not determine the load of an expert. Use "
+            f"{rule!r} does not support {owner}: {why}, so the scores do not determine an expert's load. Use "
             "rule='sign'"
         )

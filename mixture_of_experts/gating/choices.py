@@ -23,17 +23,17 @@ class Choices(NamedTuple):
     `TokenChoiceGate.route` applies the mask and the importance, but gates may also read them.
     """
 
-    expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be different experts
-    weight: Tensor  #: (..., b, n, k), multiplies the experts' outputs; choices with weight 0 are not computed
-    probs: Tensor  #: (..., b, n, e) probabilities of the router (normalized scores)
-    #: 0-dim losses by name; the layer multiplies "balance" by its loss_coef and "z" by its z_loss_coef
+    expert: Tensor  #: (..., b, n, k) int64, best choice first; the choices that are made must be distinct experts
+    weight: Tensor  #: (..., b, n, k), factors of the experts' outputs; choices with weight 0 are not computed
+    probs: Tensor  #: (..., b, n, e), the router's probabilities (normalized scores)
+    #: 0-dim losses, keyed by name; the layer multiplies "balance" by its loss_coef and "z" by its z_loss_coef
     losses: dict[str, Tensor]
-    chosen: Tensor | None = None  #: (..., b, n, k) bool, which choices share the token's weight; None if all do
-    priority_score: Tensor | None = None  #: (..., b, n) order for priority "score"; by default the top probability
-    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
-    sent: Tensor | None = None  #: (..., b, n, k) bool, which chosen experts receive the token; None if all do
-    is_masked: bool = False  #: whether `sent` already excludes choices that mask and importance do not allow
-    state: Tensor | None = None  #: (..., b, n, anything), passed to the router of the next layer
+    chosen: Tensor | None = None  #: (..., b, n, k) bool, True for choices that share the token's weight; None if all do
+    priority_score: Tensor | None = None  #: (..., b, n), the order for priority "score"; default: top probability
+    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; default: choice 0
+    sent: Tensor | None = None  #: (..., b, n, k) bool, True if the chosen expert receives the token; None if all do
+    is_masked: bool = False  #: whether `sent` already excludes the choices that the mask and importance do not allow
+    state: Tensor | None = None  #: (..., b, n, anything), the state passed to the next layer's router
 
 
 def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
@@ -53,8 +53,8 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
             continue
         if value.shape != wanted:
             raise ValueError(
-                f"{gate} returned {name} of shape {tuple(value.shape)}, expected {wanted} (groups, tokens"
-                f"{dict(priority_score='', probs=', experts').get(name, f', k={k} choices')})"
+                f"{gate} returned {name} of shape {tuple(value.shape)}, expected {wanted} (groups, "
+                f"tokens{dict(priority_score='', probs=', experts').get(name, f', k={k} choices')})"
             )
         got = "floating point" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         if got != kind:
@@ -62,7 +62,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
     for name, loss in choices.losses.items():
         if not isinstance(loss, Tensor) or loss.ndim:
             raise ValueError(
-                f"{gate} returned the loss {name!r} as {describe_shape(loss)}, expected a 0-dim tensor; return its mean"
+                f"{gate} must return the loss {name!r} as a 0-dim tensor, got {describe_shape(loss)}; return its mean"
             )
 
 
@@ -73,13 +73,13 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, num_exp
         return
     if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
         raise ValueError(
-            f"{gate} returned experts from {int(expert.min())} to {int(expert.max())}, expected ids from 0 to "
-            f"{num_experts - 1}. For a choice that is not made, return any valid id with chosen=False"
+            f"{gate} returned expert ids from {int(expert.min())} to {int(expert.max())}, but valid ids are 0 to "
+            f"{num_experts - 1}. To omit a choice, return any valid id with chosen=False"
         )
     if (twice := expert_twice(torch.where(computed, expert, -1))) is not None:
         raise ValueError(
-            f"{gate} chose expert {twice} twice for a token, but the experts of a token must be different. Add up the "
-            "two weights, and set the weight of the second choice to 0"
+            f"{gate} chose expert {twice} twice for a token, but a token's experts must be distinct. Assign the sum of "
+            "both weights to the first choice, and 0 to the second"
         )
 
 
@@ -96,7 +96,7 @@ def check_k_of_experts(k: int, num_experts: int) -> int:
     """Check that there are at least k experts, and return `k`."""
     if k > num_experts:
         raise ValueError(
-            f"k must be at most num_experts={num_experts}, got {k}, because a token chooses each expert at most once"
+            f"k must be at most num_experts={num_experts}, but got {k}; a token chooses each expert only once"
         )
     return k
 
@@ -114,7 +114,7 @@ def top_choices(score: Tensor, k: int) -> Tensor:
     """
     if k > score.shape[-1]:
         raise ValueError(
-            f"k must be at most the number of experts, {score.shape[-1]}, got {k}, because each is chosen at most once"
+            f"k must be at most the number of experts ({score.shape[-1]}), but got {k}; a token chooses each only once"
         )
     score = score.detach()
     if k >= (32 if score.device.type == "cpu" else 3):

@@ -13,7 +13,7 @@ def warn_of_decoding(gate: Any) -> None:
     other tokens because of the capacity. Traced graphs and level-two gates do not warn."""
     if gate.outer_expert_dims or torch.compiler.is_compiling():
         return
-    found = {}  # name: (its value, the value to set instead)
+    found = {}  # maps a name to (its value, the value to set instead)
     if gate.capacity_factor_eval is not None:
         found["capacity_factor_eval"] = (gate.capacity_factor_eval, None)
     if getattr(gate, "second_policy_eval", None) == "random":
@@ -22,7 +22,7 @@ def warn_of_decoding(gate: Any) -> None:
         has = " and ".join(f"{name}={value!r}" for name, (value, _) in found.items())
         remedy = ", ".join(f"gate.{name} = {value!r}" for name, (_, value) in found.items())
         warnings.warn(
-            f"{type(gate).__name__} received one token per sequence in eval, as in decoding, but it has {has}, so its "
-            f"choices differ from those for the whole sequence. For generation, set {remedy}",
+            f"{type(gate).__name__} received one token per sequence in eval mode, as during decoding. Because it has "
+            f"{has}, its choices differ from those for the whole sequence. For generation, set {remedy}",
             stacklevel=2,
         )

@@ -19,7 +19,7 @@ from mixture_of_experts.support.private_torch import (
     is_in_transform,
 )
 
-#: buffers of gates in which each rank counts its own tokens, and the coefficient that is derived from such counts
+#: gate buffers in which each rank counts its own tokens, and the coefficient that is derived from these counts
 RANK_LOCAL_BUFFERS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
@@ -82,23 +82,23 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
         counts: integer tensor of any shape that only this forward pass uses. It is set to 0 after being added.
         total: a buffer with the same shape as `counts`.
     """
-    if is_in_ddp():  # a graph is retraced in another DDP
-        # even without gradients, which reentrant checkpointing enables only in the backward
+    if is_in_ddp():  # a graph is retraced inside another DDP wrapper
+        # called even without gradients, because reentrant checkpointing enables them only in the backward pass
         keep_rank_counts(torch.compiler.is_compiling())
-    if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward
+    if not torch.is_grad_enabled() or is_in_forward_mode():  # forward mode has no backward pass
         return weight
     anchor = None if weight.requires_grad else ANCHOR
     return _CountInBackward.apply(weight, anchor, counts, total)
 
 
-@assume_constant_result  # runs during tracing
+@assume_constant_result  # this function runs during tracing
 def keep_rank_counts(traced: bool) -> None:
     """Prevent the currently running `DistributedDataParallel` from overwriting each rank's counts with those of the
     first rank before the next forward pass. Before the first forward pass, all counts are 0."""
     if copied := exclude_from_ddp_broadcast(RANK_LOCAL_BUFFERS, traced):
         warnings.warn(
-            f"DistributedDataParallel copies {copied[0]} from the first rank before each forward, so gradient "
-            "accumulation over several forwards loses the counts of other ranks. Before wrapping the model, call "
+            f"DistributedDataParallel copies {copied[0]} from the first rank before each forward pass, so accumulating "
+            "gradients over several passes loses the counts from other ranks. Before wrapping the model, call "
             "balance_experts(model, optimizer) or mixture_of_experts.parallel.ignore_experts_in_ddp(model)",
             stacklevel=2,
         )
@@ -111,11 +111,11 @@ class StepsWithoutUpdate:
     each forward pass, this counter does not reveal optimizer steps, so forward passes are counted instead.
     """
 
-    MAX_STEPS = 50  #: optimizer steps before the warning
-    SO_MANY = 1000  #: training forwards before the warning; a step has fewer, even with recomputed micro-batches
-    steps: int = 0  #: optimizer steps since the last update
-    forwards: int = 0  #: training forwards since the last update
-    version: int | None = None  #: version of the weight in the last training forward
+    MAX_STEPS = 50  #: number of optimizer steps before the warning
+    SO_MANY = 1000  #: training forward passes before the warning; a step has fewer, even with recomputed micro-batches
+    steps: int = 0  #: number of optimizer steps since the last update
+    forwards: int = 0  #: number of training forward passes since the last update
+    version: int | None = None  #: version of the weight in the last training forward pass
     warned: bool = False  #: whether the warning was emitted since the last update
 
     def bias_moved(self) -> None:
@@ -136,7 +136,7 @@ class StepsWithoutUpdate:
             self.warned = True
             warnings.warn(
                 f"expert_bias=True is set, but the bias was not updated in {count}. Use balance_experts(model, "
-                "optimizer), its callback in a Trainer, or gate.update_bias(rate) after each step (a rate of 0 keeps "
-                "the bias unchanged)",
+                "optimizer) or its Trainer callback, or call gate.update_bias(rate) after each step (rate=0 leaves the "
+                "bias unchanged)",
                 stacklevel=4,
             )

@@ -85,7 +85,7 @@ class ExpertChoiceGating(Gate):
             side: `router_input` `(b, n, d)`, from which logits are computed in place of `x`.
         """
         if importance is not None:
-            raise ValueError("expert choice does not support importance; use a token-choice gate")
+            raise ValueError("expert-choice routing does not support `importance`; use a token-choice gate")
         tokens = self.read(x, None, mask, side=side)
         n, e = tokens.num_tokens, self.num_experts
         probs, log_total = recomputed_on_gpu(self._scores, tokens.x, self.w_gating)

@@ -58,7 +58,7 @@ class HashGating(TopKGating):
     def reset_parameters(self) -> None:
         """Initialize the weights randomly, and assign random experts to each token id."""
         super().reset_parameters()
-        if (table := self._buffers.get("experts_of_id")) is not None:  # None while the base class is constructed
+        if (table := self._buffers.get("experts_of_id")) is not None:  # it is None while the base class is constructed
             table.copy_(draw_experts(self.num_ids, table.shape[1], self.num_experts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -81,8 +81,8 @@ class HashGating(TopKGating):
         traced graphs."""
         if is_host_readable(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
             raise ValueError(
-                f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Set num_ids to the size of the "
-                "vocabulary when you construct the gate, and mask padding that has other ids"
+                f"token_ids must be from 0 to {self.num_ids - 1}, got {int(wrong[0])}. Construct the gate with num_ids "
+                "set to the vocabulary size, and mask padding tokens with other ids"
             )
 
     @property
@@ -94,5 +94,5 @@ def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
     """Assign k different random experts to each token id, and return int64 `(v, k)`. The numbers of ids assigned to any
     two experts differ by at most one."""
     order = torch.randperm(num_experts)
-    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order get the next k experts in turn
+    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids in random order take the next k experts in turn
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

@@ -60,7 +60,9 @@ def dispatch_to_inner_gate(
             `(b, n, k, k2)` has an entry for each level-one choice of a token.
     """
     if outer.k is None:
-        raise ValueError("gate_outer must be a token-choice router, but its Routing has no k choices per token")
+        raise ValueError(
+            "gate_outer must be a token-choice router, but it returned a Routing without k choices per token"
+        )
     b, n, _ = groups.shape
     eo, c = outer.num_experts, outer.slots_per_queue
     importance = append(outer.importance.flatten(), 0)[outer_permutation.assignment]
@@ -70,7 +72,7 @@ def dispatch_to_inner_gate(
         real = outer.expert.new_full((b,), n) if outer.mask is None else outer.mask.sum(dim=-1)
         more["length"] = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
     else:
-        if outer.limit is not None:  # only slots within the capacity for a group's own length
+        if outer.limit is not None:  # use only the slots within the capacity for a group's own length
             mask = (torch.arange(c, device=importance.device) < outer.limit.unsqueeze(-1)).expand(shape)
         if group_size is not None:
             shape = (eo, *group_shape(b * c, group_size))
@@ -92,12 +94,14 @@ def join_levels(outer: Routing, outer_permutation: Permutation, inner: Routing) 
         inner: the routing of level two, which has a separate router for each outer expert.
     """
     if outer_permutation.k is None or inner.k is None:
-        raise ValueError("both levels must be token-choice routers, because expert choice has no k choices per token")
+        raise ValueError(
+            "both levels must be token-choice routers, because expert-choice routers do not make k choices per token"
+        )
     slot = outer_permutation.row
     weight = outer_permutation.weight.unsqueeze(-1) * gather_choices(inner.weight, inner.k, slot).view(-1, inner.k)
     kept = gather_choices(inner.kept, inner.k, slot)
     return Assignments(
-        expert=None,  # determined by the slots
+        expert=None,  # the slots determine the expert
         weight=weight.flatten(),
         kept=kept,
         sent=kept,
@@ -124,8 +128,8 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, outer_permutation: 
     empty = outer_permutation.assignment == outer_permutation.row.shape[0]
     if (sent := inner.sent.reshape(outer_permutation.num_rows, inner.k).any(dim=-1) & empty).any():
         raise ValueError(
-            f"gate_inner ({type(gate).__name__}) chose experts for {int(sent.sum())} empty slots of level one. Do not "
-            "choose experts where importance is 0; TokenChoiceGate.route removes such choices"
+            f"gate_inner ({type(gate).__name__}) chose experts for {int(sent.sum())} empty first-level slots. Do not "
+            "choose experts where `importance` is 0; TokenChoiceGate.route removes such choices"
         )
 
 
@@ -140,5 +144,5 @@ def _side_of_slots(side: Mapping[str, Tensor], k: int, outer_permutation: Permut
             found[GIVEN] = append(value.flatten(0, 2), -1)[outer_permutation.assignment]
         else:
             got = tuple(value.shape[1:])
-            raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {got}")
+            raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of gate_inner), got {got}")
     return found

@@ -48,7 +48,7 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
         if requested_implementation() == BATCH_INVARIANT:
             logits = multiply_batch_invariant(_differentiable, ROUTER_PRODUCTS[dtype], rows, weight, dtype)
         else:
-            logits = _differentiable(rows, weight, dtype)  # one product for each outer expert
+            logits = _differentiable(rows, weight, dtype)  # this computes one product per outer expert
     if bias is not None:
         logits = logits + bias.to(dtype).unsqueeze(-2)
     return logits.view(*x.shape[:-1], weight.shape[-1])
@@ -68,7 +68,7 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):
         wanted = (*x.shape[:-1], num_experts)
         raise ValueError(
-            f"logits must return a tensor of shape {wanted}, one logit per token and expert, got "
+            f"`logits` must return a tensor of shape {wanted}, with one logit per token and expert, got "
             f"{describe_shape(logits)}"
         )
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -203,7 +203,7 @@ def _narrow_grads(
     *outer, t, e = grad.shape
     wide = grad.new_empty(*outer, t, 2, e, dtype=x.dtype)
     most, rest = wide.unbind(-2)
-    if torch.compiler.is_compiling():  # torch.compile cannot trace a strided `out=`, but fuses both steps
+    if torch.compiler.is_compiling():  # torch.compile cannot trace a strided `out=`, but it fuses both steps
         rest.copy_(grad - most.copy_(grad))
     else:
         torch.sub(grad, most.copy_(grad), out=rest)
@@ -228,7 +228,7 @@ def _compute_router_product(dtype: torch.dtype, x: Tensor, y: Tensor, weight: Te
     return compute_with_gradient(lambda x: _differentiable(x, weight, dtype), x, y)
 
 
-#: functions that sample `_differentiable`, by the dtype of the logits
+#: sampled functions for `_differentiable`, keyed by the dtype of the logits
 ROUTER_PRODUCTS: dict[torch.dtype, SampledFunction] = {
     dtype: partial(_compute_router_product, dtype) for dtype in (torch.float32, torch.float64)
 }

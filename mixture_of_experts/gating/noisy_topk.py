@@ -64,7 +64,7 @@ class NoisyTopKGating(TokenChoiceGate):
         k = super().check_k(k)
         if k >= self.num_experts:
             raise ValueError(
-                f"k must be below num_experts={self.num_experts}, got {k}, because the load of an expert is measured "
+                f"k must be less than num_experts={self.num_experts}, but got {k}; the load of an expert is measured "
                 "against the next best score. Use TopKGating to choose all experts"
             )
         return k
@@ -87,14 +87,14 @@ class NoisyTopKGating(TokenChoiceGate):
         expert, chosen = self.apply_overrides(tokens, best[..., : self.k])
         allowed = both(chosen, self.allowed(tokens))
         top = noisy.gather(-1, expert)
-        # for priority "score": the weight of the first choice, or for k = 1 (where the weight is 1) its probability
+        # for priority "score": the weight of the first choice, or its probability for k = 1, where the weight is 1
         score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
         if allowed is not None:
             top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)
         weight = top.softmax(dim=-1)
         if chosen is None:
             probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
-        else:  # choices that are not made have an arbitrary id, so they are scattered to a column that is cut off
+        else:  # choices that are not made have arbitrary ids, so scatter them to an extra column
             column = torch.where(chosen, expert, self.num_experts)
             probs = F.pad(torch.zeros_like(noisy), (0, 1)).scatter(-1, column, weight)[..., :-1]
 
@@ -123,6 +123,6 @@ def load_probability(clean: Tensor, noisy: Tensor, spread: Tensor, best: Tensor)
     within = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, best[..., :-1], True)
     last, following = noisy.gather(-1, best[..., -2:]).split(1, dim=-1)
     threshold = torch.where(within, following, last)  # k-th largest score of the other experts
-    # with a spread of 0 the quotient would be infinite and its gradient NaN; beyond 100 deviations P is exactly 0 or 1
+    # a spread of 0 would make the quotient infinite and its gradient NaN; beyond 100 deviations, P is exactly 0 or 1
     deviations = (clean - threshold) / spread.clamp(min=1e-6)
     return torch.special.ndtr(deviations.clamp(-100.0, 100.0))

@@ -27,10 +27,10 @@ from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import is_host_readable
 
 # Side inputs that override decisions of a gate or describe its tokens
-GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # choices of tokens, and their weights
-COUNTED = "counted"  # which tokens count if padding is computed too
+GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # experts chosen for tokens, and their weights
+COUNTED = "counted"  # the tokens that count if padding is also computed
 STATE = "router_state"  # state of the router in the previous layer
-KEEP_ROUTER_CHOICE = -(1 << 15)  # minimum of int16
+KEEP_ROUTER_CHOICE = -(1 << 15)  # the minimum int16 value
 
 
 def merge_overrides(overrides: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -64,7 +64,7 @@ def override_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> T
     the token is padding, as indicated by the mask `padding` `(..., b, n, 1)`."""
     if given.shape != weight.shape or not given.is_floating_point():
         raise ValueError(
-            f"{GIVEN_WEIGHTS} must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
+            f"{GIVEN_WEIGHTS} must be a floating-point tensor of shape {tuple(weight.shape)}, got {given.dtype} "
             f"{tuple(given.shape)}"
         )
     own = given.isnan() if padding is None else given.isnan() | padding
@@ -80,13 +80,13 @@ def check_overrides(given: Tensor, num_experts: int, active: Tensor | None = Non
     wrong = given[(given >= num_experts) | (given < -1 - num_experts) & (given != KEEP_ROUTER_CHOICE)]
     if wrong.numel():
         raise ValueError(
-            f"given_experts contains {int(wrong[0])}, which is invalid. Use an expert from 0 to {num_experts - 1}, -1 "
-            "for no choice, or -2 - i if expert i takes its share of the weight without computing the token"
+            f"given_experts contains {int(wrong[0])}, which is invalid. Use an expert id from 0 to {num_experts - 1}, "
+            "-1 for no choice, or -2 - i to give expert i its share of the weight without running it on the token"
         )
     if (twice := expert_twice(given)) is not None:
         raise ValueError(
-            f"given_experts contains expert {twice} twice for a token, but the experts of a token must be different. "
-            "Use -1 for a choice that is not made"
+            f"given_experts contains expert {twice} twice for a token, but a token's experts must be distinct. Use -1 "
+            "to omit a choice"
         )
 
 

@@ -38,7 +38,7 @@ def find_ranks(name: str, ranks: list[int]) -> Ranks:
     if group is None or dist.get_process_group_ranks(group) != ranks:
         warnings.warn(
             f"a gate was saved with the process group of ranks {ranks}, which does not exist in this process. Set "
-            "gate.process_group, otherwise its losses cover only this rank",
+            "gate.process_group; otherwise, the gate's losses cover only this rank",
             stacklevel=2,
         )
         return Ranks(None)

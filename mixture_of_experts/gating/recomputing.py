@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts.support.private_torch import is_exporting, is_in_forward_mode, is_in_transform
 
 Results = TypeVar("Results")
-MAX_SAVED_SHARE = 1 / 4  # float32 results of at most this share of the tokens' bytes are saved
-MIN_ROUTER_WEIGHTS = 1 << 16  # results of smaller routers are saved, because launches dominate their time
+MAX_SAVED_SHARE = 1 / 4  # save float32 results that take at most this fraction of the tokens' bytes
+MIN_ROUTER_WEIGHTS = 1 << 16  # always save the results of smaller routers, whose time is dominated by launches
 
 
 def recomputed_on_gpu(

@@ -24,8 +24,8 @@ from mixture_of_experts.support.checked_module import checked_setting
 from mixture_of_experts.support.checks import check_number, check_process_group
 
 INITIAL_L1_COEF = 1e-8
-#: bounds of the coefficient: at a rate of 1.2, INITIAL_L1_COEF is 50 steps above the minimum; at the maximum, L1
-#: outweighs the mean loss of a task
+#: bounds of the coefficient. At a rate of 1.2, INITIAL_L1_COEF is 50 steps above the minimum. At the maximum, the L1
+#: loss outweighs the mean loss of a task
 MIN_L1_COEF, MAX_L1_COEF = 1e-12, 1e3
 
 
@@ -84,9 +84,11 @@ class ReLUGating(TopKGating):
         super().__init__(dim, num_experts, k, balance_over=balance_over, device=device, **fixed, **settings)
         self.mean_choices = mean_choices
         if mean_choices > k:
-            raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}; lower it or increase k")
+            raise ValueError(
+                f"mean_choices must be at most k={k}, got {mean_choices}; decrease mean_choices or increase k"
+            )
         self.register_buffer("l1_coef", torch.full((), INITIAL_L1_COEF, device=device, dtype=torch.float32))
-        # numbers of choices and tokens since the last update of the coefficient
+        # counts of choices and tokens since the last update of the coefficient
         self.register_buffer("choice_counts", torch.zeros(2, dtype=torch.int64, device=device))
 
     def reset_parameters(self) -> None:

@@ -162,5 +162,5 @@ class LearnedScale(nn.Module):
         return weight * (scale if len(self.scale) == 1 else scale[expert])
 
 
-#: steps that are known to process each token independently
+#: classes of steps that are known to process each token independently
 KNOWN_STEPS: set[type] = {AlwaysChosen, OpenGroups, NormalizeBy, LearnedScale}

@@ -149,7 +149,7 @@ class Top2Gating(TokenChoiceGate):
         if chosen is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
 
-        # losses are computed before weights, so that the backward accumulates their gradient in place
+        # losses are computed before weights so that the backward pass accumulates their gradient in place
         parts = self._losses(tokens, probs, expert_1, expert_2, chosen)
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         if chosen is not None:
@@ -199,9 +199,9 @@ class Top2Gating(TokenChoiceGate):
             p_1, same = torch.where(makes_both, p_1, 0.0), same & makes_both
         p_2 = p_2.masked_fill(same, 0.0)
         weight = torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
-        if self.num_experts > 1:  # NaN tokens make two choices
+        if self.num_experts > 1:  # tokens with NaN make two choices
             return weight
-        # 0 divided by a sum of NaN is NaN, and a nonzero weight would count as a choice
+        # 0 divided by a NaN sum is NaN, and a nonzero weight would count as a choice
         return weight.masked_fill(torch.cat([torch.zeros_like(same), same], dim=-1), 0.0)
 
     def _sent(self, weight: Tensor) -> Tensor | None:
@@ -226,7 +226,7 @@ class Top2Gating(TokenChoiceGate):
         """
         sent, given = choices.sent, tokens.side.get(GIVEN)
         if given is not None and sent is not None:
-            if self.second[0] == "random":  # another draw would advance the generator further than without a replay
+            if self.second[0] == "random":  # a second draw would advance the generator further than without a replay
                 of_policy = torch.arange(2, device=given.device) == 0
             else:
                 of_policy = self._sent(choices.weight)
@@ -254,7 +254,7 @@ class Top2Gating(TokenChoiceGate):
         return {"first_place": first_place, "second_place": second_place}
 
 
-#: arguments of a layer that configure its default `Top2Gating`, with their defaults
+#: layer arguments that configure the default `Top2Gating`, with their defaults
 TOP2_SETTINGS: Mapping[str, Any] = {
     name: parameter.default
     for name, parameter in inspect.signature(Top2Gating.__init__).parameters.items()

@@ -31,7 +31,7 @@ from mixture_of_experts.support.subclassing import find_declaring_class, find_ov
 Top2Gating = Any  # avoids a circular import
 MAX_EXPERTS = 1024
 
-#: methods that the operators use and the kernels replace
+#: methods used by the operators and replaced by the kernels
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scores", "_without_first", "_weights", "_sent", "_losses", "allowed"),
     *("balance_loss", "_balance_of_tokens", "balance", "select_counted", "token_mean"),
@@ -94,14 +94,14 @@ class Decided(NamedTuple):
 
     expert: Tensor  # (..., b, n, 2) int64
     weight: Tensor  # (..., b, n, 2)
-    sent: Tensor  # (..., b, n, 2) bool, the choices that the policy makes
+    sent: Tensor  # (..., b, n, 2) bool, True for choices that the policy makes
     primary: Tensor  # (..., b, n, 2) bool
     probs: Tensor  # (..., b, n, e)
-    log_total: Tensor  # (..., b, n) logsumexp of the logits
-    load: Tensor  # (..., b, e) number of first choices of each expert by tokens that count
-    proxy: Tensor  # (..., b, e) sums of the probabilities of these tokens
-    squares: Tensor  # () sum of the squares of `log_total` of these tokens
-    number: Tensor  # () number of these tokens
+    log_total: Tensor  # (..., b, n), logsumexp of the logits
+    load: Tensor  # (..., b, e), number of first choices of each expert among tokens that count
+    proxy: Tensor  # (..., b, e), sums of the probabilities of tokens that count
+    squares: Tensor  # (), sum of the squares of `log_total` over tokens that count
+    number: Tensor  # (), number of tokens that count
 
 
 class _TwoBest(torch.autograd.Function):

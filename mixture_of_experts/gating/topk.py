@@ -118,12 +118,13 @@ class TopKGating(TokenChoiceGate):
     w_gating: nn.Parameter | None
     b_gating: nn.Parameter | None
 
-    #: `given_experts` `(..., n, k)` int64 are the experts of each token, or -1 for none; the gate then only computes
-    #: their weights. They must be different, which is not checked on a GPU, where values are not read.
+    #: `given_experts` `(..., n, k)` int64 contains the experts of each token, or -1 for no expert; the gate then
+    #: computes only their weights. A token's experts must be distinct; this is not checked on a GPU, where values are
+    #: not read
     side_inputs: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.side_inputs, GIVEN)
     implementations: ClassVar[Mapping[str, Any]] = {
-        "numbers": topk_by_numbers,  # for one token in inference
-        "kernel": topk_by_kernel,  # for a few tokens in inference on an NVIDIA GPU
+        "numbers": topk_by_numbers,  # for inference with a single token
+        "kernel": topk_by_kernel,  # for inference with a few tokens on an NVIDIA GPU
         **TokenChoiceGate.implementations,
     }
     expert_bias: Tensor | None
@@ -138,7 +139,7 @@ class TopKGating(TokenChoiceGate):
     eps: float = checked_setting(check_number, at_least=0.0)
     scale: float = checked_setting(check_number, above=0.0)
     jitter: float = checked_setting(check_number, at_least=0.0, below=1.0)
-    #: why scores do not determine the load of experts, for bias rules that read scores; None if they do
+    #: why scores do not determine the experts' load, for bias rules that read scores; None if they do
     load_beyond_scores: ClassVar[str | None] = None
     balanced_by: Any = None  #: set by `balance_experts` if it updates the bias; None otherwise
     balance_over: BalanceOver = checked_setting(check_choice, allowed=BALANCE_OVER)
@@ -217,10 +218,10 @@ class TopKGating(TokenChoiceGate):
         expert, chosen = self.own_choices(tokens, ranked, probs)
         if GIVEN in tokens.side:
             expert, chosen = self.apply_overrides(tokens, expert, chosen)
-            log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
+            log_total = logits.logsumexp(dim=-1)  # a given expert may have a low probability
         allowed = both(chosen, self.allowed(tokens))
 
-        # the loss is computed before the weights, so that the backward accumulates its gradient in place
+        # the loss is computed before the weights so that the backward pass accumulates its gradient in place
         balance = self.balance_of_scores(tokens, score, probs, expert, chosen)
 
         weight = self._weigh(logits, score, expert, chosen)
@@ -233,13 +234,13 @@ class TopKGating(TokenChoiceGate):
             weight = weight * self.scale
         if self.training and self.expert_bias is not None:
             weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
-        if log_total is None:  # computed from the first choice
+        if log_total is None:  # `log_total` is computed from the first choice
             logit = gather_chosen(logits, expert[..., :1])
             z_loss = losses.z_loss_from_expert(logit, prob, tokens.counted, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None
-        if self.priority == "score":  # best unbiased score among the experts that may be chosen
+        if self.priority == "score":  # the best unbiased score among the experts that may be chosen
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         parts = {"balance": balance, "z": z_loss}
         return Choices(expert, weight, probs, parts, chosen=chosen, priority_score=top)
@@ -311,7 +312,7 @@ class TopKGating(TokenChoiceGate):
         grouped, of_group = score.unflatten(-1, (self.num_groups, -1)), self.group_score
         totals = GROUP_SCORES[of_group](grouped) if isinstance(of_group, str) else of_group(grouped)
         best = torch.zeros_like(totals, dtype=torch.bool).scatter(-1, top_choices(totals, self.top_groups), True)
-        if not isinstance(of_group, str):  # functions may close a group with -inf
+        if not isinstance(of_group, str):  # functions may exclude a group with -inf
             best = best & (totals != -torch.inf)
         return torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
 
@@ -332,7 +333,7 @@ class TopKGating(TokenChoiceGate):
         if callable(self.normalize):
             return self.normalize(weight)
         total = weight.sum(dim=-1, keepdim=True)
-        # the k largest probabilities of a softmax are never all 0
+        # the k largest softmax probabilities are never all 0
         needless = self.first_is_likeliest and allowed is None and self.eps <= NO_EPSILON
         return weight / (total if needless else total + self.eps)
 
@@ -383,7 +384,7 @@ class TopKGating(TokenChoiceGate):
         assert bias is not None
         assert counts is not None
         first = weight.detach()[..., :1]
-        known = (first == first).expand_as(weight)  # excludes NaN, which ranks first and a gradient scaler skips
+        known = (first == first).expand_as(weight)  # exclude NaN, which ranks first, and which a gradient scaler skips
         if (padding := tokens.computed_padding) is not None:
             known = known & ~padding
         chosen = (known if allowed is None else allowed & known).flatten(-3, -2)
@@ -438,7 +439,7 @@ class TopKGating(TokenChoiceGate):
         elif name == "normalize" and not callable(value):
             value = check_flag(name, value)
         if name in STEPS or name == "normalize":
-            self.__dict__.get("_modules", {}).pop(name, None)  # remove a module that was set before
+            self.__dict__.get("_modules", {}).pop(name, None)  # remove a previously set module
         super().__setattr__(name, value)
 
 
@@ -449,9 +450,11 @@ def check_logits(logits: Any, bias: bool) -> nn.Module | None:
         return None
     if not isinstance(logits, nn.Module):
         got = f"the class {logits.__name__}; instantiate it first" if isinstance(logits, type) else repr(logits)
-        raise TypeError(f"logits must be a module that maps tokens (..., d) to logits (..., e), or None, got {got}")
+        raise TypeError(f"`logits` must be a module that maps tokens (..., d) to logits (..., e), or None, got {got}")
     if bias:
-        raise ValueError("bias=True cannot be combined with logits, which replaces w_gating; add the bias to logits")
+        raise ValueError(
+            "bias=True cannot be combined with `logits`, which replaces `w_gating`; add the bias to `logits` instead"
+        )
     return logits
 
 
@@ -471,12 +474,12 @@ def check_expert_groups(
     check_size("top_groups", top_groups)
     if num_experts % num_groups:
         raise ValueError(
-            f"num_groups={num_groups} must divide num_experts={num_experts}; pass another number of groups, or None "
-            "for num_groups and top_groups"
+            f"num_groups={num_groups} must divide num_experts={num_experts}; pass a different num_groups, or set "
+            "num_groups and top_groups to None"
         )
     if top_groups > num_groups or top_groups * (num_experts // num_groups) < k:
         raise ValueError(
-            f"top_groups={top_groups} must be at most num_groups={num_groups}, and this many groups must contain at "
-            f"least k={k} of the {num_experts} experts; pass other numbers, or None for both to disable groups"
+            f"top_groups={top_groups} must be at most num_groups={num_groups}, and that many groups must contain at "
+            f"least k={k} of the {num_experts} experts; pass other numbers, or set both to None to disable groups"
         )
     return num_groups, top_groups

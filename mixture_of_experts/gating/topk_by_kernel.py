@@ -30,7 +30,7 @@ MAX_EXPERTS, MAX_CHOICES = 1024, 32
 TOLERANCE = 1e-3
 NO_KERNEL = "kernels of gates support only plain tensors on NVIDIA GPUs, not float64"
 
-#: methods that the operators use, and that the kernel and the implementation "numbers" replace
+#: methods used by the operators and replaced by the kernel and the implementation "numbers"
 REPLACED_METHODS = (
     *("decide_and_route", "decide", "_scored", "_ranked", "own_choices", "balance_of_scores", "first_is_likeliest"),
     *("_weigh", "_normalized", "allowed", "balance_loss", "_balance_of_tokens", "balance", "select_counted"),

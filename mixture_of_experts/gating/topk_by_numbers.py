@@ -25,10 +25,10 @@ from mixture_of_experts.support.tracing import is_host_readable
 
 TopKGating = Any  # avoids a circular import
 MAX_EXPERTS = 64  # operators are faster for more experts
-#: methods that the operators use and this implementation replaces
+#: methods used by the operators and replaced by this implementation
 REPLACED_METHODS = (*topk_by_kernel.REPLACED_METHODS, "route", "_restrict_choices", "capacity", "named_losses")
 MIN_NONZERO = 1e-37  # smaller weights may round to 0 in float32
-MIN_TOTAL = 1e-9  # minimum sum of weights that are normalized
+MIN_TOTAL = 1e-9  # minimum sum of the weights for normalization
 
 
 def unsupported_reason(gate: TopKGating, tokens: Tokens) -> str | None:
@@ -63,7 +63,7 @@ def run(gate: TopKGating, tokens: Tokens) -> Routing:
     score = SCORES[gate.score](logits)
     numbers = score.view(-1).tolist()
     ranks = numbers if gate.expert_bias is None else (score + gate.expert_bias).view(-1).tolist()
-    if not all(map(math.isfinite, ranks)):  # fsum raises for a sum of inf and -inf
+    if not all(map(math.isfinite, ranks)):  # fsum raises an error for a sum of inf and -inf
         return gate.decide_and_route(tokens)
     expert = sorted(range(e), key=ranks.__getitem__, reverse=True)[:k]  # ties go to the lowest index
     weight = [numbers[i] for i in expert]

@@ -50,7 +50,7 @@ def parse_gate(text: str) -> GateFactory:
     except (SyntaxError, AttributeError, KeyError, TypeError, ValueError):
         example = 'TopKGating(k=4, score="sigmoid")'
         raise argparse.ArgumentTypeError(
-            f"expected a gate such as {example}, but got {text!r}; the gates are {', '.join(GATE_CLASSES)}"
+            f"expected a gate such as {example}, but got {text!r}; the available gates are {', '.join(GATE_CLASSES)}"
         ) from None
     return lambda dim, num_experts: kind(dim, num_experts, **settings)
 
@@ -58,7 +58,7 @@ def parse_gate(text: str) -> GateFactory:
 def parse_dtype(text: str) -> torch.dtype:
     """Parse a dtype such as `bfloat16`."""
     if text not in DTYPES:
-        raise argparse.ArgumentTypeError(f"expected a dtype of weights ({', '.join(DTYPES)}), but got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected the dtype to be one of {', '.join(DTYPES)}, but got {text!r}")
     return getattr(torch, text)
 
 
@@ -114,7 +114,7 @@ def add_prune_options(add: Any) -> None:
     add("--keep", type=int, help="experts that each layer keeps; not needed with ids")
 
 
-#: keyed by the name of a command: function, description, and the function that adds its options
+#: command names with a function, its description, and the function that adds its options
 COMMANDS: dict[str, tuple[Callable[..., object], str, Callable[[Any], None]]] = {
     "convert": (
         convert_folder,
@@ -154,7 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             help=description,
             description=description,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            argument_default=argparse.SUPPRESS,  # unset options get the function's own defaults
+            argument_default=argparse.SUPPRESS,  # options that are not set get the function's own defaults
         )
         command.set_defaults(run=run)
         add = command.add_argument
@@ -169,7 +169,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 @contextmanager
 def exiting_on_sigterm() -> Iterator[None]:
     """Context manager that turns SIGTERM into SystemExit(143), so that the unfinished output folder is removed."""
-    if threading.current_thread() is not threading.main_thread():  # elsewhere, Python cannot set signal handlers
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set signal handlers
         yield
         return
 

@@ -44,13 +44,13 @@ class RoutingCallback(TrainerCallback):
             return
         try:
             self.stats.step()
-        except RuntimeError as error:  # training should continue without the statistics
+        except RuntimeError as error:  # training continues without the statistics
             warnings.warn(f"routing statistics are no longer logged: {error}", stacklevel=2)
             self.on_train_end()
             self.stats = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.stats is None or logs is None or "loss" not in logs:  # logs of an evaluation or of the end of training
+        if self.stats is None or logs is None or "loss" not in logs:  # not a training log
             return
         latest = self.stats.latest()
         records = [record for record in latest if record.step == max(other.step for other in latest)]
@@ -76,7 +76,7 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
         The callback, whose `stats` attribute can be read and plotted during and after training.
     """
     callback = RoutingCallback(layers)
-    trainer.callback_handler.callbacks.insert(0, callback)  # before the reporting callbacks
+    trainer.callback_handler.callbacks.insert(0, callback)  # insert it before the reporting callbacks
     return callback
 
 
@@ -106,7 +106,7 @@ class BalanceCallback(TrainerCallback):
         self.balancing: ExpertBalancing | None = None
 
     def on_init_end(self, *args: Any, **kwargs: Any) -> None:
-        ignore_counts_in_ddp(kwargs["model"])  # before DDP wraps the model
+        ignore_counts_in_ddp(kwargs["model"])  # this must happen before DDP wraps the model
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.on_train_end()

@@ -35,13 +35,13 @@ class ModelCall(ForwardCall):
     """
 
     config: Any = None  # the part of the model's configuration that describes routers
-    label_share: Tensor | None = None  # share of the batch's labels in this call, if a trainer passes the batch's count
+    label_share: Tensor | None = None  # this call's fraction of the batch's labels, if the trainer passes their count
     training = False  # whether the model is in training mode, with gradients
     aux_loss_requested = False  # whether the caller requests the auxiliary loss
     aux_loss_declined = False  # whether the caller computes its own loss without the auxiliary losses
     aux_loss_added = False  # whether the loss that the model returned includes the auxiliary losses
     is_checkpointed = False  # whether activation checkpointing stores the call for recomputation
-    is_recomputation = False  # whether this call is such a recomputation
+    is_recomputation = False  # whether this call is a recomputation by activation checkpointing
     returns_logits = False  # whether the model returns router logits, as stock models do
 
     def __init__(self, tokens: TokenMetadata | None = None, enclosing_call: ModelCall | None = None) -> None:
@@ -49,7 +49,7 @@ class ModelCall(ForwardCall):
         self.enclosing_call = enclosing_call
         self.grad_enabled: bool = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
-        #: what the backward pass reached: "outputs" of feed-forward networks, "losses" of their layers
+        #: tensors that the backward pass reached: "outputs" of feed-forward networks, or "losses" of their layers
         self.reached: set[str] = set() if enclosing_call is None else enclosing_call.reached
 
 
@@ -138,10 +138,10 @@ class MoEFeedForward(Replaced):
         call.losses.append(aux_loss)
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
-        if call.grad_enabled or not call.keys:  # losses need no gradient if nothing else gets one
+        if call.grad_enabled or not call.keys:  # losses need no gradient if nothing else requires one
             check_not_reentrant(self.moe, call.is_checkpointed)
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not is_in_transform():
-            reached = call.reached  # so that the hooks keep no tensors alive
+            reached = call.reached  # a local variable, so that the hooks keep no tensors alive
             out.register_hook(lambda _: reached.add("outputs"))
             aux_loss.register_hook(lambda _: reached.add("losses"))
 
@@ -153,7 +153,7 @@ class MoEFeedForward(Replaced):
         if ids is None or ids.shape != tokens.shape[:-1]:
             got = "was called without ids, as with inputs_embeds" if ids is None else f"has {tuple(ids.shape)} ids"
             raise ValueError(
-                f"{type(self.moe.gate).__name__} needs the ids of {tuple(tokens.shape[:-1])} tokens, but the model "
+                f"{type(self.moe.gate).__name__} requires token ids of shape {tuple(tokens.shape[:-1])}, but the model "
                 f"{got}; call the model with input_ids"
             )
         return {"token_ids": ids}
@@ -191,14 +191,14 @@ class MoEFeedForward(Replaced):
         """
         mask, unknown = call.tokens.mask, call.tokens.mask_unknown_reason
         dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        if self.masked and unknown is not None and (self.training or not dropless):  # otherwise padding has no effect
-            raise ValueError(f"the router cannot tell which tokens are padding: {unknown}")
+        if self.masked and unknown is not None and (self.training or not dropless):  # otherwise, padding has no effect
+            raise ValueError(f"the router cannot determine which tokens are padding: {unknown}")
         if mask is None or not self.masked:
             return {}
         if mask.numel() * x.shape[-1] != x.numel() or (x.ndim == 3 and mask.shape != x.shape[:-1]):
             raise ValueError(
-                f"the attention mask is for {tuple(mask.shape)} tokens, but the feed-forward network got "
-                f"{tuple(x.shape[:-1])} tokens; call it once, with all tokens of the forward pass"
+                f"the attention mask has shape {tuple(mask.shape)}, but the feed-forward network received tokens of "
+                f"shape {tuple(x.shape[:-1])}; call the network once, with all tokens of the forward pass"
             )
         return {COUNTED if dropless and COUNTED in get_side_inputs(self.moe.gate) else "mask": mask}
 
@@ -261,7 +261,7 @@ class SparseFeedForward(MoEFeedForward):
         super().__init__(moe, **settings)
         self.block = block
         self.reports = reports
-        if reports:  # now, because the first request for logits may be in a traced graph
+        if reports:  # computed now, because the first request for logits may occur in a traced graph
             set_first_hook(unwrap_module(moe.gate), "mixture_of_experts_logits", collect_logits)
 
     def forward(
@@ -280,7 +280,7 @@ class SparseFeedForward(MoEFeedForward):
     def as_block(self, x: Tensor, prev_router_hidden_states: Tensor | None) -> Any:
         if STATE in get_side_inputs(self.moe.gate):
             return super().forward(x, **{STATE: prev_router_hidden_states})
-        out = super().forward(x)  # a gate that reads token ids gets those of the enclosing model
+        out = super().forward(x)  # a gate that reads token ids receives those of the enclosing model
         return (out, None) if self.block in BLOCKS_WITH_ROUTER_SCORES else out
 
     def extra_repr(self) -> str:

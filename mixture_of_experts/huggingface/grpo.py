@@ -20,7 +20,7 @@ TRAINER_METHODS = (
     "_get_per_token_logps_and_entropies",
 )
 GENERATION_ENGINE_FLAGS = ("use_vllm", "use_transformers_continuous_batching")
-SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and the index of a sequence in them
+SequenceReference = tuple[RoutingRecords, int]  # the records of a generation, and a sequence's index in them
 
 
 class ReplayRouting:
@@ -62,16 +62,16 @@ class ReplayRouting:
         *before, last = [kind for kind in base_classes if TRAINER_METHODS[0] in vars(kind)]
         if before and last is ReplayRouting:
             raise TypeError(
-                f"{cls.__name__} lists ReplayRouting after {before[0].__name__}, whose methods would bypass it; write "
-                f"class {cls.__name__}(ReplayRouting, {before[0].__name__})"
+                f"{cls.__name__} lists ReplayRouting after {before[0].__name__}, whose methods would bypass it; define "
+                f"it as class {cls.__name__}(ReplayRouting, {before[0].__name__})"
             )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if missing := [name for name in TRAINER_METHODS if not hasattr(self._trainer, name)]:
             raise TypeError(
-                f"{type(self).__name__} has no method {missing[0]} after ReplayRouting; write class "
-                "Trainer(ReplayRouting, GRPOTrainer) and use a TRL version that has this method, such as 1.16"
+                f"no base class of {type(self).__name__} after ReplayRouting has the method {missing[0]}; define class "
+                "Trainer(ReplayRouting, GRPOTrainer), and use a TRL version that has this method, such as 1.16"
             )
         replaced_by = ("tools",) if self.rollout_func else ("tools", *GENERATION_ENGINE_FLAGS)
         if other := [name for name in replaced_by if getattr(self, name, None)]:
@@ -80,11 +80,11 @@ class ReplayRouting:
                 f"pass on the engine's choices; remove {other[0]} and pass a rollout_func that queries your engine and "
                 "returns its choices as 'routed_experts' along with the ids"
             )
-        self._recorded_sequences: list[SequenceReference] = []  # for the next log-probabilities
+        self._recorded_sequences: list[SequenceReference] = []  # used for the next log-probabilities
         self._replay_stack = ExitStack()  # contexts that stay active until the backward pass has ended
         self._replay_is_active = False  # whether this stack holds the replay of a forward pass
         with self._record_generation():
-            pass  # raises if the model cannot be recorded
+            pass  # raises an error if the model cannot be recorded
         if self.rollout_func:
             self.rollout_func = partial(self._run_rollout, self.rollout_func)
 
@@ -112,20 +112,20 @@ class ReplayRouting:
         output."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
-            return output  # the trainer's own error says what is missing
+            return output  # the trainer's own error reports what is missing
         given = output.pop("routed_experts", None)
         if given is None:
             raise ValueError(
-                'rollout_func returned no "routed_experts"; start the engine such that it returns them, and add '
-                "RoutingRecords or a list of the objects that RoutingRecords.from_requests accepts"
+                'rollout_func did not return "routed_experts"; configure the engine to return them, and pass them on '
+                "as RoutingRecords or as a list of objects that RoutingRecords.from_requests accepts"
             )
         records = given if isinstance(given, RoutingRecords) else RoutingRecords.from_requests(given)
         numbers = [len(a) + len(b) for a, b in zip(output["prompt_ids"], output["completion_ids"], strict=True)]
         lengths = records.lengths(records.layers[0])
         if len(lengths) != len(numbers) or any(n - m not in (0, 1) for n, m in zip(numbers, lengths, strict=True)):
             raise ValueError(
-                f"prompts and completions have {numbers} tokens, but their routed_experts have {lengths}; return the "
-                "choices for prompt and completion: all tokens, or all but the last, which no engine processes"
+                f"prompts and completions have {numbers} tokens, but their routed_experts have {lengths}; return "
+                "choices for all prompt and completion tokens, or for all but the last, which engines do not process"
             )
         if self.replay_weights and records.weights is None:
             raise ValueError(
@@ -141,7 +141,7 @@ class ReplayRouting:
         return {
             **batch,
             "routing": self._recorded_sequences,
-        }  # a list, which the trainer shuffles and splits along with the other fields
+        }  # a list, because the trainer shuffles and splits it along with the other fields
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         self._recorded_sequences = inputs["routing"]
@@ -171,7 +171,7 @@ class ReplayRouting:
                 attention_mask[part],
                 [number for _, number in self._recorded_sequences[part]],
             )
-            # rows keep generating after their end until the longest sequence has ended
+            # finished rows keep generating until the longest sequence has ended
             records = self._recorded_sequences[0][0].select(numbers, mask.sum(dim=-1).tolist())
             records = RoutingRecords(records) if is_reference_model(model) else records
             with ExitStack() as forward:  # the backward pass may rerun the model
@@ -190,15 +190,13 @@ class ReplayRouting:
         because a recomputation could then belong to either pass."""
         if size < number:
             raise ValueError(
-                f"log-probabilities with gradients of {number} sequences are computed in chunks of {size}, but "
-                "ReplayRouting replays a single forward pass until its backward pass; omit batch_size there"
+                f"the log-probabilities of {number} sequences are computed with gradients in chunks of {size}, but "
+                "ReplayRouting can replay only one forward pass before its backward pass; omit batch_size in this call"
             )
         if self._replay_is_active:
             raise ValueError(
-                "log-probabilities with gradients are computed a second time before the backward pass of the first, "
-                "but "
-                "ReplayRouting replays one forward pass at a time; compute both losses from one forward pass, and run "
-                "it in training_step"
+                "log-probabilities are computed with gradients again before the first backward pass, but ReplayRouting "
+                "replays one forward pass at a time; compute both losses from a single forward pass in training_step"
             )
         self._replay_is_active = True
         self._replay_stack.callback(setattr, self, "_replay_is_active", False)

@@ -23,7 +23,8 @@ def find_model_with_mask(modules: Sequence[nn.Module]) -> nn.Module | None:
     This is the innermost `transformers` model that reads an attention mask for these tokens. If no model reads one,
     return the innermost model, or None if there are no models.
     """
-    models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]  # only in transformers
+    # only transformers models have `main_input_name`
+    models = [module for module in reversed(modules) if hasattr(module, "main_input_name")]
     for model in models:
         if "attention_mask" in inspect.signature(model.forward).parameters:
             return model
@@ -103,7 +104,7 @@ def find_documents(arguments: Mapping[str, Any], shape: tuple[int, int]) -> Tens
     lengths, positions = arguments.get("cu_seq_lens_q"), arguments.get("position_ids")
     documents = arguments.get("seq_idx")
     if positions is not None and positions.ndim == 3 and positions.shape[0] == 4:
-        positions = positions[0]  # of text; the other three are coordinates in images and videos
+        positions = positions[0]  # positions in text; the other three are coordinates in images and videos
     if documents is None and lengths is not None and b == 1:
         documents = torch.searchsorted(lengths, torch.arange(n, device=lengths.device), right=True).unsqueeze(0)
     elif documents is None and positions is not None and positions.ndim == 2:
@@ -140,7 +141,7 @@ def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
         return cached
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
-    return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)  # the mask row of the first new token
+    return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)  # use the mask row of the first new token
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:

@@ -45,7 +45,7 @@ from mixture_of_experts.whole_model.call_stack import ForwardWatch
 from mixture_of_experts.whole_model.model_tokens import find_enclosing_model
 from mixture_of_experts.whole_model.router_discovery import find_all_routers
 
-MODEL_WATCH_HOOK = "mixture_of_experts"  # name of the hooks
+MODEL_WATCH_HOOK = "mixture_of_experts"  # key under which the hooks are registered
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -152,8 +152,8 @@ class ModelWatch(ForwardWatch):
         last: the object that stores the call of the last outermost forward pass.
     """
 
-    reads: bool = False  # whether it reads the tokens; otherwise an enclosing model does
-    adds: bool = False  # whether it adds the losses to the model's loss
+    reads: bool = False  # whether this watch reads the tokens; otherwise, an enclosing model's watch does
+    adds: bool = False  # whether this watch adds the losses to the model's loss
     warned: bool = False
     adapted: bool = False  # whether a forward pass with adapters has run
 
@@ -202,7 +202,7 @@ class ModelWatch(ForwardWatch):
         # TRL's trainers pass fused_lm_head, and request router logits unless their `router_aux_loss_coef` is 0
         call.aux_loss_requested = bool(kwargs.get("output_router_logits"))
         call.aux_loss_declined = fused and not call.aux_loss_requested
-        if get_unit_aux_loss_coef(config) is not None:  # no routers are left that could return logits
+        if get_unit_aux_loss_coef(config) is not None:  # no remaining router could return logits
             arguments.pop("output_router_logits", None)
             if fused or has_own_routers(config):
                 arguments["output_router_logits"] = False
@@ -220,7 +220,7 @@ class ModelWatch(ForwardWatch):
         changed = self.add_losses(call, output) if self.adds else None
         around, call.enclosing_call = call.enclosing_call, None
         if around is None:
-            if call.backward_id in (None, -1):  # not a recomputation in a backward pass
+            if call.backward_id in (None, -1):  # this is not a recomputation in a backward pass
                 self.last.box[0] = call
         elif not call.aux_loss_added and call.grad_enabled == around.grad_enabled:
             around.losses.extend(call.losses)
@@ -276,9 +276,9 @@ class ModelWatch(ForwardWatch):
         ):
             self.warned = True
             warnings.warn(
-                "gradients reached the outputs of feed-forward networks, but not their auxiliary loss, so the experts "
-                f"will not stay balanced: {type(model).__name__} returned no loss that includes it, or another loss "
-                "was used. With label smoothing or a custom loss, add aux_loss(model) to the loss",
+                "gradients reached the outputs of feed-forward networks but not their auxiliary loss, so the experts "
+                f"will not stay balanced. Either the loss returned by {type(model).__name__} does not include it, or "
+                "another loss was used. With label smoothing or a custom loss, add aux_loss(model) to the loss",
                 stacklevel=2,
             )
 
@@ -289,8 +289,8 @@ def check_adapters_loaded(model: nn.Module) -> None:
     quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
     if quantized and (missed := [name for name in find_missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
         raise ValueError(
-            f"{type(model).__name__} has no adapters for {', '.join(missed)} of target_parameters, because these "
-            "experts are quantized; load the model again, and load the adapters within weights_shown(model)"
+            f"{type(model).__name__} has no adapters for {', '.join(missed)} in target_parameters, because these "
+            "experts are quantized; reload the model, and load the adapters within weights_shown(model)"
         )
 
 
@@ -299,8 +299,8 @@ def warn_unsaved_routers(model: nn.Module) -> None:
     routers = {router.name: weight for router in find_all_routers(model) for weight in router.gate.parameters()}
     if getattr(model, "name_or_path", None) == "" and (lost := find_tensors_not_saved(model, routers)):
         warnings.warn(
-            f"the routers in {', '.join(lost)} were initialized in memory, and the adapters of {type(model).__name__} "
-            "do not save them; a newly created model would have different ones. Save the model and load it "
+            f"the routers in {', '.join(lost)} were initialized in memory and are not saved with the adapters of "
+            f"{type(model).__name__}, so a newly created model would have different routers. Save and reload the model "
             "(save_pretrained, from_pretrained) before adding adapters, list the gates in "
             "LoraConfig(modules_to_save=['gate']), or merge the adapters at the end and save the whole model",
             stacklevel=2,

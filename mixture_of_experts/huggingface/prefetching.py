@@ -28,7 +28,7 @@ from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.tracing import is_host_readable
 
 MEMORY_MAP = Path("/proc/self/maps")
-#: above this share of a layer's experts, reading the whole layer in order is as fast
+#: above this fraction of a layer's experts, reading the whole layer in order is as fast
 MAX_CHOSEN_SHARE = 0.5
 
 
@@ -69,9 +69,9 @@ def prefetch_experts(model: nn.Module) -> Iterator[None]:
     stacks = find_mapped_stacks(check_model("model", model))
     if not any(stacks.values()):
         raise ValueError(
-            f"{type(model).__name__} has no weights of experts that are mapped from a file; load a folder written by "
-            "this package with dtype='auto' on the CPU; for 4-bit weights, first run python -m "
-            "mixture_of_experts.huggingface convert on the folder to write the layout of this machine"
+            f"{type(model).__name__} has no memory-mapped expert weights; load a folder written by this package with "
+            "dtype='auto' on the CPU. For 4-bit weights, first run `python -m mixture_of_experts.huggingface convert` "
+            "on the folder to write the layout for this machine"
         )
     advise = load_madvise()
     with Attachments() as attached:
@@ -125,7 +125,7 @@ class MappedFiles(NamedTuple):
     @staticmethod
     def read() -> MappedFiles:
         if not MEMORY_MAP.exists():
-            raise OSError(f"{MEMORY_MAP} does not exist; finding weights that are mapped from a file requires Linux")
+            raise OSError(f"{MEMORY_MAP} does not exist; finding memory-mapped weights requires Linux")
         lines = [line.split() for line in MEMORY_MAP.read_bytes().splitlines()]
         spans = sorted([int(edge, 16) for edge in line[0].split(b"-")] for line in lines if line[4] != b"0")  # inode
         return MappedFiles([start for start, _ in spans], [stop for _, stop in spans])

@@ -97,15 +97,15 @@ def load_partial_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     mapping: Any = get_model_conversion_mapping(model)
     settings = LoadStateDictConfig(weight_mapping=mapping)
     found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
-    clear_weight_conversions(model)  # they describe only these weights
+    clear_weight_conversions(model)  # these conversions describe only these weights
     if found.unexpected_keys:
         raise ValueError(f"{type(model).__name__} has no weights named {', '.join(sorted(found.unexpected_keys))}")
     for name, stored, expected in sorted(found.mismatched_keys):
         raise make_shape_error(name, stored, expected)
     for name in sorted(found.conversion_errors):  # for example, experts of different shapes cannot be stacked
         raise ValueError(
-            f"the files have weights for {name} that do not match the shapes in config.json; download both again, or "
-            "correct config.json"
+            f"the stored weights of {name} do not match the shapes in config.json; download both again, or correct "
+            "config.json"
         )
 
 

@@ -21,7 +21,7 @@ from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import assume_constant_result, has_hooks
 
 aten: Any = torch.ops.aten
-ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, or a function
+ActivationLike = Callable[..., Any]  # a module class or factory, a module, or a function
 
 
 class ClampedSwiGLU(nn.Module):
@@ -185,7 +185,7 @@ def takes_gate_and_up(activation: ActivationLike) -> bool:
     if isinstance(activation, FunctionActivation):
         return takes_gate_and_up(activation.function)
     if isinstance(activation, nn.Module):
-        return _needs_two_arguments(type(activation).forward, 1)  # torch before 2.12 cannot pass a module in a graph
+        return _needs_two_arguments(type(activation).forward, 1)  # before torch 2.12, a graph cannot pass a module
     return _needs_two_arguments(activation, 0)
 
 

@@ -38,10 +38,10 @@ class FFNGradients(NamedTuple):
 
 
 # Functions with which an implementation computes outputs and gradients. `forward(x, permutation, network, save)`
-# returns the outputs `(t, o)` of tokens x `(t, d)`, and the tensors that the backward needs (none unless `save`).
-# `backward(x, permutation, network, saved, grad, wanted)` receives these tensors and the gradient of the outputs,
-# `grad` `(t, o)`. `wanted` may contain "x" and names of `Network.tensors`. The gradient of the weights of assignments
-# is always computed.
+# returns the outputs `(t, o)` for tokens x `(t, d)`, and the tensors that the backward pass needs (none unless `save`
+# is set). `backward(x, permutation, network, saved, grad, wanted)` receives these tensors and the gradient of the
+# outputs, `grad` `(t, o)`. `wanted` may contain "x" and names from `Network.tensors`. The gradient of the assignment
+# weights is always computed.
 ForwardFunction = Callable[[Tensor, Permutation, Network, bool], tuple[Tensor, SavedTensors]]
 BackwardFunction = Callable[[Tensor, Permutation, Network, SavedTensors, Tensor, Collection[str]], FFNGradients]
 
@@ -100,7 +100,7 @@ class _RoutedFFN(torch.autograd.Function):
         x = next(tensors)
         permutation: Permutation = ctx.permutation.from_saved({name: next(tensors) for name in ctx.tables})
         network: Network = ctx.network.with_tensors({name: next(tensors) for name in ctx.names})
-        if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # second derivatives, or batched gradients
+        if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # for second derivatives or batched gradients
             return *4 * [None], *plain.compute_gradients(x, permutation, network, grad)
         need_x, need_weight, *needs = ctx.needs_input_grad[4:]
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}

@@ -34,7 +34,7 @@ from mixture_of_experts.support.tracing import get_device_capability
 AMD_ARCHITECTURES = ("gfx942", "gfx950")
 IS_AMD_GROUPED_GEMM_ENABLED = (
     os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"
-)  # otherwise torch runs a loop on AMD GPUs
+)  # otherwise, torch runs a loop on AMD GPUs
 
 
 def unsupported_reason(call: Call) -> str | None:
@@ -76,8 +76,9 @@ class GroupedLayout(batched.SlotLayout):
         assert permutation.rows_per_expert is not None
         RowLayout.__init__(self, permutation)
         self.ends, self.num_tokens_per_expert = permutation.table, permutation.rows_per_expert
-        # Slots occupied by choices of weight 0 read the last token, multiplied by 0. If this token is not finite, the
-        # gradient of the expert's weights is not finite either. Writing zeros instead would take a pass over all rows.
+        # Slots with choices of weight 0 read the last token and multiply it by 0. If this token is not finite, the
+        # gradient of the expert's weights is not finite either. Writing zeros instead would require a pass over all
+        # rows.
         self.token = permutation.token.clamp(max=permutation.num_tokens - 1)
 
     def gather_rows(self, x: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: T
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
-    # results of experts without rows are undefined on Blackwell (pytorch/pytorch#172439), and unknown on AMD
+    # results of experts without rows are undefined on Blackwell (pytorch/pytorch#172439) and unknown on AMD
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
@@ -160,8 +161,8 @@ def check_operands(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
         )
     if counts is not None and (counts.shape != (e,) or counts.dtype != torch.int64):
         raise ValueError(
-            f"num_tokens_per_expert must be int64 of shape ({e},), the number of rows of each expert, got "
-            f"{counts.dtype} of shape {tuple(counts.shape)}"
+            f"num_tokens_per_expert must be an int64 tensor of shape ({e},) with the number of rows of each expert, "
+            f"got {counts.dtype} of shape {tuple(counts.shape)}"
         )
 
 
@@ -171,7 +172,7 @@ def read_counts(num_tokens_per_expert: Tensor, num_rows: int) -> list[int]:
     counts = num_tokens_per_expert.tolist()
     if min(counts) < 0 or sum(counts) > num_rows:
         raise ValueError(
-            f"num_tokens_per_expert must be nonnegative and add up to at most {num_rows}, the rows of x, got {counts}"
+            f"num_tokens_per_expert must be nonnegative and add up to at most the {num_rows} rows of x, got {counts}"
         )
     return counts
 

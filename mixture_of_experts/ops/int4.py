@@ -23,13 +23,13 @@ from torch import Tensor
 
 from mixture_of_experts.support.private_torch import multiply_int4, pack_int4
 
-GROUP_SIZES = (32, 64, 128, 256)  # sizes that the operator supports
-MAX_DIRECT_ROWS = 32  # rows per expert; for more, a product with the unpacked weight is as fast
+GROUP_SIZES = (32, 64, 128, 256)  # group sizes that the operator supports
+MAX_DIRECT_ROWS = 32  # maximum number of rows per expert; for more, a product with the unpacked weight is as fast
 PORTABLE_BLOCK, MAX_BLOCK = (
     2,
     64,
-)  # outputs per block; the number of outputs is padded with zeros to a multiple of the largest block
-BLOCKS = (PORTABLE_BLOCK, 32, 64)  # layouts of weights in files
+)  # outputs per block; the number of outputs is zero-padded to a multiple of the largest block
+BLOCKS = (PORTABLE_BLOCK, 32, 64)  # weight layouts in files
 
 
 def pack_matrix(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ def has_direct_matmul(packed: Tensor) -> bool:
 def find_cpu_block() -> int:
     """Return the value of b that this CPU's operator supports if its results match `unpack_matrix`, and
     `PORTABLE_BLOCK` otherwise. The check runs on the first call."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # overrides defaults that the caller may have set
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # override defaults that the caller may have set
     weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
     for block in (64, 32):
         packed, groups = pack_matrix(weight, 64, block).values()

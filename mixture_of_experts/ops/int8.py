@@ -17,12 +17,12 @@ from torch import Tensor
 
 from mixture_of_experts.support.private_torch import sum_packed_rows, unpack_rows
 
-ROW_PARAMETER_BYTES = 8  # bytes after the levels of a packed row
-#: rows per expert; for more, a product with the unpacked weight is faster. With a limit of 16, a layer of 8 experts
-#: with 12 rows each takes 0.64x to 0.86x as long with AVX-512 (EPYC, one thread), but 1.08x to 1.14x when limited to
-#: AVX2. For one row and a cold weight of 2048 x 768, `torch._weight_int8pack_mm` takes 138 microseconds, and this takes
-#: 106; with AVX2 154 and 250 (Zen 3: 290 and 410). However, it reads transposed weights, which would have to be stored
-#: too
+ROW_PARAMETER_BYTES = 8  # bytes that follow the levels of a packed row
+#: maximum number of rows per expert; for more, a product with the unpacked weight is faster. With a limit of 16, a
+#: layer of 8 experts with 12 rows each takes 0.64x to 0.86x as long with AVX-512 (EPYC, one thread), but 1.08x to 1.14x
+#: as long when limited to AVX2. For one row and a cold weight of 2048 x 768, `torch._weight_int8pack_mm` takes 138
+#: microseconds and this operator takes 106; with AVX2, they take 154 and 250 (290 and 410 on Zen 3). However, the
+#: former reads transposed weights, which would also have to be stored
 MAX_DIRECT_ROWS = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
@@ -40,7 +40,7 @@ def unpack_matrix(packed: Tensor) -> Tensor:
         return unpack_rows(packed)
     extra = packed[..., -ROW_PARAMETER_BYTES:].clone(
         memory_format=torch.contiguous_format
-    )  # contiguous, as required by `view`
+    )  # `view` requires contiguous memory
     step, low = extra.view(torch.float32).split(1, dim=-1)
     return packed[..., :-ROW_PARAMETER_BYTES].float().mul_(step).add_(low)
 
@@ -53,9 +53,9 @@ def multiply_rows(x: Tensor, packed: Tensor, expert: Tensor | None = None) -> Te
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1
     start = torch.arange(0, r * p, p // parts, device=x.device)
-    row = torch.arange(p, device=x.device)  # indices of the rows of the experts' weights in the stack
+    row = torch.arange(p, device=x.device)  # indices of the experts' weight rows in the stack
     row = row.repeat(r) if expert is None else row.add(expert.unsqueeze(1), alpha=p).view(-1)
-    x = x.float().contiguous().view(-1)  # `reshape` may keep strides, which the operator ignores
+    x = x.float().contiguous().view(-1)  # the operator ignores strides, which `reshape` may keep
     sums = sum_packed_rows(packed.view(-1, packed.shape[-1]), row, start, x)
     return sums if parts == 1 else sums.view(r, parts, -1).sum(dim=1)
 
@@ -69,7 +69,7 @@ def has_direct_matmul(packed: Tensor) -> bool:
 def has_packed_row_operators() -> bool:
     """Return whether torch has CPU operators for packed rows whose results match `unpack_matrix`. The check runs on the
     first call."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # overrides defaults that the caller may have set
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # override defaults that the caller may have set
     weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5
     packed = torch.stack([pack_matrix(matrix)["packed"] for matrix in weight])
     unpacked = unpack_matrix(packed)

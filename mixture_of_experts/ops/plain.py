@@ -69,7 +69,7 @@ def feed_forward(
 def choose_block_sizes(rows: int, experts: int) -> tuple[int, int]:
     """Return the number of rows per block and the number of blocks. A block has about as many rows as the average
     expert, so there are at most about 2 e blocks."""
-    size = symbolic_max(2, rows // experts)  # torch's graphs would treat a size of 1 as static
+    size = symbolic_max(2, rows // experts)  # torch graphs would treat a size of 1 as static
     return size, symbolic_min(rows, rows // size + experts)
 
 
@@ -98,7 +98,7 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     first_place = (blocks.cumsum(0) - blocks) * size
     places = number * size
     place = torch.where(row < stop[-1], row + (first_place - first)[_find_range(stop, row)], places)
-    row_at = torch.full((places + 1,), rows, device=device).scatter(0, place, row)[:places]  # the last one is unused
+    row_at = torch.full((places + 1,), rows, device=device).scatter(0, place, row)[:places]  # the last entry is unused
     expert = _find_range(blocks.cumsum(0), torch.arange(number, device=device))
 
     in_blocks = _take_rows(append(x, 0), row_at).unflatten(0, (number, size))

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mixture_of_experts.support.collective_errors import collective_error
 
-MAX_REPORTED_DIFFERENCES = 3  # maximum number of differences in an error message
+MAX_REPORTED_DIFFERENCES = 3  # maximum number of differences listed in an error message
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
@@ -25,7 +25,7 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
     description, problem = {}, None
     try:
         description = describe()
-    except Exception as error:  # raised below, after it was sent to the other ranks
+    except Exception as error:  # the error is raised below, after it has been sent to the other ranks
         problem = error
     gathered, group = [(description, str(problem or ""))] * mesh.size(), mesh.get_group()
     try:

@@ -200,13 +200,13 @@ def exchange_counts(
     exchanged = channel.transfer(torch.cat([header, sent], dim=1), [1] * ranks, [1] * ranks)
     header, received = exchanged[:, : header.shape[1]], exchanged[:, header.shape[1] :]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
-    table = torch.cat([header, *sums], dim=1).tolist()  # the only host sync
+    table = torch.cat([header, *sums], dim=1).tolist()  # this is the only host synchronization
     for rank, (*other, _, _, _, _) in enumerate(table):
         if other != call:
             raise ValueError(
                 f"expert parallelism: rank {rank} sends {describe_call(other)}, but rank {channel.group.rank()} sends "
                 f"{describe_call(call)}. All ranks must call the layer with the same mode, dtype and model dimension, "
-                "and either all with gradients or all without"
+                "and gradients must be enabled on all ranks or on none"
             )
     check_fingerprints([row[-4:-2] for row in table])
     return [row[-2] for row in table], [row[-1] for row in table], received

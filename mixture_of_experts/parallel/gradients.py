@@ -99,7 +99,7 @@ def clip_grad_norm_(
         `torch.nn.utils.clip_grad_norm_` returns in a single process.
     """
     if not norm_type > 0:
-        raise ValueError(f"norm_type must be above 0 or inf, got {norm_type}")
+        raise ValueError(f"norm_type must be a positive number or inf, got {norm_type}")
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
     by_mesh: dict[Any, list[Tensor]] = {}  # torch's own functions support only one mesh at a time

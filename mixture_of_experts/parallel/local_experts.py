@@ -74,7 +74,7 @@ def hold_local_shards(experts: nn.Module, sharding: ExpertSharding) -> Iterator[
     finally:
         for table, name, whole, part in changes:
             assigned, table[name] = table[name], whole
-            if assigned is not part:  # the forward reassigned this buffer
+            if assigned is not part:  # the forward method reassigned this buffer
                 part.copy_(assigned.detach())
 
 

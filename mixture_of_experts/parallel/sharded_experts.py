@@ -71,7 +71,8 @@ class ShardedExperts(nn.Module):
         dims = sharding.expert_dims
         if x.ndim != len(dims) + 2 or tuple(x.shape[: len(dims)]) != dims:
             raise ValueError(
-                f"{type(self).__name__} expects slots (*{dims}, s, d) of all experts, got {tuple(x.shape)}"
+                f"{type(self).__name__} expects the slots of all experts, with shape (*{dims}, s, d), got "
+                f"{tuple(x.shape)}"
             )
         x = x.to(self._dtype_of_tokens(x))
         return exchange_slots(x, dims, self._compute, sharding.channel, self.training, sharding.static_shapes)
@@ -92,14 +93,17 @@ class ShardedExperts(nn.Module):
             out = (local.compute if counts else local.forward)(here, x, *counts)
         wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:
-            raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {describe_shape(out)}")
+            raise ValueError(
+                f"experts must return a tensor of shape {wanted} for x of shape {tuple(x.shape)}, got "
+                f"{describe_shape(out)}"
+            )
         return out
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
-            f"{type(self).__name__} cannot be pickled, because each rank has only a part of its experts. Save a "
-            "checkpoint with torch.distributed.checkpoint, or the whole state with "
-            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) on all ranks"
+            f"{type(self).__name__} cannot be pickled, because each rank holds only some of its experts. Save a "
+            "checkpoint with torch.distributed.checkpoint, or save the full state with get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) on all ranks"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedExperts:

@@ -109,8 +109,8 @@ def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
 def check_mesh(mesh: DeviceMesh) -> None:
     if mesh.ndim != 1:
         raise ValueError(
-            f"ExpertParallel requires a 1-D mesh, got {mesh.ndim} dimensions {mesh.mesh_dim_names}; slice the mesh, as "
-            "in mesh['ep']"
+            f"ExpertParallel requires a 1-D mesh, got a mesh with {mesh.ndim} dimensions {mesh.mesh_dim_names}; slice "
+            "the mesh, as in mesh['ep']"
         )
 
 
@@ -119,7 +119,7 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
     mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
-            f"ExpertParallel must be applied to a MoE or HeirarchicalMoE, got {type(module).__name__}; use a plan key "
+            f"ExpertParallel must be applied to an MoE or HeirarchicalMoE, got {type(module).__name__}; use a plan key "
             "that matches the layer itself"
         )
     path, experts = find_experts_to_shard(module)
@@ -127,8 +127,8 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], n
         raise ValueError("the experts of this layer are already sharded; apply ExpertParallel only once")
     if isinstance(experts, ExpertList):
         raise TypeError(
-            "a list of modules cannot be sharded over ranks; stack its weights in Experts, or in a custom module whose "
-            "parameters have the experts as their first dimension"
+            "a list of modules cannot be sharded across ranks; stack its weights in Experts, or in a custom module "
+            "whose parameters have the experts as their first dimension"
         )
     dims = check_sizes("num_experts", module.num_experts)
     check_divisible(dims, mesh)
@@ -181,9 +181,8 @@ def find_sharded_names(experts: nn.Module, dims: tuple[int, ...], replicated: Co
     if not names & parameters.keys():
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
-            f"{type(experts).__name__} must have parameters whose first dimensions are the {dims} experts, got "
-            f"{shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the model that is not "
-            "quantized"
+            f"{type(experts).__name__} must have parameters whose first dimensions are {dims}, the expert dimensions, "
+            f"got {shapes or 'no parameters'}. Quantized experts have no parameters to shard; use the unquantized model"
         )
     return frozenset(names)
 
@@ -192,15 +191,15 @@ def shard_experts(experts: nn.Module, sharding: ExpertSharding, src_data_rank: i
     """Reduce stacked tensors to this rank's part, and change the class of the experts to one that exchanges tokens with
     other ranks."""
     mesh, made = sharding.mesh, dict[Any, nn.Parameter]()
-    for name in sorted(sharding.sharded_names):  # in the same order on all ranks
+    for name in sorted(sharding.sharded_names):  # all ranks use the same order
         path, _, own_name = name.rpartition(".")
         parameters = experts.get_submodule(path)._parameters
         whole = parameters.get(own_name)
-        if whole is None:  # buffers stay whole
+        if whole is None:  # buffers are not sharded
             continue
-        if whole not in made:  # a tensor with two names remains a single tensor
+        if whole not in made:  # a tensor with two names must remain a single tensor
             part = distribute_tensor(whole.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank).to_local()
-            # cloned, because a view would keep the whole stack alive
+            # the part is cloned because a view would keep the whole stack alive
             sharded = DTensor.from_local(part.clone(), mesh, [Shard(0)], run_check=False)
             made[whole] = nn.Parameter(sharded, whole.requires_grad)
         parameters[own_name] = made[whole]

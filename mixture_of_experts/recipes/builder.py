@@ -97,7 +97,7 @@ RECIPE_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-#: arguments of `MoE` that a recipe passes on
+#: arguments that a recipe passes on to `MoE`
 LAYER_ARGUMENTS = ("loss_coef", "z_loss_coef", "loss_coefs", "group_size", "shared_expert")
 
 
@@ -197,7 +197,8 @@ def build(
         gate = make_gate(recipe, d, e + sum(spare), changes, factory)
     else:
         reject_unused_arguments("gate", changes)
-    act = partial(make_recipe_activation, recipe) if activation is None else activation  # one for each network
+    # each network gets its own activation
+    act = partial(make_recipe_activation, recipe) if activation is None else activation
     if experts is None:
         experts = _make_experts(recipe, d, e, h, spare, latent_dim, act, factory)
     else:
@@ -224,7 +225,7 @@ def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str,
     extra = f" plus {spare} zero-computation experts" if spare else ""
     raise ValueError(
         f"num_experts={e}{extra} must exceed the published model's k={k} choices per token; increase num_experts, or "
-        f"pass another k, such as k={max(total // 4, 1)} (k={total} if every expert should compute every token)"
+        f"pass another k, such as k={max(total // 4, 1)} (or k={total} to send every token to every expert)"
     )
 
 
@@ -274,7 +275,7 @@ def _loss_coefficients(recipe: Recipe, gate: Any, layers: int | None, has_loss_c
             )
     if recipe.router_aux_loss_coef is not None and not has_loss_coef:
         coef, published = recipe.router_aux_loss_coef
-        k = getattr(gate, "k", None) or 1  # gates without k compute their own means
+        k = getattr(gate, "k", None) or 1  # gates without k compute their own mean
         coefs["loss_coef"] = coef * k / (published if layers is None else layers)
     return coefs
 

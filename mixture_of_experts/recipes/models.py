@@ -28,7 +28,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(
             capacity_factor_train=2.0,
             capacity_factor_eval=None,
-            second_threshold_train=0.5,  # algorithm 1: sent if 2 g2 > a random number
+            second_threshold_train=0.5,  # algorithm 1: a token is sent if 2 g2 exceeds a random number
             second_policy_eval="all",
         ),
         gate_class=Top2Gating,
@@ -56,7 +56,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(k=4),
         gate_class=NoisyTopKGating,
         experts=UNGATED_RELU,
-        layer=dict(loss_coef=0.1),  # w_importance = w_load, appendix C
+        layer=dict(loss_coef=0.1),  # appendix C: w_importance = w_load
     ),
     "expert_choice": Recipe(
         paper="2202.09368",
@@ -81,7 +81,7 @@ MODELS: dict[str, Recipe] = {
         summary="OLMoE: 8 choices, softmax not normalized (arXiv 2409.02060).",
         gate=dict(k=8, normalize=False, **BATCH_BALANCE),
         router_aux_loss_coef=(0.01, 16),
-        layer=dict(z_loss_coef=1e-3),  # both as in the paper, section 2
+        layer=dict(z_loss_coef=1e-3),  # section 2 of the paper specifies both
         published=PublishedModel("OLMoE-1B-7B", 64, 1.3, 6.9),
     ),
     "qwen2": Recipe(
@@ -118,7 +118,7 @@ MODELS: dict[str, Recipe] = {
         ),
         gate=dict(k=6, normalize=False, num_groups=8, top_groups=3, group_score="best", scale=16.0),
         shared=2.0,
-        layer=dict(  # alpha 1 to 3, section 3.1.2
+        layer=dict(  # section 3.1.2: alpha 1 to 3
             loss_coef=3e-3, loss_coefs=dict(balance_device=0.05, balance_communication=0.02)
         ),
         published=PublishedModel("DeepSeek-V2", 160, 21, 236),
@@ -159,7 +159,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(k=6, scale=2.5, **SIGMOID_ROUTER),
         experts=dict(activation="relu2", gated=False),
         shared=2.0,
-        layer=dict(loss_coef=1e-4),  # report of Nemotron 3 Nano: the standard loss in addition to the bias
+        layer=dict(loss_coef=1e-4),  # Nemotron 3 Nano report: the standard loss in addition to the bias
         published=PublishedModel("Nemotron-3-Nano-30B-A3B", 128, 3.2, 31.6),
     ),
     "kimi_k2": Recipe(
@@ -173,7 +173,7 @@ MODELS: dict[str, Recipe] = {
         ),
         published=PublishedModel("Kimi-K2", 384, 32, 1040),
     ),
-    # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, without a published loss
+    # config.json as in torchtitan's flavor 2p8t, and SiTU as in vLLM; balanced by quantile, with no published loss
     "kimi_k3": Recipe(
         summary=(
             "Kimi K3: 16 choices, sigmoid, an expert bias, experts of half the width followed by a norm, SiTU, and "
@@ -273,7 +273,7 @@ MODELS: dict[str, Recipe] = {
         ),
         gate=dict(k=12, normalize=False, expert_bias=True, scale=6.0),
         identity=0.5,
-        layer=dict(loss_coef=1e-4),  # no coefficient of its device-level loss is published
+        layer=dict(loss_coef=1e-4),  # the coefficient of its device-level loss is not published
         published=PublishedModel("LongCat-Flash", 512, 27, 560),
     ),
     "dynamic_moe": Recipe(
@@ -306,7 +306,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(k=1, normalize=False, expert_bias=True),
         gate_class=DepthAveragedGating,
         zero=1,  # as in the published weights
-        layer=dict(loss_coef=0.0),  # only the bias balances the experts, section II-A
+        layer=dict(loss_coef=0.0),  # section II-A: only the bias balances the experts
         published=PublishedModel("ZAYA1-8B", 16, 0.76, 8.4),
     ),
 }

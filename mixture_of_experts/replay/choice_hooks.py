@@ -77,7 +77,7 @@ class ChoiceHooks:
             return None
         if GIVEN in kwargs:
             raise ValueError(
-                f"the caller of {point.name!r} passes {GIVEN} during a replay; either replay choices or pass them"
+                f"{GIVEN} was passed to {point.name!r} during a replay; either replay choices or pass them, not both"
             )
         given = [
             values.view(*x.shape[:-1], point.k) for values in self.supply_choices(point, call, sizes, mask, x.device)
@@ -98,14 +98,14 @@ class ChoiceHooks:
         """Replacement for the forward method of an external block."""
         call = sequences.current_call(point)
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"choices of {point.name!r} cannot be part of a graph; compile without fullgraph=True")
+            raise RuntimeError(f"the choices of {point.name!r} cannot be traced; compile without fullgraph=True")
         if call is None and not (self.is_replay and is_recomputing()):
             return forward(*args, **kwargs)
         hidden = (*args, *kwargs.values())[0]
         if call is not None:
             shape, mask = get_token_shape(point, call.tokens, hidden.shape[:-1].numel()), call.tokens.mask
             if (ids := call.tokens.segment_ids) is not None and tuple(ids.shape) == shape:
-                mask = number_documents(ids, mask)  # the form in which layers record documents
+                mask = number_documents(ids, mask)  # layers record documents in this form
             call.enter_gate(point, shape, mask)
         given = self.supply_block_choices(point, call, hidden.device) if self.is_replay else None
         with TopkMode(point, given) as calls:
@@ -114,7 +114,7 @@ class ChoiceHooks:
             external: Any = point.router.external
             raise TypeError(
                 f"{type(point.hook_target).__name__} at {point.name!r} does not choose its {point.k} of "
-                f"{point.num_experts} experts with torch.topk, so its choices can be neither recorded nor replayed; "
+                f"{point.num_experts} experts with torch.topk, so its choices cannot be recorded or replayed; "
                 f"{external.remedy}"
             )
         if call is not None:

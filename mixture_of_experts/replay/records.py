@@ -25,9 +25,9 @@ from mixture_of_experts.support.checks import check_optional_size
 RECORDS_FORMAT = "mixture_of_experts.routing/2"
 READ_LOCK = threading.Lock()
 
-#: what a gate chose in a forward pass: experts `(b, n, k)`, and their weights if these are recorded; the mask `(b, n)`
-#: of real tokens, None if all are real, or for packed rows the sequence number of each token, int64, -1 for padding;
-#: the number of earlier tokens of each sequence, `(b,)` or one number for all
+#: what a gate chose in a forward pass: (1) the experts `(b, n, k)`, and their weights if recorded; (2) the mask
+#: `(b, n)` of real tokens, None if all are real, or, for packed rows, the sequence number of each token (int64, -1 for
+#: padding); (3) the number of earlier tokens in each sequence, `(b,)` or a single number for all
 RecordedForward = tuple[list[Tensor], "Tensor | None", "Tensor | int"]
 
 
@@ -74,20 +74,20 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         self._num_experts = {
             name: check_optional_size(f"num_experts[{name!r}]", e) for name, e in (num_experts or {}).items()
         }
-        # what a recording stored for each forward pass, keyed by gate
+        # data recorded in each forward pass, keyed by gate
         self._unread: list[dict[str, RecordedForward]] = []
         if not self._experts:
-            raise ValueError("experts is empty; pass a list of records for each gate")
+            raise ValueError("`experts` is empty; pass a list of records for each gate")
         wanted, got = (
             {name: [tuple(record.shape) for record in of] for name, of in kept.items()}
             for kept in (self._experts, self._weights or self._experts)
         )
         if wanted != got:
-            raise ValueError(f"expected weights to have the shapes {wanted} of the choices, but got {got}")
+            raise ValueError(f"expected `weights` to have the same shapes as the choices, {wanted}, but got {got}")
         if len(set(map(len, wanted.values()))) > 1 or any(len({k for _, k in of}) > 1 for of in wanted.values()):
             raise ValueError(
-                "expected all gates to have equally many sequences, each with one number of choices per gate, but got "
-                f"{wanted}"
+                "expected all gates to have the same number of sequences, and all sequences of a gate to have the same "
+                f"k, but got {wanted}"
             )
 
     @property
@@ -122,7 +122,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return iter(self._experts)
 
     def __eq__(self, other: object) -> bool:
-        return self is other  # by identity, because tensors compare elementwise
+        return self is other  # compare by identity, because tensors compare elementwise
 
     def __hash__(self) -> int:
         return id(self)
@@ -142,7 +142,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         change."""
         if not self._unread:
             return
-        with READ_LOCK:  # other threads may read, and a recording may append
+        with READ_LOCK:  # other threads may read while a recording appends
             unread, both = self._unread.copy(), (self._experts, self._weights or {})
             read: tuple[dict[str, list[Tensor]], ...] = ({}, {})
             for kind, stored in enumerate(both):
@@ -165,7 +165,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers) or any(cut is not None and cut < 0 for cut in cuts):
             raise ValueError(
-                f"expected tokens to be {len(numbers)} nonnegative numbers, one per sequence, but got {tokens}"
+                f"expected `tokens` to be {len(numbers)} nonnegative numbers, one per sequence, but got {tokens}"
             )
         if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
             raise IndexError(f"there is no sequence {wrong[0]}; there are {self.num_sequences} sequences")
@@ -206,7 +206,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """
         gate_weights = None
         if weights is not None:
-            of_gates = parse_requests(weights).items()  # floats become float32; integers raise below
+            of_gates = parse_requests(weights).items()  # floats become float32; integers raise an error below
             gate_weights = {name: [a.float() if a.is_floating_point() else a for a in of] for name, of in of_gates}
         records = cls(parse_requests(requests), None, gate_weights)
         for sequences in records._experts.values():
@@ -241,7 +241,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 file.seek(0)
                 found = torch.load(file, weights_only=True, map_location="cpu")
                 if found["format"] != RECORDS_FORMAT:
-                    raise ValueError(f"its format is {found['format']!r}, but should be {RECORDS_FORMAT!r}")
+                    raise ValueError(f"expected the format {RECORDS_FORMAT!r}, but got {found['format']!r}")
                 return cls(found["experts"], found["num_experts"], found["weights"])
             except Exception as error:  # for a truncated file torch.load raises OSError, EOFError, TypeError and others
                 what = f"it has no {error}" if isinstance(error, KeyError) else error
@@ -271,7 +271,7 @@ def check_records(name: str, given: Any, kind: str, fits: Callable[[Tensor], boo
     """Check that each gate has a list of tensors `(s, k)` of the required kind, and return these lists, keyed by
     gate."""
     if not isinstance(given, Mapping):
-        raise TypeError(f"expected {name} to be a dict from gates to records, but got a {type(given).__name__}")
+        raise TypeError(f"expected {name} to be a dict that maps gates to records, but got a {type(given).__name__}")
     found = {gate: list(of) if isinstance(of, Iterable) else [of] for gate, of in given.items()}
     for gate, sequences in found.items():
         for record in sequences:
@@ -313,7 +313,7 @@ def append_forwards(
         have = [len(record) for record in records[max(first, 0) :]]
         if first < 0 or any(map(int.__lt__, have, read)):
             raise RuntimeError(
-                f"{name!r}: a forward pass continues after {read} tokens of its sequences, but {have} were recorded"
+                f"{name!r}: a forward pass continues its sequences after {read} tokens, but {have} tokens were recorded"
             )
         for place, row, number in zip(range(first, len(records)), rows, read, strict=True):
             records[place] = torch.cat([records[place][:number], row])  # the cache may have been cropped
@@ -345,7 +345,7 @@ def parse_requests(requests: Sequence[Any]) -> dict[str, list[Tensor]]:
     numbers = [len(layers) for layers in arrays]
     if len(set(numbers)) != 1:
         raise ValueError(
-            f"expected requests to be arrays (tokens, layers, k) of the same layers, but got {numbers} layers"
+            f"expected requests to be arrays (tokens, layers, k) with the same number of layers, but got {numbers}"
         )
     return {str(i): list(of_gate) for i, of_gate in enumerate(zip(*arrays, strict=True))}
 

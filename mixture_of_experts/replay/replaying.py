@@ -108,10 +108,10 @@ class RoutingReplayer(ChoiceHooks):
                 f"the model has {len(points)} gates ({', '.join(names)}), but the records have {len(layers)} "
                 f"({', '.join(layers)})"
             )
-        self.record_lengths: dict[str, list[int]] = {}  # lengths of the sequences, for each gate
+        self.record_lengths: dict[str, list[int]] = {}  # sequence lengths, keyed by gate
         self.choice_tables: dict[
             str, list[Tensor]
-        ] = {}  # for each gate, its choices `(b, s + 1, k)`, and their weights if recorded
+        ] = {}  # choices `(b, s + 1, k)`, and their weights if recorded, keyed by gate
         for point, layer in zip(points, names if set(layers) == set(names) else layers, strict=True):
             self.record_lengths[point.name] = records.lengths(layer)
             self.choice_tables[point.name] = build_choice_tables(point, layer, records)
@@ -155,8 +155,8 @@ class RoutingReplayer(ChoiceHooks):
         if point.hook_target.training and is_in_activation_checkpoint():
             if point.name in self.awaiting_backward and not self.recompute_choices[point.name].equal(given):
                 raise RuntimeError(
-                    f"{point.name!r} runs under activation checkpointing on two batches with different padding before "
-                    "a backward pass, which could not distinguish them; run the backward pass of the first batch first"
+                    "activation checkpointing cannot distinguish two batches with different padding at "
+                    f"{point.name!r}; run the backward pass of the first batch before the forward pass of the second"
                 )
             self.recompute_choices[point.name] = given
             self.awaiting_backward.add(point.name)
@@ -168,7 +168,7 @@ class RoutingReplayer(ChoiceHooks):
         """Check that the numbers of sequences and tokens in a forward pass match the records. In a compiled graph,
         check only the number of sequences."""
         lengths = self.record_lengths[point.name]
-        packed = None if mask is None or mask.dtype == torch.bool else mask  # the sequence of each token
+        packed = None if mask is None or mask.dtype == torch.bool else mask  # sequence number of each token
         if packed is None:
             self.check_number_of_sequences(point, shape[0], lengths)
         if torch.compiler.is_compiling():
@@ -184,8 +184,8 @@ class RoutingReplayer(ChoiceHooks):
             and (not starts_sequences(call.num_seen) or not torch.is_grad_enabled())
         ):
             raise RuntimeError(
-                f"{point.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
-                "backward pass would not know what to replay; pass use_reentrant=False and use_cache=False"
+                f"{point.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, so a "
+                "backward pass cannot determine what to replay; pass use_reentrant=False and use_cache=False"
             )
         if any(found is mask and fit == lengths for found, fit in call.checked_masks):
             return
@@ -227,8 +227,8 @@ class RoutingReplayer(ChoiceHooks):
     def raise_if_closed(self, name: str, grad: Tensor) -> None:
         if self.is_closed:
             raise RuntimeError(
-                f"activation checkpointing recomputes {name!r} after replay_routing has exited, so it would make its "
-                "own choices; run the backward pass inside the context"
+                f"activation checkpointing recomputes {name!r} after replay_routing has exited, so its choices would "
+                "not be replayed; run the backward pass inside the context"
             )
 
 
@@ -238,8 +238,8 @@ def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords
     prefix = f"{point.name!r}" + ("" if layer == point.name else f" ({layer!r} in the records)")
     if not point.router.is_external and GIVEN not in get_side_inputs(point.router.gate):
         raise ValueError(
-            f"{prefix} is a {point.router.class_name}, which does not accept choices; call "
-            f"`self.apply_overrides(tokens, expert)` in its `decide` to choose, and add {GIVEN!r} to its `side_inputs`"
+            f"{prefix} is a {point.router.class_name}, which does not accept choices; choose experts with "
+            f"`self.apply_overrides(tokens, expert)` in its `decide` method, and add {GIVEN!r} to its `side_inputs`"
         )
     k = {record.shape[1] for record in records[layer]} - {point.k}
     if k:
@@ -250,9 +250,9 @@ def build_choice_tables(point: RoutingPoint, layer: str, records: RoutingRecords
     try:
         check_overrides(experts, point.num_experts)
     except ValueError as error:
-        raise ValueError(f"{prefix}: in the records, {error}") from error
+        raise ValueError(f"invalid records for {prefix}: {error}") from error
     if point.router.is_external and bool(((experts < 0) & (experts != KEEP_ROUTER_CHOICE)).any()):
-        raise ValueError(f"{prefix} makes {point.k} choices for every token, but the records lack some")
+        raise ValueError(f"{prefix} makes {point.k} choices for every token, but some are missing from the records")
     if records.weights is None:
         return [experts]
     weights = pad_records(records.weights[layer], point.k, torch.nan)

@@ -40,9 +40,9 @@ class RoutingPoint(NamedTuple):
 
     name: str
     router: RouterHandle
-    hook_target: nn.Module  # that module: the layer, a gate without a layer, an external block, or its router
+    hook_target: nn.Module  # the module: a layer, a gate without a layer, an external block, or its router
     k: int
-    layer_path: str  # its path, which identifies the location of a gate in several layers, even in a graph
+    layer_path: str  # path of the layer, which identifies one of a gate's locations in several layers, even in a graph
 
     @property
     def num_experts(self) -> int:
@@ -81,7 +81,7 @@ def find_routing_points(
         check_supported(routers, f"{feature} of weights", weight_replay_unsupported_reason)
     found = {}
     for router in routers:
-        for location in reversed(router.locations):  # a layer with two paths gets the name of the first one
+        for location in reversed(router.locations):  # a layer with two paths is named after the first
             called = router.hook_target if location.layer is None else location.layer
             path = location.name.rpartition(".")[0]
             found[router, location.layer] = RoutingPoint(location.name, router, called, router.k or 0, path)
@@ -140,12 +140,12 @@ class SequenceCall(ForwardCall):
     """An ongoing forward pass of a model that contains gates."""
 
     tokens: TokenMetadata
-    num_seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
-    cache: Any  # the cache of keys and values, if there is one
+    num_seen: Tensor | int  # number of real tokens in each cached sequence, `(b,)` or a single number for all
+    cache: Any  # the key-value cache, if any
     entered_gates: dict[str, Any] = field(default_factory=dict)  # shape `(b, n)` and mask of the tokens, keyed by gate
     choices: dict[str, Any] = field(default_factory=dict)  # the choices that gates made or received
-    checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that it fits
-    layer_path: str = ""  # path of the layer that is running
+    checked_masks: list[Any] = field(default_factory=list)  # masks, each with the record lengths that match it
+    layer_path: str = ""  # path of the layer that is currently running
 
     def enter_gate(self, point: RoutingPoint, sizes: tuple[int, int], mask: Tensor | None) -> None:
         """Record that a gate was called. `sizes` is the shape `(b, n)` of its tokens, and `mask` their mask."""
@@ -155,8 +155,8 @@ class SequenceCall(ForwardCall):
             )
         if mask is not None and mask.dtype != torch.bool and not starts_sequences(self.num_seen):
             raise ValueError(
-                f"{point.name!r} got {SEGMENT_IDS} in a forward pass that continues a cache, whose sequences are rows; "
-                "record and replay packed rows without a cache (use_cache=False)"
+                f"{point.name!r} received {SEGMENT_IDS} in a forward pass that continues a cache, but each row of a "
+                "cache must be a single sequence; record and replay packed rows without a cache (use_cache=False)"
             )
         self.layer_path, self.entered_gates[point.name] = point.layer_path, (sizes, mask)
 
@@ -175,7 +175,7 @@ class SequenceWatch(ForwardWatch):
         super().__init__(owner)
         self.reader: TokensReader = make_tokens_reader(model)
         self.last_cache: tuple[Any, Any, Any] | None = (
-            None  # weak references to the last cache and to its keys, and the shape of the keys
+            None  # weak references to the last cache and its keys, and the shape of the keys
         )
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:
@@ -188,9 +188,9 @@ class SequenceWatch(ForwardWatch):
         if missing or not call.choices:
             what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
             raise RuntimeError(
-                f"hooks saw a forward pass that ran {what}. If a part of the model was compiled and called before, its "
-                "graph has no hooks; call torch.compiler.reset() first, or enter the context before the first compiled "
-                "call"
+                f"according to its hooks, the forward pass ran {what}. If part of the model was compiled and called "
+                "before, its graph has no hooks; call torch.compiler.reset() first, or enter the context before the "
+                "first compiled call"
             )
         keys = self.reader.get_cached_keys(call.cache)
         self.last_cache = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
@@ -208,8 +208,8 @@ class SequenceWatch(ForwardWatch):
             return
         if self.last_cache[1]() is not keys and self.last_cache[2] == keys.shape:
             raise RuntimeError(
-                "the sequences of the cache were swapped between two forward passes, as in beam search (num_beams > "
-                "1), so their choices can be neither recorded nor replayed; generate without beams, or run the "
+                "the sequences in the cache were reordered between two forward passes, as in beam search (num_beams > "
+                "1), so their choices cannot be recorded or replayed; generate without beam search, or run the "
                 "finished sequences once more"
             )
 
@@ -218,7 +218,7 @@ class SequenceWatch(ForwardWatch):
         call = call_stack.current_call(self)
         if call is None and call_stack.current_call(self.owner) is not None:
             raise RuntimeError(
-                f"{point.name!r} ran outside of a forward pass of the given module; pass the module that you call"
+                f"{point.name!r} ran outside a forward pass of the given module; pass the module that you actually call"
             )
         return call
 

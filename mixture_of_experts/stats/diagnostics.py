@@ -10,13 +10,13 @@ from torch import Tensor
 
 from mixture_of_experts.stats.record import Record
 
-WARN_DROPPED_ABOVE = 0.1  # fraction of avoidable drops above which to warn
-WARN_LOAD_ABOVE = 2.0  # an expert's load in late steps, relative to a balanced load, above which to warn
+WARN_DROPPED_ABOVE = 0.1  # warn if the fraction of avoidable drops exceeds this value
+WARN_LOAD_ABOVE = 2.0  # warn if an expert's load in late steps, relative to a balanced load, exceeds this value
 BIAS_REMEDY = "update its expert bias with balance_experts, or increase the rate if you already do"
-WARN_LOAD_BELOW = 0.1  # the load below which to warn
-MAX_LISTED_EXPERTS = 12  # number of experts that a warning lists at most
+WARN_LOAD_BELOW = 0.1  # warn if the load is below this value
+MAX_LISTED_EXPERTS = 12  # maximum number of experts that a warning lists
 
-StepRows = tuple[int, Tensor]  # the number of a step and the rows of its forward passes
+StepRows = tuple[int, Tensor]  # step number, and the rows of the step's forward passes
 
 
 def diagnose_gate(
@@ -62,7 +62,7 @@ def diagnose_gate(
             "factor or group_size"
         )
     max_requested, mean = late.requested.max(), late.requested.to(torch.float64).mean()
-    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # more than chance explains with few choices
+    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # exceeds what chance explains with few choices
         yield (
             f": expert {format_expert_names(late.requested == max_requested)[0]} was requested "
             f"{max_requested / mean:.1f} times a balanced load "

@@ -23,7 +23,7 @@ MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD = (
     min(COLORBAR_TICKS),
     max(COLORBAR_TICKS),
 )  # relative loads at the ends of the colormap
-MIN_NUMBER_WIDTH = 24  # in points; narrower cells show no number
+MIN_NUMBER_WIDTH = 24  # width in points; narrower cells show no number
 
 
 def make_axes(width: float, height: float) -> Axes:
@@ -32,7 +32,7 @@ def make_axes(width: float, height: float) -> Axes:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots require matplotlib: pip install matplotlib, or install mixture_of_experts with its extra 'plot'"
+            "plots require matplotlib: pip install matplotlib, or install mixture_of_experts with its 'plot' extra"
         ) from error
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
@@ -67,7 +67,7 @@ def plot_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
     """
     max_experts = max(map(len, loads.values()))
     for y, load in enumerate(loads.values()):
-        width = 72 * ax.get_window_extent().width / get_figure(ax).dpi / len(load)  # points of a cell
+        width = 72 * ax.get_window_extent().width / get_figure(ax).dpi / len(load)  # cell width in points
         edges, cells = (
             torch.linspace(0, max_experts, len(load) + 1),
             load.clamp(MIN_RELATIVE_LOAD, MAX_RELATIVE_LOAD).unsqueeze(0),

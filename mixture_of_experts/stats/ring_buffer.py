@@ -26,15 +26,15 @@ from mixture_of_experts.whole_model.call_stack import ForwardCall, ForwardWatch
 from mixture_of_experts.whole_model.router_discovery import RouterHandle
 
 WRITE_LOCK = threading.Lock()
-MAX_LOSSES = 12  # number of columns for losses in a row, including the z-loss
-INVALID_FORWARD = -1  # forward number of a row that was not written or whose forward pass raised
+MAX_LOSSES = 12  # number of loss columns in a row, including the z-loss
+INVALID_FORWARD = -1  # forward number of a row that was not written, or whose forward pass raised an error
 
 
 @dataclass(eq=False)
 class TrackedCall(ForwardCall):
     """An ongoing forward pass of the tracked model."""
 
-    clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # their values when the pass started
+    clocks: dict[GateRingBuffer, Tensor] = field(default_factory=dict)  # clock values at the start of the pass
 
 
 @dataclass(eq=False)
@@ -48,7 +48,7 @@ class ForwardCounter(ForwardWatch):
     when: str
     buffers: list[GateRingBuffer] = field(default_factory=list)
     was_called: bool = False
-    thread_id: int = field(default_factory=threading.get_ident)  # of the thread that entered the context
+    thread_id: int = field(default_factory=threading.get_ident)  # id of the thread that entered the context
 
     def stop_recording(self) -> None:
         """Stop recording. A compiled graph keeps its hooks, but it is recompiled because `when` is one of its
@@ -125,13 +125,13 @@ class GateRingBuffer:
 
     def __post_init__(self) -> None:
         router = self.router
-        self.name: str = router.name  # an attribute because `torch.compile` reads it
+        self.name: str = router.name  # stored in an attribute because `torch.compile` reads it
         self.load_shape: tuple[int, ...] = (*router.outer_expert_dims, router.num_experts)
         self.has_bias: bool = router.expert_bias is not None
         # a traced graph cannot store names, but it can call a function (not a method) with a constant result
         self.store_loss_names: Any = assume_constant_result(lambda losses: self._store_loss_names(losses))
-        with torch.inference_mode(False), router.device:  # inference tensors cannot be written to outside of that mode
-            # one row more than `keep`, because the oldest row shows whether the step after it is complete
+        with torch.inference_mode(False), router.device:  # inference tensors can be written only in inference mode
+            # one more row than `keep`, because the oldest row shows whether the step after it is complete
             size = self.keep + 1
             self.rows: Tensor = torch.zeros(size, MAX_LOSSES + count_measurements(self.load_shape), dtype=torch.float32)
             self.numbers: Tensor = torch.full(
@@ -161,11 +161,11 @@ class GateRingBuffer:
         if call is None:
             if not self.counter.was_called and (compiling or threading.get_ident() == self.counter.thread_id):
                 raise RuntimeError(
-                    f"{self.name!r} ran outside of a forward pass of the module passed to track_routing; pass the "
-                    "module that you call"
+                    f"{self.name!r} ran outside a forward pass of the module passed to track_routing; pass the module "
+                    "that you actually call"
                 )
             return  # a recomputation, or a forward pass that another thread started before the context
-        # a graph cannot read the tensors of `call`, which was created outside of it
+        # a graph cannot read the tensors of `call`, because `call` was created outside of the graph
         clock = self.clock if compiling else call.clocks.get(self, self.clock)
         with torch.no_grad():
             losses = [value.float().reshape(1) for value in routing.losses.values()]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TrackingMode = Literal["always", "training", "eval"]
-MAX_DRAWN = 24  # maximum number of gates that a report draws, because drawing 300 took half a minute
+MAX_DRAWN = 24  # maximum number of gates that a report draws, because drawing 300 gates took half a minute
 NOTHING_RECORDED_ERROR = (
     "no forward pass of a gate was recorded; call the model that was passed to track_routing inside the context. If it "
     "was compiled and called before, its graph has no hooks; call torch.compiler.reset() first, or enter track_routing "
@@ -129,7 +129,9 @@ class RoutingStats:
         """Return the last step of a gate."""
         steps = self._read_steps(layer)
         if not steps:
-            raise RuntimeError(f"no forward pass of {layer!r} was recorded, although passes of other gates were")
+            raise RuntimeError(
+                f"no forward pass of {layer!r} was recorded, although forward passes of other gates were"
+            )
         return self._get_buffer(layer).make_record(steps[-1:])
 
     def latest(self) -> list[Record]:

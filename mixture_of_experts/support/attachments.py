@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 ATTACHMENT_LOCK = threading.Lock()
-#: attributes in which a module stores its hooks, by the ids of their handles
+#: attributes in which a module stores its hooks, keyed by handle id
 HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -52,8 +52,8 @@ class Attachments(ExitStack):
         precedence. The contexts may exit in any order."""
         with ATTACHMENT_LOCK:
             own, before = name in vars(module), getattr(module, name, MISSING)
-            setattr(module, name, value)  # raises if the value is invalid
-            before = before if own or name not in vars(module) else MISSING  # an attribute of the class
+            setattr(module, name, value)  # this raises an error if the value is invalid
+            before = before if own or name not in vars(module) else MISSING  # the class defines the attribute
             get_detached_state(module).attribute_values.setdefault(name, [(None, before)]).append((self, value))
         self.callback(self._restore_attribute, module, name)
 
@@ -74,7 +74,7 @@ class Attachments(ExitStack):
             state = get_detached_state(module)
             last, held = state.attribute_values[name][-1]
             values = [(owner, value) for owner, value in state.attribute_values[name] if owner is not self]
-            if last is self and getattr(module, name, MISSING) is held:  # not overwritten since
+            if last is self and getattr(module, name, MISSING) is held:  # it has not been overwritten since
                 if values[-1][1] is MISSING:
                     delattr(module, name)
                 else:
@@ -100,11 +100,11 @@ class DetachedState:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.hook_ids = set()  # ids of the handles of attached hooks
-        self.attribute_values = {}  # by attribute: the module's own value, followed by those of contexts
+        self.hook_ids = set()  # handle ids of attached hooks
+        self.attribute_values = {}  # values of each attribute: the module's own, followed by those set by contexts
 
     def __call__(self) -> dict[str, Any]:
-        of_class = getattr(type(self.module), "__getstate__", None)  # not all classes have it before Python 3.11
+        of_class = getattr(type(self.module), "__getstate__", None)  # before Python 3.11, not all classes define it
         return self.strip_attachments(self.module.__dict__ if of_class is None else of_class(self.module))
 
     def strip_attachments(self, state: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class DetachedState:
             shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive
             shadow.__dict__ = self.strip_attachments(self.module.__dict__)
             memo[id(self.module)] = type(self.module).__deepcopy__(shadow, memo)  # type: ignore[attr-defined]
-        return memo[id(shadow)]  # in a recursive call, the copy that is under construction
+        return memo[id(shadow)]  # a recursive call returns the copy under construction
 
     def remove_if_empty(self) -> None:
         if not self.hook_ids and not self.attribute_values:

@@ -38,13 +38,13 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.subclassing import is_package_class, list_members
 
 BATCH_INVARIANT = "batch_invariant"
-BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows per block, tried in this order
-MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, which is also the sampled number
+BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows per block, in the order in which they are tried
+MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, which is also the number of sampled rows
 MIN_COLUMNS = 16  # with fewer columns, the bits depend on the position of a row
 VECTOR_NUMEL = 64  # a multiple of the vector lengths of all dtypes
 GRAIN_SIZE = 32768  # minimum number of elements for which torch splits a tensor among threads
 
-#: modules of torch that map each row independently; containers only call the modules that they contain
+#: torch modules that map each row independently; containers only call the modules that they contain
 TOKENWISE_MODULES: set[type] = {
     nn.Linear,
     nn.RMSNorm,
@@ -62,8 +62,8 @@ CHECKPOINT_WRAPPER = "torch.distributed.algorithms._checkpoint.checkpoint_wrappe
 #: attributes of a class that do not affect outputs or are derived from other attributes
 IGNORED_ATTRIBUTES = {"extra_repr", "reset_parameters", "_settings", "reads_assignments", "allocates_outputs"}
 
-#: a function `compute(x, y, *operands)` that computes a product of rows x `(..., r, p)` with operands, and related
-#: results such as its gradient for rows y `(..., r, q)`. It returns tensors `(v, ..., r, anything)` with v results
+#: a function `compute(x, y, *operands)` that computes a product of rows x `(..., r, p)` with the operands, and related
+#: results, such as its gradient for rows y `(..., r, q)`. It returns tensors `(v, ..., r, anything)` with v results
 #: each, which must be equal
 SampledFunction = Callable[..., list[Tensor]]
 
@@ -107,7 +107,7 @@ def raise_not_invariant(name: str, reason: str) -> None:
     """Raise a ValueError for a part of a layer that is not known to be batch-invariant. `reason` must include a
     remedy."""
     raise ValueError(
-        f"{BATCH_INVARIANT!r} is requested, but the part {name} is not known to be batch-invariant: {reason}. "
+        f"{BATCH_INVARIANT!r} is requested, but the layer part {name} is not known to be batch-invariant: {reason}. "
         "Alternatively, request 'auto'"
     )
 
@@ -205,7 +205,7 @@ def _sample_block_rows(
             if all(is_bitwise_equal(compute, x, y, operands, whole, *piece) for piece in iter_pieces(size)):
                 return size
     raise RuntimeError(
-        f"{BATCH_INVARIANT!r} is requested, but products of {dtype}, {p} x {q}, with {threads} threads on this CPU "
+        f"{BATCH_INVARIANT!r} is requested, but with {threads} threads on this CPU, {p} x {q} products in {dtype} "
         f"depend on the batch for all block sizes up to {BLOCK_SIZES[-1]}; use another number of threads, or 'auto'"
     )
 
@@ -227,7 +227,7 @@ def make_sums_cancel(
         rows.mul_(8)  # so that float16 can represent the small remainders
         rows[..., second] = -rows[..., first]
         rows[..., places[2 * half :]] = 0
-        for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # matrices of a stack may share memory
+        for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # the matrices of a stack may share memory
             each.index_copy_(dim, second, each.index_select(dim, first))
         if rows is y:
             rows[..., first[::2]] = rows[..., second[::2]] = 0
@@ -313,7 +313,7 @@ def find_max_rows(block: int, width: int) -> int:
         return block << 40
     if block * width >= GRAIN_SIZE:
         raise ValueError(
-            f"{BATCH_INVARIANT!r} is requested, but a width of {width} needs blocks of {block} rows, which would be "
+            f"{BATCH_INVARIANT!r} is requested, but a width of {width} requires blocks of {block} rows, which would be "
             f"split among threads; call torch.set_num_threads(1), or use a width that is a multiple of {VECTOR_NUMEL}"
         )
     return (GRAIN_SIZE - 1) // (block * width) * block

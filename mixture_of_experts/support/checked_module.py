@@ -32,7 +32,7 @@ class CheckedModule(nn.Module):
         own = {name: value for name, value in vars(cls).items() if isinstance(value, _CheckedSetting)}
         inherited = (base.__dict__.get("_settings", {}) for base in reversed(cls.__mro__[1:]))
         cls._settings = {name: value for settings in (*inherited, own) for name, value in settings.items()}
-        for name in own:  # so that attributes that are not set yet raise AttributeError
+        for name in own:  # attributes that are not set yet must raise AttributeError
             delattr(cls, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -71,7 +71,7 @@ class FixedShapeModule(CheckedModule):
         """Return the constructor arguments and settings that differ from their defaults. Modules are omitted, because
         they are shown as children."""
         defaults: dict[str, Any] = {}
-        for cls in reversed(type(self).__mro__):  # the base-most class with an argument defines its default
+        for cls in reversed(type(self).__mro__):  # the base class closest to the root defines the default
             for name, parameter in inspect.signature(cls.__init__).parameters.items():
                 defaults.setdefault(name, parameter.default)
         for name in self._settings:
@@ -79,13 +79,13 @@ class FixedShapeModule(CheckedModule):
         shown = []
         for name, default in defaults.items():
             value = None if isinstance(getattr(type(self), name, None), property) else getattr(self, name, None)
-            value = True if isinstance(value, Tensor) else value  # the argument was a flag
+            value = True if isinstance(value, Tensor) else value  # the argument was passed as a flag
             if not (value is None or isinstance(value, nn.Module) or value == default):
                 shown.append(f"{name}={getattr(value, '__qualname__', None) or repr(value)}")
         return ", ".join(shown)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "dim" not in state:  # the class of the same name in mixture-of-experts 0.2.3
+        if "dim" not in state:  # it is the class of this name in mixture-of-experts 0.2.3
             raise ValueError(
                 f"this {type(self).__name__} was pickled as a whole module by another package, mixture-of-experts "
                 "0.2.3. Load the file with that package, save module.state_dict(), and load it here with "

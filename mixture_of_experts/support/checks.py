@@ -58,7 +58,7 @@ def check_number(
 
 def check_flag(name: str, value: Any) -> bool:
     """Check that a value is True or False."""
-    if type(value).__name__ not in ("bool", "bool_"):  # numpy's type is bool_
+    if type(value).__name__ not in ("bool", "bool_"):  # the numpy type is named bool_
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
@@ -66,7 +66,7 @@ def check_flag(name: str, value: Any) -> bool:
 def check_dtype(name: str, value: Any) -> torch.dtype | None:
     """Check that a value is a floating-point dtype or None."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
-        raise TypeError(f"{name} must be a floating torch.dtype such as torch.float32, or None, got {value!r}")
+        raise TypeError(f"{name} must be a floating-point torch.dtype such as torch.float32, or None, got {value!r}")
     return value
 
 
@@ -92,7 +92,9 @@ def check_coefs(name: str, value: Any, dedicated: Mapping[str, str]) -> dict[str
     """Check that a value is a dict of coefficients, keyed by name. Names in `dedicated` are rejected, because their
     coefficients have separate arguments."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
+        raise TypeError(
+            f'{name} must be a dict that maps names to coefficients, such as {{"entropy": 0.01}}, got {value!r}'
+        )
     for key in value:
         if key in dedicated:
             raise ValueError(f"{name} must not contain {key!r}; set {dedicated[key]} instead")
@@ -108,8 +110,8 @@ def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}; pass {name}.{remedy}")
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         raise RuntimeError(
-            "torch.jit.trace is not supported, because it would fix the capacity and the length of the example; use "
-            "torch.export.export, or torch.onnx.export with dynamo=True"
+            "torch.jit.trace is not supported, because it would fix the capacity and length to those of the example "
+            "input; use torch.export.export, or torch.onnx.export with dynamo=True"
         )
     if x.ndim < min_ndim or x.shape[-1] != dim:
         wanted = ", ".join(["..."] if min_ndim == 2 else ["..."] + ["b"] * (min_ndim > 2))
@@ -148,17 +150,17 @@ def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
             "pass mask.bool(), or its inverse if your mask is True at padding"
         )
     if mask.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, one entry per token, got {tuple(mask.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(shape)}, with one entry per token, got {tuple(mask.shape)}")
 
 
 def check_importance(importance: Tensor, shape: torch.Size) -> None:
     """Check that `importance` is a floating-point tensor with one entry per token."""
     if not isinstance(importance, Tensor) or not importance.is_floating_point():
         kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
-        raise TypeError(f"importance must be a floating point tensor with values 0, 0.5 or 1, got {kind}")
+        raise TypeError(f"importance must be a floating-point tensor with elements 0, 0.5 or 1, got {kind}")
     if importance.shape != shape:
         raise ValueError(
-            f"importance must have shape {tuple(shape)}, one entry per token, got {tuple(importance.shape)}"
+            f"importance must have shape {tuple(shape)}, with one entry per token, got {tuple(importance.shape)}"
         )
 
 
@@ -166,8 +168,8 @@ def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
     """Check that `lengths` is an integer tensor with the number of tokens in each group."""
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
-            f"length must be integers of shape {tuple(shape)}, the number of tokens of each group, got {lengths.dtype} "
-            f"of shape {tuple(lengths.shape)}; for fractional numbers, pass a queues.Length"
+            f"length must be an integer tensor of shape {tuple(shape)} with the number of tokens in each group, got "
+            f"{lengths.dtype} of shape {tuple(lengths.shape)}; for fractional lengths, pass a queues.Length"
         )
     return lengths
 

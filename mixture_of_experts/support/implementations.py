@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
-# read once, because compiled graphs can be guarded by a variable, but not by the environment
+# read only once, because compiled graphs can be guarded by a variable but not by the environment
 INITIAL_IMPLEMENTATION: str = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _requested = INITIAL_IMPLEMENTATION
 _open_contexts: dict[object, str] = {}  # active contexts of `use` in all threads; the last one applies
@@ -124,4 +124,4 @@ def run_first_supported(part: str, implementations: Mapping[str, Any], *call: An
             "calls to the end of the table, as in TokenChoiceGate.implementations"
         )
     reason = reasons.get(requested, "it is not available for this kind of network")
-    raise ValueError(f"{requested!r} is requested, but does not support this call: {reason}; request 'auto' instead")
+    raise ValueError(f"{requested!r} is requested, but it does not support this call: {reason}; request 'auto' instead")

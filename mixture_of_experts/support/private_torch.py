@@ -198,7 +198,7 @@ def get_backward_id() -> int:
     return torch._C._current_graph_task_id()
 
 
-#: attributes in which wrappers of torch store the wrapped module
+#: attributes in which torch wrappers store the wrapped module
 WRAPPER_ATTRIBUTES = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
@@ -413,5 +413,5 @@ def exclude_from_ddp_broadcast(endings: Collection[str], traced: bool) -> list[s
     if ddp.find_unused_parameters or ddp._join_config.enable or (traced and TorchVersion(torch.__version__) < "2.13"):
         return names
     ddp.parameters_to_ignore = {*ddp.parameters_to_ignore, *names}
-    ddp._assign_modules_buffers()  # without this, DDP would fail if no buffers are left to copy
+    ddp._assign_modules_buffers()  # without this call, DDP would fail if no buffers are left to copy
     return []

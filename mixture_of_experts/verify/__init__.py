@@ -23,7 +23,7 @@ _ALL_PROPERTIES = [
     each for file in (batching, steps, states, precision) for each in vars(file).values() if isinstance(each, Property)
 ]
 
-#: the promise of each property, in one sentence, keyed by property name
+#: maps property names to each property's promise, in one sentence
 PROPERTIES = {each.name: each.promise for each in _ALL_PROPERTIES}
 
 
@@ -69,7 +69,7 @@ def verify(
     """
     names = {each.name for each in _ALL_PROPERTIES if not each.is_opt_in} if properties is None else set(properties)
     if unknown := names - set(PROPERTIES):
-        raise ValueError(f"unknown properties {sorted(unknown)}; the properties are {sorted(PROPERTIES)}")
+        raise ValueError(f"unknown properties {sorted(unknown)}; the available properties are {sorted(PROPERTIES)}")
     with torch.random.fork_rng(range(torch.cuda.device_count())), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with preserve_settings():  # protects other measurements and the caller

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = getattr(importlib.import_module(path), name)()
         module, verify_arguments = (result, {}) if isinstance(result, nn.Module) else result
         report = verify(module, properties=options.only, **verify_arguments)
-    except Exception as error:  # whatever the factory and the module raise
+    except Exception as error:  # the factory and the module may raise any error
         parser.error(str(error))
     print(report.to_json() if options.json else report)
     return int(bool(report.failed))

@@ -18,18 +18,18 @@ from mixture_of_experts.verify.trial import (
     make_output_weights,
 )
 
-DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # of finite differences, relative to the norm of the varied tensor
+DIFFERENCE_STEPS = (1e-3, 1e-4, 1e-5)  # step sizes of finite differences, relative to the norm of the varied tensor
 CLOSE_TOLERANCE, GRADIENT_TOLERANCE = 1e-4, 1e-3
 BATCH_CASES, MANY_TOKENS_CASES = (Case(4, 32, 0),), (Case(1 << 14, 1, 0),)
 MAX_CHANGED_SHARE = (
-    1e-4  # of tokens that choose differently; a router that rounds to bfloat16 changes one in a thousand or more
+    1e-4  # fraction of tokens that choose differently; a router that rounds to bfloat16 changes 1 in 1000 or more
 )
 
 
 @layer_property("gradients match finite differences in float64", limit=GRADIENT_TOLERANCE)
 def gradients(trial: Trial) -> Deviations:
     if trial.limit > GRADIENT_TOLERANCE:
-        raise NotApplicableError("it computes with fewer digits than finite differences need")
+        raise NotApplicableError("its precision is too low for finite differences")
     module, x = convert_module(trial, torch.float64), trial.make_tokens(dtype=torch.float64)
     randomize_zero_parameters(module, trial.case.seed)
     found, weights = trial.step(x, module=copy.deepcopy(module)), make_output_weights(x)

@@ -72,7 +72,7 @@ class Property:
                     worst = max(worst, gap.value)
         except NotApplicableError as reason:
             return finding("does not apply", detail=str(reason))
-        except Exception as error:  # whatever the module raises
+        except Exception as error:  # the module may raise any error
             return finding("fails", detail=f"{trial}: {type(error).__name__}: {str(error).strip()}".splitlines()[0])
         return finding("holds", worst, limit)
 

@@ -25,7 +25,7 @@ from mixture_of_experts.verify.trial import (
 )
 
 UNUSUAL_SEED = 20170123  # a seed that no module uses
-MAX_PARTS = 8  # maximum number of submodules at which a forward pass waits for one in another thread
+MAX_PARTS = 8  # maximum number of submodules at which a forward pass waits for a pass in another thread
 PATIENCE = 10  # seconds to wait for a forward pass in another thread
 
 
@@ -147,7 +147,7 @@ def save_load(trial: Trial) -> Deviations:
     module, used, empty = trial.copy_module().train(), trial.copy_module(), trial.copy_module().to("meta")
     trial.step(module=module)
     scale_weights(module, 1.5)
-    trial.forward(module=used)  # so that packed copies of its weights, if any, are stale after loading
+    trial.forward(module=used)  # makes packed copies of the weights, if any, stale after loading
     empty.to_empty(device=trial.make_tokens().device)
     for tensor in (*empty.parameters(), *empty.buffers()):
         tensor.detach().fill_(3)
@@ -172,7 +172,7 @@ def inference_mode(trial: Trial) -> Deviations:
 )
 def output_eval(trial: Trial) -> Deviations:
     if False not in trial.deterministic_modes:
-        raise NotApplicableError("it draws random numbers in eval")
+        raise NotApplicableError("it draws random numbers in eval mode")
     one = trial.make_tokens()[:1, :1]
     yield compare_outcomes(replace(trial, training=False).forward(one), trial.forward(one), names="output")
 

@@ -22,9 +22,9 @@ from mixture_of_experts.stats import routing_of
 
 #: the results of a step: "output", "loss", "input gradient", "gradient of NAME", and "move of NAME" for buffers
 Outcome = dict[str, Tensor]
-TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome that have an entry for each token
-RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # name prefixes of all tensors except the changes of buffers
-RunFunction = Callable[..., Any]  # calls a function with tokens: checkpointed, compiled, ...
+TOKEN_TENSORS = ("output", "input gradient")  # tensors of an outcome with one entry per token
+RESULT_PREFIXES = (*TOKEN_TENSORS, "loss", "gradient")  # name prefixes of all tensors except buffer changes
+RunFunction = Callable[..., Any]  # calls a function with tokens, for example checkpointed or compiled
 ROUNDING_LIMIT = 1e-4  # largest difference due to rounding, relative to the largest absolute value of a tensor
 
 
@@ -156,11 +156,11 @@ class Trial:
         `loss_from` is "output" or "loss". The objective is multiplied by `scale` for the backward pass, and the
         gradients are divided by `scale` afterwards."""
         module = self.copy_module() if module is None else module
-        x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are kept
+        x = (self.make_tokens() if x is None else x).detach().requires_grad_()  # strides are preserved
         found = self.forward(x, mask, module, run, segment_ids=segment_ids)
         total = (found["output"] * make_output_weights(x, mask)).sum() * (
             loss_from != "loss"
-        )  # times 0 instead of omitted, because a loss may reach x through the output
+        )  # multiplied by 0 instead of omitted, because a loss may reach x through the output
         if "loss" in found and loss_from != "output":
             total = total + found["loss"]
         if total.requires_grad:
@@ -175,7 +175,7 @@ class Trial:
         found = {}
         for name, buffer in self.module.named_buffers():
             old, new = buffer.double(), module.get_buffer(name).double()
-            found[f"move of {name}"] = torch.where(new == old, 0.0, new - old)  # both may be infinite
+            found[f"move of {name}"] = torch.where(new == old, 0.0, new - old)  # both values may be infinite
         return found
 
     @torch.no_grad()
@@ -187,7 +187,8 @@ class Trial:
 
     def is_random(self) -> bool:
         """Return whether the results of a forward pass depend on random numbers."""
-        trials = [replace(self, case=case) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # with many near-ties
+        # cases with many near-ties
+        trials = [replace(self, case=case) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]
         return any(
             compare_outcomes(trial.forward(seed=1), trial.forward(seed=2)).value > ROUNDING_LIMIT / 10
             for trial in trials
@@ -208,7 +209,7 @@ def infer_arguments(trial: Trial) -> Trial:
         of_layer = {"mask": trial.mask or "mask", "segment_ids": trial.segment_ids or SEGMENT_IDS}
         trial = replace(trial, dim=trial.dim or module.dim, loss=loss, **of_layer)
     trial = replace(trial, dim=trial.dim or infer_width(trial))
-    with suppress(ValueError):  # if the module has no supported gate
+    with suppress(ValueError):  # the module may have no supported gate
         if trial.router is None and len(routing_of(trial.copy_module(), trial.make_tokens())) == 1:
             trial = replace(trial, router=read_gate_choices)
     steady = tuple(training for training in (True, False) if not replace(trial, training=training).is_random())
@@ -241,7 +242,9 @@ def infer_width(trial: Trial) -> int:
             replace(trial, dim=size).forward()
             found.append(size)
     if len(found) != 1:
-        raise ValueError(f"tokens of {type(trial.module).__name__} could have any of the widths {found}; pass dim=")
+        raise ValueError(
+            f"cannot infer the token width of {type(trial.module).__name__} from the candidates {found}; pass dim="
+        )
     return found[0]
 
 

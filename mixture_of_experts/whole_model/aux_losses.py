@@ -98,7 +98,7 @@ class AuxLosses:
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
-        self._evaluation: list[Tensor] = []  # of the last forward pass
+        self._evaluation: list[Tensor] = []  # losses of the last forward pass
 
     def take(self) -> Tensor:
         """Return the sum of all layers' auxiliary losses over all training passes since the last call, as a 0-dim
@@ -110,9 +110,9 @@ class AuxLosses:
         losses = self._training or self._evaluation
         if not losses:
             raise RuntimeError(
-                "no auxiliary loss was collected; call the model that was passed to collect_aux inside the context and "
-                "in its thread, then call take() once. If the model was compiled and called before, its graph has no "
-                "hooks; enter collect_aux before the first compiled call"
+                "no auxiliary loss was collected. Inside the context and in its thread, call the model that was passed "
+                "to collect_aux, and then call take() once. If the model was compiled and called before, its graph has "
+                "no hooks; enter collect_aux before the first compiled call"
             )
         total = sum_losses(losses)
         self._training.clear()
@@ -126,7 +126,7 @@ class AuxLossCollector(ForwardWatch):
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
         self.aux = aux
-        self.layers_without_grad: set[nn.Module] = set()  # in the last training forward pass
+        self.layers_without_grad: set[nn.Module] = set()  # set in the last training forward pass
 
     def make_call(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
         return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current_call(self))
@@ -145,15 +145,15 @@ class AuxLossCollector(ForwardWatch):
         if call is None:
             if torch.compiler.is_compiling():
                 return  # a recomputation
-            if call_stack.current_call(self.aux) is None:  # another thread, or a recomputation
+            if call_stack.current_call(self.aux) is None:  # called in another thread or in a recomputation
                 if layer in self.layers_without_grad and torch.is_grad_enabled():
                     raise RuntimeError(REENTRANT_ERROR.format(type(layer).__name__))
                 return
             if not layer.training or not torch.is_grad_enabled():
-                return  # not a training pass
+                return  # this is not a training pass
             raise RuntimeError(
-                f"a {type(layer).__name__} ran outside of a forward pass of the module passed to collect_aux; pass the "
-                "module that you call"
+                f"a {type(layer).__name__} ran outside a forward pass of the module passed to collect_aux; pass the "
+                "module that you actually call"
             )
         if not (isinstance(output, tuple) and len(output) > 1):
             raise TypeError(

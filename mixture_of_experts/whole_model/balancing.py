@@ -104,7 +104,7 @@ def balance_experts(
         lambda router: "it has no expert bias" if router.expert_bias is None else None,
         empty_message,
     )
-    with Attachments() as hooks:  # so that the hooks are removed if anything below raises
+    with Attachments() as hooks:  # removes the hooks if anything below raises an error
         token_watches = {
             router.enclosing_model: TokenWatch(router.enclosing_model) for router in routers if router.is_external
         }

@@ -28,11 +28,11 @@ class ForwardCall:
     """One forward pass of a module. Subclasses add information about the pass and the values that it collects. An
     instance of this base class marks a thread that collects or records while no forward pass is running."""
 
-    keys: Sequence[Hashable] = ()  # `current_call` finds the call by any of them
-    replaced_arguments: tuple[Any, Any] | None = None  # arguments that replace the caller's
-    watch: ForwardWatch | None = None  # notified when the call ends
-    frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
-    backward_id: int | None = None  # id of the backward pass in which it runs; None in a traced graph
+    keys: Sequence[Hashable] = ()  # `current_call` finds the call by any of these keys
+    replaced_arguments: tuple[Any, Any] | None = None  # arguments that replace the caller's arguments
+    watch: ForwardWatch | None = None  # watch that is notified when the call ends
+    frame: FrameType | None = None  # frame in which the call runs; None in a traced graph
+    backward_id: int | None = None  # id of the backward pass in which the call runs; None in a traced graph
 
 
 class CallStacks(threading.local):
@@ -171,7 +171,7 @@ class ForwardWatch:
         if kwargs is None:
             return None  # the hook is being registered or removed
         if self.owner is not None and current_call(self.owner) is None:
-            return None  # another thread, or a backward pass
+            return None  # called in another thread or in a backward pass
         call = self.make_call(module, args, kwargs)
         if call is None:
             return None
@@ -185,9 +185,10 @@ class ForwardWatch:
             return None
         if not torch.compiler.is_compiling():
             caller = sys._getframe(1)
-            resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a graph break
+            # the frame was resumed after a graph break
+            resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")
             if not (calls[-1].frame in (None, caller) or resumed):
                 return None
             if calls[-1].watch is not self:
-                return None  # from `activate_calls`, as this pass failed before its call began
+                return None  # `activate_calls` added the call, because this pass failed before its own call began
         return self.on_success(pop_call(self), output)

@@ -73,7 +73,7 @@ class OptimizerStepHook(ExitStack):
 
     @torch.no_grad()
     def _post_step_hook(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if self._model is not None:  # the first step
+        if self._model is not None:  # this is the first step
             warn_stale_optimizer(optimizer, self._model)
             self._model = None
         skipped = getattr(optimizer, "found_inf", None)

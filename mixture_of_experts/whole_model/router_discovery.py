@@ -26,8 +26,8 @@ GateSelection = Iterable["str | nn.Module"]  # names of routers, gates or layers
 class RouterLocation(NamedTuple):
     """The location of a gate in a model."""
 
-    name: str  # its path, without wrappers
-    layer: nn.Module | None = None  # the layer, or external block, that calls it; None for a standalone gate
+    name: str  # path without wrappers
+    layer: nn.Module | None = None  # the layer or external block that calls it; None for a standalone gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +36,13 @@ class RouterHandle:
     with two locations."""
 
     gate: nn.Module  #: the routing module, without wrappers
-    hook_target: (
-        nn.Module
-    )  #: the outermost wrapper, or the gate itself, on which a hook runs once for each call of a layer
+    hook_target: nn.Module  #: the outermost wrapper or the gate itself; its hooks run once per call of a layer
     num_experts: int
     enclosing_model: nn.Module  #: the model whose arguments describe the tokens
     locations: tuple[RouterLocation, ...]
     outer_expert_dims: tuple[int, ...] = ()  #: leading dimensions of the weights, with a router for each index
-    level_one: RouterHandle | None = None  #: on level two, the router of level one
-    external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it is of another library
+    level_one: RouterHandle | None = None  #: at level two, the router of level one
+    external: ExternalRouter | None = field(default=None, repr=False)  #: its settings, if it belongs to another library
 
     @property
     def name(self) -> str:
@@ -135,17 +133,17 @@ def check_supported(
 def select_routers(routers: list[RouterHandle], feature: str, gates: GateSelection) -> list[RouterHandle]:
     """Return the routers that `gates` selects, in the model's order."""
     if not isinstance(gates, str | nn.Module | Iterable):
-        raise TypeError(f"expected gates= of {feature} to be a list of gate names or gate modules, but got {gates!r}")
+        raise TypeError(f"expected `gates` of {feature} to be a list of gate names or gate modules, but got {gates!r}")
     selectors = [gates] if isinstance(gates, str | nn.Module) else list(gates)
     for selector in selectors:
         if not any(matches_selector(router, selector) for router in routers):
             what = f"this {type(selector).__name__}" if isinstance(selector, nn.Module) else repr(selector)
             names = ", ".join(repr(name) for router in routers for name in router.names)
             raise ValueError(
-                f"gates of {feature} contains {what}, which is not a gate of the model; its gates are {names}"
+                f"`gates` of {feature} contains {what}, which is not a gate of the model; its gates are {names}"
             )
     if not selectors:
-        raise ValueError(f"gates of {feature} is empty; list some gates, or omit gates to select all")
+        raise ValueError(f"`gates` of {feature} is empty; list some gates, or omit `gates` to select all of them")
     return [router for router in routers if any(matches_selector(router, selector) for selector in selectors)]
 
 
@@ -162,10 +160,10 @@ def matches_selector(router: RouterHandle, selector: Any) -> bool:
 class NamedModule(NamedTuple):
     """A module and one of its paths in the model."""
 
-    name: str  # the path, without wrappers
-    outermost: nn.Module  # the outermost wrapper, or the module itself
+    name: str  # path without wrappers
+    outermost: nn.Module  # the outermost wrapper or the module itself
     module: nn.Module
-    ancestors: tuple[nn.Module, ...]  # the modules that contain it, outermost first
+    ancestors: tuple[nn.Module, ...]  # modules that contain it, outermost first
 
     def make_handle(self, path: str, num_experts: int, layer: nn.Module | None, **more: Any) -> RouterHandle:
         """Return the handle of the router that `layer` calls, at a path below this module. An empty path refers to the

@@ -18,7 +18,7 @@ from mixture_of_experts.whole_model.balancing import ignore_counts_in_ddp
 from mixture_of_experts.whole_model.optimizer_step import OptimizerStepHook, find_updatable_routers, step_factor
 from mixture_of_experts.whole_model.router_discovery import GateSelection, RouterHandle
 
-CHECK_INTERVAL = 100  # steps between two reads of values from the device
+CHECK_INTERVAL = 100  # number of steps between reads of values from the device
 
 
 def control_sparsity(
@@ -87,7 +87,7 @@ class SparsityControl(OptimizerStepHook):
 
     rate: float
     routers: list[Any]
-    num_steps: int = 0  # steps so far
+    num_steps: int = 0  # number of steps so far
 
     def after_step(self, step_taken: Tensor | int) -> None:
         device = self.routers[0].l1_coef.device
@@ -113,9 +113,9 @@ def warn_if_unreachable(gates: Sequence[ReLUGating], excess: Tensor) -> None:
         return
     means = sorted({gate.mean_choices for gate in gates})
     warnings.warn(
-        f"mean_choices={', '.join(map(str, means))} cannot be reached: l1_coef is at its maximum, {MAX_L1_COEF:g}, "
-        "and tokens still make more choices on average. Check that the loss includes aux_loss with loss_coef=1, that "
-        "the router is trained, and that logits are not positive for half of the experts regardless of the weights, "
-        "as with tokens of mean 0 (pass bias=True to the gate). Otherwise increase mean_choices",
+        f"mean_choices={', '.join(map(str, means))} cannot be reached: l1_coef is at its maximum, {MAX_L1_COEF:g}, and "
+        "tokens still make more choices on average. Check that the loss includes aux_loss with loss_coef=1 and that "
+        "the router is trained. If logits are positive for half of the experts regardless of the weights, as with "
+        "tokens of mean 0, pass bias=True to the gate. Otherwise, increase mean_choices",
         stacklevel=2,
     )

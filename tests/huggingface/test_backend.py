@@ -145,7 +145,7 @@ def test_dtypes():
     out = experts(torch.randn(4, DIM), torch.randint(E, (4, 2)), torch.rand(4, 2))
     assert out.dtype == torch.float32
     experts.down_proj.data = experts.down_proj.data.to(torch.float8_e4m3fn)
-    with pytest.raises(TypeError, match=r"but got Parameter of torch.float8_e4m3fn; load the model with another"):
+    with pytest.raises(TypeError, match=r"but got Parameter of dtype torch.float8_e4m3fn; load the model with another"):
         experts(torch.randn(4, DIM), torch.randint(E, (4, 2)), torch.rand(4, 2))
 
 

@@ -93,7 +93,7 @@ def test_full_disk_while_weights_are_written(case, tmp_path, capsys):
         assert run_command(command, tmp_path) == 1
     error = read_error(capsys)
     assert error.startswith(f"error: cannot write {tmp_path / 'out'}")
-    assert "free disk space, or choose a target on another disk" in error
+    assert "free up disk space, or choose a target on another disk" in error
     assert os.listdir(tmp_path) == ["in"]
 
 
@@ -210,8 +210,8 @@ def test_weights_without_a_place_are_rejected(case, name, tmp_path, capsys):
     rewrite_weights(tmp_path / "in", lambda held: held.update({name: torch.zeros(2)}))
     assert run_command(command, tmp_path) == 1
     error = read_error(capsys)
-    assert f"the files have {name}, but the model of" in error
-    assert "load the model with transformers and save it" in error
+    assert f"the files contain {name}, but the model described by" in error
+    assert "load and save the model with transformers" in error
     assert os.listdir(tmp_path) == ["in"]
 
 
@@ -245,7 +245,7 @@ def test_integers_for_floating_point_weights_are_rejected(case, place, dtype, tm
     rewrite_weights(tmp_path / "in", lambda held: to_integers(held, name, dtype))
     assert run_command(command, tmp_path) == 1
     error = read_error(capsys)
-    assert f"{name} has the dtype {dtype} in the files" in error
+    assert f"{name} is stored with dtype {dtype}, but" in error
     assert "save the model again" in error
     assert os.listdir(tmp_path) == ["in"]
 
@@ -263,7 +263,7 @@ def test_loading_rejects_integers_for_floating_point_weights(name, max_shard_siz
             save_file(held, file, metadata={"format": "pt"})
     loaders = (from_pretrained, AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained)
     for load, settings in itertools.product(loaders, ({}, {"dtype": torch.bfloat16})):
-        with pytest.raises(ValueError, match=rf"{name} has the dtype torch.int64 in the files"):
+        with pytest.raises(ValueError, match=rf"{name} is stored with dtype torch.int64, but"):
             load(tmp_path, **settings)
 
 

@@ -188,8 +188,8 @@ def test_errors_of_prune(tmp_path, capsys):
     dense.save_pretrained(tmp_path / "in")
     (tmp_path / "ids.json").write_text('{"gate": [0, 1]}')
     for source, by, more, says in (
-        ("dense", "random", ["--keep", "2"], "has no experts of this package, so there is nothing to prune"),
-        ("in", "random", [], "requires keep="),
+        ("dense", "random", ["--keep", "2"], "has no experts from this package, so there is nothing to prune"),
+        ("in", "random", [], "requires `keep`"),
         ("in", "random", ["--keep", "1"], "cannot keep 1 of 4"),
         ("in", str(tmp_path / "ids.json"), [], "not a gate of the model"),
     ):
@@ -263,8 +263,8 @@ def test_errors_of_merge(tmp_path, capsys):
     convert_folder(tmp_path / "in", tmp_path / "8", bits=8)
     get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
     for source, adapter, says in (
-        ("in", "8", "8 has no adapter_model.safetensors; pass the folder to which PEFT saved the adapters"),
-        ("8", "adapter", "has quantized experts, into which adapters cannot be merged"),
+        ("in", "8", "8 has no adapter_model.safetensors; pass the folder where PEFT saved the adapters"),
+        ("8", "adapter", "has quantized experts, which adapters cannot be merged into"),
     ):
         words = ["merge", str(tmp_path / source), str(tmp_path / "out"), "--adapter", str(tmp_path / adapter)]
         assert main(words) == 1

@@ -97,7 +97,7 @@ def test_other_heads(auto):
     ("name", "settings", "problem"),
     [
         ("gpt2", {}, "no class for a GPT2LMHeadModel with experts; it has classes for Llama"),
-        ("llama_bias", {}, "in Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
+        ("llama_bias", {}, "Unsupported: Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
         ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: the gate is Top2Gating, .*; Q"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "the gate is NoisyTopKGating"),
         ("llama", dict(gate=make_gate(score="sigmoid")), "the gate has score 'sigmoid'"),

@@ -79,7 +79,7 @@ def test_gate_and_coefficients(tmp_path):
 
 
 GATES = ["Top", "TopKGating", "TopKGating(3)", "TopKGating(k=x)", "nn.Linear()", "import os", ""]
-NO_GATE = 'expected a gate such as TopKGating(k=4, score="sigmoid"), but got {!r}; the gates are '
+NO_GATE = 'expected a gate such as TopKGating(k=4, score="sigmoid"), but got {!r}; the available gates are '
 NO_SIZE = "expected a size such as 500MB or 5GB, but got {!r}"
 
 
@@ -165,7 +165,7 @@ def test_damaged_weights_raise_and_leave_nothing(tmp_path, capsys):
     for path, data in [(shard, whole[shard][:100]), (shard, None), (index, whole[index][:50]), (index, b"{}")]:
         path.write_bytes(data) if data is not None else path.unlink()
         assert main(words) != 0
-        assert f"{path} is missing, damaged or not a valid file" in capsys.readouterr().err
+        assert f"{path} is missing, damaged or invalid (" in capsys.readouterr().err
         assert sorted(os.listdir(tmp_path)) == ["in"]
         path.write_bytes(whole[path])
     assert main(words) == 0
@@ -194,7 +194,7 @@ def test_weight_map_outside_folder_raises(command, place, tmp_path, capsys):
         error = capsys.readouterr().err
         assert f"{index} is missing, damaged" in error
         outside = held is wrong[0] and isinstance(place, str)
-        assert not outside or f"{place!r} in its weight_map is outside of the folder" in error
+        assert not outside or f"the weight_map refers to {place!r}, which is outside the folder" in error
         assert not (tmp_path / "out").exists()
 
 

@@ -188,7 +188,7 @@ def test_weights_packed_as_in_gguf_are_refused(change):
     model.model.layers[0].self_attn.o_proj = GgufLinear(32, 32, int(gguf.GGMLQuantizationType.Q4_0))
     model.quantization_method, model.is_quantized = QuantizationMethod.GGUF, True
     before = str(model)
-    with pytest.raises(ValueError, match=r"packed as in its GGUF file; load it with .*GgufConfig\(dequantize=True\)"):
+    with pytest.raises(ValueError, match=r"packed in GGUF format; load the model with .*GgufConfig\(dequantize=True\)"):
         change(model)
     assert str(model) == before
 
@@ -223,7 +223,7 @@ def make_int8() -> nn.Module:
 REFUSED: dict[str, Any] = {
     "adapters": (
         lambda: add_lora(make_upcycled("llama")),
-        "PeftModel.* has PEFT adapters, which no stock class supports; call merge_and_unload",
+        "PeftModel.* has PEFT adapters, which transformers classes do not support; call merge_and_unload",
     ),
     "adapters inside": (
         lambda: add_lora(make_upcycled("llama")).base_model.model,
@@ -232,7 +232,7 @@ REFUSED: dict[str, Any] = {
     "unequal layers": (make_unequal, r"gate.w_gating has shape \(32, 4\), but the block has \(32, 3\)"),
     "int8": (
         make_int8,
-        r"LlamaForCausalLM has experts quantized to 8 bits, .*; use the model from before quantize_experts\(\)",
+        r"LlamaForCausalLM has experts quantized to 8 bits, .*; use the unquantized model",
     ),
     "blocks": (
         lambda: make_stock(Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=EXPERTS),

@@ -64,7 +64,7 @@ def test_several_adapters_of_such_a_class(tmp_path):
             again.set_adapter("second")
             assert torch.equal(get_logits(again, given), wanted)
         else:
-            with pytest.raises(ValueError, match="if it is for this model, load it before all other adapters"):
+            with pytest.raises(ValueError, match="If it is for this model, load it before any other adapter"):
                 again.load_adapter(str(tmp_path / name), adapter_name="second")
 
 
@@ -86,7 +86,7 @@ def test_adapters_of_the_stock_model(tmp_path):
     save_adapter(adapted, tmp_path / "saved")
     for folder in ("peft", "saved"):
         model = from_transformers(copy.deepcopy(stock))
-        with pytest.raises(ValueError, match=r"adapter has .*layers.0.mlp.experts.base_layer.lora_A.* no such weight"):
+        with pytest.raises(ValueError, match=r"adapter contains .*s.0.mlp.experts.base_layer.lora_A.* no such weight"):
             PeftModel.from_pretrained(model, str(tmp_path / folder))
 
 

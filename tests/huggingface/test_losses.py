@@ -227,7 +227,7 @@ def test_a_share_of_a_batch_in_evaluation(name):
 @pytest.mark.slow
 def test_label_smoothing_warns(tmp_path):
     model, rows = build_model(), make_batch(4)
-    with pytest.warns(UserWarning, match=r"returned no loss .* aux_loss\(model\)"):
+    with pytest.warns(UserWarning, match=r"does not include it, or another loss .* aux_loss\(model\)"):
         compute_trained_gradients(model, rows, tmp_path, label_smoothing_factor=0.1, max_steps=2)
 
     class WithAuxLoss(Trainer):

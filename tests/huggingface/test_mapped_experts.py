@@ -153,7 +153,7 @@ def test_chosen_experts_are_prefetched(bits, tmp_path, monkeypatch):
 def test_prefetching_rejects_what_is_not_mapped(tmp_path):
     model = ARCHITECTURES["llama"].build()
     upcycle(model, num_experts=4)
-    says = "LlamaForCausalLM has no weights of experts that are mapped from a file"
+    says = "LlamaForCausalLM has no memory-mapped expert weights"
     with pytest.raises(ValueError, match=says), prefetch_experts(model):
         pass
     mapped = load_mapped(tmp_path)
@@ -161,7 +161,7 @@ def test_prefetching_rejects_what_is_not_mapped(tmp_path):
     for experts in (layer.mlp.moe.experts for layer in mapped.model.layers):
         for weight in experts.parameters():
             weight.data = weight.data.clone()
-    with pytest.raises(ValueError, match="has no weights of experts that are mapped"), prefetch_experts(mapped):
+    with pytest.raises(ValueError, match="has no memory-mapped expert weights"), prefetch_experts(mapped):
         pass
 
 

@@ -233,7 +233,7 @@ LOST_NETWORKS = {
     "function in the code of": (
         lambda m, x: m.c(F.gelu(m.a(x))),
         dict(a=make_up(), c=make_down()),
-        "part of the code of Inline",
+        "embedded in the code of Inline",
     ),
     "units together": (make_pair, dict(PAIR, act=nn.Sequential(nn.ReLU(), nn.Softmax(-1))), "no known activation"),
     "norm": (lambda m, x: m.c(m.sub(m.act(m.a(x)))), dict(PAIR, sub=nn.LayerNorm(H)), "no known activation"),
@@ -242,11 +242,11 @@ LOST_NETWORKS = {
     "last layer twice": (
         lambda m, x: make_pair(m, x) + m.c(F.pad(x, (0, H - D))),
         PAIR,
-        "c is also called for something else",
+        "c is called more than once",
     ),
     "read elsewhere": (lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)), PAIR, "also used elsewhere"),
-    "another's activation": (lambda m, x: make_pair(m, x) + m.act(x), PAIR, "act is also called for something"),
-    "another's dropout": (lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x), DROPS, "drop is also called"),
+    "another's activation": (lambda m, x: make_pair(m, x) + m.act(x), PAIR, "act is called more than once"),
+    "another's dropout": (lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x), DROPS, "drop is called more than once"),
     "another's number": (
         lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)) + F.dropout(x, m.p, m.training),
         dict(PAIR, p=0.3),
@@ -319,7 +319,7 @@ def test_rejects_wrong_adapter(name):
         pytest.skip("the layer does more than the network")
     model = ARCHITECTURES[name].build()
     wrong = Adapter(adapter.up, adapter.down, adapter.gate, nn.Tanh(), halves=adapter.halves)
-    with pytest.raises(ValueError, match="returns something different from what Adapter"):
+    with pytest.raises(ValueError, match=r"does not return what Adapter.* its adapter is wrong"):
         replace_ffn(model, adapters={kind: wrong})
     assert not find_feed_forwards(model)
 

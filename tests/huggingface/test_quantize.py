@@ -100,7 +100,7 @@ def test_unstacked_folder_matches_model(load, tmp_path):
 def test_rejects_unstacked_folder_of_blocks(tmp_path):
     """A Mixtral's class makes stacks of its own of all `experts.*.w1`. Nothing is written."""
     moe, tokens = unstack(from_transformers(build_model("Mixtral"))), torch.randint(3, 64, (2, 9))
-    with pytest.raises(ValueError, match=r"MixtralConfig: if layers replaced blocks.*; call restack\(\) on the model"):
+    with pytest.raises(ValueError, match=r"MixtralConfig has unstacked experts in .*; call restack\(\) on the model"):
         moe.save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
     restack(moe).save_pretrained(tmp_path)
@@ -221,7 +221,7 @@ def test_rejects_adapter_operations_on_quantized_experts(bits):
     for refused in (small.merge_adapter, small.merge_and_unload):
         with pytest.raises(
             ValueError,
-            match=rf"be merged, because w2 is quantized to {bits} bits; .* into the model that",
+            match=rf"be merged, because w2 is quantized to {bits} bits; .* into the unquantized model",
         ):
             refused()
     experts = small.base_model.model.model.layers[0].mlp.moe.experts

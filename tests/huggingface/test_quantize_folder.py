@@ -117,9 +117,9 @@ def test_rejects_unsupported_models(tmp_path, capsys):
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
     for name, error in (
-        ("24", "moe.experts has hidden_dim=24, which 4-bit quantization requires to be a multiple"),
-        ("dense", "LlamaForCausalLM has no sparse block"),
-        ("quantised", "is already quantized (fp8); pass the folder of the model before quantization"),
+        ("24", "4-bit quantization requires dimensions that are multiples"),
+        ("dense", "LlamaForCausalLM has no sparse blocks"),
+        ("quantised", "is already quantized (fp8); pass the folder of the unquantized model"),
     ):
         before = sorted(tmp_path.iterdir())
         assert run_command(tmp_path / name, tmp_path / "out") == 1

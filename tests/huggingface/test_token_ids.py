@@ -79,7 +79,7 @@ def test_checkpointing_keeps_token_ids():
 def test_embeddings_have_no_token_ids():
     model, _ = build_model("llama")
     embeds = model.get_input_embeddings()(torch.randint(3, VOCABULARY, (2, 5)))
-    with pytest.raises(ValueError, match=r"ids of \(2, 5\) tokens, but the model was called without ids"):
+    with pytest.raises(ValueError, match=r"token ids of shape \(2, 5\), but the model was called without ids"):
         model(inputs_embeds=embeds)
     with pytest.raises(ValueError, match="call the model with input_ids"):
         find_feed_forwards(model)[0](embeds)

@@ -156,7 +156,7 @@ def with_changed(tmp_path: Path, changed: dict[str, Any], block: bool = False) -
 def test_an_entry_that_is_no_setting_is_rejected(block, path, value, tmp_path):
     folder = with_changed(tmp_path, {"moe.group_size": 6, path: value}, block)
     for load in (from_pretrained, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match=rf"changes {path!r} to {value!r}, but this is not a valid setting"):
+        with pytest.raises(ValueError, match=rf"sets {path!r} to {value!r}, but the layer has no such setting"):
             load(folder)
 
 
@@ -243,7 +243,7 @@ def test_shards_that_disagree_with_their_index(tmp_path, capsys):
     before, after = (load_file(tmp_path / out / "model.safetensors") for out in ("before", "after"))
     assert all(torch.equal(before[key], after[key]) for key in before.keys() | after.keys())
     for load in LOADERS:
-        with pytest.raises(ValueError, match=rf"{last} has {name}, which its index assigns to {weight_map[name]}"):
+        with pytest.raises(ValueError, match=rf"{last} contains {name}, which its index assigns to {weight_map[name]}"):
             load(folder)
 
 
@@ -251,12 +251,12 @@ def test_weights_that_the_index_lacks(tmp_path, capsys):
     folder = tmp_path / "in"
     file = max(sharded(folder).values())
     rewrite_shard(folder / file, lambda held: held.update({"model.layers.0.extra": torch.zeros(2)}))
-    problem = rf"{file} has model.layers.0.extra, which its index lacks"
+    problem = rf"{file} contains model.layers.0.extra, which its index lacks"
     for load in LOADERS:
         with pytest.raises(ValueError, match=problem):
             load(folder)
     assert main(["quantize", str(folder), str(tmp_path / "out")]) == 1
-    assert f"{file} has model.layers.0.extra, which its index lacks" in capsys.readouterr().err
+    assert f"{file} contains model.layers.0.extra, which its index lacks" in capsys.readouterr().err
 
 
 def test_weights_that_a_shard_lacks(tmp_path, capsys):
@@ -287,7 +287,7 @@ def test_shards_outside_of_the_folder(how, tmp_path):
         index = {name: start + file if file in moved else file for name, file in weight_map.items()}
         (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": index}))
         for load in LOADERS:
-            with pytest.raises(ValueError, match=r"other/model-.* is outside of the folder"):
+            with pytest.raises(ValueError, match=r"other/model-.* is outside the folder"):
                 load(folder)
 
 

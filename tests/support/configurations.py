@@ -123,7 +123,7 @@ def find_expected_error(c: Configuration) -> str | None:
         if groups is not None and router.arguments["top_groups"] * (e // groups) < k:
             return "top_groups=.* must contain at least k="
     if c.bank.takes_two and c.bank.kind == "ffn":
-        return r"is a function of \(gate, up\), which requires GatedExperts"
+        return r"takes \(gate, up\) as arguments, so it requires GatedExperts"
     if c.bank.kind == "identity" and len(c.sizes) == 2:
         return "experts must be RoutedExperts with an integer num_experts"
     if "expert_choice" in (router.kind for router in c.routers) and len(c.sizes) == 2:
@@ -164,7 +164,7 @@ def find_implementation_error(c: Configuration) -> str | None:
         "grouped": c.run != "exported",
         "triton": False,  # its interpreter is a process' own: tests/test_triton.py
     }[c.implementation]
-    return None if possible else f"'{c.implementation}' is requested, but does not support this call"
+    return None if possible else f"'{c.implementation}' is requested, but it does not support this call"
 
 
 # The layer and what it is called with

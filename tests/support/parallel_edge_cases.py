@@ -212,7 +212,7 @@ def check_pickling_says_what_to_do() -> None:
     layer = parallelize_model(make_layer("top2"), make_mesh())
     for pickled in (layer, nn.ModuleDict({"ffn": layer})):
         for write in (pickle.dumps, lambda module: torch.save(module, io.BytesIO())):
-            with pytest.raises(TypeError, match=r"only a part of its .* with torch\.distributed\.checkpoint, or"):
+            with pytest.raises(TypeError, match=r"holds only some of its .* with torch\.distributed\.checkpoint, or"):
                 write(pickled)
     assert repr(copy.deepcopy(layer.experts)) == repr(layer.experts)
 
@@ -334,7 +334,7 @@ def check_more_refusals() -> None:
         parallelize_module(sharded, mesh, ExpertParallel())
     for group, error in (
         ("dp", "batch_group must be .* 1-D DeviceMesh, got 'dp'"),
-        (make_mesh(), "1-D mesh, got 2 dim"),
+        (make_mesh(), "1-D mesh, got a mesh with 2 dim"),
     ):
         with pytest.raises((TypeError, ValueError), match=error):
             ExpertParallel(batch_group=group)

@@ -124,7 +124,7 @@ class Kind:
     reference: Callable[[Any, dict, dict], Any]
     defaults: Mapping[str, Any] = field(default_factory=lambda: DROPLESS)
     draws: Callable[[dict, str], str | None] = lambda given, mode: None
-    refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, got {k}" if k > e else None
+    refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, but got {k}" if k > e else None
     described_arguments: bool = True
     rare_arguments: int | None = None
     is_in_tables: Mapping[str, Callable[[int, int], nn.Module]] = field(default_factory=dict)
@@ -375,7 +375,7 @@ KINDS: dict[str, Kind] = {
         lambda e: noisy_routers(e) if e > 1 else st.just(Router("noisy", {"k": 1})),
         lambda gate, given, common: reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common),
         draws=lambda given, mode: "noise" if mode == "train" else None,
-        refused=lambda k, e: rf"k must be below num_experts={e}, got {k}" if k >= e else None,
+        refused=lambda k, e: rf"k must be less than num_experts={e}, but got {k}" if k >= e else None,
         is_in_tables={"NoisyTopK": lambda d, e: NoisyTopKGating(d, e, k=2)},
         row=f"`NoisyTopKGating` | each token chooses k experts by noisy scores | {DEFAULT_KINDS} | two losses",
     ),

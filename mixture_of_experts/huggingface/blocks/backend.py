@@ -24,7 +24,7 @@ BACKEND_NAME = "mixture_of_experts"
 BACKEND_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKEND_ACTIVATIONS: dict[str, nn.Module] = {
     name: make() for name, make in TORCH_ACTIVATIONS.items()
-}  # none of them has parameters
+}  # these activations have no parameters
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -44,12 +44,12 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     for weight in (first, down):
         if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in BACKEND_DTYPES:
             raise TypeError(
-                f"experts_implementation={BACKEND_NAME!r} expects plain weights of dtype "
-                f"{', '.join(map(str, BACKEND_DTYPES))}, but got {type(weight).__name__} of {weight.dtype}; load the "
-                "model with another experts_implementation"
+                f"experts_implementation={BACKEND_NAME!r} requires plain weight tensors of dtype "
+                f"{', '.join(map(str, BACKEND_DTYPES))}, but got {type(weight).__name__} of dtype {weight.dtype}; load "
+                "the model with another experts_implementation"
             )
     if not self.is_transposed:
-        first, down = first.mT, down.mT  # (e, in, out), as views
+        first, down = first.mT, down.mT  # views of shape (e, in, out)
     b1 = b2 = None
     if self.has_bias:
         b1, b2 = getattr(self, f"{name}_bias"), self.down_proj_bias
@@ -60,7 +60,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = hidden_states.to(first.dtype)
     if not self.has_post_expert_norm:
         return compute(x, top_k_index, top_k_weights).to(hidden_states.dtype)
-    # the norm is applied before the router weight, so every choice is computed as a separate token
+    # the norm precedes the router weight, so every choice is computed as a separate token
     k = top_k_index.shape[-1]
     alone = top_k_index.reshape(-1, 1)
     results = compute(x.repeat_interleave(k, dim=0), alone, torch.ones_like(alone, dtype=torch.float32))

@@ -3,7 +3,7 @@ their settings, weights and modules."""
 
 from __future__ import annotations
 
-#: classes of blocks, keyed by the name of their recipe in `recipes.MODELS`
+#: block classes, keyed by the name of their recipe in `recipes.MODELS`
 BLOCK_CLASSES: dict[str, str] = {
     "switch": "SwitchTransformersSparseMLP",
     "mixtral": "MixtralSparseMoeBlock MiniMaxSparseMoeBlock Qwen3VLMoeTextSparseMoeBlock",
@@ -47,9 +47,9 @@ BLOCK_CLASSES: dict[str, str] = {
     "longcat_flash": "LongcatFlashMoE",
     "zaya": "ZayaSparseMoeBlock",
 }
-#: the recipe of each class of a block
+#: recipe names, keyed by block class
 RECIPES_BY_BLOCK: dict[str, str] = {block: name for name, blocks in BLOCK_CLASSES.items() for block in blocks.split()}
-#: the results of the blocks' routers, if they differ from `ExternalRouter.returns`
+#: return values of the blocks' routers, where they differ from `ExternalRouter.returns`
 ROUTER_RETURNS: dict[str, tuple[str | None, ...]] = {
     "switch": (None, None, "logits"),
     "jetmoe": (None, None, None, None, "logits"),
@@ -57,7 +57,7 @@ ROUTER_RETURNS: dict[str, tuple[str | None, ...]] = {
     "gemma4": ("probs", "weights", "experts"),
     "dbrx": ("logits",),
 }
-#: attributes in which blocks or their routers store settings, weights and modules
+#: attribute names under which blocks or their routers store settings, weights and modules
 BLOCK_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     part: tuple(names.split())
     for part, names in {
@@ -75,7 +75,7 @@ BLOCK_ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "alpha": "alpha swiglu_alpha",
         "tolerance": "router_jitter_noise",
         "jitter": "jitter_noise input_jitter_noise moe_jitter_eps",
-        # weights of the router
+        # names of the router's weights
         "weight": "weight classifier.weight layer.weight wg.weight gate.weight proj.weight",
         "expert_bias": "e_score_correction_bias expert_bias balancing_biases moe_statics.e_score_correction_bias",
         "experts_of_id": "tid2eid",
@@ -91,7 +91,7 @@ BLOCK_ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "shift": "bias",
     }.items()
 }
-#: where blocks store "gate_up", "down" and "activation" of their experts, if not under the usual names
+#: where blocks store the "gate_up", "down" and "activation" of their experts, if not under the usual names
 EXPERT_ATTRIBUTES: dict[str, dict[str, str]] = {
     "jetmoe": {"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
 }

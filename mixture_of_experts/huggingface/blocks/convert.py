@@ -34,7 +34,7 @@ def convert_to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
     """Return a `MoE` that is equivalent to a sparse block and has copies of its weights. Frozen weights remain
     frozen."""
     block_layer = read_block(block, balance_over, **coefs)
-    with torch.enable_grad():  # so that views show which weights are frozen
+    with torch.enable_grad():  # enabled so that views show which weights are frozen
         views = block_layer.get_weight_views()
     moe = copy.deepcopy(block_layer.layer)
     state = {name: concatenate_pieces(pieces) for name, pieces in views.items()}
@@ -63,11 +63,13 @@ def check_plain_weights(module: nn.Module, name: str) -> None:
     """Raise ValueError if a layer has PEFT adapters or quantized experts, which no stock class supports."""
     for part in module.modules():
         if is_peft_wrapper(part):
-            raise ValueError(f"{name} has PEFT adapters, which no stock class supports; call merge_and_unload() first")
+            raise ValueError(
+                f"{name} has PEFT adapters, which transformers classes do not support; call merge_and_unload() first"
+            )
         if isinstance(part, QuantizedExperts):
             raise ValueError(
-                f"{name} has experts quantized to {part.bits} bits, which no stock class supports; use the model from "
-                "before quantize_experts()"
+                f"{name} has experts quantized to {part.bits} bits, which transformers classes do not support; use the "
+                "unquantized model"
             )
 
 
@@ -75,7 +77,7 @@ def check_same_computation(moe: MoE, block: nn.Module) -> None:
     """Raise ValueError if a `MoE` layer is not equivalent to a sparse block."""
     check_plain_weights(moe, "the layer")
     if differ := find_differences(moe, block):
-        raise ValueError(f"the layer does not compute the same as a {type(block).__name__}: {'; '.join(differ)}")
+        raise ValueError(f"the layer does not compute the same function as {type(block).__name__}: {'; '.join(differ)}")
 
 
 def find_differences(moe: MoE, block: nn.Module) -> list[str]:
@@ -110,17 +112,17 @@ def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> P
     name, recipe = type(block).__name__, find_recipe(block)
     if recipe is None:
         raise ValueError(
-            f"{name} is not a known block; huggingface.blocks.block_classes has the {len(RECIPES_BY_BLOCK)} known "
-            "classes, such as DeepseekV3MoE, GptOssMLP and MixtralSparseMoeBlock"
+            f"{name} is not a supported block; huggingface.blocks.block_classes lists the {len(RECIPES_BY_BLOCK)} "
+            "supported classes, such as DeepseekV3MoE, GptOssMLP and MixtralSparseMoeBlock"
         )
     check_not_offloaded(block, f"a {name}")
     if any(is_peft_wrapper(module) for module in block.modules()):
-        raise ValueError(f"a {name} has PEFT adapters, which the layer would lose; merge them first")
+        raise ValueError(f"this {name} has PEFT adapters, which would be lost in the conversion; merge them first")
     for attribute in BLOCK_ATTRIBUTES["jitter"]:
         for holder in (block, find_attribute(block, *BLOCK_ATTRIBUTES["router"])):
             if getattr(holder, attribute, None):
                 raise ValueError(
-                    f"{name} has {attribute}={getattr(holder, attribute)}, which also perturbs the inputs of its "
+                    f"{name} has {attribute}={getattr(holder, attribute)}, which also perturbs the inputs to its "
                     "experts; no gate supports this, so set it to 0"
                 )
     return ParsedBlock(block, recipe, balance_over, **coefs)

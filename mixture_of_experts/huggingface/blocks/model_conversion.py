@@ -100,7 +100,7 @@ def from_transformers(
     replace_blocks(block, dict.fromkeys(find_sparse_blocks(block), settings))
     if loss_coef is not None:
         override_router_coef(block)
-    block.name_or_path = block.config.name_or_path  # records the source of these weights
+    block.name_or_path = block.config.name_or_path  # record the source of these weights
     return block
 
 
@@ -125,14 +125,15 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
     if block is not None:
         if not isinstance(moe, MoE):
             raise TypeError(
-                f"expected moe to be a MoE layer, but got a {type(moe).__name__}; pass its moe, or omit block"
+                f"expected `moe` to be an MoE layer, but got a {type(moe).__name__}; pass its `moe`, or omit `block`"
             )
         check_not_on_meta(moe, "moe")
         check_not_on_meta(check_model("block", block), "block")
         return copy_to_block(moe, block)
     if not isinstance(moe, PreTrainedModel):
         raise ValueError(
-            f"expected a transformers model, because block is None, but got a {type(moe).__name__}; pass block="
+            f"expected a transformers model because `block` is None, but got a {type(moe).__name__}; pass `block` to "
+            "convert a layer"
         )
     return restore_stock_blocks(moe)
 
@@ -148,7 +149,7 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
         if any(name.startswith(f"{above}.") for above in found):
             continue
         if isinstance(module, MoEFeedForward):
-            found.append(name)  # so that the search skips its submodules
+            found.append(name)  # this makes the search skip its submodules
         elif find_recipe(module) is not None:
             if hasattr(module, "self_attn"):  # Gemma 4
                 raise_not_convertible(model, name, "is a whole decoder layer that also holds the router and experts")
@@ -158,15 +159,15 @@ def find_sparse_blocks(model: PreTrainedModel) -> list[str]:
             raise_not_convertible(model, name, "has an unknown class")
     found = [name for name in found if not isinstance(model.get_submodule(name), MoEFeedForward)]
     if not found:
-        raise ValueError(f"{type(model).__name__} has no sparse block; use upcycle or replace_ffn for dense models")
+        raise ValueError(f"{type(model).__name__} has no sparse blocks; use upcycle or replace_ffn for dense models")
     return found
 
 
 def raise_not_convertible(model: nn.Module, name: str, why: str) -> NoReturn:
     kind = type(model.get_submodule(name)).__name__
     raise ValueError(
-        f"{type(model).__name__} cannot be converted as a whole, because {kind} at {name} {why}; convert known blocks, "
-        "listed in huggingface.blocks.block_classes, one by one"
+        f"{type(model).__name__} cannot be converted as a whole, because {kind} at {name} {why}; convert the supported "
+        "blocks (see huggingface.blocks.block_classes) one by one"
     )
 
 
@@ -180,7 +181,7 @@ def replace_blocks(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) 
         masked, path = uses_model_mask(model, name), find_router_path(block)
         reports = has_recorded_logits(model, block) and STATE not in get_side_inputs(
             moe.gate
-        )  # the logits of a router with a state are not reported
+        )  # logits of stateful routers are not reported
         with next(moe.parameters()).device:
             layer = SparseFeedForward(moe, type(block).__name__, reports, masked=masked, replaced_path=path)
         replace_module(model, block, layer.train(block.training))
@@ -244,7 +245,9 @@ def plan_stock_model(model: PreTrainedModel) -> StockPlan:
     others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
     if not layers or others:
         why = "has layers from replace_ffn or upcycle" if others else "has no layer that replaced a block"
-        raise ValueError(f"{type(model).__name__} {why}; only models changed by from_transformers have a stock class")
+        raise ValueError(
+            f"{type(model).__name__} {why}; only models converted by from_transformers can be converted back"
+        )
     stock = make_meta_stock_model(model)
     for name, layer in layers.items():
         check_not_offloaded(layer, name)

@@ -69,17 +69,17 @@ def fast_lora(model: ModelT) -> ModelT:
             unsupported.append(f"{weight} of {type(experts).__name__} in a {type(module).__name__}")
     if missing := find_missed_targets(model):
         raise ValueError(
-            f"{type(model).__name__} has no adapters for {', '.join(missing)} of target_parameters, because PEFT "
-            "skipped them; if experts are quantized, let PEFT prepare the model within weights_shown(model), otherwise "
-            "check the names"
+            f"{type(model).__name__} has no adapters for {', '.join(missing)} in target_parameters, because PEFT "
+            "skipped them; if the experts are quantized, let PEFT prepare the model within weights_shown(model); "
+            "otherwise, check the names"
         )
     if not found:
         raise ValueError(
             f"{type(model).__name__} has LoRA on {', '.join(dict.fromkeys(unsupported)) or 'no stack'}, but fast_lora "
-            f"supports only {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts whose forward is not "
-            "overridden; pass target_parameters to PEFT's LoraConfig, such as ['experts.w1', 'experts.w3', "
-            "'experts.w2'], and prepare the model with it first. If the model is from transformers and has its own "
-            "experts, convert it with from_transformers() before that"
+            f"supports only {', '.join(NETWORK_TENSOR_NAMES)} of Experts and GatedExperts that do not override "
+            "forward; first let PEFT prepare the model with target_parameters in LoraConfig, such as ['experts.w1', "
+            "'experts.w3', 'experts.w2']. If the model uses its own experts from transformers, convert it with "
+            "from_transformers() before that"
         )
     for module in found:
         module.__class__ = ParamWrapper
@@ -124,7 +124,7 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for experts in found:
             for name in ("w1", "w3", "w2"):
-                # not already shown by an outer context
+                # skip weights that an outer context already shows
                 if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):
                     experts.register_parameter(
                         name, nn.Parameter(experts.placeholder_weight(name), requires_grad=False)

@@ -18,7 +18,7 @@ from mixture_of_experts.ops.network import Network
 class LowRankWeight(NamedTuple):
     """A weight `(e, p, q)` and its low-rank update, which consists of `down` `(e, p, k)` and `up` `(e, k, q)`."""
 
-    name: str  # its name in `Network.tensors`
+    name: str  # key in `Network.tensors`
     weight: Tensor
     down: Tensor
     up: Tensor

@@ -43,24 +43,26 @@ def merge_folder(source: Path, target: Path, *, adapter: Path, max_shard_size: i
     except ImportError as error:
         raise ImportError("merging adapters requires PEFT: pip install 'peft>=0.21'") from error
     if not (adapter / ADAPTER_FILE).is_file():
-        raise FileNotFoundError(f"{adapter} has no {ADAPTER_FILE}; pass the folder to which PEFT saved the adapters")
+        raise FileNotFoundError(f"{adapter} has no {ADAPTER_FILE}; pass the folder where PEFT saved the adapters")
     model = read_experts_model(source, "merge adapters into")
     if any(isinstance(module, QuantizedExperts) for module in model.modules()):
         raise ValueError(
-            f"{source} has quantized experts, into which adapters cannot be merged; pass the folder that is not "
-            "quantized"
+            f"{source} has quantized experts, which adapters cannot be merged into; pass the folder of the unquantized "
+            "model"
         )
     state = model.state_dict()
     adapted: Any = PeftModel.from_pretrained(model, str(adapter))
-    if unknown := adapted.load_adapter(str(adapter), "default").unexpected_keys:  # PEFT would ignore them
+    if unknown := adapted.load_adapter(str(adapter), "default").unexpected_keys:  # PEFT would ignore these keys
         raise ValueError(
-            f"{adapter} has {unknown[0]}, but the model in {source} has no weight of that name; pass the model that "
-            "the adapter was trained with"
+            f"{adapter} contains {unknown[0]}, but the model in {source} has no weight with that name; pass the model "
+            "that the adapter was trained on"
         )
     merged = find_merged_weights(adapted.get_base_model())
-    adapted.base_model.unload()  # the wrappers that `merged` refers to keep their factors
+    adapted.base_model.unload()  # the wrappers referenced by `merged` keep their factors
     if tied := sorted({*merged} & {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}):
-        raise ValueError(f"{tied[0]} is tied, and merging would untie it; train without adapters on embeddings")
+        raise ValueError(
+            f"{tied[0]} is a tied weight, and merging would untie it; train without adapters on embeddings"
+        )
 
     def read(name: str) -> Tensor:
         return merged[name]() if name in merged else state[name]
@@ -86,7 +88,7 @@ def find_merged_weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
             found |= {f"{name}.{key}": partial(merge_weight, module, key) for key in list_adapted(module)}
         elif hasattr(module, "unload_and_optionally_merge_module"):  # for example, the wrapper for trainable tokens
             raise ValueError(
-                f"{name} has a {type(module).__name__}, which cannot be merged in a folder; load the model and use "
+                f"{name} contains a {type(module).__name__}, which cannot be merged on disk; load the model and call "
                 "PEFT's merge_and_unload()"
             )
     return found

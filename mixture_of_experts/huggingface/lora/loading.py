@@ -30,7 +30,8 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
     Raises:
         ValueError: the state dict contains adapter weights that a layer does not have.
     """
-    # quantized experts have no weights for PEFT to adapt outside of `weights_shown`, and their forward pass raises
+    # outside of `weights_shown`, quantized experts have no weights for PEFT to adapt, and their forward pass raises an
+    # error
     adaptable = [path for path, layer in find_layers(model).items() if not has_quantized_experts(layer)]
     layers = tuple(f"{prefix}{path}." for path in adaptable)
     own = {name for name, _ in model.named_parameters() if ".lora_" in name}
@@ -46,9 +47,9 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
                 unknown.remove(prefix + renamed)
     if unknown:
         raise ValueError(
-            f"the adapter has {min(unknown)}, but the layer has no such weight, so its experts would compute without "
-            "it; if the adapter is for the stock model, load it there and call merge_and_unload() before "
-            "from_transformers(); if it is for this model, load it before all other adapters, with the same "
+            f"the adapter contains {min(unknown)}, but the layer has no such weight, so its experts would run without "
+            "it. If the adapter is for the stock model, load it there and call merge_and_unload() before "
+            "from_transformers(). If it is for this model, load it before any other adapter, with the same "
             "target_parameters"
         )
 

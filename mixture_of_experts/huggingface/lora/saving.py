@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("peft", "per_expert", "mixture_of_experts")
 WEIGHTS_FILE = "adapter_model.safetensors"
-#: names of an expert's w1, w3 and w2, keyed by model type, for classes whose checkpoints have stacked experts
+#: names of an expert's w1, w3 and w2 for classes whose checkpoints have stacked experts, keyed by model type
 STACKED_EXPERT_NAMES = {"gpt_oss": ("w1", "w3", "w2")}
 
 
@@ -122,13 +122,13 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
     name: Any = model.active_adapter if adapter is None else adapter
     config = model.peft_config.get(name) if isinstance(name, str) else None
     if config is None:
-        raise ValueError(f"there is no adapter {name!r}; pass adapter= as one of {', '.join(model.peft_config)}")
+        raise ValueError(f"there is no adapter {name!r}; set adapter= to one of {', '.join(model.peft_config)}")
     if config.peft_type != "LORA":
-        raise ValueError(f"only LoRA adapters can be saved, but the adapter {name!r} is {config.peft_type.value}")
+        raise ValueError(f"only LoRA adapters can be saved, but the adapter {name!r} has type {config.peft_type.value}")
     if missing := find_missed_targets(model):
         raise ValueError(
-            f"the adapter {name!r} lacks {', '.join(missing)} of target_parameters, because PEFT found no such "
-            "weights; correct the names: experts of this package have w1, w3 and w2"
+            f"the adapter {name!r} lacks {', '.join(missing)} from target_parameters, because PEFT found no such "
+            "weights; correct the names: experts in this package have the weights w1, w3 and w2"
         )
     return name
 
@@ -138,7 +138,7 @@ def choose_adapter(model: Any, adapter: str | None) -> str:
 
 def write_for_stock_model(found: StockAdapter, folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the adapter in PEFT's layout for the stock model."""
-    stacks = {  # in the layout of the stock model's weights
+    stacks = {  # stored in the layout of the stock model's weights
         f"{path}.{name}": (left, right) if found.blocks[path].is_transposed else (right.mT, left.mT)
         for path, updates in found.experts.items()
         for name, (left, right) in stack_updates(found, path, updates).items()
@@ -150,8 +150,8 @@ def write_for_layers(found: StockAdapter, folder: Path, settings: Mapping[str, A
     """Write the adapter in PEFT's layout for the model that `from_transformers` creates from the stock model."""
     if found.whole_modules:
         raise ValueError(
-            f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which can be converted "
-            "only if the base model is a stock model; train without modules_to_save"
+            f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which can be "
+            "converted only if the base model is a stock model; train without modules_to_save"
         )
     replace_blocks(found.model, {path: {"balance_over": "batch"} for path in find_sparse_blocks(found.model)})
     stacks = {}
@@ -175,7 +175,7 @@ def write_with_peft(
     """
     from peft import get_peft_model
 
-    # the same for all, because PEFT warns about patterns for stacks
+    # use the same rank for all stacks, because PEFT warns about patterns for stacks
     rank = max(right.shape[1] for _, right in stacks.values())
     ranks = dict.fromkeys(stacks, rank) | {path: len(a) for path, (_, a) in found.linear.items()}
     whole = dict(modules_to_save=sorted(found.whole_modules) or None)
@@ -185,8 +185,8 @@ def write_with_peft(
     wrappers = find_wrappers(adapted)
     if wrappers.keys() != ranks.keys():
         raise ValueError(
-            f"PEFT would adapt other parts of {type(found.model).__name__}, which differ in "
-            f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}; adapt only experts and attention"
+            f"PEFT would not adapt the same modules of {type(found.model).__name__} (the difference is "
+            f"{', '.join(sorted(wrappers.keys() ^ ranks.keys())[:4])}); adapt only experts and attention"
         )
     if not find_layers(found.model):
         check_loads(adapted.get_base_model())
@@ -207,8 +207,8 @@ def check_loads(stock: Any) -> None:
     names = [name for name, _ in stock.named_parameters() if ".lora_" in name]
     for renamed in find_renamed_weights(stock, names, "default"):
         raise ValueError(
-            f"when loading the adapter, PEFT would look for {renamed}, which {type(stock).__name__} does not have, and "
-            "ignore these weights; call merge_and_unload() and save the whole model"
+            f"PEFT would load weights of the adapter as {renamed}, which {type(stock).__name__} does not have, and "
+            "ignore them; call merge_and_unload() and save the whole model"
         )
 
 
@@ -265,8 +265,8 @@ def write_per_expert(found: StockAdapter, folder: Path, settings: Mapping[str, A
     without an adapter are filled with zeros."""
     if found.whole_modules:
         raise ValueError(
-            f"the adapter holds complete copies of {', '.join(sorted(found.whole_modules))}, which engines do not read "
-            "from adapters; call merge_and_unload() and export the model, or train without modules_to_save"
+            f"the adapter includes full copies of modules ({', '.join(sorted(found.whole_modules))}), which engines do "
+            "not read from adapters; call merge_and_unload() and export the model, or train without modules_to_save"
         )
     pairs = dict(found.linear)
     for path, updates in found.experts.items():

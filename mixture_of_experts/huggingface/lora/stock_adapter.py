@@ -29,7 +29,7 @@ from mixture_of_experts.huggingface.private_peft import is_plain_lora, read_stac
 from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 
-LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; (B, A) for linear layers
+LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; linear layers have (B, A)
 
 
 @dataclass
@@ -38,11 +38,11 @@ class StockAdapter:
 
     model: Any  # the stock model, on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
-    #: updates of w1, w3 and w2, `(e, in, k)` and `(e, k, out)`, keyed by path of the experts
+    #: updates `(e, in, k)` and `(e, k, out)` of w1, w3 and w2, keyed by the path of the experts
     experts: dict[str, dict[str, LowRankUpdate]] = field(default_factory=dict)
     whole_modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # state of trained modules, keyed by path
 
-    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # keyed by path of the experts
+    blocks: dict[str, ParsedBlock] = field(default_factory=dict)  # blocks, keyed by the path of their experts
 
     def first_weight(self, path: str) -> str:
         """Return the name of the weight that contains w1 and, for gated experts, w3. `path` is the path of the
@@ -63,7 +63,9 @@ def read_adapter(model: Any, adapter: str) -> StockAdapter:
         path = strip_wrappers(name)
         if isinstance(module, layer.LoraLayer) and adapter in {*module.lora_A, *module.lora_embedding_A}:
             if not is_plain_lora(module, adapter):
-                raise ValueError(f"{path} has a variant of LoRA, such as DoRA or biases, but only A and B can be saved")
+                raise ValueError(
+                    f"{path} uses a LoRA variant, such as DoRA or biases, but only the matrices A and B can be saved"
+                )
             if isinstance(module, layer.ParamWrapper):
                 add_expert_update(found, layers, path, module, adapter)
             else:
@@ -121,8 +123,8 @@ def add_expert_update(
     e = len(found.blocks[experts].experts.down_proj)
     if not updates or len(left) != e:
         raise ValueError(
-            f"{path}.{name} {tuple(wrapper.get_param().shape)} has an adapter, but {experts} of "
-            f"{type(found.model).__name__}, with {e} experts, has no such weight"
+            f"{path}.{name} of shape {tuple(wrapper.get_param().shape)} has an adapter, but the {e} experts at "
+            f"{experts} in {type(found.model).__name__} have no corresponding weight"
         )
     found.experts.setdefault(experts, {}).update(updates)
 
@@ -180,7 +182,7 @@ def add_whole_module(
     trained = wrapper.modules_to_save if isinstance(wrapper, ModulesToSaveWrapper) else {}
     if isinstance(wrapper, ModulesToSaveWrapper) and adapter not in trained:
         return
-    if adapter in trained and isinstance(trained[adapter], Replaced):  # it computes nothing
+    if adapter in trained and isinstance(trained[adapter], Replaced):  # the replaced module computes nothing
         return
     layer_path, inner = split_layer_path(layers, path)
     if layer_path is not None and inner == "moe.gate" and adapter in trained:
@@ -205,7 +207,7 @@ def convert_gate(block: nn.Module, gate: nn.Module) -> tuple[str, dict[str, Tens
     for name, pieces in read_block(block).get_router_weights().items():
         for view, part in zip(pieces, own[name].split(list(map(len, pieces))), strict=True):
             whole = get_whole_tensor(view.copy_(part))
-            if id(whole) in names:  # not the empty bias of always-chosen experts
+            if id(whole) in names:  # skip the empty bias of always-chosen experts
                 state[names[id(whole)].removeprefix(f"{path}.")] = whole.detach().to(own[name].dtype)
     return path, state
 
@@ -219,7 +221,7 @@ def find_router(block: nn.Module) -> str:
     path = next(iter(paths))
     if len(paths) > 1 or not path:
         raise ValueError(
-            f"the weights of the router of a {type(block).__name__} are not in one module, so an adapter cannot hold "
+            f"{type(block).__name__} does not keep its router weights in a single module, so an adapter cannot store "
             "them; call merge_and_unload() and save the whole model"
         )
     return path

@@ -21,7 +21,7 @@ from mixture_of_experts.ops import Network, routed_ffn
 from mixture_of_experts.quantize import QuantizedExperts
 
 LowRankFactors = tuple[Tensor, Tensor]  # down `(e, p, k)` and up `(e, k, q)`, whose product is added to a weight
-NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
+NETWORK_TENSOR_NAMES = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # keys in `Network.tensors`
 
 
 class AdaptedFFN:
@@ -34,7 +34,8 @@ class AdaptedFFN:
         weights = network.tensors()
         adapted = {name: LowRankWeight(name, weights[name], *part) for name, part in self.factors.items()}
         whole = AdaptedNetwork(**vars(network.with_tensors(weights | adapted)))
-        if any(stored.requires_grad for stored in weights.values()):  # these need the gradients of the summed weights
+        # trainable weights need the gradients of the summed weights
+        if any(stored.requires_grad for stored in weights.values()):
             return routed_ffn(x, assignments, whole.merged(), training=training)
         return routed_ffn(x, assignments, whole, training=training, implementations=LORA_IMPLEMENTATIONS)
 
@@ -46,7 +47,7 @@ class ParamWrapper(layer.ParamWrapper):
     have no weight to which PEFT could add an update.
     """
 
-    passes_factors = True  # to the experts when computing outputs, for `quantize_experts`
+    passes_factors = True  # factors are passed to experts that compute outputs; `quantize_experts` reads this attribute
 
     def get_param(self) -> Tensor:
         experts = self.get_base_layer()
@@ -81,8 +82,8 @@ class ParamWrapper(layer.ParamWrapper):
     def check_not_quantized(self, what: str) -> None:
         if isinstance(experts := self.get_base_layer(), QuantizedExperts):
             raise ValueError(
-                f"adapters cannot {what}, because {self.parameter_name} is quantized to {experts.bits} bits; keep "
-                "adapters separate, or load them into the model that is not quantized and merge there"
+                f"adapters cannot {what}, because {self.parameter_name} is quantized to {experts.bits} bits; keep the "
+                "adapters separate, or load them into the unquantized model and merge them there"
             )
 
     def combine_factors(self, adapters: list[str]) -> LowRankFactors:

@@ -29,7 +29,8 @@ from mixture_of_experts.whole_model.router_discovery import GateSelection, Route
 
 PruneRule = Literal["reap", "frequency", "random"]
 PRUNE_RULES = (*MEASURED_RULES, "random")
-NUM_EXPERTS_PATTERN = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")  # names of settings
+# names of settings that store the number of experts
+NUM_EXPERTS_PATTERN = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")
 KeptExperts = dict[str, list[int]]
 
 
@@ -100,10 +101,10 @@ def plan_pruning(
     """
     if isinstance(by, Mapping):
         if not (gates is calibration is None and all(isinstance(name, str) for name in by)):
-            raise ValueError("by already maps names of gates to experts; omit gates and calibration")
+            raise ValueError("`by` already maps gate names to experts; omit `gates` and `calibration`")
         gates = list(by)
     elif check_choice("by", by, PRUNE_RULES) and keep is None:
-        raise ValueError(f"by={by!r} requires keep=, the number of experts that each layer keeps")
+        raise ValueError(f"by={by!r} requires `keep`, the number of experts to keep in each layer")
     routers = find_prunable_routers(model, gates)
     if keep is not None:
         for router in routers:
@@ -161,8 +162,8 @@ def find_prunable_routers(model: nn.Module, gates: GateSelection | None) -> list
         weights = [id(getattr(module, name)) for module, name, _ in iter_expert_tensors(router)]
         if stacks[get_expert_stack(router)] > 1 or any(holders[weight] > 1 for weight in weights):
             raise TypeError(
-                f"prune does not support {router.name!r}, because another module shares its experts, or weights of its "
-                "router or experts; untie them"
+                f"prune does not support {router.name!r}, because another module shares its experts or some of its "
+                "router or expert weights; untie them"
             )
     check_not_on_meta(model, type(model).__name__)
     return routers
@@ -185,7 +186,7 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
         if values.shape != (e,) or not values.isfinite().all():
             raise ValueError(wrong)
         if keep is None:
-            raise ValueError("scores require keep=, the number of experts that each layer keeps")
+            raise ValueError("scores require `keep`, the number of experts to keep in each layer")
         order = values.view_as(kept).argsort(dim=-1, descending=True, stable=True)  # ties go to the lowest id
         kept.scatter_(1, order[:, : keep // groups], True)
     else:
@@ -193,12 +194,12 @@ def select_expert_ids(router: RouterHandle, scores_or_ids: Any, keep: int | None
         if values.dtype == torch.bool or values.ndim != 1 or len({*ids}.intersection(range(e))) < len(ids):
             raise ValueError(wrong)
         if keep not in (None, len(ids)):
-            raise ValueError(f"keep={keep}, but by[{router.name!r}] has {len(ids)} ids; omit keep")
+            raise ValueError(f"keep={keep} does not match the {len(ids)} ids in by[{router.name!r}]; omit keep")
         check_num_kept(router, len(ids))
         kept.view(-1)[ids] = True
         if len({*(counts := kept.sum(dim=-1).tolist())}) > 1:
             raise ValueError(
-                f"expected {router.name!r} to keep equally many experts per group, but got {counts} from {ids}"
+                f"expected {router.name!r} to keep the same number of experts per group, but got {counts} from {ids}"
             )
     return kept.flatten().nonzero().flatten().tolist()
 
@@ -228,14 +229,14 @@ def find_num_experts_settings(models: list[PreTrainedModel], numbers: Mapping[An
     new, *differ = sorted({numbers.get(moe, moe.num_experts) for moe in blocks or moes[:1]})
     if differ:
         raise ValueError(
-            f"the layers of {type(models[0]).__name__} replaced blocks, whose configuration has a single number of "
-            f"experts; keep equally many in each layer, but got {[new, *differ]}"
+            f"each layer of {type(models[0]).__name__} must keep the same number of experts, because its configuration "
+            f"stores a single number for all blocks, but got {[new, *differ]}"
         )
     names = (
         [name for name in vars(text) if NUM_EXPERTS_PATTERN.search(name)] if blocks else ["num_experts"]
-    )  # `add_router_config` sets it
+    )  # `add_router_config` sets this entry
     if new < old and blocks and not any(vars(text)[name] == old for name in names):
         raise ValueError(
-            f"found no setting of {type(text).__name__} that holds {old}, the number of experts of its blocks"
+            f"no setting of {type(text).__name__} has the value {old}, which is the number of experts in its blocks"
         )
     return [*names, "num_experts"], old, new

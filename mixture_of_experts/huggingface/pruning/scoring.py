@@ -37,7 +37,7 @@ def measure_scores(
         for batch in calibration if several else [calibration]:
             run_calibration_batch(model, batch)
     if unused := [router.name for router, (counts, _) in totals.items() if not counts.any()]:
-        raise ValueError(f"calibration has no tokens for {', '.join(unused)}; pass batches that reach these gates")
+        raise ValueError(f"no calibration tokens reached {', '.join(unused)}; pass batches that reach these gates")
     return {router: sums / counts.clamp(min=1) if by == "reap" else counts for router, (counts, sums) in totals.items()}
 
 
@@ -87,7 +87,7 @@ def run_calibration_batch(model: nn.Module, batch: Any) -> None:
     parts = batch.values() if named else batch if several else [batch]
     if not any(isinstance(part, Tensor) for part in parts):
         raise TypeError(
-            "expected calibration to be batches of tokens (tensors, or dicts or tuples with tensors, which a tokenizer "
+            "expected `calibration` to be batches of tokens (tensors, or dicts or tuples of tensors, as a tokenizer "
             f"returns with return_tensors='pt'), but got {batch!r:.99}"
         )
     _ = model(**batch) if named else model(*parts)

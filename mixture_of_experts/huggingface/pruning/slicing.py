@@ -24,13 +24,13 @@ from mixture_of_experts.support.subclassing import is_unchanged
 from mixture_of_experts.whole_model.router_discovery import RouterHandle
 from mixture_of_experts.wrappers import list_nested_experts
 
-#: the expert axis of a gate's tensors, and the tensors without one
+#: expert axis of each of a gate's tensors, and the tensors without an expert axis
 GATE_EXPERT_AXES: dict[str, int] = {"expert_histogram": -2}
 GATE_EXPERT_AXES |= dict.fromkeys(("w_gating", "w_noise", "b_gating", "expert_bias", "expert_counts"), -1)
 GATE_EXPERT_AXES |= dict.fromkeys(("logits.weight", "logits.bias", "weigh.scale"), -1)
 GATE_TENSORS_WITHOUT_EXPERTS = ("logits.norm_weight", "l1_coef", "choice_counts")
 STACK_EXPERT_AXES: dict[str, int] = dict.fromkeys(("w1", "w2", "w3", "b1", "b2", "b3"), 0)
-#: modules and functions in a gate that do not depend on the number of experts, or that can be sliced
+#: modules and functions in a gate that are independent of the number of experts or can be sliced
 SUPPORTED_GATE_PARTS = (RouterLogits, LearnedScale, NormalizeBy)
 
 
@@ -95,15 +95,16 @@ def check_num_kept(router: RouterHandle, number: int) -> None:
     experts."""
     gate: Any = router.gate
     k, groups = getattr(gate, "k", 1), getattr(gate, "num_groups", None) or 1
-    minimum = k + isinstance(gate, NoisyTopKGating)  # the smallest number with which the gate works
+    minimum = k + isinstance(gate, NoisyTopKGating)  # smallest number of experts with which the gate works
     prefix = f"prune cannot keep {number} of {router.num_experts} experts of {router.name!r}"
     if not minimum <= number <= router.num_experts:
-        raise ValueError(f"{prefix}; keep between {minimum}, the k of the router, and {router.num_experts}")
-    minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # experts per group
+        raise ValueError(f"{prefix}; keep between {minimum} (the minimum for its router) and {router.num_experts}")
+    minimum = 2 if getattr(gate, "group_score", None) == "two_best" else 1  # minimum number of experts per group
     if number % groups or (groups > 1 and (gate.top_groups * number // groups < k or number // groups < minimum)):
         raise ValueError(
-            f"{prefix}; its num_groups={groups} must keep equally many experts each, at least two if group_score is "
-            f"'two_best', and the top_groups={gate.top_groups} groups available to a token must hold at least {k}"
+            f"{prefix}; all num_groups={groups} groups must keep the same number of experts, at least two if "
+            f"group_score is 'two_best', and the top_groups={gate.top_groups} groups available to a token must hold at "
+            f"least {k}"
         )
 
 
@@ -133,8 +134,8 @@ def slice_experts(router: RouterHandle, ids: list[int]) -> None:
     if isinstance(stack, ExpertList):
         for i in sorted({*range(router.num_experts)} - {*ids}, reverse=True):
             del stack[i]
-        parts.append(vars(stack).get("empty", stack))  # `UnstackedExperts` has one
+        parts.append(vars(stack).get("empty", stack))  # `UnstackedExperts` has an empty stack
     for part in parts:
         for name, size in (("num_experts", len(ids)), ("expert_dims", (len(ids),))):
-            if name in vars(part):  # modules otherwise set a size only once
+            if name in vars(part):  # modules otherwise allow a size to be set only once
                 vars(part)[name] = size

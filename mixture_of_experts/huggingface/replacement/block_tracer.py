@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 class TracedTensor(Tensor):
     """Random numbers `(2, 3, w)` that represent the output of a linear layer, or values computed from such numbers."""
 
-    sources: frozenset[str | float]  # paths of layers and locations of dropouts that computed it
+    sources: frozenset[str | float]  # paths of the layers and locations of the dropouts that computed it
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -43,7 +43,7 @@ class TracedTensor(Tensor):
             numbers.sources = source
         written = isinstance(out, Tensor) and any(type(value) is Tensor and value.is_set_to(out) for value in args)
         if written or out is None or isinstance(out, float):
-            raise TypeError(f"{func} reads numbers or writes them into another tensor, where they cannot be traced")
+            raise TypeError(f"{func} reads values or writes them into another tensor, so it cannot be traced")
         return out
 
 
@@ -57,7 +57,7 @@ class LinearChain(NamedTuple):
     """Linear layers that may form a feed-forward network. The input of the last layer is computed from the outputs of
     the others."""
 
-    ups: list[str]  # paths of the first layers, in the order of their calls
+    ups: list[str]  # paths of the first layers, in call order
     down: str  # path of the last layer
     hidden: TracedTensor  # the input of the last layer
     output: Node  # its result
@@ -73,19 +73,19 @@ class BlockTracer(GraphAppendingTracer):
 
     module: nn.Module
     bypass: dict[str, float | None]
-    symbols: list[Proxy]  # the required arguments of the forward
+    symbols: list[Proxy]  # required arguments of the forward method
     has_one_argument: bool
-    output: Any  # what the module returns, with `Node`s in place of symbols
+    output: Any  # the module's return value, with a `Node` in place of each symbol
 
     def __init__(self, module: nn.Module, bypass: dict[str, float | None] | None = None) -> None:
         super().__init__(Graph())
         self.module, self.bypass = module, bypass or {}
-        self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of all calls of each submodule
+        self.calls: dict[str, list[Any]] = defaultdict(list)  # arguments of all calls, keyed by submodule
         self.results: dict[str, TracedTensor] = {}  # results of linear layers
-        self.other_parts: dict[str, nn.Module] = {}  # other layers that received numbers as input
+        self.other_parts: dict[str, nn.Module] = {}  # other layers that received traced tensors as input
         self.source_uses: list[
             str | float
-        ] = []  # sources of numbers, once for each linear layer or symbol that reads them
+        ] = []  # sources of traced values, once per linear layer or symbol that reads them
         self.chains: list[LinearChain] = []
         parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
         needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -128,7 +128,7 @@ class BlockTracer(GraphAppendingTracer):
             return self.bypass[path] or (self.draw_result(path, 8) if outer else x)
         if is_linear_layer(part):
             return self.call_linear(part, path, *args, **kwargs)
-        # modules with larger parameters may mix tokens
+        # modules with multi-dimensional parameters may mix tokens
         if not runs and given and all(p.ndim < 2 for p in part.parameters()):
             runs, self.other_parts[path] = True, part
         try:
@@ -164,17 +164,17 @@ class BlockTracer(GraphAppendingTracer):
         drawn = torch.randn(2, 3, width, generator=generator, dtype=torch.float32)
         self.results[path] = numbers = drawn.as_subclass(TracedTensor)
         numbers.sources = frozenset([path])
-        return numbers.clone()  # a copy, because in-place activations may overwrite it
+        return numbers.clone()  # a copy, because in-place activations may overwrite the original
 
     def proxy(self, node: Node) -> Proxy:
         symbol: Any = Proxy(node, self)
-        symbol.dtype = torch.float32  # the dtype of the numbers, so that no code casts them
+        symbol.dtype = torch.float32  # the dtype of the values, so that no code casts them
         return symbol
 
     def to_bool(self, obj: Proxy) -> bool:
         """Return False for conditions on unknown values, such as checks for infinities."""
         if len(self.graph.nodes) > 5000:
-            raise TraceError("it has a data-dependent loop")
+            raise TraceError("the network has a data-dependent loop")
         return False
 
     def create_arg(self, a: Any) -> Any:
@@ -186,7 +186,7 @@ class BlockTracer(GraphAppendingTracer):
         try:
             return super().create_arg(a)
         except NotImplementedError:
-            return a  # any other object is kept
+            return a  # keep any other object unchanged
 
 
 def find_traced_tensors(values: Any) -> list[TracedTensor]:

@@ -119,7 +119,7 @@ class DenseFFN:
         return F.linear(x, self.weights[f"w{number}"].T, self.weights.get(f"b{number}"))
 
 
-@torch.enable_grad()  # so that views show which weights are frozen
+@torch.enable_grad()  # enabled so that views show which weights are frozen
 def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     """Read the dense network that an adapter describes.
 
@@ -145,7 +145,7 @@ def read_dense_ffn(module: nn.Module, adapter: Adapter) -> DenseFFN:
     )
     dropout = read_dropout(module, adapter.hidden_dropout)
     if dropout is not None:
-        activation = nn.Sequential(activation, dropout)  # also correct if gated, because dropout is a factor
+        activation = nn.Sequential(activation, dropout)  # also correct with a gate, because dropout is a factor
     return DenseFFN(weights, activation, read_dropout(module, adapter.output_dropout))
 
 
@@ -154,8 +154,8 @@ def check_not_offloaded(module: nn.Module, name: str) -> None:
     then do not contain them."""
     if any(map(is_offloaded, module.modules())):
         raise ValueError(
-            f"the weights of {name} are not in memory because of the model's device_map; load the model without it, or "
-            "convert its folder with python -m mixture_of_experts.huggingface"
+            f"the weights of {name} are not in memory because of the model's device_map; load the model without a "
+            "device_map, or convert its folder with python -m mixture_of_experts.huggingface"
         )
 
 
@@ -174,8 +174,8 @@ def check_not_wrapped(model: nn.Module) -> None:
     returns a loss."""
     if get_wrapped_module(model) is not None or is_peft_wrapper(model):
         raise ValueError(
-            f"{type(model).__name__} is a wrapper; change the model inside it (PEFT's get_base_model(), _orig_mod of "
-            "torch.compile, module of DDP), or change the model before wrapping it"
+            f"{type(model).__name__} is a wrapper; modify the wrapped model (get_base_model() for PEFT, _orig_mod for "
+            "torch.compile, module for DDP), or modify the model before wrapping it"
         )
 
 
@@ -183,8 +183,8 @@ def check_not_packed(model: nn.Module) -> None:
     """Raise ValueError if any of a model's weights are packed in GGUF format."""
     if any(map(is_packed_gguf, model.modules())):
         raise ValueError(
-            f"{type(model).__name__} holds weights packed as in its GGUF file; load it with quantization_config="
-            "GgufConfig(dequantize=True)"
+            f"the weights of {type(model).__name__} are still packed in GGUF format; load the model with "
+            "quantization_config=GgufConfig(dequantize=True)"
         )
 
 
@@ -218,7 +218,7 @@ def check_linear(layer: nn.Module, name: str, slot: bool) -> None:
     if not plain or (slot and type(layer).forward not in (nn.Linear.forward, Conv1D.forward)):
         raise TypeError(
             f"expected {name} to be an nn.Linear, but it is a {type(layer).__name__}; replace feed-forward networks "
-            "before quantizing or sharding the model or adding adapters to it"
+            "before quantizing the model, sharding it, or adding adapters"
         )
 
 
@@ -245,7 +245,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-#: torch's modules for activations of `transformers`, for which experts have fast implementations
+#: torch modules for the activations of `transformers` that have fast implementations in experts
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),

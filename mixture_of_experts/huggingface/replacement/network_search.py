@@ -36,7 +36,7 @@ from mixture_of_experts.huggingface.replacement.dense_ffn import (
 )
 from mixture_of_experts.ops.activations import SquaredReLU
 
-#: parts of paths or class names of modules that are experts, or are not the feed-forward network of a block
+#: matches paths or class names of modules that are experts, or are not the feed-forward network of a block
 EXCLUDED_NAMES = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )
@@ -47,7 +47,7 @@ EXPERT_NAMES = re.compile(r"router|expert", re.I)
 class UnsupportedNetwork(NamedTuple):
     """A network that was found but cannot be replaced."""
 
-    name: str  # path of its last linear layer
+    name: str  # path of the network's last linear layer
     class_name: str  # class of the module that calls this layer
     reason: str
 
@@ -70,7 +70,7 @@ def search_networks(
     found: list[NetworkLocation] = []
     unsupported: list[UnsupportedNetwork] = []
     seen = set[nn.Module]()
-    for module, name in reversed(names.items()):  # visits submodules before their parents
+    for module, name in reversed(names.items()):  # visit submodules before their parents
         known = known_networks.get(name)
         if isinstance(known, Adapter):
             found.append(NetworkLocation(name, module, known))
@@ -121,12 +121,12 @@ def derive_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
     """
     ups, out = chain.ups, trial.output
     if any(trial.source_uses.count(up) > 1 for up in ups):
-        raise UnsupportedNetworkError("the values between its linear layers are also used elsewhere")
+        raise UnsupportedNetworkError("values between the network's linear layers are also used elsewhere")
     found = match_adapter(trial, chain)
     if getattr(out, "target", None) is F.dropout:
         found, out = replace(found, output_dropout=locate_dropout(out.kwargs)), out.args[0]
-    # the module does nothing else if its output is this network's, the tokens are its only argument, and it has no
-    # other linear layers (which it might call in eval)
+    # the module does nothing else if its output is the network's output, the tokens are its only argument, and it has
+    # no other linear layers, which it might call in eval mode
     alone = sum(map(is_linear_layer, trial.module.modules())) == len(ups) + 1
     if (
         alone
@@ -152,7 +152,7 @@ def match_adapter(trial: BlockTracer, chain: LinearChain) -> Adapter:
         for adapter, b, a in list_candidates(trial, chain):
             if reproduces_hidden(activation, b, a, hidden if dropout is None else hidden / -2):
                 return replace(adapter, activation=own.get(activation, activation), hidden_dropout=dropout)
-    raise UnsupportedNetworkError("no known activation computes its hidden layer")
+    raise UnsupportedNetworkError("no known activation reproduces the network's hidden layer")
 
 
 def list_candidates(trial: BlockTracer, chain: LinearChain) -> list[tuple[Adapter, Tensor, Any]]:
@@ -182,23 +182,24 @@ def derive_embedded_adapter(trial: BlockTracer, chain: LinearChain, found: Adapt
     """
     ups, down, dropout = chain.ups, chain.down, found.hidden_dropout
     inner = [path for path in trial.calls if path in chain.hidden.sources]
-    # layers between the linear ones, and modules whose only input is the tokens: the first linear layers, their parents
+    # layers between the linear layers, and modules whose only input is the tokens (the first linear layers and their
+    # parents)
     inner = [path for path in inner if path in trial.other_parts or len(trial.get_argument_ids([path, *ups])) == 1]
     bypass = [path for path in inner if not path.startswith(tuple(f"{outer}." for outer in inner))]
     reused = [path for path in (*bypass, down) if len(trial.calls[path]) > 1]
     if reused:
-        raise UnsupportedNetworkError(f"{reused[0]} is also called for something else")
+        raise UnsupportedNetworkError(f"{reused[0]} is called more than once")
     ones = found.up if len(ups) == 2 and found.up in bypass else None
     second_trace = BlockTracer(trial.module, {path: 1.0 if path == ones else None for path in bypass})
     bypassed = [match_adapter(second_trace, each) for each in second_trace.chains if each.down == down]
     if not bypassed or bypassed[0].gate or not isinstance(bypassed[0].activation, nn.Identity):
         raise UnsupportedNetworkError(
-            f"the computation between its linear layers is part of the code of {type(trial.module).__name__}"
+            f"the computation between the linear layers is embedded in the code of {type(trial.module).__name__}"
         )
     output_dropout = None  # the MoE must include the dropout if it is also used after the last layer
     if bypassed[0].hidden_dropout is not None:
         after = [locate_dropout(node.kwargs) for node in chain.output.users if node.target is F.dropout].count(dropout)
         if not isinstance(dropout, str) or trial.source_uses.count(dropout) > 1 + after:
-            raise UnsupportedNetworkError(f"its dropout ({dropout}) cannot be disabled separately")
+            raise UnsupportedNetworkError(f"the network's dropout ({dropout}) cannot be disabled separately")
         output_dropout = dropout if after else None
     return replace(found, output_dropout=output_dropout, slot=True, bypass=tuple(bypass), ones=ones)

@@ -48,7 +48,7 @@ from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 from mixture_of_experts.support.private_torch import move_hooks
 
-#: the axis of the hidden units in the weights of a network
+#: axis of the hidden units in each weight of a network
 HIDDEN_AXIS = {"w1": 1, "w3": 1, "b1": 0, "b3": 0, "w2": 0}
 LayerSelection = Iterable[str | int] | Callable[[str], bool] | None
 
@@ -182,10 +182,11 @@ def upcycle(
     shared = check_optional_size("shared_expert", shared_expert)
     check_number("noise", noise, at_least=0.0)
     if check_number("redraw", redraw, at_least=0.0) > 1:
-        raise ValueError(f"expected redraw to be a fraction from 0 to 1, but got {redraw!r}")
+        raise ValueError(f"expected `redraw` to be a fraction from 0 to 1, but got {redraw!r}")
     if check_size("num_experts", num_experts) % g:
         raise ValueError(
-            f"num_experts={num_experts} must be a multiple of granularity={g}, because an expert is a slice of a copy"
+            f"num_experts={num_experts} must be a multiple of granularity={g}, because each expert is a slice of a "
+            "copied network"
         )
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     make_gate = make_gate_factory(gate, k, model)
@@ -193,10 +194,7 @@ def upcycle(
     def build(place: NetworkLocation, dense: DenseFFN) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
         if rest < 1 or rest % g:
-            raise ValueError(
-                f"granularity={g} must divide the {rest} hidden units of a network that remain with "
-                f"shared_expert={shared}"
-            )
+            raise ValueError(f"granularity={g} must divide the {rest} hidden units not used by shared_expert={shared}")
         moe: Any = build_moe(dense, num_experts, make_gate, rest // g, coefs, shared, init_weights=False)
         repeat_router_columns(moe.gate, g)
         fill_experts(moe.experts, dense, shared or 0, g, get_constant_weight_sum(moe, g))
@@ -231,8 +229,8 @@ def find_networks(
     if layers is None and (unsupported or (unsupported := find_inconsistent_modules(model, locations))):
         some = ", ".join(dict.fromkeys(to_path_pattern(location.moe_path) for location in locations))
         raise ValueError(
-            f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), but others cannot"
-            f"{explain_unsupported(model, unsupported)}, or use layers= to select the networks that are replaced"
+            f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), but others "
+            f"cannot{explain_unsupported(model, unsupported)}, or use layers= to select the networks to replace"
         )
     chosen = select_layers([location.moe_path for location in locations], layers)
     return [location for location in locations if location.moe_path in chosen]
@@ -293,8 +291,8 @@ def select_layers(names: list[str], layers: LayerSelection) -> Collection[str]:
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
             raise TypeError(
-                "expected layers to be block numbers (integers, such as 1), names (as returned) or a function of a "
-                f"name, but got {entry!r}; omit layers to replace all networks"
+                "expected `layers` to contain block numbers (integers, such as 1) or names (as returned), or to be a "
+                f"function of a name, but got {entry!r}; omit `layers` to replace all networks"
             )
     chosen = [name for name in names if name in entries or parse_block_number(name) in entries]
     unmatched = [entry for entry in entries if entry not in {*chosen, *map(parse_block_number, chosen)}]
@@ -352,9 +350,9 @@ def build_moe(
     device, dtype, shared_expert = dense.reference_weight.device, dense.reference_weight.dtype, None
     with device if init_weights else torch.device("meta"):
         experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
-        experts.is_transposed = True  # PEFT reads this for LoRA: weights are (e, in, out)
+        experts.is_transposed = True  # PEFT reads this attribute for LoRA: weights are (e, in, out)
         if shared is not None:
-            activation = copy.deepcopy(dense.activation)  # with its own dropout
+            activation = copy.deepcopy(dense.activation)  # a copy with its own dropout
             shared_expert = SharedExpert(
                 dense.dim, shared, activation, dense.is_gated, bias="b1" in dense.weights, dtype=dtype
             )
@@ -418,8 +416,8 @@ def check_equivalent(location: NetworkLocation, dense: DenseFFN) -> None:
         found, wanted = call_or_none(lambda: location.module(x)), dense.compute(x)
     if found is None or found.shape != wanted.shape or not (found - wanted).norm() <= tolerance * wanted.norm():
         raise ValueError(
-            f"{location.name} is not a feed-forward network of tokens alone, or its adapter is wrong: it returns "
-            f"something different from what {location.adapter} describes"
+            f"{location.name} does not return what {location.adapter} describes; either it is not a feed-forward "
+            "network that depends only on tokens, or its adapter is wrong"
         )
 
 
@@ -455,8 +453,8 @@ def check_not_tied(model: nn.Module, locations: list[NetworkLocation]) -> None:
             weights = location.module.get_submodule(path).parameters(recurse=False)
             if any(holders[id(weight)] > 1 for weight in weights):
                 raise ValueError(
-                    f"{location.name}.{path} shares a weight with another module, but its experts would not share it; "
-                    "copy one of them (its weight = nn.Parameter(weight.clone())), or exclude both with layers="
+                    f"{location.name}.{path} shares its weight with another module, but the new experts would not "
+                    "share it; untie one of them (weight = nn.Parameter(weight.clone())), or exclude both with layers="
                 )
 
 
@@ -483,8 +481,8 @@ def repeat_router_columns(gate: Any, g: int) -> None:
         for name, parameter in gate.named_parameters():
             if parameter.shape[-1] != gate.num_experts:
                 raise ValueError(
-                    f"granularity={g} requires a gate whose weights have the experts as the last axis, but {name} does "
-                    "not"
+                    f"granularity={g} requires gate weights whose last dimension is the number of experts, unlike "
+                    f"{name}"
                 )
             parameter.copy_(parameter[..., ::g].repeat_interleave(g, dim=-1))
 
@@ -498,9 +496,9 @@ def fill_experts(experts: Any, dense: DenseFFN, first: int, g: int, total: float
     frozen.
     """
     e, h = experts.num_experts, experts.hidden_dim
-    for name, _ in list(experts.named_parameters(recurse=False)):  # excludes the shared activation
+    for name, _ in list(experts.named_parameters(recurse=False)):  # exclude the shared activation
         stack = torch.stack([select_hidden_units(dense, name, first + i % g * h, h) for i in range(e)])
-        if name in ("w2", "b2"):  # every slice has b2
+        if name in ("w2", "b2"):  # every slice includes b2
             stack *= (g if name == "w2" else 1) / total
         setattr(experts, name, nn.Parameter(stack, dense.weights[name].requires_grad))
 

@@ -37,7 +37,7 @@ def find_torch_layers(model: nn.Module) -> dict[str, Adapter | UnsupportedNetwor
     for name, module in model.named_modules():
         layer: Any = module
         if getattr(type(layer), "_ff_block", None) not in own or not has_dense_ffn(layer):
-            continue  # custom code, or already replaced
+            continue  # skip custom code and replaced modules
         if layer.self_attn.batch_first:
             found[name] = TORCH_LAYER_ADAPTER
         else:
@@ -57,7 +57,7 @@ class LayerReader(ArgumentsReader):
         if x is None or x.is_nested or x.ndim not in (2, 3):
             return TokenMetadata()
         shape = (1, x.shape[0]) if x.ndim == 2 else (x.shape[0], x.shape[1])
-        padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))  # padding is True or -inf
+        padding = given.get("src_key_padding_mask", given.get("tgt_key_padding_mask"))  # True or -inf marks padding
         return TokenMetadata(shape=shape, mask=None if padding is None else (padding == 0).view(shape))
 
 
@@ -66,7 +66,7 @@ def disable_fused_path(model: nn.Module) -> None:
     submodules in eval mode."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and not has_dense_ffn(module):
-            module.activation_relu_or_gelu = 0  # torch's marker for an activation that the operator does not support
+            module.activation_relu_or_gelu = 0  # torch's marker for activations that the operator does not support
         if isinstance(module, nn.TransformerEncoder) and not all(map(has_dense_ffn, module.layers)):
             module.use_nested_tensor = False
 

@@ -25,7 +25,7 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
     factor = getattr(gate, "capacity_factor_eval", None)
     if factor is not None and factor * (gate.k if gate.capacity_per_choice else 1) < gate.num_experts:
         raise ValueError(
-            f"{type(gate).__name__} with capacity_factor_eval={factor} drops choices in eval, so {dense}; set "
+            f"{type(gate).__name__} with capacity_factor_eval={factor} drops choices in eval mode, so {dense}; set "
             f"capacity_factor_eval=None, {others}"
         )
     weight = next(gate.parameters(), torch.empty(0))
@@ -37,8 +37,8 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
         routing = gate(tokens, **({"token_ids": ids} if "token_ids" in get_side_inputs(gate) else {}))
     if routing.k is None:
         raise ValueError(
-            f"in {type(gate).__name__} experts choose tokens, so a token may have no expert; use a gate in which "
-            f"tokens choose experts, {others}"
+            f"{type(gate).__name__} uses expert choice, so a token may have no expert; use a token-choice gate, "
+            f"{others}"
         )
     cells = routing.combine_tensor().sum(dim=-1).double().view(1024, -1, g)  # tokens, copies, slices
     totals = cells.sum(dim=1) * g
@@ -46,8 +46,8 @@ def get_constant_weight_sum(moe: MoE, g: int) -> float:
     if not total > 0 or (totals / total - 1).abs().max() > 1e-3:
         raise ValueError(
             f"the weights that {type(gate).__name__} assigns to a token's experts do not have a constant sum (sums "
-            f"from {totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}. Use a gate that normalizes "
-            "the weights and drops no choices at random in eval (TopKGating with normalize=True, Top2Gating with "
-            f"second_policy_eval='all'), and make k a multiple of the granularity, {others}"
+            f"range from {totals.min().item():.3g} to {totals.max().item():.3g}), so {dense}. Use a gate that "
+            "normalizes weights and does not drop choices at random in eval mode (TopKGating with normalize=True, "
+            f"Top2Gating with second_policy_eval='all'), and make k a multiple of the granularity, {others}"
         )
     return total

@@ -26,8 +26,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from mixture_of_experts.huggingface.feed_forward import find_layers
 from mixture_of_experts.huggingface.saving.layer_settings import LayerRecord, describe_layers
 
-MODEL_TYPE = "mixture_of_experts"  # `model_type` and `quant_method`
-LAYERS_KEY = "mixture_of_experts"  # attribute of a model's configuration that lists its layers with experts
+MODEL_TYPE = "mixture_of_experts"  # value of `model_type` and `quant_method`
+LAYERS_KEY = "mixture_of_experts"  # configuration attribute that lists a model's layers with experts
 DENSE_CONFIG_KEY = "dense_config"
 UNSTACKED_FORM = {"class": "UnstackedExperts"}  # one of the forms of experts
 
@@ -43,8 +43,8 @@ class ExpertsConfig(PreTrainedConfig):
         name = dense.get("model_type")
         if name not in CONFIG_MAPPING:
             raise ValueError(
-                f"this configuration of a model with experts does not name a dense model known to transformers: "
-                f"{DENSE_CONFIG_KEY}.model_type is {name!r}"
+                f"this configuration must name a dense model known to transformers, but {DENSE_CONFIG_KEY}.model_type "
+                f"is {name!r}"
             )
         return make_config_class(CONFIG_MAPPING[name]).from_dict(dense, **kwargs)
 
@@ -60,16 +60,16 @@ class ExpertsConfigMixin:
         return {**found, LAYERS_KEY: read_layer_entries(self)} if LAYERS_KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # its file would lack the layers
+        if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # such a file would lack the layers
             raise ValueError(
-                f"a model with experts that is quantized ({type(self.quantization_config).__name__}) cannot be saved; "
-                "save the model before quantizing it, and only adapters afterwards"
+                f"a quantized model with experts ({type(self.quantization_config).__name__}) cannot be saved; save the "
+                "model before quantization, and save only the adapters afterwards"
             )
         layers = read_layer_entries(self)
         if any("block" in layer and UNSTACKED_FORM in layer.get("forms", {}).values() for layer in layers):
             raise ValueError(
-                f"{type(self).__name__}: if layers replaced blocks, a class may load linear layers of experts into "
-                "stacks of its own; call restack() on the model before saving it"
+                f"{type(self).__name__} has unstacked experts in layers that replaced blocks, and a model class may "
+                "load them into stacks of its own; call restack() on the model before saving it"
             )
         records = vars(self).get(LAYERS_KEY)
         records = records if isinstance(records, dict) else {}

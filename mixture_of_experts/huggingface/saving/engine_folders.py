@@ -37,7 +37,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-EXPERT_COUNTS = ("num_experts", "num_local_experts")  # names of the same entry
+EXPERT_COUNTS = ("num_experts", "num_local_experts")  # alternative names of the same entry
 
 
 class EngineFault(NamedTuple):
@@ -76,7 +76,7 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "mlx-lm",
-        ("mixtral", "qwen3_moe"),  # its Qwen2-MoE raises an error
+        ("mixtral", "qwen3_moe"),  # the Qwen2-MoE of mlx-lm raises an error
         lambda config: find_rope_type(config) != "default",
         "it does not scale the rotary embeddings of Mixtral and Qwen3-MoE (rope_type)",
     ),
@@ -118,7 +118,7 @@ def find_engine_entries(config: Config, aliases: Mapping[str, str]) -> dict[str,
     """Return the entries that engines look for but that are missing from the configuration. `aliases` maps alternative
     entry names to the current names."""
     rope, entries = config.get("rope_parameters"), {}
-    if isinstance(rope, Mapping) and "rope_theta" in rope:  # the same for all layers
+    if isinstance(rope, Mapping) and "rope_theta" in rope:  # all layers use the same value
         entries["rope_theta"] = rope["rope_theta"]
         if find_rope_type(config) != "default":
             entries["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -148,7 +148,7 @@ def complete_folder(folder: Path, aliases: Mapping[str, str], source: str = "") 
             shutil.copy2(found, folder / name)
     if faults := list(find_engine_faults(config)):
         warnings.warn(
-            f"not every engine computes the same as transformers for this {config['model_type']}: "
+            f"some engines do not compute the same outputs as transformers for {config['model_type']}: "
             f"{'; '.join(faults)}. docs/published_mixtures.md lists what each engine supports",
             stacklevel=3,
         )
@@ -161,7 +161,7 @@ def find_file(source: str, name: str) -> Path | None:
     else:
         try:
             found = try_to_load_from_cache(source, name)
-        except HFValidationError:  # a folder that no longer exists
+        except HFValidationError:  # the folder no longer exists
             found = None
     return Path(found) if isinstance(found, str | Path) and Path(found).is_file() else None
 

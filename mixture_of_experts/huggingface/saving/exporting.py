@@ -39,13 +39,13 @@ LayersByPath = Mapping[str, MoEFeedForward]
 class ExportTarget(NamedTuple):
     """A family of `transformers` models with experts, and the features that it supports."""
 
-    prefix: str  # prefix of its classes
+    prefix: str  # prefix of its class names
     dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ from it only in experts
     needs_all_layers: bool = False  # whether every layer must have experts
     has_shared_expert: bool = False  # whether each layer has a shared expert
     has_sliding_window: bool = False  # whether it supports the sliding-window attention of the dense families
     hidden_dim_key: str = "moe_intermediate_size"
-    settings: tuple[tuple[str, Any], ...] = ()  # further settings of its configuration
+    settings: tuple[tuple[str, Any], ...] = ()  # additional settings of its configuration
 
 
 EXPORT_TARGETS = (
@@ -66,10 +66,10 @@ EXPORT_TARGETS = (
     ),
 )
 
-# hidden dim of the all-zero shared expert for layers without one, as llama.cpp quantizes weights in blocks of 32
+# hidden dimension of the all-zero shared expert for layers without one; llama.cpp quantizes weights in blocks of 32
 NO_SHARED_EXPERT_DIM = 32
 
-# biases that are zero in an exported model if the dense model lacks them
+# biases that are zero in an exported model if the dense model has none
 OPTIONAL_BIASES = ("q_proj.bias", "k_proj.bias", "v_proj.bias")
 
 # settings that do not affect the computation or are handled here
@@ -179,7 +179,9 @@ def plan_export(model: Any) -> ExportPlan:
     if not layers:
         raise ValueError(f"{name} has no layers with experts, so there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
-        raise ValueError(f"{name} has layers that replaced blocks; use to_transformers to convert it to a stock model")
+        raise ValueError(
+            f"{name} has layers created by from_transformers; use to_transformers to convert it to a stock model"
+        )
     check_plain_weights(model, name)
     check_not_wrapped(model)
     found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # for example, LlamaForCausalLM
@@ -195,7 +197,7 @@ def plan_export(model: Any) -> ExportPlan:
         if not problems:
             return ExportPlan(stock, layers, target)
         reasons.append(f"{target.prefix}: {', '.join(problems)}")
-    raise ValueError(f"{name} has properties without a counterpart in {'; '.join(reasons)}")
+    raise ValueError(f"no transformers class supports all properties of {name}. Unsupported: {'; '.join(reasons)}")
 
 
 def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPath, stock: Any) -> Iterator[str]:
@@ -211,7 +213,7 @@ def find_incompatibilities(model: Any, target: ExportTarget, layers: LayersByPat
     slides = target.has_sliding_window and "sliding_window" in defaults
     if not slides and (getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))):
         yield "sliding attention"
-    for name, default in defaults.items():  # names unknown to the dense class are additional entries
+    for name, default in defaults.items():  # names unknown to the dense class are additional settings
         if name not in kept and name not in IGNORED_SETTINGS and getattr(config, name) != default:
             yield f"{name}={getattr(config, name)!r} of the configuration"
     own, theirs, paths = model.state_dict().keys(), stock.state_dict().keys(), tuple(f"{path}." for path in layers)
@@ -264,9 +266,9 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
     if type(moe.gate) is TopKGating:
         gate = like.gate = copy.copy(moe.gate)
         gate.capacity_factor_train, gate.eps = None, 1e-20 if gate.eps <= 1e-9 else gate.eps
-        gate.min_expert_capacity = 4  # the default, because it matters only in training
+        gate.min_expert_capacity = 4  # use the default, which matters only in training
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
-        w = next(moe.experts.parameters(), next(moe.parameters()))  # quantized experts have none
+        w = next(moe.experts.parameters(), next(moe.parameters()))  # quantized experts have no parameters
         factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
         shared, gate = copy.deepcopy(moe.shared_expert), nn.Linear(moe.dim, 1, bias=False, **factory)
         if shared is None:
@@ -274,7 +276,7 @@ def adapt_to_block(moe: Any, shared_expert: bool) -> MoE:
             for weight in shared.parameters():
                 weight.zero_()
         gate.weight.copy_(make_half_open_gate(gate.weight))
-        shared.down_proj.weight.mul_(2)  # the sigmoid of its gate is 1/2
+        shared.down_proj.weight.mul_(2)  # compensates for the sigmoid of its gate, which is 1/2
         like.shared_expert = GatedSharedExpert(shared, gate)
     return like
 

@@ -166,7 +166,7 @@ def naming_unwritable_file(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors does not raise OSError
         raise OSError(
-            f"cannot write {path} ({error}); free disk space, or choose a target on another disk. The unfinished "
+            f"cannot write {path} ({error}); free up disk space, or choose a target on another disk. The unfinished "
             "target was removed"
         ) from error
 
@@ -176,7 +176,7 @@ def read_experts_model(source: Path, action: str) -> Any:
     config = read_config(source)
     if not read_layer_entries(config):
         raise ValueError(
-            f"{source} has no experts of this package, so there is nothing to {action}; add experts to a stock model "
+            f"{source} has no experts from this package, so there is nothing to {action}; add experts to a stock model "
             "with from_transformers or upcycle"
         )
     return read_model(source, config)
@@ -232,7 +232,7 @@ def read_config(source: Path) -> Any:
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     method = read_quantization(config).get("quant_method", MODEL_TYPE)
     if method != MODEL_TYPE:
-        raise ValueError(f"{source} is already quantized ({method}); pass the folder of the model before quantization")
+        raise ValueError(f"{source} is already quantized ({method}); pass the folder of the unquantized model")
     return config
 
 

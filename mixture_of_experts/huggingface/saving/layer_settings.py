@@ -28,9 +28,9 @@ from mixture_of_experts.whole_model.router_discovery import iter_named_modules
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
 GATE_CLASSES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
-ATTRIBUTE_NAMES = {"num_gates": "num_experts"}  # arguments that a gate stores under another name
+ATTRIBUTE_NAMES = {"num_gates": "num_experts"}  # arguments that a gate stores under other names
 OPTIONAL_TENSORS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if this tensor exists
-#: arguments that are described elsewhere in an entry, or are specific to a run and not saved
+#: arguments that an entry describes elsewhere, or that are specific to a run and not saved
 EXCLUDED_ARGUMENTS = ("self", "device", "dtype", "settings", "process_group", "forced", "loss_coef", "z_loss_coef")
 FIXED_ARGUMENTS = {"ReLUGating": ("score", "normalize")}  # arguments that a gate passes to its base class
 JSON_TYPES = (bool, int, float, str, type(None))
@@ -48,7 +48,7 @@ class LayerRecord:
     layer: Callable[[], MoEFeedForward | None] | None = None
 
     def __init__(self, layer: MoEFeedForward) -> None:
-        #: settings that a layer has immediately after being built from its description
+        #: settings of a layer immediately after it is built from its description
         self.built: dict[str, Any] = {
             path: value for path, value in read_layer_settings(layer).items() if is_json_value(value)
         }
@@ -107,7 +107,7 @@ def describe_feed_forward(feed_forward: MoEFeedForward) -> dict[str, Any]:
         if get_original_class(named_module.module).__name__ in EXPERT_FORMS
     }
     coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
-    if isinstance(feed_forward, SparseFeedForward):  # the configuration's stock model determines the rest
+    if isinstance(feed_forward, SparseFeedForward):  # the stock model determines the rest
         balance_over = getattr(gate, "balance_over", "batch")
         return {"block": feed_forward.block, "balance_over": balance_over, "forms": forms, **coefs}
     return {
@@ -173,8 +173,8 @@ def apply_changes(layer: MoEFeedForward, changes: Mapping[str, Any]) -> None:
     for path, value in changes.items():
         if path not in known or not is_json_value(value):
             raise ValueError(
-                f"config.json changes {path!r} to {value!r}, but this is not a valid setting and value for a layer "
-                f"with experts; the settings of this layer are {', '.join(known)}"
+                f"config.json sets {path!r} to {value!r}, but the layer has no such setting or does not accept this "
+                f"value; its settings are {', '.join(known)}"
             )
     for path, value in changes.items():
         parent, _, name = path.rpartition(".")
@@ -192,7 +192,7 @@ def naming_rejected_entries(changes: Mapping[str, Any]) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         named = ", ".join(f"{path!r} to {value!r}" for path, value in changes.items())
-        raise ValueError(f"config.json changes {named}, which this layer does not accept: {error}") from error
+        raise ValueError(f"config.json sets {named}, which this layer does not accept: {error}") from error
 
 
 def return_unchanged(name: str, value: Any) -> Any:

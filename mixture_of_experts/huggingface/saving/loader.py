@@ -26,7 +26,7 @@ from mixture_of_experts.huggingface.saving.shards import check_float, check_shar
 from mixture_of_experts.huggingface.saving.weight_names import make_load_conversions
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # which a configuration would store as settings
+NON_CONFIG_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")  # a configuration would store these as settings
 
 
 @register_quantization_config(MODEL_TYPE)
@@ -52,7 +52,7 @@ class ExpertsLoader(HfQuantizer):
     ) -> None:
         check_shards(model.config.name_or_path, checkpoint_files or ())
         for module in model.modules():
-            if isinstance(module, PreTrainedModel):  # its configuration may be a copy
+            if isinstance(module, PreTrainedModel):  # the module's configuration may be a copy
                 vars(module.config).pop("quantization_config", None)
         loader_config: Any = self.quantization_config
         insert_experts(model, loader_config.layers, loader_config.gate, loader_config.adapters)
@@ -123,7 +123,7 @@ def from_pretrained(
             "quantization_config is not supported; load the model, and then quantize it, for example with torchao's "
             "quantize_"
         )
-    settings.setdefault("trust_remote_code", False)  # with None, transformers prompts on standard input
+    settings.setdefault("trust_remote_code", False)  # None would make transformers prompt on standard input
     config = settings.pop("config", None)
     if config is None:
         of_hub, trusted = (

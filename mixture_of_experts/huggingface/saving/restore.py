@@ -56,9 +56,9 @@ def insert_experts(
     for entry in layers:
         if gate is None and entry.get("gate", "block") is None:
             raise ValueError(
-                f"the gate of {', '.join(entry['layers'])} is a {entry['gate_class']}, which config.json cannot "
-                "describe; pass gate=, the function that was passed to replace_ffn, to "
-                "mixture_of_experts.huggingface.from_pretrained"
+                f"config.json cannot describe the gate of {', '.join(entry['layers'])}, which is a "
+                f"{entry['gate_class']}; call mixture_of_experts.huggingface.from_pretrained with gate= set to the "
+                "function that was passed to replace_ffn"
             )
         entries |= {place: entry for name in entry["layers"] if (place := find_layer_path(model, name)) is not None}
     if not entries:
@@ -112,8 +112,8 @@ def naming_rejected_description(description: str, classes: Iterable[str]) -> Ite
         yield
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"config.json {description}, which cannot be built ({type(error).__name__}: {error}); the classes are "
-            f"{', '.join(classes)}. Correct this entry, or save the model again"
+            f"config.json {description}, which cannot be built ({type(error).__name__}: {error}); the available "
+            f"classes are {', '.join(classes)}. Correct this entry, or save the model again"
         ) from error
 
 
@@ -134,15 +134,15 @@ def finish_loading(model: Any, repack: bool = True) -> None:
         lacks = [name for name, value in state.items() if not (was_loaded(value) or value.is_meta)]
         if lacks:
             raise ValueError(
-                f"the checkpoint has no {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}; to load a dense "
-                "model, use its own class and upcycle it"
+                f"the checkpoint does not contain {', '.join(lacks[:4])}{' and more' if len(lacks) > 4 else ''}; to "
+                "load a dense model, use its own class and upcycle it"
             )
     for module in model.modules():
         if isinstance(module, QuantizedExperts) and repack:
             module.repack()
         if isinstance(module, Replaced):
             for weight in module.buffers(recurse=False):
-                weight.zero_()  # it may be uninitialized memory
+                weight.zero_()  # the weight may be uninitialized memory
     set_gate_process_groups(model)
 
 

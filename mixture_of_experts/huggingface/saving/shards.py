@@ -24,8 +24,7 @@ def name_unreadable_file(path: Path) -> Iterator[None]:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{path} is missing, damaged or not a valid file of its kind ({problem}); download it again, or save the "
-            "model again"
+            f"{path} is missing, damaged or invalid ({problem}); download it again, or save the model again"
         ) from error
 
 
@@ -37,7 +36,7 @@ def check_float(name: str, stored: Tensor) -> None:
     """Raise ValueError if the tensor stored for a floating-point weight does not have a floating-point dtype."""
     if not stored.is_floating_point():
         raise ValueError(
-            f"{name} has the dtype {stored.dtype} in the files, but the model has floating-point numbers; convert the "
+            f"{name} is stored with dtype {stored.dtype}, but the model expects floating-point weights; convert the "
             "weight as its publisher describes, or save the model again"
         )
 
@@ -47,8 +46,8 @@ def check_all_used(folder: Path, unexpected: Collection[str]) -> None:
     if names := sorted(unexpected):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         raise ValueError(
-            f"the files have {names[0]}{more}, but the model of {folder / 'config.json'} has no such weights; correct "
-            "config.json, or load the model with transformers and save it, which drops them"
+            f"the files contain {names[0]}{more}, but the model described by {folder / 'config.json'} has no such "
+            "weights; correct config.json, or load and save the model with transformers to drop them"
         )
 
 
@@ -59,7 +58,7 @@ def read_index(index: Path) -> dict[str, str]:
         weight_map: dict[str, str] = {**json.loads(index.read_text())["weight_map"]}
         for file in sorted({*weight_map.values()}):
             if PureWindowsPath(file).name != file:
-                raise ValueError(f"{file!r} in its weight_map is outside of the folder")
+                raise ValueError(f"the weight_map refers to {file!r}, which is outside the folder")
     return weight_map
 
 
@@ -68,7 +67,7 @@ def check_shard_names(file: Path, names: Collection[str], weight_map: Mapping[st
     it."""
     if unknown := sorted(set(names) - weight_map.keys()):
         raise ValueError(
-            f"{file} has {unknown[0]}, which its index lacks; download both again, or save the model again"
+            f"{file} contains {unknown[0]}, which its index lacks; download both again, or save the model again"
         )
     if missing := sorted(name for name in weight_map if weight_map[name] == file.name and name not in names):
         raise make_missing_error(missing[0])
@@ -107,11 +106,11 @@ def check_shards(folder: str, files: Sequence[str]) -> None:
     if Path(folder).is_dir():
         for path in paths:
             if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
-                raise ValueError(f"{path} in the weight_map of {folder} is outside of the folder")
+                raise ValueError(f"the weight_map of {folder} refers to {path}, which is outside the folder")
     names = {path.name for path in paths}
     for index in sorted(paths[0].parent.glob("*.safetensors.index.json")) if paths else []:
         weight_map = read_index(index)
-        if {*weight_map.values()} == names:  # the index that transformers reads
+        if {*weight_map.values()} == names:  # this is the index that transformers reads
             for path in paths:
                 check_shard(path, weight_map)
 
@@ -123,6 +122,6 @@ def check_shard(path: Path, weight_map: Mapping[str, str]) -> None:
     check_shard_names(path, names, weight_map)
     if strays := sorted(name for name in names if weight_map[name] != path.name):
         raise ValueError(
-            f"{path} has {strays[0]}, which its index assigns to {weight_map[strays[0]]}; download the files again, or "
-            "save the model again"
+            f"{path} contains {strays[0]}, which its index assigns to {weight_map[strays[0]]}; download the files "
+            "again, or save the model again"
         )

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 # `python -m experiments.cpu_constants` times steps with other values of these constants
-PADDING_WORK = 1 << 18  # number of multiplications of padding that take as long as one additional product
-THREADED_PADDING_FACTOR = 32  # factor of PADDING_WORK for several threads, which split the product of one expert badly
-MAX_PADDING_ROWS = 32  # maximum padding of a batch of small products, because empty rows are moved and activated too
+PADDING_WORK = 1 << 18  # number of padding multiplications that take as long as one additional product
+# multiplier of PADDING_WORK for several threads, which split the product of a single expert badly
+THREADED_PADDING_FACTOR = 32
+MAX_PADDING_ROWS = 32  # maximum padding in a batch of small products, because empty rows are also moved and activated
 FREE_PADDING_ROWS = 2  # padding rows per expert whose cost is negligible compared to reading its weights
 MAX_CHUNK_BYTES = 4 << 20  # maximum size of a thread's chunk (tokens, pre-activations), so that it stays in the caches
 
@@ -22,8 +23,8 @@ class ExpertBatch(NamedTuple):
 
     experts: slice
     num_experts: int
-    rows_per_expert: int  # rows of each expert
-    start: int  # the first row
+    rows_per_expert: int  # number of rows per expert
+    start: int  # index of the first row
     stop: int
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from mixture_of_experts.ops.grouped import multiply_by_expert
 from mixture_of_experts.ops.network import Call, Network
 
-RowProduct = Callable[[Tensor, Any], Tensor]  # multiplies each row `(r, p)` by the weight of its expert in `(e, p, q)`
+RowProduct = Callable[[Tensor, Any], Tensor]  # multiplies each row `(r, p)` by its expert's weight in `(e, p, q)`
 MAX_DECODE_ROWS = 32  # maximum number of rows per call
-MAX_ROW_SUM_TOKENS = 4  # for more tokens, which share experts, one product is faster than sums
-MIN_ROW_SUM_NUMEL = 1 << 16  # for smaller weights of an expert, a product is faster than sums
+MAX_ROW_SUM_TOKENS = 4  # with more tokens, which share experts, a product is faster than row sums
+MIN_ROW_SUM_NUMEL = 1 << 16  # for smaller expert weights, a product is faster than row sums
 ROW_SUM_DTYPES = (torch.bfloat16, torch.float16)  # see `prefers_row_sums`
 
 
