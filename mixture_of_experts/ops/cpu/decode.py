@@ -128,7 +128,8 @@ def compute_expert_by_expert(call: Call, multiply: Callable[..., Tensor] = multi
     x, network, assignments = call.x, call.network, call.assignments
     assert assignments.k is not None
     expert, weight, kept = assignments.expert.tolist(), assignments.weight.tolist(), assignments.kept.tolist()
-    order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
+    # maps each row to its assignment
+    order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)
     used, k, device = list(Counter(expert[a] for a in order).items()), assignments.k, x.device
     token = None  # token of each row; None for a single token
     if x.shape[0] != 1:
