@@ -85,7 +85,7 @@ class RoutedExperts(nn.Module):
 
     reads_assignments: ClassVar[bool] = True
     allocates_outputs: ClassVar[bool] = (
-        True  #: whether outputs never share memory with the tokens; True for the classes of this package
+        True  #: whether outputs never share memory with the tokens; True for this package's classes
     )
     _version: int = 2  # torch stores this version in state dicts; it was 1 in mixture-of-experts 0.2.3
 

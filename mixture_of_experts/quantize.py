@@ -407,7 +407,7 @@ def multiply_packed(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Ten
         return multiply_few_rows(x, packed, groups, scale)
     wide = x.is_cpu and not private_torch.has_native_matmul(x.dtype)
     rows, dtype = x.float() if wide else x, torch.float64 if x.dtype == torch.float64 else torch.float32
-    scaled = rows.dtype == torch.float16  # unscaled products would overflow
+    scaled = rows.dtype == torch.float16  # without scaling, products would overflow
     rows = rows * scale.to(rows.dtype) if transposed and not scaled else rows
     out = rows.new_zeros(x.shape[0], output_width(packed, scale, transposed), dtype=dtype)
     for inputs, weight in iter_unpacked(packed, groups, scale):

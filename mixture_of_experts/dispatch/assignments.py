@@ -112,7 +112,7 @@ class Assignments:
         each queue needs `(e b,)`. Queues and positions are arbitrary for assignments that are not kept."""
         if self.routing is None:
             assert self.stored_expert is not None
-            expert, k = self.stored_expert, self.k or 1  # k does not affect the order of priority "token"
+            expert, k = self.stored_expert, self.k or 1  # k does not affect the order for priority "token"
             queues = queue_up(expert, self.kept, math.prod(self.expert_dims), k, "token")
             return expert, queues.position, queues.length
         length = count_queue_rows(self.routing)
@@ -201,7 +201,7 @@ def find_queue(routing: Routing) -> Tensor:
     """Return the queue of each assignment of a gate, `(router e + expert) b + group`, as int64 `(a,)`."""
     *outer, b, a = routing.expert.shape
     e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
-    first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
+    first = torch.arange(b, device=device).view(-1, 1)  # index of expert 0's queue
     if outer:
         first = add_scaled(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
     return add_scaled(first, routing.expert.reshape(routers, b, a), b).flatten()

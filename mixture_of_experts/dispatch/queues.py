@@ -135,7 +135,7 @@ def queue_up(
         The queues, with positions `(..., a)` and lengths `(..., e)`.
     """
     order = order_of_priority(priority, score)
-    # for one token, all orders are the same
+    # with a single token, every order is the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
     if can_launch_kernels(expert.device) and _kernels_serve(expert, num_experts):
         return _by_kernels(expert, sent, order, num_experts, k, not in_order)

@@ -80,7 +80,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, weight, token, row, assignment = ctx.saved_tensors
-        spread = _Dispatch.apply(grad, token, row, ctx.k)  # (r, d), with zeros in empty rows
+        spread = _Dispatch.apply(grad, token, row, ctx.k)  # shape (r, d); empty rows contain zeros
         if weight is None:
             return spread, None, None, None, None, None, None
         assignment = token if assignment is None else assignment

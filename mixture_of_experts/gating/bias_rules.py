@@ -171,7 +171,7 @@ class QuantileRule(BiasRule):
         e = counts.shape[-2]
         up_to = counts.cumsum(dim=-1)  # int64
         tokens = up_to[..., -1:]
-        at = (up_to * e < tokens * k).sum(dim=-1, keepdim=True)  # the bin that contains the k / e quantile
+        at = (up_to * e < tokens * k).sum(dim=-1, keepdim=True)  # index of the bin that contains the k / e quantile
         within = counts.gather(-1, at)
         before = up_to.gather(-1, at) - within
         place = at + (tokens * k - before * e).to(bias.dtype) / (e * within.clamp(min=1))

@@ -50,7 +50,7 @@ class RoutingCallback(TrainerCallback):
             self.stats = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self.stats is None or logs is None or "loss" not in logs:  # not a training log
+        if self.stats is None or logs is None or "loss" not in logs:  # this is not a training log
             return
         latest = self.stats.latest()
         records = [record for record in latest if record.step == max(other.step for other in latest)]

@@ -141,7 +141,8 @@ def count_seen_tokens(arguments: Mapping[str, Any]) -> Tensor | int:
         return cached
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
-    return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)  # use the mask row of the first new token
+    # use the mask row that belongs to the first new token
+    return to_bool_mask(select_first_head(mask)[:, 0, :cached]).sum(dim=-1)
 
 
 def get_attention_mask(arguments: Mapping[str, Any]) -> Tensor | None:

@@ -153,7 +153,7 @@ class ModelWatch(ForwardWatch):
     """
 
     reads: bool = False  # whether this watch reads the tokens; otherwise, an enclosing model's watch does
-    adds: bool = False  # whether this watch adds the losses to the model's loss
+    adds: bool = False  # whether this watch adds the auxiliary losses to the model's loss
     warned: bool = False
     adapted: bool = False  # whether a forward pass with adapters has run
 

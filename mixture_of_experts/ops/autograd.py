@@ -100,7 +100,7 @@ class _RoutedFFN(torch.autograd.Function):
         x = next(tensors)
         permutation: Permutation = ctx.permutation.from_saved({name: next(tensors) for name in ctx.tables})
         network: Network = ctx.network.with_tensors({name: next(tensors) for name in ctx.names})
-        if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # for second derivatives or batched gradients
+        if torch.is_grad_enabled() or is_functorch_wrapped(grad):  # needed for second derivatives or batched gradients
             return *4 * [None], *plain.compute_gradients(x, permutation, network, grad)
         need_x, need_weight, *needs = ctx.needs_input_grad[4:]
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}

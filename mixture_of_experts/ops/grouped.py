@@ -112,7 +112,7 @@ def grouped_outer_product_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: T
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if torch.version.hip is None and get_device_capability(x.device)[0] == 9:
         return out
-    # results of experts without rows are undefined on Blackwell (pytorch/pytorch#172439) and unknown on AMD
+    # results for experts without rows are undefined on Blackwell (pytorch/pytorch#172439) and unknown on AMD
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 

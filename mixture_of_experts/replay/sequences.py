@@ -175,7 +175,7 @@ class SequenceWatch(ForwardWatch):
         super().__init__(owner)
         self.reader: TokensReader = make_tokens_reader(model)
         self.last_cache: tuple[Any, Any, Any] | None = (
-            None  # weak references to the last cache and its keys, and the shape of the keys
+            None  # weak references to the last cache and to its keys, and the shape of the keys
         )
 
     def make_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequenceCall:

@@ -62,7 +62,8 @@ def diagnose_gate(
             "factor or group_size"
         )
     max_requested, mean = late.requested.max(), late.requested.to(torch.float64).mean()
-    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():  # exceeds what chance explains with few choices
+    # exceeds what chance explains if there are few choices
+    if max_requested > WARN_LOAD_ABOVE * mean + 5 * mean.sqrt():
         yield (
             f": expert {format_expert_names(late.requested == max_requested)[0]} was requested "
             f"{max_requested / mean:.1f} times a balanced load "

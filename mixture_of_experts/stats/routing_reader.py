@@ -43,7 +43,7 @@ class RouterOutputReader(TokenWatch):
         logits, expert, weight = logits.float().view(b, n, e), expert.reshape(b, n, k).long(), weight.float()
         probs = SCORES[external.score](logits)
         probs = probs / probs.sum(dim=-1, keepdim=True)
-        chosen = expert < e  # larger ids are experts of other ranks
+        chosen = expert < e  # larger ids belong to experts on other ranks
         proxy, length = probs, n
         if real is not None:
             chosen, length = chosen & real.unsqueeze(-1), Length(real.sum(dim=-1))

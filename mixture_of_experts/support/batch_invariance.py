@@ -40,7 +40,7 @@ from mixture_of_experts.support.subclassing import is_package_class, list_member
 BATCH_INVARIANT = "batch_invariant"
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows per block, in the order in which they are tried
 MAX_ROWS = 3 * BLOCK_SIZES[-1]  # maximum number of rows in a product, which is also the number of sampled rows
-MIN_COLUMNS = 16  # with fewer columns, the bits depend on the position of a row
+MIN_COLUMNS = 16  # with fewer columns, a row's bits depend on its position
 VECTOR_NUMEL = 64  # a multiple of the vector lengths of all dtypes
 GRAIN_SIZE = 32768  # minimum number of elements for which torch splits a tensor among threads
 
@@ -224,7 +224,7 @@ def make_sums_cancel(
     for rows, dim in ((x, -2), (y, -1)):
         half, places = rows.shape[-1] // 2, torch.randperm(rows.shape[-1], generator=order, device="cpu")
         first, second = places[:half], places[half : 2 * half]
-        rows.mul_(8)  # so that float16 can represent the small remainders
+        rows.mul_(8)  # scaled so that float16 can represent the small remainders
         rows[..., second] = -rows[..., first]
         rows[..., places[2 * half :]] = 0
         for each in matrix.flatten(0, -3) if matrix.ndim > 2 else [matrix]:  # the matrices of a stack may share memory

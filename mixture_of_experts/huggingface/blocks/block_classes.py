@@ -91,7 +91,7 @@ BLOCK_ATTRIBUTES: dict[str, tuple[str, ...]] = {
         "shift": "bias",
     }.items()
 }
-#: where blocks store the "gate_up", "down" and "activation" of their experts, if not under the usual names
+#: attributes in which blocks store their experts' "gate_up", "down" and "activation", if not under the usual names
 EXPERT_ATTRIBUTES: dict[str, dict[str, str]] = {
     "jetmoe": {"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
 }

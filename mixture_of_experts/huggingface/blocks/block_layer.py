@@ -45,7 +45,7 @@ class ParsedBlock(BlockSettings):
     def __init__(self, block: nn.Module, recipe: str, balance_over: Any = "batch", **coefs: Any) -> None:
         super().__init__(block, recipe)
         self.experts: Any = self.read_attribute("experts")
-        with torch.device("meta"):  # copied weights need no initialization
+        with torch.device("meta"):  # the weights are copied, so they need no initialization
             gate = self.make_gate(balance_over)
             self.stack: Any = self.make_stack()
         experts, shared = self.wrap_experts(self.stack)

@@ -23,7 +23,7 @@ from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.wrappers import list_nested_experts
 
-EXPERT_COUNTS_KEY = "gate.expert_counts"  # blocks have no such counts
+EXPERT_COUNTS_KEY = "gate.expert_counts"  # blocks do not store expert counts
 COMPARED_ATTRIBUTES = (
     "k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups", "group_score",
     "tolerance", "logits", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity",

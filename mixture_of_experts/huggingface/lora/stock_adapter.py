@@ -29,14 +29,14 @@ from mixture_of_experts.huggingface.private_peft import is_plain_lora, read_stac
 from mixture_of_experts.huggingface.replacement.dense_ffn import split_gate_up
 from mixture_of_experts.huggingface.saving.exporting import plan_export
 
-LowRankUpdate = tuple[Tensor, Tensor]  # their product is added to a weight; linear layers have (B, A)
+LowRankUpdate = tuple[Tensor, Tensor]  # the product of both is added to a weight; for linear layers, they are (B, A)
 
 
 @dataclass
 class StockAdapter:
     """A LoRA adapter of a stock model. The updates include the scaling factors."""
 
-    model: Any  # the stock model, on the meta device
+    model: Any  # the stock model on the meta device
     linear: dict[str, LowRankUpdate] = field(default_factory=dict)  # B `(out, k)` and A `(k, in)`, keyed by path
     #: updates `(e, in, k)` and `(e, k, out)` of w1, w3 and w2, keyed by the path of the experts
     experts: dict[str, dict[str, LowRankUpdate]] = field(default_factory=dict)

@@ -137,5 +137,5 @@ def slice_experts(router: RouterHandle, ids: list[int]) -> None:
         parts.append(vars(stack).get("empty", stack))  # `UnstackedExperts` has an empty stack
     for part in parts:
         for name, size in (("num_experts", len(ids)), ("expert_dims", (len(ids),))):
-            if name in vars(part):  # modules otherwise allow a size to be set only once
+            if name in vars(part):  # set directly, because modules allow a size to be set only once
                 vars(part)[name] = size

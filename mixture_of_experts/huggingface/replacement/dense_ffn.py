@@ -245,7 +245,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-#: torch modules for the activations of `transformers` that have fast implementations in experts
+#: names of `transformers` activation classes, mapped to torch modules for which experts have fast implementations
 TORCH_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),

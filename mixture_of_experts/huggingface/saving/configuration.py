@@ -29,7 +29,7 @@ from mixture_of_experts.huggingface.saving.layer_settings import LayerRecord, de
 MODEL_TYPE = "mixture_of_experts"  # value of `model_type` and `quant_method`
 LAYERS_KEY = "mixture_of_experts"  # configuration attribute that lists a model's layers with experts
 DENSE_CONFIG_KEY = "dense_config"
-UNSTACKED_FORM = {"class": "UnstackedExperts"}  # one of the forms of experts
+UNSTACKED_FORM = {"class": "UnstackedExperts"}  # the entry that describes unstacked experts
 
 
 class ExpertsConfig(PreTrainedConfig):
@@ -60,7 +60,8 @@ class ExpertsConfigMixin:
         return {**found, LAYERS_KEY: read_layer_entries(self)} if LAYERS_KEY in found else found
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
-        if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:  # such a file would lack the layers
+        # the file of a quantized model would lack the layers
+        if read_quantization(self).get("quant_method", MODEL_TYPE) != MODEL_TYPE:
             raise ValueError(
                 f"a quantized model with experts ({type(self.quantization_config).__name__}) cannot be saved; save the "
                 "model before quantization, and save only the adapters afterwards"

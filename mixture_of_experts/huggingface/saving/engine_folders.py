@@ -100,7 +100,7 @@ ENGINE_FAULTS = (
     ),
     EngineFault(
         "llama.cpp and mlx-lm",
-        ("qwen2_moe",),  # vLLM raises an error for its shared expert
+        ("qwen2_moe",),  # vLLM raises an error for the shared expert of Qwen2-MoE
         lambda config: config.get("hidden_act", "silu") != "silu",
         "they compute SiLU in every expert (hidden_act)",
     ),

@@ -39,13 +39,13 @@ LayersByPath = Mapping[str, MoEFeedForward]
 class ExportTarget(NamedTuple):
     """A family of `transformers` models with experts, and the features that it supports."""
 
-    prefix: str  # prefix of its class names
+    prefix: str  # prefix of the family's class names
     dense_prefixes: tuple[str, ...]  # prefixes of the dense families that differ from it only in experts
     needs_all_layers: bool = False  # whether every layer must have experts
     has_shared_expert: bool = False  # whether each layer has a shared expert
-    has_sliding_window: bool = False  # whether it supports the sliding-window attention of the dense families
+    has_sliding_window: bool = False  # whether the family supports the sliding-window attention of the dense families
     hidden_dim_key: str = "moe_intermediate_size"
-    settings: tuple[tuple[str, Any], ...] = ()  # additional settings of its configuration
+    settings: tuple[tuple[str, Any], ...] = ()  # additional settings of the family's configuration
 
 
 EXPORT_TARGETS = (
@@ -61,7 +61,7 @@ EXPORT_TARGETS = (
         "Qwen2Moe",
         ("Qwen2", "Llama", "Mistral"),
         has_shared_expert=True,
-        # engines expect every Qwen2-MoE to have biases and an untied head
+        # engines expect every Qwen2-MoE model to have biases and an untied head
         settings=(("qkv_bias", True), ("tie_word_embeddings", False)),
     ),
 )
@@ -184,7 +184,7 @@ def plan_export(model: Any) -> ExportPlan:
         )
     check_plain_weights(model, name)
     check_not_wrapped(model)
-    found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # for example, LlamaForCausalLM
+    found = re.fullmatch(r"(\w+?)(Model|For\w+)", name)  # matches names such as LlamaForCausalLM
     family, head = (name, "") if found is None else found.groups()
     candidates = [target for target in EXPORT_TARGETS if family in target.dense_prefixes]
     if not candidates:
