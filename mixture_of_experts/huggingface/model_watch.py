@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, find_feed_forwards
-from mixture_of_experts.huggingface.lora.loading import check_adapter_names
+from mixture_of_experts.huggingface.lora.loading import adds_to_quantized_weight, check_adapter_names
 from mixture_of_experts.huggingface.model_arguments import ArgumentsReader
 from mixture_of_experts.huggingface.private_peft import find_missed_targets, find_tensors_not_saved
 from mixture_of_experts.huggingface.private_transformers import (
@@ -284,9 +284,15 @@ class ModelWatch(ForwardWatch):
 
 
 def check_adapters_loaded(model: nn.Module) -> None:
-    """Raise ValueError if PEFT skipped quantized experts that are in `target_parameters`. PEFT itself only issues a
-    warning, and the model would run without these adapters."""
+    """Raise ValueError if PEFT skipped quantized experts that are in `target_parameters`, or if `fast_lora` was not
+    called for them. In the first case, PEFT itself only issues a warning, and the model would run without these
+    adapters."""
     quantized = any(isinstance(module, QuantizedExperts) for module in model.modules())
+    if quantized and any(adds_to_quantized_weight(module) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has adapters on quantized experts, which PEFT cannot compute; call "
+            "fast_lora(model) after adding or loading them"
+        )
     if quantized and (missed := [name for name in find_missed_targets(model) if name.endswith(("w1", "w2", "w3"))]):
         raise ValueError(
             f"{type(model).__name__} has no adapters for {', '.join(missed)} in target_parameters, because these "

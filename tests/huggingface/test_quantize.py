@@ -208,6 +208,8 @@ def test_adapters_that_peft_passed_over_are_no_silent_loss(tmp_path):
     small = quantize_model(plain, 8)
     with weights_shown(small):
         small = PeftModel.from_pretrained(small, str(tmp_path))
+    with pytest.raises(ValueError, match=r"adapters on quantized experts, .* call fast_lora\(model\) after"):
+        small(**batch)
     assert fast_lora(small)(**batch).logits.isfinite().all()
 
 

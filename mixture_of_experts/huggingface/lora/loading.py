@@ -7,10 +7,12 @@ adapter, or with an untrained one.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface.feed_forward import find_layers
-from mixture_of_experts.huggingface.private_peft import find_renamed_weights
+from mixture_of_experts.huggingface.private_peft import find_renamed_weights, is_peft_wrapper
 from mixture_of_experts.quantize import QuantizedExperts
 
 
@@ -52,6 +54,13 @@ def check_adapter_names(model: nn.Module, state_dict: dict[str, Tensor], prefix:
             "from_transformers(). If it is for this model, load it before any other adapter, with the same "
             "target_parameters"
         )
+
+
+def adds_to_quantized_weight(module: Any) -> bool:
+    """Return whether a module is a wrapper in which PEFT would add an update to a weight of quantized experts."""
+    if not isinstance(getattr(module, "parameter_name", None), str) or hasattr(module, "passes_factors"):
+        return False
+    return is_peft_wrapper(module) and isinstance(module.get_base_layer(), QuantizedExperts)
 
 
 def has_quantized_experts(layer: nn.Module) -> bool:
