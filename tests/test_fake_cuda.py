@@ -342,7 +342,8 @@ def test_costs_are_those_of_the_guide(run_checks: Checks, implementation: str):
     """None is above its budget, and no budget is far above what is."""
     found = {size: run_checks("measure_costs", implementation, size) for size in ("small", "large", "fine")}
     found["decoding"] = {
-        str(tokens): run_checks("count_decoding_launches", implementation, tokens) for tokens in (1, 4, 64)
+        str(tokens): run_checks("count_decoding_launches", implementation, tokens, implementation == "triton")
+        for tokens in (1, 4, 64)
     }
     found["capacity"] = run_checks("measure_costs_with_capacity", implementation)
     for row, (name, size) in ROWS.items():
@@ -357,6 +358,21 @@ def test_decoding_is_few_launches(run_checks: Checks, implementation: str, most:
     """Of a layer of 128 experts, for 1 to 64 sequences, with the gate and its losses."""
     for tokens in (1, 2, 5, 8, 42, 64):
         assert run_checks("count_decoding_launches", implementation, tokens) <= most, tokens
+
+
+@needs_triton
+def test_router_kernels_do_not_depend_on_the_implementation_of_experts(run_checks: Checks):
+    """65 tokens are too many for decoding, so that "auto" selects `grouped` for the experts on an H100."""
+    launches = {
+        (implementation, kernels): run_checks("count_decoding_launches", implementation, 65, kernels)
+        for implementation in ("auto", "grouped")
+        for kernels in (None, True, False)
+    }
+    for kernels in (None, True, False):
+        assert launches["grouped", kernels] == launches["auto", kernels], launches
+    assert launches["grouped", True] <= launches["grouped", False] - 10
+    fewest, most = (run_checks("count_decoding_launches", "triton", 65, kernels) for kernels in (None, False))
+    assert fewest <= most - 10, (fewest, most)
 
 
 @needs_triton

@@ -152,14 +152,16 @@ def test_unsupported_calls(fake_kernel):
 
 
 def test_cpu_launches_kernels_on_request(monkeypatch):
-    """By Triton's interpreter, and not within a transform."""
+    """Kernels need Triton's interpreter, and are not launched within a transform."""
     found = {}
-    for implementation in ("auto", "plain", "cpu", "triton"):
-        for variable in ("1", "0"):
-            monkeypatch.setenv("TRITON_INTERPRET", variable)
-            with ops.use(implementation):
-                found[implementation, variable] = can_launch_kernels(torch.device("cpu"))
-    assert [asked for asked, there in found.items() if there] == [("triton", "1")]
+    for implementation in ("auto", "plain", "cpu", "triton", "batch_invariant"):
+        for router_kernels in (None, True, False):
+            for variable in ("1", "0"):
+                monkeypatch.setenv("TRITON_INTERPRET", variable)
+                with ops.use("triton"), ops.use(implementation, router_kernels=router_kernels):  # the inner one applies
+                    found[implementation, router_kernels, variable] = can_launch_kernels(torch.device("cpu"))
+    requested = [("auto", True), ("plain", True), ("cpu", True), ("triton", None), ("triton", True)]
+    assert [case for case, launches in found.items() if launches] == [(*case, "1") for case in requested]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ops.use("triton"):
         torch.func.vmap(lambda x: found.update(vmap=can_launch_kernels(x.device)) or x)(torch.ones(2))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixture_of_experts.support.implementations import requested_implementation
+from mixture_of_experts.support.batch_invariance import BATCH_INVARIANT
+from mixture_of_experts.support.implementations import requested_implementation, requested_router_kernels
 from mixture_of_experts.support.private_torch import (
     are_saved_tensor_hooks_enabled,
     disable_dispatch_modes,
@@ -47,15 +48,16 @@ def device_unsupported_reason(device: torch.device) -> str | None:
 
 
 def can_launch_kernels(device: torch.device) -> bool:
-    """Return whether routers may launch kernels on a device that supports them.
+    """Return whether routers and queues launch kernels on a device.
 
-    This is the case on a GPU unless another implementation is requested, and on a CPU if "triton" is requested. Traced
-    graphs use torch's operators instead, which compilers fuse.
+    By default this is the case on a GPU, and on a CPU only on request. Traced graphs use torch's operators instead,
+    which compilers fuse.
     """
-    way = requested_implementation()
-    if way not in ("auto", "triton") or is_in_transform() or torch.compiler.is_compiling():
+    if requested_implementation() == BATCH_INVARIANT or is_in_transform() or torch.compiler.is_compiling():
         return False
-    return (device.type == "cuda" or way == "triton") and device_unsupported_reason(device) is None
+    requested = requested_router_kernels()
+    wanted = device.type == "cuda" if requested is None else requested
+    return wanted and device_unsupported_reason(device) is None
 
 
 def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:

@@ -4,8 +4,8 @@ An implementation is a module or an `Implementation` with two functions that tak
 returns the reason why the implementation does not support the call, or None, and `run` computes the call. Gates and all
 kinds of experts have tables of implementations by name, fastest first, the last of which supports all calls.
 
-The requested implementation is global to the process. `MIXTURE_OF_EXPERTS_KERNELS` sets its initial value, and
-`ops.use` changes it.
+The user's request is global to the process: an implementation of experts, and whether routers use kernels.
+`MIXTURE_OF_EXPERTS_KERNELS` sets the initial implementation, and `ops.use` changes both.
 """
 
 from __future__ import annotations
@@ -21,17 +21,24 @@ ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
 # read once, because compiled graphs can be guarded by a variable, but not by the environment
 INITIAL_IMPLEMENTATION: str = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-_requested = INITIAL_IMPLEMENTATION
-_open_contexts: dict[object, str] = {}  # active contexts of `use` in all threads; the last one applies
+_requested: tuple[str, bool | None] = (INITIAL_IMPLEMENTATION, None)
+# active contexts of `use` in all threads; the last one applies
+_open_contexts: dict[object, tuple[str, bool | None]] = {}
 _REQUEST_LOCK = threading.Lock()
 
 
 def requested_implementation() -> str:
     """Return the name of the implementation that the user requests, or "auto"."""
-    return _requested
+    return _requested[0]
 
 
-def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> None:
+def requested_router_kernels() -> bool | None:
+    """Return whether the user requests kernels for routers and queues, or None if the device decides."""
+    implementation, router_kernels = _requested
+    return True if router_kernels is None and implementation == "triton" else router_kernels
+
+
+def update_requests(opened: Mapping[object, tuple[str, bool | None]], closed: Sequence[object]) -> None:
     """Register contexts of `use` that are entered, and remove those that end. Contexts of several threads may end in
     any order."""
     global _requested
@@ -39,7 +46,7 @@ def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> N
         _open_contexts.update(opened)
         for context in closed:
             del _open_contexts[context]
-        _requested = next(reversed(_open_contexts.values()), INITIAL_IMPLEMENTATION)
+        _requested = next(reversed(_open_contexts.values()), (INITIAL_IMPLEMENTATION, None))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -459,10 +459,15 @@ SIZES = {
 CARD = {"grouped": (9, 0), "triton": (9, 0), "batched": (8, 0), "plain": (8, 0)}
 
 
+def use_documented(implementation: str) -> AbstractContextManager[None]:
+    """Use an implementation as in the documentation's table of costs: kernels for all parts, or for none."""
+    return ops.use(implementation, router_kernels=implementation == "triton")
+
+
 def measure_costs(implementation: str, size: str = "small") -> dict[str, float]:
     """Launches, gigabytes moved by forward and backward, and what is kept by what x and pre-activations are."""
     tokens, dim, hidden, experts, choices = SIZES.get(f"{size}, {implementation}", SIZES[size])
-    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), use_documented(implementation):
         layer = MoE(dim, gate=TopKGating(dim, experts, choices), experts=GatedExperts(dim, experts, hidden))
         x = torch.empty(1, tokens, dim, requires_grad=True)
         counts = count_call(lambda: layer(x), [x, *layer.parameters()])
@@ -478,7 +483,7 @@ def measure_costs(implementation: str, size: str = "small") -> dict[str, float]:
 def measure_costs_with_capacity(implementation: str) -> dict[str, float]:
     """Of layers as they are by default, with a capacity, in training: launches of two levels; and what one level keeps,
     by what x and the pre-activations of all slots are."""
-    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), use_documented(implementation):
         x = torch.empty(4, 1024, 512, requires_grad=True)
         layer, grid = MoE(512, 16), HeirarchicalMoE(512, (4, 4))
         one, two = (count_call(lambda layer=layer: layer(x), [x, *layer.parameters()]) for layer in (layer, grid))
@@ -491,9 +496,10 @@ def measure_costs_with_capacity(implementation: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def count_decoding_launches(implementation: str, tokens: int = 64) -> int:
-    """Launches of a layer of 128 experts, 8 of them chosen, on tokens of as many sequences in eval."""
-    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
+def count_decoding_launches(implementation: str, tokens: int = 64, router_kernels: bool | None = None) -> int:
+    """Count the launches of a layer with 128 experts and 8 choices in eval mode, for one token per sequence."""
+    card = CARD.get(implementation, (9, 0))
+    with run_on_gpu(torch.bfloat16, card), ops.use(implementation, router_kernels=router_kernels):
         layer = MoE(2048, gate=TopKGating(2048, 128, 8), experts=GatedExperts(2048, 128, 768)).eval()
         x = torch.empty(tokens, 1, 2048)
         with Ledger() as ledger, ledger.count_kernels():
