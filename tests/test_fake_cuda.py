@@ -39,7 +39,8 @@ def test_syncs_and_wrong_devices_are_detected(run_checks: Checks):
 @pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
 def test_routers(run_checks: Checks, router: str, capacity: float | None):
     for masked in (False, True):
-        run_checks("check_layer", router, "gated", capacity, masked=masked)
+        for declared in (False, True):
+            run_checks("check_layer", router, "gated", capacity, masked=masked, declared=declared)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,8 @@ def test_autocast(run_checks: Checks, router: str):
 @pytest.mark.parametrize("capability", CARDS.values(), ids=CARDS)
 def test_cards(run_checks: Checks, capability: tuple[int, int]):
     for dtype in ("bf16", "f32"):
-        run_checks("check_layer", "top 3", "gated", None, dtype, capability=capability)
+        for declared in (False, True):
+            run_checks("check_layer", "top 3", "gated", None, dtype, capability=capability, declared=declared)
 
 
 def test_statistics(run_checks: Checks):
@@ -96,6 +98,15 @@ def test_selected_implementation(run_checks: Checks, dtype: str, card: str, impl
         implementation,
         reasons | ({"grouped": "torch's"} if implementation == "batched" else {}),
     )
+
+
+@needs_triton
+@pytest.mark.parametrize("card", ["A100", "H100", "RTX 4090"])
+def test_kernels_are_the_default_only_on_declared_cards(run_checks: Checks, card: str):
+    """No card has been declared, because none has run `benchmarks.first_hour`."""
+    assert not run_checks("check_defaults", CARDS[card], declared=False)
+    found = run_checks("check_defaults", CARDS[card], declared=True)
+    assert {"top_2_kernel", "top_k_kernel", "count_queue_kernel", "grouped_matmul_kernel"} <= found.keys(), found
 
 
 @needs_triton

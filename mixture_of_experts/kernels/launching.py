@@ -22,6 +22,12 @@ from mixture_of_experts.support.private_torch import (
 )
 from mixture_of_experts.support.tracing import get_device_capability
 
+# Families of cards, as in `find_card_family`, on which kernels are the default. A family is added after
+# `benchmarks.first_hour` has run on one of its cards, found no fault, and measured that the kernels are the fastest.
+DEFAULT_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts
+DECODING_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts, only for few tokens
+ROUTER_FAMILIES: tuple[tuple[int, int], ...] = ()  # for routers and queues
+
 OUT_OF_MEMORY = "there is not enough memory to check them"
 _SELF_CHECKS: list[SelfCheck] = []  # all instances
 
@@ -50,14 +56,17 @@ def device_unsupported_reason(device: torch.device) -> str | None:
 def can_launch_kernels(device: torch.device) -> bool:
     """Return whether routers and queues launch kernels on a device.
 
-    By default this is the case on a GPU, and on a CPU only on request. Traced graphs use torch's operators instead,
-    which compilers fuse.
+    Without a request, they do on the cards of `ROUTER_FAMILIES`. Traced graphs use torch's operators instead, which
+    compilers fuse.
     """
     if requested_implementation() == BATCH_INVARIANT or is_in_transform() or torch.compiler.is_compiling():
         return False
     requested = requested_router_kernels()
-    wanted = device.type == "cuda" if requested is None else requested
-    return wanted and device_unsupported_reason(device) is None
+    if requested is False or device_unsupported_reason(device) is not None:
+        return False
+    if requested is None:
+        return device.type == "cuda" and find_card_family(get_device_capability(device)) in ROUTER_FAMILIES
+    return True
 
 
 def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:

@@ -33,7 +33,7 @@ def requested_implementation() -> str:
 
 
 def requested_router_kernels() -> bool | None:
-    """Return whether the user requests kernels for routers and queues, or None if the device decides."""
+    """Return whether the user requests kernels for routers and queues, or None for the device's default."""
     implementation, router_kernels = _requested
     return True if router_kernels is None and implementation == "triton" else router_kernels
 

@@ -6,6 +6,7 @@ Axes: b sequences, n tokens of one, d model dim, e experts, k choices.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -90,6 +91,16 @@ def run_on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iter
 
 
 @contextmanager
+def declare_families() -> Iterator[None]:
+    """Declare kernels the default where we expect them to be fastest, as after measuring it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "DEFAULT_FAMILIES", ((8, 0), (8, 6), (12, 0)))  # their grouped product is a loop
+        patch.setattr(launching, "DECODING_FAMILIES", ((9, 0), (10, 0)))
+        patch.setattr(launching, "ROUTER_FAMILIES", ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)))
+        yield
+
+
+@contextmanager
 def enable_autocast() -> Iterator[None]:
     """`torch.autocast("cuda", torch.bfloat16)`, which asks whether there is a GPU."""
     torch.set_autocast_enabled("cuda", True)
@@ -124,9 +135,10 @@ def check_layer(
     masked: bool = False,
     autocast: bool = False,
     capability: tuple[int, int] = (9, 0),
+    declared: bool = False,
 ) -> None:
     """Forward and backward, training and not: everything is on the GPU and of the right dtype, nothing waits for it."""
-    with run_on_gpu(DTYPES[dtype], capability):
+    with run_on_gpu(DTYPES[dtype], capability), declare_families() if declared else nullcontext():
         layer = make_layer(router, experts, capacity)
         for training in (True, False):
             layer.train(training)
@@ -191,8 +203,8 @@ def check_sync_is_seen() -> None:
 
 
 def check_implementation(dtype: str, capability: tuple[int, int], implementation: str, reasons: dict[str, str]) -> None:
-    """The way that is taken unasked on a card, and what is said of faster ones."""
-    with run_on_gpu(DTYPES[dtype], capability):
+    """On a card whose family is declared, "auto" selects this implementation, with these reasons against others."""
+    with run_on_gpu(DTYPES[dtype], capability), declare_families():
         described = ops.explain_call(make_moe("top 3", "gated", None), torch.empty(1, 8, DIM, dtype=DTYPES[dtype]))
     assert described.implementation == implementation
     for name, reason in reasons.items():
@@ -231,7 +243,8 @@ def check_other_device(device: str) -> None:
 def check_family(capability: tuple[int, int], served: bool) -> None:
     """Whether kernels of gates and of experts serve a card: the same is true of both."""
     with run_on_gpu(torch.bfloat16, capability):
-        assert launching.can_launch_kernels(torch.device("cuda")) == served
+        with declare_families():
+            assert launching.can_launch_kernels(torch.device("cuda")) == served
         with ops.use("triton"), nullcontext() if served else pytest.raises(ValueError, match="kernels do not support"):
             make_moe("top 3", "gated", None)(torch.empty(1, 8, DIM))
 
@@ -354,7 +367,7 @@ def check_programs_of_operands() -> None:
 def check_prepared(training: bool) -> None:
     """After `ops.prepare` calls of the prepared shapes launch no program that was not launched then."""
     sequences, tokens = ([8], [16, 1024]) if training else ([1, 64], [1])
-    with run_on_gpu(torch.bfloat16, (8, 0)), warnings.catch_warnings():
+    with run_on_gpu(torch.bfloat16, (8, 0)), declare_families(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
         for layer in (MoE(512, 16), MoE(64, 8, gate=TopKGating(64, 8, 3), experts=GatedExperts(64, 8, 96))):
             layer.train(training)
@@ -371,9 +384,23 @@ def check_prepared(training: bool) -> None:
                 assert found <= prepared, (shape, found - prepared)
 
 
+def check_defaults(capability: tuple[int, int], declared: bool) -> Counter[str]:
+    """Count the launches of kernels in calls that request nothing, in training and in decoding."""
+    context = declare_families() if declared else nullcontext()
+    with run_on_gpu(torch.bfloat16, capability), context, Ledger() as ledger, ledger.count_kernels():
+        for layer in (MoE(512, 16), make_moe("top 3", "gated", None), make_moe("top 3", "gated", 1.0)):
+            for training, tokens in ((True, 256), (False, 1)):
+                layer.train(training)
+                x = torch.empty(4, tokens, layer.dim, requires_grad=training)
+                with torch.set_grad_enabled(training), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
+                    layer(x)
+    return Counter({name: count for name, count in ledger.launches.items() if "::" not in name and "." not in name})
+
+
 @torch.no_grad()
 def check_decoding_implementation(dtype: str, capability: tuple[int, int], tokens: int, implementation: str) -> None:
-    with run_on_gpu(DTYPES[dtype], capability):
+    with run_on_gpu(DTYPES[dtype], capability), declare_families():
         layer = make_moe("top 3", "gated", None).eval()
         assert ops.explain_call(layer, torch.empty(tokens, 1, DIM)).implementation == implementation
         assert ops.explain_call(layer.train(), torch.empty(tokens, 1, DIM)).implementation != "triton"
@@ -387,7 +414,7 @@ def check_graph_of_decoding(capability: tuple[int, int]) -> None:
         graphs.append(graph)
         return graph
 
-    with fake_gpu(torch.bfloat16, capability), torch.no_grad():
+    with fake_gpu(torch.bfloat16, capability), declare_families(), torch.no_grad():
         with torch.device("cuda"):
             layer, x = make_moe("top 3", "gated", None).eval(), torch.empty(4, 1, DIM)
         out, _ = compile_fullgraph(layer, backend)(x)
@@ -537,7 +564,7 @@ def count_lora_launches(implementation: str) -> tuple[str, int, int]:
 
 def count_two_choice_launches(outer: int) -> tuple[int, int]:
     """Launches of what `Top2Gating` decides in training, product and losses included: forward, and backward."""
-    with run_on_gpu(torch.bfloat16):
+    with run_on_gpu(torch.bfloat16), ops.use("triton"):
         gate, shape = Top2Gating(512, 16, outer_expert_dims=outer or ()), (outer, 4, 1024) if outer else (4, 1024)
         x = torch.empty(*shape, 512, requires_grad=True)
         tokens = gate.read(x, importance=torch.empty(shape) if outer else None)
