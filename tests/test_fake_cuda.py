@@ -64,6 +64,15 @@ def test_cards(run_checks: Checks, capability: tuple[int, int]):
             run_checks("check_layer", "top 3", "gated", None, dtype, capability=capability, declared=declared)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("experts", "products"), [("plain", 2), ("gated with biases", 3)])
+@pytest.mark.parametrize("router", ["top 3", "expert choice", "two levels"])
+def test_quantized_experts_wait_once_per_product(
+    run_checks: Checks, router: str, experts: str, products: int, bits: int
+):
+    assert run_checks("count_waits_of_quantized_experts", router, experts, bits) == (products, products)
+
+
 def test_statistics(run_checks: Checks):
     run_checks("check_statistics")
 

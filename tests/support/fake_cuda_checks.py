@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -27,12 +27,14 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
     ops,
+    quantize,
 )
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.gating import top2_by_kernel
 from mixture_of_experts.kernels import check_process, launching
 from mixture_of_experts.ops import grouped as grouped_way
 from mixture_of_experts.ops.network import Call
+from mixture_of_experts.quantize import output_width, quantize_experts, rows_by_packed
 from mixture_of_experts.stats import track_routing
 from support.fake_cuda import set_card
 from support.fake_cuda_counts import LAUNCHES, Ledger, count_call
@@ -397,6 +399,35 @@ def check_defaults(capability: tuple[int, int], declared: bool) -> Counter[str]:
                     warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
                     layer(x)
     return Counter({name: count for name, count in ledger.launches.items() if "::" not in name and "." not in name})
+
+
+def count_waits_of_quantized_experts(router: str, experts: str, bits: Literal[8, 4]) -> tuple[int, int]:
+    """Count the products of packed weights in a forward and in its backward, each of which waits for the host once.
+
+    Nothing else waits, because fake tensors raise an error.
+    """
+    dims = (2, 4) if router == "two levels" else 8
+    stored = nn.ModuleDict({"experts": EXPERTS[experts](dims).requires_grad_(False)})
+    packed: Any = quantize_experts(stored, bits, group=32)["experts"]
+    waits: list[str] = []
+
+    def multiply(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, counts: Tensor, back: bool) -> Tensor:
+        with pytest.raises(DataDependentOutputException):
+            rows_by_packed._init_fn(x, packed, groups, scale, counts, back)
+        waits.append("backward" if back else "forward")
+        return x.new_empty(x.shape[0], output_width(packed, scale, back))
+
+    with run_on_gpu(torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "rows_by_packed", multiply)
+        layer = make_layer(router, experts, 1.25 if router == "top 3" else None)
+        layer.experts = packed
+        for name, buffer in packed.named_buffers():
+            packed._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for training in (False, True):
+            waits.clear()
+            out, aux_loss = layer.train(training)(torch.empty(2, 40, DIM, requires_grad=True))
+        (out.float().square().mean() + aux_loss).backward()
+    return waits.count("forward"), waits.count("backward")
 
 
 @torch.no_grad()
