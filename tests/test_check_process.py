@@ -47,7 +47,7 @@ DISABLED = "^the Triton kernels of queues are disabled "
     ],
 )
 def test_faulty_kernels_end_their_own_process(monkeypatch, tmp_path, fault: str, reason: str | None):
-    """The queues are right in any case, and this process launches a kernel only after it has passed."""
+    """The queues are right in any case, and this process launches kernels only after they have passed."""
     expert, launched, module = torch.randint(5, (2, 12)), [], ModuleType("mixture_of_experts.kernels.queueing")
     wanted = queues.queue_up(expert, None, 5, 2)
     module.queue_assignments = lambda *args: launched.append(args) or (wanted.position, wanted.length)
@@ -81,7 +81,7 @@ def is_running(process: int) -> bool:
 
 @pytest.mark.slow
 def test_errors_outside_of_kernels_are_not_final(monkeypatch):
-    """Such as a device that does not exist, a process that cannot be started, or one that somebody kills."""
+    """Examples are a missing device, a process that cannot be started, and one that is killed."""
     assert run_in_process(CPU, NO_FAULT) == (None, True)
     missing = "they ended the process of their check (status 1)"
     assert run_in_process(torch.device("cuda", 99), NO_FAULT) == (missing, False)
@@ -97,7 +97,7 @@ def test_errors_outside_of_kernels_are_not_final(monkeypatch):
 
 @pytest.mark.slow
 def test_checks_start_while_a_graph_is_traced(monkeypatch):
-    """With fake tensors as inputs."""
+    """The inputs are fake tensors."""
     check, processes = SelfCheck("some kernels"), []
     start = check_process.run_in_process
     monkeypatch.setattr(launching, "_SELF_CHECKS", [])
@@ -114,7 +114,7 @@ def test_checks_start_while_a_graph_is_traced(monkeypatch):
 
 @pytest.fixture
 def store(monkeypatch, tmp_path) -> Path:
-    """The folder of verdicts of a card that can only be described."""
+    """Return the folder of verdicts, for a fake card."""
     (tmp_path / "driver").write_text("570.1")
     monkeypatch.setattr(verdict_file, "DRIVER", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", None)
@@ -126,7 +126,8 @@ def store(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def count_checks(monkeypatch, store) -> Callable[[Verdict], tuple[int, str | None]]:
-    """Judges in what could be another process, where a check would have the given result; returns how many ran."""
+    """Return a function that simulates a check with a given result in a new process, and returns the number of checks
+    that ran and the verdict."""
 
     def judge(result: Verdict, kind: object = "kind") -> tuple[int, str | None]:
         calls = []
@@ -143,7 +144,7 @@ def count_checks(monkeypatch, store) -> Callable[[Verdict], tuple[int, str | Non
 
 @pytest.mark.parametrize("result", [Verdict(None), Verdict("they are wrong")])
 def test_verdicts_are_kept_on_disk(monkeypatch, store, count_checks, result: Verdict):
-    """For the same card, driver, versions, sources and kind."""
+    """They are valid for the same card, driver, versions, sources and kind."""
     assert count_checks(result) == (1, result.fault)
     assert count_checks(result) == (0, result.fault)
     (file,) = store.iterdir()
@@ -191,7 +192,7 @@ def test_damaged_and_foreign_files_are_replaced(store, count_checks, content: by
 
 
 def test_without_a_folder_each_process_checks(monkeypatch, store, count_checks):
-    """Nothing is kept without a folder, in one that cannot be created, for an unknown driver, and for a CPU."""
+    """Nothing is stored without a folder, in a folder that cannot be created, for an unknown driver, or for a CPU."""
     for folder in ("", str(store.parent / "driver" / "is no folder")):
         monkeypatch.setenv("MIXTURE_OF_EXPERTS_CACHE", folder)
         assert [count_checks(Verdict(None))[0] for _ in range(2)] == [1, 1]
@@ -217,7 +218,7 @@ def test_default_folder(monkeypatch, store):
 
 @pytest.mark.slow
 def test_processes_may_write_at_once(store):
-    """What is read while two processes write is one of their verdicts, never a part of one."""
+    """While two processes write, each read returns one of their verdicts."""
     wrong = "they are wrong " * 1000
     file = verdict_file.VerdictFile(CARD, "some kernels", "kind")
     file.write(None)

@@ -1,4 +1,5 @@
-"""What the kernels of queues are asked and checked for. Loops stand in for them: `test_triton.py` runs the kernels."""
+"""Which calls use the kernels of queues, and their self-check. Loops stand in for the kernels, which `test_triton.py`
+runs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 def queue_by_loop(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the operator of this name returns, by a loop."""
+    """Return the same as the operator, computed by a loop."""
     (r, a), found = expert.shape, expert.tolist()
     position, length = [[0] * a for _ in range(r)], [[0] * num_experts for _ in range(r)]
     for i in range(r):
@@ -36,7 +37,7 @@ def queue_by_loop(
 
 @pytest.fixture
 def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tuple]]:
-    """Takes the place of the kernels, on a device that has some; returns the calls."""
+    """Replace the kernels on a device that supports them, and return the list of calls."""
 
     def take_place(kernel: Kernel = queue_by_loop) -> list[tuple]:
         calls, module = [], ModuleType("mixture_of_experts.kernels.queueing")
@@ -51,7 +52,7 @@ def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tup
 
 
 def make_choices(shape: tuple[int, ...] = (2, 3, 7), k: int = 2, e: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts `(..., n k)`, which of them are chosen, and scores `(..., n)`."""
+    """Return experts `(..., n k)`, which of them are chosen, and scores `(..., n)`."""
     torch.manual_seed(0)
     expert = torch.randint(e, (*shape[:-1], shape[-1] * k))
     return expert, torch.rand(expert.shape) < 0.6, torch.rand(shape)
@@ -131,7 +132,7 @@ def test_wrong_kernels_are_disabled(use_stand_in, wrong: Kernel):
 
 
 class CheckedMeanwhile(str):
-    """A verdict during whose reading another thread adds one."""
+    """A verdict during whose comparison another thread adds one."""
 
     check: launching.SelfCheck
 

@@ -1,6 +1,6 @@
-"""The Triton kernels by Triton's interpreter, against the obvious network: outputs and every gradient.
+"""The Triton kernels in Triton's interpreter, compared with a plain network: outputs and all gradients.
 
-`pytest tests/test_triton.py -m ""` runs all of them, for some minutes.
+`pytest tests/test_triton.py -m ""` runs all tests, which takes some minutes.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class ShiftedSwiGLU(ops.ClampedSwiGLU):
     ],
 )
 def test_rejects_bad_arguments(monkeypatch, reason: str, d: int, h: int, activation: nn.Module, dtype: torch.dtype):
-    """By name; of tensors only shapes and strides are read."""
+    """The reason names the argument. Only shapes and strides of tensors are read."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     one, nothing = torch.empty(1, dtype=dtype), assign_experts(torch.zeros(0, 2).long(), torch.empty(0, 2), 2)
     w_in = [one.expand(2, d, h)] * (1 + isinstance(activation, ops.ClampedSwiGLU))
@@ -162,7 +162,7 @@ def test_far_calls_need_a_check_of_their_own(monkeypatch, experts: int, stride: 
 
 
 def test_supported_gpus(monkeypatch):
-    """And by which entries of the schedule: those of their family, of float32 as torch's switch says."""
+    """Cards use the entries of their family, and for float32 those of torch's own precision setting."""
     card, found = torch.device("cuda"), {}
     for number in ((7, 5), (8, 0), (8, 9), (11, 0), (13, 0)):
         for module in (launching, schedule):
@@ -187,7 +187,7 @@ def test_supported_gpus(monkeypatch):
 
 
 def test_no_more_tiles_than_there_can_be():
-    """The bound is reached, and never passed: all ways to give some rows to some experts."""
+    """The bound is reached and never exceeded by any distribution of rows to experts."""
     from mixture_of_experts.ops.triton import operators  # it imports triton
 
     for experts in (1, 2, 3):
@@ -208,7 +208,7 @@ def test_more_rows_than_int32_counts():
 
 
 def test_heights_of_tiles():
-    """Rows that whole tiles have, as they are reckoned and of loads that are drawn; and which height they lead to."""
+    """The estimated rows of whole tiles match those of random loads, and lead to the expected heights."""
     torch.manual_seed(0)
     for mean in (128, 256, 1024):
         counts = torch.multinomial(torch.ones(128), 128 * mean, replacement=True).bincount(minlength=128)
@@ -235,7 +235,7 @@ def test_heights_of_tiles():
     ],
 )
 def test_every_access_to_memory(run_check: Checks, layout: str, options: dict):
-    """No place outside a tensor, none that nobody has written, none that two programs share."""
+    """No access is outside a tensor, reads unwritten memory, or writes to what another program writes."""
     run_check("check_memory", layout, "clamped" if layout == "interleaved" else "silu", **options)
 
 

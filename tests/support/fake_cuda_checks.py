@@ -1,6 +1,6 @@
-"""What runs in the process of fake CUDA: the layer on 'cuda', where a wrong device and a host sync raise.
+"""Checks that run in the process of fake CUDA, where a wrong device or a host sync raises an error.
 
-Axes: b sequences, n tokens of one, d model dim, e experts, k choices.
+Axes: b sequences, n tokens per sequence, d model dim, e experts, k choices.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ EXPERTS: dict[str, Callable[..., nn.Module]] = {
 
 @contextmanager
 def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """Where a GPU is at hand, and modules are made in `dtype` (fake parameters cannot be cast afterwards)."""
+    """Provide a GPU, and create modules in `dtype`, because fake parameters cannot be cast afterwards."""
     before = torch.get_default_dtype()
     with set_card(capability), FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         # what `torch.autocast("cuda", torch.bfloat16)` asks, which a recomputation enters
@@ -87,14 +87,14 @@ def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterat
 
 @contextmanager
 def run_on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """The same where tensors are made on the GPU, if nothing else is said."""
+    """Do the same, and create tensors on the GPU by default."""
     with fake_gpu(dtype, capability), torch.device("cuda"):
         yield
 
 
 @contextmanager
 def declare_families() -> Iterator[None]:
-    """Declare kernels the default where we expect them to be fastest, as after measuring it."""
+    """Declare the kernels as the default on the cards where we expect them to be fastest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "DEFAULT_FAMILIES", ((8, 0), (8, 6), (12, 0)))  # their grouped product is a loop
         patch.setattr(launching, "DECODING_FAMILIES", ((9, 0), (10, 0)))
@@ -104,7 +104,7 @@ def declare_families() -> Iterator[None]:
 
 @contextmanager
 def enable_autocast() -> Iterator[None]:
-    """`torch.autocast("cuda", torch.bfloat16)`, which asks whether there is a GPU."""
+    """Do the same as `torch.autocast("cuda", torch.bfloat16)`, which would require a GPU."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
@@ -139,7 +139,7 @@ def check_layer(
     capability: tuple[int, int] = (9, 0),
     declared: bool = False,
 ) -> None:
-    """Forward and backward, training and not: everything is on the GPU and of the right dtype, nothing waits for it."""
+    """Forward and backward in both modes compute on the GPU, in the right dtype, without a host sync."""
     with run_on_gpu(DTYPES[dtype], capability), declare_families() if declared else nullcontext():
         layer = make_layer(router, experts, capacity)
         for training in (True, False):
@@ -149,7 +149,7 @@ def check_layer(
 
 
 def call_layer(layer: nn.Module, x: Tensor, masked: bool, autocast: bool) -> tuple[Tensor, Tensor]:
-    """What a layer makes, which has to be where its tokens are, wherever else it would be."""
+    """Return the results of a layer, which must be on the device of its tokens, whatever the default device is."""
     mask = torch.empty(x.shape[:-1], dtype=torch.bool) if masked else None
     with torch.device("cpu"), enable_autocast() if autocast else nullcontext():
         out, aux_loss = layer(x, mask=mask)
@@ -172,7 +172,7 @@ def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: boo
 
 @torch.no_grad()
 def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
-    """A few tokens in eval, of many sequences or of one."""
+    """Compute a few tokens in eval mode, of many sequences and of one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
         for shape in ((2, 1), (1, 20)):
@@ -180,7 +180,7 @@ def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast:
 
 
 def check_statistics() -> None:
-    """Recording what a gate does waits for nothing; reading it does, and that is seen here."""
+    """Recording statistics of a gate does not wait for the GPU. Reading them would raise an error here."""
     with run_on_gpu(torch.bfloat16):
         layer = make_moe("top 3", "gated", 1.0)
         with track_routing(layer) as stats:
@@ -190,7 +190,7 @@ def check_statistics() -> None:
 
 
 def check_sync_is_seen() -> None:
-    """The tools see what they are for: numbers that are read, a shape that depends on them, two devices."""
+    """Reading values, shapes that depend on values, and mixed devices raise errors."""
     with run_on_gpu(torch.float32):
         x = torch.empty(4)
         wrong = {
@@ -214,7 +214,7 @@ def check_implementation(dtype: str, capability: tuple[int, int], implementation
 
 
 def check_amd_gpu(arch: str, asked: bool, implementation: str) -> None:
-    """The way that is taken on a GPU of AMD, and what is said of faster ones."""
+    """Check which implementation an AMD GPU uses, and the reasons against faster ones."""
     with run_on_gpu(torch.bfloat16), set_card((9, 4), arch + ":sramecc+:xnack-"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         patch.setattr(grouped_way, "IS_AMD_GROUPED_GEMM_ENABLED", asked)
@@ -227,8 +227,8 @@ def check_amd_gpu(arch: str, asked: bool, implementation: str) -> None:
 
 
 def check_other_device(device: str) -> None:
-    """On Intel's and Apple's GPUs the batched way computes; only forwards, as a process has gradients on one kind of
-    device."""
+    """Intel's and Apple's GPUs use `batched`. Only forwards are checked, because a process supports gradients on one
+    kind of device."""
     with fake_gpu(torch.bfloat16), torch.device(device):
         for router in (*ROUTERS, "two levels"):
             layer, x = make_layer(router, "gated", 1.0), torch.empty(2, 40, DIM)
@@ -243,7 +243,7 @@ def check_other_device(device: str) -> None:
 
 
 def check_family(capability: tuple[int, int], served: bool) -> None:
-    """Whether kernels of gates and of experts serve a card: the same is true of both."""
+    """Check that the kernels of gates and those of experts support the same cards."""
     with run_on_gpu(torch.bfloat16, capability):
         with declare_families():
             assert launching.can_launch_kernels(torch.device("cuda")) == served
@@ -252,7 +252,7 @@ def check_family(capability: tuple[int, int], served: bool) -> None:
 
 
 def check_capturing() -> None:
-    """Whether a graph is captured is asked of the device of the call, not of the current one."""
+    """The device of the call, not the current one, determines whether a graph is being captured."""
     current = [0]
 
     @contextmanager
@@ -275,8 +275,8 @@ def check_capturing() -> None:
 
 
 def check_entries(capability: tuple[int, int]) -> int:
-    """The self-check judges the entry of the schedule that is launched, and as many choices; returns how many entries
-    calls of many shapes took."""
+    """The self-check uses the entry of the schedule and the number of choices of the launched call. Return the number
+    of entries that calls of many shapes use."""
     from mixture_of_experts.ops import triton
     from mixture_of_experts.ops.triton import operators, schedule, self_check
 
@@ -318,7 +318,7 @@ def check_entries(capability: tuple[int, int]) -> int:
 
 @contextmanager
 def collect_entries() -> Iterator[set[str]]:
-    """The programs of the kernels that are launched."""
+    """Yield the programs of the launched kernels."""
     from support.triton_machine_code import build_program, describe_argument
 
     programs = set()
@@ -334,8 +334,8 @@ def collect_entries() -> Iterator[set[str]]:
 
 
 def check_programs_of_operands() -> None:
-    """Calls of one kind launch the programs that its self-check judges: wherever operands lie, whatever numbers row
-    weights are, and for any number of experts and blocks."""
+    """Calls of one kind launch the programs that the self-check has checked, for any alignment of operands, dtype of
+    row weights, and number of experts and blocks."""
     from mixture_of_experts.ops.triton import self_check
     from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 
@@ -368,7 +368,7 @@ def check_programs_of_operands() -> None:
 
 
 def check_prepared(training: bool) -> None:
-    """After `ops.prepare` calls of the prepared shapes launch no program that was not launched then."""
+    """After `ops.prepare`, calls with the prepared shapes launch no new programs."""
     sequences, tokens = ([8], [16, 1024]) if training else ([1, 64], [1])
     with run_on_gpu(torch.bfloat16, (8, 0)), declare_families(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
@@ -439,7 +439,7 @@ def check_decoding_implementation(dtype: str, capability: tuple[int, int], token
 
 
 def check_graph_of_decoding(capability: tuple[int, int]) -> None:
-    """A compiled layer decodes in one graph, whose experts are one operator."""
+    """A compiled layer decodes in one graph, in which the experts are a single operator."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
@@ -464,7 +464,7 @@ def check_many_experts(number: int, implementation: str) -> None:
 
 @contextmanager
 def kernels_of_cuda() -> Iterator[None]:
-    """Where torch is told of kernels that it has on CUDA: without them it would trace what else they are made of."""
+    """Register kernels that torch has on CUDA; without them, tracing would decompose their operators."""
 
     def never(*_):
         raise AssertionError("there is no kernel: tensors are fake")
@@ -476,7 +476,7 @@ def kernels_of_cuda() -> Iterator[None]:
 
 
 def compile_fullgraph(model: nn.Module, backend: Any = "aot_eager") -> Any:
-    """The model compiled without breaks, up to what Inductor would make of it, which runs operators."""
+    """Compile a model without graph breaks, up to what Inductor would receive, and run its operators."""
     # torch's own, of every autograd function that it traces
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     torch._dynamo.reset()
@@ -484,7 +484,7 @@ def compile_fullgraph(model: nn.Module, backend: Any = "aot_eager") -> Any:
 
 
 def check_compiled(implementation: str, router: str, capacity: float | None, dtype: str) -> None:
-    """A layer is one graph, forward and backward; "many experts" compute their scores anew."""
+    """A layer is one graph, forward and backward; "many experts" recompute their scores."""
     with ops.use(implementation), fake_gpu(DTYPES[dtype], CARD[implementation]), kernels_of_cuda():
         with torch.device("cuda"):
             x = torch.empty(2, 40, DIM, requires_grad=True)
@@ -499,7 +499,7 @@ def check_compiled(implementation: str, router: str, capacity: float | None, dty
 
 
 def check_forced(implementation: str, experts: str, capacity: float | None, dtype: str) -> None:
-    """A way that is asked for, on every router; kernels compute token choice."""
+    """A requested implementation computes all routers; kernels support token choice."""
     with ops.use(implementation):
         for router in sorted({*ROUTERS, "two levels"} - ({"expert choice"} if implementation == "triton" else set())):
             check_layer(router, experts, capacity, dtype, masked=True)
@@ -524,7 +524,8 @@ def use_documented(implementation: str) -> AbstractContextManager[None]:
 
 
 def measure_costs(implementation: str, size: str = "small") -> dict[str, float]:
-    """Launches, gigabytes moved by forward and backward, and what is kept by what x and pre-activations are."""
+    """Return launches, gigabytes moved by forward and backward, and memory kept, divided by that of x and
+    pre-activations."""
     tokens, dim, hidden, experts, choices = SIZES.get(f"{size}, {implementation}", SIZES[size])
     with run_on_gpu(torch.bfloat16, CARD[implementation]), use_documented(implementation):
         layer = MoE(dim, gate=TopKGating(dim, experts, choices), experts=GatedExperts(dim, experts, hidden))
@@ -540,8 +541,8 @@ def measure_costs(implementation: str, size: str = "small") -> dict[str, float]:
 
 
 def measure_costs_with_capacity(implementation: str) -> dict[str, float]:
-    """Of layers as they are by default, with a capacity, in training: launches of two levels; and what one level keeps,
-    by what x and the pre-activations of all slots are."""
+    """Return the costs of layers with their default capacity in training: launches of two levels, and memory kept by
+    one level, divided by that of x and the pre-activations of all slots."""
     with run_on_gpu(torch.bfloat16, CARD[implementation]), use_documented(implementation):
         x = torch.empty(4, 1024, 512, requires_grad=True)
         layer, grid = MoE(512, 16), HeirarchicalMoE(512, (4, 4))
@@ -567,8 +568,8 @@ def count_decoding_launches(implementation: str, tokens: int = 64, router_kernel
 
 
 def count_lora_launches(implementation: str) -> tuple[str, int, int]:
-    """Of a layer with low-rank parts of three weights, in training: the way, and how many launches more than the frozen
-    layer forward and backward are, each."""
+    """For a layer with low-rank factors on three weights in training, return the implementation, and how many more
+    launches than the frozen layer the forward and the backward have."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other
     from mixture_of_experts.huggingface.lora.wrapper import AdaptedFFN
 
@@ -595,7 +596,8 @@ def count_lora_launches(implementation: str) -> tuple[str, int, int]:
 
 
 def count_two_choice_launches(outer: int) -> tuple[int, int]:
-    """Launches of what `Top2Gating` decides in training, product and losses included: forward, and backward."""
+    """Count the launches of the decision of `Top2Gating` in training, including product and losses: forward, and
+    backward."""
     with run_on_gpu(torch.bfloat16), ops.use("triton"):
         gate, shape = Top2Gating(512, 16, outer_expert_dims=outer or ()), (outer, 4, 1024) if outer else (4, 1024)
         x = torch.empty(*shape, 512, requires_grad=True)
@@ -611,7 +613,8 @@ def count_two_choice_launches(outer: int) -> tuple[int, int]:
 
 
 def measure_kept_scores(router: str, autocast: bool) -> float:
-    """What a gate of many experts keeps beside its tokens, in units of a float32 for each token and expert."""
+    """Return the memory that a gate with many experts keeps in addition to its tokens, in units of one float32 per
+    token and expert."""
     tokens, dim, experts = 1024, 256, 512
     gates: dict[str, Callable[[], nn.Module]] = {
         "top 2": lambda: Top2Gating(dim, experts),
@@ -632,7 +635,7 @@ def measure_kept_scores(router: str, autocast: bool) -> float:
 
 
 def check_training(model: nn.Module, windows: Tensor, loss_of: Callable[..., Tensor]) -> None:
-    """Under autocast a model has gradients of a loss, of what it returns, for all its parameters."""
+    """Under autocast, all parameters of a model receive gradients of a loss."""
     with enable_autocast(), kernels_of_cuda():
         returned = model(windows)
     with kernels_of_cuda():
@@ -641,7 +644,7 @@ def check_training(model: nn.Module, windows: Tensor, loss_of: Callable[..., Ten
 
 
 def check_billion_example(code: str) -> int:
-    """The README's layer of a billion parameters, at its real size; returns how many it has."""
+    """Run the README's layer of a billion parameters at its real size, and return its number of parameters."""
     code = code.replace(".cuda()", "")  # it is made there: fake parameters cannot be moved
     names: dict[str, Any] = {}
     with run_on_gpu(torch.float32):
@@ -653,9 +656,9 @@ def check_billion_example(code: str) -> int:
 
 
 def check_example(compiled: bool) -> None:
-    """The model of experiments/train_lm.py as `--device cuda --dtype bfloat16` trains it, up to the numbers it prints.
+    """Run the model of experiments/train_lm.py as `--device cuda --dtype bfloat16` trains it, except for printing.
 
-    With `--compile` it is one graph, forward and backward, up to what Inductor would make of it.
+    With `--compile`, it is one graph, forward and backward, up to what Inductor would receive.
     """
     from experiments.language_model.model import ByteLM
     from experiments.language_model.routers import ROUTERS
@@ -678,7 +681,7 @@ def check_example(compiled: bool) -> None:
 
 
 def check_example_for_gpus() -> None:
-    """The mixture of examples/train_gpu.py on a GPU is one graph, forward and backward."""
+    """The mixture of examples/train_gpu.py is one graph on a GPU, forward and backward."""
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
