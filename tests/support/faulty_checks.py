@@ -50,6 +50,18 @@ def check_faulty_kernels(fault: str, file: str, device: torch.device) -> str | N
     return find_queue_fault(device)
 
 
+def break_context(device: torch.device) -> None:
+    """Fail on a GPU such that no later operation of this process succeeds."""
+    torch.zeros(4, device=device)[torch.tensor([9], device=device)].sum().item()
+
+
+def sleep_on_gpu(device: torch.device) -> None:
+    """Run a kernel on a GPU for hours."""
+    with torch.cuda.device(device):
+        torch.cuda._sleep(1 << 44)
+        torch.cuda.synchronize()
+
+
 def use_fake_card(driver: str, name: str = "some card") -> None:
     """Let this process have a card that can only be described."""
     verdict_file.DRIVER = Path(driver)
