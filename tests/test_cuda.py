@@ -1,12 +1,14 @@
-"""On a GPU, where there is one: `pytest -m cuda`. Every way against the definition, and what only a card can show."""
+"""Tests on a GPU: `pytest -m cuda`. All implementations are compared with the definition."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
+from support import faulty_checks
 from torch import Tensor, nn
 
 from mixture_of_experts import (
@@ -20,6 +22,7 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
+from mixture_of_experts.kernels import check_process
 
 pytestmark = [
     pytest.mark.cuda,
@@ -61,7 +64,7 @@ def make_layer(gate: str, experts: str, dtype: torch.dtype) -> nn.Module:
 
 
 def compute_results(layer: nn.Module, x: Tensor, mask: Tensor | None, implementation: str) -> list[Tensor]:
-    with ops.use(implementation):
+    with ops.use(implementation, router_kernels=None if implementation == "triton" else False):
         out, loss = layer(x, mask=mask)
         gradients = torch.autograd.grad(out.float().square().mean() + loss, [x, *layer.parameters()], allow_unused=True)
     return [out, loss, *(torch.zeros(1, device="cuda") if grad is None else grad for grad in gradients)]
@@ -122,6 +125,15 @@ def test_non_current_device(implementation: str):
     torch.testing.assert_close(one, two, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.parametrize(("fault", "reason"), [("break_context", "they raise"), ("sleep_on_gpu", "did not end")])
+def test_faults_in_the_self_check_do_not_reach_this_process(monkeypatch, fault: str, reason: str):
+    monkeypatch.setattr(check_process, "TIMEOUT_SECONDS", 60)
+    device = torch.device("cuda", 0)
+    verdict = check_process.run_in_process(device, partial(getattr(faulty_checks, fault), device))
+    assert reason in str(verdict.fault)
+    assert torch.ones(3, device=device).sum().item() == 3
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 @pytest.mark.parametrize("gate", ["top 3", "top 2, capacity", "two levels"])
 @pytest.mark.parametrize("implementation", ["auto", "triton", "grouped", "batched"])
@@ -138,7 +150,7 @@ def test_decoding(implementation: str, gate: str, tokens: int):
     skip_unless(layer, x, implementation)
     with forbid_sync(), ops.use(implementation):
         found = layer(x)
-    with ops.use("plain"):
+    with ops.use("plain", router_kernels=False):
         wanted = exact(x.double())
     for got, want in zip(found, wanted, strict=True):
         assert (got.double() - want).norm() < 3 * TOLERANCE[torch.bfloat16] * want.norm().clamp(min=1e-6)

@@ -39,7 +39,8 @@ def test_syncs_and_wrong_devices_are_detected(run_checks: Checks):
 @pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
 def test_routers(run_checks: Checks, router: str, capacity: float | None):
     for masked in (False, True):
-        run_checks("check_layer", router, "gated", capacity, masked=masked)
+        for declared in (False, True):
+            run_checks("check_layer", router, "gated", capacity, masked=masked, declared=declared)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,17 @@ def test_autocast(run_checks: Checks, router: str):
 @pytest.mark.parametrize("capability", CARDS.values(), ids=CARDS)
 def test_cards(run_checks: Checks, capability: tuple[int, int]):
     for dtype in ("bf16", "f32"):
-        run_checks("check_layer", "top 3", "gated", None, dtype, capability=capability)
+        for declared in (False, True):
+            run_checks("check_layer", "top 3", "gated", None, dtype, capability=capability, declared=declared)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("experts", "products"), [("plain", 2), ("gated with biases", 3)])
+@pytest.mark.parametrize("router", ["top 3", "expert choice", "two levels"])
+def test_quantized_experts_wait_once_per_product(
+    run_checks: Checks, router: str, experts: str, products: int, bits: int
+):
+    assert run_checks("count_waits_of_quantized_experts", router, experts, bits) == (products, products)
 
 
 def test_statistics(run_checks: Checks):
@@ -99,6 +110,15 @@ def test_selected_implementation(run_checks: Checks, dtype: str, card: str, impl
 
 
 @needs_triton
+@pytest.mark.parametrize("card", ["A100", "H100", "RTX 4090"])
+def test_kernels_are_the_default_only_on_declared_cards(run_checks: Checks, card: str):
+    """No card has been declared, because none has run `benchmarks.first_hour`."""
+    assert not run_checks("check_defaults", CARDS[card], declared=False)
+    found = run_checks("check_defaults", CARDS[card], declared=True)
+    assert {"top_2_kernel", "top_k_kernel", "count_queue_kernel", "grouped_matmul_kernel"} <= found.keys(), found
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("dtype", "card", "tokens", "implementation"),
     [
@@ -117,7 +137,7 @@ def test_decoding_implementation(run_checks: Checks, dtype: str, card: str, toke
 @needs_triton
 @pytest.mark.parametrize("card", ["H100", pytest.param("B200", marks=pytest.mark.slow)])
 def test_decoding_multiplies_without_groups_of_warps(run_checks: Checks, card: str):
-    """Tiles of 16 and 32 rows have plain `mma.sync`: what Triton miscompiles for tcgen05 is not in them."""
+    """Tiles of 16 and 32 rows use plain `mma.sync`, which avoids what Triton miscompiles for tcgen05."""
     for mean_rows in (1, 16):
         codes = run_checks(
             "triton_machine_code.check_case", Case(CARDS[card], mean_rows=mean_rows), "grouped_matmul_kernel"
@@ -157,7 +177,7 @@ def test_a_capture_is_one_of_the_device(run_checks: Checks):
 @needs_triton
 @pytest.mark.parametrize("card", OF_FAMILIES)
 def test_kernels_serve_a_family(run_checks: Checks, card: str):
-    """Gates and experts go by one rule; nothing older than 8.0 is served, and nothing newer than 12.x."""
+    """Gates and experts follow one rule; cards before 8.0 and after 12.x are not supported."""
     run_checks("check_family", OF_FAMILIES[card], True)
     run_checks("check_family", (7, 5), False)
     run_checks("check_family", (13, 0), False)
@@ -178,7 +198,7 @@ def test_launches_only_checked_kernels(run_checks: Checks):
 @pytest.mark.slow
 @pytest.mark.parametrize("card", OF_FAMILIES)
 def test_kernels_compile_for_a_family(run_checks: Checks, card: str):
-    """The largest and the smallest entry: no fault of `Code.faults`."""
+    """The largest and the smallest entry have no fault of `Code.faults`."""
     for mean_rows in (512, 8):
         case = Case(OF_FAMILIES[card], mean_rows=mean_rows)
         assert (
@@ -201,7 +221,7 @@ def test_self_check_runs_launched_kernels(run_checks: Checks, capability: tuple[
 
 
 def test_a_thousand_experts_are_no_error(run_checks: Checks):
-    """torch's grouped product raises for 1,024."""
+    """torch's grouped product raises an error for 1,024."""
     run_checks("check_many_experts", 1023, "grouped")
     run_checks("check_many_experts", 1024, "batched")
 
@@ -247,7 +267,7 @@ def test_one_graph_of_every_router(run_checks: Checks, router: str, implementati
     ids=str,
 )
 def test_machine_code(run_checks: Checks, case: Case):
-    """No register spills, the card's shared memory, tensor cores, no atomics; `triton_machine_code.py` has the rest."""
+    """Checks register spills, shared memory, tensor cores and atomics; `triton_machine_code.py` has the rest."""
     codes = run_checks("triton_machine_code.check_case", case)
     others = ["top_k", "count_queue", "rank_queue", "top_2", "top_2_grads", "find_rows", "rank_rows"]
     assert {code.kernel for code in codes} >= {*PRODUCTS, *(f"{name}_kernel" for name in others)}
@@ -270,7 +290,7 @@ MORE_CHOSEN = [
     ("card", "wanted"), [*CHOSEN, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_CHOSEN)]
 )
 def test_block_size_selection(run_checks: Checks, card: str, wanted: dict[str, tuple[int, int, str]]):
-    """Shared memory, programs at once, instructions; and no fault of `Code.faults`."""
+    """Checks shared memory, concurrent programs and instructions, with no fault of `Code.faults`."""
     run_checks("triton_machine_code.check_chosen", CARDS[card], wanted)
 
 
@@ -286,7 +306,7 @@ def test_block_size_selection(run_checks: Checks, card: str, wanted: dict[str, t
     ],
 )
 def test_first_hour_candidates_are_clean(run_checks: Checks, card: str, height: int, kernels: tuple[str, ...]):
-    """About ten sizes of blocks of each kernel, none of which spills or wants more shared memory than there is."""
+    """None of about ten block sizes per kernel spills or exceeds the shared memory."""
     found = run_checks("triton_machine_code.check_candidates", CARDS[card], height, *kernels)
     assert all(8 <= number <= 13 for number in found.values()), found
 
@@ -294,7 +314,7 @@ def test_first_hour_candidates_are_clean(run_checks: Checks, card: str, height: 
 @needs_triton
 @pytest.mark.slow
 def test_programs_over_numbers_of_tokens(run_checks: Checks):
-    """Over mean rows of 5 to 300: those of four kernels depend on the height of tiles, the others on nothing."""
+    """With 5 to 300 mean rows, the programs of four kernels depend on the height of tiles, and no others do."""
     programs = run_checks("triton_machine_code.programs_over_lengths", 60)
     assert programs.pop("grouped_matmul_kernel") == 8  # up and down
     assert {kernel for kernel, number in programs.items() if number == 4} == {
@@ -326,7 +346,7 @@ ROWS = {
 
 
 def read_documented() -> dict[tuple[str, str], float]:
-    """The cells of the table: (way, row)."""
+    """Return the cells of the table by implementation and row."""
     table = GUIDE.read_text(encoding="utf-8").split("<!-- table: costs -->\n")[1].split("<!-- end -->")[0]
     head, _, *lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return {
@@ -339,10 +359,11 @@ def read_documented() -> dict[tuple[str, str], float]:
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["grouped", "batched", pytest.param("triton", marks=needs_triton), "plain"])
 def test_costs_are_those_of_the_guide(run_checks: Checks, implementation: str):
-    """None is above its budget, and no budget is far above what is."""
+    """No cost exceeds its budget, and no budget is much larger than its cost."""
     found = {size: run_checks("measure_costs", implementation, size) for size in ("small", "large", "fine")}
     found["decoding"] = {
-        str(tokens): run_checks("count_decoding_launches", implementation, tokens) for tokens in (1, 4, 64)
+        str(tokens): run_checks("count_decoding_launches", implementation, tokens, implementation == "triton")
+        for tokens in (1, 4, 64)
     }
     found["capacity"] = run_checks("measure_costs_with_capacity", implementation)
     for row, (name, size) in ROWS.items():
@@ -354,14 +375,30 @@ def test_costs_are_those_of_the_guide(run_checks: Checks, implementation: str):
     ("implementation", "most"), [("grouped", 30), ("batched", 30), pytest.param("triton", 12, marks=needs_triton)]
 )
 def test_decoding_is_few_launches(run_checks: Checks, implementation: str, most: int):
-    """Of a layer of 128 experts, for 1 to 64 sequences, with the gate and its losses."""
+    """Counts a layer of 128 experts, including the gate and its losses, for 1 to 64 sequences."""
     for tokens in (1, 2, 5, 8, 42, 64):
         assert run_checks("count_decoding_launches", implementation, tokens) <= most, tokens
 
 
 @needs_triton
+def test_router_kernels_do_not_depend_on_the_implementation_of_experts(run_checks: Checks):
+    """65 tokens are too many for decoding, so that "auto" selects `grouped` for the experts on an H100."""
+    launches = {
+        (implementation, kernels): run_checks("count_decoding_launches", implementation, 65, kernels)
+        for implementation in ("auto", "grouped")
+        for kernels in (None, True, False)
+    }
+    for kernels in (None, True, False):
+        assert launches["grouped", kernels] == launches["auto", kernels], launches
+    assert launches["grouped", True] <= launches["grouped", False] - 10
+    fewest, most = (run_checks("count_decoding_launches", "triton", 65, kernels) for kernels in (None, False))
+    assert fewest <= most - 10, (fewest, most)
+
+
+@needs_triton
 def test_two_choices_are_few_launches(run_checks: Checks):
-    """Forward and backward with the router's products, by torch's operators 33 and 33; of a second level 46 and 39."""
+    """Forward and backward, including the router's products. torch's operators need 33 and 33, or 46 and 39 for a
+    second level."""
     assert run_checks("count_two_choice_launches", 0) == (9, 11)
     assert run_checks("count_two_choice_launches", 3) == (10, 11)
 
@@ -370,14 +407,14 @@ def test_two_choices_are_few_launches(run_checks: Checks):
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
 @pytest.mark.parametrize(("implementation", "more"), [("grouped", (9, 25)), ("batched", (23, 45))])
 def test_lora_is_few_launches_more(run_checks: Checks, implementation: str, more: tuple[int, int]):
-    """Forward and backward, on three weights; a host sync would raise."""
+    """Forward and backward with factors on three weights; a host sync would raise an error."""
     assert run_checks("count_lora_launches", implementation) == (implementation, *more)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["grouped", "batched", pytest.param("triton", marks=needs_triton)])
 def test_finer_experts_keep_the_same(run_checks: Checks, implementation: str):
-    """To 5 %: what is more are weights and tables of rows, not the router's scores."""
+    """Within 5%, because weights and tables of rows grow, but not the router's scores."""
     assert (
         run_checks("measure_costs", implementation, "fine")["kept"]
         <= 1.05 * run_checks("measure_costs", implementation, "large")["kept"]
@@ -388,7 +425,7 @@ def test_finer_experts_keep_the_same(run_checks: Checks, implementation: str):
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("router", ["top 2", "softmax", "sigmoid, groups", "expert choice"])
 def test_gates_of_many_experts_keep_no_scores(run_checks: Checks, router: str, autocast: bool):
-    """But indices and weights of a few choices, and what is of tokens alone."""
+    """They keep only the indices and weights of a few choices, and values per token."""
     assert run_checks("measure_kept_scores", router, autocast) < 0.05
 
 

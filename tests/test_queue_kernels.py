@@ -1,4 +1,5 @@
-"""What the kernels of queues are asked and checked for. Loops stand in for them: `test_triton.py` runs the kernels."""
+"""Which calls use the kernels of queues, and their self-check. Loops stand in for the kernels, which `test_triton.py`
+runs."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.checks_in_this_process import run_here
 from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
 from mixture_of_experts.dispatch.queues import PRIORITIES, Queues, queue_up
-from mixture_of_experts.kernels import launching
+from mixture_of_experts.kernels import check_process, launching
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -20,7 +22,7 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 def queue_by_loop(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the operator of this name returns, by a loop."""
+    """Return the same as the operator, computed by a loop."""
     (r, a), found = expert.shape, expert.tolist()
     position, length = [[0] * a for _ in range(r)], [[0] * num_experts for _ in range(r)]
     for i in range(r):
@@ -35,7 +37,7 @@ def queue_by_loop(
 
 @pytest.fixture
 def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tuple]]:
-    """Takes the place of the kernels, on a device that has some; returns the calls."""
+    """Replace the kernels on a device that supports them, and return the list of calls."""
 
     def take_place(kernel: Kernel = queue_by_loop) -> list[tuple]:
         calls, module = [], ModuleType("mixture_of_experts.kernels.queueing")
@@ -43,13 +45,14 @@ def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tup
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(queues, "can_launch_kernels", lambda device: True)
         monkeypatch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {})
+        monkeypatch.setattr(check_process, "run_in_process", run_here)
         return calls
 
     return take_place
 
 
 def make_choices(shape: tuple[int, ...] = (2, 3, 7), k: int = 2, e: int = 5) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts `(..., n k)`, which of them are chosen, and scores `(..., n)`."""
+    """Return experts `(..., n k)`, which of them are chosen, and scores `(..., n)`."""
     torch.manual_seed(0)
     expert = torch.randint(e, (*shape[:-1], shape[-1] * k))
     return expert, torch.rand(expert.shape) < 0.6, torch.rand(shape)
@@ -129,7 +132,7 @@ def test_wrong_kernels_are_disabled(use_stand_in, wrong: Kernel):
 
 
 class CheckedMeanwhile(str):
-    """A verdict during whose reading another thread adds one."""
+    """A verdict during whose comparison another thread adds one."""
 
     check: launching.SelfCheck
 
@@ -146,7 +149,9 @@ def test_threads_may_check_kernels_at_once(monkeypatch):
     no_memory = CheckedMeanwhile(launching.OUT_OF_MEMORY)
     no_memory.check = check
     check.verdicts = {"first": no_memory, "second": None}
-    assert check.failure_reason(torch.device("cpu"), "third", lambda: None) is None
+    monkeypatch.setattr(check_process, "run_in_process", run_here)
+    cpu = torch.device("cpu")
+    assert check.failure_reason(cpu, "third", lambda: None) is None
     launching.clear_out_of_memory_verdicts()
-    assert {"second", "third"} <= check.verdicts.keys()
+    assert {"second", (cpu, "third")} <= check.verdicts.keys()
     assert "first" not in check.verdicts

@@ -1,5 +1,5 @@
-"""Which calls of a gate its kernel serves, what it is told, and what it is held to first: with torch's operators in the
-kernel's place. `test_triton.py` runs the kernel itself."""
+"""Which calls of a gate its kernel supports, with which arguments it is called, and its self-check. torch's operators
+stand in for the kernel, which `test_triton.py` runs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.checks_in_this_process import run_here
 from torch import Tensor, nn
 
 from mixture_of_experts import HashGating, TopKGating, ops
 from mixture_of_experts.gating import RouterLogits, topk_by_kernel
 from mixture_of_experts.gating.choices import top_choices
+from mixture_of_experts.kernels import check_process
 from mixture_of_experts.kernels.launching import can_launch_kernels
 
 DIM, E = 4, 5
@@ -25,8 +27,8 @@ Spoil = Callable[[list[Tensor]], Any]
 def choose_by_topk(
     logits: Tensor, bias: Tensor | None, k: int, softmax: bool, of_chosen: bool, normalized: bool, *numbers: float
 ):
-    """What the kernel computes, for logits `(b, n, e)`: choices, weights, probabilities, and `(b, 2)` what each group
-    adds to the two losses."""
+    """Compute the results of the kernel for logits `(b, n, e)`: choices, weights, probabilities, and each group's
+    contribution `(b, 2)` to the two losses."""
     scale, eps, of_balance, of_z = numbers
     score = logits.softmax(-1) if softmax else logits.sigmoid()
     expert = top_choices(score if bias is None else score + bias, k)
@@ -40,7 +42,7 @@ def choose_by_topk(
 
 
 class Kernel:
-    """Counts the calls; `spoil` changes what the next ones return, and where it is not `there` operators decide."""
+    """Counts its calls. `spoil` changes the results of the next ones; without `there`, operators decide."""
 
     there: bool = True
     calls: int = 0
@@ -60,6 +62,7 @@ def fake_kernel(monkeypatch) -> Iterator[Kernel]:
     monkeypatch.setitem(sys.modules, "mixture_of_experts.kernels.top_k", SimpleNamespace(choose_top_k=kernel))
     monkeypatch.setattr(topk_by_kernel, "can_launch_kernels", lambda device: kernel.there)
     monkeypatch.setattr(topk_by_kernel.SELF_CHECK, "verdicts", {})
+    monkeypatch.setattr(check_process, "run_in_process", run_here)
     with torch.no_grad():
         yield kernel
 
@@ -84,7 +87,7 @@ def make_gate(num_experts: int = E, dim: int = DIM, kind: type[TopKGating] = Top
     ],
 )
 def test_supported_calls(settings, fake_kernel):
-    """Up to eight tokens of a group. It is tried once before it serves, and gives what operators give."""
+    """Groups of up to eight tokens. The kernel is checked once, and its results equal those of operators."""
     gate = make_gate(**settings)
     for number, (b, n) in enumerate([(3, 1), (1, 3), (2, topk_by_kernel.LONGEST)]):
         x, random = torch.randn(b, n, DIM), torch.get_rng_state()
@@ -152,14 +155,16 @@ def test_unsupported_calls(fake_kernel):
 
 
 def test_cpu_launches_kernels_on_request(monkeypatch):
-    """By Triton's interpreter, and not within a transform."""
+    """Kernels need Triton's interpreter, and are not launched within a transform."""
     found = {}
-    for implementation in ("auto", "plain", "cpu", "triton"):
-        for variable in ("1", "0"):
-            monkeypatch.setenv("TRITON_INTERPRET", variable)
-            with ops.use(implementation):
-                found[implementation, variable] = can_launch_kernels(torch.device("cpu"))
-    assert [asked for asked, there in found.items() if there] == [("triton", "1")]
+    for implementation in ("auto", "plain", "cpu", "triton", "batch_invariant"):
+        for router_kernels in (None, True, False):
+            for variable in ("1", "0"):
+                monkeypatch.setenv("TRITON_INTERPRET", variable)
+                with ops.use("triton"), ops.use(implementation, router_kernels=router_kernels):  # the inner one applies
+                    found[implementation, router_kernels, variable] = can_launch_kernels(torch.device("cpu"))
+    requested = [("auto", True), ("plain", True), ("cpu", True), ("triton", None), ("triton", True)]
+    assert [case for case, launches in found.items() if launches] == [(*case, "1") for case in requested]
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with ops.use("triton"):
         torch.func.vmap(lambda x: found.update(vmap=can_launch_kernels(x.device)) or x)(torch.ones(2))
@@ -179,7 +184,7 @@ def test_cpu_launches_kernels_on_request(monkeypatch):
     ],
 )
 def test_wrong_kernel_is_disabled(name, spoil, fake_kernel):
-    """For all gates, with a warning; what comes out is right all the same."""
+    """A wrong kernel is disabled for all gates with a warning, and the results are right."""
     gate, x = make_gate(), torch.randn(2, 1, DIM)
     fake_kernel.spoil = spoil
     said = f"^the Triton kernels of gates are disabled in this process: their {name} differ from those of torch's"
@@ -193,7 +198,7 @@ def test_wrong_kernel_is_disabled(name, spoil, fake_kernel):
 
 
 def test_choices_of_one_token_may_differ(fake_kernel):
-    """Two experts may be equal but for rounding. NaN is what operators make of NaN."""
+    """Two experts may be equal up to rounding. Operators define the results for NaN."""
 
     def spoil(found: list[Tensor]) -> None:
         found[0][0, 0] = (found[0][0, 0] + 1) % E
@@ -209,7 +214,7 @@ def test_choices_of_one_token_may_differ(fake_kernel):
 
 
 def test_one_that_raises_and_one_without_memory(fake_kernel):
-    """Each kind of gate has its own verdict, where memory is missing; an error is one for all kinds."""
+    """A lack of memory is a verdict for one kind of gate, and an error for all kinds."""
 
     def raises(error: Exception) -> Spoil:
         def spoil(found: list[Tensor]) -> None:

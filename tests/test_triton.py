@@ -1,6 +1,6 @@
-"""The Triton kernels by Triton's interpreter, against the obvious network: outputs and every gradient.
+"""The Triton kernels in Triton's interpreter, compared with a plain network: outputs and all gradients.
 
-`pytest tests/test_triton.py -m ""` runs all of them, for some minutes.
+`pytest tests/test_triton.py -m ""` runs all tests, which takes some minutes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mixture_of_experts import ops
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton import schedule, unsupported_reason
+from mixture_of_experts.ops.triton import _has_large_tensor, schedule, self_check, unsupported_reason
 
 pytestmark = pytest.mark.skipif(
     triton_interpreter.unsupported_reason() is not None, reason=str(triton_interpreter.unsupported_reason())
@@ -96,6 +96,12 @@ def test_wrong_kernels_are_detected(run_check: Checks, layout: str, activation: 
     run_check("check_self_check", layout, activation, dtype, choices)
 
 
+@slow
+@pytest.mark.parametrize("layout", ["plain", pytest.param("gated", marks=exhaustive)])
+def test_faults_beyond_int32_are_detected(run_check: Checks, layout: str):
+    run_check("check_far_self_check", layout)
+
+
 class QuickGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -120,7 +126,7 @@ class ShiftedSwiGLU(ops.ClampedSwiGLU):
     ],
 )
 def test_rejects_bad_arguments(monkeypatch, reason: str, d: int, h: int, activation: nn.Module, dtype: torch.dtype):
-    """By name; of tensors only shapes and strides are read."""
+    """The reason names the argument. Only shapes and strides of tensors are read."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     one, nothing = torch.empty(1, dtype=dtype), assign_experts(torch.zeros(0, 2).long(), torch.empty(0, 2), 2)
     w_in = [one.expand(2, d, h)] * (1 + isinstance(activation, ops.ClampedSwiGLU))
@@ -129,8 +135,34 @@ def test_rejects_bad_arguments(monkeypatch, reason: str, d: int, h: int, activat
         assert reason in str(unsupported_reason(Call(one.expand(4, d), nothing, network, False)))
 
 
+@pytest.mark.parametrize(
+    ("experts", "stride", "tokens", "far"),
+    [
+        (255, 1 << 23, 8, False),
+        (257, 1 << 23, 8, True),  # 2^31 elements, and one expert more
+        (3, 1 << 30, 8, True),  # only strides are large
+        (2, 1 << 23, 1 << 18, False),  # 2^31 elements in the rows of two choices
+        (2, 1 << 23, (1 << 18) + 1, True),
+    ],
+)
+def test_far_calls_need_a_check_of_their_own(monkeypatch, experts: int, stride: int, tokens: int, far: bool):
+    """Calls with a tensor of more than 2^31 elements are checked twice."""
+    nothing = torch.empty(1, device="meta")
+    weight = nothing.as_strided((experts, 4096, 2048), (stride, 2048, 1))
+    expert = torch.empty(tokens, 2, dtype=torch.int64, device="meta")
+    assignments = assign_experts(expert, torch.empty(tokens, 2, device="meta"), experts)
+    call = Call(nothing.expand(tokens, 4096), assignments, Network((weight,), weight.mT, nn.SiLU()), False)
+    assert _has_large_tensor(call) == far
+    checked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(self_check, "find_entries", lambda *_: schedule.INTERPRETER_SCHEDULES)
+    monkeypatch.setattr(self_check, "check_entries", lambda kind, entries, wanted: checked.append(kind.far))
+    self_check.run_self_check(1, torch.device("cuda"), torch.bfloat16, ("plain", "silu"), *3 * [()], 2, False, far)
+    assert checked == [False, True][: 1 + far]
+
+
 def test_supported_gpus(monkeypatch):
-    """And by which entries of the schedule: those of their family, of float32 as torch's switch says."""
+    """Cards use the entries of their family, and for float32 those of torch's own precision setting."""
     card, found = torch.device("cuda"), {}
     for number in ((7, 5), (8, 0), (8, 9), (11, 0), (13, 0)):
         for module in (launching, schedule):
@@ -155,7 +187,7 @@ def test_supported_gpus(monkeypatch):
 
 
 def test_no_more_tiles_than_there_can_be():
-    """The bound is reached, and never passed: all ways to give some rows to some experts."""
+    """The bound is reached and never exceeded by any distribution of rows to experts."""
     from mixture_of_experts.ops.triton import operators  # it imports triton
 
     for experts in (1, 2, 3):
@@ -176,7 +208,7 @@ def test_more_rows_than_int32_counts():
 
 
 def test_heights_of_tiles():
-    """Rows that whole tiles have, as they are reckoned and of loads that are drawn; and which height they lead to."""
+    """The estimated rows of whole tiles match those of random loads, and lead to the expected heights."""
     torch.manual_seed(0)
     for mean in (128, 256, 1024):
         counts = torch.multinomial(torch.ones(128), 128 * mean, replacement=True).bincount(minlength=128)
@@ -203,7 +235,7 @@ def test_heights_of_tiles():
     ],
 )
 def test_every_access_to_memory(run_check: Checks, layout: str, options: dict):
-    """No place outside a tensor, none that nobody has written, none that two programs share."""
+    """No access is outside a tensor, reads unwritten memory, or writes to what another program writes."""
     run_check("check_memory", layout, "clamped" if layout == "interleaved" else "silu", **options)
 
 

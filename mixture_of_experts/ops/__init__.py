@@ -72,8 +72,11 @@ check_choice(ENVIRONMENT_VARIABLE, INITIAL_IMPLEMENTATION, ("auto", *IMPLEMENTAT
 @contextmanager
 def use(
     implementation: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "batch_invariant"],
+    *,
+    router_kernels: bool | None = None,
 ) -> Iterator[None]:
-    """Context manager that selects the implementation for all calls of `routed_ffn` and `moe_ffn`.
+    """Context manager that selects the implementation for all calls of `routed_ffn` and `moe_ffn`, and whether routers
+    and queues use Triton kernels.
 
     "auto" selects the fastest implementation for each call. "batch_invariant" makes the output for each token of a
     dropless layer on a CPU bitwise identical in any batch, including the router and the shared expert. A layer with a
@@ -84,6 +87,12 @@ def use(
     contexts are active, the last one entered applies. Activation checkpointing must recompute in the same context, so
     call the backward inside it. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets an implementation for the
     whole process.
+
+    Args:
+        implementation: the implementation of experts.
+        router_kernels: True uses the kernels of routers and queues wherever they are supported, False uses torch's
+            operators, and None uses the default of the device, or the kernels if "triton" is requested. Traced graphs
+            and "batch_invariant" always use operators.
 
     Raises:
         ValueError: the name is unknown, or this implementation does not support a call; the error states the reason.
@@ -99,7 +108,7 @@ def use(
     """
     check_choice("implementation", implementation, ("auto", *IMPLEMENTATIONS))
     context = object()
-    update_requests({context: implementation}, ())
+    update_requests({context: (implementation, router_kernels)}, ())
     try:
         yield
     finally:

@@ -6,8 +6,8 @@ An implementation is a module or an `Implementation` that provides two functions
 call. Gates and all kinds of experts have a table of implementations by name. The fastest implementation comes first,
 and the last one supports all calls.
 
-The requested implementation is a process-wide setting. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets its
-initial value, and `ops.use` changes it.
+The requested implementation of experts and the use of router kernels are process-wide settings. The environment
+variable `MIXTURE_OF_EXPERTS_KERNELS` sets the initial implementation, and `ops.use` changes both.
 """
 
 from __future__ import annotations
@@ -23,17 +23,24 @@ ENVIRONMENT_VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
 # read only once, because compiled graphs can be guarded by a variable but not by the environment
 INITIAL_IMPLEMENTATION: str = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-_requested = INITIAL_IMPLEMENTATION
-_open_contexts: dict[object, str] = {}  # active contexts of `use` in all threads; the last one applies
+_requested: tuple[str, bool | None] = (INITIAL_IMPLEMENTATION, None)
+# active contexts of `use` in all threads; the last one applies
+_open_contexts: dict[object, tuple[str, bool | None]] = {}
 _REQUEST_LOCK = threading.Lock()
 
 
 def requested_implementation() -> str:
     """Return the name of the implementation that the user requested, or "auto"."""
-    return _requested
+    return _requested[0]
 
 
-def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> None:
+def requested_router_kernels() -> bool | None:
+    """Return whether the user requests kernels for routers and queues, or None for the device's default."""
+    implementation, router_kernels = _requested
+    return True if router_kernels is None and implementation == "triton" else router_kernels
+
+
+def update_requests(opened: Mapping[object, tuple[str, bool | None]], closed: Sequence[object]) -> None:
     """Register contexts of `use` when they are entered, and remove them when they exit. Contexts in different threads
     may exit in any order."""
     global _requested
@@ -41,7 +48,7 @@ def update_requests(opened: Mapping[object, str], closed: Sequence[object]) -> N
         _open_contexts.update(opened)
         for context in closed:
             del _open_contexts[context]
-        _requested = next(reversed(_open_contexts.values()), INITIAL_IMPLEMENTATION)
+        _requested = next(reversed(_open_contexts.values()), (INITIAL_IMPLEMENTATION, None))
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,21 @@
-"""What runs in the process of fake CUDA: the layer on 'cuda', where a wrong device and a host sync raise.
+"""Checks that run in the process of fake CUDA, where a wrong device or a host sync raises an error.
 
-Axes: b sequences, n tokens of one, d model dim, e experts, k choices.
+Axes: b sequences, n tokens per sequence, d model dim, e experts, k choices.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -26,12 +27,14 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
     ops,
+    quantize,
 )
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.gating import top2_by_kernel
-from mixture_of_experts.kernels import launching
+from mixture_of_experts.kernels import check_process, launching
 from mixture_of_experts.ops import grouped as grouped_way
 from mixture_of_experts.ops.network import Call
+from mixture_of_experts.quantize import output_width, quantize_experts, rows_by_packed
 from mixture_of_experts.stats import track_routing
 from support.fake_cuda import set_card
 from support.fake_cuda_counts import LAUNCHES, Ledger, count_call
@@ -68,7 +71,7 @@ EXPERTS: dict[str, Callable[..., nn.Module]] = {
 
 @contextmanager
 def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """Where a GPU is at hand, and modules are made in `dtype` (fake parameters cannot be cast afterwards)."""
+    """Provide a GPU, and create modules in `dtype`, because fake parameters cannot be cast afterwards."""
     before = torch.get_default_dtype()
     with set_card(capability), FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         # what `torch.autocast("cuda", torch.bfloat16)` asks, which a recomputation enters
@@ -84,14 +87,24 @@ def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterat
 
 @contextmanager
 def run_on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """The same where tensors are made on the GPU, if nothing else is said."""
+    """Do the same, and create tensors on the GPU by default."""
     with fake_gpu(dtype, capability), torch.device("cuda"):
         yield
 
 
 @contextmanager
+def declare_families() -> Iterator[None]:
+    """Declare the kernels as the default on the cards where we expect them to be fastest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "DEFAULT_FAMILIES", ((8, 0), (8, 6), (12, 0)))  # their grouped product is a loop
+        patch.setattr(launching, "DECODING_FAMILIES", ((9, 0), (10, 0)))
+        patch.setattr(launching, "ROUTER_FAMILIES", ((8, 0), (8, 6), (9, 0), (10, 0), (12, 0)))
+        yield
+
+
+@contextmanager
 def enable_autocast() -> Iterator[None]:
-    """`torch.autocast("cuda", torch.bfloat16)`, which asks whether there is a GPU."""
+    """Do the same as `torch.autocast("cuda", torch.bfloat16)`, which would require a GPU."""
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     try:
@@ -124,9 +137,10 @@ def check_layer(
     masked: bool = False,
     autocast: bool = False,
     capability: tuple[int, int] = (9, 0),
+    declared: bool = False,
 ) -> None:
-    """Forward and backward, training and not: everything is on the GPU and of the right dtype, nothing waits for it."""
-    with run_on_gpu(DTYPES[dtype], capability):
+    """Forward and backward in both modes compute on the GPU, in the right dtype, without a host sync."""
+    with run_on_gpu(DTYPES[dtype], capability), declare_families() if declared else nullcontext():
         layer = make_layer(router, experts, capacity)
         for training in (True, False):
             layer.train(training)
@@ -135,7 +149,7 @@ def check_layer(
 
 
 def call_layer(layer: nn.Module, x: Tensor, masked: bool, autocast: bool) -> tuple[Tensor, Tensor]:
-    """What a layer makes, which has to be where its tokens are, wherever else it would be."""
+    """Return the results of a layer, which must be on the device of its tokens, whatever the default device is."""
     mask = torch.empty(x.shape[:-1], dtype=torch.bool) if masked else None
     with torch.device("cpu"), enable_autocast() if autocast else nullcontext():
         out, aux_loss = layer(x, mask=mask)
@@ -158,7 +172,7 @@ def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: boo
 
 @torch.no_grad()
 def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
-    """A few tokens in eval, of many sequences or of one."""
+    """Compute a few tokens in eval mode, of many sequences and of one."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
         for shape in ((2, 1), (1, 20)):
@@ -166,7 +180,7 @@ def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast:
 
 
 def check_statistics() -> None:
-    """Recording what a gate does waits for nothing; reading it does, and that is seen here."""
+    """Recording statistics of a gate does not wait for the GPU. Reading them would raise an error here."""
     with run_on_gpu(torch.bfloat16):
         layer = make_moe("top 3", "gated", 1.0)
         with track_routing(layer) as stats:
@@ -176,7 +190,7 @@ def check_statistics() -> None:
 
 
 def check_sync_is_seen() -> None:
-    """The tools see what they are for: numbers that are read, a shape that depends on them, two devices."""
+    """Reading values, shapes that depend on values, and mixed devices raise errors."""
     with run_on_gpu(torch.float32):
         x = torch.empty(4)
         wrong = {
@@ -191,8 +205,8 @@ def check_sync_is_seen() -> None:
 
 
 def check_implementation(dtype: str, capability: tuple[int, int], implementation: str, reasons: dict[str, str]) -> None:
-    """The way that is taken unasked on a card, and what is said of faster ones."""
-    with run_on_gpu(DTYPES[dtype], capability):
+    """On a card whose family is declared, "auto" selects this implementation, with these reasons against others."""
+    with run_on_gpu(DTYPES[dtype], capability), declare_families():
         described = ops.explain_call(make_moe("top 3", "gated", None), torch.empty(1, 8, DIM, dtype=DTYPES[dtype]))
     assert described.implementation == implementation
     for name, reason in reasons.items():
@@ -200,7 +214,7 @@ def check_implementation(dtype: str, capability: tuple[int, int], implementation
 
 
 def check_amd_gpu(arch: str, asked: bool, implementation: str) -> None:
-    """The way that is taken on a GPU of AMD, and what is said of faster ones."""
+    """Check which implementation an AMD GPU uses, and the reasons against faster ones."""
     with run_on_gpu(torch.bfloat16), set_card((9, 4), arch + ":sramecc+:xnack-"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.version, "hip", "7.0")
         patch.setattr(grouped_way, "IS_AMD_GROUPED_GEMM_ENABLED", asked)
@@ -213,8 +227,8 @@ def check_amd_gpu(arch: str, asked: bool, implementation: str) -> None:
 
 
 def check_other_device(device: str) -> None:
-    """On Intel's and Apple's GPUs the batched way computes; only forwards, as a process has gradients on one kind of
-    device."""
+    """Intel's and Apple's GPUs use `batched`. Only forwards are checked, because a process supports gradients on one
+    kind of device."""
     with fake_gpu(torch.bfloat16), torch.device(device):
         for router in (*ROUTERS, "two levels"):
             layer, x = make_layer(router, "gated", 1.0), torch.empty(2, 40, DIM)
@@ -229,15 +243,16 @@ def check_other_device(device: str) -> None:
 
 
 def check_family(capability: tuple[int, int], served: bool) -> None:
-    """Whether kernels of gates and of experts serve a card: the same is true of both."""
+    """Check that the kernels of gates and those of experts support the same cards."""
     with run_on_gpu(torch.bfloat16, capability):
-        assert launching.can_launch_kernels(torch.device("cuda")) == served
+        with declare_families():
+            assert launching.can_launch_kernels(torch.device("cuda")) == served
         with ops.use("triton"), nullcontext() if served else pytest.raises(ValueError, match="kernels do not support"):
             make_moe("top 3", "gated", None)(torch.empty(1, 8, DIM))
 
 
 def check_capturing() -> None:
-    """Whether a graph is captured is asked of the device of the call, not of the current one."""
+    """The device of the call, not the current one, determines whether a graph is being captured."""
     current = [0]
 
     @contextmanager
@@ -249,18 +264,19 @@ def check_capturing() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device", on)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
-        patch.setattr(launching, "isolate_from_modes", nullcontext)
+        patch.setattr(check_process, "run_in_process", lambda *_: check_process.Verdict(None))
+        patch.setenv("MIXTURE_OF_EXPERTS_CACHE", "")
         check = launching.SelfCheck("some kernels")
         with pytest.warns(UserWarning, match="without some kernels, because they have not been checked"):
             assert check.failure_reason(torch.device("cuda", 1), "kind", lambda: None) is not None
         current[0] = 1
         assert check.failure_reason(torch.device("cuda", 0), "kind", lambda: None) is None
-        assert check.verdicts == {"kind": None}
+        assert check.verdicts == {(torch.device("cuda", 0), "kind"): None}
 
 
 def check_entries(capability: tuple[int, int]) -> int:
-    """The self-check judges the entry of the schedule that is launched, and as many choices; returns how many entries
-    calls of many shapes took."""
+    """The self-check uses the entry of the schedule and the number of choices of the launched call. Return the number
+    of entries that calls of many shapes use."""
     from mixture_of_experts.ops import triton
     from mixture_of_experts.ops.triton import operators, schedule, self_check
 
@@ -302,7 +318,7 @@ def check_entries(capability: tuple[int, int]) -> int:
 
 @contextmanager
 def collect_entries() -> Iterator[set[str]]:
-    """The programs of the kernels that are launched."""
+    """Yield the programs of the launched kernels."""
     from support.triton_machine_code import build_program, describe_argument
 
     programs = set()
@@ -318,8 +334,8 @@ def collect_entries() -> Iterator[set[str]]:
 
 
 def check_programs_of_operands() -> None:
-    """Calls of one kind launch the programs that its self-check judges: wherever operands lie, whatever numbers row
-    weights are, and for any number of experts and blocks."""
+    """Calls of one kind launch the programs that the self-check has checked, for any alignment of operands, dtype of
+    row weights, and number of experts and blocks."""
     from mixture_of_experts.ops.triton import self_check
     from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 
@@ -352,9 +368,9 @@ def check_programs_of_operands() -> None:
 
 
 def check_prepared(training: bool) -> None:
-    """After `ops.prepare` calls of the prepared shapes launch no program that was not launched then."""
+    """After `ops.prepare`, calls with the prepared shapes launch no new programs."""
     sequences, tokens = ([8], [16, 1024]) if training else ([1, 64], [1])
-    with run_on_gpu(torch.bfloat16, (8, 0)), warnings.catch_warnings():
+    with run_on_gpu(torch.bfloat16, (8, 0)), declare_families(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
         for layer in (MoE(512, 16), MoE(64, 8, gate=TopKGating(64, 8, 3), experts=GatedExperts(64, 8, 96))):
             layer.train(training)
@@ -371,23 +387,66 @@ def check_prepared(training: bool) -> None:
                 assert found <= prepared, (shape, found - prepared)
 
 
+def check_defaults(capability: tuple[int, int], declared: bool) -> Counter[str]:
+    """Count the launches of kernels in calls that request nothing, in training and in decoding."""
+    context = declare_families() if declared else nullcontext()
+    with run_on_gpu(torch.bfloat16, capability), context, Ledger() as ledger, ledger.count_kernels():
+        for layer in (MoE(512, 16), make_moe("top 3", "gated", None), make_moe("top 3", "gated", 1.0)):
+            for training, tokens in ((True, 256), (False, 1)):
+                layer.train(training)
+                x = torch.empty(4, tokens, layer.dim, requires_grad=training)
+                with torch.set_grad_enabled(training), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", ".* received one token per sequence in eval")
+                    layer(x)
+    return Counter({name: count for name, count in ledger.launches.items() if "::" not in name and "." not in name})
+
+
+def count_waits_of_quantized_experts(router: str, experts: str, bits: Literal[8, 4]) -> tuple[int, int]:
+    """Count the products of packed weights in a forward and in its backward, each of which waits for the host once.
+
+    Nothing else waits, because fake tensors raise an error.
+    """
+    dims = (2, 4) if router == "two levels" else 8
+    stored = nn.ModuleDict({"experts": EXPERTS[experts](dims).requires_grad_(False)})
+    packed: Any = quantize_experts(stored, bits, group=32)["experts"]
+    waits: list[str] = []
+
+    def multiply(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, counts: Tensor, back: bool) -> Tensor:
+        with pytest.raises(DataDependentOutputException):
+            rows_by_packed._init_fn(x, packed, groups, scale, counts, back)
+        waits.append("backward" if back else "forward")
+        return x.new_empty(x.shape[0], output_width(packed, scale, back))
+
+    with run_on_gpu(torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "rows_by_packed", multiply)
+        layer = make_layer(router, experts, 1.25 if router == "top 3" else None)
+        layer.experts = packed
+        for name, buffer in packed.named_buffers():
+            packed._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for training in (False, True):
+            waits.clear()
+            out, aux_loss = layer.train(training)(torch.empty(2, 40, DIM, requires_grad=True))
+        (out.float().square().mean() + aux_loss).backward()
+    return waits.count("forward"), waits.count("backward")
+
+
 @torch.no_grad()
 def check_decoding_implementation(dtype: str, capability: tuple[int, int], tokens: int, implementation: str) -> None:
-    with run_on_gpu(DTYPES[dtype], capability):
+    with run_on_gpu(DTYPES[dtype], capability), declare_families():
         layer = make_moe("top 3", "gated", None).eval()
         assert ops.explain_call(layer, torch.empty(tokens, 1, DIM)).implementation == implementation
         assert ops.explain_call(layer.train(), torch.empty(tokens, 1, DIM)).implementation != "triton"
 
 
 def check_graph_of_decoding(capability: tuple[int, int]) -> None:
-    """A compiled layer decodes in one graph, whose experts are one operator."""
+    """A compiled layer decodes in one graph, in which the experts are a single operator."""
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 
-    with fake_gpu(torch.bfloat16, capability), torch.no_grad():
+    with fake_gpu(torch.bfloat16, capability), declare_families(), torch.no_grad():
         with torch.device("cuda"):
             layer, x = make_moe("top 3", "gated", None).eval(), torch.empty(4, 1, DIM)
         out, _ = compile_fullgraph(layer, backend)(x)
@@ -405,7 +464,7 @@ def check_many_experts(number: int, implementation: str) -> None:
 
 @contextmanager
 def kernels_of_cuda() -> Iterator[None]:
-    """Where torch is told of kernels that it has on CUDA: without them it would trace what else they are made of."""
+    """Register kernels that torch has on CUDA; without them, tracing would decompose their operators."""
 
     def never(*_):
         raise AssertionError("there is no kernel: tensors are fake")
@@ -417,7 +476,7 @@ def kernels_of_cuda() -> Iterator[None]:
 
 
 def compile_fullgraph(model: nn.Module, backend: Any = "aot_eager") -> Any:
-    """The model compiled without breaks, up to what Inductor would make of it, which runs operators."""
+    """Compile a model without graph breaks, up to what Inductor would receive, and run its operators."""
     # torch's own, of every autograd function that it traces
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     torch._dynamo.reset()
@@ -425,7 +484,7 @@ def compile_fullgraph(model: nn.Module, backend: Any = "aot_eager") -> Any:
 
 
 def check_compiled(implementation: str, router: str, capacity: float | None, dtype: str) -> None:
-    """A layer is one graph, forward and backward; "many experts" compute their scores anew."""
+    """A layer is one graph, forward and backward; "many experts" recompute their scores."""
     with ops.use(implementation), fake_gpu(DTYPES[dtype], CARD[implementation]), kernels_of_cuda():
         with torch.device("cuda"):
             x = torch.empty(2, 40, DIM, requires_grad=True)
@@ -440,7 +499,7 @@ def check_compiled(implementation: str, router: str, capacity: float | None, dty
 
 
 def check_forced(implementation: str, experts: str, capacity: float | None, dtype: str) -> None:
-    """A way that is asked for, on every router; kernels compute token choice."""
+    """A requested implementation computes all routers; kernels support token choice."""
     with ops.use(implementation):
         for router in sorted({*ROUTERS, "two levels"} - ({"expert choice"} if implementation == "triton" else set())):
             check_layer(router, experts, capacity, dtype, masked=True)
@@ -459,10 +518,16 @@ SIZES = {
 CARD = {"grouped": (9, 0), "triton": (9, 0), "batched": (8, 0), "plain": (8, 0)}
 
 
+def use_documented(implementation: str) -> AbstractContextManager[None]:
+    """Use an implementation as in the documentation's table of costs: kernels for all parts, or for none."""
+    return ops.use(implementation, router_kernels=implementation == "triton")
+
+
 def measure_costs(implementation: str, size: str = "small") -> dict[str, float]:
-    """Launches, gigabytes moved by forward and backward, and what is kept by what x and pre-activations are."""
+    """Return launches, gigabytes moved by forward and backward, and memory kept, divided by that of x and
+    pre-activations."""
     tokens, dim, hidden, experts, choices = SIZES.get(f"{size}, {implementation}", SIZES[size])
-    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), use_documented(implementation):
         layer = MoE(dim, gate=TopKGating(dim, experts, choices), experts=GatedExperts(dim, experts, hidden))
         x = torch.empty(1, tokens, dim, requires_grad=True)
         counts = count_call(lambda: layer(x), [x, *layer.parameters()])
@@ -476,9 +541,9 @@ def measure_costs(implementation: str, size: str = "small") -> dict[str, float]:
 
 
 def measure_costs_with_capacity(implementation: str) -> dict[str, float]:
-    """Of layers as they are by default, with a capacity, in training: launches of two levels; and what one level keeps,
-    by what x and the pre-activations of all slots are."""
-    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
+    """Return the costs of layers with their default capacity in training: launches of two levels, and memory kept by
+    one level, divided by that of x and the pre-activations of all slots."""
+    with run_on_gpu(torch.bfloat16, CARD[implementation]), use_documented(implementation):
         x = torch.empty(4, 1024, 512, requires_grad=True)
         layer, grid = MoE(512, 16), HeirarchicalMoE(512, (4, 4))
         one, two = (count_call(lambda layer=layer: layer(x), [x, *layer.parameters()]) for layer in (layer, grid))
@@ -491,9 +556,10 @@ def measure_costs_with_capacity(implementation: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def count_decoding_launches(implementation: str, tokens: int = 64) -> int:
-    """Launches of a layer of 128 experts, 8 of them chosen, on tokens of as many sequences in eval."""
-    with run_on_gpu(torch.bfloat16, CARD[implementation]), ops.use(implementation):
+def count_decoding_launches(implementation: str, tokens: int = 64, router_kernels: bool | None = None) -> int:
+    """Count the launches of a layer with 128 experts and 8 choices in eval mode, for one token per sequence."""
+    card = CARD.get(implementation, (9, 0))
+    with run_on_gpu(torch.bfloat16, card), ops.use(implementation, router_kernels=router_kernels):
         layer = MoE(2048, gate=TopKGating(2048, 128, 8), experts=GatedExperts(2048, 128, 768)).eval()
         x = torch.empty(tokens, 1, 2048)
         with Ledger() as ledger, ledger.count_kernels():
@@ -502,8 +568,8 @@ def count_decoding_launches(implementation: str, tokens: int = 64) -> int:
 
 
 def count_lora_launches(implementation: str) -> tuple[str, int, int]:
-    """Of a layer with low-rank parts of three weights, in training: the way, and how many launches more than the frozen
-    layer forward and backward are, each."""
+    """For a layer with low-rank factors on three weights in training, return the implementation, and how many more
+    launches than the frozen layer the forward and the backward have."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other
     from mixture_of_experts.huggingface.lora.wrapper import AdaptedFFN
 
@@ -530,8 +596,9 @@ def count_lora_launches(implementation: str) -> tuple[str, int, int]:
 
 
 def count_two_choice_launches(outer: int) -> tuple[int, int]:
-    """Launches of what `Top2Gating` decides in training, product and losses included: forward, and backward."""
-    with run_on_gpu(torch.bfloat16):
+    """Count the launches of the decision of `Top2Gating` in training, including product and losses: forward, and
+    backward."""
+    with run_on_gpu(torch.bfloat16), ops.use("triton"):
         gate, shape = Top2Gating(512, 16, outer_expert_dims=outer or ()), (outer, 4, 1024) if outer else (4, 1024)
         x = torch.empty(*shape, 512, requires_grad=True)
         tokens = gate.read(x, importance=torch.empty(shape) if outer else None)
@@ -546,7 +613,8 @@ def count_two_choice_launches(outer: int) -> tuple[int, int]:
 
 
 def measure_kept_scores(router: str, autocast: bool) -> float:
-    """What a gate of many experts keeps beside its tokens, in units of a float32 for each token and expert."""
+    """Return the memory that a gate with many experts keeps in addition to its tokens, in units of one float32 per
+    token and expert."""
     tokens, dim, experts = 1024, 256, 512
     gates: dict[str, Callable[[], nn.Module]] = {
         "top 2": lambda: Top2Gating(dim, experts),
@@ -567,7 +635,7 @@ def measure_kept_scores(router: str, autocast: bool) -> float:
 
 
 def check_training(model: nn.Module, windows: Tensor, loss_of: Callable[..., Tensor]) -> None:
-    """Under autocast a model has gradients of a loss, of what it returns, for all its parameters."""
+    """Under autocast, all parameters of a model receive gradients of a loss."""
     with enable_autocast(), kernels_of_cuda():
         returned = model(windows)
     with kernels_of_cuda():
@@ -576,7 +644,7 @@ def check_training(model: nn.Module, windows: Tensor, loss_of: Callable[..., Ten
 
 
 def check_billion_example(code: str) -> int:
-    """The README's layer of a billion parameters, at its real size; returns how many it has."""
+    """Run the README's layer of a billion parameters at its real size, and return its number of parameters."""
     code = code.replace(".cuda()", "")  # it is made there: fake parameters cannot be moved
     names: dict[str, Any] = {}
     with run_on_gpu(torch.float32):
@@ -588,9 +656,9 @@ def check_billion_example(code: str) -> int:
 
 
 def check_example(compiled: bool) -> None:
-    """The model of experiments/train_lm.py as `--device cuda --dtype bfloat16` trains it, up to the numbers it prints.
+    """Run the model of experiments/train_lm.py as `--device cuda --dtype bfloat16` trains it, except for printing.
 
-    With `--compile` it is one graph, forward and backward, up to what Inductor would make of it.
+    With `--compile`, it is one graph, forward and backward, up to what Inductor would receive.
     """
     from experiments.language_model.model import ByteLM
     from experiments.language_model.routers import ROUTERS
@@ -613,7 +681,7 @@ def check_example(compiled: bool) -> None:
 
 
 def check_example_for_gpus() -> None:
-    """The mixture of examples/train_gpu.py on a GPU is one graph, forward and backward."""
+    """The mixture of examples/train_gpu.py is one graph on a GPU, forward and backward."""
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))

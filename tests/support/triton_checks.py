@@ -1,4 +1,4 @@
-"""What runs in the process of Triton's interpreter: the kernels against the obvious network in float64.
+"""Checks that run in the process of Triton's interpreter: the kernels compared with a plain network in float64.
 
 Axes: t tokens, k choices, r rows, e experts, d model dim, h hidden dim, o output dim.
 """
@@ -9,6 +9,7 @@ import itertools
 import math
 import mmap
 import warnings
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,8 +38,8 @@ from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slot
 from mixture_of_experts.gating import Choices, recomputing, top2_by_kernel, topk_by_kernel
 from mixture_of_experts.gating.levels import dispatch_to_inner_gate, join_levels
 from mixture_of_experts.gating.logits import RouterLogits
+from mixture_of_experts.kernels import check_process, launching, queueing, top_2, top_k
 from mixture_of_experts.kernels import ffn as kernels
-from mixture_of_experts.kernels import launching, queueing, top_2, top_k
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU
 from mixture_of_experts.ops.network import Network
@@ -53,12 +54,14 @@ from mixture_of_experts.ops.triton.row_permutation import (
 )
 from mixture_of_experts.ops.triton.schedule import BlockSizes, WeightBlockSizes
 from support import isolation
+from support.checks_in_this_process import run_here
 from support.triton_memory import watch_memory
 
 autograd.select_tables_to_save = Permutation.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
 compute = partial(autograd.run_differentiable, triton_forward, triton_backward)
 
 #: of clamped ones with a limit that many pre-activations pass
+run_in_process, check_process.run_in_process = check_process.run_in_process, run_here
 ACTIVATIONS = self_check.KERNEL_ACTIVATIONS | {"clamped": lambda: ClampedSwiGLU(1.702, 1.0)}
 #: relative norms of the errors; the interpreter truncates to bfloat16 where hardware rounds
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
@@ -66,9 +69,9 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 
 @torch.no_grad()
 def build_permutation(routing: str, t: int, d: int, e: int, k: int) -> Permutation:
-    """Rows without gaps of tokens that some gate routed; some experts are empty, one has much.
+    """Return rows without gaps for the choices of a gate. Some experts have no rows, and one has many.
 
-    With "zeros" some choices that hold a row have a weight of 0, so that it is nobody's.
+    With "zeros", some choices that occupy a row have weight 0, so that the row is unused.
     """
     x = torch.randn(1, t, d)
     routing, _, zeros = routing.partition(", ")
@@ -99,7 +102,8 @@ def add_unused_rows(permutation: Permutation, wanted: bool) -> Permutation:
 def make_network(
     layout: str, activation: str, e: int, d: int, h: int, o: int, *, bias: bool = False, transposed: bool = False
 ) -> Network:
-    """Of unit scale: every output is about as large as the inputs. `transposed`: stored `(e, h, d)`, `(e, o, h)`."""
+    """Return a network of unit scale, whose outputs are about as large as its inputs. `transposed` weights are stored
+    as `(e, h, d)` and `(e, o, h)`."""
 
     def draw(p: int, q: int) -> Tensor:
         weight = torch.randn(e, q, p).mT if transposed else torch.randn(e, p, q)
@@ -113,7 +117,7 @@ def make_network(
 
 
 def compute_reference(x: Tensor, where: Permutation, network: Network) -> Tensor:
-    """The network, one expert after the other."""
+    """Compute the network one expert at a time."""
     assert where.rows_per_expert is not None
     out, start = x.new_zeros(x.shape[0], network.w_out.shape[-1]), 0
     for expert, count in enumerate(where.rows_per_expert.tolist()):
@@ -128,7 +132,7 @@ def compute_reference(x: Tensor, where: Permutation, network: Network) -> Tensor
 
 
 def relative_error(value: Tensor, wanted: Tensor) -> float:
-    """Norm of the error by the norm of what is wanted (an error of 0 is 0 also beside zeros)."""
+    """Return the norm of the error divided by the norm of the wanted values; no error is 0 even if these are zeros."""
     error = (value.double() - wanted).norm()
     return float(error / wanted.norm()) if error else 0.0
 
@@ -144,7 +148,7 @@ def check_values(
     dtype: torch.dtype = torch.float32,
     kind: str | None = None,
 ) -> None:
-    """Outputs and all gradients. `sizes`: t, d, h, o, e, k; `kind`: of the schedule's entries, not the small ones."""
+    """Compare outputs and all gradients. `sizes` are t, d, h, o, e, k; `kind` selects entries of a card's schedule."""
     torch.manual_seed(0)
     t, d, h, o, e, k = sizes
     where = build_permutation(routing, t, d, e, k)
@@ -169,7 +173,7 @@ def check_values(
 def compute_with_gradients(
     function: Any, x: Tensor, where: Permutation, network: Network, grad: Tensor
 ) -> dict[str, Tensor]:
-    """The output, and the gradients of all there is, by name."""
+    """Return the output and all gradients by name."""
     x, weight = x.detach().requires_grad_(), where.weight.detach().requires_grad_()
     network = network.map(lambda w: w.detach().requires_grad_())
     out = function(x, where._replace(weight=weight), network)
@@ -178,7 +182,7 @@ def compute_with_gradients(
 
 
 def check_tiles(e: int, height: int) -> None:
-    """The table of tiles, for counts with empty and overfull experts."""
+    """Check the table of tiles for counts with empty and overfull experts."""
     torch.manual_seed(e)
     counts = torch.randint(0, 3 * height, (e,)) * (torch.rand(e) < 0.6)
     rows = int(counts.sum()) + 5
@@ -204,6 +208,8 @@ def check_first_hour() -> None:
         for module, name, value in (
             (self_check, "MIN_ROWS", 48),
             (self_check, "MIN_DIM", 16),
+            (self_check, "TILES_PER_PROGRAM", 1),
+            (operators, "TILES_PER_PROGRAM", 1),
             (gpu_tasks, "DTYPES", (torch.bfloat16,)),
             (gpu_tasks, "MEANS", (4, 8)),
             (gpu_tasks, "ASSIGNMENTS", (8,)),
@@ -257,7 +263,7 @@ KERNELS = [
 
 
 def inject_fault(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]) -> None:
-    """Put a fault into what a launch has written."""
+    """Change what a launch has written."""
     out = next(arguments[key] for key in ("out", "grad_pre", "tiles", "row") if arguments.get(key) is not None)
     if fault == "slightly":
         out.mul_(1.2) if out.is_floating_point() else (out[:, 2] if out.ndim == 2 else out).sub_(1).clamp_(min=0)
@@ -291,8 +297,8 @@ def inject_fault(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]
 
 
 def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: int) -> None:
-    """Kernels that are right pass, with every entry of the schedule. Each that is planted wrong or raises is seen, and
-    off is the way for the process, but for what was found right. A lack of memory is asked for once."""
+    """Right kernels pass with all entries of the schedule. Each planted fault or error is detected and disables the
+    implementation for the process, except for kinds that passed. A lack of memory is a verdict for one kind."""
     form, entries = NetworkSpec(layout, activation, 1.702, 7.0), schedule.INTERPRETER_SCHEDULES
     kind = self_check.CallKind(
         torch.device("cpu"), dtype, form, (True, True), (False, True), (0, 0, 16), choices, False
@@ -319,6 +325,8 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_check, "MIN_ROWS", 48)
         patch.setattr(self_check, "MIN_DIM", 32)
+        for module in (self_check, operators):
+            patch.setattr(module, "TILES_PER_PROGRAM", 1)
         patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
         assert judge(0) is None
         assert judge(1) is None
@@ -330,7 +338,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             *(("row_grads", fault) for fault in ("raises", "now and then")),
             *itertools.product(LEFT_OPERANDS, hardware),
         ):
-            patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {(kind, entries[1]): None})
+            patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {(kind.device, (*kind[1:], entries[1])): None})
             times[0] = 0
             patch.setattr(operators, "launch_kernel", planted(name, fault))
             with pytest.warns(UserWarning, match="disabled in this process"):
@@ -341,7 +349,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             patch.setattr(operators, "launch_kernel", launch)
             assert judge(0) == wrong  # nothing is asked again
             assert judge(1) is None  # what was right serves on: a recomputation takes the way of its forward
-            self_check.EXPERTS_SELF_CHECK.verdicts.pop((kind, entries[1]))
+            self_check.EXPERTS_SELF_CHECK.verdicts.pop((kind.device, (*kind[1:], entries[1])))
             assert judge(1) == wrong
         patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
         patch.setattr(operators, "launch_kernel", planted("row_grads", "memory"))
@@ -363,7 +371,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
 
 
 def check_far_pointers(kind: self_check.CallKind) -> None:
-    """Kernels read weights, and write gradients of them, beyond what int32 can index, as they do elsewhere."""
+    """Kernels read weights and write their gradients correctly where int32 cannot index them."""
     entries = schedule.INTERPRETER_SCHEDULES
     near = self_check.make_call(kind, *self_check.find_call_size(entries, entries[1]))
     weights = [copy_to_far_memory(weight) for weight in (*near.network.w_in, near.network.w_out)]
@@ -380,17 +388,72 @@ def check_far_pointers(kind: self_check.CallKind) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
 
 
+def count_tiles(kind: self_check.CallKind, rows: int, experts: int, height: int) -> int:
+    """Count the tiles that a generated call needs, without its weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_check, "MIN_DIM", 16)
+        call = self_check.make_call(kind._replace(spec=NetworkSpec("plain", "silu")), rows, experts)
+    counts = call.assignments.expert[call.assignments.kept].bincount(minlength=experts)
+    return int((-(-counts // height)).sum())
+
+
+FAR_OUTPUTS = {"grouped_matmul_kernel": "out", "hidden_grads": "grad_pre", "row_grads": "out", "weight_grads": "out"}
+
+
+def check_far_self_check(layout: str) -> None:
+    """Faults planted beyond a number of elements are detected by the far check only."""
+    bound, entries = 1 << 13, schedule.INTERPRETER_SCHEDULES
+    near = self_check.CallKind(
+        torch.device("cpu"),
+        torch.float32,
+        NetworkSpec(layout, "silu"),
+        (True, True),
+        (False, True),
+        (0, 0, 16),
+        2,
+        False,
+    )
+    launch, lost = operators.launch_kernel, [0]
+
+    def forget_far_elements(names: Collection[str], kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        launch(kernel, grid, **arguments)
+        if (name := kernel.fn.__name__) in names and (output := arguments[FAR_OUTPUTS[name]]) is not None:
+            elements = output.untyped_storage().nbytes() // output.itemsize
+            far = output.detach().as_strided((elements,), (1,), 0)[bound:]
+            lost[0] += len(far)
+            far.zero_()
+
+    def judge(kind: self_check.CallKind, *names: str) -> str | None:
+        lost[0] = 0
+        patch.setattr(operators, "launch_kernel", partial(forget_far_elements, names))
+        return self_check.find_fault(kind, entries, entries[1], torch.backends.cuda.matmul.fp32_precision)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (self_check, operators):
+            patch.setattr(module, "TILES_PER_PROGRAM", 2)
+        for name, value in dict(MIN_ROWS=96, MIN_DIM=32, INT32_ELEMENTS=bound, NUM_REPEATS=1).items():
+            patch.setattr(self_check, name, value)
+        far = near._replace(far=True)
+        assert judge(near, *FAR_OUTPUTS) is None
+        assert lost == [0]
+        assert judge(far) is None
+        assert judge(far._replace(decoding=True)) is None
+        for name in FAR_OUTPUTS:
+            assert "differs from the batched" in str(judge(far, name)), name
+            assert lost[0] > 0
+
+
 def copy_to_far_memory(tensor: Tensor) -> Tensor:
-    """A copy of `(e, ., .)` whose last matrix lies where int32 cannot index it."""
+    """Return a copy of `(e, ., .)` whose last matrix is where int32 cannot index it."""
     between = -(-(1 << 31) // (len(tensor) - 1) // 64) * 64
     memory = make_untouched_rows(between * (len(tensor) - 1) + tensor[0].numel(), tensor.dtype)
     return memory.as_strided(tensor.shape, (between, *tensor.stride()[1:])).copy_(tensor)
 
 
 def check_lengths_of_the_self_check() -> None:
-    """Low tiles are what they are taken for. With every entry of every card the check's sums take more steps than there
-    are buffers. A vector of 16 bytes is seen in rows of its size, where the norm of the whole tensor hides 96 numbers.
-    """
+    """With all entries of all cards, the sums of the self-check have more steps than there are buffers, and several
+    programs write the table of tiles. A wrong vector of 16 bytes is detected by the norms of rows, while the norm of
+    the whole tensor hides 96 wrong values."""
     tables = [*schedule.HALF_SCHEDULES.values(), *schedule.FLOAT32_SCHEDULES.values()]
     for entries in schedule.HALF_SCHEDULES.values():
         assert all(schedule.find_schedule(entries, mean).rows <= 32 for mean in range(schedule.MAX_LOW_MEAN_ROWS + 1))
@@ -398,6 +461,8 @@ def check_lengths_of_the_self_check() -> None:
         rows, experts = self_check.find_call_size(entries, entry)
         assert schedule.find_schedule(entries, rows // experts) is entry
         assert experts >= 3
+        kind = self_check.CallKind(torch.device("cpu"), torch.bfloat16, None, *3 * [(0,) * 3], 2, False)
+        assert count_tiles(kind, rows, experts, entry.rows) > schedule.TILES_PER_PROGRAM
         for blocks in entry[2:]:
             length = (
                 self_check.MIN_ROWS * self_check.BUSIEST_EXPERT_SHARE
@@ -420,20 +485,20 @@ def check_lengths_of_the_self_check() -> None:
 
 
 def check_memory(*args: Any, **options: Any) -> None:
-    """The same as `check_values`, every access to memory checked."""
+    """Do the same as `check_values`, and check all accesses to memory."""
     with watch_memory(operators):
         check_values(*args, **options)
 
 
 @triton.jit
 def kernel_with_fault(x, out, READ_AT: tl.constexpr, WRITE_AT: tl.constexpr, STEP: tl.constexpr):
-    """Copies 16 numbers in two programs, right with 0, 0 and 8."""
+    """Copies 16 numbers in two programs, correctly with 0, 0 and 8."""
     line = tl.program_id(0) * STEP + tl.arange(0, 8)
     tl.store(out + line + WRITE_AT, tl.load(x + line + READ_AT))
 
 
 def check_faults() -> None:
-    """Faults of memory that are planted are seen."""
+    """Planted faults of memory accesses are detected."""
     x, out, column = torch.randn(16), torch.empty(16), torch.randn(16, 2)[:, 0]
 
     def launch(x: Tensor, out: Tensor, read_at: int, write_at: int, step: int) -> None:
@@ -460,8 +525,8 @@ def check_faults() -> None:
 
 @torch.no_grad()
 def check_permutation(e: int, groups: int, routing: str) -> None:
-    """The kernel's permutation is that of torch's operators; a row of a weight of 0, which holds its slot, has a token
-    too."""
+    """The kernel's permutation equals that of torch's operators, and rows with weight 0 that occupy a slot have a
+    token."""
     torch.manual_seed(e)
     k = min(3, e)
     gate = TopKGating(8, e, k, capacity_factor_train=0.7 if "capacity" in routing else None, priority="choice")
@@ -505,7 +570,7 @@ def check_permutation(e: int, groups: int, routing: str) -> None:
 
 
 def decide_twice(outer: Top2Gating, inner: Top2Gating, mask: Tensor | None = None) -> tuple[Permutation, Any]:
-    """The slots of level one, and the assignments of two levels."""
+    """Return the slots of level one, and the assignments of two levels."""
     groups = torch.randn(2, 45, 8)
     decided = outer(groups, mask=mask)
     slots = permute_to_slots(join_groups(decided, in_slots=True))
@@ -513,7 +578,7 @@ def decide_twice(outer: Top2Gating, inner: Top2Gating, mask: Tensor | None = Non
 
 
 def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
-    """As of one level; assignments without a slot at level one have no row, and every row a token."""
+    """Assignments without a slot at level one have no row, and all rows have a token."""
     torch.manual_seed(0)
     factors = dict(capacity_factor_train=0.7 if limited else None, second_policy_train="all")
     outer, inner = Top2Gating(8, 3, **factors), Top2Gating(8, 5, outer_expert_dims=(3,), **factors)
@@ -534,14 +599,14 @@ def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
 
 
 class Unmasked(Top2Gating):
-    """Fills slots that have no token, as a gate of one's own may."""
+    """Fills slots that have no token, as a custom gate may."""
 
     def forward(self, x: Tensor, importance: Any = None, mask: Any = None, length: Any = None, **others: Any) -> Any:
         return super().forward(x)
 
 
 def check_plan_with_unused_slots() -> None:
-    """Their rows have no token and no weight, and no place behind the last row."""
+    """Rows of unused slots have no token and no weight, and are within the last row."""
     torch.manual_seed(0)
     inner = Unmasked(8, 5, outer_expert_dims=(3,), second_policy_train="all", capacity_factor_train=None)
     for factor in (2.0, 8.0):  # with as many slots of level one as choices, and with more
@@ -561,15 +626,15 @@ def check_plan_with_unused_slots() -> None:
 
 
 def check_isolated(name: str) -> None:
-    """A token that is not finite changes no result of another token."""
+    """A token that is not finite does not change the results of other tokens."""
     torch.manual_seed(0)
     for of in ("x", "grad"):
         isolation.check_isolated(isolation.LAYERS[name](), "triton", math.nan, of, tokens=(0, 5, 7))
 
 
 def check_queues(e: int, k: int, n: int) -> None:
-    """The kernels' queues are those of torch's operators, in each order and of some choices; also what is not chosen
-    has a position in memory of its own."""
+    """The kernels' queues equal those of torch's operators in all orders, also for some of the choices. Choices that do
+    not queue have separate memory for their position."""
     torch.manual_seed(e)
     expert, score = torch.randint(e, (2, 3, n * k)), torch.rand(2, 3, n).round(decimals=1)
     expert[1] = expert[1] % 2  # most experts have no queue, and some a long one
@@ -577,7 +642,7 @@ def check_queues(e: int, k: int, n: int) -> None:
     for chosen, priority in itertools.product((None, torch.rand(expert.shape) < 0.6), queues.PRIORITIES):
         with pytest.MonkeyPatch.context() as patch, watch_memory(queueing), ops.use("triton"):
             patch.setattr(queueing, "queue_assignments", lambda *args: queued.append(1) or queue_in_line(*args))
-            patch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {expert.device: None})
+            patch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {(expert.device, None): None})
             found = queues.queue_up(expert, chosen, e, k, priority, score)
         with ops.use("batched"):
             wanted = queues.queue_up(expert, chosen, e, k, priority, score)
@@ -609,7 +674,7 @@ TOPK_GATES = {
 
 @torch.no_grad()
 def check_topk_kernel(name: str, e: int, dtype: torch.dtype) -> None:
-    """The kernel of gates decides what torch's operators decide: choices, weights, losses, ties, what is no number."""
+    """The kernel of gates decides the same as torch's operators: choices, weights, losses, ties and NaN."""
     torch.manual_seed(e)
     options = dict(TOPK_GATES[name])
     options |= dict(logits=RouterLogits(8, e, norm_eps=1e-6)) if "logits" in options else {}
@@ -643,13 +708,14 @@ def check_topk_kernel(name: str, e: int, dtype: torch.dtype) -> None:
 
 
 def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
-    """The kernels of `Top2Gating` decide what torch's operators do, with the same derivatives and random numbers."""
+    """The kernels of `Top2Gating` decide the same as torch's operators, with the same derivatives and random
+    numbers."""
     torch.manual_seed(e)
     settings = dict(second_policy_train=policy, second_policy_eval="all")
     settings |= dict(capacity_factor_train=None, capacity_factor_eval=None, dtype=dtype)
     gate, other = Top2Gating(8, e, **settings), Top2Gating(8, e, **settings).eval()
     inner = Top2Gating(8, e, outer_expert_dims=3, **settings)
-    assert top2_by_kernel._find_fault(gate, torch.device("cpu"), masked=True) is None
+    assert top2_by_kernel._find_fault(Top2Gating, torch.device("cpu"), 0.2, e, policy, True, gate.eps) is None
     for layer, shape in ((gate, (1, 1)), (gate, (2, 45)), (other, (3, 7)), (inner, (3, 2, 9))):
         x, mask = torch.randn(*shape, 8, dtype=dtype), torch.rand(shape) < 0.7
         importance = torch.randint(3, shape).to(dtype) / 2
@@ -671,7 +737,7 @@ def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
 def compute_choices(
     implementation: Any, gate: Top2Gating, x: Tensor, masks: dict[str, Tensor], anew: bool = False
 ) -> dict[str, Tensor]:
-    """What a gate tells, gradients of it, and gradients of those; with `anew` by what the backward computes anew."""
+    """Return the results of a gate, their gradients and second derivatives. With `anew`, the backward recomputes."""
     torch.manual_seed(1)
     launch, calls = top_2.launch_kernel, []
     leaves, names = [x.detach().requires_grad_(), gate.w_gating], ("weight", "probs", "balance_loss", "z_loss")
@@ -697,7 +763,7 @@ def compute_choices(
 
 
 def check_wrong_two_choices(fault: str) -> None:
-    """Kernels of `Top2Gating` that are planted wrong, or raise, are off for the process; without memory for a kind."""
+    """Wrong or failing kernels of `Top2Gating` are disabled for the process, or for one kind if memory is missing."""
     gate, x, launch, calls = Top2Gating(8, 5), torch.randn(2, 9, 8), top_2.launch_kernel, []
 
     def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -733,7 +799,7 @@ def check_wrong_two_choices(fault: str) -> None:
 
 
 def check_first_call_in_checkpoint(selective: bool) -> None:
-    """Kernels that check themselves within activation checkpointing disturb nothing of it."""
+    """A self-check during activation checkpointing launches nothing in this process."""
     save = torch.ops.aten.mm.default
 
     def policy(_, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -744,6 +810,7 @@ def check_first_call_in_checkpoint(selective: bool) -> None:
     (wanted,) = torch.autograd.grad(gate(x).weight.square().sum(), x)
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(top2_by_kernel.SELF_CHECK, "verdicts", {})
+        patch.setattr(check_process, "run_in_process", run_in_process)
         weight = checkpoint(lambda x: gate(x).weight, x, use_reentrant=False, **options)
         assert list(top2_by_kernel.SELF_CHECK.verdicts.values()) == [None]
         (found,) = torch.autograd.grad(weight.square().sum(), x)
@@ -755,7 +822,7 @@ def check_first_call_in_checkpoint(selective: bool) -> None:
 
 
 def check_small_batches(name: str) -> None:
-    """A layer in inference on few tokens, by the kernels and by plain operators: masked, with capacity, two levels."""
+    """A layer in inference on few tokens equals plain operators: masked, with capacity, with two levels."""
     torch.manual_seed(0)
     layer = LAYERS[name]().eval()
     if isinstance(layer, MoE):
@@ -773,12 +840,12 @@ def check_small_batches(name: str) -> None:
 
 
 def misalign(tensor: Tensor) -> Tensor:
-    """A copy, one element behind the start of its memory."""
+    """Return a copy that starts one element after the start of its memory."""
     return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
 
 
 def check_operand_layouts() -> None:
-    """Operands that are not aligned, or whose rows are, and row weights in bfloat16 are computed as those in order."""
+    """Operands or rows that are not aligned, and row weights in bfloat16, have the same results."""
     torch.manual_seed(0)
     where, network = build_permutation("top k", 24, 16, 4, 2), make_network("gated", "silu", 4, 16, 32, 16, bias=True)
     where = where._replace(weight=where.weight.to(torch.bfloat16).float())
@@ -797,7 +864,7 @@ def check_operand_layouts() -> None:
 
 
 def check_empty_inputs() -> None:
-    """No tokens at all: outputs of no rows, gradients of weights that are zeros."""
+    """Without tokens, outputs have no rows, and gradients of weights are zeros."""
     where = permute_by_kernel(join_groups(TopKGating(16, 4, 2)(torch.randn(1, 0, 16))))
     network = make_network("gated", "silu", 4, 16, 16, 16, bias=True)
     found = compute_with_gradients(compute, torch.randn(0, 16), where, network, torch.randn(0, 16))
@@ -806,7 +873,7 @@ def check_empty_inputs() -> None:
 
 
 def check_frozen() -> None:
-    """Gradients that nobody asks for are not computed, and the others do not change."""
+    """Gradients that are not requested are not computed, and the others do not change."""
     torch.manual_seed(0)
     where = build_permutation("top k", 24, 16, 4, 2)
     tensors = {"x": torch.randn(24, 16), "w_in": torch.randn(4, 16, 16), "w_out": torch.randn(4, 16, 16)}
@@ -823,7 +890,7 @@ def check_frozen() -> None:
 
 
 def check_operators() -> None:
-    """torch's own check of custom operators: schema, fakes, autograd, tracing."""
+    """Run torch's own check of custom operators: schema, fakes, autograd, tracing."""
     torch.manual_seed(0)
     network = make_network("interleaved", "clamped", 4, 16, 16, 16, bias=True)
     x = torch.randn(20, 16)
@@ -853,7 +920,8 @@ LAYERS = {
 
 
 def check_layer(name: str) -> None:
-    """A layer by the kernels is the layer by plain operators: outputs, loss, gradients and second derivatives."""
+    """A layer computed by the kernels equals that of plain operators: outputs, loss, gradients and second
+    derivatives."""
     torch.manual_seed(0)
     layer = LAYERS[name]()
     x, mask = torch.randn(2, 11, 16, requires_grad=True), torch.rand(2, 11) < 0.8
@@ -874,7 +942,7 @@ def check_layer(name: str) -> None:
 
 
 def check_compiled() -> None:
-    """One graph without breaks, for all lengths, forward and backward."""
+    """A layer is one graph without breaks for all lengths, forward and backward."""
     torch.manual_seed(0)
     layer = MoE(16, 4, gate=TopKGating(16, 4, 2), experts=GatedExperts(16, 4, 32))
     counter = CompileCounterWithBackend("aot_eager")
@@ -895,19 +963,19 @@ def check_compiled() -> None:
 
 @triton.jit
 def select_rows(ends, expert):
-    """In the place of `kernels.rows_of`: the rows of an expert behind which nobody computes those before it."""
+    """Replace `kernels.load_row_range`, for an expert whose preceding rows are not computed."""
     return tl.load(ends), tl.load(ends + 1)
 
 
 def make_untouched_rows(rows: int, dtype: torch.dtype) -> Tensor:
-    """Numbers `(rows, 1)` that take memory where they are written."""
+    """Return numbers `(rows, 1)` that use memory only where they are written."""
     no_reserve = 0x4000  # of Linux; Python has its name since 3.13
     memory = mmap.mmap(-1, rows * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
     return torch.frombuffer(memory, dtype=dtype).view(rows, 1)
 
 
 def check_last_rows() -> None:
-    """The last rows that are not refused: nothing of them or behind them passes what int32 holds."""
+    """No index overflows int32 for the last rows that are supported."""
     torch.manual_seed(0)
     stop, number = operators.MAX_KERNEL_ROWS, 20
     first, d = stop - number, 16
@@ -934,7 +1002,7 @@ def check_last_rows() -> None:
 
 
 def check_devices() -> None:
-    """Tensors of two devices are refused, as torch's own operators refuse them, before a kernel is launched."""
+    """Tensors on two devices are rejected before a launch, as torch's own operators do."""
     network = make_network("plain", "silu", 4, 16, 16, 16)
     network = replace(network, w_out=network.w_out.to("meta"))
     arguments = make_operands(torch.randn(20, 16), build_permutation("top k", 20, 16, 4, 2), network).flatten()
@@ -947,7 +1015,7 @@ def check_devices() -> None:
 
 
 def check_nan(activation: str) -> None:
-    """What is no number stays none in outputs and gradients, and what torch gives a number there is one."""
+    """NaN stays NaN in outputs and gradients exactly where it does in torch."""
     torch.manual_seed(0)
     where, network = build_permutation("top k", 20, 16, 4, 2), make_network("plain", activation, 4, 16, 16, 16)
     x, grad = torch.randn(20, 16), torch.randn(20, 16)

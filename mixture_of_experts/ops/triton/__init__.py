@@ -1,5 +1,5 @@
 """The implementation with Triton kernels for NVIDIA GPUs. It is tested without a GPU and runs a self-check on each card
-at first use, but has not been timed on one."""
+at first use. It has not been timed on a card, so it is used only on request; see `DEFAULT_FAMILIES`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from mixture_of_experts.kernels import launching
 from mixture_of_experts.kernels.launching import device_unsupported_reason, find_card_family
 from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.activations import unknown_activation_reason
@@ -24,8 +25,6 @@ from mixture_of_experts.support.private_torch import (
 from mixture_of_experts.support.tracing import get_device_capability
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-DEFAULT_FAMILIES = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop over many kernels
-DECODING_FAMILIES = ((9, 0), (10, 0))  # families on which it is one kernel, which is not used for few tokens
 SIZE_MULTIPLE = 16  # sizes must be multiples of this: unaligned loads are slow and take more registers
 MAX_WIDTH = 1 << 24  # maximum width for which offsets in a tile of 128 rows fit into int32
 
@@ -58,7 +57,7 @@ def _not_default_reason(call: Call) -> str | None:
     if not x.is_cuda or torch.version.hip is not None:
         return "the kernels support only NVIDIA GPUs"
     family = find_card_family(get_device_capability(x.device))
-    if family not in DEFAULT_FAMILIES and not (family in DECODING_FAMILIES and _is_decoding(call)):
+    if family not in launching.DEFAULT_FAMILIES and not (family in launching.DECODING_FAMILIES and _is_decoding(call)):
         return "on compute capability {}.{}, the kernels are used only on request".format(
             *get_device_capability(x.device)
         )
@@ -102,7 +101,17 @@ def _experts_check_failure(call: Call) -> str | None:
         (d % 64, h % 64, o % 64),
         call.assignments.k,
         few_tokens.supports_call(call),
+        _has_large_tensor(call),
     )
+
+
+def _has_large_tensor(call: Call) -> bool:
+    """Return whether int32 cannot index a weight or, for a number of rows that is known, a tensor of rows."""
+    weights = (*call.network.w_in, call.network.w_out)
+    last = (sum((n - 1) * stride for n, stride in zip(w.shape, w.stride(), strict=True)) for w in weights)
+    width = max(size for weight in weights for size in weight.shape[1:])
+    rows = count_permuted_rows(call.assignments)
+    return max(last) >= 1 << 31 or statically_known_true(rows * width > 1 << 31)
 
 
 def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | None:
