@@ -42,11 +42,17 @@ def list_calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
             yield ast.unparse(node.func), node
 
 
+#: what one process of the package says to another that it started, over a pipe
+PIPES = {("check_process.py", f"pickle.{call}") for call in ("load(sys.stdin.buffer)", "dumps((device, find_fault))")}
+
+
 def test_no_pickle_is_trusted():
     """By any source; some read weights."""
     weights_only = []
     for source in SOURCES:
         for name, call in list_calls(source):
+            if (source.name, ast.unparse(call)) in PIPES:
+                continue
             assert not re.fullmatch(r"pickle\.(load|dump)s?|pickle\.Unpickler", name), f"{source} line {call.lineno}"
             if name == "torch.load":
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}

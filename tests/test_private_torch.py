@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,12 +97,6 @@ def test_products_of_int4(group):
 def test_dispatch_modes():
     with FakeTensorMode(), private_torch.disable_dispatch_modes():
         assert not private_torch.is_fake_tensor(torch.ones(2))
-
-
-def test_hooks_on_saved_tensors():
-    assert private_torch.are_saved_tensor_hooks_enabled()
-    with disable_saved_tensors_hooks("no hooks"):
-        assert not private_torch.are_saved_tensor_hooks_enabled()
 
 
 class _Function(nn.Module):

@@ -8,11 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.checks_in_this_process import run_here
 from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
 from mixture_of_experts.dispatch.queues import PRIORITIES, Queues, queue_up
-from mixture_of_experts.kernels import launching
+from mixture_of_experts.kernels import check_process, launching
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -43,6 +44,7 @@ def use_stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tup
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(queues, "can_launch_kernels", lambda device: True)
         monkeypatch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {})
+        monkeypatch.setattr(check_process, "run_in_process", run_here)
         return calls
 
     return take_place
@@ -146,7 +148,9 @@ def test_threads_may_check_kernels_at_once(monkeypatch):
     no_memory = CheckedMeanwhile(launching.OUT_OF_MEMORY)
     no_memory.check = check
     check.verdicts = {"first": no_memory, "second": None}
-    assert check.failure_reason(torch.device("cpu"), "third", lambda: None) is None
+    monkeypatch.setattr(check_process, "run_in_process", run_here)
+    cpu = torch.device("cpu")
+    assert check.failure_reason(cpu, "third", lambda: None) is None
     launching.clear_out_of_memory_verdicts()
-    assert {"second", "third"} <= check.verdicts.keys()
+    assert {"second", (cpu, "third")} <= check.verdicts.keys()
     assert "first" not in check.verdicts

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.checks_in_this_process import run_here
 from torch import Tensor, nn
 
 from mixture_of_experts import HashGating, TopKGating, ops
 from mixture_of_experts.gating import RouterLogits, topk_by_kernel
 from mixture_of_experts.gating.choices import top_choices
+from mixture_of_experts.kernels import check_process
 from mixture_of_experts.kernels.launching import can_launch_kernels
 
 DIM, E = 4, 5
@@ -60,6 +62,7 @@ def fake_kernel(monkeypatch) -> Iterator[Kernel]:
     monkeypatch.setitem(sys.modules, "mixture_of_experts.kernels.top_k", SimpleNamespace(choose_top_k=kernel))
     monkeypatch.setattr(topk_by_kernel, "can_launch_kernels", lambda device: kernel.there)
     monkeypatch.setattr(topk_by_kernel.SELF_CHECK, "verdicts", {})
+    monkeypatch.setattr(check_process, "run_in_process", run_here)
     with torch.no_grad():
         yield kernel
 

@@ -241,8 +241,7 @@ def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
         return False
     return (
         is_fake_tensor(expert)
-        or QUEUES_SELF_CHECK.failure_reason(expert.device, expert.device, partial(_find_queue_fault, expert.device))
-        is None
+        or QUEUES_SELF_CHECK.failure_reason(expert.device, None, partial(_find_queue_fault, expert.device)) is None
     )
 
 

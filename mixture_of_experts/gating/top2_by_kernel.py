@@ -173,23 +173,26 @@ def grads_by_operators(
 def _self_check_failure(gate: Top2Gating, tokens: Tokens) -> str | None:
     """Return how the kernels differ from torch's operators on this device, for generated tokens of such a gate, or None
     if they agree."""
-    device, masked = tokens.x.device, tokens.makes_all_choices is not None
-    kind = device, gate.num_experts, gate.second[0], masked, gate.eps
-    return SELF_CHECK.failure_reason(device, kind, partial(_find_fault, gate, device, masked))
+    kind = gate.num_experts, gate.second[0], tokens.makes_all_choices is not None, gate.eps
+    base = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
+    check = partial(_find_fault, base, tokens.x.device, gate.second[1], *kind)
+    return SELF_CHECK.failure_reason(tokens.x.device, kind, check)
 
 
-def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
+def _find_fault(
+    base: Any, device: torch.device, threshold: float, num_experts: int, policy: str, masked: bool, eps: float
+) -> str | None:
     """Return what differs, or None if nothing does."""
     generator = torch.Generator(device).manual_seed(0)
     forked = partial(torch.random.fork_rng, [device] if device.type == "cuda" else [])
-    groups, length, dim, (policy, threshold) = 2, 150, 8, gate.second
+    groups, length, dim = 2, 150, 8
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
     def results(way: Callable[[Any, Tokens], Choices]) -> dict[str, Tensor]:
         with forked():  # both implementations draw the same random numbers
-            found = way(like, tokens)
+            found = way(gate, tokens)
         of_values = sum((value * value.detach().cos()).sum() for value in (found.weight, found.probs))
         total = of_values + groups * length * torch.stack([*found.losses.values()]).sum()
         (grad,) = torch.autograd.grad(total, [tokens.x])
@@ -199,11 +202,10 @@ def _find_fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | N
         parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}
         return {**parts, "probabilities": found.probs, "gradients": grad, **found.losses}
 
-    kind: Any = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
     with forked():
-        like = kind(dim, gate.num_experts, gate.eps, (), policy, policy, threshold, threshold, device=device)
-    like.w_gating = torch.nn.Parameter(draw(dim, gate.num_experts))
+        gate = base(dim, num_experts, eps, (), policy, policy, threshold, threshold, device=device)
+    gate.w_gating = torch.nn.Parameter(draw(dim, num_experts))
     full, active = (draw(groups, length) < bound if masked else None for bound in (0.5, 1.0))
     active = active if full is None or active is None else full | active
     tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, length)
-    return difference(results(choose_by_kernel), results(kind.decide), atol=1e-5)
+    return difference(results(choose_by_kernel), results(base.decide), atol=1e-5)

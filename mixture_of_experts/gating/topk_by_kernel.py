@@ -105,16 +105,25 @@ def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
 def _self_check_failure(gate: TopKGating, x: Tensor) -> str | None:
     """Return how the kernel differs from torch's operators on this device, for generated tokens of such a gate, or None
     if they agree."""
-    kind = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
-    return SELF_CHECK.failure_reason(x.device, kind, partial(_find_fault, gate, x))
+    names = ("num_experts", "k", "score", "weigh", "normalize", "scale", "eps")
+    kind = {name: getattr(gate, name) for name in names} | {"expert_bias": gate.expert_bias is not None}
+    base = find_declaring_class(type(gate), "implementations")  # subclasses may have other arguments
+    return SELF_CHECK.failure_reason(x.device, tuple(kind.items()), partial(_find_fault, base, x.device, kind))
 
 
 @torch.no_grad()
-def _find_fault(gate: TopKGating, x: Tensor) -> str | None:
+def _find_fault(base: Any, device: torch.device, settings: Mapping[str, Any]) -> str | None:
     """Return what differs, or None if nothing does."""
-    generator = torch.Generator(x.device).manual_seed(0)
-    made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
-    tokens = Tokens(made_up, None, None, None, 2)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    gate = base(16, **settings, device=device, dtype=torch.float32).eval()
+    gate.w_gating.copy_(draw(16, gate.num_experts))
+    if gate.expert_bias is not None:
+        gate.expert_bias.copy_(draw(gate.num_experts))
+    tokens = Tokens(draw(16, 2, 16), None, None, None, 2)
     wanted = gate.decide(tokens)
 
     def results(choices: Choices) -> dict[str, Tensor]:

@@ -5,21 +5,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
+from mixture_of_experts.kernels import check_process
+from mixture_of_experts.kernels.check_process import OUT_OF_MEMORY
+from mixture_of_experts.kernels.verdict_file import VerdictFile
 from mixture_of_experts.support.batch_invariance import BATCH_INVARIANT
 from mixture_of_experts.support.implementations import requested_implementation, requested_router_kernels
-from mixture_of_experts.support.private_torch import (
-    are_saved_tensor_hooks_enabled,
-    disable_dispatch_modes,
-    is_in_transform,
-)
+from mixture_of_experts.support.private_torch import is_in_transform
 from mixture_of_experts.support.tracing import get_device_capability
 
 # Families of cards, as in `find_card_family`, on which kernels are the default. A family is added after
@@ -28,7 +25,6 @@ DEFAULT_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts
 DECODING_FAMILIES: tuple[tuple[int, int], ...] = ()  # for experts, only for few tokens
 ROUTER_FAMILIES: tuple[tuple[int, int], ...] = ()  # for routers and queues
 
-OUT_OF_MEMORY = "there is not enough memory to check them"
 _SELF_CHECKS: list[SelfCheck] = []  # all instances
 
 
@@ -62,11 +58,9 @@ def can_launch_kernels(device: torch.device) -> bool:
     if requested_implementation() == BATCH_INVARIANT or is_in_transform() or torch.compiler.is_compiling():
         return False
     requested = requested_router_kernels()
-    if requested is False or device_unsupported_reason(device) is not None:
-        return False
     if requested is None:
-        return device.type == "cuda" and find_card_family(get_device_capability(device)) in ROUTER_FAMILIES
-    return True
+        requested = device.type == "cuda" and find_card_family(get_device_capability(device)) in ROUTER_FAMILIES
+    return requested and device_unsupported_reason(device) is None
 
 
 def make_contiguous(**tensors: Tensor | None) -> dict[str, Tensor | None]:
@@ -81,37 +75,14 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments, enable_fp_fusion=True)
 
 
-@contextmanager
-def isolate_from_modes(device: torch.device) -> Iterator[None]:
-    """Context manager for self-checks, in which gradients are computed and values can be read, independent of the
-    caller's modes.
-
-    Activation checkpointing does not see operators inside, because a recomputation does not repeat the check.
-    """
-    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
-    try:
-        if mode is not None:
-            torch.cuda.set_sync_debug_mode("default")
-        with (
-            disable_dispatch_modes(),
-            saved_tensors_hooks(*2 * [lambda saved: saved]) if are_saved_tensor_hooks_enabled() else nullcontext(),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
-            yield
-    finally:
-        if mode is not None:
-            torch.cuda.set_sync_debug_mode(mode)
-
-
 class SelfCheck:
-    """Checks the results of kernels on a device before the first call of each kind.
+    """Checks the results of kernels on a device before the first call of each kind, in a process of its own.
 
-    If a kernel raises or differs from torch's operators, all kinds of this check that have not passed yet are disabled
-    with a warning, because a compiler that failed once is not trusted. Kinds that have passed stay enabled, because a
-    recomputation must use the same implementation as its forward. For the same reason, running out of memory is stored
-    as a verdict too, but only for one kind.
+    If a kernel raises, does not end, ends the process or differs from torch's operators, all kinds of this check that
+    have not passed yet are disabled with a warning, because a compiler that failed once is not trusted. Kinds that have
+    passed stay enabled, because a recomputation must use the same implementation as its forward. For the same reason,
+    running out of memory is stored as a verdict too, but only for one kind. Other verdicts, unless the check did not
+    end, are also kept on disk.
 
     Args:
         kernels: name of the kernels in the warning.
@@ -127,12 +98,12 @@ class SelfCheck:
 
         Args:
             device: the device of the call.
-            kind: the properties that compiled programs depend on; each kind is checked once.
-            find_fault: a function that computes such a call, and returns a description of the fault or None.
+            kind: the properties that compiled programs depend on, without the device. Each kind is checked once.
+            find_fault: a picklable function that computes such a call, and returns a description of the fault or None.
         """
-        verdicts = self.verdicts
-        if kind in verdicts:
-            return verdicts[kind]
+        verdicts, key = self.verdicts, (device, kind)
+        if key in verdicts:
+            return verdicts[key]
         # iterate over a copy, because other threads may add verdicts
         if wrong := next((said for said in list(verdicts.values()) if said not in (None, OUT_OF_MEMORY)), None):
             return wrong
@@ -143,20 +114,20 @@ class SelfCheck:
                 stacklevel=2,
             )
             return "they were not checked before this stream was captured"
-        try:
-            with isolate_from_modes(device):
-                verdict = find_fault()
-        except torch.OutOfMemoryError:
-            verdict = OUT_OF_MEMORY
-        except Exception as reason:  # compilers and drivers may raise anything
-            verdict = f"they raise {type(reason).__name__}: {str(reason).partition(chr(10))[0]}"
-        self.verdicts[kind] = verdict
-        off = f"in this process: {verdict}"
-        if verdict == OUT_OF_MEMORY:
+        file = VerdictFile(device, self.kernels, kind)
+        if stored := file.read():
+            fault, where = stored[0], f" (stored in {file.path}; delete it to check again)"
+        else:
+            (fault, is_final), where = check_process.run_in_process(device, find_fault), ""
+            if is_final:
+                file.write(fault)
+        self.verdicts[key] = fault
+        off = f"in this process: {fault}{where}"
+        if fault == OUT_OF_MEMORY:
             off = f"for calls of one kind in this process, because {OUT_OF_MEMORY}; call ops.prepare earlier"
-        if verdict:
+        if fault:
             warnings.warn(f"{self.kernels} are disabled {off}", stacklevel=2)
-        return verdict
+        return fault
 
 
 def clear_out_of_memory_verdicts() -> None:

@@ -167,11 +167,6 @@ def get_function_modes() -> list[Any]:
     return overrides._get_current_function_mode_stack()
 
 
-def are_saved_tensor_hooks_enabled() -> bool:
-    """Return whether saved-tensor hooks can be set. If they are disabled, there are none."""
-    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum `value` over the ranks of a process group with an operator that graphs can contain."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor

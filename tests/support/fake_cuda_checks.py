@@ -30,7 +30,7 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.gating import top2_by_kernel
-from mixture_of_experts.kernels import launching
+from mixture_of_experts.kernels import check_process, launching
 from mixture_of_experts.ops import grouped as grouped_way
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.stats import track_routing
@@ -262,13 +262,14 @@ def check_capturing() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "device", on)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
-        patch.setattr(launching, "isolate_from_modes", nullcontext)
+        patch.setattr(check_process, "run_in_process", lambda *_: check_process.Verdict(None))
+        patch.setenv("MIXTURE_OF_EXPERTS_CACHE", "")
         check = launching.SelfCheck("some kernels")
         with pytest.warns(UserWarning, match="without some kernels, because they have not been checked"):
             assert check.failure_reason(torch.device("cuda", 1), "kind", lambda: None) is not None
         current[0] = 1
         assert check.failure_reason(torch.device("cuda", 0), "kind", lambda: None) is None
-        assert check.verdicts == {"kind": None}
+        assert check.verdicts == {(torch.device("cuda", 0), "kind"): None}
 
 
 def check_entries(capability: tuple[int, int]) -> int:

@@ -37,8 +37,8 @@ from mixture_of_experts.dispatch.permutation import Permutation, permute_to_slot
 from mixture_of_experts.gating import Choices, recomputing, top2_by_kernel, topk_by_kernel
 from mixture_of_experts.gating.levels import dispatch_to_inner_gate, join_levels
 from mixture_of_experts.gating.logits import RouterLogits
+from mixture_of_experts.kernels import check_process, launching, queueing, top_2, top_k
 from mixture_of_experts.kernels import ffn as kernels
-from mixture_of_experts.kernels import launching, queueing, top_2, top_k
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU
 from mixture_of_experts.ops.network import Network
@@ -53,12 +53,14 @@ from mixture_of_experts.ops.triton.row_permutation import (
 )
 from mixture_of_experts.ops.triton.schedule import BlockSizes, WeightBlockSizes
 from support import isolation
+from support.checks_in_this_process import run_here
 from support.triton_memory import watch_memory
 
 autograd.select_tables_to_save = Permutation.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
 compute = partial(autograd.run_differentiable, triton_forward, triton_backward)
 
 #: of clamped ones with a limit that many pre-activations pass
+run_in_process, check_process.run_in_process = check_process.run_in_process, run_here
 ACTIVATIONS = self_check.KERNEL_ACTIVATIONS | {"clamped": lambda: ClampedSwiGLU(1.702, 1.0)}
 #: relative norms of the errors; the interpreter truncates to bfloat16 where hardware rounds
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
@@ -330,7 +332,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             *(("row_grads", fault) for fault in ("raises", "now and then")),
             *itertools.product(LEFT_OPERANDS, hardware),
         ):
-            patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {(kind, entries[1]): None})
+            patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {(kind.device, (*kind[1:], entries[1])): None})
             times[0] = 0
             patch.setattr(operators, "launch_kernel", planted(name, fault))
             with pytest.warns(UserWarning, match="disabled in this process"):
@@ -341,7 +343,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             patch.setattr(operators, "launch_kernel", launch)
             assert judge(0) == wrong  # nothing is asked again
             assert judge(1) is None  # what was right serves on: a recomputation takes the way of its forward
-            self_check.EXPERTS_SELF_CHECK.verdicts.pop((kind, entries[1]))
+            self_check.EXPERTS_SELF_CHECK.verdicts.pop((kind.device, (*kind[1:], entries[1])))
             assert judge(1) == wrong
         patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
         patch.setattr(operators, "launch_kernel", planted("row_grads", "memory"))
@@ -577,7 +579,7 @@ def check_queues(e: int, k: int, n: int) -> None:
     for chosen, priority in itertools.product((None, torch.rand(expert.shape) < 0.6), queues.PRIORITIES):
         with pytest.MonkeyPatch.context() as patch, watch_memory(queueing), ops.use("triton"):
             patch.setattr(queueing, "queue_assignments", lambda *args: queued.append(1) or queue_in_line(*args))
-            patch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {expert.device: None})
+            patch.setattr(queues.QUEUES_SELF_CHECK, "verdicts", {(expert.device, None): None})
             found = queues.queue_up(expert, chosen, e, k, priority, score)
         with ops.use("batched"):
             wanted = queues.queue_up(expert, chosen, e, k, priority, score)
@@ -649,7 +651,7 @@ def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
     settings |= dict(capacity_factor_train=None, capacity_factor_eval=None, dtype=dtype)
     gate, other = Top2Gating(8, e, **settings), Top2Gating(8, e, **settings).eval()
     inner = Top2Gating(8, e, outer_expert_dims=3, **settings)
-    assert top2_by_kernel._find_fault(gate, torch.device("cpu"), masked=True) is None
+    assert top2_by_kernel._find_fault(Top2Gating, torch.device("cpu"), 0.2, e, policy, True, gate.eps) is None
     for layer, shape in ((gate, (1, 1)), (gate, (2, 45)), (other, (3, 7)), (inner, (3, 2, 9))):
         x, mask = torch.randn(*shape, 8, dtype=dtype), torch.rand(shape) < 0.7
         importance = torch.randint(3, shape).to(dtype) / 2
@@ -733,7 +735,7 @@ def check_wrong_two_choices(fault: str) -> None:
 
 
 def check_first_call_in_checkpoint(selective: bool) -> None:
-    """Kernels that check themselves within activation checkpointing disturb nothing of it."""
+    """A self-check during activation checkpointing launches nothing in this process."""
     save = torch.ops.aten.mm.default
 
     def policy(_, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -744,6 +746,7 @@ def check_first_call_in_checkpoint(selective: bool) -> None:
     (wanted,) = torch.autograd.grad(gate(x).weight.square().sum(), x)
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(top2_by_kernel.SELF_CHECK, "verdicts", {})
+        patch.setattr(check_process, "run_in_process", run_in_process)
         weight = checkpoint(lambda x: gate(x).weight, x, use_reentrant=False, **options)
         assert list(top2_by_kernel.SELF_CHECK.verdicts.values()) == [None]
         (found,) = torch.autograd.grad(weight.square().sum(), x)

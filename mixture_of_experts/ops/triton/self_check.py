@@ -6,8 +6,7 @@ A `CallKind` describes what the compiled programs depend on. For each kind and e
 compute outputs and all gradients of generated tokens three times. All rows are compared with those of the batched
 implementation in float32, and all repetitions must be bitwise identical. The sums are long enough that each buffer of a
 pipeline is used several times. If anything differs or raises, the Triton implementation is disabled for the process,
-with a warning. The check cannot catch faults that a process does not survive: an illegal access destroys the CUDA
-context, and a kernel that hangs also hangs the check.
+with a warning.
 """
 
 from __future__ import annotations
@@ -90,15 +89,17 @@ def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
 def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
     """Check the kernels with the `wanted` entries of the schedule, and return which fault was found, or None."""
     for entry in wanted:
-        if wrong := EXPERTS_SELF_CHECK.failure_reason(
-            kind.device, (kind, entry), partial(find_fault, kind, entries, entry)
-        ):
+        precision = torch.backends.cuda.matmul.fp32_precision
+        find = partial(find_fault, kind, entries, entry, precision)
+        if wrong := EXPERTS_SELF_CHECK.failure_reason(kind.device, (*kind[1:], entry), find):
             return wrong
     return None
 
 
-def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
-    """Return which fault the kernels have for one entry of the schedule, or None."""
+def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule, precision: Any) -> str | None:
+    """Return which fault the kernels have for one entry of the schedule and torch's precision of float32 products, or
+    None."""
+    torch.backends.cuda.matmul.fp32_precision = precision
     call = make_call(kind, *find_call_size(entries, entry))
     said = f"for {kind.spec.layout} experts with {kind.spec.activation} in {kind.dtype} and tiles of {entry.rows} rows,"
     found = compute_by_kernels(call, kind)
