@@ -27,7 +27,8 @@ MAX_ERRORS = {"bfloat16": 3e-2, "autocast": 3e-2, "float16": 1e-2}  # maximum re
 MIN_GAP = 0.05
 MAX_SECONDS = 2.0  # seconds that the rounds of a contestant may take
 #: estimated seconds of a contestant's task, which includes building and checking it
-CONTESTANT_SECONDS = {None: 4.0, "default": 30.0, "reduce-overhead": 15.0}
+CONTESTANT_SECONDS = {None: 4.0, "default": 25.0, "reduce-overhead": 15.0}
+SELF_CHECK_SECONDS = 8.0  # kernels are checked in a process of their own before their first call of a kind
 REFERENCE_SECONDS = 4.0
 REFERENCE = "reference"  # name of the task that comes first
 
@@ -178,4 +179,5 @@ def compare(case: GPUCase, device: Device) -> Tasks:
     if find_failure((yield Task(REFERENCE, describe, REFERENCE_SECONDS))):
         return
     for name in gpu_contestants.list_contestants(case):
-        yield Task(name, lambda name=name: measure(case, name, problem(), device), CONTESTANT_SECONDS[case.compiled])
+        seconds = CONTESTANT_SECONDS[case.compiled] + ("triton" in name) * SELF_CHECK_SECONDS
+        yield Task(name, lambda name=name: measure(case, name, problem(), device), seconds)

@@ -38,7 +38,7 @@ LAYOUTS = ("plain", "gated", "concatenated", "interleaved")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: mean rows per expert for which tiles are compared, in addition to a shape's own; shapes that are not main ones take
 #: every other number, and so with decoded tokens
-MEANS = (1, 4, 8, 16, 32, 64, 128, 256)
+MEANS = (1, 4, 16, 64, 256)
 DECODED = (1, 8, 64, 256)
 PRODUCTS = {"up": 2, "down": 1, "hidden_grads": 1, "row_grads": 2, "weight_grads": 3}  # of rows, d and h
 ASSIGNMENTS = (64, 512, 1024, 2048, 4096, 8192)  # numbers that a kernel compares with each other
@@ -106,10 +106,9 @@ def check_kernels(device: Device, kinds: Callable[[Device], Iterator[tuple[str, 
     """Yield the self-checks of the kernels for some kinds of calls, one for each entry of the schedule."""
 
     def judge(kind: CallKind, entries: Any, entry: Any) -> str:
-        self_check.EXPERTS_SELF_CHECK.verdicts.clear()  # a failed check must not prevent the others
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self_check.check_entries(kind, entries, (entry,)) or "right"
+        # here and not in a process of its own, as check_entries does: a piece already survives what ends a process
+        precision = torch.backends.cuda.matmul.fp32_precision
+        return self_check.find_fault(kind, entries, entry, precision) or "right"
 
     def launches(kind: CallKind, entries: Any, entry: Any) -> list[blocks.Launch]:
         call = self_check.make_call(kind, *self_check.find_call_size(entries, entry))

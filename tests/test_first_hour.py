@@ -158,8 +158,7 @@ def test_routing_follows_the_case() -> None:
 def test_cases_cover_what_decides() -> None:
     cases = list(list_cases(list(gpu_shapes.SHAPES)))
     rows = {case.shape.mean_rows for case in cases if case.mode != "decode"}
-    assert min(rows) <= 4
-    assert max(rows) == 2048
+    assert rows >= {16, 64, 256, 512, 1024, 2048}
     assert {case.routing for case in cases} == {"balanced", "zipf"}
     assert {case.dtype for case in cases} == {"bfloat16", "float16", "autocast"}
     assert {case.layout for case in cases} == {"separate", "pretrained"}
@@ -588,7 +587,7 @@ def test_a_rival_that_crashes_does_not_delete_our_kernels() -> None:
                 del results[name]
             results["layer, triton"] = {"ended": "its process ended with 134"}
     losers = decide(found, "Kernels to delete")
-    assert "not decided: not measured in qwen3-30b-a3b/train, qwen3-30b-a3b/train/256-rows, " in losers
+    assert "not decided: not measured in qwen3-30b-a3b/train, qwen3-30b-a3b/train/16-rows, " in losers
     assert ", 512-experts/train (its process ended with 134)" in losers
     assert "can go" not in losers
 
