@@ -18,7 +18,7 @@ from mixture_of_experts import ops
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton import schedule, unsupported_reason
+from mixture_of_experts.ops.triton import _has_large_tensor, schedule, self_check, unsupported_reason
 
 pytestmark = pytest.mark.skipif(
     triton_interpreter.unsupported_reason() is not None, reason=str(triton_interpreter.unsupported_reason())
@@ -96,6 +96,12 @@ def test_wrong_kernels_are_detected(run_check: Checks, layout: str, activation: 
     run_check("check_self_check", layout, activation, dtype, choices)
 
 
+@slow
+@pytest.mark.parametrize("layout", ["plain", pytest.param("gated", marks=exhaustive)])
+def test_faults_beyond_int32_are_detected(run_check: Checks, layout: str):
+    run_check("check_far_self_check", layout)
+
+
 class QuickGELU(nn.GELU):
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
@@ -127,6 +133,32 @@ def test_rejects_bad_arguments(monkeypatch, reason: str, d: int, h: int, activat
     network = Network(tuple(w_in), one.expand(2, h, 16), activation, (None,) * len(w_in))
     with ops.use("triton"):
         assert reason in str(unsupported_reason(Call(one.expand(4, d), nothing, network, False)))
+
+
+@pytest.mark.parametrize(
+    ("experts", "stride", "tokens", "far"),
+    [
+        (255, 1 << 23, 8, False),
+        (257, 1 << 23, 8, True),  # 2^31 elements, and one expert more
+        (3, 1 << 30, 8, True),  # only strides are large
+        (2, 1 << 23, 1 << 18, False),  # 2^31 elements in the rows of two choices
+        (2, 1 << 23, (1 << 18) + 1, True),
+    ],
+)
+def test_far_calls_need_a_check_of_their_own(monkeypatch, experts: int, stride: int, tokens: int, far: bool):
+    """Calls with a tensor of more than 2^31 elements are checked twice."""
+    nothing = torch.empty(1, device="meta")
+    weight = nothing.as_strided((experts, 4096, 2048), (stride, 2048, 1))
+    expert = torch.empty(tokens, 2, dtype=torch.int64, device="meta")
+    assignments = assign_experts(expert, torch.empty(tokens, 2, device="meta"), experts)
+    call = Call(nothing.expand(tokens, 4096), assignments, Network((weight,), weight.mT, nn.SiLU()), False)
+    assert _has_large_tensor(call) == far
+    checked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(self_check, "find_entries", lambda *_: schedule.INTERPRETER_SCHEDULES)
+    monkeypatch.setattr(self_check, "check_entries", lambda kind, entries, wanted: checked.append(kind.far))
+    self_check.run_self_check(1, torch.device("cuda"), torch.bfloat16, ("plain", "silu"), *3 * [()], 2, False, far)
+    assert checked == [False, True][: 1 + far]
 
 
 def test_supported_gpus(monkeypatch):

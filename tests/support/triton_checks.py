@@ -9,6 +9,7 @@ import itertools
 import math
 import mmap
 import warnings
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -206,6 +207,8 @@ def check_first_hour() -> None:
         for module, name, value in (
             (self_check, "MIN_ROWS", 48),
             (self_check, "MIN_DIM", 16),
+            (self_check, "TILES_PER_PROGRAM", 1),
+            (operators, "TILES_PER_PROGRAM", 1),
             (gpu_tasks, "DTYPES", (torch.bfloat16,)),
             (gpu_tasks, "MEANS", (4, 8)),
             (gpu_tasks, "ASSIGNMENTS", (8,)),
@@ -321,6 +324,8 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(self_check, "MIN_ROWS", 48)
         patch.setattr(self_check, "MIN_DIM", 32)
+        for module in (self_check, operators):
+            patch.setattr(module, "TILES_PER_PROGRAM", 1)
         patch.setattr(self_check.EXPERTS_SELF_CHECK, "verdicts", {})
         assert judge(0) is None
         assert judge(1) is None
@@ -382,6 +387,61 @@ def check_far_pointers(kind: self_check.CallKind) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
 
 
+def count_tiles(kind: self_check.CallKind, rows: int, experts: int, height: int) -> int:
+    """Count the tiles that a generated call needs, without its weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_check, "MIN_DIM", 16)
+        call = self_check.make_call(kind._replace(spec=NetworkSpec("plain", "silu")), rows, experts)
+    counts = call.assignments.expert[call.assignments.kept].bincount(minlength=experts)
+    return int((-(-counts // height)).sum())
+
+
+FAR_OUTPUTS = {"grouped_matmul_kernel": "out", "hidden_grads": "grad_pre", "row_grads": "out", "weight_grads": "out"}
+
+
+def check_far_self_check(layout: str) -> None:
+    """Planted faults beyond a number of elements, as of an int32 index, are seen in the far call and only there."""
+    bound, entries = 1 << 13, schedule.INTERPRETER_SCHEDULES
+    near = self_check.CallKind(
+        torch.device("cpu"),
+        torch.float32,
+        NetworkSpec(layout, "silu"),
+        (True, True),
+        (False, True),
+        (0, 0, 16),
+        2,
+        False,
+    )
+    launch, lost = operators.launch_kernel, [0]
+
+    def forget_far_elements(names: Collection[str], kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        launch(kernel, grid, **arguments)
+        if (name := kernel.fn.__name__) in names and (output := arguments[FAR_OUTPUTS[name]]) is not None:
+            elements = output.untyped_storage().nbytes() // output.itemsize
+            far = output.detach().as_strided((elements,), (1,), 0)[bound:]
+            lost[0] += len(far)
+            far.zero_()
+
+    def judge(kind: self_check.CallKind, *names: str) -> str | None:
+        lost[0] = 0
+        patch.setattr(operators, "launch_kernel", partial(forget_far_elements, names))
+        return self_check.find_fault(kind, entries, entries[1], torch.backends.cuda.matmul.fp32_precision)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (self_check, operators):
+            patch.setattr(module, "TILES_PER_PROGRAM", 2)
+        for name, value in dict(MIN_ROWS=96, MIN_DIM=32, INT32_ELEMENTS=bound, NUM_REPEATS=1).items():
+            patch.setattr(self_check, name, value)
+        far = near._replace(far=True)
+        assert judge(near, *FAR_OUTPUTS) is None
+        assert lost == [0]
+        assert judge(far) is None
+        assert judge(far._replace(decoding=True)) is None
+        for name in FAR_OUTPUTS:
+            assert "differs from the batched" in str(judge(far, name)), name
+            assert lost[0] > 0
+
+
 def copy_to_far_memory(tensor: Tensor) -> Tensor:
     """A copy of `(e, ., .)` whose last matrix lies where int32 cannot index it."""
     between = -(-(1 << 31) // (len(tensor) - 1) // 64) * 64
@@ -400,6 +460,8 @@ def check_lengths_of_the_self_check() -> None:
         rows, experts = self_check.find_call_size(entries, entry)
         assert schedule.find_schedule(entries, rows // experts) is entry
         assert experts >= 3
+        kind = self_check.CallKind(torch.device("cpu"), torch.bfloat16, None, *3 * [(0,) * 3], 2, False)
+        assert count_tiles(kind, rows, experts, entry.rows) > schedule.TILES_PER_PROGRAM
         for blocks in entry[2:]:
             length = (
                 self_check.MIN_ROWS * self_check.BUSIEST_EXPERT_SHARE

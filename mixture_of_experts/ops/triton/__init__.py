@@ -101,7 +101,17 @@ def _experts_check_failure(call: Call) -> str | None:
         (d % 64, h % 64, o % 64),
         call.assignments.k,
         few_tokens.supports_call(call),
+        _has_large_tensor(call),
     )
+
+
+def _has_large_tensor(call: Call) -> bool:
+    """Return whether int32 cannot index a weight or, for a number of rows that is known, a tensor of rows."""
+    weights = (*call.network.w_in, call.network.w_out)
+    last = (sum((n - 1) * stride for n, stride in zip(w.shape, w.stride(), strict=True)) for w in weights)
+    width = max(size for weight in weights for size in weight.shape[1:])
+    rows = count_permuted_rows(call.assignments)
+    return max(last) >= 1 << 31 or statically_known_true(rows * width > 1 << 31)
 
 
 def _unsupported_network_reason(dtype: torch.dtype, network: Network) -> str | None:

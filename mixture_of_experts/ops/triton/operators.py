@@ -21,6 +21,7 @@ from mixture_of_experts.kernels import ffn as kernels
 from mixture_of_experts.kernels.launching import launch_kernel
 from mixture_of_experts.ops.triton.network_spec import NetworkSpec
 from mixture_of_experts.ops.triton.schedule import (
+    TILES_PER_PROGRAM,
     BlockSizes,
     Schedule,
     WeightBlockSizes,
@@ -267,14 +268,14 @@ def launch_find_tiles(counts: Tensor, rows: int, height: int) -> TileTable:
     table, ends = (counts.new_empty(size, dtype=torch.int32) for size in ((number, 3), (experts,)))
     launch_kernel(
         kernels.find_tiles_kernel,
-        (triton.cdiv(number, 32),),
+        (triton.cdiv(number, TILES_PER_PROGRAM),),
         counts=counts,
         tiles=table,
         ends=ends,
         num_tiles=number,
         num_experts=experts,
         ROWS=height,
-        BLOCK=32,
+        BLOCK=TILES_PER_PROGRAM,
         BLOCK_E=64,
     )
     return TileTable(table, ends, height)

@@ -17,6 +17,7 @@ from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import get_device_capability, symbolic_min
 
 MAX_LOW_MEAN_ROWS = 16  # maximum mean number of rows per expert for tiles of 16 or 32 rows
+TILES_PER_PROGRAM = 32  # tiles that a program writes to the table of tiles
 MAX_COMPARED_ASSIGNMENTS = 2048  # maximum number of assignments that a kernel compares with each other
 
 

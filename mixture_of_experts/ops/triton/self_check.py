@@ -5,8 +5,11 @@ Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 A `CallKind` describes what the compiled programs depend on. For each kind and each entry of the schedule, the kernels
 compute outputs and all gradients of generated tokens three times. All rows are compared with those of the batched
 implementation in float32, and all repetitions must be bitwise identical. The sums are long enough that each buffer of a
-pipeline is used several times. If anything differs or raises, the Triton implementation is disabled for the process,
-with a warning.
+pipeline is used several times, and several programs write the table of tiles. If anything differs or raises, the Triton
+implementation is disabled for the process, with a warning.
+
+Before the first call with a tensor of more than 2^31 elements, the kernels also compute the same tokens and experts
+within a call whose weights and rows have as many. Its other tokens and weights are zeros, and have no gradients.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from mixture_of_experts.ops import batched
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.network_spec import NetworkSpec
-from mixture_of_experts.ops.triton.schedule import Schedule, find_entries, find_schedule
+from mixture_of_experts.ops.triton.schedule import TILES_PER_PROGRAM, Schedule, find_entries, find_schedule
 from mixture_of_experts.support.private_torch import assume_constant_result
 
+INT32_ELEMENTS = 1 << 31  # number of elements that int32 can index
 MIN_ROWS, MIN_DIM = 512, 704  # minimum sizes of the generated call; the `sizes` of a kind are added to MIN_DIM
 BUSIEST_EXPERT_SHARE = 0.6  # share of rows of the first expert, so that sums over its rows are long
 NUM_REPEATS = 3  # number of times that the kernels compute the call
@@ -57,6 +61,7 @@ class CallKind(NamedTuple):
         sizes: d, h and o modulo 64, which determine whether they are multiples of the block sizes.
         num_choices: k.
         decoding: whether only the forward is launched.
+        far: whether a tensor has more elements than int32 can index.
     """
 
     device: torch.device
@@ -67,6 +72,7 @@ class CallKind(NamedTuple):
     sizes: tuple[int, int, int]
     num_choices: int
     decoding: bool
+    far: bool = False
 
 
 EXPERTS_SELF_CHECK = SelfCheck("the Triton kernels of experts")  # for each kind and entry of the schedule
@@ -83,7 +89,9 @@ def run_self_check(mean_rows: int | None, *kind_of_call: Any) -> str | None:
     kind = CallKind(*kind_of_call)
     entries = find_entries(kind.device, kind.dtype)
     wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
-    return check_entries(kind._replace(spec=NetworkSpec(*kind.spec)), entries, wanted)
+    kind = kind._replace(spec=NetworkSpec(*kind.spec))
+    near = check_entries(kind._replace(far=False), entries, wanted)
+    return check_entries(kind, entries, wanted) if near is None and kind.far else near
 
 
 def check_entries(kind: CallKind, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
@@ -102,7 +110,10 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule, p
     torch.backends.cuda.matmul.fp32_precision = precision
     call = make_call(kind, *find_call_size(entries, entry))
     said = f"for {kind.spec.layout} experts with {kind.spec.activation} in {kind.dtype} and tiles of {entry.rows} rows,"
-    found = compute_by_kernels(call, kind)
+    compute = partial(compute_by_kernels, call, kind)
+    if kind.far:
+        compute = partial(compute_far_by_kernels, kind, *make_far_call(call))
+    found = compute()
     if not are_permutations_equal(call.assignments):
         return f"{said} the permutations of few and of many assignments differ"
     wanted = compute_by_operators(call)
@@ -112,15 +123,17 @@ def find_fault(kind: CallKind, entries: tuple[Schedule, ...], entry: Schedule, p
             return f"{said} a row of {name} differs from the batched implementation by {error:.1e} of its norm"
     del wanted
     for _ in range(NUM_REPEATS - 1):
-        for name, again in compute_by_kernels(call, kind).items():
+        for name, again in compute().items():
             if not torch.equal(again, found[name]):
                 return f"{said} {name} differs between two identical calls"
     return None
 
 
 def find_call_size(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
-    """Return the smallest numbers of rows and experts (at least three) for which an entry of the schedule is used."""
-    sizes = ((rows, e) for rows in (MIN_ROWS, 2 * MIN_ROWS) for e in range(3, rows // 8 + 1))
+    """Return the smallest numbers of rows and experts (at least three) for which an entry of the schedule is used, and
+    several programs write the table of tiles, although not all rows are used."""
+    min_rows = max(MIN_ROWS, TILES_PER_PROGRAM * entry.rows * 5 // 4)
+    sizes = ((rows, e) for rows in (min_rows, 2 * min_rows) for e in range(3, rows // 8 + 1))
     return next(size for size in sizes if find_schedule(entries, size[0] // size[1]) is entry)
 
 
@@ -189,9 +202,10 @@ def draw_output_gradient(out: Tensor, dtype: torch.dtype) -> Tensor:
     return drawn.to(dtype).to(out.dtype)
 
 
-def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
+def compute_by_kernels(call: Call, kind: CallKind, grad: Tensor | None = None) -> dict[str, Tensor]:
     """Return the outputs of the kernels in inference and, unless the kind is decoding, in training, with all gradients
-    and with only those of the weights of choices. Each of these cases uses different programs."""
+    and with only those of the weights of choices. Each of these cases uses different programs. The gradient of the
+    output is random unless it is given."""
     from mixture_of_experts.ops.triton.forward_backward import triton_backward, triton_forward
     from mixture_of_experts.ops.triton.row_permutation import permute_by_kernel
 
@@ -200,10 +214,50 @@ def compute_by_kernels(call: Call, kind: CallKind) -> dict[str, Tensor]:
     if kind.decoding:
         return found
     found["the output"], saved = triton_forward(*given, save=True)
-    grad = draw_output_gradient(found["the output"], call.x.dtype)
+    grad = draw_output_gradient(found["the output"], call.x.dtype) if grad is None else grad
     grads: dict[str, Any] = {"weights, alone": triton_backward(*given, saved, grad, ()).weight}
     grads["x"], grads["weights"], network = triton_backward(*given, saved, grad, {"x", *names})
     return found | {f"the gradient of {name}": value for name, value in (grads | network).items()}
+
+
+def place_among_zeros(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Return zeros `(size, ...)` with the values `(n, ...)` at an index `(n,)`, in the layout of the values."""
+    if values.ndim == 3 and values.stride(-1) != 1:
+        return place_among_zeros(values.mT, index, size).mT
+    return values.new_zeros(size, *values.shape[1:]).index_copy_(0, index, values)
+
+
+def make_far_call(call: Call) -> tuple[Call, Tensor, Tensor]:
+    """Return a call that contains the tokens and experts of `call`, and the indices of these tokens and experts in it,
+    which include the first and the last ones. There are so many others that all weights and, with many rows per expert,
+    all tensors of rows have more than `INT32_ELEMENTS` elements."""
+    given, device, (t, d), (e, h, o) = call.assignments, call.x.device, call.x.shape, call.network.w_out.shape
+    number, k = given.weight.shape[0], given.weight.shape[0] // t
+    experts = e + INT32_ELEMENTS // (h * min(d, o))
+    tokens = t + min(number // e * experts, INT32_ELEMENTS // min(d, h, o)) // k
+    token, of_expert = (
+        torch.arange(size, device=device) * (total - 1) // (size - 1) for size, total in ((t, tokens), (e, experts))
+    )
+    expert = torch.randint(experts, (tokens, k), device=device)
+    expert[token] = torch.where(given.kept, of_expert[given.expert], -1).view(t, k)
+    weight = place_among_zeros(given.weight.view(t, k), token, tokens)
+    network = call.network.map(lambda values: place_among_zeros(values, of_expert, experts))
+    x, assignments = place_among_zeros(call.x, token, tokens), assign_experts(expert, weight, experts)
+    return Call(x, assignments, network, call.training), token, of_expert
+
+
+def compute_far_by_kernels(kind: CallKind, far: Call, token: Tensor, expert: Tensor) -> dict[str, Tensor]:
+    """Return the same as `compute_by_kernels(call, kind)`, given `make_far_call(call)`. The other tokens have no
+    gradient."""
+    grad = draw_output_gradient(far.x.new_empty(len(token), far.network.w_out.shape[-1]), far.x.dtype)
+    found = compute_by_kernels(far, kind, place_among_zeros(grad, token, len(far.x)))
+
+    def select(name: str, values: Tensor) -> Tensor:
+        if name.startswith("the gradient of weights"):
+            return values.view(len(far.x), -1)[token].flatten()
+        return values[expert if name.startswith(("the gradient of w", "the gradient of b")) else token]
+
+    return {name: select(name, values) for name, values in found.items()}
 
 
 def compute_by_operators(call: Call) -> dict[str, Tensor]:
