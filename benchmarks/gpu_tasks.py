@@ -25,7 +25,7 @@ from benchmarks.gpu_comparison import compare
 from benchmarks.gpu_device import Device
 from benchmarks.gpu_shapes import MAIN_SHAPES, Shape
 from benchmarks.task_processes import ROOT
-from benchmarks.tasks import Task, Tasks, list_tasks
+from benchmarks.tasks import Task, Tasks, describe_exception, list_tasks
 from mixture_of_experts import Top2Gating, TopKGating, ops
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.dispatch.permutation import permute_without_gaps
@@ -43,7 +43,7 @@ DECODED = (1, 8, 64, 256)
 PRODUCTS = {"up": 2, "down": 1, "hidden_grads": 1, "row_grads": 2, "weight_grads": 3}  # of rows, d and h
 ASSIGNMENTS = (64, 512, 1024, 2048, 4096, 8192)  # numbers that a kernel compares with each other
 #: estimated seconds of tasks on an H100 and 16 cores
-START_SECONDS, CHECK_SECONDS, PROGRAMS_SECONDS, TESTS_SECONDS = 8.0, 0.6, 45.0, 240.0
+START_SECONDS, CHECK_SECONDS, FAR_CHECK_SECONDS, PROGRAMS_SECONDS, TESTS_SECONDS = 8.0, 0.6, 15.0, 45.0, 240.0
 KERNEL_SECONDS, DECODING_SECONDS, SMALL_SECONDS = 3.0, 2.5, 1.5
 
 Piece = Callable[[Device], Tasks]
@@ -61,7 +61,7 @@ def pieces(device: Device) -> dict[str, Piece]:
         made |= {f"decoding/{name}": partial(decoding, index=index) for index, name in group}
         made |= {f"kernels/{name}": partial(kernels, index=index) for index, name in group}
         made["small kernels"] = small_kernels
-    made["tests"] = tests
+    made |= {"tests": tests, "checks/far": partial(check_kernels, kinds=far_kinds, seconds=FAR_CHECK_SECONDS)}
     return made | {f"checks/{layout}": partial(check_kernels, kinds=partial(all_kinds, layout)) for layout in LAYOUTS}
 
 
@@ -92,6 +92,12 @@ def default_kinds(device: Device) -> Iterator[tuple[str, CallKind]]:
         yield f"{k} choices, {'decoding' if decoding else 'training'}", kind
 
 
+def far_kinds(device: Device) -> Iterator[tuple[str, CallKind]]:
+    """Yield a kind of calls whose tensors have more elements than int32 can index."""
+    (name, kind), *_ = default_kinds(device)
+    yield f"{name}, more than 2^31 elements", kind._replace(far=True)
+
+
 def all_kinds(layout: str, device: Device) -> Iterator[tuple[str, CallKind]]:
     """Yield all kinds of calls with one layout of weights."""
     names = list(self_check.KERNEL_ACTIVATIONS) if layout in ("plain", "gated") else ["silu", "gelu"]
@@ -102,13 +108,18 @@ def all_kinds(layout: str, device: Device) -> Iterator[tuple[str, CallKind]]:
         yield f"{dtype}, {activation}, sizes {odd} past 64", kind
 
 
-def check_kernels(device: Device, kinds: Callable[[Device], Iterator[tuple[str, CallKind]]]) -> Tasks:
+def check_kernels(
+    device: Device, kinds: Callable[[Device], Iterator[tuple[str, CallKind]]], seconds: float = CHECK_SECONDS
+) -> Tasks:
     """Yield the self-checks of the kernels for some kinds of calls, one for each entry of the schedule."""
 
     def judge(kind: CallKind, entries: Any, entry: Any) -> str:
         # here and not in a process of its own, as check_entries does: a piece already survives what ends a process
         precision = torch.backends.cuda.matmul.fp32_precision
-        return self_check.find_fault(kind, entries, entry, precision) or "right"
+        try:
+            return self_check.find_fault(kind, entries, entry, precision) or "right"
+        except torch.OutOfMemoryError as reason:
+            raise MissingError(describe_exception(reason)) from reason
 
     def launches(kind: CallKind, entries: Any, entry: Any) -> list[blocks.Launch]:
         call = self_check.make_call(kind, *self_check.find_call_size(entries, entry))
@@ -124,7 +135,7 @@ def check_kernels(device: Device, kinds: Callable[[Device], Iterator[tuple[str, 
     programs = partial(compile_launches, device, lambda: (one for check in checks.values() for one in launches(*check)))
     yield Task("programs", programs, PROGRAMS_SECONDS)
     for name, check in checks.items():
-        yield Task(name, partial(judge, *check), CHECK_SECONDS)
+        yield Task(name, partial(judge, *check), seconds)
 
 
 def compile_launches(device: Device, launches: Callable[[], Iterator[blocks.Launch]]) -> list[str]:

@@ -405,6 +405,21 @@ def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:
         assert len(found) == 3 + 2 + 3 * 6 + 2
 
 
+def test_a_check_without_enough_memory_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_out_of_memory(kind: Any, *_: Any) -> None:
+        assert kind.far
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.00 GiB")
+
+    monkeypatch.setattr(gpu_tasks.self_check, "find_fault", raise_out_of_memory)
+    checks = tasks.list_tasks(gpu_tasks.pieces(DEVICE)["checks/far"](DEVICE))
+    assert {check.name for check in checks[1:]} == {
+        f"2 choices, training, more than 2^31 elements, tiles of {entry.rows}"
+        for entry in schedule.INTERPRETER_SCHEDULES
+    }
+    result = tasks.run_task(checks[1].compute)
+    assert result == {"missing": "OutOfMemoryError: CUDA out of memory. Tried to allocate 4.00 GiB"}
+
+
 class FakeH100(cpu_device.CPUDevice):
     """The pieces of an H100, which are listed but not run."""
 
@@ -434,7 +449,7 @@ def test_first_hour_lists_an_hour_of_pieces(monkeypatch: pytest.MonkeyPatch, cap
         "tests",
     ]
     assert sorted(order, key=list(listed).index) == order
-    assert len(listed) == 1 + len(list(list_cases(FakeH100().shapes()))) + 5 + 5 + 1 + 1 + 4
+    assert len(listed) == 1 + len(list(list_cases(FakeH100().shapes()))) + 5 + 5 + 1 + 1 + 1 + 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
