@@ -1,7 +1,7 @@
-"""Sizes of blocks around those of the schedule, and the time of each kernel alone with them.
+"""Blocks similar to those of the schedule, and the time of each kernel alone with them.
 
-`tests/support/triton_machine_code.py` compiles the sizes beforehand, for each card: none spills registers or wants more
-shared memory than there is.
+`tests/support/triton_machine_code.py` compiles them ahead of time for each card: none of them spills registers or needs
+more shared memory than the card has.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim.
 """
@@ -22,15 +22,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.gpu_device import Device, Shape
-from benchmarks.results_file import describe_exception
+from benchmarks.gpu_device import Device
+from benchmarks.gpu_shapes import Shape
+from benchmarks.tasks import describe_exception
 from mixture_of_experts.dispatch.assignments import assign_experts
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import self_check
 from mixture_of_experts.ops.triton.schedule import Schedule, WeightBlockSizes
 
 KERNELS = Schedule._fields[2:]
-#: factors of n, c and warps, and stages more
+#: factors of n, c and warps, and the number of additional stages
 BLOCK_VARIATIONS = (
     *((1, 1, 1, 0), (2, 1, 1, 0), (0.5, 1, 1, 0), (1, 0.5, 1, 0), (1, 0.5, 1, 1), (1, 2, 1, 0), (1, 1, 1, 1)),
     *((1, 1, 1, -1), (1, 1, 0.5, 0), (1, 1, 2, 0), (0.5, 1, 0.5, 0), (0.5, 1, 1, 1), (2, 0.5, 1, 0), (2, 1, 2, 0)),
@@ -38,7 +39,7 @@ BLOCK_VARIATIONS = (
 
 
 class Launch(NamedTuple):
-    """A launch of a kernel; tensors may be no more than their dtypes."""
+    """A launch of a kernel. Tensors are represented by their dtypes."""
 
     module: str
     kernel: str
@@ -46,8 +47,8 @@ class Launch(NamedTuple):
 
 
 def list_candidates(kernel: str, entry: Schedule, capability: tuple[int, int], shared: int) -> list[Any]:
-    """The blocks that a kernel of the entry has, and those around them that fit a card, with `shared` bytes for a
-    program."""
+    """Return the blocks of a kernel in an entry of the schedule, and similar ones that fit a card whose programs have
+    `shared` bytes of shared memory."""
     own, found = getattr(entry, kernel), []
     for n, c, warps, stages in BLOCK_VARIATIONS:
         sizes = {"c": int(own.c * c), "warps": int(own.warps * warps), "stages": own.stages + stages}
@@ -59,10 +60,10 @@ def list_candidates(kernel: str, entry: Schedule, capability: tuple[int, int], s
 
 
 def can_run_blocks(kernel: str, blocks: Any, height: int, capability: tuple[int, int], shared: int) -> bool:
-    """Whether registers and shared memory hold the blocks, and the kernels' self-check judges such programs."""
+    """Return whether the blocks fit into registers and shared memory, and the self-check covers such programs."""
     m, by_weights = getattr(blocks, "m", height), kernel == "weight_grads"
     summed = self_check.MIN_ROWS * self_check.BUSIEST_EXPERT_SHARE if by_weights else self_check.MIN_DIM
-    by_groups = capability[0] in (9, 10) and m >= 64  # of warps, whose sums take no registers for what is multiplied
+    by_groups = capability[0] in (9, 10) and m >= 64  # of warps: their operands take no registers
     most = 128 if by_weights or (by_groups and kernel in ("down", "row_grads")) else 64
     return (
         all(32 <= n <= 256 for n in ((m, blocks.n) if by_weights else (blocks.n,)))
@@ -76,12 +77,13 @@ def can_run_blocks(kernel: str, blocks: Any, height: int, capability: tuple[int,
 
 
 def count_shared_bytes(blocks: Any, m: int, by_groups: bool) -> int:
-    """Of operands of two bytes; what warp groups multiply stays in use a turn longer."""
+    """Return the shared memory of a program with 2-byte operands. Groups of warps use a buffer for one more step."""
     return (blocks.stages - (not by_groups)) * blocks.c * (m + blocks.n) * 2
 
 
 def list_neighbouring_entries(entry: Schedule, *card: Any) -> Iterator[tuple[Schedule, tuple[str, ...]]]:
-    """The entry, then entries with other blocks of some kernels, and which kernels these are."""
+    """Yield the entry and the names of all kernels, then entries with other blocks and the names of the kernels that
+    these are for."""
     for blocks in itertools.zip_longest(*(list_candidates(kernel, entry, *card) for kernel in KERNELS)):
         changed = {kernel: tried for kernel, tried in zip(KERNELS, blocks, strict=True) if tried is not None}
         yield entry._replace(**changed), tuple(changed)
@@ -91,7 +93,8 @@ def list_neighbouring_entries(entry: Schedule, *card: Any) -> Iterator[tuple[Sch
 
 
 def make_step(shape: Shape, mean_rows: int, device: Device, training: bool) -> Callable[[], Any]:
-    """The experts alone by the kernels, on tokens that choose evenly: a forward, in training with its backward."""
+    """Return a step of the experts alone, by the kernels and with balanced routing: a forward, in training also the
+    backward with random gradients."""
     from mixture_of_experts.ops.triton.forward_backward import run
 
     torch.manual_seed(0)
@@ -102,19 +105,19 @@ def make_step(shape: Shape, mean_rows: int, device: Device, training: bool) -> C
     expert = torch.rand(t, shape.e, device=device.name).topk(shape.k).indices
     assignments = assign_experts(expert, torch.full(expert.shape, 1 / shape.k, device=device.name), shape.e)
     call = Call(x.requires_grad_(training), assignments, Network((w1, w3), w2, nn.SiLU(), (None, None)), training)
-    leaves = [x, w1, w3, w2]
+    leaves, grad = [x, w1, w3, w2], torch.randn_like(x)
 
     def step() -> Any:
         with torch.set_grad_enabled(training):
             out = run(call)
-        return torch.autograd.grad(out, leaves, torch.ones_like(out)) if training else out
+        return torch.autograd.grad(out, leaves, grad) if training else out
 
     return step
 
 
 @contextmanager
 def force_schedule(launch: Callable[..., None], entry: Schedule | None = None) -> Iterator[None]:
-    """Where kernels are launched so, every call with this entry of the schedule."""
+    """Context manager in which kernels are launched by `launch`, with this entry of the schedule in every call."""
     from mixture_of_experts.ops.triton import operators
 
     before = operators.get_schedule, operators.launch_kernel
@@ -128,7 +131,7 @@ def force_schedule(launch: Callable[..., None], entry: Schedule | None = None) -
 
 
 def record_launches(step: Callable[[], Any], entry: Schedule | None = None) -> list[Launch]:
-    """The launches of a step; none starts."""
+    """Return the launches of a step, without launching anything."""
     found = []
 
     def note(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -143,7 +146,8 @@ def record_launches(step: Callable[[], Any], entry: Schedule | None = None) -> l
 def kernel_seconds(
     step: Callable[[], Any], device: Device, entry: Schedule, wanted: tuple[str, ...] | None = None
 ) -> dict[str, float | str]:
-    """Seconds of the wanted kernels of a step with this entry of the schedule, or why one is left out."""
+    """Return the seconds of the wanted kernels of a step (all by default) with this entry of the schedule, or the
+    reason why a kernel is excluded."""
     from mixture_of_experts.ops.triton import operators
 
     launch, found = operators.launch_kernel, {}
@@ -151,9 +155,12 @@ def kernel_seconds(
     def timed(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         name, fault = get_kernel_name(kernel, arguments), None
         if wanted is None or name in wanted:
+            print(f"{name} with {getattr(entry, name, 'its only blocks')}", flush=True)  # the log names a fatal launch
             fault = device.exclusion_reason(kernel, grid, arguments)
             if fault is None and not isinstance(found.get(name), str):
-                found[name] = found.get(name, 0.0) + device.time_step(partial(launch, kernel, grid, **arguments))[0]
+                found[name] = (
+                    found.get(name, 0.0) + device.time_step(partial(launch, kernel, grid, **arguments)).card.median
+                )
             else:
                 found[name] = fault or found[name]
         if fault is None:
@@ -165,7 +172,7 @@ def kernel_seconds(
 
 
 def get_kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
-    """The name of the kernel's blocks in the schedule, or else its own."""
+    """Return the name of the kernel's blocks in the schedule, or its own name if it has none."""
     name = kernel.fn.__name__
     return name if name != "grouped_matmul_kernel" else "up" if arguments["token"] is not None else "down"
 
@@ -174,7 +181,7 @@ def get_kernel_name(kernel: Any, arguments: dict[str, Any]) -> str:
 
 
 def fake_compiler_target(capability: tuple[int, int]) -> Any:
-    """What stands for a card in Triton where nothing is launched."""
+    """Return a replacement for Triton's driver of a card, with which programs can be compiled but not launched."""
     from triton.backends.compiler import GPUTarget
 
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
@@ -183,7 +190,7 @@ def fake_compiler_target(capability: tuple[int, int]) -> Any:
 
 
 def compile_one(launch: Launch, capability: tuple[int, int]) -> str | None:
-    """Compile a launch's program into Triton's cache; no card is asked. Returns why it cannot be."""
+    """Compile the program of a launch into Triton's cache, without a card. Return the reason if that fails."""
     from triton.runtime import driver
     from triton.runtime.jit import MockTensor
 
@@ -192,18 +199,18 @@ def compile_one(launch: Launch, capability: tuple[int, int]) -> str | None:
     types = {name: MockTensor(v) if isinstance(v, torch.dtype) else v for name, v in launch.arguments.items()}
     try:
         kernel.warmup(grid=(1,), enable_fp_fusion=True, **types)
-    except Exception as reason:  # whatever a compiler raises
+    except Exception as reason:  # compilers may raise anything
         return f"{launch.kernel}: {describe_exception(reason)}"
     return None
 
 
 def compile_all(launches: list[Launch], capability: tuple[int, int]) -> list[str]:
-    """Compile programs in as many processes as there are cores. Returns why some cannot be."""
+    """Compile programs in as many processes as there are cores, and return why some cannot be compiled."""
     distinct = list({str(launch): launch for launch in launches}.values())
     workers = min(os.cpu_count() or 1, len(distinct), 32)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         found = []
         for launch, reason in zip(distinct, pool.map(compile_one, distinct, itertools.repeat(capability)), strict=True):
-            print(launch.kernel, flush=True)  # a line is a sign of life
+            print(f"compiled {launch.kernel}", flush=True)
             found += [reason] if reason else []
         return found

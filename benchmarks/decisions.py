@@ -1,245 +1,280 @@
-"""What the results of a first hour decide: sizes of blocks and costs of the schedule, ways by default, what to delete.
+"""What the results of a first hour decide: the default implementations, and which kernels can be deleted.
 
-All of it is a function of the results alone: a dry run with made-up times shows the decision that follows.
+All of it is a function of the stored results. Nothing is decided about anything that was not measured: the verdict
+names it, with the reason.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
-from math import exp, inf, log
+from math import inf
 from typing import Any
 
-from benchmarks.blocks import KERNELS
-from benchmarks.gpu import IMPLEMENTATIONS, MODES, RIVALS
-from benchmarks.results_file import run_task
-from mixture_of_experts.ops.triton.schedule import Schedule, find_schedule
+from benchmarks.case_results import (
+    MAX_TIED_RATIO,
+    CaseResults,
+    Found,
+    collect_cases,
+    geometric_mean,
+    join_reasons,
+    list_failures,
+)
+from benchmarks.gpu_cases import GPUCase
+from benchmarks.gpu_contestants import (
+    IMPLEMENTATIONS,
+    OWN,
+    OWN_WITH_ROUTER_KERNELS,
+    RIVALS,
+    WITH_ROUTER_KERNELS,
+)
+from benchmarks.nvidia_smi import CONSTANT
+from benchmarks.schedule_decisions import choose_schedule
+from benchmarks.tasks import find_failure, run_task
+from mixture_of_experts.ops.triton.schedule import Schedule
 
-Found = dict[str, dict[str, Any]]  # results by piece, and by name
-Load = tuple[str, int]  # a shape, and the mean rows of an expert
-Row = dict[str, dict[tuple[int, ...], float]]  # of each kernel, seconds with some sizes of blocks
-Times = dict[tuple[Load, int], Row]  # by load and height of tiles
-
-MAX_TIED_RATIO = 1.03  # times that differ by less are equal
-MAX_SERVED_RATIO = 1.1  # a height serves the loads on which it takes at most so much longer than the best
-OURS = ("layer", *(f"layer, {way}" for way in IMPLEMENTATIONS))
-
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    """The geometric mean."""
-    logs = [log(ratio) for ratio in ratios]
-    return exp(sum(logs) / len(logs)) if logs else inf
-
-
-def results_of(found: Found, prefix: str) -> Iterator[tuple[str, str, Any]]:
-    """What pieces behind the prefix are called, and name and value of each result that is there."""
-    for piece, results in found.items():
-        for name, value in results.items() if piece.startswith(prefix) else ():
-            if not (isinstance(value, dict) and "ended" in value):
-                yield piece.removeprefix(prefix), name, value
+DEFAULT, TRITON = "layer", "layer, triton"
+OURS = (*OWN, *OWN_WITH_ROUTER_KERNELS)
 
 
-def lines(found: Found, entries: tuple[Schedule, ...]) -> Iterator[str]:
-    """The decisions, in Markdown. `entries` are the schedule's for this card."""
+def lines(found: Found, cases: Sequence[GPUCase], entries: tuple[Schedule, ...]) -> Iterator[str]:
+    """Yield the decisions as Markdown.
+
+    Args:
+        found: results by piece, and by the names of tasks.
+        cases: all cases of the comparison.
+        entries: entries of the schedule for this GPU.
+    """
+    results = collect_cases(found, cases)
     for title, part in (
-        ("What is wrong", partial(list_faults, found)),
-        ("Who wins: time on the card ÷ the fastest", partial(list_winners, found)),
-        ("Decoding as a graph: `triton` ÷ the fastest other way", partial(decoding, found)),
-        ("`ops/triton/schedule.py`", partial(tables, found, entries)),
-        ("What loses, and is to be deleted unless it wins on another card", partial(list_losers, found)),
+        ("Faults", partial(list_faults, found, results)),
+        ("The fastest of each case", partial(list_winners, results)),
+        ("Default implementations: `DEFAULT_FAMILIES`, `DECODING_FAMILIES`", partial(choose_defaults, results)),
+        ("Kernels of routers and queues: `ROUTER_FAMILIES`", partial(judge_router_kernels, results)),
+        ("Decoding as a CUDA graph: `triton` ÷ the fastest other implementation", partial(judge_decoding, found)),
+        ("`ops/triton/schedule.py`", partial(choose_schedule, found, entries)),
+        ("Kernels to delete, unless they win on another GPU", partial(list_losers, found, results)),
     ):
-        told = run_task(lambda part=part: list(part()))  # a report is written whatever there is
-        told = [str(told)] if isinstance(told, dict) else told
-        yield from ["", f"## {title}", "", *(told or ["Nothing was measured."])]
+        written = run_task(lambda part=part: list(part()))  # an error in one section must not suppress the others
+        written = [f"This section failed: {failure[1]}"] if (failure := find_failure(written)) else written
+        yield from ["", f"## {title}", "", *(written or ["Nothing was measured."])]
 
 
-def list_faults(found: Found) -> Iterator[str]:
-    """Kernels and contestants that are wrong, and what ended."""
-    checks = [(name, said) for _, name, said in results_of(found, "checks/") if isinstance(said, str)]
-    yield f"{sum(said == 'right' for _, said in checks)} of {len(checks)} checks of kernels are right."
-    yield from (f"- {name}: {said}" for name, said in checks if said != "right")
-    for piece, _, record in results_of(found, "cases/"):
-        yield from (
-            f"- {piece}: {name} is {said}" for name, said in record["missing"].items() if "BAD_ARGUMENTS" in said
-        )
-    for piece, results in found.items():
-        ended = {
-            name: value["ended"] for name, value in results.items() if isinstance(value, dict) and "ended" in value
-        }
-        yield from (f"- {piece}, {name}: ended {said}" for name, said in ended.items())
-
-
-def list_winners(found: Found) -> Iterator[str]:
-    """The layer by each way, rivals, and the products alone; then the way that is the fastest over all shapes."""
-    names, lost, missing = (*OURS, *RIVALS, "products"), defaultdict(lambda: defaultdict(list)), {}
-    if not any(results_of(found, "cases/")):
-        return
-    yield "| | " + " | ".join(names) + " | fastest |\n|---|" + "---:|" * len(names) + "---|"
-    for piece, _, record in results_of(found, "cases/"):
-        missing |= record["missing"]
-        times = {name: (row["median_s"], row["host_s"]) for name, row in record["contestants"].items()}
-        best = min((name for name in times if name != "products"), key=times.__getitem__, default="")
-        told = {
-            n: f"{card / times[best][0]:.2f} ({1e3 * card:.3g}, {1e3 * host:.3g})" for n, (card, host) in times.items()
-        }
-        yield f"| {piece} | " + " | ".join(told.get(name, "") for name in names) + f" | {best} |"
-        ours = {name: times[name][0] for name in OURS if name in times}
-        for name, time in ours.items():
-            lost[record["mode"]][name].append(time / min(ours.values()))
-    yield "\nIn brackets milliseconds on the card, and of the host.\n"
-    yield from (f"- {name} was missing: {reason}" for name, reason in missing.items())
-    for mode, of_mode in lost.items():
-        costs = {
-            name: geometric_mean(ratios) for name, ratios in of_mode.items() if len(ratios) == len(of_mode["layer"])
-        }
-        best = min(costs, key=costs.__getitem__)
-        stays = costs["layer"] <= MAX_TIED_RATIO * costs[best]
-        told = ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
-        verdict = "what is taken by default stays" if stays else f"**take {best} by default**"
-        yield f"- {mode}: {verdict} ({told}). `BY_DEFAULT` and `DECODING_FAMILIES` of `ops/triton` say what is."
-
-
-def decoding(found: Found) -> Iterator[str]:
-    ratios = []
-    for shape, results in itertools.groupby(results_of(found, "decoding/"), key=lambda result: result[0]):
-        rows = {name: value for _, name, value in results}
-        for name, row in ((name, row) for name, row in rows.items() if name.endswith("triton")):
-            others = [rows[other]["graph"] for way in IMPLEMENTATIONS if (other := name.replace("triton", way)) in rows]
-            ratios.append((shape, name, row["rows"], row["graph"] / min(others[1:], default=inf)))
-        yield f"- {shape}: " + ", ".join(f"{name} {ratio:.2f}" for of, name, _, ratio in ratios if of == shape)
-    if not ratios:
-        return
-    loses = min((rows for *_, rows, ratio in ratios if ratio > MAX_TIED_RATIO), default=inf)
-    wins = max((rows for *_, rows, _ in ratios if rows < loses), default=0)
-    yield f"- it wins for experts of up to {wins:g} rows: what `LOW` and `DECODING_FAMILIES` may send to it"
-
-
-# ---- the schedule ----
-
-
-def collect_times(found: Found) -> Times:
-    times: Times = {}
-    for shape, name, value in results_of(found, "kernels/"):
-        if " rows, tiles of " in name:
-            rows, height = map(int, name.split(" rows, tiles of "))
-            times[(shape, rows), height] = {
-                kernel: {tuple(sizes): time for sizes, time in tried if isinstance(time, float)}
-                for kernel, tried in value.items()
-            }
-    return times
-
-
-def total(row: Row, entry: Schedule | None = None) -> float:
-    """Seconds of all kernels with the blocks of an entry, or of each with its best ones."""
-    if entry is None:
-        return sum(min(tried.values(), default=inf) for tried in row.values())
-    return sum(tried.get(tuple(getattr(entry, kernel)), inf) for kernel, tried in row.items())
-
-
-def choose_blocks(entry: Schedule, times: Times) -> Schedule:
-    """The entry with the blocks that are the best over the loads on which its height is, or its own where these are
-    close."""
-    best, rows = find_best_times(times), {load: row for (load, height), row in times.items() if height == entry.rows}
-    served = {load: row for load, row in rows.items() if total(row) <= MAX_SERVED_RATIO * best[load]}
-    for kernel in KERNELS:
-        tried = [row[kernel] for row in served.values() if row.get(kernel)]
-        tried = tried or [row[kernel] for row in rows.values() if row.get(kernel)]
-        everywhere = set.intersection(*map(set, tried)) if tried else set()
-        ratios = {sizes: geometric_mean(of[sizes] / min(of.values()) for of in tried) for sizes in everywhere}
-        own, fastest = getattr(entry, kernel), min(ratios, key=ratios.__getitem__, default=())
-        if fastest and ratios.get(tuple(own), inf) > MAX_TIED_RATIO * ratios[fastest]:
-            entry = entry._replace(**{kernel: type(own)(*fastest)})
-    return entry
-
-
-def find_best_times(times: Times) -> dict[Load, float]:
-    """Of each load the least seconds, by any height and blocks."""
-    return {load: min(total(row) for (of, _), row in times.items() if of == load) for load, _ in times}
-
-
-def compute_regret(times: Times, best: dict[Load, float], load: Load, table: tuple[Schedule, ...]) -> float:
-    """Time by a table ÷ the best; infinite, if the height that it takes was not timed."""
-    entry = find_schedule(table, load[1])
-    row = times.get((load, entry.rows))
-    return inf if row is None else total(row, entry) / best[load]
-
-
-def fit_costs(entries: tuple[Schedule, ...], times: Times) -> tuple[Schedule, ...]:
-    """The entries with the costs by which heights are chosen best over all loads; of equally good ones the nearest."""
-    best = find_best_times(times)
-
-    def with_costs(costs: tuple[float, ...]) -> tuple[Schedule, ...]:
-        return tuple(entry._replace(cost=cost) for entry, cost in zip(entries, (*costs, 1.0), strict=True))
-
-    def worth(costs: tuple[float, ...]) -> tuple[float, float]:
-        far, table = sum(abs(log(c / entry.cost)) for c, entry in zip(costs, entries, strict=False)), with_costs(costs)
-        return round(sum(log(compute_regret(times, best, load, table)) for load in best), 4), far
-
-    grid = [[entry.cost, *(round(1.12**i, 2) for i in range(18))] for entry in entries[:-1]]
-    falling = (costs for costs in itertools.product(*grid) if list(costs) == sorted(costs, reverse=True))
-    return with_costs(min(falling, key=worth))
-
-
-def tables(found: Found, entries: tuple[Schedule, ...]) -> Iterator[str]:
-    if not (times := collect_times(found)):
-        return
-    chosen = fit_costs(tuple(choose_blocks(entry, times) for entry in entries), times)
-    yield "\n".join(["One choice for all shapes, and the costs that fit:", "", "```python"])
-    yield "\n".join([*(f"{entry}," for entry in chosen), "```", ""])
-    for old, new in zip(entries, chosen, strict=True):
-        for kernel in (kernel for kernel in KERNELS if getattr(old, kernel) != getattr(new, kernel)):
-            rows = {load: row.get(kernel, {}) for (load, height), row in times.items() if height == old.rows}
-            before, after = (tuple(getattr(entry, kernel)) for entry in (old, new))
-            ratios = {load: of[after] / of[before] for load, of in rows.items() if before in of}
-            by_shape = {shape: geometric_mean(r for (of, _), r in ratios.items() if of == shape) for shape, _ in ratios}
-            told = (f"{shape} {ratio:.2f}" for shape, ratio in by_shape.items())
-            yield f"- tiles of {old.rows}, {kernel}: {after} ÷ {before}: {', '.join(told) or 'which do not run'}"
-    best, shapes = find_best_times(times), list({shape: None for (shape, _), _ in times})
-    yield "\nTime taken ÷ best, by the table as it is, and as chosen:\n"
-    yield "| rows of an expert | tiles | " + " | ".join(shapes) + " |\n|---:|---|" + "---:|" * len(shapes)
-    for rows in sorted({rows for _, rows in best}):
-        loads = [(shape, rows) if (shape, rows) in best else None for shape in shapes]
-        tried = (
-            [f"{compute_regret(times, best, load, t):.2f}" for t in (entries, chosen)] if load else [] for load in loads
-        )
-        heights = [find_schedule(table, rows).rows for table in (entries, chosen)]
-        yield f"| {rows} | {heights[0]}, {heights[1]} | " + " | ".join(map(", ".join, tried)) + " |"
-    low = max((rows for _, rows in best if find_schedule(chosen, rows).rows <= 32), default=0)
-    yield f"\n- `LOW`: tiles have up to 32 rows for experts of up to {low} rows"
-    few = [
-        (int(name.split()[1]), pair)
-        for _, name, pair in results_of(found, "small kernels")
-        if "rank_rows_kernel" in name
+def list_faults(found: Found, cases: list[CaseResults]) -> Iterator[str]:
+    """Yield kernels and contestants that are wrong, and tasks that failed. A contestant that cannot run in this
+    environment is not a fault."""
+    verdicts = [
+        (piece, name, said)
+        for piece, results in found.items()
+        for name, said in (results.items() if piece.startswith("checks/") else ())
+        if name != "programs" and not find_failure(said)
     ]
-    loses = min((number for number, pair in few if pair["kernels"] > pair["operators"]), default=inf)
-    wins = max((number for number, _ in few if number < loses), default=0)
-    yield f"- `FEW`: plans without queues win for up to {wins} assignments" if few else "- `FEW` was not measured"
+    passed = sum(said == "right" for *_, said in verdicts)
+    yield f"{passed} of {len(verdicts)} checks of kernels passed." if verdicts else "No kernels were checked."
+    yield from (f"- {piece}, {name}: {said}" for piece, name, said in verdicts if said != "right")
+    for piece, results in found.items():
+        if isinstance(programs := results.get("programs"), list):
+            yield from (f"- {piece}: a program does not compile: {reason}" for reason in programs)
+    for piece, name, status, reason in list_failures(found):
+        if status != "missing":
+            yield f"- {piece}, {name}: {'wrong' if status == 'wrong' else 'failed'}: {reason}"
+    for case in cases:
+        for name in (name for name in case.contestants if name in case.results):
+            reason = case.unmeasured_reason(name)
+            if reason and not find_failure(case.results[name]):
+                yield f"- cases/{case.name}, {name}: {reason}"
+    states = [state for case in cases for name in case.measured for state in case.results[name]["state"]]
+    for setting in CONSTANT:
+        if len(values := {state[setting] for state in states if setting in state}) > 1:
+            yield f"- {setting} changed between contestants: {', '.join(sorted(values))}"
 
 
-# ---- what loses ----
+def list_winners(cases: list[CaseResults]) -> Iterator[str]:
+    """Yield a table with the time of the layer, and the fastest of our implementations and of the rivals."""
+    ran = [case for case in cases if case.results]
+    if not ran:
+        return
+    yield "| case | judged by | `layer`, ms | the fastest of ours | the fastest rival | `layer` ÷ rival |"
+    yield "|---|---|---:|---|---|---:|"
+    for case in ran:
+        own, ours, rival = (case.find_fastest(names) for names in ((DEFAULT,), OURS, RIVALS))
+        ratio = f"{case.time(own).median / case.time(rival).median:.2f}" if own and rival else "not measured"
+        cells = (format_time(case, own), *(f"{format_time(case, name)} {name or ''}".strip() for name in (ours, rival)))
+        judged = "GPU" if case.case.is_graph else "GPU or host"
+        yield f"| {case.name} | {judged} | {' | '.join(cells)} | {ratio} |"
+    yield ""
+    for case in ran:
+        if missing := case.describe_unmeasured((*OURS, *RIVALS)):
+            yield f"- {case.name}: not measured: {missing}"
 
 
-def list_losers(found: Found) -> Iterator[str]:
-    """Kernels beside what serves without them, those of the gates first."""
-    pairs = defaultdict(dict)
-    for _, name, pair in results_of(found, "small kernels"):
-        kernel, _, what = name.partition(": ")
-        ratios = (pair[who + "kernels"] / pair[who + "operators"] for who in ("", "host of "))
-        pairs[kernel][what] = tuple(ratios)
-    for kernel, ratios in pairs.items():
-        wins = [any(ratio[i] < 1 / MAX_TIED_RATIO for ratio in ratios.values()) for i in (0, 1)]
-        verdict = "stays" if wins[0] else "**goes, unless launches matter**" if wins[1] else "**goes**"
-        told = ", ".join(f"{what} {card:.2f}, host {host:.2f}" for what, (card, host) in ratios.items())
-        yield f"- `{kernel}` {verdict}. Its time ÷ that without it: {told}"
-    wins = {mode: [] for mode in MODES}
-    timed = [(piece, record) for piece, _, record in results_of(found, "cases/") if OURS[1] in record["contestants"]]
-    for piece, record in timed:
-        times = {name: row["median_s"] for name, row in record["contestants"].items() if name in OURS[1:]}
-        if times[OURS[1]] <= MAX_TIED_RATIO * min(times.values()):
-            wins[record["mode"]].append(piece)
-    if timed:
-        verdict = "stays" if wins["train"] else "**goes but for inference**" if any(wins.values()) else "**goes**"
-        told = ", ".join(itertools.chain.from_iterable(wins.values()))
-        yield f"- `ffn.py` {verdict}. It is the fastest way in: {told or 'nothing'}"
+def format_time(case: CaseResults, name: str | None) -> str:
+    """Return the median and the quartiles of a contestant in milliseconds."""
+    if name is None:
+        return "not measured"
+    q1, median, q3 = (1e3 * seconds for seconds in case.time(name))
+    return f"{median:.3g} ({q1:.3g}–{q3:.3g})"
+
+
+# ---- defaults ----
+
+
+def group_cases(cases: list[CaseResults]) -> dict[str, list[CaseResults]]:
+    """Return the cases that share the choice of a default implementation."""
+    groups = defaultdict(list)
+    for case in cases:
+        groups[case.case.group].append(case)
+    return groups
+
+
+def choose_defaults(cases: list[CaseResults]) -> Iterator[str]:
+    """Yield whether another implementation should be the default, for each group of cases."""
+    for group, members in group_cases(cases).items():
+        if not any(case.results for case in members):
+            yield f"- {group}: not measured (it was not run)"
+            continue
+        unmeasured = {
+            name: join_reasons({case.name: reason for case in members if (reason := case.unmeasured_reason(name))})
+            for name in OWN
+        }
+        undecided = "".join(
+            f"\n  - not decided for `{name}`: not measured in {where}{compare_measured(members, name)}"
+            for name, where in unmeasured.items()
+            if where and name != DEFAULT
+        )
+        if where := unmeasured[DEFAULT]:
+            yield f"- {group}: not decided: `{DEFAULT}` was not measured in {where}{undecided}"
+        else:
+            names = [name for name, where in unmeasured.items() if not where]
+            yield f"- {group}: {compare_with_default(members, names)}{undecided}"
+
+
+def compute_cost(cases: list[CaseResults], name: str) -> float:
+    """Return the mean time of a contestant over cases, relative to that of the layer."""
+    return geometric_mean(case.time(name).median / case.time(DEFAULT).median for case in cases)
+
+
+def compare_measured(cases: list[CaseResults], name: str) -> str:
+    """Return the time of a contestant in those of the cases in which it was measured."""
+    both = [case for case in cases if name in case.measured and DEFAULT in case.measured]
+    return f"; elsewhere {compute_cost(both, name):.2f}x the time of `{DEFAULT}`" if both else ""
+
+
+def compare_with_default(cases: list[CaseResults], names: list[str]) -> str:
+    """Return the verdict on the default among contestants that were measured in all of these cases."""
+    costs = {name: compute_cost(cases, name) for name in names}
+    best = min(costs, key=costs.__getitem__)
+    # the slower quartile of one and the faster quartile of the other
+    pessimistic = geometric_mean(case.time(best).q3 / case.time(DEFAULT).q1 for case in cases)
+    verdict = "the default stays"
+    if costs[best] * MAX_TIED_RATIO < 1:
+        verdict = (
+            f"**make `{best}` the default**" if pessimistic < 1 else f"{verdict}: times vary more than they differ"
+        )
+    described = ", ".join(f"`{name}` {cost:.2f}" for name, cost in costs.items())
+    return f"{verdict} (time ÷ that of `{DEFAULT}`, mean over {len(cases)} cases: {described})"
+
+
+def judge_router_kernels(cases: list[CaseResults]) -> Iterator[str]:
+    """Yield the times with the kernels of routers and queues, relative to those with torch's operators, for the same
+    implementation of experts."""
+    for group, members in group_cases([case for case in cases if case.results]).items():
+        for name in OWN:
+            kernels, ratios, unmeasured = f"{name}{WITH_ROUTER_KERNELS}", [], []
+            for case in (case for case in members if kernels in case.contestants):
+                if missing := case.describe_unmeasured((name, kernels)):
+                    unmeasured.append(f"{case.name}: {missing}")
+                else:
+                    ratios.append(case.time(kernels).median / case.time(name).median)
+            if unmeasured:
+                yield f"- {group}, `{name}`: not decided: not measured in {'; '.join(unmeasured)}"
+            elif ratios:
+                ratio = geometric_mean(ratios)
+                verdict = "**faster**" if ratio * MAX_TIED_RATIO < 1 else "not faster"
+                yield f"- {group}, `{name}`: {verdict}: {ratio:.2f}x the time without them in {len(ratios)} cases"
+
+
+def judge_decoding(found: Found) -> Iterator[str]:
+    """Yield the ratios of a decoding step as a graph, and up to which number of rows Triton wins."""
+    ratios: list[tuple[float, float]] = []
+    for piece, results in found.items():
+        described = []
+        for name in results if piece.startswith("decoding/") else ():
+            tokens, _, implementation = name.partition(", ")
+            if implementation != "triton":
+                continue
+            rows = {other: results.get(f"{tokens}, {other}", {"ended": "it was not run"}) for other in IMPLEMENTATIONS}
+            reasons = {other: failure[1] for other, row in rows.items() if (failure := find_failure(row))}
+            missing = "".join(f", {other} was not measured ({reason})" for other, reason in reasons.items())
+            others = [row["graph"] for other, row in rows.items() if other not in ("triton", *reasons)]
+            if "triton" not in reasons and others:
+                ratios.append((rows["triton"]["rows"], rows["triton"]["graph"] / min(others)))
+            decided = "triton" not in reasons and others
+            described.append(f"{tokens} {f'{ratios[-1][1]:.2f}' if decided else 'not decided'}{missing}")
+        if described:
+            yield f"- {piece.removeprefix('decoding/')}: {'; '.join(described)}"
+    if ratios:
+        loses = min((rows for rows, ratio in ratios if ratio > MAX_TIED_RATIO), default=inf)
+        wins = max((rows for rows, _ in ratios if rows < loses), default=0)
+        yield f"- `triton` wins up to {wins:g} rows per expert, see `MAX_LOW_MEAN_ROWS` and `DECODING_FAMILIES`"
+
+
+# ---- kernels to delete ----
+
+
+def list_losers(found: Found, cases: list[CaseResults]) -> Iterator[str]:
+    """Yield the verdicts on each kernel of gates and queues, and on those of experts."""
+    yield from judge_small_kernels(found)
+    if any(case.results for case in cases):
+        yield f"- The kernels of experts (`kernels/ffn.py`): {judge_expert_kernels(cases)}"
+
+
+def judge_small_kernels(found: Found) -> Iterator[str]:
+    """Yield the verdict on each kernel of gates and queues, from its times and those of torch's operators."""
+    by_kernel: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, result in found.get("small kernels", {}).items():
+        kernel, _, size = name.partition(": ")
+        by_kernel[kernel][size] = result
+    for kernel, results in by_kernel.items():
+        failures = {size: failure[1] for size, result in results.items() if (failure := find_failure(result))}
+        ratios = {
+            size: tuple(pair[who + "kernels"] / pair[who + "operators"] for who in ("", "host of "))
+            for size, pair in results.items()
+            if size not in failures
+        }
+        wins = [any(ratio[i] * MAX_TIED_RATIO < 1 for ratio in ratios.values()) for i in (0, 1)]
+        verdict = "stays" if wins[0] else "**can go, unless launches matter**" if wins[1] else "**can go**"
+        if failures and not wins[0]:
+            verdict = "is not decided"
+        described = ", ".join(f"{size} {card:.2f}, host {host:.2f}" for size, (card, host) in ratios.items())
+        missing = "".join(f"; {size} was not measured ({reason})" for size, reason in failures.items())
+        yield f"- `{kernel}` {verdict}. Its time ÷ that without it: {described or 'none'}{missing}"
+
+
+def judge_expert_kernels(cases: list[CaseResults]) -> str:
+    """Return whether the kernels of experts can be deleted: only if they were measured in all cases, and lost."""
+    wins: dict[str, list[str]] = {"train": [], "inference": []}
+    undecided: dict[str, dict[str, str]] = {"train": {}, "inference": {}}
+    others = [f"layer, {name}" for name in IMPLEMENTATIONS if name != "triton"]
+    for case in cases:
+        kind = "train" if case.case.mode == "train" else "inference"
+        best, reason = case.find_fastest(others), case.unmeasured_reason(TRITON)
+        if reason is None and best is None:
+            reason = f"no other implementation: {case.describe_unmeasured(others)}"
+        if reason is not None or best is None:
+            undecided[kind][case.name] = str(reason)
+        elif case.time(TRITON).median <= MAX_TIED_RATIO * case.time(best).median:
+            wins[kind].append(case.name)
+    missing = {kind: f"not measured in {join_reasons(where)}" for kind, where in undecided.items() if where}
+    if wins["train"]:
+        verdict = "they stay"
+    elif "train" in missing:
+        verdict = f"not decided: {missing['train']}"
+    elif wins["inference"]:
+        verdict = "**those of the backward can go**"
+    else:
+        verdict = f"not decided: {missing['inference']}" if "inference" in missing else "**they can go**"
+    fastest = ", ".join(itertools.chain.from_iterable(wins.values()))
+    return f"{verdict}. Cases in which they are the fastest: {fastest or 'none'}"

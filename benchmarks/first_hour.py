@@ -1,157 +1,131 @@
-"""The first hour on a card, by one command: what only a GPU can show, in pieces, and one report of what it decides.
+"""The first hour on a GPU, with one command: measures what only a GPU can show, and reports what it decides.
 
-    python -m benchmarks.first_hour                       # into the folder first_hour/, report.md anew after each piece
-    python -m benchmarks.first_hour --only "cases/*"      # pieces whose name matches
-    python -m benchmarks.first_hour --list
+    python -m benchmarks.first_hour                       # writes first_hour/report.md after each piece
+    python -m benchmarks.first_hour --only "cases/*"      # only pieces whose names match
+    python -m benchmarks.first_hour --list                # prints the pieces and how long each is expected to take
 
-Each piece runs in a process of its own, which may end as it likes: the others run all the same, and what it had written
-stays. The same command goes on where it was interrupted; remove a file to have its piece run anew. Names of files begin
-with the card's, and a folder with results of another card or torch is refused.
+Each piece runs in a process of its own, and continues in a new process after a task that crashed, hung, or left the GPU
+in a failed state. To continue an interrupted hour, run the same command again; to measure a piece again, remove its
+file. File names begin with the name of the GPU. A folder with results of another GPU, driver or torch is rejected.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import decisions, results_file
-from benchmarks.gpu_device import Device
-from benchmarks.gpu_tasks import ROOT, pieces
-from mixture_of_experts.kernels.launching import find_card_family
-from mixture_of_experts.ops.triton import schedule
+from benchmarks.requirements import OldTorchError, check_torch
 
-TIME_LIMIT = 300  # seconds without a line of a piece
+if TYPE_CHECKING:
+    from benchmarks.gpu_device import Device
 
 
-def get_file(folder: Path, name: str, machine: dict[str, Any]) -> Path:
-    return folder / f"{re.sub('[^A-Za-z0-9]+', '-', machine['card'])}.{re.sub('[ /]', '.', name)}.jsonl"
+def run_all(folder: Path, only: str | None, device: Device, command: list[str]) -> list[str]:
+    """Run every piece that is incomplete, and return the names of those that remain incomplete."""
+    from benchmarks import gpu_report, gpu_tasks, results_file, task_processes
 
-
-def run_all(folder: Path, only: str | None, device: Device, command: list[str], limit: float = TIME_LIMIT) -> list[str]:
-    """Run every piece that is not whole; returns the names of those that ended badly."""
     folder.mkdir(parents=True, exist_ok=True)
-    machine, bad = device.describe(), []
+    machine, incomplete = device.describe(), []
     for path in folder.glob("*.jsonl"):
-        results_file.read(path, machine)  # or it is refused
-    for name in pieces(device):
-        path = get_file(folder, name, machine)
+        results_file.read(path, machine)  # raises an error if the results are from another machine
+    for name, piece in gpu_tasks.pieces(device).items():
+        path = gpu_tasks.get_path(folder, name, machine)
         if results_file.read(path, machine).complete or (only and not fnmatch(name, only)):
             continue
-        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
-        reason = run_piece([*command, "--piece", name, "--folder", str(folder)], path, machine, limit)
+        start, estimate = time.monotonic(), gpu_tasks.estimate_seconds(piece, device)
+        print(f"{time.strftime('%H:%M:%S')} {name}, expected to take {estimate:.0f} s", flush=True)
+        reason = task_processes.run_piece([*command, "--piece", name, "--folder", str(folder)], path, machine)
+        print(f"  took {time.monotonic() - start:.0f} s", flush=True)
         if reason:
-            bad.append(name)
+            incomplete.append(name)
             print(f"  {reason}: {path.with_suffix('.log')}", flush=True)
-        (folder / "report.md").write_text(report(folder, device))
-    return bad
+        gpu_report.write_report(folder, device)
+    return incomplete
 
 
-def run_piece(command: list[str], path: Path, machine: dict[str, Any], limit: float) -> str | None:
-    """Run a piece in its process, and again after each task that ended it; returns what ended it where no task had
-    begun."""
-    while (code := run_process(command, path, limit)) != 0:
-        reason = f"nothing was written for {limit:.0f} seconds" if code is None else f"its process ended with {code}"
-        if not results_file.record_failure(path, machine, reason):
-            return reason
-    return None
+def list_pieces(device: Device) -> None:
+    """Print all pieces and their estimates."""
+    from benchmarks.gpu_tasks import estimate_seconds, pieces
+
+    seconds = {name: estimate_seconds(piece, device) for name, piece in pieces(device).items()}
+    width = max(map(len, seconds))
+    print("\n".join(f"{name:{width}} {each:5.0f} s" for name, each in seconds.items()))
+    print(f"{'all':{width}} {sum(seconds.values()):5.0f} s")
 
 
-def run_process(command: list[str], path: Path, limit: float) -> int | None:
-    """How a process ended; None if it wrote no line for so many seconds. All that it has started ends with it."""
-    log = path.with_suffix(".log")
-    with log.open("a") as file:
-        options = {"cwd": ROOT, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-        process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
-    written, since = 0, time.monotonic()
-    try:
-        while time.monotonic() < since + limit:
-            with suppress(subprocess.TimeoutExpired):
-                return process.wait(min(1.0, limit))
-            size = sum(each.stat().st_size for each in (log, path) if each.exists())
-            written, since = (size, time.monotonic()) if size != written else (written, since)
+def run_one(name: str, folder: Path, device: Device) -> None:
+    """Run a piece in this process."""
+    from benchmarks import gpu_tasks, tasks
+
+    machine = device.describe()
+    tasks.run_tasks(gpu_tasks.pieces(device)[name](device), gpu_tasks.get_path(folder, name, machine), machine, device)
+
+
+def find_device() -> Device | None:
+    """Return the GPU of this machine, or None if the kernels do not support it."""
+    from benchmarks.gpu_device import Device
+    from mixture_of_experts.kernels.launching import find_card_family
+
+    if not torch.cuda.is_available() or find_card_family(torch.cuda.get_device_capability()) is None:
         return None
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return Device()
 
 
-def report(folder: Path, device: Device) -> str:
-    """One page of all that is there: decisions first."""
-    machine, entries = device.describe(), schedule.find_entries(torch.device(device.name), torch.bfloat16)
-    kepts = {name: results_file.read(get_file(folder, name, machine), machine) for name in pieces(device)}
-    decided = decisions.lines({name: there.found for name, there in kepts.items()}, entries)
-    rest = (line for name, there in kepts.items() for line in lines(name, there, get_file(folder, name, machine)))
-    return "\n".join([f"# First hour on {machine['card']}", "", format_value(machine), *decided, *rest]) + "\n"
-
-
-def lines(name: str, there: results_file.StoredResults, path: Path) -> Iterator[str]:
-    """What a piece has found but times, which the decisions and its file have; and the end of its log if it failed."""
-    yield f"\n## {name}\n"
-    yield from (
-        f"- {key}: {format_value(value)}"
-        for key, value in there.found.items()
-        if key != "record" and " tiles " not in key
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.first_hour", description="Measures what only a GPU can show."
     )
-    log = path.with_suffix(".log")
-    if not there.complete:
-        yield "did not end" if log.exists() else "was not run"
-    if log.exists() and (not there.complete or "'ended'" in str(there.found)):
-        yield from (f"      {said}" for said in log.read_text().strip().splitlines()[-8:])
-
-
-def format_value(value: Any) -> str:
-    """A value in a line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {format_value(part)}" for key, part in value.items()) or "none"
-    if isinstance(value, list):
-        return "\n  " + "\n  ".join(map(str, value)) if value else "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    parser.add_argument("--folder", type=Path, default=Path("first_hour"), help="where results are stored")
+    parser.add_argument("--only", metavar="PATTERN", help="run only pieces whose names match")
+    parser.add_argument("--list", action="store_true", help="print the pieces with their estimates, and exit")
+    parser.add_argument("--piece", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None, device: Device | None = None, command: list[str] | None = None) -> int:
-    made = argparse.ArgumentParser("python -m benchmarks.first_hour", description="What only a GPU can show.")
-    made.add_argument("--folder", type=Path, default=Path("first_hour"), help="where results are kept")
-    made.add_argument("--only", metavar="PATTERN", help="pieces whose name matches")
-    made.add_argument("--list", action="store_true", help="print the pieces and stop")
-    made.add_argument("--piece", help=argparse.SUPPRESS)
-    options = made.parse_args(arguments)
+    options = parse_options(arguments)
+    try:
+        check_torch(torch.__version__)  # before this package is imported, which may fail with an older torch
+    except OldTorchError as reason:
+        print(reason)
+        return 2
+    device = device or find_device()
     if device is None:
-        if not torch.cuda.is_available() or find_card_family(torch.cuda.get_device_capability()) is None:
-            print("there is no GPU here that the kernels are written for")
-            return 2
-        device = Device()
+        print("first_hour needs an NVIDIA GPU of compute capability 8.0 to 12.x, and there is none that torch can use")
+        return 2
     folder = options.folder.resolve()
     if options.list:
-        print("\n".join(pieces(device)))
+        list_pieces(device)
     elif options.piece:
-        machine = device.describe()
-        results_file.run_tasks(pieces(device)[options.piece](device), get_file(folder, options.piece, machine), machine)
+        run_one(options.piece, folder, device)
     else:
-        for number in (signal.SIGTERM, signal.SIGHUP):  # as a lost connection does: the piece ends too
-            signal.signal(number, lambda *_: sys.exit(1))
-        try:
-            bad = run_all(folder, options.only, device, command or [sys.executable, "-m", "benchmarks.first_hour"])
-        except results_file.OtherMachineError as reason:
-            print(reason)
-            return 2
-        text = report(folder, device)
-        (folder / "report.md").write_text(text)
-        print(text)
-        return int(bool(bad))
+        return run_hour(folder, options.only, device, command or [sys.executable, "-m", "benchmarks.first_hour"])
     return 0
+
+
+def run_hour(folder: Path, only: str | None, device: Device, command: list[str]) -> int:
+    """Run all pieces, print the report, and return the exit status."""
+    from benchmarks import gpu_report, results_file
+
+    def stop(*_: Any) -> None:
+        sys.exit(1)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):  # such as a lost connection: the piece's process is killed too
+        signal.signal(number, stop)
+    try:
+        incomplete = run_all(folder, only, device, command)
+    except results_file.OtherMachineError as reason:
+        print(reason)
+        return 2
+    print(gpu_report.write_report(folder, device))
+    return int(bool(incomplete))
 
 
 if __name__ == "__main__":

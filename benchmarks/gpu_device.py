@@ -1,74 +1,67 @@
-"""A GPU as the benchmarks see it: shapes that fit into it, and time on it alone. A test stands a CPU in its place.
-
-Axes: t tokens, d model dim, h hidden dim, e experts, k choices.
+"""A GPU as the benchmarks see it: the time of a step on it and on the host, memory, and state. Tests replace it by a
+CPU.
 """
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from statistics import median
-from typing import Any
+from functools import cached_property
+from statistics import quantiles
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.results_file import describe_exception, run_task
+from benchmarks import nvidia_smi
+from benchmarks.gpu_shapes import SHAPES, Shape, shrink_to_fit
+from benchmarks.tasks import describe_exception
 
 ROUNDS, WARMUP = 20, 3
-MAX_SECONDS = 0.3  # seconds that the rounds of a step may take
-CYCLES = 3e9  # of a multiprocessor in a second, at most
+MAX_SECONDS = 0.3  # seconds that the rounds of a step may take, after the first three
+CYCLES = 3e9  # upper bound of a multiprocessor's cycles per second
+SLEEP_FACTOR = 1.25  # the GPU sleeps this many times as long as the host usually takes to launch a step
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A layer and a call of it."""
+class Spread(NamedTuple):
+    """Quartiles of samples, in seconds."""
 
-    name: str
-    t: int
-    d: int
-    h: int
-    e: int
-    k: int
-
-    @property
-    def mean_rows(self) -> int:
-        return self.t * self.k // self.e
+    q1: float
+    median: float
+    q3: float
 
 
-SHAPES = (
-    Shape("qwen3-30b-a3b", 32768, 2048, 768, 128, 8),
-    Shape("readme", 8192, 512, 2048, 16, 2),
-    Shape("deepseek-v3", 16384, 7168, 2048, 256, 8),
-    Shape("mixtral", 8192, 4096, 14336, 8, 2),
-    Shape("512-experts", 32768, 2048, 512, 512, 10),
-)
+class Times(NamedTuple):
+    """The times of a step on the GPU and of the host that launches it."""
+
+    card: Spread
+    host: Spread
 
 
-def shrink_to_fit(shape: Shape, memory: int) -> Shape:
-    """The shape, made smaller until a card of so many bytes holds the weights of a few contestants with gradients and
-    a float32 copy, and what a call makes of its rows. Fewer experts with as many rows each come first, as on more
-    cards."""
-    while 3 * shape.e * shape.d * shape.h * 2 * 16 > memory:
-        fewer = shape.e >= 4 * shape.k
-        shape = replace(shape, t=shape.t // 2, e=shape.e // 2) if fewer else replace(shape, h=shape.h // 2)
-    while shape.t * shape.k * (2 * shape.d + 4 * shape.h) * 2 * 4 > memory:
-        shape = replace(shape, t=shape.t // 2)
-    return shape
+def summarize(samples: list[float]) -> Spread:
+    """Return the quartiles of at least one sample."""
+    return Spread(*(quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3))
 
 
 class Device:
-    """The card."""
+    """The GPU."""
 
     name = "cuda"
+    yardstick_size = 4096
 
     @cached_property
     def properties(self) -> Any:
         return torch.cuda.get_device_properties(0)
 
-    def describe(self) -> dict[str, Any]:
+    @cached_property
+    def identifier(self) -> str:
+        """How nvidia-smi identifies this GPU, whose index may differ from torch's."""
+        uuid = getattr(self.properties, "uuid", None)
+        return "0" if uuid is None else f"GPU-{uuid}"
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
         return {
             "card": self.properties.name,
             "capability": (self.properties.major, self.properties.minor),
@@ -78,8 +71,16 @@ class Device:
             "triton": __import__("triton").__version__,
         }
 
+    def describe(self) -> dict[str, Any]:
+        """Return what all results of a comparison must have in common."""
+        return self.description
+
+    def read_state(self) -> dict[str, str]:
+        """Return driver, clocks, power and temperature at this moment, as far as nvidia-smi reports them."""
+        return nvidia_smi.query(nvidia_smi.CONSTANT + nvidia_smi.CHANGING, self.identifier)
+
     def get_shared_memory(self) -> int:
-        """Bytes of shared memory that a program may have."""
+        """Return the bytes of shared memory available to a program."""
         from triton.runtime import driver
 
         return driver.active.utils.get_device_properties(0)["max_shared_mem"]  # type: ignore[attr-defined]
@@ -88,28 +89,38 @@ class Device:
         return [shrink_to_fit(shape, self.properties.total_memory) for shape in SHAPES]
 
     def tests(self) -> list[str]:
-        """Arguments of pytest."""
+        """Return the arguments of pytest for the tests that need a GPU."""
         return ["-m", "cuda", "tests/test_cuda.py"]
 
-    # ---- time ----
+    def synchronize(self) -> None:
+        """Wait for the GPU. Raises an error if a launch has failed."""
+        torch.cuda.synchronize()
+
+    def release_memory(self) -> None:
+        """Free the memory of tensors that are no longer used."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    # ---- time and memory ----
 
     @cached_property
-    def allocate_beyond_cache(self) -> Tensor:
-        return torch.empty(2 * self.properties.L2_cache_size, dtype=torch.uint8, device=self.name)
+    def cold_buffer(self) -> Tensor:
+        """Twice the size of the L2 cache. Reading it evicts everything else, and leaves no dirty lines that would be
+        written back during the next step."""
+        return torch.zeros(2 * self.properties.L2_cache_size // 4, device=self.name)
 
     def host_seconds(self, step: Callable[[], Any]) -> float:
-        """Seconds until the host has started a step, on a card that does nothing; or until the step ends, where the
-        host waits for it."""
-        torch.cuda.synchronize()
+        """Return the seconds in which the host launches a step on an idle GPU, including any wait for the GPU."""
+        self.synchronize()
         start = time.perf_counter()
         step()
         return time.perf_counter() - start
 
     def card_seconds(self, step: Callable[[], Any], host: float) -> float:
-        """Seconds of a step on the card. The card sleeps until the host has queued all of the step, in `host` seconds;
-        and the step finds nothing in the cache."""
+        """Return the seconds of a step on the GPU, with a cold cache. The GPU sleeps while the host launches the step,
+        which takes `host` seconds, so that no kernel waits for the host."""
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.allocate_beyond_cache.zero_()
+        self.cold_buffer.sum()
         torch.cuda._sleep(int(CYCLES * host))
         before.record()
         step()
@@ -117,44 +128,48 @@ class Device:
         after.synchronize()
         return before.elapsed_time(after) / 1e3
 
-    def time_steps(
-        self, *steps: Callable[[], Any], longest: float = MAX_SECONDS
-    ) -> list[tuple[float, float] | dict[str, str]]:
-        """Of each step the median seconds on the card, and the least of the host, in rounds of all steps in turn; or
-        what ended it. The rounds take `longest` seconds for each step, if they are three at least."""
-        found: list[Any] = [([], []) for _ in steps]
-
-        def turn(on_card: bool) -> None:
-            for index, step in ((index, step) for index, step in enumerate(steps) if isinstance(found[index], tuple)):
-                card, host = found[index]
-                one = run_task(
-                    partial(self.card_seconds, step, min(host)) if on_card else partial(self.host_seconds, step)
-                )
-                if isinstance(one, dict):
-                    found[index] = one
-                else:
-                    (card if on_card else host).append(one)
-
+    def time_step(self, step: Callable[[], Any], longest: float = MAX_SECONDS) -> Times:
+        """Return the times of a step, sampled in up to `ROUNDS` rounds that take about `longest` seconds, but at least
+        three."""
         for _ in range(WARMUP):
-            turn(on_card=False)
-        start = time.perf_counter()
-        turn(on_card=True)
-        rounds = int(longest * len(steps) / (time.perf_counter() - start))
-        for _ in range(min(ROUNDS, max(3, rounds)) - 1):
-            turn(on_card=True)
-        return [(median(one[0]), min(one[1])) if isinstance(one, tuple) else one for one in found]
+            self.host_seconds(step)
+        card, host, start = [], [], time.perf_counter()
+        while len(card) < min(ROUNDS, 3) or (len(card) < ROUNDS and time.perf_counter() < start + longest):
+            host.append(self.host_seconds(step))
+            card.append(self.card_seconds(step, SLEEP_FACTOR * summarize(host).median))
+        return Times(summarize(card), summarize(host))
 
-    def time_step(self, step: Callable[[], Any]) -> tuple[float, float]:
-        """The same of one step, which is not to raise."""
-        (found,) = self.time_steps(step)
-        if isinstance(found, dict):
-            raise RuntimeError(found["ended"])
-        return found
+    def count_peak_bytes(self, step: Callable[[], Any]) -> int:
+        """Return the maximum memory that a step allocates in addition to what was allocated before."""
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def time_yardstick(self) -> Spread:
+        """Return the time of a fixed matrix product, which shows whether the clocks of the GPU changed between
+        contestants."""
+        a, b = (torch.ones(2 * [self.yardstick_size], device=self.name, dtype=torch.bfloat16) for _ in range(2))
+        return self.time_step(lambda: a @ b).card
 
     # ---- graphs and programs ----
 
+    def compile_function(self, function: Callable[..., Any], mode: str) -> Callable[..., Any]:
+        """Return a function compiled by torch, after removing the graphs of earlier contestants. With
+        "reduce-overhead", each call may overwrite the outputs of the previous one."""
+        torch.compiler.reset()
+        compiled = torch.compile(function, mode=mode)
+
+        def call(*arguments: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*arguments)
+
+        return call if mode == "reduce-overhead" else compiled
+
     def capture_graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
-        """What replays a call as a graph."""
+        """Return a function that replays a call as a CUDA graph."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -166,17 +181,17 @@ class Device:
             call()
         return graph.replay
 
-    def compile(self, launches: list[Any]) -> list[str]:
-        """Compile the programs of `blocks.Launch`es beforehand; returns why some cannot be."""
+    def compile_programs(self, launches: list[Any]) -> list[str]:
+        """Compile the programs of `blocks.Launch`es into Triton's cache, and return why some cannot be compiled."""
         from benchmarks.blocks import compile_all
 
         return compile_all(launches, (self.properties.major, self.properties.minor))
 
     def exclusion_reason(self, kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> str | None:
-        """Why a program is not to be launched: it does not compile, does not fit, or spills registers."""
+        """Return why a program is not launched (it does not compile, does not fit, or spills registers), or None."""
         try:
             compiled = kernel.warmup(grid=grid, enable_fp_fusion=True, **arguments)
-            compiled._init_handles()  # which raises where shared memory is too little
+            compiled._init_handles()  # raises an error if there is not enough shared memory
         except Exception as reason:
             return describe_exception(reason)
         return "it spills registers" if compiled.n_spills else None

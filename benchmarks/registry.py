@@ -21,7 +21,7 @@ from torch import nn
 from benchmarks import baselines, contestants
 from benchmarks.cases import Case
 from benchmarks.contestants import Contestant, MissingError, check_output, make_module_contestant, make_state_dict
-from benchmarks.gpu_device import Shape
+from benchmarks.gpu_shapes import Shape
 from benchmarks.problem import Inputs, LoopMoE, Weights, expected_output
 from benchmarks.problem import inputs as make_inputs
 from benchmarks.problem import weights as make_weights

@@ -1,113 +1,82 @@
-"""Results in a file, line by line: each is written as it comes, and survives whatever ends the process.
+"""A file of results in JSON lines, which survives whatever ends the process that writes it.
 
-The first line says on which machine it was written. A task is announced before it runs: one that ended its process, or
-hung, is not tried again; one that was interrupted is. Half a line at the end of a file is what a process that was
-killed has left.
+The first line describes the machine. A task is announced before it runs and its result is appended afterwards, so that
+a task that ended its process, or was killed because it hung, can be identified. A last line without an end was being
+written when the process was killed, and is ignored.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-#: yields names of results and what computes them, and is sent each result
-Tasks = Generator[tuple[str, Callable[[], Any]], Any, None]
-
 
 class OtherMachineError(Exception):
-    """The results are of another machine."""
+    """The results were measured on another machine."""
 
 
 @dataclass
 class StoredResults:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        found: the results by name.
-        begun: the task that has begun and not ended.
-        whole: whether all tasks have ended.
-        end: where the last whole line ends, in bytes.
+        found: the results by the names of their tasks.
+        started: the task that was announced and has no result.
+        limit: the number of seconds that this task may take.
+        complete: whether all tasks have a result.
+        end: the offset in bytes at which the last readable line ends.
     """
 
     found: dict[str, Any] = field(default_factory=dict)
     started: str | None = None
+    limit: float | None = None
     complete: bool = False
     end: int = 0
 
 
 def read(path: Path, machine: dict[str, Any]) -> StoredResults:
-    """What a file holds that this machine has written; nothing if there is no file."""
-    kept = StoredResults()
+    """Return the results in a file, which must be from this machine. There are none if the file does not exist."""
+    stored = StoredResults()
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-        if not line.endswith(b"\n"):
-            break
-        said = json.loads(line)
-        if kept.end == 0 and said.get("machine") != json.loads(json.dumps(machine)):
+        entry = parse_line(line)
+        if entry is None:
+            break  # this line and all after it are measured again
+        if stored.end == 0 and entry.get("machine") != json.loads(json.dumps(machine)):
             raise OtherMachineError(
-                f"{path} was written on {said.get('machine')}, this is {machine}: use another folder"
+                f"the results in {path} are from {entry.get('machine')}, but this machine is {machine}; pass another "
+                "--folder, or remove the file"
             )
-        kept.end += len(line)
-        kept.complete |= "whole" in said
-        kept.started = said.get("begun")
-        if "name" in said:
-            kept.found[said["name"]] = said["result"]
-    return kept
+        stored.end += len(line)
+        stored.complete |= "complete" in entry
+        stored.started, stored.limit = entry.get("started"), entry.get("limit")
+        if "name" in entry:
+            stored.found[entry["name"]] = entry["result"]
+    return stored
 
 
-def record_failure(path: Path, machine: dict[str, Any], reason: str) -> bool:
-    """Note what ended the task that has begun, and its process with it; False if none has."""
-    kept = read(path, machine)
-    if kept.started is not None:
-        with path.open("a") as file:
-            file.truncate(kept.end)
-            write(file, {"name": kept.started, "result": {"ended": reason}})
-    return kept.started is not None
-
-
-def run_tasks(tasks: Tasks, path: Path, machine: dict[str, Any]) -> None:
-    """Run the tasks that have no result in the file, and write each result as it comes."""
-    kept = read(path, machine)
-    with path.open("a") as file:
-        file.truncate(kept.end)
-        if not kept.end:
-            write(file, {"machine": machine})
-        result: Any = None
-        while (task := find_next_task(tasks, result)) is not None:
-            name, compute = task
-            if name not in kept.found:
-                write(file, {"begun": name})
-                kept.found[name] = run_task(compute)
-                write(file, {"name": name, "result": kept.found[name]})
-            result = kept.found[name]
-        write(file, {"whole": True})
-
-
-def find_next_task(tasks: Tasks, result: Any) -> tuple[str, Callable[[], Any]] | None:
-    """The next task after the result of the last one; None at the end."""
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """Return the entry in a line, or None if the line is incomplete or unreadable."""
     try:
-        return tasks.send(result)
-    except StopIteration:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
         return None
+    return entry if isinstance(entry, dict) else None
 
 
-def run_task(compute: Callable[[], Any]) -> Any:
-    """The result of a task, or what ended it."""
-    try:
-        return compute()
-    except Exception as reason:  # of a compiler, a driver, a rival's assert
-        return {"ended": describe_exception(reason)}
+def record_failure(path: Path, machine: dict[str, Any], reason: str) -> None:
+    """If a task was announced and has no result, store why it ended."""
+    stored = read(path, machine)
+    if stored.started is not None:
+        with path.open("a") as file:
+            file.truncate(stored.end)
+            write(file, {"name": stored.started, "result": {"ended": reason}})
 
 
-def describe_exception(reason: Exception) -> str:
-    """What was raised, in a line."""
-    return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
-
-
-def write(file: TextIO, line: dict[str, Any]) -> None:
-    file.write(json.dumps(line, default=str) + "\n")
+def write(file: TextIO, entry: dict[str, Any]) -> None:
+    """Append an entry, and wait until it is on the disk."""
+    file.write(json.dumps(entry, default=str) + "\n")
     file.flush()
     os.fsync(file.fileno())

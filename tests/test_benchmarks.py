@@ -7,20 +7,17 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from support import cpu_device
 
-from benchmarks import blocks, counts, documented, first_hour, gpu, gpu_device, registry, report, results_file, timing
+from benchmarks import counts, documented, registry, report, timing
 from benchmarks.cases import Figure, list_cases, select_cases
 from benchmarks.contestants import Contestant, MissingError
 from benchmarks.registry import PUBLISHED
 from benchmarks.timing import AGAIN, Samples
 from experiments import cpu_constants
 from mixture_of_experts.ops.cpu import batches
-from mixture_of_experts.ops.triton import schedule
 
 ROOT = Path(__file__).parent.parent
 TOYS = {case.name: case for case in select_cases("toy", quick=False)}
@@ -163,154 +160,3 @@ def test_other_constants_of_the_batches_are_timed_and_put_back(capsys, monkeypat
     assert lines[1].split() == ["as", "it", "is", "1.000"]
     assert [line.removesuffix(", faster") for line in lines[2 + each :]] == lines[1 : 1 + each]  # of one shape
     assert before == (batches.MAX_CHUNK_BYTES, batches.PADDING_WORK, batches.FREE_PADDING_ROWS)
-
-
-# ---- the field of GPUs, with a CPU in the card's place ----
-
-
-@pytest.fixture
-def shorten_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_device, "ROUNDS", 1)
-    monkeypatch.setattr(gpu_device, "WARMUP", 1)
-
-
-def shrink_case(index: int) -> gpu_device.Shape:
-    return cpu_device.shrink_shape(gpu_device.SHAPES[index])
-
-
-@pytest.mark.usefixtures("shorten_rounds")
-@pytest.mark.parametrize("mode", gpu.MODES)
-def test_gpu_field_benchmark_runs_on_cpu(mode: str):
-    """At a small size on the CPU; what needs a GPU is missing by name, and nobody is wrong."""
-    record = gpu.run(shrink_case(1), mode, cpu_device.CPUDevice())
-    assert {"layer", "layer, grouped", "layer, batched", "products"} <= set(record["contestants"])
-    assert not any("BAD_ARGUMENTS" in said for said in record["missing"].values())
-    assert "NVIDIA" in record["missing"]["layer, triton"]
-    assert all(name in record["contestants"] or "pip install" in record["missing"][name] for name in gpu.RIVALS)
-    assert record["contestants"]["layer, batched"]["error"] < gpu.TOLERANCE
-
-
-@pytest.mark.parametrize("fault", [1.1, float("nan")])
-def test_wrong_baseline_is_excluded(fault: float, monkeypatch: pytest.MonkeyPatch):
-    def wrong(shape: gpu_device.Shape, layer: gpu.MoE) -> gpu.Contestant:
-        return gpu.Contestant(lambda x: fault * layer(x)[0], [])
-
-    monkeypatch.setattr(gpu, "CONTESTANTS", {"wrong": wrong})
-    record = gpu.run(shrink_case(0), "train", cpu_device.CPUDevice())
-    assert not record["contestants"]
-    assert record["missing"]["wrong"].startswith("AssertionError: BAD_ARGUMENTS: its relative error is ")
-
-
-def test_the_card_sleeps_until_a_step_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cold, and for at least as long as the host takes: what is between the two events never waits for the host."""
-    said: list[str] = []
-
-    event = SimpleNamespace(
-        record=lambda: said.append("event"), synchronize=lambda: said.append("wait"), elapsed_time=lambda other: 2.0
-    )
-    device = gpu_device.Device()
-    device.allocate_beyond_cache = SimpleNamespace(zero_=lambda: said.append("cold"))  # type: ignore
-    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event if enable_timing else None)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(f"sleep {cycles / 2.8e9 >= 1e-2}"))
-    assert device.card_seconds(lambda: said.append("step"), host=1e-2) == 2e-3
-    assert said == ["cold", "sleep True", "event", "step", "event", "wait"]
-
-
-# ---- the first hour on a card, with a CPU in the card's place ----
-
-
-CHILD = f"""
-import os, subprocess, sys
-from pathlib import Path
-sys.path.insert(0, {str(ROOT)!r})
-from benchmarks import results_file
-
-def tasks():
-    yield "one", lambda: 1
-    yield "raises", lambda: 1 / 0
-    yield "crash", lambda: os._exit(7)
-    yield "hang", lambda: subprocess.run(["sleep", "600"])
-    yield "last", lambda: 2
-
-results_file.run_tasks(tasks(), Path(sys.argv[4]) / "no-card.tests.jsonl", {cpu_device.MACHINE})
-"""
-
-
-@pytest.mark.slow
-def test_first_hour_resumes(tmp_path: Path, capsys) -> None:
-    """A task that raises, ends its process or hangs is told of, and the others run."""
-    child, device = tmp_path / "child.py", cpu_device.CPUDevice()
-    child.write_text(CHILD)
-    assert first_hour.run_all(tmp_path, "tests", device, [sys.executable, str(child)], limit=6) == []
-    described = first_hour.report(tmp_path, device)
-    for said in (
-        "- raises: ended ZeroDivisionError",
-        "- crash: ended its process ended with 7",
-        "- hang: ended nothing was written for 6 seconds\n- last: 2",
-        "was not run",
-    ):
-        assert said in described
-    assert (tmp_path / "report.md").read_text() == described
-    capsys.readouterr()
-    assert first_hour.run_all(tmp_path, "tests", device, ["false"]) == []  # it is there
-    assert not capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("shorten_rounds")
-@pytest.mark.parametrize(
-    "name", ["tests", "cases/mixtral/train", "cases/qwen3-30b-a3b/decode", "decoding/readme", "small kernels"]
-)
-def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:
-    device = cpu_device.CPUDevice()
-    assert first_hour.main(["--piece", name, "--folder", str(tmp_path)], device) == 0
-    there = results_file.read(first_hour.get_file(tmp_path, name, device.describe()), device.describe())
-    found, described = there.found, first_hour.report(tmp_path, device)
-    assert there.complete
-    if name.startswith("cases"):
-        assert f"| {name.removeprefix('cases/')} | " in described
-        assert "NVIDIA" in found["record"]["missing"]["layer, triton"]
-    elif name == "tests":
-        assert "exit status 5" in found["tests"]["ended"]  # no test of this name
-    elif name == "decoding/readme":
-        assert found["1 tokens, batched"]["graph"] > 0
-        assert "NVIDIA" in found["1 tokens, triton"]["ended"]
-    else:
-        assert found["queueing.py: 64 assignments"]["host of operators"] > 0
-        assert len(found) == 3 + 2 + 3 * 6 + 2
-
-
-def test_first_hour_lists_steps_and_requires_gpu(capsys) -> None:
-    """What decides most comes first."""
-    device = cpu_device.CPUDevice()
-    assert first_hour.main(["--list"], device) == 0
-    listed = capsys.readouterr().out.splitlines()
-    assert len(listed) == len(set(listed)) == 1 + 15 + 5 + 5 + 1 + 4 + 1
-    order = ["checks/default", "cases/qwen3-30b-a3b/train", "decoding/qwen3-30b-a3b", "kernels/readme", "tests"]
-    assert sorted(order, key=listed.index) == order
-    if not torch.cuda.is_available():
-        assert first_hour.main([]) == 2
-        assert "no GPU" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_precompiled_kernels_are_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches on real tensors find all programs in Triton's cache; others they would not find."""
-    triton = pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    entry, device = schedule.HALF_SCHEDULES[9, 0][0], cpu_device.CPUDevice()
-    step = blocks.make_step(replace(shrink_case(0), d=64, h=64), 8, device, training=True)
-    launches = blocks.record_launches(step, entry)
-    assert {launch.kernel for launch in launches} >= {"find_tiles_kernel", "sum_rows_kernel", "weight_grads"}
-    assert blocks.compile_all(launches, (9, 0)) == []
-    programs = set(tmp_path.rglob("*.cubin"))
-    assert len(programs) == len({str(launch) for launch in launches})
-
-    def launch(kernel, grid, **arguments) -> None:
-        kernel.warmup(grid=grid, enable_fp_fusion=True, **arguments)
-
-    monkeypatch.setattr(triton.runtime.driver, "_active", blocks.fake_compiler_target((9, 0)))
-    for tried, more in ((entry, False), (entry._replace(down=entry.down._replace(warps=2)), True)):
-        with blocks.force_schedule(launch, tried):
-            step()
-        assert (set(tmp_path.rglob("*.cubin")) > programs) == more

@@ -199,8 +199,8 @@ def check_tiles(e: int, height: int) -> None:
 
 
 def check_first_hour() -> None:
-    """The pieces of the first hour that run the kernels, on a CPU in the place of a card."""
-    from benchmarks import blocks, decisions, gpu_device, gpu_tasks
+    """The pieces of the first hour that run kernels, on a CPU in place of a GPU."""
+    from benchmarks import blocks, decisions, gpu_device, gpu_shapes, gpu_tasks
     from support import cpu_device
 
     device, entries = cpu_device.CPUDevice(), schedule.INTERPRETER_SCHEDULES
@@ -217,7 +217,7 @@ def check_first_hour() -> None:
             (gpu_device, "WARMUP", 1),
         ):
             patch.setattr(module, name, value)
-        patch.setattr(device, "shapes", lambda: [gpu_device.Shape(name, 40, 16, 16, 2, 1) for name in ("one", "two")])
+        patch.setattr(device, "shapes", lambda: [gpu_shapes.Shape(n, 40, 16, 16, 2, 1) for n in gpu_shapes.MAIN_SHAPES])
         found = cpu_device.run_tasks(gpu_tasks.check_kernels(device, gpu_tasks.default_kinds))
         assert found == {"programs": [], **{name: "right" for name in found if name != "programs"}}
         assert len(found) == 1 + 2 * len(entries)  # training and decoding of one choice
@@ -240,8 +240,8 @@ def check_first_hour() -> None:
         assert set(many) == set(blocks.KERNELS)
         assert [time for _, time in many["up"]] == ["no"]
         assert [type(time) for _, time in many["down"]] == [str, float]
-        described = "\n".join(decisions.lines(found, entries))
-        assert "- tiles of 32, down: (32, 16, 1, 1) ÷ (64, 16, 1, 1): which do not run" in described
+        described = "\n".join(decisions.lines(found, [], entries))
+        assert "- tiles of 32, down: (32, 16, 1, 1) ÷ (64, 16, 1, 1): the latter do not run" in described
         assert "down=BlockSizes(n=32, c=16, warps=1, stages=1)" in described
 
         found = cpu_device.run_tasks(gpu_tasks.small_kernels(device))
