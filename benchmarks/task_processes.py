@@ -42,8 +42,10 @@ def run_process(command: list[str], path: Path, machine: dict[str, Any]) -> int 
     """Run a process until it ends, and return its exit status, or None if a task exceeded its limit. All processes that
     it has started are killed."""
     with path.with_suffix(".log").open("a") as log:
-        options: Any = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-        process = subprocess.Popen(command, **options)
+        # verdicts of self-checks are shared by the pieces of this run, not with earlier runs
+        environment = {**os.environ, "MIXTURE_OF_EXPERTS_CACHE": str(path.parent / "verdicts")}
+        options: Any = {"cwd": ROOT, "env": environment, "stdout": log, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, start_new_session=True, **options)
     size, since, limit = -1, time.monotonic(), START_LIMIT
     try:
         while time.monotonic() < since + limit:
