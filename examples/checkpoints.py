@@ -24,8 +24,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint `folder/step-N`, and delete all others except the newest `keep`.
 
-    All ranks must share the file system. The checkpoint has a temporary name until it is complete, so
-    `list_checkpoints` finds only complete checkpoints, even if a process is killed while it writes.
+    All ranks must share the file system. Incomplete checkpoints have temporary names, which `list_checkpoints` ignores.
     """
     path = Path(folder) / f"step-{step:09d}"
     temporary, replaced = path.with_suffix(".tmp"), path.with_suffix(".old")

@@ -79,7 +79,10 @@ def load_model(name: str) -> tuple[nn.Module, Callable[[str], Tensor]]:
 
 
 def shard_model(model: nn.Module, world: int) -> None:
-    """Shard experts over as many ranks as divide them and replicate them on the others; shard the rest over all ranks."""
+    """Shard the experts over as many ranks as divide them, and replicate these shards on the other ranks.
+
+    All other parameters are sharded over all ranks.
+    """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
     ranks = math.gcd(world, *(layer.num_experts for layer in layers.values()))
     mesh = init_device_mesh(next(model.parameters()).device.type, (world // ranks, ranks), mesh_dim_names=("dp", "ep"))

@@ -2,8 +2,7 @@
 
     python examples/migrate.py  # converts random weights
 
-Each function takes a dict that contains one layer's tensors, with the names given in its docstring. See
-docs/migration.md.
+Each function takes a dict of one layer's tensors, with the names in its docstring. See docs/migration.md.
 """
 
 import torch
@@ -76,13 +75,7 @@ def from_tutel(theirs, k=2, activation=nn.ReLU):
 
 
 def from_fairscale(theirs, experts, coefficient=0.01):
-    """Convert a Top2Gate.
-
-    Args:
-        theirs: contains `gate.wg.weight` (dim, experts).
-        experts: list of the layer's experts.
-        coefficient: coefficient of its l_aux.
-    """
+    """Convert `gate.wg.weight` (dim, experts) of a Top2Gate, with a list of its experts and its l_aux coefficient."""
     dim, num_experts = theirs["gate.wg.weight"].shape
     gate = Top2Gating(dim, num_experts, capacity_factor_train=2.0, second_policy_train="all", min_expert_capacity=1)
     gate.load_state_dict({"w_gating": theirs["gate.wg.weight"]})

@@ -88,10 +88,7 @@ def make_windows(tokenizer: Any, files: Sequence[Path], max_windows: int) -> tup
 
 
 def train(model: Any, text: Tensor, steps: int, rate: float) -> None:
-    """Train with AdamW. The model's loss includes the auxiliary loss.
-
-    The learning rate warms up over a tenth of the steps and then follows a cosine to zero.
-    """
+    """Train with AdamW, a warm-up of a tenth and a cosine to zero. The model's loss includes the auxiliary loss."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
