@@ -33,8 +33,8 @@ class Model(NamedTuple):
 
 # A feed-forward layer has 13 dim² active parameters, including its router. With more experts, the router is larger and
 # the two experts that each byte uses are narrower. At dim 32, a layer has 13,312 active parameters. The dense layer has
-# 139 hidden units and 13,344 parameters. The wide layer has 2,059 hidden units and as many parameters as 32 experts with
-# their router. It is the dense twin of a layer with two wide experts, both of which are always chosen.
+# 139 hidden units and 13,344 parameters. The wide layer has 2,059 hidden units, and as many parameters as 32 experts
+# and their router. It is the dense twin of a layer with two wide experts, both of which are always chosen.
 # The upcycled mixture contains 16 copies of the dense layer, each split into two experts. Two experts have one hidden
 # unit more than the dense layer, and the router adds parameters. A step takes 1.05x the operations of a dense step.
 MODELS = {
