@@ -2,7 +2,7 @@
 
 The program trains with and without an expert bias.
 
-python examples/expert_bias.py  # seconds
+python examples/expert_bias.py  # takes seconds
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Route with earlier weights, which DeepSeek-V4 calls anticipatory routing (arXiv 2606.19348).
 
-python examples/older_choices.py  # seconds
+python examples/older_choices.py  # takes seconds
 
 The weights from a few steps earlier choose the experts, and the current weights compute everything else. The choices
 for each batch are recorded when it is fetched, and replayed at its training step.

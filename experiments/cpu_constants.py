@@ -61,7 +61,7 @@ def seconds(layer: nn.Module, x: torch.Tensor, changed: dict[str, int], now: Cal
     try:
         for name, value in changed.items():
             setattr(batches, name, value)
-        torch.manual_seed(1)  # the same second choices
+        torch.manual_seed(1)  # draw the same second choices in each run
         start = now()
         out, aux_loss = layer(x)
         torch.autograd.backward((out, aux_loss), (torch.ones_like(out), torch.ones(())))
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPE
         for turn in range(options.rounds + 1):
             for name in random.Random(turn).sample(sorted(variants), len(variants)):
                 spent = seconds(layer, x, variants[name], now)
-                if turn:  # the first round warms up
+                if turn:  # the first round is a warm-up
                     times[name].append(spent)
         print(f"{shape}: {median(times['as it is']) * 1e3:.1f} ms")
         for name, spent in times.items():

@@ -49,7 +49,7 @@ class Point(NamedTuple):
 
     @property
     def exact(self) -> bool:
-        """Whether the length of equal loss lies between the lengths that were run, for all seeds."""
+        """Whether the share is known exactly for all seeds, by interpolation between finished runs."""
         return not any(share.sign for share in self.shares.values())
 
     @property

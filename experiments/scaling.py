@@ -1,14 +1,14 @@
-"""Compare mixtures of 8, 32 and 128 experts with a dense model, which shows that more parameters speed up learning.
+"""Compare mixtures of 8, 32 and 128 experts with a dense model: more parameters learn faster at equal computation.
 
     python -m experiments.scaling --processes 2             # hours; run it again to resume after an interruption
     python -m experiments.scaling --only dense moe32        # train only some models
     python -m experiments.scaling --size 0.3m               # a larger transformer, with more text
     python -m experiments.scaling --report                  # report finished runs, with tables and a picture
 
-All models have the same number of active parameters and see the same batches, except `wide`, which has as many
-parameters as `moe32` in total. `upcycled` continues the dense model's runs of half the length. Each model is trained at
-its best learning rate, for which half and double are both worse. A record of every finished run is appended to
---records. Unfinished runs, and runs that will be upcycled, keep checkpoints in --out.
+All models see the same batches. Their active parameters are equal, except those of `wide`, which has as many parameters
+as `moe32` in total. `upcycled` continues the dense model's runs of half the length. Each model is trained at its best
+learning rate, for which half and double are both worse. A record of every finished run is appended to --records.
+Unfinished runs, and runs that will be upcycled, keep checkpoints in --out.
 """
 
 import argparse

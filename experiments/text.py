@@ -17,7 +17,7 @@ PACKAGES = ("torch", "sympy", "numpy", "networkx", "matplotlib", "fonttools", "m
 # Builds of the same version differ only in these files. They are skipped, so that the text does not depend on whether a
 # machine has a GPU.
 BUILD_FILES = frozenset({"version.py", "_version.py"})
-LONGEST_FILE = 200_000  # bytes; longer files are tables
+LONGEST_FILE = 200_000  # in bytes; longer files are skipped as tables
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def count_parameters(model: nn.Module, choices: int) -> tuple[int, int]:
     idle = 0
     for layer in model.modules():
         if isinstance(layer, MoE):
-            for parameter in layer.experts.parameters():  # dimension 0 is the experts: (e, ...)
+            for parameter in layer.experts.parameters():  # experts are stacked along dimension 0
                 num_experts = parameter.shape[0]
                 idle += parameter.numel() // num_experts * (num_experts - choices)
     return total, total - idle

@@ -35,7 +35,7 @@ def make_mesh(settings: Settings) -> DeviceMesh:
 
 
 def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Split optimizer groups by mesh, because fused steps accept only parameters with the same mesh or no mesh."""
+    """Split optimizer groups by mesh, because fused steps cannot mix DTensors with other tensors."""
     divided = []
     for group in groups:
         of_mesh: dict[Any, list[Tensor]] = {}

@@ -18,7 +18,7 @@ from mixture_of_experts.gating.bias_rules import RuleName
 
 
 class Router(NamedTuple):
-    """How to build a layer, and what training, the parameter counts and the dense twin need to know about it."""
+    """How to build a layer, and the properties that training, parameter counts and the dense twin depend on."""
 
     build: Callable[[int, int, int], MoE]  # (dim, num_experts, width)
     choices: int
@@ -46,7 +46,7 @@ def gshard(dim: int, num_experts: int, width: int) -> MoE:
 
 
 def switch(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2101.03961: one choice, capacity 1.25, jitter."""
+    """arXiv 2101.03961: one expert per byte, a capacity factor of 1.25, and jitter."""
     gate = TopKGating(
         dim,
         num_experts,

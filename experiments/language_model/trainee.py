@@ -21,7 +21,7 @@ from .settings import Settings
 class LoadRecorder:
     """Counts the choices that each expert computed in a training step, for every mixture layer of a model.
 
-    A forward hook reads the `Routing` that each gate returns. The model stores nothing.
+    A forward hook reads the `Routing` that each gate returns. Nothing is stored on the model.
     """
 
     def __init__(self, model: nn.Module):
@@ -65,7 +65,7 @@ class Trainee:
         if name == "moe" and rule is not None:
             balance_experts(self.model, self.optimizer, rule)
         self.history = History()
-        self._recorder = LoadRecorder(self.model)  # register hooks before compiling
+        self._recorder = LoadRecorder(self.model)  # before compiling, so that the graph includes the hooks
         self._forward = torch.compile(self.model) if settings.compile else self.model
 
     def train_step(self, windows: Tensor, learning_rate: float) -> None:
